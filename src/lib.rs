@@ -1,0 +1,58 @@
+//! adsidecar: an app sends plain HTTP to localhost; adsidecar answers with what Amazon Ads said.
+//!
+//! One process, three doors. The *proxy door* takes the app's calls and the OAuth endpoints, the *login door* (off
+//! unless asked for) takes the callback of a consent alone, the *admin door* takes probes and metrics. Behind the
+//! doors stand the *heads*, which decide over time (who may come in, who holds which token), behind those the *hands*,
+//! each of which touches one outside thing (Login with Amazon, the Ads hosts, the store, the clock), and under them
+//! the *words*: pure, without any I/O.
+//!
+//! # Reading order
+//!
+//! The modules below are listed top floor first, and **a module uses only modules listed below it**. The test
+//! `floors` reads the `use crate::` lines and names each upward use, so this list is the table of contents and a cycle
+//! cannot exist.
+//!
+//! # Invariants
+//!
+//! 1. A caller never gets an error while a valid token exists ([`keeper`]).
+//! 2. Nothing that must finish runs in a request's future: a refresh is a task of its own ([`keeper`]).
+//! 3. A new refresh token is on disk before the access token that came with it is used ([`keeper`], [`store`]).
+//! 4. Only an operator or a logout deletes a grant. What does not parse, decrypt or refresh is kept ([`store`]).
+//! 5. Every stored change carries a generation; a change computed for an older one is dropped ([`token`]).
+//! 6. Credentials go to the configured Amazon hosts only: the target's authority is ours, never the caller's
+//!    ([`upstream`], [`rewrite`]).
+//! 7. Hop-by-hop headers are stripped first, ours are attached last ([`rewrite`]).
+//! 8. A secret has a type that prints `…` ([`secret`]).
+
+// The house.
+pub mod app;
+pub mod cli;
+pub mod sandbox;
+pub mod config;
+// The doors: they speak HTTP.
+pub mod proxy;
+pub mod login_door;
+pub mod admin;
+pub mod problem;
+// The heads: they decide, over time.
+pub mod login;
+pub mod keeper;
+pub mod guard;
+// The hands: each touches one outside thing.
+pub mod lwa;
+pub mod upstream;
+pub mod tls;
+pub mod store;
+pub mod record;
+pub mod keyring;
+pub mod serve;
+pub mod metrics;
+pub mod log;
+pub mod clock;
+// The words: pure, no I/O.
+pub mod body;
+pub mod rewrite;
+pub mod families;
+pub mod token;
+pub mod account;
+pub mod secret;

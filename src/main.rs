@@ -1,0 +1,2 @@
+//! adsidecar.
+fn main() {}

@@ -1,0 +1,84 @@
+//! A secret: zeroed when dropped, printed as `…`, never serialised.
+
+use std::fmt;
+
+use http::HeaderValue;
+use sha2::{Digest, Sha256};
+use subtle::ConstantTimeEq;
+use zeroize::Zeroizing;
+
+/// Text that must not be seen: a token, a client secret, a Fernet key.
+///
+/// [`expose`](Self::expose) is the one way to its text, so that each place that reads it can be found.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Secret(Zeroizing<String>);
+
+impl Secret {
+    /// Takes the text into custody.
+    pub fn new(text: impl Into<String>) -> Self {
+        Self(Zeroizing::new(text.into()))
+    }
+
+    /// The text itself. Each caller of this is worth a look in review.
+    pub fn expose(&self) -> &str {
+        &self.0
+    }
+
+    /// `<scheme> <secret>` as a header value marked sensitive, or `None` where the text is not legal in a header.
+    pub fn header(&self, scheme: &str) -> Option<HeaderValue> {
+        let line = Zeroizing::new(format!("{scheme} {}", self.expose()));
+        let mut value = HeaderValue::from_str(&line).ok()?;
+        value.set_sensitive(true);
+        Some(value)
+    }
+
+    /// Compares in time that does not depend on where the texts differ, nor on their lengths.
+    pub fn matches(&self, candidate: &[u8]) -> bool {
+        let ours = Sha256::digest(self.expose().as_bytes());
+        Sha256::digest(candidate).ct_eq(&ours).into()
+    }
+}
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("…")
+    }
+}
+
+impl From<String> for Secret {
+    fn from(text: String) -> Self {
+        Self::new(text)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn debug_output_never_holds_the_text() {
+        assert_eq!(format!("{:?}", Secret::new("Atzr|canary")), "…");
+    }
+
+    #[test]
+    fn a_header_made_of_it_is_sensitive() {
+        let value = Secret::new("Atza|x").header("Bearer").unwrap();
+        assert!(value.is_sensitive());
+        assert_eq!(value, "Bearer Atza|x");
+        assert!(!format!("{value:?}").contains("Atza"));
+    }
+
+    #[test]
+    fn text_that_would_split_a_header_makes_none() {
+        assert!(Secret::new("a\r\nb: c").header("Bearer").is_none());
+    }
+
+    #[test]
+    fn comparison_accepts_only_the_whole_text() {
+        let secret = Secret::new("abc");
+        assert!(secret.matches(b"abc"));
+        for wrong in [&b"ab"[..], b"abcd", b"", b"ABC"] {
+            assert!(!secret.matches(wrong));
+        }
+    }
+}

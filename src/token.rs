@@ -1,0 +1,362 @@
+//! Tokens and what is known about one user's grant. Everything that decides about time is pure: [`Held::next`],
+//! [`Held::due`], [`Held::state`].
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use http::HeaderValue;
+use jiff::{SignedDuration, Timestamp};
+
+use crate::secret::Secret;
+
+/// Longest token accepted, in bytes. LWA's access tokens are at most 2,048 ("Access tokens", Login with Amazon).
+const MAX_TOKEN: usize = 4096;
+
+/// Two background renewals of one user are at least this far apart, however short the life that Amazon gives.
+const RENEWAL_SPACING: SignedDuration = SignedDuration::from_secs(30);
+
+/// A refused grant is tried again this rarely: an outage of LWA has answered `invalid_grant` for good grants.
+const REFUSED_RETRY: SignedDuration = SignedDuration::from_hours(1);
+
+/// First wait after a failed renewal; it doubles with each further failure.
+const BACKOFF_FIRST: Duration = Duration::from_millis(500);
+/// Longest wait while no living token is held: callers are failing meanwhile.
+const BACKOFF_DEAD: Duration = Duration::from_secs(5);
+/// Longest wait while a living token is held, and the most that a `Retry-After` of LWA is obeyed.
+const BACKOFF_LIVING: Duration = Duration::from_secs(60);
+
+/// An access token, with the header value that carries it.
+#[derive(Clone, Debug)]
+pub struct AccessToken {
+    text: Secret,
+    bearer: HeaderValue,
+}
+
+/// A refresh token.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RefreshToken(Secret);
+
+/// Text that cannot be a token: it is empty, too long, or would not survive a header.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("a token is 1 to {MAX_TOKEN} visible ASCII characters")]
+pub struct BadToken;
+
+impl AccessToken {
+    /// Takes a token of 1 to 4,096 visible ASCII characters.
+    pub fn new(text: impl Into<Secret>) -> Result<Self, BadToken> {
+        let text = visible(text.into())?;
+        let bearer = text.header("Bearer").ok_or(BadToken)?;
+        Ok(Self { text, bearer })
+    }
+
+    /// The token itself, for the store.
+    pub fn secret(&self) -> &Secret {
+        &self.text
+    }
+
+    /// `Bearer <token>`, built once and cheap to clone.
+    pub fn bearer(&self) -> &HeaderValue {
+        &self.bearer
+    }
+}
+
+impl RefreshToken {
+    /// Takes a token of 1 to 4,096 visible ASCII characters.
+    pub fn new(text: impl Into<Secret>) -> Result<Self, BadToken> {
+        visible(text.into()).map(Self)
+    }
+
+    /// The token itself, for LWA and the store.
+    pub fn secret(&self) -> &Secret {
+        &self.0
+    }
+}
+
+fn visible(text: Secret) -> Result<Secret, BadToken> {
+    let bytes = text.expose().as_bytes();
+    let legal = (1..=MAX_TOKEN).contains(&bytes.len()) && bytes.iter().all(u8::is_ascii_graphic);
+    if legal { Ok(text) } else { Err(BadToken) }
+}
+
+/// What LWA answered to an exchange or a refresh.
+#[derive(Clone, Debug)]
+pub struct Tokens {
+    /// The new access token.
+    pub access: AccessToken,
+    /// The refresh token, where the answer held one.
+    pub refresh: Option<RefreshToken>,
+    /// How long the access token lives.
+    pub lifetime: Duration,
+}
+
+/// An access token and the wall time of its end.
+#[derive(Clone, Debug)]
+pub struct Access {
+    /// The token.
+    pub token: AccessToken,
+    /// From this instant on it is never sent.
+    pub expires_at: Timestamp,
+}
+
+/// All that is known of one Amazon grant; what the store keeps.
+#[derive(Clone, Debug)]
+pub struct Grant {
+    /// What renews it.
+    pub refresh_token: RefreshToken,
+    /// The latest access token; absent for a grant that was given to us as a refresh token alone.
+    pub access: Option<Access>,
+    /// When the tokens last changed.
+    pub updated_at: Timestamp,
+    /// When a person consented; unknown for grants not made here.
+    pub consented_at: Option<Timestamp>,
+    /// When a caller last used it, as far as it was written down.
+    pub used_at: Option<Timestamp>,
+    /// What was consented to, as the callback said; separated by spaces.
+    pub scope: Option<String>,
+    /// Rises with each stored change.
+    pub generation: u64,
+}
+
+impl Grant {
+    /// How long a consent lasts: grants made on or after 2026-07-30 end 365 days after it, and a refresh does not extend
+    /// them ("Refresh tokens", Amazon Ads API).
+    pub const CONSENT: SignedDuration = SignedDuration::from_hours(365 * 24);
+
+    /// This grant after a renewal. A missing refresh token keeps the old one (RFC 6749, section 6).
+    pub fn renewed(&self, tokens: Tokens, now: Timestamp) -> Self {
+        Self {
+            refresh_token: tokens.refresh.unwrap_or_else(|| self.refresh_token.clone()),
+            access: Some(Access { token: tokens.access, expires_at: later(now, tokens.lifetime) }),
+            updated_at: now,
+            generation: self.generation + 1,
+            ..self.clone()
+        }
+    }
+
+    /// The access token, while it lives.
+    pub fn living(&self, now: Timestamp) -> Option<&Access> {
+        self.access.as_ref().filter(|access| now < access.expires_at)
+    }
+
+    /// When the consent ends, where its date is known.
+    pub fn consent_expires_at(&self) -> Option<Timestamp> {
+        self.consented_at.and_then(|at| at.checked_add(Self::CONSENT).ok())
+    }
+}
+
+/// When tokens are renewed.
+#[derive(Clone, Copy, Debug)]
+pub struct Policy {
+    /// A token with less than this left is renewed at once, when somebody asks for it.
+    pub margin: Duration,
+    /// In the background a token is renewed this long before its end.
+    pub ahead: Duration,
+    /// Users not used for this long are renewed on demand only.
+    pub idle_after: Duration,
+}
+
+/// What is known about one user's grant right now.
+#[derive(Clone, Debug)]
+pub enum Held {
+    /// No grant.
+    Nothing,
+    /// The last renewal, if there was one, went well.
+    Fresh(Arc<Grant>),
+    /// The last renewal failed and is tried again. The token of before is served while it lives.
+    Failing {
+        /// The grant, kept.
+        grant: Arc<Grant>,
+        /// Why the last renewal failed.
+        failure: Failure,
+        /// Failures in a row.
+        attempts: u32,
+        /// Not before this instant is it tried again.
+        retry_at: Timestamp,
+    },
+    /// LWA refused the grant. It is kept, tried again rarely, and the token of before is served while it lives.
+    LoginRequired {
+        /// The grant, kept.
+        grant: Arc<Grant>,
+        /// LWA's error code, from a fixed list.
+        reason: &'static str,
+        /// Not before this instant is it tried again.
+        retry_at: Timestamp,
+    },
+}
+
+/// Why a renewal failed, when the grant itself is not to blame.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Failure {
+    /// A code of a fixed list, such as `unreachable`, `server_error`, `bad_answer`, `invalid_client`: a metric's label
+    /// and the status's `last_error`.
+    pub code: &'static str,
+    /// Whose turn it is.
+    pub cure: Cure,
+}
+
+/// What ends a failure.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cure {
+    /// Trying again.
+    Time,
+    /// The operator: the client id or secret is wrong.
+    Operator,
+}
+
+/// How a renewal ended.
+#[derive(Clone, Debug)]
+pub enum Outcome {
+    /// With this grant.
+    Renewed(Arc<Grant>),
+    /// With a failure that time or the operator cures.
+    Failed {
+        /// Which.
+        failure: Failure,
+        /// How long LWA asked us to wait.
+        retry_after: Option<Duration>,
+    },
+    /// With LWA's refusal of the grant, by its error code.
+    Refused(&'static str),
+}
+
+/// The states that the status endpoint and the metric `users` tell.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum State {
+    /// More than `refresh.margin` left.
+    Fresh,
+    /// Less left, renewal under way.
+    Expiring,
+    /// The last renewal failed, whether the token lives or not.
+    Failing,
+    /// Not used for `refresh.idle_after`: the grant is good, no living token is kept.
+    Idle,
+    /// The user has to consent again.
+    LoginRequired,
+    /// No grant.
+    None,
+}
+
+impl State {
+    /// All states a known user can be in.
+    pub const KNOWN: [Self; 5] = [Self::Fresh, Self::Expiring, Self::Failing, Self::Idle, Self::LoginRequired];
+
+    /// The name in JSON and metrics.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Fresh => "fresh",
+            Self::Expiring => "expiring",
+            Self::Failing => "failing",
+            Self::Idle => "idle",
+            Self::LoginRequired => "login_required",
+            Self::None => "none",
+        }
+    }
+}
+
+impl Held {
+    /// The grant, in whatever state it is.
+    pub fn grant(&self) -> Option<&Arc<Grant>> {
+        match self {
+            Self::Nothing => None,
+            Self::Fresh(grant) | Self::Failing { grant, .. } | Self::LoginRequired { grant, .. } => Some(grant),
+        }
+    }
+
+    /// The access token, while it lives: what may be sent.
+    pub fn living(&self, now: Timestamp) -> Option<&Access> {
+        self.grant().and_then(|grant| grant.living(now))
+    }
+
+    /// Not before this instant may a renewal be tried, because the last one failed.
+    pub fn retry_at(&self) -> Option<Timestamp> {
+        match self {
+            Self::Nothing | Self::Fresh(_) => None,
+            Self::Failing { retry_at, .. } | Self::LoginRequired { retry_at, .. } => Some(*retry_at),
+        }
+    }
+
+    /// Whether a renewal that a caller asks for has to wait still.
+    pub fn backs_off(&self, now: Timestamp) -> bool {
+        self.retry_at().is_some_and(|at| now < at)
+    }
+
+    /// The state after a renewal ended with `outcome`. `dice` in `0.0..1.0` is the jitter.
+    pub fn next(&self, outcome: Outcome, now: Timestamp, dice: f64) -> Self {
+        let Some(grant) = self.grant().cloned() else { return Self::Nothing };
+        match outcome {
+            Outcome::Renewed(grant) => Self::Fresh(grant),
+            Outcome::Refused(reason) => Self::LoginRequired { grant, reason, retry_at: now + REFUSED_RETRY },
+            Outcome::Failed { failure, retry_after } => {
+                let attempts = self.attempts().saturating_add(1);
+                let wait = match retry_after {
+                    Some(asked) => asked.min(BACKOFF_LIVING),
+                    None => backoff(attempts, grant.living(now).is_some(), dice),
+                };
+                Self::Failing { grant, failure, attempts, retry_at: later(now, wait) }
+            }
+        }
+    }
+
+    /// When the background should renew next; `None`: only when somebody asks. `dice` in `0.0..1.0` spreads users whose
+    /// tokens end together.
+    pub fn due(&self, policy: Policy, used_at: Timestamp, dice: f64) -> Option<Timestamp> {
+        let grant = self.grant()?;
+        let wanted = match &grant.access {
+            // Spread over a fifth of the time between `ahead` and the token's end, on the early side.
+            Some(access) => earlier(access.expires_at, policy.ahead + policy.ahead.mul_f64(0.2 * dice)),
+            None => grant.updated_at,
+        };
+        let due = match self.retry_at() {
+            Some(retry_at) => retry_at.max(wanted),
+            None if grant.access.is_some() => wanted.max(grant.updated_at + RENEWAL_SPACING),
+            None => wanted,
+        };
+        (due <= later(used_at, policy.idle_after)).then_some(due)
+    }
+
+    /// The state as told to users. `used_at` is when a caller last used the grant.
+    pub fn state(&self, policy: Policy, used_at: Timestamp, now: Timestamp) -> State {
+        match self {
+            Self::Nothing => State::None,
+            Self::LoginRequired { .. } => State::LoginRequired,
+            Self::Failing { .. } => State::Failing,
+            Self::Fresh(grant) => match grant.living(now) {
+                Some(access) if now < earlier(access.expires_at, policy.margin) => State::Fresh,
+                None if now > later(used_at, policy.idle_after) => State::Idle,
+                _ => State::Expiring,
+            },
+        }
+    }
+
+    /// Whether the living token should be replaced because little of its life is left. A renewal that ended a moment
+    /// ago is not repeated while its token lives, however short that life is.
+    pub fn expiring(&self, policy: Policy, now: Timestamp) -> bool {
+        self.grant().is_some_and(|grant| match grant.living(now) {
+            Some(access) => {
+                now >= earlier(access.expires_at, policy.margin) && now >= grant.updated_at + RENEWAL_SPACING
+            }
+            None => true,
+        })
+    }
+
+    /// How often in a row renewal failed.
+    fn attempts(&self) -> u32 {
+        if let Self::Failing { attempts, .. } = self { *attempts } else { 0 }
+    }
+}
+
+/// Exponential backoff with full jitter.
+fn backoff(attempts: u32, living: bool, dice: f64) -> Duration {
+    let cap = if living { BACKOFF_LIVING } else { BACKOFF_DEAD };
+    let ceiling = BACKOFF_FIRST.saturating_mul(1 << attempts.saturating_sub(1).min(10)).min(cap);
+    ceiling.mul_f64(dice)
+}
+
+fn later(at: Timestamp, by: Duration) -> Timestamp {
+    at.saturating_add(by).unwrap_or(Timestamp::MAX)
+}
+
+fn earlier(at: Timestamp, by: Duration) -> Timestamp {
+    at.saturating_sub(by).unwrap_or(Timestamp::MIN)
+}
