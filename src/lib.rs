@@ -50,7 +50,6 @@ pub mod metrics;
 pub mod log;
 pub mod clock;
 // The words: pure, no I/O.
-pub mod body;
 pub mod rewrite;
 pub mod families;
 pub mod token;

@@ -1,10 +1,22 @@
 //! Login with Amazon: exchange a code, refresh a grant.
+//!
+//! Tolerant of what LWA really sends (a lifetime as a string, no refresh token, HTML errors), strict in size and time.
+//! Each call has a connection of its own, without redirects and without the environment's proxies: a token call that
+//! meets a connection just being closed could not be repeated safely.
 
+mod answer;
+
+use std::time::Duration;
+
+use reqwest::header::RETRY_AFTER;
+use reqwest::{Client, Response, StatusCode};
 use rustls::pki_types::CertificateDer;
 use url::Url;
 
 use crate::account::Region;
 use crate::secret::Secret;
+use crate::tls;
+use crate::token::{RefreshToken, Tokens};
 
 /// Where the token endpoint is and who we are to it.
 #[derive(Clone, Debug)]
@@ -25,4 +37,170 @@ pub struct Settings {
     pub token_url: Option<Url>,
     /// `amazon.ca_file`: extra trust roots.
     pub extra_roots: Vec<CertificateDer<'static>>,
+}
+
+/// A whole token call. LWA answers within a second or not at all; callers wait behind it.
+const TIMEOUT: Duration = Duration::from_secs(10);
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
+/// A token answer is 2 KiB; a body beyond this is none.
+const MAX_ANSWER: usize = 64 << 10;
+
+/// Why there are no tokens. `code` is of a fixed list and fit for metrics and users; `detail` is for the log and never
+/// holds what LWA's body said beyond its error code.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum LwaError {
+    /// Time cures it: the network, LWA's own trouble, an answer that cannot be read.
+    #[error("{code}: {detail}")]
+    TryLater {
+        /// `unreachable`, `timeout`, `throttled`, `server_error` or `bad_answer`.
+        code: &'static str,
+        /// What happened.
+        detail: String,
+        /// How long LWA asked us to wait.
+        retry_after: Option<Duration>,
+    },
+    /// LWA refuses this grant or code: the user has to consent again.
+    #[error("Login with Amazon refused the grant: {code}")]
+    Refused {
+        /// `invalid_grant`, `unauthorized_client` or `invalid_scope`.
+        code: &'static str,
+    },
+    /// Our own registration with LWA is wrong: nobody's consent helps.
+    #[error("Login with Amazon refused the client: {code}; check amazon.client_id and amazon.client_secret")]
+    Operator {
+        /// `invalid_client` or `invalid_request`.
+        code: &'static str,
+    },
+}
+
+/// The client of the token endpoint.
+#[derive(Clone, Debug)]
+pub struct Lwa {
+    http: Client,
+    token_url: Url,
+    settings: Settings,
+}
+
+impl Lwa {
+    /// Prepares the client; calls nobody yet.
+    pub fn new(settings: Settings) -> Result<Self, String> {
+        let tls = tls::client_config(&settings.extra_roots, &[b"http/1.1"]).map_err(|error| error.to_string())?;
+        let http = Client::builder()
+            .tls_backend_preconfigured(tls)
+            .redirect(reqwest::redirect::Policy::none())
+            .no_proxy()
+            .https_only(true)
+            .http1_only()
+            .pool_max_idle_per_host(0)
+            .connect_timeout(CONNECT_TIMEOUT)
+            .timeout(TIMEOUT)
+            .build()
+            .map_err(|error| error.to_string())?;
+        let token_url = match settings.token_url.clone() {
+            Some(url) => url,
+            None => settings.region.token_url().parse().map_err(|error: url::ParseError| error.to_string())?,
+        };
+        Ok(Self { http, token_url, settings })
+    }
+
+    /// The page that asks a person for consent, for a login in `region`.
+    pub fn authorize_url(&self, region: Region, state: &str, challenge: &str) -> Result<Url, url::ParseError> {
+        let mut url = match self.settings.authorize_url.clone() {
+            Some(url) => url,
+            None => region.authorize_url().parse()?,
+        };
+        url.query_pairs_mut()
+            .append_pair("client_id", &self.settings.client_id)
+            .append_pair("scope", &self.settings.scope)
+            .append_pair("response_type", "code")
+            .append_pair("redirect_uri", &self.settings.redirect_uri)
+            .append_pair("state", state)
+            .append_pair("code_challenge", challenge)
+            .append_pair("code_challenge_method", "S256");
+        Ok(url)
+    }
+
+    /// Exchanges an authorization code (RFC 6749, section 4.1.3; RFC 7636, section 4.5).
+    pub async fn exchange(&self, code: &Secret, verifier: &Secret) -> Result<Tokens, LwaError> {
+        self.call(&[
+            ("grant_type", "authorization_code"),
+            ("code", code.expose()),
+            ("redirect_uri", &self.settings.redirect_uri),
+            ("code_verifier", verifier.expose()),
+        ])
+        .await
+    }
+
+    /// Refreshes a grant (RFC 6749, section 6).
+    pub async fn refresh(&self, token: &RefreshToken) -> Result<Tokens, LwaError> {
+        self.call(&[("grant_type", "refresh_token"), ("refresh_token", token.secret().expose())]).await
+    }
+
+    /// Tries the client secrets in order: while a new one spreads through Amazon, either may be refused.
+    async fn call(&self, grant: &[(&str, &str)]) -> Result<Tokens, LwaError> {
+        let mut outcome = Err(LwaError::Operator { code: "invalid_client" });
+        for secret in &self.settings.client_secrets {
+            outcome = self.call_with(grant, secret).await;
+            if !matches!(outcome, Err(LwaError::Operator { code: "invalid_client" })) {
+                break;
+            }
+        }
+        outcome
+    }
+
+    async fn call_with(&self, grant: &[(&str, &str)], secret: &Secret) -> Result<Tokens, LwaError> {
+        let mut form = grant.to_vec();
+        form.push(("client_id", &self.settings.client_id));
+        form.push(("client_secret", secret.expose()));
+        let response = self.http.post(self.token_url.clone()).form(&form).send().await.map_err(no_answer)?;
+        let status = response.status();
+        let retry_after = retry_after(&response);
+        let body = read(response).await?;
+        match status {
+            StatusCode::OK => answer::tokens(&body).map_err(bad_answer),
+            _ => Err(answer::refusal(status, &body, retry_after)),
+        }
+    }
+}
+
+async fn read(mut response: Response) -> Result<Vec<u8>, LwaError> {
+    let mut body = Vec::new();
+    while let Some(chunk) = response.chunk().await.map_err(no_answer)? {
+        if body.len() + chunk.len() > MAX_ANSWER {
+            return Err(bad_answer("more than 64 KiB"));
+        }
+        body.extend_from_slice(&chunk);
+    }
+    Ok(body)
+}
+
+/// Seconds, or nothing: LWA sends no dates here.
+fn retry_after(response: &Response) -> Option<Duration> {
+    let seconds = response.headers().get(RETRY_AFTER)?.to_str().ok()?.trim().parse().ok()?;
+    Some(Duration::from_secs(seconds))
+}
+
+fn no_answer(error: reqwest::Error) -> LwaError {
+    let code = match () {
+        () if error.is_timeout() => "timeout",
+        () if error.is_connect() => "unreachable",
+        () if error.is_body() || error.is_decode() => "bad_answer",
+        () => "unreachable",
+    };
+    // The URL holds no secret (the form is in the body), but it says nothing either.
+    LwaError::TryLater { code, detail: causes(&error.without_url()), retry_after: None }
+}
+
+fn bad_answer(detail: impl std::fmt::Display) -> LwaError {
+    LwaError::TryLater { code: "bad_answer", detail: detail.to_string(), retry_after: None }
+}
+
+fn causes(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        text = format!("{text}: {error}");
+        source = error.source();
+    }
+    text
 }

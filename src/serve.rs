@@ -1,7 +1,33 @@
 //! Accept loop, limits, graceful drain: used by all doors.
+//!
+//! hyper's own header timeout starts when a connection turns idle, and costs a timer per request. So each connection
+//! tells here what it is doing, and one watchman per door looks at all of them: a head that does not
+//! come to its end is answered with 408, a connection that has idled too long is closed, and at the cap on connections
+//! the one that has idled longest makes room.
 
+mod connections;
+mod io;
+
+use std::io::{Error, ErrorKind, Result};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
+use std::pin::Pin;
+use std::sync::Arc;
 use std::time::Duration;
+
+use bytes::Bytes;
+use http::header::{CONNECTION, HeaderValue};
+use http::{Request, Response};
+use hyper::body::Incoming;
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper_util::rt::TokioIo;
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
+use tokio::net::{TcpListener, UnixListener};
+use tokio::sync::watch;
+
+use connections::{Command, Connections};
+use io::{Guarded, Watched};
 
 /// Where a door listens.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -10,6 +36,8 @@ pub enum Listen {
     Tcp(String),
     /// `unix:/path`.
     Unix(PathBuf),
+    /// `127.0.0.1:port`, and `[::1]:port` where the machine has IPv6: a door's default.
+    Loopback(u16),
 }
 
 /// What one door allows.
@@ -21,4 +49,250 @@ pub struct Limits {
     pub header_timeout: Duration,
     /// `proxy.idle_timeout`: a keep-alive connection without a request.
     pub idle_timeout: Duration,
+}
+
+/// Largest head of a request, exact (the size of the read buffer alone is a soft bound).
+const MAX_HEAD: usize = 32 << 10;
+/// Read buffer of one connection, at most.
+const MAX_BUFFER: usize = 64 << 10;
+/// How long the accept loop rests when the process is out of descriptors: existing work goes on and frees some.
+const ACCEPT_REST: Duration = Duration::from_millis(100);
+/// Who is at the other end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Peer {
+    /// A TCP peer's address.
+    Tcp(SocketAddr),
+    /// A local process, at a Unix socket.
+    Unix,
+}
+
+/// A door whose sockets are bound and that serves nobody yet.
+#[derive(Debug)]
+pub struct Door {
+    listeners: Vec<Listener>,
+    limits: Limits,
+    late: Bytes,
+    connections: Arc<Connections>,
+}
+
+#[derive(Debug)]
+enum Listener {
+    Tcp(TcpListener),
+    Unix(UnixListener, PathBuf),
+}
+
+/// What a door is told at the end: first to drain, which lets what is in flight come to its end and takes no new request
+/// on idle connections, then to stop accepting.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Phase {
+    /// Business as usual.
+    #[default]
+    Open,
+    /// New connections are still taken, but each answer says `Connection: close`.
+    Leaving,
+    /// No new connections.
+    Closed,
+}
+
+impl Door {
+    /// Binds every address of `listen`. Port 0 takes any free port; see [`addresses`](Self::addresses). `late` are the
+    /// bytes that answer a head which does not come to its end in time.
+    pub async fn bind(listen: &[Listen], limits: Limits, late: Bytes) -> Result<Self> {
+        let mut listeners = Vec::new();
+        for address in listen {
+            match address {
+                Listen::Tcp(address) => listeners.push(Listener::Tcp(tcp(address).await?)),
+                Listen::Unix(path) => listeners.push(unix(path)?),
+                Listen::Loopback(port) => listeners.extend(loopback(*port).await?),
+            }
+        }
+        Ok(Self { listeners, limits, late, connections: Arc::default() })
+    }
+
+    /// The TCP addresses bound, in the order asked for.
+    pub fn addresses(&self) -> Vec<SocketAddr> {
+        let tcp = self.listeners.iter().filter_map(|listener| match listener {
+            Listener::Tcp(listener) => listener.local_addr().ok(),
+            Listener::Unix(..) => None,
+        });
+        tcp.collect()
+    }
+
+    /// How many connections are open, for a metric.
+    pub fn count(&self) -> impl Fn() -> usize + Send + Sync + use<> {
+        let connections = self.connections.clone();
+        move || connections.len()
+    }
+
+    /// Serves until `phase` says [`Phase::Closed`] and nothing is in flight any more.
+    pub async fn run<H, F, B>(self, handler: H, mut phase: watch::Receiver<Phase>)
+    where
+        H: Fn(Request<Incoming>, Peer) -> F + Clone + Send + Sync + 'static,
+        F: Future<Output = Response<B>> + Send + 'static,
+        B: http_body::Body<Data = Bytes> + Send + Unpin + 'static,
+        B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+    {
+        let Self { listeners, limits, late, connections } = self;
+        let host = Host { handler, connections: connections.clone(), late };
+        let watchman = tokio::spawn(connections.clone().watch(limits));
+        let mut tasks = tokio::task::JoinSet::new();
+        for listener in listeners {
+            tasks.spawn(accept(listener, limits, host.clone(), phase.clone()));
+        }
+        // The sender going away means the same as being told to close.
+        let _ = phase.wait_for(|phase| *phase >= Phase::Leaving).await;
+        connections.leave();
+        let _ = phase.wait_for(|phase| *phase == Phase::Closed).await;
+        while tasks.join_next().await.is_some() {}
+        connections.emptied().await;
+        watchman.abort();
+    }
+}
+
+async fn tcp(address: &str) -> Result<TcpListener> {
+    TcpListener::bind(address)
+        .await
+        .map_err(|error| Error::new(error.kind(), format!("cannot listen on {address}: {error}")))
+}
+
+async fn loopback(port: u16) -> Result<Vec<Listener>> {
+    let v4 = tcp(&SocketAddr::from((Ipv4Addr::LOCALHOST, port)).to_string()).await?;
+    let bound = v4.local_addr()?.port();
+    let v6 = SocketAddr::from((Ipv6Addr::LOCALHOST, bound));
+    match TcpListener::bind(v6).await {
+        Ok(v6) => Ok(vec![Listener::Tcp(v4), Listener::Tcp(v6)]),
+        Err(error) if error.kind() == ErrorKind::AddrInUse => {
+            Err(Error::new(error.kind(), format!("cannot listen on {v6}: {error}")))
+        }
+        // The machine has no IPv6.
+        Err(_) => Ok(vec![Listener::Tcp(v4)]),
+    }
+}
+
+/// A socket file left over from a process that is gone is replaced; one that answers is somebody else's.
+fn unix(path: &PathBuf) -> Result<Listener> {
+    let say = |error: Error| Error::new(error.kind(), format!("cannot listen on unix:{}: {error}", path.display()));
+    if std::os::unix::net::UnixStream::connect(path).is_ok() {
+        return Err(say(ErrorKind::AddrInUse.into()));
+    }
+    if std::fs::symlink_metadata(path).is_ok_and(|meta| std::os::unix::fs::FileTypeExt::is_socket(&meta.file_type())) {
+        std::fs::remove_file(path).map_err(say)?;
+    }
+    Ok(Listener::Unix(UnixListener::bind(path).map_err(say)?, path.clone()))
+}
+
+async fn accept<H, F, B>(listener: Listener, limits: Limits, host: Host<H>, mut phase: watch::Receiver<Phase>)
+where
+    H: Fn(Request<Incoming>, Peer) -> F + Clone + Send + Sync + 'static,
+    F: Future<Output = Response<B>> + Send + 'static,
+    B: http_body::Body<Data = Bytes> + Send + Unpin + 'static,
+    B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+{
+    loop {
+        let taken = tokio::select! {
+            biased;
+            _ = phase.wait_for(|phase| *phase == Phase::Closed) => return,
+            taken = async {
+                host.connections.room(limits.max_connections).await;
+                listener.accept().await
+            } => taken,
+        };
+        match taken {
+            Ok(Stream::Tcp(stream, peer)) => {
+                let _ = stream.set_nodelay(true);
+                tokio::spawn(converse(stream, Peer::Tcp(peer), host.clone()));
+            }
+            Ok(Stream::Unix(stream)) => {
+                tokio::spawn(converse(stream, Peer::Unix, host.clone()));
+            }
+            Err(error) => {
+                tracing::warn!(%error, "cannot accept a connection");
+                tokio::time::sleep(ACCEPT_REST).await;
+            }
+        }
+    }
+}
+
+/// What every connection of a door shares.
+#[derive(Clone)]
+struct Host<H> {
+    handler: H,
+    connections: Arc<Connections>,
+    late: Bytes,
+}
+
+enum Stream {
+    Tcp(tokio::net::TcpStream, SocketAddr),
+    Unix(tokio::net::UnixStream),
+}
+
+impl Listener {
+    async fn accept(&self) -> Result<Stream> {
+        match self {
+            Self::Tcp(listener) => listener.accept().await.map(|(stream, peer)| Stream::Tcp(stream, peer)),
+            Self::Unix(listener, _) => listener.accept().await.map(|(stream, _)| Stream::Unix(stream)),
+        }
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        if let Self::Unix(_, path) = self {
+            let _ = std::fs::remove_file(path);
+        }
+    }
+}
+
+/// One connection, from accept to close.
+async fn converse<S, H, F, B>(stream: S, peer: Peer, host: Host<H>)
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    H: Fn(Request<Incoming>, Peer) -> F + Clone + Send + Sync + 'static,
+    F: Future<Output = Response<B>> + Send + 'static,
+    B: http_body::Body<Data = Bytes> + Send + Unpin + 'static,
+    B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+{
+    let Host { handler, connections, late } = host;
+    let seat = connections.sit();
+    let service = service_fn(|request| {
+        let busy = seat.begin();
+        // Boxed, so that an idle connection does not hold the room of a busy one.
+        let answer = Box::pin(handler(request, peer));
+        let seat = &seat;
+        async move {
+            let mut response = answer.await.map(|body| Guarded::new(body, busy));
+            if seat.leaving() {
+                response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+            }
+            Ok::<_, std::convert::Infallible>(response)
+        }
+    });
+    let mut builder = http1::Builder::new();
+    builder.half_close(false).auto_date_header(false).max_header_size(MAX_HEAD).max_buf_size(MAX_BUFFER);
+    let mut connection = builder.serve_connection(TokioIo::new(Watched::new(stream, seat.activity())), service);
+    let mut leaving = false;
+    loop {
+        let command = tokio::select! {
+            biased;
+            ended = &mut connection => {
+                if let Err(error) = ended {
+                    tracing::debug!(%error, "connection ended");
+                }
+                return;
+            }
+            command = seat.command(), if !leaving => command,
+        };
+        match command {
+            Command::Leave => {
+                leaving = true;
+                Pin::new(&mut connection).graceful_shutdown();
+            }
+            Command::HeadTimeout => break,
+        }
+    }
+    // hyper has written nothing yet for the head that did not come.
+    let mut socket = connection.into_parts().io.into_inner().into_inner();
+    if socket.write_all(&late).await.is_ok() {
+        let _ = socket.shutdown().await;
+    }
 }

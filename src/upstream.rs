@@ -1,14 +1,35 @@
 //! Pooled TLS connections to the Ads hosts.
+//!
+//! Each region has a stack of idle HTTP/1.1 connections, the one used last on top, or one HTTP/2 connection that all
+//! share. A connection goes back when both its request and its answer have passed whole; whatever else happens to it
+//! closes it. The pool never repeats a request by itself: it says whether a repetition would be safe
+//! ([`SendError::unsent`], [`SendError::stale`]), and the spine, which still has the caller's request, repeats it on a
+//! [`Reuse::Never`] connection.
 
-use std::time::Duration;
+mod answer;
+mod connect;
+mod outgoing;
 
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use http::{HeaderValue, Request, Response, Uri};
+use hyper::body::Incoming;
+use hyper::client::conn::{TrySendError, http1, http2};
 use rustls::pki_types::CertificateDer;
 use url::Url;
+
+pub use answer::Answer;
+pub use outgoing::{BodyError, Held, Outgoing};
+
+use crate::account::Region;
+use connect::Connector;
 
 /// Where the Ads hosts are and how long they are waited for.
 #[derive(Clone, Debug)]
 pub struct Settings {
-    /// `upstream.na`, `upstream.eu`, `upstream.fe`: `https` origins without a path, by [`crate::account::Region`].
+    /// `upstream.na`, `upstream.eu`, `upstream.fe`: `https` origins without a path, by [`Region`].
     pub origins: [Url; 3],
     /// `upstream.ca_file`: extra trust roots.
     pub extra_roots: Vec<CertificateDer<'static>>,
@@ -34,4 +55,270 @@ pub enum Http2 {
     Never,
     /// HTTP/2 or no connection.
     Always,
+}
+
+/// The way to the three Ads hosts.
+#[derive(Debug)]
+pub struct Upstream {
+    hosts: [Arc<Host>; 3],
+    response_timeout: Duration,
+    idle_timeout: Duration,
+}
+
+/// Whether a pooled connection may carry the request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reuse {
+    /// One from the pool, if there is one.
+    Allowed,
+    /// A fresh one, for a repetition.
+    Never,
+}
+
+/// Why no answer came.
+#[derive(Debug)]
+pub struct SendError {
+    /// What happened.
+    pub kind: ErrorKind,
+    /// No byte of the request was written: it may be repeated whatever it is.
+    pub unsent: bool,
+    /// It broke on a connection from the pool before any byte of an answer: the server may have been about to close it.
+    pub stale: bool,
+}
+
+/// What can go wrong on the way to an answer's head.
+#[derive(Debug, thiserror::Error)]
+pub enum ErrorKind {
+    /// No TCP connection: DNS, refused, no route.
+    #[error("cannot connect: {0}")]
+    Unreachable(Box<dyn std::error::Error + Send + Sync>),
+    /// The TLS handshake failed.
+    #[error("TLS handshake failed: {0}")]
+    Tls(std::io::Error),
+    /// The connection broke, or what came was no HTTP.
+    #[error("connection broke: {0}")]
+    Reset(hyper::Error),
+    /// No connection within `connect_timeout`.
+    #[error("no connection within {0:?}")]
+    ConnectTimeout(Duration),
+    /// No answer within `response_timeout`.
+    #[error("no answer within {0:?}")]
+    ResponseTimeout(Duration),
+    /// The caller's body did not come whole; Amazon is not to blame.
+    #[error("request body: {0}")]
+    Body(BodyError),
+}
+
+impl ErrorKind {
+    fn unsent(self) -> SendError {
+        SendError { kind: self, unsent: true, stale: false }
+    }
+}
+
+/// One regional host and its connections.
+#[derive(Debug)]
+struct Host {
+    connector: Connector,
+    /// The value of `Host`: the origin's authority.
+    authority: HeaderValue,
+    /// What HTTP/2 sends as `:scheme` and `:authority`.
+    origin: http::uri::Parts,
+    idle: Mutex<VecDeque<Idle>>,
+    shared: Mutex<Option<http2::SendRequest<Outgoing>>>,
+}
+
+#[derive(Debug)]
+struct Idle {
+    sender: http1::SendRequest<Outgoing>,
+    since: Instant,
+}
+
+/// A connection that is ready for a request.
+enum Connection {
+    Http1 { sender: http1::SendRequest<Outgoing>, reused: bool },
+    Http2(http2::SendRequest<Outgoing>),
+}
+
+/// More idle connections than this are closed: a burst of callers must not hold descriptors for long.
+const MAX_IDLE: usize = 1024;
+
+impl Upstream {
+    /// Prepares the pools; connects to nothing yet.
+    pub fn new(settings: &Settings) -> Result<Self, rustls::Error> {
+        let host = |region: Region| Host::new(&settings.origins[region as usize], settings).map(Arc::new);
+        Ok(Self {
+            hosts: [host(Region::Na)?, host(Region::Eu)?, host(Region::Fe)?],
+            response_timeout: settings.response_timeout,
+            idle_timeout: settings.idle_timeout,
+        })
+    }
+
+    /// The value of `Host` for a call to `region`.
+    pub fn authority(&self, region: Region) -> &HeaderValue {
+        &self.hosts[region as usize].authority
+    }
+
+    /// Sends `request` (origin-form target, our headers) and returns the answer as soon as its head is here. `patient`
+    /// calls wait for it without a limit, as an event stream may be silent for long.
+    pub async fn send(
+        &self,
+        region: Region,
+        request: Request<Outgoing>,
+        reuse: Reuse,
+        patient: bool,
+    ) -> Result<Response<Answer>, SendError> {
+        let host = &self.hosts[region as usize];
+        let connection = host.connection(reuse, self.idle_timeout).await.map_err(ErrorKind::unsent)?;
+        let progress = request.body().progress();
+        let wait = (!patient).then_some(self.response_timeout);
+        match connection {
+            Connection::Http1 { mut sender, reused } => {
+                let sent = sender.try_send_request(request);
+                let response = awaited(sent, &progress, wait).await.map_err(|error| error.on(reused))?;
+                Ok(response.map(|incoming| Answer::http1(incoming, host.clone(), sender, progress)))
+            }
+            Connection::Http2(mut sender) => {
+                let sent = sender.try_send_request(host.with_authority(request));
+                let response = awaited(sent, &progress, wait).await.map_err(|error| error.on(true))?;
+                Ok(response.map(Answer::http2))
+            }
+        }
+    }
+
+    /// Closes connections that have idled too long, for as long as it runs.
+    pub async fn tend(&self) {
+        let mut tick = tokio::time::interval((self.idle_timeout / 2).max(Duration::from_millis(100)));
+        loop {
+            tick.tick().await;
+            for host in &self.hosts {
+                host.prune(self.idle_timeout);
+            }
+        }
+    }
+}
+
+impl Host {
+    fn new(origin: &Url, settings: &Settings) -> Result<Self, rustls::Error> {
+        let connector = Connector::new(origin, settings)?;
+        let text = match origin.port() {
+            Some(port) => format!("{}:{port}", origin.host_str().unwrap_or_default()),
+            None => origin.host_str().unwrap_or_default().to_owned(),
+        };
+        let bad = |_| rustls::Error::General(format!("{origin} is no origin"));
+        let authority = HeaderValue::from_str(&text).map_err(|error| bad(error.to_string()))?;
+        let mut parts = http::uri::Parts::default();
+        parts.scheme = Some(http::uri::Scheme::HTTPS);
+        parts.authority = Some(text.parse().map_err(|error: http::uri::InvalidUri| bad(error.to_string()))?);
+        Ok(Self { connector, authority, origin: parts, idle: Mutex::default(), shared: Mutex::default() })
+    }
+
+    async fn connection(&self, reuse: Reuse, idle_timeout: Duration) -> Result<Connection, ErrorKind> {
+        if reuse == Reuse::Allowed {
+            let shared = lock(&self.shared).clone().filter(|sender| !sender.is_closed());
+            if let Some(mut sender) = shared
+                && sender.ready().await.is_ok()
+            {
+                return Ok(Connection::Http2(sender));
+            }
+            while let Some(Idle { mut sender, since }) = self.pop() {
+                if since.elapsed() < idle_timeout && !sender.is_closed() && sender.ready().await.is_ok() {
+                    return Ok(Connection::Http1 { sender, reused: true });
+                }
+            }
+        }
+        let connection = self.connector.connect().await?;
+        if let Connection::Http2(sender) = &connection {
+            *lock(&self.shared) = Some(sender.clone());
+        }
+        Ok(connection)
+    }
+
+    fn pop(&self) -> Option<Idle> {
+        lock(&self.idle).pop_back()
+    }
+
+    fn put_back(&self, sender: http1::SendRequest<Outgoing>) {
+        let mut idle = lock(&self.idle);
+        if idle.len() < MAX_IDLE && !sender.is_closed() {
+            idle.push_back(Idle { sender, since: Instant::now() });
+        }
+    }
+
+    /// The oldest stand in front.
+    fn prune(&self, idle_timeout: Duration) {
+        let mut idle = lock(&self.idle);
+        let old = idle.iter().take_while(|idle| idle.since.elapsed() >= idle_timeout).count();
+        idle.drain(..old);
+        idle.retain(|idle| !idle.sender.is_closed());
+    }
+
+    /// HTTP/2 wants the authority in the target and not in `Host` (RFC 9113, section 8.3.1).
+    fn with_authority(&self, mut request: Request<Outgoing>) -> Request<Outgoing> {
+        request.headers_mut().remove(http::header::HOST);
+        let mut parts = http::uri::Parts::default();
+        parts.scheme.clone_from(&self.origin.scheme);
+        parts.authority.clone_from(&self.origin.authority);
+        parts.path_and_query = request.uri().path_and_query().cloned();
+        if let Ok(uri) = Uri::from_parts(parts) {
+            *request.uri_mut() = uri;
+        }
+        *request.version_mut() = http::Version::HTTP_2;
+        request
+    }
+}
+
+/// What `sent` gives, within `wait` after the last byte of the request body was taken.
+async fn awaited(
+    sent: impl Future<Output = Result<Response<Incoming>, TrySendError<Request<Outgoing>>>>,
+    progress: &Option<Arc<Held>>,
+    wait: Option<Duration>,
+) -> Result<Response<Incoming>, Broken> {
+    let Some(wait) = wait else { return sent.await.map_err(Broken::from) };
+    let mut sent = std::pin::pin!(sent);
+    loop {
+        let before = progress.as_ref().map(|held| held.taken());
+        match tokio::time::timeout(wait, &mut sent).await {
+            Ok(result) => return result.map_err(Broken::from),
+            // The body still moves: the time for the answer has not begun.
+            Err(_) if progress.as_ref().map(|held| held.taken()) != before => {}
+            Err(_) => return Err(Broken::Late(wait)),
+        }
+    }
+}
+
+/// A request that got no answer's head.
+enum Broken {
+    Error { error: hyper::Error, unsent: bool },
+    Late(Duration),
+}
+
+impl From<TrySendError<Request<Outgoing>>> for Broken {
+    fn from(mut error: TrySendError<Request<Outgoing>>) -> Self {
+        let unsent = error.take_message().is_some();
+        Self::Error { error: error.into_error(), unsent }
+    }
+}
+
+impl Broken {
+    fn on(self, reused: bool) -> SendError {
+        match self {
+            Self::Late(wait) => SendError { kind: ErrorKind::ResponseTimeout(wait), unsent: false, stale: false },
+            Self::Error { error, unsent } => match BodyError::within(&error) {
+                Some(body) => SendError { kind: ErrorKind::Body(body), unsent: false, stale: false },
+                None => {
+                    // Anything but a broken connection (an answer that is no HTTP, say) came from the server.
+                    let stale = reused && (error.is_incomplete_message() || error.is_canceled() || is_io(&error));
+                    SendError { kind: ErrorKind::Reset(error), unsent, stale }
+                }
+            },
+        }
+    }
+}
+
+fn is_io(error: &hyper::Error) -> bool {
+    std::error::Error::source(error).is_some_and(|source| source.is::<std::io::Error>())
+}
+
+/// A poisoned lock is taken all the same: the pools hold no invariant that a panic could have broken.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -1,0 +1,225 @@
+//! What each connection of one door is doing, and who has to go.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use tokio::sync::Notify;
+
+use super::Limits;
+
+/// All connections of one door.
+#[derive(Debug, Default)]
+pub(super) struct Connections {
+    seats: Mutex<Seats>,
+    leaving: AtomicBool,
+    freed: Notify,
+}
+
+#[derive(Debug, Default)]
+struct Seats {
+    next: u64,
+    taken: HashMap<u64, Arc<Activity>>,
+}
+
+/// One connection's place among them, for as long as it is open.
+#[derive(Debug)]
+pub(super) struct Seat {
+    connections: Arc<Connections>,
+    key: u64,
+    activity: Arc<Activity>,
+}
+
+/// What one connection is doing, since when.
+#[derive(Debug)]
+pub(super) struct Activity {
+    born: Instant,
+    /// Milliseconds since `born`, shifted by two, and a [`Doing`] in the low bits.
+    state: AtomicU64,
+    command: AtomicU8,
+    commanded: Notify,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Doing {
+    Idle = 0,
+    Head = 1,
+    Busy = 2,
+    Closing = 3,
+}
+
+/// What a connection is told to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Command {
+    /// Finish what is in flight, then close.
+    Leave,
+    /// Refuse the head that does not come to its end.
+    HeadTimeout,
+}
+
+/// A request is being served, until this is dropped.
+#[derive(Debug)]
+pub(super) struct Busy(Arc<Activity>);
+
+/// While every connection at the cap is busy, the accept loop looks again this often.
+const LOOK_AGAIN: Duration = Duration::from_millis(50);
+
+impl Connections {
+    /// Takes a place for a connection that was just accepted.
+    pub(super) fn sit(self: &Arc<Self>) -> Seat {
+        let activity = Arc::new(Activity {
+            born: Instant::now(),
+            state: AtomicU64::new(Doing::Idle as u64),
+            command: AtomicU8::new(0),
+            commanded: Notify::new(),
+        });
+        let mut seats = self.lock();
+        let key = seats.next;
+        seats.next += 1;
+        seats.taken.insert(key, activity.clone());
+        Seat { connections: self.clone(), key, activity }
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.lock().taken.len()
+    }
+
+    /// From now on each answer says `Connection: close`.
+    pub(super) fn leave(&self) {
+        self.leaving.store(true, Relaxed);
+    }
+
+    /// Closes what is idle and what becomes idle; returns when nobody is left.
+    pub(super) async fn emptied(&self) {
+        for activity in self.lock().taken.values() {
+            activity.order(Command::Leave);
+        }
+        loop {
+            let freed = self.freed.notified();
+            if self.len() == 0 {
+                return;
+            }
+            freed.await;
+        }
+    }
+
+    /// Returns once one more connection may be accepted: at the cap the one that has idled longest is closed for it.
+    pub(super) async fn room(&self, max: usize) {
+        loop {
+            let freed = self.freed.notified();
+            if self.len() < max || self.close_longest_idle() {
+                return;
+            }
+            let _ = tokio::time::timeout(LOOK_AGAIN, freed).await;
+        }
+    }
+
+    fn close_longest_idle(&self) -> bool {
+        let seats = self.lock();
+        let idle = seats.taken.values().filter_map(|activity| match activity.doing() {
+            (Doing::Idle, since) => Some((since, activity)),
+            _ => None,
+        });
+        let longest = idle.max_by_key(|(since, _)| *since).map(|(_, activity)| activity);
+        longest.is_some_and(|activity| {
+            activity.set(Doing::Closing);
+            activity.order(Command::Leave);
+            true
+        })
+    }
+
+    /// Ends connections that exceed `limits`, for as long as it runs.
+    pub(super) async fn watch(self: Arc<Self>, limits: Limits) {
+        let shortest = limits.header_timeout.min(limits.idle_timeout);
+        let period = (shortest / 4).clamp(Duration::from_millis(20), Duration::from_secs(1));
+        let mut tick = tokio::time::interval(period);
+        loop {
+            tick.tick().await;
+            for activity in self.lock().taken.values() {
+                match activity.doing() {
+                    (Doing::Head, since) if since >= limits.header_timeout => activity.order(Command::HeadTimeout),
+                    (Doing::Idle, since) if since >= limits.idle_timeout => activity.order(Command::Leave),
+                    _ => {}
+                }
+            }
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Seats> {
+        self.seats.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Seat {
+    pub(super) fn activity(&self) -> Arc<Activity> {
+        self.activity.clone()
+    }
+
+    /// A request's head is here.
+    pub(super) fn begin(&self) -> Busy {
+        self.activity.set(Doing::Busy);
+        Busy(self.activity.clone())
+    }
+
+    /// Whether answers say `Connection: close` by now.
+    pub(super) fn leaving(&self) -> bool {
+        self.connections.leaving.load(Relaxed)
+    }
+
+    /// The next command for this connection.
+    pub(super) async fn command(&self) -> Command {
+        loop {
+            let commanded = self.activity.commanded.notified();
+            match self.activity.command.swap(0, Relaxed) {
+                1 => return Command::Leave,
+                2 => return Command::HeadTimeout,
+                _ => commanded.await,
+            }
+        }
+    }
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        self.connections.lock().taken.remove(&self.key);
+        self.connections.freed.notify_waiters();
+    }
+}
+
+impl Activity {
+    /// The first byte after idleness begins a head.
+    pub(super) fn bytes_came(&self) {
+        if self.doing().0 == Doing::Idle {
+            self.set(Doing::Head);
+        }
+    }
+
+    fn set(&self, doing: Doing) {
+        let now = u64::try_from(self.born.elapsed().as_millis()).unwrap_or(u64::MAX);
+        self.state.store(now << 2 | doing as u64, Relaxed);
+    }
+
+    /// What it does, and for how long already.
+    fn doing(&self) -> (Doing, Duration) {
+        let state = self.state.load(Relaxed);
+        let doing = match state & 3 {
+            0 => Doing::Idle,
+            1 => Doing::Head,
+            2 => Doing::Busy,
+            _ => Doing::Closing,
+        };
+        (doing, self.born.elapsed().saturating_sub(Duration::from_millis(state >> 2)))
+    }
+
+    fn order(&self, command: Command) {
+        self.command.store(if command == Command::Leave { 1 } else { 2 }, Relaxed);
+        self.commanded.notify_one();
+    }
+}
+
+impl Drop for Busy {
+    fn drop(&mut self) {
+        self.0.set(Doing::Idle);
+    }
+}

@@ -1,0 +1,94 @@
+//! One new connection: DNS, TCP (happy eyeballs, RFC 8305), TLS, and the HTTP version that ALPN chose.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use http::Uri;
+use hyper::client::conn::{http1, http2};
+use hyper_util::client::legacy::connect::HttpConnector;
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use rustls::pki_types::ServerName;
+use tokio_rustls::TlsConnector;
+use tower_service::Service;
+use url::Url;
+
+use super::{Connection, ErrorKind, Http2, Settings};
+use crate::tls;
+
+/// HTTP/2 flow-control windows. hyper's defaults (64 KiB) would bound a download by the round-trip time.
+const STREAM_WINDOW: u32 = 1 << 20;
+const CONNECTION_WINDOW: u32 = 4 << 20;
+/// A dead HTTP/2 connection, which all callers share, is noticed after this long without a sign of life.
+const PING_EVERY: Duration = Duration::from_secs(20);
+const PING_TIMEOUT: Duration = Duration::from_secs(10);
+
+pub(super) struct Connector {
+    uri: Uri,
+    name: ServerName<'static>,
+    tcp: HttpConnector,
+    tls: TlsConnector,
+    http2: Http2,
+    timeout: Duration,
+}
+
+impl std::fmt::Debug for Connector {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Connector({})", self.uri)
+    }
+}
+
+impl Connector {
+    pub(super) fn new(origin: &Url, settings: &Settings) -> Result<Self, rustls::Error> {
+        let alpn: &[&[u8]] = match settings.http2 {
+            Http2::Auto => &[b"h2", b"http/1.1"],
+            Http2::Never => &[b"http/1.1"],
+            Http2::Always => &[b"h2"],
+        };
+        let bad = || rustls::Error::General(format!("{origin} is no origin"));
+        let host = origin.host_str().ok_or_else(bad)?.trim_start_matches('[').trim_end_matches(']').to_owned();
+        let mut tcp = HttpConnector::new();
+        tcp.enforce_http(false);
+        tcp.set_nodelay(true);
+        Ok(Self {
+            uri: origin.as_str().parse().map_err(|_| bad())?,
+            name: ServerName::try_from(host).map_err(|_| bad())?,
+            tcp,
+            tls: TlsConnector::from(Arc::new(tls::client_config(&settings.extra_roots, alpn)?)),
+            http2: settings.http2,
+            timeout: settings.connect_timeout,
+        })
+    }
+
+    pub(super) async fn connect(&self) -> Result<Connection, ErrorKind> {
+        let connected = tokio::time::timeout(self.timeout, self.handshake()).await;
+        connected.unwrap_or(Err(ErrorKind::ConnectTimeout(self.timeout)))
+    }
+
+    async fn handshake(&self) -> Result<Connection, ErrorKind> {
+        let tcp = self.tcp.clone().call(self.uri.clone()).await;
+        let tcp = tcp.map_err(|error| ErrorKind::Unreachable(error.into()))?.into_inner();
+        let stream = self.tls.connect(self.name.clone(), tcp).await.map_err(ErrorKind::Tls)?;
+        let chosen = stream.get_ref().1.alpn_protocol();
+        if chosen == Some(b"h2") || self.http2 == Http2::Always {
+            let mut builder = http2::Builder::new(TokioExecutor::new());
+            builder.timer(TokioTimer::new()).keep_alive_interval(PING_EVERY).keep_alive_timeout(PING_TIMEOUT);
+            builder.initial_stream_window_size(STREAM_WINDOW).initial_connection_window_size(CONNECTION_WINDOW);
+            let (sender, connection) = builder.handshake(TokioIo::new(stream)).await.map_err(ErrorKind::Reset)?;
+            drive(connection);
+            Ok(Connection::Http2(sender))
+        } else {
+            let (sender, connection) = http1::handshake(TokioIo::new(stream)).await.map_err(ErrorKind::Reset)?;
+            drive(connection);
+            Ok(Connection::Http1 { sender, reused: false })
+        }
+    }
+}
+
+/// Runs a connection until it ends. Its end is told to those who wait on it, and is no event by itself.
+fn drive(connection: impl Future<Output = Result<(), hyper::Error>> + Send + 'static) {
+    tokio::spawn(async move {
+        if let Err(error) = connection.await {
+            tracing::trace!(%error, "connection to Amazon ended");
+        }
+    });
+}

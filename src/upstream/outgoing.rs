@@ -1,0 +1,184 @@
+//! The body of a request on its way to Amazon.
+
+use std::collections::VecDeque;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex};
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use bytes::Bytes;
+use http_body::{Body, Frame, SizeHint};
+use hyper::body::Incoming;
+use tokio::time::{Sleep, sleep};
+
+use super::lock;
+
+/// A caller who sends nothing of a promised body for this long is given up (nginx's `client_body_timeout` is 60 s; two
+/// reads of an app beside us are not 30 s apart).
+const STALL: Duration = Duration::from_secs(30);
+
+/// A request body: nothing, what was held of an earlier attempt, or the caller's bytes as they come. Trailers are
+/// dropped (RFC 9110, section 6.5.1).
+#[derive(Debug)]
+pub struct Outgoing(Source);
+
+#[derive(Debug)]
+enum Source {
+    Nothing,
+    Held { chunks: VecDeque<Bytes>, left: u64 },
+    Caller { incoming: Incoming, held: Arc<Held>, limit: u64, stall: Option<Pin<Box<Sleep>>> },
+}
+
+/// Why a caller's body did not come whole.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum BodyError {
+    /// The caller broke off or framed it badly.
+    #[error("the caller broke off")]
+    Broken,
+    /// More than `proxy.max_body`.
+    #[error("larger than proxy.max_body")]
+    TooLarge,
+    /// Nothing came for 30 seconds.
+    #[error("nothing came for {STALL:?}")]
+    Stalled,
+}
+
+impl BodyError {
+    /// The body's error inside one of hyper's.
+    pub fn within(error: &hyper::Error) -> Option<Self> {
+        let mut source = std::error::Error::source(error);
+        while let Some(error) = source {
+            if let Some(body) = error.downcast_ref::<Self>() {
+                return Some(*body);
+            }
+            source = error.source();
+        }
+        None
+    }
+}
+
+/// What has passed of a caller's body: held for a repetition while it is small enough.
+#[derive(Debug)]
+pub struct Held {
+    limit: usize,
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// `None` once more than the limit has passed.
+    chunks: Option<VecDeque<Bytes>>,
+    taken: u64,
+    ended: bool,
+}
+
+impl Outgoing {
+    /// No body.
+    pub fn nothing() -> Self {
+        Self(Source::Nothing)
+    }
+
+    /// The caller's body as it comes, at most `max` bytes of it; the first `hold` bytes are held for a repetition.
+    pub fn caller(incoming: Incoming, hold: usize, max: Option<u64>) -> Self {
+        if incoming.is_end_stream() {
+            return Self::nothing();
+        }
+        let state = State { chunks: Some(VecDeque::new()), ..State::default() };
+        let held = Arc::new(Held { limit: hold, state: Mutex::new(state) });
+        Self(Source::Caller { incoming, held, limit: max.unwrap_or(u64::MAX), stall: None })
+    }
+
+    /// What is being held of this body; `None` where there is no body to come.
+    pub fn progress(&self) -> Option<Arc<Held>> {
+        match &self.0 {
+            Source::Caller { held, .. } => Some(held.clone()),
+            Source::Nothing | Source::Held { .. } => None,
+        }
+    }
+}
+
+impl Held {
+    /// The same body once more, if it passed whole and was small enough.
+    pub fn again(&self) -> Option<Outgoing> {
+        let state = lock(&self.state);
+        let chunks = state.chunks.clone().filter(|_| state.ended)?;
+        Some(Outgoing(Source::Held { chunks, left: state.taken }))
+    }
+
+    /// Whether the whole body was taken.
+    pub(super) fn ended(&self) -> bool {
+        lock(&self.state).ended
+    }
+
+    /// Bytes taken so far, and whether that was all.
+    pub(super) fn taken(&self) -> (u64, bool) {
+        let state = lock(&self.state);
+        (state.taken, state.ended)
+    }
+
+    fn pass(&self, data: &Bytes, limit: u64, last: bool) -> Result<(), BodyError> {
+        let mut state = lock(&self.state);
+        state.taken += data.len() as u64;
+        state.ended = last;
+        if state.taken > limit {
+            return Err(BodyError::TooLarge);
+        }
+        if state.taken > self.limit as u64 {
+            state.chunks = None;
+        } else if let Some(chunks) = &mut state.chunks {
+            chunks.push_back(data.clone());
+        }
+        Ok(())
+    }
+}
+
+impl Body for Outgoing {
+    type Data = Bytes;
+    type Error = BodyError;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        match &mut self.0 {
+            Source::Nothing => Poll::Ready(None),
+            Source::Held { chunks, left } => {
+                let chunk = chunks.pop_front();
+                *left -= chunk.as_ref().map_or(0, |chunk| chunk.len() as u64);
+                Poll::Ready(chunk.map(|chunk| Ok(Frame::data(chunk))))
+            }
+            Source::Caller { incoming, held, limit, stall } => {
+                let Poll::Ready(frame) = Pin::new(&mut *incoming).poll_frame(cx) else {
+                    ready!(stall.get_or_insert_with(|| Box::pin(sleep(STALL))).as_mut().poll(cx));
+                    return Poll::Ready(Some(Err(BodyError::Stalled)));
+                };
+                *stall = None;
+                let data = match frame {
+                    Some(Err(_)) => return Poll::Ready(Some(Err(BodyError::Broken))),
+                    // Anything but data is a trailer, and the last frame.
+                    Some(Ok(frame)) => frame.into_data().unwrap_or_default(),
+                    None => Bytes::new(),
+                };
+                let last = data.is_empty() || incoming.is_end_stream();
+                Poll::Ready(match held.pass(&data, *limit, last) {
+                    Err(error) => Some(Err(error)),
+                    Ok(()) if data.is_empty() => None,
+                    Ok(()) => Some(Ok(Frame::data(data))),
+                })
+            }
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match &self.0 {
+            Source::Nothing => true,
+            Source::Held { chunks, .. } => chunks.is_empty(),
+            Source::Caller { incoming, .. } => incoming.is_end_stream(),
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match &self.0 {
+            Source::Nothing => SizeHint::with_exact(0),
+            Source::Held { left, .. } => SizeHint::with_exact(*left),
+            Source::Caller { incoming, .. } => incoming.size_hint(),
+        }
+    }
+}
