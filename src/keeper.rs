@@ -1,16 +1,432 @@
 //! Who holds which token.
+//!
+//! Callers wait, workers work: a renewal is a task of its own, one per user at a time (a *flight*), and whoever wants its
+//! result subscribes. A caller that hangs up takes nothing down. What a flight decides is pure ([`Held::next`]); what it
+//! found is stored before it is published, and dropped where the grant changed meanwhile (logout, a new login).
+//!
+//! The hot path, [`Keeper::bearer`] with a token that has enough of its life left, takes no lock that a renewal holds.
 
+mod agenda;
+mod entry;
+mod flight;
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
+
+use http::HeaderValue;
+use jiff::{SignedDuration, Timestamp};
+use sha2::{Digest, Sha256};
+use tokio::sync::mpsc;
+use tokio::time::{Instant, timeout, timeout_at};
+use tokio_util::task::TaskTracker;
+
+use crate::account::UserId;
+use crate::clock::Clock;
+use crate::lwa::Lwa;
+use crate::metrics::{Metrics, UserHealth};
+use crate::store::{StoreError, TokenStore};
+use crate::token::{Cure, Grant, Held, Policy, RefreshToken, State};
+use agenda::Agenda;
+use entry::Entry;
+use flight::Why;
 
 /// When tokens are renewed (contract, section 5).
 #[derive(Clone, Debug)]
 pub struct Settings {
     /// `refresh.margin`, `refresh.ahead`, `refresh.idle_after`.
-    pub policy: crate::token::Policy,
+    pub policy: Policy,
     /// `refresh.sweep`: how often all users are looked at, so that none is missed.
     pub sweep: Duration,
     /// `refresh.concurrency`: background renewals at once.
     pub concurrency: usize,
     /// `amazon.refresh_token`: adopted as user `default`.
-    pub adopt: Option<crate::token::RefreshToken>,
+    pub adopt: Option<RefreshToken>,
+}
+
+/// While their token lives, callers wait no longer than this for its renewal.
+const WAIT_LIVING: Duration = Duration::from_secs(1);
+/// Without a living token they wait for the token call, which ends within 10 s by itself, and a little more.
+const WAIT_DEAD: Duration = Duration::from_secs(12);
+/// A caller waits out the pause behind a failed renewal if it is no longer than this, and this many failures long; then
+/// LWA is taken to be down, and callers are told so at once.
+const PATIENCE: Duration = Duration::from_millis(1500);
+const PATIENT_ATTEMPTS: u32 = 2;
+/// Two forced refreshes of one user are at least this far apart.
+const FORCED_SPACING: SignedDuration = SignedDuration::from_secs(30);
+/// The note under which the hash of the `amazon.refresh_token` adopted last is stored.
+const ADOPTED: &str = "adopted_refresh_token";
+
+/// Keeps every user's tokens alive. Cloning gives another handle to the same keeper.
+#[derive(Clone, Debug)]
+pub struct Keeper(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    settings: Settings,
+    store: TokenStore,
+    lwa: Lwa,
+    clock: Clock,
+    metrics: Arc<Metrics>,
+    users: RwLock<HashMap<UserId, Arc<Entry>>>,
+    /// Users whose schedule changed.
+    agenda: mpsc::UnboundedSender<Arc<Entry>>,
+    /// Flights, so that a shutdown waits for them.
+    flights: TaskTracker,
+    /// Grants that are newer in memory than on disk.
+    unsaved: AtomicUsize,
+}
+
+/// Why there is no token for a caller.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum TokenError {
+    /// The user has no usable grant.
+    LoginRequired {
+        /// `no_grant`, or LWA's error code.
+        reason: &'static str,
+    },
+    /// There is a grant, and no living token could be had.
+    Unavailable {
+        /// Why the last renewal failed.
+        code: &'static str,
+        /// Whose turn it is.
+        cure: Cure,
+        /// When the next try is due.
+        retry_after: Duration,
+    },
+}
+
+/// What the status endpoint tells about a user; never a token.
+#[derive(Clone, Debug, serde::Serialize)]
+pub struct Status {
+    /// Who.
+    pub user_id: UserId,
+    /// In which state.
+    pub state: State,
+    /// When the access token ends.
+    pub expires_at: Option<Timestamp>,
+    /// When the tokens last changed.
+    pub updated_at: Option<Timestamp>,
+    /// When a person consented, where that is known.
+    pub consented_at: Option<Timestamp>,
+    /// When that consent ends.
+    pub consent_expires_at: Option<Timestamp>,
+    /// Why the last renewal failed.
+    pub last_error: Option<&'static str>,
+    /// When the next renewal is due in the background.
+    pub next_refresh_at: Option<Timestamp>,
+}
+
+/// The background's part: run it beside the doors.
+#[derive(Debug)]
+pub struct Background {
+    keeper: Keeper,
+    agenda: Agenda,
+}
+
+impl Keeper {
+    /// Takes charge of `grants`, as the store held them.
+    pub fn new(
+        settings: Settings,
+        store: TokenStore,
+        grants: impl IntoIterator<Item = (UserId, Grant)>,
+        lwa: Lwa,
+        clock: Clock,
+        metrics: Arc<Metrics>,
+    ) -> (Self, Background) {
+        let (agenda, changes) = mpsc::unbounded_channel();
+        let users = grants.into_iter().map(|(user, grant)| (user.clone(), Arc::new(Entry::new(user, Some(grant)))));
+        let keeper = Self(Arc::new(Inner {
+            users: RwLock::new(users.collect()),
+            settings,
+            store,
+            lwa,
+            clock,
+            metrics,
+            agenda,
+            flights: TaskTracker::new(),
+            unsaved: AtomicUsize::new(0),
+        }));
+        let agenda = Agenda::new(changes);
+        (keeper.clone(), Background { keeper, agenda })
+    }
+
+    /// `Bearer <token>` for a call on behalf of `user`, renewed first if need be.
+    pub async fn bearer(&self, user: &UserId) -> Result<HeaderValue, TokenError> {
+        let entry = self.entry(user).ok_or(TokenError::LoginRequired { reason: "no_grant" })?;
+        let now = self.0.clock.now();
+        entry.mark_used(now);
+        let held = entry.held();
+        match held.living(now) {
+            Some(access) if !held.expiring(self.policy(), now) => Ok(access.token.bearer().clone()),
+            _ => Box::pin(self.renewed_bearer(&entry)).await,
+        }
+    }
+
+    /// The slow half of [`bearer`](Self::bearer): little or nothing is left of the token's life.
+    async fn renewed_bearer(&self, entry: &Arc<Entry>) -> Result<HeaderValue, TokenError> {
+        let begun = Instant::now();
+        loop {
+            let changed = entry.changed();
+            let held = entry.held().clone();
+            let now = self.0.clock.now();
+            if let Some(access) = held.living(now) {
+                let enough = !held.expiring(self.policy(), now) || held.backs_off(now);
+                if enough || begun.elapsed() >= WAIT_LIVING {
+                    return Ok(access.token.bearer().clone());
+                }
+                self.fly(entry, Why::OnDemand);
+                let _ = timeout_at(begun + WAIT_LIVING, changed.wait()).await;
+                continue;
+            }
+            match &*held {
+                Held::Nothing => return Err(TokenError::LoginRequired { reason: "no_grant" }),
+                Held::LoginRequired { reason, retry_at, .. } if now < *retry_at => {
+                    return Err(TokenError::LoginRequired { reason });
+                }
+                Held::Failing { failure, attempts, retry_at, .. } if now < *retry_at => {
+                    let pause = Duration::try_from(retry_at.duration_since(now)).unwrap_or_default();
+                    if *attempts > PATIENT_ATTEMPTS || pause > PATIENCE || begun.elapsed() > WAIT_DEAD {
+                        let (code, cure) = (failure.code, failure.cure);
+                        return Err(TokenError::Unavailable { code, cure, retry_after: pause });
+                    }
+                    tokio::select! {
+                        _ = timeout(PATIENCE, self.0.clock.sleep_until(*retry_at)) => {}
+                        () = changed.wait() => {}
+                    }
+                }
+                _ => {
+                    self.fly(entry, Why::OnDemand);
+                    if timeout_at(begun + WAIT_DEAD, changed.wait()).await.is_err() {
+                        return Err(TokenError::Unavailable {
+                            code: "timeout",
+                            cure: Cure::Time,
+                            retry_after: Duration::from_secs(1),
+                        });
+                    }
+                }
+            }
+        }
+    }
+
+    /// Amazon refused `bearer` though it lives: a different token to try with, or `None` where there is none to be had,
+    /// and Amazon's answer stands. One forced refresh serves all who ask while it runs.
+    pub async fn distrust(&self, user: &UserId, bearer: &HeaderValue) -> Option<HeaderValue> {
+        let entry = self.entry(user)?;
+        let changed = entry.changed();
+        if let Some(other) = self.other_than(&entry, bearer) {
+            return Some(other);
+        }
+        let now = self.0.clock.now();
+        if !entry.is_flying() && (entry.held().backs_off(now) || !entry.may_force(now, FORCED_SPACING)) {
+            return None;
+        }
+        self.fly(&entry, Why::Distrusted(bearer.clone()));
+        let _ = timeout(WAIT_DEAD, changed.wait()).await;
+        self.other_than(&entry, bearer)
+    }
+
+    fn other_than(&self, entry: &Entry, bearer: &HeaderValue) -> Option<HeaderValue> {
+        let held = entry.held();
+        let access = held.living(self.0.clock.now())?;
+        Some(access.token.bearer()).filter(|living| *living != bearer).cloned()
+    }
+
+    /// Whether the token of `user` ends within the margin, or has ended.
+    pub fn near_expiry(&self, user: &UserId) -> bool {
+        self.entry(user).is_some_and(|entry| entry.held().expiring(self.policy(), self.0.clock.now()))
+    }
+
+    /// Refreshes `user` now, whatever is left of the token, or joins the refresh that is running.
+    pub async fn refresh(&self, user: &UserId) -> Result<Status, TokenError> {
+        let no_grant = TokenError::LoginRequired { reason: "no_grant" };
+        let entry = self.entry(user).ok_or(no_grant.clone())?;
+        let held = entry.held().clone();
+        if let Held::Failing { retry_at, .. } = &*held {
+            let _ = timeout(PATIENCE, self.0.clock.sleep_until(*retry_at)).await;
+        }
+        let changed = entry.changed();
+        if !entry.held().backs_off(self.0.clock.now()) {
+            self.fly(&entry, Why::Asked);
+            let _ = timeout(WAIT_DEAD, changed.wait()).await;
+        }
+        match &**entry.held() {
+            Held::Nothing => Err(no_grant),
+            Held::LoginRequired { reason, .. } => Err(TokenError::LoginRequired { reason }),
+            Held::Fresh(_) | Held::Failing { .. } => Ok(self.tell(&entry)),
+        }
+    }
+
+    /// Takes `grant` into use for `user`, in place of whatever there was. Returns once it is stored.
+    pub async fn adopt(&self, user: &UserId, mut grant: Grant) -> Result<Status, StoreError> {
+        let entry = self.entry_or_new(user);
+        let _write = entry.write().await;
+        grant.generation = entry.next_generation();
+        grant.used_at = Some(self.0.clock.now());
+        self.timed("put", self.0.store.save(user, &grant, None)).await?;
+        entry.mark_used(self.0.clock.now());
+        self.publish(&entry, Held::Fresh(Arc::new(grant)));
+        tracing::info!(%user, "grant stored");
+        Ok(self.tell(&entry))
+    }
+
+    /// Wipes the tokens of `user`. Returns once they are gone from the disk; `false` where there were none.
+    pub async fn forget(&self, user: &UserId) -> Result<bool, StoreError> {
+        let Some(entry) = self.entry(user) else {
+            // A record that does not decrypt is no entry, and a logout means it too.
+            return self.timed("erase", self.0.store.erase(user)).await;
+        };
+        let _write = entry.write().await;
+        let erased = self.timed("erase", self.0.store.erase(user)).await?;
+        let held = entry.held().grant().is_some();
+        self.publish(&entry, Held::Nothing);
+        tracing::info!(%user, "logged out");
+        Ok(erased || held)
+    }
+
+    /// The status of `user`, who may be unknown.
+    pub fn status(&self, user: &UserId) -> Status {
+        match self.entry(user) {
+            Some(entry) => self.tell(&entry),
+            None => self.tell(&Entry::new(user.clone(), None)),
+        }
+    }
+
+    /// The status of every user with a grant, by name.
+    pub fn statuses(&self) -> Vec<Status> {
+        let mut statuses: Vec<_> = self.entries().iter().map(|entry| self.tell(entry)).collect();
+        statuses.retain(|status| status.state != State::None);
+        statuses.sort_by(|a, b| a.user_id.cmp(&b.user_id));
+        statuses
+    }
+
+    /// The health of every user with a grant, for the metrics.
+    pub fn health(&self) -> Vec<UserHealth> {
+        let seconds = |at: Timestamp| at.as_duration().as_secs_f64();
+        let entries = self.entries();
+        let known = entries.iter().filter_map(|entry| {
+            let held = entry.held();
+            let status = self.tell(entry);
+            let idle = status.state == State::Idle;
+            (status.state != State::None).then(|| UserHealth {
+                user: status.user_id.to_string(),
+                state: status.state,
+                token_expiry: status.expires_at.filter(|_| !idle).map(seconds),
+                last_refresh: status.expires_at.and(status.updated_at).filter(|_| !idle).map(seconds),
+                consent_expiry: status.consent_expires_at.map(seconds),
+                login_reason: match &**held {
+                    Held::LoginRequired { reason, .. } => Some(reason),
+                    _ => None,
+                },
+            })
+        });
+        known.collect()
+    }
+
+    /// Whether everything in memory is on disk and the store works.
+    pub fn stored(&self) -> bool {
+        self.0.unsaved.load(Relaxed) == 0 && self.0.store.health().up
+    }
+
+    /// Adopts `amazon.refresh_token` as user `default`, unless it is the one adopted last, or that user has a usable
+    /// grant.
+    pub async fn adopt_configured(&self) -> Result<(), StoreError> {
+        let Some(token) = &self.0.settings.adopt else { return Ok(()) };
+        let user = UserId::default();
+        let hash = fingerprint(token);
+        let usable =
+            self.entry(&user).is_some_and(|entry| matches!(&**entry.held(), Held::Fresh(_) | Held::Failing { .. }));
+        if usable || self.0.store.note(ADOPTED).await?.as_ref() == Some(&hash) {
+            return Ok(());
+        }
+        let grant = Grant {
+            refresh_token: token.clone(),
+            access: None,
+            updated_at: self.0.clock.now(),
+            consented_at: None,
+            used_at: None,
+            scope: None,
+            generation: 0,
+        };
+        self.adopt(&user, grant).await?;
+        self.0.store.set_note(ADOPTED, hash).await
+    }
+
+    /// Waits for what is in flight, so that no answer of LWA is lost, and for what is not on disk yet.
+    pub async fn settle(&self) {
+        self.0.flights.close();
+        self.0.flights.wait().await;
+    }
+
+    fn tell(&self, entry: &Entry) -> Status {
+        let held = entry.held();
+        let grant = held.grant();
+        let used_at = entry.used_at();
+        Status {
+            user_id: entry.user.clone(),
+            state: held.state(self.policy(), used_at, self.0.clock.now()),
+            expires_at: grant.and_then(|grant| grant.access.as_ref()).map(|access| access.expires_at),
+            updated_at: grant.map(|grant| grant.updated_at),
+            consented_at: grant.and_then(|grant| grant.consented_at),
+            consent_expires_at: grant.and_then(|grant| grant.consent_expires_at()),
+            last_error: match &**held {
+                Held::Failing { failure, .. } => Some(failure.code),
+                Held::LoginRequired { reason, .. } => Some(reason),
+                Held::Nothing | Held::Fresh(_) => None,
+            },
+            next_refresh_at: held.due(self.policy(), used_at, entry.dice()),
+        }
+    }
+
+    /// Makes `held` what everybody sees, and plans its next renewal.
+    fn publish(&self, entry: &Arc<Entry>, held: Held) {
+        entry.set(held);
+        // The background is gone only when the process is about to be.
+        let _ = self.0.agenda.send(entry.clone());
+    }
+
+    async fn timed<T>(
+        &self,
+        op: &str,
+        operation: impl Future<Output = Result<T, StoreError>>,
+    ) -> Result<T, StoreError> {
+        let begun = std::time::Instant::now();
+        let result = operation.await;
+        self.0.metrics.store_operation(op, begun.elapsed(), result.is_ok());
+        if let Err(error) = &result {
+            tracing::error!(%error, op, "the store failed");
+        }
+        result
+    }
+
+    fn policy(&self) -> Policy {
+        self.0.settings.policy
+    }
+
+    fn entry(&self, user: &UserId) -> Option<Arc<Entry>> {
+        self.0.users.read().unwrap_or_else(PoisonError::into_inner).get(user).cloned()
+    }
+
+    /// Entries are never removed: a flight that ends after a logout and a new login must find the same one.
+    fn entry_or_new(&self, user: &UserId) -> Arc<Entry> {
+        let mut users = self.0.users.write().unwrap_or_else(PoisonError::into_inner);
+        users.entry(user.clone()).or_insert_with(|| Arc::new(Entry::new(user.clone(), None))).clone()
+    }
+
+    fn entries(&self) -> Vec<Arc<Entry>> {
+        self.0.users.read().unwrap_or_else(PoisonError::into_inner).values().cloned().collect()
+    }
+}
+
+impl Background {
+    /// Renews tokens before anybody needs them, for as long as it runs.
+    pub async fn run(self) {
+        self.agenda.run(&self.keeper).await;
+    }
+}
+
+/// Tells refresh tokens apart without holding one.
+fn fingerprint(token: &RefreshToken) -> String {
+    Sha256::digest(token.secret().expose().as_bytes()).iter().map(|byte| format!("{byte:02x}")).collect()
 }

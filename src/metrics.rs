@@ -1,8 +1,290 @@
-//! What Prometheus scrapes.
+//! What Prometheus scrapes. Nothing that a caller can invent (a path, a query, a header) becomes a label.
+
+use std::sync::Mutex;
+use std::time::Duration;
+
+use prometheus::core::Collector;
+use prometheus::{
+    Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
+    Registry, TextEncoder,
+};
+
+use crate::token::State;
 
 /// Bounds on what is exported.
 #[derive(Clone, Copy, Debug)]
 pub struct Settings {
     /// `metrics.max_user_series`: beyond it users fold into `other`.
     pub max_user_series: usize,
+}
+
+/// Seconds; from what a local cache could answer to the default response timeout.
+const DURATIONS: &[f64] = &[0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0];
+/// Seconds; a sled commit takes about a millisecond.
+const STORE_DURATIONS: &[f64] = &[0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 2.0];
+/// The user under which all beyond `max_user_series` are counted.
+const OTHER: &str = "other";
+
+/// All metrics. Those about users are set anew at each scrape, so that none can be stale.
+#[derive(Debug)]
+#[allow(missing_docs, reason = "each field is the metric of its name in the contract, section 7")]
+pub struct Metrics {
+    registry: Registry,
+    settings: Settings,
+    scrape: Mutex<()>,
+    pub requests: IntCounterVec,
+    pub request_duration: HistogramVec,
+    pub upstream_duration: HistogramVec,
+    pub in_flight: IntGauge,
+    pub connections: IntGaugeVec,
+    pub replays: IntCounter,
+    pub upstream_unauthorized: IntCounterVec,
+    pub unknown_family: IntCounter,
+    pub token_refresh: IntCounterVec,
+    pub token_refresh_duration: Histogram,
+    pub store_up: IntGauge,
+    pub store_operation_duration: HistogramVec,
+    pub store_errors: IntCounterVec,
+    pub guard_denied: IntCounterVec,
+    token_expiry: GaugeVec,
+    token_last_refresh: GaugeVec,
+    consent_expiry: GaugeVec,
+    login_required: IntGaugeVec,
+    users: IntGaugeVec,
+}
+
+/// One user's health at the instant of a scrape. Times are seconds since 1970.
+#[derive(Clone, Debug)]
+pub struct UserHealth {
+    /// Who.
+    pub user: String,
+    /// In which state.
+    pub state: State,
+    /// When the token ends; absent for idle users.
+    pub token_expiry: Option<f64>,
+    /// When it was renewed; absent for idle users.
+    pub last_refresh: Option<f64>,
+    /// When the consent ends, where its date is known.
+    pub consent_expiry: Option<f64>,
+    /// Why the user has to log in again, if so.
+    pub login_reason: Option<&'static str>,
+}
+
+impl Metrics {
+    /// Registers everything. `started_at` is seconds since 1970.
+    pub fn new(settings: Settings, started_at: f64) -> Result<Self, prometheus::Error> {
+        let registry = Registry::new_custom(Some("adsidecar".into()), None)?;
+        let r = &registry;
+        let build = add(r, IntGaugeVec::new(Opts::new("build_info", "The running version; always 1"), &["version"])?)?;
+        build.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
+        let reloaded = "When the configuration was last read, in seconds since 1970";
+        add(r, Gauge::new("config_reload_timestamp_seconds", reloaded)?)?.set(started_at);
+        add(r, IntGauge::new("config_reload_success", "Whether the last reading of the configuration went well")?)?
+            .set(1);
+        #[cfg(target_os = "linux")]
+        let process = prometheus::process_collector::ProcessCollector::for_self();
+        let metrics = Self {
+            settings,
+            scrape: Mutex::default(),
+            requests: counters(
+                r,
+                "requests_total",
+                "Calls on the proxy door, by who answered",
+                &["account", "region", "method", "status", "source"],
+            )?,
+            request_duration: histograms(
+                r,
+                "request_duration_seconds",
+                "From a call's head to its answer's head",
+                &["source"],
+                DURATIONS,
+            )?,
+            upstream_duration: histograms(
+                r,
+                "upstream_duration_seconds",
+                "From sending a call to the head of Amazon's answer",
+                &["region"],
+                DURATIONS,
+            )?,
+            in_flight: add(r, IntGauge::new("requests_in_flight", "Calls whose answer has not passed whole")?)?,
+            connections: gauges(r, "connections", "Open connections", &["door"])?,
+            replays: add(r, IntCounter::new("replays_total", "Calls sent once more with a new token")?)?,
+            upstream_unauthorized: counters(
+                r,
+                "upstream_unauthorized_total",
+                "401 from Amazon, by what it meant",
+                &["cause"],
+            )?,
+            unknown_family: add(r, IntCounter::new("unknown_family_total", "Calls to a path of no known family")?)?,
+            token_refresh: counters(
+                r,
+                "token_refresh_total",
+                "Token calls for renewal, by result and reason",
+                &["result", "reason"],
+            )?,
+            token_refresh_duration: add(
+                r,
+                Histogram::with_opts(
+                    HistogramOpts::new("token_refresh_duration_seconds", "Token calls for renewal")
+                        .buckets(DURATIONS.to_vec()),
+                )?,
+            )?,
+            store_up: add(r, IntGauge::new("store_up", "Whether the store works")?)?,
+            store_operation_duration: histograms(
+                r,
+                "store_operation_duration_seconds",
+                "Operations of the store",
+                &["op"],
+                STORE_DURATIONS,
+            )?,
+            store_errors: counters(r, "store_errors_total", "Failed operations of the store", &["op"])?,
+            guard_denied: counters(r, "guard_denied_total", "Requests refused at a door", &["reason"])?,
+            token_expiry: floats(r, "token_expiry_timestamp_seconds", "When the access token ends", &["user"])?,
+            token_last_refresh: floats(
+                r,
+                "token_last_refresh_timestamp_seconds",
+                "When the tokens last changed",
+                &["user"],
+            )?,
+            consent_expiry: floats(r, "consent_expiry_timestamp_seconds", "When the consent ends", &["user"])?,
+            login_required: gauges(r, "login_required", "Whether the user has to log in again", &["user", "reason"])?,
+            users: gauges(r, "users", "Users by state", &["state"])?,
+            registry,
+        };
+        #[cfg(target_os = "linux")]
+        metrics.registry.register(Box::new(process))?;
+        Ok(metrics)
+    }
+
+    /// The text format, with the users as they are now.
+    pub fn render(&self, mut users: Vec<UserHealth>) -> Result<String, prometheus::Error> {
+        // One scrape at a time: the series of users are taken down and set up again.
+        let _one = self.scrape.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        for gauges in [&self.token_expiry, &self.token_last_refresh, &self.consent_expiry] {
+            gauges.reset();
+        }
+        self.login_required.reset();
+        for state in State::KNOWN {
+            let count = users.iter().filter(|user| user.state == state).count();
+            self.users.with_label_values(&[state.as_str()]).set(i64::try_from(count).unwrap_or(i64::MAX));
+        }
+        users.sort_by(|a, b| a.user.cmp(&b.user));
+        let shown = users.len().min(self.settings.max_user_series);
+        for user in &users[..shown] {
+            self.show(&user.user, user);
+        }
+        if let Some(worst) = worst(&users[shown..]) {
+            self.show(OTHER, &worst);
+        }
+        TextEncoder::new().encode_to_string(&self.registry.gather())
+    }
+
+    fn show(&self, label: &str, user: &UserHealth) {
+        let times = [
+            (&self.token_expiry, user.token_expiry),
+            (&self.token_last_refresh, user.last_refresh),
+            (&self.consent_expiry, user.consent_expiry),
+        ];
+        for (gauge, time) in times {
+            if let Some(time) = time {
+                gauge.with_label_values(&[label]).set(time);
+            }
+        }
+        let required = i64::from(user.login_reason.is_some());
+        self.login_required.with_label_values(&[label, user.login_reason.unwrap_or_default()]).set(required);
+    }
+
+    /// Counts one operation of the store.
+    pub fn store_operation(&self, op: &str, took: Duration, went_well: bool) {
+        self.store_operation_duration.with_label_values(&[op]).observe(took.as_secs_f64());
+        if !went_well {
+            self.store_errors.with_label_values(&[op]).inc();
+        }
+    }
+}
+
+/// The earliest times and any reason to log in among `users`, for the series that stands for all of them.
+fn worst(users: &[UserHealth]) -> Option<UserHealth> {
+    let earliest = |time: fn(&UserHealth) -> Option<f64>| users.iter().filter_map(time).reduce(f64::min);
+    let first = users.first()?;
+    Some(UserHealth {
+        user: OTHER.to_owned(),
+        state: first.state,
+        token_expiry: earliest(|user| user.token_expiry),
+        last_refresh: earliest(|user| user.last_refresh),
+        consent_expiry: earliest(|user| user.consent_expiry),
+        login_reason: users.iter().find_map(|user| user.login_reason),
+    })
+}
+
+fn add<C: Collector + Clone + 'static>(registry: &Registry, collector: C) -> Result<C, prometheus::Error> {
+    registry.register(Box::new(collector.clone()))?;
+    Ok(collector)
+}
+
+fn counters(registry: &Registry, name: &str, help: &str, labels: &[&str]) -> Result<IntCounterVec, prometheus::Error> {
+    add(registry, IntCounterVec::new(Opts::new(name, help), labels)?)
+}
+
+fn gauges(registry: &Registry, name: &str, help: &str, labels: &[&str]) -> Result<IntGaugeVec, prometheus::Error> {
+    add(registry, IntGaugeVec::new(Opts::new(name, help), labels)?)
+}
+
+fn floats(registry: &Registry, name: &str, help: &str, labels: &[&str]) -> Result<GaugeVec, prometheus::Error> {
+    add(registry, GaugeVec::new(Opts::new(name, help), labels)?)
+}
+
+fn histograms(
+    registry: &Registry,
+    name: &str,
+    help: &str,
+    labels: &[&str],
+    buckets: &[f64],
+) -> Result<HistogramVec, prometheus::Error> {
+    add(registry, HistogramVec::new(HistogramOpts::new(name, help).buckets(buckets.to_vec()), labels)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn user(name: &str, expiry: f64, reason: Option<&'static str>) -> UserHealth {
+        UserHealth {
+            user: name.into(),
+            state: if reason.is_some() { State::LoginRequired } else { State::Fresh },
+            token_expiry: Some(expiry),
+            last_refresh: Some(expiry - 3600.0),
+            consent_expiry: None,
+            login_reason: reason,
+        }
+    }
+
+    #[test]
+    fn users_beyond_the_bound_fold_into_one_series_that_tells_the_worst() {
+        let metrics = Metrics::new(Settings { max_user_series: 2 }, 0.0).unwrap();
+        let users = vec![
+            user("d", 3000.0, Some("invalid_grant")),
+            user("a", 9000.0, None),
+            user("c", 2000.0, None),
+            user("b", 1000.0, None),
+        ];
+        let text = metrics.render(users).unwrap();
+        assert!(text.contains("adsidecar_token_expiry_timestamp_seconds{user=\"a\"} 9000"));
+        assert!(text.contains("adsidecar_token_expiry_timestamp_seconds{user=\"b\"} 1000"));
+        assert!(text.contains("adsidecar_token_expiry_timestamp_seconds{user=\"other\"} 2000"));
+        assert!(!text.contains("user=\"c\""));
+        assert!(text.contains("adsidecar_login_required{reason=\"invalid_grant\",user=\"other\"} 1"));
+        assert!(text.contains("adsidecar_login_required{reason=\"\",user=\"a\"} 0"));
+        assert!(text.contains("adsidecar_users{state=\"fresh\"} 3"));
+        assert!(text.contains("adsidecar_users{state=\"login_required\"} 1"));
+    }
+
+    #[test]
+    fn a_user_who_is_gone_leaves_no_series() {
+        let metrics = Metrics::new(Settings { max_user_series: 10 }, 0.0).unwrap();
+        metrics.render(vec![user("a", 1.0, None)]).unwrap();
+        let text = metrics.render(Vec::new()).unwrap();
+        assert!(!text.contains("user=\"a\""));
+        assert!(text.contains("adsidecar_users{state=\"fresh\"} 0"));
+    }
 }

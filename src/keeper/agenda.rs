@@ -1,0 +1,108 @@
+//! When which user is renewed in the background.
+
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
+use std::sync::{Arc, PoisonError};
+
+use jiff::Timestamp;
+use tokio::sync::{Semaphore, mpsc};
+
+use super::Keeper;
+use super::entry::Entry;
+use super::flight::Why;
+
+/// A heap of plans. A plan is void once its user has another; the sweep plans everybody anew, so that a lost one is
+/// found again.
+#[derive(Debug)]
+pub(super) struct Agenda {
+    changes: mpsc::UnboundedReceiver<Arc<Entry>>,
+    plans: BinaryHeap<Reverse<Plan>>,
+}
+
+#[derive(Debug)]
+struct Plan {
+    due: Timestamp,
+    entry: Arc<Entry>,
+}
+
+impl Agenda {
+    pub(super) fn new(changes: mpsc::UnboundedReceiver<Arc<Entry>>) -> Self {
+        Self { changes, plans: BinaryHeap::new() }
+    }
+
+    pub(super) async fn run(mut self, keeper: &Keeper) {
+        let permits = Arc::new(Semaphore::new(keeper.0.settings.concurrency));
+        let clock = keeper.0.clock.clone();
+        let mut next_sweep = clock.now();
+        loop {
+            if clock.now() >= next_sweep {
+                keeper.entries().into_iter().for_each(|entry| self.plan(keeper, entry));
+                next_sweep = clock.now() + keeper.0.settings.sweep;
+            }
+            let wake = self.plans.peek().map_or(next_sweep, |Reverse(plan)| plan.due.min(next_sweep));
+            tokio::select! {
+                changed = self.changes.recv() => match changed {
+                    Some(entry) => self.plan(keeper, entry),
+                    None => return,
+                },
+                () = clock.sleep_until(wake) => {
+                    let Some(entry) = self.pop(clock.now()) else { continue };
+                    // Closed never.
+                    let Ok(permit) = permits.clone().acquire_owned().await else { return };
+                    let keeper = keeper.clone();
+                    keeper.0.flights.clone().spawn(async move {
+                        keeper.fly_and_wait(&entry, Why::Due).await;
+                        // Where it flew already, or was not wanted, nothing else plans it again.
+                        let _ = keeper.0.agenda.send(entry);
+                        drop(permit);
+                    });
+                }
+            }
+        }
+    }
+
+    fn plan(&mut self, keeper: &Keeper, entry: Arc<Entry>) {
+        let due = entry.held().due(keeper.policy(), entry.used_at(), entry.dice());
+        let mut planned = entry.planned.lock().unwrap_or_else(PoisonError::into_inner);
+        if *planned != due {
+            *planned = due;
+            drop(planned);
+            self.plans.extend(due.map(|due| Reverse(Plan { due, entry })));
+        }
+    }
+
+    /// The user whose plan is due, if it still is one.
+    fn pop(&mut self, now: Timestamp) -> Option<Arc<Entry>> {
+        if self.plans.peek().is_none_or(|Reverse(plan)| plan.due > now) {
+            return None;
+        }
+        let Reverse(Plan { due, entry }) = self.plans.pop()?;
+        let mut planned = entry.planned.lock().unwrap_or_else(PoisonError::into_inner);
+        let valid = *planned == Some(due);
+        if valid {
+            *planned = None;
+        }
+        drop(planned);
+        valid.then_some(entry)
+    }
+}
+
+impl PartialEq for Plan {
+    fn eq(&self, other: &Self) -> bool {
+        self.due == other.due
+    }
+}
+
+impl Eq for Plan {}
+
+impl PartialOrd for Plan {
+    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl Ord for Plan {
+    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
+        self.due.cmp(&other.due)
+    }
+}

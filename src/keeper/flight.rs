@@ -1,0 +1,188 @@
+//! One renewal, from the decision to the disk: a task of its own that no caller can cancel.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::Duration;
+
+use http::HeaderValue;
+
+use super::entry::Entry;
+use super::{Held, Keeper};
+use crate::lwa::LwaError;
+use crate::store::StoreError;
+use crate::token::{Cure, Failure, Grant, Outcome, Tokens};
+
+/// While a grant is newer in memory than on disk, storing it is tried again this often.
+const STORE_RETRY: Duration = Duration::from_secs(1);
+
+/// Who wants a renewal.
+#[derive(Clone, Debug)]
+pub(super) enum Why {
+    /// The background, because it is due.
+    Due,
+    /// A caller, because little or nothing is left of the token's life.
+    OnDemand,
+    /// Amazon refused this token.
+    Distrusted(HeaderValue),
+    /// Somebody asked for it.
+    Asked,
+}
+
+/// Ends the flight however it ends, by panic too, and wakes those who wait for it.
+struct Flight {
+    keeper: Keeper,
+    entry: Arc<Entry>,
+}
+
+impl Drop for Flight {
+    fn drop(&mut self) {
+        self.entry.land();
+    }
+}
+
+impl Keeper {
+    /// Renews in the background, unless that is happening already.
+    pub(super) fn fly(&self, entry: &Arc<Entry>, why: Why) {
+        if entry.take_off() {
+            let flight = Flight { keeper: self.clone(), entry: entry.clone() };
+            self.0.flights.spawn(async move { flight.run(why).await });
+        }
+    }
+
+    /// As [`fly`](Self::fly), and returns when the flight is over, also one that was under way.
+    pub(super) async fn fly_and_wait(&self, entry: &Arc<Entry>, why: Why) {
+        let changed = entry.changed();
+        if entry.take_off() {
+            Flight { keeper: self.clone(), entry: entry.clone() }.run(why).await;
+        } else {
+            changed.wait().await;
+        }
+    }
+}
+
+impl Flight {
+    async fn run(self, why: Why) {
+        let Some(grant) = self.wanted(&why) else { return };
+        let asked_at = self.keeper.0.clock.now();
+        let begun = std::time::Instant::now();
+        let answer = self.keeper.0.lwa.refresh(&grant.refresh_token).await;
+        self.keeper.0.metrics.token_refresh_duration.observe(begun.elapsed().as_secs_f64());
+        self.count(&answer);
+
+        let _write = self.entry.write().await;
+        let held = self.entry.held().clone();
+        if held.grant().is_none_or(|now| now.generation != grant.generation) {
+            tracing::info!(user = %self.entry.user, "renewal dropped: the grant was replaced or logged out meanwhile");
+            return;
+        }
+        let outcome = match answer {
+            // The life began when LWA made the token, which was not before it was asked.
+            Ok(tokens) => Outcome::Renewed(Arc::new(self.store(&grant, grant.renewed(tokens, asked_at)).await)),
+            Err(error) => outcome(error),
+        };
+        let next = held.next(outcome, self.keeper.0.clock.now(), dice());
+        self.log(&held, &next);
+        self.keeper.publish(&self.entry, next);
+    }
+
+    /// The grant to renew, if renewal is still wanted: a wake-up is a hint, and what it hinted at may be done.
+    fn wanted(&self, why: &Why) -> Option<Arc<Grant>> {
+        let held = self.entry.held();
+        let (now, policy) = (self.keeper.0.clock.now(), self.keeper.policy());
+        let wanted = match why {
+            Why::Due => held.due(policy, self.entry.used_at(), self.entry.dice()).is_some_and(|due| due <= now),
+            Why::OnDemand => held.expiring(policy, now),
+            Why::Distrusted(bearer) => held.living(now).is_some_and(|access| access.token.bearer() == bearer),
+            Why::Asked => true,
+        };
+        held.grant().filter(|_| wanted && !held.backs_off(now)).cloned()
+    }
+
+    /// Stores the renewed grant before anybody sees it. Where the disk does not take it, the grant is used all the same,
+    /// since losing it helps nobody, and storing it is tried until it succeeds.
+    async fn store(&self, before: &Grant, mut renewed: Grant) -> Grant {
+        renewed.used_at = Some(self.entry.used_at());
+        renewed.generation = self.entry.next_generation();
+        let (keeper, user) = (&self.keeper, &self.entry.user);
+        if let Err(error) = keeper.timed("put", keeper.0.store.save(user, &renewed, Some(before.generation))).await {
+            let rotated = renewed.refresh_token != before.refresh_token;
+            tracing::error!(%user, %error, rotated, "token_not_persisted: the renewed grant is in memory only, storing it is tried again");
+            keeper.0.unsaved.fetch_add(1, Relaxed);
+            keeper.0.flights.spawn(keep_storing(keeper.clone(), self.entry.clone(), renewed.clone()));
+        }
+        renewed
+    }
+
+    fn count(&self, answer: &Result<Tokens, LwaError>) {
+        let (result, reason) = match answer {
+            Ok(_) => ("success", ""),
+            Err(LwaError::TryLater { code, .. } | LwaError::Refused { code } | LwaError::Operator { code }) => {
+                ("failure", *code)
+            }
+        };
+        self.keeper.0.metrics.token_refresh.with_label_values(&[result, reason]).inc();
+        if let Err(error) = answer {
+            tracing::debug!(user = %self.entry.user, %error, "renewal failed");
+        }
+    }
+
+    /// One line per change of state.
+    fn log(&self, before: &Held, after: &Held) {
+        let user = &self.entry.user;
+        match (before, after) {
+            (Held::Fresh(_), Held::Fresh(_)) => tracing::debug!(%user, "token renewed"),
+            (_, Held::Fresh(_)) => tracing::info!(%user, "token renewed, trouble is over"),
+            (Held::Failing { failure: old, .. }, Held::Failing { failure, .. }) if old == failure => {}
+            (_, Held::Failing { failure, .. }) if failure.cure == Cure::Operator => {
+                tracing::error!(%user, code = failure.code, "Login with Amazon refuses the client: check amazon.client_id and amazon.client_secret");
+            }
+            (_, Held::Failing { failure, .. }) => {
+                tracing::warn!(%user, code = failure.code, "renewal failed, it is tried again; the token of before is served while it lives");
+            }
+            (Held::LoginRequired { .. }, Held::LoginRequired { .. }) => {}
+            (_, Held::LoginRequired { reason, .. }) => {
+                tracing::warn!(%user, reason, "Login with Amazon refuses the grant: the user has to log in again");
+            }
+            (_, Held::Nothing) => {}
+        }
+    }
+}
+
+/// Until the store has taken `grant`, or it is not the user's grant any more.
+async fn keep_storing(keeper: Keeper, entry: Arc<Entry>, grant: Grant) {
+    loop {
+        tokio::time::sleep(STORE_RETRY).await;
+        let _write = entry.write().await;
+        if entry.held().grant().is_none_or(|now| now.generation != grant.generation) {
+            break;
+        }
+        // Nobody else writes this user's record, so what is stored is what was stored before, or this grant.
+        match keeper.timed("put", keeper.0.store.save(&entry.user, &grant, None)).await {
+            Ok(()) => {
+                tracing::info!(user = %entry.user, "the renewed grant is on disk now");
+                break;
+            }
+            Err(StoreError::Closed) => break,
+            Err(_) => {}
+        }
+    }
+    keeper.0.unsaved.fetch_sub(1, Relaxed);
+}
+
+fn outcome(error: LwaError) -> Outcome {
+    match error {
+        LwaError::TryLater { code, retry_after, .. } => {
+            Outcome::Failed { failure: Failure { code, cure: Cure::Time }, retry_after }
+        }
+        LwaError::Operator { code } => {
+            Outcome::Failed { failure: Failure { code, cure: Cure::Operator }, retry_after: None }
+        }
+        LwaError::Refused { code } => Outcome::Refused(code),
+    }
+}
+
+/// In `0.0..1.0`.
+fn dice() -> f64 {
+    // Without randomness there is no jitter, which is no reason to fail.
+    getrandom::u64().map_or(0.5, |bits| (bits >> 11) as f64 / (1u64 << 53) as f64)
+}
