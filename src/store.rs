@@ -1,6 +1,40 @@
 //! Grants on disk.
+//!
+//! Two stores in one: a sled database, and beside it, in `<path>.copies/`, one small file per user. Every acknowledged
+//! write is in both, on disk. sled 0.34 has lost and refused whole databases; the copies hold what cannot be had again,
+//! the refresh tokens.
+//!
+//! # Which of the two is right
+//!
+//! A save commits to sled first and then writes the copy; an erasure deletes the copy first and then the record. So
+//! whatever instant a process dies at, a copy is never newer than its record and never without one. Where a copy *is*
+//! newer, or alone, sled has lost something (it was damaged, rolled back or deleted) and the copy is put back. A logout
+//! that was acknowledged has deleted the copy, on disk, so nothing can bring its grant back.
+//!
+//! # The key
+//!
+//! `<path>.copies/key` holds the fingerprint of the key that sealed last. It is compared before sled is opened, because
+//! sled writes to its directory whenever it opens: with a wrong key nothing is touched. A fingerprint, and not a sealed
+//! text, so that the error can name the key that is wanted.
 
+use std::collections::BTreeMap;
+use std::io;
 use std::path::PathBuf;
+use std::sync::Arc;
+
+use crate::account::UserId;
+use crate::keyring::{Fingerprint, Keyring};
+use crate::record::RecordError;
+use crate::token::Grant;
+
+mod copies;
+mod database;
+mod engine;
+mod files;
+mod worker;
+
+use engine::Resealed;
+use worker::Worker;
 
 /// Where grants are kept.
 #[derive(Clone, Debug)]
@@ -8,3 +42,208 @@ pub struct Settings {
     /// `store.path`: the directory of the sled database. Beside it lie `<path>.copies/`, the second copy per user.
     pub path: PathBuf,
 }
+
+/// The store of all grants. Cloning gives another handle to the same store.
+///
+/// Each operation answers within 2 s or fails with [`StoreError::Timeout`]. A write that timed out may still be done
+/// later; repeating the same [`save`](Self::save) is always right.
+#[derive(Clone, Debug)]
+pub enum TokenStore {
+    /// A directory of its own, for one process.
+    Sled(Worker),
+}
+
+/// What was found when the store was opened.
+#[derive(Debug, Default)]
+pub struct Opened {
+    /// All users. A record that yields no grant is kept as it is, and said to be so here.
+    pub users: Vec<(UserId, Result<Grant, RecordError>)>,
+    /// The database was damaged: it was moved here, and a new one was filled from the copies.
+    pub recovered: Option<PathBuf>,
+    /// How many users came from copies because the database did not have them, or had them older.
+    pub restored: usize,
+    /// Copies that were wanted and do not open. They are kept.
+    pub unusable_copies: Vec<PathBuf>,
+    /// The volume is full, so that sled does not open: the users come from the copies, and nothing can be written until
+    /// there is space. Each operation tries again. Holds the reason.
+    pub degraded: Option<String>,
+}
+
+/// How the store does, for `store_up` and the logs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Health {
+    /// Whether the last operation reached the disk.
+    pub up: bool,
+    /// Why the last failing operation failed, even if others went well since.
+    pub last_error: Option<String>,
+    /// How often a damaged database was replaced since the start.
+    pub recoveries: u64,
+}
+
+/// What [`TokenStore::reseal`] did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Reseal {
+    /// Records that were sealed with another key and are now sealed with the first.
+    pub resealed: usize,
+    /// Records that no key opens; they are kept as they are.
+    pub unreadable: usize,
+}
+
+/// Why the store did not do as asked. Names the cure where there is one.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// Another process has it open.
+    #[error("another adsidecar holds {}: stop it, or give this one a store.path of its own", .path.display())]
+    Held {
+        /// `store.path`.
+        path: PathBuf,
+    },
+    /// What is stored was sealed with a key that is not in the ring. Nothing was written.
+    #[error("{}", wrong_key(*.expected, .have))]
+    WrongKey {
+        /// The key that sealed last, where that is known.
+        expected: Option<Fingerprint>,
+        /// The keys of the ring.
+        have: Vec<Fingerprint>,
+    },
+    /// Another generation is stored than the caller based its change on, or none.
+    #[error("the stored grant was changed meanwhile: read it again")]
+    Conflict,
+    /// No answer in time. A write may still be done.
+    #[error("the store did not answer in time: check its volume")]
+    Timeout,
+    /// The store was closed.
+    #[error("the store is closed")]
+    Closed,
+    /// The record is there and yields no grant.
+    #[error(transparent)]
+    Record(#[from] RecordError),
+    /// The operating system refused. A write is not stored, or not for sure.
+    #[error("store: {}: {source}; {}", .path.display(), files::cure(.source, *.uid))]
+    Io {
+        /// What was being read or written.
+        path: PathBuf,
+        /// Whom this process runs as, where that is known.
+        uid: Option<u32>,
+        /// What was said.
+        source: io::Error,
+    },
+    /// The database is damaged. The next operation moves it aside and fills a new one from the copies.
+    #[error("the database in {} is damaged ({reason}): it is replaced from its copies at the next operation", .path.display())]
+    Damaged {
+        /// `store.path`.
+        path: PathBuf,
+        /// What sled said.
+        reason: String,
+    },
+    /// The directory holds a database that is not ours, or the engine failed in itself.
+    #[error("the database in {} cannot be used: {reason}; give store.path a directory of its own", .path.display())]
+    Engine {
+        /// `store.path`.
+        path: PathBuf,
+        /// What sled said.
+        reason: String,
+    },
+}
+
+fn wrong_key(expected: Option<Fingerprint>, have: &[Fingerprint]) -> String {
+    let have: Vec<_> = have.iter().map(Fingerprint::to_string).collect();
+    let wanted = match expected {
+        Some(key) => format!("the key with fingerprint {key}"),
+        None => "a key that is not configured".into(),
+    };
+    format!(
+        "the store was sealed with {wanted}, and store.fernet_keys has {}: add the key it was sealed with, behind the \
+         new one if there is a new one; nothing was changed",
+        have.join(", ")
+    )
+}
+
+impl TokenStore {
+    /// Opens the store, or makes it. Blocks until that is done: call it before serving.
+    pub fn open(settings: &Settings, keyring: Arc<Keyring>) -> Result<(Self, Opened), StoreError> {
+        let (worker, opened) = Worker::start(settings.path.clone(), keyring)?;
+        Ok((Self::Sled(worker), opened))
+    }
+
+    /// Stores `grant` for `user`. Returns once it is on disk, twice.
+    ///
+    /// With `expected`, only where that generation is the stored one, or where `grant` itself is stored already;
+    /// otherwise [`StoreError::Conflict`]. Without, over whatever is there.
+    pub async fn save(&self, user: &UserId, grant: &Grant, expected: Option<u64>) -> Result<(), StoreError> {
+        let Self::Sled(worker) = self;
+        let (user, grant) = (user.clone(), grant.clone());
+        worker.call(move |engine| engine.save(&user, &grant, expected)).await
+    }
+
+    /// Deletes the grant of `user`, and returns once that is on disk; `false` where there was none. Old ciphertext stays
+    /// in sled's log until that is overwritten: only a new key makes it worthless.
+    pub async fn erase(&self, user: &UserId) -> Result<bool, StoreError> {
+        let Self::Sled(worker) = self;
+        let user = user.clone();
+        worker.call(move |engine| engine.erase(&user)).await
+    }
+
+    /// The grant of `user`.
+    pub async fn load(&self, user: &UserId) -> Result<Option<Grant>, StoreError> {
+        let Self::Sled(worker) = self;
+        let user = user.clone();
+        worker.call(move |engine| engine.load(&user)).await
+    }
+
+    /// All users and their grants, in the order of their names.
+    pub async fn scan(&self) -> Result<Vec<(UserId, Result<Grant, RecordError>)>, StoreError> {
+        let Self::Sled(worker) = self;
+        worker.call(|engine| engine.scan()).await
+    }
+
+    /// The records as they are stored: what `store dump` prints and [`Record::import`](crate::record::Record::import)
+    /// reads.
+    pub async fn dump(&self) -> Result<BTreeMap<UserId, serde_json::Value>, StoreError> {
+        let Self::Sled(worker) = self;
+        worker.call(|engine| engine.dump()).await
+    }
+
+    /// A small fact that outlives users and restarts.
+    pub async fn note(&self, key: &'static str) -> Result<Option<String>, StoreError> {
+        let Self::Sled(worker) = self;
+        worker.call(move |engine| engine.note(key)).await
+    }
+
+    /// Writes a small fact down. It is not encrypted: never a secret.
+    pub async fn set_note(&self, key: &'static str, value: impl Into<String>) -> Result<(), StoreError> {
+        let Self::Sled(worker) = self;
+        let value = value.into();
+        worker.call(move |engine| engine.set_note(key, &value)).await
+    }
+
+    /// Seals every record, and its copy, with the first key. Where it is interrupted, the next call goes on; other
+    /// operations are served in between.
+    pub async fn reseal(&self) -> Result<Reseal, StoreError> {
+        let Self::Sled(worker) = self;
+        let mut done = Reseal::default();
+        for user in worker.call(|engine| engine.users()).await? {
+            match worker.call(move |engine| engine.reseal(&user)).await? {
+                Resealed::Done => done.resealed += 1,
+                Resealed::Unreadable => done.unreadable += 1,
+                Resealed::NothingToDo => {}
+            }
+        }
+        Ok(done)
+    }
+
+    /// How the store does. Never waits.
+    pub fn health(&self) -> Health {
+        let Self::Sled(worker) = self;
+        worker.health()
+    }
+
+    /// Ends what was begun, and gives the directory free. All handles are dead from then on.
+    pub async fn close(&self) -> Result<(), StoreError> {
+        let Self::Sled(worker) = self;
+        worker.close().await
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,108 @@
+//! The second copy of each grant: one small file per user, which needs no database to be read.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File, OpenOptions, TryLockError};
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use super::{StoreError, files};
+use crate::account::UserId;
+use crate::keyring::Fingerprint;
+use crate::record::Record;
+
+/// The directory `<path>.copies/`. While this lives, no other process has the store.
+pub(super) struct Copies {
+    dir: PathBuf,
+    _lock: File,
+}
+
+/// A copy as it lies on disk.
+#[derive(Serialize, Deserialize)]
+struct Copy {
+    user: UserId,
+    record: Record,
+}
+
+impl Copies {
+    /// Makes the directory where it is missing, and takes the lock of the whole store. sled has a lock of its own, but
+    /// gives it up before a damaged database could be moved aside.
+    pub(super) fn open(store: &Path) -> Result<Self, StoreError> {
+        let dir = files::beside(store, ".copies");
+        files::create_private_dir(&dir)?;
+        let path = dir.join("lock");
+        let mut options = OpenOptions::new();
+        let options = options.write(true).create(true).truncate(false).mode(0o600);
+        let lock = options.open(&path).map_err(|error| files::io_error(&path, error))?;
+        match lock.try_lock() {
+            Ok(()) => Ok(Self { dir, _lock: lock }),
+            Err(TryLockError::WouldBlock) => Err(StoreError::Held { path: store.to_owned() }),
+            Err(TryLockError::Error(error)) => Err(files::io_error(&path, error)),
+        }
+    }
+
+    /// The key that sealed last; `None` for a new store, or where the file holds something else.
+    pub(super) fn key(&self) -> Result<Option<Fingerprint>, StoreError> {
+        let content = files::read(&self.dir.join("key"))?;
+        Ok(content.and_then(|text| String::from_utf8(text).ok()?.trim_end().parse().ok()))
+    }
+
+    /// Writes down which key seals.
+    pub(super) fn set_key(&self, key: Fingerprint) -> Result<(), StoreError> {
+        files::replace(&self.dir.join("key"), format!("{key}\n").as_bytes())
+    }
+
+    /// All copies, and the files that should be copies and are not.
+    pub(super) fn read(&self) -> Result<(BTreeMap<UserId, Record>, Vec<PathBuf>), StoreError> {
+        let (mut copies, mut unusable) = (BTreeMap::new(), Vec::new());
+        for entry in fs::read_dir(&self.dir).map_err(|error| files::io_error(&self.dir, error))? {
+            let path = entry.map_err(|error| files::io_error(&self.dir, error))?.path();
+            if !is_named_as_a_copy(&path) {
+                continue;
+            }
+            let copy = fs::read(&path).ok().and_then(|json| serde_json::from_slice::<Copy>(&json).ok());
+            match copy {
+                Some(copy) if self.path(&copy.user) == path => drop(copies.insert(copy.user, copy.record)),
+                _ => unusable.push(path),
+            }
+        }
+        Ok((copies, unusable))
+    }
+
+    /// Writes the copy of `user`.
+    pub(super) fn write(&self, user: &UserId, record: &Record) -> Result<(), StoreError> {
+        let copy = Copy { user: user.clone(), record: record.clone() };
+        let json = serde_json::to_vec(&copy).expect("text, numbers and times are JSON");
+        files::replace(&self.path(user), &json)
+    }
+
+    /// Deletes the copy of `user`; `false` where there was none.
+    pub(super) fn remove(&self, user: &UserId) -> Result<bool, StoreError> {
+        files::remove(&self.path(user))
+    }
+
+    /// The copy of all notes; empty where it is missing or does not parse.
+    pub(super) fn notes(&self) -> Result<BTreeMap<String, String>, StoreError> {
+        let content = files::read(&self.dir.join("notes.json"))?;
+        Ok(content.and_then(|json| serde_json::from_slice(&json).ok()).unwrap_or_default())
+    }
+
+    /// Writes the copy of all notes.
+    pub(super) fn set_notes(&self, notes: &BTreeMap<String, String>) -> Result<(), StoreError> {
+        let json = serde_json::to_vec(notes).expect("texts are JSON");
+        files::replace(&self.dir.join("notes.json"), &json)
+    }
+
+    /// The file of `user`, named by a hash: user ids hold characters that not every file system takes, and may be
+    /// people's addresses.
+    pub(super) fn path(&self, user: &UserId) -> PathBuf {
+        self.dir.join(format!("{:x}.json", Sha256::digest(user.as_str())))
+    }
+}
+
+fn is_named_as_a_copy(path: &Path) -> bool {
+    let name = path.file_name().and_then(|name| name.to_str()).and_then(|name| name.strip_suffix(".json"));
+    name.is_some_and(|name| name.len() == 64 && name.bytes().all(|b| b.is_ascii_hexdigit()))
+}

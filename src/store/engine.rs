@@ -1,0 +1,325 @@
+//! What the store's thread does: every operation on the database and its copies, one after the other.
+
+use std::collections::BTreeMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use super::copies::Copies;
+use super::database::{self, Database, Records};
+use super::{Health, Opened, StoreError, files};
+use crate::account::UserId;
+use crate::keyring::Keyring;
+use crate::record::{Record, RecordError};
+use crate::token::Grant;
+
+/// A process moves this many damaged databases aside. A disk that damages more would fill itself with them.
+const MAX_RECOVERIES: u64 = 8;
+
+/// The database, its copies and its keys.
+pub(super) struct Engine {
+    path: PathBuf,
+    keyring: Arc<Keyring>,
+    /// `None` after a failure: the next operation opens it again.
+    database: Option<Database>,
+    /// Whether a write of this process has failed.
+    failed: bool,
+    health: Health,
+    /// Last, so that it holds the lock until the database is closed.
+    copies: Copies,
+}
+
+/// What [`Engine::reseal`] did with one record.
+pub(super) enum Resealed {
+    /// It is under the first key now.
+    Done,
+    /// It was, or it is gone.
+    NothingToDo,
+    /// No key opens it, or its seal does not fit.
+    Unreadable,
+}
+
+impl Engine {
+    /// Takes the store's lock, checks the key, opens the database, and sets right what a crash or damage left.
+    pub(super) fn open(path: PathBuf, keyring: Arc<Keyring>) -> Result<(Self, Opened), StoreError> {
+        let copies = Copies::open(&path)?;
+        let health = Health { up: true, last_error: None, recoveries: 0 };
+        let mut engine = Self { path, keyring, database: None, failed: false, health, copies };
+        let opened = match engine.run(Self::attach) {
+            Err(error) if files::is_full(&error) => engine.copies_alone(&error)?,
+            other => other?,
+        };
+        Ok((engine, opened))
+    }
+
+    /// Does one operation. After a failure of the disk or of sled the database is closed, so that the next operation
+    /// begins with what is on disk and not with what this process believes.
+    pub(super) fn run<T>(&mut self, op: impl FnOnce(&mut Self) -> Result<T, StoreError>) -> Result<T, StoreError> {
+        let result = catch_unwind(AssertUnwindSafe(|| op(self))).unwrap_or_else(|_| Err(self.panicked()));
+        let broken = result.as_ref().err().filter(|error| {
+            matches!(error, StoreError::Io { .. } | StoreError::Damaged { .. } | StoreError::Engine { .. })
+        });
+        self.health.up = broken.is_none();
+        if let Some(error) = broken {
+            self.health.last_error = Some(error.to_string());
+            self.failed = true;
+            let database = self.database.take();
+            // sled asserts while it closes that the disk works.
+            let _ = catch_unwind(AssertUnwindSafe(|| drop(database)));
+        }
+        result
+    }
+
+    pub(super) fn health(&self) -> Health {
+        self.health.clone()
+    }
+
+    pub(super) fn save(&mut self, user: &UserId, grant: &Grant, expected: Option<u64>) -> Result<(), StoreError> {
+        let (database, copies, keyring) = self.parts()?;
+        let stored = database.get(user)?;
+        let generation = stored.as_ref().map(|stored| stored.as_ref().map(Record::generation));
+        if let Some(expected) = expected
+            && generation != Some(Ok(expected))
+            && !stored.as_ref().is_some_and(|stored| holds(stored, user, grant, keyring))
+        {
+            return Err(StoreError::Conflict);
+        }
+        let record = Record::seal(grant, user, keyring);
+        if generation.is_some_and(|stored| stored.map_or(true, |stored| stored > record.generation())) {
+            // Going back: a copy that looks newer must not be there when this process dies in between.
+            copies.remove(user)?;
+        }
+        database.put(user, &record)?;
+        database.commit()?;
+        copies.write(user, &record)
+    }
+
+    pub(super) fn erase(&mut self, user: &UserId) -> Result<bool, StoreError> {
+        let (database, copies, _) = self.parts()?;
+        // The copy first: see the module's words on which of the two is right.
+        let copy = copies.remove(user)?;
+        let record = database.remove(user)?;
+        database.commit()?;
+        Ok(copy || record)
+    }
+
+    pub(super) fn load(&mut self, user: &UserId) -> Result<Option<Grant>, StoreError> {
+        let (database, _, keyring) = self.parts()?;
+        let record = database.get(user)?.transpose()?;
+        Ok(record.map(|record| record.open(user, keyring)).transpose()?)
+    }
+
+    pub(super) fn scan(&mut self) -> Result<Vec<(UserId, Result<Grant, RecordError>)>, StoreError> {
+        let (database, _, keyring) = self.parts()?;
+        Ok(open_all(database.records()?, keyring))
+    }
+
+    pub(super) fn dump(&mut self) -> Result<BTreeMap<UserId, serde_json::Value>, StoreError> {
+        let (database, ..) = self.parts()?;
+        let text = |json: &[u8]| serde_json::Value::String(String::from_utf8_lossy(json).into_owned());
+        let value = |json: &[u8]| serde_json::from_slice(json).unwrap_or_else(|_| text(json));
+        Ok(database.raw()?.into_iter().map(|(user, json)| (user, value(&json))).collect())
+    }
+
+    pub(super) fn users(&mut self) -> Result<Vec<UserId>, StoreError> {
+        let (database, ..) = self.parts()?;
+        Ok(database.raw()?.into_keys().collect())
+    }
+
+    pub(super) fn reseal(&mut self, user: &UserId) -> Result<Resealed, StoreError> {
+        let (database, copies, keyring) = self.parts()?;
+        let Some(stored) = database.get(user)? else { return Ok(Resealed::NothingToDo) };
+        let Ok(record) = stored else { return Ok(Resealed::Unreadable) };
+        let Ok(grant) = record.open(user, keyring) else { return Ok(Resealed::Unreadable) };
+        if record.is_under_first_key(keyring) {
+            return Ok(Resealed::NothingToDo);
+        }
+        let record = Record::seal(&grant, user, keyring);
+        database.put(user, &record)?;
+        database.commit()?;
+        copies.write(user, &record)?;
+        Ok(Resealed::Done)
+    }
+
+    pub(super) fn note(&mut self, key: &str) -> Result<Option<String>, StoreError> {
+        let (database, ..) = self.parts()?;
+        Ok(database.notes()?.remove(key))
+    }
+
+    pub(super) fn set_note(&mut self, key: &str, value: &str) -> Result<(), StoreError> {
+        let (database, copies, _) = self.parts()?;
+        database.put_note(key, value)?;
+        database.commit()?;
+        copies.set_notes(&database.notes()?)
+    }
+
+    /// The open database, opened again where it has to be.
+    fn parts(&mut self) -> Result<(&mut Database, &Copies, &Keyring), StoreError> {
+        if self.database.is_none() {
+            self.attach()?;
+        }
+        let database = self.database.as_mut().expect("attached a moment ago");
+        Ok((database, &self.copies, &self.keyring))
+    }
+
+    /// Opens the database and brings it and the copies to the same state.
+    fn attach(&mut self) -> Result<Opened, StoreError> {
+        let known_key = self.copies.key()?;
+        if known_key.is_some_and(|key| !self.keyring.fingerprints().contains(&key)) {
+            return Err(self.wrong_key(known_key));
+        }
+        let (copies, unusable_copies) = self.copies.read()?;
+        let any_copy_opens = copies.iter().any(|(user, copy)| copy.open(user, &self.keyring).is_ok());
+        if known_key.is_none() && !copies.is_empty() && !any_copy_opens {
+            return Err(self.wrong_key(None));
+        }
+
+        let ours = known_key.is_some() || !copies.is_empty();
+        let mut opened = Opened { unusable_copies, ..Opened::default() };
+        let (mut database, records) = match self.read_database() {
+            Err(error) if self.is_to_be_replaced(&error, ours) => {
+                let place = database::set_aside(&self.path)?;
+                self.health.recoveries += 1;
+                tracing::warn!(%error, kept_in = %place.display(), "the database is replaced from its copies");
+                opened.recovered = Some(place);
+                self.read_database()?
+            }
+            other => other?,
+        };
+        if known_key.is_none() && !any_copy_opens && !records.is_empty() && self.opens_none(&records) {
+            return Err(self.wrong_key(None));
+        }
+
+        opened.restored = self.restore(&mut database, &records, &copies, &mut opened.unusable_copies)?;
+        let records = if opened.restored > 0 { database.records()? } else { records };
+        for (user, record) in &records {
+            if let Ok(record) = record
+                && copies.get(user) != Some(record)
+                && record.open(user, &self.keyring).is_ok()
+            {
+                self.copies.write(user, record)?;
+            }
+        }
+        self.align_notes(&mut database)?;
+        if known_key != Some(self.keyring.first()) {
+            self.copies.set_key(self.keyring.first())?;
+        }
+        opened.users = open_all(records, &self.keyring);
+        self.database = Some(database);
+        Ok(opened)
+    }
+
+    /// Whether the database is beyond use. `ours`: whether there is a sign that this store was made by adsidecar.
+    fn is_to_be_replaced(&self, error: &StoreError, ours: bool) -> bool {
+        let beyond_use = match error {
+            StoreError::Damaged { .. } => true,
+            // What we made ourselves always fits, so a database "of another version" has a damaged header.
+            StoreError::Engine { .. } => ours,
+            _ => false,
+        };
+        beyond_use && self.health.recoveries < MAX_RECOVERIES
+    }
+
+    /// Opens the database and reads all of it, as damage may show only then.
+    fn read_database(&self) -> Result<(Database, Records), StoreError> {
+        let read = || {
+            let database = Database::open(&self.path, self.failed)?;
+            let records = database.records()?;
+            database.notes()?;
+            Ok((database, records))
+        };
+        catch_unwind(AssertUnwindSafe(read)).unwrap_or_else(|_| {
+            Err(StoreError::Damaged { path: self.path.clone(), reason: "sled panicked while it opened it".into() })
+        })
+    }
+
+    /// Puts back what the copies have and the database does not, or has older; returns how many that were.
+    fn restore(
+        &self,
+        database: &mut Database,
+        records: &Records,
+        copies: &BTreeMap<UserId, Record>,
+        unusable: &mut Vec<PathBuf>,
+    ) -> Result<usize, StoreError> {
+        let mut restored = 0;
+        for (user, copy) in copies {
+            let lost = match records.get(user) {
+                None => true,
+                Some(Ok(record)) => record.generation() < copy.generation(),
+                // Kept as it is, and reported with the users.
+                Some(Err(_)) => false,
+            };
+            if !lost {
+                continue;
+            }
+            if copy.open(user, &self.keyring).is_err() {
+                unusable.push(self.copies.path(user));
+                continue;
+            }
+            database.put(user, copy)?;
+            restored += 1;
+        }
+        if restored > 0 {
+            tracing::warn!(users = restored, "grants that the database had lost were restored from their copies");
+            database.commit()?;
+        }
+        Ok(restored)
+    }
+
+    fn align_notes(&self, database: &mut Database) -> Result<(), StoreError> {
+        let (stored, copied) = (database.notes()?, self.copies.notes()?);
+        let mut all = copied.clone();
+        all.extend(stored.clone());
+        if all != stored {
+            for (key, value) in &all {
+                database.put_note(key, value)?;
+            }
+            database.commit()?;
+        }
+        if all != copied {
+            self.copies.set_notes(&all)?;
+        }
+        Ok(())
+    }
+
+    /// The users as the copies know them, for as long as the database does not open because of `error`.
+    fn copies_alone(&self, error: &StoreError) -> Result<Opened, StoreError> {
+        let (copies, unusable_copies) = self.copies.read()?;
+        let records = copies.into_iter().map(|(user, copy)| (user, Ok(copy))).collect();
+        let degraded = Some(error.to_string());
+        Ok(Opened { users: open_all(records, &self.keyring), unusable_copies, degraded, ..Opened::default() })
+    }
+
+    fn opens_none(&self, records: &Records) -> bool {
+        records.iter().all(|(user, record)| {
+            let opened = record.clone().and_then(|record| record.open(user, &self.keyring));
+            matches!(opened, Err(RecordError::Undecryptable))
+        })
+    }
+
+    fn wrong_key(&self, expected: Option<crate::keyring::Fingerprint>) -> StoreError {
+        StoreError::WrongKey { expected, have: self.keyring.fingerprints() }
+    }
+
+    fn panicked(&self) -> StoreError {
+        StoreError::Engine { path: self.path.clone(), reason: "it panicked".into() }
+    }
+}
+
+/// Whether `grant` is what is stored already: then a write that timed out was done after all, and is being repeated.
+fn holds(stored: &Result<Record, RecordError>, user: &UserId, grant: &Grant, keyring: &Keyring) -> bool {
+    let access = |grant: &Grant| grant.access.as_ref().map(|access| access.token.secret().clone());
+    stored.clone().and_then(|record| record.open(user, keyring)).is_ok_and(|stored| {
+        stored.generation == grant.generation
+            && stored.refresh_token == grant.refresh_token
+            && access(&stored) == access(grant)
+    })
+}
+
+fn open_all(records: Records, keyring: &Keyring) -> Vec<(UserId, Result<Grant, RecordError>)> {
+    let open = |(user, record): (UserId, Result<Record, RecordError>)| {
+        let grant = record.and_then(|record| record.open(&user, keyring));
+        (user, grant)
+    };
+    records.into_iter().map(open).collect()
+}
