@@ -19,6 +19,8 @@ pub struct BadName;
 impl UserId {
     /// The user of whom a caller who says nothing speaks.
     pub const DEFAULT: &'static str = "default";
+    /// What a name may look like, for messages.
+    pub const LEGAL: &'static str = "1 to 128 of A-Z a-z 0-9 . _ @ : | + - and not . or ..";
 
     /// The name as text.
     pub fn as_str(&self) -> &str {

@@ -50,6 +50,7 @@ pub mod metrics;
 pub mod log;
 pub mod clock;
 // The words: pure, no I/O.
+pub mod target;
 pub mod rewrite;
 pub mod families;
 pub mod token;

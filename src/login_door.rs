@@ -1,1 +1,426 @@
-//! (written next)
+//! The OAuth endpoints, `/api/auth/amazon/*`, and the token shim, as HTTP.
+
+mod endpoint;
+mod pages;
+mod shim;
+
+use bytes::Bytes;
+use cookie::{Cookie, SameSite};
+use http::header::{
+    ACCEPT, ACCESS_CONTROL_ALLOW_CREDENTIALS, ACCESS_CONTROL_ALLOW_HEADERS, ACCESS_CONTROL_ALLOW_METHODS,
+    ACCESS_CONTROL_ALLOW_ORIGIN, ACCESS_CONTROL_MAX_AGE, ALLOW, CACHE_CONTROL, CONTENT_TYPE, COOKIE, HeaderMap,
+    HeaderName, HeaderValue, LINK, LOCATION, REFERRER_POLICY, SET_COOKIE, VARY, X_CONTENT_TYPE_OPTIONS,
+};
+use http::request::Parts;
+use http::{Method, Response, StatusCode};
+use http_body_util::Full;
+use hyper::body::Incoming;
+use serde::Serialize;
+use serde_json::json;
+
+use crate::account::{Region, UserId};
+use crate::guard::{Guard, Refusal};
+use crate::keeper::{Keeper, Status, TokenError};
+use crate::login::{Callback, Ended, Login, TEN_MINUTES, Trouble, Wish};
+use crate::problem::{Code, Problem};
+use crate::rewrite::ERROR;
+use crate::secret::Secret;
+use crate::store::StoreError;
+pub use endpoint::Endpoint;
+use endpoint::{Query, Users};
+
+type Answer = Response<Full<Bytes>>;
+
+/// Where a user takes away an app's access at Amazon: LWA has no revocation endpoint.
+const AMAZONS_APPS_PAGE: &str =
+    "<https://www.amazon.com/ap/adam>; rel=\"related\"; title=\"Login with Amazon: remove the app\"";
+/// Users in one answer of the status endpoint.
+const PAGE: usize = 1000;
+
+/// Serves the OAuth endpoints.
+#[derive(Debug)]
+pub struct LoginDoor {
+    login: Login,
+    keeper: Keeper,
+    guard: Guard,
+    region: Region,
+    token_shim: bool,
+    /// Under which authority callers reach the proxy door, where a request does not say.
+    authority: String,
+}
+
+/// Why an endpoint refuses.
+#[derive(Debug)]
+pub enum LoginError {
+    /// The guard.
+    Refused(Refusal),
+    /// No such endpoint.
+    NotFound,
+    /// The endpoint has other methods.
+    Method(&'static str),
+    /// A parameter; says which and what is legal.
+    Parameter(String),
+    /// No grant for this user.
+    NoToken(TokenError, UserId),
+    /// The store.
+    Store(StoreError),
+    /// A pending grant that is not there.
+    NoPendingGrant,
+}
+
+impl From<Refusal> for LoginError {
+    fn from(refusal: Refusal) -> Self {
+        Self::Refused(refusal)
+    }
+}
+
+impl LoginDoor {
+    /// A door to `login`. `authority` is where callers reach the proxy door.
+    pub fn new(
+        login: Login,
+        keeper: Keeper,
+        guard: Guard,
+        region: Region,
+        token_shim: bool,
+        authority: String,
+    ) -> Self {
+        Self { login, keeper, guard, region, token_shim, authority }
+    }
+
+    /// Answers a request to `endpoint`.
+    pub async fn answer(&self, endpoint: Endpoint, parts: &Parts, body: Incoming) -> Result<Answer, LoginError> {
+        let origin = self.guard.browser(&parts.headers, endpoint.navigable())?;
+        if endpoint != Endpoint::Callback && endpoint != Endpoint::Shim {
+            self.guard.caller(&parts.headers)?;
+        }
+        let mut answer = match (parts.method.clone(), &origin) {
+            (Method::OPTIONS, Some(_)) if endpoint != Endpoint::Unknown => preflight(),
+            (method, _) => self.endpoint(endpoint, method, parts, body).await?,
+        };
+        if let Some(origin) = origin {
+            cors(answer.headers_mut(), origin);
+        }
+        private(answer.headers_mut());
+        Ok(answer)
+    }
+
+    async fn endpoint(
+        &self,
+        endpoint: Endpoint,
+        method: Method,
+        parts: &Parts,
+        body: Incoming,
+    ) -> Result<Answer, LoginError> {
+        if endpoint == Endpoint::Unknown || (endpoint == Endpoint::Shim && !self.token_shim) {
+            return Err(LoginError::NotFound);
+        }
+        if method != endpoint.method() {
+            return Err(LoginError::Method(endpoint.allow()));
+        }
+        let query = Query::read(parts.uri.query().unwrap_or_default())?;
+        match endpoint {
+            Endpoint::Login => self.begin(&query, &parts.headers),
+            Endpoint::Callback => self.callback(&query, &parts.headers).await,
+            Endpoint::Status => self.status(&query, &parts.headers),
+            Endpoint::Refresh => self.refresh(&query, &parts.headers).await,
+            Endpoint::Logout => self.logout(&query.user()?).await,
+            Endpoint::User => self.logout(&endpoint::user_in(parts.uri.path())?).await,
+            Endpoint::Confirm => self.confirm(&query, &parts.headers).await,
+            Endpoint::Shim => shim::answer(&self.guard, &parts.headers, &query, body).await,
+            Endpoint::Unknown => Err(LoginError::NotFound),
+        }
+    }
+
+    fn begin(&self, query: &Query, headers: &HeaderMap) -> Result<Answer, LoginError> {
+        let region = match query.get("region") {
+            Some(region) => region.parse().map_err(|_| parameter("region", "na, eu or fe"))?,
+            None => self.region,
+        };
+        let return_to = query.get("return_to").map(str::to_owned);
+        if return_to.as_deref().is_some_and(|path| self.login.return_url(path).is_none()) {
+            return Err(parameter("return_to", "a path on the origin of login.frontend_url"));
+        }
+        query.flag("replace")?;
+        let navigation = headers.get("sec-fetch-mode").is_some_and(|mode| mode == "navigate") || prefers_html(headers);
+        let by_browser = navigation || headers.contains_key(http::header::ORIGIN);
+        let wish = Wish { user: query.user()?, region, return_to, by_browser };
+        let begin = self.login.begin(wish).map_err(|_| parameter("region", "one whose consent page is a URL"))?;
+        let mut answer = if query.flag("redirect")? || navigation {
+            redirect(begin.auth_url.as_str())
+        } else {
+            json(StatusCode::OK, &json!({ "auth_url": begin.auth_url.as_str(), "state": begin.state }))
+        };
+        if let Some((name, value)) = begin.cookie {
+            let cookie = Cookie::build((name, value))
+                .http_only(true)
+                .same_site(SameSite::Lax)
+                .secure(self.login.secure_cookies())
+                .path(endpoint::CALLBACK)
+                .max_age(cookie::time::Duration::seconds(TEN_MINUTES.as_secs() as i64));
+            answer.headers_mut().extend(HeaderValue::from_str(&cookie.to_string()).map(|value| (SET_COOKIE, value)));
+        }
+        Ok(answer)
+    }
+
+    async fn callback(&self, query: &Query, headers: &HeaderMap) -> Result<Answer, LoginError> {
+        let (ended, return_to) = match callback(query)? {
+            Some(callback) => self.login.finish(callback, |name| cookie_of(headers, name)).await,
+            None => (Err(Trouble::State), None),
+        };
+        if let Err(trouble) = &ended {
+            tracing::info!(code = trouble.code(), "a login ended without a grant");
+        }
+        if self.login.frontend_url().is_some() {
+            return Ok(redirect(self.back_to_frontend(&ended, return_to.as_deref()).as_str()));
+        }
+        if prefers_html(headers) {
+            return Ok(pages::result(&ended));
+        }
+        Ok(match ended {
+            Ok(Ended::Stored(status)) => json(
+                StatusCode::OK,
+                &json!({ "status": "success", "user_id": status.user_id, "expires_at": status.expires_at }),
+            ),
+            Ok(Ended::Pending(grant)) => json(StatusCode::OK, &json!({ "status": "pending", "grant": grant })),
+            Err(trouble) => {
+                let mut answer = json(pages::status(&trouble), &pages::document(&trouble));
+                answer.headers_mut().insert(ERROR, HeaderValue::from_static(trouble.code()));
+                answer
+            }
+        })
+    }
+
+    fn back_to_frontend(&self, ended: &Result<Ended, Trouble>, return_to: Option<&str>) -> String {
+        let url = return_to.and_then(|path| self.login.return_url(path));
+        let Some(mut url) = url.or_else(|| self.login.frontend_url().cloned()) else { return String::new() };
+        match ended {
+            Ok(Ended::Stored(status)) => {
+                url.query_pairs_mut().append_pair("status", "success").append_pair("user_id", status.user_id.as_str());
+            }
+            Ok(Ended::Pending(grant)) => {
+                url.query_pairs_mut().append_pair("status", "pending").append_pair("grant", grant);
+            }
+            Err(trouble) => {
+                url.query_pairs_mut().append_pair("status", "error").append_pair("error", trouble.code());
+            }
+        }
+        url.into()
+    }
+
+    fn status(&self, query: &Query, headers: &HeaderMap) -> Result<Answer, LoginError> {
+        if query.get("user_id").is_some() {
+            let status = self.keeper.status(&query.user()?);
+            return Ok(json(StatusCode::OK, &self.with_link(status, headers)));
+        }
+        let Users { after, limit } = query.page(PAGE)?;
+        let statuses = self.keeper.statuses().into_iter().filter(|status| status.user_id.as_str() > after.as_str());
+        let users: Vec<_> = statuses.take(limit).map(|status| self.with_link(status, headers)).collect();
+        Ok(json(StatusCode::OK, &json!({ "users": users })))
+    }
+
+    async fn refresh(&self, query: &Query, headers: &HeaderMap) -> Result<Answer, LoginError> {
+        let user = query.user()?;
+        let refreshed = self.keeper.refresh(&user).await;
+        let status = refreshed.map_err(|error| LoginError::NoToken(error, user))?;
+        Ok(json(StatusCode::OK, &self.with_link(status, headers)))
+    }
+
+    async fn logout(&self, user: &UserId) -> Result<Answer, LoginError> {
+        self.keeper.forget(user).await.map_err(LoginError::Store)?;
+        let mut answer = Response::new(Full::default());
+        *answer.status_mut() = StatusCode::NO_CONTENT;
+        answer.headers_mut().insert(LINK, HeaderValue::from_static(AMAZONS_APPS_PAGE));
+        Ok(answer)
+    }
+
+    async fn confirm(&self, query: &Query, headers: &HeaderMap) -> Result<Answer, LoginError> {
+        let id = query.get("grant").ok_or_else(|| parameter("grant", "the id that the frontend was sent"))?;
+        let confirmed = self.login.confirm(id).await.ok_or(LoginError::NoPendingGrant)?;
+        Ok(json(StatusCode::OK, &self.with_link(confirmed.map_err(LoginError::Store)?, headers)))
+    }
+
+    fn with_link(&self, status: Status, headers: &HeaderMap) -> serde_json::Value {
+        let login_url = self.login_url(headers, &status.user_id);
+        let mut value = serde_json::to_value(status).unwrap_or_default();
+        value["login_url"] = login_url.into();
+        value
+    }
+
+    /// Where `user` logs in, under the authority that the caller knows us by.
+    pub fn login_url(&self, headers: &HeaderMap, user: &UserId) -> String {
+        let authority = self.guard.own_authority(headers).unwrap_or(&self.authority);
+        let user: String = url::form_urlencoded::byte_serialize(user.as_str().as_bytes()).collect();
+        format!("http://{authority}{}?user_id={user}", endpoint::LOGIN)
+    }
+}
+
+impl LoginError {
+    /// What the caller is told. `login_url` makes a user's login link.
+    pub fn problem(self, login_url: impl Fn(&UserId) -> String) -> Problem {
+        match self {
+            Self::Refused(refusal) => refusal.into(),
+            Self::NotFound => Problem::new(
+                Code::NotFound,
+                "There is no such endpoint under /api/auth/ or /auth/o2/, which are adsidecar's own.",
+                "See the endpoints in adsidecar's README.",
+            ),
+            Self::Method(allow) => {
+                Problem::new(Code::MethodNotAllowed, "The endpoint has another method.", format!("Use {allow}."))
+                    .header(ALLOW, HeaderValue::from_static(allow))
+            }
+            Self::Parameter(detail) => Problem::new(Code::BadRequest, detail, "Send the parameter as described."),
+            Self::NoToken(error, user) => token_problem(error, &login_url(&user)),
+            Self::Store(_) => Problem::new(
+                Code::StoreUnavailable,
+                "The store did not take the change.",
+                "Try again; if it persists, look at adsidecar's log and at the volume of store.path.",
+            )
+            .retry_after(std::time::Duration::from_secs(1)),
+            Self::NoPendingGrant => Problem::new(
+                Code::StateInvalid,
+                "No grant is pending under this id: it was taken into use already, or its 10 minutes are over.",
+                "Begin the login again.",
+            ),
+        }
+    }
+}
+
+/// No token for a user, told to a caller.
+pub fn token_problem(error: TokenError, login_url: &str) -> Problem {
+    match error {
+        TokenError::LoginRequired { reason } => {
+            let detail = match reason {
+                "no_grant" => "The user has no Amazon grant here.".to_owned(),
+                reason => format!("Login with Amazon refused the user's grant ({reason})."),
+            };
+            Problem::new(Code::LoginRequired, detail, format!("Open {login_url} in a browser and consent."))
+                .header(http::header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer realm=\"adsidecar\""))
+        }
+        TokenError::Unavailable { code, cure, retry_after } => {
+            let next_step = match cure {
+                crate::token::Cure::Time => "Try again after the time in Retry-After.",
+                crate::token::Cure::Operator => {
+                    "Login with Amazon refuses this client: check amazon.client_id and amazon.client_secret."
+                }
+            };
+            Problem::new(Code::TokenUnavailable, format!("The access token could not be renewed ({code})."), next_step)
+                .retry_after(retry_after)
+        }
+    }
+}
+
+impl From<Refusal> for Problem {
+    fn from(refusal: Refusal) -> Self {
+        use crate::target::BadTarget;
+        match refusal {
+            Refusal::Framing => Self::new(
+                Code::BadRequest,
+                "The body's length can be read in two ways: Transfer-Encoding is allowed once, as chunked.",
+                "Send either Content-Length or Transfer-Encoding: chunked.",
+            )
+            .close(),
+            Refusal::NoHost => Self::new(Code::BadRequest, "A request needs exactly one Host header.", "Send one.").close(),
+            Refusal::Host => Self::new(
+                Code::HostNotAllowed,
+                "The Host header is neither localhost, 127.0.0.1 nor [::1].",
+                "Call http://localhost, or add the name to proxy.allowed_hosts.",
+            ),
+            Refusal::Target(BadTarget::Form(detail)) => {
+                Self::new(Code::BadRequest, detail, "Send a path, or the URL of an Amazon Ads host.")
+            }
+            Refusal::Target(BadTarget::Foreign) => Self::new(
+                Code::HostNotAllowed,
+                "adsidecar proxies to the Amazon Ads hosts only.",
+                "Send other traffic directly: set NO_PROXY, or use the proxy for Amazon's hosts alone.",
+            ),
+            Refusal::Target(BadTarget::TooLong) => {
+                Self::new(Code::UriTooLong, "The target is longer than 8 KiB.", "Send long lists in a body.")
+            }
+            Refusal::Method => Self::new(
+                Code::MethodNotAllowed,
+                "CONNECT, TRACE and unknown methods are not served.",
+                "As a forward proxy adsidecar takes http:// URLs: use http://advertising-api.amazon.com/, it speaks TLS to Amazon itself.",
+            )
+            .header(ALLOW, HeaderValue::from_static("GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"))
+            .close(),
+            Refusal::CrossSite => Self::new(
+                Code::CrossSite,
+                "A web page at another origin is behind this request.",
+                "Call adsidecar from a server; its OAuth endpoints may be fetched from the origin of login.frontend_url.",
+            ),
+            Refusal::Caller => Self::new(
+                Code::CallerUnauthorized,
+                "The caller token is missing or wrong.",
+                "Send it as X-Ads-Sidecar-Token, or as Proxy-Authorization: Bearer.",
+            )
+            .header(http::header::PROXY_AUTHENTICATE, HeaderValue::from_static("Bearer")),
+        }
+    }
+}
+
+/// The callback's parameters, or `None` where they are none that Amazon would send.
+fn callback(query: &Query) -> Result<Option<Callback>, LoginError> {
+    let answer = match (query.get("code"), query.get("error")) {
+        (Some(code), None) => Ok(Secret::new(code)),
+        (None, Some(error)) => Err(error.to_owned()),
+        _ => return Ok(None),
+    };
+    let state = query.get("state").map(str::to_owned);
+    Ok(state.map(|state| Callback { state, answer, scope: query.get("scope").map(str::to_owned) }))
+}
+
+fn parameter(name: &str, legal: &str) -> LoginError {
+    LoginError::Parameter(format!("{name} has to be {legal}."))
+}
+
+/// Whether the caller would rather see HTML than JSON: `text/html` before any `application/json` or `*/*`.
+fn prefers_html(headers: &HeaderMap) -> bool {
+    let accept = headers.get(ACCEPT).and_then(|value| value.to_str().ok()).unwrap_or_default();
+    let mut types = accept.split(',').map(|kind| kind.split(';').next().unwrap_or_default().trim());
+    types.find(|kind| ["text/html", "application/json", "*/*"].contains(kind)) == Some("text/html")
+}
+
+fn cookie_of(headers: &HeaderMap, name: &str) -> Option<String> {
+    let lines = headers.get_all(COOKIE).iter().filter_map(|line| line.to_str().ok());
+    let mut cookies = lines.flat_map(Cookie::split_parse).filter_map(Result::ok);
+    cookies.find(|cookie| cookie.name() == name).map(|cookie| cookie.value().to_owned())
+}
+
+fn json(status: StatusCode, value: &impl Serialize) -> Answer {
+    let mut answer = Response::new(Full::new(serde_json::to_vec(value).unwrap_or_default().into()));
+    *answer.status_mut() = status;
+    answer.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    answer
+}
+
+fn redirect(location: &str) -> Answer {
+    let mut answer = Response::new(Full::default());
+    *answer.status_mut() = StatusCode::FOUND;
+    answer.headers_mut().extend(HeaderValue::from_str(location).map(|location| (LOCATION, location)));
+    answer
+}
+
+fn preflight() -> Answer {
+    let mut answer = Response::new(Full::default());
+    *answer.status_mut() = StatusCode::NO_CONTENT;
+    let headers = answer.headers_mut();
+    headers.insert(ACCESS_CONTROL_ALLOW_METHODS, HeaderValue::from_static("GET, POST, DELETE"));
+    headers.insert(ACCESS_CONTROL_ALLOW_HEADERS, HeaderValue::from_static("accept, content-type, x-request-id"));
+    headers.insert(ACCESS_CONTROL_MAX_AGE, HeaderValue::from_static("600"));
+    answer
+}
+
+fn cors(headers: &mut HeaderMap, origin: HeaderValue) {
+    headers.insert(ACCESS_CONTROL_ALLOW_ORIGIN, origin);
+    headers.insert(ACCESS_CONTROL_ALLOW_CREDENTIALS, HeaderValue::from_static("true"));
+    headers.insert(VARY, HeaderValue::from_static("origin"));
+}
+
+/// What every answer of these endpoints carries.
+pub fn private(headers: &mut HeaderMap) {
+    let fixed: [(HeaderName, &str); 3] =
+        [(CACHE_CONTROL, "no-store"), (REFERRER_POLICY, "no-referrer"), (X_CONTENT_TYPE_OPTIONS, "nosniff")];
+    for (name, value) in fixed {
+        headers.insert(name, HeaderValue::from_static(value));
+    }
+}
