@@ -6,10 +6,15 @@
 //!
 //! # Which of the two is right
 //!
-//! A save commits to sled first and then writes the copy; an erasure deletes the copy first and then the record. So
-//! whatever instant a process dies at, a copy is never newer than its record and never without one. Where a copy *is*
-//! newer, or alone, sled has lost something (it was damaged, rolled back or deleted) and the copy is put back. A logout
-//! that was acknowledged has deleted the copy, on disk, so nothing can bring its grant back.
+//! Commits are numbered. A save commits to sled first and then writes the copy with the commit's number; an erasure
+//! deletes the copy, commits to sled, and then writes the number down beside the copies. So whatever instant a process
+//! dies at, sled's number is at least that of the copies, and each copy has its record: sled is right, and copies that
+//! were not written any more are written at the next start.
+//!
+//! Where sled's number is *lower*, or sled does not open, it has lost something: a bit that flips in its log ends the
+//! log there, without a word. Then it is moved aside, never deleted, and a new one is filled from the copies. A logout
+//! that was acknowledged has deleted its copy, on disk, so nothing brings its grant back: not the copies, which do not
+//! have it, and not an older state of sled, whose number is too low.
 //!
 //! # The key
 //!
@@ -53,14 +58,17 @@ pub enum TokenStore {
     Sled(Worker),
 }
 
+/// All users, in the order of their names. A record that yields no grant is kept as it is, and said to be so here.
+pub type Users = Vec<(UserId, Result<Grant, RecordError>)>;
+
 /// What was found when the store was opened.
 #[derive(Debug, Default)]
 pub struct Opened {
-    /// All users. A record that yields no grant is kept as it is, and said to be so here.
-    pub users: Vec<(UserId, Result<Grant, RecordError>)>,
+    /// Everybody who is known.
+    pub users: Users,
     /// The database was damaged: it was moved here, and a new one was filled from the copies.
     pub recovered: Option<PathBuf>,
-    /// How many users came from copies because the database did not have them, or had them older.
+    /// How many users came from copies because the database did not have them.
     pub restored: usize,
     /// Copies that were wanted and do not open. They are kept.
     pub unusable_copies: Vec<PathBuf>,
@@ -177,7 +185,8 @@ impl TokenStore {
     }
 
     /// Deletes the grant of `user`, and returns once that is on disk; `false` where there was none. Old ciphertext stays
-    /// in sled's log until that is overwritten: only a new key makes it worthless.
+    /// in sled's log until that is overwritten, and in databases that were moved aside: only throwing the key away makes it
+    /// worthless.
     pub async fn erase(&self, user: &UserId) -> Result<bool, StoreError> {
         let Self::Sled(worker) = self;
         let user = user.clone();
@@ -191,8 +200,8 @@ impl TokenStore {
         worker.call(move |engine| engine.load(&user)).await
     }
 
-    /// All users and their grants, in the order of their names.
-    pub async fn scan(&self) -> Result<Vec<(UserId, Result<Grant, RecordError>)>, StoreError> {
+    /// All users and their grants.
+    pub async fn scan(&self) -> Result<Users, StoreError> {
         let Self::Sled(worker) = self;
         worker.call(|engine| engine.scan()).await
     }

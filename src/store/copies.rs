@@ -5,6 +5,7 @@ use std::fs::{self, File, OpenOptions, TryLockError};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
@@ -19,11 +20,32 @@ pub(super) struct Copies {
     _lock: File,
 }
 
+/// What lies in the directory.
+pub(super) struct Found {
+    /// The copies that parse.
+    pub(super) records: BTreeMap<UserId, Record>,
+    /// The notes; empty where their file is missing or does not parse.
+    pub(super) notes: BTreeMap<String, String>,
+    /// The highest number of a commit that any file here knows of.
+    pub(super) sequence: u64,
+    /// Files that should be copies and are not.
+    pub(super) unusable: Vec<PathBuf>,
+}
+
 /// A copy as it lies on disk.
 #[derive(Serialize, Deserialize)]
 struct Copy {
     user: UserId,
+    /// The number of the commit.
+    sequence: u64,
     record: Record,
+}
+
+/// The copy of the notes as it lies on disk.
+#[derive(Default, Serialize, Deserialize)]
+struct Notes {
+    sequence: u64,
+    notes: BTreeMap<String, String>,
 }
 
 impl Copies {
@@ -54,9 +76,12 @@ impl Copies {
         files::replace(&self.dir.join("key"), format!("{key}\n").as_bytes())
     }
 
-    /// All copies, and the files that should be copies and are not.
-    pub(super) fn read(&self) -> Result<(BTreeMap<UserId, Record>, Vec<PathBuf>), StoreError> {
-        let (mut copies, mut unusable) = (BTreeMap::new(), Vec::new());
+    /// Reads all of it.
+    pub(super) fn read(&self) -> Result<Found, StoreError> {
+        let notes: Notes = self.parse("notes.json")?.unwrap_or_default();
+        let alone: u64 = self.parse("sequence")?.unwrap_or(0);
+        let sequence = notes.sequence.max(alone);
+        let mut found = Found { records: BTreeMap::new(), notes: notes.notes, sequence, unusable: Vec::new() };
         for entry in fs::read_dir(&self.dir).map_err(|error| files::io_error(&self.dir, error))? {
             let path = entry.map_err(|error| files::io_error(&self.dir, error))?.path();
             if !is_named_as_a_copy(&path) {
@@ -64,16 +89,19 @@ impl Copies {
             }
             let copy = fs::read(&path).ok().and_then(|json| serde_json::from_slice::<Copy>(&json).ok());
             match copy {
-                Some(copy) if self.path(&copy.user) == path => drop(copies.insert(copy.user, copy.record)),
-                _ => unusable.push(path),
+                Some(copy) if self.path(&copy.user) == path => {
+                    found.sequence = found.sequence.max(copy.sequence);
+                    found.records.insert(copy.user, copy.record);
+                }
+                _ => found.unusable.push(path),
             }
         }
-        Ok((copies, unusable))
+        Ok(found)
     }
 
-    /// Writes the copy of `user`.
-    pub(super) fn write(&self, user: &UserId, record: &Record) -> Result<(), StoreError> {
-        let copy = Copy { user: user.clone(), record: record.clone() };
+    /// Writes the copy of `user`, as of the commit with the number `sequence`.
+    pub(super) fn write(&self, user: &UserId, record: &Record, sequence: u64) -> Result<(), StoreError> {
+        let copy = Copy { user: user.clone(), sequence, record: record.clone() };
         let json = serde_json::to_vec(&copy).expect("text, numbers and times are JSON");
         files::replace(&self.path(user), &json)
     }
@@ -83,16 +111,21 @@ impl Copies {
         files::remove(&self.path(user))
     }
 
-    /// The copy of all notes; empty where it is missing or does not parse.
-    pub(super) fn notes(&self) -> Result<BTreeMap<String, String>, StoreError> {
-        let content = files::read(&self.dir.join("notes.json"))?;
-        Ok(content.and_then(|json| serde_json::from_slice(&json).ok()).unwrap_or_default())
+    /// Writes down a commit that no copy tells of, such as an erasure.
+    pub(super) fn set_sequence(&self, sequence: u64) -> Result<(), StoreError> {
+        files::replace(&self.dir.join("sequence"), sequence.to_string().as_bytes())
     }
 
     /// Writes the copy of all notes.
-    pub(super) fn set_notes(&self, notes: &BTreeMap<String, String>) -> Result<(), StoreError> {
-        let json = serde_json::to_vec(notes).expect("texts are JSON");
+    pub(super) fn set_notes(&self, notes: &BTreeMap<String, String>, sequence: u64) -> Result<(), StoreError> {
+        let notes = Notes { sequence, notes: notes.clone() };
+        let json = serde_json::to_vec(&notes).expect("texts and a number are JSON");
         files::replace(&self.dir.join("notes.json"), &json)
+    }
+
+    fn parse<T: DeserializeOwned>(&self, name: &str) -> Result<Option<T>, StoreError> {
+        let content = files::read(&self.dir.join(name))?;
+        Ok(content.and_then(|json| serde_json::from_slice(&json).ok()))
     }
 
     /// The file of `user`, named by a hash: user ids hold characters that not every file system takes, and may be

@@ -32,6 +32,9 @@ const SEGMENT_BYTES: usize = 512 << 10;
 const LOCK_TRIES: u32 = 100;
 const LOCK_PAUSE: Duration = Duration::from_millis(10);
 
+/// Where the number of the last commit lies, in sled's default tree.
+const SEQUENCE: &str = "sequence";
+
 /// The open database.
 pub(super) struct Database {
     path: PathBuf,
@@ -40,6 +43,8 @@ pub(super) struct Database {
     notes: sled::Tree,
     /// Our own descriptor of `db`, to sync it.
     log: File,
+    /// Rises with each commit.
+    sequence: u64,
     /// Files under `blobs/` that are on disk. Their names are never used twice.
     synced_blobs: HashSet<OsString>,
 }
@@ -59,9 +64,13 @@ impl Database {
         let db = open_sled(path)?;
         let tree = |name| db.open_tree(name).map_err(|error| fault(path, error));
         let (grants, notes) = (tree("grants")?, tree("notes")?);
+        let sequence = db.get(SEQUENCE).map_err(|error| fault(path, error))?;
+        let sequence = sequence.and_then(|bytes| Some(u64::from_be_bytes(bytes.as_ref().try_into().ok()?)));
         let log = File::open(&db_path).map_err(|error| files::io_error(&db_path, error))?;
-        let mut database = Self { path: path.to_owned(), db, grants, notes, log, synced_blobs: HashSet::new() };
-        database.commit()?;
+        let synced_blobs = HashSet::new();
+        let sequence = sequence.unwrap_or(0);
+        let mut database = Self { path: path.to_owned(), db, grants, notes, log, sequence, synced_blobs };
+        database.sync()?;
         files::sync_file(&path.join("conf"))?;
         files::sync_dir(path)?;
         files::sync_dir(files::parent(path))?;
@@ -114,8 +123,26 @@ impl Database {
         self.notes.insert(key, value).map(drop).map_err(|error| self.fault(error))
     }
 
-    /// Puts everything before this call on disk.
-    pub(super) fn commit(&mut self) -> Result<(), StoreError> {
+    /// The number of the last commit; 0 for a new database.
+    pub(super) fn sequence(&self) -> u64 {
+        self.sequence
+    }
+
+    /// The next commit's number will be above `sequence`.
+    pub(super) fn raise_sequence(&mut self, sequence: u64) {
+        self.sequence = self.sequence.max(sequence);
+    }
+
+    /// Puts everything before this call on disk, under a new number, which it returns.
+    pub(super) fn commit(&mut self) -> Result<u64, StoreError> {
+        self.sequence = self.sequence.saturating_add(1);
+        // Written after what it numbers: a log that ends early has lost the number too.
+        self.db.insert(SEQUENCE, &self.sequence.to_be_bytes()).map_err(|error| self.fault(error))?;
+        self.sync()?;
+        Ok(self.sequence)
+    }
+
+    fn sync(&mut self) -> Result<(), StoreError> {
         self.db.flush().map_err(|error| self.fault(error))?;
         self.sync_blobs()?;
         self.log.sync_all().map_err(|error| files::io_error(&self.path.join("db"), error))

@@ -5,9 +5,9 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use super::copies::Copies;
+use super::copies::{Copies, Found};
 use super::database::{self, Database, Records};
-use super::{Health, Opened, StoreError, files};
+use super::{Health, Opened, StoreError, Users, files};
 use crate::account::UserId;
 use crate::keyring::Keyring;
 use crate::record::{Record, RecordError};
@@ -85,13 +85,9 @@ impl Engine {
             return Err(StoreError::Conflict);
         }
         let record = Record::seal(grant, user, keyring);
-        if generation.is_some_and(|stored| stored.map_or(true, |stored| stored > record.generation())) {
-            // Going back: a copy that looks newer must not be there when this process dies in between.
-            copies.remove(user)?;
-        }
         database.put(user, &record)?;
-        database.commit()?;
-        copies.write(user, &record)
+        let sequence = database.commit()?;
+        copies.write(user, &record, sequence)
     }
 
     pub(super) fn erase(&mut self, user: &UserId) -> Result<bool, StoreError> {
@@ -99,7 +95,10 @@ impl Engine {
         // The copy first: see the module's words on which of the two is right.
         let copy = copies.remove(user)?;
         let record = database.remove(user)?;
-        database.commit()?;
+        if copy || record {
+            let sequence = database.commit()?;
+            copies.set_sequence(sequence)?;
+        }
         Ok(copy || record)
     }
 
@@ -109,7 +108,7 @@ impl Engine {
         Ok(record.map(|record| record.open(user, keyring)).transpose()?)
     }
 
-    pub(super) fn scan(&mut self) -> Result<Vec<(UserId, Result<Grant, RecordError>)>, StoreError> {
+    pub(super) fn scan(&mut self) -> Result<Users, StoreError> {
         let (database, _, keyring) = self.parts()?;
         Ok(open_all(database.records()?, keyring))
     }
@@ -136,8 +135,8 @@ impl Engine {
         }
         let record = Record::seal(&grant, user, keyring);
         database.put(user, &record)?;
-        database.commit()?;
-        copies.write(user, &record)?;
+        let sequence = database.commit()?;
+        copies.write(user, &record, sequence)?;
         Ok(Resealed::Done)
     }
 
@@ -149,8 +148,8 @@ impl Engine {
     pub(super) fn set_note(&mut self, key: &str, value: &str) -> Result<(), StoreError> {
         let (database, copies, _) = self.parts()?;
         database.put_note(key, value)?;
-        database.commit()?;
-        copies.set_notes(&database.notes()?)
+        let sequence = database.commit()?;
+        copies.set_notes(&database.notes()?, sequence)
     }
 
     /// The open database, opened again where it has to be.
@@ -168,21 +167,21 @@ impl Engine {
         if known_key.is_some_and(|key| !self.keyring.fingerprints().contains(&key)) {
             return Err(self.wrong_key(known_key));
         }
-        let (copies, unusable_copies) = self.copies.read()?;
-        let any_copy_opens = copies.iter().any(|(user, copy)| copy.open(user, &self.keyring).is_ok());
-        if known_key.is_none() && !copies.is_empty() && !any_copy_opens {
+        let mut found = self.copies.read()?;
+        let any_copy_opens = found.records.iter().any(|(user, copy)| copy.open(user, &self.keyring).is_ok());
+        if known_key.is_none() && !found.records.is_empty() && !any_copy_opens {
             return Err(self.wrong_key(None));
         }
 
-        let ours = known_key.is_some() || !copies.is_empty();
-        let mut opened = Opened { unusable_copies, ..Opened::default() };
-        let (mut database, records) = match self.read_database() {
+        let ours = known_key.is_some() || !found.records.is_empty();
+        let mut opened = Opened::default();
+        let (mut database, records) = match self.read_database(found.sequence) {
             Err(error) if self.is_to_be_replaced(&error, ours) => {
                 let place = database::set_aside(&self.path)?;
                 self.health.recoveries += 1;
                 tracing::warn!(%error, kept_in = %place.display(), "the database is replaced from its copies");
                 opened.recovered = Some(place);
-                self.read_database()?
+                self.read_database(found.sequence)?
             }
             other => other?,
         };
@@ -190,20 +189,13 @@ impl Engine {
             return Err(self.wrong_key(None));
         }
 
-        opened.restored = self.restore(&mut database, &records, &copies, &mut opened.unusable_copies)?;
+        opened.restored = self.restore(&mut database, &records, &mut found)?;
         let records = if opened.restored > 0 { database.records()? } else { records };
-        for (user, record) in &records {
-            if let Ok(record) = record
-                && copies.get(user) != Some(record)
-                && record.open(user, &self.keyring).is_ok()
-            {
-                self.copies.write(user, record)?;
-            }
-        }
-        self.align_notes(&mut database)?;
+        self.renew_copies(&database, &records, &mut found)?;
         if known_key != Some(self.keyring.first()) {
             self.copies.set_key(self.keyring.first())?;
         }
+        opened.unusable_copies = found.unusable;
         opened.users = open_all(records, &self.keyring);
         self.database = Some(database);
         Ok(opened)
@@ -220,74 +212,78 @@ impl Engine {
         beyond_use && self.health.recoveries < MAX_RECOVERIES
     }
 
-    /// Opens the database and reads all of it, as damage may show only then.
-    fn read_database(&self) -> Result<(Database, Records), StoreError> {
+    /// Opens the database and reads all of it, as damage may show only then. `sequence`: the commit that the copies know
+    /// of.
+    fn read_database(&self, sequence: u64) -> Result<(Database, Records), StoreError> {
+        let damaged = |reason: &str| StoreError::Damaged { path: self.path.clone(), reason: reason.into() };
         let read = || {
             let database = Database::open(&self.path, self.failed)?;
             let records = database.records()?;
-            database.notes()?;
+            let notes = database.notes()?;
+            // A log that is damaged in its middle ends there for sled, without a word. A database that was deleted has
+            // nothing to keep.
+            let behind = database.sequence() < sequence;
+            if behind && !(records.is_empty() && notes.is_empty()) {
+                return Err(damaged("it has lost its latest changes"));
+            }
             Ok((database, records))
         };
-        catch_unwind(AssertUnwindSafe(read)).unwrap_or_else(|_| {
-            Err(StoreError::Damaged { path: self.path.clone(), reason: "sled panicked while it opened it".into() })
-        })
+        catch_unwind(AssertUnwindSafe(read)).unwrap_or_else(|_| Err(damaged("sled panicked while it opened it")))
     }
 
-    /// Puts back what the copies have and the database does not, or has older; returns how many that were.
-    fn restore(
-        &self,
-        database: &mut Database,
-        records: &Records,
-        copies: &BTreeMap<UserId, Record>,
-        unusable: &mut Vec<PathBuf>,
-    ) -> Result<usize, StoreError> {
+    /// Puts back what the copies have and the database has not; returns how many users that were.
+    fn restore(&self, database: &mut Database, records: &Records, found: &mut Found) -> Result<usize, StoreError> {
         let mut restored = 0;
-        for (user, copy) in copies {
-            let lost = match records.get(user) {
-                None => true,
-                Some(Ok(record)) => record.generation() < copy.generation(),
-                // Kept as it is, and reported with the users.
-                Some(Err(_)) => false,
-            };
-            if !lost {
-                continue;
-            }
+        for (user, copy) in found.records.iter().filter(|(user, _)| !records.contains_key(*user)) {
             if copy.open(user, &self.keyring).is_err() {
-                unusable.push(self.copies.path(user));
+                found.unusable.push(self.copies.path(user));
                 continue;
             }
             database.put(user, copy)?;
             restored += 1;
         }
+        let stored = database.notes()?;
+        let lost_notes = found.notes.iter().filter(|(key, _)| !stored.contains_key(*key));
+        for (key, value) in lost_notes.clone() {
+            database.put_note(key, value)?;
+        }
+        if restored > 0 || lost_notes.count() > 0 || database.sequence() < found.sequence {
+            database.raise_sequence(found.sequence);
+            database.commit()?;
+        }
         if restored > 0 {
             tracing::warn!(users = restored, "grants that the database had lost were restored from their copies");
-            database.commit()?;
         }
         Ok(restored)
     }
 
-    fn align_notes(&self, database: &mut Database) -> Result<(), StoreError> {
-        let (stored, copied) = (database.notes()?, self.copies.notes()?);
-        let mut all = copied.clone();
-        all.extend(stored.clone());
-        if all != stored {
-            for (key, value) in &all {
-                database.put_note(key, value)?;
+    /// Writes the copies that a crash kept from being written. Only of what opens: a good copy is not given for a bad
+    /// record.
+    fn renew_copies(&self, database: &Database, records: &Records, found: &mut Found) -> Result<(), StoreError> {
+        let sequence = database.sequence();
+        for (user, record) in records {
+            if let Ok(record) = record
+                && found.records.get(user) != Some(record)
+                && record.open(user, &self.keyring).is_ok()
+            {
+                self.copies.write(user, record, sequence)?;
+                found.unusable.retain(|path| *path != self.copies.path(user));
             }
-            database.commit()?;
         }
-        if all != copied {
-            self.copies.set_notes(&all)?;
+        let notes = database.notes()?;
+        if notes != found.notes {
+            self.copies.set_notes(&notes, sequence)?;
         }
-        Ok(())
+        // An erasure may have failed at this last step, and does nothing when it is repeated.
+        if sequence > found.sequence { self.copies.set_sequence(sequence) } else { Ok(()) }
     }
 
     /// The users as the copies know them, for as long as the database does not open because of `error`.
-    fn copies_alone(&self, error: &StoreError) -> Result<Opened, StoreError> {
-        let (copies, unusable_copies) = self.copies.read()?;
-        let records = copies.into_iter().map(|(user, copy)| (user, Ok(copy))).collect();
-        let degraded = Some(error.to_string());
-        Ok(Opened { users: open_all(records, &self.keyring), unusable_copies, degraded, ..Opened::default() })
+    pub(super) fn copies_alone(&self, error: &StoreError) -> Result<Opened, StoreError> {
+        let found = self.copies.read()?;
+        let records = found.records.into_iter().map(|(user, copy)| (user, Ok(copy))).collect();
+        let (users, degraded) = (open_all(records, &self.keyring), Some(error.to_string()));
+        Ok(Opened { users, unusable_copies: found.unusable, degraded, ..Opened::default() })
     }
 
     fn opens_none(&self, records: &Records) -> bool {
@@ -316,7 +312,7 @@ fn holds(stored: &Result<Record, RecordError>, user: &UserId, grant: &Grant, key
     })
 }
 
-fn open_all(records: Records, keyring: &Keyring) -> Vec<(UserId, Result<Grant, RecordError>)> {
+fn open_all(records: Records, keyring: &Keyring) -> Users {
     let open = |(user, record): (UserId, Result<Record, RecordError>)| {
         let grant = record.and_then(|record| record.open(&user, keyring));
         (user, grant)
