@@ -1,0 +1,196 @@
+//! For which account, user and region a call is.
+
+use std::collections::HashMap;
+
+use http::header::{HeaderMap, HeaderName, HeaderValue};
+
+use super::Selection;
+use crate::account::{Account, BadName, BadRegion, Ids, Region, UserId};
+use crate::target::{Of, Target};
+
+const X_ADS_ACCOUNT: HeaderName = HeaderName::from_static("x-ads-account");
+const X_ADS_USER: HeaderName = HeaderName::from_static("x-ads-user");
+const X_ADS_REGION: HeaderName = HeaderName::from_static("x-ads-region");
+
+/// The accounts, and who is meant where nobody is named.
+#[derive(Debug)]
+pub(super) struct Accounts {
+    by_name: HashMap<String, Account>,
+    /// The account named `default`, or the only one.
+    fallback: Option<String>,
+    region: Region,
+    selection: Selection,
+}
+
+/// A call whose account is known.
+#[derive(Debug)]
+pub(super) struct Call<'a> {
+    account: Option<&'a Account>,
+    /// Whose grant pays.
+    pub(super) user: UserId,
+    /// Where it goes.
+    pub(super) region: Region,
+    /// Whether that is where the account's data lives.
+    at_home: bool,
+}
+
+/// Why no account could be selected.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unselected {
+    /// There is none of this name.
+    Unknown,
+    /// A selecting header cannot be read; says which.
+    Bad(&'static str),
+}
+
+impl Accounts {
+    pub(super) fn new(accounts: Vec<Account>, region: Region, selection: Selection) -> Self {
+        let only = if let [only] = accounts.as_slice() { Some(only.name.to_string()) } else { None };
+        let named_default =
+            accounts.iter().find(|account| &*account.name == "default").map(|account| account.name.to_string());
+        let by_name = accounts.into_iter().map(|account| (account.name.to_string(), account)).collect();
+        Self { by_name, fallback: named_default.or(only), region, selection }
+    }
+
+    /// First that applies: the path's prefix, `X-Ads-Account`, `X-Ads-User`, the account named `default`, the only
+    /// account, the user `default`.
+    pub(super) fn select(&self, target: &Target, headers: &HeaderMap) -> Result<Call<'_>, Unselected> {
+        let host_region = if let Of::Ads(region) = target.of { Some(region) } else { None };
+        if self.selection == Selection::Fixed {
+            return Ok(self.call(self.fallback(), None, host_region));
+        }
+        let said_region = single(headers, &X_ADS_REGION)?.map(str::parse).transpose();
+        let region = host_region.or(said_region.map_err(|BadRegion| Unselected::Bad("X-Ads-Region is na, eu or fe."))?);
+        if let Some(name) =
+            target.account.as_deref().map_or_else(|| single(headers, &X_ADS_ACCOUNT), |name| Ok(Some(name)))?
+        {
+            let account = self.by_name.get(name).ok_or(Unselected::Unknown)?;
+            return Ok(self.call(Some(account), None, region));
+        }
+        if let Some(user) = single(headers, &X_ADS_USER)? {
+            let user = user
+                .parse()
+                .map_err(|BadName| Unselected::Bad("X-Ads-User is 1 to 128 of A-Z a-z 0-9 . _ @ : | + -."))?;
+            return Ok(self.call(None, Some(user), region));
+        }
+        Ok(self.call(self.fallback(), None, region))
+    }
+
+    fn fallback(&self) -> Option<&Account> {
+        self.fallback.as_ref().and_then(|name| self.by_name.get(name))
+    }
+
+    fn call<'a>(&self, account: Option<&'a Account>, user: Option<UserId>, asked: Option<Region>) -> Call<'a> {
+        let home = account.and_then(|account| account.region).unwrap_or(self.region);
+        let region = asked.unwrap_or(home);
+        let user = user.or_else(|| account.map(|account| account.user.clone())).unwrap_or_default();
+        Call { account, user, region, at_home: region == home }
+    }
+}
+
+impl<'a> Call<'a> {
+    /// The account's name; empty where a user was selected.
+    pub(super) fn account_name(&self) -> &'a str {
+        self.account.map_or("", |account| &account.name)
+    }
+
+    /// The ids to attach: none of them means anything in another region.
+    pub(super) fn ids(&self) -> Option<&'a Ids> {
+        self.account.filter(|_| self.at_home).map(|account| &account.ids)
+    }
+
+    pub(super) fn fixed_headers(&self) -> &'a [(HeaderName, HeaderValue)] {
+        self.account.map_or(&[], |account| &account.headers)
+    }
+
+    /// What the caller should know about the selection.
+    pub(super) fn hint(&self) -> Option<&'static str> {
+        (self.account.is_some() && !self.at_home).then_some("region_mismatch")
+    }
+}
+
+/// The value of a header that selects; more than one would leave the choice to chance.
+fn single<'h>(headers: &'h HeaderMap, name: &HeaderName) -> Result<Option<&'h str>, Unselected> {
+    let mut values = headers.get_all(name).iter();
+    match (values.next(), values.next()) {
+        (None, _) => Ok(None),
+        (Some(value), None) => {
+            value.to_str().map(|text| Some(text.trim())).map_err(|_| Unselected::Bad("An X-Ads-* header is not ASCII."))
+        }
+        (Some(_), Some(_)) => Err(Unselected::Bad("An X-Ads-* header stands twice.")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn account(name: &str, region: Option<Region>) -> Account {
+        Account {
+            name: name.into(),
+            user: format!("user-of-{name}").parse().unwrap(),
+            region,
+            ids: Ids::default(),
+            headers: Vec::new(),
+        }
+    }
+
+    fn select(
+        names: &[&str],
+        selection: Selection,
+        target: &str,
+        headers: &[(&'static str, &str)],
+    ) -> Result<(String, String, Region), Unselected> {
+        let accounts = names.iter().map(|name| account(name, (*name == "eu").then_some(Region::Eu))).collect();
+        let accounts = Accounts::new(accounts, Region::Na, selection);
+        let mut map = HeaderMap::new();
+        for (name, value) in headers {
+            map.append(*name, value.parse().unwrap());
+        }
+        let target = Target::read(&target.parse().unwrap(), |_| false).unwrap();
+        accounts.select(&target, &map).map(|call| (call.account_name().to_owned(), call.user.to_string(), call.region))
+    }
+
+    #[test]
+    fn a_name_that_is_not_configured_selects_nothing_at_all() {
+        assert_eq!(select(&["a"], Selection::Header, "/a/b/x", &[]), Err(Unselected::Unknown));
+        assert_eq!(select(&["a"], Selection::Header, "/x", &[("x-ads-account", "b")]), Err(Unselected::Unknown));
+        assert_eq!(select(&["a"], Selection::Header, "/x", &[("x-ads-account", "")]), Err(Unselected::Unknown));
+        for (name, value) in [("x-ads-user", "a b"), ("x-ads-region", "uk")] {
+            assert!(matches!(select(&["a"], Selection::Header, "/x", &[(name, value)]), Err(Unselected::Bad(_))));
+        }
+        let twice = [("x-ads-account", "a"), ("x-ads-account", "b")];
+        assert!(matches!(select(&["a", "b"], Selection::Header, "/x", &twice), Err(Unselected::Bad(_))));
+    }
+
+    #[test]
+    fn the_first_that_applies_decides() {
+        let all = [("x-ads-account", "b"), ("x-ads-user", "u")];
+        let name = |names: &[&str], target: &str, headers: &[(&'static str, &str)]| {
+            select(names, Selection::Header, target, headers).unwrap()
+        };
+        assert_eq!(name(&["a", "b"], "/a/a/x", &all).0, "a");
+        assert_eq!(name(&["a", "b"], "/x", &all).0, "b");
+        assert_eq!(name(&["a", "b"], "/x", &all[1..]), (String::new(), "u".into(), Region::Na));
+        assert_eq!(name(&["a", "default"], "/x", &[]).0, "default");
+        assert_eq!(name(&["a"], "/x", &[]), ("a".into(), "user-of-a".into(), Region::Na));
+        assert_eq!(name(&["a", "b"], "/x", &[]), (String::new(), "default".into(), Region::Na));
+    }
+
+    #[test]
+    fn the_region_is_the_hosts_then_the_callers_then_the_accounts() {
+        let region = |target: &str, headers: &[(&'static str, &str)]| {
+            select(&["eu"], Selection::Header, target, headers).unwrap().2
+        };
+        assert_eq!(region("http://advertising-api-fe.amazon.com/x", &[("x-ads-region", "na")]), Region::Fe);
+        assert_eq!(region("/x", &[("x-ads-region", "na")]), Region::Na);
+        assert_eq!(region("/x", &[]), Region::Eu);
+    }
+
+    #[test]
+    fn fixed_selection_ignores_what_callers_say() {
+        let said = [("x-ads-account", "b"), ("x-ads-user", "u"), ("x-ads-region", "eu")];
+        let call = select(&["default", "b"], Selection::Fixed, "/a/b/x", &said).unwrap();
+        assert_eq!(call, ("default".into(), "user-of-default".into(), Region::Na));
+    }
+}

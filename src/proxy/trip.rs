@@ -1,0 +1,140 @@
+//! The record of one call. It ends once, by its answer or by the caller hanging up.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use http::{HeaderValue, Method, Response};
+
+use super::Body;
+use super::select::Call;
+use crate::account::Region;
+use crate::metrics::Metrics;
+
+/// Counted for a caller that hung up before its answer, as nginx does.
+const CLIENT_CLOSED: u16 = 499;
+
+#[derive(Debug)]
+pub(super) struct Trip {
+    metrics: Arc<Metrics>,
+    begun: Instant,
+    method: &'static str,
+    account: String,
+    region: &'static str,
+    source: &'static str,
+    hint: Option<&'static str>,
+    request_id: HeaderValue,
+    in_flight: Option<InFlight>,
+    ended: bool,
+}
+
+/// A call whose answer has not passed whole.
+#[derive(Debug)]
+pub(super) struct InFlight(Arc<Metrics>);
+
+impl Trip {
+    pub(super) fn begin(metrics: Arc<Metrics>, method: &Method, request_id: HeaderValue) -> Self {
+        metrics.in_flight.inc();
+        Self {
+            begun: Instant::now(),
+            method: label(method),
+            account: String::new(),
+            region: "",
+            source: "sidecar",
+            hint: None,
+            request_id,
+            in_flight: Some(InFlight(metrics.clone())),
+            ended: false,
+            metrics,
+        }
+    }
+
+    pub(super) fn request_id(&self) -> &str {
+        self.request_id.to_str().unwrap_or_default()
+    }
+
+    pub(super) fn request_id_header(&self) -> HeaderValue {
+        self.request_id.clone()
+    }
+
+    pub(super) fn is_for(&mut self, call: &Call<'_>) {
+        call.account_name().clone_into(&mut self.account);
+        self.region = call.region.as_str();
+    }
+
+    pub(super) fn amazon_took(&self, region: Region, time: Duration) {
+        self.metrics.upstream_duration.with_label_values(&[region.as_str()]).observe(time.as_secs_f64());
+    }
+
+    pub(super) fn hint(&mut self, hint: &'static str) {
+        self.hint = Some(hint);
+    }
+
+    pub(super) fn take_hint(&mut self) -> Option<&'static str> {
+        self.hint.take()
+    }
+
+    pub(super) fn answered_by_amazon(&mut self) {
+        self.source = "amazon";
+    }
+
+    /// Ends with `answer`, whose body counts as in flight until it has passed.
+    pub(super) fn end(mut self, answer: Response<Body>) -> Response<Body> {
+        self.record(answer.status().as_u16());
+        let in_flight = self.in_flight.take();
+        answer.map(|body| body.until_passed(in_flight))
+    }
+
+    fn record(&mut self, status: u16) {
+        self.ended = true;
+        let took = self.begun.elapsed();
+        let mut text = [0u8; 3];
+        let labels = [self.account.as_str(), self.region, self.method, digits(status, &mut text), self.source];
+        self.metrics.requests.with_label_values(&labels).inc();
+        self.metrics.request_duration.with_label_values(&[self.source]).observe(took.as_secs_f64());
+        tracing::debug!(
+            request_id = self.request_id(),
+            account = self.account,
+            method = self.method,
+            status,
+            source = self.source,
+            ?took,
+            "call"
+        );
+    }
+}
+
+impl Drop for Trip {
+    fn drop(&mut self) {
+        if !self.ended {
+            self.record(CLIENT_CLOSED);
+        }
+    }
+}
+
+impl Drop for InFlight {
+    fn drop(&mut self) {
+        self.0.in_flight.dec();
+    }
+}
+
+/// A closed set: whatever a caller invents is `other`.
+fn label(method: &Method) -> &'static str {
+    match *method {
+        Method::GET => "GET",
+        Method::HEAD => "HEAD",
+        Method::POST => "POST",
+        Method::PUT => "PUT",
+        Method::PATCH => "PATCH",
+        Method::DELETE => "DELETE",
+        Method::OPTIONS => "OPTIONS",
+        _ => "other",
+    }
+}
+
+/// The three digits of a status.
+fn digits(status: u16, text: &mut [u8; 3]) -> &str {
+    for (place, power) in text.iter_mut().zip([100, 10, 1]) {
+        *place = b'0' + u8::try_from(status / power % 10).unwrap_or_default();
+    }
+    std::str::from_utf8(text).unwrap_or_default()
+}
