@@ -162,7 +162,9 @@ fn header(name: &str, value: &Value) -> Result<(HeaderName, HeaderValue), String
         return Err("is managed by adsidecar or never leaves it: remove it".to_owned());
     }
     let text = scalar(value)?;
-    let legal = (1..=MAX_HEADER).contains(&text.len()) && text.trim() == text;
+    let legal = (1..=MAX_HEADER).contains(&text.len())
+        && text.trim() == text
+        && text.bytes().all(|b| b == b' ' || b.is_ascii_graphic());
     let mut value = legal
         .then(|| HeaderValue::from_str(&text).ok())
         .flatten()

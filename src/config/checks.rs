@@ -133,7 +133,9 @@ pub(super) fn host(text: &str) -> Result<String, &'static str> {
     }
     match text.rsplit_once(':') {
         _ if text.contains('/') => Err("holds a URL: write the host alone, such as app.internal"),
-        Some((_, port)) if port.parse::<u16>().is_ok() => Err("holds a port: leave it away, any port is accepted"),
+        Some((name, port)) if port.parse::<u16>().is_ok() && (name.ends_with(']') || !name.contains(':')) => {
+            Err("holds a port: leave it away, any port is accepted")
+        }
         _ => Err("holds what is no host name: write names in ASCII such as app.internal, without wildcard and blank"),
     }
 }

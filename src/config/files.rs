@@ -8,6 +8,15 @@ use std::path::Path;
 /// end.
 const MAX_FILE: u64 = 1024 * 1024;
 
+/// The value that the file at `path` holds: its text without the line end. The error says what is wrong and what to do.
+pub(super) fn value(path: &Path) -> Result<String, String> {
+    let text = read(path)?;
+    match text.trim_end_matches(['\r', '\n']) {
+        value if value.trim().is_empty() => Err(format!("{} holds nothing: write the value into it", shown(path))),
+        value => Ok(value.to_owned()),
+    }
+}
+
 /// The text of the file at `path`; the error says what is wrong and what to do.
 pub(super) fn read(path: &Path) -> Result<String, String> {
     let fail = |error: std::io::Error| {

@@ -173,8 +173,12 @@ pub(super) fn likely_name(name: &str) -> Option<String> {
 
 /// The section of the file, or the key outside all sections, that `name` was probably meant to be.
 pub(super) fn likely_section(name: &str) -> Option<String> {
-    let keys = ["environment", ACCOUNT].map(str::to_owned);
-    closest(name, sections().map(|section| format!("[{section}]")).chain(keys))
+    let likely = closest(name, sections().chain(["environment", ACCOUNT]).map(str::to_owned))?;
+    Some(match likely.as_str() {
+        "environment" => likely,
+        ACCOUNT => format!("[[{ACCOUNT}]]"),
+        section => format!("[{section}]"),
+    })
 }
 
 /// The environment variable that `variable` was probably meant to be.

@@ -169,19 +169,15 @@ impl<'a> Reader<'a> {
             .unwrap_or_default()
     }
 
-    /// The text of a key that has one value, wherever it stands; never empty. In the file a bare integer is taken as its digits.
+    /// The text of a key that has one value, wherever that stands; never blank. A bare integer is taken as its digits.
     pub(super) fn text(&mut self, key: &str) -> Option<String> {
         let text = match self.merged.get(key)?.0 {
-            Given::File(path) => {
-                files::read(Path::new(path)).map(|text| text.trim_end_matches(['\r', '\n']).to_owned())
-            }
-            Given::Value(value) => scalar(value),
+            Given::File(path) => files::value(Path::new(path)),
+            Given::Value(value) => scalar(value).and_then(|text| match text.trim() {
+                "" => Err("is empty: give it a value, or remove it".to_owned()),
+                _ => Ok(text),
+            }),
         };
-        let text = text.and_then(|text| match text.len() {
-            0 => Err("is empty: give it a value, or remove it".to_owned()),
-            _ if text.trim().is_empty() => Err("is blank: give it a value, or remove it".to_owned()),
-            _ => Ok(text),
-        });
         text.map_err(|message| self.wrong(key, message)).ok()
     }
 }
@@ -190,10 +186,11 @@ impl<'a> Reader<'a> {
 pub(super) fn scalar(value: &Value) -> Result<String, String> {
     match value {
         Value::String(_, text) => Ok(text.clone()),
-        Value::Num(_, number) => match (number.to_u128(), number.to_i128()) {
-            (Some(number), _) => Ok(number.to_string()),
-            (None, Some(_)) => Err("is negative: write it without the sign".to_owned()),
-            (None, None) => Err("is not a whole number: put it in quotes if it is a text".to_owned()),
+        // figment has one accessor for signed and one for unsigned integers.
+        Value::Num(_, number) => match number.to_i128().or_else(|| number.to_u128()?.try_into().ok()) {
+            Some(number @ 0..) => Ok(number.to_string()),
+            Some(_) => Err("is negative: write it without the sign".to_owned()),
+            None => Err("is not a whole number: put it in quotes if it is a text".to_owned()),
         },
         _ => Err("is not a single text or number: put one value in quotes".to_owned()),
     }
