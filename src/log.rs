@@ -1,4 +1,26 @@
 //! Log lines on standard error.
+//!
+//! Only adsidecar's own lines follow the level that is asked for. The libraries below it never say more than `warn`:
+//! at `trace` and `debug` an HTTP, HTTP/2 or TLS library prints headers and bodies, which are tokens here.
+//!
+//! Lines are written at once, by whoever logs: where standard error is a pipe that nobody reads, the writers wait.
+
+use std::fmt;
+use std::io::IsTerminal;
+use std::str::FromStr;
+
+use tracing::Subscriber;
+use tracing_subscriber::filter::{LevelFilter, Targets};
+use tracing_subscriber::fmt::MakeWriter;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
+use tracing_subscriber::{Layer, Registry, reload};
+
+/// Every target of ours begins with this, in the library and in both binaries.
+const OWN_TARGET: &str = "adsidecar";
+
+/// The most that the libraries below us may say, whatever is asked for.
+const LIBRARIES: LevelFilter = LevelFilter::WARN;
 
 /// How the log looks.
 #[derive(Clone, Copy, Debug)]
@@ -34,4 +56,179 @@ pub enum Level {
     Debug,
     /// Everything.
     Trace,
+}
+
+/// Changes the level of a running log. Cloning gives another handle to the same log.
+#[derive(Clone, Debug)]
+pub struct LogHandle(reload::Handle<Targets, Registry>);
+
+/// Starts the process's log on standard error.
+///
+/// Where the process has a log already (a test harness, a second sidecar in one process), that one stays and the
+/// handle moves nothing.
+pub fn init(settings: Settings) -> LogHandle {
+    let (subscriber, handle) = build(settings, std::io::stderr, std::io::stderr().is_terminal());
+    let _ = subscriber.try_init();
+    handle
+}
+
+impl LogHandle {
+    /// From now on lines of `level` and above are written.
+    pub fn set_level(&self, level: Level) {
+        // This fails only where the log is gone, and then there is nothing to change.
+        let _ = self.0.reload(filter(level));
+    }
+}
+
+impl Level {
+    /// All levels, from the quietest.
+    pub const ALL: [Self; 5] = [Self::Error, Self::Warn, Self::Info, Self::Debug, Self::Trace];
+
+    /// The level as configured: `error`, `warn`, `info`, `debug` or `trace`.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Error => "error",
+            Self::Warn => "warn",
+            Self::Info => "info",
+            Self::Debug => "debug",
+            Self::Trace => "trace",
+        }
+    }
+}
+
+impl fmt::Display for Level {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// Text that names no level.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("a level is error, warn, info, debug or trace")]
+pub struct BadLevel;
+
+impl FromStr for Level {
+    type Err = BadLevel;
+
+    fn from_str(text: &str) -> Result<Self, BadLevel> {
+        Self::ALL.into_iter().find(|level| text.eq_ignore_ascii_case(level.as_str())).ok_or(BadLevel)
+    }
+}
+
+fn build<W>(settings: Settings, writer: W, colours: bool) -> (impl Subscriber + Send + Sync, LogHandle)
+where
+    W: for<'w> MakeWriter<'w> + Send + Sync + 'static,
+{
+    // A line that cannot be written is dropped: reporting that would go to standard error too, and panic there.
+    let lines = tracing_subscriber::fmt::layer().with_writer(writer).log_internal_errors(false);
+    let lines = match settings.format {
+        Format::Text => lines.with_ansi(colours).boxed(),
+        Format::Json => {
+            lines.json().flatten_event(true).with_current_span(false).with_span_list(false).with_ansi(false).boxed()
+        }
+    };
+    let (filter, handle) = reload::Layer::new(filter(settings.level));
+    (Registry::default().with(filter).with(lines), LogHandle(handle))
+}
+
+fn filter(level: Level) -> Targets {
+    let ours = match level {
+        Level::Error => LevelFilter::ERROR,
+        Level::Warn => LevelFilter::WARN,
+        Level::Info => LevelFilter::INFO,
+        Level::Debug => LevelFilter::DEBUG,
+        Level::Trace => LevelFilter::TRACE,
+    };
+    Targets::new().with_default(LIBRARIES.min(ours)).with_target(OWN_TARGET, ours)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::sync::{Arc, Mutex};
+
+    use super::*;
+
+    #[derive(Clone, Default)]
+    struct Paper(Arc<Mutex<Vec<u8>>>);
+
+    impl Write for Paper {
+        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+            self.0.lock().unwrap().extend_from_slice(bytes);
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+
+    /// What is written while `lines` runs.
+    fn written(format: Format, level: Level, lines: impl FnOnce(&LogHandle)) -> String {
+        let paper = Paper::default();
+        let pen = paper.clone();
+        let (subscriber, handle) = build(Settings { format, level }, move || pen.clone(), false);
+        tracing::subscriber::with_default(subscriber, || lines(&handle));
+        let bytes = paper.0.lock().unwrap().clone();
+        String::from_utf8(bytes).unwrap()
+    }
+
+    #[test]
+    fn a_library_never_says_more_than_warn() {
+        for format in [Format::Text, Format::Json] {
+            let text = written(format, Level::Trace, |_| {
+                tracing::trace!(target: "hyper::proto", "canary-header");
+                tracing::debug!(target: "rustls::client", "canary-key");
+                tracing::info!(target: "sled", "canary-record");
+                tracing::warn!(target: "h2", "connection lost");
+                tracing::trace!("our step");
+            });
+            assert!(!text.contains("canary"), "{text}");
+            assert!(text.contains("connection lost") && text.contains("our step"), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_quiet_log_quiets_the_libraries_too() {
+        let text = written(Format::Text, Level::Error, |_| {
+            tracing::warn!(target: "h2", "connection lost");
+            tracing::warn!("renewal failed");
+            tracing::error!("no store");
+        });
+        assert_eq!(text.lines().count(), 1, "{text}");
+        assert!(text.contains("no store"), "{text}");
+    }
+
+    #[test]
+    fn the_level_can_be_changed_while_it_runs() {
+        let text = written(Format::Text, Level::Info, |handle| {
+            tracing::debug!("before");
+            handle.set_level(Level::Debug);
+            tracing::debug!("between");
+            tracing::debug!(target: "hyper::proto", "canary-header");
+            handle.set_level(Level::Warn);
+            tracing::info!("after");
+        });
+        assert!(!text.contains("before") && !text.contains("after") && !text.contains("canary"), "{text}");
+        assert!(text.contains("between"), "{text}");
+    }
+
+    #[test]
+    fn a_json_line_is_one_flat_object() {
+        let text = written(Format::Json, Level::Info, |_| tracing::info!(door = "proxy", "listening\non two lines"));
+        let line: serde_json::Value = serde_json::from_str(&text).unwrap();
+        assert_eq!(text.lines().count(), 1, "{text}");
+        assert_eq!(line["level"], "INFO");
+        assert_eq!(line["door"], "proxy");
+        assert_eq!(line["message"], "listening\non two lines");
+        assert!(line["timestamp"].as_str().unwrap().ends_with('Z'), "{text}");
+    }
+
+    #[test]
+    fn levels_are_read_as_they_are_written() {
+        assert_eq!("loud".parse::<Level>(), Err(BadLevel));
+        for level in Level::ALL {
+            assert_eq!(level.to_string().parse(), Ok(level));
+        }
+    }
 }

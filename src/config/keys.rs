@@ -1,0 +1,277 @@
+//! Every key there is, and the names it has in the environment.
+
+/// The only `ADSIDECAR_*` name without a double underscore that means something: the path of the file.
+pub(super) const CONFIG_VARIABLE: &str = "ADSIDECAR_CONFIG";
+
+/// Begins the environment name of every key.
+pub(super) const PREFIX: &str = "ADSIDECAR_";
+
+/// Ends the name of the key, or of the environment variable, that gives the path of a file with the value.
+const FILE_SUFFIX: &str = "_file";
+const FILE_SUFFIX_VARIABLE: &str = "_FILE";
+
+/// One key of the configuration.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Key {
+    /// `section.key`.
+    pub(super) name: &'static str,
+    /// The name by which users of Amazon's guide know it.
+    pub(super) guide: Option<&'static str>,
+    /// Whether it is a secret, which can be given as `<name>_file` too.
+    pub(super) secret: bool,
+}
+
+/// Which of its two forms a key is given in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Form {
+    /// The value itself.
+    Value,
+    /// The path of a file that holds the value.
+    File,
+}
+
+const fn plain(name: &'static str) -> Key {
+    Key { name, guide: None, secret: false }
+}
+
+const fn guide(name: &'static str, variable: &'static str) -> Key {
+    Key { name, guide: Some(variable), secret: false }
+}
+
+const fn secret(name: &'static str, variable: Option<&'static str>) -> Key {
+    Key { name, guide: variable, secret: true }
+}
+
+/// All keys but those of an account, in the order of the contract.
+pub(super) const KEYS: &[Key] = &[
+    guide("environment", "ENVIRONMENT"),
+    guide("amazon.client_id", "AMAZON_CLIENT_ID"),
+    secret("amazon.client_secret", Some("AMAZON_CLIENT_SECRET")),
+    guide("amazon.redirect_uri", "AMAZON_OAUTH_REDIRECT_URI"),
+    guide("amazon.scope", "AMAZON_SCOPE"),
+    plain("amazon.region"),
+    secret("amazon.refresh_token", Some("AMAZON_REFRESH_TOKEN")),
+    plain("amazon.authorize_url"),
+    plain("amazon.token_url"),
+    plain("amazon.ca_file"),
+    plain("proxy.listen"),
+    plain("proxy.allow_remote"),
+    plain("proxy.allowed_hosts"),
+    secret("proxy.caller_token", None),
+    plain("proxy.token_shim"),
+    plain("proxy.selection"),
+    plain("proxy.replay_limit"),
+    plain("proxy.max_connections"),
+    plain("proxy.max_body"),
+    plain("proxy.header_timeout"),
+    plain("proxy.idle_timeout"),
+    plain("login.listen"),
+    guide("login.frontend_url", "FRONTEND_URL"),
+    plain("login.confirm"),
+    plain("admin.listen"),
+    plain("admin.public_url"),
+    plain("store.kind"),
+    plain("store.path"),
+    secret("store.postgres_url", None),
+    secret("store.fernet_keys", Some("FERNET_KEY")),
+    plain("refresh.margin"),
+    plain("refresh.ahead"),
+    plain("refresh.sweep"),
+    plain("refresh.idle_after"),
+    plain("refresh.concurrency"),
+    plain("upstream.na"),
+    plain("upstream.eu"),
+    plain("upstream.fe"),
+    plain("upstream.ca_file"),
+    plain("upstream.http2"),
+    plain("upstream.connect_timeout"),
+    plain("upstream.response_timeout"),
+    plain("upstream.idle_timeout"),
+    plain("upstream.proxy"),
+    plain("policy.read_only"),
+    plain("policy.allow"),
+    plain("policy.mode"),
+    plain("throttle.mode"),
+    plain("throttle.queue_timeout"),
+    plain("metrics.max_user_series"),
+    plain("log.format"),
+    plain("log.level"),
+    plain("log.audit"),
+    plain("shutdown.accept"),
+    plain("shutdown.drain"),
+];
+
+/// The name of the list of accounts, which only the file can give.
+pub(super) const ACCOUNT: &str = "account";
+
+/// The keys of one `[[account]]`, in the order of the contract.
+pub(super) const ACCOUNT_KEYS: &[&str] = &[
+    "name",
+    "user",
+    "region",
+    "profile_id",
+    "marketplace_id",
+    "advertiser_id",
+    "entity_id",
+    "account_id",
+    "dsp_advertiser_id",
+    "amc_instance_id",
+    "manager_account_id",
+    "headers",
+    "read_only",
+    "allow",
+];
+
+impl Key {
+    /// `ADSIDECAR_SECTION__KEY`; `None` for the one key without a section, which has its guide name only.
+    fn variable(&self) -> Option<String> {
+        self.name.contains('.').then(|| format!("{PREFIX}{}", self.name.replace('.', "__").to_ascii_uppercase()))
+    }
+}
+
+/// The key that is called `name` in the file and in `--set`.
+pub(super) fn by_name(name: &str) -> Option<(&'static Key, Form)> {
+    KEYS.iter().find_map(|key| match name.strip_prefix(key.name)? {
+        "" => Some((key, Form::Value)),
+        FILE_SUFFIX if key.secret => Some((key, Form::File)),
+        _ => None,
+    })
+}
+
+/// Whether `name` is a section: the keys of all but the accounts and the environment stand in one.
+pub(super) fn is_section(name: &str) -> bool {
+    sections().any(|section| section == name)
+}
+
+fn sections() -> impl Iterator<Item = &'static str> {
+    KEYS.iter().filter_map(|key| Some(key.name.split_once('.')?.0))
+}
+
+/// The key that is called `variable` in the environment, by its full name.
+pub(super) fn by_variable(variable: &str) -> Option<(&'static Key, Form)> {
+    KEYS.iter().find_map(|key| match variable.strip_prefix(&key.variable()?)? {
+        "" => Some((key, Form::Value)),
+        FILE_SUFFIX_VARIABLE if key.secret => Some((key, Form::File)),
+        _ => None,
+    })
+}
+
+/// The key that Amazon's guide calls `variable`. Each of these names has its `_FILE`, secret or not.
+pub(super) fn by_guide_name(variable: &str) -> Option<(&'static Key, Form)> {
+    KEYS.iter().find_map(|key| match variable.strip_prefix(key.guide?)? {
+        "" => Some((key, Form::Value)),
+        FILE_SUFFIX_VARIABLE => Some((key, Form::File)),
+        _ => None,
+    })
+}
+
+/// The key of the file that `name` was probably meant to be.
+pub(super) fn likely_name(name: &str) -> Option<String> {
+    let file = KEYS.iter().filter(|key| key.secret).map(|key| format!("{}{FILE_SUFFIX}", key.name));
+    closest(name, KEYS.iter().map(|key| key.name.to_owned()).chain(file))
+}
+
+/// The section of the file, or the key outside all sections, that `name` was probably meant to be.
+pub(super) fn likely_section(name: &str) -> Option<String> {
+    let likely = closest(name, sections().chain(["environment", ACCOUNT]).map(str::to_owned))?;
+    Some(match likely.as_str() {
+        "environment" => likely,
+        ACCOUNT => format!("[[{ACCOUNT}]]"),
+        section => format!("[{section}]"),
+    })
+}
+
+/// The environment variable that `variable` was probably meant to be.
+pub(super) fn likely_variable(variable: &str) -> Option<String> {
+    let file = KEYS.iter().filter(|key| key.secret).filter_map(Key::variable).map(|v| v + FILE_SUFFIX_VARIABLE);
+    closest(variable, KEYS.iter().filter_map(Key::variable).chain(file))
+}
+
+/// The key of an account that `name` was probably meant to be.
+pub(super) fn likely_account_key(name: &str) -> Option<String> {
+    closest(name, ACCOUNT_KEYS.iter().map(|&key| key.to_owned()))
+}
+
+/// A name as it may be printed: what does not look like one is not repeated.
+pub(super) fn printable(name: &str) -> String {
+    // The longest word of any key has 14 letters, the longest name of all 39; a secret is a longer run of letters.
+    let words = name.split(['.', '_', '-']);
+    let looks_like_a_name = name.len() <= 64
+        && !name.is_empty()
+        && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b))
+        && words.into_iter().all(|word| word.len() <= 20);
+    if looks_like_a_name { name.to_owned() } else { "a name that is not repeated here".to_owned() }
+}
+
+/// The candidate that differs from `name` in the fewest letters, where these are few.
+fn closest(name: &str, candidates: impl Iterator<Item = String>) -> Option<String> {
+    // Beyond a third of its letters a name is another name, not a misspelling. No key is nearly as long as 64.
+    let limit = if name.len() <= 64 { (name.len() / 3).min(4) } else { 0 };
+    candidates
+        .map(|candidate| (distance(name.as_bytes(), candidate.as_bytes()), candidate))
+        .filter(|(distance, _)| *distance <= limit)
+        .min_by_key(|(distance, _)| *distance)
+        .map(|(_, candidate)| candidate)
+}
+
+/// Levenshtein's distance, one row at a time.
+fn distance(a: &[u8], b: &[u8]) -> usize {
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, from) in a.iter().enumerate() {
+        let mut diagonal = std::mem::replace(&mut row[0], i + 1);
+        for (j, to) in b.iter().enumerate() {
+            let substituted = diagonal + usize::from(from != to);
+            diagonal = row[j + 1];
+            row[j + 1] = substituted.min(diagonal + 1).min(row[j] + 1);
+        }
+    }
+    row[b.len()]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_no_key_is_found_under_no_name() {
+        for name in ["", "amazon", "amazon.", "amazon.client_id_file", "client_id", "proxy.listen_file", "account.name"]
+        {
+            assert_eq!(by_name(name), None, "{name}");
+        }
+        for variable in ["ADSIDECAR_ENVIRONMENT", "ADSIDECAR__ENVIRONMENT", "ADSIDECAR_PROXY__LISTEN_FILE"] {
+            assert_eq!(by_variable(variable), None, "{variable}");
+        }
+        for variable in ["", "AMAZON_CLIENT", "AMAZON_CLIENT_ID_FILES", "FERNET_KEYS"] {
+            assert_eq!(by_guide_name(variable), None, "{variable}");
+        }
+    }
+
+    #[test]
+    fn a_key_is_found_under_each_of_its_names() {
+        let found = |hit: Option<(&'static Key, Form)>| hit.map(|(key, form)| (key.name, form));
+        assert_eq!(found(by_name("store.fernet_keys")), Some(("store.fernet_keys", Form::Value)));
+        assert_eq!(found(by_name("store.fernet_keys_file")), Some(("store.fernet_keys", Form::File)));
+        assert_eq!(found(by_variable("ADSIDECAR_LOG__LEVEL")), Some(("log.level", Form::Value)));
+        let file = by_variable("ADSIDECAR_PROXY__CALLER_TOKEN_FILE");
+        assert_eq!(found(file), Some(("proxy.caller_token", Form::File)));
+        assert_eq!(found(by_guide_name("FRONTEND_URL_FILE")), Some(("login.frontend_url", Form::File)));
+        assert_eq!(found(by_guide_name("ENVIRONMENT")), Some(("environment", Form::Value)));
+    }
+
+    #[test]
+    fn a_misspelling_finds_its_key_and_another_word_finds_none() {
+        assert_eq!(likely_name("amazon.clientsecret").as_deref(), Some("amazon.client_secret"));
+        assert_eq!(likely_name("amazon.client-secret-file").as_deref(), Some("amazon.client_secret_file"));
+        assert_eq!(likely_name("proxy.colour"), None);
+        assert_eq!(likely_variable("ADSIDECAR_PROXY__LISTENS").as_deref(), Some("ADSIDECAR_PROXY__LISTEN"));
+        assert_eq!(likely_variable("ADSIDECAR_SERVICE__HOST"), None);
+        assert_eq!(likely_account_key("profileid").as_deref(), Some("profile_id"));
+    }
+
+    #[test]
+    fn the_distance_counts_letters() {
+        for (a, b, letters) in [("", "", 0), ("a", "", 1), ("", "ab", 2), ("kitten", "sitting", 3), ("ab", "ba", 2)] {
+            assert_eq!(distance(a.as_bytes(), b.as_bytes()), letters, "{a} {b}");
+        }
+    }
+}

@@ -1,0 +1,277 @@
+//! The layers: file, environment, flags. Each says which keys it holds; figment lays one over the other and remembers
+//! where each value came from.
+
+use std::path::{Path, PathBuf};
+
+use figment::providers::{Format, Toml};
+use figment::value::{Dict, Map, Tag, Value};
+use figment::{Figment, Metadata, Profile, Provider};
+
+use super::files;
+use super::keys::{self, Form, Key};
+use super::problems::Problem;
+
+/// Under this name the path of a file that holds a value is kept, in the place of the value. So a higher layer's value
+/// replaces a lower layer's file, and the other way around. In no layer can a user write that.
+const FILE: &str = "file";
+
+/// What a problem with the file as a whole is filed under.
+pub(super) const WHOLE_FILE: &str = "the configuration file";
+
+/// Where a configuration is read from. Defaults lie below them all.
+#[derive(Clone, Default)]
+pub struct Sources {
+    /// The TOML file of `--config`. Where it is absent, `ADSIDECAR_CONFIG` of `env` names the file, if anything does.
+    pub file: Option<PathBuf>,
+    /// The environment, as name and value. Names that are none of ours are ignored.
+    pub env: Vec<(String, String)>,
+    /// The values of `--set`, split at the first `=`, in their order: of two for one key the later counts.
+    pub sets: Vec<(String, String)>,
+}
+
+/// All layers in one, with the origin of each value.
+pub(super) struct Merged {
+    figment: Figment,
+    root: Value,
+}
+
+/// A value as it was given.
+pub(super) enum Given<'a> {
+    /// The value itself.
+    Value(&'a Value),
+    /// The path of a file that holds it.
+    File(&'a str),
+}
+
+impl Merged {
+    /// What is given for `key`, and by whom.
+    pub(super) fn get(&self, key: &str) -> Option<(Given<'_>, String)> {
+        let value = self.root.find_ref(key)?;
+        let given = match value.find_ref(FILE).and_then(Value::as_str) {
+            Some(path) => Given::File(path),
+            None => Given::Value(value),
+        };
+        Some((given, self.source(key)))
+    }
+
+    /// Who gave `key` its value.
+    fn source(&self, key: &str) -> String {
+        self.figment.find_metadata(key).map(|metadata| metadata.name.to_string()).unwrap_or_default()
+    }
+}
+
+/// Reads all layers. What is wrong with one of them is added to `problems`, and left out.
+pub(super) fn merge(sources: &Sources, problems: &mut Vec<Problem>) -> Merged {
+    let mut figment = Figment::new();
+    for layer in [file_layer(sources, problems), env_layer(&sources.env, problems), set_layer(&sources.sets, problems)]
+    {
+        for entry in settle(layer, problems) {
+            figment = figment.merge(entry);
+        }
+    }
+    let root = figment.find_value("").unwrap_or_else(|_| Value::from(Dict::new()));
+    Merged { figment, root }
+}
+
+/// One key in one layer.
+struct Entry {
+    name: &'static str,
+    form: Form,
+    value: Value,
+    source: String,
+}
+
+impl Entry {
+    fn new(key: &'static Key, form: Form, value: Value, source: impl Into<String>) -> Self {
+        Self { name: key.name, form, value, source: source.into() }
+    }
+}
+
+impl Provider for Entry {
+    fn metadata(&self) -> Metadata {
+        Metadata::named(self.source.clone())
+    }
+
+    fn data(&self) -> Result<Map<Profile, Dict>, figment::Error> {
+        let leaf = match self.form {
+            Form::Value => self.value.clone(),
+            Form::File => figment::util::nest(FILE, self.value.clone()),
+        };
+        let dict = figment::util::nest(self.name, leaf).into_dict().unwrap_or_default();
+        Ok(Profile::Default.collect(dict))
+    }
+}
+
+/// Within one layer a key has one form and one value.
+fn settle(layer: Vec<Entry>, problems: &mut Vec<Problem>) -> Vec<Entry> {
+    let mut settled: Vec<Entry> = Vec::new();
+    for entry in layer {
+        let Some(first) = settled.iter().find(|first| first.name == entry.name) else {
+            settled.push(entry);
+            continue;
+        };
+        let both = if first.source == entry.source {
+            first.source.clone()
+        } else {
+            format!("{} and {}", first.source, entry.source)
+        };
+        if first.form != entry.form {
+            problem(problems, entry.name, &both, "is given both as a value and as a file: keep one of the two");
+        } else if first.value != entry.value {
+            problem(problems, entry.name, &both, "is given twice and differs: make both the same, or keep one");
+        }
+    }
+    settled
+}
+
+fn problem(problems: &mut Vec<Problem>, key: &str, source: &str, message: impl Into<String>) {
+    problems.push(Problem { key: key.to_owned(), source: Some(source.to_owned()), message: message.into() });
+}
+
+// The file.
+
+fn file_layer(sources: &Sources, problems: &mut Vec<Problem>) -> Vec<Entry> {
+    let variable = sources.env.iter().find(|(name, value)| name == keys::CONFIG_VARIABLE && !value.is_empty());
+    let (path, asked_by) = match (&sources.file, variable) {
+        (Some(path), _) => (path.as_path(), "--config"),
+        (None, Some((name, path))) => (Path::new(path), name.as_str()),
+        (None, None) => return Vec::new(),
+    };
+    let text = match files::read(path) {
+        Ok(text) => text,
+        Err(message) => {
+            problem(problems, WHOLE_FILE, asked_by, message);
+            return Vec::new();
+        }
+    };
+    let source = path.display().to_string();
+    match Toml::from_str::<Dict>(&text) {
+        Ok(dict) => file_entries(dict, &source, problems),
+        Err(error) => {
+            let place = error.span().map(|span| position(&text, span.start)).unwrap_or_default();
+            // The parser's own message quotes the line, and the line may hold a secret.
+            let message = if error.message().starts_with("duplicate key") {
+                format!("a key or section stands there a second time{place}: keep one of the two")
+            } else {
+                format!("is not valid TOML{place}: check the quotes and brackets there")
+            };
+            problem(problems, WHOLE_FILE, &source, message);
+            Vec::new()
+        }
+    }
+}
+
+/// `, line 3, column 7`, counted as editors do.
+fn position(text: &str, offset: usize) -> String {
+    let before = text.get(..offset).unwrap_or(text);
+    let line = before.matches('\n').count() + 1;
+    let column = before.chars().rev().take_while(|&c| c != '\n').count() + 1;
+    format!(", line {line}, column {column}")
+}
+
+fn file_entries(dict: Dict, source: &str, problems: &mut Vec<Problem>) -> Vec<Entry> {
+    let mut entries = Vec::new();
+    for (section, value) in dict {
+        match value {
+            value if section == keys::ACCOUNT => {
+                entries.push(Entry { name: keys::ACCOUNT, form: Form::Value, value, source: source.to_owned() });
+            }
+            Value::Dict(_, dict) if keys::is_section(&section) => {
+                for (key, value) in dict {
+                    file_entry(format!("{section}.{key}"), value, source, &mut entries, problems);
+                }
+            }
+            _ if keys::is_section(&section) => {
+                problem(problems, &section, source, format!("is a section: write [{section}], its keys below"));
+            }
+            // A key in quotes may hold a dot, and is then no key of a section.
+            value if !section.contains('.') && keys::by_name(&section).is_some() => {
+                file_entry(section, value, source, &mut entries, problems);
+            }
+            _ => unknown(problems, &section, source, keys::likely_section(&section)),
+        }
+    }
+    entries
+}
+
+fn file_entry(name: String, value: Value, source: &str, entries: &mut Vec<Entry>, problems: &mut Vec<Problem>) {
+    match keys::by_name(&name) {
+        None => unknown(problems, &name, source, keys::likely_name(&name)),
+        Some((key, _)) if matches!(value, Value::Dict(..)) => {
+            problem(problems, key.name, source, "is a table: give a value, and a secret's file as <key>_file");
+        }
+        Some((key, Form::File)) if value.as_str().is_none() => {
+            problem(problems, key.name, source, "its file is not a text: write the path in quotes");
+        }
+        Some((key, form)) => entries.push(Entry::new(key, form, value, source)),
+    }
+}
+
+fn unknown(problems: &mut Vec<Problem>, name: &str, source: &str, likely: Option<String>) {
+    let cure = match likely {
+        Some(likely) => format!("is no key: did you mean {likely}?"),
+        None => "is no key: remove it, or see config/example.toml for all there are".to_owned(),
+    };
+    problem(problems, &keys::printable(name), source, cure);
+}
+
+// The environment and the flags: text, parsed later by the key's type.
+
+fn env_layer(env: &[(String, String)], problems: &mut Vec<Problem>) -> Vec<Entry> {
+    let mut entries = Vec::new();
+    for (name, value) in env {
+        if let Some((key, form)) = keys::by_guide_name(name) {
+            // Compose files and manifests pass on such names with an empty value where nobody has set them.
+            if !value.trim().is_empty() {
+                entries.push(Entry::new(key, form, text(value), name));
+            }
+        } else if name.starts_with(keys::PREFIX) && name.contains("__") {
+            env_entry(name, value, &mut entries, problems);
+        }
+    }
+    entries
+}
+
+fn env_entry(name: &str, value: &str, entries: &mut Vec<Entry>, problems: &mut Vec<Problem>) {
+    match keys::by_variable(name) {
+        Some((key, _)) if value.trim().is_empty() => {
+            // Not ignored: an empty caller token that counts as none would open a door that somebody meant to close.
+            problem(problems, key.name, name, "is empty: give it a value, or remove the variable");
+        }
+        Some((key, form)) => entries.push(Entry::new(key, form, text(value), name)),
+        None if name.starts_with("ADSIDECAR_ACCOUNT__") => {
+            problem(problems, keys::ACCOUNT, &keys::printable(name), ACCOUNTS_IN_FILE);
+        }
+        None if name == "ADSIDECAR__ENVIRONMENT" => {
+            problem(problems, "environment", name, "is no key: the variable is ENVIRONMENT alone");
+        }
+        None => unknown(problems, name, "the environment", keys::likely_variable(name)),
+    }
+}
+
+const ACCOUNTS_IN_FILE: &str = "accounts are set in the file only: write them there as [[account]]";
+
+fn set_layer(sets: &[(String, String)], problems: &mut Vec<Problem>) -> Vec<Entry> {
+    const SOURCE: &str = "--set";
+    let mut entries: Vec<Entry> = Vec::new();
+    for (name, value) in sets {
+        match keys::by_name(name) {
+            Some((key, _)) if value.trim().is_empty() => {
+                problem(problems, key.name, SOURCE, "is empty: give it a value, or leave the flag away");
+            }
+            Some((key, form)) => {
+                entries.retain(|earlier| (earlier.name, earlier.form) != (key.name, form));
+                entries.push(Entry::new(key, form, text(value), SOURCE));
+            }
+            None if name == keys::ACCOUNT || name.starts_with("account.") || name.starts_with("account[") => {
+                problem(problems, keys::ACCOUNT, SOURCE, ACCOUNTS_IN_FILE);
+            }
+            None => unknown(problems, name, SOURCE, keys::likely_name(name)),
+        }
+    }
+    entries
+}
+
+fn text(value: &str) -> Value {
+    Value::String(Tag::Default, value.to_owned())
+}
