@@ -1,0 +1,215 @@
+//! The Ads API: who may come in. What is behind it stands in `resources`.
+
+use bytes::Bytes;
+use http::header::{AUTHORIZATION, HeaderName, VARY};
+use http::request::Parts;
+use http::{HeaderMap, Method, Response, StatusCode};
+use jiff::Timestamp;
+use serde_json::json;
+
+use super::demands::{self, ACCOUNT_ID, ADVERTISER_ID, Demand, Fault, MARKETPLACE_ID, SCOPE};
+use super::reply::{self, Body};
+use super::world::{Access, World};
+use super::{Door, own, resources};
+
+/// A call that passed every check.
+pub(super) struct Passed<'a> {
+    pub(super) door: Door,
+    pub(super) method: &'a Method,
+    /// The path's segments, empty ones left out: Amazon's own samples hold `//sp/campaigns/list`.
+    pub(super) path: &'a [&'a str],
+    pub(super) query: &'a str,
+    pub(super) headers: &'a HeaderMap,
+    pub(super) body: &'a Bytes,
+    /// On whose behalf: [`super::catalogue::Advertiser::id`].
+    pub(super) advertiser: String,
+    /// The profile named by the Scope header, where the family looks at it.
+    pub(super) profile: Option<u64>,
+}
+
+/// What came to one of the API's doors.
+pub(super) struct Arrived<'a> {
+    pub(super) door: Door,
+    /// The port that it came to.
+    pub(super) port: u16,
+    pub(super) head: &'a Parts,
+    pub(super) target: &'a str,
+    /// The kept part of the body.
+    pub(super) body: &'a Bytes,
+    pub(super) body_len: u64,
+    pub(super) body_sha256: &'a str,
+}
+
+/// Answers a call to the Ads API.
+pub(super) fn answer(world: &mut World, call: &Arrived<'_>, events: &own::Events, now: Timestamp) -> Response<Body> {
+    let mut response = check_and_route(world, call, events, now).unwrap_or_else(|refused| refused);
+    let id = super::request_id();
+    reply::set(&mut response, HeaderName::from_static("x-amz-request-id"), &id);
+    reply::set(&mut response, HeaderName::from_static("x-amz-rid"), &super::world::random_text(15));
+    reply::set(&mut response, VARY, "Accept-Encoding,X-Amzn-CDN-Cache,X-Amzn-AX-Treatment,User-Agent");
+    response
+}
+
+// The answer is a response either way, and it is made once per call.
+#[allow(clippy::result_large_err)]
+fn check_and_route(
+    world: &mut World,
+    call: &Arrived<'_>,
+    events: &own::Events,
+    now: Timestamp,
+) -> Result<Response<Body>, Response<Body>> {
+    let (raw_path, query) = call.target.split_once('?').unwrap_or((call.target, ""));
+    let path: Vec<&str> = raw_path.split('/').filter(|segment| !segment.is_empty()).collect();
+    refuse_leaks(call)?;
+    let demand = demands::of(&path).ok_or_else(|| unknown_path(&call.head.headers))?;
+    let access = authenticate(world, &call.head.headers, now)?.clone();
+    demand.check(&call.head.headers).map_err(|fault| match fault {
+        Fault::ScopeMissing => coded(StatusCode::UNAUTHORIZED, "Scope header is missing"),
+        Fault::Bad(text) => coded(StatusCode::BAD_REQUEST, &text),
+    })?;
+    check_client(demand, &access, &call.head.headers)?;
+    let profile = check_scope(world, &path, call, &access)?;
+    check_amc_account(world, &path, &call.head.headers, &access)?;
+    let passed = Passed {
+        door: call.door,
+        method: &call.head.method,
+        path: &path,
+        query,
+        headers: &call.head.headers,
+        body: call.body,
+        advertiser: access.advertiser,
+        profile,
+    };
+    Ok(match path[0] {
+        "sandbox" => own::answer(call, &passed, events),
+        _ => resources::answer(world, &passed, demand.name),
+    })
+}
+
+#[allow(clippy::result_large_err)]
+fn refuse_leaks(call: &Arrived<'_>) -> Result<(), Response<Body>> {
+    let refuse = |text: &str| Err(coded(StatusCode::BAD_REQUEST, text));
+    if !call.target.starts_with('/') {
+        return refuse("The request target is not in origin form");
+    }
+    if let Some(name) = demands::leak(&call.head.headers) {
+        return refuse(&format!("Header {name} must not leave the sidecar"));
+    }
+    if !host_is_ours(call) {
+        return refuse("Header host does not name this host");
+    }
+    Ok(())
+}
+
+/// The authority that was asked for must be this door's own: loopback with this port, or the region's real name.
+fn host_is_ours(call: &Arrived<'_>) -> bool {
+    let header = call.head.headers.get("host").and_then(|value| value.to_str().ok());
+    let Some(host) = call.head.uri.authority().map(http::uri::Authority::as_str).or(header) else { return false };
+    let real = match call.door {
+        Door::Na => "advertising-api.amazon.com",
+        Door::Eu => "advertising-api-eu.amazon.com",
+        Door::Fe => "advertising-api-fe.amazon.com",
+        Door::Lwa => return false,
+    };
+    let port = format!(":{}", call.port);
+    let name = host.strip_suffix(&port);
+    host == real || name.is_some_and(|name| [real, "localhost", "127.0.0.1", "[::1]"].contains(&name))
+}
+
+#[allow(clippy::result_large_err)]
+fn authenticate<'w>(world: &'w World, headers: &HeaderMap, now: Timestamp) -> Result<&'w Access, Response<Body>> {
+    let mut values = headers.get_all(AUTHORIZATION).iter();
+    let value = values.next().ok_or_else(unauthorized)?;
+    if values.next().is_some() {
+        return Err(coded(StatusCode::BAD_REQUEST, "Header authorization was sent more than once"));
+    }
+    let token = value.to_str().ok().and_then(|text| text.strip_prefix("Bearer "));
+    let token = token.filter(|token| token.starts_with("Atza|")).ok_or_else(|| malformed(headers))?;
+    world.access(token, now).ok_or_else(unauthorized)
+}
+
+/// The client id must be the one that the token was given to.
+#[allow(clippy::result_large_err)]
+fn check_client(demand: &Demand, access: &Access, headers: &HeaderMap) -> Result<(), Response<Body>> {
+    let sent = demand.client_id.iter().find_map(|name| headers.get(*name));
+    if sent.is_some_and(|sent| sent.as_bytes() == access.client_id.as_bytes()) {
+        return Ok(());
+    }
+    Err(coded(StatusCode::UNAUTHORIZED, "The client id does not belong to the access token"))
+}
+
+#[allow(clippy::result_large_err)]
+fn check_scope(
+    world: &World,
+    path: &[&str],
+    call: &Arrived<'_>,
+    access: &Access,
+) -> Result<Option<u64>, Response<Body>> {
+    // A profile list needs none; AMC is not regional and looks at its own headers; the sandbox's own takes any.
+    let looks = !matches!(path, ["v2", "profiles", ..] | ["amc" | "sandbox", ..]);
+    let Some(sent) = call.head.headers.get(SCOPE).filter(|_| looks) else { return Ok(None) };
+    let id = sent.to_str().ok().and_then(|text| text.parse::<u64>().ok());
+    let here = |id: &u64| world.catalogue.profiles.iter().find(|p| p.id == *id && p.region == call.door);
+    match id.as_ref().and_then(here) {
+        Some(profile) if profile.advertiser == access.advertiser => Ok(Some(profile.id)),
+        Some(profile) => {
+            Err(coded(StatusCode::UNAUTHORIZED, &format!("Not authorized to access scope {}", profile.id)))
+        }
+        None => Err(coded(StatusCode::UNAUTHORIZED, "No matching advertiser found for scope")),
+    }
+}
+
+/// The AMC account and its marketplace must go together and belong to the user.
+#[allow(clippy::result_large_err)]
+fn check_amc_account(world: &World, path: &[&str], headers: &HeaderMap, access: &Access) -> Result<(), Response<Body>> {
+    let (account, marketplace) = (headers.get(ADVERTISER_ID), headers.get(MARKETPLACE_ID));
+    let (["amc", "instances" | "reporting" | "advertiserData", rest @ ..], Some(account), Some(marketplace)) =
+        (path, account, marketplace)
+    else {
+        return Ok(());
+    };
+    let known = world.catalogue.amc_accounts.iter().find(|one| {
+        one.advertiser == access.advertiser
+            && account.as_bytes() == one.id.as_bytes()
+            && marketplace.as_bytes() == one.marketplace.as_bytes()
+    });
+    match (known, rest.first()) {
+        (Some(known), Some(instance)) if known.instance != *instance => {
+            Err(coded(StatusCode::FORBIDDEN, "unauthorized response"))
+        }
+        (Some(_), _) => Ok(()),
+        (None, _) => Err(coded(StatusCode::FORBIDDEN, "unauthorized response")),
+    }
+}
+
+/// `{"code","details","requestId"}`, the most common of Amazon's shapes.
+pub(super) fn coded(status: StatusCode, details: &str) -> Response<Body> {
+    let body = json!({ "code": status.as_str(), "details": details, "requestId": super::request_id() });
+    reply::json(status, &body)
+}
+
+/// What the gateway says of a token that is unknown or over.
+pub(super) fn unauthorized() -> Response<Body> {
+    reply::json(StatusCode::UNAUTHORIZED, &json!({ "message": "Unauthorized" }))
+}
+
+/// The gateway takes a path that it does not know for one signed with AWS keys.
+fn unknown_path(headers: &HeaderMap) -> Response<Body> {
+    if headers.contains_key(AUTHORIZATION) {
+        return malformed(headers);
+    }
+    reply::json(StatusCode::FORBIDDEN, &json!({ "message": "Missing Authentication Token" }))
+}
+
+/// It echoes the header, token and all; so does the real one.
+fn malformed(headers: &HeaderMap) -> Response<Body> {
+    let sent = headers.get(AUTHORIZATION).map(|value| String::from_utf8_lossy(value.as_bytes())).unwrap_or_default();
+    let first = sent.split(' ').next_back().unwrap_or_default();
+    let text = format!("'{first}' not a valid key=value pair (missing equal-sign) in Authorization header: '{sent}'.");
+    reply::json(StatusCode::FORBIDDEN, &json!({ "message": text }))
+}
+
+/// The value of the account header, for families that take one instead of a profile.
+pub(super) fn account_id<'a>(call: &Passed<'a>) -> Option<&'a str> {
+    call.headers.get(ACCOUNT_ID).and_then(|value| value.to_str().ok())
+}

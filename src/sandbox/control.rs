@@ -1,0 +1,226 @@
+//! The control port: what a test in any language, or a person with `curl`, does to the world.
+//!
+//! Plain HTTP on loopback, JSON in and out. The `Host` must be a loopback name and there must be no `Origin`, so that
+//! no web page in a browser can reach it.
+//!
+//! | endpoint | does |
+//! |---|---|
+//! | `GET /` | what is running: addresses, client, clock, rules of trouble, counts, endpoints |
+//! | `GET /ca.pem` | the certificate of the throw-away CA |
+//! | `GET /history` | `{"calls": [...], "lwa": {...}}`: every call received, as it came; `?door=na` picks one door |
+//! | `DELETE /history` | forgets them |
+//! | `POST /trouble` | sets a [`Rule`] (or a list of them): `{"trouble": {"status": {"code": 503}}, "door": "na", "path": "/v2", "when": {"next": 3}}`; `door`, `path`, `when` may be left out |
+//! | `DELETE /trouble` | removes all rules, and lets go of the calls that they hold |
+//! | `POST /clock` | `{"advance": "1h"}`: moves the sandbox's clock; `-1h` moves it back; answers the time |
+//! | `POST /consent` | a user says yes: `{"want": "code"}` (default; also `redirect_uri`, `scope`, `advertiser`, `client_id`, `code_challenge` with S256) answers `{"code"}`; `{"want": "grant"}` answers `{"refresh_token", "access_token", "expires_in"}` |
+//! | `POST /revoke` | `{"refresh_token": "Atzr\|…"}`, or `{}` for all: users take grants back; answers `{"revoked": n}` |
+//! | `POST /events` | `{"count": 1}`: lets so many stepwise events of `/sandbox/events?step=1` go |
+//! | `GET /ap/oa` | the consent page again, for a browser that does not know the throw-away CA |
+
+use bytes::Bytes;
+use http::request::Parts;
+use http::{HeaderMap, Method, Response, StatusCode};
+use jiff::SignedDuration;
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
+
+use super::doors::Shared;
+use super::history::Call;
+use super::reply::{self, Body};
+use super::trouble::Rule;
+use super::world::{Challenge, World};
+use super::{Door, lwa};
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Advance {
+    advance: String,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Revoke {
+    refresh_token: Option<String>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Let {
+    count: usize,
+}
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Rules {
+    One(Rule),
+    Many(Vec<Rule>),
+}
+
+#[derive(Default, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum Want {
+    #[default]
+    Code,
+    Grant,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct Seed {
+    want: Want,
+    client_id: Option<String>,
+    redirect_uri: Option<String>,
+    scope: Option<String>,
+    advertiser: Option<String>,
+    code_challenge: Option<String>,
+}
+
+/// Answers a call to the control port.
+pub(super) fn answer(shared: &Shared, head: &Parts, body: &Bytes) -> Response<Body> {
+    if let Some(text) = foreign(&head.headers) {
+        return reply::json(StatusCode::FORBIDDEN, &json!({ "error": text }));
+    }
+    match (&head.method, head.uri.path()) {
+        (&Method::GET, "/") => overview(shared),
+        (&Method::GET, "/ca.pem") => reply::answer(StatusCode::OK, "application/x-pem-file", shared.ca_pem.clone()),
+        (&Method::GET, "/history") => history(shared, head.uri.query().unwrap_or_default()),
+        (&Method::DELETE, "/history") => {
+            shared.world().history.clear();
+            reply::empty(StatusCode::NO_CONTENT)
+        }
+        (&Method::POST, "/trouble") => with(body, |rules: Rules| {
+            let mut world = shared.world();
+            let rules = match rules {
+                Rules::One(rule) => vec![rule],
+                Rules::Many(rules) => rules,
+            };
+            for rule in rules {
+                world.troubles.add(rule, 0);
+            }
+            (StatusCode::CREATED, json!({ "rules": world.troubles.rules().collect::<Vec<_>>() }))
+        }),
+        (&Method::DELETE, "/trouble") => {
+            shared.world().troubles.clear();
+            reply::empty(StatusCode::NO_CONTENT)
+        }
+        (&Method::POST, "/clock") => with(body, |Advance { advance }| match advance.parse::<SignedDuration>() {
+            Ok(by) => {
+                shared.clock.advance(by);
+                (StatusCode::OK, json!({ "now": shared.clock.now() }))
+            }
+            Err(error) => (StatusCode::BAD_REQUEST, json!({ "error": format!("advance: {error}") })),
+        }),
+        (&Method::POST, "/consent") => with(body, |seed: Seed| consent(shared, seed)),
+        (&Method::POST, "/revoke") => with(body, |Revoke { refresh_token }| {
+            let mut world = shared.world();
+            let revoked = match refresh_token {
+                Some(token) => usize::from(world.revoke(&token)),
+                None => world.revoke_all(),
+            };
+            (StatusCode::OK, json!({ "revoked": revoked }))
+        }),
+        (&Method::POST, "/events") => with(body, |Let { count }| {
+            shared.events.add_permits(count.min(1000));
+            (StatusCode::OK, json!({ "count": count.min(1000) }))
+        }),
+        (&Method::GET, lwa::CONSENT) => {
+            let query = head.uri.query().unwrap_or_default();
+            lwa::consent(&mut shared.world(), query, shared.auto_consent, shared.clock.now())
+        }
+        _ => reply::json(StatusCode::NOT_FOUND, &json!({ "error": "no such endpoint: GET / lists them" })),
+    }
+}
+
+/// Why a request does not come from a program on this machine.
+fn foreign(headers: &HeaderMap) -> Option<&'static str> {
+    if headers.contains_key("origin") {
+        return Some("no web page drives the sandbox: a request with an Origin is refused");
+    }
+    let mut hosts = headers.get_all("host").iter().map(|host| host.to_str().unwrap_or_default());
+    let loopback = |host: &str| {
+        let name = match host.rsplit_once(':') {
+            Some((name, port)) if port.bytes().all(|byte| byte.is_ascii_digit()) => name,
+            _ => host,
+        };
+        ["localhost", "127.0.0.1", "[::1]"].iter().any(|known| name.eq_ignore_ascii_case(known))
+    };
+    match (hosts.next(), hosts.next()) {
+        (Some(host), None) if loopback(host) => None,
+        _ => Some("the Host must be localhost, 127.0.0.1 or [::1]"),
+    }
+}
+
+/// Parses the body, an empty one as `{}`, and answers what `act` says.
+fn with<T: DeserializeOwned>(body: &Bytes, act: impl FnOnce(T) -> (StatusCode, Value)) -> Response<Body> {
+    let text: &[u8] = if body.is_empty() { b"{}" } else { body };
+    let (status, answer) = match serde_json::from_slice(text) {
+        Ok(parsed) => act(parsed),
+        Err(error) => (StatusCode::BAD_REQUEST, json!({ "error": error.to_string() })),
+    };
+    reply::json(status, &answer)
+}
+
+fn overview(shared: &Shared) -> Response<Body> {
+    let world = shared.world();
+    let clients = world.clients.iter();
+    let clients: Vec<Value> = clients.map(|one| json!({ "id": one.id, "return_urls": one.return_urls })).collect();
+    let body = json!({
+        "what": "adsidecar sandbox: a stand-in for Amazon, for tests and first tries",
+        "addresses": shared.addresses,
+        "now": shared.clock.now(),
+        "clients": clients,
+        "advertisers": world.catalogue.advertisers,
+        "grants": world.grants.iter().filter(|grant| !grant.revoked).count(),
+        "calls": world.history.calls().count(),
+        "lwa": world.history.lwa_calls(),
+        "trouble": world.troubles.rules().collect::<Vec<_>>(),
+        "endpoints": ["GET /", "GET /ca.pem", "GET /history", "DELETE /history", "POST /trouble", "DELETE /trouble",
+                      "POST /clock", "POST /consent", "POST /revoke", "POST /events", "GET /ap/oa"],
+    });
+    reply::json(StatusCode::OK, &body)
+}
+
+fn history(shared: &Shared, query: &str) -> Response<Body> {
+    let wanted = query.strip_prefix("door=").map(|door| serde_json::from_value::<Door>(json!(door)));
+    let wanted = match wanted.transpose() {
+        Ok(wanted) => wanted,
+        Err(error) => return reply::json(StatusCode::BAD_REQUEST, &json!({ "error": error.to_string() })),
+    };
+    let world = shared.world();
+    let calls: Vec<&Call> = world.history.calls().filter(|call| wanted.is_none_or(|door| door == call.door)).collect();
+    reply::json(StatusCode::OK, &json!({ "calls": calls, "lwa": world.history.lwa_calls() }))
+}
+
+fn consent(shared: &Shared, seed: Seed) -> (StatusCode, Value) {
+    let mut world = shared.world();
+    let world: &mut World = &mut world;
+    let mut consent = world.usual_consent();
+    if let Some(unknown) =
+        seed.advertiser.as_ref().filter(|id| !world.catalogue.advertisers.iter().any(|a| a.id == **id))
+    {
+        return (StatusCode::BAD_REQUEST, json!({ "error": format!("no such advertiser: {unknown}") }));
+    }
+    let fields = [
+        (&mut consent.client_id, seed.client_id),
+        (&mut consent.redirect_uri, seed.redirect_uri),
+        (&mut consent.scope, seed.scope),
+        (&mut consent.advertiser, seed.advertiser),
+    ];
+    for (field, value) in fields {
+        if let Some(value) = value {
+            *field = value;
+        }
+    }
+    consent.challenge = seed.code_challenge.map(Challenge::S256);
+    let now = shared.clock.now();
+    match seed.want {
+        Want::Code => (StatusCode::OK, json!({ "code": world.consent(consent, now) })),
+        Want::Grant => {
+            let issued = world.grant(&consent, now);
+            let body = json!({ "refresh_token": issued.refresh_token, "access_token": issued.access_token,
+                               "expires_in": issued.expires_in });
+            (StatusCode::OK, body)
+        }
+    }
+}

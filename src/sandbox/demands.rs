@@ -1,0 +1,246 @@
+//! Which headers each path family of the Ads API asks for, as Amazon's OpenAPI documents say.
+
+use http::HeaderMap;
+
+/// The client id under the name of the older families.
+pub(super) const API_CLIENT_ID: &str = "amazon-advertising-api-clientid";
+/// The client id under the name of the Ads API v1.
+pub(super) const ADS_CLIENT_ID: &str = "amazon-ads-clientid";
+/// The profile.
+pub(super) const SCOPE: &str = "amazon-advertising-api-scope";
+/// The AMC account, `ENTITY…`.
+pub(super) const ADVERTISER_ID: &str = "amazon-advertising-api-advertiserid";
+/// The marketplace of the AMC account.
+pub(super) const MARKETPLACE_ID: &str = "amazon-advertising-api-marketplaceid";
+/// A DSP advertiser, a global account, or an AMC account.
+pub(super) const ACCOUNT_ID: &str = "amazon-ads-accountid";
+const STREAM_ACCOUNT_ID: &str = "amazon-ads-account-id";
+const MANAGER_ACCOUNT_ID: &str = "amazon-ads-manager-account-id";
+const MANAGER_ACCOUNT: &str = "amazon-advertising-api-manager-account";
+const ENTITY_ID: &str = "amazon-advertising-api-entityid";
+const ENTITY_ID_HYPHEN: &str = "amazon-advertising-api-entity-id";
+const DSP_ADVERTISER_ID: &str = "amazon-advertising-advertiser-id";
+const AUDIENCE_INSTANCE_ID: &str = "amazon-marketing-cloud-audience-instanceid";
+
+/// What one path family asks for.
+#[derive(Debug)]
+pub(super) struct Demand {
+    /// What it is called in the sandbox's messages.
+    pub(super) name: &'static str,
+    /// Beginnings of paths, ending at a segment's border; `*` is any one segment.
+    paths: &'static [&'static str],
+    /// The names under which the client id may come; it comes under exactly one.
+    pub(super) client_id: &'static [&'static str],
+    /// Every one of these.
+    required: &'static [&'static str],
+    /// Exactly one of these.
+    one_of: &'static [&'static str],
+    /// Not two of these.
+    exclusive: &'static [&'static str],
+    /// None of these.
+    forbidden: &'static [&'static str],
+}
+
+/// A family that is content with the client id.
+const PLAIN: Demand = Demand {
+    name: "",
+    paths: &[],
+    client_id: &[API_CLIENT_ID],
+    required: &[],
+    one_of: &[],
+    exclusive: &[],
+    forbidden: &[],
+};
+
+/// The families. The first that matches counts, so a special one stands before its general one.
+const DEMANDS: &[Demand] = &[
+    Demand { name: "profiles", paths: &["/v2/profiles"], ..PLAIN },
+    Demand {
+        name: "accounts",
+        paths: &["/managerAccounts", "/adsAccounts", "/testAccounts", "/amc/accounts"],
+        ..PLAIN
+    },
+    Demand {
+        name: "AMC rule-based audiences",
+        paths: &["/amc/audiences/query", "/amc/audiences/lookalike"],
+        required: &[AUDIENCE_INSTANCE_ID],
+        one_of: &[ENTITY_ID, ENTITY_ID_HYPHEN],
+        forbidden: &[ADVERTISER_ID],
+        ..PLAIN
+    },
+    Demand { name: "AMC advertiser audiences", paths: &["/amc/audiences"], ..PLAIN },
+    Demand {
+        name: "AMC advertiser data",
+        paths: &["/amc/advertiserData"],
+        // The documents stop at the first two; production instances asked for the third.
+        required: &[ADVERTISER_ID, MARKETPLACE_ID, ACCOUNT_ID],
+        ..PLAIN
+    },
+    Demand {
+        name: "AMC",
+        paths: &["/amc/instances", "/amc/reporting"],
+        required: &[ADVERTISER_ID, MARKETPLACE_ID],
+        ..PLAIN
+    },
+    Demand { name: "AMC user invitations", paths: &["/user-invitations"], required: &[ACCOUNT_ID], ..PLAIN },
+    Demand {
+        name: "reporting",
+        paths: &["/reporting/reports"],
+        // Its get-started page names one, its OpenAPI document the other.
+        client_id: &[API_CLIENT_ID, ADS_CLIENT_ID],
+        exclusive: &[SCOPE, ACCOUNT_ID],
+        ..PLAIN
+    },
+    Demand { name: "Ads API v1", paths: &["/adsApi/v1"], client_id: &[ADS_CLIENT_ID], ..PLAIN },
+    Demand { name: "MCP", paths: &["/mcp"], client_id: &[ADS_CLIENT_ID], ..PLAIN },
+    Demand { name: "DSP streams", paths: &["/dsp/streams"], required: &[STREAM_ACCOUNT_ID], ..PLAIN },
+    Demand { name: "streams", paths: &["/streams"], one_of: &[SCOPE, ACCOUNT_ID], ..PLAIN },
+    Demand {
+        name: "DSP measurement and conversions",
+        paths: &["/dsp/measurement", "/measurement", "/conversions"],
+        exclusive: &[SCOPE, ACCOUNT_ID],
+        ..PLAIN
+    },
+    Demand { name: "DSP reports", paths: &["/accounts/*/dsp"], ..PLAIN },
+    Demand { name: "DSP", paths: &["/dsp"], required: &[SCOPE], ..PLAIN },
+    Demand {
+        name: "traffic events",
+        paths: &["/avc"],
+        required: &[MARKETPLACE_ID],
+        one_of: &[DSP_ADVERTISER_ID, ENTITY_ID, ENTITY_ID_HYPHEN],
+        ..PLAIN
+    },
+    Demand { name: "ads data manager", paths: &["/adm"], required: &[MANAGER_ACCOUNT_ID], ..PLAIN },
+    Demand {
+        name: "MMM, benchmarks and partner opportunities",
+        paths: &["/mmm", "/brandBenchmarks", "/partnerOpportunities"],
+        required: &[MANAGER_ACCOUNT],
+        ..PLAIN
+    },
+    Demand { name: "data provider", paths: &["/v2/dp", "/dp/records"], ..PLAIN },
+    Demand {
+        name: "sponsored ads and what belongs to a profile",
+        paths: &[
+            "/sp",
+            "/sb",
+            "/sd",
+            "/v2/sp",
+            "/v2/hsa",
+            "/v2/reports",
+            "/v2/portfolios",
+            "/portfolios",
+            "/attribution",
+            "/insights/brandMetrics",
+            "/assets",
+            "/stores",
+            "/exports",
+            "/campaigns/export",
+            "/adGroups/export",
+            "/targets/export",
+            "/ads/export",
+        ],
+        required: &[SCOPE],
+        ..PLAIN
+    },
+    // The sandbox's own.
+    Demand { name: "sandbox", paths: &["/sandbox"], client_id: &[API_CLIENT_ID, ADS_CLIENT_ID], ..PLAIN },
+];
+
+/// The family of a path that was split at its slashes; nothing for a path that Amazon does not know.
+pub(super) fn of(path: &[&str]) -> Option<&'static Demand> {
+    let begins = |pattern: &str| {
+        let wanted: Vec<&str> = pattern.split('/').skip(1).collect();
+        wanted.len() <= path.len() && wanted.iter().zip(path).all(|(want, have)| *want == "*" || want == have)
+    };
+    DEMANDS.iter().find(|demand| demand.paths.iter().any(|pattern| begins(pattern)))
+}
+
+/// What is wrong with the context headers of a call, in Amazon's words where they are known.
+pub(super) enum Fault {
+    /// The profile was not named.
+    ScopeMissing,
+    /// Anything else.
+    Bad(String),
+}
+
+impl Demand {
+    /// Checks the client id's and the context headers' names and numbers; their values are looked at elsewhere.
+    pub(super) fn check(&self, headers: &HeaderMap) -> Result<(), Fault> {
+        let has = |name: &&&str| headers.contains_key(**name);
+        if let Some(twice) =
+            headers.keys().find(|name| managed(name.as_str()) && headers.get_all(*name).iter().count() > 1)
+        {
+            return Err(Fault::Bad(format!("Header {twice} was sent more than once")));
+        }
+        let client_ids: Vec<&str> = [API_CLIENT_ID, ADS_CLIENT_ID].iter().filter(has).copied().collect();
+        match client_ids[..] {
+            [] => return Err(Fault::Bad(format!("Required header {} is missing", self.client_id[0]))),
+            [one] if self.client_id.contains(&one) => {}
+            [one] => {
+                return Err(Fault::Bad(format!("Header {one} is not the one of {}: {}", self.name, self.client_id[0])));
+            }
+            _ => return Err(Fault::Bad("The client id was sent under two names".to_owned())),
+        }
+        if let Some(missing) = self.required.iter().find(|name| !has(name)) {
+            return Err(missing_header(missing));
+        }
+        let chosen: Vec<&str> = self.one_of.iter().filter(has).copied().collect();
+        if chosen.is_empty()
+            && let Some(first) = self.one_of.first()
+        {
+            return Err(missing_header(first));
+        }
+        let excluded: Vec<&str> = self.exclusive.iter().filter(has).copied().collect();
+        for both in [chosen, excluded] {
+            if both.len() > 1 {
+                return Err(Fault::Bad(format!("Headers {} exclude each other", both.join(" and "))));
+            }
+        }
+        match self.forbidden.iter().find(has) {
+            Some(name) => Err(Fault::Bad(format!("Header {name} must not be sent to {}", self.name))),
+            None => Ok(()),
+        }
+    }
+}
+
+fn missing_header(name: &str) -> Fault {
+    if name == SCOPE { Fault::ScopeMissing } else { Fault::Bad(format!("Required header {name} is missing")) }
+}
+
+/// Whether a header (in lower case, with hyphens) says who calls or on whose behalf.
+fn managed(name: &str) -> bool {
+    name.starts_with("amazon-") || name == "authorization" || name == "advertiserid" || name == "host"
+}
+
+/// A header that has no business at Amazon: it speaks of the connection before the last one, of a browser, or of the
+/// sidecar itself. Amazon would mostly ignore it; the sandbox refuses it, so that a leak is seen.
+pub(super) fn leak(headers: &HeaderMap) -> Option<String> {
+    const NAMES: [&str; 15] = [
+        "cookie",
+        "expect",
+        "forwarded",
+        "keep-alive",
+        "origin",
+        "referer",
+        "te",
+        "trailer",
+        "upgrade",
+        "via",
+        "x-real-ip",
+        "client-ip",
+        "true-client-ip",
+        "x-client-ip",
+        "x-original-url",
+    ];
+    const BEGINNINGS: [&str; 5] = ["proxy-", "sec-", "x-forwarded-", "x-ads-", "x-adsidecar-"];
+    let foreign = headers.iter().find(|(name, value)| {
+        let hyphened = name.as_str().replace('_', "-");
+        let twin = hyphened != name.as_str() && managed(&hyphened);
+        // `close` is a client's own word to its next hop; anything else was meant for another hop.
+        let hop = hyphened == "connection" && !value.as_bytes().eq_ignore_ascii_case(b"close");
+        let framing = hyphened == "transfer-encoding" && !value.as_bytes().eq_ignore_ascii_case(b"chunked");
+        let named = NAMES.contains(&hyphened.as_str()) || BEGINNINGS.iter().any(|begin| hyphened.starts_with(begin));
+        twin || hop || framing || named
+    });
+    foreign.map(|(name, _)| name.to_string())
+}

@@ -1,0 +1,402 @@
+//! The resources of the Ads API that the sandbox models, with payloads as Amazon's documents show them.
+
+use http::header::{ACCEPT, CONTENT_TYPE, HeaderName, LOCATION, SET_COOKIE};
+use http::{Method, Response, StatusCode};
+use serde_json::{Value, json};
+
+use super::ads::{Passed, account_id, coded};
+use super::catalogue::{Campaign, Execution, Profile, Report, Workflow};
+use super::reply::{self, Body};
+use super::world::World;
+
+/// The media type of Sponsored Products campaigns, version 3. It must be named exactly: `*/*` is refused.
+const SP_CAMPAIGN: &str = "application/vnd.spCampaign.v3+json";
+/// The media type of a report request.
+const REPORT_REQUEST: &str = "application/vnd.createasyncreportrequest.v3+json";
+/// Most campaigns on one page.
+const LARGEST_PAGE: usize = 100;
+
+/// Answers a call that passed every check. Paths of a known family that are not modelled say so, with 200.
+pub(super) fn answer(world: &mut World, call: &Passed<'_>, family: &str) -> Response<Body> {
+    // A server without HEAD of its own answers as for GET; the HTTP layer leaves the body out.
+    let method = if call.method == Method::HEAD { &Method::GET } else { call.method };
+    match (method.as_str(), call.path) {
+        ("GET", ["v2", "profiles"]) => list_profiles(world, call),
+        ("GET", ["v2", "profiles", id]) => get_profile(world, call, id),
+        ("POST", ["sp", "campaigns", "list"]) => list_campaigns(world, call),
+        ("POST", ["sp", "campaigns"]) => write_campaigns(world, call, create_campaign),
+        ("PUT", ["sp", "campaigns"]) => write_campaigns(world, call, update_campaign),
+        ("POST", ["reporting", "reports"]) => request_report(world, call),
+        ("GET", ["reporting", "reports", id]) => get_report(world, call, id),
+        ("GET", ["v2", "reports", id]) => reply::json(StatusCode::OK, &old_report(call, id)),
+        ("GET", ["v2", "reports", id, "download"]) => download(id),
+        ("GET", ["amc", "accounts"]) => list_amc_accounts(world, call),
+        ("GET", ["amc", "instances"]) => list_instances(world, call),
+        ("GET", ["amc", "instances", id]) => get_instance(world, id),
+        (_, ["amc", "reporting", instance, rest @ ..]) => amc_reporting(world, call, method.as_str(), instance, rest),
+        ("POST", ["adsApi", "v1", "query", "campaigns"]) => query_campaigns(world, call),
+        (_, ["v2", "profiles"] | ["sp", "campaigns", ..] | ["reporting", "reports", ..]) => {
+            coded(StatusCode::METHOD_NOT_ALLOWED, "Method Not Allowed")
+        }
+        _ => {
+            let note = "The headers are in order; the sandbox has no data behind this path";
+            reply::json(StatusCode::OK, &json!({ "sandbox": note, "family": family }))
+        }
+    }
+}
+
+fn list_profiles(world: &World, call: &Passed<'_>) -> Response<Body> {
+    let profiles = world.catalogue.profiles_of(&call.advertiser, call.door).map(Profile::payload).collect();
+    let mut response = reply::json(StatusCode::OK, &Value::Array(profiles));
+    // The edge sets cookies for whoever calls.
+    reply::add(&mut response, SET_COOKIE, "session-id=130-1234567-1234567; Domain=.amazon.com; Path=/; Secure");
+    reply::add(&mut response, SET_COOKIE, "session-id-time=2082787201l; Domain=.amazon.com; Path=/; Secure");
+    response
+}
+
+fn get_profile(world: &World, call: &Passed<'_>, id: &str) -> Response<Body> {
+    let mut profiles = world.catalogue.profiles_of(&call.advertiser, call.door);
+    match profiles.find(|profile| profile.id.to_string() == id) {
+        Some(profile) => reply::json(StatusCode::OK, &profile.payload()),
+        None => coded(StatusCode::NOT_FOUND, "Profile not found"),
+    }
+}
+
+/// The first value of a header, in lower case.
+fn media_type(call: &Passed<'_>, name: &HeaderName) -> String {
+    call.headers.get(name).and_then(|value| value.to_str().ok()).unwrap_or_default().trim().to_ascii_lowercase()
+}
+
+/// The media types must be the vendor's, on both headers.
+fn vendor_media_type(call: &Passed<'_>, wanted: &str) -> Option<Response<Body>> {
+    let wanted = wanted.to_ascii_lowercase();
+    let refuse = |status, text| Some(coded(status, text));
+    if media_type(call, &CONTENT_TYPE) != wanted {
+        return refuse(StatusCode::UNSUPPORTED_MEDIA_TYPE, "Cannot consume content type");
+    }
+    if media_type(call, &ACCEPT) != wanted {
+        return refuse(StatusCode::NOT_ACCEPTABLE, "Cannot produce an acceptable content type");
+    }
+    None
+}
+
+fn body_of(call: &Passed<'_>) -> Option<Value> {
+    if call.body.is_empty() { Some(json!({})) } else { serde_json::from_slice(call.body).ok() }
+}
+
+fn malformed() -> Response<Body> {
+    coded(StatusCode::BAD_REQUEST, "The request body is no valid JSON")
+}
+
+fn sp_answer(status: StatusCode, body: &Value) -> Response<Body> {
+    reply::answer(status, SP_CAMPAIGN, body.to_string())
+}
+
+/// Whether a filter of the form `{"<name>": {"include": [...]}}` lets a value pass.
+fn included(body: &Value, filter: &str, value: &str) -> bool {
+    match body[filter]["include"].as_array() {
+        None => true,
+        Some(wanted) => wanted.iter().any(|one| one.as_str().is_some_and(|one| one.eq_ignore_ascii_case(value))),
+    }
+}
+
+fn list_campaigns(world: &World, call: &Passed<'_>) -> Response<Body> {
+    if let Some(refused) = vendor_media_type(call, SP_CAMPAIGN) {
+        return refused;
+    }
+    let Some(body) = body_of(call) else { return malformed() };
+    let found: Vec<&Campaign> = world
+        .catalogue
+        .campaigns
+        .iter()
+        .filter(|one| Some(one.profile) == call.profile)
+        .filter(|one| included(&body, "stateFilter", &one.state))
+        .filter(|one| included(&body, "campaignIdFilter", &one.campaign_id))
+        .collect();
+    // The token is opaque to clients, and full of characters that a careless re-encoding damages.
+    let start = match body["nextToken"].as_str() {
+        None => 0,
+        Some(token) => match token.strip_prefix("AQ+/==:").and_then(|start| start.parse::<usize>().ok()) {
+            Some(start) => start,
+            None => return coded(StatusCode::BAD_REQUEST, "Invalid nextToken"),
+        },
+    };
+    let size = body["maxResults"].as_u64().and_then(|size| usize::try_from(size).ok()).unwrap_or(LARGEST_PAGE);
+    let page: Vec<&Campaign> = found.iter().skip(start).take(size.clamp(1, LARGEST_PAGE)).copied().collect();
+    let end = start + page.len();
+    let mut answer = json!({ "campaigns": page, "totalResults": found.len() });
+    if end < found.len() {
+        answer["nextToken"] = json!(format!("AQ+/==:{end}"));
+    }
+    sp_answer(StatusCode::OK, &answer)
+}
+
+/// Writes a batch, one after another: 207, with each one's own outcome.
+fn write_campaigns(
+    world: &mut World,
+    call: &Passed<'_>,
+    write: fn(&mut World, u64, &Value) -> Result<Campaign, (&'static str, &'static str)>,
+) -> Response<Body> {
+    if let Some(refused) = vendor_media_type(call, SP_CAMPAIGN) {
+        return refused;
+    }
+    let (Some(body), Some(profile)) = (body_of(call), call.profile) else { return malformed() };
+    let Some(items) = body["campaigns"].as_array() else {
+        return coded(StatusCode::BAD_REQUEST, "campaigns must be a list");
+    };
+    let whole = call.headers.get("prefer").is_some_and(|value| value.as_bytes() == b"return=representation");
+    let (mut success, mut error) = (Vec::new(), Vec::new());
+    for (index, item) in items.iter().enumerate() {
+        match write(world, profile, item) {
+            Ok(campaign) => {
+                let mut entry = json!({ "campaignId": campaign.campaign_id, "index": index });
+                if whole {
+                    entry["campaign"] = json!(campaign);
+                }
+                success.push(entry);
+            }
+            Err((kind, message)) => error.push(json!({
+                "index": index,
+                "errors": [{ "errorType": kind, "errorValue": { kind: { "message": message, "reason": message } } }],
+            })),
+        }
+    }
+    sp_answer(StatusCode::MULTI_STATUS, &json!({ "campaigns": { "success": success, "error": error } }))
+}
+
+fn create_campaign(world: &mut World, profile: u64, item: &Value) -> Result<Campaign, (&'static str, &'static str)> {
+    let mut campaign: Campaign =
+        serde_json::from_value(item.clone()).map_err(|_| ("malformedValueError", "A required field is missing"))?;
+    if campaign.budget.budget < 1.0 {
+        return Err(("budgetError", "Budget is too low"));
+    }
+    let campaigns = &world.catalogue.campaigns;
+    if campaigns.iter().any(|other| other.profile == profile && other.name == campaign.name) {
+        return Err(("duplicateValueError", "Campaign name is already in use"));
+    }
+    campaign.profile = profile;
+    campaign.campaign_id = world.catalogue.next_id().to_string();
+    world.catalogue.campaigns.push(campaign.clone());
+    Ok(campaign)
+}
+
+fn update_campaign(world: &mut World, profile: u64, item: &Value) -> Result<Campaign, (&'static str, &'static str)> {
+    let id = item["campaignId"].as_str().unwrap_or_default();
+    let mut campaigns = world.catalogue.campaigns.iter_mut();
+    let campaign = campaigns
+        .find(|one| one.profile == profile && one.campaign_id == id)
+        .ok_or(("entityNotFoundError", "Campaign not found"))?;
+    if let Some(state) = item["state"].as_str() {
+        state.clone_into(&mut campaign.state);
+    }
+    if let Some(name) = item["name"].as_str() {
+        name.clone_into(&mut campaign.name);
+    }
+    if let Some(budget) = item["budget"]["budget"].as_f64() {
+        campaign.budget.budget = budget;
+    }
+    Ok(campaign.clone())
+}
+
+fn request_report(world: &mut World, call: &Passed<'_>) -> Response<Body> {
+    if ![REPORT_REQUEST, "application/json"].contains(&media_type(call, &CONTENT_TYPE).as_str()) {
+        return coded(StatusCode::UNSUPPORTED_MEDIA_TYPE, "Cannot consume content type");
+    }
+    let Some(request) = body_of(call).filter(|body| body["configuration"].is_object()) else {
+        return coded(StatusCode::BAD_REQUEST, "configuration is required");
+    };
+    let context = call.profile.map(|id| id.to_string()).or(account_id(call).map(str::to_owned)).unwrap_or_default();
+    let mut reports = world.catalogue.reports.iter();
+    if let Some((id, _)) = reports.find(|(_, report)| report.request == request && report.context == context) {
+        let text = format!("The Request is a duplicate of : {id}");
+        return reply::json(StatusCode::TOO_EARLY, &json!({ "code": "425", "detail": text }));
+    }
+    let id = super::request_id();
+    let report = Report { request, context, polls: 0 };
+    let body = report_payload(&id, &report);
+    world.catalogue.reports.insert(id, report);
+    reply::json(StatusCode::OK, &body)
+}
+
+fn get_report(world: &mut World, call: &Passed<'_>, id: &str) -> Response<Body> {
+    let context = call.profile.map(|id| id.to_string()).or(account_id(call).map(str::to_owned)).unwrap_or_default();
+    let Some(report) = world.catalogue.reports.get_mut(id).filter(|report| report.context == context) else {
+        return reply::json(StatusCode::NOT_FOUND, &json!({ "code": "404", "detail": "Report not found" }));
+    };
+    report.polls += 1;
+    reply::json(StatusCode::OK, &report_payload(id, report))
+}
+
+fn report_payload(id: &str, report: &Report) -> Value {
+    let done = report.polls > 1;
+    json!({
+        "reportId": id,
+        "name": report.request["name"],
+        "startDate": report.request["startDate"],
+        "endDate": report.request["endDate"],
+        "configuration": report.request["configuration"],
+        "status": if done { "COMPLETED" } else { "PENDING" },
+        "url": if done { json!(presigned(id)) } else { Value::Null },
+        "fileSize": if done { json!(1024) } else { Value::Null },
+        "failureReason": null,
+    })
+}
+
+/// A link like those of S3: signed in the query, and not to be called with an `Authorization` header.
+fn presigned(id: &str) -> String {
+    format!(
+        "https://offline-report-storage-us-east-1-prod.s3.amazonaws.com/{id}/report-{id}.json.gz\
+         ?X-Amz-Algorithm=AWS4-HMAC-SHA256&X-Amz-Date=20261122T000000Z&X-Amz-SignedHeaders=host&X-Amz-Expires=3600\
+         &X-Amz-Credential=SANDBOX%2F20261122%2Fus-east-1%2Fs3%2Faws4_request&X-Amz-Signature={}",
+        "0f1e2d3c4b5a69788796a5b4c3d2e1f0".repeat(2),
+    )
+}
+
+/// Version 2 names the download by an absolute link back to the API.
+fn old_report(call: &Passed<'_>, id: &str) -> Value {
+    let host = match call.door {
+        super::Door::Eu => "advertising-api-eu",
+        super::Door::Fe => "advertising-api-fe",
+        _ => "advertising-api",
+    };
+    let location = format!("https://{host}.amazon.com/v2/reports/{id}/download");
+    json!({ "reportId": id, "status": "SUCCESS", "statusDetails": "Report has been successfully generated.",
+            "location": location, "fileSize": 1024 })
+}
+
+fn download(id: &str) -> Response<Body> {
+    let mut response = reply::empty(StatusCode::TEMPORARY_REDIRECT);
+    reply::set(&mut response, LOCATION, &presigned(id));
+    response
+}
+
+fn list_amc_accounts(world: &World, call: &Passed<'_>) -> Response<Body> {
+    let accounts = world.catalogue.amc_accounts.iter().filter(|one| one.advertiser == call.advertiser);
+    let accounts: Vec<Value> = accounts
+        .map(|one| json!({ "accountId": one.id, "accountName": one.name, "marketplaceId": one.marketplace }))
+        .collect();
+    reply::json(StatusCode::OK, &json!({ "amcAccounts": accounts }))
+}
+
+fn instance_payload(account: &super::catalogue::AmcAccount) -> Value {
+    json!({
+        "instanceId": account.instance,
+        "instanceName": account.name,
+        "customerCanonicalName": account.name,
+        "instanceType": "STANDARD",
+        "creationStatus": "COMPLETED",
+        "creationDatetime": "2026-01-05T09:00:00Z",
+        "apiEndpoint": "https://advertising-api.amazon.com",
+        "s3BucketName": format!("amc-{}", account.instance),
+        "entities": ["NA"],
+        "optionalDatasets": [],
+    })
+}
+
+fn list_instances(world: &World, call: &Passed<'_>) -> Response<Body> {
+    let account = call.headers.get(super::demands::ADVERTISER_ID);
+    let accounts = world.catalogue.amc_accounts.iter();
+    let instances: Vec<Value> = accounts
+        .filter(|one| account.is_some_and(|sent| sent.as_bytes() == one.id.as_bytes()))
+        .map(instance_payload)
+        .collect();
+    reply::json(StatusCode::OK, &json!({ "instances": instances }))
+}
+
+fn get_instance(world: &World, id: &str) -> Response<Body> {
+    match world.catalogue.amc_accounts.iter().find(|one| one.instance == id) {
+        Some(account) => reply::json(StatusCode::OK, &json!({ "instance": instance_payload(account) })),
+        None => coded(StatusCode::NOT_FOUND, "Instance not found"),
+    }
+}
+
+fn amc_reporting(world: &mut World, call: &Passed<'_>, method: &str, instance: &str, rest: &[&str]) -> Response<Body> {
+    let Some(body) = body_of(call) else { return malformed() };
+    let catalogue = &mut world.catalogue;
+    let workflow = |id: &str, all: &[Workflow]| {
+        all.iter().find(|one| one.instance == instance && one.id == id).map(|one| one.body.clone())
+    };
+    match (method, rest) {
+        ("GET", ["workflows"]) => {
+            let here = catalogue.workflows.iter().filter(|one| one.instance == instance);
+            let workflows: Vec<&Value> = here.map(|one| &one.body).collect();
+            reply::json(StatusCode::OK, &json!({ "workflows": workflows }))
+        }
+        ("GET", ["workflows", id]) => match workflow(id, &catalogue.workflows) {
+            Some(body) => reply::json(StatusCode::OK, &body),
+            None => coded(StatusCode::NOT_FOUND, "Workflow not found"),
+        },
+        ("POST", ["workflows"]) => {
+            let Some(id) = body["workflowId"].as_str().map(str::to_owned) else {
+                return coded(StatusCode::BAD_REQUEST, "workflowId is required");
+            };
+            if workflow(&id, &catalogue.workflows).is_some() {
+                return coded(StatusCode::CONFLICT, "Workflow already exists");
+            }
+            catalogue.workflows.push(Workflow { instance: instance.to_owned(), id, body });
+            reply::json(StatusCode::OK, &json!({}))
+        }
+        ("POST", ["workflowExecutions"]) => {
+            let mut body = body;
+            let id = super::request_id();
+            body["workflowExecutionId"] = json!(id);
+            body["status"] = json!("PENDING");
+            let answer = reply::json(StatusCode::OK, &body);
+            catalogue.executions.push(Execution { instance: instance.to_owned(), id, body });
+            answer
+        }
+        ("GET", ["workflowExecutions", id, rest @ ..]) => {
+            let mut executions = catalogue.executions.iter_mut();
+            let found = executions.find(|one| one.instance == instance && one.id == *id);
+            found.map_or_else(
+                || coded(StatusCode::NOT_FOUND, "Workflow execution not found"),
+                |execution| execution_answer(execution, rest),
+            )
+        }
+        (_, ["workflows" | "workflowExecutions", ..]) => coded(StatusCode::METHOD_NOT_ALLOWED, "Method Not Allowed"),
+        _ => coded(StatusCode::NOT_FOUND, "The sandbox models workflows and their executions only"),
+    }
+}
+
+/// An execution is done when it is looked at; its file is there only from then on.
+fn execution_answer(execution: &mut Execution, rest: &[&str]) -> Response<Body> {
+    match rest {
+        [] => {
+            execution.body["status"] = json!("SUCCEEDED");
+            reply::json(StatusCode::OK, &execution.body)
+        }
+        ["downloadUrls"] if execution.body["status"] == "SUCCEEDED" => {
+            reply::json(StatusCode::OK, &json!({ "downloadUrls": [presigned(&execution.id)] }))
+        }
+        ["downloadUrls"] => {
+            let text = format!("Execution with ID {} is unavailable for download.", execution.id);
+            coded(StatusCode::BAD_REQUEST, &text)
+        }
+        _ => coded(StatusCode::NOT_FOUND, "Not Found"),
+    }
+}
+
+fn query_campaigns(world: &World, call: &Passed<'_>) -> Response<Body> {
+    let Some(body) = body_of(call) else { return malformed() };
+    if included(&body, "adProductFilter", "AMAZON_DSP") && body["adProductFilter"].is_object() {
+        if account_id(call).is_none() {
+            return coded(StatusCode::BAD_REQUEST, "Required header amazon-ads-accountid is missing");
+        }
+        return reply::json(StatusCode::OK, &json!({ "campaigns": [] }));
+    }
+    let own = |profile: u64| {
+        let mut profiles = world.catalogue.profiles_of(&call.advertiser, call.door);
+        profiles.any(|one| one.id == profile && call.profile.is_none_or(|wanted| wanted == profile))
+    };
+    let campaigns: Vec<Value> = world
+        .catalogue
+        .campaigns
+        .iter()
+        .filter(|one| own(one.profile) && included(&body, "stateFilter", &one.state))
+        .map(|one| {
+            json!({ "campaignId": one.campaign_id, "adProduct": "SPONSORED_PRODUCTS", "name": one.name,
+                    "state": one.state, "startDateTime": format!("{}T00:00:00Z", one.start_date) })
+        })
+        .collect();
+    reply::json(StatusCode::OK, &json!({ "campaigns": campaigns }))
+}

@@ -1,0 +1,361 @@
+//! The world that the sandbox pretends: who may ask, who consented, which tokens live, what the Ads API knows.
+//!
+//! Plain data and no HTTP. Tests arrange it before a call and look at it afterwards.
+
+use std::collections::HashMap;
+
+use base64::Engine as _;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use jiff::{SignedDuration, Timestamp};
+use serde::Serialize;
+use sha2::{Digest, Sha256};
+
+use super::catalogue::Catalogue;
+use super::history::History;
+use super::trouble::Troubles;
+
+/// The client id of the seeded client.
+pub const CLIENT_ID: &str = "amzn1.application-oa2-client.sandbox";
+/// The secret of the seeded client.
+pub const CLIENT_SECRET: &str = "amzn1.oa2-cs.v1.sandbox-secret";
+/// The return URL of the seeded client: adsidecar's own default.
+pub const RETURN_URL: &str = "http://localhost:8001/api/auth/amazon/callback";
+/// The scope that the Ads API asks for.
+pub const SCOPE: &str = "advertising::campaign_management";
+
+/// "Authorization codes are valid for 5 minutes."
+const CODE_LIFE: SignedDuration = SignedDuration::from_mins(5);
+/// "Access tokens are valid for 60 minutes", `expires_in: 3600`.
+const ACCESS_LIFE_SECONDS: u32 = 3600;
+/// Random bytes in an access token. LWA promises 350 characters or more; these make 357.
+const ACCESS_BYTES: usize = 264;
+/// Grants given on or after this day end after [`CONSENT_LIFE`], whatever is refreshed.
+const CONSENT_ENDS_SINCE: &str = "2026-07-30T00:00:00Z";
+/// 365 days after the consent.
+const CONSENT_LIFE: SignedDuration = SignedDuration::from_hours(365 * 24);
+
+/// Everything the sandbox knows, behind one lock.
+#[derive(Debug)]
+pub struct World {
+    /// The LWA clients ("security profiles").
+    pub clients: Vec<Client>,
+    /// Who has given which client a grant, dead ones too.
+    pub grants: Vec<Grant>,
+    /// The advertisers, their profiles, AMC accounts, campaigns and reports.
+    pub catalogue: Catalogue,
+    /// How long an access token lives, in seconds: 3600.
+    pub access_life: u32,
+    codes: HashMap<String, Code>,
+    access: HashMap<String, Access>,
+    pub(super) history: History,
+    pub(super) troubles: Troubles,
+}
+
+/// One LWA client.
+#[derive(Clone, Debug)]
+pub struct Client {
+    /// The client id.
+    pub id: String,
+    /// The secrets that work; two while one is being rotated.
+    pub secrets: Vec<String>,
+    /// The Allowed Return URLs, compared byte for byte, query included.
+    pub return_urls: Vec<String>,
+    /// The scopes that it was approved for.
+    pub scopes: Vec<String>,
+}
+
+/// One user's permission for one client.
+#[derive(Clone, Debug, Serialize)]
+pub struct Grant {
+    /// `Atzr|…`
+    pub refresh_token: String,
+    /// The client that it was given to; it works with no other.
+    pub client_id: String,
+    /// The scopes, separated by spaces.
+    pub scope: String,
+    /// Who consented: [`Advertiser::id`](super::catalogue::Advertiser).
+    pub advertiser: String,
+    /// When.
+    pub consented_at: Timestamp,
+    /// Whether the user has taken it back, or a rotation has replaced it.
+    pub revoked: bool,
+}
+
+/// A living access token.
+#[derive(Clone, Debug)]
+pub struct Access {
+    /// The client that asked for it.
+    pub client_id: String,
+    /// On whose behalf.
+    pub advertiser: String,
+    /// When it dies.
+    pub expires_at: Timestamp,
+    /// When it was given out.
+    pub issued_at: Timestamp,
+}
+
+/// What a user said yes to on the consent page.
+#[derive(Clone, Debug)]
+pub struct Consent {
+    /// The client.
+    pub client_id: String,
+    /// Where the code goes; the exchange must name the same.
+    pub redirect_uri: String,
+    /// The scopes, separated by spaces.
+    pub scope: String,
+    /// Who said yes.
+    pub advertiser: String,
+    /// The PKCE challenge.
+    pub challenge: Option<Challenge>,
+}
+
+/// A PKCE challenge (RFC 7636).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Challenge {
+    /// The verifier itself: what LWA assumes when no method is named.
+    Plain(String),
+    /// The base64url SHA-256 of the verifier.
+    S256(String),
+}
+
+#[derive(Debug)]
+struct Code {
+    consent: Consent,
+    expires_at: Timestamp,
+}
+
+/// A token request whose client is not yet known to be genuine.
+pub(super) struct Credentials<'a> {
+    pub(super) client_id: &'a str,
+    pub(super) client_secret: &'a str,
+}
+
+/// How an answer of the token endpoint shall differ from the usual one.
+#[derive(Default)]
+pub(super) struct Twist {
+    pub(super) life: Option<u32>,
+    pub(super) rotate: bool,
+}
+
+/// What the token endpoint gives out.
+#[derive(Clone, Debug)]
+pub struct Issued {
+    /// `Atza|…`
+    pub access_token: String,
+    /// `Atzr|…`
+    pub refresh_token: String,
+    /// The life of the access token in seconds.
+    pub expires_in: u32,
+}
+
+/// Why the token endpoint refuses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Refusal {
+    InvalidGrant(&'static str),
+    InvalidClient,
+    UnauthorizedClient,
+    InvalidRequest(&'static str),
+    UnsupportedGrantType,
+}
+
+impl World {
+    /// One client, two advertisers with profiles in all three regions, AMC accounts and campaigns; nobody has
+    /// consented yet.
+    pub fn seeded() -> Self {
+        Self {
+            clients: vec![Client {
+                id: CLIENT_ID.into(),
+                secrets: vec![CLIENT_SECRET.into()],
+                return_urls: vec![RETURN_URL.into()],
+                scopes: vec![SCOPE.into(), "advertising::audiences".into()],
+            }],
+            grants: Vec::new(),
+            catalogue: Catalogue::seeded(),
+            access_life: ACCESS_LIFE_SECONDS,
+            codes: HashMap::new(),
+            access: HashMap::new(),
+            history: History::default(),
+            troubles: Troubles::default(),
+        }
+    }
+
+    /// Enters one more Allowed Return URL for every client.
+    pub fn allow_return_url(&mut self, url: &str) {
+        for client in &mut self.clients {
+            client.return_urls.push(url.to_owned());
+        }
+    }
+
+    /// A consent of the first advertiser for the first client and its first return URL, without PKCE.
+    pub fn usual_consent(&self) -> Consent {
+        let client = self.clients.first();
+        Consent {
+            client_id: client.map(|client| client.id.clone()).unwrap_or_default(),
+            redirect_uri: client.and_then(|client| client.return_urls.first().cloned()).unwrap_or_default(),
+            scope: SCOPE.into(),
+            advertiser: self.catalogue.advertisers.first().map(|one| one.id.clone()).unwrap_or_default(),
+            challenge: None,
+        }
+    }
+
+    /// A user said yes: the code that goes back to the client.
+    pub fn consent(&mut self, consent: Consent, now: Timestamp) -> String {
+        self.codes.retain(|_, code| code.expires_at > now);
+        let code = random_text(15);
+        self.codes.insert(code.clone(), Code { consent, expires_at: after(now, CODE_LIFE) });
+        code
+    }
+
+    /// A grant and its first access token, without the way over a code.
+    pub fn grant(&mut self, consent: &Consent, now: Timestamp) -> Issued {
+        let refresh_token = format!("Atzr|{}", random_text(ACCESS_BYTES));
+        self.grants.push(Grant {
+            refresh_token: refresh_token.clone(),
+            client_id: consent.client_id.clone(),
+            scope: consent.scope.clone(),
+            advertiser: consent.advertiser.clone(),
+            consented_at: now,
+            revoked: false,
+        });
+        self.issue(&consent.client_id, &consent.advertiser, refresh_token, &Twist::default(), now)
+    }
+
+    /// The user takes a grant back. Access tokens live on until their own end, as Amazon's do.
+    pub fn revoke(&mut self, refresh_token: &str) -> bool {
+        let grant = self.grants.iter_mut().find(|grant| grant.refresh_token == refresh_token && !grant.revoked);
+        grant.map(|grant| grant.revoked = true).is_some()
+    }
+
+    /// Every user takes every grant back. Returns how many were alive.
+    pub fn revoke_all(&mut self) -> usize {
+        let living = self.grants.iter_mut().filter(|grant| !grant.revoked);
+        living.map(|grant| grant.revoked = true).count()
+    }
+
+    /// Every access token dies before its time.
+    pub fn expire_access_tokens(&mut self) {
+        self.access.clear();
+    }
+
+    /// The access token, if it lives.
+    pub fn access(&self, token: &str, now: Timestamp) -> Option<&Access> {
+        self.access.get(token).filter(|access| access.expires_at > now)
+    }
+
+    pub(super) fn client(&self, id: &str) -> Option<&Client> {
+        self.clients.iter().find(|client| client.id == id)
+    }
+
+    pub(super) fn authenticate(&self, credentials: &Credentials<'_>) -> Result<(), Refusal> {
+        let client = self.client(credentials.client_id).ok_or(Refusal::InvalidClient)?;
+        let known = client.secrets.iter().any(|secret| secret == credentials.client_secret);
+        if known { Ok(()) } else { Err(Refusal::InvalidClient) }
+    }
+
+    /// The code grant. A code is spent by the first attempt of a genuine client, whether it succeeds or not.
+    pub(super) fn exchange(
+        &mut self,
+        client_id: &str,
+        code: &str,
+        redirect_uri: &str,
+        verifier: Option<&str>,
+        twist: &Twist,
+        now: Timestamp,
+    ) -> Result<Issued, Refusal> {
+        let Code { consent, expires_at } = self.codes.remove(code).ok_or(Refusal::InvalidGrant("code"))?;
+        if expires_at <= now || consent.client_id != client_id || consent.redirect_uri != redirect_uri {
+            return Err(Refusal::InvalidGrant("code"));
+        }
+        match (&consent.challenge, verifier) {
+            (Some(_), None) => return Err(Refusal::InvalidRequest("code_verifier")),
+            // RFC 9700, 2.1.1: a verifier without a challenge is a sign of a downgrade.
+            (None, Some(_)) => return Err(Refusal::InvalidGrant("code")),
+            (Some(challenge), Some(verifier)) if !challenge.fits(verifier) => {
+                return Err(Refusal::InvalidGrant("code"));
+            }
+            _ => {}
+        }
+        let first = self.grant(&consent, now);
+        if twist.life.is_none() {
+            return Ok(first);
+        }
+        self.access.remove(&first.access_token);
+        Ok(self.issue(client_id, &consent.advertiser, first.refresh_token, twist, now))
+    }
+
+    /// The refresh grant. It returns the same refresh token, as LWA does, unless told to rotate.
+    pub(super) fn refresh(
+        &mut self,
+        client_id: &str,
+        refresh_token: &str,
+        twist: &Twist,
+        now: Timestamp,
+    ) -> Result<Issued, Refusal> {
+        let refused = Refusal::InvalidGrant("refresh_token");
+        let grant = self.grants.iter_mut().find(|grant| grant.refresh_token == refresh_token).ok_or(refused)?;
+        if grant.client_id != client_id {
+            return Err(Refusal::UnauthorizedClient);
+        }
+        if grant.revoked || grant.ended(now) {
+            return Err(refused);
+        }
+        let advertiser = grant.advertiser.clone();
+        let mut current = refresh_token.to_owned();
+        if twist.rotate {
+            grant.revoked = true;
+            current = format!("Atzr|{}", random_text(ACCESS_BYTES));
+            let successor = Grant { refresh_token: current.clone(), revoked: false, ..grant.clone() };
+            self.grants.push(successor);
+        }
+        Ok(self.issue(client_id, &advertiser, current, twist, now))
+    }
+
+    fn issue(
+        &mut self,
+        client_id: &str,
+        advertiser: &str,
+        refresh_token: String,
+        twist: &Twist,
+        now: Timestamp,
+    ) -> Issued {
+        self.access.retain(|_, access| access.expires_at > now);
+        let expires_in = twist.life.unwrap_or(self.access_life);
+        let access_token = format!("Atza|{}", random_text(ACCESS_BYTES));
+        let access = Access {
+            client_id: client_id.to_owned(),
+            advertiser: advertiser.to_owned(),
+            expires_at: after(now, SignedDuration::from_secs(expires_in.into())),
+            issued_at: now,
+        };
+        self.access.insert(access_token.clone(), access);
+        Issued { access_token, refresh_token, expires_in }
+    }
+}
+
+impl Grant {
+    /// Whether the 365 days are over which grants have since 2026-07-30.
+    fn ended(&self, now: Timestamp) -> bool {
+        let since: Timestamp = CONSENT_ENDS_SINCE.parse().expect("the constant is a timestamp");
+        self.consented_at >= since && now >= after(self.consented_at, CONSENT_LIFE)
+    }
+}
+
+impl Challenge {
+    fn fits(&self, verifier: &str) -> bool {
+        match self {
+            Self::Plain(expected) => expected == verifier,
+            Self::S256(expected) => *expected == URL_SAFE_NO_PAD.encode(Sha256::digest(verifier)),
+        }
+    }
+}
+
+fn after(start: Timestamp, by: SignedDuration) -> Timestamp {
+    start.saturating_add(by).unwrap_or(Timestamp::MAX)
+}
+
+/// Random bytes as base64url text.
+pub(super) fn random_text(bytes: usize) -> String {
+    let mut random = vec![0; bytes];
+    getrandom::fill(&mut random).expect("the machine has a source of randomness, or TLS could not work either");
+    URL_SAFE_NO_PAD.encode(random)
+}
