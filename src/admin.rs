@@ -1,10 +1,156 @@
-//! Probes and metrics.
+//! The admin door: probes, metrics, and the few things an operator does to a running process.
 
+use std::sync::Arc;
+
+use bytes::Bytes;
+use http::header::{ALLOW, CACHE_CONTROL, CONTENT_TYPE, HeaderValue};
+use http::request::Parts;
+use http::{Method, Request, Response, StatusCode};
+use http_body_util::{BodyExt, Full, Limited};
+use hyper::body::Incoming;
+use tokio_util::sync::CancellationToken;
 use url::Url;
+
+use crate::guard::{Guard, Refusal};
+use crate::keeper::Keeper;
+use crate::log::LogHandle;
+use crate::metrics::Metrics;
+use crate::problem::{Code, Problem};
+use crate::serve::Peer;
 
 /// What the admin door needs to know.
 #[derive(Clone, Debug, Default)]
 pub struct Settings {
     /// `admin.public_url`: how the admin door is reached from outside, where a proxy stands before it.
     pub public_url: Option<Url>,
+}
+
+/// Longest body of `PUT /log`: a word.
+const MAX_BODY: usize = 64;
+
+/// How far the process is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stage {
+    /// The doors are bound, nobody is served yet.
+    Starting,
+    /// Business as usual.
+    Serving,
+    /// The end was asked for.
+    Draining,
+}
+
+/// Serves the admin door.
+pub struct Admin {
+    pub(crate) guard: Guard,
+    pub(crate) keeper: Keeper,
+    pub(crate) metrics: Arc<Metrics>,
+    pub(crate) stage: tokio::sync::watch::Receiver<Stage>,
+    /// Open connections by door.
+    pub(crate) connections: Vec<(&'static str, Box<dyn Fn() -> usize + Send + Sync>)>,
+    pub(crate) log: Option<LogHandle>,
+    /// Ends the process in good order.
+    pub(crate) quit: CancellationToken,
+}
+
+type Answer = Response<Full<Bytes>>;
+
+impl Admin {
+    /// One answer, whatever happens.
+    pub async fn serve(&self, request: Request<Incoming>, peer: Peer) -> Answer {
+        let (parts, body) = request.into_parts();
+        let answer = self.answer(&parts, body, peer).await;
+        let mut answer = answer.unwrap_or_else(|problem| problem.respond(""));
+        answer.headers_mut().insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
+        answer
+    }
+
+    async fn answer(&self, parts: &Parts, body: Incoming, peer: Peer) -> Result<Answer, Problem> {
+        self.guard.no_browser(&parts.headers).map_err(|refusal| self.refused(refusal))?;
+        let path = parts.uri.path();
+        // Probes and scrapers come by the pod's address, and learn nothing that a label does not say.
+        let open = matches!(path, "/livez" | "/readyz" | "/startupz" | "/metrics");
+        if !(open && parts.method == Method::GET) {
+            self.guard.admit(parts, peer).map_err(|refusal| self.refused(refusal))?;
+        }
+        match (path, &parts.method) {
+            ("/livez", &Method::GET) => Ok(say(StatusCode::OK, "alive\n")),
+            ("/readyz", &Method::GET) => Ok(self.ready()),
+            ("/startupz", &Method::GET) if *self.stage.borrow() == Stage::Starting => Ok(say(StatusCode::SERVICE_UNAVAILABLE, "starting\n")),
+            ("/startupz", &Method::GET) => Ok(say(StatusCode::OK, "started\n")),
+            ("/metrics", &Method::GET) => self.metrics(),
+            ("/quitquitquit", &Method::POST) => {
+                self.operator(parts, peer)?;
+                self.quit.cancel();
+                Ok(say(StatusCode::OK, "draining\n"))
+            }
+            ("/log", &Method::PUT) => {
+                self.operator(parts, peer)?;
+                self.set_level(body).await
+            }
+            ("/livez" | "/readyz" | "/startupz" | "/metrics", _) => Err(method("GET")),
+            ("/quitquitquit", _) => Err(method("POST")),
+            ("/log", _) => Err(method("PUT")),
+            _ => Err(Problem::new(Code::NotFound, "The admin door has no such page.", "See the admin door in adsidecar's README.")),
+        }
+    }
+
+    /// Ready is about us: the store works, the doors are open, the end was not asked for. Neither Amazon nor a missing
+    /// login makes a pod unready.
+    fn ready(&self) -> Answer {
+        match *self.stage.borrow() {
+            Stage::Starting => say(StatusCode::SERVICE_UNAVAILABLE, "starting\n"),
+            Stage::Draining => say(StatusCode::SERVICE_UNAVAILABLE, "draining\n"),
+            Stage::Serving if !self.keeper.stored() => say(StatusCode::SERVICE_UNAVAILABLE, "store unavailable\n"),
+            Stage::Serving => say(StatusCode::OK, "ready\n"),
+        }
+    }
+
+    fn metrics(&self) -> Result<Answer, Problem> {
+        for (door, count) in &self.connections {
+            self.metrics.connections.with_label_values(&[door]).set(i64::try_from(count()).unwrap_or(i64::MAX));
+        }
+        self.metrics.store_up.set(i64::from(self.keeper.stored()));
+        let text = self.metrics.render(self.keeper.health());
+        let text = text.map_err(|error| {
+            tracing::error!(%error, "the metrics cannot be rendered");
+            Problem::new(Code::Internal, "The metrics cannot be rendered.", "The log says why; please report it.")
+        })?;
+        let mut answer = Response::new(Full::new(Bytes::from(text)));
+        answer.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8"));
+        Ok(answer)
+    }
+
+    async fn set_level(&self, body: Incoming) -> Result<Answer, Problem> {
+        let bad = || Problem::new(Code::BadRequest, "The body is a log level.", "Send error, warn, info, debug or trace.");
+        let text = Limited::new(body, MAX_BODY).collect().await.map_err(|_| bad())?.to_bytes();
+        let level = std::str::from_utf8(&text).ok().and_then(|text| text.trim().parse().ok()).ok_or_else(bad)?;
+        if let Some(log) = &self.log {
+            log.set_level(level);
+        }
+        tracing::info!(%level, "log level changed");
+        Ok(say(StatusCode::OK, "changed\n"))
+    }
+
+    /// Lets through who is on this machine, or knows the caller token.
+    fn operator(&self, parts: &Parts, peer: Peer) -> Result<(), Problem> {
+        let known = self.guard.asks_for_token() && self.guard.caller(&parts.headers).is_ok();
+        if known || self.guard.is_local(&parts.headers, peer) { Ok(()) } else { Err(self.refused(Refusal::Caller)) }
+    }
+
+    fn refused(&self, refusal: Refusal) -> Problem {
+        self.metrics.guard_denied.with_label_values(&[refusal.reason()]).inc();
+        refusal.into()
+    }
+}
+
+fn say(status: StatusCode, text: &'static str) -> Answer {
+    let mut answer = Response::new(Full::new(Bytes::from_static(text.as_bytes())));
+    *answer.status_mut() = status;
+    answer.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
+    answer
+}
+
+fn method(allow: &'static str) -> Problem {
+    Problem::new(Code::MethodNotAllowed, "The page has another method.", format!("Use {allow}."))
+        .header(ALLOW, HeaderValue::from_static(allow))
 }

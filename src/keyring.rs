@@ -82,6 +82,24 @@ impl Keyring {
         Secret::new(Fernet::generate_key())
     }
 
+    /// The key in the file at `path`, which is made there, readable by its owner alone, where it does not exist yet. Says
+    /// whether it was made.
+    pub fn read_or_make(path: &Path) -> io::Result<(Secret, bool)> {
+        if let Some(directory) = path.parent() {
+            fs::create_dir_all(directory)?;
+        }
+        match fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(path) {
+            Ok(mut file) => {
+                let key = Self::generate_key();
+                file.write_all(key.expose().as_bytes())?;
+                file.sync_all()?;
+                Ok((key, true))
+            }
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok((Secret::new(fs::read_to_string(path)?), false)),
+            Err(error) => Err(error),
+        }
+    }
+
     /// Seals with the first key.
     pub fn seal(&self, plain: &[u8]) -> String {
         // The library's own `encrypt` panics where the clock stands before 1970.

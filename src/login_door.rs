@@ -12,7 +12,7 @@ use http::header::{
     HeaderName, HeaderValue, LINK, LOCATION, REFERRER_POLICY, SET_COOKIE, VARY, X_CONTENT_TYPE_OPTIONS,
 };
 use http::request::Parts;
-use http::{Method, Response, StatusCode};
+use http::{Method, Request, Response, StatusCode};
 use http_body_util::Full;
 use hyper::body::Incoming;
 use serde::Serialize;
@@ -25,7 +25,9 @@ use crate::login::{Callback, Ended, Login, TEN_MINUTES, Trouble, Wish};
 use crate::problem::{Code, Problem};
 use crate::rewrite::ERROR;
 use crate::secret::Secret;
+use crate::serve::Peer;
 use crate::store::StoreError;
+use crate::target::Of;
 pub use endpoint::Endpoint;
 use endpoint::{Query, Users};
 
@@ -85,6 +87,24 @@ impl LoginDoor {
         authority: String,
     ) -> Self {
         Self { login, keeper, guard, region, token_shim, authority }
+    }
+
+    /// Answers a request on the login door, where there is the callback and nothing else.
+    pub async fn serve_callback(&self, guard: &Guard, request: Request<Incoming>, peer: Peer) -> Answer {
+        let (parts, body) = request.into_parts();
+        let answer = async {
+            let target = guard.admit(&parts, peer)?;
+            match Endpoint::of(target.path()) {
+                Some(Endpoint::Callback) if target.of == Of::Us && target.account.is_none() => {
+                    self.answer(Endpoint::Callback, &parts, body).await
+                }
+                _ => Err(LoginError::NotFound),
+            }
+        };
+        let answer = answer.await;
+        let mut answer = answer.unwrap_or_else(|error| error.problem(|user| self.login_url(&parts.headers, user)).respond(""));
+        private(answer.headers_mut());
+        answer
     }
 
     /// Answers a request to `endpoint`.
@@ -305,55 +325,6 @@ pub fn token_problem(error: TokenError, login_url: &str) -> Problem {
             };
             Problem::new(Code::TokenUnavailable, format!("The access token could not be renewed ({code})."), next_step)
                 .retry_after(retry_after)
-        }
-    }
-}
-
-impl From<Refusal> for Problem {
-    fn from(refusal: Refusal) -> Self {
-        use crate::target::BadTarget;
-        match refusal {
-            Refusal::Framing => Self::new(
-                Code::BadRequest,
-                "The body's length can be read in two ways: Transfer-Encoding is allowed once, as chunked.",
-                "Send either Content-Length or Transfer-Encoding: chunked.",
-            )
-            .close(),
-            Refusal::NoHost => Self::new(Code::BadRequest, "A request needs exactly one Host header.", "Send one.").close(),
-            Refusal::Host => Self::new(
-                Code::HostNotAllowed,
-                "The Host header is neither localhost, 127.0.0.1 nor [::1].",
-                "Call http://localhost, or add the name to proxy.allowed_hosts.",
-            ),
-            Refusal::Target(BadTarget::Form(detail)) => {
-                Self::new(Code::BadRequest, detail, "Send a path, or the URL of an Amazon Ads host.")
-            }
-            Refusal::Target(BadTarget::Foreign) => Self::new(
-                Code::HostNotAllowed,
-                "adsidecar proxies to the Amazon Ads hosts only.",
-                "Send other traffic directly: set NO_PROXY, or use the proxy for Amazon's hosts alone.",
-            ),
-            Refusal::Target(BadTarget::TooLong) => {
-                Self::new(Code::UriTooLong, "The target is longer than 8 KiB.", "Send long lists in a body.")
-            }
-            Refusal::Method => Self::new(
-                Code::MethodNotAllowed,
-                "CONNECT, TRACE and unknown methods are not served.",
-                "As a forward proxy adsidecar takes http:// URLs: use http://advertising-api.amazon.com/, it speaks TLS to Amazon itself.",
-            )
-            .header(ALLOW, HeaderValue::from_static("GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"))
-            .close(),
-            Refusal::CrossSite => Self::new(
-                Code::CrossSite,
-                "A web page at another origin is behind this request.",
-                "Call adsidecar from a server; its OAuth endpoints may be fetched from the origin of login.frontend_url.",
-            ),
-            Refusal::Caller => Self::new(
-                Code::CallerUnauthorized,
-                "The caller token is missing or wrong.",
-                "Send it as X-Ads-Sidecar-Token, or as Proxy-Authorization: Bearer.",
-            )
-            .header(http::header::PROXY_AUTHENTICATE, HeaderValue::from_static("Bearer")),
         }
     }
 }

@@ -4,12 +4,16 @@ use std::borrow::Cow;
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::header::{CACHE_CONTROL, CONNECTION, CONTENT_TYPE, HeaderName, HeaderValue, RETRY_AFTER};
+use http::header::{
+    ALLOW, CACHE_CONTROL, CONNECTION, CONTENT_TYPE, HeaderName, HeaderValue, PROXY_AUTHENTICATE, RETRY_AFTER,
+};
 use http::{Response, StatusCode};
 use http_body_util::Full;
 use serde::Serialize;
 
+use crate::guard::Refusal;
 use crate::rewrite::ERROR;
+use crate::target::BadTarget;
 
 /// Why adsidecar itself answers; the contract's table, section 4.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -174,6 +178,54 @@ impl Problem {
         };
         // Strings and numbers always serialise.
         serde_json::to_vec(&document).unwrap_or_default().into()
+    }
+}
+
+impl From<Refusal> for Problem {
+    fn from(refusal: Refusal) -> Self {
+        match refusal {
+            Refusal::Framing => Self::new(
+                Code::BadRequest,
+                "The body's length can be read in two ways: Transfer-Encoding is allowed once, as chunked.",
+                "Send either Content-Length or Transfer-Encoding: chunked.",
+            )
+            .close(),
+            Refusal::NoHost => Self::new(Code::BadRequest, "A request needs exactly one Host header.", "Send one.").close(),
+            Refusal::Host => Self::new(
+                Code::HostNotAllowed,
+                "The Host header is neither localhost, 127.0.0.1 nor [::1].",
+                "Call http://localhost, or add the name to proxy.allowed_hosts.",
+            ),
+            Refusal::Target(BadTarget::Form(detail)) => {
+                Self::new(Code::BadRequest, detail, "Send a path, or the URL of an Amazon Ads host.")
+            }
+            Refusal::Target(BadTarget::Foreign) => Self::new(
+                Code::HostNotAllowed,
+                "adsidecar proxies to the Amazon Ads hosts only.",
+                "Send other traffic directly: set NO_PROXY, or use the proxy for Amazon's hosts alone.",
+            ),
+            Refusal::Target(BadTarget::TooLong) => {
+                Self::new(Code::UriTooLong, "The target is longer than 8 KiB.", "Send long lists in a body.")
+            }
+            Refusal::Method => Self::new(
+                Code::MethodNotAllowed,
+                "CONNECT, TRACE and unknown methods are not served.",
+                "As a forward proxy adsidecar takes http:// URLs: use http://advertising-api.amazon.com/, it speaks TLS to Amazon itself.",
+            )
+            .header(ALLOW, HeaderValue::from_static("GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"))
+            .close(),
+            Refusal::CrossSite => Self::new(
+                Code::CrossSite,
+                "A web page at another origin is behind this request.",
+                "Call adsidecar from a server; its OAuth endpoints may be fetched from the origin of login.frontend_url.",
+            ),
+            Refusal::Caller => Self::new(
+                Code::CallerUnauthorized,
+                "The caller token is missing or wrong.",
+                "Send it as X-Ads-Sidecar-Token, or as Proxy-Authorization: Bearer.",
+            )
+            .header(PROXY_AUTHENTICATE, HeaderValue::from_static("Bearer")),
+        }
     }
 }
 

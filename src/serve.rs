@@ -9,7 +9,7 @@ mod connections;
 mod io;
 
 use std::io::{Error, ErrorKind, Result};
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -36,8 +36,6 @@ pub enum Listen {
     Tcp(String),
     /// `unix:/path`.
     Unix(PathBuf),
-    /// `127.0.0.1:port`, and `[::1]:port` where the machine has IPv6: a door's default.
-    Loopback(u16),
 }
 
 /// What one door allows.
@@ -95,15 +93,19 @@ pub enum Phase {
 }
 
 impl Door {
-    /// Binds every address of `listen`. Port 0 takes any free port; see [`addresses`](Self::addresses). `late` are the
-    /// bytes that answer a head which does not come to its end in time.
-    pub async fn bind(listen: &[Listen], limits: Limits, late: Bytes) -> Result<Self> {
+    /// Binds every address of `listen`; with `ipv6_if_any`, one of IPv6 only where the machine has it. Port 0 takes any
+    /// free port; see [`addresses`](Self::addresses). `late` are the bytes that answer a head which does not come to its
+    /// end in time.
+    pub async fn bind(listen: &[Listen], ipv6_if_any: bool, limits: Limits, late: Bytes) -> Result<Self> {
         let mut listeners = Vec::new();
         for address in listen {
             match address {
-                Listen::Tcp(address) => listeners.push(Listener::Tcp(tcp(address).await?)),
                 Listen::Unix(path) => listeners.push(unix(path)?),
-                Listen::Loopback(port) => listeners.extend(loopback(*port).await?),
+                Listen::Tcp(address) => match tcp(address).await {
+                    Ok(listener) => listeners.push(Listener::Tcp(listener)),
+                    Err(error) if ipv6_if_any && address.starts_with('[') && error.kind() != ErrorKind::AddrInUse => {}
+                    Err(error) => return Err(error),
+                },
             }
         }
         Ok(Self { listeners, limits, late, connections: Arc::default() })
@@ -153,20 +155,6 @@ async fn tcp(address: &str) -> Result<TcpListener> {
     TcpListener::bind(address)
         .await
         .map_err(|error| Error::new(error.kind(), format!("cannot listen on {address}: {error}")))
-}
-
-async fn loopback(port: u16) -> Result<Vec<Listener>> {
-    let v4 = tcp(&SocketAddr::from((Ipv4Addr::LOCALHOST, port)).to_string()).await?;
-    let bound = v4.local_addr()?.port();
-    let v6 = SocketAddr::from((Ipv6Addr::LOCALHOST, bound));
-    match TcpListener::bind(v6).await {
-        Ok(v6) => Ok(vec![Listener::Tcp(v4), Listener::Tcp(v6)]),
-        Err(error) if error.kind() == ErrorKind::AddrInUse => {
-            Err(Error::new(error.kind(), format!("cannot listen on {v6}: {error}")))
-        }
-        // The machine has no IPv6.
-        Err(_) => Ok(vec![Listener::Tcp(v4)]),
-    }
 }
 
 /// A socket file left over from a process that is gone is replaced; one that answers is somebody else's.
