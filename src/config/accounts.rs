@@ -52,11 +52,8 @@ const MANAGED_PREFIXES: [&str; 4] = ["x-ads-", "x-adsidecar-", "x-forwarded-", "
 
 /// All accounts. What is wrong with one is written down.
 pub(super) fn accounts(read: &mut Reader<'_>) -> Vec<Account> {
-    let tables = match read.raw(keys::ACCOUNT) {
-        None => return Vec::new(),
-        Some(Value::Array(_, values)) => values.iter().map(Value::as_dict).collect::<Option<Vec<_>>>(),
-        Some(_) => None,
-    };
+    let Some(Value::Array(_, values)) = read.raw(keys::ACCOUNT) else { return Vec::new() };
+    let tables = values.iter().map(Value::as_dict).collect::<Option<Vec<_>>>();
     let Some(tables) = tables else {
         read.wrong(keys::ACCOUNT, "is no list of tables: begin each account with [[account]]");
         return Vec::new();

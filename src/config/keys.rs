@@ -194,7 +194,7 @@ pub(super) fn likely_account_key(name: &str) -> Option<String> {
 
 /// A name as it may be printed: what does not look like one is not repeated.
 pub(super) fn printable(name: &str) -> String {
-    // The longest word of any key has 14 letters, the longest name of all 39; a secret is a longer run of letters.
+    // The words of our names have at most 11 letters; a secret is a longer run of them.
     let words = name.split(['.', '_', '-']);
     let looks_like_a_name = name.len() <= 64
         && !name.is_empty()
@@ -205,7 +205,7 @@ pub(super) fn printable(name: &str) -> String {
 
 /// The candidate that differs from `name` in the fewest letters, where these are few.
 fn closest(name: &str, candidates: impl Iterator<Item = String>) -> Option<String> {
-    // Beyond a third of its letters a name is another name, not a misspelling. No key is nearly as long as 64.
+    // Beyond a third of its letters a name is another name, not a misspelling. No name of ours is as long as 64.
     let limit = if name.len() <= 64 { (name.len() / 3).min(4) } else { 0 };
     candidates
         .map(|candidate| (distance(name.as_bytes(), candidate.as_bytes()), candidate))

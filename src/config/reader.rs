@@ -30,7 +30,7 @@ impl<'a> Reader<'a> {
         Self { merged, problems }
     }
 
-    /// All problems so far, once everything is read.
+    /// All problems, once everything is read; none are left.
     pub(super) fn take_problems(&mut self) -> Vec<Problem> {
         std::mem::take(&mut self.problems)
     }

@@ -29,6 +29,27 @@ pub struct Sources {
     pub sets: Vec<(String, String)>,
 }
 
+impl Sources {
+    /// The variables of this process's environment that are ours, and no other program's secrets. A value that is not
+    /// UTF-8 has its foreign bytes replaced; where they matter, the value is refused for that.
+    pub fn process_env() -> Vec<(String, String)> {
+        std::env::vars_os()
+            .filter_map(|(name, value)| Some((name.into_string().ok()?, value)))
+            .filter(|(name, _)| is_ours(name))
+            .map(|(name, value)| (name, value.to_string_lossy().into_owned()))
+            .collect()
+    }
+}
+
+/// Whether a variable means something to us, be it a mistake.
+fn is_ours(name: &str) -> bool {
+    name == keys::CONFIG_VARIABLE || keys::by_guide_name(name).is_some() || is_prefixed(name)
+}
+
+fn is_prefixed(name: &str) -> bool {
+    name.starts_with(keys::PREFIX) && name.contains("__")
+}
+
 /// All layers in one, with the origin of each value.
 pub(super) struct Merged {
     figment: Figment,
@@ -173,8 +194,11 @@ fn file_entries(dict: Dict, source: &str, problems: &mut Vec<Problem>) -> Vec<En
     let mut entries = Vec::new();
     for (section, value) in dict {
         match value {
-            value if section == keys::ACCOUNT => {
+            value @ Value::Array(..) if section == keys::ACCOUNT => {
                 entries.push(Entry { name: keys::ACCOUNT, form: Form::Value, value, source: source.to_owned() });
+            }
+            _ if section == keys::ACCOUNT => {
+                problem(problems, keys::ACCOUNT, source, "is no list: begin each account with [[account]]");
             }
             Value::Dict(_, dict) if keys::is_section(&section) => {
                 for (key, value) in dict {
@@ -225,7 +249,7 @@ fn env_layer(env: &[(String, String)], problems: &mut Vec<Problem>) -> Vec<Entry
             if !value.trim().is_empty() {
                 entries.push(Entry::new(key, form, text(value), name));
             }
-        } else if name.starts_with(keys::PREFIX) && name.contains("__") {
+        } else if is_prefixed(name) {
             env_entry(name, value, &mut entries, problems);
         }
     }
@@ -274,4 +298,28 @@ fn set_layer(sets: &[(String, String)], problems: &mut Vec<Problem>) -> Vec<Entr
 
 fn text(value: &str) -> Value {
     Value::String(Tag::Default, value.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_names_of_others_are_not_ours() {
+        for foreign in ["PATH", "AMAZON_REGION", "ADSIDECAR_PORT", "ADSIDECAR_ENVIRONMENT", "MY_FERNET_KEY", ""] {
+            assert!(!is_ours(foreign), "{foreign}");
+        }
+        for ours in ["ADSIDECAR_CONFIG", "ADSIDECAR_LOG__LEVEL", "ADSIDECAR_NO__KEY", "FERNET_KEY", "ENVIRONMENT_FILE"]
+        {
+            assert!(is_ours(ours), "{ours}");
+        }
+    }
+
+    #[test]
+    fn positions_are_counted_as_editors_do() {
+        let text = "a = 1\nä = é\n";
+        assert_eq!(position(text, 0), ", line 1, column 1");
+        assert_eq!(position(text, text.find('é').unwrap()), ", line 2, column 5");
+        assert_eq!(position(text, text.len() + 9), ", line 3, column 1");
+    }
 }

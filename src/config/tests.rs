@@ -77,7 +77,7 @@ impl Given {
 
     /// The problems as they are shown, without a canary in any form of them.
     fn refused(&self) -> String {
-        let problems = self.load().err().expect("a refusal");
+        let problems = self.load().expect_err("a refusal");
         let shown = problems.to_string();
         assert!(!format!("{shown}{problems:?}").contains(CANARY), "{shown}");
         shown
@@ -147,6 +147,8 @@ const BAD_FILES: &[(&str, &str, &str)] = &[
     ("[prox]\nlisten = 'canary-9f3a'", "prox", "did you mean [proxy]?"),
     ("[colours]", "colours", "is no key"),
     ("[account]\nname = 'canary-9f3a'", "account", "[[account]]"),
+    ("[account]\nfile = 'canary-9f3a'", "account", "[[account]]"),
+    ("account = [1, 'canary-9f3a']", "account", "[[account]]"),
     ("[proxy]\nlistens = 'canary-9f3a'", "proxy.listens", "did you mean proxy.listen?"),
     ("[proxy]\nlisten_file = 'canary-9f3a'", "proxy.listen_file", "is no key"),
     ("[proxy]\nlisten = 'canary-9f3a'", "proxy.listen", "host:port"),
@@ -492,7 +494,7 @@ fn the_flag_names_the_file_before_the_environment_does() {
 
 #[test]
 fn secret_files_that_hold_nothing_are_refused_with_their_path() {
-    let given = Given::required().without("FERNET_KEY");
+    let given = Given::nothing();
     for text in ["", "\n", " \n\n", "\r\n"] {
         let path = given.write("key", text);
         let given = Given::required().without("FERNET_KEY").env(&[("FERNET_KEY_FILE", &path)]);
@@ -525,9 +527,32 @@ fn what_is_no_fernet_key_is_refused() {
     let second = format!("{FERNET_KEY},{CANARY}");
     let long = FERNET_KEY.repeat(2);
     let standard = FERNET_KEY.replace(['-', '_'], "+");
-    for bad in [CANARY, &quoted, short, &second, &long, &standard, "password", "=", "0x00", &"a".repeat(64)] {
+    let bytes = format!("b'{FERNET_KEY}'");
+    let inner = format!("{}{}{}", &FERNET_KEY[..20], " ", &FERNET_KEY[20..]);
+    let hex = "9f".repeat(32);
+    for bad in [
+        CANARY,
+        &quoted,
+        &bytes,
+        short,
+        &second,
+        &long,
+        &standard,
+        &hex,
+        "password",
+        "=",
+        "0x00",
+        "None",
+        "{}",
+        "${FERNET_KEY}",
+        "<key>",
+    ] {
         let given = Given::required().env(&[("FERNET_KEY", bad)]);
         one_problem(&given, &["store.fernet_keys (from FERNET_KEY)", "adsidecar key new"]);
+    }
+    for bad in [inner.as_str(), "ü"] {
+        let given = Given::required().env(&[("FERNET_KEY", bad)]);
+        one_problem(&given, &["store.fernet_keys (from FERNET_KEY)", "copy it once more"]);
     }
     let padded = format!(" {FERNET_KEY}\n");
     let two = format!("{FERNET_KEY},\n{FERNET_KEY}");
@@ -854,7 +879,8 @@ fn the_sandbox_file_points_at_the_sandbox_and_nowhere_else() {
     let ca = given.write("ca.pem", &certificate);
     let given = given.toml(&shipped("sandbox.toml").replace("data/sandbox/ca.pem", &ca));
     let config = given.config();
-    let ours = |url: &url::Url| (url.host_str() == Some("localhost")) && url.port() == Some(8443);
+    let ours =
+        |url: &url::Url| ["localhost", "127.0.0.1"].contains(&url.host_str().unwrap()) && url.port() == Some(8443);
     assert!(config.upstream.origins.iter().chain(&config.lwa.authorize_url).chain(&config.lwa.token_url).all(ours));
     assert_eq!(config.lwa.authorize_url.unwrap().path(), "/ap/oa");
     assert_eq!(config.lwa.token_url.unwrap().path(), "/auth/o2/token");
