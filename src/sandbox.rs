@@ -26,6 +26,7 @@
 //! ```
 
 mod ads;
+mod amc;
 mod catalogue;
 mod control;
 mod demands;
