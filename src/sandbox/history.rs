@@ -88,7 +88,8 @@ impl Call {
     }
 }
 
-/// How often each kind of call came to the token endpoint, answered or not.
+/// How often each kind of call came to the token endpoint, answered or not. A connection that was reset before its call
+/// was read counts as none.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct LwaCalls {
     /// `grant_type=authorization_code`.
