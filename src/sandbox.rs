@@ -4,7 +4,8 @@
 //! stands behind one lock, and HTTP is a skin over it. It restates Amazon's contract from Amazon's documents and uses
 //! nothing of adsidecar's but the clock, so that a misreading of ours is not shared. It checks what it receives as
 //! strictly as Amazon does, and stricter where a header tells of a leak. [`Trouble`] is data, time is the clock's, and
-//! everything received stands in the history.
+//! everything received stands in the history. Beside Amazon's own paths there is an area of the sandbox's own on the API's
+//! doors ([`own`]) and a [`control`] port for those who are not in the same process.
 //!
 //! It cannot be mistaken for production: it binds loopback only, keeps nothing on disk, and says what it is on its
 //! consent page.
@@ -17,7 +18,7 @@
 //! let clock = Clock::frozen("2026-08-01T00:00:00Z".parse()?);
 //! let sandbox = Sandbox::start(Options::calm(clock.clone())).await?;
 //! sandbox.set_trouble(Trouble::status(503));
-//! let user = sandbox.world(|world| world.grant(&world.usual_consent(), clock.now()));
+//! let user = sandbox.grant();
 //! // … knock at the front door with `user`, then:
 //! assert_eq!(sandbox.refreshes(), 1);
 //! assert_eq!(sandbox.calls(Door::Eu).len(), 0);
@@ -26,13 +27,14 @@
 //! ```
 
 mod ads;
+mod amc;
 mod catalogue;
-mod control;
+pub mod control;
 mod demands;
 mod doors;
 mod history;
 mod lwa;
-mod own;
+pub mod own;
 mod reply;
 mod resources;
 mod tls;
@@ -257,6 +259,11 @@ impl Sandbox {
     /// Looks at the world or changes it. Calls wait meanwhile.
     pub fn world<R>(&self, look: impl FnOnce(&mut World) -> R) -> R {
         look(&mut self.shared.world())
+    }
+
+    /// A new grant of the first advertiser for the first client, as if the user had logged in.
+    pub fn grant(&self) -> Issued {
+        self.world(|world| world.grant(&world.usual_consent(), self.shared.clock.now()))
     }
 
     /// Every call received, oldest first.

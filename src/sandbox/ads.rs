@@ -7,7 +7,7 @@ use http::{HeaderMap, Method, Response, StatusCode};
 use jiff::Timestamp;
 use serde_json::json;
 
-use super::demands::{self, ACCOUNT_ID, ADVERTISER_ID, Demand, Fault, MARKETPLACE_ID, SCOPE};
+use super::demands::{self, ACCOUNT_ID, ADVERTISER_ID, Demand, MARKETPLACE_ID, SCOPE};
 use super::reply::{self, Body};
 use super::world::{Access, World};
 use super::{Door, own, resources};
@@ -42,7 +42,7 @@ pub(super) struct Arrived<'a> {
 
 /// Answers a call to the Ads API.
 pub(super) fn answer(world: &mut World, call: &Arrived<'_>, events: &own::Events, now: Timestamp) -> Response<Body> {
-    let mut response = check_and_route(world, call, events, now).unwrap_or_else(|refused| refused);
+    let mut response = check_and_route(world, call, events, now).unwrap_or_else(Refused::response);
     let id = super::request_id();
     reply::set(&mut response, HeaderName::from_static("x-amz-request-id"), &id);
     reply::set(&mut response, HeaderName::from_static("x-amz-rid"), &super::world::random_text(15));
@@ -50,23 +50,18 @@ pub(super) fn answer(world: &mut World, call: &Arrived<'_>, events: &own::Events
     response
 }
 
-// The answer is a response either way, and it is made once per call.
-#[allow(clippy::result_large_err)]
 fn check_and_route(
     world: &mut World,
     call: &Arrived<'_>,
     events: &own::Events,
     now: Timestamp,
-) -> Result<Response<Body>, Response<Body>> {
+) -> Result<Response<Body>, Refused> {
     let (raw_path, query) = call.target.split_once('?').unwrap_or((call.target, ""));
     let path: Vec<&str> = raw_path.split('/').filter(|segment| !segment.is_empty()).collect();
     refuse_leaks(call)?;
     let demand = demands::of(&path).ok_or_else(|| unknown_path(&call.head.headers))?;
     let access = authenticate(world, &call.head.headers, now)?.clone();
-    demand.check(&call.head.headers).map_err(|fault| match fault {
-        Fault::ScopeMissing => coded(StatusCode::UNAUTHORIZED, "Scope header is missing"),
-        Fault::Bad(text) => coded(StatusCode::BAD_REQUEST, &text),
-    })?;
+    demand.check(&call.head.headers)?;
     check_client(demand, &access, &call.head.headers)?;
     let profile = check_scope(world, &path, call, &access)?;
     check_amc_account(world, &path, &call.head.headers, &access)?;
@@ -86,9 +81,8 @@ fn check_and_route(
     })
 }
 
-#[allow(clippy::result_large_err)]
-fn refuse_leaks(call: &Arrived<'_>) -> Result<(), Response<Body>> {
-    let refuse = |text: &str| Err(coded(StatusCode::BAD_REQUEST, text));
+fn refuse_leaks(call: &Arrived<'_>) -> Result<(), Refused> {
+    let refuse = |text: &str| Err(Refused::coded(StatusCode::BAD_REQUEST, text));
     if !call.target.starts_with('/') {
         return refuse("The request target is not in origin form");
     }
@@ -116,35 +110,27 @@ fn host_is_ours(call: &Arrived<'_>) -> bool {
     host == real || name.is_some_and(|name| [real, "localhost", "127.0.0.1", "[::1]"].contains(&name))
 }
 
-#[allow(clippy::result_large_err)]
-fn authenticate<'w>(world: &'w World, headers: &HeaderMap, now: Timestamp) -> Result<&'w Access, Response<Body>> {
+fn authenticate<'w>(world: &'w World, headers: &HeaderMap, now: Timestamp) -> Result<&'w Access, Refused> {
     let mut values = headers.get_all(AUTHORIZATION).iter();
-    let value = values.next().ok_or_else(unauthorized)?;
+    let value = values.next().ok_or(Refused::Unauthorized)?;
     if values.next().is_some() {
-        return Err(coded(StatusCode::BAD_REQUEST, "Header authorization was sent more than once"));
+        return Err(Refused::coded(StatusCode::BAD_REQUEST, "Header authorization was sent more than once"));
     }
     let token = value.to_str().ok().and_then(|text| text.strip_prefix("Bearer "));
     let token = token.filter(|token| token.starts_with("Atza|")).ok_or_else(|| malformed(headers))?;
-    world.access(token, now).ok_or_else(unauthorized)
+    world.access(token, now).ok_or(Refused::Unauthorized)
 }
 
 /// The client id must be the one that the token was given to.
-#[allow(clippy::result_large_err)]
-fn check_client(demand: &Demand, access: &Access, headers: &HeaderMap) -> Result<(), Response<Body>> {
+fn check_client(demand: &Demand, access: &Access, headers: &HeaderMap) -> Result<(), Refused> {
     let sent = demand.client_id.iter().find_map(|name| headers.get(*name));
     if sent.is_some_and(|sent| sent.as_bytes() == access.client_id.as_bytes()) {
         return Ok(());
     }
-    Err(coded(StatusCode::UNAUTHORIZED, "The client id does not belong to the access token"))
+    Err(Refused::coded(StatusCode::UNAUTHORIZED, "The client id does not belong to the access token"))
 }
 
-#[allow(clippy::result_large_err)]
-fn check_scope(
-    world: &World,
-    path: &[&str],
-    call: &Arrived<'_>,
-    access: &Access,
-) -> Result<Option<u64>, Response<Body>> {
+fn check_scope(world: &World, path: &[&str], call: &Arrived<'_>, access: &Access) -> Result<Option<u64>, Refused> {
     // A profile list needs none; AMC is not regional and looks at its own headers; the sandbox's own takes any.
     let looks = !matches!(path, ["v2", "profiles", ..] | ["amc" | "sandbox", ..]);
     let Some(sent) = call.head.headers.get(SCOPE).filter(|_| looks) else { return Ok(None) };
@@ -153,15 +139,14 @@ fn check_scope(
     match id.as_ref().and_then(here) {
         Some(profile) if profile.advertiser == access.advertiser => Ok(Some(profile.id)),
         Some(profile) => {
-            Err(coded(StatusCode::UNAUTHORIZED, &format!("Not authorized to access scope {}", profile.id)))
+            Err(Refused::coded(StatusCode::UNAUTHORIZED, &format!("Not authorized to access scope {}", profile.id)))
         }
-        None => Err(coded(StatusCode::UNAUTHORIZED, "No matching advertiser found for scope")),
+        None => Err(Refused::coded(StatusCode::UNAUTHORIZED, "No matching advertiser found for scope")),
     }
 }
 
 /// The AMC account and its marketplace must go together and belong to the user.
-#[allow(clippy::result_large_err)]
-fn check_amc_account(world: &World, path: &[&str], headers: &HeaderMap, access: &Access) -> Result<(), Response<Body>> {
+fn check_amc_account(world: &World, path: &[&str], headers: &HeaderMap, access: &Access) -> Result<(), Refused> {
     let (account, marketplace) = (headers.get(ADVERTISER_ID), headers.get(MARKETPLACE_ID));
     let (["amc", "instances" | "reporting" | "advertiserData", rest @ ..], Some(account), Some(marketplace)) =
         (path, account, marketplace)
@@ -175,10 +160,10 @@ fn check_amc_account(world: &World, path: &[&str], headers: &HeaderMap, access: 
     });
     match (known, rest.first()) {
         (Some(known), Some(instance)) if known.instance != *instance => {
-            Err(coded(StatusCode::FORBIDDEN, "unauthorized response"))
+            Err(Refused::coded(StatusCode::FORBIDDEN, "unauthorized response"))
         }
         (Some(_), _) => Ok(()),
-        (None, _) => Err(coded(StatusCode::FORBIDDEN, "unauthorized response")),
+        (None, _) => Err(Refused::coded(StatusCode::FORBIDDEN, "unauthorized response")),
     }
 }
 
@@ -194,19 +179,45 @@ pub(super) fn unauthorized() -> Response<Body> {
 }
 
 /// The gateway takes a path that it does not know for one signed with AWS keys.
-fn unknown_path(headers: &HeaderMap) -> Response<Body> {
+fn unknown_path(headers: &HeaderMap) -> Refused {
     if headers.contains_key(AUTHORIZATION) {
-        return malformed(headers);
+        malformed(headers)
+    } else {
+        Refused::Gateway("Missing Authentication Token".into())
     }
-    reply::json(StatusCode::FORBIDDEN, &json!({ "message": "Missing Authentication Token" }))
 }
 
 /// It echoes the header, token and all; so does the real one.
-fn malformed(headers: &HeaderMap) -> Response<Body> {
+fn malformed(headers: &HeaderMap) -> Refused {
     let sent = headers.get(AUTHORIZATION).map(|value| String::from_utf8_lossy(value.as_bytes())).unwrap_or_default();
-    let first = sent.split(' ').next_back().unwrap_or_default();
-    let text = format!("'{first}' not a valid key=value pair (missing equal-sign) in Authorization header: '{sent}'.");
-    reply::json(StatusCode::FORBIDDEN, &json!({ "message": text }))
+    let last = sent.split(' ').next_back().unwrap_or_default();
+    Refused::Gateway(format!(
+        "'{last}' not a valid key=value pair (missing equal-sign) in Authorization header: '{sent}'."
+    ))
+}
+
+/// Why a call does not get in.
+pub(super) enum Refused {
+    /// The token is unknown or over.
+    Unauthorized,
+    /// The gateway could make nothing of it: 403 with this message.
+    Gateway(String),
+    /// A service refused it with this status and these details.
+    Coded(StatusCode, String),
+}
+
+impl Refused {
+    pub(super) fn coded(status: StatusCode, details: &str) -> Self {
+        Self::Coded(status, details.to_owned())
+    }
+
+    fn response(self) -> Response<Body> {
+        match self {
+            Self::Unauthorized => unauthorized(),
+            Self::Gateway(message) => reply::json(StatusCode::FORBIDDEN, &json!({ "message": message })),
+            Self::Coded(status, details) => coded(status, &details),
+        }
+    }
 }
 
 /// The value of the account header, for families that take one instead of a profile.

@@ -1,6 +1,8 @@
 //! Which headers each path family of the Ads API asks for, as Amazon's OpenAPI documents say.
 
-use http::HeaderMap;
+use http::{HeaderMap, StatusCode};
+
+use super::ads::Refused;
 
 /// The client id under the name of the older families.
 pub(super) const API_CLIENT_ID: &str = "amazon-advertising-api-clientid";
@@ -155,31 +157,23 @@ pub(super) fn of(path: &[&str]) -> Option<&'static Demand> {
     DEMANDS.iter().find(|demand| demand.paths.iter().any(|pattern| begins(pattern)))
 }
 
-/// What is wrong with the context headers of a call, in Amazon's words where they are known.
-pub(super) enum Fault {
-    /// The profile was not named.
-    ScopeMissing,
-    /// Anything else.
-    Bad(String),
-}
-
 impl Demand {
     /// Checks the client id's and the context headers' names and numbers; their values are looked at elsewhere.
-    pub(super) fn check(&self, headers: &HeaderMap) -> Result<(), Fault> {
+    pub(super) fn check(&self, headers: &HeaderMap) -> Result<(), Refused> {
         let has = |name: &&&str| headers.contains_key(**name);
         if let Some(twice) =
             headers.keys().find(|name| managed(name.as_str()) && headers.get_all(*name).iter().count() > 1)
         {
-            return Err(Fault::Bad(format!("Header {twice} was sent more than once")));
+            return Err(bad(format!("Header {twice} was sent more than once")));
         }
         let client_ids: Vec<&str> = [API_CLIENT_ID, ADS_CLIENT_ID].iter().filter(has).copied().collect();
         match client_ids[..] {
-            [] => return Err(Fault::Bad(format!("Required header {} is missing", self.client_id[0]))),
+            [] => return Err(bad(format!("Required header {} is missing", self.client_id[0]))),
             [one] if self.client_id.contains(&one) => {}
             [one] => {
-                return Err(Fault::Bad(format!("Header {one} is not the one of {}: {}", self.name, self.client_id[0])));
+                return Err(bad(format!("Header {one} is not the one of {}: {}", self.name, self.client_id[0])));
             }
-            _ => return Err(Fault::Bad("The client id was sent under two names".to_owned())),
+            _ => return Err(bad("The client id was sent under two names".to_owned())),
         }
         if let Some(missing) = self.required.iter().find(|name| !has(name)) {
             return Err(missing_header(missing));
@@ -193,18 +187,25 @@ impl Demand {
         let excluded: Vec<&str> = self.exclusive.iter().filter(has).copied().collect();
         for both in [chosen, excluded] {
             if both.len() > 1 {
-                return Err(Fault::Bad(format!("Headers {} exclude each other", both.join(" and "))));
+                return Err(bad(format!("Headers {} exclude each other", both.join(" and "))));
             }
         }
         match self.forbidden.iter().find(has) {
-            Some(name) => Err(Fault::Bad(format!("Header {name} must not be sent to {}", self.name))),
+            Some(name) => Err(bad(format!("Header {name} must not be sent to {}", self.name))),
             None => Ok(()),
         }
     }
 }
 
-fn missing_header(name: &str) -> Fault {
-    if name == SCOPE { Fault::ScopeMissing } else { Fault::Bad(format!("Required header {name} is missing")) }
+fn missing_header(name: &str) -> Refused {
+    if name == SCOPE {
+        return Refused::coded(StatusCode::UNAUTHORIZED, "Scope header is missing");
+    }
+    bad(format!("Required header {name} is missing"))
+}
+
+fn bad(details: String) -> Refused {
+    Refused::Coded(StatusCode::BAD_REQUEST, details)
 }
 
 /// Whether a header (in lower case, with hyphens) says who calls or on whose behalf.

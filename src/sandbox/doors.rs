@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use http::header::{CONTENT_LENGTH, DATE};
+use http::request::Parts;
 use http::{Request, Response, StatusCode};
 use http_body::{Frame, SizeHint};
 use http_body_util::BodyExt;
@@ -21,7 +22,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
 use tokio_rustls::TlsAcceptor;
 
-use super::history::{raw_target, receive};
+use super::history::{Received, raw_target, receive};
 use super::reply::{self, Body};
 use super::trouble::{Armed, Trouble};
 use super::world::World;
@@ -150,34 +151,42 @@ async fn amazon(shared: &Shared, door: Door, line: &Line, request: Request<Incom
         tokio::time::sleep(rough_delay()).await;
     }
     let trouble = suffer(drawn).await;
-    let mut response = match instead(trouble.as_ref()) {
-        Some(response) => response,
-        None => {
-            // The clock is read after the gate and the delay: time may have been moved meanwhile.
-            let now = shared.clock.now();
-            let mut world = shared.world();
-            if door == Door::Lwa {
-                lwa::answer(&mut world, &head, &received.kept, trouble.as_ref(), shared.auto_consent, now)
-            } else {
-                let arrived = ads::Arrived {
-                    door,
-                    port: line.port,
-                    head: &head,
-                    target: &target,
-                    body: &received.kept,
-                    body_len: received.len,
-                    body_sha256: &received.sha256,
-                };
-                ads::answer(&mut world, &arrived, &shared.events, now)
-            }
-        }
-    };
+    let call = Whole { door, port: line.port, head: &head, target: &target, received: &received };
+    let mut response = instead(trouble.as_ref()).unwrap_or_else(|| really(shared, &call, trouble.as_ref()));
     // hyper would write the machine's time; clients that compare clocks must see the sandbox's.
     if !response.headers().contains_key(DATE) {
         reply::set(&mut response, DATE, &http_date(shared.clock.now()));
     }
     shared.world().history.amend(id, |call| call.status = Some(response.status().as_u16()));
     Ok(if trouble == Some(Trouble::CloseMidBody) { broken(response).await } else { response })
+}
+
+/// A call that was read to its end.
+struct Whole<'a> {
+    door: Door,
+    port: u16,
+    head: &'a Parts,
+    target: &'a str,
+    received: &'a Received,
+}
+
+/// What the world says to a call. The clock is read only now: while the call was held, time may have been moved.
+fn really(shared: &Shared, call: &Whole<'_>, trouble: Option<&Trouble>) -> Response<Body> {
+    let now = shared.clock.now();
+    let mut world = shared.world();
+    if call.door == Door::Lwa {
+        return lwa::answer(&mut world, call.head, &call.received.kept, trouble, shared.auto_consent, now);
+    }
+    let arrived = ads::Arrived {
+        door: call.door,
+        port: call.port,
+        head: call.head,
+        target: call.target,
+        body: &call.received.kept,
+        body_len: call.received.len,
+        body_sha256: &call.received.sha256,
+    };
+    ads::answer(&mut world, &arrived, &shared.events, now)
 }
 
 /// Goes through what takes time, and returns what is still to happen.

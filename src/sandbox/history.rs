@@ -14,14 +14,14 @@ use sha2::{Digest, Sha256};
 use super::Door;
 
 /// How many calls are remembered. A test makes far fewer; a sandbox that runs for weeks forgets the oldest.
-const REMEMBERED_CALLS: usize = 20_000;
+const REMEMBERED_CALLS: usize = 10_000;
 
 /// How many bytes of each body are kept for reading. JSON calls are far smaller; of an upload the length and digest
 /// tell enough.
 pub(super) const KEPT_BODY_BYTES: usize = 1024 * 1024;
 
 /// How many bytes of a body stay in the history after the call was answered, so that it does not fill the memory.
-const REMEMBERED_BODY_BYTES: usize = 64 * 1024;
+const REMEMBERED_BODY_BYTES: usize = 16 * 1024;
 
 /// One received call.
 #[derive(Clone, Debug, Serialize)]
@@ -46,7 +46,7 @@ pub struct Call {
     pub body_len: u64,
     /// SHA-256 of the body in lower-case hex; of nothing where the body was not read.
     pub body_sha256: String,
-    /// The first bytes of the body.
+    /// The first 16 KiB of the body.
     #[serde(serialize_with = "as_text")]
     pub body: Bytes,
     /// Whether the body came to its end. False while it comes, and when the caller broke off.
@@ -88,7 +88,8 @@ impl Call {
     }
 }
 
-/// How often each kind of call came to the token endpoint, answered or not.
+/// How often each kind of call came to the token endpoint, answered or not. A connection that was reset before its call
+/// was read counts as none.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct LwaCalls {
     /// `grant_type=authorization_code`.
@@ -147,7 +148,8 @@ impl History {
         self.amend(id, |call| {
             call.body_len = read.len;
             call.body_sha256.clone_from(&read.sha256);
-            call.body = read.kept.slice(..read.kept.len().min(REMEMBERED_BODY_BYTES));
+            // A slice would keep all of it alive.
+            call.body = Bytes::copy_from_slice(&read.kept[..read.kept.len().min(REMEMBERED_BODY_BYTES)]);
             call.complete = read.complete;
         });
     }

@@ -183,7 +183,10 @@ fn token(world: &mut World, head: &Parts, body: &[u8], trouble: Option<&Trouble>
         Err(refusal) => return refuse(refusal, now),
     };
     let issued = match trouble {
-        Some(Trouble::InvalidGrant) => Err(Refusal::InvalidGrant("refresh_token")),
+        Some(Trouble::InvalidGrant) => {
+            let refresh = params.get("grant_type") == Some("refresh_token");
+            Err(Refusal::InvalidGrant(if refresh { "refresh_token" } else { "code" }))
+        }
         Some(Trouble::InvalidClient) => Err(Refusal::InvalidClient),
         Some(Trouble::UnauthorizedClient) => Err(Refusal::UnauthorizedClient),
         _ => issue(world, &params, trouble, now),
@@ -234,7 +237,7 @@ fn refuse(refusal: Refusal, now: Timestamp) -> Response<Body> {
         "error": error,
         "error_description": text,
         "error_index": random_text(24),
-        "request_id": request_id(),
+        "request_id": super::request_id(),
     });
     token_answer(status, &body, now)
 }
@@ -269,7 +272,7 @@ fn token_answer(status: StatusCode, body: &Value, now: Timestamp) -> Response<Bo
     let mut response = reply::answer(status, "application/json;charset=UTF-8", body.to_string());
     reply::set(&mut response, CACHE_CONTROL, "no-cache, no-store, must-revalidate");
     reply::set(&mut response, PRAGMA, "no-cache");
-    let id = request_id();
+    let id = super::request_id();
     reply::set(&mut response, HeaderName::from_static("x-amzn-requestid"), &id);
     reply::set(&mut response, HeaderName::from_static("x-amz-rid"), &random_text(15));
     reply::set(&mut response, HeaderName::from_static("x-amz-date"), &super::http_date(now));
@@ -284,7 +287,7 @@ fn token_info(world: &World, head: &Parts, now: Timestamp) -> Response<Body> {
         let body = json!({
             "error": "invalid_token",
             "error_description": "The request has an invalid parameter : access_token",
-            "request_id": request_id(),
+            "request_id": super::request_id(),
         });
         return token_answer(StatusCode::BAD_REQUEST, &body, now);
     };
@@ -371,8 +374,4 @@ fn error_page(status: StatusCode, text: &str) -> Response<Body> {
         }
     };
     reply::html(status, page.into_string())
-}
-
-fn request_id() -> String {
-    super::request_id()
 }

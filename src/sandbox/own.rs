@@ -83,7 +83,7 @@ fn echo(call: &Arrived<'_>) -> Response<Body> {
 }
 
 fn bytes(count: u64, chunked: bool) -> Response<Body> {
-    let body = PseudoRandom { left: count, state: 0x9E37_79B9_7F4A_7C15, chunked };
+    let body = PseudoRandom::new(count, chunked);
     let mut response = reply::answer(StatusCode::OK, "application/octet-stream", Bytes::new());
     *response.body_mut() = body.map_err(|never| match never {}).boxed_unsync();
     response
@@ -91,7 +91,7 @@ fn bytes(count: u64, chunked: bool) -> Response<Body> {
 
 /// The bytes that `/sandbox/bytes/{count}` answers.
 pub fn pseudo_random_bytes(count: usize) -> Vec<u8> {
-    let mut body = PseudoRandom { left: count as u64, state: 0x9E37_79B9_7F4A_7C15, chunked: false };
+    let mut body = PseudoRandom::new(count as u64, false);
     let mut all = Vec::with_capacity(count);
     while body.left > 0 {
         all.extend_from_slice(&body.piece());
@@ -107,6 +107,11 @@ struct PseudoRandom {
 }
 
 impl PseudoRandom {
+    fn new(left: u64, chunked: bool) -> Self {
+        // Any state but 0 will do.
+        Self { left, state: 0x9E37_79B9_7F4A_7C15, chunked }
+    }
+
     fn piece(&mut self) -> Bytes {
         let size = usize::try_from(self.left).unwrap_or(PIECE).min(PIECE);
         let mut piece = BytesMut::with_capacity(PIECE);

@@ -5,7 +5,8 @@ use http::{Method, Response, StatusCode};
 use serde_json::{Value, json};
 
 use super::ads::{Passed, account_id, coded};
-use super::catalogue::{Campaign, Execution, Profile, Report, Workflow};
+use super::amc;
+use super::catalogue::{Campaign, Profile, Report};
 use super::reply::{self, Body};
 use super::world::World;
 
@@ -15,6 +16,9 @@ const SP_CAMPAIGN: &str = "application/vnd.spCampaign.v3+json";
 const REPORT_REQUEST: &str = "application/vnd.createasyncreportrequest.v3+json";
 /// Most campaigns on one page.
 const LARGEST_PAGE: usize = 100;
+
+/// Why one item of a batch was not written: Amazon's error type, and a sentence.
+type ItemError = (&'static str, &'static str);
 
 /// Answers a call that passed every check. Paths of a known family that are not modelled say so, with 200.
 pub(super) fn answer(world: &mut World, call: &Passed<'_>, family: &str) -> Response<Body> {
@@ -30,10 +34,10 @@ pub(super) fn answer(world: &mut World, call: &Passed<'_>, family: &str) -> Resp
         ("GET", ["reporting", "reports", id]) => get_report(world, call, id),
         ("GET", ["v2", "reports", id]) => reply::json(StatusCode::OK, &old_report(call, id)),
         ("GET", ["v2", "reports", id, "download"]) => download(id),
-        ("GET", ["amc", "accounts"]) => list_amc_accounts(world, call),
-        ("GET", ["amc", "instances"]) => list_instances(world, call),
-        ("GET", ["amc", "instances", id]) => get_instance(world, id),
-        (_, ["amc", "reporting", instance, rest @ ..]) => amc_reporting(world, call, method.as_str(), instance, rest),
+        ("GET", ["amc", "accounts"]) => amc::list_accounts(world, call),
+        ("GET", ["amc", "instances"]) => amc::list_instances(world, call),
+        ("GET", ["amc", "instances", id]) => amc::get_instance(world, id),
+        (_, ["amc", "reporting", instance, rest @ ..]) => amc::reporting(world, call, method.as_str(), instance, rest),
         ("POST", ["adsApi", "v1", "query", "campaigns"]) => query_campaigns(world, call),
         (_, ["v2", "profiles"] | ["sp", "campaigns", ..] | ["reporting", "reports", ..]) => {
             coded(StatusCode::METHOD_NOT_ALLOWED, "Method Not Allowed")
@@ -80,11 +84,13 @@ fn vendor_media_type(call: &Passed<'_>, wanted: &str) -> Option<Response<Body>> 
     None
 }
 
-fn body_of(call: &Passed<'_>) -> Option<Value> {
+/// The body as JSON; an empty one as `{}`.
+pub(super) fn body_of(call: &Passed<'_>) -> Option<Value> {
     if call.body.is_empty() { Some(json!({})) } else { serde_json::from_slice(call.body).ok() }
 }
 
-fn malformed() -> Response<Body> {
+/// The answer to a body that is no JSON.
+pub(super) fn malformed() -> Response<Body> {
     coded(StatusCode::BAD_REQUEST, "The request body is no valid JSON")
 }
 
@@ -135,7 +141,7 @@ fn list_campaigns(world: &World, call: &Passed<'_>) -> Response<Body> {
 fn write_campaigns(
     world: &mut World,
     call: &Passed<'_>,
-    write: fn(&mut World, u64, &Value) -> Result<Campaign, (&'static str, &'static str)>,
+    write: fn(&mut World, u64, &Value) -> Result<Campaign, ItemError>,
 ) -> Response<Body> {
     if let Some(refused) = vendor_media_type(call, SP_CAMPAIGN) {
         return refused;
@@ -164,7 +170,7 @@ fn write_campaigns(
     sp_answer(StatusCode::MULTI_STATUS, &json!({ "campaigns": { "success": success, "error": error } }))
 }
 
-fn create_campaign(world: &mut World, profile: u64, item: &Value) -> Result<Campaign, (&'static str, &'static str)> {
+fn create_campaign(world: &mut World, profile: u64, item: &Value) -> Result<Campaign, ItemError> {
     let mut campaign: Campaign =
         serde_json::from_value(item.clone()).map_err(|_| ("malformedValueError", "A required field is missing"))?;
     if campaign.budget.budget < 1.0 {
@@ -180,7 +186,7 @@ fn create_campaign(world: &mut World, profile: u64, item: &Value) -> Result<Camp
     Ok(campaign)
 }
 
-fn update_campaign(world: &mut World, profile: u64, item: &Value) -> Result<Campaign, (&'static str, &'static str)> {
+fn update_campaign(world: &mut World, profile: u64, item: &Value) -> Result<Campaign, ItemError> {
     let id = item["campaignId"].as_str().unwrap_or_default();
     let mut campaigns = world.catalogue.campaigns.iter_mut();
     let campaign = campaigns
@@ -243,7 +249,7 @@ fn report_payload(id: &str, report: &Report) -> Value {
 }
 
 /// A link like those of S3: signed in the query, and not to be called with an `Authorization` header.
-fn presigned(id: &str) -> String {
+pub(super) fn presigned(id: &str) -> String {
     format!(
         "https://offline-report-storage-us-east-1-prod.s3.amazonaws.com/{id}/report-{id}.json.gz\
          ?X-Amz-Algorithm=AWS4-HMAC-SHA256&X-Amz-Date=20261122T000000Z&X-Amz-SignedHeaders=host&X-Amz-Expires=3600\
@@ -268,112 +274,6 @@ fn download(id: &str) -> Response<Body> {
     let mut response = reply::empty(StatusCode::TEMPORARY_REDIRECT);
     reply::set(&mut response, LOCATION, &presigned(id));
     response
-}
-
-fn list_amc_accounts(world: &World, call: &Passed<'_>) -> Response<Body> {
-    let accounts = world.catalogue.amc_accounts.iter().filter(|one| one.advertiser == call.advertiser);
-    let accounts: Vec<Value> = accounts
-        .map(|one| json!({ "accountId": one.id, "accountName": one.name, "marketplaceId": one.marketplace }))
-        .collect();
-    reply::json(StatusCode::OK, &json!({ "amcAccounts": accounts }))
-}
-
-fn instance_payload(account: &super::catalogue::AmcAccount) -> Value {
-    json!({
-        "instanceId": account.instance,
-        "instanceName": account.name,
-        "customerCanonicalName": account.name,
-        "instanceType": "STANDARD",
-        "creationStatus": "COMPLETED",
-        "creationDatetime": "2026-01-05T09:00:00Z",
-        "apiEndpoint": "https://advertising-api.amazon.com",
-        "s3BucketName": format!("amc-{}", account.instance),
-        "entities": ["NA"],
-        "optionalDatasets": [],
-    })
-}
-
-fn list_instances(world: &World, call: &Passed<'_>) -> Response<Body> {
-    let account = call.headers.get(super::demands::ADVERTISER_ID);
-    let accounts = world.catalogue.amc_accounts.iter();
-    let instances: Vec<Value> = accounts
-        .filter(|one| account.is_some_and(|sent| sent.as_bytes() == one.id.as_bytes()))
-        .map(instance_payload)
-        .collect();
-    reply::json(StatusCode::OK, &json!({ "instances": instances }))
-}
-
-fn get_instance(world: &World, id: &str) -> Response<Body> {
-    match world.catalogue.amc_accounts.iter().find(|one| one.instance == id) {
-        Some(account) => reply::json(StatusCode::OK, &json!({ "instance": instance_payload(account) })),
-        None => coded(StatusCode::NOT_FOUND, "Instance not found"),
-    }
-}
-
-fn amc_reporting(world: &mut World, call: &Passed<'_>, method: &str, instance: &str, rest: &[&str]) -> Response<Body> {
-    let Some(body) = body_of(call) else { return malformed() };
-    let catalogue = &mut world.catalogue;
-    let workflow = |id: &str, all: &[Workflow]| {
-        all.iter().find(|one| one.instance == instance && one.id == id).map(|one| one.body.clone())
-    };
-    match (method, rest) {
-        ("GET", ["workflows"]) => {
-            let here = catalogue.workflows.iter().filter(|one| one.instance == instance);
-            let workflows: Vec<&Value> = here.map(|one| &one.body).collect();
-            reply::json(StatusCode::OK, &json!({ "workflows": workflows }))
-        }
-        ("GET", ["workflows", id]) => match workflow(id, &catalogue.workflows) {
-            Some(body) => reply::json(StatusCode::OK, &body),
-            None => coded(StatusCode::NOT_FOUND, "Workflow not found"),
-        },
-        ("POST", ["workflows"]) => {
-            let Some(id) = body["workflowId"].as_str().map(str::to_owned) else {
-                return coded(StatusCode::BAD_REQUEST, "workflowId is required");
-            };
-            if workflow(&id, &catalogue.workflows).is_some() {
-                return coded(StatusCode::CONFLICT, "Workflow already exists");
-            }
-            catalogue.workflows.push(Workflow { instance: instance.to_owned(), id, body });
-            reply::json(StatusCode::OK, &json!({}))
-        }
-        ("POST", ["workflowExecutions"]) => {
-            let mut body = body;
-            let id = super::request_id();
-            body["workflowExecutionId"] = json!(id);
-            body["status"] = json!("PENDING");
-            let answer = reply::json(StatusCode::OK, &body);
-            catalogue.executions.push(Execution { instance: instance.to_owned(), id, body });
-            answer
-        }
-        ("GET", ["workflowExecutions", id, rest @ ..]) => {
-            let mut executions = catalogue.executions.iter_mut();
-            let found = executions.find(|one| one.instance == instance && one.id == *id);
-            found.map_or_else(
-                || coded(StatusCode::NOT_FOUND, "Workflow execution not found"),
-                |execution| execution_answer(execution, rest),
-            )
-        }
-        (_, ["workflows" | "workflowExecutions", ..]) => coded(StatusCode::METHOD_NOT_ALLOWED, "Method Not Allowed"),
-        _ => coded(StatusCode::NOT_FOUND, "The sandbox models workflows and their executions only"),
-    }
-}
-
-/// An execution is done when it is looked at; its file is there only from then on.
-fn execution_answer(execution: &mut Execution, rest: &[&str]) -> Response<Body> {
-    match rest {
-        [] => {
-            execution.body["status"] = json!("SUCCEEDED");
-            reply::json(StatusCode::OK, &execution.body)
-        }
-        ["downloadUrls"] if execution.body["status"] == "SUCCEEDED" => {
-            reply::json(StatusCode::OK, &json!({ "downloadUrls": [presigned(&execution.id)] }))
-        }
-        ["downloadUrls"] => {
-            let text = format!("Execution with ID {} is unavailable for download.", execution.id);
-            coded(StatusCode::BAD_REQUEST, &text)
-        }
-        _ => coded(StatusCode::NOT_FOUND, "Not Found"),
-    }
 }
 
 fn query_campaigns(world: &World, call: &Passed<'_>) -> Response<Body> {
