@@ -75,7 +75,9 @@ impl Admin {
         match (path, &parts.method) {
             ("/livez", &Method::GET) => Ok(say(StatusCode::OK, "alive\n")),
             ("/readyz", &Method::GET) => Ok(self.ready()),
-            ("/startupz", &Method::GET) if *self.stage.borrow() == Stage::Starting => Ok(say(StatusCode::SERVICE_UNAVAILABLE, "starting\n")),
+            ("/startupz", &Method::GET) if *self.stage.borrow() == Stage::Starting => {
+                Ok(say(StatusCode::SERVICE_UNAVAILABLE, "starting\n"))
+            }
             ("/startupz", &Method::GET) => Ok(say(StatusCode::OK, "started\n")),
             ("/metrics", &Method::GET) => self.metrics(),
             ("/quitquitquit", &Method::POST) => {
@@ -90,7 +92,11 @@ impl Admin {
             ("/livez" | "/readyz" | "/startupz" | "/metrics", _) => Err(method("GET")),
             ("/quitquitquit", _) => Err(method("POST")),
             ("/log", _) => Err(method("PUT")),
-            _ => Err(Problem::new(Code::NotFound, "The admin door has no such page.", "See the admin door in adsidecar's README.")),
+            _ => Err(Problem::new(
+                Code::NotFound,
+                "The admin door has no such page.",
+                "See the admin door in adsidecar's README.",
+            )),
         }
     }
 
@@ -121,7 +127,8 @@ impl Admin {
     }
 
     async fn set_level(&self, body: Incoming) -> Result<Answer, Problem> {
-        let bad = || Problem::new(Code::BadRequest, "The body is a log level.", "Send error, warn, info, debug or trace.");
+        let bad =
+            || Problem::new(Code::BadRequest, "The body is a log level.", "Send error, warn, info, debug or trace.");
         let text = Limited::new(body, MAX_BODY).collect().await.map_err(|_| bad())?.to_bytes();
         let level = std::str::from_utf8(&text).ok().and_then(|text| text.trim().parse().ok()).ok_or_else(bad)?;
         if let Some(log) = &self.log {

@@ -7,16 +7,19 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use bytes::Bytes;
+use http::{Request, Response};
+use http_body_util::Full;
 use hyper::body::Incoming;
-use http::Request;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
+use url::Url;
 
 use crate::admin::{Admin, Stage};
 use crate::clock::Clock;
 use crate::config::{Config, FernetKeys, Shutdown};
-use crate::guard::Guard;
+use crate::guard::{self, Guard};
 use crate::keeper::{Background, Keeper};
 use crate::keyring::{KeyError, Keyring};
 use crate::log::LogHandle;
@@ -25,7 +28,7 @@ use crate::login_door::LoginDoor;
 use crate::lwa::Lwa;
 use crate::metrics::Metrics;
 use crate::problem::{Code, Problem};
-use crate::proxy::Proxy;
+use crate::proxy::{Body, Proxy};
 use crate::secret::Secret;
 use crate::serve::{Door, Limits, Peer, Phase};
 use crate::store::{Opened, StoreError, TokenStore};
@@ -39,7 +42,9 @@ const SETTLE: Duration = Duration::from_secs(12);
 /// adsidecar, bound and not serving yet.
 pub struct App {
     addresses: Addresses,
-    doors: Doors,
+    proxy: (Door, Arc<Proxy>),
+    login: (Door, Arc<LoginDoor>, Guard),
+    admin: (Door, Arc<Admin>),
     keeper: Keeper,
     background: Background,
     store: TokenStore,
@@ -58,12 +63,6 @@ pub struct Addresses {
     pub login: Vec<SocketAddr>,
     /// The admin door.
     pub admin: Vec<SocketAddr>,
-}
-
-struct Doors {
-    proxy: (Door, Arc<Proxy>),
-    login: Option<(Door, Arc<LoginDoor>, Guard)>,
-    admin: (Door, Arc<Admin>),
 }
 
 /// Why it does not start.
@@ -96,16 +95,21 @@ impl App {
     pub async fn build(config: Config, clock: Clock, log: Option<LogHandle>) -> Result<Self, BuildError> {
         let setting = |error: &dyn std::fmt::Display| BuildError::Setting(error.to_string());
         let keyring = Arc::new(keyring(&config)?);
-        let (store, opened) = tokio::task::block_in_place(|| TokenStore::open(&config.store, keyring))?;
+        let (store, opened) = TokenStore::open(&config.store, keyring)?;
         report(&opened);
         let started_at = clock.now().as_duration().as_secs_f64();
         let metrics = Arc::new(Metrics::new(config.metrics, started_at).map_err(|error| setting(&error))?);
+        let redirect_uri = config.lwa.redirect_uri.clone();
         let lwa = Lwa::new(config.lwa).map_err(|error| setting(&error))?;
         let upstream = Arc::new(Upstream::new(&config.upstream).map_err(|error| setting(&error))?);
         let grants = opened.users.into_iter().filter_map(|(user, grant)| Some((user, grant.ok()?)));
-        let (keeper, background) = Keeper::new(config.keeper, store.clone(), grants, lwa.clone(), clock.clone(), metrics.clone());
+        let (keeper, background) =
+            Keeper::new(config.keeper, store.clone(), grants, lwa.clone(), clock.clone(), metrics.clone());
 
-        let late = || Problem::new(Code::RequestTimeout, "The head of the request did not come in time.", "Send it at once.").raw();
+        let late = || {
+            Problem::new(Code::RequestTimeout, "The head of the request did not come in time.", "Send it at once.")
+                .raw()
+        };
         let limits = config.limits;
         let proxy_door = Door::bind(&config.proxy_listen, config.proxy_listen_default, limits, late()).await?;
         let admin_limits = Limits { max_connections: ADMIN_CONNECTIONS, ..limits };
@@ -115,30 +119,50 @@ impl App {
             Addresses { proxy: proxy_door.addresses(), login: login_only.addresses(), admin: admin_door.addresses() };
 
         let guard = Guard::new(config.guard.clone());
-        let port = addresses.proxy.first().map_or(8001, SocketAddr::port);
+        let login_guard = Guard::new(with_redirect_host(config.guard, &redirect_uri));
+        let authority = format!("localhost:{}", addresses.proxy.first().map_or(8001, SocketAddr::port));
         let desk = Login::new(config.login, lwa, keeper.clone(), clock);
-        let login_door = |guard| {
-            let authority = format!("localhost:{port}");
-            LoginDoor::new(desk.clone(), keeper.clone(), guard, config.proxy.region, config.proxy.token_shim, authority)
+        let (region, token_shim) = (config.proxy.region, config.proxy.token_shim);
+        let login_door = |guard: &Guard| {
+            LoginDoor::new(desk.clone(), keeper.clone(), guard.clone(), region, token_shim, authority.clone())
         };
-        let proxy = Proxy::new(config.proxy.clone(), guard.clone(), keeper.clone(), upstream.clone(), login_door(guard.clone()), metrics.clone());
+        let login = Arc::new(login_door(&login_guard));
+        let proxy = Proxy::new(
+            config.proxy,
+            guard.clone(),
+            keeper.clone(),
+            upstream.clone(),
+            login_door(&guard),
+            metrics.clone(),
+        );
         let proxy = Arc::new(proxy.map_err(|error| setting(&error))?);
-        let login = (!config.login_listen.is_empty()).then(|| {
-            let guard = Guard::new(with_redirect_host(config.guard, &config.redirect_uri));
-            (login_only, Arc::new(login_door(guard.clone())), guard)
-        });
         let (stage, quit) = (watch::Sender::new(Stage::Starting), CancellationToken::new());
-        let admin = Admin {
+        let admin = Arc::new(Admin {
             guard,
             keeper: keeper.clone(),
             metrics,
             stage: stage.subscribe(),
-            connections: connections(&proxy_door, login.as_ref().map(|(door, ..)| door), &admin_door),
+            connections: vec![
+                ("proxy", Box::new(proxy_door.count())),
+                ("login", Box::new(login_only.count())),
+                ("admin", Box::new(admin_door.count())),
+            ],
             log,
             quit: quit.clone(),
-        };
-        let doors = Doors { proxy: (proxy_door, proxy), login, admin: (admin_door, Arc::new(admin)) };
-        Ok(Self { addresses, doors, keeper, background, store, upstream, stage, quit, shutdown: config.shutdown })
+        });
+        Ok(Self {
+            addresses,
+            proxy: (proxy_door, proxy),
+            login: (login_only, login, login_guard),
+            admin: (admin_door, admin),
+            keeper,
+            background,
+            store,
+            upstream,
+            stage,
+            quit,
+            shutdown: config.shutdown,
+        })
     }
 
     /// Where the doors listen.
@@ -149,46 +173,73 @@ impl App {
     /// Serves until `stop`, then drains: not ready at once, new connections for `shutdown.accept`, what is in flight for
     /// at most `shutdown.drain`; then every token call and every write comes to its end.
     pub async fn run(self, stop: impl Future<Output = ()>) -> Result<(), StoreError> {
-        let Self { addresses, doors, keeper, background, store, upstream, stage, quit, shutdown } = self;
         let mut helpers = JoinSet::new();
-        helpers.spawn(background.run());
+        helpers.spawn(self.background.run());
+        let upstream = self.upstream;
         helpers.spawn(async move { upstream.tend().await });
         let (phase, admin_phase) = (watch::Sender::new(Phase::Open), watch::Sender::new(Phase::Open));
-        let mut served = doors.open(&phase);
-        let admin = doors.open_admin(&admin_phase);
-        keeper.adopt_configured().await?;
-        stage.send_replace(Stage::Serving);
-        tracing::info!(proxy = ?addresses.proxy, login = ?addresses.login, admin = ?addresses.admin, version = env!("CARGO_PKG_VERSION"), "serving");
+        let mut served = JoinSet::new();
+        let (door, proxy) = self.proxy;
+        served.spawn(door.run(move |request, peer| serve_proxy(proxy.clone(), request, peer), phase.subscribe()));
+        let (door, login, guard) = self.login;
+        served.spawn(
+            door.run(move |request, peer| serve_login(login.clone(), guard.clone(), request, peer), phase.subscribe()),
+        );
+        let (door, admin) = self.admin;
+        helpers
+            .spawn(door.run(move |request, peer| serve_admin(admin.clone(), request, peer), admin_phase.subscribe()));
+        if let Err(error) = self.keeper.adopt_configured().await {
+            tracing::error!(%error, "amazon.refresh_token could not be stored, and is tried again at the next start");
+        }
+        self.stage.send_replace(Stage::Serving);
+        let Addresses { proxy, login, admin } = &self.addresses;
+        tracing::info!(?proxy, ?login, ?admin, version = env!("CARGO_PKG_VERSION"), "serving");
 
         tokio::select! {
             () = stop => {}
-            () = quit.cancelled() => {}
+            () = self.quit.cancelled() => {}
         }
         tracing::info!("draining");
-        stage.send_replace(Stage::Draining);
+        self.stage.send_replace(Stage::Draining);
         phase.send_replace(Phase::Leaving);
-        tokio::time::sleep(shutdown.accept).await;
+        tokio::time::sleep(self.shutdown.accept).await;
         phase.send_replace(Phase::Closed);
-        if tokio::time::timeout(shutdown.drain, async { while served.join_next().await.is_some() {} }).await.is_err() {
+        let drained = async { while served.join_next().await.is_some() {} };
+        if tokio::time::timeout(self.shutdown.drain, drained).await.is_err() {
             tracing::warn!("calls were still in flight after shutdown.drain and are broken off");
         }
-        served.shutdown().await;
-        if tokio::time::timeout(SETTLE, keeper.settle()).await.is_err() {
+        if tokio::time::timeout(SETTLE, self.keeper.settle()).await.is_err() {
             tracing::error!("a token call or a write was still in flight and is given up");
         }
         helpers.shutdown().await;
-        admin_phase.send_replace(Phase::Closed);
-        admin.abort();
-        let closed = store.close().await;
+        let closed = self.store.close().await;
         tracing::info!("stopped");
         closed
     }
 }
 
-impl Doors {
-    fn open(&self, phase: &watch::Sender<Phase>) -> JoinSet<()> {
-        JoinSet::new()
-    }
+async fn serve_proxy(proxy: Arc<Proxy>, request: Request<Incoming>, peer: Peer) -> Response<Body> {
+    proxy.serve(request, peer).await
+}
+
+async fn serve_login(
+    door: Arc<LoginDoor>,
+    guard: Guard,
+    request: Request<Incoming>,
+    peer: Peer,
+) -> Response<Full<Bytes>> {
+    door.serve_callback(&guard, request, peer).await
+}
+
+async fn serve_admin(admin: Arc<Admin>, request: Request<Incoming>, peer: Peer) -> Response<Full<Bytes>> {
+    admin.serve(request, peer).await
+}
+
+/// As `guard`, and the authority of `amazon.redirect_uri` is allowed: browsers come by it.
+fn with_redirect_host(mut guard: guard::Settings, redirect_uri: &str) -> guard::Settings {
+    let url = redirect_uri.parse::<Url>().ok();
+    guard.allowed_hosts.extend(url.and_then(|url| url.host_str().map(str::to_lowercase)));
+    guard
 }
 
 /// The ring that the configuration asks for. In development a missing key is made beside the store.

@@ -4,6 +4,10 @@
 //! turn every stored grant into an undecryptable one; how long a token lives is said by the record around it.
 
 use std::fmt;
+use std::fs;
+use std::io::{self, Write as _};
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::Path;
 use std::str::FromStr;
 
 use base64::Engine as _;
@@ -95,7 +99,9 @@ impl Keyring {
                 file.sync_all()?;
                 Ok((key, true))
             }
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok((Secret::new(fs::read_to_string(path)?), false)),
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                Ok((Secret::new(fs::read_to_string(path)?), false))
+            }
             Err(error) => Err(error),
         }
     }

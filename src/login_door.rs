@@ -102,7 +102,8 @@ impl LoginDoor {
             }
         };
         let answer = answer.await;
-        let mut answer = answer.unwrap_or_else(|error| error.problem(|user| self.login_url(&parts.headers, user)).respond(""));
+        let mut answer =
+            answer.unwrap_or_else(|error| error.problem(|user| self.login_url(&parts.headers, user)).respond(""));
         private(answer.headers_mut());
         answer
     }

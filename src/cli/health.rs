@@ -1,0 +1,37 @@
+//! `adsidecar health` and `adsidecar wait`: probes without a shell or curl in the image.
+
+use std::time::{Duration, Instant};
+
+use super::{Failed, ask, block_on, print};
+use crate::config::Config;
+
+/// How often `wait` asks.
+const PERIOD: Duration = Duration::from_millis(100);
+
+/// Succeeds where the running sidecar lives, or with `ready` is ready.
+pub(super) fn health(config: &Config, ready: bool) -> Result<(), Failed> {
+    print(block_on(probe(config, ready))??)
+}
+
+/// Succeeds once the sidecar is ready.
+pub(super) fn wait(config: &Config, timeout: Duration) -> Result<(), Failed> {
+    let begun = Instant::now();
+    block_on(async {
+        loop {
+            match probe(config, true).await {
+                Ok(_) => return Ok(()),
+                Err(failed) if begun.elapsed() >= timeout => {
+                    return Err(Failed::because(format!("not ready within {timeout:?}: {}", failed.message)));
+                }
+                Err(_) => tokio::time::sleep(PERIOD).await,
+            }
+        }
+    })?
+}
+
+async fn probe(config: &Config, ready: bool) -> Result<String, Failed> {
+    let path = if ready { "/readyz" } else { "/livez" };
+    let (status, body) = ask::get(&config.admin_listen, path, &[]).await?;
+    let text = String::from_utf8_lossy(&body).into_owned();
+    if status.is_success() { Ok(text) } else { Err(Failed::because(text.trim_end())) }
+}

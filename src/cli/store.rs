@@ -1,0 +1,45 @@
+//! `adsidecar store dump` and `adsidecar store restore`.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use clap::Subcommand;
+
+use super::{Failed, block_on, print, read, users};
+use crate::app;
+use crate::config::Config;
+use crate::store::TokenStore;
+
+#[derive(Debug, Subcommand)]
+pub(super) enum Store {
+    /// Print every record as it is stored: tokens stay encrypted
+    Dump,
+    /// Take the records of a dump; those of users who have a grant already only with --replace
+    Restore {
+        /// The dump; standard input where it is absent or -
+        file: Option<PathBuf>,
+        /// Replace the grants of users who have one
+        #[arg(long)]
+        replace: bool,
+    },
+}
+
+pub(super) fn run(command: Store, config: Config) -> Result<(), Failed> {
+    match command {
+        Store::Dump => dump(&config),
+        Store::Restore { file, replace } => {
+            let records = read(file.as_deref(), "the dump")?;
+            users::take_records(&config, &records, replace, None)
+        }
+    }
+}
+
+fn dump(config: &Config) -> Result<(), Failed> {
+    let (store, _) = TokenStore::open(&config.store, Arc::new(app::keyring(config)?))?;
+    let records = block_on(async {
+        let records = store.dump().await;
+        store.close().await?;
+        records
+    })??;
+    print(serde_json::to_string_pretty(&records).map_err(Failed::because)? + "\n")
+}
