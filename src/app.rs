@@ -251,14 +251,20 @@ pub fn keyring(config: &Config) -> Result<Keyring, BuildError> {
     Ok(Keyring::new(&keys)?)
 }
 
-fn development_key(config: &Config) -> Result<Secret, BuildError> {
+/// Where the key of development lies: beside the store.
+pub fn key_file(config: &Config) -> PathBuf {
     let mut path = config.store.path.clone().into_os_string();
     path.push(".key");
-    let path = PathBuf::from(path);
+    path.into()
+}
+
+fn development_key(config: &Config) -> Result<Secret, BuildError> {
+    let path = key_file(config);
     let made = Keyring::read_or_make(&path);
     let (key, made) = made.map_err(|source| BuildError::KeyFile { path: path.clone(), source })?;
     if made {
-        tracing::warn!(path = %path.display(), "no Fernet key is configured: one was made for development; keep it as long as the store");
+        let path = path.display();
+        tracing::warn!(%path, "no Fernet key is configured: one was made for development; keep it as long as the store");
     }
     Ok(key)
 }

@@ -3,6 +3,7 @@
 mod ask;
 mod health;
 mod key;
+pub mod sandbox;
 mod serve;
 mod store;
 mod users;
@@ -93,21 +94,28 @@ pub(crate) struct Failed {
 
 /// Runs the command that `arguments` name. Says on standard error why it failed, if so.
 pub fn run(arguments: impl IntoIterator<Item = OsString>) -> Exit {
-    let arguments = match Arguments::try_parse_from(arguments) {
-        Ok(arguments) => arguments,
-        Err(error) => {
-            // Help and version are answers; nothing is left to say where standard output is closed.
-            let _ = error.print();
-            return if error.use_stderr() { Exit::Usage } else { Exit::Done };
-        }
-    };
-    match dispatch(arguments) {
+    match Arguments::try_parse_from(arguments) {
+        Ok(arguments) => told(dispatch(arguments)),
+        Err(error) => misused(&error),
+    }
+}
+
+/// Says why a command failed, if it did.
+fn told(result: Result<(), Failed>) -> Exit {
+    match result {
         Ok(()) => Exit::Done,
         Err(Failed { exit, message }) => {
             let _ = writeln!(std::io::stderr(), "{message}");
             exit
         }
     }
+}
+
+/// Help and version are answers; anything else is a command line that cannot be read.
+fn misused(error: &clap::Error) -> Exit {
+    // Nothing is left to say where the output is closed.
+    let _ = error.print();
+    if error.use_stderr() { Exit::Usage } else { Exit::Done }
 }
 
 fn dispatch(arguments: Arguments) -> Result<(), Failed> {

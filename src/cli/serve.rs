@@ -28,7 +28,7 @@ pub(super) fn run(config: Config) -> Result<(), Failed> {
 }
 
 /// Completes at the first signal; the second ends the process at once.
-fn asked_to_stop() -> Result<impl Future<Output = ()>, Failed> {
+pub(super) fn asked_to_stop() -> Result<impl Future<Output = ()>, Failed> {
     let mut term = signal(SignalKind::terminate()).map_err(Failed::because)?;
     let mut int = signal(SignalKind::interrupt()).map_err(Failed::because)?;
     Ok(async move {
