@@ -8,11 +8,6 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-def target_directory() -> Path:
-    """Cargo's target directory, absolute, as cargo itself would choose it."""
-    return REPOSITORY / os.environ.get("CARGO_TARGET_DIR", "target")
-
-
 @pytest.fixture(scope="session")
 def repository() -> Path:
     """The root of the working tree."""
@@ -20,10 +15,17 @@ def repository() -> Path:
 
 
 @pytest.fixture(scope="session")
-def adsidecar() -> Path:
+def target_directory() -> Path:
+    """Cargo's target directory, absolute, as cargo itself would choose it."""
+    return REPOSITORY / os.environ.get("CARGO_TARGET_DIR", "target")
+
+
+@pytest.fixture(scope="session")
+def adsidecar(target_directory) -> Path:
     """The built binary: ADSIDECAR_BIN, else the release build, else the debug build."""
     named = os.environ.get("ADSIDECAR_BIN")
-    candidates = [Path(named)] if named else [target_directory() / profile / "adsidecar" for profile in ("release", "debug")]
+    built = [target_directory / profile / "adsidecar" for profile in ("release", "debug")]
+    candidates = [Path(named)] if named else built
     for candidate in candidates:
         if candidate.is_file():
             return candidate

@@ -14,8 +14,6 @@ from pathlib import Path
 
 import pytest
 
-from conftest import target_directory
-
 BUILD_COMMAND = "cargo build --release --locked --bin adsidecar"
 
 # What gcr.io/distroless/cc-debian12 brings: the packages libc6 and libgcc-s1. (It has libstdc++ too; we have no C++.)
@@ -153,7 +151,7 @@ def test_the_dependencies_are_built_before_the_sources_come(stages):
         assert re.findall(r"cargo .*?(?= &&|$)", run) == [BUILD_COMMAND]
 
 
-def test_the_build_stage_works_with_nothing_but_what_is_copied(stages, repository, tmp_path):
+def test_the_build_stage_works_with_nothing_but_what_is_copied(stages, repository, target_directory, tmp_path):
     """Replays COPY and RUN in order, with `cargo check` in place of the release build, which takes minutes.
 
     The copies keep their dates, as Docker's do, so this also shows that the second build does not take the empty
@@ -161,7 +159,7 @@ def test_the_build_stage_works_with_nothing_but_what_is_copied(stages, repositor
     """
     work, out = tmp_path / "build", tmp_path / "out"
     work.mkdir()
-    environment = {**os.environ, "CARGO_TARGET_DIR": str(target_directory()), "CARGO_TERM_COLOR": "never"}
+    environment = {**os.environ, "CARGO_TARGET_DIR": str(target_directory), "CARGO_TERM_COLOR": "never"}
     compiled = []
     for name, arguments in stages[0].steps:
         if name == "COPY":
