@@ -25,8 +25,8 @@
 //! 8. A secret has a type that prints `…` ([`secret`]).
 
 // The house.
-pub mod app;
 pub mod cli;
+pub mod app;
 pub mod sandbox;
 pub mod config;
 // The doors: they speak HTTP.

@@ -12,7 +12,7 @@ use crate::login::{Ended, Trouble};
 use crate::rewrite::ERROR;
 
 /// Nothing is loaded, run, framed or sent from the page.
-const POLICY: &str = "default-src 'none'; style-src 'sha256-xMSCLVCgCj9fVtEMGQaS2mRakulbKeWdod381JtJuNM='; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
+const POLICY: &str = "default-src 'none'; style-src 'sha256-xMSCLCVgCj9fVtEMGQaS2mRakulbKeWdod381JtJuNM='; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
 const STYLE: &str =
     "body{font:16px/1.5 system-ui,sans-serif;max-width:34rem;margin:15vh auto;padding:0 1rem}h1{font-size:1.4rem}";
 

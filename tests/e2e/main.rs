@@ -1,1 +1,7 @@
+//! The promises, tested through the wire: a real adsidecar between real sockets and the sandbox's Amazon.
 
+mod rig;
+
+mod floors;
+mod login;
+mod proxying;
