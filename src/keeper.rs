@@ -258,17 +258,19 @@ impl Keeper {
         }
     }
 
-    /// Takes `grant` into use for `user`, in place of whatever there was. Returns once it is stored.
-    pub async fn adopt(&self, user: &UserId, mut grant: Grant) -> Result<Status, StoreError> {
+    /// Takes `grant` into use for `user`, in place of whatever there was. Returns once it is stored, or the store said
+    /// that it cannot be: then it is used all the same, since its code is spent and nobody else has it, and storing it
+    /// is tried until it succeeds.
+    pub async fn adopt(&self, user: &UserId, mut grant: Grant) -> Status {
         let entry = self.entry_or_new(user);
         let _write = entry.write().await;
         grant.generation = entry.next_generation();
         grant.used_at = Some(self.0.clock.now());
-        self.timed("put", self.0.store.save(user, &grant, None)).await?;
+        self.store(&entry, &grant, None).await;
         entry.mark_used(self.0.clock.now());
         self.publish(&entry, Held::Fresh(Arc::new(grant)));
-        tracing::info!(%user, "grant stored");
-        Ok(self.tell(&entry))
+        tracing::info!(%user, "new grant");
+        self.tell(&entry)
     }
 
     /// Wipes the tokens of `user`. Returns once they are gone from the disk; `false` where there were none.
@@ -349,7 +351,7 @@ impl Keeper {
             scope: None,
             generation: 0,
         };
-        self.adopt(&user, grant).await?;
+        self.adopt(&user, grant).await;
         self.0.store.set_note(ADOPTED, hash).await
     }
 

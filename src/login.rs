@@ -19,7 +19,6 @@ use crate::clock::Clock;
 use crate::keeper::{Keeper, Status};
 use crate::lwa::Lwa;
 use crate::secret::Secret;
-use crate::store::StoreError;
 use crate::token::{Access, Grant, Tokens};
 
 /// What a login needs to know beside the LWA client.
@@ -95,8 +94,6 @@ pub enum Trouble {
     State,
     /// LWA gave no grant for the code.
     Exchange,
-    /// The grant could not be stored.
-    Store(StoreError),
 }
 
 impl Trouble {
@@ -106,7 +103,6 @@ impl Trouble {
             Self::Amazon(code) => code,
             Self::State => "state_invalid",
             Self::Exchange => "exchange_failed",
-            Self::Store(_) => "other",
         }
     }
 }
@@ -226,12 +222,11 @@ impl Login {
             lock(&self.0.pending).insert(hash(&id), pending, self.0.clock.now());
             return Ok(Ended::Pending(id));
         }
-        let status = self.0.keeper.adopt(&begun.user, grant).await.map_err(Trouble::Store)?;
-        Ok(Ended::Stored(Box::new(status)))
+        Ok(Ended::Stored(Box::new(self.0.keeper.adopt(&begun.user, grant).await)))
     }
 
     /// Takes a pending grant into use; `None` where there is none under `id`.
-    pub async fn confirm(&self, id: &str) -> Option<Result<Status, StoreError>> {
+    pub async fn confirm(&self, id: &str) -> Option<Status> {
         let pending = lock(&self.0.pending).take(&hash(id), self.0.clock.now())?;
         Some(self.0.keeper.adopt(&pending.user, pending.grant).await)
     }

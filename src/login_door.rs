@@ -257,7 +257,7 @@ impl LoginDoor {
     async fn confirm(&self, query: &Query, headers: &HeaderMap) -> Result<Answer, LoginError> {
         let id = query.get("grant").ok_or_else(|| parameter("grant", "the id that the frontend was sent"))?;
         let confirmed = self.login.confirm(id).await.ok_or(LoginError::NoPendingGrant)?;
-        Ok(json(StatusCode::OK, &self.with_link(confirmed.map_err(LoginError::Store)?, headers)))
+        Ok(json(StatusCode::OK, &self.with_link(confirmed, headers)))
     }
 
     fn with_link(&self, status: Status, headers: &HeaderMap) -> serde_json::Value {

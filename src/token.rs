@@ -360,3 +360,172 @@ fn later(at: Timestamp, by: Duration) -> Timestamp {
 fn earlier(at: Timestamp, by: Duration) -> Timestamp {
     at.saturating_sub(by).unwrap_or(Timestamp::MIN)
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const POLICY: Policy = Policy {
+        margin: Duration::from_secs(300),
+        ahead: Duration::from_secs(900),
+        idle_after: Duration::from_secs(7 * 24 * 3600),
+    };
+
+    fn at(seconds: i64) -> Timestamp {
+        Timestamp::from_second(1_780_000_000 + seconds).unwrap()
+    }
+
+    fn grant(expires: i64) -> Arc<Grant> {
+        Arc::new(Grant {
+            refresh_token: RefreshToken::new("Atzr|r".to_owned()).unwrap(),
+            access: Some(Access { token: AccessToken::new("Atza|a".to_owned()).unwrap(), expires_at: at(expires) }),
+            updated_at: at(0),
+            consented_at: Some(at(0)),
+            used_at: None,
+            scope: None,
+            generation: 1,
+        })
+    }
+
+    fn failed(retry_after: Option<u64>) -> Outcome {
+        let failure = Failure { code: "server_error", cure: Cure::Time };
+        Outcome::Failed { failure, retry_after: retry_after.map(Duration::from_secs) }
+    }
+
+    fn tokens(refresh: Option<&str>) -> Tokens {
+        Tokens {
+            access: AccessToken::new("Atza|new".to_owned()).unwrap(),
+            refresh: refresh.map(|text| RefreshToken::new(text.to_owned()).unwrap()),
+            lifetime: Duration::from_secs(3600),
+        }
+    }
+
+    #[test]
+    fn text_that_would_not_survive_a_header_is_no_token() {
+        for bad in ["", "a b", "a\r\n", "é", &"x".repeat(MAX_TOKEN + 1)] {
+            assert!(AccessToken::new(bad.to_owned()).is_err(), "{bad:?}");
+            assert!(RefreshToken::new(bad.to_owned()).is_err(), "{bad:?}");
+        }
+        assert_eq!(AccessToken::new("Atza|x".to_owned()).unwrap().bearer(), "Bearer Atza|x");
+    }
+
+    #[test]
+    fn a_missing_refresh_token_keeps_the_old_one() {
+        let before = grant(100);
+        let kept = before.renewed(tokens(None), at(50));
+        assert_eq!(kept.refresh_token, before.refresh_token);
+        assert_eq!((kept.generation, kept.updated_at, kept.consented_at), (2, at(50), before.consented_at));
+        assert_eq!(kept.access.unwrap().expires_at, at(3650));
+        assert_eq!(before.renewed(tokens(Some("Atzr|n")), at(50)).refresh_token.secret().expose(), "Atzr|n");
+    }
+
+    #[test]
+    fn a_token_is_dead_from_the_instant_of_its_end() {
+        assert!(grant(100).living(at(99)).is_some());
+        assert!(grant(100).living(at(100)).is_none());
+    }
+
+    #[test]
+    fn the_states_are_those_of_the_contract() {
+        let state = |held: &Held, now| held.state(POLICY, at(0), at(now)).as_str();
+        let fresh = Held::Fresh(grant(3600));
+        assert_eq!(state(&Held::Nothing, 0), "none");
+        assert_eq!(state(&fresh, 3299), "fresh");
+        assert_eq!(state(&fresh, 3300), "expiring");
+        assert_eq!(state(&fresh, 4000), "expiring");
+        assert_eq!(state(&fresh, 8 * 24 * 3600), "idle");
+        assert_eq!(state(&fresh.next(failed(None), at(10), 0.5), 10), "failing");
+        assert_eq!(state(&fresh.next(Outcome::Refused("invalid_grant"), at(10), 0.5), 10), "login_required");
+    }
+
+    #[test]
+    fn a_refused_grant_is_kept_and_tried_again_after_an_hour_at_most_once() {
+        let refused = Held::Fresh(grant(3600)).next(Outcome::Refused("invalid_grant"), at(10), 0.0);
+        assert!(refused.grant().is_some() && refused.living(at(20)).is_some());
+        assert_eq!(refused.retry_at(), Some(at(3610)));
+        assert_eq!(refused.due(POLICY, at(0), 0.5), Some(at(3610)));
+    }
+
+    #[test]
+    fn failures_back_off_as_the_contract_says() {
+        let wait = |held: &Held, now: i64| held.retry_at().unwrap().duration_since(at(now)).as_secs_f64();
+        let mut living = Held::Fresh(grant(100_000));
+        let mut dead = Held::Fresh(grant(-1));
+        let mut waits = Vec::new();
+        for _ in 0..12 {
+            living = living.next(failed(None), at(0), 0.999_999);
+            dead = dead.next(failed(None), at(0), 0.999_999);
+            waits.push((wait(&living, 0).round(), wait(&dead, 0).round()));
+        }
+        assert_eq!(waits[..5], [(0.0, 0.0), (1.0, 1.0), (2.0, 2.0), (4.0, 4.0), (8.0, 5.0)]);
+        assert_eq!(waits[11], (60.0, 5.0));
+        assert_eq!(wait(&living.next(failed(Some(40)), at(0), 0.0), 0), 40.0);
+        assert_eq!(wait(&living.next(failed(Some(9999)), at(0), 0.0), 0), 60.0);
+    }
+
+    #[test]
+    fn a_short_life_makes_no_storm() {
+        let short = Held::Fresh(grant(20));
+        assert_eq!(short.due(POLICY, at(0), 0.9), Some(at(30)));
+        assert!(!short.expiring(POLICY, at(19)), "it lives, and was renewed a moment ago");
+        assert!(short.expiring(POLICY, at(20)), "an expired one is renewed on demand at once");
+    }
+
+    #[test]
+    fn users_who_do_not_come_are_not_renewed_in_the_background() {
+        let held = Held::Fresh(grant(3600));
+        assert!(held.due(POLICY, at(-7 * 24 * 3600 + 3600), 0.0).is_some());
+        assert_eq!(held.due(POLICY, at(-7 * 24 * 3600), 0.0), None);
+    }
+
+    fn outcomes() -> impl Strategy<Value = Outcome> {
+        prop_oneof![
+            (0u64..100_000).prop_map(|wait| failed(Some(wait))),
+            Just(failed(None)),
+            Just(Outcome::Refused("invalid_grant")),
+            (-10i64..200_000).prop_map(|expires| Outcome::Renewed(grant(expires))),
+        ]
+    }
+
+    proptest! {
+        /// Whatever happens in whatever order: no outcome loses the grant, none takes away a living token, and a wait is
+        /// never longer than an hour.
+        #[test]
+        fn no_outcome_loses_a_grant_or_a_living_token(
+            steps in proptest::collection::vec((outcomes(), 0i64..5_000, 0.0f64..1.0), 1..40)
+        ) {
+            let mut held = Held::Fresh(grant(3600));
+            let mut now = 0;
+            for (outcome, pause, dice) in steps {
+                now += pause;
+                let renewed = matches!(outcome, Outcome::Renewed(_));
+                let living = held.living(at(now)).is_some();
+                let next = held.next(outcome, at(now), dice);
+                prop_assert!(next.grant().is_some());
+                prop_assert!(renewed || next.living(at(now)).is_some() == living);
+                if let Some(retry_at) = next.retry_at() {
+                    let wait = retry_at.duration_since(at(now));
+                    prop_assert!(wait <= SignedDuration::from_hours(1) && !wait.is_negative());
+                }
+                held = next;
+            }
+        }
+
+        /// The background acts before the margin begins, wherever the token's life allows it, and for a user in use
+        /// never forgets to.
+        #[test]
+        fn the_background_is_always_ahead_of_the_margin(expires in 0i64..200_000, dice in 0.0f64..1.0) {
+            let due = Held::Fresh(grant(expires)).due(POLICY, at(expires), dice);
+            let due = due.expect("a user in use has a plan");
+            prop_assert!(due <= at((expires - 900).max(30)));
+            prop_assert!(due >= at(30));
+        }
+
+        #[test]
+        fn nothing_becomes_of_nothing(outcome in outcomes()) {
+            prop_assert!(matches!(Held::Nothing.next(outcome, at(0), 0.5), Held::Nothing));
+        }
+    }
+}

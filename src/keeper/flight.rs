@@ -49,6 +49,17 @@ impl Keeper {
         }
     }
 
+    /// Stores `grant` before anybody sees it. Where the disk does not take it, storing it is tried until it succeeds; the
+    /// grant is used meanwhile, since losing it helps nobody.
+    pub(super) async fn store(&self, entry: &Arc<Entry>, grant: &Grant, expected: Option<u64>) {
+        let user = &entry.user;
+        if let Err(error) = self.timed("put", self.0.store.save(user, grant, expected)).await {
+            tracing::error!(%user, %error, "token_not_persisted: the grant is in memory only, storing it is tried again");
+            self.0.unsaved.fetch_add(1, Relaxed);
+            self.0.flights.spawn(keep_storing(self.clone(), entry.clone(), grant.clone()));
+        }
+    }
+
     /// As [`fly`](Self::fly), and returns when the flight is over, also one that was under way.
     pub(super) async fn fly_and_wait(&self, entry: &Arc<Entry>, why: Why) {
         let changed = entry.changed();
@@ -77,7 +88,13 @@ impl Flight {
         }
         let outcome = match answer {
             // The life began when LWA made the token, which was not before it was asked.
-            Ok(tokens) => Outcome::Renewed(Arc::new(self.store(&grant, grant.renewed(tokens, asked_at)).await)),
+            Ok(tokens) => {
+                let mut renewed = grant.renewed(tokens, asked_at);
+                renewed.used_at = Some(self.entry.used_at());
+                renewed.generation = self.entry.next_generation();
+                self.keeper.store(&self.entry, &renewed, Some(grant.generation)).await;
+                Outcome::Renewed(Arc::new(renewed))
+            }
             Err(error) => outcome(error),
         };
         let next = held.next(outcome, self.keeper.0.clock.now(), dice());
@@ -96,21 +113,6 @@ impl Flight {
             Why::Asked => true,
         };
         held.grant().filter(|_| wanted && !held.backs_off(now)).cloned()
-    }
-
-    /// Stores the renewed grant before anybody sees it. Where the disk does not take it, the grant is used all the same,
-    /// since losing it helps nobody, and storing it is tried until it succeeds.
-    async fn store(&self, before: &Grant, mut renewed: Grant) -> Grant {
-        renewed.used_at = Some(self.entry.used_at());
-        renewed.generation = self.entry.next_generation();
-        let (keeper, user) = (&self.keeper, &self.entry.user);
-        if let Err(error) = keeper.timed("put", keeper.0.store.save(user, &renewed, Some(before.generation))).await {
-            let rotated = renewed.refresh_token != before.refresh_token;
-            tracing::error!(%user, %error, rotated, "token_not_persisted: the renewed grant is in memory only, storing it is tried again");
-            keeper.0.unsaved.fetch_add(1, Relaxed);
-            keeper.0.flights.spawn(keep_storing(keeper.clone(), self.entry.clone(), renewed.clone()));
-        }
-        renewed
     }
 
     fn count(&self, answer: &Result<Tokens, LwaError>) {

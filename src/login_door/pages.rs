@@ -56,7 +56,6 @@ pub(super) fn status(trouble: &Trouble) -> StatusCode {
     match trouble {
         Trouble::Amazon(_) | Trouble::State => StatusCode::BAD_REQUEST,
         Trouble::Exchange => StatusCode::BAD_GATEWAY,
-        Trouble::Store(_) => StatusCode::SERVICE_UNAVAILABLE,
     }
 }
 
@@ -69,9 +68,6 @@ fn say(trouble: &Trouble) -> &'static str {
         Trouble::Amazon(_) => "Amazon could not finish the login. Begin it again in a moment.",
         Trouble::State => "This login is over or was begun in another browser. Begin it again.",
         Trouble::Exchange => "Amazon did not exchange the code for tokens. Begin the login again; the log says why.",
-        Trouble::Store(_) => {
-            "The grant could not be stored. Look at the volume of the store, then begin the login again."
-        }
     }
 }
 
