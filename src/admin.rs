@@ -46,11 +46,14 @@ pub struct Admin {
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) stage: tokio::sync::watch::Receiver<Stage>,
     /// Open connections by door.
-    pub(crate) connections: Vec<(&'static str, Box<dyn Fn() -> usize + Send + Sync>)>,
+    pub(crate) connections: Vec<(&'static str, Count)>,
     pub(crate) log: Option<LogHandle>,
     /// Ends the process in good order.
     pub(crate) quit: CancellationToken,
 }
+
+/// Counts something when asked.
+pub(crate) type Count = Box<dyn Fn() -> usize + Send + Sync>;
 
 type Answer = Response<Full<Bytes>>;
 
@@ -85,13 +88,16 @@ impl Admin {
                 self.quit.cancel();
                 Ok(say(StatusCode::OK, "draining\n"))
             }
+            ("/log", &Method::GET) => {
+                Ok(say(StatusCode::OK, self.log.as_ref().map_or("off", |log| log.level().as_str())))
+            }
             ("/log", &Method::PUT) => {
                 self.operator(parts, peer)?;
                 self.set_level(body).await
             }
             ("/livez" | "/readyz" | "/startupz" | "/metrics", _) => Err(method("GET")),
             ("/quitquitquit", _) => Err(method("POST")),
-            ("/log", _) => Err(method("PUT")),
+            ("/log", _) => Err(method("GET, PUT")),
             _ => Err(Problem::new(
                 Code::NotFound,
                 "The admin door has no such page.",

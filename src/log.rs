@@ -8,6 +8,7 @@
 use std::fmt;
 use std::io::IsTerminal;
 use std::str::FromStr;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use tracing::Subscriber;
 use tracing_subscriber::filter::{LevelFilter, Targets};
@@ -60,7 +61,10 @@ pub enum Level {
 
 /// Changes the level of a running log. Cloning gives another handle to the same log.
 #[derive(Clone, Debug)]
-pub struct LogHandle(reload::Handle<Targets, Registry>);
+pub struct LogHandle {
+    filter: reload::Handle<Targets, Registry>,
+    level: Arc<Mutex<Level>>,
+}
 
 /// Starts the process's log on standard error.
 ///
@@ -76,7 +80,13 @@ impl LogHandle {
     /// From now on lines of `level` and above are written.
     pub fn set_level(&self, level: Level) {
         // This fails only where the log is gone, and then there is nothing to change.
-        let _ = self.0.reload(filter(level));
+        let _ = self.filter.reload(filter(level));
+        *self.level.lock().unwrap_or_else(PoisonError::into_inner) = level;
+    }
+
+    /// The least important level that is written now.
+    pub fn level(&self) -> Level {
+        *self.level.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -128,7 +138,8 @@ where
         }
     };
     let (filter, handle) = reload::Layer::new(filter(settings.level));
-    (Registry::default().with(filter).with(lines), LogHandle(handle))
+    let level = Arc::new(Mutex::new(settings.level));
+    (Registry::default().with(filter).with(lines), LogHandle { filter: handle, level })
 }
 
 fn filter(level: Level) -> Targets {
