@@ -55,6 +55,8 @@ const PATIENCE: Duration = Duration::from_millis(1500);
 const PATIENT_ATTEMPTS: u32 = 2;
 /// Two forced refreshes of one user are at least this far apart.
 const FORCED_SPACING: SignedDuration = SignedDuration::from_secs(30);
+/// How often a store that failed is asked again.
+const STORE_PERIOD: Duration = Duration::from_secs(1);
 /// The note under which the hash of the `amazon.refresh_token` adopted last is stored.
 const ADOPTED: &str = "adopted_refresh_token";
 
@@ -355,6 +357,16 @@ impl Keeper {
         self.0.store.set_note(ADOPTED, hash).await
     }
 
+    /// A store that failed is asked again until it answers; any operation makes it try to open anew.
+    async fn watch_store(&self) {
+        loop {
+            tokio::time::sleep(STORE_PERIOD).await;
+            if !self.0.store.health().up && self.0.store.note(ADOPTED).await.is_ok() {
+                tracing::info!("the store works again");
+            }
+        }
+    }
+
     /// Waits for what is in flight, so that no answer of LWA is lost, and for what is not on disk yet.
     pub async fn settle(&self) {
         self.0.flights.close();
@@ -422,9 +434,12 @@ impl Keeper {
 }
 
 impl Background {
-    /// Renews tokens before anybody needs them, for as long as it runs.
+    /// Renews tokens before anybody needs them, for as long as it runs, and notices when a store that failed works again.
     pub async fn run(self) {
-        self.agenda.run(&self.keeper).await;
+        tokio::select! {
+            () = self.agenda.run(&self.keeper) => {}
+            () = self.keeper.watch_store() => {}
+        }
     }
 }
 
