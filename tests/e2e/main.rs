@@ -5,3 +5,4 @@ mod rig;
 mod floors;
 mod login;
 mod proxying;
+mod review;
