@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Instant;
 
-use http::header::{CONTENT_LENGTH, HeaderValue};
+use http::header::{ACCEPT, CONTENT_LENGTH, HeaderMap, HeaderValue};
 use http::request::Parts;
 use http::{Method, Request, Response, StatusCode, Uri};
 use hyper::body::Incoming;
@@ -184,17 +184,15 @@ impl Proxy {
         trip: &mut Trip,
     ) -> Result<(Response<Answer>, Option<Arc<Held>>), ProxyError> {
         let held = body.progress();
-        let patient = parts
-            .headers
-            .get(http::header::ACCEPT)
-            .is_some_and(|accept| accept.as_bytes().starts_with(b"text/event-stream"));
+        let patient = takes_event_stream(&parts.headers);
         let begun = Instant::now();
         let request = self.to_amazon(call, parts, target, bearer, body);
         let mut sent = self.upstream.send(call.region, request, Reuse::Allowed, patient).await;
-        if let Err(error) = &sent
-            && (error.unsent || (error.stale && is_idempotent(&parts.method)))
-            && let Some(body) = again(&held)
-        {
+        let once_more = sent.as_mut().err().and_then(|error| {
+            let safe = error.stale && is_idempotent(&parts.method);
+            error.unsent.take().or_else(|| if safe { again(&held) } else { None })
+        });
+        if let Some(body) = once_more {
             let request = self.to_amazon(call, parts, target, bearer, body);
             sent = self.upstream.send(call.region, request, Reuse::Never, patient).await;
         }
@@ -305,6 +303,13 @@ fn again(held: &Option<Arc<Held>>) -> Option<Outgoing> {
     }
 }
 
+/// Whether the caller takes an event stream, alone or among others: MCP clients name `application/json` first.
+fn takes_event_stream(headers: &HeaderMap) -> bool {
+    let lines = headers.get_all(ACCEPT).iter().filter_map(|line| line.to_str().ok());
+    let mut kinds = lines.flat_map(|line| line.split(',')).map(|kind| kind.split(';').next().unwrap_or_default());
+    kinds.any(|kind| kind.trim().eq_ignore_ascii_case("text/event-stream"))
+}
+
 /// RFC 9110, section 9.2.2.
 fn is_idempotent(method: &Method) -> bool {
     matches!(*method, Method::GET | Method::HEAD | Method::PUT | Method::DELETE | Method::OPTIONS)
@@ -370,7 +375,7 @@ impl From<ErrorKind> for Problem {
                 "The TLS handshake with Amazon's host failed.",
                 "If a proxy of your network breaks up TLS, add its CA as upstream.ca_file.",
             ),
-            ErrorKind::Reset(_) => Self::new(
+            ErrorKind::Reset(_) | ErrorKind::Switched => Self::new(
                 Code::UpstreamReset,
                 "The connection to Amazon broke before an answer came.",
                 "The call may have been processed: look before you repeat one that changes something.",
