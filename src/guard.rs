@@ -109,12 +109,13 @@ impl Guard {
 
     /// Asks for the caller token, where one is set.
     pub fn caller(&self, headers: &HeaderMap) -> Result<(), Refusal> {
-        let tokens = &self.0.caller_tokens;
-        if tokens.is_empty() || presented(headers).any(|token| self.knows(&token)) {
-            Ok(())
-        } else {
-            Err(Refusal::Caller)
-        }
+        let passes = self.0.caller_tokens.is_empty() || self.shown(headers).is_some();
+        if passes { Ok(()) } else { Err(Refusal::Caller) }
+    }
+
+    /// The caller token that the headers show, if they show one of ours.
+    pub fn shown(&self, headers: &HeaderMap) -> Option<Vec<u8>> {
+        presented(headers).find(|token| self.knows(token))
     }
 
     /// Whether `token` is a caller token. Each of them is compared, in constant time.
@@ -228,7 +229,7 @@ fn presented(headers: &HeaderMap) -> impl Iterator<Item = Vec<u8>> {
 }
 
 /// The token of `Bearer <token>`, or the password of `Basic <credentials>` (RFC 7617).
-pub fn credential(value: &HeaderValue) -> Option<Vec<u8>> {
+fn credential(value: &HeaderValue) -> Option<Vec<u8>> {
     let (scheme, rest) = value.to_str().ok()?.split_once(' ')?;
     let rest = rest.trim();
     if scheme.eq_ignore_ascii_case("bearer") {
