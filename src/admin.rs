@@ -39,6 +39,9 @@ pub enum Stage {
     Draining,
 }
 
+/// Tells how many there are.
+type Count = Box<dyn Fn() -> usize + Send + Sync>;
+
 /// Serves the admin door.
 pub struct Admin {
     pub(crate) guard: Guard,
@@ -46,7 +49,7 @@ pub struct Admin {
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) stage: tokio::sync::watch::Receiver<Stage>,
     /// Open connections by door.
-    pub(crate) connections: Vec<(&'static str, Box<dyn Fn() -> usize + Send + Sync>)>,
+    pub(crate) connections: Vec<(&'static str, Count)>,
     pub(crate) log: Option<LogHandle>,
     /// Ends the process in good order.
     pub(crate) quit: CancellationToken,
