@@ -82,6 +82,11 @@ impl Guard {
         Target::read(&request.uri, |authority| self.is_own_host(authority)).map_err(Refusal::Target)
     }
 
+    /// What holds even for who may come under any `Host`: sound framing.
+    pub fn admit_any_host(&self, request: &Parts) -> Result<(), Refusal> {
+        framing(&request.headers)
+    }
+
     /// Refuses browsers: no web page drives this door.
     pub fn no_browser(&self, headers: &HeaderMap) -> Result<(), Refusal> {
         let browser = headers.contains_key(ORIGIN) || headers.contains_key(SEC_FETCH_SITE);

@@ -30,7 +30,7 @@ use crate::store::{StoreError, TokenStore};
 use crate::token::{Cure, Grant, Held, Policy, RefreshToken, State};
 use agenda::Agenda;
 use entry::Entry;
-use flight::Why;
+use flight::{STORE_RETRY, Why};
 
 /// When tokens are renewed (contract, section 5).
 #[derive(Clone, Debug)]
@@ -422,6 +422,19 @@ impl Keeper {
         result
     }
 
+    /// Asks a store that failed whether it works again: with nothing to store, nobody else would find out, and the
+    /// process would stay unready.
+    async fn mend_store(&self) {
+        let mut tick = tokio::time::interval(STORE_RETRY);
+        loop {
+            tick.tick().await;
+            if !self.0.store.health().up {
+                // Reading opens the database anew, and what comes of it is the store's health.
+                let _ = self.0.store.note(ADOPTED).await;
+            }
+        }
+    }
+
     fn policy(&self) -> Policy {
         self.0.settings.policy
     }
@@ -444,7 +457,7 @@ impl Keeper {
 impl Background {
     /// Renews tokens before anybody needs them, for as long as it runs.
     pub async fn run(self) {
-        self.agenda.run(&self.keeper).await;
+        tokio::join!(self.agenda.run(&self.keeper), self.keeper.mend_store());
     }
 }
 

@@ -275,7 +275,6 @@ where
     let mut builder = http1::Builder::new();
     builder.half_close(false).auto_date_header(false).max_header_size(MAX_HEAD).max_buf_size(MAX_BUFFER);
     let mut connection = builder.serve_connection(TokioIo::new(Watched::new(stream, seat.activity())), service);
-    let mut leaving = false;
     loop {
         let command = tokio::select! {
             biased;
@@ -285,13 +284,11 @@ where
                 }
                 return;
             }
-            command = seat.command(), if !leaving => command,
+            command = seat.command() => command,
         };
         match command {
-            Command::Leave => {
-                leaving = true;
-                Pin::new(&mut connection).graceful_shutdown();
-            }
+            // A head that has begun may still come to its end, in its time.
+            Command::Leave => Pin::new(&mut connection).graceful_shutdown(),
             Command::HeadTimeout if seat.is_in_head() => break,
             // It came to its end just now.
             Command::HeadTimeout => {}

@@ -289,10 +289,9 @@ impl Held {
             Outcome::Refused(reason) => Self::LoginRequired { grant, reason, retry_at: now + REFUSED_RETRY },
             Outcome::Failed { failure, retry_after } => {
                 let attempts = self.attempts().saturating_add(1);
-                let wait = match retry_after {
-                    Some(asked) => asked.min(BACKOFF_LIVING),
-                    None => backoff(attempts, grant.living(now).is_some(), dice),
-                };
+                // Who asks for no wait at all is not asked again at once.
+                let own = backoff(attempts, grant.living(now).is_some(), dice);
+                let wait = retry_after.map_or(own, |asked| asked.min(BACKOFF_LIVING).max(own));
                 Self::Failing { grant, failure, attempts, retry_at: later(now, wait) }
             }
         }
@@ -359,4 +358,32 @@ fn later(at: Timestamp, by: Duration) -> Timestamp {
 
 fn earlier(at: Timestamp, by: Duration) -> Timestamp {
     at.saturating_sub(by).unwrap_or(Timestamp::MIN)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_retry_after_of_nothing_is_no_leave_to_hammer() {
+        let now = Timestamp::UNIX_EPOCH;
+        let grant = Grant {
+            refresh_token: RefreshToken::new("Atzr|x".to_owned()).unwrap(),
+            access: None,
+            updated_at: now,
+            consented_at: None,
+            used_at: None,
+            scope: None,
+            generation: 1,
+        };
+        let failed = |seconds| Outcome::Failed {
+            failure: Failure { code: "throttled", cure: Cure::Time },
+            retry_after: Some(Duration::from_secs(seconds)),
+        };
+        let held = Held::Fresh(Arc::new(grant));
+        let wait = |seconds| held.next(failed(seconds), now, 0.5).retry_at().unwrap().duration_since(now);
+        assert_eq!(wait(0), SignedDuration::from_millis(250));
+        assert_eq!(wait(7), SignedDuration::from_secs(7));
+        assert_eq!(wait(3600), SignedDuration::from_secs(60));
+    }
 }

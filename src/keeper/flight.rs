@@ -13,8 +13,8 @@ use crate::lwa::LwaError;
 use crate::store::StoreError;
 use crate::token::{Cure, Failure, Grant, Outcome, Tokens};
 
-/// While a grant is newer in memory than on disk, storing it is tried again this often.
-const STORE_RETRY: Duration = Duration::from_secs(1);
+/// While a grant is newer in memory than on disk, or the store has failed, it is tried again this often.
+pub(super) const STORE_RETRY: Duration = Duration::from_secs(1);
 
 /// Who wants a renewal.
 #[derive(Clone, Debug)]

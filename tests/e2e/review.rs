@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
+use std::time::Duration;
 
 use adsidecar::app::App;
 use adsidecar::config::{self, Sources};
@@ -128,7 +129,10 @@ async fn a_pending_grant_that_could_not_be_stored_stays_pending() {
     std::fs::rename(&copies, &away).unwrap();
     let refused = rig.post(&confirm).await;
     assert_eq!((refused.status().as_u16(), code(&refused)), (503, "store_unavailable"));
+    assert_eq!(rig.client.get(rig.admin_url("/readyz")).send().await.unwrap().status(), 503);
     std::fs::rename(&away, &copies).unwrap();
+    let ready = async { while rig.client.get(rig.admin_url("/readyz")).send().await.unwrap().status() != 200 {} };
+    tokio::time::timeout(Duration::from_secs(10), ready).await.expect("the store is found to work again");
     assert_eq!(rig.post(&confirm).await.status(), 200);
     assert_eq!(rig.get("/v2/profiles").await.status(), 200);
     assert_eq!(rig.post(&confirm).await.status(), 400, "once");
@@ -188,6 +192,28 @@ async fn at_the_cap_an_idle_connection_is_closed_for_another_one_and_not_before(
     }
     still_open.sort_unstable();
     assert_eq!(still_open, [false, true], "one of the two made room");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_head_that_does_not_come_to_its_end_holds_no_shutdown_up() {
+    let mut rig = Rig::with("[proxy]\nlisten = \"127.0.0.1:0\"\nheader_timeout = \"300ms\"\n").await;
+    let mut slow = TcpStream::connect(rig.proxy_address()).await.unwrap();
+    slow.write_all(b"GET / HTTP/1.1\r\nHost: loc").await.unwrap();
+    while rig.metric("adsidecar_connections{door=\"proxy\"}").await < 1.0 {
+        tokio::task::yield_now().await;
+    }
+    let ended = rig.begin_stop();
+    // Far below shutdown.drain, which is 25 s.
+    tokio::time::timeout(Duration::from_secs(10), ended).await.expect("nothing is in flight").unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn framing_in_two_ways_is_refused_under_any_host_too() {
+    let rig = Rig::start().await;
+    let address = rig.admin_url("").strip_prefix("http://").unwrap().to_owned();
+    let mut stream = TcpStream::connect(address).await.unwrap();
+    let request = "GET /livez HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n";
+    assert_eq!(ask(&mut stream, request).await, "HTTP/1.1 400 Bad Request");
 }
 
 #[tokio::test(flavor = "multi_thread")]
