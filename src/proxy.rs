@@ -140,7 +140,11 @@ impl Proxy {
     ) -> Result<Response<Body>, ProxyError> {
         let target = self.guard.admit(parts, peer)?;
         if let Some(endpoint) = endpoint(&target) {
-            return Ok(self.login_door.answer(endpoint, parts, incoming).await?.map(Body::own));
+            let answer = self.login_door.answer(endpoint, parts, incoming).await;
+            let mut answer =
+                answer.unwrap_or_else(|error| self.problem(error.into(), parts).respond(trip.request_id()));
+            self.login_door.dress(endpoint, &parts.headers, answer.headers_mut());
+            return Ok(answer.map(Body::own));
         }
         self.guard.no_browser(&parts.headers)?;
         self.guard.caller(&parts.headers)?;

@@ -217,6 +217,27 @@ async fn framing_in_two_ways_is_refused_under_any_host_too() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn the_frontend_can_read_why_an_endpoint_refused() {
+    let rig = Rig::with("[login]\nfrontend_url = \"https://app.example\"\n").await;
+    for (method, path, status) in [
+        (Method::POST, "/api/auth/amazon/refresh", 401),
+        (Method::GET, "/api/auth/amazon/status?user_id=%20", 400),
+        (Method::GET, "/api/auth/amazon/logout", 405),
+        (Method::GET, "/api/auth/nothing", 404),
+    ] {
+        let refused = rig.request(method, path).header("origin", "https://app.example").send().await.unwrap();
+        assert_eq!(refused.status(), status, "{path}");
+        assert_eq!(refused.headers()["access-control-allow-origin"], "https://app.example", "{path}");
+        assert_eq!(refused.headers()["referrer-policy"], "no-referrer", "{path}");
+        assert_eq!(refused.headers()["x-content-type-options"], "nosniff", "{path}");
+    }
+    let foreign = rig.request(Method::POST, "/api/auth/amazon/refresh").header("origin", "https://evil.example");
+    let foreign = foreign.send().await.unwrap();
+    assert_eq!((foreign.status().as_u16(), code(&foreign)), (403, "cross_site"));
+    assert!(!foreign.headers().contains_key("access-control-allow-origin"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_post_that_never_left_is_sent_on_another_connection() {
     let rig = Rig::start().await;
     let front = TcpListener::bind("127.0.0.1:0").await.unwrap();
