@@ -173,6 +173,10 @@ impl App {
     /// Serves until `stop`, then drains: not ready at once, new connections for `shutdown.accept`, what is in flight for
     /// at most `shutdown.drain`; then every token call and every write comes to its end.
     pub async fn run(self, stop: impl Future<Output = ()>) -> Result<(), StoreError> {
+        // Before anybody is served, or the first callers would be sent to log in.
+        if let Err(error) = self.keeper.adopt_configured().await {
+            tracing::error!(%error, "amazon.refresh_token could not be stored, and is tried again at the next start");
+        }
         let mut helpers = JoinSet::new();
         helpers.spawn(self.background.run());
         let upstream = self.upstream;
@@ -188,9 +192,6 @@ impl App {
         let (door, admin) = self.admin;
         helpers
             .spawn(door.run(move |request, peer| serve_admin(admin.clone(), request, peer), admin_phase.subscribe()));
-        if let Err(error) = self.keeper.adopt_configured().await {
-            tracing::error!(%error, "amazon.refresh_token could not be stored, and is tried again at the next start");
-        }
         self.stage.send_replace(Stage::Serving);
         let Addresses { proxy, login, admin } = &self.addresses;
         tracing::info!(?proxy, ?login, ?admin, version = env!("CARGO_PKG_VERSION"), "serving");

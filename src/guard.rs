@@ -82,6 +82,11 @@ impl Guard {
         Target::read(&request.uri, |authority| self.is_own_host(authority)).map_err(Refusal::Target)
     }
 
+    /// What holds even for who may come under any `Host`: sound framing.
+    pub fn admit_any_host(&self, request: &Parts) -> Result<(), Refusal> {
+        framing(&request.headers)
+    }
+
     /// Refuses browsers: no web page drives this door.
     pub fn no_browser(&self, headers: &HeaderMap) -> Result<(), Refusal> {
         let browser = headers.contains_key(ORIGIN) || headers.contains_key(SEC_FETCH_SITE);
@@ -109,12 +114,13 @@ impl Guard {
 
     /// Asks for the caller token, where one is set.
     pub fn caller(&self, headers: &HeaderMap) -> Result<(), Refusal> {
-        let tokens = &self.0.caller_tokens;
-        if tokens.is_empty() || presented(headers).any(|token| self.knows(&token)) {
-            Ok(())
-        } else {
-            Err(Refusal::Caller)
-        }
+        let passes = self.0.caller_tokens.is_empty() || self.shown(headers).is_some();
+        if passes { Ok(()) } else { Err(Refusal::Caller) }
+    }
+
+    /// The caller token that the headers show, if they show one of ours.
+    pub fn shown(&self, headers: &HeaderMap) -> Option<Vec<u8>> {
+        presented(headers).find(|token| self.knows(token))
     }
 
     /// Whether `token` is a caller token. Each of them is compared, in constant time.
@@ -228,7 +234,7 @@ fn presented(headers: &HeaderMap) -> impl Iterator<Item = Vec<u8>> {
 }
 
 /// The token of `Bearer <token>`, or the password of `Basic <credentials>` (RFC 7617).
-pub fn credential(value: &HeaderValue) -> Option<Vec<u8>> {
+fn credential(value: &HeaderValue) -> Option<Vec<u8>> {
     let (scheme, rest) = value.to_str().ok()?.split_once(' ')?;
     let rest = rest.trim();
     if scheme.eq_ignore_ascii_case("bearer") {

@@ -216,17 +216,19 @@ impl Keeper {
     /// and Amazon's answer stands. One forced refresh serves all who ask while it runs.
     pub async fn distrust(&self, user: &UserId, bearer: &HeaderValue) -> Option<HeaderValue> {
         let entry = self.entry(user)?;
-        let changed = entry.changed();
-        if let Some(other) = self.other_than(&entry, bearer) {
-            return Some(other);
+        let until = Instant::now() + WAIT_DEAD;
+        loop {
+            let changed = entry.changed();
+            if let Some(other) = self.other_than(&entry, bearer) {
+                return Some(other);
+            }
+            let fly = || self.fly(&entry, Why::Distrusted(bearer.clone()));
+            // A flight that was under way may end without a token call: then it is this caller's turn.
+            if !entry.force(self.0.clock.now(), FORCED_SPACING, fly) || timeout_at(until, changed.wait()).await.is_err()
+            {
+                return None;
+            }
         }
-        let now = self.0.clock.now();
-        if !entry.is_flying() && (entry.held().backs_off(now) || !entry.may_force(now, FORCED_SPACING)) {
-            return None;
-        }
-        self.fly(&entry, Why::Distrusted(bearer.clone()));
-        let _ = timeout(WAIT_DEAD, changed.wait()).await;
-        self.other_than(&entry, bearer)
     }
 
     fn other_than(&self, entry: &Entry, bearer: &HeaderValue) -> Option<HeaderValue> {
@@ -260,10 +262,25 @@ impl Keeper {
         }
     }
 
+    /// Does `work` in a task of its own, which a shutdown waits for, and gives its result: whoever asked for it may hang up
+    /// meanwhile.
+    pub async fn uninterrupted<T: Send + 'static>(&self, work: impl Future<Output = T> + Send + 'static) -> T {
+        match self.0.flights.spawn(work).await {
+            Ok(done) => done,
+            // Nobody aborts it, so it panicked: that goes on here, as if there were no task in between.
+            Err(error) => std::panic::resume_unwind(error.into_panic()),
+        }
+    }
+
     /// Takes `grant` into use for `user`, in place of whatever there was. Returns once it is stored, or the store said
     /// that it cannot be: then it is used all the same, since its code is spent and nobody else has it, and storing it
     /// is tried until it succeeds.
-    pub async fn adopt(&self, user: &UserId, mut grant: Grant) -> Status {
+    pub async fn adopt(&self, user: &UserId, grant: Grant) -> Status {
+        let (keeper, user) = (self.clone(), user.clone());
+        self.uninterrupted(async move { keeper.adopt_now(&user, grant).await }).await
+    }
+
+    async fn adopt_now(&self, user: &UserId, mut grant: Grant) -> Status {
         let entry = self.entry_or_new(user);
         let _write = entry.write().await;
         grant.generation = entry.next_generation();
@@ -277,6 +294,11 @@ impl Keeper {
 
     /// Wipes the tokens of `user`. Returns once they are gone from the disk; `false` where there were none.
     pub async fn forget(&self, user: &UserId) -> Result<bool, StoreError> {
+        let (keeper, user) = (self.clone(), user.clone());
+        self.uninterrupted(async move { keeper.forget_now(&user).await }).await
+    }
+
+    async fn forget_now(&self, user: &UserId) -> Result<bool, StoreError> {
         let Some(entry) = self.entry(user) else {
             // A record that does not decrypt is no entry, and a logout means it too.
             return self.timed("erase", self.0.store.erase(user)).await;
@@ -436,10 +458,7 @@ impl Keeper {
 impl Background {
     /// Renews tokens before anybody needs them, for as long as it runs, and notices when a store that failed works again.
     pub async fn run(self) {
-        tokio::select! {
-            () = self.agenda.run(&self.keeper) => {}
-            () = self.keeper.watch_store() => {}
-        }
+        tokio::join!(self.agenda.run(&self.keeper), self.keeper.watch_store());
     }
 }
 

@@ -195,7 +195,13 @@ impl Login {
         let by_server = begun.cookie.is_none();
         let ended = match callback.answer {
             Err(error) => Err(Trouble::Amazon(known_error(&error))),
-            Ok(code) => self.exchange(&code, &begun, callback.scope, by_server).await,
+            // A code is good for one exchange: a browser that goes away in the middle of it must not lose the grant.
+            Ok(code) => {
+                let (login, user) = (self.clone(), begun.user);
+                let exchange =
+                    async move { login.exchange(&code, user, &begun.verifier, callback.scope, by_server).await };
+                self.0.keeper.uninterrupted(exchange).await
+            }
         };
         (ended, begun.return_to)
     }
@@ -203,26 +209,27 @@ impl Login {
     async fn exchange(
         &self,
         code: &Secret,
-        begun: &Begun,
+        user: UserId,
+        verifier: &Secret,
         scope: Option<String>,
         by_server: bool,
     ) -> Result<Ended, Trouble> {
         let asked_at = self.0.clock.now();
-        let tokens = self.0.lwa.exchange(code, &begun.verifier).await.map_err(|error| {
-            tracing::warn!(user = %begun.user, %error, "the code was not exchanged");
+        let tokens = self.0.lwa.exchange(code, verifier).await.map_err(|error| {
+            tracing::warn!(%user, %error, "the code was not exchanged");
             Trouble::Exchange
         })?;
         let grant = granted(tokens, scope, asked_at).ok_or_else(|| {
-            tracing::warn!(user = %begun.user, "the code was exchanged, but the answer held no refresh token");
+            tracing::warn!(%user, "the code was exchanged, but the answer held no refresh token");
             Trouble::Exchange
         })?;
         if by_server && self.0.settings.confirm {
             let id = random();
-            let pending = Pending { user: begun.user.clone(), grant };
+            let pending = Pending { user, grant };
             lock(&self.0.pending).insert(hash(&id), pending, self.0.clock.now());
             return Ok(Ended::Pending(id));
         }
-        Ok(Ended::Stored(Box::new(self.0.keeper.adopt(&begun.user, grant).await)))
+        Ok(Ended::Stored(Box::new(self.0.keeper.adopt(&user, grant).await)))
     }
 
     /// Takes a pending grant into use; `None` where there is none under `id`.

@@ -104,25 +104,29 @@ impl LoginDoor {
         let answer = answer.await;
         let mut answer =
             answer.unwrap_or_else(|error| error.problem(|user| self.login_url(&parts.headers, user)).respond(""));
-        private(answer.headers_mut());
+        self.dress(Endpoint::Callback, &parts.headers, answer.headers_mut());
         answer
     }
 
-    /// Answers a request to `endpoint`.
+    /// Gives an answer of `endpoint`, a refusal too, the headers that all of them carry: without the CORS headers a page
+    /// could not read why it was refused.
+    pub fn dress(&self, endpoint: Endpoint, request: &HeaderMap, answer: &mut HeaderMap) {
+        if let Ok(Some(origin)) = self.guard.browser(request, endpoint.navigable()) {
+            cors(answer, origin);
+        }
+        private(answer);
+    }
+
+    /// Answers a request to `endpoint`. Its caller [dresses](Self::dress) the answer.
     pub async fn answer(&self, endpoint: Endpoint, parts: &Parts, body: Incoming) -> Result<Answer, LoginError> {
         let origin = self.guard.browser(&parts.headers, endpoint.navigable())?;
         if endpoint != Endpoint::Callback && endpoint != Endpoint::Shim {
             self.guard.caller(&parts.headers)?;
         }
-        let mut answer = match (parts.method.clone(), &origin) {
-            (Method::OPTIONS, Some(_)) if endpoint != Endpoint::Unknown => preflight(),
-            (method, _) => self.endpoint(endpoint, method, parts, body).await?,
-        };
-        if let Some(origin) = origin {
-            cors(answer.headers_mut(), origin);
+        match (parts.method.clone(), origin) {
+            (Method::OPTIONS, Some(_)) if endpoint != Endpoint::Unknown => Ok(preflight()),
+            (method, _) => self.endpoint(endpoint, method, parts, body).await,
         }
-        private(answer.headers_mut());
-        Ok(answer)
     }
 
     async fn endpoint(
@@ -389,7 +393,7 @@ fn cors(headers: &mut HeaderMap, origin: HeaderValue) {
 }
 
 /// What every answer of these endpoints carries.
-pub fn private(headers: &mut HeaderMap) {
+fn private(headers: &mut HeaderMap) {
     let fixed: [(HeaderName, &str); 3] =
         [(CACHE_CONTROL, "no-store"), (REFERRER_POLICY, "no-referrer"), (X_CONTENT_TYPE_OPTIONS, "nosniff")];
     for (name, value) in fixed {

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Instant;
 
-use http::header::{ACCEPT, CONTENT_LENGTH, HeaderValue};
+use http::header::{ACCEPT, CONTENT_LENGTH, HeaderMap, HeaderValue};
 use http::request::Parts;
 use http::{Method, Request, Response, StatusCode, Uri};
 use hyper::body::Incoming;
@@ -140,7 +140,11 @@ impl Proxy {
     ) -> Result<Response<Body>, ProxyError> {
         let target = self.guard.admit(parts, peer)?;
         if let Some(endpoint) = endpoint(&target) {
-            return Ok(self.login_door.answer(endpoint, parts, incoming).await?.map(Body::own));
+            let answer = self.login_door.answer(endpoint, parts, incoming).await;
+            let mut answer =
+                answer.unwrap_or_else(|error| self.problem(error.into(), parts).respond(trip.request_id()));
+            self.login_door.dress(endpoint, &parts.headers, answer.headers_mut());
+            return Ok(answer.map(Body::own));
         }
         self.guard.no_browser(&parts.headers)?;
         self.guard.caller(&parts.headers)?;
@@ -184,14 +188,15 @@ impl Proxy {
         trip: &mut Trip,
     ) -> Result<(Response<Answer>, Option<Arc<Held>>), ProxyError> {
         let held = body.progress();
-        let patient = wants_events(parts);
+        let patient = takes_event_stream(&parts.headers);
         let begun = Instant::now();
         let request = self.to_amazon(call, parts, target, bearer, body);
         let mut sent = self.upstream.send(call.region, request, Reuse::Allowed, patient).await;
-        if let Err(error) = &sent
-            && (error.unsent || (error.stale && is_idempotent(&parts.method)))
-            && let Some(body) = again(&held)
-        {
+        let once_more = sent.as_mut().err().and_then(|error| {
+            let safe = error.stale && is_idempotent(&parts.method);
+            error.unsent.take().or_else(|| if safe { again(&held) } else { None })
+        });
+        if let Some(body) = once_more {
             let request = self.to_amazon(call, parts, target, bearer, body);
             sent = self.upstream.send(call.region, request, Reuse::Never, patient).await;
         }
@@ -302,10 +307,11 @@ fn again(held: &Option<Arc<Held>>) -> Option<Outgoing> {
     }
 }
 
-/// Whether the caller would take an event stream, which may be silent for long before its first byte.
-fn wants_events(parts: &Parts) -> bool {
-    let accept = parts.headers.get(ACCEPT).and_then(|accept| accept.to_str().ok());
-    accept.is_some_and(|accept| accept.contains("text/event-stream"))
+/// Whether the caller takes an event stream, alone or among others: MCP clients name `application/json` first.
+fn takes_event_stream(headers: &HeaderMap) -> bool {
+    let lines = headers.get_all(ACCEPT).iter().filter_map(|line| line.to_str().ok());
+    let mut kinds = lines.flat_map(|line| line.split(',')).map(|kind| kind.split(';').next().unwrap_or_default());
+    kinds.any(|kind| kind.trim().eq_ignore_ascii_case("text/event-stream"))
 }
 
 /// RFC 9110, section 9.2.2.
@@ -373,7 +379,7 @@ impl From<ErrorKind> for Problem {
                 "The TLS handshake with Amazon's host failed.",
                 "If a proxy of your network breaks up TLS, add its CA as upstream.ca_file.",
             ),
-            ErrorKind::Reset(_) => Self::new(
+            ErrorKind::Reset(_) | ErrorKind::Switched => Self::new(
                 Code::UpstreamReset,
                 "The connection to Amazon broke before an answer came.",
                 "The call may have been processed: look before you repeat one that changes something.",

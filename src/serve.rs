@@ -26,7 +26,7 @@ use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::watch;
 
-use connections::{Command, Connections};
+use connections::{Command, Connections, Seat};
 use io::{Guarded, Watched};
 
 /// Where a door listens.
@@ -189,22 +189,31 @@ where
         let taken = tokio::select! {
             biased;
             _ = phase.wait_for(|phase| *phase == Phase::Closed) => return,
-            taken = async {
-                host.connections.room(limits.max_connections).await;
-                listener.accept().await
-            } => taken,
+            taken = listener.accept() => taken,
         };
-        match taken {
-            Ok(Stream::Tcp(stream, peer)) => {
-                let _ = stream.set_nodelay(true);
-                tokio::spawn(converse(stream, Peer::Tcp(peer), host.clone()));
-            }
-            Ok(Stream::Unix(stream)) => {
-                tokio::spawn(converse(stream, Peer::Unix, host.clone()));
-            }
+        let stream = match taken {
+            Ok(stream) => stream,
             Err(error) => {
                 tracing::warn!(%error, "cannot accept a connection");
                 tokio::time::sleep(ACCEPT_REST).await;
+                continue;
+            }
+        };
+        // Not before somebody came: an idle connection is closed for another one, and not for nobody.
+        tokio::select! {
+            biased;
+            _ = phase.wait_for(|phase| *phase == Phase::Closed) => return,
+            () = host.connections.room(limits.max_connections) => {}
+        }
+        // Taken here and not in the task, so that neither the cap nor the end overlooks it.
+        let seat = host.connections.sit();
+        match stream {
+            Stream::Tcp(stream, peer) => {
+                let _ = stream.set_nodelay(true);
+                tokio::spawn(converse(stream, Peer::Tcp(peer), seat, host.clone()));
+            }
+            Stream::Unix(stream) => {
+                tokio::spawn(converse(stream, Peer::Unix, seat, host.clone()));
             }
         }
     }
@@ -241,7 +250,7 @@ impl Drop for Listener {
 }
 
 /// One connection, from accept to close.
-async fn converse<S, H, F, B>(stream: S, peer: Peer, host: Host<H>)
+async fn converse<S, H, F, B>(stream: S, peer: Peer, seat: Seat, host: Host<H>)
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     H: Fn(Request<Incoming>, Peer) -> F + Clone + Send + Sync + 'static,
@@ -249,8 +258,7 @@ where
     B: http_body::Body<Data = Bytes> + Send + Unpin + 'static,
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
-    let Host { handler, connections, late } = host;
-    let seat = connections.sit();
+    let Host { handler, late, .. } = host;
     let service = service_fn(|request| {
         let busy = seat.begin();
         // Boxed, so that an idle connection does not hold the room of a busy one.
@@ -267,7 +275,6 @@ where
     let mut builder = http1::Builder::new();
     builder.half_close(false).auto_date_header(false).max_header_size(MAX_HEAD).max_buf_size(MAX_BUFFER);
     let mut connection = builder.serve_connection(TokioIo::new(Watched::new(stream, seat.activity())), service);
-    let mut leaving = false;
     loop {
         let command = tokio::select! {
             biased;
@@ -277,14 +284,14 @@ where
                 }
                 return;
             }
-            command = seat.command(), if !leaving => command,
+            command = seat.command() => command,
         };
         match command {
-            Command::Leave => {
-                leaving = true;
-                Pin::new(&mut connection).graceful_shutdown();
-            }
-            Command::HeadTimeout => break,
+            // A head that has begun may still come to its end, in its time.
+            Command::Leave => Pin::new(&mut connection).graceful_shutdown(),
+            Command::HeadTimeout if seat.is_in_head() => break,
+            // It came to its end just now.
+            Command::HeadTimeout => {}
         }
     }
     // hyper has written nothing yet for the head that did not come.

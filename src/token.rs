@@ -289,10 +289,9 @@ impl Held {
             Outcome::Refused(reason) => Self::LoginRequired { grant, reason, retry_at: now + REFUSED_RETRY },
             Outcome::Failed { failure, retry_after } => {
                 let attempts = self.attempts().saturating_add(1);
-                let wait = match retry_after {
-                    Some(asked) => asked.min(BACKOFF_LIVING),
-                    None => backoff(attempts, grant.living(now).is_some(), dice),
-                };
+                // Who asks for no wait at all is not asked again at once.
+                let own = backoff(attempts, grant.living(now).is_some(), dice);
+                let wait = retry_after.map_or(own, |asked| asked.min(BACKOFF_LIVING).max(own));
                 Self::Failing { grant, failure, attempts, retry_at: later(now, wait) }
             }
         }
@@ -463,6 +462,15 @@ mod tests {
         assert_eq!(waits[11], (60.0, 5.0));
         assert_eq!(wait(&living.next(failed(Some(40)), at(0), 0.0), 0), 40.0);
         assert_eq!(wait(&living.next(failed(Some(9999)), at(0), 0.0), 0), 60.0);
+    }
+
+    #[test]
+    fn a_retry_after_of_nothing_is_no_leave_to_hammer() {
+        let held = Held::Fresh(grant(-1));
+        let wait = |seconds| held.next(failed(Some(seconds)), at(0), 0.5).retry_at().unwrap().duration_since(at(0));
+        assert_eq!(wait(0), SignedDuration::from_millis(250));
+        assert_eq!(wait(7), SignedDuration::from_secs(7));
+        assert_eq!(wait(3600), SignedDuration::from_secs(60));
     }
 
     #[test]

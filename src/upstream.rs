@@ -14,7 +14,9 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use http::{HeaderValue, Request, Response, Uri};
+use http::header::{CONTENT_LENGTH, TRANSFER_ENCODING};
+use http::{HeaderValue, Request, Response, StatusCode, Uri};
+use http_body::Body as _;
 use hyper::body::Incoming;
 use hyper::client::conn::{TrySendError, http1, http2};
 use rustls::pki_types::CertificateDer;
@@ -79,8 +81,8 @@ pub enum Reuse {
 pub struct SendError {
     /// What happened.
     pub kind: ErrorKind,
-    /// No byte of the request was written: it may be repeated whatever it is.
-    pub unsent: bool,
+    /// The body, where no byte of the request was written: it may be repeated whatever it is.
+    pub unsent: Option<Outgoing>,
     /// It broke on a connection from the pool before any byte of an answer: the server may have been about to close it.
     pub stale: bool,
 }
@@ -97,6 +99,9 @@ pub enum ErrorKind {
     /// The connection broke, or what came was no HTTP.
     #[error("connection broke: {0}")]
     Reset(hyper::Error),
+    /// 101, which nobody asked for: what follows on the connection is no HTTP.
+    #[error("the server switched protocols unasked")]
+    Switched,
     /// No connection within `connect_timeout`.
     #[error("no connection within {0:?}")]
     ConnectTimeout(Duration),
@@ -109,8 +114,8 @@ pub enum ErrorKind {
 }
 
 impl ErrorKind {
-    fn unsent(self) -> SendError {
-        SendError { kind: self, unsent: true, stale: false }
+    fn unsent(self, body: Outgoing) -> SendError {
+        SendError { kind: self, unsent: Some(body), stale: false }
     }
 }
 
@@ -140,6 +145,9 @@ enum Connection {
 
 /// More idle connections than this are closed: a burst of callers must not hold descriptors for long.
 const MAX_IDLE: usize = 1024;
+/// A pooled connection whose server answered before it had read the whole request is not ready until it has, which may
+/// be never. A ready one says so within microseconds.
+const READY: Duration = Duration::from_millis(100);
 
 impl Upstream {
     /// Prepares the pools; connects to nothing yet.
@@ -162,18 +170,25 @@ impl Upstream {
     pub async fn send(
         &self,
         region: Region,
-        request: Request<Outgoing>,
+        mut request: Request<Outgoing>,
         reuse: Reuse,
         patient: bool,
     ) -> Result<Response<Answer>, SendError> {
         let host = &self.hosts[region as usize];
-        let connection = host.connection(reuse, self.idle_timeout).await.map_err(ErrorKind::unsent)?;
+        let connection = match host.connection(reuse, self.idle_timeout).await {
+            Ok(connection) => connection,
+            Err(kind) => return Err(kind.unsent(request.into_body())),
+        };
         let progress = request.body().progress();
         let wait = (!patient).then_some(self.response_timeout);
         match connection {
             Connection::Http1 { mut sender, reused } => {
+                frame(&mut request);
                 let sent = sender.try_send_request(request);
                 let response = awaited(sent, &progress, wait).await.map_err(|error| error.on(reused))?;
+                if response.status() == StatusCode::SWITCHING_PROTOCOLS {
+                    return Err(SendError { kind: ErrorKind::Switched, unsent: None, stale: false });
+                }
                 Ok(response.map(|incoming| Answer::http1(incoming, host.clone(), sender, progress)))
             }
             Connection::Http2(mut sender) => {
@@ -220,7 +235,10 @@ impl Host {
                 return Ok(Connection::Http2(sender));
             }
             while let Some(Idle { mut sender, since }) = self.pop() {
-                if since.elapsed() < idle_timeout && !sender.is_closed() && sender.ready().await.is_ok() {
+                if since.elapsed() < idle_timeout
+                    && !sender.is_closed()
+                    && matches!(tokio::time::timeout(READY, sender.ready()).await, Ok(Ok(())))
+                {
                     return Ok(Connection::Http1 { sender, reused: true });
                 }
             }
@@ -266,6 +284,13 @@ impl Host {
     }
 }
 
+/// Says how a body without a length is framed: hyper leaves the body of a GET or HEAD out where nothing does.
+fn frame(request: &mut Request<Outgoing>) {
+    if !request.body().is_end_stream() && !request.headers().contains_key(CONTENT_LENGTH) {
+        request.headers_mut().insert(TRANSFER_ENCODING, HeaderValue::from_static("chunked"));
+    }
+}
+
 /// What `sent` gives, within `wait` after the last byte of the request body was taken.
 async fn awaited(
     sent: impl Future<Output = Result<Response<Incoming>, TrySendError<Request<Outgoing>>>>,
@@ -287,13 +312,13 @@ async fn awaited(
 
 /// A request that got no answer's head.
 enum Broken {
-    Error { error: hyper::Error, unsent: bool },
+    Error { error: hyper::Error, unsent: Option<Outgoing> },
     Late(Duration),
 }
 
 impl From<TrySendError<Request<Outgoing>>> for Broken {
     fn from(mut error: TrySendError<Request<Outgoing>>) -> Self {
-        let unsent = error.take_message().is_some();
+        let unsent = error.take_message().map(Request::into_body);
         Self::Error { error: error.into_error(), unsent }
     }
 }
@@ -301,9 +326,9 @@ impl From<TrySendError<Request<Outgoing>>> for Broken {
 impl Broken {
     fn on(self, reused: bool) -> SendError {
         match self {
-            Self::Late(wait) => SendError { kind: ErrorKind::ResponseTimeout(wait), unsent: false, stale: false },
+            Self::Late(wait) => SendError { kind: ErrorKind::ResponseTimeout(wait), unsent: None, stale: false },
             Self::Error { error, unsent } => match BodyError::within(&error) {
-                Some(body) => SendError { kind: ErrorKind::Body(body), unsent: false, stale: false },
+                Some(body) => SendError { kind: ErrorKind::Body(body), unsent: None, stale: false },
                 None => {
                     // Anything but a broken connection (an answer that is no HTTP, say) came from the server.
                     let stale = reused && (error.is_incomplete_message() || error.is_canceled() || is_io(&error));

@@ -110,15 +110,17 @@ impl Entry {
         self.flying.load(SeqCst)
     }
 
-    /// Whether a forced refresh may be made now; if so, it counts as made.
-    pub(super) fn may_force(&self, now: Timestamp, spacing: SignedDuration) -> bool {
+    /// Begins a forced refresh by `fly`, unless one was made less than `spacing` ago. Returns whether a flight is under
+    /// way now: looking, counting and beginning are one step, so that whoever comes beside it joins it.
+    pub(super) fn force(&self, now: Timestamp, spacing: SignedDuration, fly: impl FnOnce()) -> bool {
         let mut forced_at = self.forced_at.lock().unwrap_or_else(PoisonError::into_inner);
         // A clock that was set back must not forbid it for long.
         let may = forced_at.is_none_or(|at| now < at || now >= at + spacing);
-        if may {
+        if may && !self.is_flying() && !self.held().backs_off(now) {
             *forced_at = Some(now);
+            fly();
         }
-        may
+        self.is_flying()
     }
 
     /// Jitter that stays the same for one token of one user, so that a plan computed twice is the same plan.

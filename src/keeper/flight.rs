@@ -8,11 +8,12 @@ use http::HeaderValue;
 
 use super::entry::Entry;
 use super::{Held, Keeper};
+use crate::account::UserId;
 use crate::lwa::LwaError;
 use crate::store::StoreError;
 use crate::token::{Cure, Failure, Grant, Outcome, Tokens};
 
-/// While a grant is newer in memory than on disk, storing it is tried again this often.
+/// While a grant is newer in memory than on disk, or the store has failed, it is tried again this often.
 const STORE_RETRY: Duration = Duration::from_secs(1);
 
 /// Who wants a renewal.
@@ -80,7 +81,7 @@ impl Flight {
         self.keeper.0.metrics.token_refresh_duration.observe(begun.elapsed().as_secs_f64());
         self.count(&answer);
 
-        let _write = self.entry.write().await;
+        let write = self.entry.write().await;
         let held = self.entry.held().clone();
         if held.grant().is_none_or(|now| now.generation != grant.generation) {
             tracing::info!(user = %self.entry.user, "renewal dropped: the grant was replaced or logged out meanwhile");
@@ -99,7 +100,16 @@ impl Flight {
         };
         let next = held.next(outcome, self.keeper.0.clock.now(), dice());
         self.log(&held, &next);
+        let refused = matches!(next, Held::LoginRequired { .. });
         self.keeper.publish(&self.entry, next);
+        drop(write);
+        // Whether the stored grant is dead was not known at the start: amazon.refresh_token may have come to replace it.
+        if refused
+            && self.entry.user == UserId::default()
+            && let Err(error) = self.keeper.adopt_configured().await
+        {
+            tracing::error!(%error, "amazon.refresh_token could not be stored, and is tried again at the next start");
+        }
     }
 
     /// The grant to renew, if renewal is still wanted: a wake-up is a hint, and what it hinted at may be done.
@@ -109,7 +119,8 @@ impl Flight {
         let wanted = match why {
             Why::Due => held.due(policy, self.entry.used_at(), self.entry.dice()).is_some_and(|due| due <= now),
             Why::OnDemand => held.expiring(policy, now),
-            Why::Distrusted(bearer) => held.living(now).is_some_and(|access| access.token.bearer() == bearer),
+            // The refused token may have ended meanwhile.
+            Why::Distrusted(bearer) => held.living(now).is_none_or(|access| access.token.bearer() == bearer),
             Why::Asked => true,
         };
         held.grant().filter(|_| wanted && !held.backs_off(now)).cloned()

@@ -1,21 +1,22 @@
 //! The token shim: a token endpoint for SDKs that insist on fetching a token. What it hands out is a placeholder; the
 //! proxy overwrites whatever bearer comes in.
 
-use http::header::{AUTHORIZATION, CONTENT_TYPE, HeaderMap};
+use http::header::{CONTENT_TYPE, HeaderMap};
 use http_body_util::{BodyExt, Limited};
 use hyper::body::Incoming;
 use serde_json::{Value, json};
 
 use super::{Answer, LoginError, Query, json as answer_json};
-use crate::guard::{Guard, Refusal, credential};
+use crate::guard::{Guard, Refusal};
 
 /// A token request is a few hundred bytes.
 const MAX_BODY: usize = 64 << 10;
 /// What SDKs get where no caller token is set.
 const PLACEHOLDER: &str = "adsidecar-attaches-the-real-token";
 
-/// Answers as LWA does. Where caller tokens are set, the SDK's `client_secret` has to be one, and comes back as the
-/// placeholder, so that the SDK's next calls carry it as their bearer.
+/// Answers as LWA does. Where caller tokens are set, the SDK's `client_secret` has to be one, unless its headers show one
+/// as on every other call (HTTP Basic among them: its password is the client secret, RFC 6749, section 2.3.1). It comes
+/// back as the placeholder, so that the SDK's next calls carry it as their bearer.
 pub(super) async fn answer(
     guard: &Guard,
     headers: &HeaderMap,
@@ -25,9 +26,10 @@ pub(super) async fn answer(
     let body = Limited::new(body, MAX_BODY).collect().await;
     let body = body.map_err(|_| LoginError::Parameter("A token request is at most 64 KiB.".into()))?.to_bytes();
     let token = if guard.asks_for_token() {
-        let shown = [client_secret(headers, &body), query.get("client_secret").map(str::to_owned), basic(headers)];
-        let known = shown.into_iter().flatten().find(|secret| guard.knows(secret.as_bytes()));
-        known.ok_or(LoginError::Refused(Refusal::Caller))?
+        let secrets = [client_secret(headers, &body), query.get("client_secret").map(str::to_owned)];
+        let known = secrets.into_iter().flatten().find(|secret| guard.knows(secret.as_bytes()));
+        let shown = || guard.shown(headers).and_then(|token| String::from_utf8(token).ok());
+        known.or_else(shown).ok_or(LoginError::Refused(Refusal::Caller))?
     } else {
         PLACEHOLDER.to_owned()
     };
@@ -45,9 +47,4 @@ fn client_secret(headers: &HeaderMap, body: &[u8]) -> Option<String> {
         return value["client_secret"].as_str().map(str::to_owned);
     }
     url::form_urlencoded::parse(body).find(|(name, _)| name == "client_secret").map(|(_, value)| value.into_owned())
-}
-
-/// The password of `Authorization: Basic`, which is the client secret (RFC 6749, section 2.3.1).
-fn basic(headers: &HeaderMap) -> Option<String> {
-    headers.get(AUTHORIZATION).and_then(credential).and_then(|secret| String::from_utf8(secret).ok())
 }

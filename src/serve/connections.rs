@@ -162,6 +162,11 @@ impl Seat {
         Busy(self.activity.clone())
     }
 
+    /// Whether a request's head has begun and not come to its end.
+    pub(super) fn is_in_head(&self) -> bool {
+        self.activity.doing().0 == Doing::Head
+    }
+
     /// Whether answers say `Connection: close` by now.
     pub(super) fn leaving(&self) -> bool {
         self.connections.leaving.load(Relaxed)

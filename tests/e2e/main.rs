@@ -7,3 +7,4 @@ mod rig;
 mod floors;
 mod login;
 mod proxying;
+mod review;
