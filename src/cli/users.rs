@@ -1,10 +1,13 @@
-//! `adsidecar users list` and `adsidecar users import`.
+//! `adsidecar users`.
+
+mod one;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use clap::Subcommand;
+use http::Method;
 use jiff::Timestamp;
 use serde_json::Value;
 
@@ -15,13 +18,31 @@ use crate::config::Config;
 use crate::lwa::Lwa;
 use crate::record::Record;
 use crate::secret::Secret;
-use crate::store::{StoreError, TokenStore};
+use crate::store::{Opened, StoreError, TokenStore};
 use crate::token::{Grant, Held, RefreshToken};
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Users {
     /// List the users and the state of their grants
     List,
+    /// Print what is known about one user, never a token
+    Show {
+        /// Whom
+        user: UserId,
+    },
+    /// Print the refresh token of one user in the clear, to move it elsewhere
+    Export {
+        /// Whose
+        user: UserId,
+        /// Print the record as it is stored instead: tokens stay encrypted
+        #[arg(long)]
+        records: bool,
+    },
+    /// Wipe the tokens of one user
+    Forget {
+        /// Whose
+        user: UserId,
+    },
     /// Take a refresh token from standard input, or with --records the records of another service
     Import {
         /// For whom; not with --records
@@ -42,6 +63,9 @@ pub(super) enum Users {
 pub(super) fn run(command: Users, config: Config) -> Result<(), Failed> {
     match command {
         Users::List => list(&config),
+        Users::Show { user } => one::show(&config, &user),
+        Users::Export { user, records } => one::export(&config, &user, records),
+        Users::Forget { user } => one::forget(&config, &user),
         Users::Import { user, records, offline, replace } => {
             let lwa = if offline { None } else { Some(Lwa::new(config.lwa.clone()).map_err(Failed::because)?) };
             match records {
@@ -54,11 +78,7 @@ pub(super) fn run(command: Users, config: Config) -> Result<(), Failed> {
 
 /// One line per user, from the running sidecar where one holds the store.
 fn list(config: &Config) -> Result<(), Failed> {
-    let opened = TokenStore::open(&config.store, Arc::new(app::keyring(config)?));
-    let (store, opened) = match opened {
-        Err(StoreError::Held { .. }) => return list_of_running(config),
-        opened => opened?,
-    };
+    let Some((store, opened)) = open_unless_held(config)? else { return list_of_running(config) };
     block_on(store.close())??;
     let now = Timestamp::now();
     let mut lines = String::new();
@@ -77,14 +97,12 @@ fn list(config: &Config) -> Result<(), Failed> {
 }
 
 fn list_of_running(config: &Config) -> Result<(), Failed> {
-    let token = config.guard.caller_tokens.first().map_or("", Secret::expose);
-    let headers: &[_] = if token.is_empty() { &[] } else { &[("x-ads-sidecar-token", token)] };
     let mut after = String::new();
     let mut lines = String::new();
     loop {
         let name: String = url::form_urlencoded::byte_serialize(after.as_bytes()).collect();
         let path = format!("/api/auth/amazon/status?after={name}");
-        let (status, body) = block_on(ask::get(&config.proxy_listen, &path, headers))??;
+        let (status, body) = block_on(ask::ask(&config.proxy_listen, Method::GET, &path, &caller_token(config)))??;
         let answer: Value = serde_json::from_slice(&body).unwrap_or_default();
         let Some(users) = answer["users"].as_array() else {
             return Err(Failed::because(format!("the running sidecar answered {status} to the status request")));
@@ -101,6 +119,19 @@ fn list_of_running(config: &Config) -> Result<(), Failed> {
             None => return print(lines),
         }
     }
+}
+
+/// The store and what is in it; `None` where a running sidecar holds it.
+fn open_unless_held(config: &Config) -> Result<Option<(TokenStore, Opened)>, Failed> {
+    match TokenStore::open(&config.store, Arc::new(app::keyring(config)?)) {
+        Err(StoreError::Held { .. }) => Ok(None),
+        opened => Ok(Some(opened?)),
+    }
+}
+
+/// The header that lets us in at the running sidecar, where it asks for one.
+fn caller_token(config: &Config) -> Vec<(&'static str, &str)> {
+    config.guard.caller_tokens.first().map(|token| ("x-ads-sidecar-token", token.expose())).into_iter().collect()
 }
 
 fn line(user: &str, state: &str, expires_at: Option<&str>) -> String {

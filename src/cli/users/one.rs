@@ -1,0 +1,106 @@
+//! `users show`, `users export` and `users forget`: one user's grant.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use http::{Method, StatusCode};
+use jiff::Timestamp;
+use serde_json::{Value, json};
+
+use super::{Failed, caller_token, open_unless_held};
+use crate::account::UserId;
+use crate::app;
+use crate::cli::{ask, block_on, print};
+use crate::config::Config;
+use crate::store::{Opened, StoreError, TokenStore};
+use crate::token::{Grant, Held};
+
+/// What is known about `user`, never a token; from the running sidecar where one holds the store.
+pub(super) fn show(config: &Config, user: &UserId) -> Result<(), Failed> {
+    let status = match open_unless_held(config)? {
+        None => of_running(config, user)?,
+        Some((store, opened)) => {
+            block_on(store.close())??;
+            stored(config, user, opened)?
+        }
+    };
+    print(serde_json::to_string_pretty(&status).map_err(Failed::because)? + "\n")
+}
+
+/// The refresh token of `user` in the clear, or with `records` the record as it is stored.
+pub(super) fn export(config: &Config, user: &UserId, records: bool) -> Result<(), Failed> {
+    let (store, _) = TokenStore::open(&config.store, Arc::new(app::keyring(config)?))?;
+    let (grant, mut dump) = block_on(async {
+        let found = (store.load(user).await, store.dump().await);
+        store.close().await?;
+        Ok::<_, StoreError>((found.0?, found.1?))
+    })??;
+    let grant = grant.ok_or_else(|| unknown(user))?;
+    if records {
+        let record = BTreeMap::from([(user, dump.remove(user))]);
+        return print(serde_json::to_string_pretty(&record).map_err(Failed::because)? + "\n");
+    }
+    print(format!("{}\n", grant.refresh_token.secret().expose()))
+}
+
+/// Wipes the tokens of `user`, through the running sidecar where one holds the store.
+pub(super) fn forget(config: &Config, user: &UserId) -> Result<(), Failed> {
+    match open_unless_held(config)? {
+        None => {
+            let path = format!("/api/auth/amazon/logout?user_id={}", encoded(user));
+            let (status, body) = block_on(ask::ask(&config.proxy_listen, Method::POST, &path, &caller_token(config)))??;
+            if status == StatusCode::NO_CONTENT { Ok(()) } else { Err(refused(status, &body)) }
+        }
+        Some((store, _)) => {
+            let erased = block_on(async {
+                let erased = store.erase(user).await;
+                store.close().await?;
+                erased
+            })??;
+            if erased { Ok(()) } else { Err(unknown(user)) }
+        }
+    }
+}
+
+fn of_running(config: &Config, user: &UserId) -> Result<Value, Failed> {
+    let path = format!("/api/auth/amazon/status?user_id={}", encoded(user));
+    let (status, body) = block_on(ask::ask(&config.proxy_listen, Method::GET, &path, &caller_token(config)))??;
+    let told: Value = serde_json::from_slice(&body).map_err(|_| refused(status, &body))?;
+    match told["state"].as_str() {
+        None => Err(refused(status, &body)),
+        Some("none") => Err(unknown(user)),
+        Some(_) => Ok(told),
+    }
+}
+
+fn stored(config: &Config, user: &UserId, opened: Opened) -> Result<Value, Failed> {
+    let found = opened.users.into_iter().find(|(name, _)| name == user);
+    let grant: Grant =
+        found.ok_or_else(|| unknown(user))?.1.map_err(|error| Failed::because(format!("{user}: {error}")))?;
+    let used_at = grant.used_at.unwrap_or(grant.updated_at);
+    let grant = Arc::new(grant);
+    let state = Held::Fresh(grant.clone()).state(config.keeper.policy, used_at, Timestamp::now());
+    Ok(json!({
+        "user_id": user,
+        "state": state,
+        "expires_at": grant.access.as_ref().map(|access| access.expires_at),
+        "updated_at": grant.updated_at,
+        "consented_at": grant.consented_at,
+        "consent_expires_at": grant.consent_expires_at(),
+        "scope": grant.scope,
+    }))
+}
+
+fn encoded(user: &UserId) -> String {
+    url::form_urlencoded::byte_serialize(user.as_str().as_bytes()).collect()
+}
+
+fn unknown(user: &UserId) -> Failed {
+    Failed::because(format!("{user} has no grant here; `adsidecar users list` names those who have"))
+}
+
+fn refused(status: StatusCode, body: &[u8]) -> Failed {
+    let document: Value = serde_json::from_slice(body).unwrap_or_default();
+    let detail = document["detail"].as_str().unwrap_or("no reason was given");
+    Failed::because(format!("the running sidecar answered {status}: {detail}"))
+}
