@@ -1,6 +1,6 @@
 //! The spine: what happens to a call, from its head to its answer.
 //!
-//! [`Proxy::serve`] always answers; [`Proxy::forward`] reads as the list of steps and is a column of `?`.
+//! [`Proxy::serve`] always answers; `Proxy::forward` reads as the list of steps and is a column of `?`.
 
 mod body;
 mod select;

@@ -879,9 +879,19 @@ fn the_sandbox_file_points_at_the_sandbox_and_nowhere_else() {
     let ca = given.write("ca.pem", &certificate);
     let given = given.toml(&shipped("sandbox.toml").replace("data/sandbox/ca.pem", &ca));
     let config = given.config();
-    let ours =
-        |url: &url::Url| ["localhost", "127.0.0.1"].contains(&url.host_str().unwrap()) && url.port() == Some(8443);
+    // The doors of `adsidecar-sandbox` where nobody says otherwise.
+    let ours = |url: &url::Url| {
+        ["localhost", "127.0.0.1"].contains(&url.host_str().unwrap())
+            && url.port().is_some_and(|port| (8440..=8443).contains(&port) || port == 8450)
+    };
     assert!(config.upstream.origins.iter().chain(&config.lwa.authorize_url).chain(&config.lwa.token_url).all(ours));
+    let ports = config.upstream.origins.each_ref().map(url::Url::port);
+    assert_eq!(ports, [Some(8441), Some(8442), Some(8443)], "na, eu, fe");
+    let return_url = "http://localhost:8001/api/auth/amazon/callback";
+    assert_eq!(config.lwa.redirect_uri, return_url, "the only one that the sandbox knows");
+    // The sandbox's own adsidecar has the default doors, and holds data/sandbox/adsidecar.sled.
+    assert!(!config.proxy_listen_default && !config.admin_listen_default);
+    assert_ne!(config.store.path, Path::new("data/sandbox/adsidecar.sled"));
     assert_eq!(config.lwa.authorize_url.unwrap().path(), "/ap/oa");
     assert_eq!(config.lwa.token_url.unwrap().path(), "/auth/o2/token");
     assert_eq!((config.lwa.extra_roots.len(), config.upstream.extra_roots.len()), (1, 1));

@@ -64,11 +64,13 @@ def test_the_token_that_the_library_fetches_opens_nothing_at_amazon(make_client,
     assert placeholder and not placeholder.startswith("Atza|"), "a real token left adsidecar"
     answer = requests.get(
         f"{sandbox.amazon}/v2/profiles",
-        headers={"Authorization": f"Bearer {placeholder}", "Amazon-Advertising-API-ClientId": "unused"},
+        # The sandbox refuses a Connection header, which only a sidecar that leaks would send; requests sends one.
+        headers={"Authorization": f"Bearer {placeholder}", "Connection": None},
         verify=sandbox.ca_file,
         timeout=30,
     )
-    assert answer.status_code == 401
+    assert answer.status_code == 403
+    assert "not a valid key=value pair" in answer.text, "Amazon's gateway takes it for no token at all"
 
 
 def test_the_library_reports_adsidecars_own_refusal(replaced):

@@ -1,4 +1,4 @@
-"""Starts a sandbox world (a stand-in for Amazon with an adsidecar in front of it) for the clients that are tried on it."""
+"""Starts a sandbox world (a stand-in for Amazon with an adsidecar in front of it) for whoever is tried on it."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[1]
 
 # Long enough for a debug build on a busy machine; a sandbox that is up says so at once.
 START_SECONDS = 60
@@ -40,9 +40,12 @@ class Sandbox:
 
     process: subprocess.Popen
     proxy: str
+    admin: str
+    control: str
     amazon: str
     ca_file: str
     config: str
+    store: str
     fernet_key: str
     profile_id: str
 
