@@ -19,7 +19,7 @@ use serde::Serialize;
 use serde_json::json;
 
 use crate::account::{Region, UserId};
-use crate::guard::{Guard, Refusal};
+use crate::guard::{Guard, Navigable, Refusal};
 use crate::keeper::{Keeper, Status, TokenError};
 use crate::login::{Callback, Ended, Login, TEN_MINUTES, Trouble, Wish};
 use crate::problem::{Code, Problem};
@@ -104,25 +104,33 @@ impl LoginDoor {
         let answer = answer.await;
         let mut answer =
             answer.unwrap_or_else(|error| error.problem(|user| self.login_url(&parts.headers, user)).respond(""));
-        private(answer.headers_mut());
+        self.dress(&parts.headers, answer.headers_mut());
         answer
     }
 
-    /// Answers a request to `endpoint`.
+    /// Gives an answer what every answer of these endpoints carries; refusals too, which a frontend has to be able to
+    /// read. `asked` are the request's headers.
+    pub fn dress(&self, asked: &HeaderMap, answer: &mut HeaderMap) {
+        if let Ok(Some(origin)) = self.guard.browser(asked, Navigable::FromAnywhere) {
+            cors(answer, origin);
+        }
+        let fixed: [(HeaderName, &str); 3] =
+            [(CACHE_CONTROL, "no-store"), (REFERRER_POLICY, "no-referrer"), (X_CONTENT_TYPE_OPTIONS, "nosniff")];
+        for (name, value) in fixed {
+            answer.insert(name, HeaderValue::from_static(value));
+        }
+    }
+
+    /// Answers a request to `endpoint`. The answer, or the refusal, is to be [dressed](Self::dress).
     pub async fn answer(&self, endpoint: Endpoint, parts: &Parts, body: Incoming) -> Result<Answer, LoginError> {
         let origin = self.guard.browser(&parts.headers, endpoint.navigable())?;
         if endpoint != Endpoint::Callback && endpoint != Endpoint::Shim {
             self.guard.caller(&parts.headers)?;
         }
-        let mut answer = match (parts.method.clone(), &origin) {
-            (Method::OPTIONS, Some(_)) if endpoint != Endpoint::Unknown => preflight(),
-            (method, _) => self.endpoint(endpoint, method, parts, body).await?,
-        };
-        if let Some(origin) = origin {
-            cors(answer.headers_mut(), origin);
+        match (parts.method.clone(), origin) {
+            (Method::OPTIONS, Some(_)) if endpoint != Endpoint::Unknown => Ok(preflight()),
+            (method, _) => self.endpoint(endpoint, method, parts, body).await,
         }
-        private(answer.headers_mut());
-        Ok(answer)
     }
 
     async fn endpoint(
@@ -386,13 +394,4 @@ fn cors(headers: &mut HeaderMap, origin: HeaderValue) {
     headers.insert(ACCESS_CONTROL_ALLOW_ORIGIN, origin);
     headers.insert(ACCESS_CONTROL_ALLOW_CREDENTIALS, HeaderValue::from_static("true"));
     headers.insert(VARY, HeaderValue::from_static("origin"));
-}
-
-/// What every answer of these endpoints carries.
-pub fn private(headers: &mut HeaderMap) {
-    let fixed: [(HeaderName, &str); 3] =
-        [(CACHE_CONTROL, "no-store"), (REFERRER_POLICY, "no-referrer"), (X_CONTENT_TYPE_OPTIONS, "nosniff")];
-    for (name, value) in fixed {
-        headers.insert(name, HeaderValue::from_static(value));
-    }
 }

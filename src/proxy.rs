@@ -125,7 +125,14 @@ impl Proxy {
         let mut trip = Trip::begin(self.metrics.clone(), &parts.method, self.request_ids.of(&parts));
         let mut answer = match self.forward(&parts, incoming, peer, &mut trip).await {
             Ok(answer) => answer,
-            Err(error) => self.problem(error, &parts).respond(trip.request_id()).map(Body::own),
+            Err(error) => {
+                let of_login_door = matches!(error, ProxyError::Login(_));
+                let mut answer = self.problem(error, &parts).respond(trip.request_id()).map(Body::own);
+                if of_login_door {
+                    self.login_door.dress(&parts.headers, answer.headers_mut());
+                }
+                answer
+            }
         };
         answer.headers_mut().insert(REQUEST_ID, trip.request_id_header());
         trip.end(answer)
@@ -140,7 +147,9 @@ impl Proxy {
     ) -> Result<Response<Body>, ProxyError> {
         let target = self.guard.admit(parts, peer)?;
         if let Some(endpoint) = endpoint(&target) {
-            return Ok(self.login_door.answer(endpoint, parts, incoming).await?.map(Body::own));
+            let mut answer = self.login_door.answer(endpoint, parts, incoming).await?;
+            self.login_door.dress(&parts.headers, answer.headers_mut());
+            return Ok(answer.map(Body::own));
         }
         self.guard.no_browser(&parts.headers)?;
         self.guard.caller(&parts.headers)?;
