@@ -7,15 +7,15 @@ use hyper::body::Incoming;
 use serde_json::{Value, json};
 
 use super::{Answer, LoginError, Query, json as answer_json};
-use crate::guard::{Guard, Refusal, credential};
+use crate::guard::{Guard, credential};
 
 /// A token request is a few hundred bytes.
 const MAX_BODY: usize = 64 << 10;
 /// What SDKs get where no caller token is set.
 const PLACEHOLDER: &str = "adsidecar-attaches-the-real-token";
 
-/// Answers as LWA does. Where caller tokens are set, the SDK's `client_secret` has to be one, and comes back as the
-/// placeholder, so that the SDK's next calls carry it as their bearer.
+/// Answers as LWA does. Where caller tokens are set, the caller shows one as it does on any other call, or the SDK's
+/// `client_secret` is one: that one comes back as the placeholder, so that the SDK's next calls carry it as their bearer.
 pub(super) async fn answer(
     guard: &Guard,
     headers: &HeaderMap,
@@ -26,8 +26,10 @@ pub(super) async fn answer(
     let body = body.map_err(|_| LoginError::Parameter("A token request is at most 64 KiB.".into()))?.to_bytes();
     let token = if guard.asks_for_token() {
         let shown = [client_secret(headers, &body), query.get("client_secret").map(str::to_owned), basic(headers)];
-        let known = shown.into_iter().flatten().find(|secret| guard.knows(secret.as_bytes()));
-        known.ok_or(LoginError::Refused(Refusal::Caller))?
+        match shown.into_iter().flatten().find(|secret| guard.knows(secret.as_bytes())) {
+            Some(known) => known,
+            None => guard.caller(headers).map(|()| PLACEHOLDER.to_owned())?,
+        }
     } else {
         PLACEHOLDER.to_owned()
     };
