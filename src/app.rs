@@ -16,6 +16,7 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use url::Url;
 
+use crate::account::UserId;
 use crate::admin::{Admin, Stage};
 use crate::clock::Clock;
 use crate::config::{Config, FernetKeys, Shutdown};
@@ -32,6 +33,7 @@ use crate::proxy::{Body, Proxy};
 use crate::secret::Secret;
 use crate::serve::{Door, Limits, Peer, Phase};
 use crate::store::{Opened, StoreError, TokenStore};
+use crate::token::State;
 use crate::upstream::Upstream;
 
 /// The admin door serves a kubelet, a scraper and a person, and none of them for long.
@@ -174,6 +176,12 @@ impl App {
     /// at most `shutdown.drain`; then every token call and every write comes to its end.
     pub async fn run(self, stop: impl Future<Output = ()>) -> Result<(), StoreError> {
         let mut helpers = JoinSet::new();
+        // Before anybody can ask for it; where there is a grant to be tried first, callers have that one meanwhile.
+        let adopting = adopt_configured(self.keeper.clone());
+        match self.keeper.status(&UserId::default()).state {
+            State::None => adopting.await,
+            _ => drop(helpers.spawn(adopting)),
+        }
         helpers.spawn(self.background.run());
         let upstream = self.upstream;
         helpers.spawn(async move { upstream.tend().await });
@@ -188,9 +196,6 @@ impl App {
         let (door, admin) = self.admin;
         helpers
             .spawn(door.run(move |request, peer| serve_admin(admin.clone(), request, peer), admin_phase.subscribe()));
-        if let Err(error) = self.keeper.adopt_configured().await {
-            tracing::error!(%error, "amazon.refresh_token could not be stored, and is tried again at the next start");
-        }
         self.stage.send_replace(Stage::Serving);
         let Addresses { proxy, login, admin } = &self.addresses;
         tracing::info!(?proxy, ?login, ?admin, version = env!("CARGO_PKG_VERSION"), "serving");
@@ -215,6 +220,12 @@ impl App {
         let closed = self.store.close().await;
         tracing::info!("stopped");
         closed
+    }
+}
+
+async fn adopt_configured(keeper: Keeper) {
+    if let Err(error) = keeper.adopt_configured().await {
+        tracing::error!(%error, "amazon.refresh_token could not be stored, and is tried again at the next start");
     }
 }
 

@@ -330,14 +330,17 @@ impl Keeper {
     }
 
     /// Adopts `amazon.refresh_token` as user `default`, unless it is the one adopted last, or that user has a usable
-    /// grant.
+    /// grant. Where there is a grant this takes a token call: whether LWA refuses a grant is written down nowhere, so a
+    /// process that has just started has to ask.
     pub async fn adopt_configured(&self) -> Result<(), StoreError> {
         let Some(token) = &self.0.settings.adopt else { return Ok(()) };
         let user = UserId::default();
         let hash = fingerprint(token);
-        let usable =
-            self.entry(&user).is_some_and(|entry| matches!(&**entry.held(), Held::Fresh(_) | Held::Failing { .. }));
-        if usable || self.0.store.note(ADOPTED).await?.as_ref() == Some(&hash) {
+        if self.0.store.note(ADOPTED).await?.as_ref() == Some(&hash) {
+            return Ok(());
+        }
+        let has_grant = self.entry(&user).is_some_and(|entry| entry.held().grant().is_some());
+        if has_grant && !matches!(self.refresh(&user).await, Err(TokenError::LoginRequired { .. })) {
             return Ok(());
         }
         let grant = Grant {
