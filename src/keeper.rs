@@ -267,6 +267,7 @@ impl Keeper {
         self.timed("put", self.0.store.save(user, &grant, None)).await?;
         entry.mark_used(self.0.clock.now());
         self.publish(&entry, Held::Fresh(Arc::new(grant)));
+        entry.wake();
         tracing::info!(%user, "grant stored");
         Ok(self.tell(&entry))
     }
@@ -281,6 +282,7 @@ impl Keeper {
         let erased = self.timed("erase", self.0.store.erase(user)).await?;
         let held = entry.held().grant().is_some();
         self.publish(&entry, Held::Nothing);
+        entry.wake();
         tracing::info!(%user, "logged out");
         Ok(erased || held)
     }
@@ -382,7 +384,7 @@ impl Keeper {
         }
     }
 
-    /// Makes `held` what everybody sees, and plans its next renewal.
+    /// Makes `held` what everybody sees, and plans its next renewal. Wakes nobody: see [`Entry::set`].
     fn publish(&self, entry: &Arc<Entry>, held: Held) {
         entry.set(held);
         // The background is gone only when the process is about to be.

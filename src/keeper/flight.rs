@@ -82,6 +82,7 @@ impl Flight {
         };
         let next = held.next(outcome, self.keeper.0.clock.now(), dice());
         self.log(&held, &next);
+        // Those who wait are woken by the landing: were it now, who then asks anew would join a flight that is over.
         self.keeper.publish(&self.entry, next);
     }
 
