@@ -118,6 +118,11 @@ impl Rig {
         running.ended.await.unwrap();
     }
 
+    /// Waits for a sidecar that stops by itself.
+    pub async fn quit(&mut self) {
+        self.running.take().expect("it runs").ended.await.unwrap();
+    }
+
     /// Asks the sidecar to stop, and gives what completes when it has.
     pub fn begin_stop(&mut self) -> JoinHandle<()> {
         let running = self.running.take().expect("it runs");
