@@ -97,6 +97,7 @@ impl App {
     pub async fn build(config: Config, clock: Clock, log: Option<LogHandle>) -> Result<Self, BuildError> {
         let setting = |error: &dyn std::fmt::Display| BuildError::Setting(error.to_string());
         let keyring = Arc::new(keyring(&config)?);
+        let first_key = keyring.first();
         let (store, opened) = TokenStore::open(&config.store, keyring)?;
         report(&opened);
         let started_at = clock.now().as_duration().as_secs_f64();
@@ -150,6 +151,8 @@ impl App {
                 ("admin", Box::new(admin_door.count())),
             ],
             log,
+            store: store.clone(),
+            first_key,
             quit: quit.clone(),
         });
         Ok(Self {

@@ -2,6 +2,8 @@
 
 use std::time::{Duration, Instant};
 
+use http::Method;
+
 use super::{Failed, ask, block_on, print};
 use crate::config::Config;
 
@@ -31,7 +33,7 @@ pub(super) fn wait(config: &Config, timeout: Duration) -> Result<(), Failed> {
 
 async fn probe(config: &Config, ready: bool) -> Result<String, Failed> {
     let path = if ready { "/readyz" } else { "/livez" };
-    let (status, body) = ask::get(&config.admin_listen, path, &[]).await?;
+    let (status, body) = ask::ask(&config.admin_listen, Method::GET, path, &[]).await?;
     let text = String::from_utf8_lossy(&body).into_owned();
     if status.is_success() { Ok(text) } else { Err(Failed::because(text.trim_end())) }
 }

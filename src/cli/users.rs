@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use clap::Subcommand;
+use http::Method;
 use jiff::Timestamp;
 use serde_json::Value;
 
@@ -77,14 +78,13 @@ fn list(config: &Config) -> Result<(), Failed> {
 }
 
 fn list_of_running(config: &Config) -> Result<(), Failed> {
-    let token = config.guard.caller_tokens.first().map_or("", Secret::expose);
-    let headers: &[_] = if token.is_empty() { &[] } else { &[("x-ads-sidecar-token", token)] };
+    let headers = ask::caller_token(config);
     let mut after = String::new();
     let mut lines = String::new();
     loop {
         let name: String = url::form_urlencoded::byte_serialize(after.as_bytes()).collect();
         let path = format!("/api/auth/amazon/status?after={name}");
-        let (status, body) = block_on(ask::get(&config.proxy_listen, &path, headers))??;
+        let (status, body) = block_on(ask::ask(&config.proxy_listen, Method::GET, &path, &headers))??;
         let answer: Value = serde_json::from_slice(&body).unwrap_or_default();
         let Some(users) = answer["users"].as_array() else {
             return Err(Failed::because(format!("the running sidecar answered {status} to the status request")));
