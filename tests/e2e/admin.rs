@@ -22,14 +22,21 @@ async fn the_admin_door_is_for_this_machine_and_for_no_web_page() {
             assert_eq!((answer.status().as_u16(), code(&answer)), (403, "cross_site"), "{path}");
         }
     }
-    for (method, path) in
-        [(Method::POST, "/quitquitquit"), (Method::PUT, "/log"), (Method::GET, "/"), (Method::POST, "/metrics")]
-    {
+    for (method, path) in [
+        (Method::POST, "/quitquitquit"),
+        (Method::POST, "/rotate"),
+        (Method::PUT, "/log"),
+        (Method::GET, "/"),
+        (Method::POST, "/metrics"),
+    ] {
         let answer = at_door(&rig, method, path, &[("host", "evil.test")]).await;
         assert_eq!((answer.status().as_u16(), code(&answer)), (403, "host_not_allowed"), "{path}");
     }
     for (method, path, status) in [
         (Method::GET, "/quitquitquit", 405),
+        (Method::GET, "/rotate", 405),
+        (Method::POST, "/rotate", 400),
+        (Method::POST, "/rotate?key=00000000", 400),
         (Method::POST, "/livez", 405),
         (Method::GET, "/v2/profiles", 404),
         (Method::GET, "/api/auth/amazon/status", 404),

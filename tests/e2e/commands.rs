@@ -321,10 +321,14 @@ async fn a_running_sidecar_rotates_when_asked() {
     let mut rig = stopped().await;
     rig.sets.push(("store.fernet_keys".into(), format!("{OTHER_KEY},{FERNET_KEY}")));
     rig.start_sidecar().await;
-    let rotated =
-        beside(&rig, &["key", "rotate", "--set", &format!("store.fernet_keys={OTHER_KEY},{FERNET_KEY}")]).await;
+    let other = beside(&rig, &["key", "rotate"]).await;
+    assert_eq!((other.code, other.out.as_str()), (FAILED, ""), "it seals with the key that it was started with");
+    assert!(other.err.contains("Restart it") && !other.err.contains(FERNET_KEY), "{}", other.err);
+    let both = format!("store.fernet_keys={OTHER_KEY},{FERNET_KEY}");
+    let rotated = beside(&rig, &["key", "rotate", "--set", &both]).await;
     assert_eq!(rotated.code, DONE, "{}", rotated.err);
     assert!(rotated.out.starts_with("1 grants sealed anew"), "{}", rotated.out);
+    assert_eq!(rig.post("/api/auth/amazon/refresh").await.status(), 200);
     assert_eq!(rig.get("/v2/profiles").await.status(), 200);
     rig.restart_with("store.fernet_keys", OTHER_KEY).await;
     assert_eq!(rig.get("/v2/profiles").await.status(), 200);

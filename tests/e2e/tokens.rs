@@ -295,6 +295,19 @@ async fn callers_of_an_outage_are_told_soon_and_recover_by_themselves() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn callers_without_a_living_token_do_not_wait_for_ever() {
+    let rig = Rig::with_running_clock("").await;
+    rig.log_in("default").await;
+    rig.sandbox.set_trouble(Rule::from(Trouble::Hang).at(Door::Lwa).always());
+    rig.advance(3600);
+    let begun = Instant::now();
+    let answer = rig.get("/v2/profiles").await;
+    assert_eq!((answer.status().as_u16(), code(&answer)), (503, "token_unavailable"));
+    assert!(begun.elapsed() < Duration::from_secs(15), "{:?}", begun.elapsed());
+    assert!(rig.sandbox.refreshes() <= 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_refused_grant_is_kept_tried_hourly_and_heals() {
     let mut rig = Rig::start().await;
     rig.log_in("default").await;
