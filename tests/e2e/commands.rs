@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use adsidecar::keyring::Keyring;
-use adsidecar::sandbox::{CLIENT_SECRET, Door, Rule, Trouble};
+use adsidecar::sandbox::{CLIENT_ID, CLIENT_SECRET, Door, RETURN_URL, Rule, SCOPE, Trouble};
 use adsidecar::secret::Secret;
 use fernet::Fernet;
 use serde_json::{Value, json as object};
@@ -85,7 +85,11 @@ impl Serving {
     /// Starts it, and returns once it serves.
     async fn start(rig: &Rig, arguments: &[&str]) -> Self {
         let file = rig.config_file();
-        let mut child = command(&[&["serve", "--config", file.to_str().unwrap()], arguments].concat()).spawn().unwrap();
+        Self::spawn(command(&[&["serve", "--config", file.to_str().unwrap()], arguments].concat())).await
+    }
+
+    async fn spawn(mut command: Command) -> Self {
+        let mut child = command.spawn().unwrap();
         let log = Arc::new(Mutex::new(String::new()));
         let (lines, kept) = (BufReader::new(child.stderr.take().unwrap()).lines(), log.clone());
         std::thread::spawn(move || {
@@ -299,6 +303,76 @@ async fn the_users_are_listed_alone_and_beside_a_running_sidecar() {
         assert!(line[2].parse::<jiff::Timestamp>().is_ok());
     }
     assert!(!alone.out.contains("Atz"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_command_beside_a_running_sidecar_shows_the_caller_token() {
+    let rig = Rig::with("[proxy]\nlisten = \"127.0.0.1:0\"\ncaller_token = \"one-token\"\n").await;
+    let listed = beside(&rig, &["users", "list"]).await;
+    assert_eq!((listed.code, listed.out.as_str()), (DONE, ""), "{}", listed.err);
+    let wrong = beside(&rig, &["users", "list", "--set", "proxy.caller_token=another-token"]).await;
+    assert_eq!(wrong.code, FAILED);
+    assert!(wrong.err.contains("407") && !wrong.err.contains("another-token"), "{}", wrong.err);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_names_of_amazons_guide_are_enough_to_start() {
+    let rig = stopped().await;
+    let token = rig.sandbox.grant().refresh_token;
+    let store = rig.directory.path().join("other").display().to_string();
+    let ca = rig.directory.path().join("ca.pem").display().to_string();
+    let variables = [
+        ("AMAZON_CLIENT_ID", CLIENT_ID.to_owned()),
+        ("AMAZON_CLIENT_SECRET", CLIENT_SECRET.to_owned()),
+        ("AMAZON_OAUTH_REDIRECT_URI", RETURN_URL.to_owned()),
+        ("AMAZON_SCOPE", SCOPE.to_owned()),
+        ("AMAZON_REFRESH_TOKEN", token),
+        ("FERNET_KEY", FERNET_KEY.to_owned()),
+        ("FRONTEND_URL", "https://app.example.com/".to_owned()),
+        ("ENVIRONMENT", "production".to_owned()),
+        ("ADSIDECAR_AMAZON__TOKEN_URL", rig.sandbox.token_url()),
+        ("ADSIDECAR_AMAZON__CA_FILE", ca.clone()),
+        ("ADSIDECAR_UPSTREAM__NA", rig.sandbox.origin(Door::Na)),
+        ("ADSIDECAR_UPSTREAM__CA_FILE", ca),
+        ("ADSIDECAR_STORE__PATH", store),
+        ("ADSIDECAR_PROXY__LISTEN", "127.0.0.1:0".to_owned()),
+        ("ADSIDECAR_ADMIN__LISTEN", "127.0.0.1:0".to_owned()),
+        // Kubernetes injects such names for a Service called adsidecar.
+        ("ADSIDECAR_PORT", "tcp://10.0.0.1:8001".to_owned()),
+        ("ADSIDECAR_SERVICE_HOST", "10.0.0.1".to_owned()),
+    ];
+    let mut serve = command(&["serve", "--set", "log.format=text"]);
+    serve.envs(variables);
+    let serving = Serving::spawn(serve).await;
+    let call = rig.client.get(serving.url("/v2/profiles")).send().await.unwrap();
+    assert_eq!(call.status(), 200, "the refresh token was adopted");
+    let ended = rig.client.get(serving.url("/api/auth/amazon/callback?code=x&state=y")).send().await.unwrap();
+    assert!(ended.headers()["location"].to_str().unwrap().starts_with("https://app.example.com/?status=error"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn without_a_key_development_makes_one_and_production_refuses() {
+    let rig = stopped().await;
+    let text = std::fs::read_to_string(rig.config_file()).unwrap();
+    let keyless: String =
+        text.lines().filter(|line| !line.starts_with("fernet_keys")).map(|line| format!("{line}\n")).collect();
+    let file = rig.directory.path().join("keyless.toml");
+    std::fs::write(&file, keyless).unwrap();
+    let store = rig.directory.path().join("fresh").display().to_string();
+    let set = format!("store.path={store}");
+    let arguments = ["--config", file.to_str().unwrap(), "--set", &set];
+    let refused = bare(&[&["serve", "--set", "environment=production"], &arguments[..]].concat(), "").await;
+    assert_eq!(refused.code, CONFIG);
+    assert!(refused.err.contains("adsidecar key new"), "{}", refused.err);
+    assert!(!Path::new(&format!("{store}.key")).exists());
+
+    let token = rig.sandbox.grant().refresh_token;
+    let made = bare(&[&["users", "import"], &arguments[..]].concat(), &token).await;
+    assert_eq!(made.code, DONE, "{}", made.err);
+    let key = std::fs::metadata(format!("{store}.key")).unwrap();
+    assert_eq!(std::os::unix::fs::PermissionsExt::mode(&key.permissions()) & 0o777, 0o600);
+    let again = bare(&[&["users", "list"], &arguments[..]].concat(), "").await;
+    assert!(again.out.starts_with("default\tfresh\t"), "{}{}", again.out, again.err);
 }
 
 #[tokio::test(flavor = "multi_thread")]

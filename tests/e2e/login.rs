@@ -8,7 +8,7 @@ use reqwest::{Method, Response};
 use serde_json::Value;
 use url::Url;
 
-use crate::rig::{Rig, code, json};
+use crate::rig::{Rig, code, header, json};
 
 const FRONTEND: &str = "[login]\nfrontend_url = \"https://app.example.com/connected?tab=ads\"\n";
 const ORIGIN: &str = "https://app.example.com";
@@ -16,10 +16,6 @@ const LOGIN: &str = "/api/auth/amazon/login";
 const STATUS: &str = "/api/auth/amazon/status";
 /// What a page must never give back.
 const SCRIPTS: [&str; 3] = ["<script>alert(1)</script>", "\"><img src=x onerror=alert(1)>", "javascript:alert(1)"];
-
-fn header<'a>(answer: &'a Response, name: &str) -> &'a str {
-    answer.headers().get(name).map_or("", |value| value.to_str().unwrap())
-}
 
 fn location(answer: &Response) -> Url {
     header(answer, "location").parse().unwrap()
@@ -477,6 +473,9 @@ async fn a_browser_is_sent_to_the_consent_page_with_a_cookie() {
     let redirected = rig.get(&format!("{LOGIN}?redirect=true")).await;
     assert_eq!(redirected.status(), 302);
     assert!(redirected.headers().contains_key(LOCATION) && !redirected.headers().contains_key("set-cookie"));
+    let from_the_frontend = rig.request(Method::GET, LOGIN).header("accept", "text/html");
+    let from_the_frontend = from_the_frontend.header("sec-fetch-site", "same-site").send().await.unwrap();
+    assert_eq!(from_the_frontend.status(), 302, "another port of localhost is the same site");
     for accept in ["application/json", "*/*", "application/json, text/html", "*/*, text/html"] {
         let answer = rig.request(Method::GET, LOGIN).header("accept", accept).send().await.unwrap();
         assert_eq!(answer.status(), 200, "{accept}");

@@ -265,3 +265,8 @@ pub async fn json(response: Response) -> Value {
 pub fn code(response: &Response) -> &str {
     response.headers().get("x-adsidecar-error").map_or("", |code| code.to_str().unwrap())
 }
+
+/// A header of an answer as text; empty where it is not there.
+pub fn header<'a>(answer: &'a Response, name: &str) -> &'a str {
+    answer.headers().get(name).map_or("", |value| value.to_str().unwrap())
+}

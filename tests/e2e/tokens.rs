@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use adsidecar::sandbox::{Door, Rule, Trouble, pseudo_random_bytes};
+use adsidecar::sandbox::{CLIENT_SECRET, Door, Rule, Trouble, pseudo_random_bytes};
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
 use jiff::Timestamp;
@@ -12,17 +12,13 @@ use sha2::{Digest, Sha256};
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 
-use crate::rig::{Rig, code, eventually, json};
+use crate::rig::{Rig, code, eventually, header, json};
 
 const SHIM: &str = "/auth/o2/token";
 const REFRESH: &str = "/api/auth/amazon/refresh";
 const LOGOUT: &str = "/api/auth/amazon/logout";
 /// Users fall idle so early that the background leaves the renewal to callers.
 const IDLE: &str = "[refresh]\nidle_after = \"1m\"\nsweep = \"1h\"\n";
-
-fn header<'a>(answer: &'a Response, name: &str) -> &'a str {
-    answer.headers().get(name).map_or("", |value| value.to_str().unwrap())
-}
 
 fn basic(secret: &str) -> String {
     format!("Basic {}", BASE64_STANDARD.encode(format!("{}:{secret}", "amzn1.application-oa2-client.x")))
@@ -148,9 +144,10 @@ async fn a_token_with_under_five_minutes_left_is_renewed_by_who_asks() {
     let rig = Rig::with(IDLE).await;
     rig.log_in("default").await;
     rig.advance(3299);
-    assert_eq!(rig.get("/v2/profiles").await.status(), 200);
-    assert_eq!(rig.sandbox.refreshes(), 0, "five minutes and a second are enough");
+    assert_eq!(rig.status_of("default").await["state"], "fresh", "five minutes and a second are enough");
     rig.advance(1);
+    assert_eq!(rig.status_of("default").await["state"], "expiring");
+    assert_eq!(rig.sandbox.refreshes(), 0, "to look is not to use");
     assert_eq!(rig.get("/v2/profiles").await.status(), 200);
     assert_eq!(rig.sandbox.refreshes(), 1);
     assert_eq!(rig.status_of("default").await["state"], "fresh");
@@ -502,6 +499,27 @@ async fn an_asked_for_refresh_is_made_at_once_and_shared() {
     rig.sandbox.set_trouble(Trouble::too_many(Some(30)));
     let failed = json(rig.post(REFRESH).await).await;
     assert_eq!((&failed["state"], &failed["last_error"]), (&"failing".into(), &"throttled".into()));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_asked_for_refresh_waits_for_the_failure_backoff_alone() {
+    let rig = Rig::with_running_clock("").await;
+    rig.log_in("default").await;
+    rig.sandbox.set_trouble(Rule::from(Trouble::status(500)).at(Door::Lwa));
+    assert_eq!(json(rig.post(REFRESH).await).await["last_error"], "server_error");
+    let healed = json(rig.post(REFRESH).await).await;
+    assert_eq!((&healed["state"], &healed["last_error"]), (&"fresh".into(), &Value::Null));
+    assert_eq!(rig.sandbox.refreshes(), 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn while_a_secret_is_rotated_the_old_and_the_new_are_tried_in_order() {
+    let mut rig = Rig::start().await;
+    rig.restart_with("amazon.client_secret", &format!("not-spread-yet,{CLIENT_SECRET}")).await;
+    rig.log_in("default").await;
+    assert_eq!(rig.post(REFRESH).await.status(), 200);
+    assert_eq!(rig.status_of("default").await["last_error"], Value::Null);
+    assert_eq!(rig.sandbox.refreshes(), 2, "one refused, one granted");
 }
 
 #[tokio::test(flavor = "multi_thread")]
