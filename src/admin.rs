@@ -13,10 +13,12 @@ use url::Url;
 
 use crate::guard::{Guard, Refusal};
 use crate::keeper::Keeper;
+use crate::keyring::Fingerprint;
 use crate::log::LogHandle;
 use crate::metrics::Metrics;
 use crate::problem::{Code, Problem};
 use crate::serve::Peer;
+use crate::store::TokenStore;
 
 /// What the admin door needs to know.
 #[derive(Clone, Debug, Default)]
@@ -48,6 +50,9 @@ pub struct Admin {
     /// Open connections by door.
     pub(crate) connections: Vec<(&'static str, Count)>,
     pub(crate) log: Option<LogHandle>,
+    pub(crate) store: TokenStore,
+    /// The key that seals.
+    pub(crate) first_key: Fingerprint,
     /// Ends the process in good order.
     pub(crate) quit: CancellationToken,
 }
@@ -98,8 +103,12 @@ impl Admin {
                 self.operator(parts, peer)?;
                 self.set_level(body).await
             }
+            ("/rotate", &Method::POST) => {
+                self.operator(parts, peer)?;
+                self.rotate(parts.uri.query().unwrap_or_default()).await
+            }
             ("/livez" | "/readyz" | "/startupz" | "/metrics", _) => Err(method("GET")),
-            ("/quitquitquit", _) => Err(method("POST")),
+            ("/quitquitquit" | "/rotate", _) => Err(method("POST")),
             ("/log", _) => Err(method("GET, PUT")),
             _ => Err(Problem::new(
                 Code::NotFound,
@@ -145,6 +154,31 @@ impl Admin {
         }
         tracing::info!(%level, "log level changed");
         Ok(say(StatusCode::OK, "changed\n"))
+    }
+
+    /// Seals every grant anew with the first key, for `adsidecar key rotate`, whose own first key has to be the same.
+    async fn rotate(&self, query: &str) -> Result<Answer, Problem> {
+        let key = self.first_key.to_string();
+        if query != format!("key={key}") {
+            return Err(Problem::new(
+                Code::BadRequest,
+                format!("This sidecar seals with key {key}, which is not the one that was asked for."),
+                "Restart it with the new key first in store.fernet_keys, then rotate.",
+            ));
+        }
+        let done = self.store.reseal().await.map_err(|error| {
+            tracing::error!(%error, "the grants could not be sealed anew");
+            Problem::new(
+                Code::StoreUnavailable,
+                "The store did not take the change.",
+                "Look at the log and at the volume of store.path, then rotate again: it goes on where it stopped.",
+            )
+        })?;
+        tracing::info!(resealed = done.resealed, unreadable = done.unreadable, key, "grants sealed anew");
+        let text = serde_json::json!({ "resealed": done.resealed, "unreadable": done.unreadable }).to_string();
+        let mut answer = Response::new(Full::new(Bytes::from(text)));
+        answer.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        Ok(answer)
     }
 
     /// Lets through who is on this machine, or knows the caller token.

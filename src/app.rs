@@ -16,6 +16,7 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use url::Url;
 
+use crate::account::UserId;
 use crate::admin::{Admin, Stage};
 use crate::clock::Clock;
 use crate::config::{Config, FernetKeys, Shutdown};
@@ -32,6 +33,7 @@ use crate::proxy::{Body, Proxy};
 use crate::secret::Secret;
 use crate::serve::{Door, Limits, Peer, Phase};
 use crate::store::{Opened, StoreError, TokenStore};
+use crate::token::State;
 use crate::upstream::Upstream;
 
 /// The admin door serves a kubelet, a scraper and a person, and none of them for long.
@@ -95,6 +97,7 @@ impl App {
     pub async fn build(config: Config, clock: Clock, log: Option<LogHandle>) -> Result<Self, BuildError> {
         let setting = |error: &dyn std::fmt::Display| BuildError::Setting(error.to_string());
         let keyring = Arc::new(keyring(&config)?);
+        let first_key = keyring.first();
         let (store, opened) = TokenStore::open(&config.store, keyring)?;
         report(&opened);
         let started_at = clock.now().as_duration().as_secs_f64();
@@ -148,6 +151,8 @@ impl App {
                 ("admin", Box::new(admin_door.count())),
             ],
             log,
+            store: store.clone(),
+            first_key,
             quit: quit.clone(),
         });
         Ok(Self {
@@ -174,10 +179,13 @@ impl App {
     /// at most `shutdown.drain`; then every token call and every write comes to its end.
     pub async fn run(self, stop: impl Future<Output = ()>) -> Result<(), StoreError> {
         // Before anybody is served, or the first callers would be sent to log in.
-        if let Err(error) = self.keeper.adopt_configured().await {
-            tracing::error!(%error, "amazon.refresh_token could not be stored, and is tried again at the next start");
-        }
         let mut helpers = JoinSet::new();
+        // Before anybody can ask for it; where there is a grant to be tried first, callers have that one meanwhile.
+        let adopting = adopt_configured(self.keeper.clone());
+        match self.keeper.status(&UserId::default()).state {
+            State::None => adopting.await,
+            _ => drop(helpers.spawn(adopting)),
+        }
         helpers.spawn(self.background.run());
         let upstream = self.upstream;
         helpers.spawn(async move { upstream.tend().await });
@@ -216,6 +224,12 @@ impl App {
         let closed = self.store.close().await;
         tracing::info!("stopped");
         closed
+    }
+}
+
+async fn adopt_configured(keeper: Keeper) {
+    if let Err(error) = keeper.adopt_configured().await {
+        tracing::error!(%error, "amazon.refresh_token could not be stored, and is tried again at the next start");
     }
 }
 

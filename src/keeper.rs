@@ -288,6 +288,7 @@ impl Keeper {
         self.store(&entry, &grant, None).await;
         entry.mark_used(self.0.clock.now());
         self.publish(&entry, Held::Fresh(Arc::new(grant)));
+        entry.wake();
         tracing::info!(%user, "new grant");
         self.tell(&entry)
     }
@@ -307,6 +308,7 @@ impl Keeper {
         let erased = self.timed("erase", self.0.store.erase(user)).await?;
         let held = entry.held().grant().is_some();
         self.publish(&entry, Held::Nothing);
+        entry.wake();
         tracing::info!(%user, "logged out");
         Ok(erased || held)
     }
@@ -356,14 +358,17 @@ impl Keeper {
     }
 
     /// Adopts `amazon.refresh_token` as user `default`, unless it is the one adopted last, or that user has a usable
-    /// grant.
+    /// grant. Where there is a grant this takes a token call: whether LWA refuses a grant is written down nowhere, so a
+    /// process that has just started has to ask.
     pub async fn adopt_configured(&self) -> Result<(), StoreError> {
         let Some(token) = &self.0.settings.adopt else { return Ok(()) };
         let user = UserId::default();
         let hash = fingerprint(token);
-        let usable =
-            self.entry(&user).is_some_and(|entry| matches!(&**entry.held(), Held::Fresh(_) | Held::Failing { .. }));
-        if usable || self.0.store.note(ADOPTED).await?.as_ref() == Some(&hash) {
+        if self.0.store.note(ADOPTED).await?.as_ref() == Some(&hash) {
+            return Ok(());
+        }
+        let has_grant = self.entry(&user).is_some_and(|entry| entry.held().grant().is_some());
+        if has_grant && !matches!(self.refresh(&user).await, Err(TokenError::LoginRequired { .. })) {
             return Ok(());
         }
         let grant = Grant {
@@ -415,7 +420,7 @@ impl Keeper {
         }
     }
 
-    /// Makes `held` what everybody sees, and plans its next renewal.
+    /// Makes `held` what everybody sees, and plans its next renewal. Wakes nobody: see [`Entry::set`].
     fn publish(&self, entry: &Arc<Entry>, held: Held) {
         entry.set(held);
         // The background is gone only when the process is about to be.

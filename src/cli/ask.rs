@@ -12,12 +12,13 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpStream, UnixStream};
 
 use super::Failed;
+use crate::config::Config;
 use crate::serve::Listen;
 
 /// A local process answers at once or is in trouble.
 const TIMEOUT: Duration = Duration::from_secs(5);
 
-/// A request without a body at the first of `doors`.
+/// Sends a request without a body to the first of `doors`.
 pub(super) async fn ask(
     doors: &[Listen],
     method: Method,
@@ -58,6 +59,11 @@ where
     let body = answer.into_body().collect().await?.to_bytes();
     driver.abort();
     Ok((status, body))
+}
+
+/// The caller token as a header, where callers have to show one.
+pub(super) fn caller_token(config: &Config) -> Vec<(&'static str, &str)> {
+    config.guard.caller_tokens.first().map(|token| ("x-ads-sidecar-token", token.expose())).into_iter().collect()
 }
 
 /// Where a door that listens everywhere is reached from here.

@@ -97,12 +97,13 @@ fn list(config: &Config) -> Result<(), Failed> {
 }
 
 fn list_of_running(config: &Config) -> Result<(), Failed> {
+    let headers = ask::caller_token(config);
     let mut after = String::new();
     let mut lines = String::new();
     loop {
         let name: String = url::form_urlencoded::byte_serialize(after.as_bytes()).collect();
         let path = format!("/api/auth/amazon/status?after={name}");
-        let (status, body) = block_on(ask::ask(&config.proxy_listen, Method::GET, &path, &caller_token(config)))??;
+        let (status, body) = block_on(ask::ask(&config.proxy_listen, Method::GET, &path, &headers))??;
         let answer: Value = serde_json::from_slice(&body).unwrap_or_default();
         let Some(users) = answer["users"].as_array() else {
             return Err(Failed::because(format!("the running sidecar answered {status} to the status request")));
@@ -127,11 +128,6 @@ fn open_unless_held(config: &Config) -> Result<Option<(TokenStore, Opened)>, Fai
         Err(StoreError::Held { .. }) => Ok(None),
         opened => Ok(Some(opened?)),
     }
-}
-
-/// The header that lets us in at the running sidecar, where it asks for one.
-fn caller_token(config: &Config) -> Vec<(&'static str, &str)> {
-    config.guard.caller_tokens.first().map(|token| ("x-ads-sidecar-token", token.expose())).into_iter().collect()
 }
 
 fn line(user: &str, state: &str, expires_at: Option<&str>) -> String {

@@ -61,9 +61,9 @@ impl Entry {
         self.held.load()
     }
 
+    /// Whoever sets it [wakes](Self::wake) those who wait, too: at once, or at the end of the flight.
     pub(super) fn set(&self, held: Held) {
         self.held.store(Arc::new(held));
-        self.wake();
     }
 
     pub(super) fn wake(&self) {

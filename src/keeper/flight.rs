@@ -101,6 +101,7 @@ impl Flight {
         let next = held.next(outcome, self.keeper.0.clock.now(), dice());
         self.log(&held, &next);
         let refused = matches!(next, Held::LoginRequired { .. });
+        // Those who wait are woken by the landing: were it now, who then asks anew would join a flight that is over.
         self.keeper.publish(&self.entry, next);
         drop(write);
         // Whether the stored grant is dead was not known at the start: amazon.refresh_token may have come to replace it.

@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use adsidecar::app::App;
 use adsidecar::clock::Clock;
@@ -27,6 +28,8 @@ pub struct Rig {
     pub clock: Clock,
     pub client: Client,
     pub directory: TempDir,
+    /// Keys over the file's, as `--set` gives them; read at the next start.
+    pub sets: Vec<(String, String)>,
     extra: String,
     running: Option<Running>,
 }
@@ -51,6 +54,11 @@ impl Rig {
         Self::over(Options::calm(clock), extra).await
     }
 
+    /// The same with a clock that runs, for what waits by itself. It can be moved all the same.
+    pub async fn with_running_clock(extra: &str) -> Self {
+        Self::over(Options::calm(Clock::system()), extra).await
+    }
+
     /// The same over a sandbox of its own making.
     pub async fn over(options: Options, extra: &str) -> Self {
         let clock = options.clock.clone();
@@ -64,7 +72,8 @@ impl Rig {
             .unwrap();
         let directory = tempfile::tempdir().unwrap();
         sandbox.write_ca(&directory.path().join("ca.pem")).unwrap();
-        let mut rig = Self { sandbox, clock, client, directory, extra: extra.to_owned(), running: None };
+        let extra = extra.to_owned();
+        let mut rig = Self { sandbox, clock, client, directory, sets: Vec::new(), extra, running: None };
         rig.start_sidecar().await;
         rig
     }
@@ -83,7 +92,7 @@ impl Rig {
     pub async fn start_sidecar(&mut self) {
         assert!(self.running.is_none(), "it runs already");
         let config = self.write_config();
-        let sources = Sources { file: Some(config), env: Vec::new(), sets: Vec::new() };
+        let sources = Sources { file: Some(config), env: Vec::new(), sets: self.sets.clone() };
         let config = config::load(&sources).unwrap_or_else(|problems| panic!("{problems}"));
         let app = App::build(config, self.clock.clone(), None).await.unwrap();
         let addresses = app.addresses().clone();
@@ -109,11 +118,24 @@ impl Rig {
         running.ended.await.unwrap();
     }
 
+    /// Waits for a sidecar that stops by itself.
+    pub async fn quit(&mut self) {
+        self.running.take().expect("it runs").ended.await.unwrap();
+    }
+
     /// Asks the sidecar to stop, and gives what completes when it has.
     pub fn begin_stop(&mut self) -> JoinHandle<()> {
         let running = self.running.take().expect("it runs");
         running.stop.send(()).unwrap();
         running.ended
+    }
+
+    /// Restarts the sidecar with one more key.
+    pub async fn restart_with(&mut self, key: &str, value: &str) {
+        self.stop_sidecar().await;
+        self.sets.retain(|(name, _)| name != key);
+        self.sets.push((key.to_owned(), value.to_owned()));
+        self.start_sidecar().await;
     }
 
     fn write_config(&self) -> PathBuf {
@@ -142,6 +164,10 @@ impl Rig {
 
     pub fn proxy_address(&self) -> SocketAddr {
         self.running().proxy
+    }
+
+    pub fn admin_address(&self) -> SocketAddr {
+        self.running().admin
     }
 
     pub fn proxy_url(&self, path: &str) -> String {
@@ -218,6 +244,18 @@ impl Rig {
     }
 }
 
+/// Looks until there is something to see; ten seconds are for a machine that is busy with other things.
+pub async fn eventually<T, F: Future<Output = Option<T>>>(what: &str, mut look: impl FnMut() -> F) -> T {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    loop {
+        if let Some(seen) = look().await {
+            return seen;
+        }
+        assert!(Instant::now() < deadline, "it did not come: {what}");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
 pub async fn json(response: Response) -> Value {
     let text = response.text().await.unwrap();
     serde_json::from_str(&text).unwrap_or_else(|_| panic!("no JSON: {text}"))
@@ -226,4 +264,9 @@ pub async fn json(response: Response) -> Value {
 /// The code of an answer of adsidecar's own; empty for one of Amazon's.
 pub fn code(response: &Response) -> &str {
     response.headers().get("x-adsidecar-error").map_or("", |code| code.to_str().unwrap())
+}
+
+/// A header of an answer as text; empty where it is not there.
+pub fn header<'a>(answer: &'a Response, name: &str) -> &'a str {
+    answer.headers().get(name).map_or("", |value| value.to_str().unwrap())
 }

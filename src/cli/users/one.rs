@@ -7,7 +7,7 @@ use http::{Method, StatusCode};
 use jiff::Timestamp;
 use serde_json::{Value, json};
 
-use super::{Failed, caller_token, open_unless_held};
+use super::{Failed, open_unless_held};
 use crate::account::UserId;
 use crate::app;
 use crate::cli::{ask, block_on, print};
@@ -48,7 +48,8 @@ pub(super) fn forget(config: &Config, user: &UserId) -> Result<(), Failed> {
     match open_unless_held(config)? {
         None => {
             let path = format!("/api/auth/amazon/logout?user_id={}", encoded(user));
-            let (status, body) = block_on(ask::ask(&config.proxy_listen, Method::POST, &path, &caller_token(config)))??;
+            let (status, body) =
+                block_on(ask::ask(&config.proxy_listen, Method::POST, &path, &ask::caller_token(config)))??;
             if status == StatusCode::NO_CONTENT { Ok(()) } else { Err(refused(status, &body)) }
         }
         Some((store, _)) => {
@@ -64,7 +65,7 @@ pub(super) fn forget(config: &Config, user: &UserId) -> Result<(), Failed> {
 
 fn of_running(config: &Config, user: &UserId) -> Result<Value, Failed> {
     let path = format!("/api/auth/amazon/status?user_id={}", encoded(user));
-    let (status, body) = block_on(ask::ask(&config.proxy_listen, Method::GET, &path, &caller_token(config)))??;
+    let (status, body) = block_on(ask::ask(&config.proxy_listen, Method::GET, &path, &ask::caller_token(config)))??;
     let told: Value = serde_json::from_slice(&body).map_err(|_| refused(status, &body))?;
     match told["state"].as_str() {
         None => Err(refused(status, &body)),

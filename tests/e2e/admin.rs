@@ -1,0 +1,160 @@
+//! The admin door: who may use it, and what it tells.
+
+use adsidecar::sandbox::{Door, Rule, Trouble};
+use reqwest::{Method, Response};
+
+use crate::rig::{Rig, code, eventually};
+
+async fn at_door(rig: &Rig, method: Method, path: &str, headers: &[(&str, &str)]) -> Response {
+    let mut request = rig.client.request(method, rig.admin_url(path));
+    for (name, value) in headers {
+        request = request.header(*name, *value);
+    }
+    request.send().await.unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_admin_door_is_for_this_machine_and_for_no_web_page() {
+    let rig = Rig::start().await;
+    for path in ["/livez", "/readyz", "/startupz", "/metrics", "/quitquitquit", "/log", "/"] {
+        for browser in [("origin", "https://evil.test"), ("origin", "null"), ("sec-fetch-site", "cross-site")] {
+            let answer = at_door(&rig, Method::GET, path, &[browser]).await;
+            assert_eq!((answer.status().as_u16(), code(&answer)), (403, "cross_site"), "{path}");
+        }
+    }
+    for (method, path) in [
+        (Method::POST, "/quitquitquit"),
+        (Method::POST, "/rotate"),
+        (Method::PUT, "/log"),
+        (Method::GET, "/"),
+        (Method::POST, "/metrics"),
+    ] {
+        let answer = at_door(&rig, method, path, &[("host", "evil.test")]).await;
+        assert_eq!((answer.status().as_u16(), code(&answer)), (403, "host_not_allowed"), "{path}");
+    }
+    for (method, path, status) in [
+        (Method::GET, "/quitquitquit", 405),
+        (Method::GET, "/rotate", 405),
+        (Method::POST, "/rotate", 400),
+        (Method::POST, "/rotate?key=00000000", 400),
+        (Method::POST, "/livez", 405),
+        (Method::GET, "/v2/profiles", 404),
+        (Method::GET, "/api/auth/amazon/status", 404),
+        (Method::GET, "/metrics/", 404),
+    ] {
+        assert_eq!(at_door(&rig, method, path, &[]).await.status(), status, "{path}");
+    }
+    let level = rig.client.put(rig.admin_url("/log")).body("loud").send().await.unwrap();
+    assert_eq!((level.status().as_u16(), code(&level)), (400, "bad_request"));
+    assert_eq!(rig.client.put(rig.admin_url("/log")).body("debug").send().await.unwrap().status(), 200);
+    assert_eq!(rig.metric("adsidecar_guard_denied_total{reason=\"cross_site\"}").await, 21.0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn probes_and_scrapers_come_by_any_name() {
+    let rig = Rig::start().await;
+    for path in ["/livez", "/readyz", "/startupz", "/metrics"] {
+        let answer = eventually("the start", async || {
+            let answer = at_door(&rig, Method::GET, path, &[("host", "10.0.0.7:9464")]).await;
+            (answer.status() == 200).then_some(answer)
+        })
+        .await;
+        assert_eq!(answer.headers()["cache-control"], "no-store");
+        assert!(answer.headers()["content-type"].to_str().unwrap().starts_with("text/plain"));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn ready_is_about_us_and_not_about_amazon_or_logins() {
+    let mut rig = Rig::start().await;
+    let readyz = async |rig: &Rig| at_door(rig, Method::GET, "/readyz", &[]).await.status().as_u16();
+    assert_eq!(readyz(&rig).await, 200, "nobody is logged in");
+    rig.log_in("default").await;
+    rig.sandbox.set_trouble(Rule::from(Trouble::status(500)).always());
+    rig.advance(3600);
+    assert_eq!(rig.post("/api/auth/amazon/refresh").await.status(), 200);
+    assert_eq!(rig.status_of("default").await["state"], "failing");
+    assert_eq!(readyz(&rig).await, 200, "Amazon is down");
+
+    rig.sandbox.clear_trouble();
+    rig.advance(60);
+    let gate = rig.sandbox.set_trouble(Rule::from(Trouble::Gate).at(Door::Na));
+    let caller = tokio::spawn(rig.request(Method::GET, "/v2/profiles").send());
+    gate.reached(1).await;
+    let (ready, live) = (rig.admin_url("/readyz"), rig.admin_url("/livez"));
+    let stopped = rig.begin_stop();
+    eventually("the drain", async || (rig.client.get(&ready).send().await.unwrap().status() == 503).then_some(()))
+        .await;
+    assert_eq!(rig.client.get(&live).send().await.unwrap().status(), 200);
+    gate.release();
+    assert_eq!(caller.await.unwrap().unwrap().status(), 200, "what is in flight is answered");
+    stopped.await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn quitting_by_request_is_an_orderly_end() {
+    let mut rig = Rig::start().await;
+    rig.log_in("default").await;
+    let quit = rig.client.post(rig.admin_url("/quitquitquit")).send().await.unwrap();
+    assert_eq!(quit.status(), 200);
+    rig.quit().await;
+    rig.start_sidecar().await;
+    assert_eq!(rig.get("/v2/profiles").await.status(), 200);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_metrics_tell_what_happened() {
+    let rig = Rig::with("[[account]]\nname = \"shop\"\nregion = \"eu\"\n").await;
+    let value = async |series: &str| rig.metric(&format!("adsidecar_{series}")).await;
+    let noon = "2026-08-01T12:00:00Z".parse::<jiff::Timestamp>().unwrap().as_second() as f64;
+    assert_eq!(value(&format!("build_info{{version=\"{}\"}}", env!("CARGO_PKG_VERSION"))).await, 1.0);
+    assert_eq!(value("store_up").await, 1.0);
+    assert_eq!(value("config_reload_success").await, 1.0);
+    assert_eq!(value("config_reload_timestamp_seconds").await, noon);
+    assert_eq!(value("users{state=\"fresh\"}").await, 0.0);
+
+    assert_eq!(code(&rig.get("/v2/profiles").await), "login_required");
+    let by_us = "requests_total{account=\"shop\",method=\"GET\",region=\"eu\",source=\"sidecar\",status=\"401\"}";
+    assert_eq!(value(by_us).await, 1.0);
+    assert_eq!(value("upstream_duration_seconds_count{region=\"eu\"}").await, 0.0);
+
+    rig.log_in("default").await;
+    assert_eq!(value("token_expiry_timestamp_seconds{user=\"default\"}").await, noon + 3600.0);
+    assert_eq!(value("token_last_refresh_timestamp_seconds{user=\"default\"}").await, noon);
+    assert_eq!(value("consent_expiry_timestamp_seconds{user=\"default\"}").await, noon + 365.0 * 86400.0);
+    assert_eq!(value("users{state=\"fresh\"}").await, 1.0);
+    assert_eq!(value("token_refresh_total{reason=\"\",result=\"success\"}").await, 0.0);
+    assert!(value("store_operation_duration_seconds_count{op=\"put\"}").await >= 1.0);
+
+    let own = value("request_duration_seconds_count{source=\"sidecar\"}").await;
+    for _ in 0..3 {
+        assert_eq!(rig.get("/v2/profiles?secret=canary").await.status(), 200);
+    }
+    let by_amazon = "requests_total{account=\"shop\",method=\"GET\",region=\"eu\",source=\"amazon\",status=\"200\"}";
+    assert_eq!(value(by_amazon).await, 3.0);
+    assert_eq!(value("request_duration_seconds_count{source=\"amazon\"}").await, 3.0);
+    assert_eq!(value("request_duration_seconds_count{source=\"sidecar\"}").await, own);
+    assert_eq!(value("upstream_duration_seconds_count{region=\"eu\"}").await, 3.0);
+    assert_eq!(value("requests_in_flight").await, 0.0);
+    assert!(value("connections{door=\"proxy\"}").await >= 1.0);
+
+    let refused = rig.request(Method::GET, "/v2/profiles").header("host", "evil.test").send().await.unwrap();
+    assert_eq!(refused.status(), 403);
+    assert_eq!(value("guard_denied_total{reason=\"host\"}").await, 1.0);
+    assert_eq!(rig.get("/sandbox/status/207").await.status(), 207);
+    assert_eq!(value("unknown_family_total").await, 1.0);
+
+    rig.sandbox.set_trouble(Rule::from(Trouble::status(500)).at(Door::Lwa));
+    rig.post("/api/auth/amazon/refresh").await;
+    assert_eq!(value("token_refresh_total{reason=\"server_error\",result=\"failure\"}").await, 1.0);
+    assert_eq!(value("token_refresh_duration_seconds_count").await, 1.0);
+    assert_eq!(value("users{state=\"failing\"}").await, 1.0);
+    assert_eq!(value("login_required{reason=\"\",user=\"default\"}").await, 0.0);
+    assert_eq!(value("token_expiry_timestamp_seconds{user=\"default\"}").await, noon + 3600.0, "the old one is served");
+
+    let text = rig.client.get(rig.admin_url("/metrics")).send().await.unwrap().text().await.unwrap();
+    assert!(text.contains("adsidecar_login_required{reason=\"\",user=\"default\"} 0"), "known users have a series");
+    for leak in ["canary", "profiles", "Atz", "evil"] {
+        assert!(!text.contains(leak), "{leak} became a label");
+    }
+}

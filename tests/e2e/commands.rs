@@ -1,0 +1,655 @@
+//! The commands, run as the binary that ships.
+
+use std::collections::BTreeMap;
+use std::io::{BufRead, BufReader, Write};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use adsidecar::keyring::Keyring;
+use adsidecar::sandbox::{CLIENT_ID, CLIENT_SECRET, Door, RETURN_URL, Rule, SCOPE, Trouble};
+use adsidecar::secret::Secret;
+use fernet::Fernet;
+use serde_json::{Value, json as object};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+
+use crate::rig::{FERNET_KEY, Rig, eventually, json};
+
+const BINARY: &str = env!("CARGO_BIN_EXE_adsidecar");
+const OTHER_KEY: &str = "AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8=";
+/// How a command ends (sysexits.h).
+const DONE: i32 = 0;
+const FAILED: i32 = 1;
+const USAGE: i32 = 64;
+const HELD: i32 = 75;
+const CONFIG: i32 = 78;
+
+/// What a command said.
+struct Ran {
+    code: i32,
+    out: String,
+    err: String,
+}
+
+/// A world with a clock that runs, whose sidecar is stopped: the commands come to its store.
+async fn stopped() -> Rig {
+    let mut rig = Rig::with_running_clock("").await;
+    rig.log_in("default").await;
+    rig.stop_sidecar().await;
+    rig
+}
+
+fn command(arguments: &[&str]) -> Command {
+    let mut command = Command::new(BINARY);
+    command.args(arguments).env_clear().stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command
+}
+
+/// Runs a command to its end.
+async fn bare(arguments: &[&str], input: &str) -> Ran {
+    let (mut command, input) = (command(arguments), input.to_owned());
+    let ran = tokio::task::spawn_blocking(move || {
+        let mut child = command.spawn().unwrap();
+        // A command that reads nothing may be gone already.
+        let _ = child.stdin.take().unwrap().write_all(input.as_bytes());
+        child.wait_with_output().unwrap()
+    });
+    let ran = ran.await.unwrap();
+    let text = |bytes| String::from_utf8(bytes).unwrap();
+    Ran { code: ran.status.code().unwrap(), out: text(ran.stdout), err: text(ran.stderr) }
+}
+
+/// Runs a command with the world's configuration.
+async fn run(rig: &Rig, arguments: &[&str], input: &str) -> Ran {
+    let file = rig.config_file();
+    bare(&[&["--config", file.to_str().unwrap()], arguments].concat(), input).await
+}
+
+/// The same, beside the sidecar that runs in this process.
+async fn beside(rig: &Rig, arguments: &[&str]) -> Ran {
+    let doors = [format!("proxy.listen={}", rig.proxy_address()), format!("admin.listen={}", rig.admin_address())];
+    run(rig, &[arguments, &["--set", &doors[0], "--set", &doors[1]]].concat(), "").await
+}
+
+/// A sidecar in a process of its own.
+struct Serving {
+    child: Child,
+    log: Arc<Mutex<String>>,
+    proxy: String,
+    admin: String,
+}
+
+impl Serving {
+    /// Starts it, and returns once it serves.
+    async fn start(rig: &Rig, arguments: &[&str]) -> Self {
+        let file = rig.config_file();
+        Self::spawn(command(&[&["serve", "--config", file.to_str().unwrap()], arguments].concat())).await
+    }
+
+    async fn spawn(mut command: Command) -> Self {
+        let mut child = command.spawn().unwrap();
+        let log = Arc::new(Mutex::new(String::new()));
+        let (lines, kept) = (BufReader::new(child.stderr.take().unwrap()).lines(), log.clone());
+        std::thread::spawn(move || {
+            for line in lines.map_while(Result::ok) {
+                kept.lock().unwrap().push_str(&(line + "\n"));
+            }
+        });
+        let mut serving = Self { child, log, proxy: String::new(), admin: String::new() };
+        let line = serving.says(" serving ").await;
+        let address = |door: &str| {
+            let (_, rest) = line.split_once(&format!("{door}=[")).unwrap();
+            rest.split(']').next().unwrap().to_owned()
+        };
+        (serving.proxy, serving.admin) = (address("proxy"), address("admin"));
+        serving
+    }
+
+    /// Waits for a line of its log.
+    async fn says(&self, text: &str) -> String {
+        eventually(text, async || {
+            let log = self.log.lock().unwrap();
+            log.lines().find(|line| line.contains(text)).map(str::to_owned)
+        })
+        .await
+    }
+
+    fn signal(&self, name: &str) {
+        let sent = Command::new("kill").args(["-s", name, &self.child.id().to_string()]).status().unwrap();
+        assert!(sent.success());
+    }
+
+    /// Its exit code, and how long it took to come.
+    async fn ended(&mut self) -> (Option<i32>, Duration) {
+        let begun = Instant::now();
+        let child = &mut self.child;
+        let mut code = None;
+        while code.is_none() {
+            assert!(begun.elapsed() < Duration::from_secs(15), "it does not end: {}", self.log.lock().unwrap());
+            code = child.try_wait().unwrap();
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        (code.unwrap().code(), begun.elapsed())
+    }
+
+    fn url(&self, path: &str) -> String {
+        format!("http://{}{path}", self.proxy)
+    }
+
+    /// Begins a call and leaves the connection open.
+    async fn call(&self, path: &str) -> TcpStream {
+        let mut stream = TcpStream::connect(&self.proxy).await.unwrap();
+        let head = format!("GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n");
+        stream.write_all(head.as_bytes()).await.unwrap();
+        stream
+    }
+}
+
+impl Drop for Serving {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Every file under a directory, with its bytes.
+fn files(root: &Path) -> BTreeMap<String, Vec<u8>> {
+    let mut all = BTreeMap::new();
+    for entry in std::fs::read_dir(root).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            all.extend(files(&path));
+        } else {
+            all.insert(path.display().to_string(), std::fs::read(&path).unwrap());
+        }
+    }
+    all
+}
+
+fn sealed(text: &str) -> String {
+    Fernet::new(FERNET_KEY).unwrap().encrypt(text.as_bytes())
+}
+
+fn opened(token: &Value) -> String {
+    String::from_utf8(Fernet::new(FERNET_KEY).unwrap().decrypt(token.as_str().unwrap()).unwrap()).unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_command_line_that_cannot_be_read_is_64() {
+    for arguments in [
+        &["frobnicate"][..],
+        &["serve", "--nope"],
+        &["key"],
+        &["completions", "tcsh"],
+        &["wait", "--timeout", "soon"],
+        &["users", "import", "--user", "a b"],
+        &["users", "import", "--user", "a", "--records", "x"],
+        &["check", "--set", "canary"],
+    ] {
+        let ran = bare(arguments, "").await;
+        assert_eq!((ran.code, ran.out.as_str()), (USAGE, ""), "{arguments:?}");
+        assert!(!ran.err.is_empty());
+        assert!(!ran.err.contains("canary"), "what may be a secret is not quoted");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_wrong_configuration_is_78_with_every_problem_and_no_secret() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("wrong.toml");
+    let text = "[amazon]\nclient_secret = \"can ary\"\nredirect_uri = \"http://app.example.com/cb\"\n\
+                [proxy]\nlisten = \"0.0.0.0:8001\"\nport = 8001\n[store]\nfernet_keys = \"canary-key\"\n\
+                [refresh]\nmargin = \"an hour\"\n";
+    std::fs::write(&file, text).unwrap();
+    for arguments in [&["check"][..], &["serve"], &["users", "list"], &["store", "dump"], &["health"], &[]] {
+        let ran = bare(&[arguments, &["--config", file.to_str().unwrap()]].concat(), "").await;
+        assert_eq!((ran.code, ran.out.as_str()), (CONFIG, ""), "{arguments:?}");
+        for key in [
+            "client id",
+            "amazon.client_secret",
+            "amazon.redirect_uri",
+            "proxy.listen",
+            "proxy.port",
+            "store.fernet_keys",
+            "refresh.margin",
+        ] {
+            assert!(ran.err.contains(key), "{key} in {}", ran.err);
+        }
+        for secret in ["can ary", "canary"] {
+            assert!(!ran.err.contains(secret), "{}", ran.err);
+        }
+    }
+    let none = bare(&["check", "--config", "/nowhere.toml"], "").await;
+    assert_eq!(none.code, CONFIG);
+    assert!(none.err.contains("/nowhere.toml"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_wrong_fernet_key_is_78_and_changes_nothing() {
+    let rig = stopped().await;
+    let before = files(rig.directory.path());
+    let wanted = Keyring::new(&[Secret::new(FERNET_KEY)]).unwrap().first().to_string();
+    let wrong = format!("store.fernet_keys={OTHER_KEY}");
+    for arguments in [&["serve"][..], &["users", "list"], &["store", "dump"], &["key", "rotate"], &["users", "import"]]
+    {
+        let ran = run(&rig, &[arguments, &["--set", &wrong]].concat(), "Atzr|x").await;
+        assert_eq!((ran.code, ran.out.as_str()), (CONFIG, ""), "{arguments:?}: {}", ran.err);
+        assert!(ran.err.contains(&wanted), "{wanted} in {}", ran.err);
+        assert!(!ran.err.contains(FERNET_KEY) && !ran.err.contains(OTHER_KEY));
+        assert_eq!(files(rig.directory.path()), before, "{arguments:?}");
+    }
+    assert_eq!(run(&rig, &["users", "list"], "").await.code, DONE, "with the right key all is there");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_second_process_is_75() {
+    let rig = Rig::with_running_clock("").await;
+    rig.log_in("default").await;
+    for arguments in [&["serve"][..], &["users", "import"], &["store", "dump"], &["store", "restore"]] {
+        let ran = run(&rig, arguments, "{}").await;
+        assert_eq!((ran.code, ran.out.as_str()), (HELD, ""), "{arguments:?}: {}", ran.err);
+        assert!(ran.err.contains(rig.store_path().to_str().unwrap()), "{}", ran.err);
+    }
+    assert_eq!(rig.get("/v2/profiles").await.status(), 200, "the first is not disturbed");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_check_prints_what_holds_without_secrets() {
+    let rig = stopped().await;
+    let ran = run(&rig, &["check", "--set", "proxy.caller_token=canary-token"], "").await;
+    assert_eq!((ran.code, ran.err.as_str()), (DONE, ""));
+    for shown in ["[amazon]", "client_id", "[proxy]", "margin = \"5m\"", "environment = \"development\""] {
+        assert!(ran.out.contains(shown), "{shown} in {}", ran.out);
+    }
+    for secret in [CLIENT_SECRET, FERNET_KEY, "canary"] {
+        assert!(!ran.out.contains(secret), "{}", ran.out);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn small_commands_answer() {
+    let version = bare(&["version"], "").await;
+    assert_eq!((version.code, version.out), (DONE, format!("adsidecar {}\n", env!("CARGO_PKG_VERSION"))));
+    let help = bare(&["--help"], "").await;
+    assert_eq!((help.code, help.err.as_str()), (DONE, ""));
+    assert!(help.out.contains("completions"));
+    let bash = bare(&["completions", "bash"], "").await;
+    assert_eq!(bash.code, DONE);
+    assert!(bash.out.contains("complete -F _adsidecar"));
+    let (one, two) = (bare(&["key", "new"], "").await, bare(&["key", "new"], "").await);
+    assert_eq!(one.code, DONE);
+    assert_ne!(one.out, two.out);
+    assert!(Keyring::new(&[Secret::new(one.out.trim_end())]).is_ok());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_users_are_listed_alone_and_beside_a_running_sidecar() {
+    let mut rig = Rig::with_running_clock("").await;
+    for number in 0..3 {
+        rig.log_in(&format!("user-{number}")).await;
+    }
+    let running = beside(&rig, &["users", "list"]).await;
+    assert_eq!(running.code, DONE, "{}", running.err);
+    rig.stop_sidecar().await;
+    let alone = run(&rig, &["users", "list"], "").await;
+    assert_eq!(alone.code, DONE, "{}", alone.err);
+    assert_eq!(running.out, alone.out);
+    let lines: Vec<Vec<&str>> = alone.out.lines().map(|line| line.split('\t').collect()).collect();
+    assert_eq!(lines.len(), 3);
+    for (number, line) in lines.iter().enumerate() {
+        assert_eq!((line[0], line[1]), (format!("user-{number}").as_str(), "fresh"));
+        assert!(line[2].parse::<jiff::Timestamp>().is_ok());
+    }
+    assert!(!alone.out.contains("Atz"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_command_beside_a_running_sidecar_shows_the_caller_token() {
+    let rig = Rig::with("[proxy]\nlisten = \"127.0.0.1:0\"\ncaller_token = \"one-token\"\n").await;
+    let listed = beside(&rig, &["users", "list"]).await;
+    assert_eq!((listed.code, listed.out.as_str()), (DONE, ""), "{}", listed.err);
+    let wrong = beside(&rig, &["users", "list", "--set", "proxy.caller_token=another-token"]).await;
+    assert_eq!(wrong.code, FAILED);
+    assert!(wrong.err.contains("407") && !wrong.err.contains("another-token"), "{}", wrong.err);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_names_of_amazons_guide_are_enough_to_start() {
+    let rig = stopped().await;
+    let token = rig.sandbox.grant().refresh_token;
+    let store = rig.directory.path().join("other").display().to_string();
+    let ca = rig.directory.path().join("ca.pem").display().to_string();
+    let variables = [
+        ("AMAZON_CLIENT_ID", CLIENT_ID.to_owned()),
+        ("AMAZON_CLIENT_SECRET", CLIENT_SECRET.to_owned()),
+        ("AMAZON_OAUTH_REDIRECT_URI", RETURN_URL.to_owned()),
+        ("AMAZON_SCOPE", SCOPE.to_owned()),
+        ("AMAZON_REFRESH_TOKEN", token),
+        ("FERNET_KEY", FERNET_KEY.to_owned()),
+        ("FRONTEND_URL", "https://app.example.com/".to_owned()),
+        ("ENVIRONMENT", "production".to_owned()),
+        ("ADSIDECAR_AMAZON__TOKEN_URL", rig.sandbox.token_url()),
+        ("ADSIDECAR_AMAZON__CA_FILE", ca.clone()),
+        ("ADSIDECAR_UPSTREAM__NA", rig.sandbox.origin(Door::Na)),
+        ("ADSIDECAR_UPSTREAM__CA_FILE", ca),
+        ("ADSIDECAR_STORE__PATH", store),
+        ("ADSIDECAR_PROXY__LISTEN", "127.0.0.1:0".to_owned()),
+        ("ADSIDECAR_ADMIN__LISTEN", "127.0.0.1:0".to_owned()),
+        // Kubernetes injects such names for a Service called adsidecar.
+        ("ADSIDECAR_PORT", "tcp://10.0.0.1:8001".to_owned()),
+        ("ADSIDECAR_SERVICE_HOST", "10.0.0.1".to_owned()),
+    ];
+    let mut serve = command(&["serve", "--set", "log.format=text"]);
+    serve.envs(variables);
+    let serving = Serving::spawn(serve).await;
+    let call = rig.client.get(serving.url("/v2/profiles")).send().await.unwrap();
+    assert_eq!(call.status(), 200, "the refresh token was adopted");
+    let ended = rig.client.get(serving.url("/api/auth/amazon/callback?code=x&state=y")).send().await.unwrap();
+    assert!(ended.headers()["location"].to_str().unwrap().starts_with("https://app.example.com/?status=error"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn without_a_key_development_makes_one_and_production_refuses() {
+    let rig = stopped().await;
+    let text = std::fs::read_to_string(rig.config_file()).unwrap();
+    let keyless: String =
+        text.lines().filter(|line| !line.starts_with("fernet_keys")).map(|line| format!("{line}\n")).collect();
+    let file = rig.directory.path().join("keyless.toml");
+    std::fs::write(&file, keyless).unwrap();
+    let store = rig.directory.path().join("fresh").display().to_string();
+    let set = format!("store.path={store}");
+    let arguments = ["--config", file.to_str().unwrap(), "--set", &set];
+    let refused = bare(&[&["serve", "--set", "environment=production"], &arguments[..]].concat(), "").await;
+    assert_eq!(refused.code, CONFIG);
+    assert!(refused.err.contains("adsidecar key new"), "{}", refused.err);
+    assert!(!Path::new(&format!("{store}.key")).exists());
+
+    let token = rig.sandbox.grant().refresh_token;
+    let made = bare(&[&["users", "import"], &arguments[..]].concat(), &token).await;
+    assert_eq!(made.code, DONE, "{}", made.err);
+    let key = std::fs::metadata(format!("{store}.key")).unwrap();
+    assert_eq!(std::os::unix::fs::PermissionsExt::mode(&key.permissions()) & 0o777, 0o600);
+    let again = bare(&[&["users", "list"], &arguments[..]].concat(), "").await;
+    assert!(again.out.starts_with("default\tfresh\t"), "{}{}", again.out, again.err);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_rotation_seals_everything_with_the_first_key() {
+    let mut rig = stopped().await;
+    let both = format!("store.fernet_keys={OTHER_KEY},{FERNET_KEY}");
+    let rotated = run(&rig, &["key", "rotate", "--set", &both], "").await;
+    assert_eq!(rotated.code, DONE, "{}", rotated.err);
+    assert!(rotated.out.starts_with("1 grants sealed anew"), "{}", rotated.out);
+    let again = run(&rig, &["key", "rotate", "--set", &both], "").await;
+    assert!(again.out.starts_with("0 grants"), "{}", again.out);
+    assert_eq!(run(&rig, &["users", "list"], "").await.code, CONFIG, "the old key alone opens nothing any more");
+    rig.sets.push(("store.fernet_keys".into(), OTHER_KEY.into()));
+    rig.start_sidecar().await;
+    assert_eq!(rig.get("/v2/profiles").await.status(), 200);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_running_sidecar_rotates_when_asked() {
+    let mut rig = stopped().await;
+    rig.sets.push(("store.fernet_keys".into(), format!("{OTHER_KEY},{FERNET_KEY}")));
+    rig.start_sidecar().await;
+    let other = beside(&rig, &["key", "rotate"]).await;
+    assert_eq!((other.code, other.out.as_str()), (FAILED, ""), "it seals with the key that it was started with");
+    assert!(other.err.contains("Restart it") && !other.err.contains(FERNET_KEY), "{}", other.err);
+    let both = format!("store.fernet_keys={OTHER_KEY},{FERNET_KEY}");
+    let rotated = beside(&rig, &["key", "rotate", "--set", &both]).await;
+    assert_eq!(rotated.code, DONE, "{}", rotated.err);
+    assert!(rotated.out.starts_with("1 grants sealed anew"), "{}", rotated.out);
+    assert_eq!(rig.post("/api/auth/amazon/refresh").await.status(), 200);
+    assert_eq!(rig.get("/v2/profiles").await.status(), 200);
+    rig.restart_with("store.fernet_keys", OTHER_KEY).await;
+    assert_eq!(rig.get("/v2/profiles").await.status(), 200);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_refresh_token_is_imported_once_it_was_verified() {
+    let mut rig = stopped().await;
+    let token = rig.sandbox.grant().refresh_token;
+    for (input, user) in [("Atzr|unknown", "shop"), ("", "shop"), ("two words", "shop"), (token.as_str(), "default")] {
+        let ran = run(&rig, &["users", "import", "--user", user], input).await;
+        assert_eq!(ran.code, FAILED, "{input}");
+        assert!(input.is_empty() || !ran.err.contains(input), "{}", ran.err);
+    }
+    let listed = run(&rig, &["users", "list"], "").await.out;
+    assert_eq!(listed.lines().count(), 1, "{listed}");
+
+    let taken = run(&rig, &["users", "import", "--user", "shop"], &format!("{token}\n")).await;
+    assert_eq!((taken.code, taken.out.as_str()), (DONE, "1 grants imported\n"), "{}", taken.err);
+    let replaced = run(&rig, &["users", "import", "--replace"], &token).await;
+    assert_eq!(replaced.code, DONE, "{}", replaced.err);
+    let asked = rig.sandbox.refreshes();
+    let offline = run(&rig, &["users", "import", "--user", "later", "--offline"], &token).await;
+    assert_eq!((offline.code, rig.sandbox.refreshes()), (DONE, asked));
+    rig.start_sidecar().await;
+    for user in ["shop", "default", "later"] {
+        let call = rig.request(reqwest::Method::GET, "/v2/profiles").header("x-ads-user", user).send().await.unwrap();
+        assert_eq!(call.status(), 200, "{user}");
+        assert_eq!(rig.status_of(user).await["consented_at"], Value::Null, "{user}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_records_of_another_service_are_imported() {
+    let mut rig = stopped().await;
+    let (one, two) = (rig.sandbox.grant(), rig.sandbox.grant());
+    let soon = (rig.clock.now() + jiff::SignedDuration::from_secs(3000)).to_string();
+    let zoneless = soon.split('.').next().unwrap().trim_end_matches('Z').to_owned();
+    let record = |issued: &adsidecar::sandbox::Issued, expires_at: &str| {
+        object!({
+            "access_token": sealed(&issued.access_token),
+            "refresh_token": sealed(&issued.refresh_token),
+            "token_type": "bearer",
+            "expires_at": expires_at,
+            "updated_at": "2026-01-01T11:00:00.123456",
+        })
+    };
+    let records = object!({ "living": record(&one, &zoneless), "expired": record(&two, "2026-01-01T12:00:00") });
+    let file = rig.directory.path().join("records.json");
+    let path = file.to_str().unwrap().to_owned();
+
+    let foreign = Fernet::new(OTHER_KEY).unwrap().encrypt(b"Atzr|x");
+    for bad in [
+        "canary".to_owned(),
+        "[]".into(),
+        object!({ "good": record(&one, &zoneless), "a b": record(&two, &zoneless) }).to_string(),
+        object!({ "good": record(&one, &zoneless), "bad": { "refresh_token": "canary", "updated_at": "2026-01-01T11:00:00" } }).to_string(),
+        object!({ "good": record(&one, &zoneless), "bad": { "refresh_token": foreign, "updated_at": "2026-01-01T11:00:00" } }).to_string(),
+        object!({ "good": record(&one, &zoneless), "bad": { "refresh_token": sealed("Atzr|x"), "updated_at": "yesterday" } }).to_string(),
+    ] {
+        std::fs::write(&file, &bad).unwrap();
+        let ran = run(&rig, &["users", "import", "--records", &path, "--offline"], "").await;
+        assert_eq!(ran.code, FAILED, "{bad}");
+        assert!(!ran.err.contains("canary") && !ran.err.contains("gAAAA"), "{}", ran.err);
+    }
+    assert_eq!(run(&rig, &["users", "list"], "").await.out.lines().count(), 1, "all or nothing");
+
+    std::fs::write(&file, records.to_string()).unwrap();
+    let taken = run(&rig, &["users", "import", "--records", &path, "--offline"], "").await;
+    assert_eq!((taken.code, taken.out.as_str()), (DONE, "2 grants imported\n"), "{}", taken.err);
+    assert_eq!(rig.sandbox.refreshes(), 0, "unverified until first used");
+    rig.start_sidecar().await;
+    let call = async |user: &str| {
+        let call = rig.request(reqwest::Method::GET, "/sandbox/echo").header("x-ads-user", user).send().await.unwrap();
+        assert_eq!(call.status(), 200, "{user}");
+        rig.sandbox.last().unwrap().header("authorization").unwrap().to_owned()
+    };
+    assert_eq!(call("living").await, format!("Bearer {}", one.access_token), "the token that lives is used");
+    assert_ne!(call("expired").await, format!("Bearer {}", two.access_token));
+
+    let mut verified = stopped().await;
+    let issued = verified.sandbox.grant();
+    let records = object!({ "shop": record(&issued, "2026-01-01T12:00:00"), "dead": record(&two, &zoneless) });
+    let ran = run(&verified, &["users", "import", "--records", "-"], &records.to_string()).await;
+    assert_eq!((ran.code, ran.out.as_str()), (FAILED, "1 grants imported\n"));
+    assert!(ran.err.contains("dead: ") && ran.err.contains("--offline"), "{}", ran.err);
+    verified.start_sidecar().await;
+    assert_eq!(verified.status_of("shop").await["state"], "fresh");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dump_is_restored_elsewhere() {
+    let mut rig = stopped().await;
+    let dump = run(&rig, &["store", "dump"], "").await;
+    assert_eq!(dump.code, DONE, "{}", dump.err);
+    assert!(!dump.out.contains("Atz"), "tokens stay encrypted");
+    let records: Value = serde_json::from_str(&dump.out).unwrap();
+    let record = &records["default"];
+    let refresh_token = rig.sandbox.world(|world| world.grants[0].refresh_token.clone());
+    assert_eq!(opened(&record["refresh_token"]), refresh_token);
+    assert!(opened(&record["access_token"]).starts_with("Atza|"));
+    for field in ["token_type", "expires_at", "updated_at", "consented_at", "used_at", "scope", "generation", "seal"] {
+        assert_ne!(record[field], Value::Null, "{field} in {record}");
+    }
+
+    let elsewhere = rig.directory.path().join("elsewhere").display().to_string();
+    let set = format!("store.path={elsewhere}");
+    let mut moved = records.clone();
+    moved["thief"] = moved["default"].clone();
+    let refused = run(&rig, &["store", "restore", "--set", &set], &moved.to_string()).await;
+    assert_eq!(refused.code, FAILED, "a record belongs to its user");
+    assert!(refused.err.contains("thief: "), "{}", refused.err);
+    let restored = run(&rig, &["store", "restore", "--set", &set], &dump.out).await;
+    assert_eq!((restored.code, restored.out.as_str()), (DONE, "1 grants imported\n"), "{}", restored.err);
+    let again = run(&rig, &["store", "restore", "--set", &set], &dump.out).await;
+    assert_eq!(again.code, FAILED, "nothing is replaced unless that is said");
+    assert_eq!(run(&rig, &["store", "restore", "--replace", "--set", &set], &dump.out).await.code, DONE);
+
+    let copied: Value = serde_json::from_str(&run(&rig, &["store", "dump", "--set", &set], "").await.out).unwrap();
+    for field in ["token_type", "expires_at", "updated_at", "consented_at", "scope"] {
+        assert_eq!(copied["default"][field], record[field], "{field}");
+    }
+    for field in ["access_token", "refresh_token"] {
+        assert_eq!(opened(&copied["default"][field]), opened(&record[field]), "{field}");
+    }
+    rig.sets.push(("store.path".into(), elsewhere));
+    rig.start_sidecar().await;
+    assert_eq!(rig.get("/v2/profiles").await.status(), 200);
+    assert_eq!(rig.sandbox.refreshes(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn health_and_wait_ask_the_admin_door() {
+    let rig = stopped().await;
+    let socket = format!("admin.listen=unix:{}", rig.directory.path().join("admin.sock").display());
+    for arguments in [&["health"][..], &["health", "--ready"], &["wait", "--timeout", "150ms"]] {
+        let ran = run(&rig, &[arguments, &["--set", &socket]].concat(), "").await;
+        assert_eq!((ran.code, ran.out.as_str()), (FAILED, ""), "{arguments:?}");
+        assert!(ran.err.contains("admin.sock"), "{}", ran.err);
+    }
+    let at_socket = ["--set", &socket];
+    let waiting = ["wait", "--timeout", "10s", "--set", &socket];
+    let (waited, mut serving) = tokio::join!(run(&rig, &waiting, ""), Serving::start(&rig, &at_socket));
+    assert_eq!(waited.code, DONE, "{}", waited.err);
+    let alive = run(&rig, &["health", "--set", &socket], "").await;
+    assert_eq!((alive.code, alive.out.as_str()), (DONE, "alive\n"), "{}", alive.err);
+    let ready = run(&rig, &["health", "--ready", "--set", &socket], "").await;
+    assert_eq!((ready.code, ready.out.as_str()), (DONE, "ready\n"), "{}", ready.err);
+
+    // A sidecar that drains lives and is not ready.
+    let gate = rig.sandbox.set_trouble(Rule::from(Trouble::Gate).at(Door::Na));
+    let _caller = serving.call("/v2/profiles").await;
+    gate.reached(1).await;
+    serving.signal("TERM");
+    serving.says("draining").await;
+    let ready = run(&rig, &["health", "--ready", "--set", &socket], "").await;
+    assert_eq!((ready.code, ready.err.as_str()), (FAILED, "draining\n"));
+    assert_eq!(run(&rig, &["health", "--set", &socket], "").await.code, DONE);
+    gate.release();
+    assert_eq!(serving.ended().await.0, Some(DONE));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn sigterm_lets_what_is_in_flight_finish_and_then_ends_at_once() {
+    let rig = stopped().await;
+    for signal in ["TERM", "INT"] {
+        let mut serving = Serving::start(&rig, &[]).await;
+        let gate = rig.sandbox.set_trouble(Rule::from(Trouble::Gate).at(Door::Na));
+        let mut caller = serving.call("/sandbox/bytes/300000").await;
+        let _idle = TcpStream::connect(&serving.proxy).await.unwrap();
+        gate.reached(1).await;
+        serving.signal(signal);
+        serving.says("draining").await;
+        eventually("the door to close", async || TcpStream::connect(&serving.proxy).await.err()).await;
+        assert!(serving.child.try_wait().unwrap().is_none(), "it waits for the call");
+        gate.release();
+        let mut answer = Vec::new();
+        caller.read_to_end(&mut answer).await.unwrap();
+        let head = String::from_utf8_lossy(&answer[..400]).to_ascii_lowercase();
+        assert!(head.starts_with("http/1.1 200 ") && head.contains("connection: close"), "{head}");
+        assert!(answer.len() > 300_000);
+        let (code, took) = serving.ended().await;
+        assert_eq!(code, Some(DONE));
+        assert!(took < Duration::from_secs(3), "{took:?}: the drain is at most, not at least");
+    }
+    let mut idle = Serving::start(&rig, &[]).await;
+    idle.signal("TERM");
+    assert_eq!(idle.ended().await.0, Some(DONE));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_second_signal_and_the_end_of_the_drain_break_off_what_hangs() {
+    let rig = stopped().await;
+    rig.sandbox.set_trouble(Rule::from(Trouble::Hang).at(Door::Na).always());
+    let mut impatient = Serving::start(&rig, &[]).await;
+    let _caller = impatient.call("/v2/profiles").await;
+    eventually("the call to hang", async || (!rig.sandbox.calls(Door::Na).is_empty()).then_some(())).await;
+    impatient.signal("TERM");
+    impatient.says("draining").await;
+    impatient.signal("TERM");
+    let (code, took) = impatient.ended().await;
+    assert_eq!(code, Some(FAILED), "it was not an orderly end");
+    assert!(took < Duration::from_secs(3), "{took:?}");
+
+    let mut limited = Serving::start(&rig, &["--set", "shutdown.drain=200ms"]).await;
+    let mut caller = limited.call("/v2/profiles").await;
+    eventually("the call to hang", async || (rig.sandbox.calls(Door::Na).len() == 2).then_some(())).await;
+    limited.signal("TERM");
+    let (code, took) = limited.ended().await;
+    assert_eq!(code, Some(DONE));
+    assert!(took < Duration::from_secs(3), "{took:?}");
+    assert!(limited.log.lock().unwrap().contains("broken off"));
+    let mut answer = Vec::new();
+    let _ = caller.read_to_end(&mut answer).await;
+    assert!(answer.is_empty(), "never ended cleanly");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_grant_survives_kill_nine_and_no_log_holds_a_secret() {
+    let mut rig = Rig::with_running_clock("").await;
+    rig.stop_sidecar().await;
+    let log = {
+        let mut serving = Serving::start(&rig, &["--set", "log.level=trace"]).await;
+        let get = async |path: &str| rig.client.get(serving.url(path)).send().await.unwrap();
+        let post = async |path: &str| rig.client.post(serving.url(path)).send().await.unwrap();
+        let begun = json(get("/api/auth/amazon/login").await).await;
+        let callback = rig.consent(begun["auth_url"].as_str().unwrap()).await;
+        assert_eq!(get(&callback).await.status(), 200);
+        assert_eq!(get("/v2/profiles").await.status(), 200);
+        rig.sandbox.set_trouble(Trouble::InvalidGrant);
+        post("/api/auth/amazon/refresh").await;
+        rig.sandbox.set_trouble(Trouble::BadJson);
+        assert_eq!(get(&callback).await.status(), 400);
+        serving.signal("KILL");
+        assert_eq!(serving.ended().await.0, None);
+        let log = serving.log.lock().unwrap().clone();
+        let code = url::Url::parse(&format!("http://localhost{callback}")).unwrap();
+        for (name, value) in code.query_pairs() {
+            assert!(name == "scope" || !log.contains(&*value), "{name} is in the log");
+        }
+        log
+    };
+    assert!(log.contains("serving"));
+    for secret in ["Atza|", "Atzr|", CLIENT_SECRET, FERNET_KEY, "gAAAA"] {
+        assert!(!log.contains(secret), "{secret} is in the log");
+    }
+    rig.sandbox.clear_trouble();
+    rig.start_sidecar().await;
+    assert_eq!(rig.get("/v2/profiles").await.status(), 200);
+}
