@@ -47,6 +47,7 @@ pub mod record;
 pub mod keyring;
 pub mod serve;
 pub mod metrics;
+pub mod request_id;
 pub mod log;
 pub mod clock;
 // The words: pure, no I/O.

@@ -29,7 +29,7 @@ pub struct Settings {
     /// `login.confirm`: grants of logins that a server began wait for `POST …/confirm`. Default: on where the login
     /// door is on.
     pub confirm: bool,
-    /// `environment = production`: cookies carry `Secure` where the redirect URI is `https`.
+    /// `environment = production`: cookies carry `Secure`.
     pub secure_cookies: bool,
 }
 
@@ -71,9 +71,9 @@ pub struct Begin {
     /// Where to send the user.
     pub auth_url: Url,
     /// The state in it.
-    pub state: String,
+    pub state: Secret,
     /// The binding cookie's name and value, for a browser.
-    pub cookie: Option<(String, String)>,
+    pub cookie: Option<(String, Secret)>,
 }
 
 /// How a login ended well.
@@ -82,7 +82,7 @@ pub enum Ended {
     /// The grant is in use.
     Stored(Box<Status>),
     /// The grant waits for the app's confirmation under this one-time id.
-    Pending(String),
+    Pending(Secret),
 }
 
 /// How a login ended badly; [`Trouble::code`] is the callback's `error`.
@@ -111,7 +111,7 @@ impl Trouble {
 #[derive(Debug)]
 pub struct Callback {
     /// `state`.
-    pub state: String,
+    pub state: Secret,
     /// `code`, or `error`.
     pub answer: Result<Secret, String>,
     /// `scope`.
@@ -172,7 +172,8 @@ impl Login {
             cookie: cookie.as_ref().map(|(_, value)| hash(value)),
         };
         lock(&self.0.begun).insert(hash(&state), begun, self.0.clock.now());
-        Ok(Begin { auth_url, state, cookie })
+        let cookie = cookie.map(|(name, value)| (name, Secret::new(value)));
+        Ok(Begin { auth_url, state: Secret::new(state), cookie })
     }
 
     /// Finishes a login with what Amazon sent back. `cookie` gives the request's cookie of a name. Beside the end comes
@@ -183,12 +184,12 @@ impl Login {
         cookie: impl FnOnce(&str) -> Option<String>,
     ) -> (Result<Ended, Trouble>, Option<String>) {
         let now = self.0.clock.now();
-        let Some(begun) = lock(&self.0.begun).take(&hash(&callback.state), now) else {
+        let Some(begun) = lock(&self.0.begun).take(&hash(callback.state.expose()), now) else {
             return (Err(Trouble::State), None);
         };
-        let bound = begun
-            .cookie
-            .is_none_or(|wanted| cookie(&cookie_name(&callback.state)).is_some_and(|value| hash(&value) == wanted));
+        let bound = begun.cookie.is_none_or(|wanted| {
+            cookie(&cookie_name(callback.state.expose())).is_some_and(|value| hash(&value) == wanted)
+        });
         if !bound {
             return (Err(Trouble::State), None);
         }
@@ -227,7 +228,7 @@ impl Login {
             let id = random();
             let pending = Pending { user, grant };
             lock(&self.0.pending).insert(hash(&id), pending, self.0.clock.now());
-            return Ok(Ended::Pending(id));
+            return Ok(Ended::Pending(Secret::new(id)));
         }
         Ok(Ended::Stored(Box::new(self.0.keeper.adopt(&user, grant).await)))
     }

@@ -173,10 +173,10 @@ impl LoginDoor {
         let mut answer = if query.flag("redirect")? || navigation {
             redirect(begin.auth_url.as_str())
         } else {
-            json(StatusCode::OK, &json!({ "auth_url": begin.auth_url.as_str(), "state": begin.state }))
+            json(StatusCode::OK, &json!({ "auth_url": begin.auth_url.as_str(), "state": begin.state.expose() }))
         };
         if let Some((name, value)) = begin.cookie {
-            let cookie = Cookie::build((name, value))
+            let cookie = Cookie::build((name, value.expose().to_owned()))
                 .http_only(true)
                 .same_site(SameSite::Lax)
                 .secure(self.login.secure_cookies())
@@ -206,7 +206,7 @@ impl LoginDoor {
                 StatusCode::OK,
                 &json!({ "status": "success", "user_id": status.user_id, "expires_at": status.expires_at }),
             ),
-            Ok(Ended::Pending(grant)) => json(StatusCode::OK, &json!({ "status": "pending", "grant": grant })),
+            Ok(Ended::Pending(grant)) => json(StatusCode::OK, &json!({ "status": "pending", "grant": grant.expose() })),
             Err(trouble) => {
                 let mut answer = json(pages::status(&trouble), &pages::document(&trouble));
                 answer.headers_mut().insert(ERROR, HeaderValue::from_static(trouble.code()));
@@ -223,7 +223,7 @@ impl LoginDoor {
                 url.query_pairs_mut().append_pair("status", "success").append_pair("user_id", status.user_id.as_str());
             }
             Ok(Ended::Pending(grant)) => {
-                url.query_pairs_mut().append_pair("status", "pending").append_pair("grant", grant);
+                url.query_pairs_mut().append_pair("status", "pending").append_pair("grant", grant.expose());
             }
             Err(trouble) => {
                 url.query_pairs_mut().append_pair("status", "error").append_pair("error", trouble.code());
@@ -341,7 +341,7 @@ fn callback(query: &Query) -> Result<Option<Callback>, LoginError> {
         (None, Some(error)) => Err(error.to_owned()),
         _ => return Ok(None),
     };
-    let state = query.get("state").map(str::to_owned);
+    let state = query.get("state").map(Secret::new);
     Ok(state.map(|state| Callback { state, answer, scope: query.get("scope").map(str::to_owned) }))
 }
 

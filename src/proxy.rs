@@ -3,14 +3,16 @@
 //! [`Proxy::serve`] always answers; `Proxy::forward` reads as the list of steps and is a column of `?`.
 
 mod body;
+mod problems;
 mod select;
 mod trip;
 mod unauthorized;
 
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Instant;
 
+use futures_util::FutureExt;
 use http::header::{ACCEPT, CONTENT_LENGTH, HeaderMap, HeaderValue};
 use http::request::Parts;
 use http::{Method, Request, Response, StatusCode, Uri};
@@ -24,11 +26,12 @@ use crate::guard::{Guard, Refusal};
 use crate::keeper::{Keeper, TokenError};
 use crate::login_door::{Endpoint, LoginDoor, LoginError, token_problem};
 use crate::metrics::Metrics;
-use crate::problem::{Code, Problem};
-use crate::rewrite::{self, Attach, HINT, REQUEST_ID};
+use crate::problem::Problem;
+use crate::request_id::{REQUEST_ID, RequestIds};
+use crate::rewrite::{self, Attach, HINT};
 use crate::serve::Peer;
 use crate::target::{Of, Target};
-use crate::upstream::{Answer, BodyError, ErrorKind, Held, Outgoing, Reuse, SendError, Upstream};
+use crate::upstream::{Answer, Held, Outgoing, Reuse, SendError, Upstream};
 use select::{Accounts, Call, Unselected};
 use trip::Trip;
 use unauthorized::{Refused, Verdict};
@@ -93,6 +96,8 @@ pub enum ProxyError {
     TooLarge,
     /// Amazon could not be reached, or gave no answer.
     Send(SendError),
+    /// A step panicked, which is a bug of ours; the process and the connection live on.
+    Panicked,
 }
 
 impl Proxy {
@@ -122,8 +127,9 @@ impl Proxy {
     /// One answer and one record, whatever happens.
     pub async fn serve(&self, request: Request<Incoming>, peer: Peer) -> Response<Body> {
         let (parts, incoming) = request.into_parts();
-        let mut trip = Trip::begin(self.metrics.clone(), &parts.method, self.request_ids.of(&parts));
-        let mut answer = match self.forward(&parts, incoming, peer, &mut trip).await {
+        let mut trip = Trip::begin(self.metrics.clone(), &parts.method, self.request_ids.of(&parts.headers));
+        let forwarded = AssertUnwindSafe(self.forward(&parts, incoming, peer, &mut trip)).catch_unwind().await;
+        let mut answer = match forwarded.unwrap_or(Err(ProxyError::Panicked)) {
             Ok(answer) => answer,
             Err(error) => self.problem(error, &parts).respond(trip.request_id()).map(Body::own),
         };
@@ -150,6 +156,9 @@ impl Proxy {
         self.guard.caller(&parts.headers)?;
         let call = self.accounts.select(&target, &parts.headers)?;
         trip.is_for(&call);
+        if family(target.path()).is_unknown() {
+            self.metrics.unknown_family.inc();
+        }
         let body = self.body(parts, incoming)?;
         let bearer = self.access_token(&call.user).await?;
         let (answer, sent) = self.send(&call, parts, &target, &bearer, body, trip).await?;
@@ -212,12 +221,8 @@ impl Proxy {
         bearer: &HeaderValue,
         body: Outgoing,
     ) -> Request<Outgoing> {
-        let family = family(target.path());
-        if family.is_unknown() {
-            self.metrics.unknown_family.inc();
-        }
         let attach = Attach {
-            family,
+            family: family(target.path()),
             host: Some(self.upstream.authority(call.region)),
             bearer,
             client_id: &self.client_id,
@@ -278,7 +283,8 @@ impl Proxy {
             ProxyError::Login(error) => error.problem(login_url),
             ProxyError::Unselected(unselected) => unselected.into(),
             ProxyError::NoToken(error, user) => token_problem(error, &login_url(&user)),
-            ProxyError::TooLarge => too_large(),
+            ProxyError::TooLarge => problems::too_large(),
+            ProxyError::Panicked => problems::panicked(),
             ProxyError::Send(error) => {
                 tracing::warn!(error = %error.kind, "no answer from Amazon");
                 error.kind.into()
@@ -332,107 +338,4 @@ fn to_caller(mut answer: Response<Body>, call: &Call<'_>, trip: &mut Trip) -> Re
         answer.headers_mut().insert(HINT, HeaderValue::from_static(hint));
     }
     answer
-}
-
-impl From<Refusal> for ProxyError {
-    fn from(refusal: Refusal) -> Self {
-        Self::Refused(refusal)
-    }
-}
-
-impl From<LoginError> for ProxyError {
-    fn from(error: LoginError) -> Self {
-        Self::Login(error)
-    }
-}
-
-impl From<Unselected> for ProxyError {
-    fn from(unselected: Unselected) -> Self {
-        Self::Unselected(unselected)
-    }
-}
-
-impl From<Unselected> for Problem {
-    fn from(unselected: Unselected) -> Self {
-        match unselected {
-            Unselected::Unknown => Self::new(
-                Code::UnknownAccount,
-                "No account of this name is configured.",
-                "Check the name in X-Ads-Account or in the path, and the [[account]] sections of the configuration.",
-            ),
-            Unselected::Bad(detail) => {
-                Self::new(Code::BadRequest, detail, "Correct the X-Ads-* header, or leave it out.")
-            }
-        }
-    }
-}
-
-impl From<ErrorKind> for Problem {
-    fn from(kind: ErrorKind) -> Self {
-        let network = "Try again; if it persists, check DNS, egress rules and https://status.ads.amazon.com.";
-        match kind {
-            ErrorKind::Unreachable(_) => {
-                Self::new(Code::UpstreamUnreachable, "Amazon's host could not be reached.", network)
-            }
-            ErrorKind::Tls(_) => Self::new(
-                Code::UpstreamTls,
-                "The TLS handshake with Amazon's host failed.",
-                "If a proxy of your network breaks up TLS, add its CA as upstream.ca_file.",
-            ),
-            ErrorKind::Reset(_) | ErrorKind::Switched => Self::new(
-                Code::UpstreamReset,
-                "The connection to Amazon broke before an answer came.",
-                "The call may have been processed: look before you repeat one that changes something.",
-            ),
-            ErrorKind::ConnectTimeout(_) => {
-                Self::new(Code::UpstreamTimeout, "Amazon's host did not accept a connection in time.", network)
-            }
-            ErrorKind::ResponseTimeout(_) => Self::new(
-                Code::UpstreamTimeout,
-                "Amazon did not answer in time (upstream.response_timeout).",
-                "The call may have been processed: look before you repeat one that changes something.",
-            ),
-            ErrorKind::Body(BodyError::TooLarge) => too_large(),
-            ErrorKind::Body(BodyError::Stalled) => Self::new(
-                Code::RequestTimeout,
-                "Nothing came of the request's body for 30 seconds.",
-                "Send it without a pause.",
-            )
-            .close(),
-            ErrorKind::Body(BodyError::Broken) => {
-                Self::new(Code::BadRequest, "The request's body broke off or was badly framed.", "Send it whole.")
-                    .close()
-            }
-        }
-    }
-}
-
-fn too_large() -> Problem {
-    Problem::new(Code::BodyTooLarge, "The body is larger than proxy.max_body.", "Send less, or raise proxy.max_body.")
-        .close()
-}
-
-/// Names calls that the caller did not name: a random prefix of this process, and a count.
-#[derive(Debug)]
-struct RequestIds {
-    prefix: u32,
-    next: AtomicU64,
-}
-
-impl Default for RequestIds {
-    fn default() -> Self {
-        // Without randomness two processes may share ids, which harms nobody.
-        Self { prefix: getrandom::u32().unwrap_or_default(), next: AtomicU64::new(1) }
-    }
-}
-
-impl RequestIds {
-    /// The caller's own id, where it is fit for a log, or a new one.
-    fn of(&self, parts: &Parts) -> HeaderValue {
-        let fit = |id: &&HeaderValue| (1..=128).contains(&id.len()) && id.as_bytes().iter().all(u8::is_ascii_graphic);
-        parts.headers.get(REQUEST_ID).filter(fit).cloned().unwrap_or_else(|| {
-            let id = format!("{:08x}-{:x}", self.prefix, self.next.fetch_add(1, Relaxed));
-            HeaderValue::try_from(id).unwrap_or(HeaderValue::from_static("unnamed"))
-        })
-    }
 }

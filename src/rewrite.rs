@@ -90,8 +90,6 @@ pub fn to_caller(headers: &mut HeaderMap) {
 pub const ERROR: HeaderName = HeaderName::from_static("x-adsidecar-error");
 /// Explains an answer of Amazon's; holds a code.
 pub const HINT: HeaderName = HeaderName::from_static("x-adsidecar-hint");
-/// Names the call, in and out.
-pub const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
 /// RFC 9110, section 7.6.1, and the older names that are treated like them in the field.
 const HOP_BY_HOP: [HeaderName; 10] = [

@@ -11,6 +11,7 @@ mod connect;
 mod outgoing;
 
 use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -129,6 +130,10 @@ struct Host {
     origin: http::uri::Parts,
     idle: Mutex<VecDeque<Idle>>,
     shared: Mutex<Option<http2::SendRequest<Outgoing>>>,
+    /// Whether the last connection spoke HTTP/1.1, so that each call needs one of its own.
+    one_call_each: AtomicBool,
+    /// Held by who connects while a connection may come to be shared, so that a burst of callers opens one.
+    connecting: tokio::sync::Mutex<()>,
 }
 
 #[derive(Debug)]
@@ -223,27 +228,55 @@ impl Host {
         let mut parts = http::uri::Parts::default();
         parts.scheme = Some(http::uri::Scheme::HTTPS);
         parts.authority = Some(text.parse().map_err(|error: http::uri::InvalidUri| bad(error.to_string()))?);
-        Ok(Self { connector, authority, origin: parts, idle: Mutex::default(), shared: Mutex::default() })
+        Ok(Self {
+            connector,
+            authority,
+            origin: parts,
+            idle: Mutex::default(),
+            shared: Mutex::default(),
+            one_call_each: AtomicBool::new(settings.http2 == Http2::Never),
+            connecting: tokio::sync::Mutex::default(),
+        })
     }
 
     async fn connection(&self, reuse: Reuse, idle_timeout: Duration) -> Result<Connection, ErrorKind> {
         if reuse == Reuse::Allowed {
-            let shared = lock(&self.shared).clone().filter(|sender| !sender.is_closed());
-            if let Some(mut sender) = shared
-                && sender.ready().await.is_ok()
-            {
-                return Ok(Connection::Http2(sender));
+            if let Some(connection) = self.pooled(idle_timeout).await {
+                return Ok(connection);
             }
-            while let Some(Idle { mut sender, since }) = self.pop() {
-                if since.elapsed() < idle_timeout
-                    && !sender.is_closed()
-                    && matches!(tokio::time::timeout(READY, sender.ready()).await, Ok(Ok(())))
-                {
-                    return Ok(Connection::Http1 { sender, reused: true });
-                }
+            if !self.one_call_each.load(Relaxed) {
+                // Waits no longer than a connection may take: behind one that fails, the next connects by itself.
+                let _one = tokio::time::timeout(self.connector.timeout(), self.connecting.lock()).await;
+                return match self.pooled(idle_timeout).await {
+                    Some(connection) => Ok(connection),
+                    None => self.connect().await,
+                };
             }
         }
+        self.connect().await
+    }
+
+    async fn pooled(&self, idle_timeout: Duration) -> Option<Connection> {
+        let shared = lock(&self.shared).clone().filter(|sender| !sender.is_closed());
+        if let Some(mut sender) = shared
+            && sender.ready().await.is_ok()
+        {
+            return Some(Connection::Http2(sender));
+        }
+        while let Some(Idle { mut sender, since }) = self.pop() {
+            if since.elapsed() < idle_timeout
+                && !sender.is_closed()
+                && matches!(tokio::time::timeout(READY, sender.ready()).await, Ok(Ok(())))
+            {
+                return Some(Connection::Http1 { sender, reused: true });
+            }
+        }
+        None
+    }
+
+    async fn connect(&self) -> Result<Connection, ErrorKind> {
         let connection = self.connector.connect().await?;
+        self.one_call_each.store(matches!(connection, Connection::Http1 { .. }), Relaxed);
         if let Connection::Http2(sender) = &connection {
             *lock(&self.shared) = Some(sender.clone());
         }

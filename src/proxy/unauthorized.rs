@@ -1,6 +1,7 @@
 //! What Amazon means by a 401: a token that it does not take, or a scope that the token does not reach.
 
 use std::io::Read;
+use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use flate2::read::{DeflateDecoder, MultiGzDecoder, ZlibDecoder};
@@ -8,12 +9,16 @@ use http::Response;
 use http::header::CONTENT_ENCODING;
 use http::response::Parts;
 use http_body_util::BodyExt;
+use tokio::time::timeout;
 
 use super::Body;
 use crate::upstream::Answer;
 
 /// How much of a refusal is read; what is beyond it passes unread.
 const MAX_READ: usize = 64 << 10;
+
+/// How long a refusal's next bytes are waited for before what is here has to do.
+const MAX_WAIT: Duration = Duration::from_secs(5);
 
 /// A refusal whose body was read.
 #[derive(Debug)]
@@ -58,7 +63,8 @@ impl Refused {
         let (head, mut rest) = answer.into_parts();
         let mut read = BytesMut::new();
         while read.len() < MAX_READ {
-            match rest.frame().await {
+            let Ok(frame) = timeout(MAX_WAIT, rest.frame()).await else { break };
+            match frame {
                 Some(Ok(frame)) => read.extend(frame.into_data().ok()),
                 // What broke off here breaks off at the caller too.
                 Some(Err(error)) => return Self { head, read: read.freeze(), rest: Some(Err(error)) },

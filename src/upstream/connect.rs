@@ -22,6 +22,9 @@ const CONNECTION_WINDOW: u32 = 4 << 20;
 const PING_EVERY: Duration = Duration::from_secs(20);
 const PING_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// How long a TCP connection is silent before the kernel asks whether the peer is still there.
+const KEEPALIVE: Duration = Duration::from_secs(30);
+
 pub(super) struct Connector {
     uri: Uri,
     name: ServerName<'static>,
@@ -49,6 +52,9 @@ impl Connector {
         let mut tcp = HttpConnector::new();
         tcp.enforce_http(false);
         tcp.set_nodelay(true);
+        // A peer that is gone without a word is noticed also where an answer may be silent for long.
+        tcp.set_keepalive(Some(KEEPALIVE));
+        tcp.set_keepalive_interval(Some(KEEPALIVE));
         Ok(Self {
             uri: origin.as_str().parse().map_err(|_| bad())?,
             name: ServerName::try_from(host).map_err(|_| bad())?,
@@ -57,6 +63,11 @@ impl Connector {
             http2: settings.http2,
             timeout: settings.connect_timeout,
         })
+    }
+
+    /// `upstream.connect_timeout`.
+    pub(super) fn timeout(&self) -> Duration {
+        self.timeout
     }
 
     pub(super) async fn connect(&self) -> Result<Connection, ErrorKind> {

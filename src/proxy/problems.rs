@@ -1,0 +1,95 @@
+//! How the spine's errors are told to a caller.
+
+use super::ProxyError;
+use super::select::Unselected;
+use crate::guard::Refusal;
+use crate::login_door::LoginError;
+use crate::problem::{Code, Problem};
+use crate::upstream::{BodyError, ErrorKind};
+
+impl From<Refusal> for ProxyError {
+    fn from(refusal: Refusal) -> Self {
+        Self::Refused(refusal)
+    }
+}
+
+impl From<LoginError> for ProxyError {
+    fn from(error: LoginError) -> Self {
+        Self::Login(error)
+    }
+}
+
+impl From<Unselected> for ProxyError {
+    fn from(unselected: Unselected) -> Self {
+        Self::Unselected(unselected)
+    }
+}
+
+impl From<Unselected> for Problem {
+    fn from(unselected: Unselected) -> Self {
+        match unselected {
+            Unselected::Unknown => Self::new(
+                Code::UnknownAccount,
+                "No account of this name is configured.",
+                "Check the name in X-Ads-Account or in the path, and the [[account]] sections of the configuration.",
+            ),
+            Unselected::Bad(detail) => {
+                Self::new(Code::BadRequest, detail, "Correct the X-Ads-* header, or leave it out.")
+            }
+        }
+    }
+}
+
+impl From<ErrorKind> for Problem {
+    fn from(kind: ErrorKind) -> Self {
+        let network = "Try again; if it persists, check DNS, egress rules and https://status.ads.amazon.com.";
+        match kind {
+            ErrorKind::Unreachable(_) => {
+                Self::new(Code::UpstreamUnreachable, "Amazon's host could not be reached.", network)
+            }
+            ErrorKind::Tls(_) => Self::new(
+                Code::UpstreamTls,
+                "The TLS handshake with Amazon's host failed.",
+                "If a proxy of your network breaks up TLS, add its CA as upstream.ca_file.",
+            ),
+            ErrorKind::Reset(_) | ErrorKind::Switched => Self::new(
+                Code::UpstreamReset,
+                "The connection to Amazon broke before an answer came.",
+                "The call may have been processed: look before you repeat one that changes something.",
+            ),
+            ErrorKind::ConnectTimeout(_) => {
+                Self::new(Code::UpstreamTimeout, "Amazon's host did not accept a connection in time.", network)
+            }
+            ErrorKind::ResponseTimeout(_) => Self::new(
+                Code::UpstreamTimeout,
+                "Amazon did not answer in time (upstream.response_timeout).",
+                "The call may have been processed: look before you repeat one that changes something.",
+            ),
+            ErrorKind::Body(BodyError::TooLarge) => too_large(),
+            ErrorKind::Body(BodyError::Stalled) => Self::new(
+                Code::RequestTimeout,
+                "Nothing came of the request's body for 30 seconds.",
+                "Send it without a pause.",
+            )
+            .close(),
+            ErrorKind::Body(BodyError::Broken) => {
+                Self::new(Code::BadRequest, "The request's body broke off or was badly framed.", "Send it whole.")
+                    .close()
+            }
+        }
+    }
+}
+
+pub(super) fn too_large() -> Problem {
+    Problem::new(Code::BodyTooLarge, "The body is larger than proxy.max_body.", "Send less, or raise proxy.max_body.")
+        .close()
+}
+
+pub(super) fn panicked() -> Problem {
+    Problem::new(
+        Code::Internal,
+        "adsidecar failed in itself; the call may have been processed.",
+        "Please report it with the log's lines of this time.",
+    )
+    .close()
+}
