@@ -17,6 +17,7 @@ use crate::keyring::Fingerprint;
 use crate::log::LogHandle;
 use crate::metrics::Metrics;
 use crate::problem::{Code, Problem};
+use crate::request_id::{REQUEST_ID, RequestIds};
 use crate::serve::Peer;
 use crate::store::TokenStore;
 
@@ -53,6 +54,7 @@ pub struct Admin {
     pub(crate) store: TokenStore,
     /// The key that seals.
     pub(crate) first_key: Fingerprint,
+    pub(crate) request_ids: RequestIds,
     /// Ends the process in good order.
     pub(crate) quit: CancellationToken,
 }
@@ -67,7 +69,9 @@ impl Admin {
     pub async fn serve(&self, request: Request<Incoming>, peer: Peer) -> Answer {
         let (parts, body) = request.into_parts();
         let answer = self.answer(&parts, body, peer).await;
-        let mut answer = answer.unwrap_or_else(|problem| problem.respond(""));
+        let id = self.request_ids.of(&parts.headers);
+        let mut answer = answer.unwrap_or_else(|problem| problem.respond(id.to_str().unwrap_or_default()));
+        answer.headers_mut().insert(REQUEST_ID, id);
         answer.headers_mut().insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
         answer
     }

@@ -30,6 +30,7 @@ use crate::lwa::Lwa;
 use crate::metrics::Metrics;
 use crate::problem::{Code, Problem};
 use crate::proxy::{Body, Proxy};
+use crate::request_id::RequestIds;
 use crate::secret::Secret;
 use crate::serve::{Door, Limits, Peer, Phase};
 use crate::store::{Opened, StoreError, TokenStore};
@@ -153,6 +154,7 @@ impl App {
             log,
             store: store.clone(),
             first_key,
+            request_ids: RequestIds::default(),
             quit: quit.clone(),
         });
         Ok(Self {

@@ -367,6 +367,10 @@ impl Keeper {
         if self.0.store.note(ADOPTED).await?.as_ref() == Some(&hash) {
             return Ok(());
         }
+        if let Err(StoreError::Record(error)) = self.0.store.load(&user).await {
+            tracing::error!(%user, %error, "amazon.refresh_token is not adopted: a stored grant that cannot be read would be lost");
+            return Ok(());
+        }
         let has_grant = self.entry(&user).is_some_and(|entry| entry.held().grant().is_some());
         if has_grant && !matches!(self.refresh(&user).await, Err(TokenError::LoginRequired { .. })) {
             return Ok(());

@@ -144,6 +144,11 @@ impl Login {
         self.0.settings.frontend_url.as_ref()
     }
 
+    /// The path of `amazon.redirect_uri`: where a login's cookie has to come back.
+    pub fn callback_path(&self) -> &str {
+        self.0.lwa.redirect_path()
+    }
+
     /// Whether cookies carry `Secure`.
     pub fn secure_cookies(&self) -> bool {
         self.0.settings.secure_cookies

@@ -23,6 +23,7 @@ use crate::guard::{Guard, Refusal};
 use crate::keeper::{Keeper, Status, TokenError};
 use crate::login::{Callback, Ended, Login, TEN_MINUTES, Trouble, Wish};
 use crate::problem::{Code, Problem};
+use crate::request_id::{REQUEST_ID, RequestIds};
 use crate::rewrite::ERROR;
 use crate::secret::Secret;
 use crate::serve::Peer;
@@ -36,6 +37,8 @@ type Answer = Response<Full<Bytes>>;
 /// Where a user takes away an app's access at Amazon: LWA has no revocation endpoint.
 const AMAZONS_APPS_PAGE: &str =
     "<https://www.amazon.com/ap/adam>; rel=\"related\"; title=\"Login with Amazon: remove the app\"";
+const NO_PENDING_GRANT: &str =
+    "No grant is pending under this id: it was taken into use already, or its 10 minutes are over.";
 /// Users in one answer of the status endpoint.
 const PAGE: usize = 1000;
 
@@ -49,6 +52,7 @@ pub struct LoginDoor {
     token_shim: bool,
     /// Under which authority callers reach the proxy door, where a request does not say.
     authority: String,
+    request_ids: RequestIds,
 }
 
 /// Why an endpoint refuses.
@@ -66,8 +70,8 @@ pub enum LoginError {
     NoToken(TokenError, UserId),
     /// The store.
     Store(StoreError),
-    /// A pending grant that is not there.
-    NoPendingGrant,
+    /// A state or a pending grant that is not there, or no longer.
+    State(&'static str),
 }
 
 impl From<Refusal> for LoginError {
@@ -86,7 +90,7 @@ impl LoginDoor {
         token_shim: bool,
         authority: String,
     ) -> Self {
-        Self { login, keeper, guard, region, token_shim, authority }
+        Self { login, keeper, guard, region, token_shim, authority, request_ids: RequestIds::default() }
     }
 
     /// Answers a request on the login door, where there is the callback and nothing else.
@@ -102,8 +106,11 @@ impl LoginDoor {
             }
         };
         let answer = answer.await;
-        let mut answer =
-            answer.unwrap_or_else(|error| error.problem(|user| self.login_url(&parts.headers, user)).respond(""));
+        let id = self.request_ids.of(&parts.headers);
+        let mut answer = answer.unwrap_or_else(|error| {
+            error.problem(|user| self.login_url(&parts.headers, user)).respond(id.to_str().unwrap_or_default())
+        });
+        answer.headers_mut().insert(REQUEST_ID, id);
         self.dress(Endpoint::Callback, &parts.headers, answer.headers_mut());
         answer
     }
@@ -180,7 +187,7 @@ impl LoginDoor {
                 .http_only(true)
                 .same_site(SameSite::Lax)
                 .secure(self.login.secure_cookies())
-                .path(endpoint::CALLBACK)
+                .path(self.login.callback_path().to_owned())
                 .max_age(cookie::time::Duration::seconds(TEN_MINUTES.as_secs() as i64));
             answer.headers_mut().extend(HeaderValue::from_str(&cookie.to_string()).map(|value| (SET_COOKIE, value)));
         }
@@ -207,6 +214,7 @@ impl LoginDoor {
                 &json!({ "status": "success", "user_id": status.user_id, "expires_at": status.expires_at }),
             ),
             Ok(Ended::Pending(grant)) => json(StatusCode::OK, &json!({ "status": "pending", "grant": grant.expose() })),
+            Err(Trouble::State) => return Err(LoginError::State(pages::say(&Trouble::State))),
             Err(trouble) => {
                 let mut answer = json(pages::status(&trouble), &pages::document(&trouble));
                 answer.headers_mut().insert(ERROR, HeaderValue::from_static(trouble.code()));
@@ -260,7 +268,7 @@ impl LoginDoor {
 
     async fn confirm(&self, query: &Query, headers: &HeaderMap) -> Result<Answer, LoginError> {
         let id = query.get("grant").ok_or_else(|| parameter("grant", "the id that the frontend was sent"))?;
-        let confirmed = self.login.confirm(id).await.ok_or(LoginError::NoPendingGrant)?;
+        let confirmed = self.login.confirm(id).await.ok_or(LoginError::State(NO_PENDING_GRANT))?;
         Ok(json(StatusCode::OK, &self.with_link(confirmed, headers)))
     }
 
@@ -301,11 +309,7 @@ impl LoginError {
                 "Try again; if it persists, look at adsidecar's log and at the volume of store.path.",
             )
             .retry_after(std::time::Duration::from_secs(1)),
-            Self::NoPendingGrant => Problem::new(
-                Code::StateInvalid,
-                "No grant is pending under this id: it was taken into use already, or its 10 minutes are over.",
-                "Begin the login again.",
-            ),
+            Self::State(detail) => Problem::new(Code::StateInvalid, detail, "Begin the login again."),
         }
     }
 }

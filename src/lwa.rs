@@ -103,6 +103,13 @@ impl Lwa {
         Ok(Self { http, token_url, settings })
     }
 
+    /// The path of `amazon.redirect_uri`.
+    pub fn redirect_path(&self) -> &str {
+        let uri = &self.settings.redirect_uri;
+        let path = uri.find("://").and_then(|at| uri[at + 3..].find('/').map(|slash| &uri[at + 3 + slash..]));
+        path.map_or("/", |path| path.split('?').next().unwrap_or("/"))
+    }
+
     /// The page that asks a person for consent, for a login in `region`.
     pub fn authorize_url(&self, region: Region, state: &str, challenge: &str) -> Result<Url, url::ParseError> {
         let mut url = match self.settings.authorize_url.clone() {

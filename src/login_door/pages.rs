@@ -59,7 +59,8 @@ pub(super) fn status(trouble: &Trouble) -> StatusCode {
     }
 }
 
-fn say(trouble: &Trouble) -> &'static str {
+/// What to tell a person.
+pub(super) fn say(trouble: &Trouble) -> &'static str {
     match trouble {
         Trouble::Amazon("access_denied") => "Consent was not given. Begin the login again to change that.",
         Trouble::Amazon("invalid_scope") => {
