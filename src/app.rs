@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::{Request, Response};
+use http::{HeaderValue, Request, Response};
 use http_body_util::Full;
 use hyper::body::Incoming;
 use tokio::sync::watch;
@@ -21,6 +21,7 @@ use crate::admin::{Admin, Stage};
 use crate::clock::Clock;
 use crate::config::{Config, FernetKeys, Shutdown};
 use crate::guard::{self, Guard};
+use crate::identity::Identity;
 use crate::keeper::{Background, Keeper};
 use crate::keyring::{KeyError, Keyring};
 use crate::log::LogHandle;
@@ -125,7 +126,8 @@ impl App {
         let guard = Guard::new(config.guard.clone());
         let login_guard = Guard::new(with_redirect_host(config.guard, &redirect_uri));
         let authority = format!("localhost:{}", addresses.proxy.first().map_or(8001, SocketAddr::port));
-        let desk = Login::new(config.login, lwa, keeper.clone(), clock);
+        let client_id = HeaderValue::from_str(&config.proxy.client_id).map_err(|error| setting(&error))?;
+        let desk = Login::new(config.login, lwa, keeper.clone(), Identity::new(upstream.clone(), client_id), clock);
         let (region, token_shim) = (config.proxy.region, config.proxy.token_shim);
         let login_door = |guard: &Guard| {
             LoginDoor::new(desk.clone(), keeper.clone(), guard.clone(), region, token_shim, authority.clone())

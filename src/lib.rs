@@ -36,6 +36,7 @@ pub mod admin;
 pub mod problem;
 // The heads: they decide, over time.
 pub mod login;
+pub mod identity;
 pub mod keeper;
 pub mod guard;
 // The hands: each touches one outside thing.

@@ -10,12 +10,14 @@ use std::time::Duration;
 
 use base64::Engine;
 use base64::prelude::BASE64_URL_SAFE_NO_PAD;
+use http::HeaderValue;
 use jiff::Timestamp;
 use sha2::{Digest, Sha256};
 use url::Url;
 
 use crate::account::{Region, UserId};
 use crate::clock::Clock;
+use crate::identity::Identity;
 use crate::keeper::{Keeper, Status};
 use crate::lwa::Lwa;
 use crate::secret::Secret;
@@ -47,6 +49,7 @@ struct Inner {
     settings: Settings,
     lwa: Lwa,
     keeper: Keeper,
+    identity: Identity,
     clock: Clock,
     begun: Mutex<Outstanding<Begun>>,
     pending: Mutex<Outstanding<Pending>>,
@@ -61,6 +64,8 @@ pub struct Wish {
     pub region: Region,
     /// Where on the frontend's origin to go afterwards: path and query.
     pub return_to: Option<String>,
+    /// Whether another Amazon identity may take the user's place.
+    pub replace: bool,
     /// Whether a browser asks, so that the login is bound to it by a cookie.
     pub by_browser: bool,
 }
@@ -94,6 +99,8 @@ pub enum Trouble {
     State,
     /// LWA gave no grant for the code.
     Exchange,
+    /// Another Amazon identity than the user's.
+    Identity,
 }
 
 impl Trouble {
@@ -103,6 +110,7 @@ impl Trouble {
             Self::Amazon(code) => code,
             Self::State => "state_invalid",
             Self::Exchange => "exchange_failed",
+            Self::Identity => "identity_changed",
         }
     }
 }
@@ -123,6 +131,7 @@ struct Begun {
     user: UserId,
     verifier: Secret,
     return_to: Option<String>,
+    replace: bool,
     cookie: Option<[u8; 32]>,
 }
 
@@ -134,9 +143,9 @@ struct Pending {
 
 impl Login {
     /// A login desk without visitors.
-    pub fn new(settings: Settings, lwa: Lwa, keeper: Keeper, clock: Clock) -> Self {
+    pub fn new(settings: Settings, lwa: Lwa, keeper: Keeper, identity: Identity, clock: Clock) -> Self {
         let (begun, pending) = (Mutex::default(), Mutex::default());
-        Self(Arc::new(Inner { settings, lwa, keeper, clock, begun, pending }))
+        Self(Arc::new(Inner { settings, lwa, keeper, identity, clock, begun, pending }))
     }
 
     /// Where browsers go afterwards.
@@ -174,6 +183,7 @@ impl Login {
             user: wish.user,
             verifier: Secret::new(verifier),
             return_to: wish.return_to,
+            replace: wish.replace,
             cookie: cookie.as_ref().map(|(_, value)| hash(value)),
         };
         lock(&self.0.begun).insert(hash(&state), begun, self.0.clock.now());
@@ -198,37 +208,36 @@ impl Login {
         if !bound {
             return (Err(Trouble::State), None);
         }
-        let by_server = begun.cookie.is_none();
+        let return_to = begun.return_to.clone();
         let ended = match callback.answer {
             Err(error) => Err(Trouble::Amazon(known_error(&error))),
             // A code is good for one exchange: a browser that goes away in the middle of it must not lose the grant.
             Ok(code) => {
-                let (login, user) = (self.clone(), begun.user);
-                let exchange =
-                    async move { login.exchange(&code, user, &begun.verifier, callback.scope, by_server).await };
+                let login = self.clone();
+                let exchange = async move { login.exchange(&code, begun, callback.scope).await };
                 self.0.keeper.uninterrupted(exchange).await
             }
         };
-        (ended, begun.return_to)
+        (ended, return_to)
     }
 
-    async fn exchange(
-        &self,
-        code: &Secret,
-        user: UserId,
-        verifier: &Secret,
-        scope: Option<String>,
-        by_server: bool,
-    ) -> Result<Ended, Trouble> {
+    async fn exchange(&self, code: &Secret, begun: Begun, scope: Option<String>) -> Result<Ended, Trouble> {
+        let Begun { user, verifier, replace, cookie, .. } = begun;
         let asked_at = self.0.clock.now();
-        let tokens = self.0.lwa.exchange(code, verifier).await.map_err(|error| {
+        let tokens = self.0.lwa.exchange(code, &verifier).await.map_err(|error| {
             tracing::warn!(%user, %error, "the code was not exchanged");
             Trouble::Exchange
         })?;
+        let bearer = tokens.access.bearer().clone();
         let grant = granted(tokens, scope, asked_at).ok_or_else(|| {
             tracing::warn!(%user, "the code was exchanged, but the answer held no refresh token");
             Trouble::Exchange
         })?;
+        if !replace && self.is_of_another(&user, &bearer).await {
+            tracing::warn!(%user, "another Amazon identity logged in for this user and was refused");
+            return Err(Trouble::Identity);
+        }
+        let by_server = cookie.is_none();
         if by_server && self.0.settings.confirm {
             let id = random();
             let pending = Pending { user, grant };
@@ -236,6 +245,15 @@ impl Login {
             return Ok(Ended::Pending(Secret::new(id)));
         }
         Ok(Ended::Stored(Box::new(self.0.keeper.adopt(&user, grant).await)))
+    }
+
+    /// Whether `bearer` is surely of another Amazon identity than the grant that `user` has now.
+    async fn is_of_another(&self, user: &UserId, bearer: &HeaderValue) -> bool {
+        match self.0.keeper.bearer(user).await {
+            Ok(current) => self.0.identity.differs(&current, bearer).await,
+            // There is no grant to compare with, or none that still says anything.
+            Err(_) => false,
+        }
     }
 
     /// Takes a pending grant into use; `None` where there is none under `id`.

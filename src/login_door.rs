@@ -70,6 +70,8 @@ pub enum LoginError {
     NoToken(TokenError, UserId),
     /// The store.
     Store(StoreError),
+    /// Another Amazon identity than the user's.
+    Identity,
     /// A state or a pending grant that is not there, or no longer.
     State(&'static str),
 }
@@ -172,10 +174,10 @@ impl LoginDoor {
         if return_to.as_deref().is_some_and(|path| self.login.return_url(path).is_none()) {
             return Err(parameter("return_to", "a path on the origin of login.frontend_url"));
         }
-        query.flag("replace")?;
+        let replace = query.flag("replace")?;
         let navigation = headers.get("sec-fetch-mode").is_some_and(|mode| mode == "navigate") || prefers_html(headers);
         let by_browser = navigation || headers.contains_key(http::header::ORIGIN);
-        let wish = Wish { user: query.user()?, region, return_to, by_browser };
+        let wish = Wish { user: query.user()?, region, return_to, replace, by_browser };
         let begin = self.login.begin(wish).map_err(|_| parameter("region", "one whose consent page is a URL"))?;
         let mut answer = if query.flag("redirect")? || navigation {
             redirect(begin.auth_url.as_str())
@@ -215,6 +217,7 @@ impl LoginDoor {
             ),
             Ok(Ended::Pending(grant)) => json(StatusCode::OK, &json!({ "status": "pending", "grant": grant.expose() })),
             Err(Trouble::State) => return Err(LoginError::State(pages::say(&Trouble::State))),
+            Err(Trouble::Identity) => return Err(LoginError::Identity),
             Err(trouble) => {
                 let mut answer = json(pages::status(&trouble), &pages::document(&trouble));
                 answer.headers_mut().insert(ERROR, HeaderValue::from_static(trouble.code()));
@@ -309,6 +312,11 @@ impl LoginError {
                 "Try again; if it persists, look at adsidecar's log and at the volume of store.path.",
             )
             .retry_after(std::time::Duration::from_secs(1)),
+            Self::Identity => Problem::new(
+                Code::IdentityChanged,
+                pages::say(&Trouble::Identity),
+                "Sign in as the same Amazon user, or begin the login with replace=true.",
+            ),
             Self::State(detail) => Problem::new(Code::StateInvalid, detail, "Begin the login again."),
         }
     }

@@ -55,6 +55,7 @@ pub(super) fn document(trouble: &Trouble) -> Value {
 pub(super) fn status(trouble: &Trouble) -> StatusCode {
     match trouble {
         Trouble::Amazon(_) | Trouble::State => StatusCode::BAD_REQUEST,
+        Trouble::Identity => StatusCode::CONFLICT,
         Trouble::Exchange => StatusCode::BAD_GATEWAY,
     }
 }
@@ -68,6 +69,9 @@ pub(super) fn say(trouble: &Trouble) -> &'static str {
         }
         Trouble::Amazon(_) => "Amazon could not finish the login. Begin it again in a moment.",
         Trouble::State => "This login is over or was begun in another browser. Begin it again.",
+        Trouble::Identity => {
+            "You signed in as another Amazon user than before: none of the profiles is the same. The grant of before stays."
+        }
         Trouble::Exchange => "Amazon did not exchange the code for tokens. Begin the login again; the log says why.",
     }
 }

@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 
-use adsidecar::sandbox::{CLIENT_ID, Door, RETURN_URL, SCOPE, Trouble};
+use adsidecar::sandbox::{CLIENT_ID, Door, RETURN_URL, Rule, SCOPE, Trouble};
 use reqwest::header::{HeaderMap, LOCATION};
 use reqwest::{Method, Response};
 use serde_json::Value;
@@ -749,4 +749,36 @@ async fn the_whole_flow_from_login_to_logout() {
     rig.start_sidecar().await;
     assert_eq!(rig.status_of("default").await["state"], "none", "a restart brings nothing back");
     assert_eq!(rig.sandbox.calls(Door::Na).len(), 2);
+}
+
+/// A login of the default user in which `advertiser` signs in at Amazon; the answer of the callback.
+async fn log_in_as(rig: &Rig, advertiser: &str, more: &str) -> reqwest::Response {
+    let begun = json(rig.get(&format!("/api/auth/amazon/login?{more}")).await).await;
+    let auth_url = format!("{}&advertiser={advertiser}", begun["auth_url"].as_str().unwrap());
+    let callback = rig.consent(&auth_url).await;
+    rig.get(&callback).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn another_amazon_identity_takes_a_users_place_only_when_that_is_said() {
+    let (tools, books) = ("amzn1.account.SANDBOXTOOLS", "amzn1.account.SANDBOXBOOKS");
+    let rig = Rig::start().await;
+    assert_eq!(log_in_as(&rig, tools, "").await.status(), 200);
+    let before = rig.get("/v2/profiles").await.text().await.unwrap();
+
+    let refused = log_in_as(&rig, books, "").await;
+    assert_eq!((refused.status().as_u16(), code(&refused)), (409, "identity_changed"));
+    assert_eq!(rig.get("/v2/profiles").await.text().await.unwrap(), before, "the grant of before stays");
+
+    assert_eq!(log_in_as(&rig, tools, "").await.status(), 200, "the same identity may come again");
+    assert_eq!(log_in_as(&rig, books, "replace=true").await.status(), 200);
+    assert_ne!(rig.get("/v2/profiles").await.text().await.unwrap(), before);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_region_that_cannot_be_asked_makes_no_identity_another() {
+    let rig = Rig::start().await;
+    assert_eq!(log_in_as(&rig, "amzn1.account.SANDBOXTOOLS", "").await.status(), 200);
+    rig.sandbox.set_trouble(Rule::from(Trouble::status(503)).at(Door::Fe).always());
+    assert_eq!(log_in_as(&rig, "amzn1.account.SANDBOXBOOKS", "").await.status(), 200);
 }
