@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Instant;
 
-use http::header::{CONTENT_LENGTH, HeaderValue};
+use http::header::{ACCEPT, CONTENT_LENGTH, HeaderMap, HeaderValue};
 use http::request::Parts;
 use http::{Method, Request, Response, StatusCode, Uri};
 use hyper::body::Incoming;
@@ -184,10 +184,7 @@ impl Proxy {
         trip: &mut Trip,
     ) -> Result<(Response<Answer>, Option<Arc<Held>>), ProxyError> {
         let held = body.progress();
-        let patient = parts
-            .headers
-            .get(http::header::ACCEPT)
-            .is_some_and(|accept| accept.as_bytes().starts_with(b"text/event-stream"));
+        let patient = takes_events(&parts.headers);
         let begun = Instant::now();
         let request = self.to_amazon(call, parts, target, bearer, body);
         let mut sent = self.upstream.send(call.region, request, Reuse::Allowed, patient).await;
@@ -303,6 +300,12 @@ fn again(held: &Option<Arc<Held>>) -> Option<Outgoing> {
         None => Some(Outgoing::nothing()),
         Some(held) => held.again(),
     }
+}
+
+/// Whether the caller takes an event stream, alone or (as MCP clients do) beside other types.
+fn takes_events(headers: &HeaderMap) -> bool {
+    let accepted = headers.get_all(ACCEPT).iter().filter_map(|accept| accept.to_str().ok());
+    accepted.flat_map(|accept| accept.split(',')).any(|kind| kind.trim_start().starts_with("text/event-stream"))
 }
 
 /// RFC 9110, section 9.2.2.
