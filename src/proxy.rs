@@ -373,7 +373,7 @@ impl From<ErrorKind> for Problem {
                 "The TLS handshake with Amazon's host failed.",
                 "If a proxy of your network breaks up TLS, add its CA as upstream.ca_file.",
             ),
-            ErrorKind::Reset(_) => Self::new(
+            ErrorKind::Reset(_) | ErrorKind::Switched => Self::new(
                 Code::UpstreamReset,
                 "The connection to Amazon broke before an answer came.",
                 "The call may have been processed: look before you repeat one that changes something.",

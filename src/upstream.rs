@@ -14,7 +14,7 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use http::{HeaderValue, Request, Response, Uri};
+use http::{HeaderValue, Request, Response, StatusCode, Uri};
 use hyper::body::Incoming;
 use hyper::client::conn::{TrySendError, http1, http2};
 use rustls::pki_types::CertificateDer;
@@ -97,6 +97,9 @@ pub enum ErrorKind {
     /// The connection broke, or what came was no HTTP.
     #[error("connection broke: {0}")]
     Reset(hyper::Error),
+    /// Amazon switched to another protocol, for which nobody asked.
+    #[error("an answer with status 101")]
+    Switched,
     /// No connection within `connect_timeout`.
     #[error("no connection within {0:?}")]
     ConnectTimeout(Duration),
@@ -174,6 +177,9 @@ impl Upstream {
             Connection::Http1 { mut sender, reused } => {
                 let sent = sender.try_send_request(request);
                 let response = awaited(sent, &progress, wait).await.map_err(|error| error.on(reused))?;
+                if response.status() == StatusCode::SWITCHING_PROTOCOLS {
+                    return Err(SendError { kind: ErrorKind::Switched, unsent: false, stale: false });
+                }
                 Ok(response.map(|incoming| Answer::http1(incoming, host.clone(), sender, progress)))
             }
             Connection::Http2(mut sender) => {
