@@ -26,7 +26,7 @@ use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::watch;
 
-use connections::{Command, Connections};
+use connections::{Command, Connections, Seat};
 use io::{Guarded, Watched};
 
 /// Where a door listens.
@@ -186,21 +186,26 @@ where
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
     loop {
+        let closed = phase.wait_for(|phase| *phase == Phase::Closed);
+        // Room is made when somebody needs it, and not before.
         let taken = tokio::select! {
             biased;
-            _ = phase.wait_for(|phase| *phase == Phase::Closed) => return,
+            _ = closed => return,
             taken = async {
-                host.connections.room(limits.max_connections).await;
-                listener.accept().await
+                let taken = listener.accept().await;
+                if taken.is_ok() {
+                    host.connections.room(limits.max_connections).await;
+                }
+                taken
             } => taken,
         };
         match taken {
             Ok(Stream::Tcp(stream, peer)) => {
                 let _ = stream.set_nodelay(true);
-                tokio::spawn(converse(stream, Peer::Tcp(peer), host.clone()));
+                tokio::spawn(converse(stream, Peer::Tcp(peer), host.connections.sit(), host.clone()));
             }
             Ok(Stream::Unix(stream)) => {
-                tokio::spawn(converse(stream, Peer::Unix, host.clone()));
+                tokio::spawn(converse(stream, Peer::Unix, host.connections.sit(), host.clone()));
             }
             Err(error) => {
                 tracing::warn!(%error, "cannot accept a connection");
@@ -241,7 +246,7 @@ impl Drop for Listener {
 }
 
 /// One connection, from accept to close.
-async fn converse<S, H, F, B>(stream: S, peer: Peer, host: Host<H>)
+async fn converse<S, H, F, B>(stream: S, peer: Peer, seat: Seat, host: Host<H>)
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     H: Fn(Request<Incoming>, Peer) -> F + Clone + Send + Sync + 'static,
@@ -249,8 +254,7 @@ where
     B: http_body::Body<Data = Bytes> + Send + Unpin + 'static,
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
-    let Host { handler, connections, late } = host;
-    let seat = connections.sit();
+    let Host { handler, late, .. } = host;
     let service = service_fn(|request| {
         let busy = seat.begin();
         // Boxed, so that an idle connection does not hold the room of a busy one.
