@@ -67,6 +67,11 @@ impl Wire {
         let _ = self.stream.flush().await;
     }
 
+    /// Closes in good order: over TLS too the other end knows that this was all.
+    pub async fn end(&mut self) {
+        let _ = self.stream.shutdown().await;
+    }
+
     /// Reads more; false at the end of the stream, however it came.
     async fn more(&mut self) -> bool {
         let mut buffer = [0; 16 << 10];
@@ -149,6 +154,12 @@ impl Wire {
                 return (body, true);
             }
         }
+    }
+
+    /// All that comes until the other end closes.
+    pub async fn everything(&mut self) -> String {
+        while self.more().await {}
+        String::from_utf8_lossy(&std::mem::take(&mut self.came)).into_owned()
     }
 
     /// Whether the other end closes now, without another byte.
