@@ -134,3 +134,14 @@ async fn a_body_over_the_limit_is_refused() {
         assert_eq!(rig.seen().body_len, 1024);
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_refused_upload_still_learns_why() {
+    let rig = Rig::set(&[("proxy.max_body", "1KiB")]).await;
+    for _ in 0..20 {
+        let upload = rig.request(reqwest::Method::POST, "/sandbox/echo").body(vec![b'x'; 4 << 20]);
+        let answer = upload.send().await.expect("an answer, and no reset connection");
+        assert_eq!((answer.status().as_u16(), crate::rig::code(&answer)), (413, "body_too_large"));
+        assert_eq!(crate::rig::json(answer).await["code"], "body_too_large");
+    }
+}
