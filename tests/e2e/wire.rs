@@ -74,7 +74,7 @@ impl Wire {
 
     /// Reads more; false at the end of the stream, however it came.
     async fn more(&mut self) -> bool {
-        let mut buffer = [0; 16 << 10];
+        let mut buffer = vec![0; 16 << 10];
         let read = tokio::time::timeout(PATIENCE, self.stream.read(&mut buffer)).await;
         let count = read.expect("nothing came and nothing closed").unwrap_or(0);
         self.came.extend_from_slice(&buffer[..count]);
