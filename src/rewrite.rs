@@ -78,6 +78,10 @@ pub fn to_caller(headers: &mut HeaderMap) {
     for name in named.0 {
         headers.remove(name);
     }
+    if headers.contains_key(TRANSFER_ENCODING) {
+        // The body was read as chunked, so this length is not its own (RFC 9112, section 6.3).
+        headers.remove(CONTENT_LENGTH);
+    }
     for name in HOP_BY_HOP {
         headers.remove(name);
     }
@@ -411,6 +415,13 @@ mod tests {
         ]);
         to_caller(&mut headers);
         assert_eq!(headers, map(&[("set-cookie", "a=1"), ("set-cookie", "b=2"), ("x-amzn-requestid", "r")]));
+    }
+
+    #[test]
+    fn a_length_beside_chunked_framing_is_not_passed_back() {
+        let mut headers = map(&[("content-length", "2"), ("transfer-encoding", "chunked")]);
+        to_caller(&mut headers);
+        assert_eq!(headers, map(&[]));
     }
 
     proptest! {

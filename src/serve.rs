@@ -8,16 +8,19 @@
 mod connections;
 mod io;
 
+use std::future::poll_fn;
 use std::io::{Error, ErrorKind, Result};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::Duration;
 
 use bytes::Bytes;
 use http::header::{CONNECTION, HeaderValue};
 use http::{Request, Response};
+use http_body::Body;
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
@@ -64,6 +67,10 @@ const MAX_HEAD: usize = 32 << 10;
 const MAX_BUFFER: usize = 64 << 10;
 /// How long the accept loop rests when the process is out of descriptors: existing work goes on and frees some.
 const ACCEPT_REST: Duration = Duration::from_millis(100);
+/// How long a caller may go on sending a body that was refused. A socket that is closed with bytes unread resets the
+/// connection, and the caller would never see the answer (RFC 9112, section 9.6).
+const LINGER: Duration = Duration::from_secs(2);
+
 /// Who is at the other end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Peer {
@@ -259,44 +266,54 @@ where
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
     let Host { handler, late, .. } = host;
-    let service = service_fn(|request| {
+    let uploads = AtomicBool::new(false);
+    let service = service_fn(|request: Request<Incoming>| {
         let busy = seat.begin();
-        // Boxed, so that an idle connection does not hold the room of a busy one.
-        let answer = Box::pin(handler(request, peer));
+        uploads.store(!request.is_end_stream(), Relaxed);
+        let answer = handler(request, peer);
         let seat = &seat;
-        async move {
+        // Boxed, so that an idle connection does not hold the room of a busy one.
+        Box::pin(async move {
             let mut response = answer.await.map(|body| Guarded::new(body, busy));
             if seat.leaving() {
                 response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
             }
             Ok::<_, std::convert::Infallible>(response)
-        }
+        })
     });
     let mut builder = http1::Builder::new();
     builder.half_close(false).auto_date_header(false).max_header_size(MAX_HEAD).max_buf_size(MAX_BUFFER);
     let mut connection = builder.serve_connection(TokioIo::new(Watched::new(stream, seat.activity())), service);
-    loop {
+    let mut leaving = false;
+    let last_words = loop {
         let command = tokio::select! {
             biased;
-            ended = &mut connection => {
+            ended = poll_fn(|cx| connection.poll_without_shutdown(cx)) => {
                 if let Err(error) = ended {
                     tracing::debug!(%error, "connection ended");
                 }
-                return;
+                break None;
             }
             command = seat.command() => command,
         };
         match command {
             // A head that has begun may still come to its end, in its time.
-            Command::Leave => Pin::new(&mut connection).graceful_shutdown(),
-            Command::HeadTimeout if seat.is_in_head() => break,
+            Command::Leave => {
+                leaving = true;
+                Pin::new(&mut connection).graceful_shutdown();
+            }
+            // hyper has written nothing yet for the head that did not come.
+            Command::HeadTimeout if seat.is_in_head() => break Some(late),
             // It came to its end just now.
             Command::HeadTimeout => {}
         }
-    }
-    // hyper has written nothing yet for the head that did not come.
+    };
     let mut socket = connection.into_parts().io.into_inner().into_inner();
-    if socket.write_all(&late).await.is_ok() {
-        let _ = socket.shutdown().await;
+    if let Some(last_words) = last_words {
+        let _ = socket.write_all(&last_words).await;
+    }
+    let _ = socket.shutdown().await;
+    if uploads.into_inner() && !leaving {
+        let _ = tokio::time::timeout(LINGER, tokio::io::copy(&mut socket, &mut tokio::io::sink())).await;
     }
 }

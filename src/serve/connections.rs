@@ -35,7 +35,7 @@ pub(super) struct Seat {
 #[derive(Debug)]
 pub(super) struct Activity {
     born: Instant,
-    /// Milliseconds since `born`, shifted by two, and a [`Doing`] in the low bits.
+    /// Microseconds since `born`, shifted by two, and a [`Doing`] in the low bits.
     state: AtomicU64,
     command: AtomicU8,
     commanded: Notify,
@@ -104,25 +104,36 @@ impl Connections {
         }
     }
 
-    /// Returns once one more connection may be accepted: at the cap the one that has idled longest is closed for it.
+    /// Returns once there is room for a connection that was accepted: at the cap the one that has idled longest is
+    /// closed for it.
     pub(super) async fn room(&self, max: usize) {
         loop {
             let freed = self.freed.notified();
-            if self.len() < max || self.close_longest_idle() {
+            if self.make_room(max) {
                 return;
             }
             let _ = tokio::time::timeout(LOOK_AGAIN, freed).await;
         }
     }
 
-    fn close_longest_idle(&self) -> bool {
+    fn make_room(&self, max: usize) -> bool {
         let seats = self.lock();
-        let idle = seats.taken.values().filter_map(|activity| match activity.doing() {
-            (Doing::Idle, since) => Some((since, activity)),
-            _ => None,
-        });
-        let longest = idle.max_by_key(|(since, _)| *since).map(|(_, activity)| activity);
-        longest.is_some_and(|activity| {
+        if seats.taken.len() < max {
+            return true;
+        }
+        let (mut staying, mut longest) = (0, None);
+        for activity in seats.taken.values() {
+            let (doing, since) = activity.doing();
+            staying += usize::from(doing != Doing::Closing);
+            if doing == Doing::Idle && longest.is_none_or(|(most, _)| since > most) {
+                longest = Some((since, activity));
+            }
+        }
+        if staying < max {
+            // One is about to go already.
+            return true;
+        }
+        longest.is_some_and(|(_, activity)| {
             activity.set(Doing::Closing);
             activity.order(Command::Leave);
             true
@@ -201,7 +212,7 @@ impl Activity {
     }
 
     fn set(&self, doing: Doing) {
-        let now = u64::try_from(self.born.elapsed().as_millis()).unwrap_or(u64::MAX);
+        let now = u64::try_from(self.born.elapsed().as_micros()).unwrap_or(u64::MAX);
         self.state.store(now << 2 | doing as u64, Relaxed);
     }
 
@@ -214,7 +225,7 @@ impl Activity {
             2 => Doing::Busy,
             _ => Doing::Closing,
         };
-        (doing, self.born.elapsed().saturating_sub(Duration::from_millis(state >> 2)))
+        (doing, self.born.elapsed().saturating_sub(Duration::from_micros(state >> 2)))
     }
 
     fn order(&self, command: Command) {

@@ -3,11 +3,20 @@
 #![allow(unreachable_pub, dead_code, reason = "the rig has more ways to knock than each file uses")]
 
 mod rig;
+mod wire;
 
 mod admin;
 mod commands;
 mod floors;
+mod forms;
+mod framing;
+mod guard;
+mod headers;
+mod http2;
+mod limits;
 mod login;
 mod proxying;
 mod review;
+mod selection;
 mod tokens;
+mod trouble;

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use adsidecar::app::App;
 use adsidecar::clock::Clock;
 use adsidecar::config::{self, Sources};
-use adsidecar::sandbox::{CLIENT_ID, CLIENT_SECRET, Door, Options, RETURN_URL, Sandbox};
+use adsidecar::sandbox::{CLIENT_ID, CLIENT_SECRET, Call, Door, Options, RETURN_URL, Sandbox};
 use adsidecar::tls;
 use jiff::SignedDuration;
 use reqwest::{Client, Method, RequestBuilder, Response, StatusCode};
@@ -19,6 +19,8 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
+
+use crate::wire::{Reply, Scripted, Wire};
 
 pub const FERNET_KEY: &str = "cw_0x689RpI-jtRR7oE8h_eQsKImvJapLeSbXpwF4e4=";
 
@@ -61,6 +63,27 @@ impl Rig {
 
     /// The same over a sandbox of its own making.
     pub async fn over(options: Options, extra: &str) -> Self {
+        Self::built(options, extra, &[]).await
+    }
+
+    /// A world in which user `default` is logged in, with these keys set as by `--set`.
+    pub async fn set(sets: &[(&str, &str)]) -> Self {
+        let clock = Clock::frozen("2026-08-01T12:00:00Z".parse().unwrap());
+        let rig = Self::built(Options::calm(clock), "", sets).await;
+        rig.log_in("default").await;
+        rig.sandbox.clear_history();
+        rig
+    }
+
+    /// The same before an Amazon (North America) that is scripted.
+    pub async fn before(amazon: &Scripted, sets: &[(&str, &str)]) -> Self {
+        let ca = amazon.ca_file();
+        let own = [("upstream.na", amazon.origin.as_str()), ("upstream.ca_file", ca.to_str().unwrap())];
+        Self::set(&[&own, sets].concat()).await
+    }
+
+    /// A world with all that can be chosen.
+    pub async fn built(options: Options, extra: &str, sets: &[(&str, &str)]) -> Self {
         let clock = options.clock.clone();
         let sandbox = Sandbox::start(options).await.unwrap();
         let root = CertificateDer::from_pem_slice(sandbox.ca_pem().as_bytes()).unwrap();
@@ -72,8 +95,8 @@ impl Rig {
             .unwrap();
         let directory = tempfile::tempdir().unwrap();
         sandbox.write_ca(&directory.path().join("ca.pem")).unwrap();
-        let extra = extra.to_owned();
-        let mut rig = Self { sandbox, clock, client, directory, sets: Vec::new(), extra, running: None };
+        let sets = sets.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
+        let mut rig = Self { sandbox, clock, client, directory, sets, extra: extra.to_owned(), running: None };
         rig.start_sidecar().await;
         rig
     }
@@ -138,6 +161,11 @@ impl Rig {
         self.start_sidecar().await;
     }
 
+    /// Returns when the sidecar has ended by itself.
+    pub async fn ended(&mut self) {
+        self.running.take().expect("it runs").ended.await.unwrap();
+    }
+
     fn write_config(&self) -> PathBuf {
         let path = |path: &Path| format!("{:?}", path.to_str().unwrap());
         let (ca, store) = (path(&self.directory.path().join("ca.pem")), path(&self.store_path()));
@@ -168,6 +196,29 @@ impl Rig {
 
     pub fn admin_address(&self) -> SocketAddr {
         self.running().admin
+    }
+
+    /// A connection to the proxy door.
+    pub async fn dial(&self) -> Wire {
+        Wire::dial(self.running().proxy).await
+    }
+
+    /// Sends bytes to the proxy door on a connection of their own, and gives the first answer.
+    pub async fn knock(&self, bytes: impl AsRef<[u8]>) -> Reply {
+        let mut wire = self.dial().await;
+        wire.send(bytes).await;
+        wire.reply().await
+    }
+
+    /// The last call that came to an Ads door.
+    pub fn seen(&self) -> Call {
+        let mut calls = self.ads_calls();
+        calls.pop().expect("Amazon saw a call")
+    }
+
+    /// Every call that came to an Ads door.
+    pub fn ads_calls(&self) -> Vec<Call> {
+        self.sandbox.history().into_iter().filter(|call| call.door != Door::Lwa).collect()
     }
 
     pub fn proxy_url(&self, path: &str) -> String {
@@ -210,7 +261,9 @@ impl Rig {
         let begun = json(self.get(&format!("/api/auth/amazon/login?user_id={user}")).await).await;
         let callback = self.consent(begun["auth_url"].as_str().unwrap()).await;
         let ended = self.get(&callback).await;
-        assert_eq!(ended.status(), StatusCode::OK, "{}", ended.text().await.unwrap());
+        let location = ended.headers().get("location").map_or("", |location| location.to_str().unwrap());
+        let success = ended.status() == StatusCode::OK || location.contains("status=success");
+        assert!(success, "{ended:?}");
     }
 
     /// What a person does at the consent page: the path and query of the callback that Amazon then sends them to.

@@ -1,0 +1,196 @@
+//! The headers that are ours: whatever a caller sends, Amazon sees exactly one value, and it is not the caller's.
+
+use adsidecar::sandbox::{CLIENT_ID, Door};
+
+use crate::rig::Rig;
+use crate::wire::Scripted;
+
+const NA: &str = "3012345678901234561";
+
+/// Sends these header lines as they are, and gives what Amazon saw.
+async fn sent(rig: &Rig, path: &str, lines: &[&str]) -> adsidecar::sandbox::Call {
+    rig.sandbox.clear_history();
+    let lines: String = lines.iter().map(|line| format!("{line}\r\n")).collect();
+    let answer = rig.knock(format!("GET {path} HTTP/1.1\r\nHost: localhost\r\n{lines}\r\n")).await;
+    assert_eq!(answer.header("x-adsidecar-error"), None, "{lines} {answer:?}");
+    rig.seen()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_spelling_of_a_managed_header_survives() {
+    let rig = Rig::with(&format!("[[account]]\nname = \"a\"\nprofile_id = \"{NA}\"\n")).await;
+    rig.log_in("default").await;
+    let host = rig.sandbox.origin(Door::Na).strip_prefix("https://").unwrap().to_owned();
+    for name in ["Authorization", "Amazon-Advertising-API-ClientId", "Amazon-Ads-ClientId", "Host"] {
+        for spelling in [name.to_owned(), name.to_lowercase(), name.to_uppercase(), name.replace('-', "_")] {
+            if spelling.eq_ignore_ascii_case("host") {
+                continue;
+            }
+            let line = format!("{spelling}: theirs");
+            for lines in [
+                &[line.as_str()][..],
+                &[&line, &line],
+                &[&format!("{spelling}:   theirs\t")],
+                &[&line, &format!("Connection: {spelling}")],
+                &[&format!("Connection: close, {}", spelling.to_lowercase()), &line, "Connection: x"],
+            ] {
+                for path in ["/sandbox/echo", "/v2/profiles", "/sp/campaigns/x"] {
+                    let seen = sent(&rig, path, lines).await;
+                    let managed = seen.headers.iter().filter(|(name, _)| {
+                        let name = name.replace('_', "-");
+                        name == "authorization" || name == "host" || name.ends_with("clientid")
+                    });
+                    let mut managed: Vec<_> = managed.map(|(_, value)| value.as_str()).collect();
+                    managed.sort_unstable();
+                    assert_eq!(managed.len(), 3, "{path} {lines:?} {managed:?}");
+                    assert_eq!(managed[0], host);
+                    assert!(managed[1].starts_with("Bearer Atza|"), "{managed:?}");
+                    assert_eq!(managed[2], CLIENT_ID);
+                    assert!(seen.header("connection").is_none());
+                }
+            }
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_connection_line_strips_what_we_attach() {
+    let rig =
+        Rig::with(&format!("[[account]]\nname = \"a\"\nprofile_id = \"{NA}\"\nheaders = {{ X-Team = \"blue\" }}\n"))
+            .await;
+    rig.log_in("default").await;
+    let every =
+        "authorization, host, amazon-advertising-api-clientid, amazon-advertising-api-scope, x-team, content-length";
+    let listed = format!("Connection: {every}");
+    for lines in
+        [&[listed.as_str()][..], &["Connection:", &listed], &["Connection: close", "connection: keep-alive", &listed]]
+    {
+        let seen = sent(&rig, "/sp/campaigns/x", lines).await;
+        let mut names = seen.header_names();
+        names.sort_unstable();
+        let attached =
+            ["amazon-advertising-api-clientid", "amazon-advertising-api-scope", "authorization", "host", "x-team"];
+        assert_eq!(names, attached, "{lines:?}");
+    }
+    // A context header that the caller sent, and lists, goes; the account's takes its place.
+    let seen =
+        sent(&rig, "/sp/x", &["Amazon-Advertising-API-Scope: 7", "Connection: Amazon-Advertising-API-Scope"]).await;
+    assert_eq!(seen.header_all("amazon-advertising-api-scope").collect::<Vec<_>>(), [NA]);
+    let seen = sent(&rig, "/sp/x", &["X-Private: 1", "X-Kept: 2", "Connection: x-private"]).await;
+    assert_eq!((seen.header("x-private"), seen.header("x-kept")), (None, Some("2")));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_speaks_of_the_caller_stays_here() {
+    let rig = Rig::set(&[]).await;
+    let seen = sent(
+        &rig,
+        "/sandbox/echo",
+        &[
+            "Cookie: a=b",
+            "Referer: http://x",
+            "Sec-Fetch-Mode: cors",
+            "Sec-CH-UA: x",
+            "Forwarded: for=1",
+            "X-Forwarded-For: 1",
+            "X-Forwarded-Proto: https",
+            "X_Forwarded_For: 2",
+            "X-Ads-Anything: 1",
+            "x_ads_user: evil",
+            "Proxy: http://evil",
+            "Proxy-Authorization: Basic eDp5",
+            "Proxy-Connection: keep-alive",
+            "Keep-Alive: timeout=5",
+            "TE: trailers",
+            "Trailer: X",
+            "Upgrade: websocket",
+            "HTTP2-Settings: x",
+            "Expect: 200-ok",
+            "amazon_advertising_api_scope: 1",
+            "AMAZON_ADVERTISING_API-SCOPE: 1",
+            "X-Passes: yes",
+            "X_Passes: too",
+            "User-Agent: python",
+            "X-Request-Id: mine",
+        ],
+    )
+    .await;
+    let mut names = seen.header_names();
+    names.sort_unstable();
+    let passed = ["amazon-advertising-api-clientid", "authorization", "host", "user-agent", "x-passes", "x-request-id"];
+    let twin = "x_passes";
+    assert_eq!(names, [&passed[..], &[twin]].concat());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_answers_hop_by_hop_headers_stay_here() {
+    let amazon = Scripted::saying(
+        "HTTP/1.1 200 OK\r\nConnection: keep-alive, X-Private\r\nKeep-Alive: timeout=5\r\nX-Private: 1\r\n\
+         Proxy-Authenticate: Basic\r\nUpgrade: h2c\r\nTrailer: X-T\r\nX-Adsidecar-Error: forged\r\n\
+         X-Adsidecar-Hint: forged\r\nX-Request-Id: theirs\r\nServer: Server\r\nVia: 1.1 x\r\n\
+         Transfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\nX-T: 1\r\n\r\n",
+    )
+    .await;
+    let rig = Rig::before(&amazon, &[]).await;
+    let answer = rig.knock("GET /x HTTP/1.1\r\nHost: localhost\r\n\r\n").await;
+    let mut names = answer.names();
+    names.sort_unstable();
+    assert_eq!(names, ["server", "transfer-encoding", "via", "x-request-id"]);
+    assert_eq!((answer.text().as_str(), answer.whole), ("ok", true));
+    assert_ne!(answer.header("x-request-id"), Some("theirs"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_id_is_taken_or_made_and_on_every_answer() {
+    let rig = Rig::set(&[]).await;
+    let mut made = Vec::new();
+    for path in ["/sandbox/echo", "/api/auth/amazon/status", "/a//x"] {
+        let own = rig.knock(format!("GET {path} HTTP/1.1\r\nHost: localhost\r\nX-Request-Id: r-1.2_3\r\n\r\n")).await;
+        assert_eq!(own.header("x-request-id"), Some("r-1.2_3"), "{path}");
+        let bare = rig.knock(format!("GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n")).await;
+        made.push(bare.header("x-request-id").unwrap().to_owned());
+        let odd = format!("X-Request-Id: {}", "x".repeat(129));
+        for bad in [odd.as_str(), "X-Request-Id: a b", "X-Request-Id:"] {
+            let answer = rig.knock(format!("GET {path} HTTP/1.1\r\nHost: localhost\r\n{bad}\r\n\r\n")).await;
+            made.push(answer.header("x-request-id").unwrap().to_owned());
+        }
+    }
+    assert!(made.iter().all(|id| (1..=32).contains(&id.len())), "{made:?}");
+    let mut different = made.clone();
+    different.sort();
+    different.dedup();
+    assert_eq!(different.len(), made.len(), "{made:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_answer_of_our_own_is_a_whole_problem() {
+    let rig = Rig::set(&[("proxy.max_body", "10B")]).await;
+    rig.sandbox.set_trouble(adsidecar::sandbox::Trouble::Reset);
+    for (call, status, code, retryable) in [
+        ("POST /reset HTTP/1.1\r\nHost: localhost\r\n", 502, "upstream_reset", true),
+        ("GET /x HTTP/1.1\r\nHost: localhost\r\nX-Ads-User: nobody\r\n", 401, "login_required", false),
+        ("GET /x HTTP/1.1\r\nHost: evil.test\r\n", 403, "host_not_allowed", false),
+        ("GET /x HTTP/1.1\r\n", 400, "bad_request", false),
+        ("GET /x HTTP/1.1\r\nHost: localhost\r\nOrigin: null\r\n", 403, "cross_site", false),
+        ("GET /x HTTP/1.1\r\nHost: localhost\r\nX-Ads-Account: x\r\n", 404, "unknown_account", false),
+        ("GET /api/auth/x HTTP/1.1\r\nHost: localhost\r\n", 404, "not_found", false),
+        ("GET /auth/o2/token HTTP/1.1\r\nHost: localhost\r\n", 405, "method_not_allowed", false),
+        ("TRACE /x HTTP/1.1\r\nHost: localhost\r\n", 405, "method_not_allowed", false),
+        ("POST /x HTTP/1.1\r\nHost: localhost\r\nContent-Length: 11\r\n", 413, "body_too_large", false),
+    ] {
+        let answer = rig.knock(format!("{call}X-Request-Id: r-7\r\n\r\n")).await;
+        assert_eq!(answer.said(), (status, code), "{call}");
+        assert_eq!(answer.header("content-type"), Some("application/problem+json"));
+        assert_eq!(answer.header("cache-control"), Some("no-store"));
+        assert_eq!(answer.header("x-request-id"), Some("r-7"));
+        let problem = answer.json();
+        let mut members: Vec<_> = problem.as_object().unwrap().keys().map(String::as_str).collect();
+        members.sort_unstable();
+        assert_eq!(members, ["code", "detail", "next_step", "request_id", "retryable", "status", "title", "type"]);
+        assert_eq!((&problem["code"], &problem["status"]), (&code.into(), &status.into()));
+        assert_eq!((&problem["retryable"], &problem["request_id"]), (&retryable.into(), &"r-7".into()), "{code}");
+        for text in ["type", "title", "detail", "next_step"] {
+            assert!(!problem[text].as_str().unwrap().is_empty(), "{code}: {text}");
+        }
+    }
+}

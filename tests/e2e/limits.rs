@@ -1,0 +1,147 @@
+//! Limits of the door: time, connections, size.
+
+use std::time::{Duration, Instant};
+
+use adsidecar::sandbox::{Rule, Trouble};
+
+use crate::rig::Rig;
+use crate::wire::eventually;
+
+const CALL: &str = "GET /sandbox/echo HTTP/1.1\r\nHost: localhost\r\n\r\n";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_slow_head_is_refused() {
+    let rig = Rig::set(&[("proxy.header_timeout", "150ms")]).await;
+    for used in [false, true] {
+        let mut wire = rig.dial().await;
+        if used {
+            wire.send(CALL).await;
+            assert_eq!(wire.reply().await.status, 200);
+        }
+        let begun = Instant::now();
+        wire.send("GET /x HTTP/1.1\r\nX-Slow: ").await;
+        // A byte now and then does not help.
+        let answer = loop {
+            match tokio::time::timeout(Duration::from_millis(20), wire.reply()).await {
+                Ok(answer) => break answer,
+                Err(_) => wire.send("x").await,
+            }
+        };
+        let took = begun.elapsed();
+        assert_eq!(answer.said(), (408, "request_timeout"));
+        assert_eq!(answer.json()["code"], "request_timeout");
+        assert_eq!(answer.header("connection"), Some("close"));
+        assert!((Duration::from_millis(150)..Duration::from_secs(2)).contains(&took), "{took:?}");
+        assert!(wire.closes().await);
+    }
+    assert_eq!(rig.ads_calls().len(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_idle_connection_is_closed_and_a_busy_one_is_not() {
+    let rig = Rig::set(&[("proxy.idle_timeout", "150ms"), ("proxy.header_timeout", "50ms")]).await;
+    let (mut fresh, mut used, mut busy) = (rig.dial().await, rig.dial().await, rig.dial().await);
+    let gate = rig.sandbox.set_trouble(Trouble::Gate);
+    busy.send(CALL).await;
+    gate.reached(1).await;
+    used.send(CALL).await;
+    assert_eq!(used.reply().await.status, 200);
+    let begun = Instant::now();
+    assert!(fresh.closes().await && used.closes().await);
+    assert!(begun.elapsed() < Duration::from_secs(2), "{:?}", begun.elapsed());
+    gate.release();
+    assert_eq!(busy.reply().await.status, 200);
+    assert!(busy.closes().await);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn at_the_cap_the_connection_that_idled_longest_makes_room() {
+    let rig = Rig::set(&[("proxy.max_connections", "3")]).await;
+    // The rig's own client holds a connection, which is older than all of these.
+    let mut wires = Vec::new();
+    for _ in 0..3 {
+        let mut wire = rig.dial().await;
+        wire.send(CALL).await;
+        assert_eq!(wire.reply().await.status, 200);
+        wires.push(wire);
+    }
+    // All three are served: nobody is closed before somebody needs the room.
+    for wire in &mut wires {
+        wire.send(CALL).await;
+        assert_eq!(wire.reply().await.status, 200);
+    }
+    let mut newest = rig.dial().await;
+    newest.send(CALL).await;
+    assert_eq!(newest.reply().await.status, 200);
+    assert!(wires[0].closes().await);
+    for wire in wires[1..].iter_mut().chain([&mut newest]) {
+        wire.send(CALL).await;
+        assert_eq!(wire.reply().await.status, 200);
+    }
+    assert_eq!(rig.metric("adsidecar_connections{door=\"proxy\"}").await, 3.0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn while_all_are_busy_a_new_connection_waits() {
+    let rig = Rig::set(&[("proxy.max_connections", "2")]).await;
+    let gate = rig.sandbox.set_trouble(Rule::from(Trouble::Gate).next(2));
+    let mut one = rig.dial().await;
+    one.send(CALL).await;
+    gate.reached(1).await;
+    let mut two = rig.dial().await;
+    two.send(CALL).await;
+    gate.reached(2).await;
+    let mut three = rig.dial().await;
+    three.send(CALL).await;
+    gate.release();
+    for wire in [&mut one, &mut two, &mut three] {
+        assert_eq!(wire.reply().await.status, 200);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_body_over_the_limit_is_refused() {
+    let rig = Rig::set(&[("proxy.max_body", "1KiB")]).await;
+    let (fits, big) = ("x".repeat(1024), "x".repeat(1025));
+    let plain = |body: &str, length: usize| {
+        format!("POST /sandbox/echo HTTP/1.1\r\nHost: localhost\r\nContent-Length: {length}\r\n\r\n{body}")
+    };
+    let chunked = |body: &str| {
+        let half = body.len() / 2;
+        let (one, two) = body.split_at(half);
+        format!(
+            "POST /sandbox/echo HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n{half:x}\r\n{one}\r\n\
+             {:x}\r\n{two}\r\n0\r\n\r\n",
+            two.len()
+        )
+    };
+    for body in ["", &big] {
+        let mut wire = rig.dial().await;
+        wire.send(plain(body, 1025)).await;
+        assert_eq!(wire.reply().await.said(), (413, "body_too_large"));
+        assert!(wire.closes().await);
+    }
+    assert!(rig.ads_calls().is_empty(), "what says that it is too large is not begun");
+    let mut wire = rig.dial().await;
+    wire.send(chunked(&big) + CALL).await;
+    assert_eq!(wire.reply().await.said(), (413, "body_too_large"));
+    assert!(wire.closes().await);
+    eventually("Amazon sees it broken off", || rig.ads_calls().iter().all(|call| !call.complete)).await;
+    assert!(rig.ads_calls().iter().all(|call| call.method == "POST" && call.status.is_none()));
+    rig.sandbox.clear_history();
+    for call in [plain(&fits, 1024), chunked(&fits)] {
+        assert_eq!(rig.knock(call).await.status, 200);
+        assert_eq!(rig.seen().body_len, 1024);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_refused_upload_still_learns_why() {
+    let rig = Rig::set(&[("proxy.max_body", "1KiB")]).await;
+    for _ in 0..20 {
+        let upload = rig.request(reqwest::Method::POST, "/sandbox/echo").body(vec![b'x'; 4 << 20]);
+        let answer = upload.send().await.expect("an answer, and no reset connection");
+        assert_eq!((answer.status().as_u16(), crate::rig::code(&answer)), (413, "body_too_large"));
+        assert_eq!(crate::rig::json(answer).await["code"], "body_too_large");
+    }
+}

@@ -1,0 +1,230 @@
+//! For which account, user and region a call is, and which headers Amazon then sees.
+
+use adsidecar::sandbox::{CLIENT_ID, Call, Door};
+use reqwest::Response;
+
+use crate::rig::{Rig, code, json};
+
+const NA: &str = "3012345678901234561";
+const EU: &str = "3012345678901234563";
+
+fn accounts() -> String {
+    format!(
+        "[[account]]\nname = \"us\"\nprofile_id = \"{NA}\"\n[[account]]\nname = \"uk\"\nregion = \"eu\"\n\
+         profile_id = \"{EU}\"\nuser = \"europe\"\nheaders = {{ X-Team = \"blue\" }}\n\
+         [[account]]\nname = \"secret-client\"\nuser = \"nobody\"\n"
+    )
+}
+
+async fn rig(more: &str) -> Rig {
+    let rig = Rig::with(&format!("{}{more}", accounts())).await;
+    rig.log_in("default").await;
+    rig.log_in("europe").await;
+    rig
+}
+
+async fn call(rig: &Rig, path: &str, headers: &[(&str, &str)]) -> Response {
+    let request = headers
+        .iter()
+        .fold(rig.request(reqwest::Method::GET, path), |request, (name, value)| request.header(*name, *value));
+    request.send().await.unwrap()
+}
+
+fn scope(call: &Call) -> Option<&str> {
+    call.header("amazon-advertising-api-scope")
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_unknown_account_is_refused_and_no_other_is_named() {
+    let rig = rig("").await;
+    for (path, headers) in [
+        ("/sandbox/echo", &[("X-Ads-Account", "acme")][..]),
+        ("/sandbox/echo", &[("X-Ads-Account", "")]),
+        ("/sandbox/echo", &[("X-Ads-Account", "US")]),
+        ("/a/acme/sandbox/echo", &[("X-Ads-Account", "us")]),
+    ] {
+        let answer = call(&rig, path, headers).await;
+        assert_eq!((answer.status().as_u16(), code(&answer)), (404, "unknown_account"), "{path}");
+        let text = answer.text().await.unwrap();
+        assert!(!text.contains("secret-client") && !text.contains("\"us\"") && !text.contains("acme"), "{text}");
+    }
+    for bad in [("X-Ads-User", "a b"), ("X-Ads-User", ".."), ("X-Ads-Region", "uk"), ("X-Ads-Region", "")] {
+        let answer = call(&rig, "/sandbox/echo", &[bad]).await;
+        assert_eq!((answer.status().as_u16(), code(&answer)), (400, "bad_request"), "{bad:?}");
+    }
+    let twice = call(&rig, "/sandbox/echo", &[("X-Ads-Account", "us"), ("x-ads-account", "us")]).await;
+    assert_eq!(code(&twice), "bad_request");
+    assert!(rig.ads_calls().is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_user_without_a_grant_is_sent_to_log_in() {
+    let rig = rig("").await;
+    for headers in [[("X-Ads-Account", "secret-client")], [("X-Ads-User", "nobody")]] {
+        let answer = call(&rig, "/sandbox/echo", &headers).await;
+        assert_eq!((answer.status().as_u16(), code(&answer)), (401, "login_required"));
+        assert!(answer.headers()["www-authenticate"].to_str().unwrap().starts_with("Bearer"));
+        let problem = json(answer).await;
+        let link = format!("http://{}/api/auth/amazon/login?user_id=nobody", rig.proxy_address());
+        assert!(problem["next_step"].as_str().unwrap().contains(&link), "{problem}");
+    }
+    assert!(rig.ads_calls().is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_first_that_applies_selects() {
+    let rig = rig("").await;
+    for (path, headers, door, expected) in [
+        ("/a/uk/sandbox/echo", &[("X-Ads-Account", "us"), ("X-Ads-User", "default")][..], Door::Eu, Some(EU)),
+        ("/sandbox/echo", &[("X-Ads-Account", "uk"), ("X-Ads-User", "default")], Door::Eu, Some(EU)),
+        ("/sandbox/echo", &[("X-Ads-Account", "us")], Door::Na, Some(NA)),
+        ("/sandbox/echo", &[("X-Ads-User", "europe")], Door::Na, None),
+        ("/sandbox/echo", &[("X-Ads-User", "europe"), ("X-Ads-Region", "fe")], Door::Fe, None),
+        ("/sandbox/echo", &[("X-Ads-Region", "EU")], Door::Eu, None),
+        ("/sandbox/echo", &[], Door::Na, None),
+    ] {
+        let answer = call(&rig, path, headers).await;
+        assert_eq!(answer.status(), 200, "{headers:?}");
+        assert!(!answer.headers().contains_key("x-adsidecar-hint"), "{headers:?}");
+        let seen = rig.seen();
+        assert_eq!((seen.door, scope(&seen)), (door, expected), "{path} {headers:?}");
+        assert!(seen.headers.iter().all(|(name, _)| !name.starts_with("x-ads")), "{seen:?}");
+        assert_eq!(seen.header("x-team").is_some(), expected == Some(EU));
+    }
+    // Who pays: each user has a token of its own.
+    let mut seen = Vec::new();
+    for user in ["default", "europe"] {
+        call(&rig, "/sandbox/echo", &[("X-Ads-User", user)]).await;
+        seen.push(rig.seen().header("authorization").unwrap().to_owned());
+    }
+    call(&rig, "/a/uk/sandbox/echo", &[]).await;
+    assert_ne!(seen[0], seen[1]);
+    assert_eq!(rig.seen().header("authorization"), Some(&*seen[1]));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_account_named_default_and_the_only_account_need_no_name() {
+    let named = Rig::with(&format!(
+        "[[account]]\nname = \"a\"\nprofile_id = \"1\"\n[[account]]\nname = \"default\"\nprofile_id = \"{NA}\"\n"
+    ))
+    .await;
+    named.log_in("default").await;
+    call(&named, "/sandbox/echo", &[]).await;
+    assert_eq!(scope(&named.seen()), Some(NA));
+    let only =
+        Rig::with(&format!("[[account]]\nname = \"a\"\nprofile_id = \"{EU}\"\nregion = \"eu\"\nuser = \"u\"\n")).await;
+    only.log_in("u").await;
+    call(&only, "/sandbox/echo", &[]).await;
+    assert_eq!((only.seen().door, scope(&only.seen())), (Door::Eu, Some(EU)));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn in_another_region_no_id_is_attached_and_a_hint_says_so() {
+    let rig = rig("").await;
+    let answer = call(&rig, "/a/uk/sandbox/echo", &[("X-Ads-Region", "na")]).await;
+    assert_eq!(answer.headers()["x-adsidecar-hint"], "region_mismatch");
+    assert_eq!((rig.seen().door, scope(&rig.seen())), (Door::Na, None));
+    // What the caller itself sent stays.
+    call(&rig, "/a/uk/sandbox/echo", &[("X-Ads-Region", "na"), ("Amazon-Advertising-API-Scope", NA)]).await;
+    assert_eq!(scope(&rig.seen()), Some(NA));
+    // The host of the absolute form is stronger than the header.
+    let absolute = "GET http://advertising-api-fe.amazon.com/sandbox/echo HTTP/1.1\r\nHost: localhost\r\n\
+                    X-Ads-Account: uk\r\nX-Ads-Region: eu\r\n\r\n";
+    let answer = rig.knock(absolute).await;
+    assert_eq!((rig.seen().door, answer.header("x-adsidecar-hint")), (Door::Fe, Some("region_mismatch")));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn fixed_selection_ignores_what_callers_say() {
+    let sets = [("proxy.selection", "fixed")];
+    let clock = adsidecar::clock::Clock::frozen("2026-08-01T12:00:00Z".parse().unwrap());
+    let options = adsidecar::sandbox::Options::calm(clock);
+    let extra = format!("{}[[account]]\nname = \"default\"\nprofile_id = \"{NA}\"\n", accounts());
+    let rig = Rig::built(options, &extra, &sets).await;
+    rig.log_in("default").await;
+    let said = [("X-Ads-Account", "uk"), ("X-Ads-User", "europe"), ("X-Ads-Region", "eu")];
+    for path in ["/sandbox/echo", "/a/uk/sandbox/echo", "/a/no-such/sandbox/echo"] {
+        assert_eq!(call(&rig, path, &said).await.status(), 200, "{path}");
+        let seen = rig.seen();
+        assert_eq!((seen.door, scope(&seen), seen.target.as_str()), (Door::Na, Some(NA), "/sandbox/echo"), "{path}");
+        assert!(seen.headers.iter().all(|(name, _)| !name.starts_with("x-ads")));
+    }
+}
+
+/// An account that has every id.
+const FULL: &str = r#"
+[[account]]
+name = "full"
+profile_id = "3012345678901234561"
+marketplace_id = "ATVPDKIKX0DER"
+advertiser_id = "ENTITYSANDBOXTOOLS"
+entity_id = "ENTITYE"
+account_id = "ACC1"
+dsp_advertiser_id = "987"
+amc_instance_id = "amcsandboxtools"
+manager_account_id = "MGR1"
+"#;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn each_family_gets_exactly_its_headers() {
+    let rig = Rig::with(FULL).await;
+    rig.log_in("default").await;
+    const CLIENT: &str = "amazon-advertising-api-clientid";
+    const V1_CLIENT: &str = "amazon-ads-clientid";
+    let (scope, account) = (("amazon-advertising-api-scope", NA), ("amazon-ads-accountid", "ACC1"));
+    let marketplace = ("amazon-advertising-api-marketplaceid", "ATVPDKIKX0DER");
+    let advertiser = ("amazon-advertising-api-advertiserid", "ENTITYSANDBOXTOOLS");
+    let stream_account = ("amazon-ads-account-id", "ACC1");
+    let before = rig.metric("adsidecar_unknown_family_total").await;
+    for (line, client, context) in [
+        ("GET /v2/profiles", CLIENT, &[][..]),
+        ("GET /amc/accounts", CLIENT, &[]),
+        ("GET /amc/reporting/amcsandboxtools/workflows", CLIENT, &[advertiser, marketplace, scope]),
+        ("GET /amc/instances", CLIENT, &[advertiser, marketplace, scope]),
+        ("POST /sp/campaigns/list", CLIENT, &[scope]),
+        ("POST //sp/campaigns/list", CLIENT, &[scope]),
+        ("POST /adsApi/v1/query/campaigns", V1_CLIENT, &[scope, ("amazon-ads-manager-accountid", "MGR1")]),
+        ("GET /dsp/streams/subscriptions", CLIENT, &[stream_account]),
+        ("GET /streams/subscriptions", CLIENT, &[scope]),
+        ("POST /reporting/reports", CLIENT, &[scope]),
+        ("GET /sp/global/campaigns", CLIENT, &[account, marketplace]),
+        ("POST /mcp", V1_CLIENT, &[]),
+    ] {
+        rig.knock(format!("{line} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n\r\n{{}}")).await;
+        let seen = rig.seen();
+        assert_eq!(format!("{} {}", seen.method, seen.target), line);
+        let always = ["host", "authorization", "content-length"];
+        let mut attached: Vec<_> = seen.headers.iter().filter(|(name, _)| !always.contains(&name.as_str())).collect();
+        attached.sort();
+        let mut expected = vec![(client.to_owned(), CLIENT_ID.to_owned())];
+        expected.extend(context.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())));
+        expected.sort();
+        assert_eq!(attached, expected.iter().collect::<Vec<_>>(), "{line}");
+        assert!(seen.header("authorization").unwrap().starts_with("Bearer Atza|"));
+    }
+    assert_eq!(rig.metric("adsidecar_unknown_family_total").await, before);
+    // A path of no known family gets three ids, under the client id's name that the caller used.
+    rig.knock("GET /brand/new HTTP/1.1\r\nHost: localhost\r\nAmazon-Ads-ClientId: theirs\r\n\r\n").await;
+    let seen = rig.seen();
+    let mut names = seen.header_names();
+    names.sort_unstable();
+    assert_eq!(names, [V1_CLIENT, advertiser.0, marketplace.0, scope.0, "authorization", "host"]);
+    assert_eq!(seen.header(V1_CLIENT), Some(CLIENT_ID));
+    assert_eq!(rig.metric("adsidecar_unknown_family_total").await, before + 1.0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn context_that_the_caller_sent_decides() {
+    let rig = Rig::with(FULL).await;
+    rig.log_in("default").await;
+    let answer = call(&rig, "/reporting/reports/none", &[("Amazon-Ads-AccountId", "theirs")]).await;
+    assert_eq!(code(&answer), "");
+    let seen = rig.seen();
+    assert_eq!((seen.header("amazon-ads-accountid"), scope(&seen)), (Some("theirs"), None));
+    call(&rig, "/sp/x", &[("Amazon-Advertising-API-Scope", "7")]).await;
+    assert_eq!(rig.seen().header_all("amazon-advertising-api-scope").collect::<Vec<_>>(), ["7"]);
+    call(&rig, "/avc/events", &[("Amazon-Advertising-Advertiser-Id", "5")]).await;
+    let seen = rig.seen();
+    assert_eq!(seen.header("amazon-advertising-advertiser-id"), Some("5"));
+    assert_eq!(seen.header("amazon-advertising-api-entityid"), None);
+}

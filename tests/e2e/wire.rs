@@ -1,0 +1,259 @@
+//! HTTP/1.1 by hand: a client that says exactly what a test says, and an Amazon that does.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use rustls::ServerConfig;
+use rustls::pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
+use serde_json::Value;
+use tempfile::TempDir;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream, UnixStream};
+use tokio::task::JoinHandle;
+use tokio_rustls::TlsAcceptor;
+
+/// Whatever has not come after this long never comes.
+pub const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Waits until `holds`, and fails when it does not come to hold.
+pub async fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !holds() {
+        assert!(Instant::now() < deadline, "never: {what}");
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+}
+
+trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
+impl<S: AsyncRead + AsyncWrite + Send + Unpin> Stream for S {}
+
+/// One connection, from either end.
+pub struct Wire {
+    stream: Box<dyn Stream>,
+    came: Vec<u8>,
+}
+
+/// One answer.
+#[derive(Debug)]
+pub struct Reply {
+    pub version: String,
+    pub status: u16,
+    /// Names in lower case, in their order.
+    pub headers: Vec<(String, String)>,
+    pub body: Vec<u8>,
+    /// Whether the body came to its end as its framing says.
+    pub whole: bool,
+}
+
+impl Wire {
+    pub async fn dial(address: SocketAddr) -> Self {
+        Self::over(TcpStream::connect(address).await.unwrap())
+    }
+
+    pub async fn unix(path: &Path) -> Self {
+        Self::over(UnixStream::connect(path).await.unwrap())
+    }
+
+    fn over(stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static) -> Self {
+        Self { stream: Box::new(stream), came: Vec::new() }
+    }
+
+    /// Writes. That the other end has closed already is seen when reading.
+    pub async fn send(&mut self, bytes: impl AsRef<[u8]>) {
+        let _ = self.stream.write_all(bytes.as_ref()).await;
+        let _ = self.stream.flush().await;
+    }
+
+    /// Closes in good order: over TLS too the other end knows that this was all.
+    pub async fn end(&mut self) {
+        let _ = self.stream.shutdown().await;
+    }
+
+    /// Reads more; false at the end of the stream, however it came.
+    async fn more(&mut self) -> bool {
+        let mut buffer = vec![0; 16 << 10];
+        let read = tokio::time::timeout(PATIENCE, self.stream.read(&mut buffer)).await;
+        let count = read.expect("nothing came and nothing closed").unwrap_or(0);
+        self.came.extend_from_slice(&buffer[..count]);
+        count > 0
+    }
+
+    /// Everything up to and with `mark`; `None` where the stream ends before.
+    pub async fn until(&mut self, mark: &str) -> Option<String> {
+        loop {
+            if let Some(at) = self.came.windows(mark.len()).position(|window| window == mark.as_bytes()) {
+                let text = self.came.drain(..at + mark.len()).collect();
+                return Some(String::from_utf8(text).unwrap());
+            }
+            if !self.more().await {
+                return None;
+            }
+        }
+    }
+
+    /// The head of a request, for one who plays Amazon.
+    pub async fn head(&mut self) -> Option<String> {
+        self.until("\r\n\r\n").await
+    }
+
+    /// Exactly so many bytes, or what came before the end.
+    pub async fn take(&mut self, count: usize) -> Vec<u8> {
+        while self.came.len() < count && self.more().await {}
+        let there = self.came.len().min(count);
+        self.came.drain(..there).collect()
+    }
+
+    /// The next answer.
+    pub async fn reply(&mut self) -> Reply {
+        let mut reply = self.reply_head().await;
+        let chunked = reply.header("transfer-encoding").is_some();
+        let length = reply.header("content-length").map(|length| length.parse::<usize>().unwrap());
+        match length {
+            _ if matches!(reply.status, 100..=199 | 204 | 304) => {}
+            _ if chunked => (reply.body, reply.whole) = self.chunks().await,
+            Some(length) => {
+                reply.body = self.take(length).await;
+                reply.whole = reply.body.len() == length;
+            }
+            None => {
+                while self.more().await {}
+                reply.body = std::mem::take(&mut self.came);
+            }
+        }
+        reply
+    }
+
+    /// The head of the next answer alone: an answer to `HEAD`, or one whose body is watched.
+    pub async fn reply_head(&mut self) -> Reply {
+        let head = self.head().await.expect("an answer came before the connection closed");
+        let mut lines = head.trim_end().split("\r\n");
+        let (version, rest) = lines.next().unwrap().split_once(' ').unwrap();
+        let headers = lines.map(|line| line.split_once(':').unwrap());
+        Reply {
+            version: version.to_owned(),
+            status: rest[..3].parse().unwrap(),
+            headers: headers.map(|(name, value)| (name.to_lowercase(), value.trim().to_owned())).collect(),
+            body: Vec::new(),
+            whole: true,
+        }
+    }
+
+    async fn chunks(&mut self) -> (Vec<u8>, bool) {
+        let mut body = Vec::new();
+        loop {
+            let Some(size) = self.until("\r\n").await else { return (body, false) };
+            let size = usize::from_str_radix(size.trim(), 16).unwrap();
+            body.extend(self.take(size).await);
+            if self.until("\r\n").await.is_none() {
+                return (body, false);
+            }
+            if size == 0 {
+                return (body, true);
+            }
+        }
+    }
+
+    /// All that comes until the other end closes.
+    pub async fn everything(&mut self) -> String {
+        while self.more().await {}
+        String::from_utf8_lossy(&std::mem::take(&mut self.came)).into_owned()
+    }
+
+    /// Whether the other end closes now, without another byte.
+    pub async fn closes(&mut self) -> bool {
+        self.came.is_empty() && !self.more().await
+    }
+}
+
+impl Reply {
+    pub fn header(&self, name: &str) -> Option<&str> {
+        self.headers.iter().find(|(n, _)| n == name).map(|(_, value)| value.as_str())
+    }
+
+    pub fn names(&self) -> Vec<&str> {
+        self.headers.iter().map(|(name, _)| name.as_str()).collect()
+    }
+
+    /// The status, and the code where adsidecar itself answers.
+    pub fn said(&self) -> (u16, &str) {
+        (self.status, self.header("x-adsidecar-error").unwrap_or_default())
+    }
+
+    pub fn text(&self) -> String {
+        String::from_utf8_lossy(&self.body).into_owned()
+    }
+
+    pub fn json(&self) -> Value {
+        serde_json::from_slice(&self.body).unwrap_or_else(|_| panic!("no JSON: {self:?}"))
+    }
+}
+
+/// An Amazon that does exactly what its script says, on TLS with a certificate of its own.
+pub struct Scripted {
+    pub origin: String,
+    directory: TempDir,
+    connections: Arc<AtomicUsize>,
+    task: JoinHandle<()>,
+}
+
+impl Scripted {
+    /// Runs `script` on each connection, which gets its number from 1.
+    pub async fn start<F, Fut>(script: F) -> Self
+    where
+        F: Fn(Wire, usize) -> Fut + Send + 'static,
+        Fut: Future<Output = ()> + Send + 'static,
+    {
+        let made = rcgen::generate_simple_self_signed(["127.0.0.1".to_owned()]).unwrap();
+        let directory = tempfile::tempdir().unwrap();
+        std::fs::write(directory.path().join("ca.pem"), made.cert.pem()).unwrap();
+        let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(made.signing_key.serialize_der()));
+        let config = ServerConfig::builder_with_provider(Arc::new(rustls::crypto::aws_lc_rs::default_provider()))
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_no_client_auth()
+            .with_single_cert(vec![made.cert.der().clone()], key)
+            .unwrap();
+        let tls = TlsAcceptor::from(Arc::new(config));
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let origin = format!("https://{}", listener.local_addr().unwrap());
+        let connections = Arc::new(AtomicUsize::new(0));
+        let counted = connections.clone();
+        let task = tokio::spawn(async move {
+            loop {
+                let (stream, _) = listener.accept().await.unwrap();
+                let number = counted.fetch_add(1, Ordering::SeqCst) + 1;
+                let Ok(stream) = tls.accept(stream).await else { continue };
+                tokio::spawn(script(Wire::over(stream), number));
+            }
+        });
+        Self { origin, directory, connections, task }
+    }
+
+    /// One that answers every request without a body by these bytes.
+    pub async fn saying(answer: &'static str) -> Self {
+        Self::start(move |mut wire, _| async move {
+            while wire.head().await.is_some() {
+                wire.send(answer).await;
+            }
+        })
+        .await
+    }
+
+    pub fn ca_file(&self) -> PathBuf {
+        self.directory.path().join("ca.pem")
+    }
+
+    /// How many connections came.
+    pub fn connections(&self) -> usize {
+        self.connections.load(Ordering::SeqCst)
+    }
+}
+
+impl Drop for Scripted {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
