@@ -45,7 +45,7 @@ impl Identity {
     /// Whether the grants behind two bearers are surely of different identities: each reaches profiles, and none is the
     /// same. Where a region cannot be asked nothing is sure.
     pub async fn differs(&self, one: &HeaderValue, other: &HeaderValue) -> bool {
-        let both = async { tokio::join!(self.profiles(one), self.profiles(other)) };
+        let both = Box::pin(async { tokio::join!(self.profiles(one), self.profiles(other)) });
         match tokio::time::timeout(PATIENCE, both).await {
             Ok((Some(one), Some(other))) => !one.is_empty() && !other.is_empty() && one.is_disjoint(&other),
             _ => false,

@@ -250,7 +250,7 @@ impl Login {
     /// Whether `bearer` is surely of another Amazon identity than the grant that `user` has now.
     async fn is_of_another(&self, user: &UserId, bearer: &HeaderValue) -> bool {
         match self.0.keeper.bearer(user).await {
-            Ok(current) => self.0.identity.differs(&current, bearer).await,
+            Ok(current) => Box::pin(self.0.identity.differs(&current, bearer)).await,
             // There is no grant to compare with, or none that still says anything.
             Err(_) => false,
         }

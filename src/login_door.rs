@@ -102,7 +102,7 @@ impl LoginDoor {
             let target = guard.admit(&parts, peer)?;
             match Endpoint::of(target.path()) {
                 Some(Endpoint::Callback) if target.of == Of::Us && target.account.is_none() => {
-                    self.answer(Endpoint::Callback, &parts, body).await
+                    Box::pin(self.answer(Endpoint::Callback, &parts, body)).await
                 }
                 _ => Err(LoginError::NotFound),
             }

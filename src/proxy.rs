@@ -146,7 +146,8 @@ impl Proxy {
     ) -> Result<Response<Body>, ProxyError> {
         let target = self.guard.admit(parts, peer)?;
         if let Some(endpoint) = endpoint(&target) {
-            let answer = self.login_door.answer(endpoint, parts, incoming).await;
+            // Boxed, as what is rare on this path must not make every call's future large.
+            let answer = Box::pin(self.login_door.answer(endpoint, parts, incoming)).await;
             let mut answer =
                 answer.unwrap_or_else(|error| self.problem(error.into(), parts).respond(trip.request_id()));
             self.login_door.dress(endpoint, &parts.headers, answer.headers_mut());
@@ -164,7 +165,7 @@ impl Proxy {
         let (answer, sent) = self.send(&call, parts, &target, &bearer, body, trip).await?;
         let answer = match answer.status() {
             StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => {
-                self.understand(answer, &call, parts, &target, &bearer, sent, trip).await?
+                Box::pin(self.understand(answer, &call, parts, &target, &bearer, sent, trip)).await?
             }
             _ => answer.map(Body::amazon),
         };

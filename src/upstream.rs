@@ -275,7 +275,8 @@ impl Host {
     }
 
     async fn connect(&self) -> Result<Connection, ErrorKind> {
-        let connection = self.connector.connect().await?;
+        // Boxed: connecting is rare, and its future is large.
+        let connection = Box::pin(self.connector.connect()).await?;
         self.one_call_each.store(matches!(connection, Connection::Http1 { .. }), Relaxed);
         if let Connection::Http2(sender) = &connection {
             *lock(&self.shared) = Some(sender.clone());
