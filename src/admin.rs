@@ -8,6 +8,7 @@ use http::request::Parts;
 use http::{Method, Request, Response, StatusCode};
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::Incoming;
+use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 use url::Url;
 
@@ -49,14 +50,39 @@ pub struct Admin {
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) stage: tokio::sync::watch::Receiver<Stage>,
     /// Open connections by door.
-    pub(crate) connections: Vec<(&'static str, Count)>,
+    pub(crate) connections: Arc<[(&'static str, Count)]>,
     pub(crate) log: Option<LogHandle>,
     pub(crate) store: TokenStore,
     /// The key that seals.
     pub(crate) first_key: Fingerprint,
-    pub(crate) request_ids: RequestIds,
+    pub(crate) request_ids: Arc<RequestIds>,
+    pub(crate) reloader: Reloader,
     /// Ends the process in good order.
     pub(crate) quit: CancellationToken,
+}
+
+/// Asks the running process to read its configuration again. Cloning gives another handle.
+#[derive(Clone, Debug)]
+pub struct Reloader(mpsc::Sender<Asked>);
+
+/// Somebody asked, and waits for what comes of it.
+pub type Asked = oneshot::Sender<Result<(), String>>;
+
+impl Reloader {
+    /// A way to ask, and where the asking arrives.
+    pub fn new() -> (Self, mpsc::Receiver<Asked>) {
+        let (sender, receiver) = mpsc::channel(8);
+        (Self(sender), receiver)
+    }
+
+    /// Reads the configuration again and takes it into use. Where something is wrong with it, all of the old stays, and
+    /// the error says what to mend; it holds no secret.
+    pub async fn reload(&self) -> Result<(), String> {
+        let (asked, answer) = oneshot::channel();
+        let gone = || "adsidecar is about to stop".to_owned();
+        self.0.send(asked).await.map_err(|_| gone())?;
+        answer.await.unwrap_or_else(|_| Err(gone()))
+    }
 }
 
 /// Counts something when asked.
@@ -100,6 +126,13 @@ impl Admin {
                 self.quit.cancel();
                 Ok(say(StatusCode::OK, "draining\n"))
             }
+            ("/reload", &Method::POST) => {
+                self.operator(parts, peer)?;
+                let refused =
+                    |problems| Problem::new(Code::BadRequest, problems, "Mend the configuration, then reload again.");
+                self.reloader.reload().await.map_err(refused)?;
+                Ok(say(StatusCode::OK, "reloaded\n"))
+            }
             ("/log", &Method::GET) => {
                 Ok(say(StatusCode::OK, self.log.as_ref().map_or("off", |log| log.level().as_str())))
             }
@@ -112,7 +145,7 @@ impl Admin {
                 self.rotate(parts.uri.query().unwrap_or_default()).await
             }
             ("/livez" | "/readyz" | "/startupz" | "/metrics", _) => Err(method("GET")),
-            ("/quitquitquit" | "/rotate", _) => Err(method("POST")),
+            ("/quitquitquit" | "/reload" | "/rotate", _) => Err(method("POST")),
             ("/log", _) => Err(method("GET, PUT")),
             _ => Err(Problem::new(
                 Code::NotFound,
@@ -134,7 +167,7 @@ impl Admin {
     }
 
     fn metrics(&self) -> Result<Answer, Problem> {
-        for (door, count) in &self.connections {
+        for (door, count) in self.connections.iter() {
             self.metrics.connections.with_label_values(&[door]).set(i64::try_from(count()).unwrap_or(i64::MAX));
         }
         self.metrics.store_up.set(i64::from(self.keeper.stored()));

@@ -1,42 +1,41 @@
 //! The house as a whole: [`App::build`] opens the store and binds every door, [`App::run`] serves until it is told to
 //! stop. `main`, the sandbox and the tests all come in through here.
 
+mod front;
+mod reload;
+
 use std::future::Future;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use arc_swap::ArcSwap;
 use bytes::Bytes;
-use http::{HeaderValue, Request, Response};
+use http::{Request, Response};
 use http_body_util::Full;
 use hyper::body::Incoming;
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
-use url::Url;
 
 use crate::account::UserId;
-use crate::admin::{Admin, Stage};
+use crate::admin::{Asked, Count, Reloader, Stage};
 use crate::clock::Clock;
-use crate::config::{Config, FernetKeys, Shutdown};
-use crate::guard::{self, Guard};
-use crate::identity::Identity;
+use crate::config::{Config, FernetKeys, Sources};
 use crate::keeper::{Background, Keeper};
 use crate::keyring::{KeyError, Keyring};
 use crate::log::LogHandle;
-use crate::login::Login;
-use crate::login_door::LoginDoor;
 use crate::lwa::Lwa;
 use crate::metrics::Metrics;
 use crate::problem::{Code, Problem};
-use crate::proxy::{Body, Proxy};
-use crate::request_id::RequestIds;
+use crate::proxy::Body;
 use crate::secret::Secret;
 use crate::serve::{Door, Limits, Peer, Phase};
 use crate::store::{Opened, StoreError, TokenStore};
 use crate::token::State;
-use crate::upstream::Upstream;
+use front::{Front, Lasting};
+use reload::{Fixed, LOOK_EVERY, Watched};
 
 /// The admin door serves a kubelet, a scraper and a person, and none of them for long.
 const ADMIN_CONNECTIONS: usize = 256;
@@ -46,16 +45,14 @@ const SETTLE: Duration = Duration::from_secs(12);
 /// adsidecar, bound and not serving yet.
 pub struct App {
     addresses: Addresses,
-    proxy: (Door, Arc<Proxy>),
-    login: (Door, Arc<LoginDoor>, Guard),
-    admin: (Door, Arc<Admin>),
-    keeper: Keeper,
+    doors: [Door; 3],
+    limits: [Arc<ArcSwap<Limits>>; 3],
+    front: Arc<ArcSwap<Front>>,
+    lasting: Lasting,
     background: Background,
-    store: TokenStore,
-    upstream: Arc<Upstream>,
-    stage: watch::Sender<Stage>,
-    quit: CancellationToken,
-    shutdown: Shutdown,
+    fixed: Fixed,
+    watched: Option<Watched>,
+    asked: mpsc::Receiver<Asked>,
 }
 
 /// Where the doors listen. Empty for a door that is off, or listens at Unix sockets alone.
@@ -104,74 +101,48 @@ impl App {
         report(&opened);
         let started_at = clock.now().as_duration().as_secs_f64();
         let metrics = Arc::new(Metrics::new(config.metrics, started_at).map_err(|error| setting(&error))?);
-        let redirect_uri = config.lwa.redirect_uri.clone();
-        let lwa = Lwa::new(config.lwa).map_err(|error| setting(&error))?;
-        let upstream = Arc::new(Upstream::new(&config.upstream).map_err(|error| setting(&error))?);
+        let lwa = Lwa::new(config.lwa.clone()).map_err(|error| setting(&error))?;
         let grants = opened.users.into_iter().filter_map(|(user, grant)| Some((user, grant.ok()?)));
         let (keeper, background) =
-            Keeper::new(config.keeper, store.clone(), grants, lwa.clone(), clock.clone(), metrics.clone());
-
-        let late = || {
-            Problem::new(Code::RequestTimeout, "The head of the request did not come in time.", "Send it at once.")
-                .raw()
-        };
-        let limits = config.limits;
-        let proxy_door = Door::bind(&config.proxy_listen, config.proxy_listen_default, limits, late()).await?;
-        let admin_limits = Limits { max_connections: ADMIN_CONNECTIONS, ..limits };
-        let admin_door = Door::bind(&config.admin_listen, config.admin_listen_default, admin_limits, late()).await?;
-        let login_only = Door::bind(&config.login_listen, false, limits, late()).await?;
-        let addresses =
-            Addresses { proxy: proxy_door.addresses(), login: login_only.addresses(), admin: admin_door.addresses() };
-
-        let guard = Guard::new(config.guard.clone());
-        let login_guard = Guard::new(with_redirect_host(config.guard, &redirect_uri));
-        let authority = format!("localhost:{}", addresses.proxy.first().map_or(8001, SocketAddr::port));
-        let client_id = HeaderValue::from_str(&config.proxy.client_id).map_err(|error| setting(&error))?;
-        let desk = Login::new(config.login, lwa, keeper.clone(), Identity::new(upstream.clone(), client_id), clock);
-        let (region, token_shim) = (config.proxy.region, config.proxy.token_shim);
-        let login_door = |guard: &Guard| {
-            LoginDoor::new(desk.clone(), keeper.clone(), guard.clone(), region, token_shim, authority.clone())
-        };
-        let login = Arc::new(login_door(&login_guard));
-        let proxy = Proxy::new(
-            config.proxy,
-            guard.clone(),
-            keeper.clone(),
-            upstream.clone(),
-            login_door(&guard),
-            metrics.clone(),
-        );
-        let proxy = Arc::new(proxy.map_err(|error| setting(&error))?);
-        let (stage, quit) = (watch::Sender::new(Stage::Starting), CancellationToken::new());
-        let admin = Arc::new(Admin {
-            guard,
-            keeper: keeper.clone(),
-            metrics,
-            stage: stage.subscribe(),
-            connections: vec![
-                ("proxy", Box::new(proxy_door.count())),
-                ("login", Box::new(login_only.count())),
-                ("admin", Box::new(admin_door.count())),
-            ],
-            log,
-            store: store.clone(),
-            first_key,
-            request_ids: RequestIds::default(),
-            quit: quit.clone(),
-        });
-        Ok(Self {
-            addresses,
-            proxy: (proxy_door, proxy),
-            login: (login_only, login, login_guard),
-            admin: (admin_door, admin),
+            Keeper::new(config.keeper.clone(), store.clone(), grants, lwa.clone(), clock.clone(), metrics.clone());
+        let doors = bind(&config).await?;
+        let [proxy, login, admin] = &doors;
+        let addresses = Addresses { proxy: proxy.addresses(), login: login.addresses(), admin: admin.addresses() };
+        let (reloader, asked) = Reloader::new();
+        let lasting = Lasting {
             keeper,
-            background,
             store,
-            upstream,
-            stage,
-            quit,
-            shutdown: config.shutdown,
-        })
+            first_key,
+            metrics,
+            clock,
+            desk: Arc::default(),
+            log,
+            stage: watch::Sender::new(Stage::Starting),
+            quit: CancellationToken::new(),
+            reloader,
+            connections: [
+                ("proxy", Box::new(proxy.count()) as Count),
+                ("login", Box::new(login.count())),
+                ("admin", Box::new(admin.count())),
+            ]
+            .into(),
+            request_ids: Arc::default(),
+            proxy: addresses.proxy.first().copied(),
+        };
+        let (limits, fixed) = ([proxy.limits(), login.limits(), admin.limits()], Fixed::of(&config));
+        let front = Arc::new(ArcSwap::from_pointee(Front::new(config, lwa, &lasting)?));
+        Ok(Self { addresses, doors, limits, front, lasting, background, fixed, watched: None, asked })
+    }
+
+    /// Makes it read `sources` again when it is asked to, and when one of their files changes.
+    #[must_use]
+    pub fn reloading(self, sources: Sources) -> Self {
+        Self { watched: Some(Watched::new(sources)), ..self }
+    }
+
+    /// Asks it, once it runs, to read its configuration again.
+    pub fn reloader(&self) -> Reloader {
+        self.lasting.reloader.clone()
     }
 
     /// Where the doors listen.
@@ -182,52 +153,143 @@ impl App {
     /// Serves until `stop`, then drains: not ready at once, new connections for `shutdown.accept`, what is in flight for
     /// at most `shutdown.drain`; then every token call and every write comes to its end.
     pub async fn run(self, stop: impl Future<Output = ()>) -> Result<(), StoreError> {
-        // Before anybody is served, or the first callers would be sent to log in.
+        let Self { addresses, doors: [proxy, login, admin], limits, front, lasting, background, fixed, watched, asked } =
+            self;
         let mut helpers = JoinSet::new();
         // Before anybody can ask for it; where there is a grant to be tried first, callers have that one meanwhile.
-        let adopting = adopt_configured(self.keeper.clone());
-        match self.keeper.status(&UserId::default()).state {
+        let adopting = adopt_configured(lasting.keeper.clone());
+        match lasting.keeper.status(&UserId::default()).state {
             State::None => adopting.await,
             _ => drop(helpers.spawn(adopting)),
         }
-        helpers.spawn(self.background.run());
-        let upstream = self.upstream;
-        helpers.spawn(async move { upstream.tend().await });
+        helpers.spawn(background.run());
+        helpers.spawn(tend(front.clone()));
         let (phase, admin_phase) = (watch::Sender::new(Phase::Open), watch::Sender::new(Phase::Open));
         let mut served = JoinSet::new();
-        let (door, proxy) = self.proxy;
-        served.spawn(door.run(move |request, peer| serve_proxy(proxy.clone(), request, peer), phase.subscribe()));
-        let (door, login, guard) = self.login;
-        served.spawn(
-            door.run(move |request, peer| serve_login(login.clone(), guard.clone(), request, peer), phase.subscribe()),
+        let inside = front.clone();
+        served.spawn(proxy.run(move |request, peer| serve_proxy(inside.load_full(), request, peer), phase.subscribe()));
+        let inside = front.clone();
+        served.spawn(login.run(move |request, peer| serve_login(inside.load_full(), request, peer), phase.subscribe()));
+        let inside = front.clone();
+        helpers.spawn(
+            admin.run(move |request, peer| serve_admin(inside.load_full(), request, peer), admin_phase.subscribe()),
         );
-        let (door, admin) = self.admin;
-        helpers
-            .spawn(door.run(move |request, peer| serve_admin(admin.clone(), request, peer), admin_phase.subscribe()));
-        self.stage.send_replace(Stage::Serving);
-        let Addresses { proxy, login, admin } = &self.addresses;
+        lasting.stage.send_replace(Stage::Serving);
+        let Addresses { proxy, login, admin } = &addresses;
         tracing::info!(?proxy, ?login, ?admin, version = env!("CARGO_PKG_VERSION"), "serving");
 
+        let mut reloads = Reloads { watched, asked, fixed, front: front.clone(), limits, lasting };
         tokio::select! {
             () = stop => {}
-            () = self.quit.cancelled() => {}
+            () = reloads.run() => {}
         }
+        let lasting = reloads.lasting;
         tracing::info!("draining");
-        self.stage.send_replace(Stage::Draining);
+        lasting.stage.send_replace(Stage::Draining);
         phase.send_replace(Phase::Leaving);
-        tokio::time::sleep(self.shutdown.accept).await;
+        let shutdown = front.load().shutdown;
+        tokio::time::sleep(shutdown.accept).await;
         phase.send_replace(Phase::Closed);
         let drained = async { while served.join_next().await.is_some() {} };
-        if tokio::time::timeout(self.shutdown.drain, drained).await.is_err() {
+        if tokio::time::timeout(shutdown.drain, drained).await.is_err() {
             tracing::warn!("calls were still in flight after shutdown.drain and are broken off");
         }
-        if tokio::time::timeout(SETTLE, self.keeper.settle()).await.is_err() {
+        if tokio::time::timeout(SETTLE, lasting.keeper.settle()).await.is_err() {
             tracing::error!("a token call or a write was still in flight and is given up");
         }
         helpers.shutdown().await;
-        let closed = self.store.close().await;
+        let closed = lasting.store.close().await;
         tracing::info!("stopped");
         closed
+    }
+}
+
+/// What reads the configuration again while the doors serve.
+struct Reloads {
+    watched: Option<Watched>,
+    asked: mpsc::Receiver<Asked>,
+    fixed: Fixed,
+    front: Arc<ArcSwap<Front>>,
+    limits: [Arc<ArcSwap<Limits>>; 3],
+    lasting: Lasting,
+}
+
+impl Reloads {
+    /// Returns when somebody asks the process to quit.
+    async fn run(&mut self) {
+        let mut look = tokio::time::interval(LOOK_EVERY);
+        loop {
+            tokio::select! {
+                () = self.lasting.quit.cancelled() => return,
+                Some(asked) = self.asked.recv() => {
+                    // Whoever asked may have gone meanwhile.
+                    let _ = asked.send(self.reload());
+                }
+                _ = look.tick() => {
+                    if self.watched.as_ref().is_some_and(Watched::changed) {
+                        tracing::info!("a file of the configuration changed");
+                        // What comes of it is logged, and a metric.
+                        let _ = self.reload();
+                    }
+                }
+            }
+        }
+    }
+
+    fn reload(&mut self) -> Result<(), String> {
+        let reloaded = self.take_over();
+        let now = self.lasting.clock.now().as_duration().as_secs_f64();
+        self.lasting.metrics.reloaded(now, reloaded.is_ok());
+        match &reloaded {
+            Ok(()) => tracing::info!("the configuration was read again and is in use"),
+            Err(error) => tracing::error!(%error, "the configuration was read again and refused: all of the old stays"),
+        }
+        reloaded
+    }
+
+    fn take_over(&mut self) -> Result<(), String> {
+        let watched = self.watched.as_mut().ok_or("this process was not told where its configuration lies")?;
+        let config = watched.read()?;
+        reload::needs_restart(&self.fixed, &config)?;
+        let lwa = Lwa::new(config.lwa.clone())?;
+        let (keeper, limits, level) = (config.keeper.clone(), config.limits, config.log.level);
+        let front = Front::new(config, lwa.clone(), &self.lasting).map_err(|error| error.to_string())?;
+        // Nothing fails from here on.
+        self.front.store(Arc::new(front));
+        for (door, limits) in self.limits.iter().zip(limits_of_doors(limits)) {
+            door.store(Arc::new(limits));
+        }
+        if let Some(log) = &self.lasting.log {
+            log.set_level(level);
+        }
+        self.lasting.keeper.reconfigure(keeper, lwa);
+        tokio::spawn(adopt_configured(self.lasting.keeper.clone()));
+        Ok(())
+    }
+}
+
+/// The proxy door, the login door, the admin door.
+async fn bind(config: &Config) -> Result<[Door; 3], BuildError> {
+    let late = || {
+        Problem::new(Code::RequestTimeout, "The head of the request did not come in time.", "Send it at once.").raw()
+    };
+    let [proxy, login, admin] = limits_of_doors(config.limits);
+    Ok([
+        Door::bind(&config.proxy_listen, config.proxy_listen_default, proxy, late()).await?,
+        Door::bind(&config.login_listen, false, login, late()).await?,
+        Door::bind(&config.admin_listen, config.admin_listen_default, admin, late()).await?,
+    ])
+}
+
+fn limits_of_doors(limits: Limits) -> [Limits; 3] {
+    [limits, limits, Limits { max_connections: ADMIN_CONNECTIONS, ..limits }]
+}
+
+/// Closes connections to Amazon that have idled too long, for as long as it runs.
+async fn tend(front: Arc<ArcSwap<Front>>) {
+    loop {
+        let upstream = front.load().upstream.clone();
+        tokio::time::sleep(upstream.prune()).await;
     }
 }
 
@@ -237,28 +299,16 @@ async fn adopt_configured(keeper: Keeper) {
     }
 }
 
-async fn serve_proxy(proxy: Arc<Proxy>, request: Request<Incoming>, peer: Peer) -> Response<Body> {
-    proxy.serve(request, peer).await
+async fn serve_proxy(front: Arc<Front>, request: Request<Incoming>, peer: Peer) -> Response<Body> {
+    front.proxy.serve(request, peer).await
 }
 
-async fn serve_login(
-    door: Arc<LoginDoor>,
-    guard: Guard,
-    request: Request<Incoming>,
-    peer: Peer,
-) -> Response<Full<Bytes>> {
-    door.serve_callback(&guard, request, peer).await
+async fn serve_login(front: Arc<Front>, request: Request<Incoming>, peer: Peer) -> Response<Full<Bytes>> {
+    front.login.serve_callback(&front.login_guard, request, peer).await
 }
 
-async fn serve_admin(admin: Arc<Admin>, request: Request<Incoming>, peer: Peer) -> Response<Full<Bytes>> {
-    admin.serve(request, peer).await
-}
-
-/// As `guard`, and the authority of `amazon.redirect_uri` is allowed: browsers come by it.
-fn with_redirect_host(mut guard: guard::Settings, redirect_uri: &str) -> guard::Settings {
-    let url = redirect_uri.parse::<Url>().ok();
-    guard.allowed_hosts.extend(url.and_then(|url| url.host_str().map(str::to_lowercase)));
-    guard
+async fn serve_admin(front: Arc<Front>, request: Request<Incoming>, peer: Peer) -> Response<Full<Bytes>> {
+    front.admin.serve(request, peer).await
 }
 
 /// The ring that the configuration asks for. In development a missing key is made beside the store.

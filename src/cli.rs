@@ -17,7 +17,7 @@ use std::time::Duration;
 use clap::{CommandFactory, Parser, Subcommand};
 
 use crate::app::BuildError;
-use crate::config::{self, Config, Problems, Sources};
+use crate::config::{self, Problems, Sources};
 use crate::store::StoreError;
 
 /// Amazon Ads authentication as a sidecar: plain HTTP to localhost in, an authenticated call out.
@@ -119,9 +119,12 @@ fn misused(error: &clap::Error) -> Exit {
 }
 
 fn dispatch(arguments: Arguments) -> Result<(), Failed> {
-    let load = || configuration(arguments.config.clone(), &arguments.set);
+    let load = || Ok(config::load(&sources(arguments.config.clone(), &arguments.set)?)?);
     match arguments.command.unwrap_or(Command::Serve) {
-        Command::Serve => serve::run(load()?),
+        Command::Serve => {
+            let sources = sources(arguments.config, &arguments.set)?;
+            serve::run(config::load(&sources)?, sources)
+        }
         Command::Check => print(load()?.redacted_toml()),
         Command::Users(command) => users::run(command, load()?),
         Command::Key(command) => key::run(&command, load),
@@ -136,14 +139,14 @@ fn dispatch(arguments: Arguments) -> Result<(), Failed> {
     }
 }
 
-fn configuration(file: Option<PathBuf>, sets: &[String]) -> Result<Config, Failed> {
+fn sources(file: Option<PathBuf>, sets: &[String]) -> Result<Sources, Failed> {
     let pairs = sets.iter().map(|set| set.split_once('=').map(|(key, value)| (key.to_owned(), value.to_owned())));
     // The value may be a secret, so the argument is not quoted.
     let sets = pairs.collect::<Option<Vec<_>>>().ok_or(Failed {
         exit: Exit::Usage,
         message: "--set takes section.key=value, such as --set proxy.listen=127.0.0.1:8001".into(),
     })?;
-    Ok(config::load(&Sources { file, env: Sources::process_env(), sets })?)
+    Ok(Sources { file, env: Sources::process_env(), sets })
 }
 
 /// A runtime for a command that does one thing.

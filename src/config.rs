@@ -8,7 +8,12 @@
 //! Reading order: `sources` (the layers), `keys` (what there is), `resolve` (each key with its default), `reader` and
 //! `checks` (single values), `accounts`, `problems`, `print`. Paths are relative to the working directory.
 
+use std::path::PathBuf;
 use std::time::Duration;
+
+use base64::Engine;
+use base64::prelude::BASE64_STANDARD;
+use sha2::{Digest, Sha256};
 
 use crate::secret::Secret;
 use crate::serve::Listen;
@@ -104,6 +109,29 @@ pub fn load(sources: &Sources) -> Result<Config, Problems> {
     let mut problems = Vec::new();
     let merged = sources::merge(sources, &mut problems);
     resolve::resolve(&merged, problems)
+}
+
+/// The files that `sources` lead to: the TOML file, and each that a key names. What cannot be read names none.
+pub fn files(sources: &Sources) -> Vec<PathBuf> {
+    let merged = sources::merge(sources, &mut Vec::new());
+    sources::toml_file(sources).into_iter().chain(merged.files()).collect()
+}
+
+impl FernetKeys {
+    /// Tells whether two sets of keys are the same, in the same order, without showing one.
+    pub fn fingerprint(&self) -> String {
+        match self {
+            Self::MakeBesideStore => "made beside the store".to_owned(),
+            Self::Given(keys) => {
+                let mut hash = Sha256::new();
+                for key in keys {
+                    hash.update(key.expose().trim());
+                    hash.update(b"\n");
+                }
+                BASE64_STANDARD.encode(hash.finalize())
+            }
+        }
+    }
 }
 
 #[cfg(test)]

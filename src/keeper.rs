@@ -15,6 +15,7 @@ use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
+use arc_swap::ArcSwap;
 use http::HeaderValue;
 use jiff::{SignedDuration, Timestamp};
 use sha2::{Digest, Sha256};
@@ -66,9 +67,9 @@ pub struct Keeper(Arc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
-    settings: Settings,
+    settings: ArcSwap<Settings>,
     store: TokenStore,
-    lwa: Lwa,
+    lwa: ArcSwap<Lwa>,
     clock: Clock,
     metrics: Arc<Metrics>,
     users: RwLock<HashMap<UserId, Arc<Entry>>>,
@@ -141,9 +142,9 @@ impl Keeper {
         let users = grants.into_iter().map(|(user, grant)| (user.clone(), Arc::new(Entry::new(user, Some(grant)))));
         let keeper = Self(Arc::new(Inner {
             users: RwLock::new(users.collect()),
-            settings,
+            settings: ArcSwap::from_pointee(settings),
             store,
-            lwa,
+            lwa: ArcSwap::from_pointee(lwa),
             clock,
             metrics,
             agenda,
@@ -361,7 +362,8 @@ impl Keeper {
     /// grant. Where there is a grant this takes a token call: whether LWA refuses a grant is written down nowhere, so a
     /// process that has just started has to ask.
     pub async fn adopt_configured(&self) -> Result<(), StoreError> {
-        let Some(token) = &self.0.settings.adopt else { return Ok(()) };
+        let settings = self.0.settings.load_full();
+        let Some(token) = &settings.adopt else { return Ok(()) };
         let user = UserId::default();
         let hash = fingerprint(token);
         if self.0.store.note(ADOPTED).await?.as_ref() == Some(&hash) {
@@ -395,6 +397,16 @@ impl Keeper {
             if !self.0.store.health().up && self.0.store.note(ADOPTED).await.is_ok() {
                 tracing::info!("the store works again");
             }
+        }
+    }
+
+    /// Takes other settings into use, for everybody who is known: their renewals are planned anew.
+    pub fn reconfigure(&self, settings: Settings, lwa: Lwa) {
+        self.0.settings.store(Arc::new(settings));
+        self.0.lwa.store(Arc::new(lwa));
+        for entry in self.entries() {
+            // The background is gone only when the process is about to be.
+            let _ = self.0.agenda.send(entry);
         }
     }
 
@@ -446,7 +458,7 @@ impl Keeper {
     }
 
     fn policy(&self) -> Policy {
-        self.0.settings.policy
+        self.0.settings.load().policy
     }
 
     fn entry(&self, user: &UserId) -> Option<Arc<Entry>> {

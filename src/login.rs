@@ -51,6 +51,12 @@ struct Inner {
     keeper: Keeper,
     identity: Identity,
     clock: Clock,
+    desk: Arc<Desk>,
+}
+
+/// Logins that have begun, and grants that wait to be confirmed. It outlives the settings.
+#[derive(Debug, Default)]
+pub struct Desk {
     begun: Mutex<Outstanding<Begun>>,
     pending: Mutex<Outstanding<Pending>>,
 }
@@ -142,10 +148,16 @@ struct Pending {
 }
 
 impl Login {
-    /// A login desk without visitors.
-    pub fn new(settings: Settings, lwa: Lwa, keeper: Keeper, identity: Identity, clock: Clock) -> Self {
-        let (begun, pending) = (Mutex::default(), Mutex::default());
-        Self(Arc::new(Inner { settings, lwa, keeper, identity, clock, begun, pending }))
+    /// Logins at `desk`.
+    pub fn new(
+        settings: Settings,
+        lwa: Lwa,
+        keeper: Keeper,
+        identity: Identity,
+        clock: Clock,
+        desk: Arc<Desk>,
+    ) -> Self {
+        Self(Arc::new(Inner { settings, lwa, keeper, identity, clock, desk }))
     }
 
     /// Where browsers go afterwards.
@@ -186,7 +198,7 @@ impl Login {
             replace: wish.replace,
             cookie: cookie.as_ref().map(|(_, value)| hash(value)),
         };
-        lock(&self.0.begun).insert(hash(&state), begun, self.0.clock.now());
+        lock(&self.0.desk.begun).insert(hash(&state), begun, self.0.clock.now());
         let cookie = cookie.map(|(name, value)| (name, Secret::new(value)));
         Ok(Begin { auth_url, state: Secret::new(state), cookie })
     }
@@ -199,7 +211,7 @@ impl Login {
         cookie: impl FnOnce(&str) -> Option<String>,
     ) -> (Result<Ended, Trouble>, Option<String>) {
         let now = self.0.clock.now();
-        let Some(begun) = lock(&self.0.begun).take(&hash(callback.state.expose()), now) else {
+        let Some(begun) = lock(&self.0.desk.begun).take(&hash(callback.state.expose()), now) else {
             return (Err(Trouble::State), None);
         };
         let bound = begun.cookie.is_none_or(|wanted| {
@@ -241,7 +253,7 @@ impl Login {
         if by_server && self.0.settings.confirm {
             let id = random();
             let pending = Pending { user, grant };
-            lock(&self.0.pending).insert(hash(&id), pending, self.0.clock.now());
+            lock(&self.0.desk.pending).insert(hash(&id), pending, self.0.clock.now());
             return Ok(Ended::Pending(Secret::new(id)));
         }
         Ok(Ended::Stored(Box::new(self.0.keeper.adopt(&user, grant).await)))
@@ -258,7 +270,7 @@ impl Login {
 
     /// Takes a pending grant into use; `None` where there is none under `id`.
     pub async fn confirm(&self, id: &str) -> Option<Status> {
-        let pending = lock(&self.0.pending).take(&hash(id), self.0.clock.now())?;
+        let pending = lock(&self.0.desk.pending).take(&hash(id), self.0.clock.now())?;
         Some(self.0.keeper.adopt(&pending.user, pending.grant).await)
     }
 }

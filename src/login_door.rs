@@ -4,6 +4,8 @@ mod endpoint;
 mod pages;
 mod shim;
 
+use std::sync::Arc;
+
 use bytes::Bytes;
 use cookie::{Cookie, SameSite};
 use http::header::{
@@ -45,14 +47,15 @@ const PAGE: usize = 1000;
 /// Serves the OAuth endpoints.
 #[derive(Debug)]
 pub struct LoginDoor {
-    login: Login,
-    keeper: Keeper,
-    guard: Guard,
-    region: Region,
-    token_shim: bool,
+    pub(crate) login: Login,
+    pub(crate) keeper: Keeper,
+    pub(crate) guard: Guard,
+    /// Whose consent page is shown, where the login does not say.
+    pub(crate) region: Region,
+    pub(crate) token_shim: bool,
     /// Under which authority callers reach the proxy door, where a request does not say.
-    authority: String,
-    request_ids: RequestIds,
+    pub(crate) authority: String,
+    pub(crate) request_ids: Arc<RequestIds>,
 }
 
 /// Why an endpoint refuses.
@@ -83,18 +86,6 @@ impl From<Refusal> for LoginError {
 }
 
 impl LoginDoor {
-    /// A door to `login`. `authority` is where callers reach the proxy door.
-    pub fn new(
-        login: Login,
-        keeper: Keeper,
-        guard: Guard,
-        region: Region,
-        token_shim: bool,
-        authority: String,
-    ) -> Self {
-        Self { login, keeper, guard, region, token_shim, authority, request_ids: RequestIds::default() }
-    }
-
     /// Answers a request on the login door, where there is the callback and nothing else.
     pub async fn serve_callback(&self, guard: &Guard, request: Request<Incoming>, peer: Peer) -> Answer {
         let (parts, body) = request.into_parts();

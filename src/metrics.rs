@@ -46,6 +46,8 @@ pub struct Metrics {
     pub store_operation_duration: HistogramVec,
     pub store_errors: IntCounterVec,
     pub guard_denied: IntCounterVec,
+    reload_timestamp: Gauge,
+    reload_success: IntGauge,
     token_expiry: GaugeVec,
     token_last_refresh: GaugeVec,
     consent_expiry: GaugeVec,
@@ -78,13 +80,15 @@ impl Metrics {
         let build = add(r, IntGaugeVec::new(Opts::new("build_info", "The running version; always 1"), &["version"])?)?;
         build.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
         let reloaded = "When the configuration was last read, in seconds since 1970";
-        add(r, Gauge::new("config_reload_timestamp_seconds", reloaded)?)?.set(started_at);
-        add(r, IntGauge::new("config_reload_success", "Whether the last reading of the configuration went well")?)?
-            .set(1);
+        let reload_timestamp = add(r, Gauge::new("config_reload_timestamp_seconds", reloaded)?)?;
+        let reload_success =
+            add(r, IntGauge::new("config_reload_success", "Whether the last reading of the configuration went well")?)?;
         #[cfg(target_os = "linux")]
         let process = prometheus::process_collector::ProcessCollector::for_self();
         let metrics = Self {
             settings,
+            reload_timestamp,
+            reload_success,
             scrape: Mutex::default(),
             requests: counters(
                 r,
@@ -153,6 +157,7 @@ impl Metrics {
         };
         #[cfg(target_os = "linux")]
         metrics.registry.register(Box::new(process))?;
+        metrics.reloaded(started_at, true);
         Ok(metrics)
     }
 
@@ -192,6 +197,15 @@ impl Metrics {
         }
         let required = i64::from(user.login_reason.is_some());
         self.login_required.with_label_values(&[label, user.login_reason.unwrap_or_default()]).set(required);
+    }
+
+    /// The configuration was read at `now`, in seconds since 1970. Where it was refused, the time stays that of the one
+    /// in use.
+    pub fn reloaded(&self, now: f64, went_well: bool) {
+        self.reload_success.set(i64::from(went_well));
+        if went_well {
+            self.reload_timestamp.set(now);
+        }
     }
 
     /// Counts one operation of the store.

@@ -78,7 +78,7 @@ pub struct Proxy {
     upstream: Arc<Upstream>,
     login_door: LoginDoor,
     metrics: Arc<Metrics>,
-    request_ids: RequestIds,
+    request_ids: Arc<RequestIds>,
 }
 
 /// Why a call gets no answer of Amazon's.
@@ -102,16 +102,19 @@ pub enum ProxyError {
 
 impl Proxy {
     /// The spine, with all that it calls.
+    #[allow(clippy::too_many_arguments, reason = "the one place that holds the spine together")]
     pub fn new(
         settings: Settings,
+        client_id: HeaderValue,
         guard: Guard,
         keeper: Keeper,
         upstream: Arc<Upstream>,
         login_door: LoginDoor,
         metrics: Arc<Metrics>,
-    ) -> Result<Self, http::header::InvalidHeaderValue> {
-        Ok(Self {
-            client_id: HeaderValue::from_str(&settings.client_id)?,
+        request_ids: Arc<RequestIds>,
+    ) -> Self {
+        Self {
+            client_id,
             replay_limit: settings.replay_limit,
             max_body: settings.max_body,
             accounts: Accounts::new(settings.accounts, settings.region, settings.selection),
@@ -120,8 +123,8 @@ impl Proxy {
             upstream,
             login_door,
             metrics,
-            request_ids: RequestIds::default(),
-        })
+            request_ids,
+        }
     }
 
     /// One answer and one record, whatever happens.

@@ -17,6 +17,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::Duration;
 
+use arc_swap::ArcSwap;
 use bytes::Bytes;
 use http::header::{CONNECTION, HeaderValue};
 use http::{Request, Response};
@@ -84,7 +85,7 @@ pub enum Peer {
 #[derive(Debug)]
 pub struct Door {
     listeners: Vec<Listener>,
-    limits: Limits,
+    limits: Arc<ArcSwap<Limits>>,
     late: Bytes,
     connections: Arc<Connections>,
 }
@@ -124,6 +125,7 @@ impl Door {
                 },
             }
         }
+        let limits = Arc::new(ArcSwap::from_pointee(limits));
         Ok(Self { listeners, limits, late, connections: Arc::default() })
     }
 
@@ -134,6 +136,11 @@ impl Door {
             Listener::Unix(..) => None,
         });
         tcp.collect()
+    }
+
+    /// The limits, which may be replaced while the door serves.
+    pub fn limits(&self) -> Arc<ArcSwap<Limits>> {
+        self.limits.clone()
     }
 
     /// How many connections are open, for a metric.
@@ -152,10 +159,10 @@ impl Door {
     {
         let Self { listeners, limits, late, connections } = self;
         let host = Host { handler, connections: connections.clone(), late };
-        let watchman = tokio::spawn(connections.clone().watch(limits));
+        let watchman = tokio::spawn(connections.clone().watch(limits.clone()));
         let mut tasks = tokio::task::JoinSet::new();
         for listener in listeners {
-            tasks.spawn(accept(listener, limits, host.clone(), phase.clone()));
+            tasks.spawn(accept(listener, limits.clone(), host.clone(), phase.clone()));
         }
         // The sender going away means the same as being told to close.
         let _ = phase.wait_for(|phase| *phase >= Phase::Leaving).await;
@@ -185,8 +192,12 @@ fn unix(path: &PathBuf) -> Result<Listener> {
     Ok(Listener::Unix(UnixListener::bind(path).map_err(say)?, path.clone()))
 }
 
-async fn accept<H, F, B>(listener: Listener, limits: Limits, host: Host<H>, mut phase: watch::Receiver<Phase>)
-where
+async fn accept<H, F, B>(
+    listener: Listener,
+    limits: Arc<ArcSwap<Limits>>,
+    host: Host<H>,
+    mut phase: watch::Receiver<Phase>,
+) where
     H: Fn(Request<Incoming>, Peer) -> F + Clone + Send + Sync + 'static,
     F: Future<Output = Response<B>> + Send + 'static,
     B: http_body::Body<Data = Bytes> + Send + Unpin + 'static,
@@ -210,7 +221,7 @@ where
         tokio::select! {
             biased;
             _ = phase.wait_for(|phase| *phase == Phase::Closed) => return,
-            () = host.connections.room(limits.max_connections) => {}
+            () = host.connections.room(&limits) => {}
         }
         // Taken here and not in the task, so that neither the cap nor the end overlooks it.
         let seat = host.connections.sit();

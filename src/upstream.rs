@@ -204,15 +204,12 @@ impl Upstream {
         }
     }
 
-    /// Closes connections that have idled too long, for as long as it runs.
-    pub async fn tend(&self) {
-        let mut tick = tokio::time::interval((self.idle_timeout / 2).max(Duration::from_millis(100)));
-        loop {
-            tick.tick().await;
-            for host in &self.hosts {
-                host.prune(self.idle_timeout);
-            }
+    /// Closes connections that have idled too long, and says when to do it again.
+    pub fn prune(&self) -> Duration {
+        for host in &self.hosts {
+            host.prune(self.idle_timeout);
         }
+        (self.idle_timeout / 2).max(Duration::from_millis(100))
     }
 }
 

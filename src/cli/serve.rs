@@ -7,11 +7,11 @@ use tokio::signal::unix::{SignalKind, signal};
 use super::Failed;
 use crate::app::App;
 use crate::clock::Clock;
-use crate::config::Config;
+use crate::config::{Config, Sources};
 use crate::log;
 
-/// Serves until SIGTERM or SIGINT.
-pub(super) fn run(config: Config) -> Result<(), Failed> {
+/// Serves until SIGTERM or SIGINT. SIGHUP, and a change of the configuration's files, make it read them again.
+pub(super) fn run(config: Config, sources: Sources) -> Result<(), Failed> {
     let log = log::init(config.log);
     // One core is served best by one thread; a second worker would only move tasks to and fro.
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
@@ -21,7 +21,15 @@ pub(super) fn run(config: Config) -> Result<(), Failed> {
     };
     let runtime = builder.enable_all().build().map_err(Failed::because)?;
     runtime.block_on(async {
-        let app = App::build(config, Clock::system(), Some(log)).await?;
+        let app = App::build(config, Clock::system(), Some(log)).await?.reloading(sources);
+        let mut hangup = signal(SignalKind::hangup()).map_err(Failed::because)?;
+        let reloader = app.reloader();
+        tokio::spawn(async move {
+            while hangup.recv().await.is_some() {
+                // What comes of it is logged.
+                let _ = reloader.reload().await;
+            }
+        });
         app.run(asked_to_stop()?).await?;
         Ok(())
     })

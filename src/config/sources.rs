@@ -75,10 +75,35 @@ impl Merged {
         Some((given, self.source(key)))
     }
 
+    /// Each file that a key names, whether it can be read or not.
+    pub(super) fn files(&self) -> Vec<PathBuf> {
+        let named = keys::KEYS.iter().filter_map(|key| match self.get(key.name)?.0 {
+            Given::File(path) => Some(PathBuf::from(path)),
+            Given::Value(value) if key.name.ends_with(".ca_file") => value.as_str().map(PathBuf::from),
+            Given::Value(_) => None,
+        });
+        named.collect()
+    }
+
     /// Who gave `key` its value.
     fn source(&self, key: &str) -> String {
         self.figment.find_metadata(key).map(|metadata| metadata.name.to_string()).unwrap_or_default()
     }
+}
+
+/// The TOML file, and who asked for it.
+fn asked_for(sources: &Sources) -> Option<(&Path, &str)> {
+    let variable = sources.env.iter().find(|(name, value)| name == keys::CONFIG_VARIABLE && !value.is_empty());
+    match (&sources.file, variable) {
+        (Some(path), _) => Some((path, "--config")),
+        (None, Some((name, path))) => Some((Path::new(path), name)),
+        (None, None) => None,
+    }
+}
+
+/// The TOML file.
+pub(super) fn toml_file(sources: &Sources) -> Option<PathBuf> {
+    asked_for(sources).map(|(path, _)| path.to_owned())
 }
 
 /// Reads all layers. What is wrong with one of them is added to `problems`, and left out.
@@ -152,12 +177,7 @@ fn problem(problems: &mut Vec<Problem>, key: &str, source: &str, message: impl I
 // The file.
 
 fn file_layer(sources: &Sources, problems: &mut Vec<Problem>) -> Vec<Entry> {
-    let variable = sources.env.iter().find(|(name, value)| name == keys::CONFIG_VARIABLE && !value.is_empty());
-    let (path, asked_by) = match (&sources.file, variable) {
-        (Some(path), _) => (path.as_path(), "--config"),
-        (None, Some((name, path))) => (Path::new(path), name.as_str()),
-        (None, None) => return Vec::new(),
-    };
+    let Some((path, asked_by)) = asked_for(sources) else { return Vec::new() };
     let text = match files::read(path) {
         Ok(text) => text,
         Err(message) => {

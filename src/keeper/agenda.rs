@@ -31,13 +31,19 @@ impl Agenda {
     }
 
     pub(super) async fn run(mut self, keeper: &Keeper) {
-        let permits = Arc::new(Semaphore::new(keeper.0.settings.concurrency));
+        let mut concurrency = 0;
+        let mut permits = Arc::new(Semaphore::new(concurrency));
         let clock = keeper.0.clock.clone();
         let mut next_sweep = clock.now();
         loop {
+            let settings = keeper.0.settings.load_full();
+            if settings.concurrency != concurrency {
+                concurrency = settings.concurrency;
+                permits = Arc::new(Semaphore::new(concurrency));
+            }
             if clock.now() >= next_sweep {
                 keeper.entries().into_iter().for_each(|entry| self.plan(keeper, entry));
-                next_sweep = clock.now() + keeper.0.settings.sweep;
+                next_sweep = clock.now() + settings.sweep;
             }
             let wake = self.plans.peek().map_or(next_sweep, |Reverse(plan)| plan.due.min(next_sweep));
             tokio::select! {

@@ -77,7 +77,8 @@ impl Flight {
         let Some(grant) = self.wanted(&why) else { return };
         let asked_at = self.keeper.0.clock.now();
         let begun = std::time::Instant::now();
-        let answer = self.keeper.0.lwa.refresh(&grant.refresh_token).await;
+        let lwa = self.keeper.0.lwa.load_full();
+        let answer = lwa.refresh(&grant.refresh_token).await;
         self.keeper.0.metrics.token_refresh_duration.observe(begun.elapsed().as_secs_f64());
         self.count(&answer);
 

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use arc_swap::ArcSwap;
 use tokio::sync::Notify;
 
 use super::Limits;
@@ -106,10 +107,10 @@ impl Connections {
 
     /// Returns once there is room for a connection that was accepted: at the cap the one that has idled longest is
     /// closed for it.
-    pub(super) async fn room(&self, max: usize) {
+    pub(super) async fn room(&self, limits: &ArcSwap<Limits>) {
         loop {
             let freed = self.freed.notified();
-            if self.make_room(max) {
+            if self.make_room(limits.load().max_connections) {
                 return;
             }
             let _ = tokio::time::timeout(LOOK_AGAIN, freed).await;
@@ -141,12 +142,12 @@ impl Connections {
     }
 
     /// Ends connections that exceed `limits`, for as long as it runs.
-    pub(super) async fn watch(self: Arc<Self>, limits: Limits) {
-        let shortest = limits.header_timeout.min(limits.idle_timeout);
-        let period = (shortest / 4).clamp(Duration::from_millis(20), Duration::from_secs(1));
-        let mut tick = tokio::time::interval(period);
+    pub(super) async fn watch(self: Arc<Self>, limits: Arc<ArcSwap<Limits>>) {
         loop {
-            tick.tick().await;
+            let limits = **limits.load();
+            let shortest = limits.header_timeout.min(limits.idle_timeout);
+            let period = (shortest / 4).clamp(Duration::from_millis(20), Duration::from_secs(1));
+            tokio::time::sleep(period).await;
             for activity in self.lock().taken.values() {
                 match activity.doing() {
                     (Doing::Head, since) if since >= limits.header_timeout => activity.order(Command::HeadTimeout),

@@ -478,7 +478,7 @@ async fn the_records_of_another_service_are_imported() {
     let call = async |user: &str| {
         let call = rig.request(reqwest::Method::GET, "/sandbox/echo").header("x-ads-user", user).send().await.unwrap();
         assert_eq!(call.status(), 200, "{user}");
-        rig.sandbox.last().unwrap().header("authorization").unwrap().to_owned()
+        rig.seen().header("authorization").unwrap().to_owned()
     };
     assert_eq!(call("living").await, format!("Bearer {}", one.access_token), "the token that lives is used");
     assert_ne!(call("expired").await, format!("Bearer {}", two.access_token));

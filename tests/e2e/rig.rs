@@ -117,7 +117,7 @@ impl Rig {
         let config = self.write_config();
         let sources = Sources { file: Some(config), env: Vec::new(), sets: self.sets.clone() };
         let config = config::load(&sources).unwrap_or_else(|problems| panic!("{problems}"));
-        let app = App::build(config, self.clock.clone(), None).await.unwrap();
+        let app = App::build(config, self.clock.clone(), None).await.unwrap().reloading(sources);
         let addresses = app.addresses().clone();
         let (stop, stopped) = oneshot::channel::<()>();
         let ended = tokio::spawn(async move {

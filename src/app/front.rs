@@ -1,0 +1,123 @@
+//! What a configuration decides anew: everything between the bound sockets and what lasts as long as the process.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use http::HeaderValue;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+use url::Url;
+
+use super::BuildError;
+use crate::admin::{Admin, Count, Reloader, Stage};
+use crate::clock::Clock;
+use crate::config::{Config, Shutdown};
+use crate::guard::{self, Guard};
+use crate::identity::Identity;
+use crate::keeper::Keeper;
+use crate::keyring::Fingerprint;
+use crate::log::LogHandle;
+use crate::login::{Desk, Login};
+use crate::login_door::LoginDoor;
+use crate::lwa::Lwa;
+use crate::metrics::Metrics;
+use crate::proxy::Proxy;
+use crate::request_id::RequestIds;
+use crate::store::TokenStore;
+use crate::upstream::Upstream;
+
+/// The doors' insides. A reload makes new ones; calls in flight keep theirs.
+pub(super) struct Front {
+    pub(super) proxy: Proxy,
+    pub(super) login: LoginDoor,
+    pub(super) login_guard: Guard,
+    pub(super) admin: Admin,
+    pub(super) upstream: Arc<Upstream>,
+    pub(super) shutdown: Shutdown,
+}
+
+/// What outlives every reload.
+pub(super) struct Lasting {
+    pub(super) keeper: Keeper,
+    pub(super) store: TokenStore,
+    pub(super) first_key: Fingerprint,
+    pub(super) metrics: Arc<Metrics>,
+    pub(super) clock: Clock,
+    pub(super) desk: Arc<Desk>,
+    pub(super) log: Option<LogHandle>,
+    pub(super) stage: watch::Sender<Stage>,
+    pub(super) quit: CancellationToken,
+    pub(super) reloader: Reloader,
+    pub(super) connections: Arc<[(&'static str, Count)]>,
+    pub(super) request_ids: Arc<RequestIds>,
+    /// Where the proxy door is bound.
+    pub(super) proxy: Option<SocketAddr>,
+}
+
+impl Front {
+    /// The insides that `config` asks for, over what lasts.
+    pub(super) fn new(config: Config, lwa: Lwa, lasting: &Lasting) -> Result<Self, BuildError> {
+        let setting = |error: &dyn std::fmt::Display| BuildError::Setting(error.to_string());
+        let upstream = Arc::new(Upstream::new(&config.upstream).map_err(|error| setting(&error))?);
+        let client_id = HeaderValue::from_str(&config.proxy.client_id).map_err(|error| setting(&error))?;
+        let Lasting { keeper, metrics, request_ids, .. } = lasting;
+        let login = Login::new(
+            config.login,
+            lwa,
+            keeper.clone(),
+            Identity::new(upstream.clone(), client_id.clone()),
+            lasting.clock.clone(),
+            lasting.desk.clone(),
+        );
+        let guard = Guard::new(config.guard.clone());
+        let login_guard = Guard::new(with_redirect_host(config.guard, &config.lwa.redirect_uri));
+        let authority = format!("localhost:{}", lasting.proxy.map_or(8001, |address| address.port()));
+        let login_door = |guard: &Guard| LoginDoor {
+            login: login.clone(),
+            keeper: keeper.clone(),
+            guard: guard.clone(),
+            region: config.proxy.region,
+            token_shim: config.proxy.token_shim,
+            authority: authority.clone(),
+            request_ids: request_ids.clone(),
+        };
+        let admin = Admin {
+            guard: guard.clone(),
+            keeper: keeper.clone(),
+            metrics: metrics.clone(),
+            stage: lasting.stage.subscribe(),
+            connections: lasting.connections.clone(),
+            log: lasting.log.clone(),
+            store: lasting.store.clone(),
+            first_key: lasting.first_key,
+            request_ids: request_ids.clone(),
+            reloader: lasting.reloader.clone(),
+            quit: lasting.quit.clone(),
+        };
+        let login_of_proxy = login_door(&guard);
+        Ok(Self {
+            login: login_door(&login_guard),
+            login_guard,
+            admin,
+            proxy: Proxy::new(
+                config.proxy,
+                client_id,
+                guard,
+                keeper.clone(),
+                upstream.clone(),
+                login_of_proxy,
+                metrics.clone(),
+                request_ids.clone(),
+            ),
+            upstream,
+            shutdown: config.shutdown,
+        })
+    }
+}
+
+/// As `guard`, and the authority of `amazon.redirect_uri` is allowed: browsers come by it.
+fn with_redirect_host(mut guard: guard::Settings, redirect_uri: &str) -> guard::Settings {
+    let url = redirect_uri.parse::<Url>().ok();
+    guard.allowed_hosts.extend(url.and_then(|url| url.host_str().map(str::to_lowercase)));
+    guard
+}

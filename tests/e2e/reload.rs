@@ -1,0 +1,122 @@
+//! The configuration read again without a restart.
+
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::Path;
+
+use adsidecar::sandbox::{CLIENT_SECRET, Trouble};
+
+use crate::rig::{Rig, code, eventually, json};
+
+/// Appends to the sidecar's configuration file.
+fn append(rig: &Rig, text: &str) {
+    let file = rig.config_file();
+    let before = fs::read_to_string(&file).unwrap();
+    fs::write(&file, format!("{before}\n{text}\n")).unwrap();
+}
+
+async fn reload(rig: &Rig) -> reqwest::Response {
+    rig.client.post(rig.admin_url("/reload")).send().await.unwrap()
+}
+
+const ACCOUNT: &str = "[[account]]\nname = \"acme\"\nprofile_id = \"7\"";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_wrong_is_refused_whole_and_all_of_the_old_stays() {
+    let rig = Rig::start().await;
+    rig.log_in("default").await;
+    for (wrong, named) in [
+        ("[proxy.nonsense]\nx = 1", "proxy.nonsense"),
+        ("[refresh]\nmargin = \"soon\"", "refresh.margin"),
+        ("[login]\nlisten = \"127.0.0.1:0\"", "login.listen"),
+    ] {
+        let good = fs::read_to_string(rig.config_file()).unwrap();
+        append(&rig, &format!("{wrong}\n{ACCOUNT}"));
+        let refused = reload(&rig).await;
+        assert_eq!((refused.status().as_u16(), code(&refused)), (400, "bad_request"));
+        let detail = json(refused).await["detail"].as_str().unwrap().to_owned();
+        assert!(detail.contains(named), "{detail}");
+        assert_eq!(rig.metric("adsidecar_config_reload_success").await, 0.0);
+        assert_eq!(code(&rig.get("/a/acme/v2/profiles").await), "unknown_account");
+        assert_eq!(rig.get("/v2/profiles").await.status(), 200);
+        fs::write(rig.config_file(), good).unwrap();
+        assert_eq!(reload(&rig).await.status(), 200);
+        assert_eq!(rig.metric("adsidecar_config_reload_success").await, 1.0);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_changed_file_is_taken_up_by_itself() {
+    let rig = Rig::start().await;
+    rig.log_in("default").await;
+    append(&rig, ACCOUNT);
+    eventually("the new account", async || (rig.get("/a/acme/v2/profiles").await.status() == 200).then_some(())).await;
+}
+
+/// As the kubelet does it: `..data` is a link to a directory, and is replaced by a link to another one.
+fn mount(secret: &Path, revision: &str, text: &str) {
+    let data = secret.join(revision);
+    fs::create_dir_all(&data).unwrap();
+    fs::write(data.join("client-secret"), text).unwrap();
+    let new = secret.join("..data_tmp");
+    symlink(revision, &new).unwrap();
+    fs::rename(&new, secret.join("..data")).unwrap();
+    if fs::symlink_metadata(secret.join("client-secret")).is_err() {
+        symlink("..data/client-secret", secret.join("client-secret")).unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_rotated_client_secret_is_taken_up_from_its_file_and_no_call_fails() {
+    let mut rig = Rig::start().await;
+    rig.log_in("default").await;
+    let secret = rig.directory.path().join("secret");
+    mount(&secret, "..1", CLIENT_SECRET);
+    let file = secret.join("client-secret");
+    rig.restart_with("amazon.client_secret_file", file.to_str().unwrap()).await;
+
+    rig.sandbox.world(|world| world.clients[0].secrets = vec!["amzn1.oa2-cs.v1.next".into()]);
+    mount(&secret, "..2", "amzn1.oa2-cs.v1.next\n");
+    eventually("a refresh with the new secret", async || {
+        assert_eq!(rig.get("/v2/profiles").await.status(), 200);
+        let refreshed = rig.post("/api/auth/amazon/refresh").await;
+        let state = json(refreshed).await["state"].clone();
+        // Over the pause behind a failed renewal.
+        rig.advance(60);
+        (state == "fresh").then_some(())
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_login_that_has_begun_survives_a_reload() {
+    let rig = Rig::start().await;
+    let begun = json(rig.get("/api/auth/amazon/login").await).await;
+    assert_eq!(reload(&rig).await.status(), 200);
+    let callback = rig.consent(begun["auth_url"].as_str().unwrap()).await;
+    assert_eq!(rig.get(&callback).await.status(), 200);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_call_in_flight_survives_a_reload() {
+    let rig = Rig::start().await;
+    rig.log_in("default").await;
+    let gate = rig.sandbox.set_trouble(Trouble::Gate);
+    let call = tokio::spawn(rig.client.get(rig.proxy_url("/v2/profiles")).send());
+    gate.reached(1).await;
+    assert_eq!(reload(&rig).await.status(), 200);
+    gate.release();
+    assert_eq!(call.await.unwrap().unwrap().status(), 200);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_refresh_token_in_the_configuration_is_adopted_on_reload() {
+    let rig = Rig::start().await;
+    assert_eq!(code(&rig.get("/v2/profiles").await), "login_required");
+    let issued = rig.sandbox.grant();
+    let text = fs::read_to_string(rig.config_file()).unwrap();
+    let token = format!("[amazon]\nrefresh_token = {:?}", issued.refresh_token);
+    fs::write(rig.config_file(), text.replace("[amazon]", &token)).unwrap();
+    assert_eq!(reload(&rig).await.status(), 200);
+    eventually("the grant", async || (rig.get("/v2/profiles").await.status() == 200).then_some(())).await;
+}
