@@ -252,7 +252,7 @@ impl Reloads {
         let config = watched.read()?;
         reload::needs_restart(&self.fixed, &config)?;
         let lwa = Lwa::new(config.lwa.clone())?;
-        let (keeper, limits, level) = (config.keeper.clone(), config.limits, config.log.level);
+        let (keeper, metrics, limits, level) = (config.keeper.clone(), config.metrics, config.limits, config.log.level);
         let front = Front::new(config, lwa.clone(), &self.lasting).map_err(|error| error.to_string())?;
         // Nothing fails from here on.
         self.front.store(Arc::new(front));
@@ -262,6 +262,7 @@ impl Reloads {
         if let Some(log) = &self.lasting.log {
             log.set_level(level);
         }
+        self.lasting.metrics.reconfigure(metrics);
         self.lasting.keeper.reconfigure(keeper, lwa);
         tokio::spawn(adopt_configured(self.lasting.keeper.clone()));
         Ok(())

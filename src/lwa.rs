@@ -8,7 +8,8 @@ mod answer;
 
 use std::time::Duration;
 
-use reqwest::header::RETRY_AFTER;
+use jiff::Timestamp;
+use reqwest::header::{DATE, RETRY_AFTER};
 use reqwest::{Client, Response, StatusCode};
 use rustls::pki_types::CertificateDer;
 use url::Url;
@@ -161,10 +162,10 @@ impl Lwa {
         form.push(("client_secret", secret.expose()));
         let response = self.http.post(self.token_url.clone()).form(&form).send().await.map_err(no_answer)?;
         let status = response.status();
-        let retry_after = retry_after(&response);
+        let (retry_after, server_time) = (retry_after(&response), server_time(&response));
         let body = read(response).await?;
         match status {
-            StatusCode::OK => answer::tokens(&body).map_err(bad_answer),
+            StatusCode::OK => answer::tokens(&body).map(|tokens| Tokens { server_time, ..tokens }).map_err(bad_answer),
             _ => Err(answer::refusal(status, &body, retry_after)),
         }
     }
@@ -179,6 +180,12 @@ async fn read(mut response: Response) -> Result<Vec<u8>, LwaError> {
         body.extend_from_slice(&chunk);
     }
     Ok(body)
+}
+
+/// When LWA answered, by its own clock (RFC 9110, section 6.6.1).
+fn server_time(response: &Response) -> Option<Timestamp> {
+    let date = response.headers().get(DATE)?.to_str().ok()?;
+    jiff::fmt::rfc2822::parse(date).ok().map(|date| date.timestamp())
 }
 
 /// Seconds, or nothing: LWA sends no dates here.

@@ -1,6 +1,7 @@
 //! What Prometheus scrapes. Nothing that a caller can invent (a path, a query, a header) becomes a label.
 
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::time::Duration;
 
 use prometheus::core::Collector;
@@ -30,7 +31,7 @@ const OTHER: &str = "other";
 #[allow(missing_docs, reason = "each field is the metric of its name in the contract, section 7")]
 pub struct Metrics {
     registry: Registry,
-    settings: Settings,
+    max_user_series: AtomicUsize,
     scrape: Mutex<()>,
     pub requests: IntCounterVec,
     pub request_duration: HistogramVec,
@@ -46,6 +47,7 @@ pub struct Metrics {
     pub store_operation_duration: HistogramVec,
     pub store_errors: IntCounterVec,
     pub guard_denied: IntCounterVec,
+    pub clock_skew: Gauge,
     reload_timestamp: Gauge,
     reload_success: IntGauge,
     token_expiry: GaugeVec,
@@ -86,7 +88,7 @@ impl Metrics {
         #[cfg(target_os = "linux")]
         let process = prometheus::process_collector::ProcessCollector::for_self();
         let metrics = Self {
-            settings,
+            max_user_series: AtomicUsize::new(settings.max_user_series),
             reload_timestamp,
             reload_success,
             scrape: Mutex::default(),
@@ -142,6 +144,10 @@ impl Metrics {
                 STORE_DURATIONS,
             )?,
             store_errors: counters(r, "store_errors_total", "Failed operations of the store", &["op"])?,
+            clock_skew: add(
+                r,
+                Gauge::new("clock_skew_seconds", "How far our clock is ahead of Login with Amazon's, to the second")?,
+            )?,
             guard_denied: counters(r, "guard_denied_total", "Requests refused at a door", &["reason"])?,
             token_expiry: floats(r, "token_expiry_timestamp_seconds", "When the access token ends", &["user"])?,
             token_last_refresh: floats(
@@ -174,7 +180,7 @@ impl Metrics {
             self.users.with_label_values(&[state.as_str()]).set(i64::try_from(count).unwrap_or(i64::MAX));
         }
         users.sort_by(|a, b| a.user.cmp(&b.user));
-        let shown = users.len().min(self.settings.max_user_series);
+        let shown = users.len().min(self.max_user_series.load(Relaxed));
         for user in &users[..shown] {
             self.show(&user.user, user);
         }
@@ -206,6 +212,11 @@ impl Metrics {
         if went_well {
             self.reload_timestamp.set(now);
         }
+    }
+
+    /// Takes other bounds into use.
+    pub fn reconfigure(&self, settings: Settings) {
+        self.max_user_series.store(settings.max_user_series, Relaxed);
     }
 
     /// Counts one operation of the store.

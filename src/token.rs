@@ -87,6 +87,8 @@ pub struct Tokens {
     pub refresh: Option<RefreshToken>,
     /// How long the access token lives.
     pub lifetime: Duration,
+    /// What LWA's clock said, to the second.
+    pub server_time: Option<Timestamp>,
 }
 
 /// An access token and the wall time of its end.
@@ -398,6 +400,7 @@ mod tests {
             access: AccessToken::new("Atza|new".to_owned()).unwrap(),
             refresh: refresh.map(|text| RefreshToken::new(text.to_owned()).unwrap()),
             lifetime: Duration::from_secs(3600),
+            server_time: None,
         }
     }
 

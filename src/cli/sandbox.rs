@@ -65,12 +65,13 @@ fn serve(arguments: &Arguments) -> Result<(), Failed> {
     runtime.block_on(async {
         let clock = Clock::system();
         let sandbox = start(arguments, clock.clone()).await?;
-        let config = configure(arguments, &sandbox, &directory.path)?;
+        let sources = configure(arguments, &sandbox, &directory.path)?;
+        let config = config::load(&sources)?;
         let log = log::init(config.log);
         let account = first_account(&sandbox);
         let (redirect_uri, fernet_key) = (config.lwa.redirect_uri.clone(), key_of(&config));
         sandbox.world(|world| world.allow_return_url(&redirect_uri));
-        let app = App::build(config, clock, Some(log)).await?;
+        let app = App::build(config, clock, Some(log)).await?.reloading(sources);
         let facts = Facts {
             proxy: format!("http://localhost:{}", app.addresses().proxy[0].port()),
             admin: format!("http://localhost:{}", app.addresses().admin[0].port()),
@@ -104,7 +105,7 @@ async fn start(arguments: &Arguments, clock: Clock) -> Result<Sandbox, Failed> {
 }
 
 /// The configuration of the adsidecar in front, written down so that other commands can be pointed at it.
-fn configure(arguments: &Arguments, sandbox: &Sandbox, directory: &Path) -> Result<Config, Failed> {
+fn configure(arguments: &Arguments, sandbox: &Sandbox, directory: &Path) -> Result<Sources, Failed> {
     let ca = directory.join("ca.pem");
     sandbox.write_ca(&ca).map_err(Failed::because)?;
     let proxy = arguments.proxy.map(free_port).transpose()?;
@@ -140,7 +141,7 @@ fn configure(arguments: &Arguments, sandbox: &Sandbox, directory: &Path) -> Resu
     let file = directory.join("adsidecar.toml");
     std::fs::write(&file, text).map_err(|error| Failed::because(format!("{}: {error}", file.display())))?;
     let env = Sources::process_env().into_iter().filter(|(name, _)| name.starts_with("ADSIDECAR_LOG__")).collect();
-    Ok(config::load(&Sources { file: Some(file), env, sets: Vec::new() })?)
+    Ok(Sources { file: Some(file), env, sets: Vec::new() })
 }
 
 /// A TOML basic string: what JSON escapes, TOML reads.

@@ -81,6 +81,11 @@ impl Flight {
         let answer = lwa.refresh(&grant.refresh_token).await;
         self.keeper.0.metrics.token_refresh_duration.observe(begun.elapsed().as_secs_f64());
         self.count(&answer);
+        if let Ok(Tokens { server_time: Some(server_time), .. }) = &answer {
+            let skew = self.keeper.0.clock.now().duration_since(*server_time).as_secs_f64();
+            // LWA tells the whole second that had begun.
+            self.keeper.0.metrics.clock_skew.set((skew - 0.5).round());
+        }
 
         let write = self.entry.write().await;
         let held = self.entry.held().clone();

@@ -41,6 +41,7 @@ pub(super) fn tokens(body: &[u8]) -> Result<Tokens, &'static str> {
         access: AccessToken::new(answer.access_token).map_err(|_| "the access token cannot be sent")?,
         refresh: refresh.transpose().map_err(|_| "the refresh token cannot be sent")?,
         lifetime: answer.expires_in.map_or(LIFETIME_UNKNOWN, |raw| lifetime(raw.get())),
+        server_time: None,
     })
 }
 

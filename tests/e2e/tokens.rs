@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use adsidecar::clock::Clock;
 use adsidecar::sandbox::{CLIENT_SECRET, Door, Rule, Trouble, pseudo_random_bytes};
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
@@ -702,4 +703,15 @@ async fn a_configured_refresh_token_is_adopted_once() {
     eventually("the adoption", async || (rig.status_of("default").await["consented_at"] == Value::Null).then_some(()))
         .await;
     assert_eq!(rig.get("/v2/profiles").await.status(), 200);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_clock_that_is_wrong_is_told() {
+    let mut rig = Rig::start().await;
+    rig.log_in("default").await;
+    rig.stop_sidecar().await;
+    rig.clock = Clock::frozen(rig.clock.now() + jiff::SignedDuration::from_secs(120));
+    rig.start_sidecar().await;
+    assert_eq!(rig.post("/api/auth/amazon/refresh").await.status(), 200);
+    assert_eq!(rig.metric("adsidecar_clock_skew_seconds").await, 120.0);
 }
