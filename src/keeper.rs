@@ -9,6 +9,7 @@
 mod agenda;
 mod entry;
 mod flight;
+mod report;
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
@@ -17,7 +18,7 @@ use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use http::HeaderValue;
-use jiff::{SignedDuration, Timestamp};
+use jiff::SignedDuration;
 use sha2::{Digest, Sha256};
 use tokio::sync::mpsc;
 use tokio::time::{Instant, timeout, timeout_at};
@@ -26,12 +27,13 @@ use tokio_util::task::TaskTracker;
 use crate::account::UserId;
 use crate::clock::Clock;
 use crate::lwa::Lwa;
-use crate::metrics::{Metrics, UserHealth};
+use crate::metrics::Metrics;
 use crate::store::{StoreError, TokenStore};
-use crate::token::{Cure, Grant, Held, Policy, RefreshToken, State};
+use crate::token::{Cure, Grant, Held, Policy, RefreshToken};
 use agenda::Agenda;
 use entry::Entry;
 use flight::Why;
+pub use report::Status;
 
 /// When tokens are renewed (contract, section 5).
 #[derive(Clone, Debug)]
@@ -98,27 +100,6 @@ pub enum TokenError {
         /// When the next try is due.
         retry_after: Duration,
     },
-}
-
-/// What the status endpoint tells about a user; never a token.
-#[derive(Clone, Debug, serde::Serialize)]
-pub struct Status {
-    /// Who.
-    pub user_id: UserId,
-    /// In which state.
-    pub state: State,
-    /// When the access token ends.
-    pub expires_at: Option<Timestamp>,
-    /// When the tokens last changed.
-    pub updated_at: Option<Timestamp>,
-    /// When a person consented, where that is known.
-    pub consented_at: Option<Timestamp>,
-    /// When that consent ends.
-    pub consent_expires_at: Option<Timestamp>,
-    /// Why the last renewal failed.
-    pub last_error: Option<&'static str>,
-    /// When the next renewal is due in the background.
-    pub next_refresh_at: Option<Timestamp>,
 }
 
 /// The background's part: run it beside the doors.
@@ -314,45 +295,6 @@ impl Keeper {
         Ok(erased || held)
     }
 
-    /// The status of `user`, who may be unknown.
-    pub fn status(&self, user: &UserId) -> Status {
-        match self.entry(user) {
-            Some(entry) => self.tell(&entry),
-            None => self.tell(&Entry::new(user.clone(), None)),
-        }
-    }
-
-    /// The status of every user with a grant, by name.
-    pub fn statuses(&self) -> Vec<Status> {
-        let mut statuses: Vec<_> = self.entries().iter().map(|entry| self.tell(entry)).collect();
-        statuses.retain(|status| status.state != State::None);
-        statuses.sort_by(|a, b| a.user_id.cmp(&b.user_id));
-        statuses
-    }
-
-    /// The health of every user with a grant, for the metrics.
-    pub fn health(&self) -> Vec<UserHealth> {
-        let seconds = |at: Timestamp| at.as_duration().as_secs_f64();
-        let entries = self.entries();
-        let known = entries.iter().filter_map(|entry| {
-            let held = entry.held();
-            let status = self.tell(entry);
-            let idle = status.state == State::Idle;
-            (status.state != State::None).then(|| UserHealth {
-                user: status.user_id.to_string(),
-                state: status.state,
-                token_expiry: status.expires_at.filter(|_| !idle).map(seconds),
-                last_refresh: status.expires_at.and(status.updated_at).filter(|_| !idle).map(seconds),
-                consent_expiry: status.consent_expires_at.map(seconds),
-                login_reason: match &**held {
-                    Held::LoginRequired { reason, .. } => Some(reason),
-                    _ => None,
-                },
-            })
-        });
-        known.collect()
-    }
-
     /// Whether everything in memory is on disk and the store works.
     pub fn stored(&self) -> bool {
         self.0.unsaved.load(Relaxed) == 0 && self.0.store.health().up
@@ -414,26 +356,6 @@ impl Keeper {
     pub async fn settle(&self) {
         self.0.flights.close();
         self.0.flights.wait().await;
-    }
-
-    fn tell(&self, entry: &Entry) -> Status {
-        let held = entry.held();
-        let grant = held.grant();
-        let used_at = entry.used_at();
-        Status {
-            user_id: entry.user.clone(),
-            state: held.state(self.policy(), used_at, self.0.clock.now()),
-            expires_at: grant.and_then(|grant| grant.access.as_ref()).map(|access| access.expires_at),
-            updated_at: grant.map(|grant| grant.updated_at),
-            consented_at: grant.and_then(|grant| grant.consented_at),
-            consent_expires_at: grant.and_then(|grant| grant.consent_expires_at()),
-            last_error: match &**held {
-                Held::Failing { failure, .. } => Some(failure.code),
-                Held::LoginRequired { reason, .. } => Some(reason),
-                Held::Nothing | Held::Fresh(_) => None,
-            },
-            next_refresh_at: held.due(self.policy(), used_at, entry.dice()),
-        }
     }
 
     /// Makes `held` what everybody sees, and plans its next renewal. Wakes nobody: see [`Entry::set`].

@@ -1,5 +1,6 @@
 //! The OAuth endpoints, `/api/auth/amazon/*`, and the token shim, as HTTP.
 
+mod answers;
 mod endpoint;
 mod pages;
 mod shim;
@@ -8,16 +9,11 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use cookie::{Cookie, SameSite};
-use http::header::{
-    ACCEPT, ACCESS_CONTROL_ALLOW_CREDENTIALS, ACCESS_CONTROL_ALLOW_HEADERS, ACCESS_CONTROL_ALLOW_METHODS,
-    ACCESS_CONTROL_ALLOW_ORIGIN, ACCESS_CONTROL_MAX_AGE, ALLOW, CACHE_CONTROL, CONTENT_TYPE, COOKIE, HeaderMap,
-    HeaderName, HeaderValue, LINK, LOCATION, REFERRER_POLICY, SET_COOKIE, VARY, X_CONTENT_TYPE_OPTIONS,
-};
+use http::header::{ALLOW, HeaderMap, HeaderValue, LINK, SET_COOKIE};
 use http::request::Parts;
 use http::{Method, Request, Response, StatusCode};
 use http_body_util::Full;
 use hyper::body::Incoming;
-use serde::Serialize;
 use serde_json::json;
 
 use crate::account::{Region, UserId};
@@ -31,6 +27,7 @@ use crate::secret::Secret;
 use crate::serve::Peer;
 use crate::store::StoreError;
 use crate::target::Of;
+use answers::{cookie_of, cors, json, prefers_html, preflight, private, redirect};
 pub use endpoint::Endpoint;
 use endpoint::{Query, Users};
 
@@ -350,56 +347,4 @@ fn callback(query: &Query) -> Result<Option<Callback>, LoginError> {
 
 fn parameter(name: &str, legal: &str) -> LoginError {
     LoginError::Parameter(format!("{name} has to be {legal}."))
-}
-
-/// Whether the caller would rather see HTML than JSON: `text/html` before any `application/json` or `*/*`.
-fn prefers_html(headers: &HeaderMap) -> bool {
-    let accept = headers.get(ACCEPT).and_then(|value| value.to_str().ok()).unwrap_or_default();
-    let mut types = accept.split(',').map(|kind| kind.split(';').next().unwrap_or_default().trim());
-    types.find(|kind| ["text/html", "application/json", "*/*"].contains(kind)) == Some("text/html")
-}
-
-fn cookie_of(headers: &HeaderMap, name: &str) -> Option<String> {
-    let lines = headers.get_all(COOKIE).iter().filter_map(|line| line.to_str().ok());
-    let mut cookies = lines.flat_map(Cookie::split_parse).filter_map(Result::ok);
-    cookies.find(|cookie| cookie.name() == name).map(|cookie| cookie.value().to_owned())
-}
-
-fn json(status: StatusCode, value: &impl Serialize) -> Answer {
-    let mut answer = Response::new(Full::new(serde_json::to_vec(value).unwrap_or_default().into()));
-    *answer.status_mut() = status;
-    answer.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
-    answer
-}
-
-fn redirect(location: &str) -> Answer {
-    let mut answer = Response::new(Full::default());
-    *answer.status_mut() = StatusCode::FOUND;
-    answer.headers_mut().extend(HeaderValue::from_str(location).map(|location| (LOCATION, location)));
-    answer
-}
-
-fn preflight() -> Answer {
-    let mut answer = Response::new(Full::default());
-    *answer.status_mut() = StatusCode::NO_CONTENT;
-    let headers = answer.headers_mut();
-    headers.insert(ACCESS_CONTROL_ALLOW_METHODS, HeaderValue::from_static("GET, POST, DELETE"));
-    headers.insert(ACCESS_CONTROL_ALLOW_HEADERS, HeaderValue::from_static("accept, content-type, x-request-id"));
-    headers.insert(ACCESS_CONTROL_MAX_AGE, HeaderValue::from_static("600"));
-    answer
-}
-
-fn cors(headers: &mut HeaderMap, origin: HeaderValue) {
-    headers.insert(ACCESS_CONTROL_ALLOW_ORIGIN, origin);
-    headers.insert(ACCESS_CONTROL_ALLOW_CREDENTIALS, HeaderValue::from_static("true"));
-    headers.insert(VARY, HeaderValue::from_static("origin"));
-}
-
-/// What every answer of these endpoints carries.
-fn private(headers: &mut HeaderMap) {
-    let fixed: [(HeaderName, &str); 3] =
-        [(CACHE_CONTROL, "no-store"), (REFERRER_POLICY, "no-referrer"), (X_CONTENT_TYPE_OPTIONS, "nosniff")];
-    for (name, value) in fixed {
-        headers.insert(name, HeaderValue::from_static(value));
-    }
 }

@@ -6,7 +6,8 @@ use http_body_util::{BodyExt, Limited};
 use hyper::body::Incoming;
 use serde_json::{Value, json};
 
-use super::{Answer, LoginError, Query, json as answer_json};
+use super::answers::json as answer_json;
+use super::{Answer, LoginError, Query};
 use crate::guard::{Guard, Refusal};
 
 /// A token request is a few hundred bytes.
