@@ -24,6 +24,19 @@
 //! 7. Hop-by-hop headers are stripped first, ours are attached last ([`rewrite`]).
 //! 8. A secret has a type that prints `…` ([`secret`]).
 
+//!
+//! # Where the code showed a better way
+//!
+//! - The pool of connections to Amazon is our own ([`upstream`]): it has to say whether a request was ever carried, which
+//!   decides whether it may be repeated. TCP connects by the library (happy eyeballs), HTTP is hyper's.
+//! - Head and idle timeouts are watched per door and not by a timer per request ([`serve`]).
+//! - A configuration is walked by a table of keys and not by serde, which stops at the first problem and quotes the
+//!   value it does not like ([`config`]).
+//! - The store numbers its commits beside the database: sled can come back older than it was, without a word ([`store`]).
+//! - A grant that the disk does not take is used from memory, and storing it is tried until it succeeds: its code is
+//!   spent, so dropping it helps nobody ([`keeper`]).
+//! - A reload makes the doors' insides anew and swaps them whole; calls in flight keep the old ([`app`]).
+
 // The house.
 pub mod cli;
 pub mod app;
