@@ -7,6 +7,7 @@
 //! The hot path, [`Keeper::bearer`] with a token that has enough of its life left, takes no lock that a renewal holds.
 
 mod agenda;
+mod configured;
 mod entry;
 mod flight;
 mod report;
@@ -19,7 +20,6 @@ use std::time::Duration;
 use arc_swap::ArcSwap;
 use http::HeaderValue;
 use jiff::SignedDuration;
-use sha2::{Digest, Sha256};
 use tokio::sync::mpsc;
 use tokio::time::{Instant, timeout, timeout_at};
 use tokio_util::task::TaskTracker;
@@ -31,6 +31,7 @@ use crate::metrics::Metrics;
 use crate::store::{StoreError, TokenStore};
 use crate::token::{Cure, Grant, Held, Policy, RefreshToken};
 use agenda::Agenda;
+use configured::ADOPTED;
 use entry::Entry;
 use flight::Why;
 pub use report::Status;
@@ -60,8 +61,6 @@ const PATIENT_ATTEMPTS: u32 = 2;
 const FORCED_SPACING: SignedDuration = SignedDuration::from_secs(30);
 /// How often a store that failed is asked again.
 const STORE_PERIOD: Duration = Duration::from_secs(1);
-/// The note under which the hash of the `amazon.refresh_token` adopted last is stored.
-const ADOPTED: &str = "adopted_refresh_token";
 
 /// Keeps every user's tokens alive. Cloning gives another handle to the same keeper.
 #[derive(Clone, Debug)]
@@ -300,38 +299,6 @@ impl Keeper {
         self.0.unsaved.load(Relaxed) == 0 && self.0.store.health().up
     }
 
-    /// Adopts `amazon.refresh_token` as user `default`, unless it is the one adopted last, or that user has a usable
-    /// grant. Where there is a grant this takes a token call: whether LWA refuses a grant is written down nowhere, so a
-    /// process that has just started has to ask.
-    pub async fn adopt_configured(&self) -> Result<(), StoreError> {
-        let settings = self.0.settings.load_full();
-        let Some(token) = &settings.adopt else { return Ok(()) };
-        let user = UserId::default();
-        let hash = fingerprint(token);
-        if self.0.store.note(ADOPTED).await?.as_ref() == Some(&hash) {
-            return Ok(());
-        }
-        if let Err(StoreError::Record(error)) = self.0.store.load(&user).await {
-            tracing::error!(%user, %error, "amazon.refresh_token is not adopted: a stored grant that cannot be read would be lost");
-            return Ok(());
-        }
-        let has_grant = self.entry(&user).is_some_and(|entry| entry.held().grant().is_some());
-        if has_grant && !matches!(self.refresh(&user).await, Err(TokenError::LoginRequired { .. })) {
-            return Ok(());
-        }
-        let grant = Grant {
-            refresh_token: token.clone(),
-            access: None,
-            updated_at: self.0.clock.now(),
-            consented_at: None,
-            used_at: None,
-            scope: None,
-            generation: 0,
-        };
-        self.adopt(&user, grant).await;
-        self.0.store.set_note(ADOPTED, hash).await
-    }
-
     /// A store that failed is asked again until it answers; any operation makes it try to open anew.
     async fn watch_store(&self) {
         loop {
@@ -403,9 +370,4 @@ impl Background {
     pub async fn run(self) {
         tokio::join!(self.agenda.run(&self.keeper), self.keeper.watch_store());
     }
-}
-
-/// Tells refresh tokens apart without holding one.
-fn fingerprint(token: &RefreshToken) -> String {
-    Sha256::digest(token.secret().expose().as_bytes()).iter().map(|byte| format!("{byte:02x}")).collect()
 }

@@ -76,6 +76,7 @@ pub struct UserHealth {
 
 impl Metrics {
     /// Registers everything. `started_at` is seconds since 1970.
+    // Longer than the house likes: it is a list, one entry per metric, and reads best whole.
     pub fn new(settings: Settings, started_at: f64) -> Result<Self, prometheus::Error> {
         let registry = Registry::new_custom(Some("adsidecar".into()), None)?;
         let r = &registry;

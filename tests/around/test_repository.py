@@ -9,7 +9,7 @@ import pytest
 
 # Where people and build machines keep a checkout, and nobody's program has a reason to look. (/data, /etc, /run and
 # /tmp are places in a container or of any system.)
-MACHINE_PATH = re.compile(r"/(?:home|Users)/\w|/root/|/work/|/mnt/\w|\b[A-Z]:\\\\?Users")
+MACHINE_PATH = re.compile(r"/(?:home|Users|root|work|mnt)/[\w.]|\b[A-Z]:\\\\?Users")
 # A hit that is a path inside the images or the documents that we name. None so far.
 ALLOWED_MACHINE_PATHS: frozenset[str] = frozenset()
 
