@@ -182,3 +182,30 @@ impl Body for Outgoing {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn held(limit: usize) -> Held {
+        let state = State { chunks: Some(VecDeque::new()), ..State::default() };
+        Held { limit, state: Mutex::new(state) }
+    }
+
+    #[test]
+    fn a_body_that_did_not_pass_whole_is_never_sent_again() {
+        let held = held(100);
+        held.pass(&Bytes::from_static(b"half"), u64::MAX, false).unwrap();
+        assert!(held.again().is_none());
+        held.pass(&Bytes::from_static(b" and half"), u64::MAX, true).unwrap();
+        assert_eq!(held.again().unwrap().size_hint().exact(), Some(13));
+    }
+
+    #[test]
+    fn a_body_beyond_the_limit_is_not_held() {
+        let held = held(3);
+        held.pass(&Bytes::from_static(b"four"), u64::MAX, true).unwrap();
+        assert!(held.again().is_none());
+        assert_eq!(held.pass(&Bytes::from_static(b"x"), 4, true), Err(BodyError::TooLarge));
+    }
+}

@@ -158,3 +158,20 @@ async fn the_metrics_tell_what_happened() {
         assert!(!text.contains(leak), "{leak} became a label");
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn while_new_connections_are_still_taken_each_answer_says_that_it_is_the_last() {
+    let mut rig = Rig::with("[shutdown]\naccept = \"3s\"\n").await;
+    rig.log_in("default").await;
+    let url = rig.proxy_url("/v2/profiles");
+    let before = rig.client.get(&url).send().await.unwrap();
+    assert!(!before.headers().contains_key("connection"));
+    let ended = rig.begin_stop();
+    eventually("an answer that closes", async || {
+        let answer = rig.client.get(&url).send().await.unwrap();
+        assert_eq!(answer.status(), 200);
+        answer.headers().get("connection").is_some_and(|value| value == "close").then_some(())
+    })
+    .await;
+    ended.await.unwrap();
+}
