@@ -47,6 +47,7 @@ pub struct Metrics {
     pub store_operation_duration: HistogramVec,
     pub store_errors: IntCounterVec,
     pub guard_denied: IntCounterVec,
+    pub policy_denied: IntCounterVec,
     pub clock_skew: Gauge,
     reload_timestamp: Gauge,
     reload_success: IntGauge,
@@ -148,6 +149,12 @@ impl Metrics {
             clock_skew: add(
                 r,
                 Gauge::new("clock_skew_seconds", "How far our clock is ahead of Login with Amazon's, to the second")?,
+            )?,
+            policy_denied: counters(
+                r,
+                "policy_denied_total",
+                "Calls that the policy refused (enforce) or would have (observe)",
+                &["account", "mode"],
             )?,
             guard_denied: counters(r, "guard_denied_total", "Requests refused at a door", &["reason"])?,
             token_expiry: floats(r, "token_expiry_timestamp_seconds", "When the access token ends", &["user"])?,
