@@ -6,6 +6,7 @@
 //! ([`SendError::unsent`], [`SendError::stale`]), and the spine, which still has the caller's request, repeats it on a
 //! [`Reuse::Never`] connection.
 
+mod ahead;
 mod answer;
 mod connect;
 mod outgoing;
@@ -15,7 +16,7 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use http::header::{CONTENT_LENGTH, TRANSFER_ENCODING};
+use http::header::{CONTENT_LENGTH, HOST, TRANSFER_ENCODING};
 use http::{HeaderValue, Request, Response, StatusCode, Uri};
 use http_body::Body as _;
 use hyper::body::Incoming;
@@ -302,7 +303,7 @@ impl Host {
 
     /// HTTP/2 wants the authority in the target and not in `Host` (RFC 9113, section 8.3.1).
     fn with_authority(&self, mut request: Request<Outgoing>) -> Request<Outgoing> {
-        request.headers_mut().remove(http::header::HOST);
+        request.headers_mut().remove(HOST);
         let mut parts = http::uri::Parts::default();
         parts.scheme.clone_from(&self.origin.scheme);
         parts.authority.clone_from(&self.origin.authority);

@@ -12,6 +12,7 @@ use tokio_rustls::TlsConnector;
 use tower_service::Service;
 use url::Url;
 
+use super::ahead::Ahead;
 use super::{Connection, ErrorKind, Http2, Settings};
 use crate::tls;
 
@@ -78,7 +79,7 @@ impl Connector {
     async fn handshake(&self) -> Result<Connection, ErrorKind> {
         let tcp = self.tcp.clone().call(self.uri.clone()).await;
         let tcp = tcp.map_err(|error| ErrorKind::Unreachable(error.into()))?.into_inner();
-        let stream = self.tls.connect(self.name.clone(), tcp).await.map_err(ErrorKind::Tls)?;
+        let stream = self.tls.connect(self.name.clone(), Ahead::new(tcp)).await.map_err(ErrorKind::Tls)?;
         let chosen = stream.get_ref().1.alpn_protocol();
         if chosen == Some(b"h2") || self.http2 == Http2::Always {
             let mut builder = http2::Builder::new(TokioExecutor::new());
