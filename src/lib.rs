@@ -70,4 +70,5 @@ pub mod rewrite;
 pub mod families;
 pub mod token;
 pub mod account;
+pub mod policy;
 pub mod secret;

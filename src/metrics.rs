@@ -72,6 +72,7 @@ pub struct Metrics {
     pub throttled: IntCounterVec,
     undecryptable_records: IntGauge,
     undecryptable: Mutex<BTreeSet<String>>,
+    pub policy_denied: IntCounterVec,
     pub clock_skew: Gauge,
     log_dropped: IntCounterVec,
     reload_timestamp: Gauge,
@@ -194,6 +195,12 @@ impl Metrics {
             )?,
             undecryptable: Mutex::default(),
             log_dropped: counters(r, "log_dropped_total", "Log lines that were not written", &["reason"])?,
+            policy_denied: counters(
+                r,
+                "policy_denied_total",
+                "Calls that the policy refused (enforce) or would have (observe)",
+                &["account", "mode"],
+            )?,
             guard_denied: counters(r, "guard_denied_total", "Requests refused at a door", &["reason"])?,
             token_expiry: floats(r, "token_expiry_timestamp_seconds", "When the access token ends", &["user"])?,
             token_last_refresh: floats(
