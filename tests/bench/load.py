@@ -4,13 +4,14 @@ import json
 import re
 import resource
 import socket
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "soak"))
-from world import Sandbox, Sidecar, workspace  # noqa: E402, F401
+from world import ENVIRONMENT, Sandbox, Sidecar, binary, free_port, until, workspace  # noqa: E402, F401
 
 REQUEST = b"GET /v2/profiles HTTP/1.1\r\nHost: localhost\r\nAccept: application/json\r\n\r\n"
 LENGTH = re.compile(rb"^content-length: (\d+)\r$", re.MULTILINE)
@@ -66,12 +67,13 @@ def many_descriptors(count: int) -> None:
     """Allows this process and those that it starts so many."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     if most < count:
-        most = count  # Root may raise it.
+        raise SystemExit(f"the limit on descriptors is {most}, and {count} are needed: ulimit -Hn {count}, as root")
     resource.setrlimit(resource.RLIMIT_NOFILE, (count, most))
 
 
-def fill(sidecar: Sidecar, users: int, life: timedelta) -> None:
-    """Gives so many users, u0 and on, a grant whose access token ends after `life`. All share one grant of the sandbox's."""
+def fill(sidecar: Sidecar, users: int, life: timedelta, unused: timedelta = timedelta()) -> None:
+    """Gives so many users, u0 and on, a grant whose access token ends after `life`, and that was last used so long ago. All
+    share one grant of the sandbox's."""
     sidecar.import_grant("seed")
     sidecar.start()
     status, _, text = sidecar.get("/v2/profiles", **{"X-Ads-User": "seed"})
@@ -82,6 +84,11 @@ def fill(sidecar: Sidecar, users: int, life: timedelta) -> None:
     now = datetime.now(timezone.utc)
     # A record without a seal is taken by an import, for whatever user.
     record = {key: record[key] for key in ("access_token", "refresh_token", "token_type")}
-    record |= {"expires_at": (now + life).isoformat(), "updated_at": now.isoformat(), "used_at": now.isoformat()}
+    used = (now - unused).isoformat()
+    record |= {"expires_at": (now + life).isoformat(), "updated_at": used, "used_at": used}
+    if not users:
+        return
     records = json.dumps({f"u{number}": record for number in range(users)})
-    sidecar.command("users", "import", "--records", "-", "--offline", stdin=records)
+    # Each record is on disk before the next is taken, which lasts where the disk is slow: TMPDIR=/dev/shm spares that.
+    command = [binary("adsidecar"), "--config", str(sidecar.config), "users", "import", "--records", "-", "--offline"]
+    subprocess.run(command, input=records, text=True, check=True, stdout=subprocess.DEVNULL, env=ENVIRONMENT)
