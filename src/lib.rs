@@ -74,4 +74,5 @@ pub mod families;
 pub mod token;
 pub mod moment;
 pub mod account;
+pub mod policy;
 pub mod secret;
