@@ -141,7 +141,10 @@ impl Proxy {
         let forwarded = AssertUnwindSafe(self.forward(&parts, incoming, peer, &mut trip)).catch_unwind().await;
         let mut answer = match forwarded.unwrap_or(Err(ProxyError::Panicked)) {
             Ok(answer) => answer,
-            Err(error) => self.problem(error, &parts).respond(trip.request_id()).map(Body::own),
+            Err(error) => {
+                trip.fails(&error);
+                self.problem(error, &parts).respond(trip.request_id()).map(Body::own)
+            }
         };
         answer.headers_mut().insert(REQUEST_ID, trip.request_id_header());
         trip.end(answer)
@@ -233,7 +236,9 @@ impl Proxy {
             sent = self.upstream.send(call.region, request, Reuse::Never, patient).await;
         }
         trip.amazon_took(call.region, begun.elapsed());
-        Ok((sent.map_err(ProxyError::Send)?, held))
+        let answer = sent.map_err(ProxyError::Send)?;
+        trip.amazon_said(call.region, answer.status(), answer.headers());
+        Ok((answer, held))
     }
 
     fn to_amazon(
@@ -312,10 +317,7 @@ impl Proxy {
             ProxyError::NoToken(error, user) => token_problem(error, &login_url(&user)),
             ProxyError::TooLarge => problems::too_large(),
             ProxyError::Panicked => problems::panicked(),
-            ProxyError::Send(error) => {
-                tracing::warn!(error = %error.kind, "no answer from Amazon");
-                error.kind.into()
-            }
+            ProxyError::Send(error) => error.kind.into(),
         }
     }
 }
