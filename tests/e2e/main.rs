@@ -6,7 +6,9 @@ mod rig;
 mod wire;
 
 mod admin;
+mod clocks;
 mod commands;
+mod flights;
 mod floors;
 mod forms;
 mod framing;
@@ -21,5 +23,6 @@ mod proxying;
 mod reload;
 mod review;
 mod selection;
+mod token_endpoint;
 mod tokens;
 mod trouble;
