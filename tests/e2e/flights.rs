@@ -193,6 +193,8 @@ async fn row_93_a_logout_beats_a_refresh_at_whatever_instant_it_comes() {
         fail::remove(point);
         let answer = asked.await.unwrap().unwrap();
         assert_eq!((answer.status().as_u16(), code(&answer)), (401, "login_required"));
+        let dropped = "adsidecar_token_refresh_dropped_total";
+        eventually("the late answer", async || (rig.metric(dropped).await == 1.0).then_some(())).await;
         rig.stop_sidecar().await;
         rig.start_sidecar().await;
         assert_eq!(rig.status_of("default").await["state"], "none", "{point}");

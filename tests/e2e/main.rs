@@ -26,3 +26,4 @@ mod selection;
 mod token_endpoint;
 mod tokens;
 mod trouble;
+mod unauthorized;
