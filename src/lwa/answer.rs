@@ -30,7 +30,7 @@ struct Refusal {
 }
 
 /// The tokens in the body of a 200.
-pub(super) fn tokens(body: &[u8]) -> Result<Tokens, &'static str> {
+pub fn tokens(body: &[u8]) -> Result<Tokens, &'static str> {
     let answer: Success<'_> =
         serde_json::from_slice(body).map_err(|_| "the answer is not the JSON of a token answer")?;
     if answer.token_type.is_some_and(|kind| !kind.eq_ignore_ascii_case("bearer")) {
@@ -53,7 +53,7 @@ fn lifetime(raw: &str) -> Duration {
 }
 
 /// What an answer with another status means.
-pub(super) fn refusal(status: StatusCode, body: &[u8], retry_after: Option<Duration>) -> LwaError {
+pub fn refusal(status: StatusCode, body: &[u8], retry_after: Option<Duration>) -> LwaError {
     let error = serde_json::from_slice::<Refusal>(body).map(|refusal| refusal.error).unwrap_or_default();
     let later = |code| LwaError::TryLater { code, detail: format!("status {}", status.as_u16()), retry_after };
     match (status.as_u16(), error.as_str()) {
