@@ -19,6 +19,13 @@ SERVERS = Path(__file__).parent / "servers"
 PYPI = {"h11": "h11==0.16.0", "aiohttp": "aiohttp==3.14.5", "waitress": "waitress==3.0.2", "h11-old": "h11==0.14.0"}
 
 
+def trust(sandbox: world.Sandbox, directory: Path) -> Path:
+    """The roots for `upstream.ca_file`: the sandbox's and that of `certificate`."""
+    path = directory / "trusted.pem"
+    path.write_text(sandbox.ca_file.read_text() + (directory / "cert.pem").read_text())
+    return path
+
+
 def install() -> None:
     missing = [package for package, program in [("nginx-light", "nginx"), ("haproxy", "haproxy")] if not shutil.which(program)]
     if missing:
@@ -88,7 +95,8 @@ class Backend:
 
     def python(self) -> None:
         kind = self.kind.removesuffix("-old")
-        self.spawn(python_with(self.kind), str(SERVERS / "servers.py"), kind, str(self.plain), str(self.log))
+        python = python_with(self.kind) if self.kind in PYPI else sys.executable
+        self.spawn(python, str(SERVERS / "servers.py"), kind, str(self.plain), str(self.log))
 
     def node(self) -> None:
         flags = ["--insecure-http-parser"] if self.kind == "node-insecure" else []
@@ -127,14 +135,19 @@ class Backend:
 
     def seen(self) -> list[dict]:
         """What it understood so far: whole requests, in their order."""
-        entries = (json.loads(line) for line in self.log.read_text().split("\n") if line)
-        return [entry for entry in entries if entry.get("status", 200) == 200]
+        return entries(self.log)
 
     def stop(self) -> None:
         for process in self.processes:
             process.terminate()
         for process in self.processes:
             process.wait(20)
+
+
+def entries(log: Path) -> list[dict]:
+    """The whole requests of a backend's log."""
+    read = (json.loads(line) for line in log.read_text("latin-1").split("\n") if line)
+    return [entry for entry in read if entry.get("status", 200) == 200]
 
 
 def header(entry: dict, name: str) -> list[str]:
