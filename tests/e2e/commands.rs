@@ -34,14 +34,14 @@ struct Ran {
 }
 
 /// A world with a clock that runs, whose sidecar is stopped: the commands come to its store.
-async fn stopped() -> Rig {
+pub async fn stopped() -> Rig {
     let mut rig = Rig::with_running_clock("").await;
     rig.log_in("default").await;
     rig.stop_sidecar().await;
     rig
 }
 
-fn command(arguments: &[&str]) -> Command {
+pub fn command(arguments: &[&str]) -> Command {
     let mut command = Command::new(BINARY);
     command.args(arguments).env_clear().stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     command
@@ -74,21 +74,21 @@ async fn beside(rig: &Rig, arguments: &[&str]) -> Ran {
 }
 
 /// A sidecar in a process of its own.
-struct Serving {
-    child: Child,
-    log: Arc<Mutex<String>>,
-    proxy: String,
-    admin: String,
+pub struct Serving {
+    pub child: Child,
+    pub log: Arc<Mutex<String>>,
+    pub proxy: String,
+    pub admin: String,
 }
 
 impl Serving {
     /// Starts it, and returns once it serves.
-    async fn start(rig: &Rig, arguments: &[&str]) -> Self {
+    pub async fn start(rig: &Rig, arguments: &[&str]) -> Self {
         let file = rig.config_file();
         Self::spawn(command(&[&["serve", "--config", file.to_str().unwrap()], arguments].concat())).await
     }
 
-    async fn spawn(mut command: Command) -> Self {
+    pub async fn spawn(mut command: Command) -> Self {
         let mut child = command.spawn().unwrap();
         let log = Arc::new(Mutex::new(String::new()));
         let (lines, kept) = (BufReader::new(child.stderr.take().unwrap()).lines(), log.clone());
@@ -108,7 +108,7 @@ impl Serving {
     }
 
     /// Waits for a line of its log.
-    async fn says(&self, text: &str) -> String {
+    pub async fn says(&self, text: &str) -> String {
         eventually(text, async || {
             let log = self.log.lock().unwrap();
             log.lines().find(|line| line.contains(text)).map(str::to_owned)
@@ -116,13 +116,13 @@ impl Serving {
         .await
     }
 
-    fn signal(&self, name: &str) {
+    pub fn signal(&self, name: &str) {
         let sent = Command::new("kill").args(["-s", name, &self.child.id().to_string()]).status().unwrap();
         assert!(sent.success());
     }
 
     /// Its exit code, and how long it took to come.
-    async fn ended(&mut self) -> (Option<i32>, Duration) {
+    pub async fn ended(&mut self) -> (Option<i32>, Duration) {
         let begun = Instant::now();
         let child = &mut self.child;
         let mut code = None;
@@ -134,12 +134,12 @@ impl Serving {
         (code.unwrap().code(), begun.elapsed())
     }
 
-    fn url(&self, path: &str) -> String {
+    pub fn url(&self, path: &str) -> String {
         format!("http://{}{path}", self.proxy)
     }
 
     /// Begins a call and leaves the connection open.
-    async fn call(&self, path: &str) -> TcpStream {
+    pub async fn call(&self, path: &str) -> TcpStream {
         let mut stream = TcpStream::connect(&self.proxy).await.unwrap();
         let head = format!("GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n");
         stream.write_all(head.as_bytes()).await.unwrap();
@@ -566,7 +566,7 @@ async fn health_and_wait_ask_the_admin_door() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn sigterm_lets_what_is_in_flight_finish_and_then_ends_at_once() {
+async fn row_96_sigterm_lets_what_is_in_flight_finish_and_then_ends_at_once() {
     let rig = stopped().await;
     for signal in ["TERM", "INT"] {
         let mut serving = Serving::start(&rig, &[]).await;
@@ -594,7 +594,7 @@ async fn sigterm_lets_what_is_in_flight_finish_and_then_ends_at_once() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_second_signal_and_the_end_of_the_drain_break_off_what_hangs() {
+async fn row_97_a_second_signal_and_the_end_of_the_drain_break_off_what_hangs() {
     let rig = stopped().await;
     rig.sandbox.set_trouble(Rule::from(Trouble::Hang).at(Door::Na).always());
     let mut impatient = Serving::start(&rig, &[]).await;
@@ -621,7 +621,7 @@ async fn a_second_signal_and_the_end_of_the_drain_break_off_what_hangs() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_grant_survives_kill_nine_and_no_log_holds_a_secret() {
+async fn row_98_a_grant_survives_kill_nine_and_no_log_holds_a_secret() {
     let mut rig = Rig::with_running_clock("").await;
     rig.stop_sidecar().await;
     let log = {

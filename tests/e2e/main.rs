@@ -17,6 +17,8 @@ mod http2;
 mod limits;
 mod login;
 mod login_attacks;
+mod operation;
+mod policy;
 mod proxying;
 mod reload;
 mod review;
