@@ -6,6 +6,7 @@ mod rig;
 mod wire;
 
 mod admin;
+mod chains;
 mod clocks;
 mod commands;
 mod flights;
@@ -17,6 +18,7 @@ mod headers;
 mod http2;
 mod limits;
 mod login;
+mod login_attacks;
 mod operation;
 mod policy;
 mod proxying;
