@@ -74,12 +74,16 @@ pub struct Metrics {
     undecryptable: Mutex<BTreeSet<String>>,
     pub policy_denied: IntCounterVec,
     pub clock_skew: Gauge,
+    pub clock_jumps: IntCounter,
+    pub token_answer_oddities: IntCounterVec,
+    pub refresh_interrupted: IntCounterVec,
     log_dropped: IntCounterVec,
     reload_timestamp: Gauge,
     reload_success: IntGauge,
     token_expiry: GaugeVec,
     token_last_refresh: GaugeVec,
     consent_expiry: GaugeVec,
+    consent_ending: IntGaugeVec,
     login_required: IntGaugeVec,
     users: IntGaugeVec,
 }
@@ -104,6 +108,8 @@ pub struct UserHealth {
     pub last_refresh: Option<f64>,
     /// When the consent ends, where its date is known.
     pub consent_expiry: Option<f64>,
+    /// Whether that is in less than 30 days, or past; absent where it is not known.
+    pub consent_ending: Option<bool>,
     /// Why the user has to log in again, if so.
     pub login_reason: Option<&'static str>,
 }
@@ -181,7 +187,23 @@ impl Metrics {
             store_errors: counters(r, "store_errors_total", "Failed operations of the store", &["op"])?,
             clock_skew: add(
                 r,
-                Gauge::new("clock_skew_seconds", "How far our clock is ahead of Login with Amazon's, to the second")?,
+                Gauge::new("clock_skew_seconds", "How far our clock is ahead of Amazon's, to the second")?,
+            )?,
+            clock_jumps: add(
+                r,
+                IntCounter::new("clock_jumps_total", "How often the clock was set, or the machine slept")?,
+            )?,
+            token_answer_oddities: counters(
+                r,
+                "token_answer_oddities_total",
+                "What was odd about token answers and was put up with",
+                &["kind"],
+            )?,
+            refresh_interrupted: counters(
+                r,
+                "token_refresh_interrupted_total",
+                "Renewals whose answer may have been lost, by what became of the grant",
+                &["outcome"],
             )?,
             throttled: counters(
                 r,
@@ -210,6 +232,12 @@ impl Metrics {
                 &["user"],
             )?,
             consent_expiry: floats(r, "consent_expiry_timestamp_seconds", "When the consent ends", &["user"])?,
+            consent_ending: gauges(
+                r,
+                "consent_ending",
+                "Whether less than 30 days of the consent are left",
+                &["user"],
+            )?,
             login_required: gauges(r, "login_required", "Whether the user has to log in again", &["user", "reason"])?,
             users: gauges(r, "users", "Users by state", &["state"])?,
             registry,
@@ -259,6 +287,7 @@ impl Metrics {
         for gauges in [&self.token_expiry, &self.token_last_refresh, &self.consent_expiry] {
             gauges.reset();
         }
+        self.consent_ending.reset();
         self.login_required.reset();
         for state in State::KNOWN {
             let count = users.iter().filter(|user| user.state == state).count();
@@ -285,6 +314,9 @@ impl Metrics {
             if let Some(time) = time {
                 gauge.with_label_values(&[label]).set(time);
             }
+        }
+        if let Some(ending) = user.consent_ending {
+            self.consent_ending.with_label_values(&[label]).set(i64::from(ending));
         }
         let required = i64::from(user.login_reason.is_some());
         self.login_required.with_label_values(&[label, user.login_reason.unwrap_or_default()]).set(required);
@@ -352,6 +384,7 @@ fn worst(users: &[UserHealth]) -> Option<UserHealth> {
         token_expiry: earliest(|user| user.token_expiry),
         last_refresh: earliest(|user| user.last_refresh),
         consent_expiry: earliest(|user| user.consent_expiry),
+        consent_ending: users.iter().filter_map(|user| user.consent_ending).reduce(|a, b| a || b),
         login_reason: users.iter().find_map(|user| user.login_reason),
     })
 }
@@ -394,6 +427,7 @@ mod tests {
             token_expiry: Some(expiry),
             last_refresh: Some(expiry - 3600.0),
             consent_expiry: None,
+            consent_ending: None,
             login_reason: reason,
         }
     }

@@ -177,6 +177,7 @@ impl Proxy {
         let body = self.body(parts, incoming)?;
         let bearer = self.access_token(&call.user).await?;
         let (answer, sent) = self.send(&call, parts, &target, &bearer, body, trip).await?;
+        self.keeper.heard(answer.headers());
         let answer = match answer.status() {
             StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => {
                 Box::pin(self.understand(answer, &call, parts, &target, &bearer, sent, trip)).await?

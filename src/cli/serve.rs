@@ -12,6 +12,11 @@ use crate::log::{self, LogHandle};
 /// Serves until SIGTERM or SIGINT. SIGHUP, and a change of the configuration's files, make it read them again.
 pub(super) fn run(config: Config, sources: Sources) -> Result<(), Failed> {
     let log = log::init(config.log);
+    // For as long as the process runs.
+    #[cfg(feature = "failpoints")]
+    let _points = fail::FailScenario::setup();
+    #[cfg(feature = "failpoints")]
+    tracing::warn!(points = ?fail::list(), "fail points are compiled in: this build is for tests alone");
     // One core is served best by one thread; a second worker would only move tasks to and fro.
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let mut builder = match cores {
