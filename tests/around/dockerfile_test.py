@@ -235,7 +235,7 @@ def test_the_final_stage_starts_as_its_user_with_nothing_but_its_files(stages, f
     }
 
     def inside(*words: str) -> list[str]:
-        return ["chroot", f"--userspec={user}", "--groups=", str(final_root), *entry_point, *words]
+        return [shutil.which("chroot", path="/usr/sbin:/usr/bin:/sbin:/bin"), f"--userspec={user}", "--groups=", str(final_root), *entry_point, *words]
 
     def run(*words: str) -> subprocess.CompletedProcess:
         return subprocess.run(inside(*words), env=environment, capture_output=True, text=True, timeout=60)
