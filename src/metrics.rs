@@ -46,6 +46,8 @@ pub struct Metrics {
     pub store_up: IntGauge,
     pub store_operation_duration: HistogramVec,
     pub store_errors: IntCounterVec,
+    store_records: IntGaugeVec,
+    store_recoveries: IntCounter,
     pub guard_denied: IntCounterVec,
     pub clock_skew: Gauge,
     reload_timestamp: Gauge,
@@ -145,6 +147,16 @@ impl Metrics {
                 STORE_DURATIONS,
             )?,
             store_errors: counters(r, "store_errors_total", "Failed operations of the store", &["op"])?,
+            store_records: gauges(
+                r,
+                "store_records",
+                "Stored grants by the fingerprint of the key that seals them; unknown: no key opens them; damaged",
+                &["key"],
+            )?,
+            store_recoveries: add(
+                r,
+                IntCounter::new("store_recoveries_total", "Damaged databases that were replaced from their copies")?,
+            )?,
             clock_skew: add(
                 r,
                 Gauge::new("clock_skew_seconds", "How far our clock is ahead of Login with Amazon's, to the second")?,
@@ -166,6 +178,15 @@ impl Metrics {
         metrics.registry.register(Box::new(process))?;
         metrics.reloaded(started_at, true);
         Ok(metrics)
+    }
+
+    /// What the store says of itself at the instant of a scrape.
+    pub fn store_holds(&self, records: impl IntoIterator<Item = (String, usize)>, recoveries: u64) {
+        self.store_records.reset();
+        for (key, count) in records {
+            self.store_records.with_label_values(&[&key]).set(i64::try_from(count).unwrap_or(i64::MAX));
+        }
+        self.store_recoveries.inc_by(recoveries.saturating_sub(self.store_recoveries.get()));
     }
 
     /// The text format, with the users as they are now.

@@ -18,7 +18,7 @@
 //!
 //! # The key
 //!
-//! `<path>.copies/key` holds the fingerprint of the key that sealed last. It is compared before sled is opened, because
+//! `<path>.copies/key` holds the fingerprint of the key that sealed last, twice. It is compared before sled is opened, because
 //! sled writes to its directory whenever it opens: with a wrong key nothing is touched. A fingerprint, and not a sealed
 //! text, so that the error can name the key that is wanted.
 
@@ -86,6 +86,42 @@ pub struct Health {
     pub last_error: Option<String>,
     /// How often a damaged database was replaced since the start.
     pub recoveries: u64,
+    /// How many records there are of each kind.
+    pub records: BTreeMap<Sealed, usize>,
+}
+
+impl Health {
+    /// Records that are sealed with another key of the ring than `first`.
+    pub fn under_other_keys(&self, first: Fingerprint) -> usize {
+        let others = self.records.iter().filter(|(sealed, _)| matches!(sealed, Sealed::By(key) if *key != first));
+        others.map(|(_, count)| count).sum()
+    }
+
+    /// Records that yield no grant. They are kept.
+    pub fn unreadable(&self) -> usize {
+        self.records.iter().filter(|(sealed, _)| !matches!(sealed, Sealed::By(_))).map(|(_, count)| count).sum()
+    }
+}
+
+/// What a record is sealed with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Sealed {
+    /// This key of the ring.
+    By(Fingerprint),
+    /// A key that is not in the ring.
+    ByUnknownKey,
+    /// It is malformed, or its seal does not fit.
+    Damaged,
+}
+
+impl std::fmt::Display for Sealed {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::By(key) => key.fmt(f),
+            Self::ByUnknownKey => f.write_str("unknown"),
+            Self::Damaged => f.write_str("damaged"),
+        }
+    }
 }
 
 /// What [`TokenStore::reseal`] did.
@@ -224,6 +260,13 @@ impl TokenStore {
         let Self::Sled(worker) = self;
         let value = value.into();
         worker.call(move |engine| engine.set_note(key, &value)).await
+    }
+
+    /// Takes other keys into use: the first seals from now on. They have to include the key that sealed last, or nothing
+    /// changes and it is [`StoreError::WrongKey`].
+    pub async fn rekey(&self, keyring: Arc<Keyring>) -> Result<(), StoreError> {
+        let Self::Sled(worker) = self;
+        worker.call(move |engine| engine.rekey(keyring)).await
     }
 
     /// Seals every record, and its copy, with the first key. Where it is interrupted, the next call goes on; other

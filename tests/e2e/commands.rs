@@ -196,7 +196,7 @@ async fn a_command_line_that_cannot_be_read_is_64() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_wrong_configuration_is_78_with_every_problem_and_no_secret() {
+async fn row_104_a_wrong_configuration_is_78_with_every_problem_and_no_secret() {
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("wrong.toml");
     let text = "[amazon]\nclient_secret = \"can ary\"\nredirect_uri = \"http://app.example.com/cb\"\n\
@@ -227,7 +227,7 @@ async fn a_wrong_configuration_is_78_with_every_problem_and_no_secret() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_wrong_fernet_key_is_78_and_changes_nothing() {
+async fn row_43_a_wrong_fernet_key_is_78_and_changes_nothing() {
     let rig = stopped().await;
     let before = files(rig.directory.path());
     let wanted = Keyring::new(&[Secret::new(FERNET_KEY)]).unwrap().first().to_string();
@@ -244,7 +244,7 @@ async fn a_wrong_fernet_key_is_78_and_changes_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_second_process_is_75() {
+async fn row_38_a_second_process_is_75() {
     let rig = Rig::with_running_clock("").await;
     rig.log_in("default").await;
     for arguments in [&["serve"][..], &["users", "import"], &["store", "dump"], &["store", "restore"]] {
@@ -390,22 +390,115 @@ async fn a_rotation_seals_everything_with_the_first_key() {
     assert_eq!(rig.get("/v2/profiles").await.status(), 200);
 }
 
+fn fingerprint(key: &str) -> String {
+    Keyring::new(&[Secret::new(key)]).unwrap().first().to_string()
+}
+
+/// How many records are sealed with `key`, as the metrics tell.
+async fn sealed_with(rig: &Rig, key: &str) -> f64 {
+    rig.metric(&format!("adsidecar_store_records{{key=\"{key}\"}}")).await
+}
+
+/// A world whose keys lie in a file, which holds `keys`.
+async fn with_key_file(keys: &str) -> (Rig, String) {
+    let mut rig = Rig::with_running_clock("").await;
+    let file = rig.directory.path().join("keys").display().to_string();
+    std::fs::write(&file, keys).unwrap();
+    rig.restart_with("store.fernet_keys_file", &file).await;
+    rig.log_in("default").await;
+    (rig, format!("store.fernet_keys_file={file}"))
+}
+
 #[tokio::test(flavor = "multi_thread")]
-async fn a_running_sidecar_rotates_when_asked() {
-    let mut rig = stopped().await;
-    rig.sets.push(("store.fernet_keys".into(), format!("{OTHER_KEY},{FERNET_KEY}")));
-    rig.start_sidecar().await;
+async fn row_45_a_running_sidecar_takes_new_keys_by_a_rotation_and_by_nothing_else() {
+    let (mut rig, set) = with_key_file(FERNET_KEY).await;
+    let keys = set.split('=').nth(1).unwrap().to_owned();
+    let reload = async || rig.client.post(rig.admin_url("/reload")).send().await.unwrap();
+    let (old, new) = (fingerprint(FERNET_KEY), fingerprint(OTHER_KEY));
+    assert_eq!((sealed_with(&rig, &old).await, sealed_with(&rig, &new).await), (1.0, 0.0));
+
+    // Keys that cannot open what is stored are refused, and so is a command that reads others than the sidecar.
+    std::fs::write(&keys, OTHER_KEY).unwrap();
+    let refused = beside(&rig, &["key", "rotate", "--set", &set]).await;
+    assert_eq!((refused.code, refused.out.as_str()), (CONFIG, ""), "{}", refused.err);
+    std::fs::write(&keys, format!("{OTHER_KEY},{FERNET_KEY}")).unwrap();
     let other = beside(&rig, &["key", "rotate"]).await;
-    assert_eq!((other.code, other.out.as_str()), (FAILED, ""), "it seals with the key that it was started with");
-    assert!(other.err.contains("Restart it") && !other.err.contains(FERNET_KEY), "{}", other.err);
-    let both = format!("store.fernet_keys={OTHER_KEY},{FERNET_KEY}");
-    let rotated = beside(&rig, &["key", "rotate", "--set", &both]).await;
+    assert_eq!((other.code, other.out.as_str()), (CONFIG, ""));
+    assert!(other.err.contains(&old) && other.err.contains(&new) && !other.err.contains(FERNET_KEY), "{}", other.err);
+
+    let answer = reload().await;
+    assert_eq!(answer.status(), 400, "a reload does not change keys");
+    let detail = json(answer).await["detail"].to_string();
+    assert!(detail.contains("store.fernet_keys") && detail.contains("adsidecar key rotate"), "{detail}");
+    assert_eq!(sealed_with(&rig, &old).await, 1.0, "nothing was taken");
+
+    let rotated = beside(&rig, &["key", "rotate", "--set", &set]).await;
     assert_eq!(rotated.code, DONE, "{}", rotated.err);
     assert!(rotated.out.starts_with("1 grants sealed anew"), "{}", rotated.out);
+    assert_eq!((sealed_with(&rig, &old).await, sealed_with(&rig, &new).await), (0.0, 1.0));
+    assert_eq!(rig.metric("adsidecar_config_reload_success").await, 1.0);
+    assert_eq!(reload().await.status(), 200);
     assert_eq!(rig.post("/api/auth/amazon/refresh").await.status(), 200);
     assert_eq!(rig.get("/v2/profiles").await.status(), 200);
-    rig.restart_with("store.fernet_keys", OTHER_KEY).await;
+
+    std::fs::write(&keys, OTHER_KEY).unwrap();
+    let dropped = beside(&rig, &["key", "rotate", "--set", &set]).await;
+    assert_eq!(dropped.code, DONE, "the old key goes the same way: {}", dropped.err);
+    rig.stop_sidecar().await;
+    rig.start_sidecar().await;
     assert_eq!(rig.get("/v2/profiles").await.status(), 200);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn row_45_a_rotation_that_was_killed_goes_on_by_itself() {
+    let mut rig = Rig::with_running_clock("").await;
+    rig.stop_sidecar().await;
+    let record = |name: u32| {
+        let (at, token) = ("2026-01-01T11:00:00", sealed(&format!("Atzr|{name}")));
+        object!({ "refresh_token": token, "updated_at": at })
+    };
+    let many: serde_json::Map<_, _> = (0..100).map(|name| (format!("user-{name}"), record(name))).collect();
+    let taken = run(&rig, &["users", "import", "--offline", "--records", "-"], &Value::from(many).to_string()).await;
+    assert_eq!(taken.code, DONE, "{}", taken.err);
+
+    let keys = rig.directory.path().join("keys").display().to_string();
+    std::fs::write(&keys, format!("{OTHER_KEY},{FERNET_KEY}")).unwrap();
+    let set = format!("store.fernet_keys_file={keys}");
+    let (old, new) = (fingerprint(FERNET_KEY), fingerprint(OTHER_KEY));
+    let counts = async |serving: &Serving| {
+        let text =
+            rig.client.get(format!("http://{}/metrics", serving.admin)).send().await.unwrap().text().await.unwrap();
+        let count = |key: &str| {
+            let series = format!("adsidecar_store_records{{key=\"{key}\"}} ");
+            text.lines().find_map(|line| line.strip_prefix(&series)?.parse::<u32>().ok()).unwrap_or(0)
+        };
+        (count(&old), count(&new))
+    };
+    // They are long idle, so that nothing but the rotation writes.
+    let arguments = ["--set", &set];
+    let mut serving = Serving::start(&rig, &arguments).await;
+    assert_eq!(counts(&serving).await, (100, 0), "keys alone rotate nothing");
+    let asked = rig.client.post(format!("http://{}/rotate?key={new}", serving.admin)).send().await.unwrap();
+    assert_eq!(json(asked).await["running"], true);
+    let (left, _) = eventually("the middle of it", async || {
+        let (left, done) = counts(&serving).await;
+        (done > 0).then_some((left, done))
+    })
+    .await;
+    assert!(left > 0, "it was killed in the middle");
+    serving.signal("KILL");
+    serving.ended().await;
+
+    let serving = Serving::start(&rig, &arguments).await;
+    eventually("its end", async || (counts(&serving).await == (0, 100)).then_some(())).await;
+    let told = rig.client.get(format!("http://{}/rotate", serving.admin)).send().await.unwrap();
+    let told = json(told).await;
+    assert_eq!((&told["left"], &told["unreadable"], &told["error"]), (&0.into(), &0.into(), &Value::Null));
+    drop(serving);
+    std::fs::write(&keys, OTHER_KEY).unwrap();
+    let listed = run(&rig, &["users", "list", "--set", &set], "").await;
+    assert_eq!((listed.code, listed.out.lines().count()), (DONE, 100), "{}", listed.err);
+    assert!(!listed.out.contains("unreadable"));
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -621,7 +714,7 @@ async fn a_second_signal_and_the_end_of_the_drain_break_off_what_hangs() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_grant_survives_kill_nine_and_no_log_holds_a_secret() {
+async fn row_36_a_grant_survives_kill_nine_and_no_log_holds_a_secret() {
     let mut rig = Rig::with_running_clock("").await;
     rig.stop_sidecar().await;
     let log = {

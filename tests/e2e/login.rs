@@ -203,7 +203,7 @@ async fn a_callback_that_no_login_of_ours_began_is_refused() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn two_hundred_callbacks_at_once_exchange_the_code_once() {
+async fn row_85_two_hundred_callbacks_at_once_exchange_the_code_once() {
     let rig = Rig::start().await;
     let callback = callback_of(&rig, "default").await;
     let all = (0..200).map(|_| tokio::spawn(rig.request(Method::GET, &callback).send()));
@@ -350,7 +350,7 @@ async fn where_a_caller_token_is_set_no_page_fetches_and_only_the_callback_is_op
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_amazon_says_no_with_is_mapped_and_never_echoed() {
+async fn row_82_what_amazon_says_no_with_is_mapped_and_never_echoed() {
     let rig = Rig::start().await;
     for (error, told) in [
         ("access_denied", "access_denied"),
@@ -384,7 +384,7 @@ async fn what_amazon_says_no_with_is_mapped_and_never_echoed() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_code_that_lwa_does_not_exchange_stores_nothing() {
+async fn row_88_a_code_that_lwa_does_not_exchange_stores_nothing() {
     let rig = Rig::start().await;
     for trouble in [
         Trouble::status(500),
@@ -760,7 +760,7 @@ async fn log_in_as(rig: &Rig, advertiser: &str, more: &str) -> reqwest::Response
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn another_amazon_identity_takes_a_users_place_only_when_that_is_said() {
+async fn row_90_another_amazon_identity_takes_a_users_place_only_when_that_is_said() {
     let (tools, books) = ("amzn1.account.SANDBOXTOOLS", "amzn1.account.SANDBOXBOOKS");
     let rig = Rig::start().await;
     assert_eq!(log_in_as(&rig, tools, "").await.status(), 200);
@@ -776,7 +776,7 @@ async fn another_amazon_identity_takes_a_users_place_only_when_that_is_said() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_region_that_cannot_be_asked_makes_no_identity_another() {
+async fn row_90_a_region_that_cannot_be_asked_makes_no_identity_another() {
     let rig = Rig::start().await;
     assert_eq!(log_in_as(&rig, "amzn1.account.SANDBOXTOOLS", "").await.status(), 200);
     rig.sandbox.set_trouble(Rule::from(Trouble::status(503)).at(Door::Fe).always());

@@ -22,7 +22,7 @@ async fn reload(rig: &Rig) -> reqwest::Response {
 const ACCOUNT: &str = "[[account]]\nname = \"acme\"\nprofile_id = \"7\"";
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_is_wrong_is_refused_whole_and_all_of_the_old_stays() {
+async fn row_104_what_is_wrong_is_refused_whole_and_all_of_the_old_stays() {
     let rig = Rig::start().await;
     rig.log_in("default").await;
     for (wrong, named) in [
@@ -67,7 +67,7 @@ fn mount(secret: &Path, revision: &str, text: &str) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_rotated_client_secret_is_taken_up_from_its_file_and_no_call_fails() {
+async fn row_105_a_rotated_client_secret_is_taken_up_from_its_file_and_no_call_fails() {
     let mut rig = Rig::start().await;
     rig.log_in("default").await;
     let secret = rig.directory.path().join("secret");
