@@ -27,6 +27,7 @@ use crate::config::{Config, FernetKeys, Sources};
 use crate::keeper::{Background, Keeper};
 use crate::keyring::{KeyError, Keyring};
 use crate::log::LogHandle;
+use crate::login::Desk;
 use crate::lwa::Lwa;
 use crate::metrics::Metrics;
 use crate::problem::{Code, Problem};
@@ -115,11 +116,11 @@ impl App {
         let (reloader, asked) = Reloader::new();
         let lasting = Lasting {
             keeper,
-            store,
+            store: store.clone(),
             rotation: rotations.watch(),
             metrics,
             clock,
-            desk: Arc::default(),
+            desk: Arc::new(Desk::open(store.clone()).await),
             log,
             stage: watch::Sender::new(Stage::Starting),
             quit: CancellationToken::new(),
@@ -167,6 +168,10 @@ impl App {
             _ => drop(helpers.spawn(adopting)),
         }
         helpers.spawn(background.run());
+        let unfinished = front.load().login.login.clone();
+        helpers.spawn(async move { unfinished.resume().await });
+        let (desk, clock) = (lasting.desk.clone(), lasting.clock.clone());
+        helpers.spawn(async move { desk.keep(&clock).await });
         helpers.spawn(tend(front.clone()));
         let (phase, admin_phase) = (watch::Sender::new(Phase::Open), watch::Sender::new(Phase::Open));
         let mut served = JoinSet::new();
@@ -203,6 +208,7 @@ impl App {
             tracing::error!("a token call or a write was still in flight and is given up");
         }
         helpers.shutdown().await;
+        lasting.desk.write_begun().await;
         let closed = lasting.store.close().await;
         tracing::info!("stopped");
         closed

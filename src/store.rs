@@ -30,15 +30,18 @@ use std::sync::Arc;
 use crate::account::UserId;
 use crate::keyring::{Fingerprint, Keyring};
 use crate::record::RecordError;
+use crate::secret::Secret;
 use crate::token::Grant;
 
 mod copies;
 mod database;
 mod engine;
 mod files;
+mod waiting;
 mod worker;
 
 use engine::Resealed;
+pub use waiting::Waiting;
 use worker::Worker;
 
 /// Where grants are kept.
@@ -249,6 +252,38 @@ impl TokenStore {
         worker.call(|engine| engine.dump()).await
     }
 
+    /// Puts a grant that waits on disk, before anything else is done with it. An erasure of its user deletes it.
+    pub async fn keep_waiting(&self, waiting: &Waiting) -> Result<(), StoreError> {
+        let Self::Sled(worker) = self;
+        let waiting = waiting.clone();
+        worker.call(move |engine| engine.keep_waiting(&waiting)).await
+    }
+
+    /// Deletes a grant that waits, by its id.
+    pub async fn drop_waiting(&self, id: &str) -> Result<(), StoreError> {
+        let Self::Sled(worker) = self;
+        let id = id.to_owned();
+        worker.call(move |engine| engine.drop_waiting(&id)).await
+    }
+
+    /// All grants that wait, with those that the last process left.
+    pub async fn waiting(&self) -> Result<Vec<Waiting>, StoreError> {
+        let Self::Sled(worker) = self;
+        worker.call(|engine| engine.waiting()).await
+    }
+
+    /// Puts the logins that have begun on disk, sealed: one text, which replaces the one of before.
+    pub async fn keep_logins(&self, plain: Secret) -> Result<(), StoreError> {
+        let Self::Sled(worker) = self;
+        worker.call(move |engine| engine.keep_logins(plain.expose())).await
+    }
+
+    /// The logins that had begun when the last process ended.
+    pub async fn logins(&self) -> Result<Option<Secret>, StoreError> {
+        let Self::Sled(worker) = self;
+        worker.call(|engine| Ok(engine.logins()?.map(Secret::new))).await
+    }
+
     /// A small fact that outlives users and restarts.
     pub async fn note(&self, key: &'static str) -> Result<Option<String>, StoreError> {
         let Self::Sled(worker) = self;
@@ -281,6 +316,7 @@ impl TokenStore {
                 Resealed::NothingToDo => {}
             }
         }
+        worker.call(|engine| engine.reseal_waiting()).await?;
         Ok(done)
     }
 

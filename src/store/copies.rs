@@ -16,7 +16,7 @@ use crate::record::Record;
 
 /// The directory `<path>.copies/`. While this lives, no other process has the store.
 pub(super) struct Copies {
-    dir: PathBuf,
+    pub(super) dir: PathBuf,
     _lock: File,
 }
 

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use super::copies::{Copies, Found};
 use super::database::{self, Database, Records};
-use super::{Health, Opened, Sealed, StoreError, Users, files};
+use super::{Health, Opened, Sealed, StoreError, Users, Waiting, files};
 use crate::account::UserId;
 use crate::keyring::{Fingerprint, Keyring};
 use crate::record::{Record, RecordError};
@@ -62,7 +62,8 @@ impl Engine {
         let broken = result.as_ref().err().filter(|error| {
             matches!(error, StoreError::Io { .. } | StoreError::Damaged { .. } | StoreError::Engine { .. })
         });
-        self.health.up = broken.is_none();
+        // What needs no database tells nothing about it.
+        self.health.up = broken.is_none() && self.database.is_some();
         if let Some(error) = broken {
             self.health.last_error = Some(error.to_string());
             self.failed = true;
@@ -100,7 +101,10 @@ impl Engine {
     }
 
     pub(super) fn erase(&mut self, user: &UserId) -> Result<bool, StoreError> {
-        let (database, copies, _) = self.parts()?;
+        let (database, copies, keyring) = self.parts()?;
+        for waiting in copies.waiting(keyring)?.into_iter().filter(|waiting| waiting.user == *user) {
+            copies.drop_waiting(&waiting.id)?;
+        }
         // The copy first: see the module's words on which of the two is right.
         let copy = copies.remove(user)?;
         let record = database.remove(user)?;
@@ -149,6 +153,35 @@ impl Engine {
         copies.write(user, &record, sequence)?;
         self.sealed.insert(user.clone(), Sealed::By(self.keyring.first()));
         Ok(Resealed::Done)
+    }
+
+    /// What waits is small and short-lived: all of it is sealed anew, whatever it was sealed with.
+    pub(super) fn reseal_waiting(&mut self) -> Result<(), StoreError> {
+        for waiting in self.copies.waiting(&self.keyring)? {
+            self.copies.keep_waiting(&waiting, &self.keyring)?;
+        }
+        let logins = self.copies.logins(&self.keyring)?;
+        logins.map_or(Ok(()), |logins| self.copies.keep_logins(&logins, &self.keyring))
+    }
+
+    pub(super) fn keep_waiting(&mut self, waiting: &Waiting) -> Result<(), StoreError> {
+        self.copies.keep_waiting(waiting, &self.keyring)
+    }
+
+    pub(super) fn drop_waiting(&mut self, id: &str) -> Result<(), StoreError> {
+        self.copies.drop_waiting(id)
+    }
+
+    pub(super) fn waiting(&mut self) -> Result<Vec<Waiting>, StoreError> {
+        self.copies.waiting(&self.keyring)
+    }
+
+    pub(super) fn keep_logins(&mut self, plain: &str) -> Result<(), StoreError> {
+        self.copies.keep_logins(plain, &self.keyring)
+    }
+
+    pub(super) fn logins(&mut self) -> Result<Option<String>, StoreError> {
+        self.copies.logins(&self.keyring)
     }
 
     /// Takes other keys into use. The key that sealed last has to be among them.

@@ -27,10 +27,10 @@ const HELD: i32 = 75;
 const CONFIG: i32 = 78;
 
 /// What a command said.
-struct Ran {
-    code: i32,
-    out: String,
-    err: String,
+pub struct Ran {
+    pub code: i32,
+    pub out: String,
+    pub err: String,
 }
 
 /// A world with a clock that runs, whose sidecar is stopped: the commands come to its store.
@@ -62,7 +62,7 @@ async fn bare(arguments: &[&str], input: &str) -> Ran {
 }
 
 /// Runs a command with the world's configuration.
-async fn run(rig: &Rig, arguments: &[&str], input: &str) -> Ran {
+pub async fn run(rig: &Rig, arguments: &[&str], input: &str) -> Ran {
     let file = rig.config_file();
     bare(&[&["--config", file.to_str().unwrap()], arguments].concat(), input).await
 }
@@ -74,16 +74,16 @@ async fn beside(rig: &Rig, arguments: &[&str]) -> Ran {
 }
 
 /// A sidecar in a process of its own.
-struct Serving {
+pub struct Serving {
     child: Child,
     log: Arc<Mutex<String>>,
     proxy: String,
-    admin: String,
+    pub admin: String,
 }
 
 impl Serving {
     /// Starts it, and returns once it serves.
-    async fn start(rig: &Rig, arguments: &[&str]) -> Self {
+    pub async fn start(rig: &Rig, arguments: &[&str]) -> Self {
         let file = rig.config_file();
         Self::spawn(command(&[&["serve", "--config", file.to_str().unwrap()], arguments].concat())).await
     }
@@ -108,7 +108,7 @@ impl Serving {
     }
 
     /// Waits for a line of its log.
-    async fn says(&self, text: &str) -> String {
+    pub async fn says(&self, text: &str) -> String {
         eventually(text, async || {
             let log = self.log.lock().unwrap();
             log.lines().find(|line| line.contains(text)).map(str::to_owned)
@@ -116,13 +116,13 @@ impl Serving {
         .await
     }
 
-    fn signal(&self, name: &str) {
+    pub fn signal(&self, name: &str) {
         let sent = Command::new("kill").args(["-s", name, &self.child.id().to_string()]).status().unwrap();
         assert!(sent.success());
     }
 
     /// Its exit code, and how long it took to come.
-    async fn ended(&mut self) -> (Option<i32>, Duration) {
+    pub async fn ended(&mut self) -> (Option<i32>, Duration) {
         let begun = Instant::now();
         let child = &mut self.child;
         let mut code = None;
@@ -134,7 +134,7 @@ impl Serving {
         (code.unwrap().code(), begun.elapsed())
     }
 
-    fn url(&self, path: &str) -> String {
+    pub fn url(&self, path: &str) -> String {
         format!("http://{}{path}", self.proxy)
     }
 

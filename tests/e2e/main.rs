@@ -21,3 +21,4 @@ mod review;
 mod selection;
 mod tokens;
 mod trouble;
+mod unfinished;
