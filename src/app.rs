@@ -26,7 +26,7 @@ use crate::clock::Clock;
 use crate::config::{Config, FernetKeys, Sources};
 use crate::keeper::{Background, Keeper};
 use crate::keyring::{KeyError, Keyring};
-use crate::log::LogHandle;
+use crate::log::{Dropped, LogHandle};
 use crate::login::Desk;
 use crate::lwa::Lwa;
 use crate::metrics::Metrics;
@@ -188,7 +188,8 @@ impl App {
         tracing::info!(?proxy, ?login, ?admin, version = env!("CARGO_PKG_VERSION"), "serving");
 
         rotations.resume().await;
-        let mut reloads = Reloads { watched, asked, fixed, rotations, front: front.clone(), limits, lasting };
+        let (inside, told) = (front.clone(), Dropped::default());
+        let mut reloads = Reloads { watched, asked, fixed, rotations, front: inside, limits, lasting, told };
         tokio::select! {
             () = stop => {}
             () = reloads.run() => {}
@@ -224,6 +225,8 @@ struct Reloads {
     front: Arc<ArcSwap<Front>>,
     limits: [Arc<ArcSwap<Limits>>; 3],
     lasting: Lasting,
+    /// Missing lines that the log has told of.
+    told: Dropped,
 }
 
 impl Reloads {
@@ -239,6 +242,7 @@ impl Reloads {
                     Asked::Rotate(key, answer) => drop(answer.send(self.rotate(&key).await)),
                 },
                 _ = look.tick() => {
+                    self.tell_dropped();
                     if self.watched.as_ref().is_some_and(Watched::changed) {
                         tracing::info!("a file of the configuration changed");
                         // What comes of it is logged, and a metric.
@@ -246,6 +250,16 @@ impl Reloads {
                     }
                 }
             }
+        }
+    }
+
+    /// Says in the log, once it can, that lines are missing from it.
+    fn tell_dropped(&mut self) {
+        let dropped = self.lasting.log.as_ref().map(LogHandle::dropped).unwrap_or_default();
+        if dropped != self.told {
+            let (flood, sink) = (dropped.flood - self.told.flood, dropped.sink - self.told.sink);
+            self.told = dropped;
+            tracing::warn!(flood, sink, "lines are missing here: too many of one kind came, or nobody read them");
         }
     }
 

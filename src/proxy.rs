@@ -26,6 +26,7 @@ use crate::guard::{Guard, Refusal};
 use crate::keeper::{Keeper, TokenError};
 use crate::login_door::{Endpoint, LoginDoor, LoginError, token_problem};
 use crate::metrics::Metrics;
+use crate::policy::{self, Denied, Mode};
 use crate::problem::Problem;
 use crate::request_id::{REQUEST_ID, RequestIds};
 use crate::rewrite::{self, Attach, HINT};
@@ -53,6 +54,8 @@ pub struct Settings {
     pub max_body: Option<u64>,
     /// `proxy.token_shim`.
     pub token_shim: bool,
+    /// `[policy]`.
+    pub policy: policy::Settings,
 }
 
 /// Whether callers choose their account.
@@ -73,6 +76,7 @@ pub struct Proxy {
     client_id: HeaderValue,
     replay_limit: usize,
     max_body: Option<u64>,
+    policy_mode: Mode,
     guard: Guard,
     keeper: Keeper,
     upstream: Arc<Upstream>,
@@ -90,6 +94,8 @@ pub enum ProxyError {
     Login(LoginError),
     /// It names no account of ours.
     Unselected(Unselected),
+    /// The policy forbids it.
+    Denied(Denied),
     /// There is no token for its user.
     NoToken(TokenError, UserId),
     /// It names a body larger than `proxy.max_body`.
@@ -117,7 +123,8 @@ impl Proxy {
             client_id,
             replay_limit: settings.replay_limit,
             max_body: settings.max_body,
-            accounts: Accounts::new(settings.accounts, settings.region, settings.selection),
+            accounts: Accounts::new(settings.accounts, settings.region, settings.selection, settings.policy.rules),
+            policy_mode: settings.policy.mode,
             guard,
             keeper,
             upstream,
@@ -134,7 +141,10 @@ impl Proxy {
         let forwarded = AssertUnwindSafe(self.forward(&parts, incoming, peer, &mut trip)).catch_unwind().await;
         let mut answer = match forwarded.unwrap_or(Err(ProxyError::Panicked)) {
             Ok(answer) => answer,
-            Err(error) => self.problem(error, &parts).respond(trip.request_id()).map(Body::own),
+            Err(error) => {
+                trip.fails(&error);
+                self.problem(error, &parts).respond(trip.request_id()).map(Body::own)
+            }
         };
         answer.headers_mut().insert(REQUEST_ID, trip.request_id_header());
         trip.end(answer)
@@ -160,12 +170,14 @@ impl Proxy {
         self.guard.caller(&parts.headers)?;
         let call = self.accounts.select(&target, &parts.headers)?;
         trip.is_for(&call);
+        self.may_leave(&call, parts, &target)?;
         if family(target.path()).is_unknown() {
             self.metrics.unknown_family.inc();
         }
         let body = self.body(parts, incoming)?;
         let bearer = self.access_token(&call.user).await?;
         let (answer, sent) = self.send(&call, parts, &target, &bearer, body, trip).await?;
+        self.keeper.heard(answer.headers());
         let answer = match answer.status() {
             StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => {
                 Box::pin(self.understand(answer, &call, parts, &target, &bearer, sent, trip)).await?
@@ -173,6 +185,16 @@ impl Proxy {
             _ => answer.map(Body::amazon),
         };
         Ok(to_caller(answer, &call, trip))
+    }
+
+    /// Judges the call by the policy. Where that only observes, a call that it would refuse is counted and leaves.
+    fn may_leave(&self, call: &Call<'_>, parts: &Parts, target: &Target) -> Result<(), ProxyError> {
+        let Err(denied) = call.rules.judge(&parts.method, target.path(), &parts.headers) else { return Ok(()) };
+        self.metrics.policy_denied.with_label_values(&[call.account_name(), self.policy_mode.as_str()]).inc();
+        match self.policy_mode {
+            Mode::Enforce => Err(ProxyError::Denied(denied)),
+            Mode::Observe => Ok(()),
+        }
     }
 
     /// The caller's body, to be streamed.
@@ -214,7 +236,9 @@ impl Proxy {
             sent = self.upstream.send(call.region, request, Reuse::Never, patient).await;
         }
         trip.amazon_took(call.region, begun.elapsed());
-        Ok((sent.map_err(ProxyError::Send)?, held))
+        let answer = sent.map_err(ProxyError::Send)?;
+        trip.amazon_said(call.region, answer.status(), answer.headers());
+        Ok((answer, held))
     }
 
     fn to_amazon(
@@ -286,13 +310,14 @@ impl Proxy {
             }
             ProxyError::Login(error) => error.problem(login_url),
             ProxyError::Unselected(unselected) => unselected.into(),
+            ProxyError::Denied(denied) => {
+                self.metrics.guard_denied.with_label_values(&["policy"]).inc();
+                denied.into()
+            }
             ProxyError::NoToken(error, user) => token_problem(error, &login_url(&user)),
             ProxyError::TooLarge => problems::too_large(),
             ProxyError::Panicked => problems::panicked(),
-            ProxyError::Send(error) => {
-                tracing::warn!(error = %error.kind, "no answer from Amazon");
-                error.kind.into()
-            }
+            ProxyError::Send(error) => error.kind.into(),
         }
     }
 }

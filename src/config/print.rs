@@ -6,6 +6,7 @@ use std::time::Duration;
 use super::accounts::IDS;
 use super::{Config, Environment, FernetKeys};
 use crate::account::{Account, Region};
+use crate::policy::Rules;
 use crate::proxy::Selection;
 use crate::secret::Secret;
 use crate::serve::Listen;
@@ -23,6 +24,10 @@ impl Config {
         self.print_doors(&mut page);
         self.print_keeping(&mut page);
         self.print_upstream(&mut page);
+        let policy = &self.proxy.policy;
+        page.section("policy");
+        print_rules(&mut page, &policy.rules);
+        page.pair("mode", quoted(policy.mode.as_str()));
         page.section("metrics");
         page.pair("max_user_series", self.metrics.max_user_series);
         page.section("log");
@@ -85,6 +90,9 @@ impl Config {
         page.pair("confirm", self.login.confirm);
         page.section("admin");
         page.listen(&self.admin_listen, self.admin_listen_default);
+        if let Some(url) = &self.admin.public_url {
+            page.pair("public_url", quoted(url.as_str()));
+        }
     }
 
     fn print_keeping(&self, page: &mut Page) {
@@ -146,6 +154,14 @@ fn print_account(page: &mut Page, account: &Account) {
             account.headers.iter().map(|(name, _)| format!("{} = {HIDDEN}", quoted(name.as_str()))).collect();
         page.pair("headers", format!("{{ {} }}", headers.join(", ")));
     }
+    if !account.rules.is_empty() {
+        print_rules(page, &account.rules);
+    }
+}
+
+fn print_rules(page: &mut Page, rules: &Rules) {
+    page.pair("read_only", rules.read_only());
+    page.pair("allow", list(rules.allow().map(|entry| quoted(&entry.to_string()))));
 }
 
 struct Page(String);

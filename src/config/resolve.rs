@@ -13,6 +13,7 @@ use super::reader::Reader;
 use super::sources::Merged;
 use super::{Config, Environment, FernetKeys, Shutdown};
 use crate::account::Region;
+use crate::policy::{self, Allow, Mode, Rules};
 use crate::serve::Listen;
 use crate::token::{Policy, RefreshToken};
 use crate::{admin, guard, keeper, log, login, lwa, metrics, proxy, serve, store, upstream};
@@ -67,7 +68,7 @@ pub(super) fn resolve(merged: &Merged, problems: Vec<Problem>) -> Result<Config,
         login_listen,
         admin_listen,
         admin_listen_default,
-        admin: admin::Settings::default(),
+        admin: admin::Settings { public_url: read.parsed("admin.public_url", checks::web_url) },
         proxy,
         guard,
         login,
@@ -131,6 +132,22 @@ fn proxy(read: &mut Reader<'_>, lwa: &lwa::Settings) -> proxy::Settings {
             .expect("64 MiB, the most that is read, fit into the memory of any machine that runs this"),
         max_body: unless(read, "proxy.max_body", "none").then(|| read.size("proxy.max_body", 0, u64::MAX)),
         token_shim: read.flag("proxy.token_shim", true),
+        policy: policy(read),
+    }
+}
+
+fn policy(read: &mut Reader<'_>) -> policy::Settings {
+    let mut allow = Vec::new();
+    for text in read.list("policy.allow").unwrap_or_default() {
+        match text.parse::<Allow>() {
+            Ok(entry) => allow.push(entry),
+            Err(error) => read.wrong("policy.allow", format!("entry {error}")),
+        }
+    }
+    let modes = [Mode::Enforce, Mode::Observe].map(|mode| (mode.as_str(), mode));
+    policy::Settings {
+        mode: read.choice("policy.mode", Mode::Enforce, &modes),
+        rules: Rules::new(read.flag("policy.read_only", false), allow),
     }
 }
 
@@ -297,15 +314,12 @@ fn doors_are_apart(read: &mut Reader<'_>, doors: &[(&str, &Vec<Listen>)]) {
 // What this version cannot do.
 
 /// Keys whose feature does not exist yet, with the one value that they may have until then.
-const NOT_BUILT: [(&str, &[&str], &str); 9] = [
+const NOT_BUILT: [(&str, &[&str], &str); 6] = [
     ("store.kind", &["sled", "postgres"], "the shared PostgreSQL store is not built yet: write sled"),
-    ("policy.read_only", &["false", "true"], "the policy is not built yet, so nothing would be refused: write false"),
-    ("policy.mode", &["enforce", "observe"], "the policy is not built yet: remove it"),
     ("throttle.mode", &["off", "observe", "enforce", "queue"], "the throttle is not built yet: write off"),
     ("throttle.queue_timeout", &["30s"], "the throttle is not built yet: remove it"),
     ("upstream.proxy", &["none"], "an outgoing proxy is not built yet: remove it"),
     ("log.audit", &["false", "true"], "the audit log is not built yet: write false"),
-    ("admin.public_url", &[], "the status page is not built yet: remove it"),
     ("store.postgres_url", &[], "the shared PostgreSQL store is not built yet: remove it"),
 ];
 
@@ -329,8 +343,5 @@ fn not_built_yet(read: &mut Reader<'_>) {
             }
             _ => read.wrong(key, reason),
         }
-    }
-    if read.list("policy.allow").is_some_and(|list| !list.is_empty()) {
-        read.wrong("policy.allow", "the policy is not built yet, so nothing would be refused: remove it");
     }
 }

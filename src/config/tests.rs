@@ -239,18 +239,22 @@ const BAD_FILES: &[(&str, &str, &str)] = &[
     ("[store]\nkind = 'postgres'", "store.kind", "not built yet"),
     ("[store]\npostgres_url = 'postgres://u:canary-9f3a@db'", "store.postgres_url", "not built yet"),
     ("[store]\npostgres_url_file = 'canary-9f3a'", "store.postgres_url", "not built yet"),
-    ("[policy]\nread_only = true", "policy.read_only", "not built yet"),
-    ("[policy]\nallow = ['GET /canary-9f3a']", "policy.allow", "not built yet"),
-    ("[policy]\nmode = 'observe'", "policy.mode", "not built yet"),
+    ("[policy]\nread_only = 'canary-9f3a'", "policy.read_only", "`true` or `false`"),
+    ("[policy]\nallow = 'canary-9f3a'", "policy.allow", "METHOD and a path"),
+    ("[policy]\nallow = ['get /canary-9f3a']", "policy.allow", "in capitals"),
+    ("[policy]\nallow = ['GET canary-9f3a']", "policy.allow", "begin with /"),
+    ("[policy]\nallow = ['GET /canary-9f3a?x']", "policy.allow", "without query"),
+    ("[policy]\nallow = ['GET /x', 'GET //canary-9f3a']", "policy.allow", "without query, //"),
+    ("[policy]\nallow = ['GET /canary-9f3a**']", "policy.allow", "whole segments"),
+    ("[policy]\nallow = [1]", "policy.allow", "in quotes"),
     ("[policy]\nmode = 'canary-9f3a'", "policy.mode", "`enforce` or `observe`"),
     ("[throttle]\nmode = 'enforce'", "throttle.mode", "not built yet"),
     ("[throttle]\nmode = 'canary-9f3a'", "throttle.mode", "`off` or `observe`"),
     ("[throttle]\nqueue_timeout = '31s'", "throttle.queue_timeout", "not built yet"),
     ("[upstream]\nproxy = 'http://u:canary-9f3a@proxy:3128'", "upstream.proxy", "not built yet"),
     ("[log]\naudit = true", "log.audit", "not built yet"),
-    ("[admin]\npublic_url = 'https://canary-9f3a'", "admin.public_url", "not built yet"),
-    ("[[account]]\nname = 'a'\nread_only = true", "[[account]] number 1: read_only", "not built yet"),
-    ("[[account]]\nname = 'a'\nallow = ['GET /canary-9f3a']", "[[account]] number 1: allow", "not built yet"),
+    ("[admin]\npublic_url = 'canary-9f3a'", "admin.public_url", "https://"),
+    ("[admin]\npublic_url = 'https://canary-9f3a@ads.example'", "admin.public_url", "before the @"),
     // Accounts.
     ("[[account]]\nuser = 'canary-9f3a'", "[[account]] number 1: name", "is missing"),
     ("[[account]]\nname = 'canary-9f3a!'", "[[account]] number 1: name", "1 to 128 of"),
@@ -263,6 +267,9 @@ const BAD_FILES: &[(&str, &str, &str)] = &[
     ("[[account]]\nname = 'a'\nprofile_id = 1.5", "[[account]] number 1: profile_id", "not a whole number"),
     ("[[account]]\nname = 'a'\nprofileid = 'canary-9f3a'", "[[account]] number 1: profileid", "profile_id?"),
     ("[[account]]\nname = 'a'\nrefresh_token = 'canary-9f3a'", "number 1: refresh_token", "is no key of an account"),
+    ("[[account]]\nname = 'a'\nallow = ['canary-9f3a']", "[[account]] number 1: allow", "METHOD and a path"),
+    ("[[account]]\nname = 'a'\nallow = 'GET /canary-9f3a'", "[[account]] number 1: allow", "is no list"),
+    ("[[account]]\nname = 'a'\nallow = [1]", "[[account]] number 1: allow", "in quotes"),
     ("[[account]]\nname = 'a'\nread_only = 'no'", "[[account]] number 1: read_only", "without quotes"),
     ("[[account]]\nname = 'a'\nheaders = 'canary-9f3a'", "[[account]] number 1: headers", "is no table"),
     ("[[account]]\nname = 'a'\nheaders = { Host = 'canary-9f3a' }", "number 1: headers.Host", "is managed by"),
@@ -630,8 +637,8 @@ fn an_account_is_read_whole() {
         amc_instance_id = "amcx"
         manager_account_id = "amzn1.ads1.ma1.x"
         headers = { X-Team = "canary-9f3a", X-Number = 7 }
-        read_only = false
-        allow = []
+        read_only = true
+        allow = ["GET /v2/profiles", "* /sp/**"]
         [[account]]
         name = "default"
         "#,
@@ -655,6 +662,9 @@ fn an_account_is_read_whole() {
     );
     let headers: Vec<_> = brand.headers.iter().map(|(name, value)| (name.as_str(), value.as_bytes())).collect();
     assert_eq!(headers, [("x-number", &b"7"[..]), ("x-team", CANARY.as_bytes())]);
+    let allow: Vec<_> = brand.rules.allow().map(ToString::to_string).collect();
+    assert_eq!((brand.rules.read_only(), allow), (true, vec!["GET /v2/profiles".to_owned(), "* /sp/**".to_owned()]));
+    assert!(default.rules.is_empty());
     assert_eq!((&*default.name, default.user.as_str(), default.region), ("default", "default", None));
     assert!(Context::ALL.iter().all(|&context| default.ids.get(context).is_none()));
     assert!(!format!("{config:?}{}", config.redacted_toml()).contains(CANARY));
@@ -719,14 +729,19 @@ fn what_is_printed_means_the_same_once_its_secrets_are_back() {
         ("store.path", "a \"b\"/\\c"),
         ("amazon.region", "fe"),
         ("login.frontend_url", "https://app.example/x?y=%22"),
+        ("admin.public_url", "https://ads.example/status/"),
         ("upstream.eu", "https://[::1]:8443"),
         ("shutdown.accept", "1500ms"),
         ("proxy.allowed_hosts", "a,b"),
+        ("policy.allow", "GET /v2/*,POST /**"),
+        ("policy.mode", "observe"),
     ];
     for given in [
         Given::required(),
         Given::required().set(&all).set(&sets),
-        Given::required().env(&[("ENVIRONMENT", "development")]).toml("[[account]]\nname = 'a'\nprofile_id = 1"),
+        Given::required()
+            .env(&[("ENVIRONMENT", "development")])
+            .toml("[[account]]\nname = 'a'\nprofile_id = 1\nallow = ['* /x']"),
     ] {
         let printed = given.config().redacted_toml();
         let mut again = Given::nothing().toml(&printed).set(&secrets);
@@ -812,7 +827,7 @@ fn the_commented_keys_of_the_example_say_the_truth() {
     let problems = given.load().unwrap_err();
     let mut keys: Vec<_> = problems.iter().map(|problem| problem.key.as_str()).collect();
     keys.sort_unstable();
-    assert_eq!(keys, ["admin.public_url", "store.postgres_url"], "{problems}");
+    assert_eq!(keys, ["store.postgres_url"], "{problems}");
 }
 
 #[test]
@@ -833,6 +848,7 @@ fn the_defaults_are_those_of_the_contract() {
     assert_eq!((config.proxy.replay_limit, config.proxy.max_body), (262_144, None));
     let limits = config.limits;
     assert_eq!((limits.max_connections, limits.header_timeout, limits.idle_timeout), (4096, seconds(10), seconds(600)));
+    assert!(config.proxy.policy.rules.is_empty() && config.proxy.policy.mode == crate::policy::Mode::Enforce);
     assert_eq!(config.store.path, Path::new("data/adsidecar.sled"));
     let policy = config.keeper.policy;
     assert_eq!((policy.margin, policy.ahead, policy.idle_after), (seconds(300), seconds(900), seconds(604_800)));

@@ -3,15 +3,24 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use http::{HeaderValue, Method, Response};
+use http::header::HeaderName;
+use http::{HeaderMap, HeaderValue, Method, Response, StatusCode};
 
-use super::Body;
 use super::select::Call;
+use super::{Body, ProxyError};
 use crate::account::Region;
+use crate::keeper::TokenError;
 use crate::metrics::Metrics;
 
 /// Counted for a caller that hung up before its answer, as nginx does.
 const CLIENT_CLOSED: u16 = 499;
+
+/// How Amazon names a call, depending on the service that answers: its support asks for it.
+const AMAZON_ID: [HeaderName; 3] = [
+    HeaderName::from_static("x-amzn-requestid"),
+    HeaderName::from_static("x-amz-request-id"),
+    HeaderName::from_static("x-amz-rid"),
+];
 
 #[derive(Debug)]
 pub(super) struct Trip {
@@ -23,6 +32,9 @@ pub(super) struct Trip {
     source: &'static str,
     hint: Option<&'static str>,
     request_id: HeaderValue,
+    amazon_id: Option<HeaderValue>,
+    /// Why there is no answer of Amazon's, for the log.
+    error: Option<String>,
     in_flight: Option<InFlight>,
     ended: bool,
 }
@@ -42,6 +54,8 @@ impl Trip {
             source: "sidecar",
             hint: None,
             request_id,
+            amazon_id: None,
+            error: None,
             in_flight: Some(InFlight(metrics.clone())),
             ended: false,
             metrics,
@@ -63,6 +77,25 @@ impl Trip {
 
     pub(super) fn amazon_took(&self, region: Region, time: Duration) {
         self.metrics.upstream_duration.with_label_values(&[region.as_str()]).observe(time.as_secs_f64());
+    }
+
+    /// Notes what there is to tell about an answer of Amazon's, also of one that the caller never sees.
+    pub(super) fn amazon_said(&mut self, region: Region, status: StatusCode, headers: &HeaderMap) {
+        if status == StatusCode::TOO_MANY_REQUESTS {
+            self.metrics.throttled.with_label_values(&[region.as_str(), "amazon"]).inc();
+        }
+        if is_failure(status.as_u16()) || tracing::enabled!(tracing::Level::DEBUG) {
+            self.amazon_id = AMAZON_ID.iter().find_map(|name| headers.get(name)).cloned();
+        }
+    }
+
+    pub(super) fn fails(&mut self, error: &ProxyError) {
+        self.error = match error {
+            ProxyError::Send(error) => Some(error.kind.to_string()),
+            ProxyError::NoToken(TokenError::Unavailable { code, .. }, _) => Some((*code).to_owned()),
+            ProxyError::Panicked => Some("a step panicked".to_owned()),
+            _ => None,
+        };
     }
 
     pub(super) fn hint(&mut self, hint: &'static str) {
@@ -91,15 +124,41 @@ impl Trip {
         let labels = [self.account.as_str(), self.region, self.method, digits(status, &mut text), self.source];
         self.metrics.requests.with_label_values(&labels).inc();
         self.metrics.request_duration.with_label_values(&[self.source]).observe(took.as_secs_f64());
-        tracing::debug!(
+        // One line per failure that an operator can do something about; what a caller did wrong it was told itself.
+        if is_failure(status) {
+            self.tell(status, took);
+        } else {
+            tracing::debug!(
+                request_id = self.request_id(),
+                amazon_request_id = self.amazon_id(),
+                account = self.account,
+                method = self.method,
+                status,
+                source = self.source,
+                ?took,
+                "call"
+            );
+        }
+    }
+
+    #[cold]
+    fn tell(&self, status: u16, took: Duration) {
+        tracing::warn!(
             request_id = self.request_id(),
+            amazon_request_id = self.amazon_id(),
             account = self.account,
+            region = self.region,
             method = self.method,
             status,
             source = self.source,
+            error = self.error,
             ?took,
-            "call"
+            "call failed"
         );
+    }
+
+    fn amazon_id(&self) -> Option<&str> {
+        self.amazon_id.as_ref().and_then(|id| id.to_str().ok())
     }
 }
 
@@ -115,6 +174,10 @@ impl Drop for InFlight {
     fn drop(&mut self) {
         self.0.in_flight.dec();
     }
+}
+
+fn is_failure(status: u16) -> bool {
+    status == 429 || status >= 500
 }
 
 /// A closed set: whatever a caller invents is `other`.

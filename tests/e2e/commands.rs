@@ -34,14 +34,14 @@ pub struct Ran {
 }
 
 /// A world with a clock that runs, whose sidecar is stopped: the commands come to its store.
-async fn stopped() -> Rig {
+pub async fn stopped() -> Rig {
     let mut rig = Rig::with_running_clock("").await;
     rig.log_in("default").await;
     rig.stop_sidecar().await;
     rig
 }
 
-fn command(arguments: &[&str]) -> Command {
+pub fn command(arguments: &[&str]) -> Command {
     let mut command = Command::new(BINARY);
     command.args(arguments).env_clear().stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     command
@@ -75,9 +75,9 @@ async fn beside(rig: &Rig, arguments: &[&str]) -> Ran {
 
 /// A sidecar in a process of its own.
 pub struct Serving {
-    child: Child,
-    log: Arc<Mutex<String>>,
-    proxy: String,
+    pub child: Child,
+    pub log: Arc<Mutex<String>>,
+    pub proxy: String,
     pub admin: String,
 }
 
@@ -88,7 +88,7 @@ impl Serving {
         Self::spawn(command(&[&["serve", "--config", file.to_str().unwrap()], arguments].concat())).await
     }
 
-    async fn spawn(mut command: Command) -> Self {
+    pub async fn spawn(mut command: Command) -> Self {
         let mut child = command.spawn().unwrap();
         let log = Arc::new(Mutex::new(String::new()));
         let (lines, kept) = (BufReader::new(child.stderr.take().unwrap()).lines(), log.clone());
@@ -139,7 +139,7 @@ impl Serving {
     }
 
     /// Begins a call and leaves the connection open.
-    async fn call(&self, path: &str) -> TcpStream {
+    pub async fn call(&self, path: &str) -> TcpStream {
         let mut stream = TcpStream::connect(&self.proxy).await.unwrap();
         let head = format!("GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n");
         stream.write_all(head.as_bytes()).await.unwrap();
@@ -659,7 +659,7 @@ async fn health_and_wait_ask_the_admin_door() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn sigterm_lets_what_is_in_flight_finish_and_then_ends_at_once() {
+async fn row_96_sigterm_lets_what_is_in_flight_finish_and_then_ends_at_once() {
     let rig = stopped().await;
     for signal in ["TERM", "INT"] {
         let mut serving = Serving::start(&rig, &[]).await;
@@ -687,7 +687,7 @@ async fn sigterm_lets_what_is_in_flight_finish_and_then_ends_at_once() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_second_signal_and_the_end_of_the_drain_break_off_what_hangs() {
+async fn row_97_a_second_signal_and_the_end_of_the_drain_break_off_what_hangs() {
     let rig = stopped().await;
     rig.sandbox.set_trouble(Rule::from(Trouble::Hang).at(Door::Na).always());
     let mut impatient = Serving::start(&rig, &[]).await;
@@ -714,7 +714,7 @@ async fn a_second_signal_and_the_end_of_the_drain_break_off_what_hangs() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn row_36_a_grant_survives_kill_nine_and_no_log_holds_a_secret() {
+async fn row_98_a_grant_survives_kill_nine_and_no_log_holds_a_secret() {
     let mut rig = Rig::with_running_clock("").await;
     rig.stop_sidecar().await;
     let log = {

@@ -15,6 +15,8 @@ mod headers;
 mod http2;
 mod limits;
 mod login;
+mod operation;
+mod policy;
 mod proxying;
 mod reload;
 mod review;
