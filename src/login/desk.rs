@@ -34,6 +34,8 @@ pub struct Desk {
     waiting: Mutex<Outstanding<Waiting>>,
     store: TokenStore,
     changed: Notify,
+    /// Held while what has begun is written, so that an older list does not come after a newer one.
+    writing: tokio::sync::Mutex<()>,
 }
 
 /// A login that has begun.
@@ -60,7 +62,13 @@ impl Desk {
                 Outstanding::default()
             }
         };
-        Self { begun: Mutex::new(begun), waiting: Mutex::default(), store, changed: Notify::new() }
+        Self {
+            begun: Mutex::new(begun),
+            waiting: Mutex::default(),
+            store,
+            changed: Notify::new(),
+            writing: tokio::sync::Mutex::default(),
+        }
     }
 
     pub(super) fn begin(&self, state: &str, begun: Begun, now: Timestamp) {
@@ -90,6 +98,7 @@ impl Desk {
 
     /// Writes the logins that have begun.
     pub async fn write_begun(&self) {
+        let _writing = self.writing.lock().await;
         let text = serde_json::to_string(&*lock(&self.begun)).expect("names, times and texts are JSON");
         if let Err(error) = self.store.keep_logins(Secret::new(text)).await {
             tracing::error!(%error, "logins that have begun are not on disk: after a restart they have to begin again");

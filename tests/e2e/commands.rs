@@ -18,13 +18,13 @@ use tokio::net::TcpStream;
 use crate::rig::{FERNET_KEY, Rig, eventually, json};
 
 const BINARY: &str = env!("CARGO_BIN_EXE_adsidecar");
-const OTHER_KEY: &str = "AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8=";
+pub const OTHER_KEY: &str = "AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8=";
 /// How a command ends (sysexits.h).
-const DONE: i32 = 0;
-const FAILED: i32 = 1;
+pub const DONE: i32 = 0;
+pub const FAILED: i32 = 1;
 const USAGE: i32 = 64;
-const HELD: i32 = 75;
-const CONFIG: i32 = 78;
+pub const HELD: i32 = 75;
+pub const CONFIG: i32 = 78;
 
 /// What a command said.
 pub struct Ran {
@@ -49,7 +49,18 @@ pub fn command(arguments: &[&str]) -> Command {
 
 /// Runs a command to its end.
 async fn bare(arguments: &[&str], input: &str) -> Ran {
-    let (mut command, input) = (command(arguments), input.to_owned());
+    ended(command(arguments), input).await
+}
+
+/// The same with these variables in its environment.
+pub async fn bare_with(arguments: &[&str], variables: &[(&str, &str)]) -> Ran {
+    let mut command = command(arguments);
+    command.envs(variables.iter().copied());
+    ended(command, "").await
+}
+
+async fn ended(mut command: Command, input: &str) -> Ran {
+    let input = input.to_owned();
     let ran = tokio::task::spawn_blocking(move || {
         let mut child = command.spawn().unwrap();
         // A command that reads nothing may be gone already.
@@ -68,7 +79,7 @@ pub async fn run(rig: &Rig, arguments: &[&str], input: &str) -> Ran {
 }
 
 /// The same, beside the sidecar that runs in this process.
-async fn beside(rig: &Rig, arguments: &[&str]) -> Ran {
+pub async fn beside(rig: &Rig, arguments: &[&str]) -> Ran {
     let doors = [format!("proxy.listen={}", rig.proxy_address()), format!("admin.listen={}", rig.admin_address())];
     run(rig, &[arguments, &["--set", &doors[0], "--set", &doors[1]]].concat(), "").await
 }
@@ -168,11 +179,11 @@ fn files(root: &Path) -> BTreeMap<String, Vec<u8>> {
     all
 }
 
-fn sealed(text: &str) -> String {
+pub fn sealed(text: &str) -> String {
     Fernet::new(FERNET_KEY).unwrap().encrypt(text.as_bytes())
 }
 
-fn opened(token: &Value) -> String {
+pub fn opened(token: &Value) -> String {
     String::from_utf8(Fernet::new(FERNET_KEY).unwrap().decrypt(token.as_str().unwrap()).unwrap()).unwrap()
 }
 
@@ -373,132 +384,6 @@ async fn without_a_key_development_makes_one_and_production_refuses() {
     assert_eq!(std::os::unix::fs::PermissionsExt::mode(&key.permissions()) & 0o777, 0o600);
     let again = bare(&[&["users", "list"], &arguments[..]].concat(), "").await;
     assert!(again.out.starts_with("default\tfresh\t"), "{}{}", again.out, again.err);
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_rotation_seals_everything_with_the_first_key() {
-    let mut rig = stopped().await;
-    let both = format!("store.fernet_keys={OTHER_KEY},{FERNET_KEY}");
-    let rotated = run(&rig, &["key", "rotate", "--set", &both], "").await;
-    assert_eq!(rotated.code, DONE, "{}", rotated.err);
-    assert!(rotated.out.starts_with("1 grants sealed anew"), "{}", rotated.out);
-    let again = run(&rig, &["key", "rotate", "--set", &both], "").await;
-    assert!(again.out.starts_with("0 grants"), "{}", again.out);
-    assert_eq!(run(&rig, &["users", "list"], "").await.code, CONFIG, "the old key alone opens nothing any more");
-    rig.sets.push(("store.fernet_keys".into(), OTHER_KEY.into()));
-    rig.start_sidecar().await;
-    assert_eq!(rig.get("/v2/profiles").await.status(), 200);
-}
-
-fn fingerprint(key: &str) -> String {
-    Keyring::new(&[Secret::new(key)]).unwrap().first().to_string()
-}
-
-/// How many records are sealed with `key`, as the metrics tell.
-async fn sealed_with(rig: &Rig, key: &str) -> f64 {
-    rig.metric(&format!("adsidecar_store_records{{key=\"{key}\"}}")).await
-}
-
-/// A world whose keys lie in a file, which holds `keys`.
-async fn with_key_file(keys: &str) -> (Rig, String) {
-    let mut rig = Rig::with_running_clock("").await;
-    let file = rig.directory.path().join("keys").display().to_string();
-    std::fs::write(&file, keys).unwrap();
-    rig.restart_with("store.fernet_keys_file", &file).await;
-    rig.log_in("default").await;
-    (rig, format!("store.fernet_keys_file={file}"))
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn row_45_a_running_sidecar_takes_new_keys_by_a_rotation_and_by_nothing_else() {
-    let (mut rig, set) = with_key_file(FERNET_KEY).await;
-    let keys = set.split('=').nth(1).unwrap().to_owned();
-    let reload = async || rig.client.post(rig.admin_url("/reload")).send().await.unwrap();
-    let (old, new) = (fingerprint(FERNET_KEY), fingerprint(OTHER_KEY));
-    assert_eq!((sealed_with(&rig, &old).await, sealed_with(&rig, &new).await), (1.0, 0.0));
-
-    // Keys that cannot open what is stored are refused, and so is a command that reads others than the sidecar.
-    std::fs::write(&keys, OTHER_KEY).unwrap();
-    let refused = beside(&rig, &["key", "rotate", "--set", &set]).await;
-    assert_eq!((refused.code, refused.out.as_str()), (CONFIG, ""), "{}", refused.err);
-    std::fs::write(&keys, format!("{OTHER_KEY},{FERNET_KEY}")).unwrap();
-    let other = beside(&rig, &["key", "rotate"]).await;
-    assert_eq!((other.code, other.out.as_str()), (CONFIG, ""));
-    assert!(other.err.contains(&old) && other.err.contains(&new) && !other.err.contains(FERNET_KEY), "{}", other.err);
-
-    let answer = reload().await;
-    assert_eq!(answer.status(), 400, "a reload does not change keys");
-    let detail = json(answer).await["detail"].to_string();
-    assert!(detail.contains("store.fernet_keys") && detail.contains("adsidecar key rotate"), "{detail}");
-    assert_eq!(sealed_with(&rig, &old).await, 1.0, "nothing was taken");
-
-    let rotated = beside(&rig, &["key", "rotate", "--set", &set]).await;
-    assert_eq!(rotated.code, DONE, "{}", rotated.err);
-    assert!(rotated.out.starts_with("1 grants sealed anew"), "{}", rotated.out);
-    assert_eq!((sealed_with(&rig, &old).await, sealed_with(&rig, &new).await), (0.0, 1.0));
-    assert_eq!(rig.metric("adsidecar_config_reload_success").await, 1.0);
-    assert_eq!(reload().await.status(), 200);
-    assert_eq!(rig.post("/api/auth/amazon/refresh").await.status(), 200);
-    assert_eq!(rig.get("/v2/profiles").await.status(), 200);
-
-    std::fs::write(&keys, OTHER_KEY).unwrap();
-    let dropped = beside(&rig, &["key", "rotate", "--set", &set]).await;
-    assert_eq!(dropped.code, DONE, "the old key goes the same way: {}", dropped.err);
-    rig.stop_sidecar().await;
-    rig.start_sidecar().await;
-    assert_eq!(rig.get("/v2/profiles").await.status(), 200);
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn row_45_a_rotation_that_was_killed_goes_on_by_itself() {
-    let mut rig = Rig::with_running_clock("").await;
-    rig.stop_sidecar().await;
-    let record = |name: u32| {
-        let (at, token) = ("2026-01-01T11:00:00", sealed(&format!("Atzr|{name}")));
-        object!({ "refresh_token": token, "updated_at": at })
-    };
-    let many: serde_json::Map<_, _> = (0..100).map(|name| (format!("user-{name}"), record(name))).collect();
-    let taken = run(&rig, &["users", "import", "--offline", "--records", "-"], &Value::from(many).to_string()).await;
-    assert_eq!(taken.code, DONE, "{}", taken.err);
-
-    let keys = rig.directory.path().join("keys").display().to_string();
-    std::fs::write(&keys, format!("{OTHER_KEY},{FERNET_KEY}")).unwrap();
-    let set = format!("store.fernet_keys_file={keys}");
-    let (old, new) = (fingerprint(FERNET_KEY), fingerprint(OTHER_KEY));
-    let counts = async |serving: &Serving| {
-        let text =
-            rig.client.get(format!("http://{}/metrics", serving.admin)).send().await.unwrap().text().await.unwrap();
-        let count = |key: &str| {
-            let series = format!("adsidecar_store_records{{key=\"{key}\"}} ");
-            text.lines().find_map(|line| line.strip_prefix(&series)?.parse::<u32>().ok()).unwrap_or(0)
-        };
-        (count(&old), count(&new))
-    };
-    // They are long idle, so that nothing but the rotation writes.
-    let arguments = ["--set", &set];
-    let mut serving = Serving::start(&rig, &arguments).await;
-    assert_eq!(counts(&serving).await, (100, 0), "keys alone rotate nothing");
-    let asked = rig.client.post(format!("http://{}/rotate?key={new}", serving.admin)).send().await.unwrap();
-    assert_eq!(json(asked).await["running"], true);
-    let (left, _) = eventually("the middle of it", async || {
-        let (left, done) = counts(&serving).await;
-        (done > 0).then_some((left, done))
-    })
-    .await;
-    assert!(left > 0, "it was killed in the middle");
-    serving.signal("KILL");
-    serving.ended().await;
-
-    let serving = Serving::start(&rig, &arguments).await;
-    eventually("its end", async || (counts(&serving).await == (0, 100)).then_some(())).await;
-    let told = rig.client.get(format!("http://{}/rotate", serving.admin)).send().await.unwrap();
-    let told = json(told).await;
-    assert_eq!((&told["left"], &told["unreadable"], &told["error"]), (&0.into(), &0.into(), &Value::Null));
-    drop(serving);
-    std::fs::write(&keys, OTHER_KEY).unwrap();
-    let listed = run(&rig, &["users", "list", "--set", &set], "").await;
-    assert_eq!((listed.code, listed.out.lines().count()), (DONE, 100), "{}", listed.err);
-    assert!(!listed.out.contains("unreadable"));
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -174,7 +174,7 @@ async fn return_to_leads_nowhere_but_to_the_frontend() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_callback_that_no_login_of_ours_began_is_refused() {
+async fn row_83_a_callback_that_amazon_would_not_send_is_refused_and_costs_nothing() {
     let rig = Rig::start().await;
     let callback = callback_of(&rig, "default").await;
     for bad in [
@@ -182,17 +182,27 @@ async fn a_callback_that_no_login_of_ours_began_is_refused() {
         "/api/auth/amazon/callback?code=x",
         "/api/auth/amazon/callback?state=x",
         "/api/auth/amazon/callback?error=access_denied",
-        "/api/auth/amazon/callback?code=x&state=unknown",
-        "/api/auth/amazon/callback?code=x&state=",
     ] {
         refused(&rig.get(bad).await, 400, "state_invalid");
     }
     refused(&rig.get(&format!("{callback}&error=access_denied")).await, 400, "state_invalid");
+    for doubled in ["code=x", "state=x", "scope=x"] {
+        refused(&rig.get(&format!("{callback}&{doubled}")).await, 400, "bad_request");
+    }
     assert_eq!(rig.sandbox.lwa_calls().exchanges, 0, "no code left before its state was good");
-
     assert_eq!(rig.get(&callback).await.status(), 200, "a bad callback beside it does not spoil a login");
-    refused(&rig.get(&callback).await, 400, "state_invalid");
+}
 
+#[tokio::test(flavor = "multi_thread")]
+async fn row_84_a_state_is_good_once_and_for_ten_minutes() {
+    let rig = Rig::start().await;
+    for unknown in ["unknown", "", "a%00b"] {
+        let callback = format!("/api/auth/amazon/callback?code=x&state={unknown}");
+        refused(&rig.get(&callback).await, 400, "state_invalid");
+    }
+    let callback = callback_of(&rig, "default").await;
+    assert_eq!(rig.get(&callback).await.status(), 200);
+    refused(&rig.get(&callback).await, 400, "state_invalid");
     let late = callback_of(&rig, "default").await;
     rig.advance(600);
     refused(&rig.get(&late).await, 400, "state_invalid");
@@ -395,8 +405,11 @@ async fn row_88_a_code_that_lwa_does_not_exchange_stores_nothing() {
         Trouble::NoRefreshToken,
     ] {
         let callback = callback_of(&rig, "default").await;
+        let before = rig.sandbox.calls(Door::Lwa).len();
         rig.sandbox.set_trouble(trouble);
         refused(&rig.get(&callback).await, 502, "exchange_failed");
+        refused(&rig.get(&callback).await, 400, "state_invalid");
+        assert_eq!(rig.sandbox.calls(Door::Lwa).len(), before + 1, "a code is sent once");
         assert_eq!(rig.status_of("default").await["state"], "none");
     }
     let callback = callback_of(&rig, "default").await;

@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 
@@ -78,7 +79,8 @@ def start(store: Path, *words: str, before: tuple[str, ...] = ()) -> subprocess.
     """Starts the writer, behind the words of `before`, in a process group of its own: `end` reaches both."""
     command = [*before, writer(), str(store), *words]
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdout=pipe, stderr=pipe, env=ENVIRONMENT, start_new_session=True)
+    # Unbuffered, so that a campaign may read a line and leave the rest to communicate().
+    return subprocess.Popen(command, bufsize=0, stdout=pipe, stderr=pipe, env=ENVIRONMENT, start_new_session=True)
 
 
 def end(process: subprocess.Popen, how: int = signal.SIGKILL) -> None:
@@ -109,13 +111,15 @@ def write(book: Book, store: Path, seed: int, count: int) -> None:
     book.read(lines_of(out))
 
 
-def arguments(description: str, **defaults: int) -> argparse.Namespace:
-    """`--seed`, `--known-bad`, and a count per name."""
+def arguments(description: str, only: tuple[str, ...] = (), **defaults: int) -> argparse.Namespace:
+    """`--seed`, `--known-bad`, a count per name, and a text for each of `only`, which narrows what is tried."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--known-bad", action="store_true", help="a store that must fail: the harness has to see it")
     for name, default in defaults.items():
         parser.add_argument(f"--{name}", type=int, default=default)
+    for name in only:
+        parser.add_argument(f"--{name}", help="try this alone")
     return parser.parse_args()
 
 
@@ -144,6 +148,12 @@ class Tally:
             print("known-bad variant: " + ("noticed, as it has to be" if self.violations else "NOT NOTICED"))
             return 0 if self.violations else 1
         return 1 if self.violations else 0
+
+
+def workspace(name: str) -> tempfile.TemporaryDirectory:
+    """A directory that goes away at the end; in memory, unless TMPDIR says where."""
+    memory = "/dev/shm" if "TMPDIR" not in os.environ and os.access("/dev/shm", os.W_OK) else None
+    return tempfile.TemporaryDirectory(prefix=f"adsidecar-{name}-", dir=memory)
 
 
 def needs_root() -> None:
