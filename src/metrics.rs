@@ -193,7 +193,7 @@ impl Metrics {
             )?,
             store_recoveries: add(
                 r,
-                IntCounter::new("store_recoveries_total", "Damaged databases that were replaced from their copies")?,
+                IntCounter::new("store_recoveries_total", "How often a damaged database was filled from its copies")?,
             )?,
             clock_skew: add(
                 r,

@@ -87,7 +87,7 @@ pub struct Health {
     pub up: bool,
     /// Why the last failing operation failed, even if others went well since.
     pub last_error: Option<String>,
-    /// How often a damaged database was replaced since the start.
+    /// How often a damaged database was replaced, or filled again, since the start.
     pub recoveries: u64,
     /// How many records there are of each kind.
     pub records: BTreeMap<Sealed, usize>,

@@ -267,6 +267,10 @@ impl Engine {
         }
 
         opened.restored = self.restore(&mut database, &records, &mut found)?;
+        if opened.restored > 0 && opened.recovered.is_none() {
+            // sled takes a log that is cut short for a new one.
+            self.health.recoveries += 1;
+        }
         let records = if opened.restored > 0 { database.records()? } else { records };
         self.renew_copies(&database, &records, &mut found)?;
         if known_key != Some(self.keyring.first()) {

@@ -90,19 +90,23 @@ async fn an_export_needs_the_store_to_itself_and_can_be_imported() {
 #[tokio::test(flavor = "multi_thread")]
 async fn times_are_read_as_python_node_and_go_write_them() {
     let mut rig = stopped().await;
-    let later = rig.clock.now() + SignedDuration::from_secs(3000);
-    let (day, clock) = (later.strftime("%Y-%m-%d"), later.strftime("%H:%M:%S"));
-    let east = later.to_zoned(jiff::tz::TimeZone::fixed(jiff::tz::offset(2))).strftime("%Y-%m-%dT%H:%M:%S");
+    let now = rig.clock.now();
+    let (later, before) = (now + SignedDuration::from_secs(3000), now - SignedDuration::from_secs(600));
+    let east = jiff::tz::TimeZone::fixed(jiff::tz::offset(2));
     let mut records = serde_json::Map::new();
-    for (language, time) in [
-        ("python-utcnow", format!("{day}T{clock}.123456")),
-        ("python-aware", format!("{day}T{clock}.123456+00:00")),
-        ("python-str", format!("{day} {clock}.123456")),
-        ("python-whole", format!("{day}T{clock}")),
-        ("node", format!("{day}T{clock}.123Z")),
-        ("go-nano", format!("{day}T{clock}.123456789Z")),
-        ("go-east", format!("{east}.5+02:00")),
+    for (language, format) in [
+        ("python-utcnow", "%Y-%m-%dT%H:%M:%S.123456"),
+        ("python-aware", "%Y-%m-%dT%H:%M:%S.123456+00:00"),
+        ("python-str", "%Y-%m-%d %H:%M:%S.123456"),
+        ("python-whole", "%Y-%m-%dT%H:%M:%S"),
+        ("node", "%Y-%m-%dT%H:%M:%S.123Z"),
+        ("go-nano", "%Y-%m-%dT%H:%M:%S.123456789Z"),
+        ("go-east", "%Y-%m-%dT%H:%M:%S.5+02:00"),
     ] {
+        let written = |at: jiff::Timestamp| match language {
+            "go-east" => at.to_zoned(east.clone()).strftime(format).to_string(),
+            _ => at.strftime(format).to_string(),
+        };
         let issued = rig.sandbox.grant();
         records.insert(
             language.into(),
@@ -110,8 +114,8 @@ async fn times_are_read_as_python_node_and_go_write_them() {
                 "access_token": sealed(&issued.access_token),
                 "refresh_token": sealed(&issued.refresh_token),
                 "token_type": "Bearer",
-                "expires_at": time,
-                "updated_at": time,
+                "expires_at": written(later),
+                "updated_at": written(before),
             }),
         );
     }
