@@ -2,6 +2,7 @@
 //!
 //! [`Proxy::serve`] always answers; `Proxy::forward` reads as the list of steps and is a column of `?`.
 
+mod audit;
 mod body;
 mod problems;
 mod select;
@@ -10,7 +11,7 @@ mod unauthorized;
 
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use futures_util::FutureExt;
 use http::header::{ACCEPT, CONTENT_LENGTH, HeaderMap, HeaderValue};
@@ -52,6 +53,8 @@ pub struct Settings {
     pub replay_limit: usize,
     /// `proxy.max_body`, bytes; `None`: bodies stream without a limit.
     pub max_body: Option<u64>,
+    /// `proxy.body_timeout`: how long nothing may come of a request's body.
+    pub body_timeout: Duration,
     /// `proxy.token_shim`.
     pub token_shim: bool,
     /// `[policy]`.
@@ -76,6 +79,7 @@ pub struct Proxy {
     client_id: HeaderValue,
     replay_limit: usize,
     max_body: Option<u64>,
+    body_timeout: Duration,
     policy_mode: Mode,
     guard: Guard,
     keeper: Keeper,
@@ -123,6 +127,7 @@ impl Proxy {
             client_id,
             replay_limit: settings.replay_limit,
             max_body: settings.max_body,
+            body_timeout: settings.body_timeout,
             accounts: Accounts::new(settings.accounts, settings.region, settings.selection, settings.policy.rules),
             policy_mode: settings.policy.mode,
             guard,
@@ -141,7 +146,11 @@ impl Proxy {
         let forwarded = AssertUnwindSafe(self.forward(&parts, incoming, peer, &mut trip)).catch_unwind().await;
         let mut answer = match forwarded.unwrap_or(Err(ProxyError::Panicked)) {
             Ok(answer) => answer,
-            Err(error) => self.problem(error, &parts).respond(trip.request_id()).map(Body::own),
+            Err(error) => {
+                let problem = self.problem(error, &parts);
+                trip.answered_by_us(problem.code());
+                problem.respond(trip.request_id()).map(Body::own)
+            }
         };
         answer.headers_mut().insert(REQUEST_ID, trip.request_id_header());
         trip.end(answer)
@@ -154,8 +163,10 @@ impl Proxy {
         peer: Peer,
         trip: &mut Trip,
     ) -> Result<Response<Body>, ProxyError> {
+        self.guard.peer(peer)?;
         let target = self.guard.admit(parts, peer)?;
         if let Some(endpoint) = endpoint(&target) {
+            trip.is_ours();
             // Boxed, as what is rare on this path must not make every call's future large.
             let answer = Box::pin(self.login_door.answer(endpoint, parts, incoming)).await;
             let mut answer =
@@ -166,9 +177,10 @@ impl Proxy {
         self.guard.no_browser(&parts.headers)?;
         self.guard.caller(&parts.headers)?;
         let call = self.accounts.select(&target, &parts.headers)?;
-        trip.is_for(&call);
-        self.may_leave(&call, parts, &target)?;
-        if family(target.path()).is_unknown() {
+        let family = family(target.path());
+        trip.is_for(&call, family);
+        self.may_leave(&call, parts, &target, trip)?;
+        if family.is_unknown() {
             self.metrics.unknown_family.inc();
         }
         let body = self.body(parts, incoming)?;
@@ -184,12 +196,15 @@ impl Proxy {
     }
 
     /// Judges the call by the policy. Where that only observes, a call that it would refuse is counted and leaves.
-    fn may_leave(&self, call: &Call<'_>, parts: &Parts, target: &Target) -> Result<(), ProxyError> {
+    fn may_leave(&self, call: &Call<'_>, parts: &Parts, target: &Target, trip: &mut Trip) -> Result<(), ProxyError> {
         let Err(denied) = call.rules.judge(&parts.method, target.path(), &parts.headers) else { return Ok(()) };
         self.metrics.policy_denied.with_label_values(&[call.account_name(), self.policy_mode.as_str()]).inc();
         match self.policy_mode {
             Mode::Enforce => Err(ProxyError::Denied(denied)),
-            Mode::Observe => Ok(()),
+            Mode::Observe => {
+                trip.would_be_denied();
+                Ok(())
+            }
         }
     }
 
@@ -198,7 +213,7 @@ impl Proxy {
         let length = parts.headers.get(CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse::<u64>().ok());
         match (length, self.max_body) {
             (Some(length), Some(max)) if length > max => Err(ProxyError::TooLarge),
-            _ => Ok(Outgoing::caller(incoming, self.replay_limit, self.max_body)),
+            _ => Ok(Outgoing::caller(incoming, self.replay_limit, self.max_body, self.body_timeout)),
         }
     }
 
@@ -357,7 +372,7 @@ fn is_amc(target: &Target) -> bool {
 }
 
 fn to_caller(mut answer: Response<Body>, call: &Call<'_>, trip: &mut Trip) -> Response<Body> {
-    trip.answered_by_amazon();
+    trip.answered_by_amazon(answer.headers());
     *answer.version_mut() = http::Version::HTTP_11;
     rewrite::to_caller(answer.headers_mut());
     if let Some(hint) = trip.take_hint().or_else(|| call.hint()) {

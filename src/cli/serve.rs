@@ -4,7 +4,7 @@ use std::io::Write;
 
 use tokio::signal::unix::{SignalKind, signal};
 
-use super::Failed;
+use super::{Failed, process};
 use crate::app::App;
 use crate::clock::Clock;
 use crate::config::{Config, Sources};
@@ -13,6 +13,7 @@ use crate::log;
 /// Serves until SIGTERM or SIGINT. SIGHUP, and a change of the configuration's files, make it read them again.
 pub(super) fn run(config: Config, sources: Sources) -> Result<(), Failed> {
     let log = log::init(config.log);
+    process::remark(&config);
     // One core is served best by one thread; a second worker would only move tasks to and fro.
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let mut builder = match cores {

@@ -3,12 +3,15 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use http::{HeaderValue, Method, Response};
+use http::{HeaderMap, HeaderValue, Method, Response};
 
 use super::Body;
+use super::audit::Record;
 use super::select::Call;
 use crate::account::Region;
+use crate::families::Family;
 use crate::metrics::Metrics;
+use crate::problem::Code;
 
 /// Counted for a caller that hung up before its answer, as nginx does.
 const CLIENT_CLOSED: u16 = 499;
@@ -24,6 +27,8 @@ pub(super) struct Trip {
     hint: Option<&'static str>,
     request_id: HeaderValue,
     in_flight: Option<InFlight>,
+    /// `None` where nobody wants an audit log.
+    audit: Option<Box<Record>>,
     ended: bool,
 }
 
@@ -43,6 +48,7 @@ impl Trip {
             hint: None,
             request_id,
             in_flight: Some(InFlight(metrics.clone())),
+            audit: Record::begin(),
             ended: false,
             metrics,
         }
@@ -56,12 +62,30 @@ impl Trip {
         self.request_id.clone()
     }
 
-    pub(super) fn is_for(&mut self, call: &Call<'_>) {
-        call.account_name().clone_into(&mut self.account);
-        self.region = call.region.as_str();
+    /// It is for an endpoint of ours, and no call.
+    pub(super) fn is_ours(&mut self) {
+        self.audit = None;
     }
 
-    pub(super) fn amazon_took(&self, region: Region, time: Duration) {
+    pub(super) fn is_for(&mut self, call: &Call<'_>, family: &Family) {
+        call.account_name().clone_into(&mut self.account);
+        self.region = call.region.as_str();
+        if let Some(audit) = &mut self.audit {
+            audit.is_for(call, family);
+        }
+    }
+
+    /// The policy would refuse it, and only observes.
+    pub(super) fn would_be_denied(&mut self) {
+        if let Some(audit) = &mut self.audit {
+            audit.would_be_denied();
+        }
+    }
+
+    pub(super) fn amazon_took(&mut self, region: Region, time: Duration) {
+        if let Some(audit) = &mut self.audit {
+            audit.amazon_took(time);
+        }
         self.metrics.upstream_duration.with_label_values(&[region.as_str()]).observe(time.as_secs_f64());
     }
 
@@ -73,8 +97,17 @@ impl Trip {
         self.hint.take()
     }
 
-    pub(super) fn answered_by_amazon(&mut self) {
+    pub(super) fn answered_by_amazon(&mut self, headers: &HeaderMap) {
         self.source = "amazon";
+        if let Some(audit) = &mut self.audit {
+            audit.answered_by_amazon(headers);
+        }
+    }
+
+    pub(super) fn answered_by_us(&mut self, code: Code) {
+        if let Some(audit) = &mut self.audit {
+            audit.answered_by_us(code);
+        }
     }
 
     /// Ends with `answer`, whose body counts as in flight until it has passed.
@@ -91,6 +124,9 @@ impl Trip {
         let labels = [self.account.as_str(), self.region, self.method, digits(status, &mut text), self.source];
         self.metrics.requests.with_label_values(&labels).inc();
         self.metrics.request_duration.with_label_values(&[self.source]).observe(took.as_secs_f64());
+        if let Some(audit) = &self.audit {
+            audit.end(self.request_id(), self.method, status, self.source, took);
+        }
         tracing::debug!(
             request_id = self.request_id(),
             account = self.account,

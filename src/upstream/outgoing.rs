@@ -13,10 +13,6 @@ use tokio::time::{Sleep, sleep};
 
 use super::lock;
 
-/// A caller who sends nothing of a promised body for this long is given up (nginx's `client_body_timeout` is 60 s; two
-/// reads of an app beside us are not 30 s apart).
-const STALL: Duration = Duration::from_secs(30);
-
 /// A request body: nothing, what was held of an earlier attempt, or the caller's bytes as they come. Trailers are
 /// dropped (RFC 9110, section 6.5.1).
 #[derive(Debug)]
@@ -26,7 +22,7 @@ pub struct Outgoing(Source);
 enum Source {
     Nothing,
     Held { chunks: VecDeque<Bytes>, left: u64 },
-    Caller { incoming: Incoming, held: Arc<Held>, limit: u64, stall: Option<Pin<Box<Sleep>>> },
+    Caller { incoming: Incoming, held: Arc<Held>, limit: u64, patience: Duration, stall: Option<Pin<Box<Sleep>>> },
 }
 
 /// Why a caller's body did not come whole.
@@ -38,8 +34,8 @@ pub enum BodyError {
     /// More than `proxy.max_body`.
     #[error("larger than proxy.max_body")]
     TooLarge,
-    /// Nothing came for 30 seconds.
-    #[error("nothing came for {STALL:?}")]
+    /// Nothing came for `proxy.body_timeout`.
+    #[error("nothing came for proxy.body_timeout")]
     Stalled,
 }
 
@@ -78,14 +74,15 @@ impl Outgoing {
         Self(Source::Nothing)
     }
 
-    /// The caller's body as it comes, at most `max` bytes of it; the first `hold` bytes are held for a repetition.
-    pub fn caller(incoming: Incoming, hold: usize, max: Option<u64>) -> Self {
+    /// The caller's body as it comes, at most `max` bytes of it; the first `hold` bytes are held for a repetition. It is
+    /// given up where nothing comes for as long as `patience`.
+    pub fn caller(incoming: Incoming, hold: usize, max: Option<u64>, patience: Duration) -> Self {
         if incoming.is_end_stream() {
             return Self::nothing();
         }
         let state = State { chunks: Some(VecDeque::new()), ..State::default() };
         let held = Arc::new(Held { limit: hold, state: Mutex::new(state) });
-        Self(Source::Caller { incoming, held, limit: max.unwrap_or(u64::MAX), stall: None })
+        Self(Source::Caller { incoming, held, limit: max.unwrap_or(u64::MAX), patience, stall: None })
     }
 
     /// What is being held of this body; `None` where there is no body to come.
@@ -144,9 +141,9 @@ impl Body for Outgoing {
                 *left -= chunk.as_ref().map_or(0, |chunk| chunk.len() as u64);
                 Poll::Ready(chunk.map(|chunk| Ok(Frame::data(chunk))))
             }
-            Source::Caller { incoming, held, limit, stall } => {
+            Source::Caller { incoming, held, limit, patience, stall } => {
                 let Poll::Ready(frame) = Pin::new(&mut *incoming).poll_frame(cx) else {
-                    ready!(stall.get_or_insert_with(|| Box::pin(sleep(STALL))).as_mut().poll(cx));
+                    ready!(stall.get_or_insert_with(|| Box::pin(sleep(*patience))).as_mut().poll(cx));
                     return Poll::Ready(Some(Err(BodyError::Stalled)));
                 };
                 *stall = None;

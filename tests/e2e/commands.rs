@@ -17,7 +17,7 @@ use tokio::net::TcpStream;
 
 use crate::rig::{FERNET_KEY, Rig, eventually, json};
 
-const BINARY: &str = env!("CARGO_BIN_EXE_adsidecar");
+pub const BINARY: &str = env!("CARGO_BIN_EXE_adsidecar");
 const OTHER_KEY: &str = "AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8=";
 /// How a command ends (sysexits.h).
 const DONE: i32 = 0;
@@ -34,14 +34,14 @@ struct Ran {
 }
 
 /// A world with a clock that runs, whose sidecar is stopped: the commands come to its store.
-async fn stopped() -> Rig {
+pub async fn stopped() -> Rig {
     let mut rig = Rig::with_running_clock("").await;
     rig.log_in("default").await;
     rig.stop_sidecar().await;
     rig
 }
 
-fn command(arguments: &[&str]) -> Command {
+pub fn command(arguments: &[&str]) -> Command {
     let mut command = Command::new(BINARY);
     command.args(arguments).env_clear().stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     command
@@ -74,30 +74,22 @@ async fn beside(rig: &Rig, arguments: &[&str]) -> Ran {
 }
 
 /// A sidecar in a process of its own.
-struct Serving {
-    child: Child,
-    log: Arc<Mutex<String>>,
-    proxy: String,
-    admin: String,
+pub struct Serving {
+    pub child: Child,
+    pub log: Arc<Mutex<String>>,
+    pub proxy: String,
+    pub admin: String,
 }
 
 impl Serving {
     /// Starts it, and returns once it serves.
-    async fn start(rig: &Rig, arguments: &[&str]) -> Self {
+    pub async fn start(rig: &Rig, arguments: &[&str]) -> Self {
         let file = rig.config_file();
         Self::spawn(command(&[&["serve", "--config", file.to_str().unwrap()], arguments].concat())).await
     }
 
-    async fn spawn(mut command: Command) -> Self {
-        let mut child = command.spawn().unwrap();
-        let log = Arc::new(Mutex::new(String::new()));
-        let (lines, kept) = (BufReader::new(child.stderr.take().unwrap()).lines(), log.clone());
-        std::thread::spawn(move || {
-            for line in lines.map_while(Result::ok) {
-                kept.lock().unwrap().push_str(&(line + "\n"));
-            }
-        });
-        let mut serving = Self { child, log, proxy: String::new(), admin: String::new() };
+    pub async fn spawn(mut command: Command) -> Self {
+        let mut serving = Self::told(command.spawn().unwrap(), String::new(), String::new());
         let line = serving.says(" serving ").await;
         let address = |door: &str| {
             let (_, rest) = line.split_once(&format!("{door}=[")).unwrap();
@@ -107,8 +99,20 @@ impl Serving {
         serving
     }
 
+    /// One that was started, and whose doors are known; its log is read.
+    pub fn told(mut child: Child, proxy: String, admin: String) -> Self {
+        let log = Arc::new(Mutex::new(String::new()));
+        let (lines, kept) = (BufReader::new(child.stderr.take().unwrap()).lines(), log.clone());
+        std::thread::spawn(move || {
+            for line in lines.map_while(Result::ok) {
+                kept.lock().unwrap().push_str(&(line + "\n"));
+            }
+        });
+        Self { child, log, proxy, admin }
+    }
+
     /// Waits for a line of its log.
-    async fn says(&self, text: &str) -> String {
+    pub async fn says(&self, text: &str) -> String {
         eventually(text, async || {
             let log = self.log.lock().unwrap();
             log.lines().find(|line| line.contains(text)).map(str::to_owned)
@@ -116,7 +120,7 @@ impl Serving {
         .await
     }
 
-    fn signal(&self, name: &str) {
+    pub fn signal(&self, name: &str) {
         let sent = Command::new("kill").args(["-s", name, &self.child.id().to_string()]).status().unwrap();
         assert!(sent.success());
     }
@@ -134,7 +138,7 @@ impl Serving {
         (code.unwrap().code(), begun.elapsed())
     }
 
-    fn url(&self, path: &str) -> String {
+    pub fn url(&self, path: &str) -> String {
         format!("http://{}{path}", self.proxy)
     }
 

@@ -16,6 +16,7 @@ mod http2;
 mod limits;
 mod login;
 mod policy;
+mod process;
 mod proxying;
 mod reload;
 mod review;
