@@ -1,9 +1,11 @@
 //! The admin door: probes, metrics, and the few things an operator does to a running process.
 
+mod page;
+
 use std::sync::Arc;
 
 use bytes::Bytes;
-use http::header::{ALLOW, CACHE_CONTROL, CONTENT_TYPE, HeaderValue};
+use http::header::{ALLOW, CACHE_CONTROL, CONTENT_TYPE, HeaderMap, HeaderValue, ORIGIN};
 use http::request::Parts;
 use http::{Method, Request, Response, StatusCode};
 use http_body_util::{BodyExt, Full, Limited};
@@ -12,7 +14,8 @@ use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 use url::Url;
 
-use crate::guard::{Guard, Refusal};
+use crate::clock::Clock;
+use crate::guard::{Guard, Navigable, Refusal};
 use crate::keeper::Keeper;
 use crate::keyring::Fingerprint;
 use crate::log::LogHandle;
@@ -25,7 +28,8 @@ use crate::store::TokenStore;
 /// What the admin door needs to know.
 #[derive(Clone, Debug, Default)]
 pub struct Settings {
-    /// `admin.public_url`: how the admin door is reached from outside, where a proxy stands before it.
+    /// `admin.public_url`: how the status page is reached from outside, where a proxy stands before it. Its host is accepted
+    /// in `Host`; who may see the page is another question, which the caller token answers.
     pub public_url: Option<Url>,
 }
 
@@ -56,6 +60,10 @@ pub struct Admin {
     /// The key that seals.
     pub(crate) first_key: Fingerprint,
     pub(crate) request_ids: Arc<RequestIds>,
+    pub(crate) clock: Clock,
+    pub(crate) public_url: Option<Url>,
+    /// Where a login begins, up to the user's name; `None` where no browser reaches the proxy door.
+    pub(crate) login_base: Option<String>,
     pub(crate) reloader: Reloader,
     /// Ends the process in good order.
     pub(crate) quit: CancellationToken,
@@ -103,8 +111,9 @@ impl Admin {
     }
 
     async fn answer(&self, parts: &Parts, body: Incoming, peer: Peer) -> Result<Answer, Problem> {
-        self.guard.no_browser(&parts.headers).map_err(|refusal| self.refused(refusal))?;
         let path = parts.uri.path();
+        let page = path == "/" && parts.method == Method::GET;
+        self.no_web_page(&parts.headers, page).map_err(|refusal| self.refused(refusal))?;
         // Probes and scrapers come by the pod's address, and learn nothing that a label does not say.
         let open = matches!(path, "/livez" | "/readyz" | "/startupz" | "/metrics");
         let admitted = if open && parts.method == Method::GET {
@@ -121,6 +130,10 @@ impl Admin {
             }
             ("/startupz", &Method::GET) => Ok(say(StatusCode::OK, "started\n")),
             ("/metrics", &Method::GET) => self.metrics(),
+            ("/", &Method::GET) => {
+                self.operator(parts, peer)?;
+                Ok(self.page(&parts.headers))
+            }
             ("/quitquitquit", &Method::POST) => {
                 self.operator(parts, peer)?;
                 self.quit.cancel();
@@ -144,7 +157,7 @@ impl Admin {
                 self.operator(parts, peer)?;
                 self.rotate(parts.uri.query().unwrap_or_default()).await
             }
-            ("/livez" | "/readyz" | "/startupz" | "/metrics", _) => Err(method("GET")),
+            ("/" | "/livez" | "/readyz" | "/startupz" | "/metrics", _) => Err(method("GET")),
             ("/quitquitquit" | "/reload" | "/rotate", _) => Err(method("POST")),
             ("/log", _) => Err(method("GET, PUT")),
             _ => Err(Problem::new(
@@ -171,12 +184,14 @@ impl Admin {
             self.metrics.connections.with_label_values(&[door]).set(i64::try_from(count()).unwrap_or(i64::MAX));
         }
         self.metrics.store_up.set(i64::from(self.keeper.stored()));
-        let text = self.metrics.render(self.keeper.health());
-        let text = text.map_err(|error| {
+        if let Some(log) = &self.log {
+            self.metrics.log_lines(log.dropped());
+        }
+        let page = self.metrics.page(|| self.keeper.health()).map_err(|error| {
             tracing::error!(%error, "the metrics cannot be rendered");
             Problem::new(Code::Internal, "The metrics cannot be rendered.", "The log says why; please report it.")
         })?;
-        let mut answer = Response::new(Full::new(Bytes::from(text)));
+        let mut answer = Response::new(Full::new(page));
         answer.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8"));
         Ok(answer)
     }
@@ -216,6 +231,16 @@ impl Admin {
         let mut answer = Response::new(Full::new(Bytes::from(text)));
         answer.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
         Ok(answer)
+    }
+
+    /// No web page drives this door. A person's browser may open the status page: by its address or a bookmark (`none`),
+    /// or once more from the page itself.
+    fn no_web_page(&self, headers: &HeaderMap, page: bool) -> Result<(), Refusal> {
+        if page && !headers.contains_key(ORIGIN) {
+            self.guard.browser(headers, Navigable::Never).map(drop)
+        } else {
+            self.guard.no_browser(headers)
+        }
     }
 
     /// Lets through who is on this machine, or knows the caller token.

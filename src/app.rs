@@ -25,7 +25,7 @@ use crate::clock::Clock;
 use crate::config::{Config, FernetKeys, Sources};
 use crate::keeper::{Background, Keeper};
 use crate::keyring::{KeyError, Keyring};
-use crate::log::LogHandle;
+use crate::log::{Dropped, LogHandle};
 use crate::lwa::Lwa;
 use crate::metrics::Metrics;
 use crate::problem::{Code, Problem};
@@ -103,6 +103,8 @@ impl App {
         report(&opened);
         let started_at = clock.now().as_duration().as_secs_f64();
         let metrics = Arc::new(Metrics::new(config.metrics, started_at).map_err(|error| setting(&error))?);
+        let unreadable = opened.users.iter().filter(|(_, grant)| grant.is_err());
+        metrics.undecryptable(unreadable.map(|(user, _)| user.to_string()));
         let lwa = Lwa::new(config.lwa.clone()).map_err(|error| setting(&error))?;
         let grants = opened.users.into_iter().filter_map(|(user, grant)| Some((user, grant.ok()?)));
         let (keeper, background) =
@@ -180,7 +182,8 @@ impl App {
         let Addresses { proxy, login, admin } = &addresses;
         tracing::info!(?proxy, ?login, ?admin, version = env!("CARGO_PKG_VERSION"), "serving");
 
-        let mut reloads = Reloads { watched, asked, fixed, front: front.clone(), limits, lasting };
+        let mut reloads =
+            Reloads { watched, asked, fixed, front: front.clone(), limits, lasting, told: Dropped::default() };
         tokio::select! {
             () = stop => {}
             () = reloads.run() => {}
@@ -214,6 +217,8 @@ struct Reloads {
     front: Arc<ArcSwap<Front>>,
     limits: [Arc<ArcSwap<Limits>>; 3],
     lasting: Lasting,
+    /// Missing lines that the log has told of.
+    told: Dropped,
 }
 
 impl Reloads {
@@ -228,6 +233,7 @@ impl Reloads {
                     let _ = asked.send(self.reload());
                 }
                 _ = look.tick() => {
+                    self.tell_dropped();
                     if self.watched.as_ref().is_some_and(Watched::changed) {
                         tracing::info!("a file of the configuration changed");
                         // What comes of it is logged, and a metric.
@@ -235,6 +241,16 @@ impl Reloads {
                     }
                 }
             }
+        }
+    }
+
+    /// Says in the log, once it can, that lines are missing from it.
+    fn tell_dropped(&mut self) {
+        let dropped = self.lasting.log.as_ref().map(LogHandle::dropped).unwrap_or_default();
+        if dropped != self.told {
+            let (flood, sink) = (dropped.flood - self.told.flood, dropped.sink - self.told.sink);
+            self.told = dropped;
+            tracing::warn!(flood, sink, "lines are missing here: too many of one kind came, or nobody read them");
         }
     }
 

@@ -37,6 +37,9 @@
 //!   spent, so dropping it helps nobody ([`keeper`]).
 //! - A reload makes the doors' insides anew and swaps them whole; calls in flight keep the old ([`app`]).
 
+// Compiled in by the feature `failpoints` alone, which tests and campaigns have and a plain build has not.
+#[macro_use]
+mod failpoint;
 // The house.
 pub mod cli;
 pub mod app;
@@ -69,6 +72,7 @@ pub mod target;
 pub mod rewrite;
 pub mod families;
 pub mod token;
+pub mod moment;
 pub mod account;
 pub mod policy;
 pub mod secret;

@@ -3,7 +3,10 @@
 //! Only adsidecar's own lines follow the level that is asked for. The libraries below it never say more than `warn`:
 //! at `trace` and `debug` an HTTP, HTTP/2 or TLS library prints headers and bodies, which are tokens here.
 //!
-//! Lines are written at once, by whoever logs: where standard error is a pipe that nobody reads, the writers wait.
+//! Whoever logs never waits: lines go through a bounded queue to a thread that writes them. Where standard error is a pipe
+//! that nobody reads, the queue fills and lines are dropped and counted; so are lines of one kind that come in a flood.
+
+mod flood;
 
 use std::fmt;
 use std::io::IsTerminal;
@@ -11,11 +14,14 @@ use std::str::FromStr;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use tracing::Subscriber;
+use tracing_appender::non_blocking::{ErrorCounter, NonBlockingBuilder, WorkerGuard};
 use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::fmt::MakeWriter;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{Layer, Registry, reload};
+
+use flood::Floods;
 
 /// Every target of ours begins with this, in the library and in both binaries.
 const OWN_TARGET: &str = "adsidecar";
@@ -25,6 +31,9 @@ pub const AUDIT_TARGET: &str = "adsidecar::audit";
 
 /// The most that the libraries below us may say, whatever is asked for.
 const LIBRARIES: LevelFilter = LevelFilter::WARN;
+
+/// Lines that wait to be written, at most: about a MiB.
+const QUEUE_LINES: usize = 4096;
 
 /// How the log looks.
 #[derive(Clone, Copy, Debug)]
@@ -70,6 +79,18 @@ pub struct LogHandle {
     filter: reload::Handle<Targets, Registry>,
     /// The least important level, and whether there is an audit log.
     now: Arc<Mutex<(Level, bool)>>,
+    floods: Floods,
+    unwritten: Option<ErrorCounter>,
+    writer: Arc<Mutex<Option<WorkerGuard>>>,
+}
+
+/// How many lines were not written since the start.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Dropped {
+    /// Too many of one kind came at once.
+    pub flood: u64,
+    /// Nobody read standard error.
+    pub sink: u64,
 }
 
 /// Starts the process's log on standard error.
@@ -77,12 +98,26 @@ pub struct LogHandle {
 /// Where the process has a log already (a test harness, a second sidecar in one process), that one stays and the
 /// handle moves nothing.
 pub fn init(settings: Settings) -> LogHandle {
-    let (subscriber, handle) = build(settings, std::io::stderr, std::io::stderr().is_terminal());
+    let queue = NonBlockingBuilder::default().lossy(true).buffered_lines_limit(QUEUE_LINES);
+    let (writer, thread) = queue.finish(std::io::stderr());
+    let unwritten = writer.error_counter();
+    let (subscriber, handle) = build(settings, writer, std::io::stderr().is_terminal());
     let _ = subscriber.try_init();
-    handle
+    LogHandle { unwritten: Some(unwritten), writer: Arc::new(Mutex::new(Some(thread))), ..handle }
 }
 
 impl LogHandle {
+    /// How many lines were not written since the start.
+    pub fn dropped(&self) -> Dropped {
+        let sink = self.unwritten.as_ref().map_or(0, |unwritten| unwritten.dropped_lines() as u64);
+        Dropped { flood: self.floods.held_back(), sink }
+    }
+
+    /// Writes what still waits, for about a second at most, and nothing any more from then on: for the end.
+    pub fn close(&self) {
+        drop(self.writer.lock().unwrap_or_else(PoisonError::into_inner).take());
+    }
+
     /// From now on lines of `level` and above are written.
     pub fn set_level(&self, level: Level) {
         self.change(|now| now.0 = level);
@@ -155,7 +190,9 @@ where
     };
     let (filter, handle) = reload::Layer::new(filter(settings.level, settings.audit));
     let now = Arc::new(Mutex::new((settings.level, settings.audit)));
-    (Registry::default().with(filter).with(lines), LogHandle { filter: handle, now })
+    let floods = Floods::default();
+    let handle = LogHandle { filter: handle, now, floods: floods.clone(), unwritten: None, writer: Arc::default() };
+    (Registry::default().with(filter).with(floods).with(lines), handle)
 }
 
 fn filter(level: Level, audit: bool) -> Targets {

@@ -274,7 +274,12 @@ impl LoginDoor {
     pub fn login_url(&self, headers: &HeaderMap, user: &UserId) -> String {
         let authority = self.guard.own_authority(headers).unwrap_or(&self.authority);
         let user: String = url::form_urlencoded::byte_serialize(user.as_str().as_bytes()).collect();
-        format!("http://{authority}{}?user_id={user}", endpoint::LOGIN)
+        Self::login_base(authority) + &user
+    }
+
+    /// Where a user logs in whose name is put behind it.
+    pub fn login_base(authority: &str) -> String {
+        format!("http://{authority}{}?user_id=", endpoint::LOGIN)
     }
 }
 

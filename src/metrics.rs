@@ -1,16 +1,23 @@
 //! What Prometheus scrapes. Nothing that a caller can invent (a path, a query, a header) becomes a label.
 
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
-use std::time::Duration;
+mod budget;
 
+use std::collections::BTreeSet;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
 use prometheus::core::Collector;
 use prometheus::{
     Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
     Registry, TextEncoder,
 };
 
+use crate::account::Region;
+use crate::log::Dropped;
 use crate::token::State;
+use budget::Budget;
 
 /// Bounds on what is exported.
 #[derive(Clone, Copy, Debug)]
@@ -26,13 +33,28 @@ const STORE_DURATIONS: &[f64] = &[0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.0
 /// The user under which all beyond `max_user_series` are counted.
 const OTHER: &str = "other";
 
+/// Why renewals fail, as far as that is known beforehand. These series exist from the start: Prometheus cannot see the
+/// rise of a counter whose first value is not 0.
+const REFRESH_FAILURES: [&str; 10] = [
+    "bad_answer",
+    "invalid_client",
+    "invalid_grant",
+    "invalid_request",
+    "invalid_scope",
+    "server_error",
+    "throttled",
+    "timeout",
+    "unauthorized_client",
+    "unreachable",
+];
+
 /// All metrics. Those about users are set anew at each scrape, so that none can be stale.
 #[derive(Debug)]
 #[allow(missing_docs, reason = "each field is the metric of its name in the contract, section 7")]
 pub struct Metrics {
     registry: Registry,
     max_user_series: AtomicUsize,
-    scrape: Mutex<()>,
+    page: Mutex<Page>,
     pub requests: IntCounterVec,
     pub request_duration: HistogramVec,
     pub upstream_duration: HistogramVec,
@@ -47,15 +69,30 @@ pub struct Metrics {
     pub store_operation_duration: HistogramVec,
     pub store_errors: IntCounterVec,
     pub guard_denied: IntCounterVec,
+    pub throttled: IntCounterVec,
+    undecryptable_records: IntGauge,
+    undecryptable: Mutex<BTreeSet<String>>,
     pub policy_denied: IntCounterVec,
     pub clock_skew: Gauge,
+    pub clock_jumps: IntCounter,
+    pub token_answer_oddities: IntCounterVec,
+    pub refresh_interrupted: IntCounterVec,
+    log_dropped: IntCounterVec,
     reload_timestamp: Gauge,
     reload_success: IntGauge,
     token_expiry: GaugeVec,
     token_last_refresh: GaugeVec,
     consent_expiry: GaugeVec,
+    consent_ending: IntGaugeVec,
     login_required: IntGaugeVec,
     users: IntGaugeVec,
+}
+
+/// The page of the last scrape.
+#[derive(Debug)]
+struct Page {
+    budget: Budget,
+    text: Bytes,
 }
 
 /// One user's health at the instant of a scrape. Times are seconds since 1970.
@@ -71,6 +108,8 @@ pub struct UserHealth {
     pub last_refresh: Option<f64>,
     /// When the consent ends, where its date is known.
     pub consent_expiry: Option<f64>,
+    /// Whether that is in less than 30 days, or past; absent where it is not known.
+    pub consent_ending: Option<bool>,
     /// Why the user has to log in again, if so.
     pub login_reason: Option<&'static str>,
 }
@@ -93,7 +132,7 @@ impl Metrics {
             max_user_series: AtomicUsize::new(settings.max_user_series),
             reload_timestamp,
             reload_success,
-            scrape: Mutex::default(),
+            page: Mutex::new(Page { budget: Budget::new(Instant::now()), text: Bytes::new() }),
             requests: counters(
                 r,
                 "requests_total",
@@ -148,8 +187,36 @@ impl Metrics {
             store_errors: counters(r, "store_errors_total", "Failed operations of the store", &["op"])?,
             clock_skew: add(
                 r,
-                Gauge::new("clock_skew_seconds", "How far our clock is ahead of Login with Amazon's, to the second")?,
+                Gauge::new("clock_skew_seconds", "How far our clock is ahead of Amazon's, to the second")?,
             )?,
+            clock_jumps: add(
+                r,
+                IntCounter::new("clock_jumps_total", "How often the clock was set, or the machine slept")?,
+            )?,
+            token_answer_oddities: counters(
+                r,
+                "token_answer_oddities_total",
+                "What was odd about token answers and was put up with",
+                &["kind"],
+            )?,
+            refresh_interrupted: counters(
+                r,
+                "token_refresh_interrupted_total",
+                "Renewals whose answer may have been lost, by what became of the grant",
+                &["outcome"],
+            )?,
+            throttled: counters(
+                r,
+                "throttled_total",
+                "Answers 429, by whose limit: amazon's own, or the sidecar's",
+                &["region", "by"],
+            )?,
+            undecryptable_records: add(
+                r,
+                IntGauge::new("undecryptable_records", "Stored grants that cannot be read, and are kept")?,
+            )?,
+            undecryptable: Mutex::default(),
+            log_dropped: counters(r, "log_dropped_total", "Log lines that were not written", &["reason"])?,
             policy_denied: counters(
                 r,
                 "policy_denied_total",
@@ -165,6 +232,12 @@ impl Metrics {
                 &["user"],
             )?,
             consent_expiry: floats(r, "consent_expiry_timestamp_seconds", "When the consent ends", &["user"])?,
+            consent_ending: gauges(
+                r,
+                "consent_ending",
+                "Whether less than 30 days of the consent are left",
+                &["user"],
+            )?,
             login_required: gauges(r, "login_required", "Whether the user has to log in again", &["user", "reason"])?,
             users: gauges(r, "users", "Users by state", &["state"])?,
             registry,
@@ -172,16 +245,49 @@ impl Metrics {
         #[cfg(target_os = "linux")]
         metrics.registry.register(Box::new(process))?;
         metrics.reloaded(started_at, true);
+        metrics.begin_series();
         Ok(metrics)
     }
 
-    /// The text format, with the users as they are now.
-    pub fn render(&self, mut users: Vec<UserHealth>) -> Result<String, prometheus::Error> {
+    /// Makes the series that an alert or a `rate()` asks for before their first event.
+    fn begin_series(&self) {
+        self.token_refresh.with_label_values(&["success", ""]);
+        for reason in REFRESH_FAILURES {
+            self.token_refresh.with_label_values(&["failure", reason]);
+        }
+        for region in [Region::Na, Region::Eu, Region::Fe] {
+            self.throttled.with_label_values(&[region.as_str(), "amazon"]);
+            self.upstream_duration.with_label_values(&[region.as_str()]);
+        }
+        for source in ["amazon", "sidecar"] {
+            self.request_duration.with_label_values(&[source]);
+        }
+        for op in ["put", "erase"] {
+            self.store_operation_duration.with_label_values(&[op]);
+            self.store_errors.with_label_values(&[op]);
+        }
+        self.upstream_unauthorized.with_label_values(&["token"]);
+        self.log_lines(Dropped::default());
+    }
+
+    /// The text format, with `users` as they are now. When scrapers storm, rendering takes a bounded share of the time
+    /// and the page of a moment ago is given out in between.
+    pub fn page(&self, users: impl FnOnce() -> Vec<UserHealth>) -> Result<Bytes, prometheus::Error> {
         // One scrape at a time: the series of users are taken down and set up again.
-        let _one = self.scrape.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut page = self.page.lock().unwrap_or_else(PoisonError::into_inner);
+        let begun = Instant::now();
+        if page.text.is_empty() || page.budget.allows(begun) {
+            page.text = self.render(users())?.into();
+            page.budget.spend(begun.elapsed());
+        }
+        Ok(page.text.clone())
+    }
+
+    fn render(&self, mut users: Vec<UserHealth>) -> Result<String, prometheus::Error> {
         for gauges in [&self.token_expiry, &self.token_last_refresh, &self.consent_expiry] {
             gauges.reset();
         }
+        self.consent_ending.reset();
         self.login_required.reset();
         for state in State::KNOWN {
             let count = users.iter().filter(|user| user.state == state).count();
@@ -209,6 +315,9 @@ impl Metrics {
                 gauge.with_label_values(&[label]).set(time);
             }
         }
+        if let Some(ending) = user.consent_ending {
+            self.consent_ending.with_label_values(&[label]).set(i64::from(ending));
+        }
         let required = i64::from(user.login_reason.is_some());
         self.login_required.with_label_values(&[label, user.login_reason.unwrap_or_default()]).set(required);
     }
@@ -220,6 +329,35 @@ impl Metrics {
         if went_well {
             self.reload_timestamp.set(now);
         }
+    }
+
+    /// These users' stored grants cannot be read.
+    pub fn undecryptable(&self, users: impl IntoIterator<Item = String>) {
+        self.count_undecryptable(|known| known.extend(users));
+    }
+
+    /// What was stored for `user` has made way for a new grant, or is gone.
+    pub fn replaced(&self, user: &str) {
+        self.count_undecryptable(|known| known.retain(|name| name != user));
+    }
+
+    fn count_undecryptable(&self, change: impl FnOnce(&mut BTreeSet<String>)) {
+        let mut known = self.undecryptable.lock().unwrap_or_else(PoisonError::into_inner);
+        change(&mut known);
+        self.undecryptable_records.set(i64::try_from(known.len()).unwrap_or(i64::MAX));
+    }
+
+    /// How many lines the log has not written since the start.
+    pub fn log_lines(&self, dropped: Dropped) {
+        for (reason, lines) in [("flood", dropped.flood), ("sink", dropped.sink)] {
+            let counter = self.log_dropped.with_label_values(&[reason]);
+            counter.inc_by(lines.saturating_sub(counter.get()));
+        }
+    }
+
+    /// Whether the last reading of the configuration went well.
+    pub fn reload_went_well(&self) -> bool {
+        self.reload_success.get() == 1
     }
 
     /// Takes other bounds into use.
@@ -246,6 +384,7 @@ fn worst(users: &[UserHealth]) -> Option<UserHealth> {
         token_expiry: earliest(|user| user.token_expiry),
         last_refresh: earliest(|user| user.last_refresh),
         consent_expiry: earliest(|user| user.consent_expiry),
+        consent_ending: users.iter().filter_map(|user| user.consent_ending).reduce(|a, b| a || b),
         login_reason: users.iter().find_map(|user| user.login_reason),
     })
 }
@@ -288,6 +427,7 @@ mod tests {
             token_expiry: Some(expiry),
             last_refresh: Some(expiry - 3600.0),
             consent_expiry: None,
+            consent_ending: None,
             login_reason: reason,
         }
     }

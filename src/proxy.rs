@@ -147,6 +147,7 @@ impl Proxy {
         let mut answer = match forwarded.unwrap_or(Err(ProxyError::Panicked)) {
             Ok(answer) => answer,
             Err(error) => {
+                trip.fails(&error);
                 let problem = self.problem(error, &parts);
                 trip.answered_by_us(problem.code());
                 problem.respond(trip.request_id()).map(Body::own)
@@ -186,6 +187,7 @@ impl Proxy {
         let body = self.body(parts, incoming)?;
         let bearer = self.access_token(&call.user).await?;
         let (answer, sent) = self.send(&call, parts, &target, &bearer, body, trip).await?;
+        self.keeper.heard(answer.headers());
         let answer = match answer.status() {
             StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => {
                 Box::pin(self.understand(answer, &call, parts, &target, &bearer, sent, trip)).await?
@@ -247,7 +249,9 @@ impl Proxy {
             sent = self.upstream.send(call.region, request, Reuse::Never, patient).await;
         }
         trip.amazon_took(call.region, begun.elapsed());
-        Ok((sent.map_err(ProxyError::Send)?, held))
+        let answer = sent.map_err(ProxyError::Send)?;
+        trip.amazon_said(call.region, answer.status(), answer.headers());
+        Ok((answer, held))
     }
 
     fn to_amazon(
@@ -326,10 +330,7 @@ impl Proxy {
             ProxyError::NoToken(error, user) => token_problem(error, &login_url(&user)),
             ProxyError::TooLarge => problems::too_large(),
             ProxyError::Panicked => problems::panicked(),
-            ProxyError::Send(error) => {
-                tracing::warn!(error = %error.kind, "no answer from Amazon");
-                error.kind.into()
-            }
+            ProxyError::Send(error) => error.kind.into(),
         }
     }
 }
@@ -372,7 +373,7 @@ fn is_amc(target: &Target) -> bool {
 }
 
 fn to_caller(mut answer: Response<Body>, call: &Call<'_>, trip: &mut Trip) -> Response<Body> {
-    trip.answered_by_amazon(answer.headers());
+    trip.answered_by_amazon();
     *answer.version_mut() = http::Version::HTTP_11;
     rewrite::to_caller(answer.headers_mut());
     if let Some(hint) = trip.take_hint().or_else(|| call.hint()) {

@@ -70,8 +70,11 @@ impl Front {
             lasting.desk.clone(),
         );
         let guard = Guard::new(config.guard.clone());
-        let login_guard = Guard::new(with_redirect_host(config.guard, &config.lwa.redirect_uri));
-        let authority = format!("localhost:{}", lasting.proxy.map_or(8001, |address| address.port()));
+        let admin_guard = Guard::new(with_host_of(config.guard.clone(), config.admin.public_url.as_ref()));
+        // Browsers come to the login door by the redirect URI.
+        let login_guard = Guard::new(with_host_of(config.guard, config.lwa.redirect_uri.parse().ok().as_ref()));
+        let own_authority = lasting.proxy.map(authority);
+        let authority = own_authority.clone().unwrap_or_else(|| "localhost:8001".to_owned());
         let login_door = |guard: &Guard| LoginDoor {
             login: login.clone(),
             keeper: keeper.clone(),
@@ -82,7 +85,7 @@ impl Front {
             request_ids: request_ids.clone(),
         };
         let admin = Admin {
-            guard: guard.clone(),
+            guard: admin_guard,
             keeper: keeper.clone(),
             metrics: metrics.clone(),
             stage: lasting.stage.subscribe(),
@@ -91,6 +94,9 @@ impl Front {
             store: lasting.store.clone(),
             first_key: lasting.first_key,
             request_ids: request_ids.clone(),
+            clock: lasting.clock.clone(),
+            public_url: config.admin.public_url,
+            login_base: own_authority.map(|authority| LoginDoor::login_base(&authority)),
             reloader: lasting.reloader.clone(),
             quit: lasting.quit.clone(),
         };
@@ -115,9 +121,15 @@ impl Front {
     }
 }
 
-/// As `guard`, and the authority of `amazon.redirect_uri` is allowed: browsers come by it.
-fn with_redirect_host(mut guard: guard::Settings, redirect_uri: &str) -> guard::Settings {
-    let url = redirect_uri.parse::<Url>().ok();
-    guard.allowed_hosts.extend(url.and_then(|url| url.host_str().map(str::to_lowercase)));
+/// What a browser on this machine calls the proxy door. `localhost` and no number where it listens on loopback: that is the
+/// name in the redirect URI, and the cookie of a login belongs to the name under which it began.
+fn authority(proxy: SocketAddr) -> String {
+    let ip = proxy.ip();
+    if ip.is_loopback() || ip.is_unspecified() { format!("localhost:{}", proxy.port()) } else { proxy.to_string() }
+}
+
+/// As `guard`, and the host of `url` is allowed.
+fn with_host_of(mut guard: guard::Settings, url: Option<&Url>) -> guard::Settings {
+    guard.allowed_hosts.extend(url.and_then(Url::host_str).map(str::to_lowercase));
     guard
 }

@@ -71,7 +71,7 @@ fn serve(arguments: &Arguments) -> Result<(), Failed> {
         let account = first_account(&sandbox);
         let (redirect_uri, fernet_key) = (config.lwa.redirect_uri.clone(), key_of(&config));
         sandbox.world(|world| world.allow_return_url(&redirect_uri));
-        let app = App::build(config, clock, Some(log)).await?.reloading(sources);
+        let app = App::build(config, clock, Some(log.clone())).await?.reloading(sources);
         let facts = Facts {
             proxy: format!("http://localhost:{}", app.addresses().proxy[0].port()),
             admin: format!("http://localhost:{}", app.addresses().admin[0].port()),
@@ -81,7 +81,7 @@ fn serve(arguments: &Arguments) -> Result<(), Failed> {
             fernet_key,
             profile_id: account.profile_id,
         };
-        let stop = asked_to_stop()?;
+        let stop = asked_to_stop(log)?;
         let running = tokio::spawn(app.run(stop));
         let logged_in = if arguments.no_login { Ok(()) } else { log_in(&facts.proxy, &sandbox).await };
         match (logged_in, arguments.json) {

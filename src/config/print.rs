@@ -95,6 +95,9 @@ impl Config {
         page.pair("confirm", self.login.confirm);
         page.section("admin");
         page.listen(&self.admin_listen, self.admin_listen_default);
+        if let Some(url) = &self.admin.public_url {
+            page.pair("public_url", quoted(url.as_str()));
+        }
     }
 
     fn print_keeping(&self, page: &mut Page) {

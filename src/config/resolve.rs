@@ -69,7 +69,7 @@ pub(super) fn resolve(merged: &Merged, problems: Vec<Problem>) -> Result<Config,
         login_listen,
         admin_listen,
         admin_listen_default,
-        admin: admin::Settings::default(),
+        admin: admin::Settings { public_url: read.parsed("admin.public_url", checks::web_url) },
         proxy,
         guard,
         login,
@@ -323,12 +323,11 @@ fn doors_are_apart(read: &mut Reader<'_>, doors: &[(&str, &Vec<Listen>)]) {
 // What this version cannot do.
 
 /// Keys whose feature does not exist yet, with the one value that they may have until then.
-const NOT_BUILT: [(&str, &[&str], &str); 6] = [
+const NOT_BUILT: [(&str, &[&str], &str); 5] = [
     ("store.kind", &["sled", "postgres"], "the shared PostgreSQL store is not built yet: write sled"),
     ("throttle.mode", &["off", "observe", "enforce", "queue"], "the throttle is not built yet: write off"),
     ("throttle.queue_timeout", &["30s"], "the throttle is not built yet: remove it"),
     ("upstream.proxy", &["none"], "an outgoing proxy is not built yet: remove it"),
-    ("admin.public_url", &[], "the status page is not built yet: remove it"),
     ("store.postgres_url", &[], "the shared PostgreSQL store is not built yet: remove it"),
 ];
 

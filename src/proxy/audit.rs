@@ -3,19 +3,11 @@
 
 use std::time::Duration;
 
-use http::{HeaderMap, HeaderName, HeaderValue};
-
 use super::select::Call;
+use super::trip::Trip;
 use crate::families::Family;
 use crate::log::AUDIT_TARGET;
 use crate::problem::Code;
-
-/// How Amazon names a call in its answers; each API has its own spelling.
-const AMAZONS_REQUEST_IDS: [HeaderName; 3] = [
-    HeaderName::from_static("x-amzn-requestid"),
-    HeaderName::from_static("x-amz-request-id"),
-    HeaderName::from_static("x-amz-rid"),
-];
 
 /// What is known of a call so far.
 #[derive(Debug, Default)]
@@ -24,7 +16,6 @@ pub(super) struct Record {
     user: String,
     region: &'static str,
     family: &'static str,
-    amazon_request_id: Option<HeaderValue>,
     amazon_took: Option<Duration>,
     code: &'static str,
     would_be_denied: bool,
@@ -50,30 +41,26 @@ impl Record {
         self.amazon_took = Some(self.amazon_took.unwrap_or_default() + time);
     }
 
-    pub(super) fn answered_by_amazon(&mut self, headers: &HeaderMap) {
-        self.amazon_request_id = AMAZONS_REQUEST_IDS.iter().find_map(|name| headers.get(name).cloned());
-    }
-
     pub(super) fn answered_by_us(&mut self, code: Code) {
         self.code = code.as_str();
     }
 
     /// Writes the line.
-    pub(super) fn end(&self, request_id: &str, method: &str, status: u16, source: &str, took: Duration) {
+    pub(super) fn end(&self, trip: &Trip, status: u16, took: Duration) {
         let milliseconds = |time: Duration| time.as_micros() as f64 / 1000.0;
         tracing::info!(
             target: AUDIT_TARGET,
-            request_id,
-            amazon_request_id = self.amazon_request_id.as_ref().and_then(|id| id.to_str().ok()).unwrap_or_default(),
+            request_id = trip.request_id(),
+            amazon_request_id = trip.amazon_id(),
             account = self.account,
             user = self.user,
             region = self.region,
-            method,
+            method = trip.method(),
             family = self.family,
             status,
-            source,
+            source = trip.source(),
             code = self.code,
-            fault = fault(status, source),
+            fault = fault(status, trip.source()),
             policy = if self.would_be_denied { "would_be_denied" } else { "" },
             took_ms = milliseconds(took),
             amazon_ms = milliseconds(self.amazon_took.unwrap_or_default()),

@@ -3,18 +3,27 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use http::{HeaderMap, HeaderValue, Method, Response};
+use http::header::HeaderName;
+use http::{HeaderMap, HeaderValue, Method, Response, StatusCode};
 
-use super::Body;
 use super::audit::Record;
 use super::select::Call;
+use super::{Body, ProxyError};
 use crate::account::Region;
 use crate::families::Family;
+use crate::keeper::TokenError;
 use crate::metrics::Metrics;
 use crate::problem::Code;
 
 /// Counted for a caller that hung up before its answer, as nginx does.
 const CLIENT_CLOSED: u16 = 499;
+
+/// How Amazon names a call, depending on the service that answers: its support asks for it.
+const AMAZON_ID: [HeaderName; 3] = [
+    HeaderName::from_static("x-amzn-requestid"),
+    HeaderName::from_static("x-amz-request-id"),
+    HeaderName::from_static("x-amz-rid"),
+];
 
 #[derive(Debug)]
 pub(super) struct Trip {
@@ -26,6 +35,9 @@ pub(super) struct Trip {
     source: &'static str,
     hint: Option<&'static str>,
     request_id: HeaderValue,
+    amazon_id: Option<HeaderValue>,
+    /// Why there is no answer of Amazon's, for the log.
+    error: Option<String>,
     in_flight: Option<InFlight>,
     /// `None` where nobody wants an audit log.
     audit: Option<Box<Record>>,
@@ -47,6 +59,8 @@ impl Trip {
             source: "sidecar",
             hint: None,
             request_id,
+            amazon_id: None,
+            error: None,
             in_flight: Some(InFlight(metrics.clone())),
             audit: Record::begin(),
             ended: false,
@@ -89,6 +103,25 @@ impl Trip {
         self.metrics.upstream_duration.with_label_values(&[region.as_str()]).observe(time.as_secs_f64());
     }
 
+    /// Notes what there is to tell about an answer of Amazon's, also of one that the caller never sees.
+    pub(super) fn amazon_said(&mut self, region: Region, status: StatusCode, headers: &HeaderMap) {
+        if status == StatusCode::TOO_MANY_REQUESTS {
+            self.metrics.throttled.with_label_values(&[region.as_str(), "amazon"]).inc();
+        }
+        if is_failure(status.as_u16()) || self.audit.is_some() || tracing::enabled!(tracing::Level::DEBUG) {
+            self.amazon_id = AMAZON_ID.iter().find_map(|name| headers.get(name)).cloned();
+        }
+    }
+
+    pub(super) fn fails(&mut self, error: &ProxyError) {
+        self.error = match error {
+            ProxyError::Send(error) => Some(error.kind.to_string()),
+            ProxyError::NoToken(TokenError::Unavailable { code, .. }, _) => Some((*code).to_owned()),
+            ProxyError::Panicked => Some("a step panicked".to_owned()),
+            _ => None,
+        };
+    }
+
     pub(super) fn hint(&mut self, hint: &'static str) {
         self.hint = Some(hint);
     }
@@ -97,11 +130,8 @@ impl Trip {
         self.hint.take()
     }
 
-    pub(super) fn answered_by_amazon(&mut self, headers: &HeaderMap) {
+    pub(super) fn answered_by_amazon(&mut self) {
         self.source = "amazon";
-        if let Some(audit) = &mut self.audit {
-            audit.answered_by_amazon(headers);
-        }
     }
 
     pub(super) fn answered_by_us(&mut self, code: Code) {
@@ -125,17 +155,52 @@ impl Trip {
         self.metrics.requests.with_label_values(&labels).inc();
         self.metrics.request_duration.with_label_values(&[self.source]).observe(took.as_secs_f64());
         if let Some(audit) = &self.audit {
-            audit.end(self.request_id(), self.method, status, self.source, took);
+            audit.end(self, status, took);
         }
-        tracing::debug!(
+        // One line per failure that an operator can do something about; what a caller did wrong it was told itself.
+        if is_failure(status) {
+            self.tell(status, took);
+        } else {
+            tracing::debug!(
+                request_id = self.request_id(),
+                amazon_request_id = self.amazon_id(),
+                account = self.account,
+                method = self.method,
+                status,
+                source = self.source,
+                ?took,
+                "call"
+            );
+        }
+    }
+
+    #[cold]
+    fn tell(&self, status: u16, took: Duration) {
+        tracing::warn!(
             request_id = self.request_id(),
+            amazon_request_id = self.amazon_id(),
             account = self.account,
+            region = self.region,
             method = self.method,
             status,
             source = self.source,
+            error = self.error,
             ?took,
-            "call"
+            "call failed"
         );
+    }
+
+    pub(super) fn method(&self) -> &'static str {
+        self.method
+    }
+
+    /// Who answers: `amazon` or `sidecar`.
+    pub(super) fn source(&self) -> &'static str {
+        self.source
+    }
+
+    pub(super) fn amazon_id(&self) -> Option<&str> {
+        self.amazon_id.as_ref().and_then(|id| id.to_str().ok())
     }
 }
 
@@ -151,6 +216,10 @@ impl Drop for InFlight {
     fn drop(&mut self) {
         self.0.in_flight.dec();
     }
+}
+
+fn is_failure(status: u16) -> bool {
+    status == 429 || status >= 500
 }
 
 /// A closed set: whatever a caller invents is `other`.

@@ -85,8 +85,14 @@ impl Engine {
             return Err(StoreError::Conflict);
         }
         let record = Record::seal(grant, user, keyring);
+        fail_point!("save_refused", |_| Err(files::io_error(
+            &copies.path(user),
+            std::io::ErrorKind::StorageFull.into()
+        )));
         database.put(user, &record)?;
+        fail_point!("save_unsynced", |_| std::process::abort());
         let sequence = database.commit()?;
+        fail_point!("save_synced", |_| std::process::abort());
         copies.write(user, &record, sequence)
     }
 

@@ -65,7 +65,7 @@ async fn probes_and_scrapers_come_by_any_name() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn ready_is_about_us_and_not_about_amazon_or_logins() {
+async fn row_110_ready_and_alive_are_about_us_and_not_about_amazon_or_logins() {
     let mut rig = Rig::start().await;
     let readyz = async |rig: &Rig| at_door(rig, Method::GET, "/readyz", &[]).await.status().as_u16();
     assert_eq!(readyz(&rig).await, 200, "nobody is logged in");

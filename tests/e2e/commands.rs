@@ -126,7 +126,7 @@ impl Serving {
     }
 
     /// Its exit code, and how long it took to come.
-    async fn ended(&mut self) -> (Option<i32>, Duration) {
+    pub async fn ended(&mut self) -> (Option<i32>, Duration) {
         let begun = Instant::now();
         let child = &mut self.child;
         let mut code = None;
@@ -143,7 +143,7 @@ impl Serving {
     }
 
     /// Begins a call and leaves the connection open.
-    async fn call(&self, path: &str) -> TcpStream {
+    pub async fn call(&self, path: &str) -> TcpStream {
         let mut stream = TcpStream::connect(&self.proxy).await.unwrap();
         let head = format!("GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n");
         stream.write_all(head.as_bytes()).await.unwrap();
@@ -570,7 +570,7 @@ async fn health_and_wait_ask_the_admin_door() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn sigterm_lets_what_is_in_flight_finish_and_then_ends_at_once() {
+async fn row_96_sigterm_lets_what_is_in_flight_finish_and_then_ends_at_once() {
     let rig = stopped().await;
     for signal in ["TERM", "INT"] {
         let mut serving = Serving::start(&rig, &[]).await;
@@ -598,7 +598,7 @@ async fn sigterm_lets_what_is_in_flight_finish_and_then_ends_at_once() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_second_signal_and_the_end_of_the_drain_break_off_what_hangs() {
+async fn row_97_a_second_signal_and_the_end_of_the_drain_break_off_what_hangs() {
     let rig = stopped().await;
     rig.sandbox.set_trouble(Rule::from(Trouble::Hang).at(Door::Na).always());
     let mut impatient = Serving::start(&rig, &[]).await;
@@ -625,7 +625,7 @@ async fn a_second_signal_and_the_end_of_the_drain_break_off_what_hangs() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_grant_survives_kill_nine_and_no_log_holds_a_secret() {
+async fn row_98_a_grant_survives_kill_nine_and_no_log_holds_a_secret() {
     let mut rig = Rig::with_running_clock("").await;
     rig.stop_sidecar().await;
     let log = {

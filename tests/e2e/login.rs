@@ -640,6 +640,7 @@ async fn the_status_tells_all_about_each_user_page_by_page() {
     assert_eq!(
         names,
         [
+            "consent",
             "consent_expires_at",
             "consented_at",
             "expires_at",

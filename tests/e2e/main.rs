@@ -15,6 +15,7 @@ mod headers;
 mod http2;
 mod limits;
 mod login;
+mod operation;
 mod policy;
 mod process;
 mod proxying;
