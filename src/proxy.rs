@@ -33,7 +33,7 @@ use crate::request_id::{REQUEST_ID, RequestIds};
 use crate::rewrite::{self, Attach, HINT};
 use crate::serve::Peer;
 use crate::target::{Of, Target};
-use crate::upstream::{Answer, Held, Outgoing, Reuse, SendError, Upstream};
+use crate::upstream::{Answer, Held, Outgoing, Reuse, Room, SendError, Upstream};
 use select::{Accounts, Call, Unselected};
 use trip::Trip;
 use unauthorized::{Refused, Verdict};
@@ -78,6 +78,8 @@ pub struct Proxy {
     accounts: Accounts,
     client_id: HeaderValue,
     replay_limit: usize,
+    /// For what is held of bodies for a replay.
+    room: Arc<Room>,
     max_body: Option<u64>,
     body_timeout: Duration,
     policy_mode: Mode,
@@ -126,6 +128,7 @@ impl Proxy {
         Self {
             client_id,
             replay_limit: settings.replay_limit,
+            room: Arc::default(),
             max_body: settings.max_body,
             body_timeout: settings.body_timeout,
             accounts: Accounts::new(settings.accounts, settings.region, settings.selection, settings.policy.rules),
@@ -184,6 +187,7 @@ impl Proxy {
         if family.is_unknown() {
             self.metrics.unknown_family.inc();
         }
+        fail_point!("spine");
         let body = self.body(parts, incoming)?;
         let bearer = self.access_token(&call.user).await?;
         let (answer, sent) = self.send(&call, parts, &target, &bearer, body, trip).await?;
@@ -215,7 +219,7 @@ impl Proxy {
         let length = parts.headers.get(CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse::<u64>().ok());
         match (length, self.max_body) {
             (Some(length), Some(max)) if length > max => Err(ProxyError::TooLarge),
-            _ => Ok(Outgoing::caller(incoming, self.replay_limit, self.max_body, self.body_timeout)),
+            _ => Ok(Outgoing::caller(incoming, self.replay_limit, &self.room, self.max_body, self.body_timeout)),
         }
     }
 

@@ -592,7 +592,7 @@ fn only_development_does_without_a_fernet_key() {
 }
 
 #[test]
-fn development_takes_any_redirect_uri_and_production_does_not() {
+fn threat_41_development_takes_any_redirect_uri_and_production_does_not() {
     let given = Given::required().env(&[("AMAZON_OAUTH_REDIRECT_URI", "http://app.internal/cb")]);
     one_problem(&given, &["amazon.redirect_uri", "in production"]);
     assert_eq!(given.env(&[("ENVIRONMENT", "development")]).config().lwa.redirect_uri, "http://app.internal/cb");

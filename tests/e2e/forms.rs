@@ -9,7 +9,7 @@ fn get(target: &str, host: &str) -> String {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn nobody_elses_host_is_reached() {
+async fn threat_19_nobody_elses_host_is_reached() {
     let rig = Rig::set(&[]).await;
     for (target, host) in [
         ("http://evil.test/x", "evil.test"),
@@ -39,7 +39,7 @@ async fn nobody_elses_host_is_reached() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn tunnels_are_refused_with_a_hint() {
+async fn row_74_tunnels_are_refused_with_a_hint() {
     let rig = Rig::set(&[]).await;
     for line in [
         "CONNECT advertising-api.amazon.com:443",
@@ -66,7 +66,7 @@ async fn tunnels_are_refused_with_a_hint() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_absolute_form_names_a_region() {
+async fn row_77_the_absolute_form_names_a_region() {
     let rig = Rig::set(&[]).await;
     for (authority, door) in [
         ("advertising-api.amazon.com", Door::Na),

@@ -10,7 +10,7 @@ use crate::wire::eventually;
 const CALL: &str = "GET /sandbox/echo HTTP/1.1\r\nHost: localhost\r\n\r\n";
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_slow_head_is_refused() {
+async fn threat_24_a_slow_head_is_refused() {
     let rig = Rig::set(&[("proxy.header_timeout", "150ms")]).await;
     for used in [false, true] {
         let mut wire = rig.dial().await;
@@ -173,7 +173,7 @@ async fn row_70_a_caller_that_takes_nothing_of_its_answer_is_cut_off_and_amazon_
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_body_that_does_not_go_on_is_given_up_and_never_a_complete_call() {
+async fn threat_24_a_body_that_does_not_go_on_is_given_up_and_never_a_complete_call() {
     let rig = Rig::set(&[("proxy.body_timeout", "150ms")]).await;
     for framing in ["Content-Length: 100", "Transfer-Encoding: chunked"] {
         rig.sandbox.clear_history();

@@ -22,5 +22,6 @@ mod proxying;
 mod reload;
 mod review;
 mod selection;
+mod threats;
 mod tokens;
 mod trouble;

@@ -5,7 +5,7 @@ use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
 use std::process::Command;
 
-use adsidecar::sandbox::{CLIENT_SECRET, Trouble};
+use adsidecar::sandbox::{CLIENT_SECRET, Rule, Trouble};
 use serde_json::Value;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -192,6 +192,159 @@ async fn row_99_out_of_descriptors_it_lives_on_and_recovers_by_itself() {
     })
     .await;
     assert_eq!(serving.child.try_wait().unwrap(), None, "it runs");
+}
+
+/// A figure of `/proc/PID/status`, in KiB.
+#[cfg(target_os = "linux")]
+fn kibibytes(serving: &Serving, name: &str) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{}/status", serving.child.id())).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':')).unwrap();
+    line.trim().trim_end_matches(" kB").parse().unwrap()
+}
+
+#[cfg(target_os = "linux")]
+#[tokio::test(flavor = "multi_thread")]
+async fn row_100_idle_connections_are_cheap_and_bounded() {
+    const CONNECTIONS: u64 = 400;
+    let rig = stopped().await;
+    let serving = Serving::start(&rig, &["--set", "proxy.max_connections=500"]).await;
+    let mut warm = TcpStream::connect(&serving.proxy).await.unwrap();
+    assert_eq!(ask(&mut warm).await, "HTTP/1.1 200 OK");
+    let before = kibibytes(&serving, "VmRSS");
+    let mut idle = Vec::new();
+    for _ in 0..CONNECTIONS {
+        let mut stream = TcpStream::connect(&serving.proxy).await.unwrap();
+        assert_eq!(ask(&mut stream).await, "HTTP/1.1 200 OK");
+        idle.push(stream);
+    }
+    let each = kibibytes(&serving, "VmRSS").saturating_sub(before) / CONNECTIONS;
+    assert!(each <= 24, "{each} KiB for each idle connection of an unoptimised build");
+    for _ in 0..200 {
+        let mut stream = TcpStream::connect(&serving.proxy).await.unwrap();
+        assert_eq!(ask(&mut stream).await, "HTTP/1.1 200 OK", "there is always room for one more");
+        idle.push(stream);
+    }
+    let metrics =
+        rig.client.get(format!("http://{}/metrics", serving.admin)).send().await.unwrap().text().await.unwrap();
+    let open = metrics.lines().find_map(|line| line.strip_prefix("adsidecar_connections{door=\"proxy\"} ")).unwrap();
+    assert!(open.parse::<u64>().unwrap() <= 500, "{open}");
+}
+
+#[cfg(target_os = "linux")]
+#[tokio::test(flavor = "multi_thread")]
+async fn threat_25_what_streams_through_is_not_held() {
+    let rig = stopped().await;
+    let serving = Serving::start(&rig, &[]).await;
+    assert_eq!(rig.client.get(serving.url("/v2/profiles")).send().await.unwrap().status(), 200);
+    let before = kibibytes(&serving, "VmHWM");
+    let mut download = rig.client.get(serving.url("/sandbox/bytes/67108864")).send().await.unwrap();
+    let mut came = 0;
+    while let Some(chunk) = download.chunk().await.unwrap() {
+        came += chunk.len();
+    }
+    let upload = rig.client.post(serving.url("/sandbox/echo")).body(vec![b'x'; 64 << 20]).send().await.unwrap();
+    assert_eq!((came, upload.status().as_u16()), (64 << 20, 200));
+    let grown = kibibytes(&serving, "VmHWM") - before;
+    assert!(grown < 16 << 10, "{grown} KiB more at the most, for 64 MiB each way");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn row_102_a_process_that_gets_no_time_loses_no_call_and_is_alive_after_it() {
+    let rig = stopped().await;
+    let serving =
+        Serving::start(&rig, &["--set", "proxy.header_timeout=500ms", "--set", "upstream.response_timeout=2s"]).await;
+    for _ in 0..3 {
+        let gate = rig.sandbox.set_trouble(Trouble::Gate);
+        let mut stream = TcpStream::connect(&serving.proxy).await.unwrap();
+        stream.write_all(b"GET /sandbox/echo HTTP/1.1\r\nHost: localhost\r\n\r\n").await.unwrap();
+        gate.reached(1).await;
+        serving.signal("STOP");
+        // The answer comes while it stands still, and so does a new caller.
+        gate.release();
+        let late = TcpStream::connect(&serving.proxy).await.unwrap();
+        tokio::time::sleep(std::time::Duration::from_millis(700)).await;
+        serving.signal("CONT");
+        let health = rig.client.get(format!("http://{}/livez", serving.admin)).send().await.unwrap();
+        assert_eq!(health.status(), 200);
+        let mut first = [0; 15];
+        stream.read_exact(&mut first).await.unwrap();
+        assert_eq!(&first, b"HTTP/1.1 200 OK");
+        let mut late = late;
+        assert_eq!(ask(&mut late).await, "HTTP/1.1 200 OK");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn row_103_a_panic_costs_its_call_alone() {
+    let rig = stopped().await;
+    let file = rig.config_file();
+    let mut command = command(&["serve", "--config", file.to_str().unwrap()]);
+    command.env("FAILPOINTS", "spine=2*panic(canary-panic)");
+    let mut serving = Serving::spawn(command).await;
+    for _ in 0..2 {
+        let failed = rig.client.get(serving.url("/v2/profiles")).send().await.unwrap();
+        assert_eq!((failed.status().as_u16(), crate::rig::code(&failed)), (500, "internal"));
+        let body = failed.text().await.unwrap();
+        assert!(!body.contains("canary"), "a caller is not told the inside: {body}");
+    }
+    assert_eq!(rig.client.get(serving.url("/v2/profiles")).send().await.unwrap().status(), 200);
+    let metrics =
+        rig.client.get(format!("http://{}/metrics", serving.admin)).send().await.unwrap().text().await.unwrap();
+    assert!(metrics.contains("status=\"500\"} 2"), "{metrics}");
+    assert_eq!(serving.child.try_wait().unwrap(), None, "it runs");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn threat_35_no_log_line_holds_a_secret_not_even_at_trace_and_of_a_panic() {
+    let rig = stopped().await;
+    let file = rig.config_file();
+    let mut command = command(&[
+        "serve",
+        "--config",
+        file.to_str().unwrap(),
+        "--set",
+        "log.level=trace",
+        "--set",
+        "log.audit=true",
+        "--set",
+        "proxy.caller_token=canary-caller-token",
+    ]);
+    command.env("FAILPOINTS", "spine=1*panic(x)").env("RUST_BACKTRACE", "full").env("RUST_LOG", "trace");
+    let serving = Serving::spawn(command).await;
+    let call = |path: &str| {
+        let request = rig.client.post(serving.url(path)).header("X-Ads-Sidecar-Token", "canary-caller-token");
+        request.header("Cookie", "canary-cookie").body("canary-body")
+    };
+    for path in [
+        "/v2/profiles?canary=canary-query",
+        "/v2/profiles",
+        "/sandbox/status/401",
+        "/sandbox/status/403",
+        "/api/auth/amazon/refresh",
+        "/auth/o2/token",
+    ] {
+        call(path).send().await.unwrap();
+    }
+    for trouble in [Trouble::Reset, Trouble::BadJson, Trouble::Html, Trouble::CloseMidBody] {
+        rig.sandbox.set_trouble(Rule::from(trouble).always());
+        let _ = call("/sandbox/bytes/1000").send().await.map(|answer| answer.text());
+        call("/api/auth/amazon/refresh").send().await.unwrap();
+        rig.sandbox.clear_trouble();
+    }
+    let wrong = rig
+        .client
+        .get(serving.url("/v2/profiles"))
+        .header("Authorization", "Bearer canary-guess")
+        .send()
+        .await
+        .unwrap();
+    assert_eq!(wrong.status(), 407);
+    serving.says("a step panicked").await;
+    let log = serving.log.lock().unwrap().clone();
+    assert!(log.lines().count() > 20, "{log}");
+    for secret in ["canary", "Atza|", "Atzr|", "Bearer", CLIENT_SECRET, FERNET_KEY, "gAAAA"] {
+        assert!(!log.contains(secret), "{secret} in {log}");
+    }
 }
 
 /// The status line of one call on this connection.

@@ -383,7 +383,7 @@ async fn a_life_is_believed_within_reason() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_refused_token_is_replaced_and_the_call_sent_once_more() {
+async fn row_54_a_refused_token_is_replaced_and_the_call_sent_once_more() {
     let rig = Rig::start().await;
     rig.log_in("default").await;
     let body = pseudo_random_bytes(200_000);
