@@ -339,7 +339,11 @@ pub fn token_problem(error: TokenError, login_url: &str) -> Problem {
     }
 }
 
-/// The callback's parameters, or `None` where they are none that Amazon would send.
+/// The parameters of a callback's query, or `None` where they are none that Amazon would send.
+pub fn read_callback(query: &str) -> Result<Option<Callback>, LoginError> {
+    callback(&Query::read(query)?)
+}
+
 fn callback(query: &Query) -> Result<Option<Callback>, LoginError> {
     let answer = match (query.get("code"), query.get("error")) {
         (Some(code), None) => Ok(Secret::new(code)),

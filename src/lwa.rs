@@ -4,7 +4,7 @@
 //! Each call has a connection of its own, without redirects and without the environment's proxies: a token call that
 //! meets a connection just being closed could not be repeated safely.
 
-mod answer;
+pub mod answer;
 
 use std::error::Error;
 use std::time::Duration;

@@ -32,7 +32,7 @@ struct Refusal {
 }
 
 /// The tokens in the body of a 200.
-pub(super) fn tokens(body: &[u8]) -> Result<Tokens, &'static str> {
+pub fn tokens(body: &[u8]) -> Result<Tokens, &'static str> {
     if depth(body) > MAX_DEPTH {
         return Err("the answer is nested too deep");
     }
@@ -84,7 +84,7 @@ fn depth(body: &[u8]) -> usize {
 }
 
 /// What an answer with another status means.
-pub(super) fn refusal(status: StatusCode, body: &[u8], retry_after: Option<Duration>) -> LwaError {
+pub fn refusal(status: StatusCode, body: &[u8], retry_after: Option<Duration>) -> LwaError {
     let error = serde_json::from_slice::<Refusal>(body).map(|refusal| refusal.error).unwrap_or_default();
     let later =
         |code| LwaError::TryLater { code, detail: format!("status {}", status.as_u16()), retry_after, taken: false };

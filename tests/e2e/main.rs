@@ -6,6 +6,7 @@ mod rig;
 mod wire;
 
 mod admin;
+mod chains;
 mod commands;
 mod floors;
 mod forms;
@@ -15,6 +16,7 @@ mod headers;
 mod http2;
 mod limits;
 mod login;
+mod login_attacks;
 mod operation;
 mod policy;
 mod process;
