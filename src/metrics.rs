@@ -77,6 +77,7 @@ pub struct Metrics {
     pub clock_jumps: IntCounter,
     pub token_answer_oddities: IntCounterVec,
     pub refresh_interrupted: IntCounterVec,
+    pub refresh_dropped: IntCounter,
     log_dropped: IntCounterVec,
     reload_timestamp: Gauge,
     reload_success: IntGauge,
@@ -199,6 +200,13 @@ impl Metrics {
                 "What was odd about token answers and was put up with",
                 &["kind"],
             )?,
+            refresh_dropped: add(
+                r,
+                IntCounter::new(
+                    "token_refresh_dropped_total",
+                    "Renewals dropped because the grant was replaced or logged out meanwhile",
+                )?,
+            )?,
             refresh_interrupted: counters(
                 r,
                 "token_refresh_interrupted_total",
@@ -251,6 +259,7 @@ impl Metrics {
 
     /// Makes the series that an alert or a `rate()` asks for before their first event.
     fn begin_series(&self) {
+        self.refresh_interrupted.with_label_values(&["lost"]);
         self.token_refresh.with_label_values(&["success", ""]);
         for reason in REFRESH_FAILURES {
             self.token_refresh.with_label_values(&["failure", reason]);

@@ -7,7 +7,9 @@ mod wire;
 
 mod admin;
 mod chains;
+mod clocks;
 mod commands;
+mod flights;
 mod floors;
 mod forms;
 mod framing;
@@ -25,5 +27,7 @@ mod reload;
 mod review;
 mod selection;
 mod threats;
+mod token_endpoint;
 mod tokens;
 mod trouble;
+mod unauthorized;
