@@ -5,7 +5,6 @@ use std::time::Duration;
 
 use super::select::Call;
 use super::trip::Trip;
-use crate::families::Family;
 use crate::log::AUDIT_TARGET;
 use crate::problem::Code;
 
@@ -27,10 +26,10 @@ impl Record {
         tracing::event_enabled!(target: AUDIT_TARGET, tracing::Level::INFO).then(Box::default)
     }
 
-    pub(super) fn is_for(&mut self, call: &Call<'_>, family: &Family) {
+    pub(super) fn is_for(&mut self, call: &Call<'_>) {
         call.account_name().clone_into(&mut self.account);
         call.user.as_str().clone_into(&mut self.user);
-        (self.region, self.family) = (call.region.as_str(), family.name);
+        (self.region, self.family) = (call.region.as_str(), call.family.name);
     }
 
     pub(super) fn would_be_denied(&mut self) {
@@ -46,7 +45,7 @@ impl Record {
     }
 
     /// Writes the line.
-    pub(super) fn end(&self, trip: &Trip, status: u16, took: Duration) {
+    pub(super) fn end(&self, trip: &Trip<'_>, status: u16, took: Duration) {
         let milliseconds = |time: Duration| time.as_micros() as f64 / 1000.0;
         tracing::info!(
             target: AUDIT_TARGET,
