@@ -276,6 +276,15 @@ impl Metrics {
             self.store_errors.with_label_values(&[op]);
         }
         self.upstream_unauthorized.with_label_values(&["token"]);
+        for outcome in ["lost", "recovered"] {
+            self.refresh_interrupted.with_label_values(&[outcome]);
+        }
+        for kind in ["expires_in_missing", "expires_in_too_long", "expires_in_unusable", "token_type_missing"] {
+            self.token_answer_oddities.with_label_values(&[kind]);
+        }
+        for mode in ["enforce", "observe"] {
+            self.policy_denied.with_label_values(&["", mode]);
+        }
         self.log_lines(Dropped::default());
     }
 
