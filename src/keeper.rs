@@ -371,7 +371,7 @@ impl Keeper {
     fn amazon_says(&self, time: Timestamp) {
         let skew = self.0.clock.amazon_says(time).as_secs_f64();
         // A date tells the whole second that had begun.
-        self.0.metrics.clock_skew.set((skew - 0.5).round());
+        self.0.metrics.clock_skew.set(skew.floor());
     }
 
     /// Says once in the log that a consent is about to end.

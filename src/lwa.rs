@@ -214,11 +214,14 @@ fn bad_answer(detail: impl std::fmt::Display) -> LwaError {
 }
 
 fn is_tls(error: &reqwest::Error) -> bool {
-    let io = |error: &(dyn Error + 'static)| {
-        let inner = error.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref);
-        inner.is_some_and(|inner| inner.is::<rustls::Error>())
-    };
-    chain(error).any(|cause| cause.is::<rustls::Error>() || io(cause))
+    chain(error).any(|cause| {
+        let mut inner = cause;
+        // An I/O error hides what it was made of: it names the source of that as its own.
+        while let Some(hidden) = inner.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref) {
+            inner = hidden;
+        }
+        inner.is::<rustls::Error>()
+    })
 }
 
 /// The library gives its resolver's errors no type of their own, only this name.

@@ -77,6 +77,7 @@ pub struct Metrics {
     pub clock_jumps: IntCounter,
     pub token_answer_oddities: IntCounterVec,
     pub refresh_interrupted: IntCounterVec,
+    pub refresh_dropped: IntCounter,
     log_dropped: IntCounterVec,
     reload_timestamp: Gauge,
     reload_success: IntGauge,
@@ -199,6 +200,13 @@ impl Metrics {
                 "What was odd about token answers and was put up with",
                 &["kind"],
             )?,
+            refresh_dropped: add(
+                r,
+                IntCounter::new(
+                    "token_refresh_dropped_total",
+                    "Renewals dropped because the grant was replaced or logged out meanwhile",
+                )?,
+            )?,
             refresh_interrupted: counters(
                 r,
                 "token_refresh_interrupted_total",
@@ -251,6 +259,7 @@ impl Metrics {
 
     /// Makes the series that an alert or a `rate()` asks for before their first event.
     fn begin_series(&self) {
+        self.refresh_interrupted.with_label_values(&["lost"]);
         self.token_refresh.with_label_values(&["success", ""]);
         for reason in REFRESH_FAILURES {
             self.token_refresh.with_label_values(&["failure", reason]);
@@ -267,6 +276,15 @@ impl Metrics {
             self.store_errors.with_label_values(&[op]);
         }
         self.upstream_unauthorized.with_label_values(&["token"]);
+        for outcome in ["lost", "recovered"] {
+            self.refresh_interrupted.with_label_values(&[outcome]);
+        }
+        for kind in ["expires_in_missing", "expires_in_too_long", "expires_in_unusable", "token_type_missing"] {
+            self.token_answer_oddities.with_label_values(&[kind]);
+        }
+        for mode in ["enforce", "observe"] {
+            self.policy_denied.with_label_values(&["", mode]);
+        }
         self.log_lines(Dropped::default());
     }
 

@@ -21,14 +21,13 @@ use hyper::body::Incoming;
 pub use body::Body;
 
 use crate::account::{Account, Region, UserId};
-use crate::families::family;
 use crate::guard::{Guard, Refusal};
 use crate::keeper::{Keeper, TokenError};
 use crate::login_door::{Endpoint, LoginDoor, LoginError, token_problem};
 use crate::metrics::Metrics;
 use crate::policy::{self, Denied, Mode};
 use crate::problem::Problem;
-use crate::request_id::{REQUEST_ID, RequestIds};
+use crate::request_id::RequestIds;
 use crate::rewrite::{self, Attach, HINT};
 use crate::serve::Peer;
 use crate::target::{Of, Target};
@@ -137,25 +136,24 @@ impl Proxy {
     /// One answer and one record, whatever happens.
     pub async fn serve(&self, request: Request<Incoming>, peer: Peer) -> Response<Body> {
         let (parts, incoming) = request.into_parts();
-        let mut trip = Trip::begin(self.metrics.clone(), &parts.method, self.request_ids.of(&parts.headers));
+        let mut trip = Trip::begin(&self.metrics, &parts.method, self.request_ids.of(&parts.headers));
         let forwarded = AssertUnwindSafe(self.forward(&parts, incoming, peer, &mut trip)).catch_unwind().await;
-        let mut answer = match forwarded.unwrap_or(Err(ProxyError::Panicked)) {
+        let answer = match forwarded.unwrap_or(Err(ProxyError::Panicked)) {
             Ok(answer) => answer,
             Err(error) => {
                 trip.fails(&error);
                 self.problem(error, &parts).respond(trip.request_id()).map(Body::own)
             }
         };
-        answer.headers_mut().insert(REQUEST_ID, trip.request_id_header());
         trip.end(answer)
     }
 
-    async fn forward(
-        &self,
+    async fn forward<'a>(
+        &'a self,
         parts: &Parts,
         incoming: Incoming,
         peer: Peer,
-        trip: &mut Trip,
+        trip: &mut Trip<'a>,
     ) -> Result<Response<Body>, ProxyError> {
         let target = self.guard.admit(parts, peer)?;
         if let Some(endpoint) = endpoint(&target) {
@@ -171,7 +169,7 @@ impl Proxy {
         let call = self.accounts.select(&target, &parts.headers)?;
         trip.is_for(&call);
         self.may_leave(&call, parts, &target)?;
-        if family(target.path()).is_unknown() {
+        if call.family.is_unknown() {
             self.metrics.unknown_family.inc();
         }
         let body = self.body(parts, incoming)?;
@@ -220,7 +218,7 @@ impl Proxy {
         target: &Target,
         bearer: &HeaderValue,
         body: Outgoing,
-        trip: &mut Trip,
+        trip: &mut Trip<'_>,
     ) -> Result<(Response<Answer>, Option<Arc<Held>>), ProxyError> {
         let held = body.progress();
         let patient = takes_event_stream(&parts.headers);
@@ -250,7 +248,7 @@ impl Proxy {
         body: Outgoing,
     ) -> Request<Outgoing> {
         let attach = Attach {
-            family: family(target.path()),
+            family: call.family,
             host: Some(self.upstream.authority(call.region)),
             bearer,
             client_id: &self.client_id,
@@ -274,7 +272,7 @@ impl Proxy {
         target: &Target,
         bearer: &HeaderValue,
         sent: Option<Arc<Held>>,
-        trip: &mut Trip,
+        trip: &mut Trip<'_>,
     ) -> Result<Response<Body>, ProxyError> {
         if answer.status() == StatusCode::FORBIDDEN && !(is_amc(target) && self.keeper.near_expiry(&call.user)) {
             return Ok(answer.map(Body::amazon));
@@ -359,7 +357,7 @@ fn is_amc(target: &Target) -> bool {
     target.path().split('/').find(|segment| !segment.is_empty()) == Some("amc")
 }
 
-fn to_caller(mut answer: Response<Body>, call: &Call<'_>, trip: &mut Trip) -> Response<Body> {
+fn to_caller(mut answer: Response<Body>, call: &Call<'_>, trip: &mut Trip<'_>) -> Response<Body> {
     trip.answered_by_amazon();
     *answer.version_mut() = http::Version::HTTP_11;
     rewrite::to_caller(answer.headers_mut());

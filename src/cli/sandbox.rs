@@ -31,6 +31,9 @@ struct Arguments {
     /// Log nobody in: show the link instead
     #[arg(long)]
     no_login: bool,
+    /// Offer HTTP/2 at the Ads hosts, by ALPN
+    #[arg(long)]
+    http2: bool,
     /// Where adsidecar's proxy door listens [default: 127.0.0.1:8001 and [::1]:8001]
     #[arg(long, value_name = "ADDRESS")]
     proxy: Option<SocketAddr>,
@@ -96,6 +99,7 @@ fn serve(arguments: &Arguments) -> Result<(), Failed> {
 async fn start(arguments: &Arguments, clock: Clock) -> Result<Sandbox, Failed> {
     let mut options = if arguments.calm { Options::calm(clock) } else { Options::rough(clock) };
     options.auto_consent = false;
+    options.http2 = arguments.http2;
     let door = |offset: u16| {
         let port = arguments.amazon.port();
         SocketAddr::new(arguments.amazon.ip(), if port == 0 { 0 } else { port.saturating_add(offset) })

@@ -113,6 +113,7 @@ impl Entry {
 
     /// Begins a flight, unless one is under way.
     pub(super) fn take_off(&self) -> bool {
+        fail_point!("flights_many", |_| true);
         !self.flying.swap(true, SeqCst)
     }
 
@@ -157,6 +158,8 @@ impl Entry {
 impl Writing<'_> {
     /// What a renewal of `generation` may replace; `None` where the grant was replaced or logged out since it was asked for.
     pub(super) fn of(&self, generation: u64) -> Option<Arc<Held>> {
+        // Wrong on purpose, so that the model and the races can show that they would see it.
+        fail_point!("renewal_blind", |_| Some(self.entry.held.load_full()));
         let held = self.entry.held.load_full();
         held.is_of(generation).then_some(held)
     }

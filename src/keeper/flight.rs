@@ -100,6 +100,7 @@ impl Flight {
         let write = self.entry.write().await;
         let Some(held) = write.of(grant.generation) else {
             self.keeper.0.intents.end(user);
+            self.keeper.0.metrics.refresh_dropped.inc();
             tracing::info!(%user, "renewal dropped: the grant was replaced or logged out meanwhile");
             return;
         };

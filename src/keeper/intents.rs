@@ -51,6 +51,7 @@ impl Intents {
 impl Keeper {
     /// Writes down that a renewal of `generation` begins. Where the store does not take it, the renewal goes on all the same.
     pub(super) async fn intend(&self, user: &UserId, generation: u64) {
+        fail_point!("intents_none", |_| ());
         let intents = &self.0.intents;
         let mut written = intents.written.lock().await;
         self.read_intents(&mut written).await;

@@ -6,6 +6,7 @@ use http::header::{HeaderMap, HeaderName, HeaderValue};
 
 use super::Selection;
 use crate::account::{Account, BadName, BadRegion, Ids, Region, UserId};
+use crate::families::{Family, family};
 use crate::policy::Rules;
 use crate::target::{Of, Target};
 
@@ -38,6 +39,8 @@ pub(super) struct Call<'a> {
     pub(super) region: Region,
     /// Whether that is where the account's data lives.
     at_home: bool,
+    /// Of the path that leaves.
+    pub(super) family: &'static Family,
     /// What it has to keep to.
     pub(super) rules: &'a Rules,
 }
@@ -73,7 +76,7 @@ impl Accounts {
     pub(super) fn select(&self, target: &Target, headers: &HeaderMap) -> Result<Call<'_>, Unselected> {
         let host_region = if let Of::Ads(region) = target.of { Some(region) } else { None };
         if self.selection == Selection::Fixed {
-            return Ok(self.call(self.fallback(), None, host_region));
+            return Ok(self.call(target, self.fallback(), None, host_region));
         }
         let said_region = single(headers, &X_ADS_REGION)?.map(str::parse).transpose();
         let region = host_region.or(said_region.map_err(|BadRegion| Unselected::Bad("X-Ads-Region is na, eu or fe."))?);
@@ -81,22 +84,28 @@ impl Accounts {
             target.account.as_deref().map_or_else(|| single(headers, &X_ADS_ACCOUNT), |name| Ok(Some(name)))?
         {
             let account = self.by_name.get(name).ok_or(Unselected::Unknown)?;
-            return Ok(self.call(Some(account), None, region));
+            return Ok(self.call(target, Some(account), None, region));
         }
         if let Some(user) = single(headers, &X_ADS_USER)? {
             let user = user
                 .parse()
                 .map_err(|BadName| Unselected::Bad("X-Ads-User is 1 to 128 of A-Z a-z 0-9 . _ @ : | + -."))?;
-            return Ok(self.call(None, Some(user), region));
+            return Ok(self.call(target, None, Some(user), region));
         }
-        Ok(self.call(self.fallback(), None, region))
+        Ok(self.call(target, self.fallback(), None, region))
     }
 
     fn fallback(&self) -> Option<&Account> {
         self.fallback.as_ref().and_then(|name| self.by_name.get(name))
     }
 
-    fn call<'a>(&'a self, account: Option<&'a Account>, user: Option<UserId>, asked: Option<Region>) -> Call<'a> {
+    fn call<'a>(
+        &'a self,
+        target: &Target,
+        account: Option<&'a Account>,
+        user: Option<UserId>,
+        asked: Option<Region>,
+    ) -> Call<'a> {
         let home = account.and_then(|account| account.region).unwrap_or(self.region);
         let region = asked.unwrap_or(home);
         let user = user.or_else(|| account.map(|account| account.user.clone())).unwrap_or_default();
@@ -104,7 +113,7 @@ impl Accounts {
             Some(account) => &account.rules,
             None => self.rules_by_user.get(&user).unwrap_or(&self.rules),
         };
-        Call { account, user, region, at_home: region == home, rules }
+        Call { account, user, region, at_home: region == home, family: family(target.path()), rules }
     }
 }
 

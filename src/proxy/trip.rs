@@ -11,6 +11,7 @@ use super::{Body, ProxyError};
 use crate::account::Region;
 use crate::keeper::TokenError;
 use crate::metrics::Metrics;
+use crate::request_id::REQUEST_ID;
 
 /// Counted for a caller that hung up before its answer, as nginx does.
 const CLIENT_CLOSED: u16 = 499;
@@ -23,11 +24,11 @@ const AMAZON_ID: [HeaderName; 3] = [
 ];
 
 #[derive(Debug)]
-pub(super) struct Trip {
-    metrics: Arc<Metrics>,
+pub(super) struct Trip<'a> {
+    metrics: &'a Metrics,
     begun: Instant,
     method: &'static str,
-    account: String,
+    account: &'a str,
     region: &'static str,
     source: &'static str,
     hint: Option<&'static str>,
@@ -43,13 +44,13 @@ pub(super) struct Trip {
 #[derive(Debug)]
 pub(super) struct InFlight(Arc<Metrics>);
 
-impl Trip {
-    pub(super) fn begin(metrics: Arc<Metrics>, method: &Method, request_id: HeaderValue) -> Self {
+impl<'a> Trip<'a> {
+    pub(super) fn begin(metrics: &'a Arc<Metrics>, method: &Method, request_id: HeaderValue) -> Self {
         metrics.in_flight.inc();
         Self {
             begun: Instant::now(),
             method: label(method),
-            account: String::new(),
+            account: "",
             region: "",
             source: "sidecar",
             hint: None,
@@ -66,12 +67,8 @@ impl Trip {
         self.request_id.to_str().unwrap_or_default()
     }
 
-    pub(super) fn request_id_header(&self) -> HeaderValue {
-        self.request_id.clone()
-    }
-
-    pub(super) fn is_for(&mut self, call: &Call<'_>) {
-        call.account_name().clone_into(&mut self.account);
+    pub(super) fn is_for(&mut self, call: &Call<'a>) {
+        self.account = call.account_name();
         self.region = call.region.as_str();
     }
 
@@ -110,9 +107,11 @@ impl Trip {
         self.source = "amazon";
     }
 
-    /// Ends with `answer`, whose body counts as in flight until it has passed.
-    pub(super) fn end(mut self, answer: Response<Body>) -> Response<Body> {
+    /// Ends with `answer`, which tells the request's id, and whose body counts as in flight until it has passed.
+    pub(super) fn end(mut self, mut answer: Response<Body>) -> Response<Body> {
         self.record(answer.status().as_u16());
+        let request_id = std::mem::replace(&mut self.request_id, HeaderValue::from_static(""));
+        answer.headers_mut().insert(REQUEST_ID, request_id);
         let in_flight = self.in_flight.take();
         answer.map(|body| body.until_passed(in_flight))
     }
@@ -121,7 +120,7 @@ impl Trip {
         self.ended = true;
         let took = self.begun.elapsed();
         let mut text = [0u8; 3];
-        let labels = [self.account.as_str(), self.region, self.method, digits(status, &mut text), self.source];
+        let labels = [self.account, self.region, self.method, digits(status, &mut text), self.source];
         self.metrics.requests.with_label_values(&labels).inc();
         self.metrics.request_duration.with_label_values(&[self.source]).observe(took.as_secs_f64());
         // One line per failure that an operator can do something about; what a caller did wrong it was told itself.
@@ -162,7 +161,7 @@ impl Trip {
     }
 }
 
-impl Drop for Trip {
+impl Drop for Trip<'_> {
     fn drop(&mut self) {
         if !self.ended {
             self.record(CLIENT_CLOSED);

@@ -50,6 +50,17 @@ enum Doing {
     Closing = 3,
 }
 
+impl Doing {
+    fn of(state: u64) -> Self {
+        match state & 3 {
+            0 => Self::Idle,
+            1 => Self::Head,
+            2 => Self::Busy,
+            _ => Self::Closing,
+        }
+    }
+}
+
 /// What a connection is told to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Command {
@@ -207,7 +218,7 @@ impl Drop for Seat {
 impl Activity {
     /// The first byte after idleness begins a head.
     pub(super) fn bytes_came(&self) {
-        if self.doing().0 == Doing::Idle {
+        if Doing::of(self.state.load(Relaxed)) == Doing::Idle {
             self.set(Doing::Head);
         }
     }
@@ -220,13 +231,7 @@ impl Activity {
     /// What it does, and for how long already.
     fn doing(&self) -> (Doing, Duration) {
         let state = self.state.load(Relaxed);
-        let doing = match state & 3 {
-            0 => Doing::Idle,
-            1 => Doing::Head,
-            2 => Doing::Busy,
-            _ => Doing::Closing,
-        };
-        (doing, self.born.elapsed().saturating_sub(Duration::from_micros(state >> 2)))
+        (Doing::of(state), self.born.elapsed().saturating_sub(Duration::from_micros(state >> 2)))
     }
 
     fn order(&self, command: Command) {

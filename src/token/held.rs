@@ -70,6 +70,7 @@ impl Kept {
     /// sleeps, the monotonic one when the wall clock is set back, and Amazon's is right.
     pub fn left(&self, now: Moment) -> Option<SignedDuration> {
         let expires_at = self.grant.access.as_ref()?.expires_at;
+        fail_point!("clock_wall_alone", |_| Some(expires_at.duration_since(now.wall)));
         let left = expires_at.duration_since(now.wall).min(self.until.saturating_sub(now.uptime));
         let by_amazon = now.amazon.filter(|_| !self.ours).map(|amazon| expires_at.duration_since(amazon));
         Some(by_amazon.map_or(left, |by_amazon| by_amazon.min(left)))

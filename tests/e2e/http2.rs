@@ -5,7 +5,7 @@ use adsidecar::sandbox::{Options, Rule, Trouble, pseudo_random_bytes};
 use sha2::{Digest, Sha256};
 use tokio::task::JoinSet;
 
-use crate::rig::{Rig, json};
+use crate::rig::{Rig, eventually, json};
 
 async fn rig(http2: &str) -> Rig {
     let clock = Clock::frozen("2026-08-01T12:00:00Z".parse().unwrap());
@@ -64,6 +64,27 @@ async fn concurrent_calls_share_one_connection() {
         at_once(&rig, 50).await;
         assert_eq!(connections(&rig).len(), 1, "{mode}");
         assert_eq!(rig.ads_calls().len(), 51);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_goes_on_calling_alone_gets_a_connection_of_http1() {
+    for (mode, lane) in [("auto", true), ("always", false)] {
+        let rig = rig(mode).await;
+        let call = async || {
+            rig.get("/v2/profiles").await.bytes().await.unwrap();
+            (connections(&rig).len() == 2).then_some(())
+        };
+        for _ in 0..200 {
+            call().await;
+        }
+        if lane {
+            eventually("a second connection", call).await;
+            at_once(&rig, 50).await;
+            assert_eq!(connections(&rig).len(), 2, "one for a lone caller, one for all others");
+        } else {
+            assert_eq!(call().await, None, "HTTP/2 or nothing");
+        }
     }
 }
 

@@ -7,7 +7,9 @@ mod wire;
 
 mod admin;
 mod chains;
+mod clocks;
 mod commands;
+mod flights;
 mod floors;
 mod forms;
 mod framing;
@@ -23,5 +25,7 @@ mod proxying;
 mod reload;
 mod review;
 mod selection;
+mod token_endpoint;
 mod tokens;
 mod trouble;
+mod unauthorized;

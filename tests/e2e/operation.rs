@@ -291,13 +291,17 @@ async fn the_status_page_shows_each_user_and_where_to_log_in_and_runs_nothing() 
 
 // Process 1 of a container.
 
-/// Runs the sidecar as the first process of a process namespace, as a container's entry point is.
-async fn as_process_1(rig: &Rig) -> (Serving, u32) {
-    let file = rig.config_file();
+/// The program as the first process of a process namespace, as a container's entry point is.
+fn as_process_1(rig: &Rig) -> Command {
     let arguments = ["--pid", "--fork", "--kill-child", env!("CARGO_BIN_EXE_adsidecar"), "--config"];
     let mut unshare = Command::new("unshare");
-    unshare.args(arguments).arg(file).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
-    let serving = Serving::spawn(unshare).await;
+    unshare.args(arguments).arg(rig.config_file());
+    unshare.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+    unshare
+}
+
+async fn serving_as_process_1(rig: &Rig) -> (Serving, u32) {
+    let serving = Serving::spawn(as_process_1(rig)).await;
     let child = children(serving.child.id()).first().copied().expect("unshare has one child");
     (serving, child)
 }
@@ -315,7 +319,7 @@ fn children(process: u32) -> Vec<u32> {
 #[tokio::test(flavor = "multi_thread")]
 async fn as_process_1_it_obeys_a_signal_and_leaves_no_zombies() {
     let rig = stopped().await;
-    let (mut serving, process) = as_process_1(&rig).await;
+    let (mut serving, process) = serving_as_process_1(&rig).await;
     // Its parent is gone at once, so process 1 inherits it.
     let mut orphan = Command::new("nsenter");
     orphan.args(["--target", &process.to_string(), "--pid", "sh", "-c", "(sleep 0.2; exit 3) & exit 0"]);
@@ -328,4 +332,21 @@ async fn as_process_1_it_obeys_a_signal_and_leaves_no_zombies() {
     let (code, took) = serving.ended().await;
     assert_eq!(code, Some(0));
     assert!(took < Duration::from_secs(3), "{took:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn waiting_as_process_1_ends_when_it_is_told_to() {
+    let rig = stopped().await;
+    let doors = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    // Nobody answers there.
+    let admin = format!("admin.listen={}", doors.local_addr().unwrap());
+    let mut waiting = as_process_1(&rig).args(["--set", &admin, "wait", "--timeout", "1h"]).spawn().unwrap();
+    let outer = waiting.id();
+    let asked = tokio::task::spawn_blocking(move || doors.accept().unwrap());
+    let _connection = tokio::time::timeout(Duration::from_secs(10), asked).await.expect("it asks").unwrap();
+    let process = children(outer).first().copied().expect("unshare has one child");
+    assert!(Command::new("kill").arg(process.to_string()).status().unwrap().success());
+    let ended = tokio::task::spawn_blocking(move || waiting.wait().unwrap());
+    let ended = tokio::time::timeout(Duration::from_secs(10), ended).await.expect("it ends").unwrap();
+    assert_eq!(ended.code(), Some(1));
 }

@@ -67,6 +67,11 @@ impl Wire {
         let _ = self.stream.flush().await;
     }
 
+    /// Writes, and says whether the other end still takes it.
+    pub async fn sends(&mut self, bytes: &[u8]) -> bool {
+        self.stream.write_all(bytes).await.is_ok() && self.stream.flush().await.is_ok()
+    }
+
     /// Closes in good order: over TLS too the other end knows that this was all.
     pub async fn end(&mut self) {
         let _ = self.stream.shutdown().await;
