@@ -251,7 +251,7 @@ mod tests {
     }
 
     #[test]
-    fn an_id_that_would_split_a_header_is_refused() {
+    fn threat_21_an_id_that_would_split_a_header_is_refused() {
         let mut ids = Ids::default();
         for bad in ["", "a b", "a\r\nx: y", "é", &"1".repeat(65)] {
             assert_eq!(ids.set(Context::Scope, bad), Err(BadId), "{bad:?}");

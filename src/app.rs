@@ -39,6 +39,8 @@ use reload::{Fixed, LOOK_EVERY, Watched};
 
 /// The admin door serves a kubelet, a scraper and a person, and none of them for long.
 const ADMIN_CONNECTIONS: usize = 256;
+/// The file mode of a Unix socket of the login and the admin door: for the user that adsidecar runs as.
+const OWN_SOCKET: u32 = 0o600;
 /// How long a shutdown waits for token calls that are in flight: their own deadline and a little more.
 const SETTLE: Duration = Duration::from_secs(12);
 
@@ -268,15 +270,15 @@ impl Reloads {
         let config = watched.read()?;
         reload::needs_restart(&self.fixed, &config)?;
         let lwa = Lwa::new(config.lwa.clone())?;
-        let (keeper, metrics, limits, level) = (config.keeper.clone(), config.metrics, config.limits, config.log.level);
+        let (keeper, metrics, limits, log) = (config.keeper.clone(), config.metrics, config.limits, config.log);
         let front = Front::new(config, lwa.clone(), &self.lasting).map_err(|error| error.to_string())?;
         // Nothing fails from here on.
         self.front.store(Arc::new(front));
         for (door, limits) in self.limits.iter().zip(limits_of_doors(limits)) {
             door.store(Arc::new(limits));
         }
-        if let Some(log) = &self.lasting.log {
-            log.set_level(level);
+        if let Some(running) = &self.lasting.log {
+            running.reconfigure(log);
         }
         self.lasting.metrics.reconfigure(metrics);
         self.lasting.keeper.reconfigure(keeper, lwa);
@@ -292,9 +294,9 @@ async fn bind(config: &Config) -> Result<[Door; 3], BuildError> {
     };
     let [proxy, login, admin] = limits_of_doors(config.limits);
     Ok([
-        Door::bind(&config.proxy_listen, config.proxy_listen_default, proxy, late()).await?,
-        Door::bind(&config.login_listen, false, login, late()).await?,
-        Door::bind(&config.admin_listen, config.admin_listen_default, admin, late()).await?,
+        Door::bind(&config.proxy_listen, config.proxy_listen_default, config.socket_mode, proxy, late()).await?,
+        Door::bind(&config.login_listen, false, OWN_SOCKET, login, late()).await?,
+        Door::bind(&config.admin_listen, config.admin_listen_default, OWN_SOCKET, admin, late()).await?,
     ])
 }
 

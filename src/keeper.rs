@@ -7,6 +7,7 @@
 //! The hot path, [`Keeper::bearer`] with a token that has enough of its life left, takes no lock that a renewal holds.
 
 mod agenda;
+mod clocks;
 mod configured;
 mod entry;
 mod flight;
@@ -21,19 +22,18 @@ use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
-use http::{HeaderMap, HeaderValue};
-use jiff::{SignedDuration, Timestamp};
+use http::HeaderValue;
+use jiff::SignedDuration;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, timeout, timeout_at};
 use tokio_util::task::TaskTracker;
 
 use crate::account::UserId;
-use crate::clock::{Clock, date_of};
+use crate::clock::Clock;
 use crate::lwa::Lwa;
 use crate::metrics::Metrics;
-use crate::moment::Moment;
 use crate::store::{StoreError, TokenStore};
-use crate::token::{ConsentAge, Cure, Grant, Held, Kept, Policy, RefreshToken};
+use crate::token::{Cure, Grant, Held, Kept, Policy, RefreshToken};
 use agenda::Agenda;
 use configured::ADOPTED;
 use entry::{Entry, Writing};
@@ -70,8 +70,6 @@ const STORE_PERIOD: Duration = Duration::from_secs(1);
 /// At the start the background's first renewals are spread: over this long for each user, and over this long at most.
 const SPREAD_EACH: Duration = Duration::from_millis(60);
 const SPREAD_MAX: Duration = Duration::from_secs(60);
-/// Of Amazon's answers one in this many seconds is asked for its date.
-const LISTEN_EVERY: i64 = 10;
 
 /// Keeps every user's tokens alive. Cloning gives another handle to the same keeper.
 #[derive(Clone, Debug)]
@@ -354,36 +352,6 @@ impl Keeper {
         self.0.flights.close();
         self.0.flights.wait().await;
         self.settle_intents().await;
-    }
-
-    /// Compares the clocks by an answer of the Ads API, now and then.
-    pub fn heard(&self, headers: &HeaderMap) {
-        let uptime = self.0.clock.uptime().as_secs();
-        if uptime < self.0.listen_at.load(Relaxed) {
-            return;
-        }
-        self.0.listen_at.store(uptime.saturating_add(LISTEN_EVERY), Relaxed);
-        if let Some(time) = date_of(headers) {
-            self.amazon_says(time);
-        }
-    }
-
-    fn amazon_says(&self, time: Timestamp) {
-        let skew = self.0.clock.amazon_says(time).as_secs_f64();
-        // A date tells the whole second that had begun.
-        self.0.metrics.clock_skew.set(skew.floor());
-    }
-
-    /// Says once in the log that a consent is about to end.
-    fn tell_of_consent(&self, entry: &Entry, now: Moment) {
-        let held = entry.held();
-        let Some(grant) = held.grant() else { return };
-        let (age, expires_at) = (grant.consent(now.wall), grant.consent_expires_at());
-        if let (Some(ConsentAge::Ending | ConsentAge::Ended), Some(expires_at)) = (age, expires_at)
-            && entry.first_told()
-        {
-            tracing::warn!(user = %entry.user, %expires_at, "the consent ends, and no renewal extends it: the user has to log in again before");
-        }
     }
 
     /// Makes `held` what everybody sees, and plans its next renewal. Wakes nobody: see [`Writing::publish`].

@@ -26,6 +26,9 @@ use flood::Floods;
 /// Every target of ours begins with this, in the library and in both binaries.
 const OWN_TARGET: &str = "adsidecar";
 
+/// The target of the audit log, which is on or off whatever the level is.
+pub const AUDIT_TARGET: &str = "adsidecar::audit";
+
 /// The most that the libraries below us may say, whatever is asked for.
 const LIBRARIES: LevelFilter = LevelFilter::WARN;
 
@@ -39,6 +42,8 @@ pub struct Settings {
     pub format: Format,
     /// `log.level`.
     pub level: Level,
+    /// `log.audit`: a line for each call to Amazon.
+    pub audit: bool,
 }
 
 /// One line as text or as a JSON object.
@@ -72,7 +77,8 @@ pub enum Level {
 #[derive(Clone, Debug)]
 pub struct LogHandle {
     filter: reload::Handle<Targets, Registry>,
-    level: Arc<Mutex<Level>>,
+    /// The least important level, and whether there is an audit log.
+    now: Arc<Mutex<(Level, bool)>>,
     floods: Floods,
     unwritten: Option<ErrorCounter>,
     writer: Arc<Mutex<Option<WorkerGuard>>>,
@@ -114,14 +120,24 @@ impl LogHandle {
 
     /// From now on lines of `level` and above are written.
     pub fn set_level(&self, level: Level) {
-        // This fails only where the log is gone, and then there is nothing to change.
-        let _ = self.filter.reload(filter(level));
-        *self.level.lock().unwrap_or_else(PoisonError::into_inner) = level;
+        self.change(|now| now.0 = level);
+    }
+
+    /// Takes the level and the audit log of `settings` into use; the format stays.
+    pub fn reconfigure(&self, settings: Settings) {
+        self.change(|now| *now = (settings.level, settings.audit));
     }
 
     /// The least important level that is written now.
     pub fn level(&self) -> Level {
-        *self.level.lock().unwrap_or_else(PoisonError::into_inner)
+        self.now.lock().unwrap_or_else(PoisonError::into_inner).0
+    }
+
+    fn change(&self, change: impl FnOnce(&mut (Level, bool))) {
+        let mut now = self.now.lock().unwrap_or_else(PoisonError::into_inner);
+        change(&mut now);
+        // This fails only where the log is gone, and then there is nothing to change.
+        let _ = self.filter.reload(filter(now.0, now.1));
     }
 }
 
@@ -172,14 +188,14 @@ where
             lines.json().flatten_event(true).with_current_span(false).with_span_list(false).with_ansi(false).boxed()
         }
     };
-    let (filter, handle) = reload::Layer::new(filter(settings.level));
-    let level = Arc::new(Mutex::new(settings.level));
+    let (filter, handle) = reload::Layer::new(filter(settings.level, settings.audit));
+    let now = Arc::new(Mutex::new((settings.level, settings.audit)));
     let floods = Floods::default();
-    let handle = LogHandle { filter: handle, level, floods: floods.clone(), unwritten: None, writer: Arc::default() };
+    let handle = LogHandle { filter: handle, now, floods: floods.clone(), unwritten: None, writer: Arc::default() };
     (Registry::default().with(filter).with(floods).with(lines), handle)
 }
 
-fn filter(level: Level) -> Targets {
+fn filter(level: Level, audit: bool) -> Targets {
     let ours = match level {
         Level::Error => LevelFilter::ERROR,
         Level::Warn => LevelFilter::WARN,
@@ -187,7 +203,9 @@ fn filter(level: Level) -> Targets {
         Level::Debug => LevelFilter::DEBUG,
         Level::Trace => LevelFilter::TRACE,
     };
-    Targets::new().with_default(LIBRARIES.min(ours)).with_target(OWN_TARGET, ours)
+    let audit = if audit { LevelFilter::INFO } else { LevelFilter::OFF };
+    let all = Targets::new().with_default(LIBRARIES.min(ours)).with_target(OWN_TARGET, ours);
+    all.with_target(AUDIT_TARGET, audit)
 }
 
 #[cfg(test)]
@@ -215,7 +233,7 @@ mod tests {
     fn written(format: Format, level: Level, lines: impl FnOnce(&LogHandle)) -> String {
         let paper = Paper::default();
         let pen = paper.clone();
-        let (subscriber, handle) = build(Settings { format, level }, move || pen.clone(), false);
+        let (subscriber, handle) = build(Settings { format, level, audit: false }, move || pen.clone(), false);
         tracing::subscriber::with_default(subscriber, || lines(&handle));
         let bytes = paper.0.lock().unwrap().clone();
         String::from_utf8(bytes).unwrap()
@@ -259,6 +277,21 @@ mod tests {
         });
         assert!(!text.contains("before") && !text.contains("after") && !text.contains("canary"), "{text}");
         assert!(text.contains("between"), "{text}");
+    }
+
+    #[test]
+    fn the_audit_log_is_on_or_off_whatever_the_level() {
+        let text = written(Format::Text, Level::Trace, |handle| {
+            tracing::info!(target: AUDIT_TARGET, "off");
+            assert!(!tracing::event_enabled!(target: AUDIT_TARGET, tracing::Level::INFO), "so it costs nothing");
+            handle.reconfigure(Settings { format: Format::Text, level: Level::Error, audit: true });
+            tracing::info!(target: AUDIT_TARGET, "on");
+            handle.set_level(Level::Warn);
+            tracing::info!(target: AUDIT_TARGET, "still");
+            tracing::info!("quiet");
+        });
+        assert_eq!(text.lines().count(), 2, "{text}");
+        assert!(text.contains("on") && text.contains("still") && text.contains(AUDIT_TARGET), "{text}");
     }
 
     #[test]

@@ -13,6 +13,7 @@ use reqwest::header::{CONTENT_TYPE, RETRY_AFTER};
 use reqwest::{Client, Response, StatusCode};
 use rustls::pki_types::CertificateDer;
 use url::Url;
+use zeroize::Zeroizing;
 
 use crate::account::Region;
 use crate::clock::date_of;
@@ -178,8 +179,9 @@ impl Lwa {
     }
 }
 
-async fn read(mut response: Response) -> Result<Vec<u8>, LwaError> {
-    let mut body = Vec::new();
+/// The answer holds tokens, so it is zeroed when it has been read.
+async fn read(mut response: Response) -> Result<Zeroizing<Vec<u8>>, LwaError> {
+    let mut body = Zeroizing::new(Vec::with_capacity(MAX_ANSWER));
     while let Some(chunk) = response.chunk().await.map_err(no_answer)? {
         if body.len() + chunk.len() > MAX_ANSWER {
             return Err(bad_answer("more than 64 KiB"));

@@ -227,6 +227,12 @@ impl From<Refusal> for Problem {
                 "Send it as X-Ads-Sidecar-Token, or as Proxy-Authorization: Bearer.",
             )
             .header(PROXY_AUTHENTICATE, HeaderValue::from_static("Bearer")),
+            Refusal::Peer => Self::new(
+                Code::CallerUnauthorized,
+                "The process that calls runs as a user that is not in proxy.peer_uids.",
+                "Run it as one of these users, or add its uid to proxy.peer_uids.",
+            )
+            .close(),
         }
     }
 }

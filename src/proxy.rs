@@ -2,6 +2,7 @@
 //!
 //! [`Proxy::serve`] always answers; `Proxy::forward` reads as the list of steps and is a column of `?`.
 
+mod audit;
 mod body;
 mod problems;
 mod select;
@@ -10,7 +11,7 @@ mod unauthorized;
 
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use futures_util::FutureExt;
 use http::header::{ACCEPT, CONTENT_LENGTH, HeaderMap, HeaderValue};
@@ -31,7 +32,7 @@ use crate::request_id::RequestIds;
 use crate::rewrite::{self, Attach, HINT};
 use crate::serve::Peer;
 use crate::target::{Of, Target};
-use crate::upstream::{Answer, Held, Outgoing, Reuse, SendError, Upstream};
+use crate::upstream::{Answer, Held, Outgoing, Reuse, Room, SendError, Upstream};
 use select::{Accounts, Call, Unselected};
 use trip::Trip;
 use unauthorized::{Refused, Verdict};
@@ -51,6 +52,8 @@ pub struct Settings {
     pub replay_limit: usize,
     /// `proxy.max_body`, bytes; `None`: bodies stream without a limit.
     pub max_body: Option<u64>,
+    /// `proxy.body_timeout`: how long nothing may come of a request's body.
+    pub body_timeout: Duration,
     /// `proxy.token_shim`.
     pub token_shim: bool,
     /// `[policy]`.
@@ -74,7 +77,10 @@ pub struct Proxy {
     accounts: Accounts,
     client_id: HeaderValue,
     replay_limit: usize,
+    /// For what is held of bodies for a replay.
+    room: Arc<Room>,
     max_body: Option<u64>,
+    body_timeout: Duration,
     policy_mode: Mode,
     guard: Guard,
     keeper: Keeper,
@@ -121,7 +127,9 @@ impl Proxy {
         Self {
             client_id,
             replay_limit: settings.replay_limit,
+            room: Arc::default(),
             max_body: settings.max_body,
+            body_timeout: settings.body_timeout,
             accounts: Accounts::new(settings.accounts, settings.region, settings.selection, settings.policy.rules),
             policy_mode: settings.policy.mode,
             guard,
@@ -142,7 +150,9 @@ impl Proxy {
             Ok(answer) => answer,
             Err(error) => {
                 trip.fails(&error);
-                self.problem(error, &parts).respond(trip.request_id()).map(Body::own)
+                let problem = self.problem(error, &parts);
+                trip.answered_by_us(problem.code());
+                problem.respond(trip.request_id()).map(Body::own)
             }
         };
         trip.end(answer)
@@ -155,8 +165,10 @@ impl Proxy {
         peer: Peer,
         trip: &mut Trip<'a>,
     ) -> Result<Response<Body>, ProxyError> {
+        self.guard.peer(peer)?;
         let target = self.guard.admit(parts, peer)?;
         if let Some(endpoint) = endpoint(&target) {
+            trip.is_ours();
             // Boxed, as what is rare on this path must not make every call's future large.
             let answer = Box::pin(self.login_door.answer(endpoint, parts, incoming)).await;
             let mut answer =
@@ -168,10 +180,11 @@ impl Proxy {
         self.guard.caller(&parts.headers)?;
         let call = self.accounts.select(&target, &parts.headers)?;
         trip.is_for(&call);
-        self.may_leave(&call, parts, &target)?;
+        self.may_leave(&call, parts, &target, trip)?;
         if call.family.is_unknown() {
             self.metrics.unknown_family.inc();
         }
+        fail_point!("spine");
         let body = self.body(parts, incoming)?;
         let bearer = self.access_token(&call.user).await?;
         let (answer, sent) = self.send(&call, parts, &target, &bearer, body, trip).await?;
@@ -186,12 +199,21 @@ impl Proxy {
     }
 
     /// Judges the call by the policy. Where that only observes, a call that it would refuse is counted and leaves.
-    fn may_leave(&self, call: &Call<'_>, parts: &Parts, target: &Target) -> Result<(), ProxyError> {
+    fn may_leave(
+        &self,
+        call: &Call<'_>,
+        parts: &Parts,
+        target: &Target,
+        trip: &mut Trip<'_>,
+    ) -> Result<(), ProxyError> {
         let Err(denied) = call.rules.judge(&parts.method, target.path(), &parts.headers) else { return Ok(()) };
         self.metrics.policy_denied.with_label_values(&[call.account_name(), self.policy_mode.as_str()]).inc();
         match self.policy_mode {
             Mode::Enforce => Err(ProxyError::Denied(denied)),
-            Mode::Observe => Ok(()),
+            Mode::Observe => {
+                trip.would_be_denied();
+                Ok(())
+            }
         }
     }
 
@@ -200,7 +222,7 @@ impl Proxy {
         let length = parts.headers.get(CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse::<u64>().ok());
         match (length, self.max_body) {
             (Some(length), Some(max)) if length > max => Err(ProxyError::TooLarge),
-            _ => Ok(Outgoing::caller(incoming, self.replay_limit, self.max_body)),
+            _ => Ok(Outgoing::caller(incoming, self.replay_limit, &self.room, self.max_body, self.body_timeout)),
         }
     }
 

@@ -27,7 +27,7 @@ use rustls::pki_types::CertificateDer;
 use url::Url;
 
 pub use answer::Answer;
-pub use outgoing::{BodyError, Held, Outgoing};
+pub use outgoing::{BodyError, Held, Outgoing, Room};
 
 use crate::account::Region;
 use crate::tls;

@@ -62,12 +62,13 @@ pub(super) fn needs_restart(old: &Fixed, new: &Config) -> Result<(), String> {
 }
 
 /// What cannot change while the process runs. The keys are compared by a hash, so that no second copy of them is kept.
-pub(super) struct Fixed([(&'static str, String); 5]);
+pub(super) struct Fixed([(&'static str, String); 6]);
 
 impl Fixed {
     pub(super) fn of(config: &Config) -> Self {
         Self([
             ("proxy.listen", format!("{:?}", config.proxy_listen)),
+            ("proxy.socket_mode", format!("{:o}", config.socket_mode)),
             ("login.listen", format!("{:?}", config.login_listen)),
             ("admin.listen", format!("{:?}", config.admin_listen)),
             ("store.path", config.store.path.display().to_string()),

@@ -3,7 +3,7 @@
 use rustix::process::{WaitOptions, wait};
 use tokio::signal::unix::{SignalKind, signal};
 
-use super::Failed;
+use super::{Failed, process};
 use crate::app::App;
 use crate::clock::Clock;
 use crate::config::{Config, Sources};
@@ -12,6 +12,7 @@ use crate::log::{self, LogHandle};
 /// Serves until SIGTERM or SIGINT. SIGHUP, and a change of the configuration's files, make it read them again.
 pub(super) fn run(config: Config, sources: Sources) -> Result<(), Failed> {
     let log = log::init(config.log);
+    process::remark(&config);
     // For as long as the process runs.
     #[cfg(feature = "failpoints")]
     let _points = fail::FailScenario::setup();

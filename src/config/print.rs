@@ -37,6 +37,7 @@ impl Config {
         };
         page.pair("format", quoted(format));
         page.pair("level", quoted(self.log.level.as_str()));
+        page.pair("audit", self.log.audit);
         page.section("shutdown");
         page.pair("accept", duration(self.shutdown.accept));
         page.pair("drain", duration(self.shutdown.drain));
@@ -65,6 +66,8 @@ impl Config {
         page.section("proxy");
         page.listen(&self.proxy_listen, self.proxy_listen_default);
         page.pair("allow_remote", self.allow_remote);
+        page.pair("socket_mode", quoted(&format!("{:04o}", self.socket_mode)));
+        page.pair("peer_uids", list(self.guard.peer_uids.iter().map(ToString::to_string)));
         page.pair("allowed_hosts", list(self.guard.allowed_hosts.iter().map(|host| quoted(host))));
         page.secrets("caller_token", &self.guard.caller_tokens);
         page.pair("token_shim", self.proxy.token_shim);
@@ -79,6 +82,8 @@ impl Config {
         page.pair("max_connections", self.limits.max_connections);
         page.pair("header_timeout", duration(self.limits.header_timeout));
         page.pair("idle_timeout", duration(self.limits.idle_timeout));
+        page.pair("body_timeout", duration(self.proxy.body_timeout));
+        page.pair("write_timeout", duration(self.limits.write_timeout));
         page.section("login");
         match self.login_listen.as_slice() {
             [] => page.pair("listen", quoted("off")),

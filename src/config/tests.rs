@@ -183,6 +183,16 @@ const BAD_FILES: &[(&str, &str, &str)] = &[
     ("[proxy]\nmax_body = 'canary-9f3a'", "proxy.max_body", "256KiB"),
     ("[proxy]\nheader_timeout = '0s'", "proxy.header_timeout", "from 10ms to 1h"),
     ("[proxy]\nheader_timeout = 10", "proxy.header_timeout", "such as 30s, 5m or 7d"),
+    ("[proxy]\nsocket_mode = 'canary-9f3a'", "proxy.socket_mode", "four octal digits"),
+    ("[proxy]\nsocket_mode = 600", "proxy.socket_mode", "in quotes"),
+    ("[proxy]\nsocket_mode = '0999'", "proxy.socket_mode", "such as \"0600\""),
+    ("[proxy]\nsocket_mode = '7777'", "proxy.socket_mode", "such as \"0600\""),
+    ("[proxy]\npeer_uids = ['canary-9f3a']", "proxy.peer_uids", "and no names"),
+    ("[proxy]\npeer_uids = 'canary-9f3a'", "proxy.peer_uids", "and no names"),
+    ("[proxy]\npeer_uids = [-1]", "proxy.peer_uids", "whole number"),
+    ("[proxy]\npeer_uids = [1000, true]", "proxy.peer_uids", "whole number"),
+    ("[proxy]\nbody_timeout = '0s'", "proxy.body_timeout", "from 10ms to 1h"),
+    ("[proxy]\nwrite_timeout = '2h'", "proxy.write_timeout", "from 10ms to 1h"),
     ("[proxy]\nidle_timeout = '2days'", "proxy.idle_timeout", "to 1day"),
     ("[login]\nlisten = 'on'", "login.listen", "host:port"),
     ("[login]\nlisten = '127.0.0.1:8001'", "login.listen", "that proxy.listen has already"),
@@ -252,7 +262,7 @@ const BAD_FILES: &[(&str, &str, &str)] = &[
     ("[throttle]\nmode = 'canary-9f3a'", "throttle.mode", "`off` or `observe`"),
     ("[throttle]\nqueue_timeout = '31s'", "throttle.queue_timeout", "not built yet"),
     ("[upstream]\nproxy = 'http://u:canary-9f3a@proxy:3128'", "upstream.proxy", "not built yet"),
-    ("[log]\naudit = true", "log.audit", "not built yet"),
+    ("[log]\naudit = 'canary-9f3a'", "log.audit", "`true` or `false`"),
     ("[admin]\npublic_url = 'canary-9f3a'", "admin.public_url", "https://"),
     ("[admin]\npublic_url = 'https://canary-9f3a@ads.example'", "admin.public_url", "before the @"),
     // Accounts.
@@ -582,7 +592,7 @@ fn only_development_does_without_a_fernet_key() {
 }
 
 #[test]
-fn development_takes_any_redirect_uri_and_production_does_not() {
+fn threat_41_development_takes_any_redirect_uri_and_production_does_not() {
     let given = Given::required().env(&[("AMAZON_OAUTH_REDIRECT_URI", "http://app.internal/cb")]);
     one_problem(&given, &["amazon.redirect_uri", "in production"]);
     assert_eq!(given.env(&[("ENVIRONMENT", "development")]).config().lwa.redirect_uri, "http://app.internal/cb");
@@ -675,6 +685,7 @@ fn values_are_read_by_their_type_in_every_layer() {
     let check = |given: Given| {
         let config = given.config();
         assert_eq!(config.guard.allowed_hosts, ["app.internal", "[fd00::1]"]);
+        assert_eq!((config.socket_mode, config.guard.peer_uids.as_slice()), (0o660, &[1000, 2000][..]));
         assert_eq!(config.proxy.replay_limit, 1024);
         assert_eq!(config.proxy.max_body, Some(8 << 20));
         assert!(!config.proxy.token_shim);
@@ -686,6 +697,8 @@ fn values_are_read_by_their_type_in_every_layer() {
     let values = [
         ("amazon.client_id", "12345"),
         ("proxy.allowed_hosts", "App.Internal, FD00::1"),
+        ("proxy.socket_mode", "0660"),
+        ("proxy.peer_uids", "1000, 2000"),
         ("proxy.replay_limit", "1KiB"),
         ("proxy.max_body", "8MiB"),
         ("proxy.token_shim", "false"),
@@ -699,6 +712,7 @@ fn values_are_read_by_their_type_in_every_layer() {
     check(Given::required().without("AMAZON_CLIENT_ID").env(&env));
     check(Given::required().without("AMAZON_CLIENT_ID").toml(
         "[amazon]\nclient_id = 12345\n[proxy]\nallowed_hosts = ['App.Internal', '[FD00::1]']\nreplay_limit = 1024\n\
+         socket_mode = '0660'\npeer_uids = [1000, '2000']\n\
          max_body = '8MiB'\ntoken_shim = false\n[refresh]\nidle_after = '2weeks'\nconcurrency = 3\n[upstream]\n\
          http2 = 'never'",
     ));
@@ -726,6 +740,10 @@ fn what_is_printed_means_the_same_once_its_secrets_are_back() {
         ("proxy.listen", "127.0.0.1:1,unix:/run/\"x\\.sock"),
         ("login.listen", "[::]:2"),
         ("proxy.max_body", "7MiB"),
+        ("proxy.socket_mode", "0666"),
+        ("proxy.peer_uids", "7,8"),
+        ("proxy.body_timeout", "1s"),
+        ("proxy.write_timeout", "90s"),
         ("store.path", "a \"b\"/\\c"),
         ("amazon.region", "fe"),
         ("login.frontend_url", "https://app.example/x?y=%22"),
@@ -735,6 +753,7 @@ fn what_is_printed_means_the_same_once_its_secrets_are_back() {
         ("proxy.allowed_hosts", "a,b"),
         ("policy.allow", "GET /v2/*,POST /**"),
         ("policy.mode", "observe"),
+        ("log.audit", "true"),
     ];
     for given in [
         Given::required(),
@@ -847,6 +866,8 @@ fn the_defaults_are_those_of_the_contract() {
     assert_eq!((config.proxy.token_shim, config.proxy.selection), (true, proxy::Selection::Header));
     assert_eq!((config.proxy.replay_limit, config.proxy.max_body), (262_144, None));
     let limits = config.limits;
+    assert_eq!((config.socket_mode, config.guard.peer_uids.len()), (0o600, 0));
+    assert_eq!((config.proxy.body_timeout, limits.write_timeout), (seconds(30), seconds(30)));
     assert_eq!((limits.max_connections, limits.header_timeout, limits.idle_timeout), (4096, seconds(10), seconds(600)));
     assert!(config.proxy.policy.rules.is_empty() && config.proxy.policy.mode == crate::policy::Mode::Enforce);
     assert_eq!(config.store.path, Path::new("data/adsidecar.sled"));
@@ -867,6 +888,7 @@ fn the_defaults_are_those_of_the_contract() {
     assert_eq!(timeouts, (seconds(5), seconds(120), seconds(4)));
     assert_eq!(config.metrics.max_user_series, 1000);
     assert_eq!((config.log.format, config.log.level), (log::Format::Json, log::Level::Info));
+    assert!(!config.log.audit);
     assert_eq!(config.shutdown, Shutdown { accept: Duration::ZERO, drain: seconds(25) });
 }
 

@@ -14,8 +14,6 @@ use crate::moment::Moment;
 
 /// How often the clocks are compared. A step of the wall clock and a sleep of the machine wake nobody by themselves.
 const LOOK_EVERY: SignedDuration = SignedDuration::from_secs(20);
-/// The clocks drift apart by less than this between two looks, unless one was stepped or the machine slept.
-const JUMP: SignedDuration = SignedDuration::from_secs(1);
 
 /// A heap of plans. A plan is void once its user has another; the sweep plans everybody anew, so that a lost one is
 /// found again.
@@ -112,21 +110,6 @@ impl Agenda {
         }
         drop(planned);
         valid.then_some(entry)
-    }
-}
-
-impl Keeper {
-    /// Whether the wall clock was stepped, or the machine slept, between the two moments.
-    fn look_for_jump(&self, before: Moment, now: Moment) -> bool {
-        let passed = now.wall.duration_since(before.wall);
-        let jump = passed.saturating_sub(now.uptime.saturating_sub(before.uptime));
-        let jumped = jump.abs() > JUMP;
-        if jumped {
-            self.0.metrics.clock_jumps.inc();
-            let seconds = jump.as_secs();
-            tracing::warn!(seconds, "the clock was set, or the machine slept: all renewals are planned anew");
-        }
-        jumped
     }
 }
 

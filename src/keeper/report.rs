@@ -6,6 +6,7 @@ use super::Keeper;
 use super::entry::Entry;
 use crate::account::UserId;
 use crate::metrics::UserHealth;
+use crate::moment::Moment;
 use crate::token::{ConsentAge, Held, State};
 
 /// What the status endpoint tells about a user; never a token.
@@ -70,6 +71,18 @@ impl Keeper {
             })
         });
         known.collect()
+    }
+
+    /// Says once in the log that a consent is about to end.
+    pub(super) fn tell_of_consent(&self, entry: &Entry, now: Moment) {
+        let held = entry.held();
+        let Some(grant) = held.grant() else { return };
+        let (age, expires_at) = (grant.consent(now.wall), grant.consent_expires_at());
+        if let (Some(ConsentAge::Ending | ConsentAge::Ended), Some(expires_at)) = (age, expires_at)
+            && entry.first_told()
+        {
+            tracing::warn!(user = %entry.user, %expires_at, "the consent ends, and no renewal extends it: the user has to log in again before");
+        }
     }
 
     pub(super) fn tell(&self, entry: &Entry) -> Status {

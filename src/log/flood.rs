@@ -11,14 +11,16 @@ use tracing::{Event, Level, Subscriber};
 use tracing_subscriber::Layer;
 use tracing_subscriber::layer::Context;
 
+use super::AUDIT_TARGET;
+
 /// So many lines of one kind are written within [`WINDOW`]: enough to see what happens and to whom, few enough that a
 /// disk or a bill does not notice.
 const BURST: u32 = 20;
 /// After this long a kind may be written again.
 const WINDOW: Duration = Duration::from_secs(10);
 
-/// Samples lines by their kind, which is the place in the code that says them. `debug` and `trace` are not sampled: who
-/// asks for each step gets each step. Cloning gives another handle to the same counts.
+/// Samples lines by their kind, which is the place in the code that says them. `debug`, `trace` and the audit log are not
+/// sampled: who asks for each step gets each step. Cloning gives another handle to the same counts.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Floods(Arc<Inner>);
 
@@ -55,7 +57,8 @@ impl Floods {
 impl<S: Subscriber> Layer<S> for Floods {
     fn event_enabled(&self, event: &Event<'_>, _: Context<'_, S>) -> bool {
         let line = event.metadata();
-        if *line.level() > Level::INFO || self.passes(line.callsite(), Instant::now()) {
+        if *line.level() > Level::INFO || line.target() == AUDIT_TARGET || self.passes(line.callsite(), Instant::now())
+        {
             return true;
         }
         self.0.held_back.fetch_add(1, Relaxed);
@@ -85,6 +88,12 @@ mod tests {
             tracing::warn!("the store failed");
         });
         assert_eq!(lost, 1000 - u64::from(BURST));
+    }
+
+    #[test]
+    fn no_line_of_the_audit_log_is_left_out() {
+        let lost = held_back(|| (0..1000).for_each(|n| tracing::info!(target: AUDIT_TARGET, n, "call")));
+        assert_eq!(lost, 0);
     }
 
     #[test]

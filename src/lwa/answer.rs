@@ -112,7 +112,7 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_that_cannot_be_used_is_refused() {
+    fn threat_30_an_answer_that_cannot_be_used_is_refused() {
         for body in [
             "",
             "<html>Internal Server Error</html>",

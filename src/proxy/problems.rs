@@ -91,7 +91,7 @@ impl From<ErrorKind> for Problem {
             ErrorKind::Body(BodyError::TooLarge) => too_large(),
             ErrorKind::Body(BodyError::Stalled) => Self::new(
                 Code::RequestTimeout,
-                "Nothing came of the request's body for 30 seconds.",
+                "Nothing came of the request's body for as long as proxy.body_timeout.",
                 "Send it without a pause.",
             )
             .close(),

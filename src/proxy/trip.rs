@@ -6,11 +6,13 @@ use std::time::{Duration, Instant};
 use http::header::HeaderName;
 use http::{HeaderMap, HeaderValue, Method, Response, StatusCode};
 
+use super::audit::Record;
 use super::select::Call;
 use super::{Body, ProxyError};
 use crate::account::Region;
 use crate::keeper::TokenError;
 use crate::metrics::Metrics;
+use crate::problem::Code;
 use crate::request_id::REQUEST_ID;
 
 /// Counted for a caller that hung up before its answer, as nginx does.
@@ -37,6 +39,8 @@ pub(super) struct Trip<'a> {
     /// Why there is no answer of Amazon's, for the log.
     error: Option<String>,
     in_flight: Option<InFlight>,
+    /// `None` where nobody wants an audit log.
+    audit: Option<Box<Record>>,
     ended: bool,
 }
 
@@ -58,6 +62,7 @@ impl<'a> Trip<'a> {
             amazon_id: None,
             error: None,
             in_flight: Some(InFlight(metrics.clone())),
+            audit: Record::begin(),
             ended: false,
             metrics,
         }
@@ -67,12 +72,30 @@ impl<'a> Trip<'a> {
         self.request_id.to_str().unwrap_or_default()
     }
 
+    /// It is for an endpoint of ours, and no call.
+    pub(super) fn is_ours(&mut self) {
+        self.audit = None;
+    }
+
     pub(super) fn is_for(&mut self, call: &Call<'a>) {
         self.account = call.account_name();
         self.region = call.region.as_str();
+        if let Some(audit) = &mut self.audit {
+            audit.is_for(call);
+        }
     }
 
-    pub(super) fn amazon_took(&self, region: Region, time: Duration) {
+    /// The policy would refuse it, and only observes.
+    pub(super) fn would_be_denied(&mut self) {
+        if let Some(audit) = &mut self.audit {
+            audit.would_be_denied();
+        }
+    }
+
+    pub(super) fn amazon_took(&mut self, region: Region, time: Duration) {
+        if let Some(audit) = &mut self.audit {
+            audit.amazon_took(time);
+        }
         self.metrics.upstream_duration.with_label_values(&[region.as_str()]).observe(time.as_secs_f64());
     }
 
@@ -81,7 +104,7 @@ impl<'a> Trip<'a> {
         if status == StatusCode::TOO_MANY_REQUESTS {
             self.metrics.throttled.with_label_values(&[region.as_str(), "amazon"]).inc();
         }
-        if is_failure(status.as_u16()) || tracing::enabled!(tracing::Level::DEBUG) {
+        if is_failure(status.as_u16()) || self.audit.is_some() || tracing::enabled!(tracing::Level::DEBUG) {
             self.amazon_id = AMAZON_ID.iter().find_map(|name| headers.get(name)).cloned();
         }
     }
@@ -107,6 +130,12 @@ impl<'a> Trip<'a> {
         self.source = "amazon";
     }
 
+    pub(super) fn answered_by_us(&mut self, code: Code) {
+        if let Some(audit) = &mut self.audit {
+            audit.answered_by_us(code);
+        }
+    }
+
     /// Ends with `answer`, which tells the request's id, and whose body counts as in flight until it has passed.
     pub(super) fn end(mut self, mut answer: Response<Body>) -> Response<Body> {
         self.record(answer.status().as_u16());
@@ -123,6 +152,9 @@ impl<'a> Trip<'a> {
         let labels = [self.account, self.region, self.method, digits(status, &mut text), self.source];
         self.metrics.requests.with_label_values(&labels).inc();
         self.metrics.request_duration.with_label_values(&[self.source]).observe(took.as_secs_f64());
+        if let Some(audit) = &self.audit {
+            audit.end(self, status, took);
+        }
         // One line per failure that an operator can do something about; what a caller did wrong it was told itself.
         if is_failure(status) {
             self.tell(status, took);
@@ -156,7 +188,16 @@ impl<'a> Trip<'a> {
         );
     }
 
-    fn amazon_id(&self) -> Option<&str> {
+    pub(super) fn method(&self) -> &'static str {
+        self.method
+    }
+
+    /// Who answers: `amazon` or `sidecar`.
+    pub(super) fn source(&self) -> &'static str {
+        self.source
+    }
+
+    pub(super) fn amazon_id(&self) -> Option<&str> {
         self.amazon_id.as_ref().and_then(|id| id.to_str().ok())
     }
 }

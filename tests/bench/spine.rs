@@ -46,7 +46,7 @@ fn find_the_family(path: &str) -> &'static str {
 #[divan::bench]
 fn admit(bencher: Bencher<'_, '_>) {
     let (guard, call) = (Guard::new(Settings::default()), call());
-    bencher.bench_local(|| guard.admit(black_box(&call), Peer::Unix).is_ok());
+    bencher.bench_local(|| guard.admit(black_box(&call), Peer::Unix(None)).is_ok());
 }
 
 #[divan::bench]

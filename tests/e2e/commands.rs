@@ -17,7 +17,7 @@ use tokio::net::TcpStream;
 
 use crate::rig::{FERNET_KEY, Rig, eventually, json};
 
-const BINARY: &str = env!("CARGO_BIN_EXE_adsidecar");
+pub const BINARY: &str = env!("CARGO_BIN_EXE_adsidecar");
 const OTHER_KEY: &str = "AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8=";
 /// How a command ends (sysexits.h).
 const DONE: i32 = 0;
@@ -89,15 +89,7 @@ impl Serving {
     }
 
     pub async fn spawn(mut command: Command) -> Self {
-        let mut child = command.spawn().unwrap();
-        let log = Arc::new(Mutex::new(String::new()));
-        let (lines, kept) = (BufReader::new(child.stderr.take().unwrap()).lines(), log.clone());
-        std::thread::spawn(move || {
-            for line in lines.map_while(Result::ok) {
-                kept.lock().unwrap().push_str(&(line + "\n"));
-            }
-        });
-        let mut serving = Self { child, log, proxy: String::new(), admin: String::new() };
+        let mut serving = Self::told(command.spawn().unwrap(), String::new(), String::new());
         let line = serving.says(" serving ").await;
         let address = |door: &str| {
             let (_, rest) = line.split_once(&format!("{door}=[")).unwrap();
@@ -105,6 +97,18 @@ impl Serving {
         };
         (serving.proxy, serving.admin) = (address("proxy"), address("admin"));
         serving
+    }
+
+    /// One that was started, and whose doors are known; its log is read.
+    pub fn told(mut child: Child, proxy: String, admin: String) -> Self {
+        let log = Arc::new(Mutex::new(String::new()));
+        let (lines, kept) = (BufReader::new(child.stderr.take().unwrap()).lines(), log.clone());
+        std::thread::spawn(move || {
+            for line in lines.map_while(Result::ok) {
+                kept.lock().unwrap().push_str(&(line + "\n"));
+            }
+        });
+        Self { child, log, proxy, admin }
     }
 
     /// Waits for a line of its log.
