@@ -468,8 +468,15 @@ mod tests {
         assert!(!guard.knows(b"") && !guard.knows(b"three"));
         let shown = |headers: &[(&str, &str)]| guard.shown(&parts("/", headers).headers);
         let basic = format!("Basic {}", BASE64_STANDARD.encode("ads:t:wo"));
-        assert_eq!(shown(&[("x-ads-sidecar-token", "three"), ("proxy-authorization", "Bearer two")]), Some(b"two".to_vec()));
-        assert_eq!(shown(&[("proxy-authorization", basic.as_str())]), None, "the password begins behind the first colon");
+        assert_eq!(
+            shown(&[("x-ads-sidecar-token", "three"), ("proxy-authorization", "Bearer two")]),
+            Some(b"two".to_vec())
+        );
+        assert_eq!(
+            shown(&[("proxy-authorization", basic.as_str())]),
+            None,
+            "the password begins behind the first colon"
+        );
         assert_eq!(shown(&[("x-ads-sidecar-token", "three")]), None);
     }
 
@@ -500,7 +507,15 @@ mod tests {
     #[test]
     fn each_refusal_has_a_label_of_its_own() {
         let target = Refusal::Target(BadTarget::Foreign);
-        let all = [Refusal::Framing, Refusal::NoHost, Refusal::Host, target, Refusal::Method, Refusal::CrossSite, Refusal::Caller];
+        let all = [
+            Refusal::Framing,
+            Refusal::NoHost,
+            Refusal::Host,
+            target,
+            Refusal::Method,
+            Refusal::CrossSite,
+            Refusal::Caller,
+        ];
         let labels = all.map(Refusal::reason);
         assert_eq!(labels, ["framing", "no_host", "host", "target", "method", "cross_site", "caller_token"]);
     }
