@@ -57,8 +57,8 @@ pub struct Admin {
     pub(crate) connections: Arc<[(&'static str, Count)]>,
     pub(crate) log: Option<LogHandle>,
     pub(crate) store: TokenStore,
-    /// The key that seals.
-    pub(crate) first_key: Fingerprint,
+    /// The latest rotation of keys.
+    pub(crate) rotation: tokio::sync::watch::Receiver<Rotation>,
     pub(crate) request_ids: Arc<RequestIds>,
     pub(crate) clock: Clock,
     pub(crate) public_url: Option<Url>,
@@ -69,12 +69,31 @@ pub struct Admin {
     pub(crate) quit: CancellationToken,
 }
 
+/// The latest rotation of keys.
+#[derive(Clone, Debug)]
+pub struct Rotation {
+    /// The key that seals.
+    pub key: Fingerprint,
+    /// Whether it is under way.
+    pub running: bool,
+    /// How many grants other keys of the ring sealed when it began.
+    pub left_at_first: usize,
+    /// Why it does not get on. It is tried again each second.
+    pub error: Option<String>,
+}
+
 /// Asks the running process to read its configuration again. Cloning gives another handle.
 #[derive(Clone, Debug)]
 pub struct Reloader(mpsc::Sender<Asked>);
 
-/// Somebody asked, and waits for what comes of it.
-pub type Asked = oneshot::Sender<Result<(), String>>;
+/// What somebody asked for, who waits for what comes of it.
+#[derive(Debug)]
+pub enum Asked {
+    /// To read the configuration again and take it into use.
+    Reload(oneshot::Sender<Result<(), String>>),
+    /// To take its keys into use, and to seal everything with the first, which has this fingerprint.
+    Rotate(String, oneshot::Sender<Result<(), String>>),
+}
 
 impl Reloader {
     /// A way to ask, and where the asking arrives.
@@ -86,10 +105,19 @@ impl Reloader {
     /// Reads the configuration again and takes it into use. Where something is wrong with it, all of the old stays, and
     /// the error says what to mend; it holds no secret.
     pub async fn reload(&self) -> Result<(), String> {
-        let (asked, answer) = oneshot::channel();
+        self.ask(Asked::Reload).await
+    }
+
+    /// Reads the keys of the configuration again, takes them into use, and begins to seal every grant with the first.
+    pub async fn rotate(&self, key: String) -> Result<(), String> {
+        self.ask(|answer| Asked::Rotate(key, answer)).await
+    }
+
+    async fn ask(&self, what: impl FnOnce(oneshot::Sender<Result<(), String>>) -> Asked) -> Result<(), String> {
+        let (answer, answered) = oneshot::channel();
         let gone = || "adsidecar is about to stop".to_owned();
-        self.0.send(asked).await.map_err(|_| gone())?;
-        answer.await.unwrap_or_else(|_| Err(gone()))
+        self.0.send(what(answer)).await.map_err(|_| gone())?;
+        answered.await.unwrap_or_else(|_| Err(gone()))
     }
 }
 
@@ -153,13 +181,18 @@ impl Admin {
                 self.operator(parts, peer)?;
                 self.set_level(body).await
             }
+            ("/rotate", &Method::GET) => {
+                self.operator(parts, peer)?;
+                Ok(self.rotation())
+            }
             ("/rotate", &Method::POST) => {
                 self.operator(parts, peer)?;
                 self.rotate(parts.uri.query().unwrap_or_default()).await
             }
             ("/" | "/livez" | "/readyz" | "/startupz" | "/metrics", _) => Err(method("GET")),
-            ("/quitquitquit" | "/reload" | "/rotate", _) => Err(method("POST")),
+            ("/quitquitquit" | "/reload", _) => Err(method("POST")),
             ("/log", _) => Err(method("GET, PUT")),
+            ("/rotate", _) => Err(method("GET, POST")),
             _ => Err(Problem::new(
                 Code::NotFound,
                 "The admin door has no such page.",
@@ -184,6 +217,9 @@ impl Admin {
             self.metrics.connections.with_label_values(&[door]).set(i64::try_from(count()).unwrap_or(i64::MAX));
         }
         self.metrics.store_up.set(i64::from(self.keeper.stored()));
+        let store = self.store.health();
+        let records = store.records.iter().map(|(sealed, count)| (sealed.to_string(), *count));
+        self.metrics.store_holds(records, store.unreadable(), store.recoveries);
         if let Some(log) = &self.log {
             self.metrics.log_lines(log.dropped());
         }
@@ -208,29 +244,37 @@ impl Admin {
         Ok(say(StatusCode::OK, "changed\n"))
     }
 
-    /// Seals every grant anew with the first key, for `adsidecar key rotate`, whose own first key has to be the same.
+    /// Begins a rotation for `adsidecar key rotate`, whose own first key has to be the configuration's.
     async fn rotate(&self, query: &str) -> Result<Answer, Problem> {
-        let key = self.first_key.to_string();
-        if query != format!("key={key}") {
+        let Some(key) = query.strip_prefix("key=") else {
             return Err(Problem::new(
                 Code::BadRequest,
-                format!("This sidecar seals with key {key}, which is not the one that was asked for."),
-                "Restart it with the new key first in store.fernet_keys, then rotate.",
+                "The fingerprint of the key to seal with is missing.",
+                "Use adsidecar key rotate.",
             ));
-        }
-        let done = self.store.reseal().await.map_err(|error| {
-            tracing::error!(%error, "the grants could not be sealed anew");
-            Problem::new(
-                Code::StoreUnavailable,
-                "The store did not take the change.",
-                "Look at the log and at the volume of store.path, then rotate again: it goes on where it stopped.",
-            )
-        })?;
-        tracing::info!(resealed = done.resealed, unreadable = done.unreadable, key, "grants sealed anew");
-        let text = serde_json::json!({ "resealed": done.resealed, "unreadable": done.unreadable }).to_string();
-        let mut answer = Response::new(Full::new(Bytes::from(text)));
+        };
+        let refused = |problem| {
+            Problem::new(Code::BadRequest, problem, "Mend that, then rotate again: it goes on where it stopped.")
+        };
+        self.reloader.rotate(key.to_owned()).await.map_err(refused)?;
+        Ok(self.rotation())
+    }
+
+    /// How far it is. The error is the store's own, and holds no secret.
+    fn rotation(&self) -> Answer {
+        let (rotation, store) = (self.rotation.borrow().clone(), self.store.health());
+        let left = store.under_other_keys(rotation.key);
+        let text = serde_json::json!({
+            "key": rotation.key.to_string(),
+            "running": rotation.running,
+            "resealed": rotation.left_at_first.saturating_sub(left),
+            "left": left,
+            "unreadable": store.unreadable(),
+            "error": rotation.error,
+        });
+        let mut answer = Response::new(Full::new(Bytes::from(text.to_string())));
         answer.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
-        Ok(answer)
+        answer
     }
 
     /// No web page drives this door. A person's browser may open the status page: by its address or a bookmark (`none`),

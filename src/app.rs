@@ -3,6 +3,7 @@
 
 mod front;
 mod reload;
+mod rotation;
 
 use std::future::Future;
 use std::net::SocketAddr;
@@ -26,6 +27,7 @@ use crate::config::{Config, FernetKeys, Sources};
 use crate::keeper::{Background, Keeper};
 use crate::keyring::{KeyError, Keyring};
 use crate::log::{Dropped, LogHandle};
+use crate::login::Desk;
 use crate::lwa::Lwa;
 use crate::metrics::Metrics;
 use crate::problem::{Code, Problem};
@@ -36,6 +38,7 @@ use crate::store::{Opened, StoreError, TokenStore};
 use crate::token::State;
 use front::{Front, Lasting};
 use reload::{Fixed, LOOK_EVERY, Watched};
+use rotation::Rotations;
 
 /// The admin door serves a kubelet, a scraper and a person, and none of them for long.
 const ADMIN_CONNECTIONS: usize = 256;
@@ -53,6 +56,7 @@ pub struct App {
     lasting: Lasting,
     background: Background,
     fixed: Fixed,
+    rotations: Rotations,
     watched: Option<Watched>,
     asked: mpsc::Receiver<Asked>,
 }
@@ -98,28 +102,27 @@ impl App {
     pub async fn build(config: Config, clock: Clock, log: Option<LogHandle>) -> Result<Self, BuildError> {
         let setting = |error: &dyn std::fmt::Display| BuildError::Setting(error.to_string());
         let keyring = Arc::new(keyring(&config)?);
-        let first_key = keyring.first();
+        let first = keyring.first();
         let (store, opened) = TokenStore::open(&config.store, keyring)?;
         report(&opened);
         let started_at = clock.now().as_duration().as_secs_f64();
         let metrics = Arc::new(Metrics::new(config.metrics, started_at).map_err(|error| setting(&error))?);
-        let unreadable = opened.users.iter().filter(|(_, grant)| grant.is_err());
-        metrics.undecryptable(unreadable.map(|(user, _)| user.to_string()));
         let lwa = Lwa::new(config.lwa.clone()).map_err(|error| setting(&error))?;
         let grants = opened.users.into_iter().filter_map(|(user, grant)| Some((user, grant.ok()?)));
         let (keeper, background) =
             Keeper::new(config.keeper.clone(), store.clone(), grants, lwa.clone(), clock.clone(), metrics.clone());
+        let rotations = Rotations::new(store.clone(), first);
         let doors = bind(&config).await?;
         let [proxy, login, admin] = &doors;
         let addresses = Addresses { proxy: proxy.addresses(), login: login.addresses(), admin: admin.addresses() };
         let (reloader, asked) = Reloader::new();
         let lasting = Lasting {
             keeper,
-            store,
-            first_key,
+            store: store.clone(),
+            rotation: rotations.watch(),
             metrics,
             clock,
-            desk: Arc::default(),
+            desk: Arc::new(Desk::open(store.clone()).await),
             log,
             stage: watch::Sender::new(Stage::Starting),
             quit: CancellationToken::new(),
@@ -135,7 +138,7 @@ impl App {
         };
         let (limits, fixed) = ([proxy.limits(), login.limits(), admin.limits()], Fixed::of(&config));
         let front = Arc::new(ArcSwap::from_pointee(Front::new(config, lwa, &lasting)?));
-        Ok(Self { addresses, doors, limits, front, lasting, background, fixed, watched: None, asked })
+        Ok(Self { addresses, doors, limits, front, lasting, background, fixed, rotations, watched: None, asked })
     }
 
     /// Makes it read `sources` again when it is asked to, and when one of their files changes.
@@ -157,8 +160,8 @@ impl App {
     /// Serves until `stop`, then drains: not ready at once, new connections for `shutdown.accept`, what is in flight for
     /// at most `shutdown.drain`; then every token call and every write comes to its end.
     pub async fn run(self, stop: impl Future<Output = ()>) -> Result<(), StoreError> {
-        let Self { addresses, doors: [proxy, login, admin], limits, front, lasting, background, fixed, watched, asked } =
-            self;
+        let Self { addresses, doors: [proxy, login, admin], limits, front, lasting, background, .. } = self;
+        let Self { fixed, mut rotations, watched, asked, .. } = self;
         let mut helpers = JoinSet::new();
         // Before anybody can ask for it; where there is a grant to be tried first, callers have that one meanwhile.
         let adopting = adopt_configured(lasting.keeper.clone());
@@ -167,6 +170,10 @@ impl App {
             _ => drop(helpers.spawn(adopting)),
         }
         helpers.spawn(background.run());
+        let unfinished = front.load().login.login.clone();
+        helpers.spawn(async move { unfinished.resume().await });
+        let (desk, clock) = (lasting.desk.clone(), lasting.clock.clone());
+        helpers.spawn(async move { desk.keep(&clock).await });
         helpers.spawn(tend(front.clone()));
         let (phase, admin_phase) = (watch::Sender::new(Phase::Open), watch::Sender::new(Phase::Open));
         let mut served = JoinSet::new();
@@ -182,8 +189,9 @@ impl App {
         let Addresses { proxy, login, admin } = &addresses;
         tracing::info!(?proxy, ?login, ?admin, version = env!("CARGO_PKG_VERSION"), "serving");
 
-        let mut reloads =
-            Reloads { watched, asked, fixed, front: front.clone(), limits, lasting, told: Dropped::default() };
+        rotations.resume().await;
+        let (inside, told) = (front.clone(), Dropped::default());
+        let mut reloads = Reloads { watched, asked, fixed, rotations, front: inside, limits, lasting, told };
         tokio::select! {
             () = stop => {}
             () = reloads.run() => {}
@@ -203,6 +211,7 @@ impl App {
             tracing::error!("a token call or a write was still in flight and is given up");
         }
         helpers.shutdown().await;
+        lasting.desk.write_begun().await;
         let closed = lasting.store.close().await;
         tracing::info!("stopped");
         closed
@@ -214,6 +223,7 @@ struct Reloads {
     watched: Option<Watched>,
     asked: mpsc::Receiver<Asked>,
     fixed: Fixed,
+    rotations: Rotations,
     front: Arc<ArcSwap<Front>>,
     limits: [Arc<ArcSwap<Limits>>; 3],
     lasting: Lasting,
@@ -228,10 +238,11 @@ impl Reloads {
         loop {
             tokio::select! {
                 () = self.lasting.quit.cancelled() => return,
-                Some(asked) = self.asked.recv() => {
-                    // Whoever asked may have gone meanwhile.
-                    let _ = asked.send(self.reload());
-                }
+                // Whoever asked may have gone meanwhile.
+                Some(asked) = self.asked.recv() => match asked {
+                    Asked::Reload(answer) => drop(answer.send(self.reload())),
+                    Asked::Rotate(key, answer) => drop(answer.send(self.rotate(&key).await)),
+                },
                 _ = look.tick() => {
                     self.tell_dropped();
                     if self.watched.as_ref().is_some_and(Watched::changed) {
@@ -263,6 +274,27 @@ impl Reloads {
             Err(error) => tracing::error!(%error, "the configuration was read again and refused: all of the old stays"),
         }
         reloaded
+    }
+
+    /// Takes the keys of the configuration into use, and begins to seal everything with the first. Its fingerprint has to
+    /// be `key`: who asks may read another configuration than this process.
+    async fn rotate(&mut self, key: &str) -> Result<(), String> {
+        let watched = self.watched.as_mut().ok_or("this process was not told where its configuration lies")?;
+        let config = watched.read()?;
+        let keyring = Arc::new(keyring(&config).map_err(|error| error.to_string())?);
+        let first = keyring.first();
+        if first.to_string() != key {
+            return Err(format!(
+                "the first key that this sidecar is configured with has the fingerprint {first}, not {key}: give both \
+                 the same store.fernet_keys. An environment variable is read at the start alone: use a file, or restart it"
+            ));
+        }
+        self.lasting.store.rekey(keyring).await.map_err(|error| error.to_string())?;
+        self.fixed.takes_keys_of(&config);
+        self.rotations.begin(first).await.map_err(|error| error.to_string())?;
+        // With the old keys it was refused whole. What comes of it is logged, and a metric.
+        let _ = self.reload();
+        Ok(())
     }
 
     fn take_over(&mut self) -> Result<(), String> {

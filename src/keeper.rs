@@ -288,7 +288,6 @@ impl Keeper {
         grant.generation = write.next_generation();
         grant.used_at = Some(self.0.clock.now());
         self.store(&entry, &grant, None).await;
-        self.0.metrics.replaced(user.as_str());
         let now = self.0.clock.moment();
         entry.mark_used(now);
         self.publish(&entry, &write, Held::Fresh(Arc::new(Kept::loaded(grant, now))));
@@ -306,9 +305,7 @@ impl Keeper {
     async fn forget_now(&self, user: &UserId) -> Result<bool, StoreError> {
         let Some(entry) = self.entry(user) else {
             // A record that does not decrypt is no entry, and a logout means it too.
-            let erased = self.timed("erase", self.0.store.erase(user)).await?;
-            self.0.metrics.replaced(user.as_str());
-            return Ok(erased);
+            return self.timed("erase", self.0.store.erase(user)).await;
         };
         let write = entry.write().await;
         let erased = self.timed("erase", self.0.store.erase(user)).await?;

@@ -250,7 +250,7 @@ impl LoginDoor {
     }
 
     async fn logout(&self, user: &UserId) -> Result<Answer, LoginError> {
-        self.keeper.forget(user).await.map_err(LoginError::Store)?;
+        self.login.forget(user).await.map_err(LoginError::Store)?;
         let mut answer = Response::new(Full::default());
         *answer.status_mut() = StatusCode::NO_CONTENT;
         answer.headers_mut().insert(LINK, HeaderValue::from_static(AMAZONS_APPS_PAGE));

@@ -108,6 +108,11 @@ impl Lwa {
         Ok(Self { http, token_url, settings })
     }
 
+    /// `amazon.scope`: what is asked for, separated by spaces.
+    pub fn scope(&self) -> &str {
+        &self.settings.scope
+    }
+
     /// The path of `amazon.redirect_uri`.
     pub fn redirect_path(&self) -> &str {
         let uri = &self.settings.redirect_uri;

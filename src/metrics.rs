@@ -2,7 +2,6 @@
 
 mod budget;
 
-use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -68,10 +67,11 @@ pub struct Metrics {
     pub store_up: IntGauge,
     pub store_operation_duration: HistogramVec,
     pub store_errors: IntCounterVec,
+    store_records: IntGaugeVec,
+    store_recoveries: IntCounter,
     pub guard_denied: IntCounterVec,
     pub throttled: IntCounterVec,
     undecryptable_records: IntGauge,
-    undecryptable: Mutex<BTreeSet<String>>,
     pub policy_denied: IntCounterVec,
     pub clock_skew: Gauge,
     pub clock_jumps: IntCounter,
@@ -186,6 +186,16 @@ impl Metrics {
                 STORE_DURATIONS,
             )?,
             store_errors: counters(r, "store_errors_total", "Failed operations of the store", &["op"])?,
+            store_records: gauges(
+                r,
+                "store_records",
+                "Stored grants by the fingerprint of the key that seals them; unknown: no key opens them; damaged",
+                &["key"],
+            )?,
+            store_recoveries: add(
+                r,
+                IntCounter::new("store_recoveries_total", "How often a damaged database was filled from its copies")?,
+            )?,
             clock_skew: add(
                 r,
                 Gauge::new("clock_skew_seconds", "How far our clock is ahead of Amazon's, to the second")?,
@@ -223,7 +233,6 @@ impl Metrics {
                 r,
                 IntGauge::new("undecryptable_records", "Stored grants that cannot be read, and are kept")?,
             )?,
-            undecryptable: Mutex::default(),
             log_dropped: counters(r, "log_dropped_total", "Log lines that were not written", &["reason"])?,
             policy_denied: counters(
                 r,
@@ -255,6 +264,16 @@ impl Metrics {
         metrics.reloaded(started_at, true);
         metrics.begin_series();
         Ok(metrics)
+    }
+
+    /// What the store says of itself at the instant of a scrape.
+    pub fn store_holds(&self, records: impl IntoIterator<Item = (String, usize)>, unreadable: usize, recoveries: u64) {
+        self.undecryptable_records.set(i64::try_from(unreadable).unwrap_or(i64::MAX));
+        self.store_records.reset();
+        for (key, count) in records {
+            self.store_records.with_label_values(&[&key]).set(i64::try_from(count).unwrap_or(i64::MAX));
+        }
+        self.store_recoveries.inc_by(recoveries.saturating_sub(self.store_recoveries.get()));
     }
 
     /// Makes the series that an alert or a `rate()` asks for before their first event.
@@ -347,22 +366,6 @@ impl Metrics {
         if went_well {
             self.reload_timestamp.set(now);
         }
-    }
-
-    /// These users' stored grants cannot be read.
-    pub fn undecryptable(&self, users: impl IntoIterator<Item = String>) {
-        self.count_undecryptable(|known| known.extend(users));
-    }
-
-    /// What was stored for `user` has made way for a new grant, or is gone.
-    pub fn replaced(&self, user: &str) {
-        self.count_undecryptable(|known| known.retain(|name| name != user));
-    }
-
-    fn count_undecryptable(&self, change: impl FnOnce(&mut BTreeSet<String>)) {
-        let mut known = self.undecryptable.lock().unwrap_or_else(PoisonError::into_inner);
-        change(&mut known);
-        self.undecryptable_records.set(i64::try_from(known.len()).unwrap_or(i64::MAX));
     }
 
     /// How many lines the log has not written since the start.

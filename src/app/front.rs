@@ -9,13 +9,12 @@ use tokio_util::sync::CancellationToken;
 use url::Url;
 
 use super::BuildError;
-use crate::admin::{Admin, Count, Reloader, Stage};
+use crate::admin::{Admin, Count, Reloader, Rotation, Stage};
 use crate::clock::Clock;
 use crate::config::{Config, Shutdown};
 use crate::guard::{self, Guard};
 use crate::identity::Identity;
 use crate::keeper::Keeper;
-use crate::keyring::Fingerprint;
 use crate::log::LogHandle;
 use crate::login::{Desk, Login};
 use crate::login_door::LoginDoor;
@@ -40,7 +39,7 @@ pub(super) struct Front {
 pub(super) struct Lasting {
     pub(super) keeper: Keeper,
     pub(super) store: TokenStore,
-    pub(super) first_key: Fingerprint,
+    pub(super) rotation: watch::Receiver<Rotation>,
     pub(super) metrics: Arc<Metrics>,
     pub(super) clock: Clock,
     pub(super) desk: Arc<Desk>,
@@ -92,7 +91,7 @@ impl Front {
             connections: lasting.connections.clone(),
             log: lasting.log.clone(),
             store: lasting.store.clone(),
-            first_key: lasting.first_key,
+            rotation: lasting.rotation.clone(),
             request_ids: request_ids.clone(),
             clock: lasting.clock.clone(),
             public_url: config.admin.public_url,

@@ -257,7 +257,7 @@ mod tests {
     }
 
     #[test]
-    fn urls_that_a_browser_would_forgive_are_refused() {
+    fn row_91_urls_that_a_browser_would_forgive_are_refused() {
         for bad in [
             "",
             "//evil",

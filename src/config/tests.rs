@@ -289,7 +289,7 @@ const BAD_FILES: &[(&str, &str, &str)] = &[
 ];
 
 #[test]
-fn each_bad_file_is_refused_by_key_and_cure_and_without_its_values() {
+fn row_104_each_bad_file_is_refused_by_key_and_cure_and_without_its_values() {
     for (text, key, cure) in BAD_FILES {
         // The required keys come by the environment, so that the text may open any section of the file.
         let given = Given::required().toml(&format!("\n\n\n\n{text}"));
@@ -318,7 +318,7 @@ fn the_same_single_values_are_refused_in_the_environment_and_in_flags() {
 }
 
 #[test]
-fn all_problems_are_reported_at_once() {
+fn row_104_all_problems_are_reported_at_once() {
     let given = Given::nothing()
         .toml("[amazon]\nregion = 'x'\n[proxy]\ncolour = 1\nselection = 'x'\n[[account]]\nregion = 'x'")
         .env(&[("ADSIDECAR_REFRESH__SWEEP", "0s"), ("ADSIDECAR_PROXY__COLOUR", "x")])
@@ -538,7 +538,7 @@ fn several_secrets_come_by_comma_by_list_and_by_line() {
 // Single keys.
 
 #[test]
-fn what_is_no_fernet_key_is_refused() {
+fn row_44_what_is_no_fernet_key_is_refused() {
     let quoted = format!("\"{FERNET_KEY}\"");
     let short = &FERNET_KEY[..40];
     let second = format!("{FERNET_KEY},{CANARY}");

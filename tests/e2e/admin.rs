@@ -24,6 +24,7 @@ async fn the_admin_door_is_for_this_machine_and_for_no_web_page() {
     }
     for (method, path) in [
         (Method::POST, "/quitquitquit"),
+        (Method::GET, "/rotate"),
         (Method::POST, "/rotate"),
         (Method::PUT, "/log"),
         (Method::GET, "/"),
@@ -34,7 +35,8 @@ async fn the_admin_door_is_for_this_machine_and_for_no_web_page() {
     }
     for (method, path, status) in [
         (Method::GET, "/quitquitquit", 405),
-        (Method::GET, "/rotate", 405),
+        (Method::GET, "/rotate", 200),
+        (Method::DELETE, "/rotate", 405),
         (Method::POST, "/rotate", 400),
         (Method::POST, "/rotate?key=00000000", 400),
         (Method::POST, "/livez", 405),

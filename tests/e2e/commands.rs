@@ -18,19 +18,19 @@ use tokio::net::TcpStream;
 use crate::rig::{FERNET_KEY, Rig, eventually, json};
 
 pub const BINARY: &str = env!("CARGO_BIN_EXE_adsidecar");
-const OTHER_KEY: &str = "AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8=";
+pub const OTHER_KEY: &str = "AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8=";
 /// How a command ends (sysexits.h).
-const DONE: i32 = 0;
-const FAILED: i32 = 1;
+pub const DONE: i32 = 0;
+pub const FAILED: i32 = 1;
 const USAGE: i32 = 64;
-const HELD: i32 = 75;
-const CONFIG: i32 = 78;
+pub const HELD: i32 = 75;
+pub const CONFIG: i32 = 78;
 
 /// What a command said.
-struct Ran {
-    code: i32,
-    out: String,
-    err: String,
+pub struct Ran {
+    pub code: i32,
+    pub out: String,
+    pub err: String,
 }
 
 /// A world with a clock that runs, whose sidecar is stopped: the commands come to its store.
@@ -49,7 +49,18 @@ pub fn command(arguments: &[&str]) -> Command {
 
 /// Runs a command to its end.
 async fn bare(arguments: &[&str], input: &str) -> Ran {
-    let (mut command, input) = (command(arguments), input.to_owned());
+    ended(command(arguments), input).await
+}
+
+/// The same with these variables in its environment.
+pub async fn bare_with(arguments: &[&str], variables: &[(&str, &str)]) -> Ran {
+    let mut command = command(arguments);
+    command.envs(variables.iter().copied());
+    ended(command, "").await
+}
+
+async fn ended(mut command: Command, input: &str) -> Ran {
+    let input = input.to_owned();
     let ran = tokio::task::spawn_blocking(move || {
         let mut child = command.spawn().unwrap();
         // A command that reads nothing may be gone already.
@@ -62,13 +73,13 @@ async fn bare(arguments: &[&str], input: &str) -> Ran {
 }
 
 /// Runs a command with the world's configuration.
-async fn run(rig: &Rig, arguments: &[&str], input: &str) -> Ran {
+pub async fn run(rig: &Rig, arguments: &[&str], input: &str) -> Ran {
     let file = rig.config_file();
     bare(&[&["--config", file.to_str().unwrap()], arguments].concat(), input).await
 }
 
 /// The same, beside the sidecar that runs in this process.
-async fn beside(rig: &Rig, arguments: &[&str]) -> Ran {
+pub async fn beside(rig: &Rig, arguments: &[&str]) -> Ran {
     let doors = [format!("proxy.listen={}", rig.proxy_address()), format!("admin.listen={}", rig.admin_address())];
     run(rig, &[arguments, &["--set", &doors[0], "--set", &doors[1]]].concat(), "").await
 }
@@ -172,11 +183,11 @@ fn files(root: &Path) -> BTreeMap<String, Vec<u8>> {
     all
 }
 
-fn sealed(text: &str) -> String {
+pub fn sealed(text: &str) -> String {
     Fernet::new(FERNET_KEY).unwrap().encrypt(text.as_bytes())
 }
 
-fn opened(token: &Value) -> String {
+pub fn opened(token: &Value) -> String {
     String::from_utf8(Fernet::new(FERNET_KEY).unwrap().decrypt(token.as_str().unwrap()).unwrap()).unwrap()
 }
 
@@ -200,7 +211,7 @@ async fn a_command_line_that_cannot_be_read_is_64() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_wrong_configuration_is_78_with_every_problem_and_no_secret() {
+async fn row_104_a_wrong_configuration_is_78_with_every_problem_and_no_secret() {
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("wrong.toml");
     let text = "[amazon]\nclient_secret = \"can ary\"\nredirect_uri = \"http://app.example.com/cb\"\n\
@@ -231,7 +242,7 @@ async fn a_wrong_configuration_is_78_with_every_problem_and_no_secret() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_wrong_fernet_key_is_78_and_changes_nothing() {
+async fn row_43_a_wrong_fernet_key_is_78_and_changes_nothing() {
     let rig = stopped().await;
     let before = files(rig.directory.path());
     let wanted = Keyring::new(&[Secret::new(FERNET_KEY)]).unwrap().first().to_string();
@@ -248,7 +259,7 @@ async fn a_wrong_fernet_key_is_78_and_changes_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_second_process_is_75() {
+async fn row_38_a_second_process_is_75() {
     let rig = Rig::with_running_clock("").await;
     rig.log_in("default").await;
     for arguments in [&["serve"][..], &["users", "import"], &["store", "dump"], &["store", "restore"]] {
@@ -377,39 +388,6 @@ async fn without_a_key_development_makes_one_and_production_refuses() {
     assert_eq!(std::os::unix::fs::PermissionsExt::mode(&key.permissions()) & 0o777, 0o600);
     let again = bare(&[&["users", "list"], &arguments[..]].concat(), "").await;
     assert!(again.out.starts_with("default\tfresh\t"), "{}{}", again.out, again.err);
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_rotation_seals_everything_with_the_first_key() {
-    let mut rig = stopped().await;
-    let both = format!("store.fernet_keys={OTHER_KEY},{FERNET_KEY}");
-    let rotated = run(&rig, &["key", "rotate", "--set", &both], "").await;
-    assert_eq!(rotated.code, DONE, "{}", rotated.err);
-    assert!(rotated.out.starts_with("1 grants sealed anew"), "{}", rotated.out);
-    let again = run(&rig, &["key", "rotate", "--set", &both], "").await;
-    assert!(again.out.starts_with("0 grants"), "{}", again.out);
-    assert_eq!(run(&rig, &["users", "list"], "").await.code, CONFIG, "the old key alone opens nothing any more");
-    rig.sets.push(("store.fernet_keys".into(), OTHER_KEY.into()));
-    rig.start_sidecar().await;
-    assert_eq!(rig.get("/v2/profiles").await.status(), 200);
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_running_sidecar_rotates_when_asked() {
-    let mut rig = stopped().await;
-    rig.sets.push(("store.fernet_keys".into(), format!("{OTHER_KEY},{FERNET_KEY}")));
-    rig.start_sidecar().await;
-    let other = beside(&rig, &["key", "rotate"]).await;
-    assert_eq!((other.code, other.out.as_str()), (FAILED, ""), "it seals with the key that it was started with");
-    assert!(other.err.contains("Restart it") && !other.err.contains(FERNET_KEY), "{}", other.err);
-    let both = format!("store.fernet_keys={OTHER_KEY},{FERNET_KEY}");
-    let rotated = beside(&rig, &["key", "rotate", "--set", &both]).await;
-    assert_eq!(rotated.code, DONE, "{}", rotated.err);
-    assert!(rotated.out.starts_with("1 grants sealed anew"), "{}", rotated.out);
-    assert_eq!(rig.post("/api/auth/amazon/refresh").await.status(), 200);
-    assert_eq!(rig.get("/v2/profiles").await.status(), 200);
-    rig.restart_with("store.fernet_keys", OTHER_KEY).await;
-    assert_eq!(rig.get("/v2/profiles").await.status(), 200);
 }
 
 #[tokio::test(flavor = "multi_thread")]
