@@ -22,17 +22,19 @@ pub(super) struct Ahead<S> {
     /// Was read and not asked for yet.
     ahead: BytesMut,
     much: bool,
+    /// Whether others had their turn since the last piece.
+    yielded: bool,
 }
 
 impl<S> Ahead<S> {
     pub(super) fn new(socket: S) -> Self {
-        Self { socket, ahead: BytesMut::new(), much: false }
+        Self { socket, ahead: BytesMut::new(), much: false, yielded: false }
     }
 }
 
 impl<S: AsyncRead + Unpin> AsyncRead for Ahead<S> {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, into: &mut ReadBuf<'_>) -> Poll<Result<()>> {
-        let Self { socket, ahead, much } = &mut *self;
+        let Self { socket, ahead, much, yielded } = &mut *self;
         let mut socket = Pin::new(socket);
         if ahead.is_empty() {
             if !*much {
@@ -40,6 +42,12 @@ impl<S: AsyncRead + Unpin> AsyncRead for Ahead<S> {
                 *much = into.remaining() == 0;
                 return Poll::Ready(Ok(()));
             }
+            // Whoever waits for the piece before passes it on while it is still in the processor's cache.
+            if !std::mem::replace(yielded, true) {
+                cx.waker().wake_by_ref();
+                return Poll::Pending;
+            }
+            *yielded = false;
             ahead.reserve(AHEAD);
             let read = poll_read_buf(socket, cx, ahead);
             if read.is_pending() {
@@ -109,11 +117,17 @@ mod tests {
         (bytes.clone(), Ahead::new(Lying(bytes, 0)))
     }
 
-    /// What comes in pieces of 4 KiB until nothing does.
+    /// What comes in pieces of 4 KiB until nothing does, not even at the next turn.
     async fn drained(socket: &mut Ahead<Lying>) -> Vec<u8> {
-        let (mut all, mut piece) = (Vec::new(), [0; 4096]);
-        while let Poll::Ready(read) = futures_util::poll!(std::pin::pin!(socket.read(&mut piece))) {
-            all.extend(&piece[..read.unwrap()]);
+        let (mut all, mut piece, mut pauses) = (Vec::new(), [0; 4096], 0);
+        while pauses < 2 {
+            match futures_util::poll!(std::pin::pin!(socket.read(&mut piece))) {
+                Poll::Ready(read) => {
+                    all.extend(&piece[..read.unwrap()]);
+                    pauses = 0;
+                }
+                Poll::Pending => pauses += 1,
+            }
         }
         all
     }
