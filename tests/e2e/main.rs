@@ -18,6 +18,7 @@ mod login;
 mod proxying;
 mod reload;
 mod review;
+mod rows;
 mod selection;
 mod tokens;
 mod trouble;
