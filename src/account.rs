@@ -7,6 +7,8 @@ use std::sync::Arc;
 use http::{HeaderName, HeaderValue};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
+use crate::policy::Rules;
+
 /// The name of one Amazon grant: 1 to 128 of `A-Z a-z 0-9 . _ @ : | + -`, but not `.` or `..`.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct UserId(Arc<str>);
@@ -204,6 +206,8 @@ pub struct Account {
     pub ids: Ids,
     /// Headers that are always sent, whatever the path.
     pub headers: Vec<(HeaderName, HeaderValue)>,
+    /// What its calls have to keep to, beside `[policy]`.
+    pub rules: Rules,
 }
 
 /// The ids of one account, by [`Context`], ready to be sent.
@@ -247,7 +251,7 @@ mod tests {
     }
 
     #[test]
-    fn an_id_that_would_split_a_header_is_refused() {
+    fn threat_21_an_id_that_would_split_a_header_is_refused() {
         let mut ids = Ids::default();
         for bad in ["", "a b", "a\r\nx: y", "é", &"1".repeat(65)] {
             assert_eq!(ids.set(Context::Scope, bad), Err(BadId), "{bad:?}");

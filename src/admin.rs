@@ -1,9 +1,11 @@
 //! The admin door: probes, metrics, and the few things an operator does to a running process.
 
+mod page;
+
 use std::sync::Arc;
 
 use bytes::Bytes;
-use http::header::{ALLOW, CACHE_CONTROL, CONTENT_TYPE, HeaderValue};
+use http::header::{ALLOW, CACHE_CONTROL, CONTENT_TYPE, HeaderMap, HeaderValue, ORIGIN};
 use http::request::Parts;
 use http::{Method, Request, Response, StatusCode};
 use http_body_util::{BodyExt, Full, Limited};
@@ -12,7 +14,8 @@ use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 use url::Url;
 
-use crate::guard::{Guard, Refusal};
+use crate::clock::Clock;
+use crate::guard::{Guard, Navigable, Refusal};
 use crate::keeper::Keeper;
 use crate::keyring::Fingerprint;
 use crate::log::LogHandle;
@@ -25,7 +28,8 @@ use crate::store::TokenStore;
 /// What the admin door needs to know.
 #[derive(Clone, Debug, Default)]
 pub struct Settings {
-    /// `admin.public_url`: how the admin door is reached from outside, where a proxy stands before it.
+    /// `admin.public_url`: how the status page is reached from outside, where a proxy stands before it. Its host is accepted
+    /// in `Host`; who may see the page is another question, which the caller token answers.
     pub public_url: Option<Url>,
 }
 
@@ -53,20 +57,43 @@ pub struct Admin {
     pub(crate) connections: Arc<[(&'static str, Count)]>,
     pub(crate) log: Option<LogHandle>,
     pub(crate) store: TokenStore,
-    /// The key that seals.
-    pub(crate) first_key: Fingerprint,
+    /// The latest rotation of keys.
+    pub(crate) rotation: tokio::sync::watch::Receiver<Rotation>,
     pub(crate) request_ids: Arc<RequestIds>,
+    pub(crate) clock: Clock,
+    pub(crate) public_url: Option<Url>,
+    /// Where a login begins, up to the user's name; `None` where no browser reaches the proxy door.
+    pub(crate) login_base: Option<String>,
     pub(crate) reloader: Reloader,
     /// Ends the process in good order.
     pub(crate) quit: CancellationToken,
+}
+
+/// The latest rotation of keys.
+#[derive(Clone, Debug)]
+pub struct Rotation {
+    /// The key that seals.
+    pub key: Fingerprint,
+    /// Whether it is under way.
+    pub running: bool,
+    /// How many grants other keys of the ring sealed when it began.
+    pub left_at_first: usize,
+    /// Why it does not get on. It is tried again each second.
+    pub error: Option<String>,
 }
 
 /// Asks the running process to read its configuration again. Cloning gives another handle.
 #[derive(Clone, Debug)]
 pub struct Reloader(mpsc::Sender<Asked>);
 
-/// Somebody asked, and waits for what comes of it.
-pub type Asked = oneshot::Sender<Result<(), String>>;
+/// What somebody asked for, who waits for what comes of it.
+#[derive(Debug)]
+pub enum Asked {
+    /// To read the configuration again and take it into use.
+    Reload(oneshot::Sender<Result<(), String>>),
+    /// To take its keys into use, and to seal everything with the first, which has this fingerprint.
+    Rotate(String, oneshot::Sender<Result<(), String>>),
+}
 
 impl Reloader {
     /// A way to ask, and where the asking arrives.
@@ -78,10 +105,19 @@ impl Reloader {
     /// Reads the configuration again and takes it into use. Where something is wrong with it, all of the old stays, and
     /// the error says what to mend; it holds no secret.
     pub async fn reload(&self) -> Result<(), String> {
-        let (asked, answer) = oneshot::channel();
+        self.ask(Asked::Reload).await
+    }
+
+    /// Reads the keys of the configuration again, takes them into use, and begins to seal every grant with the first.
+    pub async fn rotate(&self, key: String) -> Result<(), String> {
+        self.ask(|answer| Asked::Rotate(key, answer)).await
+    }
+
+    async fn ask(&self, what: impl FnOnce(oneshot::Sender<Result<(), String>>) -> Asked) -> Result<(), String> {
+        let (answer, answered) = oneshot::channel();
         let gone = || "adsidecar is about to stop".to_owned();
-        self.0.send(asked).await.map_err(|_| gone())?;
-        answer.await.unwrap_or_else(|_| Err(gone()))
+        self.0.send(what(answer)).await.map_err(|_| gone())?;
+        answered.await.unwrap_or_else(|_| Err(gone()))
     }
 }
 
@@ -103,8 +139,9 @@ impl Admin {
     }
 
     async fn answer(&self, parts: &Parts, body: Incoming, peer: Peer) -> Result<Answer, Problem> {
-        self.guard.no_browser(&parts.headers).map_err(|refusal| self.refused(refusal))?;
         let path = parts.uri.path();
+        let page = path == "/" && parts.method == Method::GET;
+        self.no_web_page(&parts.headers, page).map_err(|refusal| self.refused(refusal))?;
         // Probes and scrapers come by the pod's address, and learn nothing that a label does not say.
         let open = matches!(path, "/livez" | "/readyz" | "/startupz" | "/metrics");
         let admitted = if open && parts.method == Method::GET {
@@ -121,6 +158,10 @@ impl Admin {
             }
             ("/startupz", &Method::GET) => Ok(say(StatusCode::OK, "started\n")),
             ("/metrics", &Method::GET) => self.metrics(),
+            ("/", &Method::GET) => {
+                self.operator(parts, peer)?;
+                Ok(self.page(&parts.headers))
+            }
             ("/quitquitquit", &Method::POST) => {
                 self.operator(parts, peer)?;
                 self.quit.cancel();
@@ -140,13 +181,18 @@ impl Admin {
                 self.operator(parts, peer)?;
                 self.set_level(body).await
             }
+            ("/rotate", &Method::GET) => {
+                self.operator(parts, peer)?;
+                Ok(self.rotation())
+            }
             ("/rotate", &Method::POST) => {
                 self.operator(parts, peer)?;
                 self.rotate(parts.uri.query().unwrap_or_default()).await
             }
-            ("/livez" | "/readyz" | "/startupz" | "/metrics", _) => Err(method("GET")),
-            ("/quitquitquit" | "/reload" | "/rotate", _) => Err(method("POST")),
+            ("/" | "/livez" | "/readyz" | "/startupz" | "/metrics", _) => Err(method("GET")),
+            ("/quitquitquit" | "/reload", _) => Err(method("POST")),
             ("/log", _) => Err(method("GET, PUT")),
+            ("/rotate", _) => Err(method("GET, POST")),
             _ => Err(Problem::new(
                 Code::NotFound,
                 "The admin door has no such page.",
@@ -171,12 +217,17 @@ impl Admin {
             self.metrics.connections.with_label_values(&[door]).set(i64::try_from(count()).unwrap_or(i64::MAX));
         }
         self.metrics.store_up.set(i64::from(self.keeper.stored()));
-        let text = self.metrics.render(self.keeper.health());
-        let text = text.map_err(|error| {
+        let store = self.store.health();
+        let records = store.records.iter().map(|(sealed, count)| (sealed.to_string(), *count));
+        self.metrics.store_holds(records, store.unreadable(), store.recoveries);
+        if let Some(log) = &self.log {
+            self.metrics.log_lines(log.dropped());
+        }
+        let page = self.metrics.page(|| self.keeper.health()).map_err(|error| {
             tracing::error!(%error, "the metrics cannot be rendered");
             Problem::new(Code::Internal, "The metrics cannot be rendered.", "The log says why; please report it.")
         })?;
-        let mut answer = Response::new(Full::new(Bytes::from(text)));
+        let mut answer = Response::new(Full::new(page));
         answer.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8"));
         Ok(answer)
     }
@@ -193,29 +244,47 @@ impl Admin {
         Ok(say(StatusCode::OK, "changed\n"))
     }
 
-    /// Seals every grant anew with the first key, for `adsidecar key rotate`, whose own first key has to be the same.
+    /// Begins a rotation for `adsidecar key rotate`, whose own first key has to be the configuration's.
     async fn rotate(&self, query: &str) -> Result<Answer, Problem> {
-        let key = self.first_key.to_string();
-        if query != format!("key={key}") {
+        let Some(key) = query.strip_prefix("key=") else {
             return Err(Problem::new(
                 Code::BadRequest,
-                format!("This sidecar seals with key {key}, which is not the one that was asked for."),
-                "Restart it with the new key first in store.fernet_keys, then rotate.",
+                "The fingerprint of the key to seal with is missing.",
+                "Use adsidecar key rotate.",
             ));
-        }
-        let done = self.store.reseal().await.map_err(|error| {
-            tracing::error!(%error, "the grants could not be sealed anew");
-            Problem::new(
-                Code::StoreUnavailable,
-                "The store did not take the change.",
-                "Look at the log and at the volume of store.path, then rotate again: it goes on where it stopped.",
-            )
-        })?;
-        tracing::info!(resealed = done.resealed, unreadable = done.unreadable, key, "grants sealed anew");
-        let text = serde_json::json!({ "resealed": done.resealed, "unreadable": done.unreadable }).to_string();
-        let mut answer = Response::new(Full::new(Bytes::from(text)));
+        };
+        let refused = |problem| {
+            Problem::new(Code::BadRequest, problem, "Mend that, then rotate again: it goes on where it stopped.")
+        };
+        self.reloader.rotate(key.to_owned()).await.map_err(refused)?;
+        Ok(self.rotation())
+    }
+
+    /// How far it is. The error is the store's own, and holds no secret.
+    fn rotation(&self) -> Answer {
+        let (rotation, store) = (self.rotation.borrow().clone(), self.store.health());
+        let left = store.under_other_keys(rotation.key);
+        let text = serde_json::json!({
+            "key": rotation.key.to_string(),
+            "running": rotation.running,
+            "resealed": rotation.left_at_first.saturating_sub(left),
+            "left": left,
+            "unreadable": store.unreadable(),
+            "error": rotation.error,
+        });
+        let mut answer = Response::new(Full::new(Bytes::from(text.to_string())));
         answer.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
-        Ok(answer)
+        answer
+    }
+
+    /// No web page drives this door. A person's browser may open the status page: by its address or a bookmark (`none`),
+    /// or once more from the page itself.
+    fn no_web_page(&self, headers: &HeaderMap, page: bool) -> Result<(), Refusal> {
+        if page && !headers.contains_key(ORIGIN) {
+            self.guard.browser(headers, Navigable::Never).map(drop)
+        } else {
+            self.guard.no_browser(headers)
+        }
     }
 
     /// Lets through who is on this machine, or knows the caller token.

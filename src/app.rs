@@ -3,6 +3,7 @@
 
 mod front;
 mod reload;
+mod rotation;
 
 use std::future::Future;
 use std::net::SocketAddr;
@@ -25,7 +26,8 @@ use crate::clock::Clock;
 use crate::config::{Config, FernetKeys, Sources};
 use crate::keeper::{Background, Keeper};
 use crate::keyring::{KeyError, Keyring};
-use crate::log::LogHandle;
+use crate::log::{Dropped, LogHandle};
+use crate::login::Desk;
 use crate::lwa::Lwa;
 use crate::metrics::Metrics;
 use crate::problem::{Code, Problem};
@@ -36,9 +38,12 @@ use crate::store::{Opened, StoreError, TokenStore};
 use crate::token::State;
 use front::{Front, Lasting};
 use reload::{Fixed, LOOK_EVERY, Watched};
+use rotation::Rotations;
 
 /// The admin door serves a kubelet, a scraper and a person, and none of them for long.
 const ADMIN_CONNECTIONS: usize = 256;
+/// The file mode of a Unix socket of the login and the admin door: for the user that adsidecar runs as.
+const OWN_SOCKET: u32 = 0o600;
 /// How long a shutdown waits for token calls that are in flight: their own deadline and a little more.
 const SETTLE: Duration = Duration::from_secs(12);
 
@@ -51,6 +56,7 @@ pub struct App {
     lasting: Lasting,
     background: Background,
     fixed: Fixed,
+    rotations: Rotations,
     watched: Option<Watched>,
     asked: mpsc::Receiver<Asked>,
 }
@@ -96,7 +102,7 @@ impl App {
     pub async fn build(config: Config, clock: Clock, log: Option<LogHandle>) -> Result<Self, BuildError> {
         let setting = |error: &dyn std::fmt::Display| BuildError::Setting(error.to_string());
         let keyring = Arc::new(keyring(&config)?);
-        let first_key = keyring.first();
+        let first = keyring.first();
         let (store, opened) = TokenStore::open(&config.store, keyring)?;
         report(&opened);
         let started_at = clock.now().as_duration().as_secs_f64();
@@ -105,17 +111,18 @@ impl App {
         let grants = opened.users.into_iter().filter_map(|(user, grant)| Some((user, grant.ok()?)));
         let (keeper, background) =
             Keeper::new(config.keeper.clone(), store.clone(), grants, lwa.clone(), clock.clone(), metrics.clone());
+        let rotations = Rotations::new(store.clone(), first);
         let doors = bind(&config).await?;
         let [proxy, login, admin] = &doors;
         let addresses = Addresses { proxy: proxy.addresses(), login: login.addresses(), admin: admin.addresses() };
         let (reloader, asked) = Reloader::new();
         let lasting = Lasting {
             keeper,
-            store,
-            first_key,
+            store: store.clone(),
+            rotation: rotations.watch(),
             metrics,
             clock,
-            desk: Arc::default(),
+            desk: Arc::new(Desk::open(store.clone()).await),
             log,
             stage: watch::Sender::new(Stage::Starting),
             quit: CancellationToken::new(),
@@ -131,7 +138,7 @@ impl App {
         };
         let (limits, fixed) = ([proxy.limits(), login.limits(), admin.limits()], Fixed::of(&config));
         let front = Arc::new(ArcSwap::from_pointee(Front::new(config, lwa, &lasting)?));
-        Ok(Self { addresses, doors, limits, front, lasting, background, fixed, watched: None, asked })
+        Ok(Self { addresses, doors, limits, front, lasting, background, fixed, rotations, watched: None, asked })
     }
 
     /// Makes it read `sources` again when it is asked to, and when one of their files changes.
@@ -153,8 +160,8 @@ impl App {
     /// Serves until `stop`, then drains: not ready at once, new connections for `shutdown.accept`, what is in flight for
     /// at most `shutdown.drain`; then every token call and every write comes to its end.
     pub async fn run(self, stop: impl Future<Output = ()>) -> Result<(), StoreError> {
-        let Self { addresses, doors: [proxy, login, admin], limits, front, lasting, background, fixed, watched, asked } =
-            self;
+        let Self { addresses, doors: [proxy, login, admin], limits, front, lasting, background, .. } = self;
+        let Self { fixed, mut rotations, watched, asked, .. } = self;
         let mut helpers = JoinSet::new();
         // Before anybody can ask for it; where there is a grant to be tried first, callers have that one meanwhile.
         let adopting = adopt_configured(lasting.keeper.clone());
@@ -163,6 +170,10 @@ impl App {
             _ => drop(helpers.spawn(adopting)),
         }
         helpers.spawn(background.run());
+        let unfinished = front.load().login.login.clone();
+        helpers.spawn(async move { unfinished.resume().await });
+        let (desk, clock) = (lasting.desk.clone(), lasting.clock.clone());
+        helpers.spawn(async move { desk.keep(&clock).await });
         helpers.spawn(tend(front.clone()));
         let (phase, admin_phase) = (watch::Sender::new(Phase::Open), watch::Sender::new(Phase::Open));
         let mut served = JoinSet::new();
@@ -178,7 +189,9 @@ impl App {
         let Addresses { proxy, login, admin } = &addresses;
         tracing::info!(?proxy, ?login, ?admin, version = env!("CARGO_PKG_VERSION"), "serving");
 
-        let mut reloads = Reloads { watched, asked, fixed, front: front.clone(), limits, lasting };
+        rotations.resume().await;
+        let (inside, told) = (front.clone(), Dropped::default());
+        let mut reloads = Reloads { watched, asked, fixed, rotations, front: inside, limits, lasting, told };
         tokio::select! {
             () = stop => {}
             () = reloads.run() => {}
@@ -198,6 +211,7 @@ impl App {
             tracing::error!("a token call or a write was still in flight and is given up");
         }
         helpers.shutdown().await;
+        lasting.desk.write_begun().await;
         let closed = lasting.store.close().await;
         tracing::info!("stopped");
         closed
@@ -209,9 +223,12 @@ struct Reloads {
     watched: Option<Watched>,
     asked: mpsc::Receiver<Asked>,
     fixed: Fixed,
+    rotations: Rotations,
     front: Arc<ArcSwap<Front>>,
     limits: [Arc<ArcSwap<Limits>>; 3],
     lasting: Lasting,
+    /// Missing lines that the log has told of.
+    told: Dropped,
 }
 
 impl Reloads {
@@ -221,11 +238,13 @@ impl Reloads {
         loop {
             tokio::select! {
                 () = self.lasting.quit.cancelled() => return,
-                Some(asked) = self.asked.recv() => {
-                    // Whoever asked may have gone meanwhile.
-                    let _ = asked.send(self.reload());
-                }
+                // Whoever asked may have gone meanwhile.
+                Some(asked) = self.asked.recv() => match asked {
+                    Asked::Reload(answer) => drop(answer.send(self.reload())),
+                    Asked::Rotate(key, answer) => drop(answer.send(self.rotate(&key).await)),
+                },
                 _ = look.tick() => {
+                    self.tell_dropped();
                     if self.watched.as_ref().is_some_and(Watched::changed) {
                         tracing::info!("a file of the configuration changed");
                         // What comes of it is logged, and a metric.
@@ -233,6 +252,16 @@ impl Reloads {
                     }
                 }
             }
+        }
+    }
+
+    /// Says in the log, once it can, that lines are missing from it.
+    fn tell_dropped(&mut self) {
+        let dropped = self.lasting.log.as_ref().map(LogHandle::dropped).unwrap_or_default();
+        if dropped != self.told {
+            let (flood, sink) = (dropped.flood - self.told.flood, dropped.sink - self.told.sink);
+            self.told = dropped;
+            tracing::warn!(flood, sink, "lines are missing here: too many of one kind came, or nobody read them");
         }
     }
 
@@ -247,20 +276,41 @@ impl Reloads {
         reloaded
     }
 
+    /// Takes the keys of the configuration into use, and begins to seal everything with the first. Its fingerprint has to
+    /// be `key`: who asks may read another configuration than this process.
+    async fn rotate(&mut self, key: &str) -> Result<(), String> {
+        let watched = self.watched.as_mut().ok_or("this process was not told where its configuration lies")?;
+        let config = watched.read()?;
+        let keyring = Arc::new(keyring(&config).map_err(|error| error.to_string())?);
+        let first = keyring.first();
+        if first.to_string() != key {
+            return Err(format!(
+                "the first key that this sidecar is configured with has the fingerprint {first}, not {key}: give both \
+                 the same store.fernet_keys. An environment variable is read at the start alone: use a file, or restart it"
+            ));
+        }
+        self.lasting.store.rekey(keyring).await.map_err(|error| error.to_string())?;
+        self.fixed.takes_keys_of(&config);
+        self.rotations.begin(first).await.map_err(|error| error.to_string())?;
+        // With the old keys it was refused whole. What comes of it is logged, and a metric.
+        let _ = self.reload();
+        Ok(())
+    }
+
     fn take_over(&mut self) -> Result<(), String> {
         let watched = self.watched.as_mut().ok_or("this process was not told where its configuration lies")?;
         let config = watched.read()?;
         reload::needs_restart(&self.fixed, &config)?;
         let lwa = Lwa::new(config.lwa.clone())?;
-        let (keeper, metrics, limits, level) = (config.keeper.clone(), config.metrics, config.limits, config.log.level);
+        let (keeper, metrics, limits, log) = (config.keeper.clone(), config.metrics, config.limits, config.log);
         let front = Front::new(config, lwa.clone(), &self.lasting).map_err(|error| error.to_string())?;
         // Nothing fails from here on.
         self.front.store(Arc::new(front));
         for (door, limits) in self.limits.iter().zip(limits_of_doors(limits)) {
             door.store(Arc::new(limits));
         }
-        if let Some(log) = &self.lasting.log {
-            log.set_level(level);
+        if let Some(running) = &self.lasting.log {
+            running.reconfigure(log);
         }
         self.lasting.metrics.reconfigure(metrics);
         self.lasting.keeper.reconfigure(keeper, lwa);
@@ -276,9 +326,9 @@ async fn bind(config: &Config) -> Result<[Door; 3], BuildError> {
     };
     let [proxy, login, admin] = limits_of_doors(config.limits);
     Ok([
-        Door::bind(&config.proxy_listen, config.proxy_listen_default, proxy, late()).await?,
-        Door::bind(&config.login_listen, false, login, late()).await?,
-        Door::bind(&config.admin_listen, config.admin_listen_default, admin, late()).await?,
+        Door::bind(&config.proxy_listen, config.proxy_listen_default, config.socket_mode, proxy, late()).await?,
+        Door::bind(&config.login_listen, false, OWN_SOCKET, login, late()).await?,
+        Door::bind(&config.admin_listen, config.admin_listen_default, OWN_SOCKET, admin, late()).await?,
     ])
 }
 

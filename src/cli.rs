@@ -3,6 +3,7 @@
 mod ask;
 mod health;
 mod key;
+mod process;
 pub mod sandbox;
 mod serve;
 mod store;
@@ -94,6 +95,7 @@ pub(crate) struct Failed {
 
 /// Runs the command that `arguments` name. Says on standard error why it failed, if so.
 pub fn run(arguments: impl IntoIterator<Item = OsString>) -> Exit {
+    process::harden();
     match Arguments::try_parse_from(arguments) {
         Ok(arguments) => told(dispatch(arguments)),
         Err(error) => misused(&error),

@@ -43,7 +43,9 @@ pub struct Config {
     pub proxy_listen_default: bool,
     /// `proxy.allow_remote`. Already obeyed: a remote `proxy_listen` is here only where this is true.
     pub allow_remote: bool,
-    /// `proxy.max_connections`, `proxy.header_timeout`, `proxy.idle_timeout`.
+    /// `proxy.socket_mode`: who may connect at a Unix socket of the proxy door.
+    pub socket_mode: u32,
+    /// `proxy.max_connections`, `proxy.header_timeout`, `proxy.idle_timeout`, `proxy.write_timeout`.
     pub limits: serve::Limits,
     /// `login.listen`; empty: the login door is off.
     pub login_listen: Vec<Listen>,

@@ -5,7 +5,10 @@
 
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
-use http::header::{AUTHORIZATION, HOST, HeaderMap, HeaderName, ORIGIN, PROXY_AUTHORIZATION, TRANSFER_ENCODING};
+use http::header::{
+    ACCESS_CONTROL_REQUEST_METHOD, AUTHORIZATION, HOST, HeaderMap, HeaderName, ORIGIN, PROXY_AUTHORIZATION,
+    TRANSFER_ENCODING,
+};
 use http::request::Parts;
 use http::{HeaderValue, Method};
 
@@ -23,6 +26,8 @@ pub struct Settings {
     /// The origin of `login.frontend_url`, such as `https://app.example.com`: the one web origin that may `fetch` the
     /// OAuth endpoints.
     pub frontend_origin: Option<String>,
+    /// `proxy.peer_uids`: where not empty, a caller at a Unix socket has to run as one of these users.
+    pub peer_uids: Vec<u32>,
 }
 
 /// Carries the caller token, for callers that can set a header.
@@ -50,6 +55,8 @@ pub enum Refusal {
     CrossSite,
     /// The caller token is missing or wrong.
     Caller,
+    /// The process at the other end of a Unix socket runs as another user.
+    Peer,
 }
 
 impl Refusal {
@@ -63,6 +70,7 @@ impl Refusal {
             Self::Method => "method",
             Self::CrossSite => "cross_site",
             Self::Caller => "caller_token",
+            Self::Peer => "peer_uid",
         }
     }
 }
@@ -87,9 +95,22 @@ impl Guard {
         framing(&request.headers)
     }
 
-    /// Refuses browsers: no web page drives this door.
+    /// Asks as whom the process at the other end of a Unix socket runs, where that is limited.
+    pub fn peer(&self, peer: Peer) -> Result<(), Refusal> {
+        match peer {
+            Peer::Unix(uid) if !self.0.peer_uids.is_empty() => {
+                let known = uid.is_some_and(|uid| self.0.peer_uids.contains(&uid));
+                if known { Ok(()) } else { Err(Refusal::Peer) }
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Refuses browsers, and the question that one asks before it lets a page of another origin send something (CORS): no
+    /// web page drives this door.
     pub fn no_browser(&self, headers: &HeaderMap) -> Result<(), Refusal> {
-        let browser = headers.contains_key(ORIGIN) || headers.contains_key(SEC_FETCH_SITE);
+        let signs = [ORIGIN, SEC_FETCH_SITE, ACCESS_CONTROL_REQUEST_METHOD];
+        let browser = signs.iter().any(|sign| headers.contains_key(sign));
         if browser { Err(Refusal::CrossSite) } else { Ok(()) }
     }
 
@@ -146,7 +167,7 @@ impl Guard {
     }
 
     fn host(&self, request: &Parts, peer: Peer) -> Result<(), Refusal> {
-        if peer == Peer::Unix {
+        if let Peer::Unix(_) = peer {
             return Ok(());
         }
         let host = host_value(&request.headers)?;
@@ -262,6 +283,7 @@ mod tests {
             allowed_hosts: vec!["ads.internal".into()],
             caller_tokens: Vec::new(),
             frontend_origin: Some("https://app.example.com".into()),
+            peer_uids: vec![1000, 1001],
         })
     }
 
@@ -331,7 +353,18 @@ mod tests {
             guard().admit(&parts("/", &[("host", "localhost"), ("host", "localhost")]), tcp()),
             Err(Refusal::NoHost)
         );
-        assert!(guard().admit(&parts("/", &[]), Peer::Unix).is_ok());
+        assert!(guard().admit(&parts("/", &[]), Peer::Unix(None)).is_ok());
+    }
+
+    #[test]
+    fn at_a_unix_socket_another_user_is_refused() {
+        for other in [Peer::Unix(Some(0)), Peer::Unix(Some(1002)), Peer::Unix(None)] {
+            assert_eq!(guard().peer(other), Err(Refusal::Peer), "{other:?}");
+        }
+        for fine in [Peer::Unix(Some(1000)), Peer::Unix(Some(1001)), tcp()] {
+            assert_eq!(guard().peer(fine), Ok(()), "{fine:?}");
+        }
+        assert_eq!(Guard::new(Settings::default()).peer(Peer::Unix(None)), Ok(()), "nobody limits it");
     }
 
     #[test]
@@ -377,6 +410,7 @@ mod tests {
             &[("origin", "https://app.example.com")],
             &[("sec-fetch-site", "none")],
             &[("sec-fetch-site", "same-origin")],
+            &[("access-control-request-method", "POST")],
         ] {
             assert_eq!(guard().no_browser(&parts("/", headers).headers), Err(Refusal::CrossSite), "{headers:?}");
         }

@@ -7,13 +7,17 @@
 //! The hot path, [`Keeper::bearer`] with a token that has enough of its life left, takes no lock that a renewal holds.
 
 mod agenda;
+mod clocks;
 mod configured;
 mod entry;
 mod flight;
+mod intents;
+mod outage;
 mod report;
+mod sync;
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::atomic::{AtomicI64, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
@@ -29,11 +33,13 @@ use crate::clock::Clock;
 use crate::lwa::Lwa;
 use crate::metrics::Metrics;
 use crate::store::{StoreError, TokenStore};
-use crate::token::{Cure, Grant, Held, Policy, RefreshToken};
+use crate::token::{Cure, Grant, Held, Kept, Policy, RefreshToken};
 use agenda::Agenda;
 use configured::ADOPTED;
-use entry::Entry;
+use entry::{Entry, Writing};
 use flight::Why;
+use intents::Intents;
+use outage::Outage;
 pub use report::Status;
 
 /// When tokens are renewed (contract, section 5).
@@ -61,6 +67,9 @@ const PATIENT_ATTEMPTS: u32 = 2;
 const FORCED_SPACING: SignedDuration = SignedDuration::from_secs(30);
 /// How often a store that failed is asked again.
 const STORE_PERIOD: Duration = Duration::from_secs(1);
+/// At the start the background's first renewals are spread: over this long for each user, and over this long at most.
+const SPREAD_EACH: Duration = Duration::from_millis(60);
+const SPREAD_MAX: Duration = Duration::from_secs(60);
 
 /// Keeps every user's tokens alive. Cloning gives another handle to the same keeper.
 #[derive(Clone, Debug)]
@@ -80,6 +89,10 @@ struct Inner {
     flights: TaskTracker,
     /// Grants that are newer in memory than on disk.
     unsaved: AtomicUsize,
+    outage: Outage,
+    intents: Intents,
+    /// The uptime in seconds from which on the next answer of the Ads API is asked for its date.
+    listen_at: AtomicI64,
 }
 
 /// Why there is no token for a caller.
@@ -119,9 +132,13 @@ impl Keeper {
         metrics: Arc<Metrics>,
     ) -> (Self, Background) {
         let (agenda, changes) = mpsc::unbounded_channel();
-        let users = grants.into_iter().map(|(user, grant)| (user.clone(), Arc::new(Entry::new(user, Some(grant)))));
+        let grants: Vec<_> = grants.into_iter().collect();
+        // One user is not kept waiting; a thousand do not ask Login with Amazon all at once.
+        let others = u32::try_from(grants.len().saturating_sub(1)).unwrap_or(u32::MAX);
+        let (now, spread) = (clock.moment(), SPREAD_EACH.saturating_mul(others).min(SPREAD_MAX));
+        let entry = |(user, grant): (UserId, _)| (user.clone(), Arc::new(Entry::new(user, Some(grant), now, spread)));
         let keeper = Self(Arc::new(Inner {
-            users: RwLock::new(users.collect()),
+            users: RwLock::new(grants.into_iter().map(entry).collect()),
             settings: ArcSwap::from_pointee(settings),
             store,
             lwa: ArcSwap::from_pointee(lwa),
@@ -130,6 +147,9 @@ impl Keeper {
             agenda,
             flights: TaskTracker::new(),
             unsaved: AtomicUsize::new(0),
+            outage: Outage::default(),
+            intents: Intents::default(),
+            listen_at: AtomicI64::new(i64::MIN),
         }));
         let agenda = Agenda::new(changes);
         (keeper.clone(), Background { keeper, agenda })
@@ -138,11 +158,11 @@ impl Keeper {
     /// `Bearer <token>` for a call on behalf of `user`, renewed first if need be.
     pub async fn bearer(&self, user: &UserId) -> Result<HeaderValue, TokenError> {
         let entry = self.entry(user).ok_or(TokenError::LoginRequired { reason: "no_grant" })?;
-        let now = self.0.clock.now();
+        let now = self.0.clock.moment();
         entry.mark_used(now);
         let held = entry.held();
         match held.living(now) {
-            Some(access) if !held.expiring(self.policy(), now) => Ok(access.token.bearer().clone()),
+            Some(access) if !held.expiring(self.policy(), now) => Ok(access.bearer().clone()),
             _ => Box::pin(self.renewed_bearer(&entry)).await,
         }
     }
@@ -153,11 +173,11 @@ impl Keeper {
         loop {
             let changed = entry.changed();
             let held = entry.held().clone();
-            let now = self.0.clock.now();
+            let now = self.0.clock.moment();
             if let Some(access) = held.living(now) {
                 let enough = !held.expiring(self.policy(), now) || held.backs_off(now);
                 if enough || begun.elapsed() >= WAIT_LIVING {
-                    return Ok(access.token.bearer().clone());
+                    return Ok(access.bearer().clone());
                 }
                 self.fly(entry, Why::OnDemand);
                 let _ = timeout_at(begun + WAIT_LIVING, changed.wait()).await;
@@ -165,11 +185,11 @@ impl Keeper {
             }
             match &*held {
                 Held::Nothing => return Err(TokenError::LoginRequired { reason: "no_grant" }),
-                Held::LoginRequired { reason, retry_at, .. } if now < *retry_at => {
+                Held::LoginRequired { reason, retry_at, .. } if now.uptime < *retry_at => {
                     return Err(TokenError::LoginRequired { reason });
                 }
-                Held::Failing { failure, attempts, retry_at, .. } if now < *retry_at => {
-                    let pause = Duration::try_from(retry_at.duration_since(now)).unwrap_or_default();
+                Held::Failing { failure, attempts, retry_at, .. } if now.uptime < *retry_at => {
+                    let pause = Duration::try_from(*retry_at - now.uptime).unwrap_or_default();
                     if *attempts > PATIENT_ATTEMPTS || pause > PATIENCE || begun.elapsed() > WAIT_DEAD {
                         let (code, cure) = (failure.code, failure.cure);
                         return Err(TokenError::Unavailable { code, cure, retry_after: pause });
@@ -205,7 +225,8 @@ impl Keeper {
             }
             let fly = || self.fly(&entry, Why::Distrusted(bearer.clone()));
             // A flight that was under way may end without a token call: then it is this caller's turn.
-            if !entry.force(self.0.clock.now(), FORCED_SPACING, fly) || timeout_at(until, changed.wait()).await.is_err()
+            if !entry.force(self.0.clock.moment(), FORCED_SPACING, fly)
+                || timeout_at(until, changed.wait()).await.is_err()
             {
                 return None;
             }
@@ -214,13 +235,13 @@ impl Keeper {
 
     fn other_than(&self, entry: &Entry, bearer: &HeaderValue) -> Option<HeaderValue> {
         let held = entry.held();
-        let access = held.living(self.0.clock.now())?;
-        Some(access.token.bearer()).filter(|living| *living != bearer).cloned()
+        let access = held.living(self.0.clock.moment())?;
+        Some(access.bearer()).filter(|living| *living != bearer).cloned()
     }
 
     /// Whether the token of `user` ends within the margin, or has ended.
     pub fn near_expiry(&self, user: &UserId) -> bool {
-        self.entry(user).is_some_and(|entry| entry.held().expiring(self.policy(), self.0.clock.now()))
+        self.entry(user).is_some_and(|entry| entry.held().expiring(self.policy(), self.0.clock.moment()))
     }
 
     /// Refreshes `user` now, whatever is left of the token, or joins the refresh that is running.
@@ -232,7 +253,7 @@ impl Keeper {
             let _ = timeout(PATIENCE, self.0.clock.sleep_until(*retry_at)).await;
         }
         let changed = entry.changed();
-        if !entry.held().backs_off(self.0.clock.now()) {
+        if !entry.held().backs_off(self.0.clock.moment()) {
             self.fly(&entry, Why::Asked);
             let _ = timeout(WAIT_DEAD, changed.wait()).await;
         }
@@ -263,12 +284,13 @@ impl Keeper {
 
     async fn adopt_now(&self, user: &UserId, mut grant: Grant) -> Status {
         let entry = self.entry_or_new(user);
-        let _write = entry.write().await;
-        grant.generation = entry.next_generation();
+        let write = entry.write().await;
+        grant.generation = write.next_generation();
         grant.used_at = Some(self.0.clock.now());
         self.store(&entry, &grant, None).await;
-        entry.mark_used(self.0.clock.now());
-        self.publish(&entry, Held::Fresh(Arc::new(grant)));
+        let now = self.0.clock.moment();
+        entry.mark_used(now);
+        self.publish(&entry, &write, Held::Fresh(Arc::new(Kept::loaded(grant, now))));
         entry.wake();
         tracing::info!(%user, "new grant");
         self.tell(&entry)
@@ -285,10 +307,10 @@ impl Keeper {
             // A record that does not decrypt is no entry, and a logout means it too.
             return self.timed("erase", self.0.store.erase(user)).await;
         };
-        let _write = entry.write().await;
+        let write = entry.write().await;
         let erased = self.timed("erase", self.0.store.erase(user)).await?;
         let held = entry.held().grant().is_some();
-        self.publish(&entry, Held::Nothing);
+        self.publish(&entry, &write, Held::Nothing);
         entry.wake();
         tracing::info!(%user, "logged out");
         Ok(erased || held)
@@ -313,7 +335,10 @@ impl Keeper {
     pub fn reconfigure(&self, settings: Settings, lwa: Lwa) {
         self.0.settings.store(Arc::new(settings));
         self.0.lwa.store(Arc::new(lwa));
+        // Perhaps the client secret was wrong, and is right now.
+        self.0.outage.forget();
         for entry in self.entries() {
+            entry.try_again(self.0.clock.moment());
             // The background is gone only when the process is about to be.
             let _ = self.0.agenda.send(entry);
         }
@@ -323,11 +348,12 @@ impl Keeper {
     pub async fn settle(&self) {
         self.0.flights.close();
         self.0.flights.wait().await;
+        self.settle_intents().await;
     }
 
-    /// Makes `held` what everybody sees, and plans its next renewal. Wakes nobody: see [`Entry::set`].
-    fn publish(&self, entry: &Arc<Entry>, held: Held) {
-        entry.set(held);
+    /// Makes `held` what everybody sees, and plans its next renewal. Wakes nobody: see [`Writing::publish`].
+    fn publish(&self, entry: &Arc<Entry>, write: &Writing<'_>, held: Held) {
+        write.publish(held);
         // The background is gone only when the process is about to be.
         let _ = self.0.agenda.send(entry.clone());
     }
@@ -357,7 +383,12 @@ impl Keeper {
     /// Entries are never removed: a flight that ends after a logout and a new login must find the same one.
     fn entry_or_new(&self, user: &UserId) -> Arc<Entry> {
         let mut users = self.0.users.write().unwrap_or_else(PoisonError::into_inner);
-        users.entry(user.clone()).or_insert_with(|| Arc::new(Entry::new(user.clone(), None))).clone()
+        users.entry(user.clone()).or_insert_with(|| Arc::new(self.blank(user))).clone()
+    }
+
+    /// The entry of a user of whom nothing is known.
+    fn blank(&self, user: &UserId) -> Entry {
+        Entry::new(user.clone(), None, self.0.clock.moment(), Duration::ZERO)
     }
 
     fn entries(&self) -> Vec<Arc<Entry>> {
@@ -368,6 +399,7 @@ impl Keeper {
 impl Background {
     /// Renews tokens before anybody needs them, for as long as it runs, and notices when a store that failed works again.
     pub async fn run(self) {
+        self.keeper.look_for_interrupted().await;
         tokio::join!(self.agenda.run(&self.keeper), self.keeper.watch_store());
     }
 }

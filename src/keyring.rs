@@ -160,7 +160,7 @@ impl Key {
 }
 
 /// Names a key without telling it: the first 8 hexadecimal digits of the SHA-256 of its 32 bytes.
-#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Fingerprint([u8; 4]);
 
 impl Fingerprint {
@@ -215,7 +215,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_key_is_refused_with_the_cure_and_without_the_key() {
+    fn row_44_what_is_no_key_is_refused_with_the_cure_and_without_the_key() {
         let (quoted, single) = (format!("\"{KEY}\""), format!("'{KEY}'"));
         let (long, pair) = (format!("{}AAAA=", &KEY[..43]), format!("{KEY},{KEY}"));
         let garbage = format!("{}$", &KEY[..43]);
@@ -257,7 +257,7 @@ mod tests {
     }
 
     #[test]
-    fn a_key_is_taken_as_files_and_other_tools_write_it() {
+    fn row_44_a_key_is_taken_as_files_and_other_tools_write_it() {
         let token = ring(&[KEY]).seal(b"x");
         let newline = format!(" {KEY}\r\n");
         let other_alphabet = KEY.replace('-', "+").replace('_', "/");

@@ -19,10 +19,12 @@
 //! 3. A new refresh token is on disk before the access token that came with it is used ([`keeper`], [`store`]).
 //! 4. Only an operator or a logout deletes a grant. What does not parse, decrypt or refresh is kept ([`store`]).
 //! 5. Every stored change carries a generation; a change computed for an older one is dropped ([`token`]).
-//! 6. Credentials go to the configured Amazon hosts only: the target's authority is ours, never the caller's
+//! 6. A token's life is bounded by every clock that says something about it, and all pacing goes by the monotonic one
+//!    ([`token`], [`moment`]).
+//! 7. Credentials go to the configured Amazon hosts only: the target's authority is ours, never the caller's
 //!    ([`upstream`], [`rewrite`]).
-//! 7. Hop-by-hop headers are stripped first, ours are attached last ([`rewrite`]).
-//! 8. A secret has a type that prints `…` ([`secret`]).
+//! 8. Hop-by-hop headers are stripped first, ours are attached last ([`rewrite`]).
+//! 9. A secret has a type that prints `…` ([`secret`]).
 
 //!
 //! # Where the code showed a better way
@@ -37,6 +39,9 @@
 //!   spent, so dropping it helps nobody ([`keeper`]).
 //! - A reload makes the doors' insides anew and swaps them whole; calls in flight keep the old ([`app`]).
 
+// Compiled in by the feature `failpoints` alone, which tests and campaigns have and a plain build has not.
+#[macro_use]
+mod failpoint;
 // The house.
 pub mod cli;
 pub mod app;
@@ -69,5 +74,7 @@ pub mod target;
 pub mod rewrite;
 pub mod families;
 pub mod token;
+pub mod moment;
 pub mod account;
+pub mod policy;
 pub mod secret;

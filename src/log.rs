@@ -3,7 +3,10 @@
 //! Only adsidecar's own lines follow the level that is asked for. The libraries below it never say more than `warn`:
 //! at `trace` and `debug` an HTTP, HTTP/2 or TLS library prints headers and bodies, which are tokens here.
 //!
-//! Lines are written at once, by whoever logs: where standard error is a pipe that nobody reads, the writers wait.
+//! Whoever logs never waits: lines go through a bounded queue to a thread that writes them. Where standard error is a pipe
+//! that nobody reads, the queue fills and lines are dropped and counted; so are lines of one kind that come in a flood.
+
+mod flood;
 
 use std::fmt;
 use std::io::IsTerminal;
@@ -11,17 +14,26 @@ use std::str::FromStr;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use tracing::Subscriber;
+use tracing_appender::non_blocking::{ErrorCounter, NonBlockingBuilder, WorkerGuard};
 use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::fmt::MakeWriter;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{Layer, Registry, reload};
 
+use flood::Floods;
+
 /// Every target of ours begins with this, in the library and in both binaries.
 const OWN_TARGET: &str = "adsidecar";
 
+/// The target of the audit log, which is on or off whatever the level is.
+pub const AUDIT_TARGET: &str = "adsidecar::audit";
+
 /// The most that the libraries below us may say, whatever is asked for.
 const LIBRARIES: LevelFilter = LevelFilter::WARN;
+
+/// Lines that wait to be written, at most: about a MiB.
+const QUEUE_LINES: usize = 4096;
 
 /// How the log looks.
 #[derive(Clone, Copy, Debug)]
@@ -30,6 +42,8 @@ pub struct Settings {
     pub format: Format,
     /// `log.level`.
     pub level: Level,
+    /// `log.audit`: a line for each call to Amazon.
+    pub audit: bool,
 }
 
 /// One line as text or as a JSON object.
@@ -63,7 +77,20 @@ pub enum Level {
 #[derive(Clone, Debug)]
 pub struct LogHandle {
     filter: reload::Handle<Targets, Registry>,
-    level: Arc<Mutex<Level>>,
+    /// The least important level, and whether there is an audit log.
+    now: Arc<Mutex<(Level, bool)>>,
+    floods: Floods,
+    unwritten: Option<ErrorCounter>,
+    writer: Arc<Mutex<Option<WorkerGuard>>>,
+}
+
+/// How many lines were not written since the start.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Dropped {
+    /// Too many of one kind came at once.
+    pub flood: u64,
+    /// Nobody read standard error.
+    pub sink: u64,
 }
 
 /// Starts the process's log on standard error.
@@ -71,22 +98,46 @@ pub struct LogHandle {
 /// Where the process has a log already (a test harness, a second sidecar in one process), that one stays and the
 /// handle moves nothing.
 pub fn init(settings: Settings) -> LogHandle {
-    let (subscriber, handle) = build(settings, std::io::stderr, std::io::stderr().is_terminal());
+    let queue = NonBlockingBuilder::default().lossy(true).buffered_lines_limit(QUEUE_LINES);
+    let (writer, thread) = queue.finish(std::io::stderr());
+    let unwritten = writer.error_counter();
+    let (subscriber, handle) = build(settings, writer, std::io::stderr().is_terminal());
     let _ = subscriber.try_init();
-    handle
+    LogHandle { unwritten: Some(unwritten), writer: Arc::new(Mutex::new(Some(thread))), ..handle }
 }
 
 impl LogHandle {
+    /// How many lines were not written since the start.
+    pub fn dropped(&self) -> Dropped {
+        let sink = self.unwritten.as_ref().map_or(0, |unwritten| unwritten.dropped_lines() as u64);
+        Dropped { flood: self.floods.held_back(), sink }
+    }
+
+    /// Writes what still waits, for about a second at most, and nothing any more from then on: for the end.
+    pub fn close(&self) {
+        drop(self.writer.lock().unwrap_or_else(PoisonError::into_inner).take());
+    }
+
     /// From now on lines of `level` and above are written.
     pub fn set_level(&self, level: Level) {
-        // This fails only where the log is gone, and then there is nothing to change.
-        let _ = self.filter.reload(filter(level));
-        *self.level.lock().unwrap_or_else(PoisonError::into_inner) = level;
+        self.change(|now| now.0 = level);
+    }
+
+    /// Takes the level and the audit log of `settings` into use; the format stays.
+    pub fn reconfigure(&self, settings: Settings) {
+        self.change(|now| *now = (settings.level, settings.audit));
     }
 
     /// The least important level that is written now.
     pub fn level(&self) -> Level {
-        *self.level.lock().unwrap_or_else(PoisonError::into_inner)
+        self.now.lock().unwrap_or_else(PoisonError::into_inner).0
+    }
+
+    fn change(&self, change: impl FnOnce(&mut (Level, bool))) {
+        let mut now = self.now.lock().unwrap_or_else(PoisonError::into_inner);
+        change(&mut now);
+        // This fails only where the log is gone, and then there is nothing to change.
+        let _ = self.filter.reload(filter(now.0, now.1));
     }
 }
 
@@ -137,12 +188,14 @@ where
             lines.json().flatten_event(true).with_current_span(false).with_span_list(false).with_ansi(false).boxed()
         }
     };
-    let (filter, handle) = reload::Layer::new(filter(settings.level));
-    let level = Arc::new(Mutex::new(settings.level));
-    (Registry::default().with(filter).with(lines), LogHandle { filter: handle, level })
+    let (filter, handle) = reload::Layer::new(filter(settings.level, settings.audit));
+    let now = Arc::new(Mutex::new((settings.level, settings.audit)));
+    let floods = Floods::default();
+    let handle = LogHandle { filter: handle, now, floods: floods.clone(), unwritten: None, writer: Arc::default() };
+    (Registry::default().with(filter).with(floods).with(lines), handle)
 }
 
-fn filter(level: Level) -> Targets {
+fn filter(level: Level, audit: bool) -> Targets {
     let ours = match level {
         Level::Error => LevelFilter::ERROR,
         Level::Warn => LevelFilter::WARN,
@@ -150,7 +203,9 @@ fn filter(level: Level) -> Targets {
         Level::Debug => LevelFilter::DEBUG,
         Level::Trace => LevelFilter::TRACE,
     };
-    Targets::new().with_default(LIBRARIES.min(ours)).with_target(OWN_TARGET, ours)
+    let audit = if audit { LevelFilter::INFO } else { LevelFilter::OFF };
+    let all = Targets::new().with_default(LIBRARIES.min(ours)).with_target(OWN_TARGET, ours);
+    all.with_target(AUDIT_TARGET, audit)
 }
 
 #[cfg(test)]
@@ -178,7 +233,7 @@ mod tests {
     fn written(format: Format, level: Level, lines: impl FnOnce(&LogHandle)) -> String {
         let paper = Paper::default();
         let pen = paper.clone();
-        let (subscriber, handle) = build(Settings { format, level }, move || pen.clone(), false);
+        let (subscriber, handle) = build(Settings { format, level, audit: false }, move || pen.clone(), false);
         tracing::subscriber::with_default(subscriber, || lines(&handle));
         let bytes = paper.0.lock().unwrap().clone();
         String::from_utf8(bytes).unwrap()
@@ -222,6 +277,21 @@ mod tests {
         });
         assert!(!text.contains("before") && !text.contains("after") && !text.contains("canary"), "{text}");
         assert!(text.contains("between"), "{text}");
+    }
+
+    #[test]
+    fn the_audit_log_is_on_or_off_whatever_the_level() {
+        let text = written(Format::Text, Level::Trace, |handle| {
+            tracing::info!(target: AUDIT_TARGET, "off");
+            assert!(!tracing::event_enabled!(target: AUDIT_TARGET, tracing::Level::INFO), "so it costs nothing");
+            handle.reconfigure(Settings { format: Format::Text, level: Level::Error, audit: true });
+            tracing::info!(target: AUDIT_TARGET, "on");
+            handle.set_level(Level::Warn);
+            tracing::info!(target: AUDIT_TARGET, "still");
+            tracing::info!("quiet");
+        });
+        assert_eq!(text.lines().count(), 2, "{text}");
+        assert!(text.contains("on") && text.contains("still") && text.contains(AUDIT_TARGET), "{text}");
     }
 
     #[test]

@@ -1,16 +1,15 @@
 //! Begin and finish a login: the authorization code grant (RFC 6749, section 4.1) with PKCE (RFC 7636).
 //!
 //! A state is 256 random bits, kept as its hash, good for ten minutes and for one callback: it is taken out before the
-//! code is exchanged. A login that a browser began is bound to that browser by a cookie (RFC 9700, section 4.7). States
-//! and pending grants live in memory: a restart in between asks the user to begin again.
+//! code is exchanged. A login that a browser began is bound to that browser by a cookie (RFC 9700, section 4.7). Both what
+//! has begun and what waits survive a restart: see [`Desk`].
 
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+mod desk;
+
+use std::sync::Arc;
 
 use base64::Engine;
 use base64::prelude::BASE64_URL_SAFE_NO_PAD;
-use http::HeaderValue;
 use jiff::Timestamp;
 use sha2::{Digest, Sha256};
 use url::Url;
@@ -21,7 +20,10 @@ use crate::identity::Identity;
 use crate::keeper::{Keeper, Status};
 use crate::lwa::Lwa;
 use crate::secret::Secret;
+use crate::store::{StoreError, Waiting};
 use crate::token::{Access, Grant, Tokens};
+use desk::{Begun, hash};
+pub use desk::{Desk, TEN_MINUTES};
 
 /// What a login needs to know beside the LWA client.
 #[derive(Clone, Debug)]
@@ -35,11 +37,6 @@ pub struct Settings {
     pub secure_cookies: bool,
 }
 
-/// How long a state and a pending grant live.
-pub const TEN_MINUTES: Duration = Duration::from_secs(600);
-/// Outstanding logins, and pending grants; the oldest makes room for the newest.
-const MAX_OUTSTANDING: usize = 1000;
-
 /// All logins that have begun and not ended. Cloning gives another handle.
 #[derive(Clone, Debug)]
 pub struct Login(Arc<Inner>);
@@ -52,13 +49,6 @@ struct Inner {
     identity: Identity,
     clock: Clock,
     desk: Arc<Desk>,
-}
-
-/// Logins that have begun, and grants that wait to be confirmed. It outlives the settings.
-#[derive(Debug, Default)]
-pub struct Desk {
-    begun: Mutex<Outstanding<Begun>>,
-    pending: Mutex<Outstanding<Pending>>,
 }
 
 /// What a caller asks for.
@@ -132,21 +122,6 @@ pub struct Callback {
     pub scope: Option<String>,
 }
 
-#[derive(Debug)]
-struct Begun {
-    user: UserId,
-    verifier: Secret,
-    return_to: Option<String>,
-    replace: bool,
-    cookie: Option<[u8; 32]>,
-}
-
-#[derive(Debug)]
-struct Pending {
-    user: UserId,
-    grant: Grant,
-}
-
 impl Login {
     /// Logins at `desk`.
     pub fn new(
@@ -198,7 +173,7 @@ impl Login {
             replace: wish.replace,
             cookie: cookie.as_ref().map(|(_, value)| hash(value)),
         };
-        lock(&self.0.desk.begun).insert(hash(&state), begun, self.0.clock.now());
+        self.0.desk.begin(&state, begun, self.0.clock.now());
         let cookie = cookie.map(|(name, value)| (name, Secret::new(value)));
         Ok(Begin { auth_url, state: Secret::new(state), cookie })
     }
@@ -211,10 +186,10 @@ impl Login {
         cookie: impl FnOnce(&str) -> Option<String>,
     ) -> (Result<Ended, Trouble>, Option<String>) {
         let now = self.0.clock.now();
-        let Some(begun) = lock(&self.0.desk.begun).take(&hash(callback.state.expose()), now) else {
+        let Some(begun) = self.0.desk.take_begun(callback.state.expose(), now).await else {
             return (Err(Trouble::State), None);
         };
-        let bound = begun.cookie.is_none_or(|wanted| {
+        let bound = begun.cookie.as_deref().is_none_or(|wanted| {
             cookie(&cookie_name(callback.state.expose())).is_some_and(|value| hash(&value) == wanted)
         });
         if !bound {
@@ -240,29 +215,45 @@ impl Login {
             tracing::warn!(%user, %error, "the code was not exchanged");
             Trouble::Exchange
         })?;
-        let bearer = tokens.access.bearer().clone();
         let grant = granted(tokens, scope, asked_at).ok_or_else(|| {
             tracing::warn!(%user, "the code was exchanged, but the answer held no refresh token");
             Trouble::Exchange
         })?;
-        if !replace && self.is_of_another(&user, &bearer).await {
-            tracing::warn!(%user, "another Amazon identity logged in for this user and was refused");
-            return Err(Trouble::Identity);
+        self.warn_of_missing_scopes(&user, &grant);
+        let (id, confirm) = (random(), cookie.is_none() && self.0.settings.confirm);
+        let waiting = Waiting { id: hash(&id), user, since: self.0.clock.now(), replace, confirm, grant };
+        self.0.desk.put_down(&waiting).await;
+        match self.conclude(waiting).await? {
+            Some(status) => Ok(Ended::Stored(Box::new(status))),
+            None => Ok(Ended::Pending(Secret::new(id))),
         }
-        let by_server = cookie.is_none();
-        if by_server && self.0.settings.confirm {
-            let id = random();
-            let pending = Pending { user, grant };
-            lock(&self.0.desk.pending).insert(hash(&id), pending, self.0.clock.now());
-            return Ok(Ended::Pending(Secret::new(id)));
-        }
-        Ok(Ended::Stored(Box::new(self.0.keeper.adopt(&user, grant).await)))
     }
 
-    /// Whether `bearer` is surely of another Amazon identity than the grant that `user` has now.
-    async fn is_of_another(&self, user: &UserId, bearer: &HeaderValue) -> bool {
-        match self.0.keeper.bearer(user).await {
-            Ok(current) => Box::pin(self.0.identity.differs(&current, bearer)).await,
+    /// What becomes of a grant that was put down: it is refused, taken into use, or waits for its confirmation.
+    async fn conclude(&self, waiting: Waiting) -> Result<Option<Status>, Trouble> {
+        if !waiting.replace && self.is_of_another(&waiting).await {
+            self.0.desk.clear(&waiting.id).await;
+            tracing::warn!(user = %waiting.user, "another Amazon identity logged in for this user and was refused");
+            return Err(Trouble::Identity);
+        }
+        if waiting.confirm {
+            self.0.desk.wait(waiting, self.0.clock.now()).await;
+            return Ok(None);
+        }
+        Ok(Some(self.take_into_use(waiting).await))
+    }
+
+    async fn take_into_use(&self, waiting: Waiting) -> Status {
+        let status = self.0.keeper.adopt(&waiting.user, waiting.grant).await;
+        self.0.desk.clear(&waiting.id).await;
+        status
+    }
+
+    /// Whether a new grant is surely of another Amazon identity than the grant that its user has now.
+    async fn is_of_another(&self, new: &Waiting) -> bool {
+        let Some(access) = &new.grant.access else { return false };
+        match self.0.keeper.bearer(&new.user).await {
+            Ok(current) => Box::pin(self.0.identity.differs(&current, access.token.bearer())).await,
             // There is no grant to compare with, or none that still says anything.
             Err(_) => false,
         }
@@ -270,8 +261,44 @@ impl Login {
 
     /// Takes a pending grant into use; `None` where there is none under `id`.
     pub async fn confirm(&self, id: &str) -> Option<Status> {
-        let pending = lock(&self.0.desk.pending).take(&hash(id), self.0.clock.now())?;
-        Some(self.0.keeper.adopt(&pending.user, pending.grant).await)
+        let waiting = self.0.desk.take_waiting(id, self.0.clock.now())?;
+        let login = self.clone();
+        Some(self.0.keeper.uninterrupted(async move { login.take_into_use(waiting).await }).await)
+    }
+
+    /// Finishes what the last process left: grants whose codes are spent, and which are not in use. Those that the app has
+    /// to confirm wait on.
+    pub async fn resume(&self) {
+        for waiting in self.0.desk.left(self.0.clock.now()).await {
+            let (user, in_use) = (waiting.user.clone(), self.0.keeper.status(&waiting.user).consented_at);
+            if in_use >= waiting.grant.consented_at {
+                // It, or a later login, was taken into use before the end.
+                self.0.desk.clear(&waiting.id).await;
+                continue;
+            }
+            if waiting.confirm {
+                // When it began to wait, and not now: its ten minutes are not prolonged.
+                let since = waiting.since;
+                self.0.desk.wait(waiting, since).await;
+            } else if self.conclude(waiting).await.is_ok() {
+                tracing::info!(%user, "a login that was under way at the last end is finished");
+            }
+        }
+    }
+
+    /// Wipes the tokens of `user`, those of a grant that waits among them.
+    pub async fn forget(&self, user: &UserId) -> Result<bool, StoreError> {
+        self.0.desk.forget(user);
+        self.0.keeper.forget(user).await
+    }
+
+    fn warn_of_missing_scopes(&self, user: &UserId, grant: &Grant) {
+        let Some(granted) = &grant.scope else { return };
+        let missing = |asked: &&str| !granted.split(' ').any(|scope| scope == *asked);
+        let missing: Vec<_> = self.0.lwa.scope().split(' ').filter(missing).collect();
+        if !missing.is_empty() {
+            tracing::warn!(%user, missing = missing.join(" "), "less was consented to than amazon.scope asks for");
+        }
     }
 }
 
@@ -301,8 +328,7 @@ fn known_error(error: &str) -> &'static str {
 
 /// One cookie per login, so that two logins of one browser do not undo each other.
 fn cookie_name(state: &str) -> String {
-    let hash = hash(state);
-    format!("adsidecar_login_{:02x}{:02x}{:02x}{:02x}", hash[0], hash[1], hash[2], hash[3])
+    format!("adsidecar_login_{}", &hash(state)[..8])
 }
 
 /// 256 bits of the system's randomness.
@@ -313,72 +339,9 @@ fn random() -> String {
     BASE64_URL_SAFE_NO_PAD.encode(bits)
 }
 
-fn hash(text: &str) -> [u8; 32] {
-    Sha256::digest(text.as_bytes()).into()
-}
-
-/// Things that can be taken out once, within ten minutes.
-#[derive(Debug)]
-struct Outstanding<T> {
-    taken_in: u64,
-    by_hash: HashMap<[u8; 32], (u64, Timestamp, T)>,
-}
-
-impl<T> Default for Outstanding<T> {
-    fn default() -> Self {
-        Self { taken_in: 0, by_hash: HashMap::new() }
-    }
-}
-
-impl<T> Outstanding<T> {
-    fn insert(&mut self, hash: [u8; 32], thing: T, now: Timestamp) {
-        if self.by_hash.len() >= MAX_OUTSTANDING
-            && let Some(oldest) = self.by_hash.iter().min_by_key(|(_, (order, ..))| *order).map(|(hash, _)| *hash)
-        {
-            self.by_hash.remove(&oldest);
-        }
-        self.taken_in += 1;
-        self.by_hash.insert(hash, (self.taken_in, now, thing));
-    }
-
-    fn take(&mut self, hash: &[u8; 32], now: Timestamp) -> Option<T> {
-        let (_, since, thing) = self.by_hash.remove(hash)?;
-        let age = Duration::try_from(now.duration_since(since)).unwrap_or_default();
-        (age < TEN_MINUTES).then_some(thing)
-    }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn what_was_taken_out_or_is_too_old_is_gone() {
-        let now = Timestamp::UNIX_EPOCH;
-        let mut outstanding = Outstanding::default();
-        outstanding.insert([1; 32], "a", now);
-        assert_eq!(outstanding.take(&[2; 32], now), None);
-        assert_eq!(outstanding.take(&[1; 32], now), Some("a"));
-        assert_eq!(outstanding.take(&[1; 32], now), None);
-        outstanding.insert([1; 32], "a", now);
-        assert_eq!(outstanding.take(&[1; 32], now + TEN_MINUTES), None);
-    }
-
-    #[test]
-    fn the_oldest_makes_room_for_the_newest() {
-        let now = Timestamp::UNIX_EPOCH;
-        let mut outstanding = Outstanding::default();
-        for number in 0..=MAX_OUTSTANDING {
-            outstanding.insert(hash(&number.to_string()), number, now);
-        }
-        assert_eq!(outstanding.take(&hash("0"), now), None);
-        assert_eq!(outstanding.take(&hash("1"), now), Some(1));
-        assert_eq!(outstanding.take(&hash("1000"), now), Some(1000));
-    }
 
     #[test]
     fn errors_outside_the_list_are_other() {

@@ -250,7 +250,7 @@ impl LoginDoor {
     }
 
     async fn logout(&self, user: &UserId) -> Result<Answer, LoginError> {
-        self.keeper.forget(user).await.map_err(LoginError::Store)?;
+        self.login.forget(user).await.map_err(LoginError::Store)?;
         let mut answer = Response::new(Full::default());
         *answer.status_mut() = StatusCode::NO_CONTENT;
         answer.headers_mut().insert(LINK, HeaderValue::from_static(AMAZONS_APPS_PAGE));
@@ -274,7 +274,12 @@ impl LoginDoor {
     pub fn login_url(&self, headers: &HeaderMap, user: &UserId) -> String {
         let authority = self.guard.own_authority(headers).unwrap_or(&self.authority);
         let user: String = url::form_urlencoded::byte_serialize(user.as_str().as_bytes()).collect();
-        format!("http://{authority}{}?user_id={user}", endpoint::LOGIN)
+        Self::login_base(authority) + &user
+    }
+
+    /// Where a user logs in whose name is put behind it.
+    pub fn login_base(authority: &str) -> String {
+        format!("http://{authority}{}?user_id=", endpoint::LOGIN)
     }
 }
 
@@ -334,7 +339,11 @@ pub fn token_problem(error: TokenError, login_url: &str) -> Problem {
     }
 }
 
-/// The callback's parameters, or `None` where they are none that Amazon would send.
+/// The parameters of a callback's query, or `None` where they are none that Amazon would send.
+pub fn read_callback(query: &str) -> Result<Option<Callback>, LoginError> {
+    callback(&Query::read(query)?)
+}
+
 fn callback(query: &Query) -> Result<Option<Callback>, LoginError> {
     let answer = match (query.get("code"), query.get("error")) {
         (Some(code), None) => Ok(Secret::new(code)),

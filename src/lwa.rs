@@ -4,17 +4,19 @@
 //! Each call has a connection of its own, without redirects and without the environment's proxies: a token call that
 //! meets a connection just being closed could not be repeated safely.
 
-mod answer;
+pub mod answer;
 
+use std::error::Error;
 use std::time::Duration;
 
-use jiff::Timestamp;
-use reqwest::header::{DATE, RETRY_AFTER};
+use reqwest::header::{CONTENT_TYPE, RETRY_AFTER};
 use reqwest::{Client, Response, StatusCode};
 use rustls::pki_types::CertificateDer;
 use url::Url;
+use zeroize::Zeroizing;
 
 use crate::account::Region;
+use crate::clock::date_of;
 use crate::secret::Secret;
 use crate::tls;
 use crate::token::{RefreshToken, Tokens};
@@ -53,12 +55,14 @@ pub enum LwaError {
     /// Time cures it: the network, LWA's own trouble, an answer that cannot be read.
     #[error("{code}: {detail}")]
     TryLater {
-        /// `unreachable`, `timeout`, `throttled`, `server_error` or `bad_answer`.
+        /// `unreachable`, `dns`, `tls`, `timeout`, `throttled`, `server_error` or `bad_answer`.
         code: &'static str,
         /// What happened.
         detail: String,
         /// How long LWA asked us to wait.
         retry_after: Option<Duration>,
+        /// Whether LWA may have done as asked, and its answer is what was lost.
+        taken: bool,
     },
     /// LWA refuses this grant or code: the user has to consent again.
     #[error("Login with Amazon refused the grant: {code}")]
@@ -102,6 +106,11 @@ impl Lwa {
             None => settings.region.token_url().parse().map_err(|error: url::ParseError| error.to_string())?,
         };
         Ok(Self { http, token_url, settings })
+    }
+
+    /// `amazon.scope`: what is asked for, separated by spaces.
+    pub fn scope(&self) -> &str {
+        &self.settings.scope
     }
 
     /// The path of `amazon.redirect_uri`.
@@ -162,17 +171,22 @@ impl Lwa {
         form.push(("client_secret", secret.expose()));
         let response = self.http.post(self.token_url.clone()).form(&form).send().await.map_err(no_answer)?;
         let status = response.status();
-        let (retry_after, server_time) = (retry_after(&response), server_time(&response));
+        let (retry_after, server_time) = (retry_after(&response), date_of(response.headers()));
+        let kind = response.headers().get(CONTENT_TYPE).cloned();
         let body = read(response).await?;
         match status {
-            StatusCode::OK => answer::tokens(&body).map(|tokens| Tokens { server_time, ..tokens }).map_err(bad_answer),
+            StatusCode::OK => answer::tokens(&body).map(|tokens| Tokens { server_time, ..tokens }).map_err(|why| {
+                // Nothing of the body itself is told: it may hold a token.
+                bad_answer(format!("{why} ({} bytes, content type {kind:?})", body.len()))
+            }),
             _ => Err(answer::refusal(status, &body, retry_after)),
         }
     }
 }
 
-async fn read(mut response: Response) -> Result<Vec<u8>, LwaError> {
-    let mut body = Vec::new();
+/// The answer holds tokens, so it is zeroed when it has been read.
+async fn read(mut response: Response) -> Result<Zeroizing<Vec<u8>>, LwaError> {
+    let mut body = Zeroizing::new(Vec::with_capacity(MAX_ANSWER));
     while let Some(chunk) = response.chunk().await.map_err(no_answer)? {
         if body.len() + chunk.len() > MAX_ANSWER {
             return Err(bad_answer("more than 64 KiB"));
@@ -182,12 +196,6 @@ async fn read(mut response: Response) -> Result<Vec<u8>, LwaError> {
     Ok(body)
 }
 
-/// When LWA answered, by its own clock (RFC 9110, section 6.6.1).
-fn server_time(response: &Response) -> Option<Timestamp> {
-    let date = response.headers().get(DATE)?.to_str().ok()?;
-    jiff::fmt::rfc2822::parse(date).ok().map(|date| date.timestamp())
-}
-
 /// Seconds, or nothing: LWA sends no dates here.
 fn retry_after(response: &Response) -> Option<Duration> {
     let seconds = response.headers().get(RETRY_AFTER)?.to_str().ok()?.trim().parse().ok()?;
@@ -195,26 +203,43 @@ fn retry_after(response: &Response) -> Option<Duration> {
 }
 
 fn no_answer(error: reqwest::Error) -> LwaError {
+    // While it connects, LWA has not heard of the call yet.
+    let connecting = error.is_connect();
     let code = match () {
         () if error.is_timeout() => "timeout",
-        () if error.is_connect() => "unreachable",
+        () if connecting && is_tls(&error) => "tls",
+        () if connecting && is_dns(&error) => "dns",
         () if error.is_body() || error.is_decode() => "bad_answer",
         () => "unreachable",
     };
     // The URL holds no secret (the form is in the body), but it says nothing either.
-    LwaError::TryLater { code, detail: causes(&error.without_url()), retry_after: None }
+    LwaError::TryLater { code, detail: causes(&error.without_url()), retry_after: None, taken: !connecting }
 }
 
 fn bad_answer(detail: impl std::fmt::Display) -> LwaError {
-    LwaError::TryLater { code: "bad_answer", detail: detail.to_string(), retry_after: None }
+    LwaError::TryLater { code: "bad_answer", detail: detail.to_string(), retry_after: None, taken: true }
 }
 
-fn causes(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(error) = source {
-        text = format!("{text}: {error}");
-        source = error.source();
-    }
-    text
+fn is_tls(error: &reqwest::Error) -> bool {
+    chain(error).any(|cause| {
+        let mut inner = cause;
+        // An I/O error hides what it was made of: it names the source of that as its own.
+        while let Some(hidden) = inner.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref) {
+            inner = hidden;
+        }
+        inner.is::<rustls::Error>()
+    })
+}
+
+/// The library gives its resolver's errors no type of their own, only this name.
+fn is_dns(error: &reqwest::Error) -> bool {
+    chain(error).any(|cause| cause.to_string() == "dns error")
+}
+
+fn causes(error: &reqwest::Error) -> String {
+    chain(error).map(ToString::to_string).collect::<Vec<_>>().join(": ")
+}
+
+fn chain(error: &reqwest::Error) -> impl Iterator<Item = &(dyn Error + 'static)> {
+    std::iter::successors(Some(error as &(dyn Error + 'static)), |error| (*error).source())
 }

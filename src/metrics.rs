@@ -1,16 +1,22 @@
 //! What Prometheus scrapes. Nothing that a caller can invent (a path, a query, a header) becomes a label.
 
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
-use std::time::Duration;
+mod budget;
 
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
 use prometheus::core::Collector;
 use prometheus::{
     Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
     Registry, TextEncoder,
 };
 
+use crate::account::Region;
+use crate::log::Dropped;
 use crate::token::State;
+use budget::Budget;
 
 /// Bounds on what is exported.
 #[derive(Clone, Copy, Debug)]
@@ -26,13 +32,28 @@ const STORE_DURATIONS: &[f64] = &[0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.0
 /// The user under which all beyond `max_user_series` are counted.
 const OTHER: &str = "other";
 
+/// Why renewals fail, as far as that is known beforehand. These series exist from the start: Prometheus cannot see the
+/// rise of a counter whose first value is not 0.
+const REFRESH_FAILURES: [&str; 10] = [
+    "bad_answer",
+    "invalid_client",
+    "invalid_grant",
+    "invalid_request",
+    "invalid_scope",
+    "server_error",
+    "throttled",
+    "timeout",
+    "unauthorized_client",
+    "unreachable",
+];
+
 /// All metrics. Those about users are set anew at each scrape, so that none can be stale.
 #[derive(Debug)]
 #[allow(missing_docs, reason = "each field is the metric of its name in the contract, section 7")]
 pub struct Metrics {
     registry: Registry,
     max_user_series: AtomicUsize,
-    scrape: Mutex<()>,
+    page: Mutex<Page>,
     pub requests: IntCounterVec,
     pub request_duration: HistogramVec,
     pub upstream_duration: HistogramVec,
@@ -46,15 +67,33 @@ pub struct Metrics {
     pub store_up: IntGauge,
     pub store_operation_duration: HistogramVec,
     pub store_errors: IntCounterVec,
+    store_records: IntGaugeVec,
+    store_recoveries: IntCounter,
     pub guard_denied: IntCounterVec,
+    pub throttled: IntCounterVec,
+    undecryptable_records: IntGauge,
+    pub policy_denied: IntCounterVec,
     pub clock_skew: Gauge,
+    pub clock_jumps: IntCounter,
+    pub token_answer_oddities: IntCounterVec,
+    pub refresh_interrupted: IntCounterVec,
+    pub refresh_dropped: IntCounter,
+    log_dropped: IntCounterVec,
     reload_timestamp: Gauge,
     reload_success: IntGauge,
     token_expiry: GaugeVec,
     token_last_refresh: GaugeVec,
     consent_expiry: GaugeVec,
+    consent_ending: IntGaugeVec,
     login_required: IntGaugeVec,
     users: IntGaugeVec,
+}
+
+/// The page of the last scrape.
+#[derive(Debug)]
+struct Page {
+    budget: Budget,
+    text: Bytes,
 }
 
 /// One user's health at the instant of a scrape. Times are seconds since 1970.
@@ -70,6 +109,8 @@ pub struct UserHealth {
     pub last_refresh: Option<f64>,
     /// When the consent ends, where its date is known.
     pub consent_expiry: Option<f64>,
+    /// Whether that is in less than 30 days, or past; absent where it is not known.
+    pub consent_ending: Option<bool>,
     /// Why the user has to log in again, if so.
     pub login_reason: Option<&'static str>,
 }
@@ -92,7 +133,7 @@ impl Metrics {
             max_user_series: AtomicUsize::new(settings.max_user_series),
             reload_timestamp,
             reload_success,
-            scrape: Mutex::default(),
+            page: Mutex::new(Page { budget: Budget::new(Instant::now()), text: Bytes::new() }),
             requests: counters(
                 r,
                 "requests_total",
@@ -145,9 +186,59 @@ impl Metrics {
                 STORE_DURATIONS,
             )?,
             store_errors: counters(r, "store_errors_total", "Failed operations of the store", &["op"])?,
+            store_records: gauges(
+                r,
+                "store_records",
+                "Stored grants by the fingerprint of the key that seals them; unknown: no key opens them; damaged",
+                &["key"],
+            )?,
+            store_recoveries: add(
+                r,
+                IntCounter::new("store_recoveries_total", "How often a damaged database was filled from its copies")?,
+            )?,
             clock_skew: add(
                 r,
-                Gauge::new("clock_skew_seconds", "How far our clock is ahead of Login with Amazon's, to the second")?,
+                Gauge::new("clock_skew_seconds", "How far our clock is ahead of Amazon's, to the second")?,
+            )?,
+            clock_jumps: add(
+                r,
+                IntCounter::new("clock_jumps_total", "How often the clock was set, or the machine slept")?,
+            )?,
+            token_answer_oddities: counters(
+                r,
+                "token_answer_oddities_total",
+                "What was odd about token answers and was put up with",
+                &["kind"],
+            )?,
+            refresh_dropped: add(
+                r,
+                IntCounter::new(
+                    "token_refresh_dropped_total",
+                    "Renewals dropped because the grant was replaced or logged out meanwhile",
+                )?,
+            )?,
+            refresh_interrupted: counters(
+                r,
+                "token_refresh_interrupted_total",
+                "Renewals whose answer may have been lost, by what became of the grant",
+                &["outcome"],
+            )?,
+            throttled: counters(
+                r,
+                "throttled_total",
+                "Answers 429, by whose limit: amazon's own, or the sidecar's",
+                &["region", "by"],
+            )?,
+            undecryptable_records: add(
+                r,
+                IntGauge::new("undecryptable_records", "Stored grants that cannot be read, and are kept")?,
+            )?,
+            log_dropped: counters(r, "log_dropped_total", "Log lines that were not written", &["reason"])?,
+            policy_denied: counters(
+                r,
+                "policy_denied_total",
+                "Calls that the policy refused (enforce) or would have (observe)",
+                &["account", "mode"],
             )?,
             guard_denied: counters(r, "guard_denied_total", "Requests refused at a door", &["reason"])?,
             token_expiry: floats(r, "token_expiry_timestamp_seconds", "When the access token ends", &["user"])?,
@@ -158,6 +249,12 @@ impl Metrics {
                 &["user"],
             )?,
             consent_expiry: floats(r, "consent_expiry_timestamp_seconds", "When the consent ends", &["user"])?,
+            consent_ending: gauges(
+                r,
+                "consent_ending",
+                "Whether less than 30 days of the consent are left",
+                &["user"],
+            )?,
             login_required: gauges(r, "login_required", "Whether the user has to log in again", &["user", "reason"])?,
             users: gauges(r, "users", "Users by state", &["state"])?,
             registry,
@@ -165,16 +262,69 @@ impl Metrics {
         #[cfg(target_os = "linux")]
         metrics.registry.register(Box::new(process))?;
         metrics.reloaded(started_at, true);
+        metrics.begin_series();
         Ok(metrics)
     }
 
-    /// The text format, with the users as they are now.
-    pub fn render(&self, mut users: Vec<UserHealth>) -> Result<String, prometheus::Error> {
+    /// What the store says of itself at the instant of a scrape.
+    pub fn store_holds(&self, records: impl IntoIterator<Item = (String, usize)>, unreadable: usize, recoveries: u64) {
+        self.undecryptable_records.set(i64::try_from(unreadable).unwrap_or(i64::MAX));
+        self.store_records.reset();
+        for (key, count) in records {
+            self.store_records.with_label_values(&[&key]).set(i64::try_from(count).unwrap_or(i64::MAX));
+        }
+        self.store_recoveries.inc_by(recoveries.saturating_sub(self.store_recoveries.get()));
+    }
+
+    /// Makes the series that an alert or a `rate()` asks for before their first event.
+    fn begin_series(&self) {
+        self.refresh_interrupted.with_label_values(&["lost"]);
+        self.token_refresh.with_label_values(&["success", ""]);
+        for reason in REFRESH_FAILURES {
+            self.token_refresh.with_label_values(&["failure", reason]);
+        }
+        for region in [Region::Na, Region::Eu, Region::Fe] {
+            self.throttled.with_label_values(&[region.as_str(), "amazon"]);
+            self.upstream_duration.with_label_values(&[region.as_str()]);
+        }
+        for source in ["amazon", "sidecar"] {
+            self.request_duration.with_label_values(&[source]);
+        }
+        for op in ["put", "erase"] {
+            self.store_operation_duration.with_label_values(&[op]);
+            self.store_errors.with_label_values(&[op]);
+        }
+        self.upstream_unauthorized.with_label_values(&["token"]);
+        for outcome in ["lost", "recovered"] {
+            self.refresh_interrupted.with_label_values(&[outcome]);
+        }
+        for kind in ["expires_in_missing", "expires_in_too_long", "expires_in_unusable", "token_type_missing"] {
+            self.token_answer_oddities.with_label_values(&[kind]);
+        }
+        for mode in ["enforce", "observe"] {
+            self.policy_denied.with_label_values(&["", mode]);
+        }
+        self.log_lines(Dropped::default());
+    }
+
+    /// The text format, with `users` as they are now. When scrapers storm, rendering takes a bounded share of the time
+    /// and the page of a moment ago is given out in between.
+    pub fn page(&self, users: impl FnOnce() -> Vec<UserHealth>) -> Result<Bytes, prometheus::Error> {
         // One scrape at a time: the series of users are taken down and set up again.
-        let _one = self.scrape.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut page = self.page.lock().unwrap_or_else(PoisonError::into_inner);
+        let begun = Instant::now();
+        if page.text.is_empty() || page.budget.allows(begun) {
+            page.text = self.render(users())?.into();
+            page.budget.spend(begun.elapsed());
+        }
+        Ok(page.text.clone())
+    }
+
+    fn render(&self, mut users: Vec<UserHealth>) -> Result<String, prometheus::Error> {
         for gauges in [&self.token_expiry, &self.token_last_refresh, &self.consent_expiry] {
             gauges.reset();
         }
+        self.consent_ending.reset();
         self.login_required.reset();
         for state in State::KNOWN {
             let count = users.iter().filter(|user| user.state == state).count();
@@ -202,6 +352,9 @@ impl Metrics {
                 gauge.with_label_values(&[label]).set(time);
             }
         }
+        if let Some(ending) = user.consent_ending {
+            self.consent_ending.with_label_values(&[label]).set(i64::from(ending));
+        }
         let required = i64::from(user.login_reason.is_some());
         self.login_required.with_label_values(&[label, user.login_reason.unwrap_or_default()]).set(required);
     }
@@ -213,6 +366,19 @@ impl Metrics {
         if went_well {
             self.reload_timestamp.set(now);
         }
+    }
+
+    /// How many lines the log has not written since the start.
+    pub fn log_lines(&self, dropped: Dropped) {
+        for (reason, lines) in [("flood", dropped.flood), ("sink", dropped.sink)] {
+            let counter = self.log_dropped.with_label_values(&[reason]);
+            counter.inc_by(lines.saturating_sub(counter.get()));
+        }
+    }
+
+    /// Whether the last reading of the configuration went well.
+    pub fn reload_went_well(&self) -> bool {
+        self.reload_success.get() == 1
     }
 
     /// Takes other bounds into use.
@@ -239,6 +405,7 @@ fn worst(users: &[UserHealth]) -> Option<UserHealth> {
         token_expiry: earliest(|user| user.token_expiry),
         last_refresh: earliest(|user| user.last_refresh),
         consent_expiry: earliest(|user| user.consent_expiry),
+        consent_ending: users.iter().filter_map(|user| user.consent_ending).reduce(|a, b| a || b),
         login_reason: users.iter().find_map(|user| user.login_reason),
     })
 }
@@ -281,6 +448,7 @@ mod tests {
             token_expiry: Some(expiry),
             last_refresh: Some(expiry - 3600.0),
             consent_expiry: None,
+            consent_ending: None,
             login_reason: reason,
         }
     }

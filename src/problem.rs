@@ -24,6 +24,7 @@ pub enum Code {
     LoginRequired,
     HostNotAllowed,
     CrossSite,
+    PolicyDenied,
     UnknownAccount,
     NotFound,
     MethodNotAllowed,
@@ -64,6 +65,7 @@ impl Code {
             Self::LoginRequired => (StatusCode::UNAUTHORIZED, "login_required", false),
             Self::HostNotAllowed => (StatusCode::FORBIDDEN, "host_not_allowed", false),
             Self::CrossSite => (StatusCode::FORBIDDEN, "cross_site", false),
+            Self::PolicyDenied => (StatusCode::FORBIDDEN, "policy_denied", false),
             Self::UnknownAccount => (StatusCode::NOT_FOUND, "unknown_account", false),
             Self::NotFound => (StatusCode::NOT_FOUND, "not_found", false),
             Self::MethodNotAllowed => (StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", false),
@@ -225,6 +227,12 @@ impl From<Refusal> for Problem {
                 "Send it as X-Ads-Sidecar-Token, or as Proxy-Authorization: Bearer.",
             )
             .header(PROXY_AUTHENTICATE, HeaderValue::from_static("Bearer")),
+            Refusal::Peer => Self::new(
+                Code::CallerUnauthorized,
+                "The process that calls runs as a user that is not in proxy.peer_uids.",
+                "Run it as one of these users, or add its uid to proxy.peer_uids.",
+            )
+            .close(),
         }
     }
 }

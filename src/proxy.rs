@@ -2,6 +2,7 @@
 //!
 //! [`Proxy::serve`] always answers; `Proxy::forward` reads as the list of steps and is a column of `?`.
 
+mod audit;
 mod body;
 mod problems;
 mod select;
@@ -10,7 +11,7 @@ mod unauthorized;
 
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use futures_util::FutureExt;
 use http::header::{ACCEPT, CONTENT_LENGTH, HeaderMap, HeaderValue};
@@ -21,17 +22,17 @@ use hyper::body::Incoming;
 pub use body::Body;
 
 use crate::account::{Account, Region, UserId};
-use crate::families::family;
 use crate::guard::{Guard, Refusal};
 use crate::keeper::{Keeper, TokenError};
 use crate::login_door::{Endpoint, LoginDoor, LoginError, token_problem};
 use crate::metrics::Metrics;
+use crate::policy::{self, Denied, Mode};
 use crate::problem::Problem;
-use crate::request_id::{REQUEST_ID, RequestIds};
+use crate::request_id::RequestIds;
 use crate::rewrite::{self, Attach, HINT};
 use crate::serve::Peer;
 use crate::target::{Of, Target};
-use crate::upstream::{Answer, Held, Outgoing, Reuse, SendError, Upstream};
+use crate::upstream::{Answer, Held, Outgoing, Reuse, Room, SendError, Upstream};
 use select::{Accounts, Call, Unselected};
 use trip::Trip;
 use unauthorized::{Refused, Verdict};
@@ -51,8 +52,12 @@ pub struct Settings {
     pub replay_limit: usize,
     /// `proxy.max_body`, bytes; `None`: bodies stream without a limit.
     pub max_body: Option<u64>,
+    /// `proxy.body_timeout`: how long nothing may come of a request's body.
+    pub body_timeout: Duration,
     /// `proxy.token_shim`.
     pub token_shim: bool,
+    /// `[policy]`.
+    pub policy: policy::Settings,
 }
 
 /// Whether callers choose their account.
@@ -72,7 +77,11 @@ pub struct Proxy {
     accounts: Accounts,
     client_id: HeaderValue,
     replay_limit: usize,
+    /// For what is held of bodies for a replay.
+    room: Arc<Room>,
     max_body: Option<u64>,
+    body_timeout: Duration,
+    policy_mode: Mode,
     guard: Guard,
     keeper: Keeper,
     upstream: Arc<Upstream>,
@@ -90,6 +99,8 @@ pub enum ProxyError {
     Login(LoginError),
     /// It names no account of ours.
     Unselected(Unselected),
+    /// The policy forbids it.
+    Denied(Denied),
     /// There is no token for its user.
     NoToken(TokenError, UserId),
     /// It names a body larger than `proxy.max_body`.
@@ -116,8 +127,11 @@ impl Proxy {
         Self {
             client_id,
             replay_limit: settings.replay_limit,
+            room: Arc::default(),
             max_body: settings.max_body,
-            accounts: Accounts::new(settings.accounts, settings.region, settings.selection),
+            body_timeout: settings.body_timeout,
+            accounts: Accounts::new(settings.accounts, settings.region, settings.selection, settings.policy.rules),
+            policy_mode: settings.policy.mode,
             guard,
             keeper,
             upstream,
@@ -130,25 +144,31 @@ impl Proxy {
     /// One answer and one record, whatever happens.
     pub async fn serve(&self, request: Request<Incoming>, peer: Peer) -> Response<Body> {
         let (parts, incoming) = request.into_parts();
-        let mut trip = Trip::begin(self.metrics.clone(), &parts.method, self.request_ids.of(&parts.headers));
+        let mut trip = Trip::begin(&self.metrics, &parts.method, self.request_ids.of(&parts.headers));
         let forwarded = AssertUnwindSafe(self.forward(&parts, incoming, peer, &mut trip)).catch_unwind().await;
-        let mut answer = match forwarded.unwrap_or(Err(ProxyError::Panicked)) {
+        let answer = match forwarded.unwrap_or(Err(ProxyError::Panicked)) {
             Ok(answer) => answer,
-            Err(error) => self.problem(error, &parts).respond(trip.request_id()).map(Body::own),
+            Err(error) => {
+                trip.fails(&error);
+                let problem = self.problem(error, &parts);
+                trip.answered_by_us(problem.code());
+                problem.respond(trip.request_id()).map(Body::own)
+            }
         };
-        answer.headers_mut().insert(REQUEST_ID, trip.request_id_header());
         trip.end(answer)
     }
 
-    async fn forward(
-        &self,
+    async fn forward<'a>(
+        &'a self,
         parts: &Parts,
         incoming: Incoming,
         peer: Peer,
-        trip: &mut Trip,
+        trip: &mut Trip<'a>,
     ) -> Result<Response<Body>, ProxyError> {
+        self.guard.peer(peer)?;
         let target = self.guard.admit(parts, peer)?;
         if let Some(endpoint) = endpoint(&target) {
+            trip.is_ours();
             // Boxed, as what is rare on this path must not make every call's future large.
             let answer = Box::pin(self.login_door.answer(endpoint, parts, incoming)).await;
             let mut answer =
@@ -160,12 +180,15 @@ impl Proxy {
         self.guard.caller(&parts.headers)?;
         let call = self.accounts.select(&target, &parts.headers)?;
         trip.is_for(&call);
-        if family(target.path()).is_unknown() {
+        self.may_leave(&call, parts, &target, trip)?;
+        if call.family.is_unknown() {
             self.metrics.unknown_family.inc();
         }
+        fail_point!("spine");
         let body = self.body(parts, incoming)?;
         let bearer = self.access_token(&call.user).await?;
         let (answer, sent) = self.send(&call, parts, &target, &bearer, body, trip).await?;
+        self.keeper.heard(answer.headers());
         let answer = match answer.status() {
             StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => {
                 Box::pin(self.understand(answer, &call, parts, &target, &bearer, sent, trip)).await?
@@ -175,12 +198,31 @@ impl Proxy {
         Ok(to_caller(answer, &call, trip))
     }
 
+    /// Judges the call by the policy. Where that only observes, a call that it would refuse is counted and leaves.
+    fn may_leave(
+        &self,
+        call: &Call<'_>,
+        parts: &Parts,
+        target: &Target,
+        trip: &mut Trip<'_>,
+    ) -> Result<(), ProxyError> {
+        let Err(denied) = call.rules.judge(&parts.method, target.path(), &parts.headers) else { return Ok(()) };
+        self.metrics.policy_denied.with_label_values(&[call.account_name(), self.policy_mode.as_str()]).inc();
+        match self.policy_mode {
+            Mode::Enforce => Err(ProxyError::Denied(denied)),
+            Mode::Observe => {
+                trip.would_be_denied();
+                Ok(())
+            }
+        }
+    }
+
     /// The caller's body, to be streamed.
     fn body(&self, parts: &Parts, incoming: Incoming) -> Result<Outgoing, ProxyError> {
         let length = parts.headers.get(CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse::<u64>().ok());
         match (length, self.max_body) {
             (Some(length), Some(max)) if length > max => Err(ProxyError::TooLarge),
-            _ => Ok(Outgoing::caller(incoming, self.replay_limit, self.max_body)),
+            _ => Ok(Outgoing::caller(incoming, self.replay_limit, &self.room, self.max_body, self.body_timeout)),
         }
     }
 
@@ -198,7 +240,7 @@ impl Proxy {
         target: &Target,
         bearer: &HeaderValue,
         body: Outgoing,
-        trip: &mut Trip,
+        trip: &mut Trip<'_>,
     ) -> Result<(Response<Answer>, Option<Arc<Held>>), ProxyError> {
         let held = body.progress();
         let patient = takes_event_stream(&parts.headers);
@@ -214,7 +256,9 @@ impl Proxy {
             sent = self.upstream.send(call.region, request, Reuse::Never, patient).await;
         }
         trip.amazon_took(call.region, begun.elapsed());
-        Ok((sent.map_err(ProxyError::Send)?, held))
+        let answer = sent.map_err(ProxyError::Send)?;
+        trip.amazon_said(call.region, answer.status(), answer.headers());
+        Ok((answer, held))
     }
 
     fn to_amazon(
@@ -226,7 +270,7 @@ impl Proxy {
         body: Outgoing,
     ) -> Request<Outgoing> {
         let attach = Attach {
-            family: family(target.path()),
+            family: call.family,
             host: Some(self.upstream.authority(call.region)),
             bearer,
             client_id: &self.client_id,
@@ -250,7 +294,7 @@ impl Proxy {
         target: &Target,
         bearer: &HeaderValue,
         sent: Option<Arc<Held>>,
-        trip: &mut Trip,
+        trip: &mut Trip<'_>,
     ) -> Result<Response<Body>, ProxyError> {
         if answer.status() == StatusCode::FORBIDDEN && !(is_amc(target) && self.keeper.near_expiry(&call.user)) {
             return Ok(answer.map(Body::amazon));
@@ -286,13 +330,14 @@ impl Proxy {
             }
             ProxyError::Login(error) => error.problem(login_url),
             ProxyError::Unselected(unselected) => unselected.into(),
+            ProxyError::Denied(denied) => {
+                self.metrics.guard_denied.with_label_values(&["policy"]).inc();
+                denied.into()
+            }
             ProxyError::NoToken(error, user) => token_problem(error, &login_url(&user)),
             ProxyError::TooLarge => problems::too_large(),
             ProxyError::Panicked => problems::panicked(),
-            ProxyError::Send(error) => {
-                tracing::warn!(error = %error.kind, "no answer from Amazon");
-                error.kind.into()
-            }
+            ProxyError::Send(error) => error.kind.into(),
         }
     }
 }
@@ -334,7 +379,7 @@ fn is_amc(target: &Target) -> bool {
     target.path().split('/').find(|segment| !segment.is_empty()) == Some("amc")
 }
 
-fn to_caller(mut answer: Response<Body>, call: &Call<'_>, trip: &mut Trip) -> Response<Body> {
+fn to_caller(mut answer: Response<Body>, call: &Call<'_>, trip: &mut Trip<'_>) -> Response<Body> {
     trip.answered_by_amazon();
     *answer.version_mut() = http::Version::HTTP_11;
     rewrite::to_caller(answer.headers_mut());

@@ -134,13 +134,17 @@ impl Record {
         self.generation
     }
 
-    /// Whether all of it is sealed with the first key, so that a rotation has nothing to do here.
-    pub fn is_under_first_key(&self, keyring: &Keyring) -> bool {
-        let first = |token: &str| keyring.open(token).is_some_and(|opened| opened.key_index == 0);
-        [Some(&self.refresh_token), self.access_token.as_ref(), self.seal.as_ref()]
-            .into_iter()
-            .flatten()
-            .all(|t| first(t))
+    /// When the tokens last changed. Trustworthy only after [`open`](Self::open).
+    pub fn updated_at(&self) -> Timestamp {
+        self.updated_at
+    }
+
+    /// The place in the ring of the key that opens it; of several the last, which a rotation is still to replace. `None`
+    /// where a part opens with no key.
+    pub fn key_index(&self, keyring: &Keyring) -> Option<usize> {
+        let parts = [Some(&self.refresh_token), self.access_token.as_ref(), self.seal.as_ref()];
+        let places = parts.into_iter().flatten().map(|token| Some(keyring.open(token)?.key_index));
+        places.collect::<Option<Vec<_>>>()?.into_iter().max()
     }
 
     fn binding(&self, user: &UserId) -> Binding {
@@ -261,13 +265,13 @@ mod tests {
     }
 
     #[test]
-    fn a_record_under_another_users_name_is_refused() {
+    fn threat_27_a_record_under_another_users_name_is_refused() {
         let record = Record::seal(&grant(), &user("anna"), &ring());
         assert_eq!(record.open(&user("bob"), &ring()).unwrap_err(), RecordError::Tampered);
     }
 
     #[test]
-    fn each_changed_field_under_the_seal_is_refused() {
+    fn threat_29_each_changed_field_under_the_seal_is_refused() {
         let (ring, anna) = (ring(), user("anna"));
         let record = Record::seal(&grant(), &anna, &ring);
         let other = value(&Record::seal(&grant(), &anna, &ring));
@@ -349,7 +353,7 @@ mod tests {
     }
 
     #[test]
-    fn the_stored_fields_are_those_of_the_contract_and_tokens_are_encrypted_alone() {
+    fn threat_28_the_stored_fields_are_those_of_the_contract_and_tokens_are_encrypted_alone() {
         let json = value(&Record::seal(&grant(), &user("anna"), &ring()));
         let names: Vec<_> = json.as_object().unwrap().keys().map(String::as_str).collect();
         let mut expected = ["access_token", "refresh_token", "token_type", "expires_at", "updated_at"].to_vec();
@@ -407,12 +411,12 @@ mod tests {
         let before = Keyring::new(std::slice::from_ref(&old)).unwrap();
         let during = Keyring::new(&[new, old]).unwrap();
         let record = Record::seal(&grant(), &user("anna"), &before);
-        assert!(record.is_under_first_key(&before));
-        assert!(!record.is_under_first_key(&during));
+        assert_eq!(record.key_index(&before), Some(0));
+        assert_eq!(record.key_index(&during), Some(1));
         let resealed = Record::seal(&record.open(&user("anna"), &during).unwrap(), &user("anna"), &during);
-        assert!(resealed.is_under_first_key(&during));
+        assert_eq!(resealed.key_index(&during), Some(0));
         let half = changed(&resealed, "access_token", value(&record)["access_token"].clone());
-        assert!(!half.is_under_first_key(&during));
+        assert_eq!(half.key_index(&during), Some(1));
     }
 
     fn times() -> impl Strategy<Value = Timestamp> {

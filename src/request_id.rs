@@ -26,8 +26,34 @@ impl RequestIds {
     pub fn of(&self, headers: &HeaderMap) -> HeaderValue {
         let fit = |id: &&HeaderValue| (1..=128).contains(&id.len()) && id.as_bytes().iter().all(u8::is_ascii_graphic);
         headers.get(REQUEST_ID).filter(fit).cloned().unwrap_or_else(|| {
-            let id = format!("{:08x}-{:x}", self.prefix, self.next.fetch_add(1, Relaxed));
-            HeaderValue::try_from(id).unwrap_or(HeaderValue::from_static("unnamed"))
+            let id = named(self.prefix, self.next.fetch_add(1, Relaxed));
+            HeaderValue::from_bytes(&id).unwrap_or(HeaderValue::from_static("unnamed"))
         })
+    }
+}
+
+/// `prefix-count` in hexadecimal digits of a fixed length. Every call has one, so no formatter is started for it.
+fn named(prefix: u32, count: u64) -> [u8; 21] {
+    let digit = |number: u64, place: usize| b"0123456789abcdef"[(number >> (4 * place)) as usize & 15];
+    std::array::from_fn(|at| match at {
+        0..8 => digit(prefix.into(), 7 - at),
+        8 => b'-',
+        _ => digit(count, 20 - at),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_id_is_the_prefix_and_the_count() {
+        assert_eq!(&named(0x0123_abcd, 0xfe), b"0123abcd-0000000000fe");
+    }
+
+    #[test]
+    fn no_two_calls_have_the_same_id() {
+        let (ids, none) = (RequestIds::default(), HeaderMap::new());
+        assert_ne!(ids.of(&none), ids.of(&none));
     }
 }

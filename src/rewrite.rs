@@ -5,7 +5,7 @@
 //! of a managed header survives beside ours.
 
 use http::header::{
-    AUTHORIZATION, CONNECTION, CONTENT_LENGTH, HOST, HeaderMap, HeaderName, HeaderValue, TRAILER, TRANSFER_ENCODING,
+    AUTHORIZATION, CONNECTION, CONTENT_LENGTH, HOST, HeaderMap, HeaderName, HeaderValue, TRANSFER_ENCODING,
 };
 
 use crate::account::{Context, Ids};
@@ -82,10 +82,9 @@ pub fn to_caller(headers: &mut HeaderMap) {
         // The body was read as chunked, so this length is not its own (RFC 9112, section 6.3).
         headers.remove(CONTENT_LENGTH);
     }
-    for name in HOP_BY_HOP {
-        headers.remove(name);
-    }
-    for name in [ERROR, HINT] {
+    // Looked for all at once: an answer has most often none of them.
+    let gone: Vec<_> = headers.keys().filter(|name| stays_behind(name.as_str())).cloned().collect();
+    for name in gone {
         headers.remove(name);
     }
 }
@@ -95,19 +94,24 @@ pub const ERROR: HeaderName = HeaderName::from_static("x-adsidecar-error");
 /// Explains an answer of Amazon's; holds a code.
 pub const HINT: HeaderName = HeaderName::from_static("x-adsidecar-hint");
 
-/// RFC 9110, section 7.6.1, and the older names that are treated like them in the field.
-const HOP_BY_HOP: [HeaderName; 10] = [
-    CONNECTION,
-    HeaderName::from_static("keep-alive"),
-    HeaderName::from_static("proxy-connection"),
-    HeaderName::from_static("proxy-authenticate"),
-    HeaderName::from_static("proxy-authorization"),
-    HeaderName::from_static("te"),
-    TRAILER,
-    TRANSFER_ENCODING,
-    HeaderName::from_static("upgrade"),
-    HeaderName::from_static("http2-settings"),
-];
+/// What does not reach the caller: hop-by-hop headers (RFC 9110, section 7.6.1, and the older names that are treated like
+/// them in the field), and what only we say.
+fn stays_behind(name: &str) -> bool {
+    matches!(
+        name,
+        "connection"
+            | "keep-alive"
+            | "proxy-connection"
+            | "proxy-authenticate"
+            | "proxy-authorization"
+            | "te"
+            | "trailer"
+            | "transfer-encoding"
+            | "upgrade"
+            | "http2-settings"
+    ) || name == ERROR.as_str()
+        || name == HINT.as_str()
+}
 
 /// What happens to a header of the caller.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -74,7 +74,7 @@ mod tests {
     }
 
     #[test]
-    fn comparison_accepts_only_the_whole_text() {
+    fn threat_04_comparison_accepts_only_the_whole_text() {
         let secret = Secret::new("abc");
         assert!(secret.matches(b"abc"));
         for wrong in [&b"ab"[..], b"abcd", b"", b"ABC"] {

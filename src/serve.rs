@@ -2,15 +2,18 @@
 //!
 //! hyper's own header timeout starts when a connection turns idle, and costs a timer per request. So each connection
 //! tells here what it is doing, and one watchman per door looks at all of them: a head that does not
-//! come to its end is answered with 408, a connection that has idled too long is closed, and at the cap on connections
-//! the one that has idled longest makes room.
+//! come to its end is answered with 408, a connection that has idled too long is closed, one whose caller takes nothing of
+//! its answer is reset, and at the cap on connections the one that has idled longest makes room.
 
 mod connections;
 mod io;
 
+use std::fs::Permissions;
 use std::future::poll_fn;
 use std::io::{Error, ErrorKind, Result};
 use std::net::SocketAddr;
+use std::os::fd::AsFd;
+use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -27,7 +30,7 @@ use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
-use tokio::net::{TcpListener, UnixListener};
+use tokio::net::{TcpListener, UnixListener, UnixSocket};
 use tokio::sync::watch;
 
 use connections::{Command, Connections, Seat};
@@ -60,12 +63,16 @@ pub struct Limits {
     pub header_timeout: Duration,
     /// `proxy.idle_timeout`: a keep-alive connection without a request.
     pub idle_timeout: Duration,
+    /// `proxy.write_timeout`: a caller that takes nothing of its answer.
+    pub write_timeout: Duration,
 }
 
 /// Largest head of a request, exact (the size of the read buffer alone is a soft bound).
 const MAX_HEAD: usize = 32 << 10;
 /// Read buffer of one connection, at most.
 const MAX_BUFFER: usize = 64 << 10;
+/// Connections that wait to be accepted at a Unix socket; tokio's own number for TCP.
+const BACKLOG: u32 = 1024;
 /// How long the accept loop rests when the process is out of descriptors: existing work goes on and frees some.
 const ACCEPT_REST: Duration = Duration::from_millis(100);
 /// How long a caller may go on sending a body that was refused. A socket that is closed with bytes unread resets the
@@ -77,8 +84,8 @@ const LINGER: Duration = Duration::from_secs(2);
 pub enum Peer {
     /// A TCP peer's address.
     Tcp(SocketAddr),
-    /// A local process, at a Unix socket.
-    Unix,
+    /// A local process at a Unix socket, and the user that it runs as, where the system tells.
+    Unix(Option<u32>),
 }
 
 /// A door whose sockets are bound and that serves nobody yet.
@@ -112,12 +119,18 @@ pub enum Phase {
 impl Door {
     /// Binds every address of `listen`; with `ipv6_if_any`, one of IPv6 only where the machine has it. Port 0 takes any
     /// free port; see [`addresses`](Self::addresses). `late` are the bytes that answer a head which does not come to its
-    /// end in time.
-    pub async fn bind(listen: &[Listen], ipv6_if_any: bool, limits: Limits, late: Bytes) -> Result<Self> {
+    /// end in time. A Unix socket gets the file mode `socket_mode`.
+    pub async fn bind(
+        listen: &[Listen],
+        ipv6_if_any: bool,
+        socket_mode: u32,
+        limits: Limits,
+        late: Bytes,
+    ) -> Result<Self> {
         let mut listeners = Vec::new();
         for address in listen {
             match address {
-                Listen::Unix(path) => listeners.push(unix(path)?),
+                Listen::Unix(path) => listeners.push(unix(path, socket_mode)?),
                 Listen::Tcp(address) => match tcp(address).await {
                     Ok(listener) => listeners.push(Listener::Tcp(listener)),
                     Err(error) if ipv6_if_any && address.starts_with('[') && error.kind() != ErrorKind::AddrInUse => {}
@@ -181,7 +194,7 @@ async fn tcp(address: &str) -> Result<TcpListener> {
 }
 
 /// A socket file left over from a process that is gone is replaced; one that answers is somebody else's.
-fn unix(path: &PathBuf) -> Result<Listener> {
+fn unix(path: &PathBuf, mode: u32) -> Result<Listener> {
     let say = |error: Error| Error::new(error.kind(), format!("cannot listen on unix:{}: {error}", path.display()));
     if std::os::unix::net::UnixStream::connect(path).is_ok() {
         return Err(say(ErrorKind::AddrInUse.into()));
@@ -189,7 +202,11 @@ fn unix(path: &PathBuf) -> Result<Listener> {
     if std::fs::symlink_metadata(path).is_ok_and(|meta| std::os::unix::fs::FileTypeExt::is_socket(&meta.file_type())) {
         std::fs::remove_file(path).map_err(say)?;
     }
-    Ok(Listener::Unix(UnixListener::bind(path).map_err(say)?, path.clone()))
+    // Nobody can connect before it listens, and by then the mode is set.
+    let socket = UnixSocket::new_stream().map_err(say)?;
+    socket.bind(path).map_err(say)?;
+    std::fs::set_permissions(path, Permissions::from_mode(mode)).map_err(say)?;
+    Ok(Listener::Unix(socket.listen(BACKLOG).map_err(say)?, path.clone()))
 }
 
 async fn accept<H, F, B>(
@@ -231,7 +248,8 @@ async fn accept<H, F, B>(
                 tokio::spawn(converse(stream, Peer::Tcp(peer), seat, host.clone()));
             }
             Stream::Unix(stream) => {
-                tokio::spawn(converse(stream, Peer::Unix, seat, host.clone()));
+                let uid = stream.peer_cred().ok().map(|peer| peer.uid());
+                tokio::spawn(converse(stream, Peer::Unix(uid), seat, host.clone()));
             }
         }
     }
@@ -270,7 +288,7 @@ impl Drop for Listener {
 /// One connection, from accept to close.
 async fn converse<S, H, F, B>(stream: S, peer: Peer, seat: Seat, host: Host<H>)
 where
-    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    S: AsyncRead + AsyncWrite + AsFd + Unpin + Send + 'static,
     H: Fn(Request<Incoming>, Peer) -> F + Clone + Send + Sync + 'static,
     F: Future<Output = Response<B>> + Send + 'static,
     B: http_body::Body<Data = Bytes> + Send + Unpin + 'static,
@@ -317,11 +335,19 @@ where
             Command::HeadTimeout if seat.is_in_head() => break Some(late),
             // It came to its end just now.
             Command::HeadTimeout => {}
+            Command::Abandon => {
+                tracing::debug!(?peer, "a caller takes nothing of its answer: its connection is reset");
+                // What it did not take is not kept for it, neither here nor by the kernel.
+                let socket = connection.into_parts().io.into_inner().into_inner();
+                let _ = rustix::net::sockopt::set_socket_linger(&socket, Some(Duration::ZERO));
+                return;
+            }
         }
     };
     let mut socket = connection.into_parts().io.into_inner().into_inner();
     if let Some(last_words) = last_words {
-        let _ = socket.write_all(&last_words).await;
+        // Who reads nothing at all does not hear it.
+        let _ = tokio::time::timeout(LINGER, socket.write_all(&last_words)).await;
     }
     let _ = socket.shutdown().await;
     if uploads.into_inner() && !leaving {

@@ -18,7 +18,7 @@
 //!
 //! # The key
 //!
-//! `<path>.copies/key` holds the fingerprint of the key that sealed last. It is compared before sled is opened, because
+//! `<path>.copies/key` holds the fingerprint of the key that sealed last, twice. It is compared before sled is opened, because
 //! sled writes to its directory whenever it opens: with a wrong key nothing is touched. A fingerprint, and not a sealed
 //! text, so that the error can name the key that is wanted.
 
@@ -30,15 +30,18 @@ use std::sync::Arc;
 use crate::account::UserId;
 use crate::keyring::{Fingerprint, Keyring};
 use crate::record::RecordError;
+use crate::secret::Secret;
 use crate::token::Grant;
 
 mod copies;
 mod database;
 mod engine;
 mod files;
+mod waiting;
 mod worker;
 
 use engine::Resealed;
+pub use waiting::Waiting;
 use worker::Worker;
 
 /// Where grants are kept.
@@ -84,8 +87,44 @@ pub struct Health {
     pub up: bool,
     /// Why the last failing operation failed, even if others went well since.
     pub last_error: Option<String>,
-    /// How often a damaged database was replaced since the start.
+    /// How often a damaged database was replaced, or filled again, since the start.
     pub recoveries: u64,
+    /// How many records there are of each kind.
+    pub records: BTreeMap<Sealed, usize>,
+}
+
+impl Health {
+    /// Records that are sealed with another key of the ring than `first`.
+    pub fn under_other_keys(&self, first: Fingerprint) -> usize {
+        let others = self.records.iter().filter(|(sealed, _)| matches!(sealed, Sealed::By(key) if *key != first));
+        others.map(|(_, count)| count).sum()
+    }
+
+    /// Records that yield no grant. They are kept.
+    pub fn unreadable(&self) -> usize {
+        self.records.iter().filter(|(sealed, _)| !matches!(sealed, Sealed::By(_))).map(|(_, count)| count).sum()
+    }
+}
+
+/// What a record is sealed with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Sealed {
+    /// This key of the ring.
+    By(Fingerprint),
+    /// A key that is not in the ring.
+    ByUnknownKey,
+    /// It is malformed, or its seal does not fit.
+    Damaged,
+}
+
+impl std::fmt::Display for Sealed {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::By(key) => key.fmt(f),
+            Self::ByUnknownKey => f.write_str("unknown"),
+            Self::Damaged => f.write_str("damaged"),
+        }
+    }
 }
 
 /// What [`TokenStore::reseal`] did.
@@ -213,6 +252,38 @@ impl TokenStore {
         worker.call(|engine| engine.dump()).await
     }
 
+    /// Puts a grant that waits on disk, before anything else is done with it. An erasure of its user deletes it.
+    pub async fn keep_waiting(&self, waiting: &Waiting) -> Result<(), StoreError> {
+        let Self::Sled(worker) = self;
+        let waiting = waiting.clone();
+        worker.call(move |engine| engine.keep_waiting(&waiting)).await
+    }
+
+    /// Deletes a grant that waits, by its id.
+    pub async fn drop_waiting(&self, id: &str) -> Result<(), StoreError> {
+        let Self::Sled(worker) = self;
+        let id = id.to_owned();
+        worker.call(move |engine| engine.drop_waiting(&id)).await
+    }
+
+    /// All grants that wait, with those that the last process left.
+    pub async fn waiting(&self) -> Result<Vec<Waiting>, StoreError> {
+        let Self::Sled(worker) = self;
+        worker.call(|engine| engine.waiting()).await
+    }
+
+    /// Puts the logins that have begun on disk, sealed: one text, which replaces the one of before.
+    pub async fn keep_logins(&self, plain: Secret) -> Result<(), StoreError> {
+        let Self::Sled(worker) = self;
+        worker.call(move |engine| engine.keep_logins(plain.expose())).await
+    }
+
+    /// The logins that had begun when the last process ended.
+    pub async fn logins(&self) -> Result<Option<Secret>, StoreError> {
+        let Self::Sled(worker) = self;
+        worker.call(|engine| Ok(engine.logins()?.map(Secret::new))).await
+    }
+
     /// A small fact that outlives users and restarts.
     pub async fn note(&self, key: &'static str) -> Result<Option<String>, StoreError> {
         let Self::Sled(worker) = self;
@@ -224,6 +295,13 @@ impl TokenStore {
         let Self::Sled(worker) = self;
         let value = value.into();
         worker.call(move |engine| engine.set_note(key, &value)).await
+    }
+
+    /// Takes other keys into use: the first seals from now on. They have to include the key that sealed last, or nothing
+    /// changes and it is [`StoreError::WrongKey`].
+    pub async fn rekey(&self, keyring: Arc<Keyring>) -> Result<(), StoreError> {
+        let Self::Sled(worker) = self;
+        worker.call(move |engine| engine.rekey(keyring)).await
     }
 
     /// Seals every record, and its copy, with the first key. Where it is interrupted, the next call goes on; other
@@ -238,6 +316,7 @@ impl TokenStore {
                 Resealed::NothingToDo => {}
             }
         }
+        worker.call(|engine| engine.reseal_waiting()).await?;
         Ok(done)
     }
 

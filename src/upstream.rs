@@ -1,21 +1,24 @@
 //! Pooled TLS connections to the Ads hosts.
 //!
 //! Each region has a stack of idle HTTP/1.1 connections, the one used last on top, or one HTTP/2 connection that all
-//! share. A connection goes back when both its request and its answer have passed whole; whatever else happens to it
+//! share. HTTP/2 wins where many call at once, and costs more than HTTP/1.1 where each call waits for the one before
+//! ([`sharing`]), so such a caller is given an HTTP/1.1 connection beside the shared one. A connection goes back when both its request and its answer have passed whole; whatever else happens to it
 //! closes it. The pool never repeats a request by itself: it says whether a repetition would be safe
 //! ([`SendError::unsent`], [`SendError::stale`]), and the spine, which still has the caller's request, repeats it on a
 //! [`Reuse::Never`] connection.
 
+mod ahead;
 mod answer;
 mod connect;
 mod outgoing;
+mod sharing;
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use http::header::{CONTENT_LENGTH, TRANSFER_ENCODING};
+use http::header::{CONTENT_LENGTH, HOST, TRANSFER_ENCODING};
 use http::{HeaderValue, Request, Response, StatusCode, Uri};
 use http_body::Body as _;
 use hyper::body::Incoming;
@@ -24,10 +27,12 @@ use rustls::pki_types::CertificateDer;
 use url::Url;
 
 pub use answer::Answer;
-pub use outgoing::{BodyError, Held, Outgoing};
+pub use outgoing::{BodyError, Held, Outgoing, Room};
 
 use crate::account::Region;
-use connect::Connector;
+use crate::tls;
+use connect::{Connector, Offer};
+use sharing::Sharing;
 
 /// Where the Ads hosts are and how long they are waited for.
 #[derive(Clone, Debug)]
@@ -130,6 +135,7 @@ struct Host {
     origin: http::uri::Parts,
     idle: Mutex<VecDeque<Idle>>,
     shared: Mutex<Option<http2::SendRequest<Outgoing>>>,
+    sharing: Sharing,
     /// Whether the last connection spoke HTTP/1.1, so that each call needs one of its own.
     one_call_each: AtomicBool,
     /// Held by who connects while a connection may come to be shared, so that a burst of callers opens one.
@@ -157,7 +163,9 @@ const READY: Duration = Duration::from_millis(100);
 impl Upstream {
     /// Prepares the pools; connects to nothing yet.
     pub fn new(settings: &Settings) -> Result<Self, rustls::Error> {
-        let host = |region: Region| Host::new(&settings.origins[region as usize], settings).map(Arc::new);
+        // One for all: the trust roots are large.
+        let tls = tls::client_config(&settings.extra_roots, &[])?;
+        let host = |region: Region| Host::new(&settings.origins[region as usize], settings, &tls).map(Arc::new);
         Ok(Self {
             hosts: [host(Region::Na)?, host(Region::Eu)?, host(Region::Fe)?],
             response_timeout: settings.response_timeout,
@@ -197,9 +205,10 @@ impl Upstream {
                 Ok(response.map(|incoming| Answer::http1(incoming, host.clone(), sender, progress)))
             }
             Connection::Http2(mut sender) => {
+                let share = host.share(self.idle_timeout);
                 let sent = sender.try_send_request(host.with_authority(request));
                 let response = awaited(sent, &progress, wait).await.map_err(|error| error.on(true))?;
-                Ok(response.map(Answer::http2))
+                Ok(response.map(|incoming| Answer::http2(incoming, share)))
             }
         }
     }
@@ -214,8 +223,8 @@ impl Upstream {
 }
 
 impl Host {
-    fn new(origin: &Url, settings: &Settings) -> Result<Self, rustls::Error> {
-        let connector = Connector::new(origin, settings)?;
+    fn new(origin: &Url, settings: &Settings, tls: &rustls::ClientConfig) -> Result<Self, rustls::Error> {
+        let connector = Connector::new(origin, settings, tls)?;
         let text = match origin.port() {
             Some(port) => format!("{}:{port}", origin.host_str().unwrap_or_default()),
             None => origin.host_str().unwrap_or_default().to_owned(),
@@ -231,6 +240,7 @@ impl Host {
             origin: parts,
             idle: Mutex::default(),
             shared: Mutex::default(),
+            sharing: Sharing::default(),
             one_call_each: AtomicBool::new(settings.http2 == Http2::Never),
             connecting: tokio::sync::Mutex::default(),
         })
@@ -254,12 +264,6 @@ impl Host {
     }
 
     async fn pooled(&self, idle_timeout: Duration) -> Option<Connection> {
-        let shared = lock(&self.shared).clone().filter(|sender| !sender.is_closed());
-        if let Some(mut sender) = shared
-            && sender.ready().await.is_ok()
-        {
-            return Some(Connection::Http2(sender));
-        }
         while let Some(Idle { mut sender, since }) = self.pop() {
             if since.elapsed() < idle_timeout
                 && !sender.is_closed()
@@ -268,17 +272,34 @@ impl Host {
                 return Some(Connection::Http1 { sender, reused: true });
             }
         }
-        None
+        let mut shared = lock(&self.shared).clone().filter(|sender| !sender.is_closed())?;
+        shared.ready().await.is_ok().then_some(Connection::Http2(shared))
     }
 
     async fn connect(&self) -> Result<Connection, ErrorKind> {
         // Boxed: connecting is rare, and its future is large.
-        let connection = Box::pin(self.connector.connect()).await?;
+        let connection = Box::pin(self.connector.connect(Offer::Configured)).await?;
         self.one_call_each.store(matches!(connection, Connection::Http1 { .. }), Relaxed);
         if let Connection::Http2(sender) = &connection {
             *lock(&self.shared) = Some(sender.clone());
         }
         Ok(connection)
+    }
+
+    /// Counts a call on the shared connection. Whoever has called alone for a while finds an HTTP/1.1 connection in the
+    /// pool soon.
+    fn share(self: &Arc<Self>, idle_timeout: Duration) -> sharing::Share {
+        let (share, alone) = self.sharing.begin(idle_timeout);
+        if alone && self.connector.may_speak_http1() {
+            let host = self.clone();
+            tokio::spawn(async move {
+                // Without it all goes on as before.
+                if let Ok(Connection::Http1 { sender, .. }) = host.connector.connect(Offer::Http1).await {
+                    host.put_back(sender);
+                }
+            });
+        }
+        share
     }
 
     fn pop(&self) -> Option<Idle> {
@@ -302,7 +323,7 @@ impl Host {
 
     /// HTTP/2 wants the authority in the target and not in `Host` (RFC 9113, section 8.3.1).
     fn with_authority(&self, mut request: Request<Outgoing>) -> Request<Outgoing> {
-        request.headers_mut().remove(http::header::HOST);
+        request.headers_mut().remove(HOST);
         let mut parts = http::uri::Parts::default();
         parts.scheme.clone_from(&self.origin.scheme);
         parts.authority.clone_from(&self.origin.authority);

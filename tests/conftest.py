@@ -110,6 +110,14 @@ def sandbox(tmp_path_factory):
     assert running.stop() == 0, "SIGTERM is a clean end"
 
 
+@pytest.fixture
+def sandbox_of_its_own(tmp_path):
+    """A world of one test's own, which may end it as it likes."""
+    running = start_sandbox(tmp_path)
+    yield running
+    running.stop()
+
+
 @pytest.fixture(autouse=True)
 def no_proxy_from_the_environment(monkeypatch):
     """The machine's own proxy settings would lead the clients around adsidecar."""

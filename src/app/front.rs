@@ -9,13 +9,12 @@ use tokio_util::sync::CancellationToken;
 use url::Url;
 
 use super::BuildError;
-use crate::admin::{Admin, Count, Reloader, Stage};
+use crate::admin::{Admin, Count, Reloader, Rotation, Stage};
 use crate::clock::Clock;
 use crate::config::{Config, Shutdown};
 use crate::guard::{self, Guard};
 use crate::identity::Identity;
 use crate::keeper::Keeper;
-use crate::keyring::Fingerprint;
 use crate::log::LogHandle;
 use crate::login::{Desk, Login};
 use crate::login_door::LoginDoor;
@@ -40,7 +39,7 @@ pub(super) struct Front {
 pub(super) struct Lasting {
     pub(super) keeper: Keeper,
     pub(super) store: TokenStore,
-    pub(super) first_key: Fingerprint,
+    pub(super) rotation: watch::Receiver<Rotation>,
     pub(super) metrics: Arc<Metrics>,
     pub(super) clock: Clock,
     pub(super) desk: Arc<Desk>,
@@ -70,8 +69,11 @@ impl Front {
             lasting.desk.clone(),
         );
         let guard = Guard::new(config.guard.clone());
-        let login_guard = Guard::new(with_redirect_host(config.guard, &config.lwa.redirect_uri));
-        let authority = format!("localhost:{}", lasting.proxy.map_or(8001, |address| address.port()));
+        let admin_guard = Guard::new(with_host_of(config.guard.clone(), config.admin.public_url.as_ref()));
+        // Browsers come to the login door by the redirect URI.
+        let login_guard = Guard::new(with_host_of(config.guard, config.lwa.redirect_uri.parse().ok().as_ref()));
+        let own_authority = lasting.proxy.map(authority);
+        let authority = own_authority.clone().unwrap_or_else(|| "localhost:8001".to_owned());
         let login_door = |guard: &Guard| LoginDoor {
             login: login.clone(),
             keeper: keeper.clone(),
@@ -82,15 +84,18 @@ impl Front {
             request_ids: request_ids.clone(),
         };
         let admin = Admin {
-            guard: guard.clone(),
+            guard: admin_guard,
             keeper: keeper.clone(),
             metrics: metrics.clone(),
             stage: lasting.stage.subscribe(),
             connections: lasting.connections.clone(),
             log: lasting.log.clone(),
             store: lasting.store.clone(),
-            first_key: lasting.first_key,
+            rotation: lasting.rotation.clone(),
             request_ids: request_ids.clone(),
+            clock: lasting.clock.clone(),
+            public_url: config.admin.public_url,
+            login_base: own_authority.map(|authority| LoginDoor::login_base(&authority)),
             reloader: lasting.reloader.clone(),
             quit: lasting.quit.clone(),
         };
@@ -115,9 +120,15 @@ impl Front {
     }
 }
 
-/// As `guard`, and the authority of `amazon.redirect_uri` is allowed: browsers come by it.
-fn with_redirect_host(mut guard: guard::Settings, redirect_uri: &str) -> guard::Settings {
-    let url = redirect_uri.parse::<Url>().ok();
-    guard.allowed_hosts.extend(url.and_then(|url| url.host_str().map(str::to_lowercase)));
+/// What a browser on this machine calls the proxy door. `localhost` and no number where it listens on loopback: that is the
+/// name in the redirect URI, and the cookie of a login belongs to the name under which it began.
+fn authority(proxy: SocketAddr) -> String {
+    let ip = proxy.ip();
+    if ip.is_loopback() || ip.is_unspecified() { format!("localhost:{}", proxy.port()) } else { proxy.to_string() }
+}
+
+/// As `guard`, and the host of `url` is allowed.
+fn with_host_of(mut guard: guard::Settings, url: Option<&Url>) -> guard::Settings {
+    guard.allowed_hosts.extend(url.and_then(Url::host_str).map(str::to_lowercase));
     guard
 }

@@ -58,20 +58,33 @@ pub(super) fn needs_restart(old: &Fixed, new: &Config) -> Result<(), String> {
     if differing.is_empty() {
         return Ok(());
     }
-    Err(format!("{}: changed, which needs a restart; nothing of the new configuration was taken", differing.join(", ")))
+    let keys = if differing == [KEYS] { "; `adsidecar key rotate` takes new keys into use without one" } else { "" };
+    Err(format!(
+        "{}: changed, which needs a restart{keys}; nothing of the new configuration was taken",
+        differing.join(", ")
+    ))
 }
 
+const KEYS: &str = "store.fernet_keys";
+
 /// What cannot change while the process runs. The keys are compared by a hash, so that no second copy of them is kept.
-pub(super) struct Fixed([(&'static str, String); 5]);
+pub(super) struct Fixed([(&'static str, String); 6]);
 
 impl Fixed {
     pub(super) fn of(config: &Config) -> Self {
         Self([
             ("proxy.listen", format!("{:?}", config.proxy_listen)),
+            ("proxy.socket_mode", format!("{:o}", config.socket_mode)),
             ("login.listen", format!("{:?}", config.login_listen)),
             ("admin.listen", format!("{:?}", config.admin_listen)),
             ("store.path", config.store.path.display().to_string()),
-            ("store.fernet_keys", config.fernet_keys.fingerprint()),
+            (KEYS, config.fernet_keys.fingerprint()),
         ])
+    }
+
+    /// After a rotation: the keys of `config` are those in use.
+    pub(super) fn takes_keys_of(&mut self, config: &Config) {
+        let keys = self.0.iter_mut().find(|(key, _)| *key == KEYS).expect("it is in the list");
+        keys.1 = config.fernet_keys.fingerprint();
     }
 }

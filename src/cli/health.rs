@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use http::Method;
+use tokio::signal::unix::{SignalKind, signal};
 
 use super::{Failed, ask, block_on, print};
 use crate::config::Config;
@@ -17,18 +18,27 @@ pub(super) fn health(config: &Config, ready: bool) -> Result<(), Failed> {
 
 /// Succeeds once the sidecar is ready.
 pub(super) fn wait(config: &Config, timeout: Duration) -> Result<(), Failed> {
-    let begun = Instant::now();
     block_on(async {
-        loop {
-            match probe(config, true).await {
-                Ok(_) => return Ok(()),
-                Err(failed) if begun.elapsed() >= timeout => {
-                    return Err(Failed::because(format!("not ready within {timeout:?}: {}", failed.message)));
-                }
-                Err(_) => tokio::time::sleep(PERIOD).await,
-            }
+        // As process 1 of a container it would ignore a signal that it has not asked for.
+        let mut term = signal(SignalKind::terminate()).map_err(Failed::because)?;
+        tokio::select! {
+            ready = until_ready(config, timeout) => ready,
+            _ = term.recv() => Err(Failed::because("told to stop before it was ready")),
         }
     })?
+}
+
+async fn until_ready(config: &Config, timeout: Duration) -> Result<(), Failed> {
+    let begun = Instant::now();
+    loop {
+        match probe(config, true).await {
+            Ok(_) => return Ok(()),
+            Err(failed) if begun.elapsed() >= timeout => {
+                return Err(Failed::because(format!("not ready within {timeout:?}: {}", failed.message)));
+            }
+            Err(_) => tokio::time::sleep(PERIOD).await,
+        }
+    }
 }
 
 async fn probe(config: &Config, ready: bool) -> Result<String, Failed> {

@@ -1,16 +1,21 @@
 //! `adsidecar key new` and `adsidecar key rotate`.
 
+use std::io::Write;
 use std::sync::Arc;
+use std::time::Duration;
 
 use clap::Subcommand;
-use http::Method;
-use serde_json::Value;
+use http::{Method, StatusCode};
+use serde::Deserialize;
 
-use super::{Failed, ask, block_on, print};
+use super::{Exit, Failed, ask, block_on, print};
 use crate::app;
 use crate::config::Config;
 use crate::keyring::Keyring;
 use crate::store::{StoreError, TokenStore};
+
+/// How often the running sidecar is asked how far it is.
+const PERIOD: Duration = Duration::from_millis(200);
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Key {
@@ -32,7 +37,7 @@ fn rotate(config: &Config) -> Result<(), Failed> {
     let keyring = Arc::new(app::keyring(config)?);
     let first = keyring.first();
     let (resealed, unreadable) = match TokenStore::open(&config.store, keyring) {
-        Err(StoreError::Held { .. }) => rotate_running(config, &first.to_string())?,
+        Err(StoreError::Held { .. }) => block_on(rotate_running(config, &first.to_string()))??,
         opened => {
             let (store, _) = opened?;
             let done = block_on(async {
@@ -40,7 +45,7 @@ fn rotate(config: &Config) -> Result<(), Failed> {
                 store.close().await?;
                 done
             })??;
-            (done.resealed as u64, done.unreadable as u64)
+            (done.resealed, done.unreadable)
         }
     };
     print(format!("{resealed} grants sealed anew with key {first}; {unreadable} could not be opened and are kept\n"))?;
@@ -52,20 +57,46 @@ fn rotate(config: &Config) -> Result<(), Failed> {
     Ok(())
 }
 
-fn rotate_running(config: &Config, first: &str) -> Result<(u64, u64), Failed> {
-    let path = format!("/rotate?key={first}");
-    let headers = ask::caller_token(config);
-    let (status, body) = block_on(ask::ask(&config.admin_listen, Method::POST, &path, &headers))??;
-    let answer: Value = serde_json::from_slice(&body).unwrap_or_default();
-    match (answer["resealed"].as_u64(), answer["unreadable"].as_u64()) {
-        (Some(resealed), Some(unreadable)) => Ok((resealed, unreadable)),
-        _ => {
-            let said = |member: &str| answer[member].as_str().unwrap_or_default().to_owned();
-            Err(Failed::because(format!(
-                "the running sidecar answered {status}: {} {}",
-                said("detail"),
-                said("next_step")
-            )))
+/// What the running sidecar says of its rotation.
+#[derive(Deserialize)]
+struct Progress {
+    running: bool,
+    resealed: usize,
+    left: usize,
+    unreadable: usize,
+    error: Option<String>,
+}
+
+/// Has it take its configuration's keys into use, and waits until all is sealed with the first. It goes on by itself where
+/// nobody waits any more.
+async fn rotate_running(config: &Config, first: &str) -> Result<(usize, usize), Failed> {
+    let mut progress = ask_for_rotation(config, Method::POST, &format!("/rotate?key={first}")).await?;
+    let mut told = None;
+    while progress.running {
+        let line = match &progress.error {
+            Some(error) => {
+                format!("{} sealed anew, {} left; it is tried again: {error}", progress.resealed, progress.left)
+            }
+            None => format!("{} sealed anew, {} left", progress.resealed, progress.left),
+        };
+        if told.as_ref() != Some(&line) {
+            let _ = writeln!(std::io::stderr(), "{line}");
+            told = Some(line);
         }
+        tokio::time::sleep(PERIOD).await;
+        progress = ask_for_rotation(config, Method::GET, "/rotate").await?;
     }
+    Ok((progress.resealed, progress.unreadable))
+}
+
+async fn ask_for_rotation(config: &Config, method: Method, path: &str) -> Result<Progress, Failed> {
+    let (status, body) = ask::ask(&config.admin_listen, method, path, &ask::caller_token(config)).await?;
+    serde_json::from_slice(&body).map_err(|_| {
+        let document: serde_json::Value = serde_json::from_slice(&body).unwrap_or_default();
+        let said = |member: &str| document[member].as_str().unwrap_or_default().to_owned();
+        let message = format!("the running sidecar answered {status}: {} {}", said("detail"), said("next_step"));
+        // What it does not take is the keys, or another part of its configuration.
+        let exit = if status == StatusCode::BAD_REQUEST { Exit::Config } else { Exit::Failed };
+        Failed { exit, message }
+    })
 }

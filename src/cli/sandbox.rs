@@ -31,6 +31,9 @@ struct Arguments {
     /// Log nobody in: show the link instead
     #[arg(long)]
     no_login: bool,
+    /// Offer HTTP/2 at the Ads hosts, by ALPN
+    #[arg(long)]
+    http2: bool,
     /// Where adsidecar's proxy door listens [default: 127.0.0.1:8001 and [::1]:8001]
     #[arg(long, value_name = "ADDRESS")]
     proxy: Option<SocketAddr>,
@@ -71,7 +74,7 @@ fn serve(arguments: &Arguments) -> Result<(), Failed> {
         let account = first_account(&sandbox);
         let (redirect_uri, fernet_key) = (config.lwa.redirect_uri.clone(), key_of(&config));
         sandbox.world(|world| world.allow_return_url(&redirect_uri));
-        let app = App::build(config, clock, Some(log)).await?.reloading(sources);
+        let app = App::build(config, clock, Some(log.clone())).await?.reloading(sources);
         let facts = Facts {
             proxy: format!("http://localhost:{}", app.addresses().proxy[0].port()),
             admin: format!("http://localhost:{}", app.addresses().admin[0].port()),
@@ -81,7 +84,7 @@ fn serve(arguments: &Arguments) -> Result<(), Failed> {
             fernet_key,
             profile_id: account.profile_id,
         };
-        let stop = asked_to_stop()?;
+        let stop = asked_to_stop(log)?;
         let running = tokio::spawn(app.run(stop));
         let logged_in = if arguments.no_login { Ok(()) } else { log_in(&facts.proxy, &sandbox).await };
         match (logged_in, arguments.json) {
@@ -96,6 +99,7 @@ fn serve(arguments: &Arguments) -> Result<(), Failed> {
 async fn start(arguments: &Arguments, clock: Clock) -> Result<Sandbox, Failed> {
     let mut options = if arguments.calm { Options::calm(clock) } else { Options::rough(clock) };
     options.auto_consent = false;
+    options.http2 = arguments.http2;
     let door = |offset: u16| {
         let port = arguments.amazon.port();
         SocketAddr::new(arguments.amazon.ip(), if port == 0 { 0 } else { port.saturating_add(offset) })

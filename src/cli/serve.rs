@@ -1,18 +1,23 @@
 //! `adsidecar serve`.
 
-use std::io::Write;
-
+use rustix::process::{WaitOptions, wait};
 use tokio::signal::unix::{SignalKind, signal};
 
-use super::Failed;
+use super::{Failed, process};
 use crate::app::App;
 use crate::clock::Clock;
 use crate::config::{Config, Sources};
-use crate::log;
+use crate::log::{self, LogHandle};
 
 /// Serves until SIGTERM or SIGINT. SIGHUP, and a change of the configuration's files, make it read them again.
 pub(super) fn run(config: Config, sources: Sources) -> Result<(), Failed> {
     let log = log::init(config.log);
+    process::remark(&config);
+    // For as long as the process runs.
+    #[cfg(feature = "failpoints")]
+    let _points = fail::FailScenario::setup();
+    #[cfg(feature = "failpoints")]
+    tracing::warn!(points = ?fail::list(), "fail points are compiled in: this build is for tests alone");
     // One core is served best by one thread; a second worker would only move tasks to and fro.
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let mut builder = match cores {
@@ -20,30 +25,51 @@ pub(super) fn run(config: Config, sources: Sources) -> Result<(), Failed> {
         _ => tokio::runtime::Builder::new_multi_thread(),
     };
     let runtime = builder.enable_all().build().map_err(Failed::because)?;
-    runtime.block_on(async {
-        let app = App::build(config, Clock::system(), Some(log)).await?.reloading(sources);
-        let mut hangup = signal(SignalKind::hangup()).map_err(Failed::because)?;
-        let reloader = app.reloader();
-        tokio::spawn(async move {
-            while hangup.recv().await.is_some() {
-                // What comes of it is logged.
-                let _ = reloader.reload().await;
-            }
-        });
-        app.run(asked_to_stop()?).await?;
-        Ok(())
+    let ended = runtime.block_on(serve(config, sources, log.clone()));
+    log.close();
+    ended
+}
+
+async fn serve(config: Config, sources: Sources, log: LogHandle) -> Result<(), Failed> {
+    // Before the store is opened: process 1 of a container ignores a signal that it has not asked for.
+    let stop = asked_to_stop(log.clone())?;
+    let mut hangup = signal(SignalKind::hangup()).map_err(Failed::because)?;
+    if std::process::id() == 1 {
+        tokio::spawn(bury_orphans()?);
+    }
+    let app = App::build(config, Clock::system(), Some(log)).await?.reloading(sources);
+    let reloader = app.reloader();
+    tokio::spawn(async move {
+        while hangup.recv().await.is_some() {
+            // What comes of it is logged.
+            let _ = reloader.reload().await;
+        }
+    });
+    app.run(stop).await?;
+    Ok(())
+}
+
+/// Process 1 inherits every process in its container whose parent has gone, such as what `kubectl exec` left behind. It has
+/// no children of its own, so whoever ends is one of those.
+fn bury_orphans() -> Result<impl Future<Output = ()>, Failed> {
+    let mut ended = signal(SignalKind::child()).map_err(Failed::because)?;
+    Ok(async move {
+        while ended.recv().await.is_some() {
+            while let Ok(Some(_)) = wait(WaitOptions::NOHANG) {}
+        }
     })
 }
 
 /// Completes at the first signal; the second ends the process at once.
-pub(super) fn asked_to_stop() -> Result<impl Future<Output = ()>, Failed> {
+pub(super) fn asked_to_stop(log: LogHandle) -> Result<impl Future<Output = ()>, Failed> {
     let mut term = signal(SignalKind::terminate()).map_err(Failed::because)?;
     let mut int = signal(SignalKind::interrupt()).map_err(Failed::because)?;
     Ok(async move {
         tokio::select! { _ = term.recv() => {} _ = int.recv() => {} }
         tokio::spawn(async move {
             tokio::select! { _ = term.recv() => {} _ = int.recv() => {} }
-            let _ = writeln!(std::io::stderr(), "second signal: ending now");
+            tracing::warn!("second signal: ending now");
+            log.close();
             std::process::exit(1);
         });
     })

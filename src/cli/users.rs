@@ -19,7 +19,7 @@ use crate::lwa::Lwa;
 use crate::record::Record;
 use crate::secret::Secret;
 use crate::store::{Opened, StoreError, TokenStore};
-use crate::token::{Grant, Held, RefreshToken};
+use crate::token::{Grant, RefreshToken};
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Users {
@@ -85,9 +85,8 @@ fn list(config: &Config) -> Result<(), Failed> {
     for (user, grant) in opened.users {
         lines += &match grant {
             Ok(grant) => {
-                let used_at = grant.used_at.unwrap_or(grant.updated_at);
                 let expires_at = grant.access.as_ref().map(|access| access.expires_at);
-                let state = Held::Fresh(Arc::new(grant)).state(config.keeper.policy, used_at, now);
+                let state = grant.state(config.keeper.policy, now);
                 line(user.as_str(), state.as_str(), expires_at.map(|at| at.to_string()).as_deref())
             }
             Err(error) => line(user.as_str(), &format!("unreadable: {error}"), None),

@@ -6,6 +6,7 @@ use http::{HeaderName, HeaderValue};
 use super::keys;
 use super::reader::{Reader, scalar};
 use crate::account::{Account, Context, Ids, Region, UserId, check_name};
+use crate::policy::{Allow, Rules};
 
 /// Longest value of a header that an account always sends, in bytes. The longest one that Amazon documents is an id.
 const MAX_HEADER: usize = 1024;
@@ -105,7 +106,6 @@ fn account(table: &mut Table<'_, '_>) -> Account {
     if !table.dict.contains_key("name") {
         table.wrong("name", "is missing: give the account the name by which callers select it");
     }
-    not_built_yet(table);
     Account {
         name: table
             .parsed("name", |text| check_name(text).map(str::to_owned).map_err(|error| format!("is refused: {error}")))
@@ -117,6 +117,7 @@ fn account(table: &mut Table<'_, '_>) -> Account {
         region: table.parsed("region", |text| text.parse::<Region>().map_err(|error| format!("is refused: {error}"))),
         ids: ids(table),
         headers: headers(table),
+        rules: rules(table),
     }
 }
 
@@ -171,20 +172,30 @@ fn header(name: &str, value: &Value) -> Result<(HeaderName, HeaderValue), String
     Ok((name, value))
 }
 
-/// Refuses what this version cannot do, rather than letting somebody rely on it.
-fn not_built_yet(table: &mut Table<'_, '_>) {
-    match table.dict.get("read_only") {
-        None | Some(Value::Bool(_, false)) => {}
-        Some(Value::Bool(_, true)) => {
-            table.wrong("read_only", "is not built yet, so nothing would be refused: remove it");
+fn rules(table: &mut Table<'_, '_>) -> Rules {
+    let read_only = match table.dict.get("read_only") {
+        None => false,
+        Some(Value::Bool(_, flag)) => *flag,
+        Some(_) => {
+            table.wrong("read_only", "is neither true nor false: write one of them, without quotes");
+            false
         }
-        Some(_) => table.wrong("read_only", "is neither true nor false: write one of them, without quotes"),
-    }
+    };
+    let mut allow = Vec::new();
     match table.dict.get("allow") {
         None => {}
-        Some(Value::Array(_, list)) if list.is_empty() => {}
-        Some(_) => table.wrong("allow", "is not built yet, so nothing would be refused: remove it"),
+        Some(Value::Array(_, list)) => {
+            for entry in list {
+                match entry.as_str().map(str::parse::<Allow>) {
+                    Some(Ok(entry)) => allow.push(entry),
+                    Some(Err(error)) => table.wrong("allow", format!("entry {error}")),
+                    None => table.wrong("allow", "holds something that is not a text: put each entry in quotes"),
+                }
+            }
+        }
+        Some(_) => table.wrong("allow", "is no list: write allow = [\"GET /v2/profiles\"]"),
     }
+    Rules::new(read_only, allow)
 }
 
 #[cfg(test)]

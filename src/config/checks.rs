@@ -40,6 +40,14 @@ fn addresses(listen: &Listen) -> Vec<SocketAddr> {
     }
 }
 
+/// The mode of a socket's file, in octal digits as `chmod` takes them.
+pub(super) fn socket_mode(text: &str) -> Result<u32, &'static str> {
+    match u32::from_str_radix(text, 8) {
+        Ok(mode @ ..=0o777) if text.len() == 4 => Ok(mode),
+        _ => Err("is no file mode: write four octal digits in quotes, such as \"0600\" or \"0660\""),
+    }
+}
+
 /// Whether others than this machine can reach the door.
 pub(super) fn is_remote(listen: &Listen) -> bool {
     addresses(listen).iter().any(|address| !is_loopback(address.ip()))
@@ -249,7 +257,7 @@ mod tests {
     }
 
     #[test]
-    fn urls_that_a_browser_would_forgive_are_refused() {
+    fn row_91_urls_that_a_browser_would_forgive_are_refused() {
         for bad in [
             "",
             "//evil",

@@ -6,6 +6,7 @@ use std::time::Duration;
 use super::accounts::IDS;
 use super::{Config, Environment, FernetKeys};
 use crate::account::{Account, Region};
+use crate::policy::Rules;
 use crate::proxy::Selection;
 use crate::secret::Secret;
 use crate::serve::Listen;
@@ -23,6 +24,10 @@ impl Config {
         self.print_doors(&mut page);
         self.print_keeping(&mut page);
         self.print_upstream(&mut page);
+        let policy = &self.proxy.policy;
+        page.section("policy");
+        print_rules(&mut page, &policy.rules);
+        page.pair("mode", quoted(policy.mode.as_str()));
         page.section("metrics");
         page.pair("max_user_series", self.metrics.max_user_series);
         page.section("log");
@@ -32,6 +37,7 @@ impl Config {
         };
         page.pair("format", quoted(format));
         page.pair("level", quoted(self.log.level.as_str()));
+        page.pair("audit", self.log.audit);
         page.section("shutdown");
         page.pair("accept", duration(self.shutdown.accept));
         page.pair("drain", duration(self.shutdown.drain));
@@ -60,6 +66,8 @@ impl Config {
         page.section("proxy");
         page.listen(&self.proxy_listen, self.proxy_listen_default);
         page.pair("allow_remote", self.allow_remote);
+        page.pair("socket_mode", quoted(&format!("{:04o}", self.socket_mode)));
+        page.pair("peer_uids", list(self.guard.peer_uids.iter().map(ToString::to_string)));
         page.pair("allowed_hosts", list(self.guard.allowed_hosts.iter().map(|host| quoted(host))));
         page.secrets("caller_token", &self.guard.caller_tokens);
         page.pair("token_shim", self.proxy.token_shim);
@@ -74,6 +82,8 @@ impl Config {
         page.pair("max_connections", self.limits.max_connections);
         page.pair("header_timeout", duration(self.limits.header_timeout));
         page.pair("idle_timeout", duration(self.limits.idle_timeout));
+        page.pair("body_timeout", duration(self.proxy.body_timeout));
+        page.pair("write_timeout", duration(self.limits.write_timeout));
         page.section("login");
         match self.login_listen.as_slice() {
             [] => page.pair("listen", quoted("off")),
@@ -85,6 +95,9 @@ impl Config {
         page.pair("confirm", self.login.confirm);
         page.section("admin");
         page.listen(&self.admin_listen, self.admin_listen_default);
+        if let Some(url) = &self.admin.public_url {
+            page.pair("public_url", quoted(url.as_str()));
+        }
     }
 
     fn print_keeping(&self, page: &mut Page) {
@@ -146,6 +159,14 @@ fn print_account(page: &mut Page, account: &Account) {
             account.headers.iter().map(|(name, _)| format!("{} = {HIDDEN}", quoted(name.as_str()))).collect();
         page.pair("headers", format!("{{ {} }}", headers.join(", ")));
     }
+    if !account.rules.is_empty() {
+        print_rules(page, &account.rules);
+    }
+}
+
+fn print_rules(page: &mut Page, rules: &Rules) {
+    page.pair("read_only", rules.read_only());
+    page.pair("allow", list(rules.allow().map(|entry| quoted(&entry.to_string()))));
 }
 
 struct Page(String);

@@ -142,6 +142,22 @@ impl<'a> Reader<'a> {
         }
     }
 
+    /// A list of whole numbers, in the file with or without quotes; none where nobody gave any.
+    pub(super) fn numbers(&mut self, key: &str) -> Vec<u32> {
+        let texts = match self.raw(key) {
+            Some(Value::Array(_, values)) => values.iter().map(scalar).collect(),
+            _ => Ok(self.list(key).unwrap_or_default()),
+        };
+        let texts = texts.map(|texts| texts.iter().map(|text| text.trim().parse()).collect());
+        match texts {
+            Ok(Ok(numbers)) => numbers,
+            Ok(Err::<_, std::num::ParseIntError>(_)) | Err(_) => {
+                self.wrong(key, "holds something that is no whole number: write numbers such as 1000, and no names");
+                Vec::new()
+            }
+        }
+    }
+
     /// One secret of visible ASCII characters.
     pub(super) fn secret(&mut self, key: &str) -> Option<Secret> {
         self.parsed(key, |text| checked_secret(text.trim()))

@@ -13,6 +13,7 @@ use super::reader::Reader;
 use super::sources::Merged;
 use super::{Config, Environment, FernetKeys, Shutdown};
 use crate::account::Region;
+use crate::policy::{self, Allow, Mode, Rules};
 use crate::serve::Listen;
 use crate::token::{Policy, RefreshToken};
 use crate::{admin, guard, keeper, log, login, lwa, metrics, proxy, serve, store, upstream};
@@ -63,11 +64,12 @@ pub(super) fn resolve(merged: &Merged, problems: Vec<Problem>) -> Result<Config,
         proxy_listen,
         proxy_listen_default,
         allow_remote,
+        socket_mode: read.parsed("proxy.socket_mode", checks::socket_mode).unwrap_or(0o600),
         limits: limits(read),
         login_listen,
         admin_listen,
         admin_listen_default,
-        admin: admin::Settings::default(),
+        admin: admin::Settings { public_url: read.parsed("admin.public_url", checks::web_url) },
         proxy,
         guard,
         login,
@@ -130,7 +132,24 @@ fn proxy(read: &mut Reader<'_>, lwa: &lwa::Settings) -> proxy::Settings {
         replay_limit: usize::try_from(read.size("proxy.replay_limit", 256 * 1024, MAX_REPLAY))
             .expect("64 MiB, the most that is read, fit into the memory of any machine that runs this"),
         max_body: unless(read, "proxy.max_body", "none").then(|| read.size("proxy.max_body", 0, u64::MAX)),
+        body_timeout: read.duration("proxy.body_timeout", 30 * SECOND, TIMEOUT),
         token_shim: read.flag("proxy.token_shim", true),
+        policy: policy(read),
+    }
+}
+
+fn policy(read: &mut Reader<'_>) -> policy::Settings {
+    let mut allow = Vec::new();
+    for text in read.list("policy.allow").unwrap_or_default() {
+        match text.parse::<Allow>() {
+            Ok(entry) => allow.push(entry),
+            Err(error) => read.wrong("policy.allow", format!("entry {error}")),
+        }
+    }
+    let modes = [Mode::Enforce, Mode::Observe].map(|mode| (mode.as_str(), mode));
+    policy::Settings {
+        mode: read.choice("policy.mode", Mode::Enforce, &modes),
+        rules: Rules::new(read.flag("policy.read_only", false), allow),
     }
 }
 
@@ -144,6 +163,7 @@ fn limits(read: &mut Reader<'_>) -> serve::Limits {
         max_connections: read.count("proxy.max_connections", 4096, 1..=1_000_000),
         header_timeout: read.duration("proxy.header_timeout", 10 * SECOND, TIMEOUT),
         idle_timeout: read.duration("proxy.idle_timeout", 10 * MINUTE, *TIMEOUT.start()..=DAY),
+        write_timeout: read.duration("proxy.write_timeout", 30 * SECOND, TIMEOUT),
     }
 }
 
@@ -166,7 +186,12 @@ fn guard(read: &mut Reader<'_>, frontend_origin: Option<String>) -> guard::Setti
             Err(message) => read.wrong("proxy.allowed_hosts", message),
         }
     }
-    guard::Settings { allowed_hosts, caller_tokens: read.secrets("proxy.caller_token"), frontend_origin }
+    guard::Settings {
+        allowed_hosts,
+        caller_tokens: read.secrets("proxy.caller_token"),
+        frontend_origin,
+        peer_uids: read.numbers("proxy.peer_uids"),
+    }
 }
 
 fn store_path(read: &mut Reader<'_>) -> PathBuf {
@@ -238,6 +263,7 @@ fn log(read: &mut Reader<'_>, environment: Environment) -> log::Settings {
     log::Settings {
         format: read.choice("log.format", format, &[("text", log::Format::Text), ("json", log::Format::Json)]),
         level: read.choice("log.level", log::Level::Info, &levels),
+        audit: read.flag("log.audit", false),
     }
 }
 
@@ -297,15 +323,11 @@ fn doors_are_apart(read: &mut Reader<'_>, doors: &[(&str, &Vec<Listen>)]) {
 // What this version cannot do.
 
 /// Keys whose feature does not exist yet, with the one value that they may have until then.
-const NOT_BUILT: [(&str, &[&str], &str); 9] = [
+const NOT_BUILT: [(&str, &[&str], &str); 5] = [
     ("store.kind", &["sled", "postgres"], "the shared PostgreSQL store is not built yet: write sled"),
-    ("policy.read_only", &["false", "true"], "the policy is not built yet, so nothing would be refused: write false"),
-    ("policy.mode", &["enforce", "observe"], "the policy is not built yet: remove it"),
     ("throttle.mode", &["off", "observe", "enforce", "queue"], "the throttle is not built yet: write off"),
     ("throttle.queue_timeout", &["30s"], "the throttle is not built yet: remove it"),
     ("upstream.proxy", &["none"], "an outgoing proxy is not built yet: remove it"),
-    ("log.audit", &["false", "true"], "the audit log is not built yet: write false"),
-    ("admin.public_url", &[], "the status page is not built yet: remove it"),
     ("store.postgres_url", &[], "the shared PostgreSQL store is not built yet: remove it"),
 ];
 
@@ -329,8 +351,5 @@ fn not_built_yet(read: &mut Reader<'_>) {
             }
             _ => read.wrong(key, reason),
         }
-    }
-    if read.list("policy.allow").is_some_and(|list| !list.is_empty()) {
-        read.wrong("policy.allow", "the policy is not built yet, so nothing would be refused: remove it");
     }
 }

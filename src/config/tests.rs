@@ -183,6 +183,16 @@ const BAD_FILES: &[(&str, &str, &str)] = &[
     ("[proxy]\nmax_body = 'canary-9f3a'", "proxy.max_body", "256KiB"),
     ("[proxy]\nheader_timeout = '0s'", "proxy.header_timeout", "from 10ms to 1h"),
     ("[proxy]\nheader_timeout = 10", "proxy.header_timeout", "such as 30s, 5m or 7d"),
+    ("[proxy]\nsocket_mode = 'canary-9f3a'", "proxy.socket_mode", "four octal digits"),
+    ("[proxy]\nsocket_mode = 600", "proxy.socket_mode", "in quotes"),
+    ("[proxy]\nsocket_mode = '0999'", "proxy.socket_mode", "such as \"0600\""),
+    ("[proxy]\nsocket_mode = '7777'", "proxy.socket_mode", "such as \"0600\""),
+    ("[proxy]\npeer_uids = ['canary-9f3a']", "proxy.peer_uids", "and no names"),
+    ("[proxy]\npeer_uids = 'canary-9f3a'", "proxy.peer_uids", "and no names"),
+    ("[proxy]\npeer_uids = [-1]", "proxy.peer_uids", "whole number"),
+    ("[proxy]\npeer_uids = [1000, true]", "proxy.peer_uids", "whole number"),
+    ("[proxy]\nbody_timeout = '0s'", "proxy.body_timeout", "from 10ms to 1h"),
+    ("[proxy]\nwrite_timeout = '2h'", "proxy.write_timeout", "from 10ms to 1h"),
     ("[proxy]\nidle_timeout = '2days'", "proxy.idle_timeout", "to 1day"),
     ("[login]\nlisten = 'on'", "login.listen", "host:port"),
     ("[login]\nlisten = '127.0.0.1:8001'", "login.listen", "that proxy.listen has already"),
@@ -239,18 +249,22 @@ const BAD_FILES: &[(&str, &str, &str)] = &[
     ("[store]\nkind = 'postgres'", "store.kind", "not built yet"),
     ("[store]\npostgres_url = 'postgres://u:canary-9f3a@db'", "store.postgres_url", "not built yet"),
     ("[store]\npostgres_url_file = 'canary-9f3a'", "store.postgres_url", "not built yet"),
-    ("[policy]\nread_only = true", "policy.read_only", "not built yet"),
-    ("[policy]\nallow = ['GET /canary-9f3a']", "policy.allow", "not built yet"),
-    ("[policy]\nmode = 'observe'", "policy.mode", "not built yet"),
+    ("[policy]\nread_only = 'canary-9f3a'", "policy.read_only", "`true` or `false`"),
+    ("[policy]\nallow = 'canary-9f3a'", "policy.allow", "METHOD and a path"),
+    ("[policy]\nallow = ['get /canary-9f3a']", "policy.allow", "in capitals"),
+    ("[policy]\nallow = ['GET canary-9f3a']", "policy.allow", "begin with /"),
+    ("[policy]\nallow = ['GET /canary-9f3a?x']", "policy.allow", "without query"),
+    ("[policy]\nallow = ['GET /x', 'GET //canary-9f3a']", "policy.allow", "without query, //"),
+    ("[policy]\nallow = ['GET /canary-9f3a**']", "policy.allow", "whole segments"),
+    ("[policy]\nallow = [1]", "policy.allow", "in quotes"),
     ("[policy]\nmode = 'canary-9f3a'", "policy.mode", "`enforce` or `observe`"),
     ("[throttle]\nmode = 'enforce'", "throttle.mode", "not built yet"),
     ("[throttle]\nmode = 'canary-9f3a'", "throttle.mode", "`off` or `observe`"),
     ("[throttle]\nqueue_timeout = '31s'", "throttle.queue_timeout", "not built yet"),
     ("[upstream]\nproxy = 'http://u:canary-9f3a@proxy:3128'", "upstream.proxy", "not built yet"),
-    ("[log]\naudit = true", "log.audit", "not built yet"),
-    ("[admin]\npublic_url = 'https://canary-9f3a'", "admin.public_url", "not built yet"),
-    ("[[account]]\nname = 'a'\nread_only = true", "[[account]] number 1: read_only", "not built yet"),
-    ("[[account]]\nname = 'a'\nallow = ['GET /canary-9f3a']", "[[account]] number 1: allow", "not built yet"),
+    ("[log]\naudit = 'canary-9f3a'", "log.audit", "`true` or `false`"),
+    ("[admin]\npublic_url = 'canary-9f3a'", "admin.public_url", "https://"),
+    ("[admin]\npublic_url = 'https://canary-9f3a@ads.example'", "admin.public_url", "before the @"),
     // Accounts.
     ("[[account]]\nuser = 'canary-9f3a'", "[[account]] number 1: name", "is missing"),
     ("[[account]]\nname = 'canary-9f3a!'", "[[account]] number 1: name", "1 to 128 of"),
@@ -263,6 +277,9 @@ const BAD_FILES: &[(&str, &str, &str)] = &[
     ("[[account]]\nname = 'a'\nprofile_id = 1.5", "[[account]] number 1: profile_id", "not a whole number"),
     ("[[account]]\nname = 'a'\nprofileid = 'canary-9f3a'", "[[account]] number 1: profileid", "profile_id?"),
     ("[[account]]\nname = 'a'\nrefresh_token = 'canary-9f3a'", "number 1: refresh_token", "is no key of an account"),
+    ("[[account]]\nname = 'a'\nallow = ['canary-9f3a']", "[[account]] number 1: allow", "METHOD and a path"),
+    ("[[account]]\nname = 'a'\nallow = 'GET /canary-9f3a'", "[[account]] number 1: allow", "is no list"),
+    ("[[account]]\nname = 'a'\nallow = [1]", "[[account]] number 1: allow", "in quotes"),
     ("[[account]]\nname = 'a'\nread_only = 'no'", "[[account]] number 1: read_only", "without quotes"),
     ("[[account]]\nname = 'a'\nheaders = 'canary-9f3a'", "[[account]] number 1: headers", "is no table"),
     ("[[account]]\nname = 'a'\nheaders = { Host = 'canary-9f3a' }", "number 1: headers.Host", "is managed by"),
@@ -272,7 +289,7 @@ const BAD_FILES: &[(&str, &str, &str)] = &[
 ];
 
 #[test]
-fn each_bad_file_is_refused_by_key_and_cure_and_without_its_values() {
+fn row_104_each_bad_file_is_refused_by_key_and_cure_and_without_its_values() {
     for (text, key, cure) in BAD_FILES {
         // The required keys come by the environment, so that the text may open any section of the file.
         let given = Given::required().toml(&format!("\n\n\n\n{text}"));
@@ -301,7 +318,7 @@ fn the_same_single_values_are_refused_in_the_environment_and_in_flags() {
 }
 
 #[test]
-fn all_problems_are_reported_at_once() {
+fn row_104_all_problems_are_reported_at_once() {
     let given = Given::nothing()
         .toml("[amazon]\nregion = 'x'\n[proxy]\ncolour = 1\nselection = 'x'\n[[account]]\nregion = 'x'")
         .env(&[("ADSIDECAR_REFRESH__SWEEP", "0s"), ("ADSIDECAR_PROXY__COLOUR", "x")])
@@ -521,7 +538,7 @@ fn several_secrets_come_by_comma_by_list_and_by_line() {
 // Single keys.
 
 #[test]
-fn what_is_no_fernet_key_is_refused() {
+fn row_44_what_is_no_fernet_key_is_refused() {
     let quoted = format!("\"{FERNET_KEY}\"");
     let short = &FERNET_KEY[..40];
     let second = format!("{FERNET_KEY},{CANARY}");
@@ -575,7 +592,7 @@ fn only_development_does_without_a_fernet_key() {
 }
 
 #[test]
-fn development_takes_any_redirect_uri_and_production_does_not() {
+fn threat_41_development_takes_any_redirect_uri_and_production_does_not() {
     let given = Given::required().env(&[("AMAZON_OAUTH_REDIRECT_URI", "http://app.internal/cb")]);
     one_problem(&given, &["amazon.redirect_uri", "in production"]);
     assert_eq!(given.env(&[("ENVIRONMENT", "development")]).config().lwa.redirect_uri, "http://app.internal/cb");
@@ -630,8 +647,8 @@ fn an_account_is_read_whole() {
         amc_instance_id = "amcx"
         manager_account_id = "amzn1.ads1.ma1.x"
         headers = { X-Team = "canary-9f3a", X-Number = 7 }
-        read_only = false
-        allow = []
+        read_only = true
+        allow = ["GET /v2/profiles", "* /sp/**"]
         [[account]]
         name = "default"
         "#,
@@ -655,6 +672,9 @@ fn an_account_is_read_whole() {
     );
     let headers: Vec<_> = brand.headers.iter().map(|(name, value)| (name.as_str(), value.as_bytes())).collect();
     assert_eq!(headers, [("x-number", &b"7"[..]), ("x-team", CANARY.as_bytes())]);
+    let allow: Vec<_> = brand.rules.allow().map(ToString::to_string).collect();
+    assert_eq!((brand.rules.read_only(), allow), (true, vec!["GET /v2/profiles".to_owned(), "* /sp/**".to_owned()]));
+    assert!(default.rules.is_empty());
     assert_eq!((&*default.name, default.user.as_str(), default.region), ("default", "default", None));
     assert!(Context::ALL.iter().all(|&context| default.ids.get(context).is_none()));
     assert!(!format!("{config:?}{}", config.redacted_toml()).contains(CANARY));
@@ -665,6 +685,7 @@ fn values_are_read_by_their_type_in_every_layer() {
     let check = |given: Given| {
         let config = given.config();
         assert_eq!(config.guard.allowed_hosts, ["app.internal", "[fd00::1]"]);
+        assert_eq!((config.socket_mode, config.guard.peer_uids.as_slice()), (0o660, &[1000, 2000][..]));
         assert_eq!(config.proxy.replay_limit, 1024);
         assert_eq!(config.proxy.max_body, Some(8 << 20));
         assert!(!config.proxy.token_shim);
@@ -676,6 +697,8 @@ fn values_are_read_by_their_type_in_every_layer() {
     let values = [
         ("amazon.client_id", "12345"),
         ("proxy.allowed_hosts", "App.Internal, FD00::1"),
+        ("proxy.socket_mode", "0660"),
+        ("proxy.peer_uids", "1000, 2000"),
         ("proxy.replay_limit", "1KiB"),
         ("proxy.max_body", "8MiB"),
         ("proxy.token_shim", "false"),
@@ -689,6 +712,7 @@ fn values_are_read_by_their_type_in_every_layer() {
     check(Given::required().without("AMAZON_CLIENT_ID").env(&env));
     check(Given::required().without("AMAZON_CLIENT_ID").toml(
         "[amazon]\nclient_id = 12345\n[proxy]\nallowed_hosts = ['App.Internal', '[FD00::1]']\nreplay_limit = 1024\n\
+         socket_mode = '0660'\npeer_uids = [1000, '2000']\n\
          max_body = '8MiB'\ntoken_shim = false\n[refresh]\nidle_after = '2weeks'\nconcurrency = 3\n[upstream]\n\
          http2 = 'never'",
     ));
@@ -716,17 +740,27 @@ fn what_is_printed_means_the_same_once_its_secrets_are_back() {
         ("proxy.listen", "127.0.0.1:1,unix:/run/\"x\\.sock"),
         ("login.listen", "[::]:2"),
         ("proxy.max_body", "7MiB"),
+        ("proxy.socket_mode", "0666"),
+        ("proxy.peer_uids", "7,8"),
+        ("proxy.body_timeout", "1s"),
+        ("proxy.write_timeout", "90s"),
         ("store.path", "a \"b\"/\\c"),
         ("amazon.region", "fe"),
         ("login.frontend_url", "https://app.example/x?y=%22"),
+        ("admin.public_url", "https://ads.example/status/"),
         ("upstream.eu", "https://[::1]:8443"),
         ("shutdown.accept", "1500ms"),
         ("proxy.allowed_hosts", "a,b"),
+        ("policy.allow", "GET /v2/*,POST /**"),
+        ("policy.mode", "observe"),
+        ("log.audit", "true"),
     ];
     for given in [
         Given::required(),
         Given::required().set(&all).set(&sets),
-        Given::required().env(&[("ENVIRONMENT", "development")]).toml("[[account]]\nname = 'a'\nprofile_id = 1"),
+        Given::required()
+            .env(&[("ENVIRONMENT", "development")])
+            .toml("[[account]]\nname = 'a'\nprofile_id = 1\nallow = ['* /x']"),
     ] {
         let printed = given.config().redacted_toml();
         let mut again = Given::nothing().toml(&printed).set(&secrets);
@@ -812,7 +846,7 @@ fn the_commented_keys_of_the_example_say_the_truth() {
     let problems = given.load().unwrap_err();
     let mut keys: Vec<_> = problems.iter().map(|problem| problem.key.as_str()).collect();
     keys.sort_unstable();
-    assert_eq!(keys, ["admin.public_url", "store.postgres_url"], "{problems}");
+    assert_eq!(keys, ["store.postgres_url"], "{problems}");
 }
 
 #[test]
@@ -832,7 +866,10 @@ fn the_defaults_are_those_of_the_contract() {
     assert_eq!((config.proxy.token_shim, config.proxy.selection), (true, proxy::Selection::Header));
     assert_eq!((config.proxy.replay_limit, config.proxy.max_body), (262_144, None));
     let limits = config.limits;
+    assert_eq!((config.socket_mode, config.guard.peer_uids.len()), (0o600, 0));
+    assert_eq!((config.proxy.body_timeout, limits.write_timeout), (seconds(30), seconds(30)));
     assert_eq!((limits.max_connections, limits.header_timeout, limits.idle_timeout), (4096, seconds(10), seconds(600)));
+    assert!(config.proxy.policy.rules.is_empty() && config.proxy.policy.mode == crate::policy::Mode::Enforce);
     assert_eq!(config.store.path, Path::new("data/adsidecar.sled"));
     let policy = config.keeper.policy;
     assert_eq!((policy.margin, policy.ahead, policy.idle_after), (seconds(300), seconds(900), seconds(604_800)));
@@ -851,6 +888,7 @@ fn the_defaults_are_those_of_the_contract() {
     assert_eq!(timeouts, (seconds(5), seconds(120), seconds(4)));
     assert_eq!(config.metrics.max_user_series, 1000);
     assert_eq!((config.log.format, config.log.level), (log::Format::Json, log::Level::Info));
+    assert!(!config.log.audit);
     assert_eq!(config.shutdown, Shutdown { accept: Duration::ZERO, drain: seconds(25) });
 }
 

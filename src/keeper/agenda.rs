@@ -4,12 +4,16 @@ use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::sync::{Arc, PoisonError};
 
-use jiff::Timestamp;
+use jiff::SignedDuration;
 use tokio::sync::{Semaphore, mpsc};
 
 use super::Keeper;
 use super::entry::Entry;
 use super::flight::Why;
+use crate::moment::Moment;
+
+/// How often the clocks are compared. A step of the wall clock and a sleep of the machine wake nobody by themselves.
+const LOOK_EVERY: SignedDuration = SignedDuration::from_secs(20);
 
 /// A heap of plans. A plan is void once its user has another; the sweep plans everybody anew, so that a lost one is
 /// found again.
@@ -21,7 +25,8 @@ pub(super) struct Agenda {
 
 #[derive(Debug)]
 struct Plan {
-    due: Timestamp,
+    /// Uptime.
+    due: SignedDuration,
     entry: Arc<Entry>,
 }
 
@@ -34,25 +39,32 @@ impl Agenda {
         let mut concurrency = 0;
         let mut permits = Arc::new(Semaphore::new(concurrency));
         let clock = keeper.0.clock.clone();
-        let mut next_sweep = clock.now();
+        let mut moves = clock.moves();
+        let mut looked = clock.moment();
+        let mut next_sweep = looked.uptime;
         loop {
             let settings = keeper.0.settings.load_full();
             if settings.concurrency != concurrency {
                 concurrency = settings.concurrency;
                 permits = Arc::new(Semaphore::new(concurrency));
             }
-            if clock.now() >= next_sweep {
-                keeper.entries().into_iter().for_each(|entry| self.plan(keeper, entry));
-                next_sweep = clock.now() + settings.sweep;
+            let now = clock.moment();
+            let jumped = keeper.look_for_jump(looked, now);
+            looked = now;
+            if jumped || now.uptime >= next_sweep {
+                self.sweep(keeper, now);
+                next_sweep = now.uptime.saturating_add(SignedDuration::try_from(settings.sweep).unwrap_or_default());
             }
-            let wake = self.plans.peek().map_or(next_sweep, |Reverse(plan)| plan.due.min(next_sweep));
+            let next = next_sweep.min(now.uptime + LOOK_EVERY);
+            let wake = self.plans.peek().map_or(next, |Reverse(plan)| plan.due.min(next));
             tokio::select! {
                 changed = self.changes.recv() => match changed {
-                    Some(entry) => self.plan(keeper, entry),
+                    Some(entry) => self.plan(keeper, entry, clock.moment()),
                     None => return,
                 },
+                () = moves.next() => {}
                 () = clock.sleep_until(wake) => {
-                    let Some(entry) = self.pop(clock.now()) else { continue };
+                    let Some(entry) = self.pop(clock.uptime()) else { continue };
                     // Closed never.
                     let Ok(permit) = permits.clone().acquire_owned().await else { return };
                     let keeper = keeper.clone();
@@ -67,8 +79,16 @@ impl Agenda {
         }
     }
 
-    fn plan(&mut self, keeper: &Keeper, entry: Arc<Entry>) {
-        let due = entry.held().due(keeper.policy(), entry.used_at(), entry.dice());
+    /// Plans everybody anew, and tells of consents that are about to end.
+    fn sweep(&mut self, keeper: &Keeper, now: Moment) {
+        for entry in keeper.entries() {
+            keeper.tell_of_consent(&entry, now);
+            self.plan(keeper, entry, now);
+        }
+    }
+
+    fn plan(&mut self, keeper: &Keeper, entry: Arc<Entry>, now: Moment) {
+        let due = entry.due(keeper.policy(), now);
         let mut planned = entry.planned.lock().unwrap_or_else(PoisonError::into_inner);
         if *planned != due {
             *planned = due;
@@ -78,8 +98,8 @@ impl Agenda {
     }
 
     /// The user whose plan is due, if it still is one.
-    fn pop(&mut self, now: Timestamp) -> Option<Arc<Entry>> {
-        if self.plans.peek().is_none_or(|Reverse(plan)| plan.due > now) {
+    fn pop(&mut self, uptime: SignedDuration) -> Option<Arc<Entry>> {
+        if self.plans.peek().is_none_or(|Reverse(plan)| plan.due > uptime) {
             return None;
         }
         let Reverse(Plan { due, entry }) = self.plans.pop()?;

@@ -1,15 +1,16 @@
 //! One user's place in the keeper.
 
 use std::hash::{DefaultHasher, Hash, Hasher};
-use std::sync::atomic::{AtomicBool, AtomicI64, Ordering::SeqCst};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
+use std::time::Duration;
 
 use arc_swap::ArcSwap;
-use jiff::{SignedDuration, Timestamp};
-use tokio::sync::{MutexGuard, watch};
+use jiff::SignedDuration;
 
+use super::sync::{AtomicBool, AtomicI64, Mutex, PoisonError, SeqCst, WriteGuard, WriteLock, watch};
 use crate::account::UserId;
-use crate::token::{Grant, Held};
+use crate::moment::Moment;
+use crate::token::{Cure, Grant, Held, Kept, Policy};
 
 /// What is known about one user, and who works on it.
 #[derive(Debug)]
@@ -18,16 +19,26 @@ pub(super) struct Entry {
     held: ArcSwap<Held>,
     /// Counts what waiters wait for: each change of `held` and each end of a flight.
     version: watch::Sender<u64>,
-    /// Seconds since 1970.
-    used_at: AtomicI64,
+    /// The uptime at which a caller last used it, in seconds; negative before the process began.
+    used: AtomicI64,
     flying: AtomicBool,
-    forced_at: Mutex<Option<Timestamp>>,
+    forced_at: Mutex<Option<SignedDuration>>,
     /// For when the agenda has this user planned; any other plan of it is void.
-    pub(super) planned: Mutex<Option<Timestamp>>,
+    pub(super) planned: Mutex<Option<SignedDuration>>,
+    /// The background does nothing before this uptime.
+    not_before: SignedDuration,
+    /// Whether the log has been told that the consent is ending.
+    consent_told: AtomicBool,
     /// The highest generation that was ever used, which outlives a logout.
     generation: Mutex<u64>,
-    /// Held while the grant is changed on disk and in memory; never while LWA is asked.
-    write: tokio::sync::Mutex<()>,
+    write: WriteLock<()>,
+}
+
+/// The right to change one user's grant, on disk and in memory. Never held while LWA is asked.
+#[derive(Debug)]
+pub(super) struct Writing<'a> {
+    entry: &'a Entry,
+    _lock: WriteGuard<'a, ()>,
 }
 
 /// Waits for the next change after the instant it was made.
@@ -42,28 +53,30 @@ impl Changed {
 }
 
 impl Entry {
-    pub(super) fn new(user: UserId, grant: Option<Grant>) -> Self {
-        let used_at = grant.as_ref().map_or(Timestamp::UNIX_EPOCH, |grant| grant.used_at.unwrap_or(grant.updated_at));
+    /// `spread`: over how long after the start the background's first renewals are spread.
+    pub(super) fn new(user: UserId, grant: Option<Grant>, now: Moment, spread: Duration) -> Self {
+        let used_at = grant.as_ref().map(|grant| now.uptime_at(grant.used_at.unwrap_or(grant.updated_at)));
+        let wait = SignedDuration::try_from(spread.mul_f64(dice(&user, None))).unwrap_or_default();
         Self {
             user,
             version: watch::Sender::new(0),
-            used_at: AtomicI64::new(used_at.as_second()),
+            used: AtomicI64::new(used_at.unwrap_or(SignedDuration::MIN).as_secs()),
             flying: AtomicBool::new(false),
-            forced_at: Mutex::default(),
-            planned: Mutex::default(),
+            forced_at: Mutex::new(None),
+            planned: Mutex::new(None),
+            not_before: if spread.is_zero() { SignedDuration::MIN } else { now.uptime.saturating_add(wait) },
+            consent_told: AtomicBool::new(false),
             generation: Mutex::new(grant.as_ref().map_or(0, |grant| grant.generation)),
-            write: tokio::sync::Mutex::default(),
-            held: ArcSwap::from_pointee(grant.map_or(Held::Nothing, |grant| Held::Fresh(Arc::new(grant)))),
+            write: WriteLock::new(()),
+            held: ArcSwap::from_pointee(match grant {
+                Some(grant) => Held::Fresh(Arc::new(Kept::loaded(grant, now))),
+                None => Held::Nothing,
+            }),
         }
     }
 
     pub(super) fn held(&self) -> arc_swap::Guard<Arc<Held>> {
         self.held.load()
-    }
-
-    /// Whoever sets it [wakes](Self::wake) those who wait, too: at once, or at the end of the flight.
-    pub(super) fn set(&self, held: Held) {
-        self.held.store(Arc::new(held));
     }
 
     pub(super) fn wake(&self) {
@@ -75,29 +88,32 @@ impl Entry {
         Changed(self.version.subscribe())
     }
 
-    pub(super) fn mark_used(&self, now: Timestamp) {
-        if self.used_at.load(SeqCst) != now.as_second() {
-            self.used_at.store(now.as_second(), SeqCst);
+    pub(super) fn mark_used(&self, now: Moment) {
+        if self.used.load(SeqCst) != now.uptime.as_secs() {
+            self.used.store(now.uptime.as_secs(), SeqCst);
         }
     }
 
-    pub(super) fn used_at(&self) -> Timestamp {
-        Timestamp::from_second(self.used_at.load(SeqCst)).unwrap_or(Timestamp::UNIX_EPOCH)
+    pub(super) fn used(&self) -> SignedDuration {
+        SignedDuration::from_secs(self.used.load(SeqCst))
     }
 
-    pub(super) async fn write(&self) -> MutexGuard<'_, ()> {
-        self.write.lock().await
+    /// The uptime at which the background should renew next.
+    pub(super) fn due(&self, policy: Policy, now: Moment) -> Option<SignedDuration> {
+        let held = self.held();
+        let dice = dice(&self.user, held.grant().map(|grant| grant.generation));
+        let due = held.due(policy, self.used(), now, dice)?;
+        Some(due.max(self.not_before))
     }
 
-    /// One above any generation used before, also before a logout.
-    pub(super) fn next_generation(&self) -> u64 {
-        let mut generation = self.generation.lock().unwrap_or_else(PoisonError::into_inner);
-        *generation = generation.max(self.held().grant().map_or(0, |grant| grant.generation)) + 1;
-        *generation
+    /// Waits for its turn to change the grant.
+    pub(super) async fn write(&self) -> Writing<'_> {
+        Writing { _lock: self.write.lock().await, entry: self }
     }
 
     /// Begins a flight, unless one is under way.
     pub(super) fn take_off(&self) -> bool {
+        fail_point!("flights_many", |_| true);
         !self.flying.swap(true, SeqCst)
     }
 
@@ -112,22 +128,64 @@ impl Entry {
 
     /// Begins a forced refresh by `fly`, unless one was made less than `spacing` ago. Returns whether a flight is under
     /// way now: looking, counting and beginning are one step, so that whoever comes beside it joins it.
-    pub(super) fn force(&self, now: Timestamp, spacing: SignedDuration, fly: impl FnOnce()) -> bool {
+    pub(super) fn force(&self, now: Moment, spacing: SignedDuration, fly: impl FnOnce()) -> bool {
         let mut forced_at = self.forced_at.lock().unwrap_or_else(PoisonError::into_inner);
-        // A clock that was set back must not forbid it for long.
-        let may = forced_at.is_none_or(|at| now < at || now >= at + spacing);
+        let may = forced_at.is_none_or(|at| now.uptime >= at.saturating_add(spacing));
         if may && !self.is_flying() && !self.held().backs_off(now) {
-            *forced_at = Some(now);
+            *forced_at = Some(now.uptime);
             fly();
         }
         self.is_flying()
     }
 
-    /// Jitter that stays the same for one token of one user, so that a plan computed twice is the same plan.
-    pub(super) fn dice(&self) -> f64 {
-        let mut hasher = DefaultHasher::new();
-        self.user.as_str().hash(&mut hasher);
-        self.held().grant().map(|grant| grant.generation).hash(&mut hasher);
-        (hasher.finish() >> 11) as f64 / (1u64 << 53) as f64
+    /// Ends the wait behind a failure that only the operator cures: perhaps that has happened.
+    pub(super) fn try_again(&self, now: Moment) {
+        self.held.rcu(|held| match &**held {
+            Held::Failing { grant, failure, .. } if failure.cure == Cure::Operator => {
+                let (grant, failure) = (grant.clone(), failure.clone());
+                Arc::new(Held::Failing { grant, failure, attempts: 0, retry_at: now.uptime })
+            }
+            _ => held.clone(),
+        });
     }
+
+    /// Whether this is the first time that the end of the present consent is to be told.
+    pub(super) fn first_told(&self) -> bool {
+        !self.consent_told.swap(true, SeqCst)
+    }
+}
+
+impl Writing<'_> {
+    /// What a renewal of `generation` may replace; `None` where the grant was replaced or logged out since it was asked for.
+    pub(super) fn of(&self, generation: u64) -> Option<Arc<Held>> {
+        // Wrong on purpose, so that the model and the races can show that they would see it.
+        fail_point!("renewal_blind", |_| Some(self.entry.held.load_full()));
+        let held = self.entry.held.load_full();
+        held.is_of(generation).then_some(held)
+    }
+
+    /// One above any generation used before, also before a logout.
+    pub(super) fn next_generation(&self) -> u64 {
+        let mut generation = self.entry.generation.lock().unwrap_or_else(PoisonError::into_inner);
+        *generation = generation.max(self.entry.held().grant().map_or(0, |grant| grant.generation)) + 1;
+        *generation
+    }
+
+    /// Makes `held` what everybody sees. Whoever does [wakes](Entry::wake) those who wait, too: at once, or at the end of the
+    /// flight.
+    pub(super) fn publish(&self, held: Held) {
+        let consent = |held: &Held| held.grant().and_then(|grant| grant.consented_at);
+        if consent(&held) != consent(&self.entry.held()) {
+            self.entry.consent_told.store(false, SeqCst);
+        }
+        self.entry.held.store(Arc::new(held));
+    }
+}
+
+/// Jitter in `0.0..1.0` that stays the same for one token of one user, so that a plan computed twice is the same plan.
+fn dice(user: &UserId, generation: Option<u64>) -> f64 {
+    let mut hasher = DefaultHasher::new();
+    user.as_str().hash(&mut hasher);
+    generation.hash(&mut hasher);
+    (hasher.finish() >> 11) as f64 / (1u64 << 53) as f64
 }

@@ -1,17 +1,20 @@
 //! One renewal, from the decision to the disk: a task of its own that no caller can cancel.
 
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
+use futures_util::FutureExt;
 use http::HeaderValue;
 
 use super::entry::Entry;
 use super::{Held, Keeper};
 use crate::account::UserId;
 use crate::lwa::LwaError;
+use crate::moment::Moment;
 use crate::store::StoreError;
-use crate::token::{Cure, Failure, Grant, Outcome, Tokens};
+use crate::token::{Cure, Failure, Grant, Kept, Outcome, Tokens};
 
 /// While a grant is newer in memory than on disk, or the store has failed, it is tried again this often.
 const STORE_RETRY: Duration = Duration::from_secs(1);
@@ -29,7 +32,7 @@ pub(super) enum Why {
     Asked,
 }
 
-/// Ends the flight however it ends, by panic too, and wakes those who wait for it.
+/// Ends the flight however it ends and wakes those who wait for it.
 struct Flight {
     keeper: Keeper,
     entry: Arc<Entry>,
@@ -46,7 +49,17 @@ impl Keeper {
     pub(super) fn fly(&self, entry: &Arc<Entry>, why: Why) {
         if entry.take_off() {
             let flight = Flight { keeper: self.clone(), entry: entry.clone() };
-            self.0.flights.spawn(async move { flight.run(why).await });
+            self.0.flights.spawn(flight.run(why));
+        }
+    }
+
+    /// As [`fly`](Self::fly), and returns when the flight is over, also one that was under way.
+    pub(super) async fn fly_and_wait(&self, entry: &Arc<Entry>, why: Why) {
+        let changed = entry.changed();
+        if entry.take_off() {
+            Flight { keeper: self.clone(), entry: entry.clone() }.run(why).await;
+        } else {
+            changed.wait().await;
         }
     }
 
@@ -60,59 +73,117 @@ impl Keeper {
             self.0.flights.spawn(keep_storing(self.clone(), entry.clone(), grant.clone()));
         }
     }
-
-    /// As [`fly`](Self::fly), and returns when the flight is over, also one that was under way.
-    pub(super) async fn fly_and_wait(&self, entry: &Arc<Entry>, why: Why) {
-        let changed = entry.changed();
-        if entry.take_off() {
-            Flight { keeper: self.clone(), entry: entry.clone() }.run(why).await;
-        } else {
-            changed.wait().await;
-        }
-    }
 }
 
 impl Flight {
+    /// Whatever happens in it, the flight lands, and nobody waits for it for ever.
     async fn run(self, why: Why) {
-        let Some(grant) = self.wanted(&why) else { return };
-        let asked_at = self.keeper.0.clock.now();
-        let begun = std::time::Instant::now();
-        let lwa = self.keeper.0.lwa.load_full();
-        let answer = lwa.refresh(&grant.refresh_token).await;
-        self.keeper.0.metrics.token_refresh_duration.observe(begun.elapsed().as_secs_f64());
-        self.count(&answer);
-        if let Ok(Tokens { server_time: Some(server_time), .. }) = &answer {
-            let skew = self.keeper.0.clock.now().duration_since(*server_time).as_secs_f64();
-            // LWA tells the whole second that had begun.
-            self.keeper.0.metrics.clock_skew.set((skew - 0.5).round());
+        if AssertUnwindSafe(self.renew(why)).catch_unwind().await.is_err() {
+            // A bug of ours. Those who wait must not fly again at once, into the same panic.
+            let failure = Failure { code: "internal", cure: Cure::Time };
+            self.keeper.0.metrics.token_refresh.with_label_values(&["failure", failure.code]).inc();
+            let write = self.entry.write().await;
+            let (held, now) = (self.entry.held().clone(), self.keeper.0.clock.moment());
+            let next = held.next(Outcome::Failed { failure, retry_after: None }, now, dice());
+            self.log(&held, &next);
+            self.keeper.publish(&self.entry, &write, next);
         }
+    }
 
+    async fn renew(&self, why: Why) {
+        let Some(grant) = self.wanted(&why) else { return };
+        fail_point!("renewal_begun");
+        let answer = self.ask(&grant).await;
+        fail_point!("renewal_answered", |_| std::process::abort());
+
+        let user = &self.entry.user;
         let write = self.entry.write().await;
-        let held = self.entry.held().clone();
-        if held.grant().is_none_or(|now| now.generation != grant.generation) {
-            tracing::info!(user = %self.entry.user, "renewal dropped: the grant was replaced or logged out meanwhile");
+        let Some(held) = write.of(grant.generation) else {
+            self.keeper.0.intents.end(user);
+            self.keeper.0.metrics.refresh_dropped.inc();
+            tracing::info!(%user, "renewal dropped: the grant was replaced or logged out meanwhile");
+            return;
+        };
+        let outcome = match answer {
+            Ok((tokens, asked)) => {
+                // The life began when LWA made the token, which was not before it was asked.
+                let mut renewed = grant.renewed(tokens, asked.wall);
+                renewed.used_at = Some(asked.wall_at(self.entry.used()));
+                renewed.generation = write.next_generation();
+                self.keeper.store(&self.entry, &renewed, Some(grant.generation)).await;
+                fail_point!("renewal_stored", |_| std::process::abort());
+                self.end_intent("recovered");
+                Outcome::Renewed(Arc::new(Kept::issued(renewed, asked)))
+            }
+            Err(outcome) => outcome,
+        };
+        let refused = matches!(outcome, Outcome::Refused(_));
+        let next = held.next(outcome, self.keeper.0.clock.moment(), dice());
+        self.log(&held, &next);
+        // Those who wait are woken by the landing: were it now, who then asks anew would join a flight that is over.
+        self.keeper.publish(&self.entry, &write, next);
+        drop(write);
+        if refused {
+            self.after_refusal().await;
+        }
+    }
+
+    /// Asks LWA, unless it has just refused our client. What it answered, and when it was asked.
+    async fn ask(&self, grant: &Kept) -> Result<(Tokens, Moment), Outcome> {
+        let Keeper(inner) = &self.keeper;
+        let turn = inner.outage.turn().await;
+        if let Some((code, wait)) = inner.outage.holds(inner.clock.moment()) {
+            return Err(Outcome::Failed { failure: Failure { code, cure: Cure::Operator }, retry_after: Some(wait) });
+        }
+        let user = &self.entry.user;
+        self.keeper.intend(user, grant.generation).await;
+        let asked = inner.clock.moment();
+        let begun = std::time::Instant::now();
+        let answer = inner.lwa.load_full().refresh(&grant.refresh_token).await;
+        inner.metrics.token_refresh_duration.observe(begun.elapsed().as_secs_f64());
+        inner.outage.learn(&answer, asked, inner.clock.moment(), dice());
+        drop(turn);
+        self.count(&answer);
+        match answer {
+            Ok(tokens) => {
+                tokens
+                    .oddities
+                    .iter()
+                    .for_each(|kind| inner.metrics.token_answer_oddities.with_label_values(&[kind]).inc());
+                if let Some(server_time) = tokens.server_time {
+                    self.keeper.amazon_says(server_time);
+                }
+                Ok((tokens, asked))
+            }
+            Err(error) => {
+                if matches!(error, LwaError::TryLater { taken: true, .. }) {
+                    inner.intents.lost(user, grant.generation);
+                }
+                Err(outcome(error))
+            }
+        }
+    }
+
+    /// A renewal came to a known end. Where the answer to an earlier one may have been lost, that is told, with what became
+    /// of the grant.
+    fn end_intent(&self, end: &str) {
+        let user = &self.entry.user;
+        if !self.keeper.0.intents.end(user) {
             return;
         }
-        let outcome = match answer {
-            // The life began when LWA made the token, which was not before it was asked.
-            Ok(tokens) => {
-                let mut renewed = grant.renewed(tokens, asked_at);
-                renewed.used_at = Some(self.entry.used_at());
-                renewed.generation = self.entry.next_generation();
-                self.keeper.store(&self.entry, &renewed, Some(grant.generation)).await;
-                Outcome::Renewed(Arc::new(renewed))
-            }
-            Err(error) => outcome(error),
-        };
-        let next = held.next(outcome, self.keeper.0.clock.now(), dice());
-        self.log(&held, &next);
-        let refused = matches!(next, Held::LoginRequired { .. });
-        // Those who wait are woken by the landing: were it now, who then asks anew would join a flight that is over.
-        self.keeper.publish(&self.entry, next);
-        drop(write);
+        self.keeper.0.metrics.refresh_interrupted.with_label_values(&[end]).inc();
+        if end == "lost" {
+            tracing::error!(%user, "the answer to an earlier renewal was lost, and Login with Amazon refuses the grant now: if it had handed out a new refresh token, that one is lost; the user has to log in again");
+        } else {
+            tracing::info!(%user, "the answer to an earlier renewal was lost; the grant is well");
+        }
+    }
+
+    async fn after_refusal(&self) {
+        self.end_intent("lost");
+        self.keeper.settle_intents().await;
         // Whether the stored grant is dead was not known at the start: amazon.refresh_token may have come to replace it.
-        if refused
-            && self.entry.user == UserId::default()
+        if self.entry.user == UserId::default()
             && let Err(error) = self.keeper.adopt_configured().await
         {
             tracing::error!(%error, "amazon.refresh_token could not be stored, and is tried again at the next start");
@@ -120,14 +191,14 @@ impl Flight {
     }
 
     /// The grant to renew, if renewal is still wanted: a wake-up is a hint, and what it hinted at may be done.
-    fn wanted(&self, why: &Why) -> Option<Arc<Grant>> {
+    fn wanted(&self, why: &Why) -> Option<Arc<Kept>> {
         let held = self.entry.held();
-        let (now, policy) = (self.keeper.0.clock.now(), self.keeper.policy());
+        let (now, policy) = (self.keeper.0.clock.moment(), self.keeper.policy());
         let wanted = match why {
-            Why::Due => held.due(policy, self.entry.used_at(), self.entry.dice()).is_some_and(|due| due <= now),
+            Why::Due => self.entry.due(policy, now).is_some_and(|due| due <= now.uptime),
             Why::OnDemand => held.expiring(policy, now),
             // The refused token may have ended meanwhile.
-            Why::Distrusted(bearer) => held.living(now).is_none_or(|access| access.token.bearer() == bearer),
+            Why::Distrusted(bearer) => held.living(now).is_none_or(|access| access.bearer() == bearer),
             Why::Asked => true,
         };
         held.grant().filter(|_| wanted && !held.backs_off(now)).cloned()
@@ -172,8 +243,8 @@ impl Flight {
 async fn keep_storing(keeper: Keeper, entry: Arc<Entry>, grant: Grant) {
     loop {
         tokio::time::sleep(STORE_RETRY).await;
-        let _write = entry.write().await;
-        if entry.held().grant().is_none_or(|now| now.generation != grant.generation) {
+        let write = entry.write().await;
+        if write.of(grant.generation).is_none() {
             break;
         }
         // Nobody else writes this user's record, so what is stored is what was stored before, or this grant.

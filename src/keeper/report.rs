@@ -6,7 +6,8 @@ use super::Keeper;
 use super::entry::Entry;
 use crate::account::UserId;
 use crate::metrics::UserHealth;
-use crate::token::{Held, State};
+use crate::moment::Moment;
+use crate::token::{ConsentAge, Held, State};
 
 /// What the status endpoint tells about a user; never a token.
 #[derive(Clone, Debug, serde::Serialize)]
@@ -23,6 +24,8 @@ pub struct Status {
     pub consented_at: Option<Timestamp>,
     /// When that consent ends.
     pub consent_expires_at: Option<Timestamp>,
+    /// Whether that is soon: a renewal does not extend a consent.
+    pub consent: Option<ConsentAge>,
     /// Why the last renewal failed.
     pub last_error: Option<&'static str>,
     /// When the next renewal is due in the background.
@@ -34,7 +37,7 @@ impl Keeper {
     pub fn status(&self, user: &UserId) -> Status {
         match self.entry(user) {
             Some(entry) => self.tell(&entry),
-            None => self.tell(&Entry::new(user.clone(), None)),
+            None => self.tell(&self.blank(user)),
         }
     }
 
@@ -60,6 +63,7 @@ impl Keeper {
                 token_expiry: status.expires_at.filter(|_| !idle).map(seconds),
                 last_refresh: status.expires_at.and(status.updated_at).filter(|_| !idle).map(seconds),
                 consent_expiry: status.consent_expires_at.map(seconds),
+                consent_ending: status.consent.map(|age| age != ConsentAge::Valid),
                 login_reason: match &**held {
                     Held::LoginRequired { reason, .. } => Some(reason),
                     _ => None,
@@ -69,23 +73,36 @@ impl Keeper {
         known.collect()
     }
 
+    /// Says once in the log that a consent is about to end.
+    pub(super) fn tell_of_consent(&self, entry: &Entry, now: Moment) {
+        let held = entry.held();
+        let Some(grant) = held.grant() else { return };
+        let (age, expires_at) = (grant.consent(now.wall), grant.consent_expires_at());
+        if let (Some(ConsentAge::Ending | ConsentAge::Ended), Some(expires_at)) = (age, expires_at)
+            && entry.first_told()
+        {
+            tracing::warn!(user = %entry.user, %expires_at, "the consent ends, and no renewal extends it: the user has to log in again before");
+        }
+    }
+
     pub(super) fn tell(&self, entry: &Entry) -> Status {
         let held = entry.held();
         let grant = held.grant();
-        let used_at = entry.used_at();
+        let (policy, used, now) = (self.policy(), entry.used(), self.0.clock.moment());
         Status {
             user_id: entry.user.clone(),
-            state: held.state(self.policy(), used_at, self.0.clock.now()),
-            expires_at: grant.and_then(|grant| grant.access.as_ref()).map(|access| access.expires_at),
+            state: held.state(policy, used, now),
+            expires_at: grant.and_then(|grant| grant.expires_at(now)),
             updated_at: grant.map(|grant| grant.updated_at),
             consented_at: grant.and_then(|grant| grant.consented_at),
             consent_expires_at: grant.and_then(|grant| grant.consent_expires_at()),
+            consent: grant.and_then(|grant| grant.consent(now.wall)),
             last_error: match &**held {
                 Held::Failing { failure, .. } => Some(failure.code),
                 Held::LoginRequired { reason, .. } => Some(reason),
                 Held::Nothing | Held::Fresh(_) => None,
             },
-            next_refresh_at: held.due(self.policy(), used_at, entry.dice()),
+            next_refresh_at: entry.due(policy, now).map(|due| now.wall_at(due)),
         }
     }
 }

@@ -1,6 +1,8 @@
 //! The token shim: a token endpoint for SDKs that insist on fetching a token. What it hands out is a placeholder; the
 //! proxy overwrites whatever bearer comes in.
 
+use std::time::Duration;
+
 use http::header::{CONTENT_TYPE, HeaderMap};
 use http_body_util::{BodyExt, Limited};
 use hyper::body::Incoming;
@@ -12,6 +14,8 @@ use crate::guard::{Guard, Refusal};
 
 /// A token request is a few hundred bytes.
 const MAX_BODY: usize = 64 << 10;
+/// How long its body is waited for: it comes with its head.
+const PATIENCE: Duration = Duration::from_secs(10);
 /// What SDKs get where no caller token is set.
 const PLACEHOLDER: &str = "adsidecar-attaches-the-real-token";
 
@@ -24,7 +28,9 @@ pub(super) async fn answer(
     query: &Query,
     body: Incoming,
 ) -> Result<Answer, LoginError> {
-    let body = Limited::new(body, MAX_BODY).collect().await;
+    let body = tokio::time::timeout(PATIENCE, Limited::new(body, MAX_BODY).collect()).await;
+    let body =
+        body.map_err(|_| LoginError::Parameter("The token request's body did not come within 10 seconds.".into()))?;
     let body = body.map_err(|_| LoginError::Parameter("A token request is at most 64 KiB.".into()))?.to_bytes();
     let token = if guard.asks_for_token() {
         let secrets = [client_secret(headers, &body), query.get("client_secret").map(str::to_owned)];

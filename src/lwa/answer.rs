@@ -13,6 +13,8 @@ use crate::token::{AccessToken, RefreshToken, Tokens};
 const LIFETIME_UNKNOWN: Duration = Duration::from_secs(300);
 /// LWA's tokens live an hour; nothing that claims more than a day is believed.
 const LIFETIME_MAX: Duration = Duration::from_secs(24 * 3600);
+/// Deepest nesting that is looked into. A token answer has none.
+const MAX_DEPTH: usize = 32;
 
 #[derive(Deserialize)]
 struct Success<'a> {
@@ -30,32 +32,62 @@ struct Refusal {
 }
 
 /// The tokens in the body of a 200.
-pub(super) fn tokens(body: &[u8]) -> Result<Tokens, &'static str> {
+pub fn tokens(body: &[u8]) -> Result<Tokens, &'static str> {
+    if depth(body) > MAX_DEPTH {
+        return Err("the answer is nested too deep");
+    }
     let answer: Success<'_> =
         serde_json::from_slice(body).map_err(|_| "the answer is not the JSON of a token answer")?;
-    if answer.token_type.is_some_and(|kind| !kind.eq_ignore_ascii_case("bearer")) {
-        return Err("the token is no bearer token");
+    let mut oddities = Vec::new();
+    match answer.token_type {
+        Some(kind) if kind.eq_ignore_ascii_case("bearer") => {}
+        Some(_) => return Err("the token is no bearer token"),
+        None => oddities.push("token_type_missing"),
     }
+    let (lifetime, odd) =
+        answer.expires_in.map_or((LIFETIME_UNKNOWN, Some("expires_in_missing")), |raw| lifetime(raw.get()));
+    oddities.extend(odd);
     let refresh = answer.refresh_token.filter(|token| !token.is_empty()).map(RefreshToken::new);
     Ok(Tokens {
         access: AccessToken::new(answer.access_token).map_err(|_| "the access token cannot be sent")?,
         refresh: refresh.transpose().map_err(|_| "the refresh token cannot be sent")?,
-        lifetime: answer.expires_in.map_or(LIFETIME_UNKNOWN, |raw| lifetime(raw.get())),
+        lifetime,
         server_time: None,
+        oddities,
     })
 }
 
-fn lifetime(raw: &str) -> Duration {
+/// How long the token lives, and what is odd about how the answer says so.
+fn lifetime(raw: &str) -> (Duration, Option<&'static str>) {
     match raw.trim_matches('"').trim().parse::<f64>() {
-        Ok(seconds) if seconds >= 1.0 => Duration::from_secs_f64(seconds.min(LIFETIME_MAX.as_secs_f64())),
-        _ => LIFETIME_UNKNOWN,
+        Ok(seconds) if seconds > LIFETIME_MAX.as_secs_f64() => (LIFETIME_MAX, Some("expires_in_too_long")),
+        Ok(seconds) if seconds >= 1.0 => (Duration::from_secs_f64(seconds), None),
+        _ => (LIFETIME_UNKNOWN, Some("expires_in_unusable")),
     }
 }
 
+/// How deep arrays and objects are nested, in what may not be JSON at all.
+fn depth(body: &[u8]) -> usize {
+    let (mut depth, mut deepest, mut quoted, mut escaped) = (0_usize, 0, false, false);
+    for byte in body {
+        match byte {
+            _ if escaped => escaped = false,
+            b'\\' if quoted => escaped = true,
+            b'"' => quoted = !quoted,
+            b'[' | b'{' if !quoted => depth += 1,
+            b']' | b'}' if !quoted => depth = depth.saturating_sub(1),
+            _ => {}
+        }
+        deepest = deepest.max(depth);
+    }
+    deepest
+}
+
 /// What an answer with another status means.
-pub(super) fn refusal(status: StatusCode, body: &[u8], retry_after: Option<Duration>) -> LwaError {
+pub fn refusal(status: StatusCode, body: &[u8], retry_after: Option<Duration>) -> LwaError {
     let error = serde_json::from_slice::<Refusal>(body).map(|refusal| refusal.error).unwrap_or_default();
-    let later = |code| LwaError::TryLater { code, detail: format!("status {}", status.as_u16()), retry_after };
+    let later =
+        |code| LwaError::TryLater { code, detail: format!("status {}", status.as_u16()), retry_after, taken: false };
     match (status.as_u16(), error.as_str()) {
         (429, _) => later("throttled"),
         (408 | 425 | 500.., _) => later("server_error"),
@@ -80,7 +112,7 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_that_cannot_be_used_is_refused() {
+    fn threat_30_an_answer_that_cannot_be_used_is_refused() {
         for body in [
             "",
             "<html>Internal Server Error</html>",
@@ -103,9 +135,13 @@ mod tests {
     }
 
     #[test]
-    fn nesting_in_a_field_nobody_reads_costs_no_stack() {
-        let deep = format!(r#"{{"access_token":"x","z":{}{}}}"#, "[".repeat(30_000), "]".repeat(30_000));
-        assert!(tokens(deep.as_bytes()).is_ok());
+    fn what_is_nested_too_deep_is_refused_and_costs_no_stack() {
+        let nested = |levels: usize| {
+            format!(r#"{{"access_token":"x","z":{}{}, "t":"[[[\"["}}"#, "[".repeat(levels), "]".repeat(levels))
+        };
+        assert!(tokens(nested(MAX_DEPTH - 1).as_bytes()).is_ok());
+        assert!(tokens(nested(MAX_DEPTH).as_bytes()).is_err());
+        assert!(tokens(nested(30_000).as_bytes()).is_err());
     }
 
     #[test]
@@ -117,7 +153,7 @@ mod tests {
         assert_eq!(tokens.lifetime, Duration::from_secs(3600));
         let bare = super::tokens(br#"{"access_token":"Atza|x","token_type":"Bearer"}"#).unwrap();
         assert!(bare.refresh.is_none());
-        assert_eq!(bare.lifetime, LIFETIME_UNKNOWN);
+        assert_eq!((bare.lifetime, bare.oddities), (LIFETIME_UNKNOWN, vec!["expires_in_missing"]));
     }
 
     #[test]
@@ -168,7 +204,7 @@ mod tests {
         #[test]
         fn no_lifetime_makes_it_panic(raw in "-?[0-9]{1,400}(\\.[0-9]{1,5})?([eE][+-]?[0-9]{1,6})?") {
             if let Ok(value) = serde_json::from_str::<&RawValue>(&raw) {
-                let lifetime = lifetime(value.get());
+                let (lifetime, _) = lifetime(value.get());
                 prop_assert!(lifetime >= Duration::from_secs(1) && lifetime <= LIFETIME_MAX);
             }
         }

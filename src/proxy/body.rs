@@ -50,10 +50,10 @@ impl http_body::Body for Body {
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
         match &mut self.source {
             Source::Own(body) => Pin::new(body).poll_frame(cx).map_err(|never| match never {}),
-            Source::Amazon(answer) => Pin::new(answer).poll_frame(cx),
+            Source::Amazon(answer) => Pin::new(answer).poll_frame(cx).map_err(broke_off),
             Source::Read(read, rest) => match (read.take(), rest) {
                 (Some(read), _) => Poll::Ready(Some(Ok(Frame::data(read)))),
-                (None, Some(Ok(rest))) => Pin::new(rest).poll_frame(cx),
+                (None, Some(Ok(rest))) => Pin::new(rest).poll_frame(cx).map_err(broke_off),
                 (None, rest) => Poll::Ready(rest.take().and_then(Result::err).map(Err)),
             },
         }
@@ -79,4 +79,10 @@ impl http_body::Body for Body {
             Source::Read(_, Some(_)) => SizeHint::default(),
         }
     }
+}
+
+/// The caller sees its connection break; here it is said who broke off first.
+fn broke_off(error: hyper::Error) -> hyper::Error {
+    tracing::warn!(%error, "Amazon's answer broke off");
+    error
 }

@@ -4,6 +4,7 @@ use super::ProxyError;
 use super::select::Unselected;
 use crate::guard::Refusal;
 use crate::login_door::LoginError;
+use crate::policy::Denied;
 use crate::problem::{Code, Problem};
 use crate::upstream::{BodyError, ErrorKind};
 
@@ -40,6 +41,28 @@ impl From<Unselected> for Problem {
     }
 }
 
+impl From<Denied> for Problem {
+    fn from(denied: Denied) -> Self {
+        let (detail, next_step) = match denied {
+            Denied::Ambiguous => (
+                "A policy holds for this call, and its path or method can be read in two ways.",
+                "Send the path without dot segments, empty segments, `;` and encoded separators, and the method in the \
+                 request line.",
+            ),
+            Denied::Changes => (
+                "The policy is read-only, and this call may change something at Amazon.",
+                "Use an account that may write, or ask the operator about read_only.",
+            ),
+            Denied::NotAllowed => (
+                "The policy's allow-list does not hold this method and path.",
+                "Ask the operator to add it to policy.allow or to the account's allow.",
+            ),
+        };
+        // The body was not read: a large one is not waited for.
+        Self::new(Code::PolicyDenied, detail, next_step)
+    }
+}
+
 impl From<ErrorKind> for Problem {
     fn from(kind: ErrorKind) -> Self {
         let network = "Try again; if it persists, check DNS, egress rules and https://status.ads.amazon.com.";
@@ -68,7 +91,7 @@ impl From<ErrorKind> for Problem {
             ErrorKind::Body(BodyError::TooLarge) => too_large(),
             ErrorKind::Body(BodyError::Stalled) => Self::new(
                 Code::RequestTimeout,
-                "Nothing came of the request's body for 30 seconds.",
+                "Nothing came of the request's body for as long as proxy.body_timeout.",
                 "Send it without a pause.",
             )
             .close(),

@@ -6,6 +6,8 @@ use http::header::{HeaderMap, HeaderName, HeaderValue};
 
 use super::Selection;
 use crate::account::{Account, BadName, BadRegion, Ids, Region, UserId};
+use crate::families::{Family, family};
+use crate::policy::Rules;
 use crate::target::{Of, Target};
 
 const X_ADS_ACCOUNT: HeaderName = HeaderName::from_static("x-ads-account");
@@ -20,6 +22,11 @@ pub(super) struct Accounts {
     fallback: Option<String>,
     region: Region,
     selection: Selection,
+    /// `[policy]`, for whom no account speaks.
+    rules: Rules,
+    /// What a call keeps to that names a user and no account, where an account of that user has rules of its own: those of
+    /// all of them. Otherwise to name the user would be the way round them.
+    rules_by_user: HashMap<UserId, Rules>,
 }
 
 /// A call whose account is known.
@@ -32,6 +39,10 @@ pub(super) struct Call<'a> {
     pub(super) region: Region,
     /// Whether that is where the account's data lives.
     at_home: bool,
+    /// Of the path that leaves.
+    pub(super) family: &'static Family,
+    /// What it has to keep to.
+    pub(super) rules: &'a Rules,
 }
 
 /// Why no account could be selected.
@@ -44,12 +55,20 @@ pub enum Unselected {
 }
 
 impl Accounts {
-    pub(super) fn new(accounts: Vec<Account>, region: Region, selection: Selection) -> Self {
+    pub(super) fn new(mut accounts: Vec<Account>, region: Region, selection: Selection, rules: Rules) -> Self {
+        let mut rules_by_user = HashMap::<UserId, Rules>::new();
+        for account in accounts.iter_mut().filter(|account| !account.rules.is_empty()) {
+            let of_user = rules_by_user.entry(account.user.clone()).or_insert_with(|| rules.clone());
+            *of_user = of_user.and(&account.rules);
+        }
+        for account in &mut accounts {
+            account.rules = rules.and(&account.rules);
+        }
         let only = if let [only] = accounts.as_slice() { Some(only.name.to_string()) } else { None };
         let named_default =
             accounts.iter().find(|account| &*account.name == "default").map(|account| account.name.to_string());
         let by_name = accounts.into_iter().map(|account| (account.name.to_string(), account)).collect();
-        Self { by_name, fallback: named_default.or(only), region, selection }
+        Self { by_name, fallback: named_default.or(only), region, selection, rules, rules_by_user }
     }
 
     /// First that applies: the path's prefix, `X-Ads-Account`, `X-Ads-User`, the account named `default`, the only
@@ -57,7 +76,7 @@ impl Accounts {
     pub(super) fn select(&self, target: &Target, headers: &HeaderMap) -> Result<Call<'_>, Unselected> {
         let host_region = if let Of::Ads(region) = target.of { Some(region) } else { None };
         if self.selection == Selection::Fixed {
-            return Ok(self.call(self.fallback(), None, host_region));
+            return Ok(self.call(target, self.fallback(), None, host_region));
         }
         let said_region = single(headers, &X_ADS_REGION)?.map(str::parse).transpose();
         let region = host_region.or(said_region.map_err(|BadRegion| Unselected::Bad("X-Ads-Region is na, eu or fe."))?);
@@ -65,26 +84,36 @@ impl Accounts {
             target.account.as_deref().map_or_else(|| single(headers, &X_ADS_ACCOUNT), |name| Ok(Some(name)))?
         {
             let account = self.by_name.get(name).ok_or(Unselected::Unknown)?;
-            return Ok(self.call(Some(account), None, region));
+            return Ok(self.call(target, Some(account), None, region));
         }
         if let Some(user) = single(headers, &X_ADS_USER)? {
             let user = user
                 .parse()
                 .map_err(|BadName| Unselected::Bad("X-Ads-User is 1 to 128 of A-Z a-z 0-9 . _ @ : | + -."))?;
-            return Ok(self.call(None, Some(user), region));
+            return Ok(self.call(target, None, Some(user), region));
         }
-        Ok(self.call(self.fallback(), None, region))
+        Ok(self.call(target, self.fallback(), None, region))
     }
 
     fn fallback(&self) -> Option<&Account> {
         self.fallback.as_ref().and_then(|name| self.by_name.get(name))
     }
 
-    fn call<'a>(&self, account: Option<&'a Account>, user: Option<UserId>, asked: Option<Region>) -> Call<'a> {
+    fn call<'a>(
+        &'a self,
+        target: &Target,
+        account: Option<&'a Account>,
+        user: Option<UserId>,
+        asked: Option<Region>,
+    ) -> Call<'a> {
         let home = account.and_then(|account| account.region).unwrap_or(self.region);
         let region = asked.unwrap_or(home);
         let user = user.or_else(|| account.map(|account| account.user.clone())).unwrap_or_default();
-        Call { account, user, region, at_home: region == home }
+        let rules = match account {
+            Some(account) => &account.rules,
+            None => self.rules_by_user.get(&user).unwrap_or(&self.rules),
+        };
+        Call { account, user, region, at_home: region == home, family: family(target.path()), rules }
     }
 }
 
@@ -132,6 +161,7 @@ mod tests {
             region,
             ids: Ids::default(),
             headers: Vec::new(),
+            rules: Rules::default(),
         }
     }
 
@@ -142,7 +172,7 @@ mod tests {
         headers: &[(&'static str, &str)],
     ) -> Result<(String, String, Region), Unselected> {
         let accounts = names.iter().map(|name| account(name, (*name == "eu").then_some(Region::Eu))).collect();
-        let accounts = Accounts::new(accounts, Region::Na, selection);
+        let accounts = Accounts::new(accounts, Region::Na, selection, Rules::default());
         let mut map = HeaderMap::new();
         for (name, value) in headers {
             map.append(*name, value.parse().unwrap());
@@ -185,6 +215,36 @@ mod tests {
         assert_eq!(region("http://advertising-api-fe.amazon.com/x", &[("x-ads-region", "na")]), Region::Fe);
         assert_eq!(region("/x", &[("x-ads-region", "na")]), Region::Na);
         assert_eq!(region("/x", &[]), Region::Eu);
+    }
+
+    #[test]
+    fn naming_a_user_is_no_way_round_the_rules_of_its_accounts() {
+        let read_only = || Rules::new(true, Vec::new());
+        let with = |name: &str, user: &str, rules: Rules| Account {
+            user: user.parse().unwrap(),
+            rules,
+            ..account(name, None)
+        };
+        let all = vec![
+            with("free", "ann", Rules::default()),
+            with("bound", "ann", read_only()),
+            with("other", "bob", Rules::default()),
+        ];
+        let rules_of = |rules: Rules, name: &'static str, value: &str| {
+            let accounts = Accounts::new(all.clone(), Region::Na, Selection::Header, rules);
+            let headers = HeaderMap::from_iter([(HeaderName::from_static(name), value.parse().unwrap())]);
+            let target = Target::read(&"/x".parse().unwrap(), |_| false).unwrap();
+            accounts.select(&target, &headers).unwrap().rules.clone()
+        };
+        let of = |name, value| rules_of(Rules::default(), name, value).read_only();
+        assert_eq!(
+            [of("x-ads-account", "free"), of("x-ads-account", "bound"), of("x-ads-account", "other")],
+            [false, true, false]
+        );
+        assert_eq!([of("x-ads-user", "ann"), of("x-ads-user", "bob"), of("x-ads-user", "eve")], [true, false, false]);
+        for (name, value) in [("x-ads-account", "free"), ("x-ads-user", "ann"), ("x-ads-user", "eve")] {
+            assert!(rules_of(read_only(), name, value).read_only(), "[policy] holds for all: {value}");
+        }
     }
 
     #[test]

@@ -3,27 +3,44 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use http::{HeaderValue, Method, Response};
+use http::header::HeaderName;
+use http::{HeaderMap, HeaderValue, Method, Response, StatusCode};
 
-use super::Body;
+use super::audit::Record;
 use super::select::Call;
+use super::{Body, ProxyError};
 use crate::account::Region;
+use crate::keeper::TokenError;
 use crate::metrics::Metrics;
+use crate::problem::Code;
+use crate::request_id::REQUEST_ID;
 
 /// Counted for a caller that hung up before its answer, as nginx does.
 const CLIENT_CLOSED: u16 = 499;
 
+/// How Amazon names a call, depending on the service that answers: its support asks for it.
+const AMAZON_ID: [HeaderName; 3] = [
+    HeaderName::from_static("x-amzn-requestid"),
+    HeaderName::from_static("x-amz-request-id"),
+    HeaderName::from_static("x-amz-rid"),
+];
+
 #[derive(Debug)]
-pub(super) struct Trip {
-    metrics: Arc<Metrics>,
+pub(super) struct Trip<'a> {
+    metrics: &'a Metrics,
     begun: Instant,
     method: &'static str,
-    account: String,
+    account: &'a str,
     region: &'static str,
     source: &'static str,
     hint: Option<&'static str>,
     request_id: HeaderValue,
+    amazon_id: Option<HeaderValue>,
+    /// Why there is no answer of Amazon's, for the log.
+    error: Option<String>,
     in_flight: Option<InFlight>,
+    /// `None` where nobody wants an audit log.
+    audit: Option<Box<Record>>,
     ended: bool,
 }
 
@@ -31,18 +48,21 @@ pub(super) struct Trip {
 #[derive(Debug)]
 pub(super) struct InFlight(Arc<Metrics>);
 
-impl Trip {
-    pub(super) fn begin(metrics: Arc<Metrics>, method: &Method, request_id: HeaderValue) -> Self {
+impl<'a> Trip<'a> {
+    pub(super) fn begin(metrics: &'a Arc<Metrics>, method: &Method, request_id: HeaderValue) -> Self {
         metrics.in_flight.inc();
         Self {
             begun: Instant::now(),
             method: label(method),
-            account: String::new(),
+            account: "",
             region: "",
             source: "sidecar",
             hint: None,
             request_id,
+            amazon_id: None,
+            error: None,
             in_flight: Some(InFlight(metrics.clone())),
+            audit: Record::begin(),
             ended: false,
             metrics,
         }
@@ -52,17 +72,50 @@ impl Trip {
         self.request_id.to_str().unwrap_or_default()
     }
 
-    pub(super) fn request_id_header(&self) -> HeaderValue {
-        self.request_id.clone()
+    /// It is for an endpoint of ours, and no call.
+    pub(super) fn is_ours(&mut self) {
+        self.audit = None;
     }
 
-    pub(super) fn is_for(&mut self, call: &Call<'_>) {
-        call.account_name().clone_into(&mut self.account);
+    pub(super) fn is_for(&mut self, call: &Call<'a>) {
+        self.account = call.account_name();
         self.region = call.region.as_str();
+        if let Some(audit) = &mut self.audit {
+            audit.is_for(call);
+        }
     }
 
-    pub(super) fn amazon_took(&self, region: Region, time: Duration) {
+    /// The policy would refuse it, and only observes.
+    pub(super) fn would_be_denied(&mut self) {
+        if let Some(audit) = &mut self.audit {
+            audit.would_be_denied();
+        }
+    }
+
+    pub(super) fn amazon_took(&mut self, region: Region, time: Duration) {
+        if let Some(audit) = &mut self.audit {
+            audit.amazon_took(time);
+        }
         self.metrics.upstream_duration.with_label_values(&[region.as_str()]).observe(time.as_secs_f64());
+    }
+
+    /// Notes what there is to tell about an answer of Amazon's, also of one that the caller never sees.
+    pub(super) fn amazon_said(&mut self, region: Region, status: StatusCode, headers: &HeaderMap) {
+        if status == StatusCode::TOO_MANY_REQUESTS {
+            self.metrics.throttled.with_label_values(&[region.as_str(), "amazon"]).inc();
+        }
+        if is_failure(status.as_u16()) || self.audit.is_some() || tracing::enabled!(tracing::Level::DEBUG) {
+            self.amazon_id = AMAZON_ID.iter().find_map(|name| headers.get(name)).cloned();
+        }
+    }
+
+    pub(super) fn fails(&mut self, error: &ProxyError) {
+        self.error = match error {
+            ProxyError::Send(error) => Some(error.kind.to_string()),
+            ProxyError::NoToken(TokenError::Unavailable { code, .. }, _) => Some((*code).to_owned()),
+            ProxyError::Panicked => Some("a step panicked".to_owned()),
+            _ => None,
+        };
     }
 
     pub(super) fn hint(&mut self, hint: &'static str) {
@@ -77,9 +130,17 @@ impl Trip {
         self.source = "amazon";
     }
 
-    /// Ends with `answer`, whose body counts as in flight until it has passed.
-    pub(super) fn end(mut self, answer: Response<Body>) -> Response<Body> {
+    pub(super) fn answered_by_us(&mut self, code: Code) {
+        if let Some(audit) = &mut self.audit {
+            audit.answered_by_us(code);
+        }
+    }
+
+    /// Ends with `answer`, which tells the request's id, and whose body counts as in flight until it has passed.
+    pub(super) fn end(mut self, mut answer: Response<Body>) -> Response<Body> {
         self.record(answer.status().as_u16());
+        let request_id = std::mem::replace(&mut self.request_id, HeaderValue::from_static(""));
+        answer.headers_mut().insert(REQUEST_ID, request_id);
         let in_flight = self.in_flight.take();
         answer.map(|body| body.until_passed(in_flight))
     }
@@ -88,22 +149,60 @@ impl Trip {
         self.ended = true;
         let took = self.begun.elapsed();
         let mut text = [0u8; 3];
-        let labels = [self.account.as_str(), self.region, self.method, digits(status, &mut text), self.source];
+        let labels = [self.account, self.region, self.method, digits(status, &mut text), self.source];
         self.metrics.requests.with_label_values(&labels).inc();
         self.metrics.request_duration.with_label_values(&[self.source]).observe(took.as_secs_f64());
-        tracing::debug!(
+        if let Some(audit) = &self.audit {
+            audit.end(self, status, took);
+        }
+        // One line per failure that an operator can do something about; what a caller did wrong it was told itself.
+        if is_failure(status) {
+            self.tell(status, took);
+        } else {
+            tracing::debug!(
+                request_id = self.request_id(),
+                amazon_request_id = self.amazon_id(),
+                account = self.account,
+                method = self.method,
+                status,
+                source = self.source,
+                ?took,
+                "call"
+            );
+        }
+    }
+
+    #[cold]
+    fn tell(&self, status: u16, took: Duration) {
+        tracing::warn!(
             request_id = self.request_id(),
+            amazon_request_id = self.amazon_id(),
             account = self.account,
+            region = self.region,
             method = self.method,
             status,
             source = self.source,
+            error = self.error,
             ?took,
-            "call"
+            "call failed"
         );
+    }
+
+    pub(super) fn method(&self) -> &'static str {
+        self.method
+    }
+
+    /// Who answers: `amazon` or `sidecar`.
+    pub(super) fn source(&self) -> &'static str {
+        self.source
+    }
+
+    pub(super) fn amazon_id(&self) -> Option<&str> {
+        self.amazon_id.as_ref().and_then(|id| id.to_str().ok())
     }
 }
 
-impl Drop for Trip {
+impl Drop for Trip<'_> {
     fn drop(&mut self) {
         if !self.ended {
             self.record(CLIENT_CLOSED);
@@ -115,6 +214,10 @@ impl Drop for InFlight {
     fn drop(&mut self) {
         self.0.in_flight.dec();
     }
+}
+
+fn is_failure(status: u16) -> bool {
+    status == 429 || status >= 500
 }
 
 /// A closed set: whatever a caller invents is `other`.

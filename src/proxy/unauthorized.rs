@@ -93,7 +93,7 @@ fn inflated(coding: Option<&[u8]>, bytes: &[u8]) -> Vec<u8> {
     let mut text = Vec::new();
     let limit = 4 * MAX_READ as u64;
     // What does not inflate to its end is read as far as it went.
-    let _ = match coding {
+    let _ = match coding.map(<[u8]>::to_ascii_lowercase).as_deref() {
         Some(b"gzip" | b"x-gzip") => MultiGzDecoder::new(bytes).take(limit).read_to_end(&mut text),
         Some(b"deflate") => {
             let zlib = ZlibDecoder::new(bytes).take(limit).read_to_end(&mut text);
@@ -156,7 +156,9 @@ mod tests {
         let mut raw = DeflateEncoder::new(Vec::new(), Compression::default());
         raw.write_all(text).unwrap();
         let expected = Verdict::Scope("scope_not_authorized");
-        assert_eq!(verdict(Some("gzip"), &gzip.finish().unwrap()), expected);
+        let gzip = gzip.finish().unwrap();
+        assert_eq!(verdict(Some("gzip"), &gzip), expected);
+        assert_eq!(verdict(Some("GZIP"), &gzip), expected, "RFC 9110, section 8.4.1: names of codings ignore case");
         assert_eq!(verdict(Some("deflate"), &zlib.finish().unwrap()), expected);
         assert_eq!(verdict(Some("deflate"), &raw.finish().unwrap()), expected);
     }

@@ -38,6 +38,8 @@ pub(super) struct Activity {
     born: Instant,
     /// Microseconds since `born`, shifted by two, and a [`Doing`] in the low bits.
     state: AtomicU64,
+    /// Microseconds since `born` at which its socket took no more of an answer, plus one; 0: it takes what there is.
+    stuck: AtomicU64,
     command: AtomicU8,
     commanded: Notify,
 }
@@ -50,6 +52,17 @@ enum Doing {
     Closing = 3,
 }
 
+impl Doing {
+    fn of(state: u64) -> Self {
+        match state & 3 {
+            0 => Self::Idle,
+            1 => Self::Head,
+            2 => Self::Busy,
+            _ => Self::Closing,
+        }
+    }
+}
+
 /// What a connection is told to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Command {
@@ -57,6 +70,8 @@ pub(super) enum Command {
     Leave,
     /// Refuse the head that does not come to its end.
     HeadTimeout,
+    /// Reset the connection, whose caller takes nothing of its answer.
+    Abandon,
 }
 
 /// A request is being served, until this is dropped.
@@ -72,6 +87,7 @@ impl Connections {
         let activity = Arc::new(Activity {
             born: Instant::now(),
             state: AtomicU64::new(Doing::Idle as u64),
+            stuck: AtomicU64::new(0),
             command: AtomicU8::new(0),
             commanded: Notify::new(),
         });
@@ -145,11 +161,12 @@ impl Connections {
     pub(super) async fn watch(self: Arc<Self>, limits: Arc<ArcSwap<Limits>>) {
         loop {
             let limits = **limits.load();
-            let shortest = limits.header_timeout.min(limits.idle_timeout);
+            let shortest = limits.header_timeout.min(limits.idle_timeout).min(limits.write_timeout);
             let period = (shortest / 4).clamp(Duration::from_millis(20), Duration::from_secs(1));
             tokio::time::sleep(period).await;
             for activity in self.lock().taken.values() {
                 match activity.doing() {
+                    _ if activity.stuck_for() >= limits.write_timeout => activity.order(Command::Abandon),
                     (Doing::Head, since) if since >= limits.header_timeout => activity.order(Command::HeadTimeout),
                     (Doing::Idle, since) if since >= limits.idle_timeout => activity.order(Command::Leave),
                     _ => {}
@@ -191,6 +208,7 @@ impl Seat {
             match self.activity.command.swap(0, Relaxed) {
                 1 => return Command::Leave,
                 2 => return Command::HeadTimeout,
+                3 => return Command::Abandon,
                 _ => commanded.await,
             }
         }
@@ -207,30 +225,46 @@ impl Drop for Seat {
 impl Activity {
     /// The first byte after idleness begins a head.
     pub(super) fn bytes_came(&self) {
-        if self.doing().0 == Doing::Idle {
+        if Doing::of(self.state.load(Relaxed)) == Doing::Idle {
             self.set(Doing::Head);
         }
     }
 
+    /// Its socket takes no more of an answer, or takes it again.
+    pub(super) fn sticks(&self, sticks: bool) {
+        self.stuck.store(if sticks { self.age() + 1 } else { 0 }, Relaxed);
+    }
+
+    /// For how long its socket has taken nothing of what there is.
+    fn stuck_for(&self) -> Duration {
+        match self.stuck.load(Relaxed) {
+            0 => Duration::ZERO,
+            since => self.born.elapsed().saturating_sub(Duration::from_micros(since - 1)),
+        }
+    }
+
+    /// Microseconds since it was accepted.
+    fn age(&self) -> u64 {
+        u64::try_from(self.born.elapsed().as_micros()).unwrap_or(u64::MAX)
+    }
+
     fn set(&self, doing: Doing) {
-        let now = u64::try_from(self.born.elapsed().as_micros()).unwrap_or(u64::MAX);
-        self.state.store(now << 2 | doing as u64, Relaxed);
+        self.state.store(self.age() << 2 | doing as u64, Relaxed);
     }
 
     /// What it does, and for how long already.
     fn doing(&self) -> (Doing, Duration) {
         let state = self.state.load(Relaxed);
-        let doing = match state & 3 {
-            0 => Doing::Idle,
-            1 => Doing::Head,
-            2 => Doing::Busy,
-            _ => Doing::Closing,
-        };
-        (doing, self.born.elapsed().saturating_sub(Duration::from_micros(state >> 2)))
+        (Doing::of(state), self.born.elapsed().saturating_sub(Duration::from_micros(state >> 2)))
     }
 
     fn order(&self, command: Command) {
-        self.command.store(if command == Command::Leave { 1 } else { 2 }, Relaxed);
+        let number = match command {
+            Command::Leave => 1,
+            Command::HeadTimeout => 2,
+            Command::Abandon => 3,
+        };
+        self.command.store(number, Relaxed);
         self.commanded.notify_one();
     }
 }

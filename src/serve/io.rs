@@ -10,20 +10,30 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use super::connections::{Activity, Busy};
 
-/// A socket that tells when bytes come.
+/// A socket that tells when bytes come, and when it takes none.
 #[derive(Debug)]
 pub(super) struct Watched<S> {
     socket: S,
     activity: Arc<Activity>,
+    sticks: bool,
 }
 
 impl<S> Watched<S> {
     pub(super) fn new(socket: S, activity: Arc<Activity>) -> Self {
-        Self { socket, activity }
+        Self { socket, activity, sticks: false }
     }
 
     pub(super) fn into_inner(self) -> S {
         self.socket
+    }
+
+    /// Tells only of changes, so that an answer that flows costs nothing.
+    fn told(&mut self, written: Poll<Result<usize>>) -> Poll<Result<usize>> {
+        if written.is_pending() != self.sticks {
+            self.sticks = written.is_pending();
+            self.activity.sticks(self.sticks);
+        }
+        written
     }
 }
 
@@ -40,7 +50,8 @@ impl<S: AsyncRead + Unpin> AsyncRead for Watched<S> {
 
 impl<S: AsyncWrite + Unpin> AsyncWrite for Watched<S> {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<Result<usize>> {
-        Pin::new(&mut self.socket).poll_write(cx, bytes)
+        let written = Pin::new(&mut self.socket).poll_write(cx, bytes);
+        self.told(written)
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<()>> {
@@ -56,7 +67,8 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Watched<S> {
         cx: &mut Context<'_>,
         parts: &[IoSlice<'_>],
     ) -> Poll<Result<usize>> {
-        Pin::new(&mut self.socket).poll_write_vectored(cx, parts)
+        let written = Pin::new(&mut self.socket).poll_write_vectored(cx, parts);
+        self.told(written)
     }
 
     fn is_write_vectored(&self) -> bool {

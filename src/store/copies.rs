@@ -16,7 +16,7 @@ use crate::record::Record;
 
 /// The directory `<path>.copies/`. While this lives, no other process has the store.
 pub(super) struct Copies {
-    dir: PathBuf,
+    pub(super) dir: PathBuf,
     _lock: File,
 }
 
@@ -67,13 +67,15 @@ impl Copies {
 
     /// The key that sealed last; `None` for a new store, or where the file holds something else.
     pub(super) fn key(&self) -> Result<Option<Fingerprint>, StoreError> {
-        let content = files::read(&self.dir.join("key"))?;
-        Ok(content.and_then(|text| String::from_utf8(text).ok()?.trim_end().parse().ok()))
+        let content = files::read(&self.dir.join("key"))?.and_then(|content| String::from_utf8(content).ok());
+        let twice = content.as_deref().and_then(|text| text.trim_end().split_once(' '));
+        Ok(twice.filter(|(one, other)| one == other).and_then(|(key, _)| key.parse().ok()))
     }
 
-    /// Writes down which key seals.
+    /// Writes down which key seals: twice, because with a bit flipped it would be another key's fingerprint, and the right
+    /// key would be refused.
     pub(super) fn set_key(&self, key: Fingerprint) -> Result<(), StoreError> {
-        files::replace(&self.dir.join("key"), format!("{key}\n").as_bytes())
+        files::replace(&self.dir.join("key"), format!("{key} {key}\n").as_bytes())
     }
 
     /// Reads all of it.

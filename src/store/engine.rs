@@ -7,9 +7,9 @@ use std::sync::Arc;
 
 use super::copies::{Copies, Found};
 use super::database::{self, Database, Records};
-use super::{Health, Opened, StoreError, Users, files};
+use super::{Health, Opened, Sealed, StoreError, Users, Waiting, files};
 use crate::account::UserId;
-use crate::keyring::Keyring;
+use crate::keyring::{Fingerprint, Keyring};
 use crate::record::{Record, RecordError};
 use crate::token::Grant;
 
@@ -24,6 +24,8 @@ pub(super) struct Engine {
     database: Option<Database>,
     /// Whether a write of this process has failed.
     failed: bool,
+    /// What each record is sealed with.
+    sealed: BTreeMap<UserId, Sealed>,
     health: Health,
     /// Last, so that it holds the lock until the database is closed.
     copies: Copies,
@@ -43,8 +45,9 @@ impl Engine {
     /// Takes the store's lock, checks the key, opens the database, and sets right what a crash or damage left.
     pub(super) fn open(path: PathBuf, keyring: Arc<Keyring>) -> Result<(Self, Opened), StoreError> {
         let copies = Copies::open(&path)?;
-        let health = Health { up: true, last_error: None, recoveries: 0 };
-        let mut engine = Self { path, keyring, database: None, failed: false, health, copies };
+        let health = Health { up: true, last_error: None, recoveries: 0, records: BTreeMap::new() };
+        let sealed = BTreeMap::new();
+        let mut engine = Self { path, keyring, database: None, failed: false, sealed, health, copies };
         let opened = match engine.run(Self::attach) {
             Err(error) if files::is_full(&error) => engine.copies_alone(&error)?,
             other => other?,
@@ -59,7 +62,8 @@ impl Engine {
         let broken = result.as_ref().err().filter(|error| {
             matches!(error, StoreError::Io { .. } | StoreError::Damaged { .. } | StoreError::Engine { .. })
         });
-        self.health.up = broken.is_none();
+        // What needs no database tells nothing about it.
+        self.health.up = broken.is_none() && self.database.is_some();
         if let Some(error) = broken {
             self.health.last_error = Some(error.to_string());
             self.failed = true;
@@ -71,7 +75,11 @@ impl Engine {
     }
 
     pub(super) fn health(&self) -> Health {
-        self.health.clone()
+        let mut records = BTreeMap::new();
+        for sealed in self.sealed.values() {
+            *records.entry(*sealed).or_default() += 1;
+        }
+        Health { records, ..self.health.clone() }
     }
 
     pub(super) fn save(&mut self, user: &UserId, grant: &Grant, expected: Option<u64>) -> Result<(), StoreError> {
@@ -85,13 +93,24 @@ impl Engine {
             return Err(StoreError::Conflict);
         }
         let record = Record::seal(grant, user, keyring);
+        fail_point!("save_refused", |_| Err(files::io_error(
+            &copies.path(user),
+            std::io::ErrorKind::StorageFull.into()
+        )));
         database.put(user, &record)?;
+        fail_point!("save_unsynced", |_| std::process::abort());
         let sequence = database.commit()?;
-        copies.write(user, &record, sequence)
+        fail_point!("save_synced", |_| std::process::abort());
+        copies.write(user, &record, sequence)?;
+        self.sealed.insert(user.clone(), Sealed::By(self.keyring.first()));
+        Ok(())
     }
 
     pub(super) fn erase(&mut self, user: &UserId) -> Result<bool, StoreError> {
-        let (database, copies, _) = self.parts()?;
+        let (database, copies, keyring) = self.parts()?;
+        for waiting in copies.waiting(keyring)?.into_iter().filter(|waiting| waiting.user == *user) {
+            copies.drop_waiting(&waiting.id)?;
+        }
         // The copy first: see the module's words on which of the two is right.
         let copy = copies.remove(user)?;
         let record = database.remove(user)?;
@@ -99,6 +118,7 @@ impl Engine {
             let sequence = database.commit()?;
             copies.set_sequence(sequence)?;
         }
+        self.sealed.remove(user);
         Ok(copy || record)
     }
 
@@ -130,14 +150,71 @@ impl Engine {
         let Some(stored) = database.get(user)? else { return Ok(Resealed::NothingToDo) };
         let Ok(record) = stored else { return Ok(Resealed::Unreadable) };
         let Ok(grant) = record.open(user, keyring) else { return Ok(Resealed::Unreadable) };
-        if record.is_under_first_key(keyring) {
+        if record.key_index(keyring) == Some(0) {
             return Ok(Resealed::NothingToDo);
         }
         let record = Record::seal(&grant, user, keyring);
         database.put(user, &record)?;
         let sequence = database.commit()?;
         copies.write(user, &record, sequence)?;
+        self.sealed.insert(user.clone(), Sealed::By(self.keyring.first()));
         Ok(Resealed::Done)
+    }
+
+    /// What waits is small and short-lived: all of it is sealed anew, whatever it was sealed with.
+    pub(super) fn reseal_waiting(&mut self) -> Result<(), StoreError> {
+        for waiting in self.copies.waiting(&self.keyring)? {
+            self.copies.keep_waiting(&waiting, &self.keyring)?;
+        }
+        let logins = self.copies.logins(&self.keyring)?;
+        logins.map_or(Ok(()), |logins| self.copies.keep_logins(&logins, &self.keyring))
+    }
+
+    pub(super) fn keep_waiting(&mut self, waiting: &Waiting) -> Result<(), StoreError> {
+        self.copies.keep_waiting(waiting, &self.keyring)
+    }
+
+    pub(super) fn drop_waiting(&mut self, id: &str) -> Result<(), StoreError> {
+        self.copies.drop_waiting(id)
+    }
+
+    pub(super) fn waiting(&mut self) -> Result<Vec<Waiting>, StoreError> {
+        self.copies.waiting(&self.keyring)
+    }
+
+    pub(super) fn keep_logins(&mut self, plain: &str) -> Result<(), StoreError> {
+        self.copies.keep_logins(plain, &self.keyring)
+    }
+
+    pub(super) fn logins(&mut self) -> Result<Option<String>, StoreError> {
+        self.copies.logins(&self.keyring)
+    }
+
+    /// Takes other keys into use. The key that sealed last has to be among them.
+    pub(super) fn rekey(&mut self, keyring: Arc<Keyring>) -> Result<(), StoreError> {
+        let last = self.copies.key()?.unwrap_or(self.keyring.first());
+        if !keyring.fingerprints().contains(&last) {
+            return Err(StoreError::WrongKey { expected: Some(last), have: keyring.fingerprints() });
+        }
+        let records = self.parts()?.0.records()?;
+        self.copies.set_key(keyring.first())?;
+        self.keyring = keyring;
+        self.count_keys(&records);
+        Ok(())
+    }
+
+    fn count_keys(&mut self, records: &Records) {
+        let ring = self.keyring.fingerprints();
+        let sealed = |(user, record): (&UserId, &Result<Record, RecordError>)| {
+            let place = |record: &Record| record.open(user, &self.keyring).map(|_| record.key_index(&self.keyring));
+            let sealed = match record.as_ref().map_err(|error| *error).and_then(place) {
+                Ok(Some(place)) => Sealed::By(ring[place]),
+                Ok(None) | Err(RecordError::Undecryptable) => Sealed::ByUnknownKey,
+                Err(RecordError::Tampered | RecordError::Malformed(_)) => Sealed::Damaged,
+            };
+            (user.clone(), sealed)
+        };
+        self.sealed = records.iter().map(sealed).collect();
     }
 
     pub(super) fn note(&mut self, key: &str) -> Result<Option<String>, StoreError> {
@@ -190,12 +267,17 @@ impl Engine {
         }
 
         opened.restored = self.restore(&mut database, &records, &mut found)?;
+        if opened.restored > 0 && opened.recovered.is_none() {
+            // sled takes a log that is cut short for a new one.
+            self.health.recoveries += 1;
+        }
         let records = if opened.restored > 0 { database.records()? } else { records };
         self.renew_copies(&database, &records, &mut found)?;
         if known_key != Some(self.keyring.first()) {
             self.copies.set_key(self.keyring.first())?;
         }
         opened.unusable_copies = found.unusable;
+        self.count_keys(&records);
         opened.users = open_all(records, &self.keyring);
         self.database = Some(database);
         Ok(opened)
@@ -231,13 +313,20 @@ impl Engine {
         catch_unwind(AssertUnwindSafe(read)).unwrap_or_else(|_| Err(damaged("sled panicked while it opened it")))
     }
 
-    /// Puts back what the copies have and the database has not; returns how many users that were.
+    /// Puts back what the copies have and the database has not, or has only older; returns how many users that were.
     fn restore(&self, database: &mut Database, records: &Records, found: &mut Found) -> Result<usize, StoreError> {
         let mut restored = 0;
-        for (user, copy) in found.records.iter().filter(|(user, _)| !records.contains_key(*user)) {
-            if copy.open(user, &self.keyring).is_err() {
-                found.unusable.push(self.copies.path(user));
+        for (user, copy) in &found.records {
+            let stored = records.get(user);
+            if stored.is_some_and(|stored| !is_older(stored, copy)) {
                 continue;
+            }
+            if copy.open(user, &self.keyring).is_err() {
+                found.unusable.extend(stored.is_none().then(|| self.copies.path(user)));
+                continue;
+            }
+            if stored.is_some() {
+                tracing::error!(%user, "the stored grant is older than its copy: somebody put an old record back; the copy's is used");
             }
             database.put(user, copy)?;
             restored += 1;
@@ -293,13 +382,21 @@ impl Engine {
         })
     }
 
-    fn wrong_key(&self, expected: Option<crate::keyring::Fingerprint>) -> StoreError {
+    fn wrong_key(&self, expected: Option<Fingerprint>) -> StoreError {
         StoreError::WrongKey { expected, have: self.keyring.fingerprints() }
     }
 
     fn panicked(&self) -> StoreError {
         StoreError::Engine { path: self.path.clone(), reason: "it panicked".into() }
     }
+}
+
+/// Whether a record is older than its copy, which is written after it: then it was put there past this store. Both the
+/// number and the time, as a login after a logout counts generations anew.
+fn is_older(stored: &Result<Record, RecordError>, copy: &Record) -> bool {
+    stored
+        .as_ref()
+        .is_ok_and(|stored| stored.generation() < copy.generation() && stored.updated_at() <= copy.updated_at())
 }
 
 /// Whether `grant` is what is stored already: then a write that timed out was done after all, and is being repeated.

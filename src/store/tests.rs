@@ -141,7 +141,7 @@ fn expected(names: &[&str], generation: u64) -> BTreeMap<String, Result<String, 
 // Refusals: the key.
 
 #[tokio::test]
-async fn a_wrong_key_is_refused_with_both_fingerprints_and_nothing_is_touched() {
+async fn row_43_a_wrong_key_is_refused_with_both_fingerprints_and_nothing_is_touched() {
     let place = Place::filled(&["anna"]).await;
     let before = place.hashes();
     let wrong = ring(&[&Keyring::generate_key(), &Keyring::generate_key()]);
@@ -179,20 +179,23 @@ async fn a_wrong_key_is_refused_even_where_the_key_check_was_lost() {
 #[tokio::test]
 async fn a_key_check_that_holds_no_fingerprint_does_not_lock_the_right_key_out() {
     let place = Place::filled(&["anna"]).await;
-    for garbage in ["", "zzzzzzzz", "\u{fffd}\u{fffd}"] {
+    let key = place.keyring.first().to_string();
+    let flipped = if key.starts_with('a') { key.replacen('a', "c", 1) } else { format!("a{}", &key[1..]) };
+    for garbage in ["", "zzzzzzzz", "\u{fffd}\u{fffd}", &format!("{flipped} {key}"), &format!("{key} {flipped}"), &key]
+    {
         fs::write(place.copies().join("key"), garbage).unwrap();
         let (store, opened) = place.open();
         assert_eq!(told(&opened.users), expected(&["anna"], 1));
         store.close().await.unwrap();
         let rewritten = fs::read_to_string(place.copies().join("key")).unwrap();
-        assert_eq!(rewritten.trim_end(), place.keyring.first().to_string());
+        assert_eq!(rewritten.trim_end(), format!("{0} {0}", place.keyring.first()));
     }
 }
 
 // Refusals: other processes, other directories.
 
 #[tokio::test]
-async fn a_second_opening_is_told_who_holds_it_and_disturbs_nothing() {
+async fn row_38_a_second_opening_is_told_who_holds_it_and_disturbs_nothing() {
     let place = Place::new();
     let (store, _) = place.open();
     store.save(&user("anna"), &grant("anna", 1), None).await.unwrap();
@@ -226,7 +229,7 @@ fn a_database_of_other_make_is_refused_and_stays_where_it_is() {
 }
 
 #[test]
-fn trouble_with_the_file_system_names_the_path_and_the_cure() {
+fn row_53_trouble_with_the_file_system_names_the_path_and_the_cure() {
     let place = Place::new();
     fs::write(place.dir.path().join("data"), "a file where the directory should be").unwrap();
     let error = place.try_open().unwrap_err();
@@ -276,7 +279,7 @@ async fn repeating_a_save_that_was_done_is_no_conflict() {
 }
 
 #[tokio::test]
-async fn records_swapped_between_users_are_refused_and_kept() {
+async fn row_48_records_swapped_between_users_are_refused_and_kept() {
     let place = Place::filled(&["anna", "bob"]).await;
     let raw = place.raw();
     let grants = raw.open_tree("grants").unwrap();
@@ -297,6 +300,27 @@ async fn records_swapped_between_users_are_refused_and_kept() {
     store.close().await.unwrap();
     let kept: Vec<_> = place.raw().open_tree("grants").unwrap().iter().map(Result::unwrap).collect();
     assert_eq!(kept, swapped);
+}
+
+#[tokio::test]
+async fn row_48_a_record_that_was_put_back_in_an_older_state_is_not_used() {
+    let place = Place::filled(&["anna", "bob"]).await;
+    let old = place.raw().open_tree("grants").unwrap().get("anna").unwrap().unwrap();
+    let (store, _) = place.open();
+    store.save(&user("anna"), &grant("anna", 2), Some(1)).await.unwrap();
+    store.close().await.unwrap();
+    let raw = place.raw();
+    raw.open_tree("grants").unwrap().insert("anna", old).unwrap();
+    raw.flush().unwrap();
+    drop(raw);
+    for restored in [1, 0] {
+        let (store, opened) = place.open();
+        assert_eq!(opened.restored, restored);
+        let mut users = expected(&["bob"], 1);
+        users.extend(expected(&["anna"], 2));
+        assert_eq!(told(&opened.users), users);
+        store.close().await.unwrap();
+    }
 }
 
 #[tokio::test]
@@ -327,7 +351,7 @@ async fn single_records_that_do_not_open_are_reported_and_kept() {
 }
 
 #[tokio::test]
-async fn an_operation_past_its_deadline_is_told_so_and_finished_later() {
+async fn row_41_an_operation_past_its_deadline_is_told_so_and_finished_later() {
     let place = Place::new();
     let (store, _) = place.open();
     let TokenStore::Sled(worker) = &store;
@@ -397,7 +421,7 @@ async fn a_panic_in_the_store_is_an_error_and_the_next_operation_works() {
 }
 
 #[tokio::test]
-async fn after_a_failed_write_the_store_begins_again_with_what_is_on_disk() {
+async fn row_42_after_a_failed_write_the_store_begins_again_with_what_is_on_disk() {
     let place = Place::filled(&["anna"]).await;
     let (store, _) = place.open();
     // A directory in the place of the copy makes the second write fail after the first.
@@ -468,7 +492,7 @@ async fn only_the_owner_can_read_it_and_no_token_lies_there_in_the_clear() {
 }
 
 #[tokio::test]
-async fn what_a_kill_during_start_leaves_behind_does_not_brick_it() {
+async fn row_36_what_a_kill_during_start_leaves_behind_does_not_brick_it() {
     let place = Place::filled(&["anna"]).await;
     for content in [&b""[..], b"half a snapshot", &[0; 4096]] {
         fs::write(place.path().join("snap.FFFFFFFFFFFFFFFF.generating"), content).unwrap();
@@ -542,7 +566,7 @@ async fn an_older_state_of_the_database_does_not_bring_a_logged_out_user_back() 
 }
 
 #[tokio::test]
-async fn on_a_full_volume_the_copies_tell_the_users_and_why_nothing_more_is_possible() {
+async fn row_34_on_a_full_volume_the_copies_tell_the_users_and_why_nothing_more_is_possible() {
     let place = Place::filled(&["anna", "bob"]).await;
     let (store, _) = place.open();
     let TokenStore::Sled(worker) = &store;
@@ -643,7 +667,7 @@ fn damages(content: &[u8]) -> Vec<(String, Option<Vec<u8>>)> {
 }
 
 #[tokio::test]
-async fn whatever_is_damaged_all_users_come_back_and_nothing_is_deleted() {
+async fn row_39_whatever_is_damaged_all_users_come_back_and_nothing_is_deleted() {
     let names: Vec<_> = (0..20).map(|n| format!("user-{n}")).collect();
     let names: Vec<_> = names.iter().map(String::as_str).collect();
     let place = Place::filled(&names).await;
@@ -692,7 +716,7 @@ async fn whatever_is_damaged_all_users_come_back_and_nothing_is_deleted() {
 }
 
 #[tokio::test]
-async fn damage_that_shows_while_running_is_repaired_at_the_next_operation() {
+async fn row_40_damage_that_shows_while_running_is_repaired_at_the_next_operation() {
     let place = Place::filled(&["anna"]).await;
     let (store, _) = place.open();
     let TokenStore::Sled(worker) = &store;
@@ -710,7 +734,7 @@ async fn damage_that_shows_while_running_is_repaired_at_the_next_operation() {
 }
 
 #[tokio::test]
-async fn rotating_the_key_reseals_records_and_copies_so_that_the_new_key_is_enough() {
+async fn row_45_rotating_the_key_reseals_records_and_copies_so_that_the_new_key_is_enough() {
     let (old, new) = (Keyring::generate_key(), Keyring::generate_key());
     let mut place = Place::new();
     place.keyring = ring(&[&old]);
@@ -742,7 +766,7 @@ async fn rotating_the_key_reseals_records_and_copies_so_that_the_new_key_is_enou
 }
 
 #[tokio::test]
-async fn an_old_key_removed_too_early_costs_no_record() {
+async fn row_46_an_old_key_removed_too_early_costs_no_record() {
     let (old, new) = (Keyring::generate_key(), Keyring::generate_key());
     let mut place = Place::new();
     place.keyring = ring(&[&old]);

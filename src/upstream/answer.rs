@@ -9,6 +9,7 @@ use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 use hyper::client::conn::http1;
 
+use super::sharing::Share;
 use super::{Held, Host, Outgoing};
 
 /// Amazon's bytes as they come. When the last one has passed, the connection goes back to the pool; an answer that is
@@ -17,6 +18,8 @@ use super::{Held, Host, Outgoing};
 pub struct Answer {
     incoming: Incoming,
     lease: Option<Lease>,
+    /// On an HTTP/2 connection: this call's part of it.
+    _share: Option<Share>,
 }
 
 /// An HTTP/1.1 connection that is busy with one exchange.
@@ -34,13 +37,13 @@ impl Answer {
         sender: http1::SendRequest<Outgoing>,
         request: Option<Arc<Held>>,
     ) -> Self {
-        let mut answer = Self { incoming, lease: Some(Lease { host, sender, request }) };
+        let mut answer = Self { incoming, lease: Some(Lease { host, sender, request }), _share: None };
         answer.give_back_at_end();
         answer
     }
 
-    pub(super) fn http2(incoming: Incoming) -> Self {
-        Self { incoming, lease: None }
+    pub(super) fn http2(incoming: Incoming, share: Share) -> Self {
+        Self { incoming, lease: None, _share: Some(share) }
     }
 
     fn give_back_at_end(&mut self) {

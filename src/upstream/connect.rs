@@ -7,13 +7,14 @@ use http::Uri;
 use hyper::client::conn::{http1, http2};
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use rustls::ClientConfig;
 use rustls::pki_types::ServerName;
 use tokio_rustls::TlsConnector;
 use tower_service::Service;
 use url::Url;
 
+use super::ahead::Ahead;
 use super::{Connection, ErrorKind, Http2, Settings};
-use crate::tls;
 
 /// HTTP/2 flow-control windows. hyper's defaults (64 KiB) would bound a download by the round-trip time.
 const STREAM_WINDOW: u32 = 1 << 20;
@@ -30,8 +31,19 @@ pub(super) struct Connector {
     name: ServerName<'static>,
     tcp: HttpConnector,
     tls: TlsConnector,
+    /// The same, and HTTP/1.1 is all that it offers.
+    http1: TlsConnector,
     http2: Http2,
     timeout: Duration,
+}
+
+/// What a new connection offers to speak.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Offer {
+    /// As `upstream.http2` says.
+    Configured,
+    /// HTTP/1.1 only.
+    Http1,
 }
 
 impl std::fmt::Debug for Connector {
@@ -41,7 +53,8 @@ impl std::fmt::Debug for Connector {
 }
 
 impl Connector {
-    pub(super) fn new(origin: &Url, settings: &Settings) -> Result<Self, rustls::Error> {
+    /// `tls` holds the trust roots.
+    pub(super) fn new(origin: &Url, settings: &Settings, tls: &ClientConfig) -> Result<Self, rustls::Error> {
         let alpn: &[&[u8]] = match settings.http2 {
             Http2::Auto => &[b"h2", b"http/1.1"],
             Http2::Never => &[b"http/1.1"],
@@ -59,7 +72,8 @@ impl Connector {
             uri: origin.as_str().parse().map_err(|_| bad())?,
             name: ServerName::try_from(host).map_err(|_| bad())?,
             tcp,
-            tls: TlsConnector::from(Arc::new(tls::client_config(&settings.extra_roots, alpn)?)),
+            tls: offering(tls, alpn),
+            http1: offering(tls, &[b"http/1.1"]),
             http2: settings.http2,
             timeout: settings.connect_timeout,
         })
@@ -70,15 +84,21 @@ impl Connector {
         self.timeout
     }
 
-    pub(super) async fn connect(&self) -> Result<Connection, ErrorKind> {
-        let connected = tokio::time::timeout(self.timeout, self.handshake()).await;
+    /// Whether a host that speaks HTTP/2 may be spoken to in HTTP/1.1, too.
+    pub(super) fn may_speak_http1(&self) -> bool {
+        self.http2 == Http2::Auto
+    }
+
+    pub(super) async fn connect(&self, offer: Offer) -> Result<Connection, ErrorKind> {
+        let connected = tokio::time::timeout(self.timeout, self.handshake(offer)).await;
         connected.unwrap_or(Err(ErrorKind::ConnectTimeout(self.timeout)))
     }
 
-    async fn handshake(&self) -> Result<Connection, ErrorKind> {
+    async fn handshake(&self, offer: Offer) -> Result<Connection, ErrorKind> {
         let tcp = self.tcp.clone().call(self.uri.clone()).await;
         let tcp = tcp.map_err(|error| ErrorKind::Unreachable(error.into()))?.into_inner();
-        let stream = self.tls.connect(self.name.clone(), tcp).await.map_err(ErrorKind::Tls)?;
+        let tls = if offer == Offer::Http1 { &self.http1 } else { &self.tls };
+        let stream = tls.connect(self.name.clone(), Ahead::new(tcp)).await.map_err(ErrorKind::Tls)?;
         let chosen = stream.get_ref().1.alpn_protocol();
         if chosen == Some(b"h2") || self.http2 == Http2::Always {
             let mut builder = http2::Builder::new(TokioExecutor::new());
@@ -93,6 +113,12 @@ impl Connector {
             Ok(Connection::Http1 { sender, reused: false })
         }
     }
+}
+
+fn offering(tls: &ClientConfig, alpn: &[&[u8]]) -> TlsConnector {
+    let mut tls = tls.clone();
+    tls.alpn_protocols = alpn.iter().map(|name| name.to_vec()).collect();
+    TlsConnector::from(Arc::new(tls))
 }
 
 /// Runs a connection until it ends. Its end is told to those who wait on it, and is no event by itself.

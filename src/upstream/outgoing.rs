@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 use std::pin::Pin;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
@@ -13,10 +14,6 @@ use tokio::time::{Sleep, sleep};
 
 use super::lock;
 
-/// A caller who sends nothing of a promised body for this long is given up (nginx's `client_body_timeout` is 60 s; two
-/// reads of an app beside us are not 30 s apart).
-const STALL: Duration = Duration::from_secs(30);
-
 /// A request body: nothing, what was held of an earlier attempt, or the caller's bytes as they come. Trailers are
 /// dropped (RFC 9110, section 6.5.1).
 #[derive(Debug)]
@@ -26,7 +23,7 @@ pub struct Outgoing(Source);
 enum Source {
     Nothing,
     Held { chunks: VecDeque<Bytes>, left: u64 },
-    Caller { incoming: Incoming, held: Arc<Held>, limit: u64, stall: Option<Pin<Box<Sleep>>> },
+    Caller { incoming: Incoming, held: Arc<Held>, limit: u64, patience: Duration, stall: Option<Pin<Box<Sleep>>> },
 }
 
 /// Why a caller's body did not come whole.
@@ -38,8 +35,8 @@ pub enum BodyError {
     /// More than `proxy.max_body`.
     #[error("larger than proxy.max_body")]
     TooLarge,
-    /// Nothing came for 30 seconds.
-    #[error("nothing came for {STALL:?}")]
+    /// Nothing came for `proxy.body_timeout`.
+    #[error("nothing came for proxy.body_timeout")]
     Stalled,
 }
 
@@ -57,17 +54,46 @@ impl BodyError {
     }
 }
 
-/// What has passed of a caller's body: held for a repetition while it is small enough.
+/// What has passed of a caller's body: held for a repetition while it is small enough, and while not too much is held of
+/// all bodies together.
 #[derive(Debug)]
 pub struct Held {
     limit: usize,
+    room: Arc<Room>,
     state: Mutex<State>,
+}
+
+/// How many bytes are held of all bodies together.
+#[derive(Debug, Default)]
+pub struct Room(AtomicUsize);
+
+/// The most that is held at once. Without it a thousand callers that upload slowly would hold `proxy.replay_limit` each,
+/// which is more memory than a sidecar is given. A body that finds no room passes, and is not repeated after a 401.
+const MOST_HELD: usize = 16 << 20;
+
+impl Room {
+    fn take(&self, bytes: usize) -> bool {
+        self.0.fetch_update(Relaxed, Relaxed, |held| Some(held + bytes).filter(|sum| *sum <= MOST_HELD)).is_ok()
+    }
+
+    fn give_back(&self, bytes: usize) {
+        self.0.fetch_sub(bytes, Relaxed);
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        let reserved = lock(&self.state).reserved;
+        self.room.give_back(reserved);
+    }
 }
 
 #[derive(Debug, Default)]
 struct State {
     /// `None` once more than the limit has passed.
     chunks: Option<VecDeque<Bytes>>,
+    /// Bytes of the common room that they take.
+    reserved: usize,
     taken: u64,
     ended: bool,
 }
@@ -78,14 +104,15 @@ impl Outgoing {
         Self(Source::Nothing)
     }
 
-    /// The caller's body as it comes, at most `max` bytes of it; the first `hold` bytes are held for a repetition.
-    pub fn caller(incoming: Incoming, hold: usize, max: Option<u64>) -> Self {
+    /// The caller's body as it comes, at most `max` bytes of it; the first `hold` bytes are held for a repetition. It is
+    /// given up where nothing comes for as long as `patience`.
+    pub fn caller(incoming: Incoming, hold: usize, room: &Arc<Room>, max: Option<u64>, patience: Duration) -> Self {
         if incoming.is_end_stream() {
             return Self::nothing();
         }
         let state = State { chunks: Some(VecDeque::new()), ..State::default() };
-        let held = Arc::new(Held { limit: hold, state: Mutex::new(state) });
-        Self(Source::Caller { incoming, held, limit: max.unwrap_or(u64::MAX), stall: None })
+        let held = Arc::new(Held { limit: hold, room: room.clone(), state: Mutex::new(state) });
+        Self(Source::Caller { incoming, held, limit: max.unwrap_or(u64::MAX), patience, stall: None })
     }
 
     /// What is being held of this body; `None` where there is no body to come.
@@ -123,10 +150,14 @@ impl Held {
         if state.taken > limit {
             return Err(BodyError::TooLarge);
         }
-        if state.taken > self.limit as u64 {
-            state.chunks = None;
-        } else if let Some(chunks) = &mut state.chunks {
-            chunks.push_back(data.clone());
+        if state.chunks.is_some() {
+            if state.taken <= self.limit as u64 && self.room.take(data.len()) {
+                state.reserved += data.len();
+                state.chunks.get_or_insert_default().push_back(data.clone());
+            } else {
+                state.chunks = None;
+                self.room.give_back(std::mem::take(&mut state.reserved));
+            }
         }
         Ok(())
     }
@@ -144,9 +175,9 @@ impl Body for Outgoing {
                 *left -= chunk.as_ref().map_or(0, |chunk| chunk.len() as u64);
                 Poll::Ready(chunk.map(|chunk| Ok(Frame::data(chunk))))
             }
-            Source::Caller { incoming, held, limit, stall } => {
+            Source::Caller { incoming, held, limit, patience, stall } => {
                 let Poll::Ready(frame) = Pin::new(&mut *incoming).poll_frame(cx) else {
-                    ready!(stall.get_or_insert_with(|| Box::pin(sleep(STALL))).as_mut().poll(cx));
+                    ready!(stall.get_or_insert_with(|| Box::pin(sleep(*patience))).as_mut().poll(cx));
                     return Poll::Ready(Some(Err(BodyError::Stalled)));
                 };
                 *stall = None;
@@ -188,8 +219,12 @@ mod tests {
     use super::*;
 
     fn held(limit: usize) -> Held {
+        held_in(limit, &Arc::default())
+    }
+
+    fn held_in(limit: usize, room: &Arc<Room>) -> Held {
         let state = State { chunks: Some(VecDeque::new()), ..State::default() };
-        Held { limit, state: Mutex::new(state) }
+        Held { limit, room: room.clone(), state: Mutex::new(state) }
     }
 
     #[test]
@@ -199,6 +234,29 @@ mod tests {
         assert!(held.again().is_none());
         held.pass(&Bytes::from_static(b" and half"), u64::MAX, true).unwrap();
         assert_eq!(held.again().unwrap().size_hint().exact(), Some(13));
+    }
+
+    #[test]
+    fn row_101_together_no_more_is_held_than_there_is_room() {
+        let room = Arc::<Room>::default();
+        let mebibyte = Bytes::from(vec![b'x'; 1 << 20]);
+        let upload = || {
+            let held = held_in(usize::MAX, &room);
+            held.pass(&mebibyte, u64::MAX, true).unwrap();
+            held
+        };
+        let uploads: Vec<_> = (0..20).map(|_| upload()).collect();
+        assert_eq!(uploads.iter().filter(|held| held.again().is_some()).count(), MOST_HELD >> 20);
+        assert_eq!(room.0.load(Relaxed), MOST_HELD);
+        // What found no room passed all the same, and what is over gives its room back.
+        assert!(uploads.iter().all(|held| held.taken() == (1 << 20, true)));
+        drop(uploads);
+        assert_eq!(room.0.load(Relaxed), 0);
+        let too_large = held_in(3, &room);
+        too_large.pass(&Bytes::from_static(b"abc"), u64::MAX, false).unwrap();
+        assert_eq!(room.0.load(Relaxed), 3);
+        too_large.pass(&Bytes::from_static(b"d"), u64::MAX, true).unwrap();
+        assert_eq!((room.0.load(Relaxed), too_large.again().is_none()), (0, true));
     }
 
     #[test]

@@ -1,12 +1,15 @@
 """Holds the Dockerfile to what it promises, on a machine without a container engine.
 
 The facts are read from the parsed file; the build stage's own commands are replayed in an empty directory that holds
-only what the Dockerfile copies there.
+only what the Dockerfile copies there, and the final stage's files are put into a directory and started in it.
 """
 
+import json
 import os
 import re
 import shutil
+import signal
+import socket
 import subprocess
 import tomllib
 from dataclasses import dataclass, field
@@ -191,3 +194,70 @@ def test_every_library_of_the_binary_is_found_and_none_brings_another(adsidecar)
     names = {Path(line.split()[0]).name for line in listing.splitlines() if line.strip()}
     assert "not found" not in listing
     assert names - {"linux-vdso.so.1"} <= FINAL_STAGE_LIBRARIES, listing
+
+
+@pytest.fixture
+def final_root(stages, adsidecar, tmp_path) -> Path:
+    """The final stage's file system: what its COPY lines bring, and of the base only the libraries that the binary loads."""
+    root, made = tmp_path / "root", {"/build/target/release/adsidecar": adsidecar}
+    root.mkdir()
+    for arguments in stages[-1].all("COPY"):
+        source, destination = without_flags(arguments).split()
+        there = root / destination.lstrip("/")
+        if source in made:
+            shutil.copy2(made[source], there)
+        else:
+            there.mkdir()
+        if owner := re.search(r"--chown=(\d+):(\d+)", arguments):
+            os.chown(there, int(owner[1]), int(owner[2]))
+    listing = subprocess.run(["ldd", adsidecar], check=True, capture_output=True, text=True).stdout
+    for library in re.findall(r"(/\S+) \(0x", listing):
+        there = root / library.lstrip("/")
+        there.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(library, there)
+    # pytest's directories are for their owner alone, and the image's user is another.
+    for directory in [root, *root.parents[: len(root.parents) - len(Path("/tmp").parents) - 1]]:
+        if directory.stat().st_uid == os.getuid() and directory != Path("/tmp"):
+            directory.chmod(0o755)
+    return root
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="chroot is for root alone; tests/run on the machines that check us is root")
+def test_the_final_stage_starts_as_its_user_with_nothing_but_its_files(stages, final_root):
+    """No engine, but the same: its files alone, its user, its working directory, its entry point."""
+    user, [entry_point] = stages[-1].all("USER")[0], [json.loads(one) for one in stages[-1].all("ENTRYPOINT")]
+    environment = {
+        "AMAZON_CLIENT_ID": "amzn1.application-oa2-client.test",
+        "AMAZON_CLIENT_SECRET": "a-secret",
+        "FERNET_KEY": "cw_0x689RpI-jtRR7oE8h_eQsKImvJapLeSbXpwF4e4=",
+        "ADSIDECAR_PROXY__LISTEN": f"127.0.0.1:{free_port()}",
+        "ADSIDECAR_ADMIN__LISTEN": f"127.0.0.1:{free_port()}",
+    }
+
+    def inside(*words: str) -> list[str]:
+        return [shutil.which("chroot", path="/usr/sbin:/usr/bin:/sbin:/bin"), f"--userspec={user}", "--groups=", str(final_root), *entry_point, *words]
+
+    def run(*words: str) -> subprocess.CompletedProcess:
+        return subprocess.run(inside(*words), env=environment, capture_output=True, text=True, timeout=60)
+
+    assert run("version").stdout.startswith("adsidecar ")
+    assert run("check").returncode == 0
+    assert run("health").returncode == 1, "nobody is there yet"
+    serving = subprocess.Popen(inside(), env=environment, stderr=subprocess.PIPE, text=True)
+    try:
+        waited = run("wait", "--timeout", "30s")
+        assert waited.returncode == 0, waited.stderr
+        assert run("health", "--ready").returncode == 0
+        status = Path(f"/proc/{serving.pid}/status").read_text()
+        assert re.search(r"^Uid:\s+65532\s", status, re.MULTILINE)
+        [store] = (final_root / "data").glob("*.sled")
+        assert store.stat().st_uid == 65532, "the store lies in the volume"
+    finally:
+        serving.send_signal(signal.Signals[stages[-1].all("STOPSIGNAL")[0]])
+        assert serving.wait(30) == 0
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]

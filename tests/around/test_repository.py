@@ -91,3 +91,14 @@ def test_every_shell_script_parses_and_pleases_shellcheck(scripts):
 def test_every_shell_script_stops_at_the_first_error(scripts):
     for script in scripts:
         assert "\nset -euo pipefail\n" in script.read_text(), f"{script.name}: set -euo pipefail"
+
+
+def test_a_plain_build_has_no_fail_points(repository):
+    def libraries(*words: str) -> set[str]:
+        command = ["cargo", "tree", "--locked", "--edges", "normal", "--prefix", "none", *words]
+        told = subprocess.run(command, cwd=repository, check=True, capture_output=True, text=True)
+        return {line.split()[0] for line in told.stdout.splitlines() if line}
+
+    assert "tokio" in libraries()
+    assert "fail" not in libraries(), "what ships must not be stopped by a variable of the environment"
+    assert "fail" in libraries("--features", "failpoints")

@@ -24,6 +24,7 @@ async fn the_admin_door_is_for_this_machine_and_for_no_web_page() {
     }
     for (method, path) in [
         (Method::POST, "/quitquitquit"),
+        (Method::GET, "/rotate"),
         (Method::POST, "/rotate"),
         (Method::PUT, "/log"),
         (Method::GET, "/"),
@@ -34,7 +35,8 @@ async fn the_admin_door_is_for_this_machine_and_for_no_web_page() {
     }
     for (method, path, status) in [
         (Method::GET, "/quitquitquit", 405),
-        (Method::GET, "/rotate", 405),
+        (Method::GET, "/rotate", 200),
+        (Method::DELETE, "/rotate", 405),
         (Method::POST, "/rotate", 400),
         (Method::POST, "/rotate?key=00000000", 400),
         (Method::POST, "/livez", 405),
@@ -65,7 +67,7 @@ async fn probes_and_scrapers_come_by_any_name() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn ready_is_about_us_and_not_about_amazon_or_logins() {
+async fn row_110_ready_and_alive_are_about_us_and_not_about_amazon_or_logins() {
     let mut rig = Rig::start().await;
     let readyz = async |rig: &Rig| at_door(rig, Method::GET, "/readyz", &[]).await.status().as_u16();
     assert_eq!(readyz(&rig).await, 200, "nobody is logged in");

@@ -17,31 +17,31 @@ use tokio::net::TcpStream;
 
 use crate::rig::{FERNET_KEY, Rig, eventually, json};
 
-const BINARY: &str = env!("CARGO_BIN_EXE_adsidecar");
-const OTHER_KEY: &str = "AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8=";
+pub const BINARY: &str = env!("CARGO_BIN_EXE_adsidecar");
+pub const OTHER_KEY: &str = "AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8=";
 /// How a command ends (sysexits.h).
-const DONE: i32 = 0;
-const FAILED: i32 = 1;
+pub const DONE: i32 = 0;
+pub const FAILED: i32 = 1;
 const USAGE: i32 = 64;
-const HELD: i32 = 75;
-const CONFIG: i32 = 78;
+pub const HELD: i32 = 75;
+pub const CONFIG: i32 = 78;
 
 /// What a command said.
-struct Ran {
-    code: i32,
-    out: String,
-    err: String,
+pub struct Ran {
+    pub code: i32,
+    pub out: String,
+    pub err: String,
 }
 
 /// A world with a clock that runs, whose sidecar is stopped: the commands come to its store.
-async fn stopped() -> Rig {
+pub async fn stopped() -> Rig {
     let mut rig = Rig::with_running_clock("").await;
     rig.log_in("default").await;
     rig.stop_sidecar().await;
     rig
 }
 
-fn command(arguments: &[&str]) -> Command {
+pub fn command(arguments: &[&str]) -> Command {
     let mut command = Command::new(BINARY);
     command.args(arguments).env_clear().stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     command
@@ -49,7 +49,18 @@ fn command(arguments: &[&str]) -> Command {
 
 /// Runs a command to its end.
 async fn bare(arguments: &[&str], input: &str) -> Ran {
-    let (mut command, input) = (command(arguments), input.to_owned());
+    ended(command(arguments), input).await
+}
+
+/// The same with these variables in its environment.
+pub async fn bare_with(arguments: &[&str], variables: &[(&str, &str)]) -> Ran {
+    let mut command = command(arguments);
+    command.envs(variables.iter().copied());
+    ended(command, "").await
+}
+
+async fn ended(mut command: Command, input: &str) -> Ran {
+    let input = input.to_owned();
     let ran = tokio::task::spawn_blocking(move || {
         let mut child = command.spawn().unwrap();
         // A command that reads nothing may be gone already.
@@ -62,42 +73,34 @@ async fn bare(arguments: &[&str], input: &str) -> Ran {
 }
 
 /// Runs a command with the world's configuration.
-async fn run(rig: &Rig, arguments: &[&str], input: &str) -> Ran {
+pub async fn run(rig: &Rig, arguments: &[&str], input: &str) -> Ran {
     let file = rig.config_file();
     bare(&[&["--config", file.to_str().unwrap()], arguments].concat(), input).await
 }
 
 /// The same, beside the sidecar that runs in this process.
-async fn beside(rig: &Rig, arguments: &[&str]) -> Ran {
+pub async fn beside(rig: &Rig, arguments: &[&str]) -> Ran {
     let doors = [format!("proxy.listen={}", rig.proxy_address()), format!("admin.listen={}", rig.admin_address())];
     run(rig, &[arguments, &["--set", &doors[0], "--set", &doors[1]]].concat(), "").await
 }
 
 /// A sidecar in a process of its own.
-struct Serving {
-    child: Child,
-    log: Arc<Mutex<String>>,
-    proxy: String,
-    admin: String,
+pub struct Serving {
+    pub child: Child,
+    pub log: Arc<Mutex<String>>,
+    pub proxy: String,
+    pub admin: String,
 }
 
 impl Serving {
     /// Starts it, and returns once it serves.
-    async fn start(rig: &Rig, arguments: &[&str]) -> Self {
+    pub async fn start(rig: &Rig, arguments: &[&str]) -> Self {
         let file = rig.config_file();
         Self::spawn(command(&[&["serve", "--config", file.to_str().unwrap()], arguments].concat())).await
     }
 
-    async fn spawn(mut command: Command) -> Self {
-        let mut child = command.spawn().unwrap();
-        let log = Arc::new(Mutex::new(String::new()));
-        let (lines, kept) = (BufReader::new(child.stderr.take().unwrap()).lines(), log.clone());
-        std::thread::spawn(move || {
-            for line in lines.map_while(Result::ok) {
-                kept.lock().unwrap().push_str(&(line + "\n"));
-            }
-        });
-        let mut serving = Self { child, log, proxy: String::new(), admin: String::new() };
+    pub async fn spawn(mut command: Command) -> Self {
+        let mut serving = Self::told(command.spawn().unwrap(), String::new(), String::new());
         let line = serving.says(" serving ").await;
         let address = |door: &str| {
             let (_, rest) = line.split_once(&format!("{door}=[")).unwrap();
@@ -107,8 +110,20 @@ impl Serving {
         serving
     }
 
+    /// One that was started, and whose doors are known; its log is read.
+    pub fn told(mut child: Child, proxy: String, admin: String) -> Self {
+        let log = Arc::new(Mutex::new(String::new()));
+        let (lines, kept) = (BufReader::new(child.stderr.take().unwrap()).lines(), log.clone());
+        std::thread::spawn(move || {
+            for line in lines.map_while(Result::ok) {
+                kept.lock().unwrap().push_str(&(line + "\n"));
+            }
+        });
+        Self { child, log, proxy, admin }
+    }
+
     /// Waits for a line of its log.
-    async fn says(&self, text: &str) -> String {
+    pub async fn says(&self, text: &str) -> String {
         eventually(text, async || {
             let log = self.log.lock().unwrap();
             log.lines().find(|line| line.contains(text)).map(str::to_owned)
@@ -116,13 +131,13 @@ impl Serving {
         .await
     }
 
-    fn signal(&self, name: &str) {
+    pub fn signal(&self, name: &str) {
         let sent = Command::new("kill").args(["-s", name, &self.child.id().to_string()]).status().unwrap();
         assert!(sent.success());
     }
 
     /// Its exit code, and how long it took to come.
-    async fn ended(&mut self) -> (Option<i32>, Duration) {
+    pub async fn ended(&mut self) -> (Option<i32>, Duration) {
         let begun = Instant::now();
         let child = &mut self.child;
         let mut code = None;
@@ -134,12 +149,12 @@ impl Serving {
         (code.unwrap().code(), begun.elapsed())
     }
 
-    fn url(&self, path: &str) -> String {
+    pub fn url(&self, path: &str) -> String {
         format!("http://{}{path}", self.proxy)
     }
 
     /// Begins a call and leaves the connection open.
-    async fn call(&self, path: &str) -> TcpStream {
+    pub async fn call(&self, path: &str) -> TcpStream {
         let mut stream = TcpStream::connect(&self.proxy).await.unwrap();
         let head = format!("GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n");
         stream.write_all(head.as_bytes()).await.unwrap();
@@ -168,11 +183,11 @@ fn files(root: &Path) -> BTreeMap<String, Vec<u8>> {
     all
 }
 
-fn sealed(text: &str) -> String {
+pub fn sealed(text: &str) -> String {
     Fernet::new(FERNET_KEY).unwrap().encrypt(text.as_bytes())
 }
 
-fn opened(token: &Value) -> String {
+pub fn opened(token: &Value) -> String {
     String::from_utf8(Fernet::new(FERNET_KEY).unwrap().decrypt(token.as_str().unwrap()).unwrap()).unwrap()
 }
 
@@ -196,7 +211,7 @@ async fn a_command_line_that_cannot_be_read_is_64() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_wrong_configuration_is_78_with_every_problem_and_no_secret() {
+async fn row_104_a_wrong_configuration_is_78_with_every_problem_and_no_secret() {
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("wrong.toml");
     let text = "[amazon]\nclient_secret = \"can ary\"\nredirect_uri = \"http://app.example.com/cb\"\n\
@@ -227,7 +242,7 @@ async fn a_wrong_configuration_is_78_with_every_problem_and_no_secret() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_wrong_fernet_key_is_78_and_changes_nothing() {
+async fn row_43_a_wrong_fernet_key_is_78_and_changes_nothing() {
     let rig = stopped().await;
     let before = files(rig.directory.path());
     let wanted = Keyring::new(&[Secret::new(FERNET_KEY)]).unwrap().first().to_string();
@@ -244,7 +259,7 @@ async fn a_wrong_fernet_key_is_78_and_changes_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_second_process_is_75() {
+async fn row_38_a_second_process_is_75() {
     let rig = Rig::with_running_clock("").await;
     rig.log_in("default").await;
     for arguments in [&["serve"][..], &["users", "import"], &["store", "dump"], &["store", "restore"]] {
@@ -373,39 +388,6 @@ async fn without_a_key_development_makes_one_and_production_refuses() {
     assert_eq!(std::os::unix::fs::PermissionsExt::mode(&key.permissions()) & 0o777, 0o600);
     let again = bare(&[&["users", "list"], &arguments[..]].concat(), "").await;
     assert!(again.out.starts_with("default\tfresh\t"), "{}{}", again.out, again.err);
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_rotation_seals_everything_with_the_first_key() {
-    let mut rig = stopped().await;
-    let both = format!("store.fernet_keys={OTHER_KEY},{FERNET_KEY}");
-    let rotated = run(&rig, &["key", "rotate", "--set", &both], "").await;
-    assert_eq!(rotated.code, DONE, "{}", rotated.err);
-    assert!(rotated.out.starts_with("1 grants sealed anew"), "{}", rotated.out);
-    let again = run(&rig, &["key", "rotate", "--set", &both], "").await;
-    assert!(again.out.starts_with("0 grants"), "{}", again.out);
-    assert_eq!(run(&rig, &["users", "list"], "").await.code, CONFIG, "the old key alone opens nothing any more");
-    rig.sets.push(("store.fernet_keys".into(), OTHER_KEY.into()));
-    rig.start_sidecar().await;
-    assert_eq!(rig.get("/v2/profiles").await.status(), 200);
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_running_sidecar_rotates_when_asked() {
-    let mut rig = stopped().await;
-    rig.sets.push(("store.fernet_keys".into(), format!("{OTHER_KEY},{FERNET_KEY}")));
-    rig.start_sidecar().await;
-    let other = beside(&rig, &["key", "rotate"]).await;
-    assert_eq!((other.code, other.out.as_str()), (FAILED, ""), "it seals with the key that it was started with");
-    assert!(other.err.contains("Restart it") && !other.err.contains(FERNET_KEY), "{}", other.err);
-    let both = format!("store.fernet_keys={OTHER_KEY},{FERNET_KEY}");
-    let rotated = beside(&rig, &["key", "rotate", "--set", &both]).await;
-    assert_eq!(rotated.code, DONE, "{}", rotated.err);
-    assert!(rotated.out.starts_with("1 grants sealed anew"), "{}", rotated.out);
-    assert_eq!(rig.post("/api/auth/amazon/refresh").await.status(), 200);
-    assert_eq!(rig.get("/v2/profiles").await.status(), 200);
-    rig.restart_with("store.fernet_keys", OTHER_KEY).await;
-    assert_eq!(rig.get("/v2/profiles").await.status(), 200);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -566,7 +548,7 @@ async fn health_and_wait_ask_the_admin_door() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn sigterm_lets_what_is_in_flight_finish_and_then_ends_at_once() {
+async fn row_96_sigterm_lets_what_is_in_flight_finish_and_then_ends_at_once() {
     let rig = stopped().await;
     for signal in ["TERM", "INT"] {
         let mut serving = Serving::start(&rig, &[]).await;
@@ -594,7 +576,7 @@ async fn sigterm_lets_what_is_in_flight_finish_and_then_ends_at_once() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_second_signal_and_the_end_of_the_drain_break_off_what_hangs() {
+async fn row_97_a_second_signal_and_the_end_of_the_drain_break_off_what_hangs() {
     let rig = stopped().await;
     rig.sandbox.set_trouble(Rule::from(Trouble::Hang).at(Door::Na).always());
     let mut impatient = Serving::start(&rig, &[]).await;
@@ -621,7 +603,7 @@ async fn a_second_signal_and_the_end_of_the_drain_break_off_what_hangs() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_grant_survives_kill_nine_and_no_log_holds_a_secret() {
+async fn row_98_a_grant_survives_kill_nine_and_no_log_holds_a_secret() {
     let mut rig = Rig::with_running_clock("").await;
     rig.stop_sidecar().await;
     let log = {

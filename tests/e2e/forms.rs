@@ -9,7 +9,7 @@ fn get(target: &str, host: &str) -> String {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn nobody_elses_host_is_reached() {
+async fn threat_19_nobody_elses_host_is_reached() {
     let rig = Rig::set(&[]).await;
     for (target, host) in [
         ("http://evil.test/x", "evil.test"),
@@ -39,7 +39,7 @@ async fn nobody_elses_host_is_reached() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn tunnels_are_refused_with_a_hint() {
+async fn row_74_tunnels_are_refused_with_a_hint() {
     let rig = Rig::set(&[]).await;
     for line in [
         "CONNECT advertising-api.amazon.com:443",
@@ -66,7 +66,7 @@ async fn tunnels_are_refused_with_a_hint() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_absolute_form_names_a_region() {
+async fn row_77_the_absolute_form_names_a_region() {
     let rig = Rig::set(&[]).await;
     for (authority, door) in [
         ("advertising-api.amazon.com", Door::Na),
@@ -192,4 +192,36 @@ async fn a_unix_socket_serves_under_any_host() {
     assert_eq!(page.reply().await.said(), (403, "cross_site"));
     rig.stop_sidecar().await;
     assert!(!path.exists(), "the socket file goes with the door");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_unix_socket_is_for_those_whom_its_mode_and_the_list_of_users_let_in() {
+    use std::os::unix::fs::{MetadataExt, PermissionsExt};
+
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("ads.sock");
+    let listen = format!("127.0.0.1:0,unix:{}", path.display());
+    let mut rig = Rig::set(&[("proxy.listen", &listen)]).await;
+    let mode = || std::fs::metadata(&path).unwrap().permissions().mode() & 0o7777;
+    assert_eq!(mode(), 0o600, "for its own user alone unless told otherwise");
+    rig.restart_with("proxy.socket_mode", "0660").await;
+    assert_eq!(mode(), 0o660);
+
+    let ask = async |path: &std::path::Path, target: &str| {
+        let mut wire = crate::wire::Wire::unix(path).await;
+        wire.send(get(target, "localhost")).await;
+        wire.reply().await
+    };
+    let own = std::fs::metadata(&path).unwrap().uid();
+    rig.restart_with("proxy.peer_uids", &format!("{}", own + 1)).await;
+    for target in ["/v2/profiles", "/api/auth/amazon/status", "/api/auth/amazon/callback?code=x&state=y"] {
+        let refused = ask(&path, target).await;
+        assert_eq!(refused.said(), (407, "caller_unauthorized"), "{target}");
+        assert!(refused.json()["detail"].as_str().unwrap().contains("proxy.peer_uids"), "{refused:?}");
+    }
+    assert!(rig.ads_calls().is_empty());
+    assert_eq!(rig.metric("adsidecar_guard_denied_total{reason=\"peer_uid\"}").await, 3.0);
+    assert_eq!(rig.get("/v2/profiles").await.status(), 200, "who comes by TCP is no peer of a socket file");
+    rig.restart_with("proxy.peer_uids", &format!("{},{own}", own + 1)).await;
+    assert_eq!(ask(&path, "/v2/profiles").await.status, 200);
 }

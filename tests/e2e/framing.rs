@@ -20,7 +20,7 @@ fn posted(headers: &str) -> String {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn codings_that_can_be_read_in_two_ways_are_refused() {
+async fn threat_16_codings_that_can_be_read_in_two_ways_are_refused() {
     let rig = Rig::set(&[]).await;
     for codings in [
         "Transfer-Encoding: gzip, chunked",
@@ -38,7 +38,7 @@ async fn codings_that_can_be_read_in_two_ways_are_refused() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_never_was_a_request_is_refused_bare() {
+async fn row_78_what_never_was_a_request_is_refused_bare() {
     let rig = Rig::set(&[]).await;
     for headers in [
         "Transfer-Encoding: xchunked",
@@ -130,7 +130,7 @@ async fn a_badly_framed_body_is_never_a_complete_call() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn heads_and_targets_have_a_limit() {
+async fn row_71_heads_and_targets_have_a_limit() {
     let rig = Rig::set(&[]).await;
     let head =
         |bytes: usize| format!("GET /sandbox/echo HTTP/1.1\r\nHost: localhost\r\nX-Big: {}\r\n\r\n", "x".repeat(bytes));
@@ -148,7 +148,7 @@ async fn heads_and_targets_have_a_limit() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_upgrade_stays_plain_http() {
+async fn threat_18_an_upgrade_stays_plain_http() {
     let rig = Rig::set(&[]).await;
     for headers in [
         "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Key: x\r\nSec-WebSocket-Version: 13",

@@ -17,7 +17,7 @@ async fn sent(rig: &Rig, path: &str, lines: &[&str]) -> adsidecar::sandbox::Call
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn no_spelling_of_a_managed_header_survives() {
+async fn threat_14_no_spelling_of_a_managed_header_survives() {
     let rig = Rig::with(&format!("[[account]]\nname = \"a\"\nprofile_id = \"{NA}\"\n")).await;
     rig.log_in("default").await;
     let host = rig.sandbox.origin(Door::Na).strip_prefix("https://").unwrap().to_owned();
@@ -54,7 +54,7 @@ async fn no_spelling_of_a_managed_header_survives() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn no_connection_line_strips_what_we_attach() {
+async fn threat_15_no_connection_line_strips_what_we_attach() {
     let rig =
         Rig::with(&format!("[[account]]\nname = \"a\"\nprofile_id = \"{NA}\"\nheaders = {{ X-Team = \"blue\" }}\n"))
             .await;
@@ -123,7 +123,7 @@ async fn what_speaks_of_the_caller_stays_here() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_answers_hop_by_hop_headers_stay_here() {
+async fn row_64_an_answers_hop_by_hop_headers_stay_here_and_its_cookies_pass() {
     let amazon = Scripted::saying(
         "HTTP/1.1 200 OK\r\nConnection: keep-alive, X-Private\r\nKeep-Alive: timeout=5\r\nX-Private: 1\r\n\
          Proxy-Authenticate: Basic\r\nUpgrade: h2c\r\nTrailer: X-T\r\nX-Adsidecar-Error: forged\r\n\

@@ -5,7 +5,8 @@ use adsidecar::sandbox::{Options, Rule, Trouble, pseudo_random_bytes};
 use sha2::{Digest, Sha256};
 use tokio::task::JoinSet;
 
-use crate::rig::{Rig, json};
+use crate::rig::{Rig, eventually, json};
+use crate::wire::{Scripted, Wire};
 
 async fn rig(http2: &str) -> Rig {
     let clock = Clock::frozen("2026-08-01T12:00:00Z".parse().unwrap());
@@ -68,6 +69,27 @@ async fn concurrent_calls_share_one_connection() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn who_goes_on_calling_alone_gets_a_connection_of_http1() {
+    for (mode, lane) in [("auto", true), ("always", false)] {
+        let rig = rig(mode).await;
+        let call = async || {
+            rig.get("/v2/profiles").await.bytes().await.unwrap();
+            (connections(&rig).len() == 2).then_some(())
+        };
+        for _ in 0..200 {
+            call().await;
+        }
+        if lane {
+            eventually("a second connection", call).await;
+            at_once(&rig, 50).await;
+            assert_eq!(connections(&rig).len(), 2, "one for a lone caller, one for all others");
+        } else {
+            assert_eq!(call().await, None, "HTTP/2 or nothing");
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn bytes_pass_as_over_http1() {
     let rig = rig("auto").await;
     for target in ["//x%2Fy?min=2023-10-01T00:00:00&b=%2B+c", "/sandbox/echo?", "/amc/%7Bid%7D/a|b?c|d", "/x/../y"] {
@@ -114,4 +136,67 @@ async fn an_answer_that_breaks_off_over_http2_is_never_ended_cleanly() {
         assert!(came.len() < 100_000 && !came.ends_with("\r\n0\r\n\r\n"), "{query}");
     }
     assert_eq!(rig.get("/v2/profiles").await.status(), 200);
+}
+
+/// One HTTP/2 frame (RFC 9113, section 4.1).
+fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
+    let length = u32::try_from(payload.len()).unwrap().to_be_bytes();
+    [&length[1..], &[kind, flags], &stream.to_be_bytes(), payload].concat()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn row_67_a_server_that_floods_or_resets_costs_a_call_and_nothing_more() {
+    const DATA: u8 = 0;
+    const HEADERS: u8 = 1;
+    const RST_STREAM: u8 = 3;
+    const SETTINGS: u8 = 4;
+    const PING: u8 = 6;
+    const GOAWAY: u8 = 7;
+    const CONTINUATION: u8 = 9;
+    /// `:status: 200` in HPACK.
+    const OK: u8 = 0x88;
+    let attacks: [(&str, Vec<u8>); 6] = [
+        ("goes away at once", frame(GOAWAY, 0, 0, &[0; 8])),
+        ("resets the stream", frame(RST_STREAM, 0, 1, &[0, 0, 0, 2])),
+        ("goes away within", [frame(HEADERS, 4, 1, &[OK]), frame(GOAWAY, 0, 0, &[0, 0, 0, 0, 0, 0, 0, 2])].concat()),
+        ("empty DATA", [frame(HEADERS, 4, 1, &[OK]), frame(DATA, 0, 1, &[]).repeat(200_000)].concat()),
+        ("CONTINUATION", {
+            // Headers without an end, each new; none of them may be collected for ever.
+            let junk = frame(CONTINUATION, 0, 1, &[0, 1, b'a', 1, b'b'].repeat(1000));
+            [frame(HEADERS, 0, 1, &[OK]), junk.repeat(2000)].concat()
+        }),
+        ("PING", [frame(PING, 0, 0, &[0; 8]).repeat(100_000), frame(RST_STREAM, 0, 1, &[0, 0, 0, 2])].concat()),
+    ];
+    for (name, attack) in attacks {
+        let attack = std::sync::Arc::new(attack);
+        let amazon = Scripted::speaking(&["h2"], move |mut wire: Wire, number| {
+            let attack = attack.clone();
+            async move {
+                // The preface, and the first frames up to the end of the request's head.
+                wire.take(24).await;
+                wire.send(frame(SETTINGS, 0, 0, &[])).await;
+                loop {
+                    let head = wire.take(9).await;
+                    let [_, high, low, kind, ..] = head[..] else { return };
+                    wire.take(usize::from(high) << 8 | usize::from(low)).await;
+                    if kind == HEADERS {
+                        break;
+                    }
+                }
+                if number > 4 {
+                    return;
+                }
+                wire.send(&*attack).await;
+                wire.end().await;
+            }
+        })
+        .await;
+        let rig = Rig::before(&amazon, &[]).await;
+        let mut wire = rig.dial().await;
+        wire.send("POST /x HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\nConnection: close\r\n\r\n").await;
+        let came = wire.everything().await;
+        assert!(came.starts_with("HTTP/1.1 502") || !came.ends_with("0\r\n\r\n"), "{name}: never a clean end: {came}");
+        assert!(amazon.connections() <= 2, "{name}: {} connections", amazon.connections());
+        assert_eq!(rig.metric("adsidecar_requests_in_flight").await, 0.0, "{name}");
+    }
 }

@@ -10,7 +10,7 @@ use crate::wire::eventually;
 const CALL: &str = "GET /sandbox/echo HTTP/1.1\r\nHost: localhost\r\n\r\n";
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_slow_head_is_refused() {
+async fn threat_24_a_slow_head_is_refused() {
     let rig = Rig::set(&[("proxy.header_timeout", "150ms")]).await;
     for used in [false, true] {
         let mut wire = rig.dial().await;
@@ -143,5 +143,54 @@ async fn a_refused_upload_still_learns_why() {
         let answer = upload.send().await.expect("an answer, and no reset connection");
         assert_eq!((answer.status().as_u16(), crate::rig::code(&answer)), (413, "body_too_large"));
         assert_eq!(crate::rig::json(answer).await["code"], "body_too_large");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn row_70_a_caller_that_takes_nothing_of_its_answer_is_cut_off_and_amazon_with_it() {
+    const MIB: u64 = 1 << 20;
+    let rig = Rig::set(&[("proxy.write_timeout", "200ms")]).await;
+    let mut wire = rig.dial().await;
+    wire.send(format!("GET /sandbox/bytes/{} HTTP/1.1\r\nHost: localhost\r\n\r\n", 256 * MIB)).await;
+    assert_eq!(wire.reply_head().await.status, 200);
+    // Until then Amazon was held back as well: what it sent beyond the sockets' buffers was not taken.
+    crate::rig::eventually("the answer to be given up", async || {
+        (rig.metric("adsidecar_requests_in_flight").await == 0.0).then_some(())
+    })
+    .await;
+    let came = wire.take(256 * MIB as usize).await.len() as u64;
+    assert!(came < 64 * MIB, "{came} bytes came of an answer that nobody read");
+    // Who reads slowly, and does read, gets all of it.
+    let mut patient = rig.dial().await;
+    patient.send(format!("GET /sandbox/bytes/{} HTTP/1.1\r\nHost: localhost\r\n\r\n", 8 * MIB)).await;
+    assert_eq!(patient.reply_head().await.status, 200);
+    let mut read = 0;
+    while read < 8 * MIB as usize {
+        read += patient.take(MIB as usize).await.len();
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    assert_eq!(rig.get("/v2/profiles").await.status(), 200);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn threat_24_a_body_that_does_not_go_on_is_given_up_and_never_a_complete_call() {
+    let rig = Rig::set(&[("proxy.body_timeout", "150ms")]).await;
+    for framing in ["Content-Length: 100", "Transfer-Encoding: chunked"] {
+        rig.sandbox.clear_history();
+        let mut wire = rig.dial().await;
+        let begun = Instant::now();
+        wire.send(format!("POST /sandbox/echo HTTP/1.1\r\nHost: localhost\r\n{framing}\r\n\r\n5\r\nabcde\r\n")).await;
+        assert_eq!(wire.reply().await.said(), (408, "request_timeout"), "{framing}");
+        assert!(wire.closes().await);
+        assert!(
+            (Duration::from_millis(150)..Duration::from_secs(5)).contains(&begun.elapsed()),
+            "{:?}",
+            begun.elapsed()
+        );
+        eventually("Amazon sees the end", || {
+            rig.ads_calls().iter().all(|call| call.status.is_none() && !call.complete)
+        })
+        .await;
+        assert_eq!(rig.ads_calls().len(), 1, "it is not repeated");
     }
 }

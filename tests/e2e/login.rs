@@ -174,7 +174,7 @@ async fn return_to_leads_nowhere_but_to_the_frontend() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_callback_that_no_login_of_ours_began_is_refused() {
+async fn row_83_a_callback_that_amazon_would_not_send_is_refused_and_costs_nothing() {
     let rig = Rig::start().await;
     let callback = callback_of(&rig, "default").await;
     for bad in [
@@ -182,17 +182,27 @@ async fn a_callback_that_no_login_of_ours_began_is_refused() {
         "/api/auth/amazon/callback?code=x",
         "/api/auth/amazon/callback?state=x",
         "/api/auth/amazon/callback?error=access_denied",
-        "/api/auth/amazon/callback?code=x&state=unknown",
-        "/api/auth/amazon/callback?code=x&state=",
     ] {
         refused(&rig.get(bad).await, 400, "state_invalid");
     }
     refused(&rig.get(&format!("{callback}&error=access_denied")).await, 400, "state_invalid");
+    for doubled in ["code=x", "state=x", "scope=x"] {
+        refused(&rig.get(&format!("{callback}&{doubled}")).await, 400, "bad_request");
+    }
     assert_eq!(rig.sandbox.lwa_calls().exchanges, 0, "no code left before its state was good");
-
     assert_eq!(rig.get(&callback).await.status(), 200, "a bad callback beside it does not spoil a login");
-    refused(&rig.get(&callback).await, 400, "state_invalid");
+}
 
+#[tokio::test(flavor = "multi_thread")]
+async fn row_84_a_state_is_good_once_and_for_ten_minutes() {
+    let rig = Rig::start().await;
+    for unknown in ["unknown", "", "a%00b"] {
+        let callback = format!("/api/auth/amazon/callback?code=x&state={unknown}");
+        refused(&rig.get(&callback).await, 400, "state_invalid");
+    }
+    let callback = callback_of(&rig, "default").await;
+    assert_eq!(rig.get(&callback).await.status(), 200);
+    refused(&rig.get(&callback).await, 400, "state_invalid");
     let late = callback_of(&rig, "default").await;
     rig.advance(600);
     refused(&rig.get(&late).await, 400, "state_invalid");
@@ -203,7 +213,7 @@ async fn a_callback_that_no_login_of_ours_began_is_refused() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn two_hundred_callbacks_at_once_exchange_the_code_once() {
+async fn row_85_two_hundred_callbacks_at_once_exchange_the_code_once() {
     let rig = Rig::start().await;
     let callback = callback_of(&rig, "default").await;
     let all = (0..200).map(|_| tokio::spawn(rig.request(Method::GET, &callback).send()));
@@ -350,7 +360,7 @@ async fn where_a_caller_token_is_set_no_page_fetches_and_only_the_callback_is_op
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_amazon_says_no_with_is_mapped_and_never_echoed() {
+async fn row_82_what_amazon_says_no_with_is_mapped_and_never_echoed() {
     let rig = Rig::start().await;
     for (error, told) in [
         ("access_denied", "access_denied"),
@@ -384,7 +394,7 @@ async fn what_amazon_says_no_with_is_mapped_and_never_echoed() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_code_that_lwa_does_not_exchange_stores_nothing() {
+async fn row_88_a_code_that_lwa_does_not_exchange_stores_nothing() {
     let rig = Rig::start().await;
     for trouble in [
         Trouble::status(500),
@@ -395,8 +405,11 @@ async fn a_code_that_lwa_does_not_exchange_stores_nothing() {
         Trouble::NoRefreshToken,
     ] {
         let callback = callback_of(&rig, "default").await;
+        let before = rig.sandbox.calls(Door::Lwa).len();
         rig.sandbox.set_trouble(trouble);
         refused(&rig.get(&callback).await, 502, "exchange_failed");
+        refused(&rig.get(&callback).await, 400, "state_invalid");
+        assert_eq!(rig.sandbox.calls(Door::Lwa).len(), before + 1, "a code is sent once");
         assert_eq!(rig.status_of("default").await["state"], "none");
     }
     let callback = callback_of(&rig, "default").await;
@@ -640,6 +653,7 @@ async fn the_status_tells_all_about_each_user_page_by_page() {
     assert_eq!(
         names,
         [
+            "consent",
             "consent_expires_at",
             "consented_at",
             "expires_at",
@@ -760,7 +774,7 @@ async fn log_in_as(rig: &Rig, advertiser: &str, more: &str) -> reqwest::Response
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn another_amazon_identity_takes_a_users_place_only_when_that_is_said() {
+async fn row_90_another_amazon_identity_takes_a_users_place_only_when_that_is_said() {
     let (tools, books) = ("amzn1.account.SANDBOXTOOLS", "amzn1.account.SANDBOXBOOKS");
     let rig = Rig::start().await;
     assert_eq!(log_in_as(&rig, tools, "").await.status(), 200);
@@ -776,7 +790,7 @@ async fn another_amazon_identity_takes_a_users_place_only_when_that_is_said() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_region_that_cannot_be_asked_makes_no_identity_another() {
+async fn row_90_a_region_that_cannot_be_asked_makes_no_identity_another() {
     let rig = Rig::start().await;
     assert_eq!(log_in_as(&rig, "amzn1.account.SANDBOXTOOLS", "").await.status(), 200);
     rig.sandbox.set_trouble(Rule::from(Trouble::status(503)).at(Door::Fe).always());

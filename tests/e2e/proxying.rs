@@ -44,7 +44,7 @@ async fn raw_targets_reach_amazon_unchanged() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_redirect_is_passed_on_and_never_followed() {
+async fn threat_31_a_redirect_is_passed_on_and_never_followed() {
     let rig = Rig::set(&[]).await;
     let call = rig.request(Method::GET, "/v2/reports/r1/download").header("Amazon-Advertising-API-Scope", PROFILE);
     let answer = call.send().await.unwrap();
@@ -91,7 +91,7 @@ async fn a_batch_with_its_vendor_media_types_passes() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn compressed_answers_stay_compressed() {
+async fn row_65_compressed_answers_stay_compressed() {
     let rig = Rig::set(&[]).await;
     let report = rig.get("/sandbox/gzip").await;
     assert!(!report.headers().contains_key("content-encoding"));
@@ -183,7 +183,7 @@ async fn head_keeps_the_length_and_the_connection() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn answers_without_a_body_leave_both_connections_in_step() {
+async fn row_66_answers_without_a_body_leave_both_connections_in_step() {
     let amazon = Scripted::start(|mut wire, _| async move {
         while let Some(head) = wire.head().await {
             let answer = match head.split(' ').nth(1).unwrap() {
@@ -253,7 +253,7 @@ async fn unusual_but_legal_framing_passes() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn request_trailers_are_dropped() {
+async fn row_72_trailers_are_dropped() {
     let rig = Rig::set(&[]).await;
     let answer = rig
         .knock(
@@ -269,7 +269,7 @@ async fn request_trailers_are_dropped() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_body_is_asked_for_only_after_the_checks() {
+async fn row_73_a_body_is_asked_for_only_after_the_checks() {
     let rig = Rig::set(&[]).await;
     let expecting = |host: &str| {
         format!("POST /sandbox/echo HTTP/1.1\r\nHost: {host}\r\nContent-Length: 3\r\nExpect: 100-continue\r\n\r\n")
@@ -285,7 +285,7 @@ async fn a_body_is_asked_for_only_after_the_checks() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn old_clients_are_served() {
+async fn row_75_old_clients_are_served_with_and_without_keep_alive() {
     let rig = Rig::set(&[]).await;
     let mut wire = rig.dial().await;
     wire.send("GET /sandbox/bytes/5?chunked=1 HTTP/1.0\r\nHost: localhost\r\n\r\n").await;
@@ -304,18 +304,18 @@ async fn old_clients_are_served() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn pipelined_calls_are_answered_in_their_order() {
+async fn row_76_a_hundred_pipelined_calls_are_answered_in_their_order() {
     let rig = Rig::set(&[]).await;
     let mut wire = rig.dial().await;
-    let calls: String = (1..=20)
+    let calls: String = (1..=100)
         .map(|n| format!("POST /sandbox/bytes/{n} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 3\r\n\r\nabc"))
         .collect();
     wire.send(calls).await;
-    for n in 1..=20 {
+    for n in 1..=100 {
         assert_eq!(wire.reply().await.body.len(), n);
     }
     let targets: Vec<_> = rig.ads_calls().into_iter().map(|call| call.target).collect();
-    assert_eq!(targets, (1..=20).map(|n| format!("/sandbox/bytes/{n}")).collect::<Vec<_>>());
+    assert_eq!(targets, (1..=100).map(|n| format!("/sandbox/bytes/{n}")).collect::<Vec<_>>());
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -331,7 +331,7 @@ async fn sequential_calls_share_one_connection_to_amazon() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_answer_that_breaks_off_is_never_ended_cleanly() {
+async fn row_60_an_answer_that_breaks_off_is_never_ended_cleanly() {
     let rig = Rig::set(&[("proxy.replay_limit", "1B")]).await;
     for query in ["", "?chunked=1"] {
         rig.sandbox.set_trouble(Trouble::CloseMidBody);
@@ -353,7 +353,7 @@ async fn an_answer_that_breaks_off_is_never_ended_cleanly() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_caller_that_hangs_up_leaves_amazon_with_an_incomplete_call() {
+async fn row_68_a_caller_that_hangs_up_leaves_amazon_with_an_incomplete_call() {
     let rig = Rig::set(&[]).await;
     for framing in ["Content-Length: 100000", "Transfer-Encoding: chunked"] {
         rig.sandbox.clear_history();
@@ -370,7 +370,7 @@ async fn a_caller_that_hangs_up_leaves_amazon_with_an_incomplete_call() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_answer_before_the_end_of_the_body_passes_at_once() {
+async fn row_62_an_answer_before_the_end_of_the_body_passes_at_once() {
     let amazon = Scripted::start(|mut wire: Wire, _| async move {
         while let Some(head) = wire.head().await {
             if head.starts_with("POST") {

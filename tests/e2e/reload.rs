@@ -5,7 +5,9 @@ use std::os::unix::fs::symlink;
 use std::path::Path;
 
 use adsidecar::sandbox::{CLIENT_SECRET, Trouble};
+use reqwest::Method;
 
+use crate::commands::Serving;
 use crate::rig::{Rig, code, eventually, json};
 
 /// Appends to the sidecar's configuration file.
@@ -22,7 +24,7 @@ async fn reload(rig: &Rig) -> reqwest::Response {
 const ACCOUNT: &str = "[[account]]\nname = \"acme\"\nprofile_id = \"7\"";
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_is_wrong_is_refused_whole_and_all_of_the_old_stays() {
+async fn row_104_what_is_wrong_is_refused_whole_and_all_of_the_old_stays() {
     let rig = Rig::start().await;
     rig.log_in("default").await;
     for (wrong, named) in [
@@ -67,7 +69,7 @@ fn mount(secret: &Path, revision: &str, text: &str) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_rotated_client_secret_is_taken_up_from_its_file_and_no_call_fails() {
+async fn row_105_a_rotated_client_secret_is_taken_up_from_its_file_and_no_call_fails() {
     let mut rig = Rig::start().await;
     rig.log_in("default").await;
     let secret = rig.directory.path().join("secret");
@@ -86,6 +88,57 @@ async fn a_rotated_client_secret_is_taken_up_from_its_file_and_no_call_fails() {
         (state == "fresh").then_some(())
     })
     .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn row_105_a_secret_file_that_is_gone_or_holds_nothing_leaves_the_old_secret_in_use() {
+    let mut rig = Rig::start().await;
+    rig.log_in("default").await;
+    let secret = rig.directory.path().join("secret");
+    mount(&secret, "..1", "first-token");
+    rig.restart_with("proxy.caller_token_file", secret.join("client-secret").to_str().unwrap()).await;
+    let call = async |token: &str| {
+        let call = rig.request(Method::GET, "/v2/profiles").header("x-ads-sidecar-token", token).send().await.unwrap();
+        call.status().as_u16()
+    };
+    let reloads = async |well: f64| {
+        eventually("the reload", async || (rig.metric("adsidecar_config_reload_success").await == well).then_some(()))
+            .await;
+    };
+    assert_eq!((call("first-token").await, call("second-token").await), (200, 407));
+    mount(&secret, "..2", "");
+    reloads(0.0).await;
+    assert_eq!(call("first-token").await, 200);
+    fs::remove_file(secret.join("..data")).unwrap();
+    let gone = rig.client.post(rig.admin_url("/reload")).send().await.unwrap();
+    assert_eq!(gone.status(), 400);
+    assert_eq!(call("first-token").await, 200);
+    mount(&secret, "..3", "second-token\n");
+    reloads(1.0).await;
+    assert_eq!((call("first-token").await, call("second-token").await), (407, 200));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn row_105_a_refresh_token_in_a_file_is_adopted_when_the_file_changes() {
+    let mut rig = Rig::start().await;
+    let secret = rig.directory.path().join("secret");
+    mount(&secret, "..1", "Atzr|unknown-to-amazon");
+    rig.restart_with("amazon.refresh_token_file", secret.join("client-secret").to_str().unwrap()).await;
+    assert_eq!(code(&rig.get("/v2/profiles").await), "login_required");
+    mount(&secret, "..2", &rig.sandbox.grant().refresh_token);
+    eventually("the grant", async || (rig.get("/v2/profiles").await.status() == 200).then_some(())).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn row_105_sighup_reads_the_configuration_again() {
+    let mut rig = Rig::with_running_clock("").await;
+    rig.stop_sidecar().await;
+    let mut serving = Serving::start(&rig, &[]).await;
+    serving.signal("HUP");
+    serving.says("was read again and is in use").await;
+    serving.signal("TERM");
+    assert_eq!(serving.ended().await.0, Some(0));
+    assert!(!serving.log.lock().unwrap().contains("a file of the configuration changed"), "the signal alone did it");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -97,7 +97,7 @@ impl Rig {
         sandbox.write_ca(&directory.path().join("ca.pem")).unwrap();
         let sets = sets.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
         let mut rig = Self { sandbox, clock, client, directory, sets, extra: extra.to_owned(), running: None };
-        rig.start_sidecar().await;
+        Box::pin(rig.start_sidecar()).await;
         rig
     }
 

@@ -18,7 +18,7 @@ async fn said(rig: &Rig, method: Method, path: &str, body: &'static str) -> (u16
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_unreachable_host_is_told() {
+async fn row_57_an_unreachable_host_is_told() {
     let free = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let origin = format!("https://{}", free.local_addr().unwrap());
     drop(free);
@@ -42,7 +42,7 @@ async fn a_certificate_that_nobody_vouches_for_is_refused() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_host_that_does_not_answer_is_given_up() {
+async fn row_61_a_host_that_does_not_answer_is_given_up_and_never_asked_twice() {
     let rig = Rig::set(&[("upstream.response_timeout", "100ms")]).await;
     for method in [Method::GET, Method::POST] {
         rig.sandbox.clear_history();
@@ -58,7 +58,7 @@ async fn a_host_that_does_not_answer_is_given_up() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_reset_call_is_repeated_only_if_that_is_harmless() {
+async fn row_59_a_reset_call_is_repeated_only_if_that_is_harmless() {
     let rig = Rig::set(&[]).await;
     // On a fresh connection nobody was about to close it: no repetition, whatever the method.
     rig.sandbox.set_trouble(Trouble::Reset);
@@ -91,7 +91,7 @@ async fn a_reset_call_is_repeated_only_if_that_is_harmless() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_pooled_connection_that_was_closed_meanwhile_harms_no_call() {
+async fn row_58_a_pooled_connection_that_was_closed_meanwhile_harms_no_call() {
     let requests = Arc::new(AtomicUsize::new(0));
     let count = requests.clone();
     // Each connection is closed right behind its first answer, which does not say so.
@@ -113,7 +113,7 @@ async fn a_pooled_connection_that_was_closed_meanwhile_harms_no_call() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_answer_that_is_no_http_is_an_error() {
+async fn threat_34_an_answer_that_is_no_http_is_an_error() {
     for answer in [
         "",
         "SSH-2.0-x\r\n\r\n",
@@ -136,7 +136,7 @@ async fn an_answer_that_is_no_http_is_an_error() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn odd_answers_are_reframed() {
+async fn row_63_informational_and_odd_answers_end_in_the_final_one() {
     for (answer, body) in [
         ("HTTP/1.1 200 OK\r\nContent-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nabcde\r\n0\r\n\r\n", "abcde"),
         ("HTTP/1.1 200 OK\r\n\r\nuntil the end", "until the end"),
@@ -167,11 +167,19 @@ async fn odd_answers_are_reframed() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_amazon_refuses_passes_as_it_is() {
+async fn row_55_a_403_of_amazons_passes_and_refreshes_nothing() {
+    passes_as_it_is(&[(403, None), (400, None), (500, None), (503, Some("1"))]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn row_56_a_429_of_amazons_passes_with_its_headers_and_is_not_tried_again() {
+    passes_as_it_is(&[(429, Some("7")), (429, None)]).await;
+}
+
+/// These statuses of Amazon's, each with this `Retry-After`, reach the caller from one call and without a token call.
+async fn passes_as_it_is(refusals: &[(u16, Option<&str>)]) {
     let rig = Rig::set(&[]).await;
-    for (status, retry_after) in
-        [(429, Some("7")), (429, None), (403, None), (500, None), (503, Some("1")), (400, None)]
-    {
+    for &(status, retry_after) in refusals {
         rig.sandbox.clear_history();
         let headers =
             [("content-type", "text/html")].into_iter().chain(retry_after.map(|after| ("retry-after", after)));

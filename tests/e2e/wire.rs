@@ -67,6 +67,11 @@ impl Wire {
         let _ = self.stream.flush().await;
     }
 
+    /// Writes, and says whether the other end still takes it.
+    pub async fn sends(&mut self, bytes: &[u8]) -> bool {
+        self.stream.write_all(bytes).await.is_ok() && self.stream.flush().await.is_ok()
+    }
+
     /// Closes in good order: over TLS too the other end knows that this was all.
     pub async fn end(&mut self) {
         let _ = self.stream.shutdown().await;
@@ -206,16 +211,26 @@ impl Scripted {
         F: Fn(Wire, usize) -> Fut + Send + 'static,
         Fut: Future<Output = ()> + Send + 'static,
     {
+        Self::speaking(&[], script).await
+    }
+
+    /// The same with the protocols that ALPN offers, such as `h2`.
+    pub async fn speaking<F, Fut>(protocols: &[&str], script: F) -> Self
+    where
+        F: Fn(Wire, usize) -> Fut + Send + 'static,
+        Fut: Future<Output = ()> + Send + 'static,
+    {
         let made = rcgen::generate_simple_self_signed(["127.0.0.1".to_owned()]).unwrap();
         let directory = tempfile::tempdir().unwrap();
         std::fs::write(directory.path().join("ca.pem"), made.cert.pem()).unwrap();
         let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(made.signing_key.serialize_der()));
-        let config = ServerConfig::builder_with_provider(Arc::new(rustls::crypto::aws_lc_rs::default_provider()))
+        let mut config = ServerConfig::builder_with_provider(Arc::new(rustls::crypto::aws_lc_rs::default_provider()))
             .with_safe_default_protocol_versions()
             .unwrap()
             .with_no_client_auth()
             .with_single_cert(vec![made.cert.der().clone()], key)
             .unwrap();
+        config.alpn_protocols = protocols.iter().map(|protocol| protocol.as_bytes().to_vec()).collect();
         let tls = TlsAcceptor::from(Arc::new(config));
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let origin = format!("https://{}", listener.local_addr().unwrap());

@@ -13,7 +13,7 @@ use crate::app;
 use crate::cli::{ask, block_on, print};
 use crate::config::Config;
 use crate::store::{Opened, StoreError, TokenStore};
-use crate::token::{Grant, Held};
+use crate::token::Grant;
 
 /// What is known about `user`, never a token; from the running sidecar where one holds the store.
 pub(super) fn show(config: &Config, user: &UserId) -> Result<(), Failed> {
@@ -53,12 +53,13 @@ pub(super) fn forget(config: &Config, user: &UserId) -> Result<(), Failed> {
             if status == StatusCode::NO_CONTENT { Ok(()) } else { Err(refused(status, &body)) }
         }
         Some((store, _)) => {
-            let erased = block_on(async {
+            // Done for an unknown user too, as a logout is.
+            block_on(async {
                 let erased = store.erase(user).await;
                 store.close().await?;
-                erased
+                erased.map(drop)
             })??;
-            if erased { Ok(()) } else { Err(unknown(user)) }
+            Ok(())
         }
     }
 }
@@ -78,16 +79,15 @@ fn stored(config: &Config, user: &UserId, opened: Opened) -> Result<Value, Faile
     let found = opened.users.into_iter().find(|(name, _)| name == user);
     let grant: Grant =
         found.ok_or_else(|| unknown(user))?.1.map_err(|error| Failed::because(format!("{user}: {error}")))?;
-    let used_at = grant.used_at.unwrap_or(grant.updated_at);
-    let grant = Arc::new(grant);
-    let state = Held::Fresh(grant.clone()).state(config.keeper.policy, used_at, Timestamp::now());
+    let now = Timestamp::now();
     Ok(json!({
         "user_id": user,
-        "state": state,
+        "state": grant.state(config.keeper.policy, now),
         "expires_at": grant.access.as_ref().map(|access| access.expires_at),
         "updated_at": grant.updated_at,
         "consented_at": grant.consented_at,
         "consent_expires_at": grant.consent_expires_at(),
+        "consent": grant.consent(now),
         "scope": grant.scope,
     }))
 }

@@ -1,0 +1,259 @@
+//! What is under way: logins that have begun, and grants that wait. In memory for use, and in the store for the process
+//! that starts next.
+//!
+//! A grant that waits is on disk before anything else is done with it, for its code is spent. Logins that have begun are
+//! written together and at most once a second, so that a flood of them does not occupy the disk: a kill costs who began in
+//! the last second a new beginning. One that ends is written at once: its state must not be good a second time.
+
+use std::collections::HashMap;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+use tokio::sync::Notify;
+
+use crate::account::UserId;
+use crate::clock::Clock;
+use crate::secret::Secret;
+use crate::store::{TokenStore, Waiting};
+
+/// How long a state and a pending grant live.
+pub const TEN_MINUTES: Duration = Duration::from_secs(600);
+/// Outstanding logins, and pending grants; the oldest makes room for the newest.
+const MAX_OUTSTANDING: usize = 1000;
+/// Between two writes of the logins that have begun.
+const PAUSE: Duration = Duration::from_secs(1);
+
+/// Logins that have begun, and grants that wait. It outlives the settings.
+#[derive(Debug)]
+pub struct Desk {
+    begun: Mutex<Outstanding<Begun>>,
+    /// By the hash of their one-time id.
+    waiting: Mutex<Outstanding<Waiting>>,
+    store: TokenStore,
+    changed: Notify,
+    /// Held while what has begun is written, so that an older list does not come after a newer one.
+    writing: tokio::sync::Mutex<()>,
+}
+
+/// A login that has begun.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Begun {
+    pub(super) user: UserId,
+    /// PKCE's code verifier. The whole text that it is written in is sealed.
+    #[serde(with = "exposed")]
+    pub(super) verifier: Secret,
+    pub(super) return_to: Option<String>,
+    pub(super) replace: bool,
+    /// The hash of the cookie that binds it to a browser.
+    pub(super) cookie: Option<String>,
+}
+
+impl Desk {
+    /// Over `store`, with the logins that the last process left there. Its grants that wait are to be taken by
+    /// [`left`](Self::left).
+    pub async fn open(store: TokenStore) -> Self {
+        let begun = match store.logins().await {
+            Ok(text) => text.and_then(|text| serde_json::from_str(text.expose()).ok()).unwrap_or_default(),
+            Err(error) => {
+                tracing::error!(%error, "logins that had begun cannot be read: they have to begin again");
+                Outstanding::default()
+            }
+        };
+        Self {
+            begun: Mutex::new(begun),
+            waiting: Mutex::default(),
+            store,
+            changed: Notify::new(),
+            writing: tokio::sync::Mutex::default(),
+        }
+    }
+
+    pub(super) fn begin(&self, state: &str, begun: Begun, now: Timestamp) {
+        lock(&self.begun).insert(hash(state), begun, now);
+        self.changed.notify_one();
+    }
+
+    /// Takes a login out, so that its state is good for this once. Returns when that is on disk.
+    pub(super) async fn take_begun(&self, state: &str, now: Timestamp) -> Option<Begun> {
+        let begun = lock(&self.begun).take(&hash(state), now);
+        if begun.is_some() {
+            self.write_begun().await;
+        }
+        begun
+    }
+
+    /// Writes the logins that have begun, whenever that has changed, for as long as it runs; and takes down what is over.
+    pub async fn keep(&self, clock: &Clock) {
+        loop {
+            // Woken without a change too, so that what nobody took does not lie on disk for ever.
+            let _ = tokio::time::timeout(TEN_MINUTES, self.changed.notified()).await;
+            self.sweep(clock.now()).await;
+            self.write_begun().await;
+            tokio::time::sleep(PAUSE).await;
+        }
+    }
+
+    /// Writes the logins that have begun.
+    pub async fn write_begun(&self) {
+        let _writing = self.writing.lock().await;
+        let text = serde_json::to_string(&*lock(&self.begun)).expect("names, times and texts are JSON");
+        if let Err(error) = self.store.keep_logins(Secret::new(text)).await {
+            tracing::error!(%error, "logins that have begun are not on disk: after a restart they have to begin again");
+        }
+    }
+
+    /// Puts a grant on disk before anything else is done with it. Where the disk does not take it, it is in memory alone.
+    pub(super) async fn put_down(&self, waiting: &Waiting) {
+        if let Err(error) = self.store.keep_waiting(waiting).await {
+            tracing::error!(user = %waiting.user, %error, "a new grant is in memory only until it is in use");
+        }
+    }
+
+    /// A grant that was put down is in use, or will never be.
+    pub(super) async fn clear(&self, id: &str) {
+        if let Err(error) = self.store.drop_waiting(id).await {
+            tracing::error!(%error, "a grant that waited is over and still on disk");
+        }
+    }
+
+    /// Has a grant wait for the app's confirmation.
+    pub(super) async fn wait(&self, waiting: Waiting, now: Timestamp) {
+        let pushed_out = lock(&self.waiting).insert(waiting.id.clone(), waiting, now);
+        self.sweep(now).await;
+        if let Some(oldest) = pushed_out {
+            self.clear(&oldest.id).await;
+        }
+    }
+
+    pub(super) fn take_waiting(&self, id: &str, now: Timestamp) -> Option<Waiting> {
+        lock(&self.waiting).take(&hash(id), now)
+    }
+
+    /// Forgets the grants that wait for `user`; the store has forgotten them.
+    pub(super) fn forget(&self, user: &UserId) {
+        lock(&self.waiting).by_hash.retain(|_, (.., waiting)| waiting.user != *user);
+    }
+
+    /// The grants that the last process left, without those whose time is over.
+    pub(super) async fn left(&self, now: Timestamp) -> Vec<Waiting> {
+        let all = self.store.waiting().await.unwrap_or_else(|error| {
+            tracing::error!(%error, "grants that wait cannot be read");
+            Vec::new()
+        });
+        let (living, over): (Vec<_>, Vec<_>) = all.into_iter().partition(|waiting| lives(waiting.since, now));
+        for waiting in over {
+            self.clear(&waiting.id).await;
+        }
+        living
+    }
+
+    async fn sweep(&self, now: Timestamp) {
+        lock(&self.begun).sweep(now);
+        let over = lock(&self.waiting).sweep(now);
+        for waiting in over {
+            self.clear(&waiting.id).await;
+        }
+    }
+}
+
+/// The SHA-256 of `text` in hexadecimal digits: what is kept of a secret that only has to be known again.
+pub(super) fn hash(text: &str) -> String {
+    format!("{:x}", Sha256::digest(text.as_bytes()))
+}
+
+/// Things that can be taken out once, within ten minutes.
+#[derive(Debug, Serialize, Deserialize)]
+struct Outstanding<T> {
+    taken_in: u64,
+    by_hash: HashMap<String, (u64, Timestamp, T)>,
+}
+
+impl<T> Default for Outstanding<T> {
+    fn default() -> Self {
+        Self { taken_in: 0, by_hash: HashMap::new() }
+    }
+}
+
+impl<T> Outstanding<T> {
+    /// Gives back what had to make room.
+    fn insert(&mut self, hash: String, thing: T, now: Timestamp) -> Option<T> {
+        let full = self.by_hash.len() >= MAX_OUTSTANDING;
+        let oldest = || self.by_hash.iter().min_by_key(|(_, (order, ..))| *order).map(|(hash, _)| hash.clone());
+        let pushed_out = full.then(oldest).flatten().and_then(|oldest| self.by_hash.remove(&oldest));
+        self.taken_in += 1;
+        self.by_hash.insert(hash, (self.taken_in, now, thing));
+        pushed_out.map(|(.., thing)| thing)
+    }
+
+    fn take(&mut self, hash: &str, now: Timestamp) -> Option<T> {
+        let (_, since, thing) = self.by_hash.remove(hash)?;
+        lives(since, now).then_some(thing)
+    }
+
+    /// Takes out everything whose time is over.
+    fn sweep(&mut self, now: Timestamp) -> Vec<T> {
+        let over = self.by_hash.extract_if(|_, (_, since, _)| !lives(*since, now));
+        over.map(|(_, (.., thing))| thing).collect()
+    }
+}
+
+/// Whether what began at `since` is still good. A clock that was set back makes nothing live longer than ten minutes more.
+fn lives(since: Timestamp, now: Timestamp) -> bool {
+    Duration::try_from(now.duration_since(since)).unwrap_or_default() < TEN_MINUTES
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A secret inside a text that is sealed as a whole.
+mod exposed {
+    use serde::{Deserialize, Deserializer, Serializer};
+
+    use crate::secret::Secret;
+
+    pub(super) fn serialize<S: Serializer>(secret: &Secret, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(secret.expose())
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Secret, D::Error> {
+        String::deserialize(deserializer).map(Secret::new)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_taken_out_or_is_too_old_is_gone() {
+        let now = Timestamp::UNIX_EPOCH;
+        let mut outstanding = Outstanding::default();
+        outstanding.insert(hash("1"), "a", now);
+        assert_eq!(outstanding.take(&hash("2"), now), None);
+        assert_eq!(outstanding.take(&hash("1"), now), Some("a"));
+        assert_eq!(outstanding.take(&hash("1"), now), None);
+        outstanding.insert(hash("1"), "a", now);
+        assert_eq!(outstanding.take(&hash("1"), now + TEN_MINUTES), None);
+        outstanding.insert(hash("1"), "a", now);
+        outstanding.insert(hash("2"), "b", now + TEN_MINUTES);
+        assert_eq!(outstanding.sweep(now + TEN_MINUTES), ["a"]);
+        assert_eq!(outstanding.take(&hash("2"), now + TEN_MINUTES), Some("b"));
+    }
+
+    #[test]
+    fn the_oldest_makes_room_for_the_newest() {
+        let now = Timestamp::UNIX_EPOCH;
+        let mut outstanding = Outstanding::default();
+        for number in 0..=MAX_OUTSTANDING {
+            let pushed_out = outstanding.insert(hash(&number.to_string()), number, now);
+            assert_eq!(pushed_out, (number == MAX_OUTSTANDING).then_some(0));
+        }
+        assert_eq!(outstanding.take(&hash("0"), now), None);
+        assert_eq!(outstanding.take(&hash("1"), now), Some(1));
+        assert_eq!(outstanding.take(&hash("1000"), now), Some(1000));
+    }
+}

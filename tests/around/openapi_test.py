@@ -1,0 +1,91 @@
+"""config/openapi.yaml describes what a running sidecar answers: its endpoints are called, their answers held to its schemas."""
+
+import json
+import re
+import urllib.error
+import urllib.request
+
+import jsonschema
+import pytest
+import yaml
+
+# What has to be sent, where a bare request would not do.
+QUERIES = {"beginLogin": "?user_id=anna", "status": "?user_id=default"}
+BODIES = {"setLogLevel": b"info", "placeholderToken": b"grant_type=refresh_token&refresh_token=x&client_id=x&client_secret=x"}
+# Without what they ask for: these are refused, as described.
+REFUSED = {"endLogin": 400, "confirm": 400, "rotate": 400}
+# It ends the sidecar, so it is called last.
+LAST = "quit"
+
+
+@pytest.fixture(scope="module")
+def described(repository) -> dict:
+    return yaml.safe_load((repository / "config" / "openapi.yaml").read_text())
+
+
+def operations(described: dict) -> list[tuple[str, str, dict]]:
+    found = [(path, method, op) for path, item in described["paths"].items() for method, op in item.items()]
+    return sorted(found, key=lambda one: one[2]["operationId"] == LAST)
+
+
+def resolved(described: dict, node: dict) -> dict:
+    while "$ref" in node:
+        target = described
+        for name in node["$ref"].removeprefix("#/").split("/"):
+            target = target[name]
+        node = target
+    return node
+
+
+def answer_to(url: str, method: str, body: bytes | None) -> tuple[int, str, str]:
+    request = urllib.request.Request(url, method=method, data=body, headers={"Accept": "application/json"})
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    if body is not None and method == "POST":
+        request.add_header("Content-Type", "application/x-www-form-urlencoded")
+    try:
+        with opener.open(request, timeout=30) as answer:
+            return answer.status, answer.headers.get_content_type(), answer.read().decode()
+    except urllib.error.HTTPError as refused:
+        return refused.code, refused.headers.get_content_type(), refused.read().decode()
+
+
+def test_every_answer_is_as_described(described, sandbox_of_its_own):
+    sandbox = sandbox_of_its_own
+    for path, method, operation in operations(described):
+        name = operation["operationId"]
+        door = sandbox.admin if "servers" in operation else sandbox.proxy
+        url = door + path.replace("{user_id}", "nobody") + QUERIES.get(name, "")
+        status, kind, text = answer_to(url, method.upper(), BODIES.get(name))
+        if name in REFUSED:
+            assert status == REFUSED[name], f"{name}: {status} {text}"
+        else:
+            assert str(status) in operation["responses"] and status < 300, f"{name}: {status} {text}"
+        response = operation["responses"].get(str(status)) or operation["responses"]["default"]
+        content = resolved(described, response).get("content")
+        if content is None:
+            assert text == "", name
+            continue
+        if name == "endLogin":
+            continue  # Its refusal has codes of its own; tests/e2e/login.rs holds it to them.
+        assert kind in content, f"{name}: {kind}"
+        schema = content[kind].get("schema")
+        if schema and kind.endswith("json"):
+            jsonschema.validate(json.loads(text), {**schema, "components": described["components"]})
+    assert sandbox.process.wait(30) == 0
+
+
+def test_the_schemas_see_an_answer_that_lacks_something(described):
+    schema = {"$ref": "#/components/schemas/Problem", "components": described["components"]}
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({"type": "x", "title": "x"}, schema)
+
+
+def test_every_endpoint_and_every_reference_is_there(described, repository):
+    text = (repository / "config" / "openapi.yaml").read_text()
+    for reference in re.findall(r'\$ref: "(#/[^"]+)"', text):
+        assert resolved(described, {"$ref": reference}), reference
+    source = (repository / "src" / "login_door" / "endpoint.rs").read_text() + (repository / "src" / "admin.rs").read_text()
+    known = set(re.findall(r'"(/(?:api/auth/amazon/|auth/o2/)?[a-z]+)"', source)) | {"/"}
+    paths = {path for path in described["paths"] if "{" not in path}
+    assert known <= paths, known - paths
+    assert "/api/auth/amazon/users/{user_id}" in described["paths"]

@@ -1,0 +1,74 @@
+"""The real browser: Chromium, driven through chromedriver's own protocol (W3C WebDriver), with the standard library."""
+
+import json
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import backends
+import world
+
+# A debug build and a browser on a busy machine.
+PATIENCE_SECONDS = 60
+FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage"]
+ELEMENT = "element-6066-11e4-a52e-4f735466cecf"
+
+
+class Browser:
+    """A Chromium of its own, with a profile of its own."""
+
+    def __init__(self, directory: Path, *more_flags: str):
+        port = world.free_port()
+        command = ["chromedriver", f"--port={port}", f"--log-path={directory}/chromedriver.log"]
+        self.driver = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        self.base = f"http://127.0.0.1:{port}"
+        world.until("chromedriver", lambda: backends.listens(port))
+        flags = [*FLAGS, f"--user-data-dir={directory}/profile", *more_flags]
+        options = {"browserName": "chrome", "goog:chromeOptions": {"args": flags}, "pageLoadStrategy": "normal"}
+        session = self.order("POST", "/session", {"capabilities": {"alwaysMatch": options}})
+        self.base += f"/session/{session['sessionId']}"
+        self.order("POST", "/timeouts", {"script": PATIENCE_SECONDS * 1000, "pageLoad": PATIENCE_SECONDS * 1000})
+
+    def order(self, method: str, path: str, body=None):
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.base + path, data=data, method=method)
+        try:
+            with urllib.request.urlopen(request, timeout=PATIENCE_SECONDS) as answer:
+                return json.load(answer)["value"]
+        except urllib.error.HTTPError as error:
+            raise AssertionError(error.read().decode()[:500]) from error
+
+    def go(self, url: str) -> None:
+        self.order("POST", "/url", {"url": url})
+
+    def url(self) -> str:
+        return self.order("GET", "/url")
+
+    def run(self, script: str):
+        """Runs a script whose last argument is what to call with its result."""
+        return self.order("POST", "/execute/async", {"script": script, "args": []})
+
+    def text(self) -> str:
+        return self.order("POST", "/execute/sync", {"script": "return document.body.innerText", "args": []})
+
+    def click(self, selector: str) -> None:
+        found = self.order("POST", "/element", {"using": "css selector", "value": selector})
+        self.order("POST", f"/element/{found[ELEMENT]}/click", {})
+
+    def wait_for(self, what: str, look):
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while time.monotonic() < deadline:
+            if seen := look():
+                return seen
+            time.sleep(0.05)
+        raise AssertionError(f"it did not come: {what}; at {self.url()}: {self.text()[:300]}")
+
+    def stop(self) -> None:
+        try:
+            self.order("DELETE", "")
+        finally:
+            self.driver.terminate()
+            self.driver.wait(20)

@@ -1,0 +1,123 @@
+"""The catalogue of bad requests, sent raw to a running adsidecar: status, code, what follows, what Amazon got."""
+
+import json
+import re
+import socket
+import time
+import urllib.request
+from urllib.parse import urlsplit
+
+from catalogue import MARK, Case, Outcome, catalogue
+
+# The debug build of a busy machine answers within this.
+PATIENCE_SECONDS = 10
+AT_LEAST = 300
+
+
+def send(address: tuple[str, int], case: Case, number: int) -> bytes:
+    """All that comes back for the case and for a good call behind it, which asks to be the last."""
+    raw = case.raw.replace(MARK.encode(), f"X-Case: {number}\r\n".encode())
+    behind = f"GET /sandbox/echo?behind HTTP/1.1\r\nHost: localhost\r\nX-Case: {number}\r\nConnection: close\r\n\r\n"
+    with socket.create_connection(address, timeout=PATIENCE_SECONDS) as stream:
+        try:
+            stream.sendall(raw if case.ends else raw + behind.encode())
+            if case.ends:
+                stream.shutdown(socket.SHUT_WR)
+        except (BrokenPipeError, ConnectionResetError):
+            pass
+        came = b""
+        try:
+            while piece := stream.recv(65536):
+                came += piece
+        except ConnectionResetError:
+            pass
+        return came
+
+
+def answers(came: bytes) -> list[tuple[int, str]]:
+    """Status and code of each answer, each cut off by its length or its chunks."""
+    seen = []
+    while came:
+        head, end, came = came.partition(b"\r\n\r\n")
+        assert end, f"no whole head: {head!r}"
+        fields = dict(re.findall(rb"(?m)^([^:\r\n]+): *([^\r\n]*)", head.lower()))
+        status = int(head.split(b" ")[1])
+        if status != 100:
+            seen.append((status, fields.get(b"x-adsidecar-error", b"").decode()))
+        if b"transfer-encoding" in fields:
+            while True:
+                size, _, came = came.partition(b"\r\n")
+                came = came[int(size, 16) + 2 :]
+                if int(size, 16) == 0:
+                    break
+        else:
+            came = came[int(fields.get(b"content-length", b"0")) :]
+    return seen
+
+
+def whole_calls(sandbox) -> dict[str, list[tuple[str, str, str]]]:
+    """What came to Amazon whole, by the case that it bears."""
+    with urllib.request.urlopen(f"{sandbox.control}/history?door=na") as answer:
+        calls = json.load(answer)["calls"]
+    by_case: dict[str, list[tuple[str, str, str]]] = {}
+    for call in calls:
+        if call["complete"]:
+            marks = [value for name, value in call["headers"] if name == "x-case"]
+            by_case.setdefault("".join(marks), []).append((call["method"], call["target"], call["body"]))
+    return by_case
+
+
+def wrong_with(outcome: Outcome, seen: list[tuple[int, str]], reached: list[tuple[str, str, str]]) -> str:
+    """How a case came out otherwise than it has to; nothing where it did not."""
+    behind = ("GET", "/sandbox/echo?behind", "")
+    follows = seen[-1:] == [(200, "")] and reached[-1:] == [behind]
+    first = seen[0] if seen else None
+    if outcome.status == 0:
+        right = first is None or (first[0] in (400, 408) and first[1] in ("", outcome.code))
+    elif outcome.reaches:
+        right = first is not None and first[1] == ""
+    else:
+        right = first == (outcome.status, outcome.code)
+    if not right:
+        return "another answer"
+    if len(seen) != (first is not None) + outcome.kept:
+        return "the connection goes on" if not outcome.kept else "the connection does not go on"
+    if outcome.kept and not follows:
+        return "what follows was not served as it is"
+    expected = [outcome.reaches] if outcome.reaches else []
+    if reached != expected + [behind] * outcome.kept:
+        return "something else reached Amazon"
+    return ""
+
+
+def test_every_case_of_the_catalogue_comes_out_as_it_has_to(sandbox):
+    cases = catalogue()
+    assert len(cases) >= AT_LEAST
+    address = urlsplit(sandbox.proxy)
+    urllib.request.urlopen(urllib.request.Request(f"{sandbox.control}/history", method="DELETE")).close()
+    seen = {str(n): answers(send((address.hostname, address.port), case, n)) for n, case in enumerate(cases)}
+    # The last call has been answered, so all before it have come; those broken off never become whole.
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while True:
+        reached = whole_calls(sandbox)
+        wrong = [
+            f"{case.group}: {case.name}: {problem}: answered {seen[str(n)]}, reached {reached.get(str(n), [])}"
+            for n, case in enumerate(cases)
+            if (problem := wrong_with(case.outcome, seen[str(n)], reached.get(str(n), [])))
+        ]
+        if not wrong or time.monotonic() > deadline:
+            break
+        time.sleep(0.5)
+    assert not wrong, "\n" + "\n".join(wrong)
+    assert set(reached) <= set(seen), "a call that bears no case was smuggled"
+
+
+def test_a_harness_that_cannot_see_a_smuggled_call_would_be_worthless():
+    """What a proxy does that serves what follows bad framing: each of its marks has to be found."""
+    behind, refused = ("GET", "/sandbox/echo?behind", ""), Outcome(400, "bad_request")
+    assert wrong_with(refused, [(400, "bad_request")], []) == ""
+    assert wrong_with(refused, [(400, "bad_request"), (200, "")], [behind]) == "the connection goes on"
+    assert wrong_with(refused, [(400, "bad_request")], [behind]) == "something else reached Amazon"
+    assert wrong_with(refused, [(200, "")], [("POST", "/sandbox/echo", "abc")]) == "another answer"
+    passed = Outcome(200, reaches=("POST", "/sandbox/echo", "abc"))
+    assert wrong_with(passed, [(200, "")], [("POST", "/sandbox/echo", "abcd")]) == "something else reached Amazon"

@@ -1,0 +1,94 @@
+"""What the measurements share: calls over kept connections, and a store full of users. Standard library only."""
+
+import json
+import re
+import resource
+import socket
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "soak"))
+from world import ENVIRONMENT, Sandbox, Sidecar, binary, free_port, until, workspace  # noqa: E402, F401
+
+REQUEST = b"GET /v2/profiles HTTP/1.1\r\nHost: localhost\r\nAccept: application/json\r\n\r\n"
+LENGTH = re.compile(rb"^content-length: (\d+)\r$", re.MULTILINE)
+
+
+def connect(port: int) -> socket.socket:
+    connection = socket.create_connection(("127.0.0.1", port), 60)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return connection
+
+
+def received(connection: socket.socket) -> bytes:
+    if data := connection.recv(1 << 20):
+        return data
+    raise SystemExit("the connection broke")
+
+
+def call(connection: socket.socket, request: bytes = REQUEST) -> int:
+    """One call, read to its end; the length of the body."""
+    connection.sendall(request)
+    return answer(connection)
+
+
+def answer(connection: socket.socket) -> int:
+    """Reads one answer with a Content-Length to its end; the length of its body."""
+    head = b""
+    while b"\r\n\r\n" not in head:
+        head += received(connection)
+    head, _, body = head.partition(b"\r\n\r\n")
+    if not head.startswith(b"HTTP/1.1 200"):
+        raise SystemExit(f"no good answer: {head[:200]!r}")
+    length = int(LENGTH.search(head.lower() + b"\r")[1])
+    left = length - len(body)
+    while left > 0:
+        left -= len(received(connection))
+    return length
+
+
+def calls(port: int, connections: int, each: int) -> None:
+    """`each` calls on each of `connections` connections, at the same time."""
+
+    def one() -> None:
+        with connect(port) as connection:
+            for _ in range(each):
+                call(connection)
+
+    with ThreadPoolExecutor(connections) as pool:
+        for done in [pool.submit(one) for _ in range(connections)]:
+            done.result()
+
+
+def many_descriptors(count: int) -> None:
+    """Allows this process and those that it starts so many."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if most < count:
+        raise SystemExit(f"the limit on descriptors is {most}, and {count} are needed: ulimit -Hn {count}, as root")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (count, most))
+
+
+def fill(sidecar: Sidecar, users: int, life: timedelta, unused: timedelta = timedelta()) -> None:
+    """Gives so many users, u0 and on, a grant whose access token ends after `life`, and that was last used so long ago. All
+    share one grant of the sandbox's."""
+    sidecar.import_grant("seed")
+    sidecar.start()
+    status, _, text = sidecar.get("/v2/profiles", **{"X-Ads-User": "seed"})
+    if status != 200:
+        raise SystemExit(f"no first call: {status} {text}")
+    sidecar.stop()
+    record = json.loads(sidecar.command("store", "dump").stdout)["seed"]
+    now = datetime.now(timezone.utc)
+    # A record without a seal is taken by an import, for whatever user.
+    record = {key: record[key] for key in ("access_token", "refresh_token", "token_type")}
+    used = (now - unused).isoformat()
+    record |= {"expires_at": (now + life).isoformat(), "updated_at": used, "used_at": used}
+    if not users:
+        return
+    records = json.dumps({f"u{number}": record for number in range(users)})
+    # Each record is on disk before the next is taken, which lasts where the disk is slow: TMPDIR=/dev/shm spares that.
+    command = [binary("adsidecar"), "--config", str(sidecar.config), "users", "import", "--records", "-", "--offline"]
+    subprocess.run(command, input=records, text=True, check=True, stdout=subprocess.DEVNULL, env=ENVIRONMENT)

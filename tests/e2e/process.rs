@@ -1,0 +1,422 @@
+//! The process itself: what it leaves to others of its memory, as whom it runs, where it listens, and what it logs of calls.
+
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::Path;
+use std::process::Command;
+
+use adsidecar::sandbox::{CLIENT_SECRET, Rule, Trouble};
+use serde_json::Value;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+
+use crate::commands::{BINARY, Serving, command, stopped};
+use crate::rig::{FERNET_KEY, Rig, eventually};
+
+/// A user without any right, `nobody` on most systems.
+const NOBODY: u32 = 65534;
+
+/// Whether this process may become another user: as root in a container, and not on a laptop.
+fn is_root() -> bool {
+    let id = Command::new("id").arg("-u").output().unwrap();
+    id.stdout == b"0\n"
+}
+
+/// A sidecar that runs as a user without rights (as ours where we are not root), its secrets in the environment.
+async fn unprivileged(rig: &Rig) -> Serving {
+    let place = rig.directory.path();
+    let binary = place.join("adsidecar");
+    std::fs::copy(BINARY, &binary).unwrap();
+    let store = place.join("own");
+    std::fs::create_dir(&store).unwrap();
+    for open in [place, &binary, &store] {
+        std::fs::set_permissions(open, std::fs::Permissions::from_mode(0o755)).unwrap();
+    }
+    if is_root() {
+        std::os::unix::fs::chown(&store, Some(NOBODY), Some(NOBODY)).unwrap();
+    }
+    let mut serving = as_nobody(&binary);
+    serving.args(["--set", &format!("store.path={}", store.join("store").display())]);
+    serving.args(["--set", "proxy.listen=127.0.0.1:0", "--set", "admin.listen=127.0.0.1:0"]);
+    serving.env("AMAZON_CLIENT_ID", "id").env("AMAZON_CLIENT_SECRET", CLIENT_SECRET).env("FERNET_KEY", FERNET_KEY);
+    serving.env("ENVIRONMENT", "development").stdin(std::process::Stdio::null()).stderr(std::process::Stdio::piped());
+    Serving::spawn(serving).await
+}
+
+fn as_nobody(program: &Path) -> Command {
+    let mut command = Command::new(program);
+    command.env_clear().current_dir("/");
+    if is_root() {
+        command.uid(NOBODY).gid(NOBODY);
+    }
+    command
+}
+
+#[cfg(target_os = "linux")]
+#[tokio::test(flavor = "multi_thread")]
+async fn threat_37_another_process_of_the_same_user_reads_neither_memory_nor_environment() {
+    let rig = stopped().await;
+    let serving = unprivileged(&rig).await;
+    // The same question to a process that does not protect itself: it would show.
+    let mut unprotected = as_nobody(Path::new("/bin/sleep")).arg("60").env("FERNET_KEY", FERNET_KEY).spawn().unwrap();
+    for (process, readable) in [(unprotected.id(), true), (serving.child.id(), false)] {
+        // The list of mappings asks for the same right as the memory itself.
+        for file in ["environ", "maps"] {
+            let cat = as_nobody(Path::new("/bin/cat")).arg(format!("/proc/{process}/{file}")).output().unwrap();
+            assert_eq!(cat.status.success(), readable, "{file}: {cat:?}");
+            if file == "environ" {
+                assert_eq!(String::from_utf8_lossy(&cat.stdout).contains(FERNET_KEY), readable);
+            }
+        }
+    }
+    unprotected.kill().unwrap();
+    unprotected.wait().unwrap();
+    let metrics =
+        rig.client.get(format!("http://{}/metrics", serving.admin)).send().await.unwrap().text().await.unwrap();
+    assert!(metrics.contains("adsidecar_process_open_fds"), "it still reads its own figures");
+}
+
+#[cfg(target_os = "linux")]
+#[tokio::test(flavor = "multi_thread")]
+async fn row_108_a_crash_leaves_no_core() {
+    let rig = stopped().await;
+    let mut serving = unprivileged(&rig).await;
+    let limits = std::fs::read_to_string(format!("/proc/{}/limits", serving.child.id())).unwrap();
+    let core = limits.lines().find(|line| line.starts_with("Max core file size")).unwrap();
+    assert_eq!(core.split_whitespace().filter(|word| *word == "0").count(), 2, "soft and hard: {core}");
+    // As a crash of the process itself would: the first SIGSEGV that is sent from outside only ends Rust's own handler.
+    serving.signal("ABRT");
+    let mut ended = None;
+    for _ in 0..2000 {
+        ended = serving.child.try_wait().unwrap();
+        if ended.is_some() {
+            break;
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+    }
+    let ended = ended.expect("a signal that nobody handles ends it");
+    assert_eq!((ended.signal(), ended.core_dumped()), (Some(6), false));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn root_in_production_is_told_that_nothing_needs_it() {
+    if !is_root() {
+        return;
+    }
+    let rig = stopped().await;
+    for (environment, warned) in [("production", true), ("development", false)] {
+        let serving =
+            Serving::start(&rig, &["--set", &format!("environment={environment}"), "--set", "log.format=text"]).await;
+        let log = serving.log.lock().unwrap().clone();
+        assert_eq!(log.contains("running as root"), warned, "{log}");
+    }
+}
+
+#[cfg(target_os = "linux")]
+#[tokio::test(flavor = "multi_thread")]
+async fn threat_05_without_a_token_no_other_machine_reaches_a_door() {
+    let rig = stopped().await;
+    let file = rig.config_file();
+    for (address, more) in [
+        ("0.0.0.0:0", ""),
+        ("[::]:0", ""),
+        ("0.0.0.0:0", "proxy.allow_remote=true"),
+        ("0.0.0.0:0", "proxy.caller_token=t"),
+    ] {
+        let mut refused = command(&["--config", file.to_str().unwrap(), "--set", &format!("proxy.listen={address}")]);
+        if !more.is_empty() {
+            refused.args(["--set", more]);
+        }
+        let output = refused.output().unwrap();
+        assert_eq!(output.status.code(), Some(78), "{address} {more}");
+        assert!(
+            String::from_utf8_lossy(&output.stderr).contains("can be reached by other machines"),
+            "{address} {more}"
+        );
+    }
+    let serving = Serving::start(&rig, &["--set", "proxy.listen=127.0.0.1:0,[::1]:0"]).await;
+    let listening = listening(serving.child.id());
+    assert!(listening.len() >= 2, "{listening:?}");
+    assert!(
+        listening.iter().all(|address| address == "0100007F" || address == "00000000000000000000000001000000"),
+        "{listening:?}"
+    );
+}
+
+/// The local addresses at which a process listens, as the kernel writes them.
+fn listening(process: u32) -> Vec<String> {
+    let inodes: Vec<_> = std::fs::read_dir(format!("/proc/{process}/fd"))
+        .unwrap()
+        .filter_map(|entry| {
+            std::fs::read_link(entry.unwrap().path())
+                .ok()?
+                .to_str()?
+                .strip_prefix("socket:[")?
+                .strip_suffix(']')
+                .map(str::to_owned)
+        })
+        .collect();
+    let tables = ["tcp", "tcp6"].map(|table| std::fs::read_to_string(format!("/proc/{process}/net/{table}")).unwrap());
+    let rows = tables.iter().flat_map(|table| table.lines().skip(1));
+    let columns = rows.map(|row| row.split_whitespace().collect::<Vec<_>>());
+    let listens = columns.filter(|row| row[3] == "0A" && inodes.iter().any(|inode| inode == row[9]));
+    listens.map(|row| row[1].split(':').next().unwrap().to_owned()).collect()
+}
+
+#[cfg(target_os = "linux")]
+#[tokio::test(flavor = "multi_thread")]
+async fn row_99_out_of_descriptors_it_lives_on_and_recovers_by_itself() {
+    let rig = stopped().await;
+    let mut starved = Command::new("/bin/sh");
+    let file = rig.config_file();
+    starved.args(["-c", "ulimit -n 64; exec \"$@\"", "sh", BINARY, "serve", "--config", file.to_str().unwrap()]);
+    starved.env_clear().stdin(std::process::Stdio::null()).stderr(std::process::Stdio::piped());
+    let mut serving = Serving::spawn(starved).await;
+    serving.says("fewer descriptors than proxy.max_connections may need").await;
+    // One that is there before the flood, with a connection to Amazon of its own.
+    let mut good = TcpStream::connect(&serving.proxy).await.unwrap();
+    assert_eq!(ask(&mut good).await, "HTTP/1.1 200 OK");
+    let mut flood = Vec::new();
+    // More than it has descriptors for; fewer than the kernel lets wait.
+    for _ in 0..100 {
+        flood.push(TcpStream::connect(&serving.proxy).await.unwrap());
+    }
+    serving.says("cannot accept a connection").await;
+    for _ in 0..5 {
+        assert_eq!(ask(&mut good).await, "HTTP/1.1 200 OK", "existing work goes on");
+    }
+    drop(flood);
+    eventually("a new caller to be served", async || {
+        let mut late = TcpStream::connect(&serving.proxy).await.ok()?;
+        (ask(&mut late).await == "HTTP/1.1 200 OK").then_some(())
+    })
+    .await;
+    assert_eq!(serving.child.try_wait().unwrap(), None, "it runs");
+}
+
+/// A figure of `/proc/PID/status`, in KiB.
+#[cfg(target_os = "linux")]
+fn kibibytes(serving: &Serving, name: &str) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{}/status", serving.child.id())).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':')).unwrap();
+    line.trim().trim_end_matches(" kB").parse().unwrap()
+}
+
+#[cfg(target_os = "linux")]
+#[tokio::test(flavor = "multi_thread")]
+async fn row_100_idle_connections_are_cheap_and_bounded() {
+    const CONNECTIONS: u64 = 400;
+    let rig = stopped().await;
+    let serving = Serving::start(&rig, &["--set", "proxy.max_connections=500"]).await;
+    let mut warm = TcpStream::connect(&serving.proxy).await.unwrap();
+    assert_eq!(ask(&mut warm).await, "HTTP/1.1 200 OK");
+    let before = kibibytes(&serving, "VmRSS");
+    let mut idle = Vec::new();
+    for _ in 0..CONNECTIONS {
+        let mut stream = TcpStream::connect(&serving.proxy).await.unwrap();
+        assert_eq!(ask(&mut stream).await, "HTTP/1.1 200 OK");
+        idle.push(stream);
+    }
+    let each = kibibytes(&serving, "VmRSS").saturating_sub(before) / CONNECTIONS;
+    assert!(each <= 24, "{each} KiB for each idle connection of an unoptimised build");
+    for _ in 0..200 {
+        let mut stream = TcpStream::connect(&serving.proxy).await.unwrap();
+        assert_eq!(ask(&mut stream).await, "HTTP/1.1 200 OK", "there is always room for one more");
+        idle.push(stream);
+    }
+    let metrics =
+        rig.client.get(format!("http://{}/metrics", serving.admin)).send().await.unwrap().text().await.unwrap();
+    let open = metrics.lines().find_map(|line| line.strip_prefix("adsidecar_connections{door=\"proxy\"} ")).unwrap();
+    assert!(open.parse::<u64>().unwrap() <= 500, "{open}");
+}
+
+#[cfg(target_os = "linux")]
+#[tokio::test(flavor = "multi_thread")]
+async fn threat_25_what_streams_through_is_not_held() {
+    let rig = stopped().await;
+    let serving = Serving::start(&rig, &[]).await;
+    assert_eq!(rig.client.get(serving.url("/v2/profiles")).send().await.unwrap().status(), 200);
+    let before = kibibytes(&serving, "VmHWM");
+    let mut download = rig.client.get(serving.url("/sandbox/bytes/67108864")).send().await.unwrap();
+    let mut came = 0;
+    while let Some(chunk) = download.chunk().await.unwrap() {
+        came += chunk.len();
+    }
+    let upload = rig.client.post(serving.url("/sandbox/echo")).body(vec![b'x'; 64 << 20]).send().await.unwrap();
+    assert_eq!((came, upload.status().as_u16()), (64 << 20, 200));
+    let grown = kibibytes(&serving, "VmHWM") - before;
+    assert!(grown < 16 << 10, "{grown} KiB more at the most, for 64 MiB each way");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn row_102_a_process_that_gets_no_time_loses_no_call_and_is_alive_after_it() {
+    let rig = stopped().await;
+    let serving =
+        Serving::start(&rig, &["--set", "proxy.header_timeout=500ms", "--set", "upstream.response_timeout=2s"]).await;
+    for _ in 0..3 {
+        let gate = rig.sandbox.set_trouble(Trouble::Gate);
+        let mut stream = TcpStream::connect(&serving.proxy).await.unwrap();
+        stream.write_all(b"GET /sandbox/echo HTTP/1.1\r\nHost: localhost\r\n\r\n").await.unwrap();
+        gate.reached(1).await;
+        serving.signal("STOP");
+        // The answer comes while it stands still, and so does a new caller.
+        gate.release();
+        let late = TcpStream::connect(&serving.proxy).await.unwrap();
+        tokio::time::sleep(std::time::Duration::from_millis(700)).await;
+        serving.signal("CONT");
+        let health = rig.client.get(format!("http://{}/livez", serving.admin)).send().await.unwrap();
+        assert_eq!(health.status(), 200);
+        let mut first = [0; 15];
+        stream.read_exact(&mut first).await.unwrap();
+        assert_eq!(&first, b"HTTP/1.1 200 OK");
+        let mut late = late;
+        assert_eq!(ask(&mut late).await, "HTTP/1.1 200 OK");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn row_103_a_panic_costs_its_call_alone() {
+    let rig = stopped().await;
+    let file = rig.config_file();
+    let mut command = command(&["serve", "--config", file.to_str().unwrap()]);
+    command.env("FAILPOINTS", "spine=2*panic(canary-panic)");
+    let mut serving = Serving::spawn(command).await;
+    for _ in 0..2 {
+        let failed = rig.client.get(serving.url("/v2/profiles")).send().await.unwrap();
+        assert_eq!((failed.status().as_u16(), crate::rig::code(&failed)), (500, "internal"));
+        let body = failed.text().await.unwrap();
+        assert!(!body.contains("canary"), "a caller is not told the inside: {body}");
+    }
+    assert_eq!(rig.client.get(serving.url("/v2/profiles")).send().await.unwrap().status(), 200);
+    let metrics =
+        rig.client.get(format!("http://{}/metrics", serving.admin)).send().await.unwrap().text().await.unwrap();
+    assert!(metrics.contains("status=\"500\"} 2"), "{metrics}");
+    assert_eq!(serving.child.try_wait().unwrap(), None, "it runs");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn threat_35_no_log_line_holds_a_secret_not_even_at_trace_and_of_a_panic() {
+    let rig = stopped().await;
+    let file = rig.config_file();
+    let mut command = command(&[
+        "serve",
+        "--config",
+        file.to_str().unwrap(),
+        "--set",
+        "log.level=trace",
+        "--set",
+        "log.audit=true",
+        "--set",
+        "proxy.caller_token=canary-caller-token",
+    ]);
+    command.env("FAILPOINTS", "spine=1*panic(x)").env("RUST_BACKTRACE", "full").env("RUST_LOG", "trace");
+    let serving = Serving::spawn(command).await;
+    let call = |path: &str| {
+        let request = rig.client.post(serving.url(path)).header("X-Ads-Sidecar-Token", "canary-caller-token");
+        request.header("Cookie", "canary-cookie").body("canary-body")
+    };
+    for path in [
+        "/v2/profiles?canary=canary-query",
+        "/v2/profiles",
+        "/sandbox/status/401",
+        "/sandbox/status/403",
+        "/api/auth/amazon/refresh",
+        "/auth/o2/token",
+    ] {
+        call(path).send().await.unwrap();
+    }
+    for trouble in [Trouble::Reset, Trouble::BadJson, Trouble::Html, Trouble::CloseMidBody] {
+        rig.sandbox.set_trouble(Rule::from(trouble).always());
+        let _ = call("/sandbox/bytes/1000").send().await.map(|answer| answer.text());
+        call("/api/auth/amazon/refresh").send().await.unwrap();
+        rig.sandbox.clear_trouble();
+    }
+    let wrong = rig
+        .client
+        .get(serving.url("/v2/profiles"))
+        .header("Authorization", "Bearer canary-guess")
+        .send()
+        .await
+        .unwrap();
+    assert_eq!(wrong.status(), 407);
+    serving.says("a step panicked").await;
+    let log = serving.log.lock().unwrap().clone();
+    assert!(log.lines().count() > 20, "{log}");
+    for secret in ["canary", "Atza|", "Atzr|", "Bearer", CLIENT_SECRET, FERNET_KEY, "gAAAA"] {
+        assert!(!log.contains(secret), "{secret} in {log}");
+    }
+}
+
+/// The status line of one call on this connection.
+async fn ask(stream: &mut TcpStream) -> String {
+    stream.write_all(b"GET /sandbox/echo HTTP/1.1\r\nHost: localhost\r\n\r\n").await.unwrap();
+    let mut answer = Vec::new();
+    let mut buffer = [0; 4096];
+    while !answer.ends_with(b"}") {
+        match stream.read(&mut buffer).await {
+            Ok(count @ 1..) => answer.extend_from_slice(&buffer[..count]),
+            _ => break,
+        }
+    }
+    String::from_utf8_lossy(&answer).lines().next().unwrap_or_default().to_owned()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_audit_log_has_one_line_for_each_call_and_nothing_that_is_secret() {
+    let rig = stopped().await;
+    let sets = ["--set", "log.audit=true", "--set", "log.level=error", "--set", "log.format=json"];
+    let mut config = std::fs::read_to_string(rig.config_file()).unwrap();
+    config.push_str("\n[[account]]\nname = \"brand\"\nread_only = true\nprofile_id = \"3012345678901234561\"\n");
+    std::fs::write(rig.config_file(), config).unwrap();
+    let serving = audited(&rig, &sets).await;
+    let get = |path: &str| rig.client.get(serving.url(path)).header("X-Request-Id", "r-1");
+    assert_eq!(get("/a/brand/v2/profiles?canary=canary-query").send().await.unwrap().status(), 200);
+    assert_eq!(get("/api/auth/amazon/status").send().await.unwrap().status(), 200, "which is no call");
+    let denied = rig.client.post(serving.url("/sp/campaigns/canary-path")).body("canary-body").send().await.unwrap();
+    assert_eq!(denied.status(), 403);
+    rig.sandbox.set_trouble(Trouble::Reset);
+    assert_eq!(rig.client.post(serving.url("/a/brand/sp/x/list")).send().await.unwrap().status(), 502);
+    let refused = get("/v2/profiles").header("Origin", "https://canary-origin.example").send().await.unwrap();
+    assert_eq!(refused.status(), 403);
+    eventually("four lines", async || {
+        (serving.log.lock().unwrap().matches("adsidecar::audit").count() >= 4).then_some(())
+    })
+    .await;
+    let log = serving.log.lock().unwrap().clone();
+    for secret in ["canary", "Atza|", "Bearer", CLIENT_SECRET, FERNET_KEY, "3012345678901234561"] {
+        assert!(!log.contains(secret), "{secret} in {log}");
+    }
+    let lines: Vec<Value> = log
+        .lines()
+        .filter(|line| line.contains("adsidecar::audit"))
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    assert_eq!(lines.len(), 4, "{log}");
+    let told = |line: usize, field: &str| lines[line][field].as_str().unwrap_or_default().to_owned();
+    let said = |line: usize| {
+        ["account", "user", "region", "method", "family", "source", "code", "fault"]
+            .map(|field| told(line, field))
+            .join(" ")
+    };
+    assert_eq!(said(0), "brand default na GET profiles amazon  ");
+    assert_eq!((told(0, "request_id"), lines[0]["status"].as_u64()), ("r-1".into(), Some(200)));
+    assert!(!told(0, "amazon_request_id").is_empty(), "{log}");
+    assert!(lines[0]["took_ms"].as_f64().unwrap() >= lines[0]["amazon_ms"].as_f64().unwrap());
+    assert!(lines[0]["amazon_ms"].as_f64().unwrap() > 0.0 && !told(0, "timestamp").is_empty());
+    assert_eq!(said(1), "brand default na POST sponsored_products sidecar policy_denied caller");
+    assert_eq!(said(2), "brand default na POST sponsored_products sidecar upstream_reset amazon");
+    assert_eq!(said(3), "   GET  sidecar cross_site caller");
+}
+
+/// At level `error` nobody says that it serves, so its doors are known before.
+async fn audited(rig: &Rig, sets: &[&str]) -> Serving {
+    let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let proxy = free.local_addr().unwrap().to_string();
+    drop(free);
+    let file = rig.config_file();
+    let listen = format!("proxy.listen={proxy}");
+    let mut command = command(&[&["serve", "--config", file.to_str().unwrap(), "--set", &listen], sets].concat());
+    let serving = Serving::told(command.spawn().unwrap(), proxy.clone(), String::new());
+    eventually("the door", async || TcpStream::connect(&proxy).await.ok().map(drop)).await;
+    serving
+}

@@ -1,0 +1,110 @@
+//! What Amazon means by a 401, read from whatever body it comes in: a scope that the token does not reach passes with a hint, and
+//! anything else is the token's fault.
+
+use std::io::Write;
+
+use flate2::Compression;
+use flate2::write::{DeflateEncoder, GzEncoder, ZlibEncoder};
+
+use crate::rig::Rig;
+use crate::wire::{Reply, Scripted, Wire};
+
+const SCOPE: &[u8] = br#"{"code":"401","details":"Not authorized to access scope 123"}"#;
+const TOKEN: &[u8] = br#"{"message":"Unauthorized"}"#;
+
+/// What a caller gets, where Amazon answers everything by a 401 with this body; and how often Amazon and LWA were asked.
+async fn refused(coding: &str, body: Vec<u8>) -> (Reply, usize, u64) {
+    let asked = std::sync::Arc::new(std::sync::atomic::AtomicUsize::new(0));
+    let count = asked.clone();
+    let coding = if coding.is_empty() { String::new() } else { format!("Content-Encoding: {coding}\r\n") };
+    let head = format!("HTTP/1.1 401 Unauthorized\r\n{coding}Content-Length: {}\r\n\r\n", body.len());
+    let amazon = Scripted::start(move |mut wire: Wire, _| {
+        let (count, head, body) = (count.clone(), head.clone(), body.clone());
+        async move {
+            while wire.head().await.is_some() {
+                count.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
+                wire.send(&head).await;
+                wire.send(&body).await;
+            }
+        }
+    })
+    .await;
+    let rig = Rig::before(&amazon, &[]).await;
+    let reply = rig.knock("GET /x HTTP/1.1\r\nHost: localhost\r\n\r\n").await;
+    (reply, asked.load(std::sync::atomic::Ordering::SeqCst), rig.sandbox.refreshes())
+}
+
+fn gzip(text: &[u8]) -> Vec<u8> {
+    let mut encoder = GzEncoder::new(Vec::new(), Compression::default());
+    encoder.write_all(text).unwrap();
+    encoder.finish().unwrap()
+}
+
+fn zlib(text: &[u8]) -> Vec<u8> {
+    let mut encoder = ZlibEncoder::new(Vec::new(), Compression::default());
+    encoder.write_all(text).unwrap();
+    encoder.finish().unwrap()
+}
+
+fn deflate(text: &[u8]) -> Vec<u8> {
+    let mut encoder = DeflateEncoder::new(Vec::new(), Compression::default());
+    encoder.write_all(text).unwrap();
+    encoder.finish().unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_scope_failure_is_read_through_compression_and_passes_byte_for_byte() {
+    for (coding, body) in [
+        ("", SCOPE.to_vec()),
+        ("gzip", gzip(SCOPE)),
+        ("GZip", gzip(SCOPE)),
+        ("x-gzip", gzip(SCOPE)),
+        ("deflate", zlib(SCOPE)),
+        ("deflate", deflate(SCOPE)),
+    ] {
+        let (reply, calls, refreshes) = refused(coding, body.clone()).await;
+        assert_eq!(
+            (reply.said(), reply.header("x-adsidecar-hint")),
+            ((401, ""), Some("scope_not_authorized")),
+            "{coding}"
+        );
+        assert_eq!((reply.body == body, reply.whole), (true, true), "{coding}");
+        assert_eq!(reply.header("content-encoding"), Some(coding).filter(|coding| !coding.is_empty()));
+        assert_eq!((calls, refreshes), (1, 0), "{coding}: passed on at once");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn anything_else_is_one_forced_refresh_and_one_replay_and_then_amazons_word() {
+    for (coding, body) in [
+        ("", TOKEN.to_vec()),
+        ("", Vec::new()),
+        ("gzip", gzip(TOKEN)),
+        ("gzip", b"no gzip at all".to_vec()),
+        ("br", SCOPE.iter().rev().copied().collect()),
+    ] {
+        let (reply, calls, refreshes) = refused(coding, body.clone()).await;
+        assert_eq!((reply.said(), reply.header("x-adsidecar-hint")), ((401, ""), None), "{coding}");
+        assert!(reply.body == body && reply.whole, "{coding}");
+        assert_eq!((calls, refreshes), (2, 1), "{coding}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn only_the_first_64_kib_of_a_refusal_are_read_and_all_of_it_passes() {
+    let mut early = SCOPE.to_vec();
+    early.resize(1 << 20, b' ');
+    let (reply, calls, refreshes) = refused("", early.clone()).await;
+    assert_eq!((reply.header("x-adsidecar-hint"), calls, refreshes), (Some("scope_not_authorized"), 1, 0));
+    assert!(reply.body == early && reply.whole);
+    let mut late = vec![b' '; 512 << 10];
+    late.extend_from_slice(SCOPE);
+    let (reply, calls, refreshes) = refused("", late.clone()).await;
+    assert_eq!((reply.header("x-adsidecar-hint"), calls, refreshes), (None, 2, 1));
+    assert!(reply.body == late && reply.whole);
+    // A small body that inflates to a huge one is not inflated whole.
+    let mut bomb = vec![b' '; 8 << 20];
+    bomb.extend_from_slice(SCOPE);
+    let (reply, calls, refreshes) = refused("gzip", gzip(&bomb)).await;
+    assert_eq!((reply.header("x-adsidecar-hint"), calls, refreshes), (None, 2, 1));
+}

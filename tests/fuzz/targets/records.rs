@@ -1,0 +1,31 @@
+//! A stored record: read or refused; what is read is written as it was; nothing without our key's seal opens.
+
+#![no_main]
+
+use adsidecar::account::UserId;
+use adsidecar::keyring::Keyring;
+use adsidecar::record::Record;
+use adsidecar::secret::Secret;
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(|json: &[u8]| {
+    let keyring = Keyring::new(&[Secret::new("cw_0x689RpI-jtRR7oE8h_eQsKImvJapLeSbXpwF4e4=")]).unwrap();
+    let user: UserId = "fuzz".parse().unwrap();
+    if let Ok(value) = serde_json::from_slice::<serde_json::Value>(json) {
+        if let Ok(grant) = Record::import(value, &user, &keyring) {
+            // Whatever could be imported can be stored, and comes back the same.
+            let stored = Record::seal(&grant, &user, &keyring).to_json();
+            let again = Record::parse(&stored).unwrap().open(&user, &keyring).unwrap();
+            assert_eq!(again.refresh_token, grant.refresh_token);
+            assert_eq!(again.generation, grant.generation);
+            let other: UserId = "other".parse().unwrap();
+            assert!(Record::parse(&stored).unwrap().open(&other, &keyring).is_err());
+        }
+    }
+    if let Ok(record) = Record::parse(json) {
+        let written = record.to_json();
+        assert_eq!(Record::parse(&written).unwrap().to_json(), written);
+        assert!(record.open(&user, &keyring).is_err(), "nobody without the key makes a seal");
+        let _ = record.is_under_first_key(&keyring);
+    }
+});

@@ -1,0 +1,54 @@
+//! What the entry stands on in the product, over shuttle's primitives: each use is a point at which the scheduler may switch.
+
+pub(super) use shuttle::sync::Mutex;
+pub(super) use shuttle::sync::atomic::{AtomicBool, AtomicI64, Ordering::SeqCst};
+pub(super) use std::sync::PoisonError;
+
+pub(super) type WriteGuard<'a, T> = shuttle::sync::MutexGuard<'a, T>;
+
+/// tokio's lock, whose waiting blocks a thread of the model.
+#[derive(Debug)]
+pub(super) struct WriteLock<T>(Mutex<T>);
+
+impl<T> WriteLock<T> {
+    pub(super) fn new(value: T) -> Self {
+        Self(Mutex::new(value))
+    }
+
+    pub(super) async fn lock(&self) -> WriteGuard<'_, T> {
+        self.0.lock().unwrap()
+    }
+}
+
+/// tokio's `watch`, whose waiting the model does not need.
+pub(super) mod watch {
+    use std::sync::Arc;
+
+    use super::Mutex;
+
+    #[derive(Debug)]
+    pub(crate) struct Sender<T>(Arc<Mutex<T>>);
+
+    #[derive(Debug)]
+    pub(crate) struct Receiver<T>(Arc<Mutex<T>>);
+
+    impl<T> Sender<T> {
+        pub(crate) fn new(value: T) -> Self {
+            Self(Arc::new(Mutex::new(value)))
+        }
+
+        pub(crate) fn send_modify(&self, modify: impl FnOnce(&mut T)) {
+            modify(&mut self.0.lock().unwrap());
+        }
+
+        pub(crate) fn subscribe(&self) -> Receiver<T> {
+            Receiver(self.0.clone())
+        }
+    }
+
+    impl<T> Receiver<T> {
+        pub(crate) async fn changed(&mut self) -> Result<(), ()> {
+            unreachable!("nobody waits in the model")
+        }
+    }
+}
