@@ -148,8 +148,9 @@ fn numbers_of(prefix: &str) -> BTreeSet<u32> {
     for file in sources.chain(python_files(&root.join("tests"))) {
         for line in fs::read_to_string(&file).unwrap().lines() {
             let line = line.trim_start();
-            let name = ["fn ", "async fn ", "def test_", "async def test_"].iter().find_map(|word| line.strip_prefix(word));
-            let digits = name.and_then(|name| name.strip_prefix(prefix)?.split('_').next()?.parse().ok());
+            let name =
+                ["fn ", "async fn ", "def test_", "async def test_"].iter().find_map(|word| line.strip_prefix(word));
+            let digits: Option<u32> = name.and_then(|name| name.strip_prefix(prefix)?.split('_').next()?.parse().ok());
             numbers.extend(digits);
         }
     }
