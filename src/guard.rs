@@ -457,4 +457,75 @@ mod tests {
             assert_eq!(ask(good), Ok(()), "{good:?}");
         }
     }
+
+    #[test]
+    fn a_caller_token_is_known_shown_and_asked_for_only_where_it_is_one() {
+        let none = Guard::new(Settings::default());
+        assert!(!none.asks_for_token() && !none.knows(b"") && !none.knows(b"one"));
+        let tokens = vec![Secret::new("one"), Secret::new("two"), Secret::new("one")];
+        let guard = Guard::new(Settings { caller_tokens: tokens, ..Settings::default() });
+        assert!(guard.asks_for_token() && guard.knows(b"one") && guard.knows(b"two"));
+        assert!(!guard.knows(b"") && !guard.knows(b"three"));
+        let shown = |headers: &[(&str, &str)]| guard.shown(&parts("/", headers).headers);
+        let basic = format!("Basic {}", BASE64_STANDARD.encode("ads:t:wo"));
+        assert_eq!(
+            shown(&[("x-ads-sidecar-token", "three"), ("proxy-authorization", "Bearer two")]),
+            Some(b"two".to_vec())
+        );
+        assert_eq!(
+            shown(&[("proxy-authorization", basic.as_str())]),
+            None,
+            "the password begins behind the first colon"
+        );
+        assert_eq!(shown(&[("x-ads-sidecar-token", "three")]), None);
+    }
+
+    #[test]
+    fn local_is_who_comes_from_loopback_and_says_so() {
+        let local = |peer: &str, host: &str| {
+            guard().is_local(&parts("/", &[("host", host)]).headers, Peer::Tcp(peer.parse().unwrap()))
+        };
+        assert!(local("127.0.0.1:9", "localhost") && local("[::1]:9", "[::1]:9464"));
+        assert!(!local("127.0.0.1:9", "ads.internal"), "a name of ours that is not loopback");
+        assert!(!local("127.0.0.2:9", "localhost") && !local("10.0.0.1:9", "localhost"));
+    }
+
+    #[test]
+    fn our_own_authority_is_the_one_that_the_caller_knows_us_by() {
+        let own = |host: &str| guard().own_authority(&parts("/", &[("host", host)]).headers).map(str::to_owned);
+        assert_eq!(own("ads.internal:80").as_deref(), Some("ads.internal:80"));
+        assert_eq!(own("advertising-api.amazon.com"), None);
+    }
+
+    #[test]
+    fn under_any_host_framing_counts_all_the_same() {
+        let any = |headers: &[(&str, &str)]| guard().admit_any_host(&parts("/livez", headers));
+        assert_eq!(any(&[("host", "10.1.2.3")]), Ok(()));
+        assert_eq!(any(&[("host", "localhost"), ("transfer-encoding", "gzip, chunked")]), Err(Refusal::Framing));
+    }
+
+    #[test]
+    fn each_refusal_has_a_label_of_its_own() {
+        let target = Refusal::Target(BadTarget::Foreign);
+        let all = [
+            Refusal::Framing,
+            Refusal::NoHost,
+            Refusal::Host,
+            target,
+            Refusal::Method,
+            Refusal::CrossSite,
+            Refusal::Caller,
+        ];
+        let labels = all.map(Refusal::reason);
+        assert_eq!(labels, ["framing", "no_host", "host", "target", "method", "cross_site", "caller_token"]);
+    }
+
+    #[test]
+    fn the_known_methods_pass() {
+        for name in ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"] {
+            let mut parts = parts("/", &[("host", "localhost")]);
+            parts.method = name.parse().unwrap();
+            assert!(guard().admit(&parts, tcp()).is_ok(), "{name}");
+        }
+    }
 }

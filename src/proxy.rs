@@ -124,6 +124,8 @@ impl Proxy {
         metrics: Arc<Metrics>,
         request_ids: Arc<RequestIds>,
     ) -> Self {
+        // There from the start, so that an alert can tell "nothing was denied" from "nobody looks".
+        metrics.policy_denied.with_label_values(&["", settings.policy.mode.as_str()]);
         Self {
             client_id,
             replay_limit: settings.replay_limit,

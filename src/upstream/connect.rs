@@ -26,6 +26,10 @@ const PING_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a TCP connection is silent before the kernel asks whether the peer is still there.
 const KEEPALIVE: Duration = Duration::from_secs(30);
 
+/// Read buffer of one HTTP/1.1 connection, at most, and so the largest head of an answer. Amazon's are below 16 KiB;
+/// hyper's own 400 KiB would be held for each caller who reads slowly.
+const MAX_BUFFER: usize = 64 << 10;
+
 pub(super) struct Connector {
     uri: Uri,
     name: ServerName<'static>,
@@ -108,7 +112,9 @@ impl Connector {
             drive(connection);
             Ok(Connection::Http2(sender))
         } else {
-            let (sender, connection) = http1::handshake(TokioIo::new(stream)).await.map_err(ErrorKind::Reset)?;
+            let mut builder = http1::Builder::new();
+            builder.max_buf_size(MAX_BUFFER);
+            let (sender, connection) = builder.handshake(TokioIo::new(stream)).await.map_err(ErrorKind::Reset)?;
             drive(connection);
             Ok(Connection::Http1 { sender, reused: false })
         }

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use adsidecar::sandbox::{Rule, Trouble};
 
 use crate::rig::Rig;
-use crate::wire::eventually;
+use crate::wire::{Scripted, eventually};
 
 const CALL: &str = "GET /sandbox/echo HTTP/1.1\r\nHost: localhost\r\n\r\n";
 
@@ -192,5 +192,18 @@ async fn threat_24_a_body_that_does_not_go_on_is_given_up_and_never_a_complete_c
         })
         .await;
         assert_eq!(rig.ads_calls().len(), 1, "it is not repeated");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn row_64_the_head_of_an_answer_has_a_limit() {
+    let head = |bytes: usize| {
+        let big = "x".repeat(bytes);
+        format!("HTTP/1.1 200 OK\r\nContent-Length: 0\r\nX-Big: {big}\r\n\r\n").leak()
+    };
+    for (bytes, said) in [(40 << 10, (200, "")), (100 << 10, (502, "upstream_reset"))] {
+        let amazon = Scripted::saying(head(bytes)).await;
+        let rig = Rig::before(&amazon, &[]).await;
+        assert_eq!(rig.knock("GET /x HTTP/1.1\r\nHost: localhost\r\n\r\n").await.said(), said, "{bytes}");
     }
 }

@@ -62,6 +62,28 @@ def certificate(directory: Path) -> Path:
     return path
 
 
+class Simple:
+    """A kind that this Python can run and that speaks TLS itself: for quick tests."""
+
+    def __init__(self, kind: str, directory: Path):
+        self.directory, self.port, self.log = directory, world.free_port(), directory / "requests.log"
+        command = [sys.executable, SERVERS / "servers.py", kind, str(self.port), self.log, certificate(directory)]
+        self.process = subprocess.Popen(command)
+        world.until(kind, lambda: listens(self.port))
+
+    def before(self, sandbox: world.Sandbox) -> dict[str, str]:
+        """What leads a sidecar here."""
+        trusted = str(trust(sandbox, self.directory))
+        return {"ADSIDECAR_UPSTREAM__NA": f"https://127.0.0.1:{self.port}", "ADSIDECAR_UPSTREAM__CA_FILE": trusted}
+
+    def seen(self) -> list[dict]:
+        return entries(self.log)
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
 def listens(port: int) -> bool:
     try:
         socket.create_connection(("127.0.0.1", port), timeout=1).close()

@@ -20,6 +20,12 @@ class Log:
         self.file.write(json.dumps(entry) + "\n")
 
 
+def tls(certificate: str) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    return context
+
+
 def wsgi_application(log: Log):
     def application(environ, start_response):
         body = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
@@ -47,9 +53,7 @@ def serve_wsgiref(port: int, log: Log, certificate: str = "") -> None:
 
     server = make_server("127.0.0.1", port, wsgi_application(log), Server, Quiet)
     if certificate:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(certificate)
-        server.socket = context.wrap_socket(server.socket, server_side=True)
+        server.socket = tls(certificate).wrap_socket(server.socket, server_side=True)
     server.serve_forever()
 
 
@@ -62,7 +66,7 @@ def serve_waitress(port: int, log: Log) -> None:
     waitress.serve(wsgi_application(log), listen=f"127.0.0.1:{port}", threads=4, _quiet=True)
 
 
-def serve_aiohttp(port: int, log: Log) -> None:
+def serve_aiohttp(port: int, log: Log, certificate: str = "") -> None:
     import logging
 
     from aiohttp import web
@@ -77,7 +81,8 @@ def serve_aiohttp(port: int, log: Log) -> None:
 
     application = web.Application()
     application.router.add_route("*", "/{path:.*}", answer)
-    web.run_app(application, host="127.0.0.1", port=port, print=None, access_log=None)
+    context = tls(certificate) if certificate else None
+    web.run_app(application, host="127.0.0.1", port=port, print=None, access_log=None, ssl_context=context)
 
 
 def serve_h11(port: int, log: Log) -> None:

@@ -1,0 +1,105 @@
+"""Mutated requests to a door, and what the two ends of it make of them: where they disagree, there is a desync."""
+
+import asyncio
+import json
+import random
+import re
+from collections import Counter
+
+import backends
+import mutations
+
+CONCURRENT = 64
+# A door that has said nothing for so long wants more of a body: the caller then goes away.
+QUIET_SECONDS = 2
+# Behind what came, where the caller went away before the door did.
+GAVE_UP = b"HTTP/1.1 000 gave up\r\n\r\n"
+
+
+async def converse(port: int, raw: bytes) -> bytes:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    came = b""
+    try:
+        writer.write(raw)
+        while piece := await asyncio.wait_for(reader.read(65536), QUIET_SECONDS):
+            came += piece
+        return came
+    except TimeoutError:
+        return came + GAVE_UP
+    except ConnectionError:
+        return came
+    finally:
+        writer.close()
+
+
+def answers(came: bytes) -> list[tuple[int, str, str, str]]:
+    """Status, code, request id and what the backend says that it understood, of each whole answer."""
+    seen = []
+    while came:
+        head, end, came = came.partition(b"\r\n\r\n")
+        status = re.match(rb"HTTP/1\.[01] (\d{3})", head)
+        if not end or not status:
+            break
+        found = re.findall(rb"(?mi)^([^:\r\n]+): *([^\r\n]*)", head)
+        fields = {name.lower(): value.decode("latin-1") for name, value in found}
+        body = b""
+        if "chunked" in fields.get(b"transfer-encoding", ""):
+            while match := re.match(rb"([0-9a-f]+)\r\n", came):
+                size = int(match[1], 16)
+                body, came = body + came[match.end() : match.end() + size], came[match.end() + size + 2 :]
+                if size == 0:
+                    break
+        elif not (fields.get(b"x-request-id", "").startswith("m-") and len(came) < 9):
+            length = int(fields.get(b"content-length", 0))
+            # An answer to HEAD has a length and no body.
+            if not came[:5] == b"HTTP/":
+                body, came = came[:length], came[length:]
+        echo = fields.get(b"x-echo", "")
+        if not echo and body.startswith(b"{") and b'"target"' in body:
+            echo = json.loads(body)["target"]
+        if status[1] != b"100":
+            code = fields.get(b"x-adsidecar-error", "")
+            seen.append((int(status[1]), code, fields.get(b"x-request-id", ""), echo))
+    return seen
+
+
+async def attack(port: int, numbers: range, seed: int) -> dict[int, list[tuple[int, str, str, str]]]:
+    waiting, told = iter(numbers), {}
+
+    async def worker() -> None:
+        for number in waiting:
+            raw = mutations.mutated(number, random.Random(f"{seed}-{number}"))
+            behind = mutations.call("c", number, "GET", "Connection: close").encode()
+            told[number] = answers(await converse(port, raw + behind))
+
+    await asyncio.gather(*(worker() for _ in range(CONCURRENT)))
+    return told
+
+
+def desyncs(told: dict, seen: list[dict]) -> list[str]:
+    """What cannot be where both ends agree on every request."""
+    found, answered, nameless, understood = [], Counter(), Counter(), Counter()
+    for number, replies in told.items():
+        for _, code, name, echo in replies:
+            # Not every mutated head keeps its name; adsidecar then gives one of its own.
+            if mutations.is_name(name) and mutations.is_name(echo.rpartition("?")[2]) and not echo.endswith(name):
+                found.append(f"{number}: the answer to {name} is that to {echo}")
+            if not code:
+                # hyper's backend says in the body what it understood, and there is none for HEAD.
+                answered[echo or f"{mutations.ECHO}?{name}"] += 1
+                nameless[str(number)] += not echo and not mutations.is_name(name)
+    for entry in seen:
+        understood[entry["target"]] += 1
+        for name in backends.header(entry, "x-request-id"):
+            understood_name = entry["target"].rpartition("?")[2]
+            if mutations.is_name(name) and mutations.is_name(understood_name) and understood_name != name:
+                found.append(f"{entry['target']} came with the headers of {name}")
+    gave_up = {str(number) for number, replies in told.items() if replies and replies[-1][0] == 0}
+    for target, times in understood.items():
+        kind, _, rest = target.rpartition("?")[2].partition("-")
+        # Who goes away misses the answer to what was under way: never to a hidden request.
+        number = rest.partition("-")[0]
+        excused = kind != "s" and number in gave_up
+        if times > answered[target] + nameless[number] and not excused:
+            found.append(f"{target} was understood {times} times and answered {answered[target]} times")
+    return found
