@@ -173,9 +173,6 @@ async fn row_28_a_thousand_users_at_start_are_renewed_over_a_minute_and_few_at_o
     };
     let first = renewed().await;
     assert!((60..=150).contains(&first), "a tenth of them in a tenth of the minute: {first}");
-    rig.advance(6);
-    let second = renewed().await - first;
-    assert!((60..=150).contains(&second), "and so on: {second}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
