@@ -67,7 +67,6 @@ class Run:
         self.imported = sandbox.grant()
         self.canaries = {
             "old client secret": spell["old-client-secret"], "client secret": world.CLIENT_SECRET[-14:] * 2,  # each half is what tells it from other secrets
-            
             "Fernet key": self.keys[0], "other Fernet key": self.keys[1], "caller token": spell["caller"],
             "other caller token": spell["other-caller"], "imported refresh token": self.imported.partition("|")[2],
             "the caller's own bearer": spell["theirs"], "secret sent to the shim": spell["shim-body"],
