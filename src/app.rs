@@ -33,7 +33,7 @@ use crate::lwa::Lwa;
 use crate::metrics::Metrics;
 use crate::problem::{Code, Problem};
 use crate::proxy::Body;
-use crate::serve::{Door, Limits, Peer, Phase};
+use crate::serve::{Door, LastWords, Limits, Peer, Phase};
 use crate::store::{Opened, StoreError, TokenStore};
 use crate::token::State;
 use front::{Front, Lasting};
@@ -221,14 +221,19 @@ impl App {
 
 /// The proxy door, the login door, the admin door.
 async fn bind(config: &Config) -> Result<[Door; 3], BuildError> {
-    let late = || {
-        Problem::new(Code::RequestTimeout, "The head of the request did not come in time.", "Send it at once.").raw()
-    };
+    let late =
+        Problem::new(Code::RequestTimeout, "The head of the request did not come in time.", "Send it at once.").raw();
+    let overloaded = Problem::new(
+        Code::Overloaded,
+        "Every connection that proxy.max_connections allows is busy.",
+        "Try again after the time in Retry-After, keep connections open, or raise proxy.max_connections.",
+    );
+    let words = LastWords { late, overloaded: overloaded.retry_after(Duration::from_secs(1)).raw() };
     let [proxy, login, admin] = limits_of_doors(config.limits);
     Ok([
-        Door::bind(&config.proxy_listen, config.proxy_listen_default, config.socket_mode, proxy, late()).await?,
-        Door::bind(&config.login_listen, false, OWN_SOCKET, login, late()).await?,
-        Door::bind(&config.admin_listen, config.admin_listen_default, OWN_SOCKET, admin, late()).await?,
+        Door::bind(&config.proxy_listen, config.proxy_listen_default, config.socket_mode, proxy, words.clone()).await?,
+        Door::bind(&config.login_listen, false, OWN_SOCKET, login, words.clone()).await?,
+        Door::bind(&config.admin_listen, config.admin_listen_default, OWN_SOCKET, admin, words).await?,
     ])
 }
 
