@@ -347,6 +347,7 @@ mod tests {
     fn stored(updated: i64, expires: i64) -> Grant {
         Grant {
             refresh_token: RefreshToken::new("Atzr|r".to_owned()).unwrap(),
+            previous: None,
             access: Some(Access { token: AccessToken::new("Atza|a".to_owned()).unwrap(), expires_at: wall(expires) }),
             updated_at: wall(updated),
             consented_at: Some(wall(0)),
