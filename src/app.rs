@@ -2,6 +2,7 @@
 //! stop. `main`, the sandbox and the tests all come in through here.
 
 mod front;
+mod keys;
 mod reload;
 mod rotation;
 
@@ -23,21 +24,21 @@ use tokio_util::sync::CancellationToken;
 use crate::account::UserId;
 use crate::admin::{Asked, Count, Reloader, Stage};
 use crate::clock::Clock;
-use crate::config::{Config, FernetKeys, Sources};
+use crate::config::{Config, Sources};
 use crate::keeper::{Background, Keeper};
-use crate::keyring::{KeyError, Keyring};
+use crate::keyring::KeyError;
 use crate::log::{Dropped, LogHandle};
 use crate::login::Desk;
 use crate::lwa::Lwa;
 use crate::metrics::Metrics;
 use crate::problem::{Code, Problem};
 use crate::proxy::Body;
-use crate::secret::Secret;
-use crate::serve::{Door, Limits, Peer, Phase};
+use crate::serve::{Door, LastWords, Limits, Peer, Phase};
 use crate::store::{Opened, StoreError, TokenStore};
 use crate::token::State;
 use front::{Front, Lasting};
-use reload::{Fixed, LOOK_EVERY, Watched};
+pub use keys::{key_file, keyring};
+use reload::{Fixed, Reloads, Watched};
 use rotation::Rotations;
 
 /// The admin door serves a kubelet, a scraper and a person, and none of them for long.
@@ -218,117 +219,21 @@ impl App {
     }
 }
 
-/// What reads the configuration again while the doors serve.
-struct Reloads {
-    watched: Option<Watched>,
-    asked: mpsc::Receiver<Asked>,
-    fixed: Fixed,
-    rotations: Rotations,
-    front: Arc<ArcSwap<Front>>,
-    limits: [Arc<ArcSwap<Limits>>; 3],
-    lasting: Lasting,
-    /// Missing lines that the log has told of.
-    told: Dropped,
-}
-
-impl Reloads {
-    /// Returns when somebody asks the process to quit.
-    async fn run(&mut self) {
-        let mut look = tokio::time::interval(LOOK_EVERY);
-        loop {
-            tokio::select! {
-                () = self.lasting.quit.cancelled() => return,
-                // Whoever asked may have gone meanwhile.
-                Some(asked) = self.asked.recv() => match asked {
-                    Asked::Reload(answer) => drop(answer.send(self.reload())),
-                    Asked::Rotate(key, answer) => drop(answer.send(self.rotate(&key).await)),
-                },
-                _ = look.tick() => {
-                    self.tell_dropped();
-                    if self.watched.as_ref().is_some_and(Watched::changed) {
-                        tracing::info!("a file of the configuration changed");
-                        // What comes of it is logged, and a metric.
-                        let _ = self.reload();
-                    }
-                }
-            }
-        }
-    }
-
-    /// Says in the log, once it can, that lines are missing from it.
-    fn tell_dropped(&mut self) {
-        let dropped = self.lasting.log.as_ref().map(LogHandle::dropped).unwrap_or_default();
-        if dropped != self.told {
-            let (flood, sink) = (dropped.flood - self.told.flood, dropped.sink - self.told.sink);
-            self.told = dropped;
-            tracing::warn!(flood, sink, "lines are missing here: too many of one kind came, or nobody read them");
-        }
-    }
-
-    fn reload(&mut self) -> Result<(), String> {
-        let reloaded = self.take_over();
-        let now = self.lasting.clock.now().as_duration().as_secs_f64();
-        self.lasting.metrics.reloaded(now, reloaded.is_ok());
-        match &reloaded {
-            Ok(()) => tracing::info!("the configuration was read again and is in use"),
-            Err(error) => tracing::error!(%error, "the configuration was read again and refused: all of the old stays"),
-        }
-        reloaded
-    }
-
-    /// Takes the keys of the configuration into use, and begins to seal everything with the first. Its fingerprint has to
-    /// be `key`: who asks may read another configuration than this process.
-    async fn rotate(&mut self, key: &str) -> Result<(), String> {
-        let watched = self.watched.as_mut().ok_or("this process was not told where its configuration lies")?;
-        let config = watched.read()?;
-        let keyring = Arc::new(keyring(&config).map_err(|error| error.to_string())?);
-        let first = keyring.first();
-        if first.to_string() != key {
-            return Err(format!(
-                "the first key that this sidecar is configured with has the fingerprint {first}, not {key}: give both \
-                 the same store.fernet_keys. An environment variable is read at the start alone: use a file, or restart it"
-            ));
-        }
-        self.lasting.store.rekey(keyring).await.map_err(|error| error.to_string())?;
-        self.fixed.takes_keys_of(&config);
-        self.rotations.begin(first).await.map_err(|error| error.to_string())?;
-        // With the old keys it was refused whole. What comes of it is logged, and a metric.
-        let _ = self.reload();
-        Ok(())
-    }
-
-    fn take_over(&mut self) -> Result<(), String> {
-        let watched = self.watched.as_mut().ok_or("this process was not told where its configuration lies")?;
-        let config = watched.read()?;
-        reload::needs_restart(&self.fixed, &config)?;
-        let lwa = Lwa::new(config.lwa.clone())?;
-        let (keeper, metrics, limits, log) = (config.keeper.clone(), config.metrics, config.limits, config.log);
-        let front = Front::new(config, lwa.clone(), &self.lasting).map_err(|error| error.to_string())?;
-        // Nothing fails from here on.
-        self.front.store(Arc::new(front));
-        for (door, limits) in self.limits.iter().zip(limits_of_doors(limits)) {
-            door.store(Arc::new(limits));
-        }
-        if let Some(running) = &self.lasting.log {
-            running.reconfigure(log);
-        }
-        self.lasting.metrics.reconfigure(metrics);
-        self.lasting.keeper.reconfigure(keeper, lwa);
-        tokio::spawn(adopt_configured(self.lasting.keeper.clone()));
-        Ok(())
-    }
-}
-
 /// The proxy door, the login door, the admin door.
 async fn bind(config: &Config) -> Result<[Door; 3], BuildError> {
-    let late = || {
-        Problem::new(Code::RequestTimeout, "The head of the request did not come in time.", "Send it at once.").raw()
-    };
+    let late =
+        Problem::new(Code::RequestTimeout, "The head of the request did not come in time.", "Send it at once.").raw();
+    let overloaded = Problem::new(
+        Code::Overloaded,
+        "Every connection that proxy.max_connections allows is busy.",
+        "Try again after the time in Retry-After, keep connections open, or raise proxy.max_connections.",
+    );
+    let words = LastWords { late, overloaded: overloaded.retry_after(Duration::from_secs(1)).raw() };
     let [proxy, login, admin] = limits_of_doors(config.limits);
     Ok([
-        Door::bind(&config.proxy_listen, config.proxy_listen_default, config.socket_mode, proxy, late()).await?,
-        Door::bind(&config.login_listen, false, OWN_SOCKET, login, late()).await?,
-        Door::bind(&config.admin_listen, config.admin_listen_default, OWN_SOCKET, admin, late()).await?,
+        Door::bind(&config.proxy_listen, config.proxy_listen_default, config.socket_mode, proxy, words.clone()).await?,
+        Door::bind(&config.login_listen, false, OWN_SOCKET, login, words.clone()).await?,
+        Door::bind(&config.admin_listen, config.admin_listen_default, OWN_SOCKET, admin, words).await?,
     ])
 }
 
@@ -360,33 +265,6 @@ async fn serve_login(front: Arc<Front>, request: Request<Incoming>, peer: Peer) 
 
 async fn serve_admin(front: Arc<Front>, request: Request<Incoming>, peer: Peer) -> Response<Full<Bytes>> {
     front.admin.serve(request, peer).await
-}
-
-/// The ring that the configuration asks for. In development a missing key is made beside the store.
-pub fn keyring(config: &Config) -> Result<Keyring, BuildError> {
-    let keys = match &config.fernet_keys {
-        FernetKeys::Given(keys) => keys.clone(),
-        FernetKeys::MakeBesideStore => vec![development_key(config)?],
-    };
-    Ok(Keyring::new(&keys)?)
-}
-
-/// Where the key of development lies: beside the store.
-pub fn key_file(config: &Config) -> PathBuf {
-    let mut path = config.store.path.clone().into_os_string();
-    path.push(".key");
-    path.into()
-}
-
-fn development_key(config: &Config) -> Result<Secret, BuildError> {
-    let path = key_file(config);
-    let made = Keyring::read_or_make(&path);
-    let (key, made) = made.map_err(|source| BuildError::KeyFile { path: path.clone(), source })?;
-    if made {
-        let path = path.display();
-        tracing::warn!(%path, "no Fernet key is configured: one was made for development; keep it as long as the store");
-    }
-    Ok(key)
 }
 
 /// Says what was found in the store.

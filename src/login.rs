@@ -306,6 +306,7 @@ fn granted(tokens: Tokens, scope: Option<String>, now: Timestamp) -> Option<Gran
     let expires_at = now.checked_add(tokens.lifetime).ok()?;
     Some(Grant {
         refresh_token: tokens.refresh?,
+        previous: None,
         access: Some(Access { token: tokens.access, expires_at }),
         updated_at: now,
         consented_at: Some(now),

@@ -78,6 +78,7 @@ pub struct Metrics {
     pub token_answer_oddities: IntCounterVec,
     pub refresh_interrupted: IntCounterVec,
     pub refresh_dropped: IntCounter,
+    pub token_rotations: IntCounter,
     log_dropped: IntCounterVec,
     reload_timestamp: Gauge,
     reload_success: IntGauge,
@@ -216,6 +217,10 @@ impl Metrics {
                     "token_refresh_dropped_total",
                     "Renewals dropped because the grant was replaced or logged out meanwhile",
                 )?,
+            )?,
+            token_rotations: add(
+                r,
+                IntCounter::new("token_rotations_total", "Renewals that brought another refresh token")?,
             )?,
             refresh_interrupted: counters(
                 r,

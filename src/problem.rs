@@ -38,6 +38,7 @@ pub enum Code {
     UpstreamReset,
     UpstreamTls,
     TokenUnavailable,
+    Overloaded,
     StoreUnavailable,
     UpstreamTimeout,
 }
@@ -79,6 +80,7 @@ impl Code {
             Self::UpstreamReset => (StatusCode::BAD_GATEWAY, "upstream_reset", true),
             Self::UpstreamTls => (StatusCode::BAD_GATEWAY, "upstream_tls", false),
             Self::TokenUnavailable => (StatusCode::SERVICE_UNAVAILABLE, "token_unavailable", true),
+            Self::Overloaded => (StatusCode::SERVICE_UNAVAILABLE, "overloaded", true),
             Self::StoreUnavailable => (StatusCode::SERVICE_UNAVAILABLE, "store_unavailable", true),
             Self::UpstreamTimeout => (StatusCode::GATEWAY_TIMEOUT, "upstream_timeout", true),
         }
@@ -149,7 +151,7 @@ impl Problem {
         headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/problem+json"));
         headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
         if let Some(wait) = self.retry_after {
-            headers.insert(RETRY_AFTER, HeaderValue::from(wait.as_secs_f64().ceil().max(1.0) as u64));
+            headers.insert(RETRY_AFTER, HeaderValue::from(seconds(wait)));
         }
         headers.extend(self.headers);
         response
@@ -159,9 +161,11 @@ impl Problem {
     pub fn raw(self) -> Bytes {
         let body = self.document("");
         let (status, code) = (self.code.status(), self.code.as_str());
+        let retry_after = self.retry_after.map(|wait| format!("{RETRY_AFTER}: {}\r\n", seconds(wait)));
         let head = format!(
-            "HTTP/1.1 {status}\r\nconnection: close\r\n{ERROR}: {code}\r\ncontent-type: application/problem+json\r\n\
+            "HTTP/1.1 {status}\r\nconnection: close\r\n{ERROR}: {code}\r\n{}content-type: application/problem+json\r\n\
              content-length: {}\r\n\r\n",
+            retry_after.unwrap_or_default(),
             body.len()
         );
         [head.as_bytes(), &body].concat().into()
@@ -181,6 +185,11 @@ impl Problem {
         // Strings and numbers always serialise.
         serde_json::to_vec(&document).unwrap_or_default().into()
     }
+}
+
+/// Whole seconds, rounded up.
+fn seconds(wait: Duration) -> u64 {
+    wait.as_secs_f64().ceil().max(1.0) as u64
 }
 
 impl From<Refusal> for Problem {

@@ -25,6 +25,9 @@ pub struct Record {
     access_token: Option<String>,
     /// The refresh token as a Fernet token.
     refresh_token: String,
+    /// The refresh token before, as a Fernet token; only behind a rotation that has not proved itself yet.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    previous_refresh_token: Option<String>,
     #[serde(default = "bearer")]
     token_type: String,
     /// When the access token ends.
@@ -52,7 +55,8 @@ struct Binding {
     generation: u64,
     expires_at: Option<Timestamp>,
     consented_at: Option<Timestamp>,
-    /// SHA-256, in hexadecimal digits, of the JSON array `[refresh_token, access_token]` of both ciphertexts.
+    /// SHA-256, in hexadecimal digits, of the JSON array `[refresh_token, access_token]` of both ciphertexts, with the
+    /// previous refresh token's behind them where there is one.
     digest: String,
 }
 
@@ -83,6 +87,7 @@ impl Record {
         let mut record = Self {
             access_token: grant.access.as_ref().map(|access| encrypt(access.token.secret().expose())),
             refresh_token: encrypt(grant.refresh_token.secret().expose()),
+            previous_refresh_token: grant.previous.as_ref().map(|token| encrypt(token.secret().expose())),
             token_type: bearer(),
             expires_at: grant.access.as_ref().map(|access| access.expires_at),
             updated_at: grant.updated_at,
@@ -142,13 +147,16 @@ impl Record {
     /// The place in the ring of the key that opens it; of several the last, which a rotation is still to replace. `None`
     /// where a part opens with no key.
     pub fn key_index(&self, keyring: &Keyring) -> Option<usize> {
-        let parts = [Some(&self.refresh_token), self.access_token.as_ref(), self.seal.as_ref()];
-        let places = parts.into_iter().flatten().map(|token| Some(keyring.open(token)?.key_index));
+        let optional = [&self.access_token, &self.previous_refresh_token, &self.seal];
+        let parts = [Some(&self.refresh_token)].into_iter().chain(optional.map(Option::as_ref));
+        let places = parts.flatten().map(|token| Some(keyring.open(token)?.key_index));
         places.collect::<Option<Vec<_>>>()?.into_iter().max()
     }
 
     fn binding(&self, user: &UserId) -> Binding {
-        let ciphertexts = serde_json::to_vec(&(&self.refresh_token, &self.access_token)).expect("two texts are JSON");
+        let mut ciphertexts = vec![Some(&self.refresh_token), self.access_token.as_ref()];
+        ciphertexts.extend(self.previous_refresh_token.as_ref().map(Some));
+        let ciphertexts = serde_json::to_vec(&ciphertexts).expect("texts are JSON");
         Binding {
             user: user.clone(),
             generation: self.generation,
@@ -168,8 +176,10 @@ impl Record {
             }
             _ => None,
         };
+        let previous = self.previous_refresh_token.as_deref().map(|sealed| plaintext(sealed, keyring)).transpose()?;
         Ok(Grant {
             refresh_token,
+            previous: previous.map(RefreshToken::new).transpose().map_err(|_| NO_TOKEN)?,
             access,
             updated_at: self.updated_at,
             consented_at: self.consented_at,
@@ -231,6 +241,7 @@ mod tests {
     fn grant() -> Grant {
         Grant {
             refresh_token: RefreshToken::new("Atzr|canary".to_owned()).unwrap(),
+            previous: None,
             access: Some(Access {
                 token: AccessToken::new("Atza|canary".to_owned()).unwrap(),
                 expires_at: at("2026-01-01T12:00:00Z"),
@@ -247,6 +258,7 @@ mod tests {
     fn facts(grant: &Grant) -> impl PartialEq + fmt::Debug + use<> {
         (
             grant.refresh_token.secret().expose().to_owned(),
+            grant.previous.as_ref().map(|token| token.secret().expose().to_owned()),
             grant.access.as_ref().map(|access| (access.token.secret().expose().to_owned(), access.expires_at)),
             (grant.updated_at, grant.consented_at, grant.used_at),
             grant.scope.clone(),
@@ -285,6 +297,7 @@ mod tests {
             ("refresh_token", other["access_token"].clone()),
             ("access_token", other["access_token"].clone()),
             ("access_token", Value::Null),
+            ("previous_refresh_token", other["refresh_token"].clone()),
             ("seal", Value::Null),
             ("seal", other["seal"].clone()),
             ("seal", other["refresh_token"].clone()),
@@ -427,7 +440,7 @@ mod tests {
     fn grants() -> impl Strategy<Value = Grant> {
         let token = "[!-~]{1,300}";
         let parts = (
-            token,
+            (token, proptest::option::of(token)),
             proptest::option::of((token, times())),
             times(),
             proptest::option::of(times()),
@@ -435,8 +448,9 @@ mod tests {
             proptest::option::of(".{0,40}"),
             any::<u64>(),
         );
-        parts.prop_map(|(refresh, access, updated_at, consented_at, used_at, scope, generation)| Grant {
+        parts.prop_map(|((refresh, previous), access, updated_at, consented_at, used_at, scope, generation)| Grant {
             refresh_token: RefreshToken::new(refresh).unwrap(),
+            previous: previous.map(|text| RefreshToken::new(text).unwrap()),
             access: access.map(|(text, expires_at)| Access { token: AccessToken::new(text).unwrap(), expires_at }),
             updated_at,
             consented_at,

@@ -18,7 +18,7 @@ use std::path::PathBuf;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 use bytes::Bytes;
@@ -75,6 +75,8 @@ const MAX_BUFFER: usize = 64 << 10;
 const BACKLOG: u32 = 1024;
 /// How long the accept loop rests when the process is out of descriptors: existing work goes on and frees some.
 const ACCEPT_REST: Duration = Duration::from_millis(100);
+/// How long somebody waits for room while every connection at the cap is busy.
+const PATIENCE: Duration = Duration::from_secs(1);
 /// How long a caller may go on sending a body that was refused. A socket that is closed with bytes unread resets the
 /// connection, and the caller would never see the answer (RFC 9112, section 9.6).
 const LINGER: Duration = Duration::from_secs(2);
@@ -88,12 +90,21 @@ pub enum Peer {
     Unix(Option<u32>),
 }
 
+/// What is said to who gets no answer of a request's own, as HTTP/1.1.
+#[derive(Clone, Debug)]
+pub struct LastWords {
+    /// The head did not come to its end in time.
+    pub late: Bytes,
+    /// There is no room for one more connection.
+    pub overloaded: Bytes,
+}
+
 /// A door whose sockets are bound and that serves nobody yet.
 #[derive(Debug)]
 pub struct Door {
     listeners: Vec<Listener>,
     limits: Arc<ArcSwap<Limits>>,
-    late: Bytes,
+    words: LastWords,
     connections: Arc<Connections>,
 }
 
@@ -118,14 +129,13 @@ pub enum Phase {
 
 impl Door {
     /// Binds every address of `listen`; with `ipv6_if_any`, one of IPv6 only where the machine has it. Port 0 takes any
-    /// free port; see [`addresses`](Self::addresses). `late` are the bytes that answer a head which does not come to its
-    /// end in time. A Unix socket gets the file mode `socket_mode`.
+    /// free port; see [`addresses`](Self::addresses). A Unix socket gets the file mode `socket_mode`.
     pub async fn bind(
         listen: &[Listen],
         ipv6_if_any: bool,
         socket_mode: u32,
         limits: Limits,
-        late: Bytes,
+        words: LastWords,
     ) -> Result<Self> {
         let mut listeners = Vec::new();
         for address in listen {
@@ -139,7 +149,7 @@ impl Door {
             }
         }
         let limits = Arc::new(ArcSwap::from_pointee(limits));
-        Ok(Self { listeners, limits, late, connections: Arc::default() })
+        Ok(Self { listeners, limits, words, connections: Arc::default() })
     }
 
     /// The TCP addresses bound, in the order asked for.
@@ -170,8 +180,8 @@ impl Door {
         B: http_body::Body<Data = Bytes> + Send + Unpin + 'static,
         B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
     {
-        let Self { listeners, limits, late, connections } = self;
-        let host = Host { handler, connections: connections.clone(), late };
+        let Self { listeners, limits, words, connections } = self;
+        let host = Host { handler, connections: connections.clone(), words };
         let watchman = tokio::spawn(connections.clone().watch(limits.clone()));
         let mut tasks = tokio::task::JoinSet::new();
         for listener in listeners {
@@ -220,6 +230,8 @@ async fn accept<H, F, B>(
     B: http_body::Body<Data = Bytes> + Send + Unpin + 'static,
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
+    // Since when nobody who came has found room.
+    let mut full_since = None;
     loop {
         let taken = tokio::select! {
             biased;
@@ -235,11 +247,22 @@ async fn accept<H, F, B>(
             }
         };
         // Not before somebody came: an idle connection is closed for another one, and not for nobody.
-        tokio::select! {
+        let until = *full_since.get_or_insert_with(Instant::now) + PATIENCE;
+        let room = tokio::select! {
             biased;
             _ = phase.wait_for(|phase| *phase == Phase::Closed) => return,
-            () = host.connections.room(&limits) => {}
+            room = host.connections.room(&limits, until) => room,
+        };
+        if !room {
+            tracing::warn!("overloaded: every connection that proxy.max_connections allows is busy");
+            let words = host.words.overloaded.clone();
+            match stream {
+                Stream::Tcp(stream, _) => drop(tokio::spawn(end(stream, Some(words), true))),
+                Stream::Unix(stream) => drop(tokio::spawn(end(stream, Some(words), true))),
+            }
+            continue;
         }
+        full_since = None;
         // Taken here and not in the task, so that neither the cap nor the end overlooks it.
         let seat = host.connections.sit();
         match stream {
@@ -260,7 +283,7 @@ async fn accept<H, F, B>(
 struct Host<H> {
     handler: H,
     connections: Arc<Connections>,
-    late: Bytes,
+    words: LastWords,
 }
 
 enum Stream {
@@ -294,7 +317,7 @@ where
     B: http_body::Body<Data = Bytes> + Send + Unpin + 'static,
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
-    let Host { handler, late, .. } = host;
+    let Host { handler, words, .. } = host;
     let uploads = AtomicBool::new(false);
     let service = service_fn(|request: Request<Incoming>| {
         let busy = seat.begin();
@@ -332,7 +355,7 @@ where
                 Pin::new(&mut connection).graceful_shutdown();
             }
             // hyper has written nothing yet for the head that did not come.
-            Command::HeadTimeout if seat.is_in_head() => break Some(late),
+            Command::HeadTimeout if seat.is_in_head() => break Some(words.late),
             // It came to its end just now.
             Command::HeadTimeout => {}
             Command::Abandon => {
@@ -346,17 +369,17 @@ where
     };
     let socket = connection.into_parts().io.into_inner().into_inner();
     // Boxed for the same reason as the answer.
-    Box::pin(farewell(socket, last_words, uploads.into_inner() && !leaving)).await;
+    Box::pin(end(socket, last_words, uploads.into_inner() && !leaving)).await;
 }
 
-/// The end of a connection: what is still to be said, and where a body was on its way, what still comes of it.
-async fn farewell<S: AsyncRead + AsyncWrite + Unpin>(mut socket: S, last_words: Option<Bytes>, body_comes: bool) {
+/// Says the last words and closes; with `linger` after what still comes has been read for a moment.
+async fn end(mut socket: impl AsyncRead + AsyncWrite + Unpin, last_words: Option<Bytes>, linger: bool) {
     if let Some(last_words) = last_words {
         // Who reads nothing at all does not hear it.
         let _ = tokio::time::timeout(LINGER, socket.write_all(&last_words)).await;
     }
     let _ = socket.shutdown().await;
-    if body_comes {
+    if linger {
         let _ = tokio::time::timeout(LINGER, tokio::io::copy(&mut socket, &mut tokio::io::sink())).await;
     }
 }

@@ -16,6 +16,13 @@
 //! that was acknowledged has deleted its copy, on disk, so nothing brings its grant back: not the copies, which do not
 //! have it, and not an older state of sled, whose number is too low.
 //!
+//! A record that is older than its copy was put back past this store, and the copy's is used.
+//!
+//! # What is under way
+//!
+//! Grants that are exchanged and not in use yet lie beside the copies, in a file each; logins that have begun lie there
+//! together, in one. Both are sealed as a whole, and neither is in the database: they are over within ten minutes.
+//!
 //! # The key
 //!
 //! `<path>.copies/key` holds the fingerprint of the key that sealed last, twice. It is compared before sled is opened, because

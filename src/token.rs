@@ -97,6 +97,8 @@ pub struct Access {
 pub struct Grant {
     /// What renews it.
     pub refresh_token: RefreshToken,
+    /// The refresh token before, until the one that replaced it has renewed once.
+    pub previous: Option<RefreshToken>,
     /// The latest access token; absent for a grant that was given to us as a refresh token alone.
     pub access: Option<Access>,
     /// When the tokens last changed.
@@ -121,18 +123,15 @@ impl Grant {
 
     /// This grant after a renewal. A missing refresh token keeps the old one (RFC 6749, section 6).
     pub fn renewed(&self, tokens: Tokens, now: Timestamp) -> Self {
+        let rotated = tokens.refresh.filter(|new| *new != self.refresh_token);
         Self {
-            refresh_token: tokens.refresh.unwrap_or_else(|| self.refresh_token.clone()),
+            previous: rotated.is_some().then(|| self.refresh_token.clone()),
+            refresh_token: rotated.unwrap_or_else(|| self.refresh_token.clone()),
             access: Some(Access { token: tokens.access, expires_at: later(now, tokens.lifetime) }),
             updated_at: now,
             generation: self.generation + 1,
             ..self.clone()
         }
-    }
-
-    /// The access token, while it lives.
-    pub fn living(&self, now: Timestamp) -> Option<&Access> {
-        self.access.as_ref().filter(|access| now < access.expires_at)
     }
 
     /// When the consent ends, where its date is known and it ends at all.
@@ -189,6 +188,7 @@ mod tests {
     fn grant(consented_at: Option<Timestamp>) -> Grant {
         Grant {
             refresh_token: RefreshToken::new("Atzr|r".to_owned()).unwrap(),
+            previous: None,
             access: None,
             updated_at: at(0),
             consented_at,
@@ -214,7 +214,17 @@ mod tests {
         assert_eq!(kept.refresh_token, before.refresh_token);
         assert_eq!((kept.generation, kept.updated_at, kept.consented_at), (2, at(50), before.consented_at));
         assert_eq!(kept.access.unwrap().expires_at, at(3650));
-        assert_eq!(before.renewed(tokens(Some("Atzr|n")), at(50)).refresh_token.secret().expose(), "Atzr|n");
+    }
+
+    #[test]
+    fn a_replaced_refresh_token_is_kept_until_the_new_one_has_renewed_once() {
+        let before = grant(Some(at(0)));
+        let rotated = before.renewed(tokens(Some("Atzr|n")), at(50));
+        assert_eq!(rotated.refresh_token.secret().expose(), "Atzr|n");
+        assert_eq!(rotated.previous, Some(before.refresh_token));
+        for same in [None, Some("Atzr|n")] {
+            assert_eq!(rotated.renewed(tokens(same), at(60)).previous, None);
+        }
     }
 
     #[test]

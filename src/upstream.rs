@@ -14,7 +14,7 @@ mod outgoing;
 mod sharing;
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -134,7 +134,7 @@ struct Host {
     /// What HTTP/2 sends as `:scheme` and `:authority`.
     origin: http::uri::Parts,
     idle: Mutex<VecDeque<Idle>>,
-    shared: Mutex<Option<http2::SendRequest<Outgoing>>>,
+    shared: Mutex<Option<Shared>>,
     sharing: Sharing,
     /// Whether the last connection spoke HTTP/1.1, so that each call needs one of its own.
     one_call_each: AtomicBool,
@@ -148,11 +148,22 @@ struct Idle {
     since: Instant,
 }
 
+/// An HTTP/2 connection and the number of calls on it.
+#[derive(Clone, Debug)]
+struct Shared {
+    sender: http2::SendRequest<Outgoing>,
+    calls: Arc<AtomicUsize>,
+}
+
 /// A connection that is ready for a request.
 enum Connection {
     Http1 { sender: http1::SendRequest<Outgoing>, reused: bool },
-    Http2(http2::SendRequest<Outgoing>),
+    Http2(Shared),
 }
+
+/// So many calls share one HTTP/2 connection. Servers take at least 100 at once (RFC 9113, section 6.5.2), and what goes
+/// beyond their number waits for others to end: a hundred slow uploads would hold everybody up.
+const MAX_SHARED: usize = 100;
 
 /// More idle connections than this are closed: a burst of callers must not hold descriptors for long.
 const MAX_IDLE: usize = 1024;
@@ -204,8 +215,8 @@ impl Upstream {
                 }
                 Ok(response.map(|incoming| Answer::http1(incoming, host.clone(), sender, progress)))
             }
-            Connection::Http2(mut sender) => {
-                let share = host.share(self.idle_timeout);
+            Connection::Http2(Shared { mut sender, calls }) => {
+                let share = host.share(&calls, self.idle_timeout);
                 let sent = sender.try_send_request(host.with_authority(request));
                 let response = awaited(sent, &progress, wait).await.map_err(|error| error.on(true))?;
                 Ok(response.map(|incoming| Answer::http2(incoming, share)))
@@ -272,24 +283,26 @@ impl Host {
                 return Some(Connection::Http1 { sender, reused: true });
             }
         }
-        let mut shared = lock(&self.shared).clone().filter(|sender| !sender.is_closed())?;
-        shared.ready().await.is_ok().then_some(Connection::Http2(shared))
+        let free = |shared: &Shared| !shared.sender.is_closed() && shared.calls.load(Relaxed) < MAX_SHARED;
+        let mut shared = lock(&self.shared).clone().filter(free)?;
+        shared.sender.ready().await.is_ok().then_some(Connection::Http2(shared))
     }
 
     async fn connect(&self) -> Result<Connection, ErrorKind> {
         // Boxed: connecting is rare, and its future is large.
         let connection = Box::pin(self.connector.connect(Offer::Configured)).await?;
         self.one_call_each.store(matches!(connection, Connection::Http1 { .. }), Relaxed);
-        if let Connection::Http2(sender) = &connection {
-            *lock(&self.shared) = Some(sender.clone());
+        if let Connection::Http2(shared) = &connection {
+            // One that is full ends with its last call.
+            *lock(&self.shared) = Some(shared.clone());
         }
         Ok(connection)
     }
 
     /// Counts a call on the shared connection. Whoever has called alone for a while finds an HTTP/1.1 connection in the
     /// pool soon.
-    fn share(self: &Arc<Self>, idle_timeout: Duration) -> sharing::Share {
-        let (share, alone) = self.sharing.begin(idle_timeout);
+    fn share(self: &Arc<Self>, calls: &Arc<AtomicUsize>, idle_timeout: Duration) -> sharing::Share {
+        let (share, alone) = self.sharing.begin(calls, idle_timeout);
         if alone && self.connector.may_speak_http1() {
             let host = self.clone();
             tokio::spawn(async move {

@@ -3,13 +3,125 @@
 use std::fs::Metadata;
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
+use arc_swap::ArcSwap;
+use tokio::sync::mpsc;
+
+use super::front::{Front, Lasting};
+use super::rotation::Rotations;
+use super::{adopt_configured, keyring, limits_of_doors};
+use crate::admin::Asked;
 use crate::config::{self, Config, Sources};
+use crate::log::{Dropped, LogHandle};
+use crate::lwa::Lwa;
+use crate::serve::Limits;
 
 /// How often the files are looked at. A look is one `stat` per file, which follows the links that the kubelet swaps when a
 /// Secret changes; watching directories instead would have to follow them by itself.
-pub(super) const LOOK_EVERY: Duration = Duration::from_secs(2);
+const LOOK_EVERY: Duration = Duration::from_secs(2);
+
+/// What reads the configuration again while the doors serve.
+pub(super) struct Reloads {
+    pub(super) watched: Option<Watched>,
+    pub(super) asked: mpsc::Receiver<Asked>,
+    pub(super) fixed: Fixed,
+    pub(super) rotations: Rotations,
+    pub(super) front: Arc<ArcSwap<Front>>,
+    pub(super) limits: [Arc<ArcSwap<Limits>>; 3],
+    pub(super) lasting: Lasting,
+    /// Missing lines that the log has told of.
+    pub(super) told: Dropped,
+}
+
+impl Reloads {
+    /// Returns when somebody asks the process to quit.
+    pub(super) async fn run(&mut self) {
+        let mut look = tokio::time::interval(LOOK_EVERY);
+        loop {
+            tokio::select! {
+                () = self.lasting.quit.cancelled() => return,
+                // Whoever asked may have gone meanwhile.
+                Some(asked) = self.asked.recv() => match asked {
+                    Asked::Reload(answer) => drop(answer.send(self.reload())),
+                    Asked::Rotate(key, answer) => drop(answer.send(self.rotate(&key).await)),
+                },
+                _ = look.tick() => {
+                    self.tell_dropped();
+                    if self.watched.as_ref().is_some_and(Watched::changed) {
+                        tracing::info!("a file of the configuration changed");
+                        // What comes of it is logged, and a metric.
+                        let _ = self.reload();
+                    }
+                }
+            }
+        }
+    }
+
+    /// Says in the log, once it can, that lines are missing from it.
+    fn tell_dropped(&mut self) {
+        let dropped = self.lasting.log.as_ref().map(LogHandle::dropped).unwrap_or_default();
+        if dropped != self.told {
+            let (flood, sink) = (dropped.flood - self.told.flood, dropped.sink - self.told.sink);
+            self.told = dropped;
+            tracing::warn!(flood, sink, "lines are missing here: too many of one kind came, or nobody read them");
+        }
+    }
+
+    fn reload(&mut self) -> Result<(), String> {
+        let reloaded = self.take_over();
+        let now = self.lasting.clock.now().as_duration().as_secs_f64();
+        self.lasting.metrics.reloaded(now, reloaded.is_ok());
+        match &reloaded {
+            Ok(()) => tracing::info!("the configuration was read again and is in use"),
+            Err(error) => tracing::error!(%error, "the configuration was read again and refused: all of the old stays"),
+        }
+        reloaded
+    }
+
+    /// Takes the keys of the configuration into use, and begins to seal everything with the first. Its fingerprint has to
+    /// be `key`: who asks may read another configuration than this process.
+    async fn rotate(&mut self, key: &str) -> Result<(), String> {
+        let watched = self.watched.as_mut().ok_or("this process was not told where its configuration lies")?;
+        let config = watched.read()?;
+        let keyring = Arc::new(keyring(&config).map_err(|error| error.to_string())?);
+        let first = keyring.first();
+        if first.to_string() != key {
+            return Err(format!(
+                "the first key that this sidecar is configured with has the fingerprint {first}, not {key}: give both \
+                 the same store.fernet_keys. An environment variable is read at the start alone: use a file, or restart it"
+            ));
+        }
+        self.lasting.store.rekey(keyring).await.map_err(|error| error.to_string())?;
+        self.fixed.takes_keys_of(&config);
+        self.rotations.begin(first).await.map_err(|error| error.to_string())?;
+        // With the old keys it was refused whole. What comes of it is logged, and a metric.
+        let _ = self.reload();
+        Ok(())
+    }
+
+    fn take_over(&mut self) -> Result<(), String> {
+        let watched = self.watched.as_mut().ok_or("this process was not told where its configuration lies")?;
+        let config = watched.read()?;
+        needs_restart(&self.fixed, &config)?;
+        let lwa = Lwa::new(config.lwa.clone())?;
+        let (keeper, metrics, limits, log) = (config.keeper.clone(), config.metrics, config.limits, config.log);
+        let front = Front::new(config, lwa.clone(), &self.lasting).map_err(|error| error.to_string())?;
+        // Nothing fails from here on.
+        self.front.store(Arc::new(front));
+        for (door, limits) in self.limits.iter().zip(limits_of_doors(limits)) {
+            door.store(Arc::new(limits));
+        }
+        if let Some(running) = &self.lasting.log {
+            running.reconfigure(log);
+        }
+        self.lasting.metrics.reconfigure(metrics);
+        self.lasting.keeper.reconfigure(keeper, lwa);
+        tokio::spawn(adopt_configured(self.lasting.keeper.clone()));
+        Ok(())
+    }
+}
 
 /// The files of a configuration, as they were when it was last read.
 pub(super) struct Watched {
@@ -28,14 +140,14 @@ impl Watched {
     }
 
     /// Reads the configuration, and remembers the files as they are now.
-    pub(super) fn read(&mut self) -> Result<Config, String> {
+    fn read(&mut self) -> Result<Config, String> {
         // Looked at first: what changes while it is read is a change the next time.
         self.look();
         config::load(&self.sources).map_err(|problems| problems.to_string())
     }
 
     /// Whether a file is another than when the configuration was last read.
-    pub(super) fn changed(&self) -> bool {
+    fn changed(&self) -> bool {
         self.seen.iter().any(|(path, stamp)| stamp_of(path) != *stamp)
     }
 
@@ -51,7 +163,7 @@ fn stamp_of(path: &PathBuf) -> Option<Stamp> {
 }
 
 /// The keys of `new` that need a restart to differ from those of `old`.
-pub(super) fn needs_restart(old: &Fixed, new: &Config) -> Result<(), String> {
+fn needs_restart(old: &Fixed, new: &Config) -> Result<(), String> {
     let new = Fixed::of(new);
     let differing: Vec<_> =
         old.0.iter().zip(&new.0).filter(|(old, new)| old != new).map(|((key, _), _)| *key).collect();

@@ -139,6 +139,7 @@ fn take_token(config: &Config, user: UserId, replace: bool, lwa: Option<Lwa>) ->
         RefreshToken::new(token).map_err(|error| Failed::because(format!("this is no refresh token: {error}")))?;
     let grant = Grant {
         refresh_token,
+        previous: None,
         access: None,
         updated_at: Timestamp::now(),
         consented_at: None,

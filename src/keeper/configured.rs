@@ -32,6 +32,7 @@ impl Keeper {
         }
         let grant = Grant {
             refresh_token: token.clone(),
+            previous: None,
             access: None,
             updated_at: self.0.clock.now(),
             consented_at: None,

@@ -14,7 +14,7 @@ use crate::account::UserId;
 use crate::lwa::LwaError;
 use crate::moment::Moment;
 use crate::store::StoreError;
-use crate::token::{Cure, Failure, Grant, Kept, Outcome, Tokens};
+use crate::token::{Cure, Failure, Grant, Kept, Outcome, RefreshToken, Tokens};
 
 /// While a grant is newer in memory than on disk, or the store has failed, it is tried again this often.
 const STORE_RETRY: Duration = Duration::from_secs(1);
@@ -93,7 +93,7 @@ impl Flight {
     async fn renew(&self, why: Why) {
         let Some(grant) = self.wanted(&why) else { return };
         fail_point!("renewal_begun");
-        let answer = self.ask(&grant).await;
+        let answer = self.ask_twice(&grant).await;
         fail_point!("renewal_answered", |_| std::process::abort());
 
         let user = &self.entry.user;
@@ -110,6 +110,10 @@ impl Flight {
                 let mut renewed = grant.renewed(tokens, asked.wall);
                 renewed.used_at = Some(asked.wall_at(self.entry.used()));
                 renewed.generation = write.next_generation();
+                if renewed.previous.is_some() && grant.previous.as_ref() != Some(&renewed.refresh_token) {
+                    self.keeper.0.metrics.token_rotations.inc();
+                    tracing::info!(%user, "Login with Amazon gave out another refresh token");
+                }
                 self.keeper.store(&self.entry, &renewed, Some(grant.generation)).await;
                 fail_point!("renewal_stored", |_| std::process::abort());
                 self.end_intent("recovered");
@@ -128,8 +132,19 @@ impl Flight {
         }
     }
 
+    /// Asks LWA with the grant's refresh token. Where that is refused and has never renewed anything, the one before is asked
+    /// for: a rotation may have been lost on LWA's side.
+    async fn ask_twice(&self, grant: &Kept) -> Result<(Tokens, Moment), Outcome> {
+        let answer = self.ask(grant, &grant.refresh_token).await;
+        let (Err(Outcome::Refused(_)), Some(previous)) = (&answer, &grant.previous) else { return answer };
+        let (tokens, asked) = self.ask(grant, previous).await?;
+        tracing::warn!(user = %self.entry.user, "Login with Amazon refuses the refresh token that it gave out last, and takes the one before");
+        let refresh = tokens.refresh.or_else(|| Some(previous.clone()));
+        Ok((Tokens { refresh, ..tokens }, asked))
+    }
+
     /// Asks LWA, unless it has just refused our client. What it answered, and when it was asked.
-    async fn ask(&self, grant: &Kept) -> Result<(Tokens, Moment), Outcome> {
+    async fn ask(&self, grant: &Kept, refresh_token: &RefreshToken) -> Result<(Tokens, Moment), Outcome> {
         let Keeper(inner) = &self.keeper;
         let turn = inner.outage.turn().await;
         if let Some((code, wait)) = inner.outage.holds(inner.clock.moment()) {
@@ -139,7 +154,7 @@ impl Flight {
         self.keeper.intend(user, grant.generation).await;
         let asked = inner.clock.moment();
         let begun = std::time::Instant::now();
-        let answer = inner.lwa.load_full().refresh(&grant.refresh_token).await;
+        let answer = inner.lwa.load_full().refresh(refresh_token).await;
         inner.metrics.token_refresh_duration.observe(begun.elapsed().as_secs_f64());
         inner.outage.learn(&answer, asked, inner.clock.moment(), dice());
         drop(turn);

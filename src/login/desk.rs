@@ -23,6 +23,8 @@ use crate::store::{TokenStore, Waiting};
 pub const TEN_MINUTES: Duration = Duration::from_secs(600);
 /// Outstanding logins, and pending grants; the oldest makes room for the newest.
 const MAX_OUTSTANDING: usize = 1000;
+/// How often what is over is looked for, where nothing else happens.
+const SWEEP: Duration = Duration::from_secs(60);
 /// Between two writes of the logins that have begun.
 const PAUSE: Duration = Duration::from_secs(1);
 
@@ -89,9 +91,10 @@ impl Desk {
     pub async fn keep(&self, clock: &Clock) {
         loop {
             // Woken without a change too, so that what nobody took does not lie on disk for ever.
-            let _ = tokio::time::timeout(TEN_MINUTES, self.changed.notified()).await;
-            self.sweep(clock.now()).await;
-            self.write_begun().await;
+            let changed = tokio::time::timeout(SWEEP, self.changed.notified()).await.is_ok();
+            if self.sweep(clock.now()).await || changed {
+                self.write_begun().await;
+            }
             tokio::time::sleep(PAUSE).await;
         }
     }
@@ -150,12 +153,14 @@ impl Desk {
         living
     }
 
-    async fn sweep(&self, now: Timestamp) {
-        lock(&self.begun).sweep(now);
+    /// Takes out everything whose time is over; whether there were logins among it.
+    async fn sweep(&self, now: Timestamp) -> bool {
+        let begun = lock(&self.begun).sweep(now);
         let over = lock(&self.waiting).sweep(now);
         for waiting in over {
             self.clear(&waiting.id).await;
         }
+        !begun.is_empty()
     }
 }
 
@@ -188,9 +193,10 @@ impl<T> Outstanding<T> {
         pushed_out.map(|(.., thing)| thing)
     }
 
+    /// What is too old stays, to be swept.
     fn take(&mut self, hash: &str, now: Timestamp) -> Option<T> {
-        let (_, since, thing) = self.by_hash.remove(hash)?;
-        lives(since, now).then_some(thing)
+        self.by_hash.get(hash).filter(|(_, since, _)| lives(*since, now))?;
+        self.by_hash.remove(hash).map(|(.., thing)| thing)
     }
 
     /// Takes out everything whose time is over.

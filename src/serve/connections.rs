@@ -121,13 +121,16 @@ impl Connections {
         }
     }
 
-    /// Returns once there is room for a connection that was accepted: at the cap the one that has idled longest is
-    /// closed for it.
-    pub(super) async fn room(&self, limits: &ArcSwap<Limits>) {
+    /// Whether there is room for a connection that was accepted, at the latest at `until`: at the cap the one that has
+    /// idled longest is closed for it.
+    pub(super) async fn room(&self, limits: &ArcSwap<Limits>, until: Instant) -> bool {
         loop {
             let freed = self.freed.notified();
             if self.make_room(limits.load().max_connections) {
-                return;
+                return true;
+            }
+            if Instant::now() >= until {
+                return false;
             }
             let _ = tokio::time::timeout(LOOK_AGAIN, freed).await;
         }

@@ -110,6 +110,7 @@ fn grant(name: &str, generation: u64) -> Grant {
     let updated_at = start + SignedDuration::from_secs(generation.try_into().unwrap());
     Grant {
         refresh_token: RefreshToken::new(format!("Atzr|{name}-{generation}")).unwrap(),
+        previous: None,
         access: Some(Access {
             token: AccessToken::new(format!("Atza|{name}-{generation}")).unwrap(),
             expires_at: updated_at + SignedDuration::from_hours(1),

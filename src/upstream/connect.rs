@@ -14,7 +14,7 @@ use tower_service::Service;
 use url::Url;
 
 use super::ahead::Ahead;
-use super::{Connection, ErrorKind, Http2, Settings};
+use super::{Connection, ErrorKind, Http2, Settings, Shared};
 
 /// HTTP/2 flow-control windows. hyper's defaults (64 KiB) would bound a download by the round-trip time.
 const STREAM_WINDOW: u32 = 1 << 20;
@@ -115,7 +115,7 @@ impl Connector {
             builder.initial_stream_window_size(STREAM_WINDOW).initial_connection_window_size(CONNECTION_WINDOW);
             let (sender, connection) = builder.handshake(TokioIo::new(stream)).await.map_err(ErrorKind::Reset)?;
             drive(connection);
-            Ok(Connection::Http2(sender))
+            Ok(Connection::Http2(Shared { sender, calls: Arc::default() }))
         } else {
             let mut builder = http1::Builder::new();
             builder.max_buf_size(MAX_BUFFER);

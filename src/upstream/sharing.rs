@@ -16,7 +16,6 @@ const LONE: u32 = 128;
 
 #[derive(Debug, Default)]
 pub(super) struct Sharing {
-    calls: Arc<AtomicUsize>,
     lone: Mutex<Lone>,
 }
 
@@ -32,10 +31,10 @@ struct Lone {
 pub(super) struct Share(Arc<AtomicUsize>);
 
 impl Sharing {
-    /// Counts a call; `true` where it ends a row of [`LONE`] calls that were alone, all within `period`.
-    pub(super) fn begin(&self, period: Duration) -> (Share, bool) {
-        let others = self.calls.fetch_add(1, Relaxed);
-        let share = Share(self.calls.clone());
+    /// Counts a call among the `calls` of its connection; `true` where it ends a row of [`LONE`] calls that were alone, all within `period`.
+    pub(super) fn begin(&self, calls: &Arc<AtomicUsize>, period: Duration) -> (Share, bool) {
+        let others = calls.fetch_add(1, Relaxed);
+        let share = Share(calls.clone());
         let mut lone = lock(&self.lone);
         if others > 0 {
             *lone = Lone::default();
@@ -70,25 +69,28 @@ mod tests {
     #[test]
     fn callers_beside_others_are_never_lone() {
         let sharing = Sharing::default();
-        let (_other, _) = sharing.begin(PERIOD);
-        assert!((0..3 * LONE).all(|_| !sharing.begin(PERIOD).1));
+        let calls = Arc::default();
+        let (_other, _) = sharing.begin(&calls, PERIOD);
+        assert!((0..3 * LONE).all(|_| !sharing.begin(&calls, PERIOD).1));
     }
 
     #[test]
     fn who_calls_rarely_is_never_lone() {
         let sharing = Sharing::default();
-        assert!((0..3 * LONE).all(|_| !sharing.begin(Duration::ZERO).1));
+        let calls = Arc::default();
+        assert!((0..3 * LONE).all(|_| !sharing.begin(&calls, Duration::ZERO).1));
     }
 
     #[test]
     fn a_row_of_calls_that_were_alone_makes_a_lone_caller_once() {
         let sharing = Sharing::default();
-        let ends: Vec<_> = (1..=2 * LONE).filter(|_| sharing.begin(PERIOD).1).collect();
+        let calls = Arc::default();
+        let ends: Vec<_> = (1..=2 * LONE).filter(|_| sharing.begin(&calls, PERIOD).1).collect();
         assert_eq!(ends, [LONE, 2 * LONE]);
-        let (_other, _) = sharing.begin(PERIOD);
-        let (_beside, _) = sharing.begin(PERIOD);
+        let (_other, _) = sharing.begin(&calls, PERIOD);
+        let (_beside, _) = sharing.begin(&calls, PERIOD);
         drop((_other, _beside));
-        assert!((1..LONE).all(|_| !sharing.begin(PERIOD).1), "the row begins anew");
-        assert!(sharing.begin(PERIOD).1);
+        assert!((1..LONE).all(|_| !sharing.begin(&calls, PERIOD).1), "the row begins anew");
+        assert!(sharing.begin(&calls, PERIOD).1);
     }
 }

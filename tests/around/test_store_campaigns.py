@@ -3,11 +3,16 @@
 import os
 import shutil
 import subprocess
+import sys
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
 
 SOAK = Path(__file__).resolve().parents[1] / "soak"
+sys.path.insert(0, str(SOAK))
+
+import world  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -77,3 +82,28 @@ def test_row_37_every_acknowledged_write_was_on_the_disk_before(writer, strace, 
             unsynced.add(f"in {name.parent}")
     assert acknowledged == 12
     assert (tmp_path / "store" / "db").is_file() and database not in unsynced
+
+
+def test_row_35_a_disk_that_fills_later_costs_no_caller_and_no_grant(strace, tmp_path):
+    """The file system refuses the first writes of a renewed grant's copy, as a full one does, and then takes them."""
+    amazon = world.Sandbox(tmp_path)
+    try:
+        sidecar = world.Sidecar(amazon, tmp_path / "own")
+        sidecar.import_grant()
+        copy = sidecar.store.with_name(f"{sidecar.store.name}.copies") / sha256(b"default").hexdigest()
+        amazon.trouble("rotate_refresh_token", when="always")
+        # As a grandchild, so that the process is adsidecar itself. Enough failures that somebody can look meanwhile: it is
+        # tried again each second.
+        full = ["strace", "-D", "-f", "-qq", "-o", "/dev/null", "-P", f"{copy}.tmp", "-e", "trace=write"]
+        sidecar.start(*full, "-e", "inject=write:error=ENOSPC:when=1..3")
+        assert sidecar.post("/api/auth/amazon/refresh")[0] == 200, "the renewed token is used from memory"
+        assert not sidecar.is_ready()
+        assert sidecar.metric("adsidecar_store_up") == 0
+        assert sidecar.get("/v2/profiles")[0] == 200
+        world.until("readiness by itself", sidecar.is_ready)
+        sidecar.kill()
+        sidecar.start()
+        assert sidecar.post("/api/auth/amazon/refresh")[0] == 200, "the rotated refresh token was stored"
+        assert sidecar.stop() == 0
+    finally:
+        amazon.stop()

@@ -67,7 +67,8 @@ def transfer_encodings():
     ]
     for coding in ambiguous:
         yield coding, posted(f"Transfer-Encoding: {coding}", body=chunked), REFUSED
-        yield f"{coding}, with a length", posted("Content-Length: 5", f"Transfer-Encoding: {coding}", body=chunked), REFUSED
+        yield f"{coding}, with a length", posted("Content-Length: 5", f"Transfer-Encoding: {coding}",
+                                                 body=chunked), REFUSED
     for first, second in [("chunked", "chunked"), ("gzip", "chunked"), ("identity", "chunked"), ("", "chunked"),
                           ("x", "chunked"), ("chunked", "Chunked"), ("cow", "chunked")]:
         lines = [f"Transfer-Encoding: {first}", f"Transfer-Encoding: {second}"]
@@ -84,8 +85,10 @@ def transfer_encodings():
         yield repr(coding), posted(f"Transfer-Encoding: {coding}", body=chunked), BARE
     for line in ["Transfer-Encoding : chunked", "Transfer-Encoding\t: chunked", " Transfer-Encoding: chunked",
                  "\tTransfer-Encoding: chunked", "Transfer-Encoding\x0b: chunked", "Transfer-Encoding\0: chunked",
-                 "Transfer-Encoding: chunked\0", "Transfer-Encoding:\0chunked", "Transfer-Encoding", "Transfer-Encoding:\r\n chunked",
-                 "X: y\r\n Transfer-Encoding: chunked", "X: y\rTransfer-Encoding: chunked", "Transfer-Encoding:\rchunked",
+                 "Transfer-Encoding: chunked\0", "Transfer-Encoding:\0chunked", "Transfer-Encoding",
+                 "Transfer-Encoding:\r\n chunked",
+                 "X: y\r\n Transfer-Encoding: chunked", "X: y\rTransfer-Encoding: chunked",
+                 "Transfer-Encoding:\rchunked",
                  "Transfer-Encoding: chunked\r", "Transfer Encoding: chunked", "\xa0Transfer-Encoding: chunked",
                  "Transfer-Encoding\xa0: chunked", "(Transfer-Encoding): chunked", "Transfer-Encoding=chunked"]:
         yield repr(line), posted(line, body=chunked), BARE
@@ -93,8 +96,10 @@ def transfer_encodings():
     yield "in HTTP/1.0", posted("Transfer-Encoding: chunked", line=old, body=chunked), BARE
     both = ["Transfer-Encoding: chunked", "Content-Length: 5", "Connection: keep-alive"]
     yield "with a length in HTTP/1.0", posted(*both, line=old, body=chunked), BARE
-    for lines in [["Content-Length: 3", "Transfer-Encoding: chunked"], ["Transfer-Encoding: chunked", "Content-Length: 60"],
-                  ["Transfer-Encoding: Chunked", "Content-Length: 0"], ["Content-Length: 5", "Transfer-Encoding: CHUNKED"]]:
+    for lines in [["Content-Length: 3", "Transfer-Encoding: chunked"], ["Transfer-Encoding: chunked",
+                                                            "Content-Length: 60"],
+                  ["Transfer-Encoding: Chunked", "Content-Length: 0"], ["Content-Length: 5",
+                                                            "Transfer-Encoding: CHUNKED"]]:
         # RFC 9112, section 6.3: read as chunked, and nothing behind it.
         yield " beside ".join(lines), posted(*lines, body=chunked), passes(body="abcde", kept=False)
     for line in ["Transfer-Encoding: chunked", "transfer-encoding:chunked", "TRANSFER-ENCODING:  CHUNKED  ",
@@ -108,15 +113,20 @@ def transfer_encodings():
 
 def content_lengths():
     """RFC 9112, section 6.2."""
-    for length in ["+3", "-3", "-0", "0x3", "3.0", "3,3", "3, 3", "3 3", "3;", "", "three", "3\x0b", "\x0b3", "3\xa0", "3_0", "1e1",
-                   "03x", "\xb23", "3\0", "\0003", "3\r", "٣".encode().decode("latin-1"), "0b11", "3\t4", "(3)", '"3"', "3,", ",3", "--3",
+    for length in ["+3", "-3", "-0", "0x3", "3.0", "3,3", "3, 3", "3 3", "3;", "", "three", "3\x0b", "\x0b3", "3\xa0",
+                   "3_0", "1e1",
+                   "03x", "\xb23", "3\0", "\0003", "3\r", "٣".encode().decode("latin-1"), "0b11", "3\t4", "(3)", '"3"',
+                   "3,", ",3", "--3",
                    "NaN", "Infinity", "3/1"]:
         yield repr(length), posted(f"Content-Length: {length}", body="abc"), BARE
-    for first, second in [("3", "4"), ("0", "3"), ("3", "0"), ("3", "03x"), ("3", "-3"), ("3", ""), ("", "3"), ("3", "+3")]:
-        yield f"two: {first!r}, {second!r}", posted(f"Content-Length: {first}", f"Content-Length: {second}", body="abc"), BARE
+    for first, second in [("3", "4"), ("0", "3"), ("3", "0"), ("3", "03x"), ("3", "-3"), ("3", ""), ("", "3"), ("3",
+                                                            "+3")]:
+        yield f"two: {first!r}, {second!r}", posted(f"Content-Length: {first}", f"Content-Length: {second}",
+                                                    body="abc"), BARE
         apart = [f"Content-Length: {first}", "X: y", f"content-length: {second}"]
         yield f"two apart: {first!r}, {second!r}", posted(*apart, body="abc"), BARE
-    for line in ["Content-Length : 3", " Content-Length: 3", "Content-Length\t: 3", "Content-Length", "Content-Length:\r\n 3",
+    for line in ["Content-Length : 3", " Content-Length: 3", "Content-Length\t: 3", "Content-Length",
+                 "Content-Length:\r\n 3",
                  "Content Length: 3", "Content-Length\0: 3", "X: y\r\n Content-Length: 3", "X: y\rContent-Length: 3",
                  "\x0bContent-Length: 3", "Content-Length\xa0: 3"]:
         yield repr(line), posted(line, body="abc"), BARE
@@ -132,7 +142,8 @@ def content_lengths():
         yield f"{line}, which is none", posted("Content-Length: 3", line, body="abc"), passes(body="abc")
     yield "a GET with a body", got(ECHO, "Content-Length: 3") + b"abc", passes("GET", body="abc")
     call = "GET /smuggled HTTP/1.1\r\nHost: localhost\r\n\r\n"
-    yield "a GET whose body is a call", got(ECHO, f"Content-Length: {len(call)}") + call.encode(), passes("GET", body=call)
+    yield "a GET whose body is a call", got(ECHO, f"Content-Length: {len(call)}") + call.encode(), passes("GET",
+                                                            body=call)
     yield "a DELETE with a body", got(ECHO, "Content-Length: 3", method="DELETE") + b"abc", passes("DELETE", body="abc")
     yield "no length and no body", posted(), passes()
     yield "a length of 0", posted("Content-Length: 0"), passes()
@@ -140,28 +151,40 @@ def content_lengths():
 
 def chunked_bodies():
     """RFC 9112, section 7.1."""
-    for body in ["x\r\nabcde\r\n0\r\n\r\n", "0x5\r\nabcde\r\n0\r\n\r\n", "+5\r\nabcde\r\n0\r\n\r\n", "-5\r\nabcde\r\n0\r\n\r\n",
-                 "-1\r\nabcde\r\n0\r\n\r\n", "_5\r\nabcde\r\n0\r\n\r\n", "5_0\r\nabcde\r\n0\r\n\r\n", "5 5\r\nabcde\r\n0\r\n\r\n",
+    for body in ["x\r\nabcde\r\n0\r\n\r\n", "0x5\r\nabcde\r\n0\r\n\r\n", "+5\r\nabcde\r\n0\r\n\r\n",
+                 "-5\r\nabcde\r\n0\r\n\r\n",
+                 "-1\r\nabcde\r\n0\r\n\r\n", "_5\r\nabcde\r\n0\r\n\r\n", "5_0\r\nabcde\r\n0\r\n\r\n",
+                 "5 5\r\nabcde\r\n0\r\n\r\n",
                  "\r\nabcde\r\n0\r\n\r\n", ";x\r\nabcde\r\n0\r\n\r\n", "5\nabcde\n0\n\n", "5\nabcde\r\n0\r\n\r\n",
                  "5\rabcde\r\n0\r\n\r\n", "5\r\rabcde\r\n0\r\n\r\n", "5\r\nabcde\n0\r\n\r\n", "5\r\nabcde\r0\r\n\r\n",
-                 "5\r\nabcde0\r\n\r\n", "5\r\nabcdeX\r\n0\r\n\r\n", "3\r\nabcde\r\n0\r\n\r\n", "4\r\nabcde\r\n0\r\n\r\n",
+                 "5\r\nabcde0\r\n\r\n", "5\r\nabcdeX\r\n0\r\n\r\n", "3\r\nabcde\r\n0\r\n\r\n",
+                 "4\r\nabcde\r\n0\r\n\r\n",
                  "FFFFFFFFFFFFFFFFF\r\nabcde\r\n0\r\n\r\n", "FFFFFFFFFFFFFFFF5\r\nabcde\r\n0\r\n\r\n",
-                 "10000000000000005\r\nabcde\r\n0\r\n\r\n", "5g\r\nabcde\r\n0\r\n\r\n", "g5\r\nabcde\r\n0\r\n\r\n", "5,\r\nabcde\r\n0\r\n\r\n",
-                 "5\0\r\nabcde\r\n0\r\n\r\n", "\0" "5\r\nabcde\r\n0\r\n\r\n", "5\xa0\r\nabcde\r\n0\r\n\r\n", "\x0b5\r\nabcde\r\n0\r\n\r\n",
-                 "5\x0c\r\nabcde\r\n0\r\n\r\n", "5;a\nb\r\nabcde\r\n0\r\n\r\n", "5;\n\r\nabcde\r\n0\r\n\r\n", "5; x=\ry\r\nabcde\r\n0\r\n\r\n",
+                 "10000000000000005\r\nabcde\r\n0\r\n\r\n", "5g\r\nabcde\r\n0\r\n\r\n", "g5\r\nabcde\r\n0\r\n\r\n",
+                 "5,\r\nabcde\r\n0\r\n\r\n",
+                 "5\0\r\nabcde\r\n0\r\n\r\n", "\0" "5\r\nabcde\r\n0\r\n\r\n", "5\xa0\r\nabcde\r\n0\r\n\r\n",
+                 "\x0b5\r\nabcde\r\n0\r\n\r\n",
+                 "5\x0c\r\nabcde\r\n0\r\n\r\n", "5;a\nb\r\nabcde\r\n0\r\n\r\n", "5;\n\r\nabcde\r\n0\r\n\r\n",
+                 "5; x=\ry\r\nabcde\r\n0\r\n\r\n",
                  "5\r\nabcde\r\n0\r\nX Y\r\n\r\n", "5\r\nabcde\r\n0\r\n: y\r\n\r\n",
                  "5\r\nabcde\r\n0\r\nX: a\0b\r\n\r\n", "5\r\nabcde\r\n0\r\n X: y\r\n\r\n",
                  "5\r\nabcde\r\n0\n\r\n", "5\r\nabcde\r\n-0\r\n\r\n", "5\r\nabcde\r\n0x0\r\n\r\n",
                  f"5;{'x' * 20000}\r\nabcde\r\n0\r\n\r\n", "٥".encode().decode("latin-1") + "\r\nabcde\r\n0\r\n\r\n",
-                 "\r\n5\r\nabcde\r\n0\r\n\r\n", "\xef\xbc\x95\r\nabcde\r\n0\r\n\r\n", "5 \t5\r\nabcde\r\n0\r\n\r\n", "0 0\r\n\r\n"]:
+                 "\r\n5\r\nabcde\r\n0\r\n\r\n", "\xef\xbc\x95\r\nabcde\r\n0\r\n\r\n", "5 \t5\r\nabcde\r\n0\r\n\r\n",
+                 "0 0\r\n\r\n"]:
         yield repr(body[:40]), posted("Transfer-Encoding: chunked", body=body), NEVER_WHOLE
         if len(body) < 60:
-            yield f"{body!r} behind a good chunk", posted("Transfer-Encoding: chunked", body="4\r\nwxyz\r\n" + body), NEVER_WHOLE
-    for body, whole in [("5\r\nabcde\r\n0\r\n\r\n", "abcde"), ("00005\r\nabcde\r\n000\r\n\r\n", "abcde"), ("A\r\nabcdefghij\r\n0\r\n\r\n", "abcdefghij"),
+            yield f"{body!r} behind a good chunk", posted("Transfer-Encoding: chunked",
+                                                          body="4\r\nwxyz\r\n" + body), NEVER_WHOLE
+    for body, whole in [("5\r\nabcde\r\n0\r\n\r\n", "abcde"), ("00005\r\nabcde\r\n000\r\n\r\n", "abcde"),
+                        ("A\r\nabcdefghij\r\n0\r\n\r\n", "abcdefghij"),
                         ("a\r\nabcdefghij\r\n0\r\n\r\n", "abcdefghij"), ("5;x=y\r\nabcde\r\n0;z\r\n\r\n", "abcde"),
-                        ('5;x="y"\r\nabcde\r\n0\r\n\r\n', "abcde"), ("1\r\na\r\n1\r\nb\r\n0\r\n\r\n", "ab"), ("0\r\n\r\n", ""),
-                        ("5\r\n0\r\n\r\n\r\n0\r\n\r\n", "0\r\n\r\n"), ("5\r\nabcde\r\n0\r\nX-Trailer: y\r\n\r\n", "abcde"),
-                        ("5\r\nabcde\r\n0\r\nContent-Length: 3\r\n\r\n", "abcde"), ("5\r\nabcde\r\n0\r\nTransfer-Encoding: chunked\r\n\r\n", "abcde"),
+                        ('5;x="y"\r\nabcde\r\n0\r\n\r\n', "abcde"), ("1\r\na\r\n1\r\nb\r\n0\r\n\r\n", "ab"),
+                        ("0\r\n\r\n", ""),
+                        ("5\r\n0\r\n\r\n\r\n0\r\n\r\n", "0\r\n\r\n"), ("5\r\nabcde\r\n0\r\nX-Trailer: y\r\n\r\n",
+                                                            "abcde"),
+                        ("5\r\nabcde\r\n0\r\nContent-Length: 3\r\n\r\n", "abcde"),
+                        ("5\r\nabcde\r\n0\r\nTransfer-Encoding: chunked\r\n\r\n", "abcde"),
                         ("5\r\nabcde\r\n0\r\nAuthorization: x\r\nHost: evil\r\n\r\n", "abcde")]:
         yield f"{body!r}, which is legal", posted("Transfer-Encoding: chunked", body=body), passes(body=whole)
 
@@ -169,14 +192,22 @@ def chunked_bodies():
 def request_lines():
     """RFC 9112, section 3."""
     host = f"{MARK}Host: localhost\r\n\r\n"
-    for line in [f"GET {ECHO}", f"GET {ECHO} ", f"GET  {ECHO} HTTP/1.1", f"GET {ECHO}  HTTP/1.1", f"GET {ECHO} HTTP/1.1 ", f" GET {ECHO} HTTP/1.1",
-                 f"\tGET {ECHO} HTTP/1.1", f"GET\t{ECHO} HTTP/1.1", f"GET {ECHO}\tHTTP/1.1", f"GET {ECHO} HTTP/1.1x", f"GET {ECHO} http/1.1", f"GET {ECHO} HTTP/1.2",
-                 f"GET {ECHO} HTTP/1.9", f"GET {ECHO} HTTP/1.", f"GET {ECHO} HTTP/.1", f"GET {ECHO} HTTP/11", f"GET {ECHO} HTTP/01.1", f"GET {ECHO} HTTP/1.01",
-                 f"GET {ECHO} HTTP/2.0", f"GET {ECHO} HTTP/3.0", f"GET {ECHO} HTTP/0.9", f"GET {ECHO} HTTP/1,1", f"GET {ECHO} HTTPS/1.1", f"GET {ECHO} HTP/1.1",
-                 f"GET {ECHO} FTP/1.1", f"GET {ECHO} HTTP", f"GET {ECHO} HTTP/", f"GET {ECHO} HTTP/1.1 HTTP/1.1", f"GET {ECHO} x HTTP/1.1", "GET HTTP/1.1", "GET",
-                 f"GET {ECHO}\x0bHTTP/1.1", f"GET\x0b{ECHO} HTTP/1.1", f"GET\xa0{ECHO} HTTP/1.1", f"\0GET {ECHO} HTTP/1.1", f"G\0ET {ECHO} HTTP/1.1",
-                 f"GET {ECHO}\0 HTTP/1.1", f"GET {ECHO}?\x01 HTTP/1.1", f"GET {ECHO}?\x7f HTTP/1.1", f"G(E)T {ECHO} HTTP/1.1", f"GET{{}} {ECHO} HTTP/1.1",
-                 f"G@T {ECHO} HTTP/1.1", f"G/T {ECHO} HTTP/1.1", f"GET: {ECHO} HTTP/1.1", f"\"GET\" {ECHO} HTTP/1.1", f"GET {ECHO}<x> HTTP/1.1",
+    for line in [f"GET {ECHO}", f"GET {ECHO} ", f"GET  {ECHO} HTTP/1.1", f"GET {ECHO}  HTTP/1.1",
+                 f"GET {ECHO} HTTP/1.1 ", f" GET {ECHO} HTTP/1.1",
+                 f"\tGET {ECHO} HTTP/1.1", f"GET\t{ECHO} HTTP/1.1", f"GET {ECHO}\tHTTP/1.1", f"GET {ECHO} HTTP/1.1x",
+                 f"GET {ECHO} http/1.1", f"GET {ECHO} HTTP/1.2",
+                 f"GET {ECHO} HTTP/1.9", f"GET {ECHO} HTTP/1.", f"GET {ECHO} HTTP/.1", f"GET {ECHO} HTTP/11",
+                 f"GET {ECHO} HTTP/01.1", f"GET {ECHO} HTTP/1.01",
+                 f"GET {ECHO} HTTP/2.0", f"GET {ECHO} HTTP/3.0", f"GET {ECHO} HTTP/0.9", f"GET {ECHO} HTTP/1,1",
+                 f"GET {ECHO} HTTPS/1.1", f"GET {ECHO} HTP/1.1",
+                 f"GET {ECHO} FTP/1.1", f"GET {ECHO} HTTP", f"GET {ECHO} HTTP/", f"GET {ECHO} HTTP/1.1 HTTP/1.1",
+                 f"GET {ECHO} x HTTP/1.1", "GET HTTP/1.1", "GET",
+                 f"GET {ECHO}\x0bHTTP/1.1", f"GET\x0b{ECHO} HTTP/1.1", f"GET\xa0{ECHO} HTTP/1.1",
+                 f"\0GET {ECHO} HTTP/1.1", f"G\0ET {ECHO} HTTP/1.1",
+                 f"GET {ECHO}\0 HTTP/1.1", f"GET {ECHO}?\x01 HTTP/1.1", f"GET {ECHO}?\x7f HTTP/1.1",
+                 f"G(E)T {ECHO} HTTP/1.1", f"GET{{}} {ECHO} HTTP/1.1",
+                 f"G@T {ECHO} HTTP/1.1", f"G/T {ECHO} HTTP/1.1", f"GET: {ECHO} HTTP/1.1", f"\"GET\" {ECHO} HTTP/1.1",
+                 f"GET {ECHO}<x> HTTP/1.1",
                  f"GET {ECHO} HTTP/1.1\r", f"GET {ECHO}\r HTTP/1.1", f"GE\rT {ECHO} HTTP/1.1"]:
         yield repr(line), f"{line}\r\n{host}".encode("latin-1"), BARE
     yield "the preface of HTTP/2", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", Outcome(0)
@@ -190,7 +221,8 @@ def request_lines():
 
 def methods():
     """Those of RFC 9110 and RFC 5789, but neither tunnels nor echoes."""
-    for method in ["TRACE", "TRACK", "PROPFIND", "PURGE", "get", "Get", "post", "FOO", "DEBUG", "LINK", "MOVE", "SEARCH", "QUERY", "G", "GETT", "PUTT", "M-SEARCH",
+    for method in ["TRACE", "TRACK", "PROPFIND", "PURGE", "get", "Get", "post", "FOO", "DEBUG", "LINK", "MOVE",
+                   "SEARCH", "QUERY", "G", "GETT", "PUTT", "M-SEARCH",
                    "BASELINE-CONTROL", "X'Y", "GET!", "a.b", "VERSION_CONTROL", "~"]:
         yield method, got(method=method), NO_METHOD
     for target in ["advertising-api.amazon.com:443", "localhost:22", "evil.test:443"]:
@@ -202,34 +234,52 @@ def methods():
 
 def hosts():
     """RFC 9112, section 3.2, and the guard's list."""
-    for host in ["evil.test", "evil.test:8001", "localhost.", "localhost.:80", "127.1", "127.0.1", "127.0.0.2", "127.0.0.1.", "0x7f.1", "0x7f000001", "017700000001",
-                 "2130706433", "[::ffff:127.0.0.1]", "[::ffff:7f00:1]", "[0:0:0:0:0:0:0:1]", "[::01]", "[::1%25lo]", "[::1%lo]", "[::1]x", "[::1", "::1", "::1:8001", "0.0.0.0", "0",
-                 "localhost:", "localhost:x", "localhost:80:80", "localhost:99999", "localhost:-1", "localhost:+80", "localhost: 80", "localhost :80", "localhost:0x50",
-                 "localhost:80@evil", "u@localhost", "u:p@localhost", "evil#localhost", "evil?localhost", "localhost/", "localhost/evil", "localhost\\evil", "/localhost",
-                 "http://localhost", "//localhost", "localhost,evil", "localhost, localhost", "localhost;evil", "localhost evil", "localhost\tevil", "%6cocalhost", "localhost%00",
-                 "localhost%2eevil", "local\xadhost", "l\xf6calhost", "ｌocalhost".encode().decode("latin-1"), "localhost.evil.test", "evil.localhost", "evil-localhost",
-                 "localhost.localdomain", "ip6-localhost", "advertising-api.amazon.com", "api.amazon.com", "advertising-api.amazon.com.evil.test", "*", "_", "-", "(localhost)",
-                 "'localhost'", '"localhost"', "<localhost>", "localhost:8001.evil.test", "127.0.0.1.evil.test", "127.0.0.1.nip.io", "lvh.me", "127。0。0。1".encode().decode("latin-1"),
+    for host in ["evil.test", "evil.test:8001", "localhost.", "localhost.:80", "127.1", "127.0.1", "127.0.0.2",
+                 "127.0.0.1.", "0x7f.1", "0x7f000001", "017700000001",
+                 "2130706433", "[::ffff:127.0.0.1]", "[::ffff:7f00:1]", "[0:0:0:0:0:0:0:1]", "[::01]", "[::1%25lo]",
+                 "[::1%lo]", "[::1]x", "[::1", "::1", "::1:8001", "0.0.0.0", "0",
+                 "localhost:", "localhost:x", "localhost:80:80", "localhost:99999", "localhost:-1", "localhost:+80",
+                 "localhost: 80", "localhost :80", "localhost:0x50",
+                 "localhost:80@evil", "u@localhost", "u:p@localhost", "evil#localhost", "evil?localhost", "localhost/",
+                 "localhost/evil", "localhost\\evil", "/localhost",
+                 "http://localhost", "//localhost", "localhost,evil", "localhost, localhost", "localhost;evil",
+                 "localhost evil", "localhost\tevil", "%6cocalhost", "localhost%00",
+                 "localhost%2eevil", "local\xadhost", "l\xf6calhost", "ｌocalhost".encode().decode("latin-1"),
+                 "localhost.evil.test", "evil.localhost", "evil-localhost",
+                 "localhost.localdomain", "ip6-localhost", "advertising-api.amazon.com", "api.amazon.com",
+                 "advertising-api.amazon.com.evil.test", "*", "_", "-", "(localhost)",
+                 "'localhost'", '"localhost"', "<localhost>", "localhost:8001.evil.test", "127.0.0.1.evil.test",
+                 "127.0.0.1.nip.io", "lvh.me", "127。0。0。1".encode().decode("latin-1"),
                  "①②⑦.0.0.1".encode().decode("latin-1"), "localhost:80#", "0:80", "[::]", "[]", "[::1].evil"]:
         yield host.encode("latin-1").decode("utf-8", "replace"), got(host=f"Host: {host}"), WRONG_HOST
-    for name, lines in [("none", ""), ("an empty one", "Host:"), ("a blank one", "Host:   "), ("two", "Host: localhost\r\nHost: localhost"), ("two, the second foreign", "Host: localhost\r\nHost: evil.test"),
-                        ("two, the first foreign", "Host: evil.test\r\nHost: localhost"), ("two in other cases", "host: localhost\r\nHOST: evil.test"), ("three", "Host: localhost\r\nHost: localhost\r\nHost: localhost"),
-                        ("two, one empty", "Host: localhost\r\nHost:"), ("another name for it", "Hos: localhost"), ("one with a space in the name's place", "X-Host: localhost")]:
+    for name, lines in [("none", ""), ("an empty one", "Host:"), ("a blank one", "Host:   "), ("two",
+                                                            "Host: localhost\r\nHost: localhost"),
+                        ("two, the second foreign", "Host: localhost\r\nHost: evil.test"),
+                        ("two, the first foreign", "Host: evil.test\r\nHost: localhost"), ("two in other cases",
+                                                            "host: localhost\r\nHOST: evil.test"), ("three",
+                                                            "Host: localhost\r\nHost: localhost\r\nHost: localhost"),
+                        ("two, one empty", "Host: localhost\r\nHost:"), ("another name for it", "Hos: localhost"),
+                        ("one with a space in the name's place", "X-Host: localhost")]:
         raw = f"GET {ECHO} HTTP/1.1\r\n{MARK}{lines}\r\n\r\n".replace("\r\n\r\n\r\n", "\r\n\r\n")
         yield name, raw.encode(), REFUSED
-    for line in ["Host : localhost", " Host: localhost", "Host\t: localhost", "Host: local\0host", "Host: local\rhost", "Host: localhost\r\n evil", "H\0st: localhost"]:
+    for line in ["Host : localhost", " Host: localhost", "Host\t: localhost", "Host: local\0host", "Host: local\rhost",
+                 "Host: localhost\r\n evil", "H\0st: localhost"]:
         yield repr(line), got(host=line), BARE
     yield "none in HTTP/1.0", f"GET {ECHO} HTTP/1.0\r\n{MARK}\r\n".encode(), REFUSED
-    for host in ["localhost", "LOCALHOST", "LocalHost:8001", "localhost:1", "localhost:65535", "127.0.0.1", "127.0.0.1:80", "[::1]", "[::1]:8001", "  localhost  ", "localhost:00080"]:
+    for host in ["localhost", "LOCALHOST", "LocalHost:8001", "localhost:1", "localhost:65535", "127.0.0.1",
+                 "127.0.0.1:80", "[::1]", "[::1]:8001", "  localhost  ", "localhost:00080"]:
         yield f"{host}, which is ours", got(host=f"Host: {host}"), passes("GET")
 
 
 def header_lines():
     """RFC 9112, section 5."""
-    for line in ["X y: z", "X: y\r\n z", "X: y\r\n\tz", ": z", ":", "X", "X\r\nY: z", "X : y", "X\t: y", " X: y", "\tX: y", "X\0: y", "X: a\0b", "X: a\rb", "X: \x01", "X: \x08", "X: \x0b", "X: \x1f", "X: \x7f",
-                 "X\x7f: y", "X\x80: y", "X\xff: y", "(X): y", "X,Y: z", "X/Y: z", "X;Y: z", "X=Y: z", "X?Y: z", "X@Y: z", "X[Y]: z", "X\\Y: z", "X{Y}: z", '"X": y', "X<Y>: z", "X: y\r", "X:\r\n\r y"]:
+    for line in ["X y: z", "X: y\r\n z", "X: y\r\n\tz", ": z", ":", "X", "X\r\nY: z", "X : y", "X\t: y", " X: y",
+                 "\tX: y", "X\0: y", "X: a\0b", "X: a\rb", "X: \x01", "X: \x08", "X: \x0b", "X: \x1f", "X: \x7f",
+                 "X\x7f: y", "X\x80: y", "X\xff: y", "(X): y", "X,Y: z", "X/Y: z", "X;Y: z", "X=Y: z", "X?Y: z",
+                 "X@Y: z", "X[Y]: z", "X\\Y: z", "X{Y}: z", '"X": y', "X<Y>: z", "X: y\r", "X:\r\n\r y"]:
         yield repr(line), got(ECHO, line), BARE
-    for line in ["X:", "X: ", "X:y", "X:\ty\t", "X!#$%&'*+-.^_`|~: y", "X: a:b", "X: \xe9", "X: \xff\xfe", "X: a\tb", "X: " + "y" * 8000, "1: 2"]:
+    for line in ["X:", "X: ", "X:y", "X:\ty\t", "X!#$%&'*+-.^_`|~: y", "X: a:b", "X: \xe9", "X: \xff\xfe", "X: a\tb",
+                 "X: " + "y" * 8000, "1: 2"]:
         yield f"{line[:20]!r}, which is legal", got(ECHO, line), passes("GET")
     for name in ["LF", "LF behind CRLF"]:
         raw = got(ECHO, "X: y")
@@ -241,40 +291,56 @@ def header_lines():
 
 def targets():
     """RFC 9112, section 3.2: nobody else's host, nothing but our forms; whatever passes, passes as it came."""
-    for target in ["http://evil.test/", "http://evil.test/sandbox/echo", "https://evil.test", "http://localhost.evil.test/x", "http://advertising-api.amazon.com.evil.test/x",
-                   "http://advertising-api.amazon.com:8443/x", "http://u@advertising-api.amazon.com/x", "http://u:p@advertising-api.amazon.com/x", "http://evil.test@advertising-api.amazon.com/x",
-                   "http://advertising-api.amazon.com@evil.test/x", "http://advertising-api.amazon.com./x", "http://www.amazon.com/x", "http://amazon.com/x", "http://sellingpartnerapi-na.amazon.com/x",
-                   "http://127.0.0.1.evil.test/", "http://2130706433/", "http://127.1/", "http://0/", "http://169.254.169.254/latest/meta-data/", "http://[::ffff:127.0.0.1]/", "http://[fd00::1]/",
-                   "ftp://localhost/x", "ws://localhost/x", "wss://advertising-api.amazon.com/x", "gopher://localhost/", "localhost://x/y", "unix://localhost/x", "x://localhost/"]:
+    for target in ["http://evil.test/", "http://evil.test/sandbox/echo", "https://evil.test",
+                   "http://localhost.evil.test/x", "http://advertising-api.amazon.com.evil.test/x",
+                   "http://advertising-api.amazon.com:8443/x", "http://u@advertising-api.amazon.com/x",
+                   "http://u:p@advertising-api.amazon.com/x", "http://evil.test@advertising-api.amazon.com/x",
+                   "http://advertising-api.amazon.com@evil.test/x", "http://advertising-api.amazon.com./x",
+                   "http://www.amazon.com/x", "http://amazon.com/x", "http://sellingpartnerapi-na.amazon.com/x",
+                   "http://127.0.0.1.evil.test/", "http://2130706433/", "http://127.1/", "http://0/",
+                   "http://169.254.169.254/latest/meta-data/", "http://[::ffff:127.0.0.1]/", "http://[fd00::1]/",
+                   "ftp://localhost/x", "ws://localhost/x", "wss://advertising-api.amazon.com/x",
+                   "gopher://localhost/", "localhost://x/y", "unix://localhost/x", "x://localhost/"]:
         yield target, got(target), WRONG_HOST if target.startswith("http") else REFUSED_KEPT
     for target in ["*", "localhost:80", "evil.test:443", "x"]:
         yield target, got(target), REFUSED_KEPT
     for target in ["sandbox/echo", "?x", "a/b", "/sandbox/echo?\xe9"]:
         yield target, got(target), BARE
-    for target in ["/api/auth", "/api/auth/", "/api/auth/x", "/api/auth/amazon", "/api/auth/amazon/", "/api/auth/amazon/token", "/api/auth/amazon/login/", "/auth/o2", "/auth/o2/x", "/auth/o2/token/x"]:
+    for target in ["/api/auth", "/api/auth/", "/api/auth/x", "/api/auth/amazon", "/api/auth/amazon/",
+                   "/api/auth/amazon/token", "/api/auth/amazon/login/", "/auth/o2", "/auth/o2/x", "/auth/o2/token/x"]:
         yield target, got(target), Outcome(404, "not_found", kept=True)
-    for target in ["/a//x", "/a/../x", "/a/%2e%2e/x", "/a/a%2fb/x", "/a/a%00/x", "/a/%ff/x", "/a/a%20b/x", "/a/" + "x" * 129 + "/y"]:
+    for target in ["/a//x", "/a/../x", "/a/%2e%2e/x", "/a/a%2fb/x", "/a/a%00/x", "/a/%ff/x", "/a/a%20b/x",
+                   "/a/" + "x" * 129 + "/y"]:
         yield target[:40], got(target), REFUSED_KEPT
     yield "an account that is not there", got("/a/nobody/x"), Outcome(404, "unknown_account", kept=True)
     yield "a target over 8 KiB", got("/" + "x" * 8300), Outcome(414, "uri_too_long", kept=True)
     yield "a target over 64 KiB", got("/" + "x" * 70000), BARE_TOO_LARGE
-    for target in ["//sandbox//echo", "/sandbox/echo/..", "/sandbox/./echo", "/sandbox/echo/%2e%2e/%2fx", "/sandbox/echo%2f", "/sandbox/echo?a=b?c", "/sandbox/echo?a=/../", "/sandbox/echo;a=b",
-                   "/sandbox/echo%00", "/sandbox/echo%0d%0aX:%20y", "/sandbox/echo?q=%0d%0aHost:evil", "/sandbox/echo|x", "/sandbox/echo?{}", "/sandbox/echo?", "/sandbox/%65cho", "/sandbox/echo%",
-                   "/sandbox/echo%zz", "/sandbox/echo?a[]=1", "/sandbox/echo?^`", "/sandbox/echo\\x", "/API/AUTH/AMAZON/STATUS", "/api/authx", "/x/../api/auth/amazon/status", "/%61pi/auth/amazon/status",
+    for target in ["//sandbox//echo", "/sandbox/echo/..", "/sandbox/./echo", "/sandbox/echo/%2e%2e/%2fx",
+                   "/sandbox/echo%2f", "/sandbox/echo?a=b?c", "/sandbox/echo?a=/../", "/sandbox/echo;a=b",
+                   "/sandbox/echo%00", "/sandbox/echo%0d%0aX:%20y", "/sandbox/echo?q=%0d%0aHost:evil",
+                   "/sandbox/echo|x", "/sandbox/echo?{}", "/sandbox/echo?", "/sandbox/%65cho", "/sandbox/echo%",
+                   "/sandbox/echo%zz", "/sandbox/echo?a[]=1", "/sandbox/echo?^`", "/sandbox/echo\\x",
+                   "/API/AUTH/AMAZON/STATUS", "/api/authx", "/x/../api/auth/amazon/status", "/%61pi/auth/amazon/status",
                    "/api%2fauth/amazon/status", "//api/auth/amazon/status"]:
         yield f"{target}, as it is", got(target), passes("GET", target)
     yield "/sandbox/é, as it is", got("/sandbox/\xc3\xa9"), passes("GET", "/sandbox/é")
-    for target, leaves in [(f"http://localhost{ECHO}", ECHO), (f"http://LOCALHOST:8001{ECHO}?x", f"{ECHO}?x"), (f"http://advertising-api.amazon.com{ECHO}", ECHO), (f"https://Advertising-API.amazon.com:443{ECHO}", ECHO)]:
+    for target, leaves in [(f"http://localhost{ECHO}", ECHO), (f"http://LOCALHOST:8001{ECHO}?x", f"{ECHO}?x"),
+                           (f"http://advertising-api.amazon.com{ECHO}", ECHO),
+                           (f"https://Advertising-API.amazon.com:443{ECHO}", ECHO)]:
         yield f"{target}, which is ours", got(target), passes("GET", leaves)
 
 
 def connections():
     """What would switch protocols, name our headers as hop-by-hop, or ask for more."""
-    for lines in [["Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Key: x", "Sec-WebSocket-Version: 13"], ["Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AAMAAABkAAQAAP__"],
-                  ["Upgrade: TLS/1.0"], ["Connection: authorization, amazon-advertising-api-clientid, host"], ["Connection:"], ["Connection: \x09,,,"], ["Connection: transfer-encoding, content-length"],
-                  ["Proxy-Connection: keep-alive"], ["Keep-Alive: timeout=9"], ["TE: trailers, chunked"], ["Trailer: Authorization"]]:
+    for lines in [["Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Key: x", "Sec-WebSocket-Version: 13"],
+                  ["Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AAMAAABkAAQAAP__"],
+                  ["Upgrade: TLS/1.0"], ["Connection: authorization, amazon-advertising-api-clientid, host"],
+                  ["Connection:"], ["Connection: \x09,,,"], ["Connection: transfer-encoding, content-length"],
+                  ["Proxy-Connection: keep-alive"], ["Keep-Alive: timeout=9"], ["TE: trailers, chunked"],
+                  ["Trailer: Authorization"]]:
         yield " + ".join(lines), got(ECHO, *lines), passes("GET")
-    for lines in [["Connection: close"], ["Connection: x, close"], ["Connection: keep-alive", "Connection: close"], ["connection: CLOSE"]]:
+    for lines in [["Connection: close"], ["Connection: x, close"], ["Connection: keep-alive", "Connection: close"],
+                  ["connection: CLOSE"]]:
         yield " + ".join(lines), got(ECHO, *lines), passes("GET", kept=False)
     for expect in ["200-ok", "x", "100-continue, x"]:
         yield f"Expect: {expect}", posted("Content-Length: 3", f"Expect: {expect}", body="abc"), passes(body="abc")
@@ -285,8 +351,11 @@ def connections():
 
 def browsers():
     """No web page drives the proxy."""
-    for line in ["Origin: null", "Origin:", "Origin: https://evil.test", "Origin: http://localhost", "Origin: http://127.0.0.1:8001", "Origin: file://", "origin: x", "Sec-Fetch-Site: cross-site", "Sec-Fetch-Site: same-origin",
-                 "Sec-Fetch-Site: none", "Sec-Fetch-Site:", "sec-fetch-site: same-site", "Origin: https://a, https://b"]:
+    for line in ["Origin: null", "Origin:", "Origin: https://evil.test", "Origin: http://localhost",
+                 "Origin: http://127.0.0.1:8001", "Origin: file://", "origin: x", "Sec-Fetch-Site: cross-site",
+                 "Sec-Fetch-Site: same-origin",
+                 "Sec-Fetch-Site: none", "Sec-Fetch-Site:", "sec-fetch-site: same-site",
+                 "Origin: https://a, https://b"]:
         for method in ["GET", "POST", "OPTIONS"]:
             yield f"{method} {line}", got(ECHO, line, method=method), Outcome(403, "cross_site", kept=True)
 
@@ -294,14 +363,18 @@ def browsers():
 def broken_off():
     """The caller goes away in the middle."""
     whole = posted("Content-Length: 9", body="abc")
-    for name, raw in [("a body of 3 of 9", whole), ("a head", whole[: whole.index(b"Content")]), ("a request line", b"GET /sand"), ("a chunk", posted("Transfer-Encoding: chunked", body="9\r\nabc")),
-                      ("a chunk's size", posted("Transfer-Encoding: chunked", body="3\r\nabc\r\n1")), ("the last chunk", posted("Transfer-Encoding: chunked", body="3\r\nabc\r\n0\r\n")),
+    for name, raw in [("a body of 3 of 9", whole), ("a head", whole[: whole.index(b"Content")]), ("a request line",
+                                                            b"GET /sand"), ("a chunk",
+                                                            posted("Transfer-Encoding: chunked", body="9\r\nabc")),
+                      ("a chunk's size", posted("Transfer-Encoding: chunked", body="3\r\nabc\r\n1")),
+                      ("the last chunk", posted("Transfer-Encoding: chunked", body="3\r\nabc\r\n0\r\n")),
                       ("the trailers", posted("Transfer-Encoding: chunked", body="3\r\nabc\r\n0\r\nX: y\r\n"))]:
         yield name, raw, NEVER_WHOLE
 
 
 def catalogue() -> list[Case]:
-    groups = [transfer_encodings, content_lengths, chunked_bodies, request_lines, methods, hosts, header_lines, targets, connections, browsers, broken_off]
+    groups = [transfer_encodings, content_lengths, chunked_bodies, request_lines, methods, hosts, header_lines,
+              targets, connections, browsers, broken_off]
     cases = [Case(group.__name__, *case, ends=group is broken_off) for group in groups for case in group()]
     assert len({(case.group, case.name) for case in cases}) == len(cases), "a case stands twice"
     return cases

@@ -51,5 +51,7 @@ def test_a_desync_would_be_seen():
     told = {7: [(200, "", "c-7-87bd7d4c", "/sandbox/echo?c-7-87bd7d4c")]}
     seen = [{"target": "/sandbox/echo?c-7-87bd7d4c", "headers": []}]
     assert desync.desyncs(told, seen) == []
-    assert desync.desyncs(told, [*seen, {"target": "/sandbox/echo?s-7-0", "headers": []}]), "a call that nobody was answered"
+    assert desync.desyncs(told, [*seen, {"target": "/sandbox/echo?s-7-0", "headers": []}]), (
+        "a call that nobody was answered"
+    )
     assert desync.desyncs(told, seen * 2), "a call twice"

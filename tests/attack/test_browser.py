@@ -115,14 +115,18 @@ def test_threat_01_and_02_no_page_of_a_real_browser_drives_the_proxy(sandbox, ev
     status = json.loads(get(f"{sandbox.proxy}/api/auth/amazon/status"))
     assert [user["user_id"] for user in status["users"]] == ["default"], "nobody was logged out, nobody was added"
     assert json.loads(get(f"{sandbox.proxy}/sandbox/echo?own"))["target"] == "/sandbox/echo?own"
-    assert [call["target"] for call in amazon(sandbox)] == ["/sandbox/echo?own"], "the harness does see what gets through"
+    assert [call["target"] for call in amazon(sandbox)] == ["/sandbox/echo?own"], (
+        "the harness does see what gets through"
+    )
 
 
 def test_a_person_logs_in_with_the_same_browser(sandbox, evil, browser):
     browser.go(f"{sandbox.proxy}/api/auth/amazon/login?user_id=person")
     assert urlsplit(browser.url()).path == "/ap/oa", "at Amazon's consent page"
     browser.click("button, input[type=submit], a.allow")
-    text = browser.wait_for("the end of the login", lambda: "/api/auth/amazon/callback" in browser.url() and browser.text())
+    text = browser.wait_for(
+        "the end of the login", lambda: "/api/auth/amazon/callback" in browser.url() and browser.text()
+    )
     assert "person" in text
     status = json.loads(get(f"{sandbox.proxy}/api/auth/amazon/status?user_id=person"))
     assert status["state"] == "fresh"

@@ -134,6 +134,7 @@ async fn stored_users(rig: &Rig, count: usize) {
     for number in 0..count {
         let grant = Grant {
             refresh_token: RefreshToken::new(rig.sandbox.grant().refresh_token).unwrap(),
+            previous: None,
             access: None,
             updated_at: rig.clock.now(),
             consented_at: None,

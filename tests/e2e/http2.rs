@@ -40,6 +40,15 @@ async fn at_once(rig: &Rig, count: usize) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn threat_24_calls_that_hold_a_shared_connection_full_hold_nobody_up() {
+    let rig = rig("auto").await;
+    // Two hundred at once is what this server takes on one connection; the others would wait for them to end.
+    at_once(&rig, 450).await;
+    let connections = connections(&rig).len();
+    assert!((3..=10).contains(&connections), "{connections}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn never_means_never() {
     let rig = rig("never").await;
     rig.get("/v2/profiles").await.bytes().await.unwrap();

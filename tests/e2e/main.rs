@@ -26,6 +26,7 @@ mod process;
 mod proxying;
 mod reload;
 mod review;
+mod rows;
 mod selection;
 mod threats;
 mod token_endpoint;

@@ -390,8 +390,8 @@ async fn row_17_a_refused_client_is_one_problem_of_all_users_and_no_storm() {
     all_are("failing", "invalid_client".into()).await;
     assert!(armed.met() <= 10, "those who asked side by side before anybody knew: {}", armed.met());
     for _ in 0..10 {
-        rig.advance(6);
         let before = armed.met();
+        rig.advance(6);
         all_are("failing", "invalid_client".into()).await;
         assert_eq!(armed.met() - before, 1, "one asks for all, at most every few seconds");
     }

@@ -361,6 +361,32 @@ async fn row_09_a_rotated_refresh_token_is_on_disk_before_it_is_needed() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn row_09_a_new_refresh_token_that_is_refused_gives_way_to_the_one_before() {
+    let mut rig = Rig::start().await;
+    rig.log_in("default").await;
+    rig.sandbox.set_trouble(Trouble::RotateRefreshToken);
+    assert_eq!(rig.post(REFRESH).await.status(), 200);
+    assert_eq!(rig.metric("adsidecar_token_rotations_total").await, 1.0);
+    // LWA takes its rotation back: the new token is dead, the one before lives.
+    rig.sandbox.world(|world| world.grants.iter_mut().for_each(|grant| grant.revoked = !grant.revoked));
+    rig.stop_sidecar().await;
+    rig.start_sidecar().await;
+    rig.sandbox.clear_history();
+    assert_eq!(rig.post(REFRESH).await.status(), 200);
+    assert_eq!(rig.sandbox.refreshes(), 2, "the new one was refused, the one before was taken");
+    assert_eq!(rig.status_of("default").await["state"], "fresh");
+    assert_eq!(rig.post(REFRESH).await.status(), 200);
+    assert_eq!(rig.sandbox.refreshes(), 3, "from then on it is the grant's own again");
+
+    // One generation and no more: a refresh token that renewed once needs nothing before it.
+    rig.sandbox.world(|world| world.grants.iter_mut().for_each(|grant| grant.revoked = true));
+    rig.sandbox.clear_history();
+    let refused = rig.post(REFRESH).await;
+    assert_eq!((refused.status().as_u16(), code(&refused)), (401, "login_required"));
+    assert_eq!(rig.sandbox.refreshes(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_refused_token_is_replaced_and_the_call_sent_once_more() {
     let rig = Rig::start().await;
     rig.log_in("default").await;

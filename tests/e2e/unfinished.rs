@@ -97,11 +97,15 @@ async fn row_87_a_grant_that_waits_for_its_confirmation_survives_a_restart_and_d
 
     rig.advance(600);
     refused(&rig.post(&late).await);
+    pending(&rig, "next").await;
+    assert_eq!(waiting(&rig).len(), 1, "the next one; the late one is off the disk");
+
+    rig.advance(600);
     restart(&mut rig).await;
     refused(&rig.post(&late).await);
     eventually("nothing waits", async || waiting(&rig).is_empty().then_some(())).await;
     assert_eq!(rig.status_of("late").await["state"], "none");
-    assert_eq!(rig.sandbox.lwa_calls().exchanges, 3);
+    assert_eq!(rig.sandbox.lwa_calls().exchanges, 4);
 }
 
 /// Kills the sidecar after a code was exchanged, while the identities are compared, and starts it again.

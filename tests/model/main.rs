@@ -80,6 +80,7 @@ fn now() -> Moment {
 fn grant(refresh: &str) -> Grant {
     Grant {
         refresh_token: RefreshToken::new(refresh.to_owned()).unwrap(),
+        previous: None,
         access: Some(Access {
             token: AccessToken::new(format!("{refresh}-access")).unwrap(),
             expires_at: now().wall + SignedDuration::from_secs(3600),

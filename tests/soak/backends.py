@@ -27,7 +27,9 @@ def trust(sandbox: world.Sandbox, directory: Path) -> Path:
 
 
 def install() -> None:
-    missing = [package for package, program in [("nginx-light", "nginx"), ("haproxy", "haproxy")] if not shutil.which(program)]
+    missing = [
+        package for package, program in [("nginx-light", "nginx"), ("haproxy", "haproxy")] if not shutil.which(program)
+    ]
     if missing:
         command = ["apt-get", "install", "--yes", "--quiet", "--no-install-recommends", *missing]
         subprocess.run(["apt-get", "update", "--quiet", "--quiet"], check=True)
@@ -53,10 +55,30 @@ def certificate(directory: Path) -> Path:
     """A certificate of its own for 127.0.0.1 and its key, in one file."""
     path = directory / "server.pem"
     subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2",
-         "-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1", "-addext", "basicConstraints=critical,CA:FALSE", "-keyout", str(directory / "key.pem"),
-         "-out", str(directory / "cert.pem")],
-        check=True, capture_output=True,
+        [
+            "openssl",
+            "req",
+            "-x509",
+            "-newkey",
+            "ec",
+            "-pkeyopt",
+            "ec_paramgen_curve:prime256v1",
+            "-nodes",
+            "-days",
+            "2",
+            "-subj",
+            "/CN=127.0.0.1",
+            "-addext",
+            "subjectAltName=IP:127.0.0.1",
+            "-addext",
+            "basicConstraints=critical,CA:FALSE",
+            "-keyout",
+            str(directory / "key.pem"),
+            "-out",
+            str(directory / "cert.pem"),
+        ],
+        check=True,
+        capture_output=True,
     )
     path.write_text((directory / "cert.pem").read_text() + (directory / "key.pem").read_text())
     return path
@@ -174,6 +196,7 @@ def entries(log: Path) -> list[dict]:
 
 def header(entry: dict, name: str) -> list[str]:
     """Every value that the backend has under a name, as its kind spells names: WSGI folds `_` and `-`."""
+
     def plain(spelled: str) -> str:
         return re.sub("^http-", "", spelled.lower().replace("_", "-"))
 

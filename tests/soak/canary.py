@@ -39,7 +39,9 @@ def hits(canaries: dict[str, str], places: dict[str, bytes]) -> list[tuple[str, 
     """Canary, encoding and place of each find."""
     found = []
     for name, secret in canaries.items():
-        needles = [(encoding, needle) for half in halves(secret) for encoding, all_ in encoded(half).items() for needle in all_]
+        needles = [
+            (encoding, needle) for half in halves(secret) for encoding, all_ in encoded(half).items() for needle in all_
+        ]
         for place, content in places.items():
             seen = {encoding for encoding, needle in needles if needle in content}
             found += [(name, encoding, place) for encoding in ENCODINGS if encoding in seen]
@@ -62,26 +64,56 @@ class Run:
         """`before` are the words by which it is started as somebody else."""
         self.sandbox, self.directory, self.before, self.answers = sandbox, directory, before, {}
         directory.mkdir()
-        spell = {name: secret(name).replace('"', "") for name in ("old-client-secret", "caller", "other-caller", "theirs", "shim-body")}
+        spell = {
+            name: secret(name).replace('"', "")
+            for name in ("old-client-secret", "caller", "other-caller", "theirs", "shim-body")
+        }
         self.keys = [base64.urlsafe_b64encode(os.urandom(32)).decode() for _ in range(2)]
         self.imported = sandbox.grant()
         self.canaries = {
-            "old client secret": spell["old-client-secret"], "client secret": world.CLIENT_SECRET[-14:] * 2,  # each half is what tells it from other secrets
-            
-            "Fernet key": self.keys[0], "other Fernet key": self.keys[1], "caller token": spell["caller"],
-            "other caller token": spell["other-caller"], "imported refresh token": self.imported.partition("|")[2],
-            "the caller's own bearer": spell["theirs"], "secret sent to the shim": spell["shim-body"],
+            "old client secret": spell["old-client-secret"],
+            # Each half is what tells it from other secrets.
+            "client secret": world.CLIENT_SECRET[-14:] * 2,
+            "Fernet key": self.keys[0],
+            "other Fernet key": self.keys[1],
+            "caller token": spell["caller"],
+            "other caller token": spell["other-caller"],
+            "imported refresh token": self.imported.partition("|")[2],
+            "the caller's own bearer": spell["theirs"],
+            "secret sent to the shim": spell["shim-body"],
         }
         self.callers, self.theirs = [spell["caller"], spell["other-caller"]], spell["theirs"]
-        self.sidecar = world.Sidecar(sandbox, directory, f'[log]\nlevel = "trace"\nformat = "{log_format}"\n[login]\nconfirm = true\n')
+        self.sidecar = world.Sidecar(
+            sandbox,
+            directory,
+            f'[log]\nlevel = "trace"\nformat = "{log_format}"\naudit = true\n[login]\nconfirm = true\n',
+        )
         text = self.sidecar.config.read_text()
-        for name, value in {"key": ",".join(self.keys), "callers": ",".join(self.callers), "clients": f"{spell['old-client-secret']},{world.CLIENT_SECRET}"}.items():
+        for name, value in {
+            "key": ",".join(self.keys),
+            "callers": ",".join(self.callers),
+            "clients": f"{spell['old-client-secret']},{world.CLIENT_SECRET}",
+        }.items():
             (directory / name).write_text(value)
         text = text.replace(f'fernet_keys = "{world.FERNET_KEY}"', f'fernet_keys_file = "{directory}/key"')
-        text = text.replace(f'client_secret = "{world.CLIENT_SECRET}"', f'client_secret_file = "{directory}/clients"\nauthorize_url = "https://{sandbox.lwa}/ap/oa"')
-        self.sidecar.config.write_text(text.replace("[proxy]\n", f'[proxy]\ncaller_token_file = "{directory}/callers"\n'))
+        text = text.replace(
+            f'client_secret = "{world.CLIENT_SECRET}"',
+            f'client_secret_file = "{directory}/clients"\nauthorize_url = "https://{sandbox.lwa}/ap/oa"',
+        )
+        self.sidecar.config.write_text(
+            text.replace("[proxy]\n", f'[proxy]\ncaller_token_file = "{directory}/callers"\n')
+        )
 
-    def ask(self, name: str, path: str, method: str = "GET", body=None, token: bool = True, keep: bool = True, **headers: str):
+    def ask(
+        self,
+        name: str,
+        path: str,
+        method: str = "GET",
+        body=None,
+        token: bool = True,
+        keep: bool = True,
+        **headers: str,
+    ):
         sent = {**({"X-Ads-Sidecar-Token": self.callers[0]} if token else {}), **headers}
         connection = http.client.HTTPConnection("127.0.0.1", self.sidecar.port, timeout=30)
         connection.request(method, path, body, {name.replace("_", "-"): value for name, value in sent.items()})
@@ -103,7 +135,14 @@ class Run:
         self.ask("Amazon's refusal", "/v2/profiles", X_Ads_User="nobody")
         self.sandbox.trouble("token_unauthorized", door="na")
         self.ask("a replay", "/sandbox/status/200")
-        for trouble in ("invalid_grant", "invalid_client", "bad_json", "html", "reset", {"status": {"code": 500, "headers": [], "body": "x"}}):
+        for trouble in (
+            "invalid_grant",
+            "invalid_client",
+            "bad_json",
+            "html",
+            "reset",
+            {"status": {"code": 500, "headers": [], "body": "x"}},
+        ):
             self.sandbox.trouble(trouble, door="lwa")
             self.ask(f"refresh: {trouble}", "/api/auth/amazon/refresh", "POST")
         self.sandbox.calm()
@@ -112,11 +151,23 @@ class Run:
             assert self.ask(f"a wrong token: {[*headers]}", "/v2/profiles", token=False, **headers)[0] == 407
         basic = base64.b64encode(f"ads:{self.callers[1]}".encode()).decode()
         self.ask("by Basic", "/sandbox/status/200", token=False, Proxy_Authorization=f"Basic {basic}")
-        form = urllib.parse.urlencode({"client_id": "x", "client_secret": self.canaries["secret sent to the shim"], "refresh_token": self.imported}).encode()
-        self.ask("the shim", "/auth/o2/token", "POST", form, token=False, Content_Type="application/x-www-form-urlencoded")
+        form = urllib.parse.urlencode(
+            {
+                "client_id": "x",
+                "client_secret": self.canaries["secret sent to the shim"],
+                "refresh_token": self.imported,
+            }
+        ).encode()
+        self.ask(
+            "the shim", "/auth/o2/token", "POST", form, token=False, Content_Type="application/x-www-form-urlencoded"
+        )
         self.log_in("by a server", "server")
         self.log_in("by a browser", "browser", Accept="text/html")
-        for name, query in {"a bad state": "code=ANx&state=" + self.canaries["state"], "a bad code": "code=" + self.canaries["authorization code"], "an error": "error=x&state=" + self.canaries["state"]}.items():
+        for name, query in {
+            "a bad state": "code=ANx&state=" + self.canaries["state"],
+            "a bad code": "code=" + self.canaries["authorization code"],
+            "an error": "error=x&state=" + self.canaries["state"],
+        }.items():
             self.ask(name, f"/api/auth/amazon/callback?{query}", token=False)
         self.ask("a bad confirmation", "/api/auth/amazon/confirm?grant=" + self.canaries["one-time id"], "POST")
         for path in ("/api/auth/amazon/status", "/api/auth/amazon/nothing", "/a/nobody/x"):
@@ -145,13 +196,29 @@ class Run:
             self.canaries["login cookie"] = cookie.partition("=")[2]
         else:
             self.canaries["one-time id"] = json.loads(text)["grant"]
-            assert self.ask("confirm", f"/api/auth/amazon/confirm?grant={self.canaries['one-time id']}", "POST")[0] == 200
+            assert (
+                self.ask("confirm", f"/api/auth/amazon/confirm?grant={self.canaries['one-time id']}", "POST")[0] == 200
+            )
 
     def commands(self) -> None:
-        for words in (["check"], ["users", "list"], ["users", "show", "default"], ["doctor"], ["doctor", "--json"], ["health"]):
+        for words in (
+            ["check"],
+            ["users", "list"],
+            ["users", "show", "default"],
+            ["doctor"],
+            ["doctor", "--json"],
+            ["health"],
+        ):
             ended = self.sidecar.command(*words, check=False)
             self.answers[f"command {' '.join(words)}"] = (ended.stdout + ended.stderr).encode()
-        for key in ("store.fernet_keys", "amazon.redirect_uri", "refresh.margin", "proxy.caller_token", "log.level", "amazon.client_id"):
+        for key in (
+            "store.fernet_keys",
+            "amazon.redirect_uri",
+            "refresh.margin",
+            "proxy.caller_token",
+            "log.level",
+            "amazon.client_id",
+        ):
             value = self.canaries["old client secret"] + "\n\x01"
             ended = self.sidecar.command("--set", f"{key}={value}", "check", check=False)
             self.answers[f"bad {key}"] = (ended.stdout + ended.stderr).encode()

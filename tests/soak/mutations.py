@@ -8,17 +8,33 @@ import random
 import zlib
 
 ECHO = "/sandbox/echo"
-ODD = [b"\r", b"\n", b"\r\n", b"\0", b" ", b"\t", b"\x0b", b"\x0c", b"\x85", b"\xa0", b"\xff", b";", b":", b",", b"=", b'"', b"0", b"1", b"5", b"a", b"-", b"+", b"_", b"x", b"\\", b"/"]
-LENGTHS = ["{n}", "{n}", "{n}", "+{n}", "0{n}", "{n} ", " {n}", "{n},{n}", "{n}, {n}", "{n}\t", "0x{h}", "-{n}", "{n}.0", "{n};", "{m}", "0", "", "{n}\x0b", "{n}_0", "00000000000000000000{n}", "18446744073709551616", "{n} {n}"]
-CODINGS = ["chunked", "chunked", "chunked", "Chunked", "CHUNKED", " chunked", "chunked ", "\tchunked", "chunked\t", "xchunked", "chunked, chunked", "chunked, identity", "identity, chunked", "gzip, chunked", ",chunked", "chunked,", "identity",
-           "chunked;q=1", '"chunked"', "\x0bchunked", "chunked\x0b", "cow", "", "chu\tnked", "chunked\0", "chunked\xa0", "trailers", "\r\n chunked", "x\r\n chunked"]
-NAMES = ["Transfer-Encoding", "transfer-encoding", "TRANSFER-ENCODING", "Transfer-Encoding ", " Transfer-Encoding", "Transfer_Encoding", "Transfer-Encoding\t", "Transfer-Encoding\0", "X: y\r\n Transfer-Encoding", "X: y\nTransfer-Encoding",
-         "X: y\rTransfer-Encoding", "\x0bTransfer-Encoding", "Transfer\xadEncoding", "Transfer.Encoding", "Trailer", "Content-Encoding"]
-LENGTH_NAMES = ["Content-Length", "content-length", "CONTENT-LENGTH", "Content-Length ", " Content-Length", "Content_Length", "Content-Length\t", "Content-Length\0", "X: y\nContent-Length", "X: y\rContent-Length", "X: y\r\n Content-Length"]
-SIZES = ["{h}", "{h}", "{h}", "{H}", "0{h}", "000000{h}", "0x{h}", "+{h}", "-{h}", "{h} ", " {h}", "{h}\t", "{h};", "{h};x", "{h};x=y", '{h};x="y"', "{h};\n", "{h};x\n", "{h}\0", "{h}_", "{h}\x0b", "{h},", "{h}g", "", "ffffffffffffffff{h}", "1000000000{h}", "{w}"]
+ODD = [b"\r", b"\n", b"\r\n", b"\0", b" ", b"\t", b"\x0b", b"\x0c", b"\x85", b"\xa0", b"\xff", b";", b":", b",", b"=",
+       b'"', b"0", b"1", b"5", b"a", b"-", b"+", b"_", b"x", b"\\", b"/"]
+LENGTHS = ["{n}", "{n}", "{n}", "+{n}", "0{n}", "{n} ", " {n}", "{n},{n}", "{n}, {n}", "{n}\t", "0x{h}", "-{n}",
+           "{n}.0", "{n};", "{m}", "0", "", "{n}\x0b", "{n}_0", "00000000000000000000{n}", "18446744073709551616",
+           "{n} {n}"]
+CODINGS = ["chunked", "chunked", "chunked", "Chunked", "CHUNKED", " chunked", "chunked ", "\tchunked", "chunked\t",
+           "xchunked", "chunked, chunked", "chunked, identity", "identity, chunked", "gzip, chunked", ",chunked",
+           "chunked,", "identity",
+           "chunked;q=1", '"chunked"', "\x0bchunked", "chunked\x0b", "cow", "", "chu\tnked", "chunked\0",
+           "chunked\xa0", "trailers", "\r\n chunked", "x\r\n chunked"]
+NAMES = ["Transfer-Encoding", "transfer-encoding", "TRANSFER-ENCODING", "Transfer-Encoding ", " Transfer-Encoding",
+         "Transfer_Encoding", "Transfer-Encoding\t", "Transfer-Encoding\0", "X: y\r\n Transfer-Encoding",
+         "X: y\nTransfer-Encoding",
+         "X: y\rTransfer-Encoding", "\x0bTransfer-Encoding", "Transfer\xadEncoding", "Transfer.Encoding", "Trailer",
+         "Content-Encoding"]
+LENGTH_NAMES = ["Content-Length", "content-length", "CONTENT-LENGTH", "Content-Length ", " Content-Length",
+                "Content_Length", "Content-Length\t", "Content-Length\0", "X: y\nContent-Length",
+                "X: y\rContent-Length", "X: y\r\n Content-Length"]
+SIZES = ["{h}", "{h}", "{h}", "{H}", "0{h}", "000000{h}", "0x{h}", "+{h}", "-{h}", "{h} ", " {h}", "{h}\t", "{h};",
+         "{h};x", "{h};x=y", '{h};x="y"', "{h};\n", "{h};x\n", "{h}\0", "{h}_", "{h}\x0b", "{h},", "{h}g", "",
+         "ffffffffffffffff{h}", "1000000000{h}", "{w}"]
 ENDS = ["\r\n"] * 8 + ["\n", "\r", "", "\r\r\n", "\n\r\n", "XX", "X\r\n", "\r\nX", "\0\r\n", " \r\n"]
-EXTRA = ["Connection: transfer-encoding", "Connection: content-length", "Connection: close, content-length", "Connection: keep-alive", "Expect: 100-continue", "Expect: x", "Upgrade: h2c", "Trailer: Content-Length", "TE: trailers", "Host: localhost",
-         "Content-Type: application/json", "X-Http-Method-Override: GET", "Keep-Alive: timeout=1", "Proxy-Connection: close", "Transfer-Encoding:", "Content-Length:", "X: \xff", ": x", "X", "\tX: y"]
+EXTRA = ["Connection: transfer-encoding", "Connection: content-length", "Connection: close, content-length",
+         "Connection: keep-alive", "Expect: 100-continue", "Expect: x", "Upgrade: h2c", "Trailer: Content-Length",
+         "TE: trailers", "Host: localhost",
+         "Content-Type: application/json", "X-Http-Method-Override: GET", "Keep-Alive: timeout=1",
+         "Proxy-Connection: close", "Transfer-Encoding:", "Content-Length:", "X: \xff", ": x", "X", "\tX: y"]
 
 
 def named(kind: str, number: int) -> str:
@@ -32,7 +48,8 @@ def is_name(text: str) -> bool:
 
 
 def call(kind: str, number: int, method: str = "GET", *lines: str) -> str:
-    head = [f"{method} {ECHO}?{named(kind, number)} HTTP/1.1", "Host: localhost", f"X-Request-Id: {named(kind, number)}", *lines]
+    head = [f"{method} {ECHO}?{named(kind, number)} HTTP/1.1", "Host: localhost",
+            f"X-Request-Id: {named(kind, number)}", *lines]
     return "\r\n".join([*head, "", ""])
 
 
@@ -60,7 +77,8 @@ def mutated(number: int, chance: random.Random) -> bytes:
         lines.append(chance.choice(EXTRA))
     chance.shuffle(lines)
     end = chance.choice(["\r\n"] * 30 + ["\n", "\n", "\r\r\n"])
-    head = [f"{method} {ECHO}?{named('m', number)} {version}", "Host: localhost", f"X-Request-Id: {named('m', number)}", *lines, "", ""]
+    head = [f"{method} {ECHO}?{named('m', number)} {version}", "Host: localhost",
+            f"X-Request-Id: {named('m', number)}", *lines, "", ""]
     raw = bytearray((end.join(head) + body).encode("latin-1", "replace"))
     # Behind the request line, by which the request is known.
     start = raw.index(b"Host:")
@@ -76,7 +94,8 @@ def mutated(number: int, chance: random.Random) -> bytes:
 
 def chunks(content: str, hidden: str, chance: random.Random) -> str:
     """`content` in chunks, one of them perhaps spelled as not every parser reads it."""
-    pieces = [content] if chance.random() < 0.6 or len(content) < 2 else [content[: len(content) // 2], content[len(content) // 2 :]]
+    pieces = [content] if chance.random() < 0.6 or len(content) < 2 else [content[: len(content) // 2],
+                                                            content[len(content) // 2 :]]
     odd = chance.random() < 0.5
     if odd and chance.random() < 0.15:
         # Two bytes that are not the end of a line behind the data: one parser skips them, another the line.
@@ -90,5 +109,8 @@ def chunks(content: str, hidden: str, chance: random.Random) -> str:
         spelled = chance.choice(SIZES) if odd and chance.random() < 0.4 else "{h}"
         after_size, after_data = (chance.choice(ENDS) if odd and chance.random() < 0.25 else "\r\n" for _ in range(2))
         body += spelled.format(h=f"{size:x}", H=f"{size:X}", w=f"{wrong:x}") + after_size + piece + after_data
-    last = chance.choice(["0\r\n\r\n"] * 8 + ["0\n\n", "00\r\n\r\n", "0;x\r\n\r\n", "0\r\nX: y\r\n\r\n", "0\r\nContent-Length: 9\r\n\r\n", "0\r\nTransfer-Encoding: x\r\n\r\n", "0\r\n", "0 \r\n\r\n", "-0\r\n\r\n", "", "0\r\nX y\r\n\r\n", "0\r\n X: y\r\n\r\n"])
+    last = chance.choice(["0\r\n\r\n"] * 8 + ["0\n\n", "00\r\n\r\n", "0;x\r\n\r\n", "0\r\nX: y\r\n\r\n",
+                                              "0\r\nContent-Length: 9\r\n\r\n", "0\r\nTransfer-Encoding: x\r\n\r\n",
+                                              "0\r\n", "0 \r\n\r\n", "-0\r\n\r\n", "", "0\r\nX y\r\n\r\n",
+                                              "0\r\n X: y\r\n\r\n"])
     return body + (last if odd else "0\r\n\r\n")

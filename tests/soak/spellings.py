@@ -8,9 +8,27 @@ import backends
 import world
 
 # What a caller may send under any spelling, and what Amazon has to see under the name: our value, once, or none.
-MANAGED = ["Authorization", "Amazon-Advertising-API-ClientId", "Amazon-Ads-ClientId", "Host", "Proxy-Authorization",
-           "X-Ads-Account", "X-Ads-User", "X-Ads-Region", "X-Ads-Sidecar-Token", "Cookie", "Origin", "X-Forwarded-For",
-           "X-Forwarded-Host", "X-Forwarded-Proto", "Forwarded", "Referer", "Proxy", "Sec-Fetch-Mode", "Sec-Ch-Ua"]
+MANAGED = [
+    "Authorization",
+    "Amazon-Advertising-API-ClientId",
+    "Amazon-Ads-ClientId",
+    "Host",
+    "Proxy-Authorization",
+    "X-Ads-Account",
+    "X-Ads-User",
+    "X-Ads-Region",
+    "X-Ads-Sidecar-Token",
+    "Cookie",
+    "Origin",
+    "X-Forwarded-For",
+    "X-Forwarded-Host",
+    "X-Forwarded-Proto",
+    "Forwarded",
+    "Referer",
+    "Proxy",
+    "Sec-Fetch-Mode",
+    "Sec-Ch-Ua",
+]
 THEIRS = "theirs"
 
 
@@ -58,6 +76,7 @@ def send(port: int, number: int, line: str) -> int:
 
 def wrong_with(entry: dict, bearer: str, authority: str) -> list[str]:
     """What the backend sees under a managed header that is not our one value."""
+
     def seen(name: str) -> list[str]:
         return [value.strip() for value in backends.header(entry, name.lower())]
 

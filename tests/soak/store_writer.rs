@@ -123,6 +123,7 @@ fn grant(user: &UserId, number: u64) -> Grant {
     let now = Timestamp::now();
     Grant {
         refresh_token: RefreshToken::new(format!("Atzr|{user}-{number}")).expect("a token"),
+        previous: None,
         // As long as Amazon's are.
         access: Some(Access {
             token: AccessToken::new(format!("Atza|{}{number}", "x".repeat(350))).expect("a token"),
