@@ -392,7 +392,8 @@ mod tests {
     async fn an_idle_connection_is_small() {
         let connections = Arc::<Connections>::default();
         let handler = |_: Request<Incoming>, _: Peer| async { Response::new(http_body_util::Full::<Bytes>::default()) };
-        let host = Host { handler, connections: connections.clone(), late: Bytes::new() };
+        let words = LastWords { late: Bytes::new(), overloaded: Bytes::new() };
+        let host = Host { handler, connections: connections.clone(), words };
         let (stream, _other) = tokio::net::UnixStream::pair().unwrap();
         let size = std::mem::size_of_val(&converse(stream, Peer::Unix(None), connections.sit(), host));
         // Ten thousand of them are held beside an app; hyper's own part is most of it.

@@ -29,7 +29,8 @@ STAND_IN = """
     "~^Bearer Atza\\|.+\\|amzn1\\..+\\|1$" 1; default 0;
   }}
   server {{
-    listen 127.0.0.1:{amazon} ssl http2; ssl_certificate {place}/leaf.pem; ssl_certificate_key {place}/leaf.key; root {place};
+    listen 127.0.0.1:{amazon} ssl http2; ssl_certificate {place}/leaf.pem; ssl_certificate_key {place}/leaf.key;
+    ssl_protocols TLSv1.2 TLSv1.3; root {place};
     location = /auth/o2/token {{ return 200 '{{"access_token":"{token}","refresh_token":"Atzr|x","token_type":"bearer","expires_in":3600}}'; }}
     location = /sp/small {{ if ($whole = 0) {{ return 403; }} return 200 '{profiles}'; }}
     location = /sp/upload {{ if ($whole = 0) {{ return 403; }} client_body_buffer_size 1m; return 200 '{{}}'; }}
