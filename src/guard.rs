@@ -349,6 +349,7 @@ mod tests {
     #[test]
     fn one_host_and_no_more() {
         assert_eq!(guard().admit(&parts("/", &[]), tcp()), Err(Refusal::NoHost));
+        assert_eq!(host(""), Err(Refusal::NoHost));
         assert_eq!(
             guard().admit(&parts("/", &[("host", "localhost"), ("host", "localhost")]), tcp()),
             Err(Refusal::NoHost)

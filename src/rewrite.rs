@@ -310,6 +310,23 @@ mod tests {
     }
 
     #[test]
+    fn a_known_family_decides_the_client_ids_name_whatever_the_caller_used() {
+        let out = full("/sp/campaigns/list", &[("amazon-ads-clientid", "x")], &[]);
+        assert_eq!(out["amazon-advertising-api-clientid"], "ours");
+        assert!(!out.contains_key("amazon-ads-clientid"));
+    }
+
+    #[test]
+    fn an_underscore_alone_makes_no_twin() {
+        assert_eq!(seen("/v2/profiles", &[("x_own", "1")], &[]), ["x_own: 1"]);
+    }
+
+    #[test]
+    fn what_connection_says_of_itself_names_no_header() {
+        assert_eq!(seen("/v2/profiles", &[("connection", "close, keep-alive"), ("close", "1")], &[]), ["close: 1"]);
+    }
+
+    #[test]
     fn names_listed_in_any_connection_line_are_stripped() {
         let caller = [
             ("connection", ""),

@@ -134,11 +134,6 @@ impl Grant {
         }
     }
 
-    /// The access token, while it lives.
-    pub fn living(&self, now: Timestamp) -> Option<&Access> {
-        self.access.as_ref().filter(|access| now < access.expires_at)
-    }
-
     /// When the consent ends, where its date is known and it ends at all.
     pub fn consent_expires_at(&self) -> Option<Timestamp> {
         let ends = self.consented_at.filter(|at| *at >= Self::CONSENT_ENDS_SINCE);

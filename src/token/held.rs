@@ -462,6 +462,45 @@ mod tests {
         assert_eq!(held.due(POLICY, secs(-7 * 24 * 3600), at(0), 0.0), None);
     }
 
+    #[test]
+    fn the_background_plans_a_fifth_of_its_lead_earlier_at_most() {
+        let fresh = Held::Fresh(grant(3600));
+        assert_eq!(fresh.due(POLICY, secs(0), at(0), 0.0), Some(secs(2700)));
+        assert_eq!(fresh.due(POLICY, secs(0), at(0), 0.5), Some(secs(2610)));
+        let bare = Grant { access: None, ..stored(0, 0) };
+        let bare = Held::Fresh(Arc::new(Kept::issued(bare, at(0))));
+        assert_eq!(
+            bare.due(POLICY, secs(0), at(0), 0.0),
+            Some(secs(0)),
+            "there is no token that a spacing could spare"
+        );
+    }
+
+    #[test]
+    fn each_limit_holds_at_its_instant() {
+        let fresh = Held::Fresh(grant(3600));
+        assert!(!fresh.expiring(POLICY, at(3299)) && fresh.expiring(POLICY, at(3300)));
+        let week = 7 * 24 * 3600;
+        assert_eq!(fresh.state(POLICY, secs(0), at(week)), State::Expiring);
+        assert_eq!(fresh.state(POLICY, secs(0), at(week + 1)), State::Idle);
+        let a_second_apart = Moment { uptime: secs(601), ..at(600) };
+        assert_eq!(grant(3600).expires_at(a_second_apart), Some(wall(3600)), "clocks are never read at one instant");
+    }
+
+    #[test]
+    fn a_failed_renewal_backs_off_until_its_instant() {
+        let fresh = Held::Fresh(grant(3600));
+        assert!(!fresh.backs_off(at(0)));
+        let failing = fresh.next(failed(Some(40)), at(0), 0.0);
+        assert!(failing.backs_off(at(39)) && !failing.backs_off(at(40)) && !failing.backs_off(at(41)));
+    }
+
+    #[test]
+    fn what_was_computed_for_another_generation_does_not_count() {
+        let held = Held::Fresh(grant(3600));
+        assert!(held.is_of(1) && !held.is_of(2) && !Held::Nothing.is_of(1));
+    }
+
     fn outcomes() -> impl Strategy<Value = Outcome> {
         prop_oneof![
             (0u64..100_000).prop_map(|wait| failed(Some(wait))),
