@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 use tokio::time::{Sleep, sleep};
@@ -88,10 +88,42 @@ impl Drop for Held {
     }
 }
 
+/// What passed of a body, in its order. A large piece is held as it came. Small ones are copied together: each would pin the
+/// whole buffer that it was read into, 4 KiB for a caller who sends a byte at a time.
+#[derive(Debug, Default)]
+struct Pieces {
+    whole: VecDeque<Bytes>,
+    small: BytesMut,
+}
+
+/// From here on a piece is large.
+const LARGE: usize = 4 << 10;
+
+impl Pieces {
+    fn push(&mut self, data: &Bytes) {
+        if data.len() < LARGE {
+            self.small.extend_from_slice(data);
+            return;
+        }
+        if !self.small.is_empty() {
+            self.whole.push_back(self.small.split().freeze());
+        }
+        self.whole.push_back(data.clone());
+    }
+
+    fn all(&self) -> VecDeque<Bytes> {
+        let mut all = self.whole.clone();
+        if !self.small.is_empty() {
+            all.push_back(Bytes::copy_from_slice(&self.small));
+        }
+        all
+    }
+}
+
 #[derive(Debug, Default)]
 struct State {
     /// `None` once more than the limit has passed.
-    chunks: Option<VecDeque<Bytes>>,
+    pieces: Option<Pieces>,
     /// Bytes of the common room that they take.
     reserved: usize,
     taken: u64,
@@ -110,7 +142,7 @@ impl Outgoing {
         if incoming.is_end_stream() {
             return Self::nothing();
         }
-        let state = State { chunks: Some(VecDeque::new()), ..State::default() };
+        let state = State { pieces: Some(Pieces::default()), ..State::default() };
         let held = Arc::new(Held { limit: hold, room: room.clone(), state: Mutex::new(state) });
         Self(Source::Caller { incoming, held, limit: max.unwrap_or(u64::MAX), patience, stall: None })
     }
@@ -128,7 +160,7 @@ impl Held {
     /// The same body once more, if it passed whole and was small enough.
     pub fn again(&self) -> Option<Outgoing> {
         let state = lock(&self.state);
-        let chunks = state.chunks.clone().filter(|_| state.ended)?;
+        let chunks = state.pieces.as_ref().filter(|_| state.ended)?.all();
         Some(Outgoing(Source::Held { chunks, left: state.taken }))
     }
 
@@ -150,12 +182,12 @@ impl Held {
         if state.taken > limit {
             return Err(BodyError::TooLarge);
         }
-        if state.chunks.is_some() {
+        if state.pieces.is_some() {
             if state.taken <= self.limit as u64 && self.room.take(data.len()) {
                 state.reserved += data.len();
-                state.chunks.get_or_insert_default().push_back(data.clone());
+                state.pieces.get_or_insert_default().push(data);
             } else {
-                state.chunks = None;
+                state.pieces = None;
                 self.room.give_back(std::mem::take(&mut state.reserved));
             }
         }
@@ -223,7 +255,7 @@ mod tests {
     }
 
     fn held_in(limit: usize, room: &Arc<Room>) -> Held {
-        let state = State { chunks: Some(VecDeque::new()), ..State::default() };
+        let state = State { pieces: Some(Pieces::default()), ..State::default() };
         Held { limit, room: room.clone(), state: Mutex::new(state) }
     }
 
@@ -257,6 +289,21 @@ mod tests {
         assert_eq!(room.0.load(Relaxed), 3);
         too_large.pass(&Bytes::from_static(b"d"), u64::MAX, true).unwrap();
         assert_eq!((room.0.load(Relaxed), too_large.again().is_none()), (0, true));
+    }
+
+    #[test]
+    fn threat_25_a_small_piece_does_not_pin_the_buffer_that_it_was_read_into() {
+        let held = held(usize::MAX);
+        let pieces: Vec<_> =
+            [3, 1, LARGE, 2, LARGE + 1, LARGE - 1, 5].map(|length| Bytes::from(vec![length as u8; length])).into();
+        for (number, piece) in pieces.iter().enumerate() {
+            held.pass(piece, u64::MAX, number + 1 == pieces.len()).unwrap();
+        }
+        assert!(pieces.iter().all(|piece| piece.is_unique() == (piece.len() < LARGE)));
+        let Some(Outgoing(Source::Held { chunks, left })) = held.again() else { panic!("it passed whole") };
+        let again: Vec<u8> = chunks.iter().flatten().copied().collect();
+        assert_eq!((again.as_slice(), left), (pieces.concat().as_slice(), again.len() as u64));
+        assert_eq!(chunks.len(), 5);
     }
 
     #[test]
