@@ -140,13 +140,15 @@ impl Desk {
         lock(&self.waiting).by_hash.retain(|_, (.., waiting)| waiting.user != *user);
     }
 
-    /// The grants that the last process left, without those whose time is over.
+    /// The grants that the last process left, without those that the app had to confirm and whose time is over. The others
+    /// only waited for their end: nobody else has them, however long ago that was.
     pub(super) async fn left(&self, now: Timestamp) -> Vec<Waiting> {
         let all = self.store.waiting().await.unwrap_or_else(|error| {
             tracing::error!(%error, "grants that wait cannot be read");
             Vec::new()
         });
-        let (living, over): (Vec<_>, Vec<_>) = all.into_iter().partition(|waiting| lives(waiting.since, now));
+        let (living, over): (Vec<_>, Vec<_>) =
+            all.into_iter().partition(|waiting| !waiting.confirm || lives(waiting.since, now));
         for waiting in over {
             self.clear(&waiting.id).await;
         }
