@@ -55,7 +55,7 @@ pub(super) struct Begun {
 
 impl Desk {
     /// Over `store`, with the logins that the last process left there. Its grants that wait are to be taken by
-    /// [`left`](Self::left).
+    /// `left`.
     pub async fn open(store: TokenStore) -> Self {
         let begun = match store.logins().await {
             Ok(text) => text.and_then(|text| serde_json::from_str(text.expose()).ok()).unwrap_or_default(),
