@@ -153,10 +153,7 @@ impl Admin {
         match (path, &parts.method) {
             ("/livez", &Method::GET) => Ok(say(StatusCode::OK, "alive\n")),
             ("/readyz", &Method::GET) => Ok(self.ready()),
-            ("/startupz", &Method::GET) if *self.stage.borrow() == Stage::Starting => {
-                Ok(say(StatusCode::SERVICE_UNAVAILABLE, "starting\n"))
-            }
-            ("/startupz", &Method::GET) => Ok(say(StatusCode::OK, "started\n")),
+            ("/startupz", &Method::GET) => Ok(self.started()),
             ("/metrics", &Method::GET) => self.metrics(),
             ("/", &Method::GET) => {
                 self.operator(parts, peer)?;
@@ -198,6 +195,13 @@ impl Admin {
                 "The admin door has no such page.",
                 "See the admin door in adsidecar's README.",
             )),
+        }
+    }
+
+    fn started(&self) -> Answer {
+        match *self.stage.borrow() {
+            Stage::Starting => say(StatusCode::SERVICE_UNAVAILABLE, "starting\n"),
+            Stage::Serving | Stage::Draining => say(StatusCode::OK, "started\n"),
         }
     }
 

@@ -7,6 +7,7 @@
 //! The hot path, [`Keeper::bearer`] with a token that has enough of its life left, takes no lock that a renewal holds.
 
 mod agenda;
+mod change;
 mod clocks;
 mod configured;
 mod entry;
@@ -33,7 +34,7 @@ use crate::clock::Clock;
 use crate::lwa::Lwa;
 use crate::metrics::Metrics;
 use crate::store::{StoreError, TokenStore};
-use crate::token::{Cure, Grant, Held, Kept, Policy, RefreshToken};
+use crate::token::{Cure, Grant, Held, Policy, RefreshToken};
 use agenda::Agenda;
 use configured::ADOPTED;
 use entry::{Entry, Writing};
@@ -262,58 +263,6 @@ impl Keeper {
             Held::LoginRequired { reason, .. } => Err(TokenError::LoginRequired { reason }),
             Held::Fresh(_) | Held::Failing { .. } => Ok(self.tell(&entry)),
         }
-    }
-
-    /// Does `work` in a task of its own, which a shutdown waits for, and gives its result: whoever asked for it may hang up
-    /// meanwhile.
-    pub async fn uninterrupted<T: Send + 'static>(&self, work: impl Future<Output = T> + Send + 'static) -> T {
-        match self.0.flights.spawn(work).await {
-            Ok(done) => done,
-            // Nobody aborts it, so it panicked: that goes on here, as if there were no task in between.
-            Err(error) => std::panic::resume_unwind(error.into_panic()),
-        }
-    }
-
-    /// Takes `grant` into use for `user`, in place of whatever there was. Returns once it is stored, or the store said
-    /// that it cannot be: then it is used all the same, since its code is spent and nobody else has it, and storing it
-    /// is tried until it succeeds.
-    pub async fn adopt(&self, user: &UserId, grant: Grant) -> Status {
-        let (keeper, user) = (self.clone(), user.clone());
-        self.uninterrupted(async move { keeper.adopt_now(&user, grant).await }).await
-    }
-
-    async fn adopt_now(&self, user: &UserId, mut grant: Grant) -> Status {
-        let entry = self.entry_or_new(user);
-        let write = entry.write().await;
-        grant.generation = write.next_generation();
-        grant.used_at = Some(self.0.clock.now());
-        self.store(&entry, &grant, None).await;
-        let now = self.0.clock.moment();
-        entry.mark_used(now);
-        self.publish(&entry, &write, Held::Fresh(Arc::new(Kept::loaded(grant, now))));
-        entry.wake();
-        tracing::info!(%user, "new grant");
-        self.tell(&entry)
-    }
-
-    /// Wipes the tokens of `user`. Returns once they are gone from the disk; `false` where there were none.
-    pub async fn forget(&self, user: &UserId) -> Result<bool, StoreError> {
-        let (keeper, user) = (self.clone(), user.clone());
-        self.uninterrupted(async move { keeper.forget_now(&user).await }).await
-    }
-
-    async fn forget_now(&self, user: &UserId) -> Result<bool, StoreError> {
-        let Some(entry) = self.entry(user) else {
-            // A record that does not decrypt is no entry, and a logout means it too.
-            return self.timed("erase", self.0.store.erase(user)).await;
-        };
-        let write = entry.write().await;
-        let erased = self.timed("erase", self.0.store.erase(user)).await?;
-        let held = entry.held().grant().is_some();
-        self.publish(&entry, &write, Held::Nothing);
-        entry.wake();
-        tracing::info!(%user, "logged out");
-        Ok(erased || held)
     }
 
     /// Whether everything in memory is on disk and the store works.

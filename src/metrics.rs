@@ -1,22 +1,22 @@
 //! What Prometheus scrapes. Nothing that a caller can invent (a path, a query, a header) becomes a label.
 
 mod budget;
+mod register;
 
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use prometheus::core::Collector;
 use prometheus::{
-    Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
-    Registry, TextEncoder,
+    Gauge, GaugeVec, Histogram, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Registry, TextEncoder,
 };
 
 use crate::account::Region;
 use crate::log::Dropped;
 use crate::token::State;
 use budget::Budget;
+use register::Register;
 
 /// Bounds on what is exported.
 #[derive(Clone, Copy, Debug)]
@@ -34,8 +34,9 @@ const OTHER: &str = "other";
 
 /// Why renewals fail, as far as that is known beforehand. These series exist from the start: Prometheus cannot see the
 /// rise of a counter whose first value is not 0.
-const REFRESH_FAILURES: [&str; 10] = [
+const REFRESH_FAILURES: [&str; 12] = [
     "bad_answer",
+    "dns",
     "invalid_client",
     "invalid_grant",
     "invalid_request",
@@ -43,6 +44,7 @@ const REFRESH_FAILURES: [&str; 10] = [
     "server_error",
     "throttled",
     "timeout",
+    "tls",
     "unauthorized_client",
     "unreachable",
 ];
@@ -120,14 +122,13 @@ impl Metrics {
     /// Registers everything. `started_at` is seconds since 1970.
     // Longer than the house likes: it is a list, one entry per metric, and reads best whole.
     pub fn new(settings: Settings, started_at: f64) -> Result<Self, prometheus::Error> {
-        let registry = Registry::new_custom(Some("adsidecar".into()), None)?;
-        let r = &registry;
-        let build = add(r, IntGaugeVec::new(Opts::new("build_info", "The running version; always 1"), &["version"])?)?;
+        let r = Register::new()?;
+        let build = r.gauges("build_info", "The running version; always 1", &["version"])?;
         build.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
         let reloaded = "When the configuration was last read, in seconds since 1970";
-        let reload_timestamp = add(r, Gauge::new("config_reload_timestamp_seconds", reloaded)?)?;
+        let reload_timestamp = r.float("config_reload_timestamp_seconds", reloaded)?;
         let reload_success =
-            add(r, IntGauge::new("config_reload_success", "Whether the last reading of the configuration went well")?)?;
+            r.gauge("config_reload_success", "Whether the last reading of the configuration went well")?;
         #[cfg(target_os = "linux")]
         let process = prometheus::process_collector::ProcessCollector::for_self();
         let metrics = Self {
@@ -135,134 +136,103 @@ impl Metrics {
             reload_timestamp,
             reload_success,
             page: Mutex::new(Page { budget: Budget::new(Instant::now()), text: Bytes::new() }),
-            requests: counters(
-                r,
+            requests: r.counters(
                 "requests_total",
                 "Calls on the proxy door, by who answered",
                 &["account", "region", "method", "status", "source"],
             )?,
-            request_duration: histograms(
-                r,
+            request_duration: r.histograms(
                 "request_duration_seconds",
                 "From a call's head to its answer's head",
                 &["source"],
                 DURATIONS,
             )?,
-            upstream_duration: histograms(
-                r,
+            upstream_duration: r.histograms(
                 "upstream_duration_seconds",
                 "From sending a call to the head of Amazon's answer",
                 &["region"],
                 DURATIONS,
             )?,
-            in_flight: add(r, IntGauge::new("requests_in_flight", "Calls whose answer has not passed whole")?)?,
-            connections: gauges(r, "connections", "Open connections", &["door"])?,
-            replays: add(r, IntCounter::new("replays_total", "Calls sent once more with a new token")?)?,
-            upstream_unauthorized: counters(
-                r,
+            in_flight: r.gauge("requests_in_flight", "Calls whose answer has not passed whole")?,
+            connections: r.gauges("connections", "Open connections", &["door"])?,
+            replays: r.counter("replays_total", "Calls sent once more with a new token")?,
+            upstream_unauthorized: r.counters(
                 "upstream_unauthorized_total",
                 "401 from Amazon, by what it meant",
                 &["cause"],
             )?,
-            unknown_family: add(r, IntCounter::new("unknown_family_total", "Calls to a path of no known family")?)?,
-            token_refresh: counters(
-                r,
+            unknown_family: r.counter("unknown_family_total", "Calls to a path of no known family")?,
+            token_refresh: r.counters(
                 "token_refresh_total",
                 "Token calls for renewal, by result and reason",
                 &["result", "reason"],
             )?,
-            token_refresh_duration: add(
-                r,
-                Histogram::with_opts(
-                    HistogramOpts::new("token_refresh_duration_seconds", "Token calls for renewal")
-                        .buckets(DURATIONS.to_vec()),
-                )?,
+            token_refresh_duration: r.histogram(
+                "token_refresh_duration_seconds",
+                "Token calls for renewal",
+                DURATIONS,
             )?,
-            store_up: add(r, IntGauge::new("store_up", "Whether the store works")?)?,
-            store_operation_duration: histograms(
-                r,
+            store_up: r.gauge("store_up", "Whether the store works")?,
+            store_operation_duration: r.histograms(
                 "store_operation_duration_seconds",
                 "Operations of the store",
                 &["op"],
                 STORE_DURATIONS,
             )?,
-            store_errors: counters(r, "store_errors_total", "Failed operations of the store", &["op"])?,
-            store_records: gauges(
-                r,
+            store_errors: r.counters("store_errors_total", "Failed operations of the store", &["op"])?,
+            store_records: r.gauges(
                 "store_records",
                 "Stored grants by the fingerprint of the key that seals them; unknown: no key opens them; damaged",
                 &["key"],
             )?,
-            store_recoveries: add(
-                r,
-                IntCounter::new("store_recoveries_total", "How often a damaged database was filled from its copies")?,
-            )?,
-            clock_skew: add(
-                r,
-                Gauge::new("clock_skew_seconds", "How far our clock is ahead of Amazon's, to the second")?,
-            )?,
-            clock_jumps: add(
-                r,
-                IntCounter::new("clock_jumps_total", "How often the clock was set, or the machine slept")?,
-            )?,
-            token_answer_oddities: counters(
-                r,
+            store_recoveries: r
+                .counter("store_recoveries_total", "How often a damaged database was filled from its copies")?,
+            clock_skew: r.float("clock_skew_seconds", "How far our clock is ahead of Amazon's, to the second")?,
+            clock_jumps: r.counter("clock_jumps_total", "How often the clock was set, or the machine slept")?,
+            token_answer_oddities: r.counters(
                 "token_answer_oddities_total",
                 "What was odd about token answers and was put up with",
                 &["kind"],
             )?,
-            refresh_dropped: add(
-                r,
-                IntCounter::new(
-                    "token_refresh_dropped_total",
-                    "Renewals dropped because the grant was replaced or logged out meanwhile",
-                )?,
+            refresh_dropped: r.counter(
+                "token_refresh_dropped_total",
+                "Renewals dropped because the grant was replaced or logged out meanwhile",
             )?,
-            token_rotations: add(
-                r,
-                IntCounter::new("token_rotations_total", "Renewals that brought another refresh token")?,
-            )?,
-            refresh_interrupted: counters(
-                r,
+            token_rotations: r.counter("token_rotations_total", "Renewals that brought another refresh token")?,
+            refresh_interrupted: r.counters(
                 "token_refresh_interrupted_total",
                 "Renewals whose answer may have been lost, by what became of the grant",
                 &["outcome"],
             )?,
-            throttled: counters(
-                r,
+            throttled: r.counters(
                 "throttled_total",
                 "Answers 429, by whose limit: amazon's own, or the sidecar's",
                 &["region", "by"],
             )?,
-            undecryptable_records: add(
-                r,
-                IntGauge::new("undecryptable_records", "Stored grants that cannot be read, and are kept")?,
-            )?,
-            log_dropped: counters(r, "log_dropped_total", "Log lines that were not written", &["reason"])?,
-            policy_denied: counters(
-                r,
+            undecryptable_records: r
+                .gauge("undecryptable_records", "Stored grants that cannot be read, and are kept")?,
+            log_dropped: r.counters("log_dropped_total", "Log lines that were not written", &["reason"])?,
+            policy_denied: r.counters(
                 "policy_denied_total",
                 "Calls that the policy refused (enforce) or would have (observe)",
                 &["account", "mode"],
             )?,
-            guard_denied: counters(r, "guard_denied_total", "Requests refused at a door", &["reason"])?,
-            token_expiry: floats(r, "token_expiry_timestamp_seconds", "When the access token ends", &["user"])?,
-            token_last_refresh: floats(
-                r,
+            guard_denied: r.counters("guard_denied_total", "Requests refused at a door", &["reason"])?,
+            token_expiry: r.floats("token_expiry_timestamp_seconds", "When the access token ends", &["user"])?,
+            token_last_refresh: r.floats(
                 "token_last_refresh_timestamp_seconds",
                 "When the tokens last changed",
                 &["user"],
             )?,
-            consent_expiry: floats(r, "consent_expiry_timestamp_seconds", "When the consent ends", &["user"])?,
-            consent_ending: gauges(
-                r,
+            consent_expiry: r.floats("consent_expiry_timestamp_seconds", "When the consent ends", &["user"])?,
+            consent_ending: r.gauges(
                 "consent_ending",
                 "Whether less than 30 days of the consent are left",
                 &["user"],
             )?,
-            login_required: gauges(r, "login_required", "Whether the user has to log in again", &["user", "reason"])?,
-            users: gauges(r, "users", "Users by state", &["state"])?,
-            registry,
+            login_required: r.gauges("login_required", "Whether the user has to log in again", &["user", "reason"])?,
+            users: r.gauges("users", "Users by state", &["state"])?,
+            registry: r.into_registry(),
         };
         #[cfg(target_os = "linux")]
         metrics.registry.register(Box::new(process))?;
@@ -413,33 +383,6 @@ fn worst(users: &[UserHealth]) -> Option<UserHealth> {
         consent_ending: users.iter().filter_map(|user| user.consent_ending).reduce(|a, b| a || b),
         login_reason: users.iter().find_map(|user| user.login_reason),
     })
-}
-
-fn add<C: Collector + Clone + 'static>(registry: &Registry, collector: C) -> Result<C, prometheus::Error> {
-    registry.register(Box::new(collector.clone()))?;
-    Ok(collector)
-}
-
-fn counters(registry: &Registry, name: &str, help: &str, labels: &[&str]) -> Result<IntCounterVec, prometheus::Error> {
-    add(registry, IntCounterVec::new(Opts::new(name, help), labels)?)
-}
-
-fn gauges(registry: &Registry, name: &str, help: &str, labels: &[&str]) -> Result<IntGaugeVec, prometheus::Error> {
-    add(registry, IntGaugeVec::new(Opts::new(name, help), labels)?)
-}
-
-fn floats(registry: &Registry, name: &str, help: &str, labels: &[&str]) -> Result<GaugeVec, prometheus::Error> {
-    add(registry, GaugeVec::new(Opts::new(name, help), labels)?)
-}
-
-fn histograms(
-    registry: &Registry,
-    name: &str,
-    help: &str,
-    labels: &[&str],
-    buckets: &[f64],
-) -> Result<HistogramVec, prometheus::Error> {
-    add(registry, HistogramVec::new(HistogramOpts::new(name, help).buckets(buckets.to_vec()), labels)?)
 }
 
 #[cfg(test)]

@@ -2,7 +2,7 @@
 //!
 //! Each region has a stack of idle HTTP/1.1 connections, the one used last on top, or one HTTP/2 connection that all
 //! share. HTTP/2 wins where many call at once, and costs more than HTTP/1.1 where each call waits for the one before
-//! ([`sharing`]), so such a caller is given an HTTP/1.1 connection beside the shared one. A connection goes back when both its request and its answer have passed whole; whatever else happens to it
+//! (`sharing`), so such a caller is given an HTTP/1.1 connection beside the shared one. A connection goes back when both its request and its answer have passed whole; whatever else happens to it
 //! closes it. The pool never repeats a request by itself: it says whether a repetition would be safe
 //! ([`SendError::unsent`], [`SendError::stale`]), and the spine, which still has the caller's request, repeats it on a
 //! [`Reuse::Never`] connection.

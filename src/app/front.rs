@@ -55,6 +55,7 @@ pub(super) struct Lasting {
 
 impl Front {
     /// The insides that `config` asks for, over what lasts.
+    // Longer than the house likes: it is the list of who gets what, and reads best whole.
     pub(super) fn new(config: Config, lwa: Lwa, lasting: &Lasting) -> Result<Self, BuildError> {
         let setting = |error: &dyn std::fmt::Display| BuildError::Setting(error.to_string());
         let upstream = Arc::new(Upstream::new(&config.upstream).map_err(|error| setting(&error))?);

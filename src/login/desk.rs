@@ -55,7 +55,7 @@ pub(super) struct Begun {
 
 impl Desk {
     /// Over `store`, with the logins that the last process left there. Its grants that wait are to be taken by
-    /// [`left`](Self::left).
+    /// `left`.
     pub async fn open(store: TokenStore) -> Self {
         let begun = match store.logins().await {
             Ok(text) => text.and_then(|text| serde_json::from_str(text.expose()).ok()).unwrap_or_default(),
@@ -140,13 +140,15 @@ impl Desk {
         lock(&self.waiting).by_hash.retain(|_, (.., waiting)| waiting.user != *user);
     }
 
-    /// The grants that the last process left, without those whose time is over.
+    /// The grants that the last process left, without those that the app had to confirm and whose time is over. The others
+    /// only waited for their end: nobody else has them, however long ago that was.
     pub(super) async fn left(&self, now: Timestamp) -> Vec<Waiting> {
         let all = self.store.waiting().await.unwrap_or_else(|error| {
             tracing::error!(%error, "grants that wait cannot be read");
             Vec::new()
         });
-        let (living, over): (Vec<_>, Vec<_>) = all.into_iter().partition(|waiting| lives(waiting.since, now));
+        let (living, over): (Vec<_>, Vec<_>) =
+            all.into_iter().partition(|waiting| !waiting.confirm || lives(waiting.since, now));
         for waiting in over {
             self.clear(&waiting.id).await;
         }

@@ -14,11 +14,12 @@ use tower_service::Service;
 use url::Url;
 
 use super::ahead::Ahead;
-use super::{Connection, ErrorKind, Http2, Settings, Shared};
+use super::{Connection, ErrorKind, Http2, MAX_SHARED, Settings, Shared};
 
-/// HTTP/2 flow-control windows. hyper's defaults (64 KiB) would bound a download by the round-trip time.
-const STREAM_WINDOW: u32 = 1 << 20;
-const CONNECTION_WINDOW: u32 = 4 << 20;
+/// HTTP/2 flow-control windows (RFC 9113, section 5.2). hyper's default (64 KiB) would bound a download by the round-trip
+/// time. A caller that does not read leaves its window full: all that share the connection may, and the rest still moves.
+const STREAM_WINDOW: u32 = 256 << 10;
+const CONNECTION_WINDOW: u32 = (MAX_SHARED as u32 + 1) * STREAM_WINDOW;
 /// A dead HTTP/2 connection, which all callers share, is noticed after this long without a sign of life.
 const PING_EVERY: Duration = Duration::from_secs(20);
 const PING_TIMEOUT: Duration = Duration::from_secs(10);

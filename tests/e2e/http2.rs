@@ -209,3 +209,22 @@ async fn row_67_a_server_that_floods_or_resets_costs_a_call_and_nothing_more() {
         assert_eq!(rig.metric("adsidecar_requests_in_flight").await, 0.0, "{name}");
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn callers_that_do_not_read_their_answers_hold_up_nobody_who_shares_their_connection() {
+    let rig = rig("auto").await;
+    let mut slow = Vec::new();
+    for _ in 0..12 {
+        let mut wire = rig.dial().await;
+        // More than every buffer between Amazon and this socket together.
+        wire.send("GET /sandbox/bytes/33554432 HTTP/1.1\r\nHost: localhost\r\n\r\n").await;
+        assert_eq!(wire.reply_head().await.status, 200);
+        slow.push(wire);
+    }
+    for _ in 0..20 {
+        let call = tokio::time::timeout(std::time::Duration::from_secs(10), async {
+            rig.get("/sandbox/bytes/100000").await.bytes().await.unwrap().len()
+        });
+        assert_eq!(call.await.expect("a call beside slow ones is answered"), 100_000);
+    }
+}

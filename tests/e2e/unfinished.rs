@@ -2,12 +2,16 @@
 
 use std::path::PathBuf;
 
+use adsidecar::keyring::Keyring;
 use adsidecar::sandbox::{Door, Rule, SCOPE, Trouble};
+use adsidecar::secret::Secret;
+use adsidecar::store::{Settings, TokenStore, Waiting};
+use adsidecar::token::{Grant, RefreshToken};
 use reqwest::{Method, Response};
 use serde_json::Value;
 
 use crate::commands::{Serving, run};
-use crate::rig::{Rig, code, eventually, json};
+use crate::rig::{FERNET_KEY, Rig, code, eventually, json};
 
 const LOGIN: &str = "/api/auth/amazon/login";
 const CONFIRMED: &str = "[login]\nconfirm = true\n";
@@ -147,6 +151,36 @@ async fn row_90_a_login_that_was_killed_after_its_exchange_is_finished_by_the_ne
     assert!(after["consented_at"].as_str() > before.as_str(), "{after} after {before}");
     assert_eq!(rig.sandbox.lwa_calls().exchanges, 2);
     assert_eq!(rig.client.get(serving.url("/v2/profiles")).send().await.unwrap().status(), 200);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn row_90_a_login_that_was_killed_is_finished_however_late_the_next_start_is() {
+    let mut rig = Rig::start().await;
+    rig.stop_sidecar().await;
+    let keyring = Keyring::new(&[Secret::new(FERNET_KEY)]).unwrap();
+    let (store, _) = TokenStore::open(&Settings { path: rig.store_path() }, keyring.into()).unwrap();
+    for (user, confirm) in [("anna", false), ("bob", true)] {
+        let grant = Grant {
+            refresh_token: RefreshToken::new(rig.sandbox.grant().refresh_token).unwrap(),
+            previous: None,
+            access: None,
+            updated_at: rig.clock.now(),
+            consented_at: Some(rig.clock.now()),
+            used_at: None,
+            scope: None,
+            generation: 0,
+        };
+        let (id, user) = (user.repeat(16), user.parse().unwrap());
+        let waiting = Waiting { id, user, since: rig.clock.now(), replace: false, confirm, grant };
+        store.keep_waiting(&waiting).await.unwrap();
+    }
+    store.close().await.unwrap();
+    rig.advance(3600);
+    rig.start_sidecar().await;
+    eventually("the end of the login", async || waiting(&rig).is_empty().then_some(())).await;
+    let call = rig.request(Method::GET, "/v2/profiles").header("x-ads-user", "anna").send().await.unwrap();
+    assert_eq!(call.status(), 200, "nobody else has this grant");
+    assert_eq!(rig.status_of("bob").await["state"], "none", "an app that has to confirm has ten minutes");
 }
 
 #[tokio::test(flavor = "multi_thread")]

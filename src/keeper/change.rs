@@ -1,0 +1,62 @@
+//! A grant comes, or goes.
+
+use std::sync::Arc;
+
+use super::{Keeper, Status};
+use crate::account::UserId;
+use crate::store::StoreError;
+use crate::token::{Grant, Held, Kept};
+
+impl Keeper {
+    /// Does `work` in a task of its own, which a shutdown waits for, and gives its result: whoever asked for it may hang up
+    /// meanwhile.
+    pub async fn uninterrupted<T: Send + 'static>(&self, work: impl Future<Output = T> + Send + 'static) -> T {
+        match self.0.flights.spawn(work).await {
+            Ok(done) => done,
+            // Nobody aborts it, so it panicked: that goes on here, as if there were no task in between.
+            Err(error) => std::panic::resume_unwind(error.into_panic()),
+        }
+    }
+
+    /// Takes `grant` into use for `user`, in place of whatever there was. Returns once it is stored, or the store said
+    /// that it cannot be: then it is used all the same, since its code is spent and nobody else has it, and storing it
+    /// is tried until it succeeds.
+    pub async fn adopt(&self, user: &UserId, grant: Grant) -> Status {
+        let (keeper, user) = (self.clone(), user.clone());
+        self.uninterrupted(async move { keeper.adopt_now(&user, grant).await }).await
+    }
+
+    async fn adopt_now(&self, user: &UserId, mut grant: Grant) -> Status {
+        let entry = self.entry_or_new(user);
+        let write = entry.write().await;
+        grant.generation = write.next_generation();
+        grant.used_at = Some(self.0.clock.now());
+        self.store(&entry, &grant, None).await;
+        let now = self.0.clock.moment();
+        entry.mark_used(now);
+        self.publish(&entry, &write, Held::Fresh(Arc::new(Kept::loaded(grant, now))));
+        entry.wake();
+        tracing::info!(%user, "new grant");
+        self.tell(&entry)
+    }
+
+    /// Wipes the tokens of `user`. Returns once they are gone from the disk; `false` where there were none.
+    pub async fn forget(&self, user: &UserId) -> Result<bool, StoreError> {
+        let (keeper, user) = (self.clone(), user.clone());
+        self.uninterrupted(async move { keeper.forget_now(&user).await }).await
+    }
+
+    async fn forget_now(&self, user: &UserId) -> Result<bool, StoreError> {
+        let Some(entry) = self.entry(user) else {
+            // A record that does not decrypt is no entry, and a logout means it too.
+            return self.timed("erase", self.0.store.erase(user)).await;
+        };
+        let write = entry.write().await;
+        let erased = self.timed("erase", self.0.store.erase(user)).await?;
+        let held = entry.held().grant().is_some();
+        self.publish(&entry, &write, Held::Nothing);
+        entry.wake();
+        tracing::info!(%user, "logged out");
+        Ok(erased || held)
+    }
+}
