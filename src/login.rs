@@ -7,6 +7,7 @@
 mod desk;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use base64::Engine;
 use base64::prelude::BASE64_URL_SAFE_NO_PAD;
@@ -75,6 +76,17 @@ pub struct Begin {
     pub state: Secret,
     /// The binding cookie's name and value, for a browser.
     pub cookie: Option<(String, Secret)>,
+}
+
+/// Why a login does not begin.
+#[derive(Debug, thiserror::Error)]
+pub enum NotBegun {
+    /// The consent page has no URL.
+    #[error(transparent)]
+    Page(#[from] url::ParseError),
+    /// Too many began just now; says after what time there is room.
+    #[error("too many logins began just now")]
+    TooMany(Duration),
 }
 
 /// How a login ended well.
@@ -161,7 +173,7 @@ impl Login {
     }
 
     /// Begins a login.
-    pub fn begin(&self, wish: Wish) -> Result<Begin, url::ParseError> {
+    pub fn begin(&self, wish: Wish) -> Result<Begin, NotBegun> {
         let (state, verifier) = (random(), random());
         let challenge = BASE64_URL_SAFE_NO_PAD.encode(Sha256::digest(verifier.as_bytes()));
         let auth_url = self.0.lwa.authorize_url(wish.region, &state, &challenge)?;
@@ -173,7 +185,7 @@ impl Login {
             replace: wish.replace,
             cookie: cookie.as_ref().map(|(_, value)| hash(value)),
         };
-        self.0.desk.begin(&state, begun, self.0.clock.now());
+        self.0.desk.begin(&state, begun, &self.0.clock).map_err(NotBegun::TooMany)?;
         let cookie = cookie.map(|(name, value)| (name, Secret::new(value)));
         Ok(Begin { auth_url, state: Secret::new(state), cookie })
     }

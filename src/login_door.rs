@@ -19,7 +19,7 @@ use serde_json::json;
 use crate::account::{Region, UserId};
 use crate::guard::{Guard, Refusal};
 use crate::keeper::{Keeper, Status, TokenError};
-use crate::login::{Callback, Ended, Login, TEN_MINUTES, Trouble, Wish};
+use crate::login::{Callback, Ended, Login, NotBegun, TEN_MINUTES, Trouble, Wish};
 use crate::problem::{Code, Problem};
 use crate::request_id::{REQUEST_ID, RequestIds};
 use crate::rewrite::ERROR;
@@ -68,6 +68,8 @@ pub enum LoginError {
     Parameter(String),
     /// No grant for this user.
     NoToken(TokenError, UserId),
+    /// Too many logins began just now; says after what time there is room.
+    TooMany(std::time::Duration),
     /// The store.
     Store(StoreError),
     /// Another Amazon identity than the user's.
@@ -166,7 +168,10 @@ impl LoginDoor {
         let navigation = headers.get("sec-fetch-mode").is_some_and(|mode| mode == "navigate") || prefers_html(headers);
         let by_browser = navigation || headers.contains_key(http::header::ORIGIN);
         let wish = Wish { user: query.user()?, region, return_to, replace, by_browser };
-        let begin = self.login.begin(wish).map_err(|_| parameter("region", "one whose consent page is a URL"))?;
+        let begin = self.login.begin(wish).map_err(|error| match error {
+            NotBegun::Page(_) => parameter("region", "one whose consent page is a URL"),
+            NotBegun::TooMany(wait) => LoginError::TooMany(wait),
+        })?;
         let mut answer = if query.flag("redirect")? || navigation {
             redirect(begin.auth_url.as_str())
         } else {
@@ -299,6 +304,12 @@ impl LoginError {
             }
             Self::Parameter(detail) => Problem::new(Code::BadRequest, detail, "Send the parameter as described."),
             Self::NoToken(error, user) => token_problem(error, &login_url(&user)),
+            Self::TooMany(wait) => Problem::new(
+                Code::Throttled,
+                "Too many logins began just now, and were not finished.",
+                "Begin one login per person, and try again after the time in Retry-After.",
+            )
+            .retry_after(wait),
             Self::Store(_) => Problem::new(
                 Code::StoreUnavailable,
                 "The store did not take the change.",

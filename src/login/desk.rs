@@ -9,7 +9,7 @@ use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use tokio::sync::Notify;
@@ -23,6 +23,9 @@ use crate::store::{TokenStore, Waiting};
 pub const TEN_MINUTES: Duration = Duration::from_secs(600);
 /// Outstanding logins, and pending grants; the oldest makes room for the newest.
 const MAX_OUTSTANDING: usize = 1000;
+/// So many logins may begin at once, and so many more each second. Beyond it they are a flood: each pushes another one out.
+const AT_ONCE: f64 = 2000.0;
+const PER_SECOND: f64 = 20.0;
 /// How often what is over is looked for, where nothing else happens.
 const SWEEP: Duration = Duration::from_secs(60);
 /// Between two writes of the logins that have begun.
@@ -32,6 +35,7 @@ const PAUSE: Duration = Duration::from_secs(1);
 #[derive(Debug)]
 pub struct Desk {
     begun: Mutex<Outstanding<Begun>>,
+    pace: Mutex<Pace>,
     /// By the hash of their one-time id.
     waiting: Mutex<Outstanding<Waiting>>,
     store: TokenStore,
@@ -66,6 +70,7 @@ impl Desk {
         };
         Self {
             begun: Mutex::new(begun),
+            pace: Mutex::default(),
             waiting: Mutex::default(),
             store,
             changed: Notify::new(),
@@ -73,9 +78,12 @@ impl Desk {
         }
     }
 
-    pub(super) fn begin(&self, state: &str, begun: Begun, now: Timestamp) {
-        lock(&self.begun).insert(hash(state), begun, now);
+    /// Takes a login in; where there are too many, says after what time there is room.
+    pub(super) fn begin(&self, state: &str, begun: Begun, clock: &Clock) -> Result<(), Duration> {
+        lock(&self.pace).take(clock.uptime())?;
+        lock(&self.begun).insert(hash(state), begun, clock.now());
         self.changed.notify_one();
+        Ok(())
     }
 
     /// Takes a login out, so that its state is good for this once. Returns when that is on disk.
@@ -166,6 +174,32 @@ impl Desk {
     }
 }
 
+/// A token bucket.
+#[derive(Debug)]
+struct Pace {
+    left: f64,
+    /// The uptime at which so many were left.
+    at: SignedDuration,
+}
+
+impl Default for Pace {
+    fn default() -> Self {
+        Self { left: AT_ONCE, at: SignedDuration::ZERO }
+    }
+}
+
+impl Pace {
+    fn take(&mut self, now: SignedDuration) -> Result<(), Duration> {
+        let passed = now.saturating_sub(self.at).as_secs_f64();
+        *self = Self { left: (self.left + passed * PER_SECOND).min(AT_ONCE), at: now };
+        if self.left < 1.0 {
+            return Err(Duration::from_secs_f64((1.0 - self.left) / PER_SECOND));
+        }
+        self.left -= 1.0;
+        Ok(())
+    }
+}
+
 /// The SHA-256 of `text` in hexadecimal digits: what is kept of a secret that only has to be known again.
 pub(super) fn hash(text: &str) -> String {
     format!("{:x}", Sha256::digest(text.as_bytes()))
@@ -250,6 +284,16 @@ mod tests {
         outstanding.insert(hash("2"), "b", now + TEN_MINUTES);
         assert_eq!(outstanding.sweep(now + TEN_MINUTES), ["a"]);
         assert_eq!(outstanding.take(&hash("2"), now + TEN_MINUTES), Some("b"));
+    }
+
+    #[test]
+    fn a_flood_is_told_to_wait_and_a_crowd_is_not() {
+        let mut pace = Pace::default();
+        let at = SignedDuration::from_secs(100);
+        assert!((0..AT_ONCE as usize).all(|_| pace.take(at).is_ok()));
+        assert_eq!(pace.take(at), Err(Duration::from_millis(50)));
+        let later = at + SignedDuration::from_secs(1);
+        assert_eq!((0..100).filter(|_| pace.take(later).is_ok()).count(), PER_SECOND as usize);
     }
 
     #[test]

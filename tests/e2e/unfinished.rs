@@ -239,6 +239,23 @@ async fn row_92_in_a_flood_of_logins_the_oldest_make_room() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn row_92_a_flood_of_logins_is_throttled_and_pushes_no_more_out() {
+    let rig = Rig::start().await;
+    for _ in 0..1999 {
+        begun(&rig, "user_id=flood").await;
+    }
+    let last = begun(&rig, "user_id=last").await;
+    for _ in 0..3 {
+        let answer = rig.get(LOGIN).await;
+        assert_eq!((answer.status().as_u16(), code(&answer)), (429, "throttled"));
+        assert_eq!(answer.headers()["retry-after"], "1");
+    }
+    assert_eq!(rig.get(&rig.consent(&last).await).await.status(), 200);
+    rig.advance(1);
+    begun(&rig, "user_id=later").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn row_89_a_scope_that_was_granted_only_in_part_is_stored_as_it_is_and_said() {
     let mut rig = Rig::with_running_clock("").await;
     rig.stop_sidecar().await;
