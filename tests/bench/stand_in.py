@@ -33,10 +33,16 @@ STAND_IN = """
     ssl_protocols TLSv1.2 TLSv1.3; root {place};
     location = /auth/o2/token {{ return 200 '{{"access_token":"{token}","refresh_token":"Atzr|x","token_type":"bearer","expires_in":3600}}'; }}
     location = /sp/small {{ if ($whole = 0) {{ return 403; }} return 200 '{profiles}'; }}
-    location = /sp/upload {{ if ($whole = 0) {{ return 403; }} client_body_buffer_size 1m; return 200 '{{}}'; }}
+    location = /sp/upload {{
+      if ($whole = 0) {{ return 403; }}
+      # Reads the body to its end. A plain `return` does not, and nginx takes the rest of many bodies for a flood of HTTP/2.
+      client_body_buffer_size 1m; proxy_pass_request_body off; proxy_set_header Content-Length "";
+      proxy_pass http://unix:{place}/took.sock;
+    }}
     location = /direct {{ return 200 '{profiles}'; }}
     location / {{ if ($whole = 0) {{ return 403; }} try_files $uri =404; }}
   }}
+  server {{ listen unix:{place}/took.sock; return 200 '{{}}'; }}
 """
 
 
