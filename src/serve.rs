@@ -322,11 +322,11 @@ where
     let service = service_fn(|request: Request<Incoming>| {
         let busy = seat.begin();
         uploads.store(!request.is_end_stream(), Relaxed);
-        let answer = handler(request, peer);
-        let seat = &seat;
-        // Boxed, so that an idle connection does not hold the room of a busy one.
+        let (handler, seat) = (&handler, &seat);
+        // Boxed, so that an idle connection does not hold the room of a busy one; and called in the box, as what is called
+        // before it would be moved there, with all its room.
         Box::pin(async move {
-            let mut response = answer.await.map(|body| Guarded::new(body, busy));
+            let mut response = handler(request, peer).await.map(|body| Guarded::new(body, busy));
             if seat.leaving() {
                 response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
             }

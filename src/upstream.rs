@@ -1,9 +1,9 @@
 //! Pooled TLS connections to the Ads hosts.
 //!
-//! Each region has a stack of idle HTTP/1.1 connections, the one used last on top, or one HTTP/2 connection that all
-//! share. HTTP/2 wins where many call at once, and costs more than HTTP/1.1 where each call waits for the one before
-//! (`sharing`), so such a caller is given an HTTP/1.1 connection beside the shared one. A connection goes back when both its request and its answer have passed whole; whatever else happens to it
-//! closes it. The pool never repeats a request by itself: it says whether a repetition would be safe
+//! Each region has a stack of idle HTTP/1.1 connections, the one used last on top, and where the server offers HTTP/2 one
+//! such connection that all share. HTTP/2 wins where many call at once; few who go on calling are given HTTP/1.1
+//! connections beside the shared one (`sharing`). An HTTP/1.1 connection goes back when both its request and its answer have
+//! passed whole; whatever else happens to it closes it. The pool never repeats a request by itself: it says whether a repetition would be safe
 //! ([`SendError::unsent`], [`SendError::stale`]), and the spine, which still has the caller's request, repeats it on a
 //! [`Reuse::Never`] connection.
 
@@ -32,7 +32,7 @@ pub use outgoing::{BodyError, Held, Outgoing, Room};
 use crate::account::Region;
 use crate::tls;
 use connect::{Connector, Offer};
-use sharing::Sharing;
+use sharing::{Counted, Sharing};
 
 /// Where the Ads hosts are and how long they are waited for.
 #[derive(Clone, Debug)]
@@ -199,7 +199,8 @@ impl Upstream {
         patient: bool,
     ) -> Result<Response<Answer>, SendError> {
         let host = &self.hosts[region as usize];
-        let connection = match host.connection(reuse, self.idle_timeout).await {
+        let (call, few) = host.sharing.enter();
+        let connection = match host.connection(reuse, few, self.idle_timeout).await {
             Ok(connection) => connection,
             Err(kind) => return Err(kind.unsent(request.into_body())),
         };
@@ -213,13 +214,16 @@ impl Upstream {
                 if response.status() == StatusCode::SWITCHING_PROTOCOLS {
                     return Err(SendError { kind: ErrorKind::Switched, unsent: None, stale: false });
                 }
-                Ok(response.map(|incoming| Answer::http1(incoming, host.clone(), sender, progress)))
+                Ok(response.map(|incoming| Answer::http1(incoming, call, host.clone(), sender, progress)))
             }
             Connection::Http2(Shared { mut sender, calls }) => {
-                let share = host.share(&calls, self.idle_timeout);
+                let (share, _) = Counted::among(&calls);
+                if host.sharing.ends_row(few, self.idle_timeout) {
+                    host.add_http1();
+                }
                 let sent = sender.try_send_request(host.with_authority(request));
                 let response = awaited(sent, &progress, wait).await.map_err(|error| error.on(true))?;
-                Ok(response.map(|incoming| Answer::http2(incoming, share)))
+                Ok(response.map(|incoming| Answer::http2(incoming, call, share)))
             }
         }
     }
@@ -257,15 +261,15 @@ impl Host {
         })
     }
 
-    async fn connection(&self, reuse: Reuse, idle_timeout: Duration) -> Result<Connection, ErrorKind> {
+    async fn connection(&self, reuse: Reuse, few: bool, idle_timeout: Duration) -> Result<Connection, ErrorKind> {
         if reuse == Reuse::Allowed {
-            if let Some(connection) = self.pooled(idle_timeout).await {
+            if let Some(connection) = self.pooled(few, idle_timeout).await {
                 return Ok(connection);
             }
             if !self.one_call_each.load(Relaxed) {
                 // Waits no longer than a connection may take: behind one that fails, the next connects by itself.
                 let _one = tokio::time::timeout(self.connector.timeout(), self.connecting.lock()).await;
-                return match self.pooled(idle_timeout).await {
+                return match self.pooled(few, idle_timeout).await {
                     Some(connection) => Ok(connection),
                     None => self.connect().await,
                 };
@@ -274,7 +278,10 @@ impl Host {
         self.connect().await
     }
 
-    async fn pooled(&self, idle_timeout: Duration) -> Option<Connection> {
+    async fn pooled(&self, few: bool, idle_timeout: Duration) -> Option<Connection> {
+        if !few && let Some(shared) = self.shared().await {
+            return Some(shared);
+        }
         while let Some(Idle { mut sender, since }) = self.pop() {
             if since.elapsed() < idle_timeout
                 && !sender.is_closed()
@@ -283,6 +290,10 @@ impl Host {
                 return Some(Connection::Http1 { sender, reused: true });
             }
         }
+        self.shared().await
+    }
+
+    async fn shared(&self) -> Option<Connection> {
         let free = |shared: &Shared| !shared.sender.is_closed() && shared.calls.load(Relaxed) < MAX_SHARED;
         let mut shared = lock(&self.shared).clone().filter(free)?;
         shared.sender.ready().await.is_ok().then_some(Connection::Http2(shared))
@@ -299,11 +310,9 @@ impl Host {
         Ok(connection)
     }
 
-    /// Counts a call on the shared connection. Whoever has called alone for a while finds an HTTP/1.1 connection in the
-    /// pool soon.
-    fn share(self: &Arc<Self>, calls: &Arc<AtomicUsize>, idle_timeout: Duration) -> sharing::Share {
-        let (share, alone) = self.sharing.begin(calls, idle_timeout);
-        if alone && self.connector.may_speak_http1() {
+    /// Puts one more HTTP/1.1 connection into the pool, beside the shared one.
+    fn add_http1(self: &Arc<Self>) {
+        if self.connector.may_speak_http1() {
             let host = self.clone();
             tokio::spawn(async move {
                 // Without it all goes on as before.
@@ -312,7 +321,6 @@ impl Host {
                 }
             });
         }
-        share
     }
 
     fn pop(&self) -> Option<Idle> {
