@@ -134,7 +134,8 @@ struct Host {
     /// What HTTP/2 sends as `:scheme` and `:authority`.
     origin: http::uri::Parts,
     idle: Mutex<VecDeque<Idle>>,
-    shared: Mutex<Option<Shared>>,
+    /// The connection that calls share, and the one for those that it has no place for.
+    shared: Mutex<[Option<Shared>; 2]>,
     sharing: Sharing,
     /// Whether the last connection spoke HTTP/1.1, so that each call needs one of its own.
     one_call_each: AtomicBool,
@@ -153,6 +154,12 @@ struct Idle {
 struct Shared {
     sender: http2::SendRequest<Outgoing>,
     calls: Arc<AtomicUsize>,
+}
+
+impl Shared {
+    fn is_full(&self) -> bool {
+        self.calls.load(Relaxed) >= MAX_SHARED
+    }
 }
 
 /// A connection that is ready for a request.
@@ -294,18 +301,24 @@ impl Host {
     }
 
     async fn shared(&self) -> Option<Connection> {
-        let free = |shared: &Shared| !shared.sender.is_closed() && shared.calls.load(Relaxed) < MAX_SHARED;
-        let mut shared = lock(&self.shared).clone().filter(free)?;
-        shared.sender.ready().await.is_ok().then_some(Connection::Http2(shared))
+        let both = lock(&self.shared).clone();
+        for mut shared in both.into_iter().flatten().filter(|shared| !shared.is_full()) {
+            if shared.sender.ready().await.is_ok() {
+                return Some(Connection::Http2(shared));
+            }
+        }
+        None
     }
 
     async fn connect(&self) -> Result<Connection, ErrorKind> {
+        let crowd = lock(&self.shared)[0].as_ref().is_some_and(|shared| shared.is_full() && !shared.sender.is_closed());
+        let offer = if crowd { Offer::Crowd } else { Offer::Configured };
         // Boxed: connecting is rare, and its future is large.
-        let connection = Box::pin(self.connector.connect(Offer::Configured)).await?;
+        let connection = Box::pin(self.connector.connect(offer)).await?;
         self.one_call_each.store(matches!(connection, Connection::Http1 { .. }), Relaxed);
         if let Connection::Http2(shared) = &connection {
             // One that is full ends with its last call.
-            *lock(&self.shared) = Some(shared.clone());
+            lock(&self.shared)[usize::from(crowd)] = Some(shared.clone());
         }
         Ok(connection)
     }
