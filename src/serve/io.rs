@@ -3,7 +3,7 @@
 use std::io::{IoSlice, Result};
 use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 
 use http_body::{Body, Frame, SizeHint};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
@@ -76,16 +76,17 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Watched<S> {
     }
 }
 
-/// An answer's body that keeps its connection marked busy until it has passed.
+/// An answer's body that keeps its connection marked busy until it has passed. Nothing more is taken of it while the socket
+/// takes nothing: hyper would hold 64 KiB for each caller who does not read.
 #[derive(Debug)]
 pub(super) struct Guarded<B> {
     body: B,
-    _busy: Busy,
+    busy: Busy,
 }
 
 impl<B> Guarded<B> {
     pub(super) fn new(body: B, busy: Busy) -> Self {
-        Self { body, _busy: busy }
+        Self { body, busy }
     }
 }
 
@@ -97,6 +98,7 @@ impl<B: Body + Unpin> Body for Guarded<B> {
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<std::result::Result<Frame<B::Data>, B::Error>>> {
+        ready!(self.busy.poll_takes(cx));
         Pin::new(&mut self.body).poll_frame(cx)
     }
 
