@@ -6,6 +6,7 @@
 //! its answer is reset, and at the cap on connections the one that has idled longest makes room.
 
 mod connections;
+mod head;
 mod io;
 
 use std::fs::Permissions;
@@ -322,6 +323,7 @@ where
     let service = service_fn(|request: Request<Incoming>| {
         let busy = seat.begin();
         uploads.store(!request.is_end_stream(), Relaxed);
+        let request = head::copied(request);
         let (handler, seat) = (&handler, &seat);
         // Boxed, so that an idle connection does not hold the room of a busy one; and called in the box, as what is called
         // before it would be moved there, with all its room.
