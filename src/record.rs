@@ -85,7 +85,7 @@ impl Record {
     pub fn seal(grant: &Grant, user: &UserId, keyring: &Keyring) -> Self {
         let encrypt = |text: &str| keyring.seal(text.as_bytes());
         let mut record = Self {
-            access_token: grant.access.as_ref().map(|access| encrypt(access.token.secret().expose())),
+            access_token: grant.access.as_ref().map(|access| encrypt(access.token.expose())),
             refresh_token: encrypt(grant.refresh_token.secret().expose()),
             previous_refresh_token: grant.previous.as_ref().map(|token| encrypt(token.secret().expose())),
             token_type: bearer(),
@@ -259,7 +259,7 @@ mod tests {
         (
             grant.refresh_token.secret().expose().to_owned(),
             grant.previous.as_ref().map(|token| token.secret().expose().to_owned()),
-            grant.access.as_ref().map(|access| (access.token.secret().expose().to_owned(), access.expires_at)),
+            grant.access.as_ref().map(|access| (access.token.expose().to_owned(), access.expires_at)),
             (grant.updated_at, grant.consented_at, grant.used_at),
             grant.scope.clone(),
             grant.generation,

@@ -15,10 +15,9 @@ pub use held::{Cure, Failure, Held, Kept, Outcome, Policy, State};
 /// Longest token accepted, in bytes. LWA's access tokens are at most 2,048 ("Access tokens", Login with Amazon).
 const MAX_TOKEN: usize = 4096;
 
-/// An access token, with the header value that carries it.
-#[derive(Clone, Debug)]
+/// An access token, as the header value that carries it.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct AccessToken {
-    text: Secret,
     bearer: HeaderValue,
 }
 
@@ -34,14 +33,14 @@ pub struct BadToken;
 impl AccessToken {
     /// Takes a token of 1 to 4,096 visible ASCII characters.
     pub fn new(text: impl Into<Secret>) -> Result<Self, BadToken> {
-        let text = visible(text.into())?;
-        let bearer = text.header("Bearer").ok_or(BadToken)?;
-        Ok(Self { text, bearer })
+        let bearer = visible(text.into())?.header("Bearer").ok_or(BadToken)?;
+        Ok(Self { bearer })
     }
 
     /// The token itself, for the store.
-    pub fn secret(&self) -> &Secret {
-        &self.text
+    pub fn expose(&self) -> &str {
+        let line = self.bearer.to_str().expect("a token is ASCII");
+        line.strip_prefix("Bearer ").expect("made so")
     }
 
     /// `Bearer <token>`, built once and cheap to clone.

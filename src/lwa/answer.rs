@@ -148,7 +148,7 @@ mod tests {
     fn what_lwa_really_sends_is_taken() {
         let full = br#"{"access_token":"Atza|x","refresh_token":"Atzr|y","token_type":"bearer","expires_in":3600}"#;
         let tokens = super::tokens(full).unwrap();
-        assert_eq!(tokens.access.secret().expose(), "Atza|x");
+        assert_eq!(tokens.access.expose(), "Atza|x");
         assert_eq!(tokens.refresh.unwrap().secret().expose(), "Atzr|y");
         assert_eq!(tokens.lifetime, Duration::from_secs(3600));
         let bare = super::tokens(br#"{"access_token":"Atza|x","token_type":"Bearer"}"#).unwrap();

@@ -5,6 +5,7 @@ use std::fs::{self, File, OpenOptions, TryLockError};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 
+use jiff::Timestamp;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -23,13 +24,38 @@ pub(super) struct Copies {
 /// What lies in the directory.
 pub(super) struct Found {
     /// The copies that parse.
-    pub(super) records: BTreeMap<UserId, Record>,
+    pub(super) marks: BTreeMap<UserId, Mark>,
     /// The notes; empty where their file is missing or does not parse.
     pub(super) notes: BTreeMap<String, String>,
     /// The highest number of a commit that any file here knows of.
     pub(super) sequence: u64,
     /// Files that should be copies and are not.
     pub(super) unusable: Vec<PathBuf>,
+}
+
+/// What a record can be compared with its copy by, without either being kept: a twentieth of it.
+pub(super) struct Mark {
+    generation: u64,
+    updated_at: Timestamp,
+    digest: [u8; 32],
+}
+
+impl Mark {
+    fn of(copy: &Record) -> Self {
+        let digest = Sha256::digest(copy.to_json()).into();
+        Self { generation: copy.generation(), updated_at: copy.updated_at(), digest }
+    }
+
+    /// Whether `record` is what was copied, to the letter.
+    pub(super) fn is_of(&self, record: &Record) -> bool {
+        self.digest == <[u8; 32]>::from(Sha256::digest(record.to_json()))
+    }
+
+    /// Whether `record` is older than its copy, which is written after it: then it was put there past this store. Both the
+    /// number and the time, as a login after a logout counts generations anew.
+    pub(super) fn is_newer_than(&self, record: &Record) -> bool {
+        record.generation() < self.generation && record.updated_at() <= self.updated_at
+    }
 }
 
 /// A copy as it lies on disk.
@@ -78,27 +104,32 @@ impl Copies {
         files::replace(&self.dir.join("key"), format!("{key} {key}\n").as_bytes())
     }
 
-    /// Reads all of it.
-    pub(super) fn read(&self) -> Result<Found, StoreError> {
+    /// Reads all of it, and shows each copy to `look` in passing: in no order, and none is kept.
+    pub(super) fn read(&self, mut look: impl FnMut(&UserId, &Record)) -> Result<Found, StoreError> {
         let notes: Notes = self.parse("notes.json")?.unwrap_or_default();
         let alone: u64 = self.parse("sequence")?.unwrap_or(0);
         let sequence = notes.sequence.max(alone);
-        let mut found = Found { records: BTreeMap::new(), notes: notes.notes, sequence, unusable: Vec::new() };
+        let mut found = Found { marks: BTreeMap::new(), notes: notes.notes, sequence, unusable: Vec::new() };
         for entry in fs::read_dir(&self.dir).map_err(|error| files::io_error(&self.dir, error))? {
             let path = entry.map_err(|error| files::io_error(&self.dir, error))?.path();
             if !is_named_as_a_copy(&path) {
                 continue;
             }
-            let copy = fs::read(&path).ok().and_then(|json| serde_json::from_slice::<Copy>(&json).ok());
-            match copy {
+            match read_copy(&path) {
                 Some(copy) if self.path(&copy.user) == path => {
                     found.sequence = found.sequence.max(copy.sequence);
-                    found.records.insert(copy.user, copy.record);
+                    look(&copy.user, &copy.record);
+                    found.marks.insert(copy.user, Mark::of(&copy.record));
                 }
                 _ => found.unusable.push(path),
             }
         }
         Ok(found)
+    }
+
+    /// The copy of `user`, where there is one that parses.
+    pub(super) fn get(&self, user: &UserId) -> Option<Record> {
+        read_copy(&self.path(user)).filter(|copy| copy.user == *user).map(|copy| copy.record)
     }
 
     /// Writes the copy of `user`, as of the commit with the number `sequence`.
@@ -135,6 +166,10 @@ impl Copies {
     pub(super) fn path(&self, user: &UserId) -> PathBuf {
         self.dir.join(format!("{:x}.json", Sha256::digest(user.as_str())))
     }
+}
+
+fn read_copy(path: &Path) -> Option<Copy> {
+    fs::read(path).ok().and_then(|json| serde_json::from_slice(&json).ok())
 }
 
 fn is_named_as_a_copy(path: &Path) -> bool {

@@ -20,8 +20,13 @@ use super::{StoreError, files};
 use crate::account::UserId;
 use crate::record::{Record, RecordError};
 
-/// sled's page cache. Its default is 1 GB; a store of 50 users is smaller than 1 MB.
-const CACHE_BYTES: u64 = 8 << 20;
+/// sled's page cache. Its default is 1 GB. To read a leaf again costs less than the sync of a write.
+const CACHE_BYTES: u64 = 1 << 20;
+
+/// sled looks at what is in its cache at each 64th access to one of the 256 parts of it, and not before: what is read once
+/// stays in memory, which would be all of a database of 10,000 users. A leaf holds 8 to 16 records, so that with this many
+/// accesses to each its part is looked at.
+const ACCESSES: usize = 8;
 
 /// sled's default. A leaf holds up to 16 records of up to 6.5 KB (both tokens at LWA's limit of 2,048 bytes) and is
 /// rewritten as one value, which this keeps below a quarter of a segment: no value becomes a file of its own. Written
@@ -49,8 +54,8 @@ pub(super) struct Database {
     synced_blobs: HashSet<OsString>,
 }
 
-/// All records by user; those that do not parse as the error that says so.
-pub(super) type Records = BTreeMap<UserId, Result<Record, RecordError>>;
+/// A record as it lies in the database, or why it does not parse.
+pub(super) type Stored = Result<Record, RecordError>;
 
 impl Database {
     /// Opens the database in the directory `path`, or makes it. `after_failure`: a write of this process failed before.
@@ -78,7 +83,7 @@ impl Database {
     }
 
     /// The record of `user`.
-    pub(super) fn get(&self, user: &UserId) -> Result<Option<Result<Record, RecordError>>, StoreError> {
+    pub(super) fn get(&self, user: &UserId) -> Result<Option<Stored>, StoreError> {
         let found = self.grants.get(user.as_str()).map_err(|error| self.fault(error))?;
         Ok(found.map(|json| Record::parse(&json)))
     }
@@ -93,22 +98,22 @@ impl Database {
         self.grants.remove(user.as_str()).map(|old| old.is_some()).map_err(|error| self.fault(error))
     }
 
-    /// All records.
-    pub(super) fn records(&self) -> Result<Records, StoreError> {
-        let records = self.raw()?.into_iter().map(|(user, json)| (user, Record::parse(&json)));
-        Ok(records.collect())
+    /// All records by user, one after the other: ten thousand of them at once are 20 MiB.
+    pub(super) fn records(&self) -> impl Iterator<Item = Result<(UserId, Stored), StoreError>> {
+        self.raw().map(|entry| entry.map(|(user, json)| (user, Record::parse(&json))))
     }
 
-    /// All records as bytes. A key that is no user id was not written by us, and is left alone.
-    pub(super) fn raw(&self) -> Result<BTreeMap<UserId, sled::IVec>, StoreError> {
-        let mut records = BTreeMap::new();
-        for entry in &self.grants {
-            let (key, json) = entry.map_err(|error| self.fault(error))?;
-            if let Some(user) = std::str::from_utf8(&key).ok().and_then(|name| name.parse().ok()) {
-                records.insert(user, json);
-            }
-        }
-        Ok(records)
+    /// The same as bytes. A key that is no user id was not written by us, and is left alone.
+    pub(super) fn raw(&self) -> impl Iterator<Item = Result<(UserId, sled::IVec), StoreError>> {
+        let entries = self.grants.iter().map(|entry| {
+            let (key, json) = entry?;
+            (0..ACCESSES).try_for_each(|_| self.grants.get(&key).map(drop))?;
+            Ok((key, json))
+        });
+        entries.filter_map(|entry| match entry {
+            Ok((key, json)) => std::str::from_utf8(&key).ok()?.parse().ok().map(|user| Ok((user, json))),
+            Err(error) => Some(Err(self.fault(error))),
+        })
     }
 
     /// All notes.

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::copies::Copies;
-use super::database::{Database, Records};
+use super::database::{Database, Stored};
 use super::{Health, Opened, Sealed, StoreError, Users, Waiting, files};
 use crate::account::UserId;
 use crate::keyring::{Fingerprint, Keyring};
@@ -129,19 +129,23 @@ impl Engine {
 
     pub(super) fn scan(&mut self) -> Result<Users, StoreError> {
         let (database, _, keyring) = self.parts()?;
-        Ok(open_all(database.records()?, keyring))
+        let open = |(user, record): (UserId, Stored)| {
+            let grant = record.and_then(|record| record.open(&user, keyring));
+            (user, grant)
+        };
+        database.records().map(|entry| entry.map(open)).collect()
     }
 
     pub(super) fn dump(&mut self) -> Result<BTreeMap<UserId, serde_json::Value>, StoreError> {
         let (database, ..) = self.parts()?;
         let text = |json: &[u8]| serde_json::Value::String(String::from_utf8_lossy(json).into_owned());
         let value = |json: &[u8]| serde_json::from_slice(json).unwrap_or_else(|_| text(json));
-        Ok(database.raw()?.into_iter().map(|(user, json)| (user, value(&json))).collect())
+        database.raw().map(|entry| entry.map(|(user, json)| (user, value(&json)))).collect()
     }
 
     pub(super) fn users(&mut self) -> Result<Vec<UserId>, StoreError> {
         let (database, ..) = self.parts()?;
-        Ok(database.raw()?.into_keys().collect())
+        database.raw().map(|entry| entry.map(|(user, _)| user)).collect()
     }
 
     pub(super) fn reseal(&mut self, user: &UserId) -> Result<Resealed, StoreError> {
@@ -195,25 +199,14 @@ impl Engine {
         if !keyring.fingerprints().contains(&last) {
             return Err(StoreError::WrongKey { expected: Some(last), have: keyring.fingerprints() });
         }
-        let records = self.parts()?.0.records()?;
-        self.copies.set_key(keyring.first())?;
-        self.keyring = keyring;
-        self.count_keys(&records);
-        Ok(())
-    }
-
-    fn count_keys(&mut self, records: &Records) {
-        let ring = self.keyring.fingerprints();
-        let sealed = |(user, record): (&UserId, &Result<Record, RecordError>)| {
-            let place = |record: &Record| record.open(user, &self.keyring).map(|_| record.key_index(&self.keyring));
-            let sealed = match record.as_ref().map_err(|error| *error).and_then(place) {
-                Ok(Some(place)) => Sealed::By(ring[place]),
-                Ok(None) | Err(RecordError::Undecryptable) => Sealed::ByUnknownKey,
-                Err(RecordError::Tampered | RecordError::Malformed(_)) => Sealed::Damaged,
-            };
-            (user.clone(), sealed)
+        let sealed = |(user, record): (UserId, Stored)| {
+            let (_, sealed) = open(&user, &record, &keyring);
+            (user, sealed)
         };
-        self.sealed = records.iter().map(sealed).collect();
+        let sealed = self.parts()?.0.records().map(|entry| entry.map(sealed)).collect::<Result<_, _>>()?;
+        self.copies.set_key(keyring.first())?;
+        (self.keyring, self.sealed) = (keyring, sealed);
+        Ok(())
     }
 
     pub(super) fn note(&mut self, key: &str) -> Result<Option<String>, StoreError> {
@@ -246,28 +239,24 @@ impl Engine {
     }
 }
 
-/// Whether a record is older than its copy, which is written after it: then it was put there past this store. Both the
-/// number and the time, as a login after a logout counts generations anew.
-fn is_older(stored: &Result<Record, RecordError>, copy: &Record) -> bool {
-    stored
-        .as_ref()
-        .is_ok_and(|stored| stored.generation() < copy.generation() && stored.updated_at() <= copy.updated_at())
+/// The grant in a record, and what seals it.
+fn open(user: &UserId, record: &Stored, keyring: &Keyring) -> (Result<Grant, RecordError>, Sealed) {
+    let record = record.as_ref().map_err(|error| *error);
+    let grant = record.and_then(|record| record.open(user, keyring));
+    let sealed = match grant.as_ref().and(record.as_ref()).map(|record| record.key_index(keyring)) {
+        Ok(Some(place)) => Sealed::By(keyring.fingerprints()[place]),
+        Ok(None) | Err(RecordError::Undecryptable) => Sealed::ByUnknownKey,
+        Err(RecordError::Tampered | RecordError::Malformed(_)) => Sealed::Damaged,
+    };
+    (grant, sealed)
 }
 
 /// Whether `grant` is what is stored already: then a write that timed out was done after all, and is being repeated.
-fn holds(stored: &Result<Record, RecordError>, user: &UserId, grant: &Grant, keyring: &Keyring) -> bool {
-    let access = |grant: &Grant| grant.access.as_ref().map(|access| access.token.secret().clone());
+fn holds(stored: &Stored, user: &UserId, grant: &Grant, keyring: &Keyring) -> bool {
+    let access = |grant: &Grant| grant.access.as_ref().map(|access| access.token.clone());
     stored.clone().and_then(|record| record.open(user, keyring)).is_ok_and(|stored| {
         stored.generation == grant.generation
             && stored.refresh_token == grant.refresh_token
             && access(&stored) == access(grant)
     })
-}
-
-fn open_all(records: Records, keyring: &Keyring) -> Users {
-    let open = |(user, record): (UserId, Result<Record, RecordError>)| {
-        let grant = record.and_then(|record| record.open(&user, keyring));
-        (user, grant)
-    };
-    records.into_iter().map(open).collect()
 }
