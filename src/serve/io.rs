@@ -110,3 +110,37 @@ impl<B: Body + Unpin> Body for Guarded<B> {
         self.body.size_hint()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+    use futures_util::task::{ArcWake, waker};
+    use http_body_util::Full;
+
+    use super::super::connections::Connections;
+    use super::*;
+
+    struct Woken(std::sync::atomic::AtomicBool);
+
+    impl ArcWake for Woken {
+        fn wake_by_ref(this: &Arc<Self>) {
+            this.0.store(true, std::sync::atomic::Ordering::Relaxed);
+        }
+    }
+
+    #[test]
+    fn threat_25_nothing_more_is_taken_of_an_answer_whose_caller_takes_nothing() {
+        let connections = Arc::<Connections>::default();
+        let seat = connections.sit();
+        let mut body = Guarded::new(Full::new(Bytes::from_static(b"answer")), seat.begin());
+        let woken = Arc::new(Woken(false.into()));
+        let waker = waker(woken.clone());
+        let cx = &mut Context::from_waker(&waker);
+        seat.activity().sticks(true);
+        assert!(Pin::new(&mut body).poll_frame(cx).is_pending());
+        assert!(!woken.0.load(std::sync::atomic::Ordering::Relaxed));
+        seat.activity().sticks(false);
+        assert!(woken.0.load(std::sync::atomic::Ordering::Relaxed), "whoever waits is told");
+        assert!(matches!(Pin::new(&mut body).poll_frame(cx), Poll::Ready(Some(Ok(_)))));
+    }
+}

@@ -14,7 +14,8 @@ use tower_service::Service;
 use url::Url;
 
 use super::ahead::Ahead;
-use super::{Connection, ErrorKind, Http2, MAX_SHARED, Settings, Shared};
+use super::pool::{Connection, MAX_SHARED, Shared};
+use super::{ErrorKind, Http2, Settings};
 
 /// HTTP/2 flow-control window of one call (RFC 9113, section 5.2). hyper's default (64 KiB) would bound a download by the
 /// round-trip time.
