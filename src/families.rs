@@ -234,11 +234,46 @@ static TABLE: &[Family] = &[
 /// are overlooked, since Amazon's own samples hold `//sp/campaigns/list`.
 pub fn family(path: &str) -> &'static Family {
     let path = path.trim_start_matches('/');
-    // Every call passes by the whole table: one byte tells nearly all rows apart.
-    let begins = path.as_bytes().first();
-    let may = |pattern: &str| pattern.as_bytes().get(1) == begins || pattern.starts_with("/*");
-    let row = |family: &&Family| family.paths.iter().any(|pattern| may(pattern) && covers(pattern, path));
-    TABLE.iter().find(row).unwrap_or(&UNKNOWN)
+    let begins = path.bytes().next().map_or(0, usize::from);
+    let mut rows = BEGIN_WITH.get(begins).copied().unwrap_or(ANY_BEGIN);
+    while rows != 0 {
+        let family = &TABLE[rows.trailing_zeros() as usize];
+        if family.paths.iter().any(|pattern| covers(pattern, path)) {
+            return family;
+        }
+        rows &= rows - 1;
+    }
+    &UNKNOWN
+}
+
+/// For each first letter of a path the rows that may match it, bit 0 for the first row. Every call passes by here, and most rows
+/// would be read into the processor's cache for nothing.
+static BEGIN_WITH: [u64; 128] = {
+    let mut rows = [ANY_BEGIN; 128];
+    let mut letter = 0;
+    while letter < rows.len() {
+        rows[letter] |= begin_with(letter as u8);
+        letter += 1;
+    }
+    rows
+};
+
+/// The rows that match whatever the path begins with.
+const ANY_BEGIN: u64 = begin_with(b'*');
+
+const fn begin_with(letter: u8) -> u64 {
+    let (mut rows, mut row) = (0, 0);
+    while row < TABLE.len() {
+        let mut path = 0;
+        while path < TABLE[row].paths.len() {
+            if TABLE[row].paths[path].as_bytes()[1] == letter {
+                rows |= 1 << row;
+            }
+            path += 1;
+        }
+        row += 1;
+    }
+    rows
 }
 
 impl Family {
