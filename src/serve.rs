@@ -7,6 +7,7 @@
 
 mod connections;
 mod conversation;
+mod head;
 mod io;
 
 use std::fs::Permissions;

@@ -1,9 +1,9 @@
 //! Pooled TLS connections to the Ads hosts.
 //!
-//! Each region has a stack of idle HTTP/1.1 connections, the one used last on top, or one HTTP/2 connection that all
-//! share. HTTP/2 wins where many call at once, and costs more than HTTP/1.1 where each call waits for the one before
-//! (`sharing`), so such a caller is given an HTTP/1.1 connection beside the shared one. A connection goes back when both its request and its answer have passed whole; whatever else happens to it
-//! closes it. The pool never repeats a request by itself: it says whether a repetition would be safe
+//! Each region has a stack of idle HTTP/1.1 connections, the one used last on top, and where the server offers HTTP/2 one
+//! such connection that all share. HTTP/2 wins where many call at once; few who go on calling are given HTTP/1.1
+//! connections beside the shared one (`sharing`). An HTTP/1.1 connection goes back when both its request and its answer have
+//! passed whole; whatever else happens to it closes it. The pool never repeats a request by itself: it says whether a repetition would be safe
 //! ([`SendError::unsent`], [`SendError::stale`]), and the spine, which still has the caller's request, repeats it on a
 //! [`Reuse::Never`] connection.
 
@@ -11,18 +11,17 @@ mod ahead;
 mod answer;
 mod connect;
 mod outgoing;
+mod pool;
 mod sharing;
 
-use std::collections::VecDeque;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use http::header::{CONTENT_LENGTH, HOST, TRANSFER_ENCODING};
-use http::{HeaderValue, Request, Response, StatusCode, Uri};
+use http::header::{CONTENT_LENGTH, TRANSFER_ENCODING};
+use http::{HeaderValue, Request, Response, StatusCode};
 use http_body::Body as _;
 use hyper::body::Incoming;
-use hyper::client::conn::{TrySendError, http1, http2};
+use hyper::client::conn::TrySendError;
 use rustls::pki_types::CertificateDer;
 use url::Url;
 
@@ -31,8 +30,8 @@ pub use outgoing::{BodyError, Held, Outgoing, Room};
 
 use crate::account::Region;
 use crate::tls;
-use connect::{Connector, Offer};
-use sharing::Sharing;
+use pool::{Connection, Host, Shared};
+use sharing::Counted;
 
 /// Where the Ads hosts are and how long they are waited for.
 #[derive(Clone, Debug)]
@@ -125,52 +124,6 @@ impl ErrorKind {
     }
 }
 
-/// One regional host and its connections.
-#[derive(Debug)]
-struct Host {
-    connector: Connector,
-    /// The value of `Host`: the origin's authority.
-    authority: HeaderValue,
-    /// What HTTP/2 sends as `:scheme` and `:authority`.
-    origin: http::uri::Parts,
-    idle: Mutex<VecDeque<Idle>>,
-    shared: Mutex<Option<Shared>>,
-    sharing: Sharing,
-    /// Whether the last connection spoke HTTP/1.1, so that each call needs one of its own.
-    one_call_each: AtomicBool,
-    /// Held by who connects while a connection may come to be shared, so that a burst of callers opens one.
-    connecting: tokio::sync::Mutex<()>,
-}
-
-#[derive(Debug)]
-struct Idle {
-    sender: http1::SendRequest<Outgoing>,
-    since: Instant,
-}
-
-/// An HTTP/2 connection and the number of calls on it.
-#[derive(Clone, Debug)]
-struct Shared {
-    sender: http2::SendRequest<Outgoing>,
-    calls: Arc<AtomicUsize>,
-}
-
-/// A connection that is ready for a request.
-enum Connection {
-    Http1 { sender: http1::SendRequest<Outgoing>, reused: bool },
-    Http2(Shared),
-}
-
-/// So many calls share one HTTP/2 connection. Servers take at least 100 at once (RFC 9113, section 6.5.2), and what goes
-/// beyond their number waits for others to end: a hundred slow uploads would hold everybody up.
-const MAX_SHARED: usize = 100;
-
-/// More idle connections than this are closed: a burst of callers must not hold descriptors for long.
-const MAX_IDLE: usize = 1024;
-/// A pooled connection whose server answered before it had read the whole request is not ready until it has, which may
-/// be never. A ready one says so within microseconds.
-const READY: Duration = Duration::from_millis(100);
-
 impl Upstream {
     /// Prepares the pools; connects to nothing yet.
     pub fn new(settings: &Settings) -> Result<Self, rustls::Error> {
@@ -199,7 +152,8 @@ impl Upstream {
         patient: bool,
     ) -> Result<Response<Answer>, SendError> {
         let host = &self.hosts[region as usize];
-        let connection = match host.connection(reuse, self.idle_timeout).await {
+        let (call, few) = host.sharing.enter();
+        let connection = match host.connection(reuse, few, self.idle_timeout).await {
             Ok(connection) => connection,
             Err(kind) => return Err(kind.unsent(request.into_body())),
         };
@@ -213,13 +167,16 @@ impl Upstream {
                 if response.status() == StatusCode::SWITCHING_PROTOCOLS {
                     return Err(SendError { kind: ErrorKind::Switched, unsent: None, stale: false });
                 }
-                Ok(response.map(|incoming| Answer::http1(incoming, host.clone(), sender, progress)))
+                Ok(response.map(|incoming| Answer::http1(incoming, call, host.clone(), sender, progress)))
             }
             Connection::Http2(Shared { mut sender, calls }) => {
-                let share = host.share(&calls, self.idle_timeout);
+                let (share, _) = Counted::among(&calls);
+                if host.sharing.ends_row(few, self.idle_timeout) {
+                    host.add_http1();
+                }
                 let sent = sender.try_send_request(host.with_authority(request));
                 let response = awaited(sent, &progress, wait).await.map_err(|error| error.on(true))?;
-                Ok(response.map(|incoming| Answer::http2(incoming, share)))
+                Ok(response.map(|incoming| Answer::http2(incoming, call, share)))
             }
         }
     }
@@ -230,122 +187,6 @@ impl Upstream {
             host.prune(self.idle_timeout);
         }
         (self.idle_timeout / 2).max(Duration::from_millis(100))
-    }
-}
-
-impl Host {
-    fn new(origin: &Url, settings: &Settings, tls: &rustls::ClientConfig) -> Result<Self, rustls::Error> {
-        let connector = Connector::new(origin, settings, tls)?;
-        let text = match origin.port() {
-            Some(port) => format!("{}:{port}", origin.host_str().unwrap_or_default()),
-            None => origin.host_str().unwrap_or_default().to_owned(),
-        };
-        let bad = |_| rustls::Error::General(format!("{origin} is no origin"));
-        let authority = HeaderValue::from_str(&text).map_err(|error| bad(error.to_string()))?;
-        let mut parts = http::uri::Parts::default();
-        parts.scheme = Some(http::uri::Scheme::HTTPS);
-        parts.authority = Some(text.parse().map_err(|error: http::uri::InvalidUri| bad(error.to_string()))?);
-        Ok(Self {
-            connector,
-            authority,
-            origin: parts,
-            idle: Mutex::default(),
-            shared: Mutex::default(),
-            sharing: Sharing::default(),
-            one_call_each: AtomicBool::new(settings.http2 == Http2::Never),
-            connecting: tokio::sync::Mutex::default(),
-        })
-    }
-
-    async fn connection(&self, reuse: Reuse, idle_timeout: Duration) -> Result<Connection, ErrorKind> {
-        if reuse == Reuse::Allowed {
-            if let Some(connection) = self.pooled(idle_timeout).await {
-                return Ok(connection);
-            }
-            if !self.one_call_each.load(Relaxed) {
-                // Waits no longer than a connection may take: behind one that fails, the next connects by itself.
-                let _one = tokio::time::timeout(self.connector.timeout(), self.connecting.lock()).await;
-                return match self.pooled(idle_timeout).await {
-                    Some(connection) => Ok(connection),
-                    None => self.connect().await,
-                };
-            }
-        }
-        self.connect().await
-    }
-
-    async fn pooled(&self, idle_timeout: Duration) -> Option<Connection> {
-        while let Some(Idle { mut sender, since }) = self.pop() {
-            if since.elapsed() < idle_timeout
-                && !sender.is_closed()
-                && matches!(tokio::time::timeout(READY, sender.ready()).await, Ok(Ok(())))
-            {
-                return Some(Connection::Http1 { sender, reused: true });
-            }
-        }
-        let free = |shared: &Shared| !shared.sender.is_closed() && shared.calls.load(Relaxed) < MAX_SHARED;
-        let mut shared = lock(&self.shared).clone().filter(free)?;
-        shared.sender.ready().await.is_ok().then_some(Connection::Http2(shared))
-    }
-
-    async fn connect(&self) -> Result<Connection, ErrorKind> {
-        // Boxed: connecting is rare, and its future is large.
-        let connection = Box::pin(self.connector.connect(Offer::Configured)).await?;
-        self.one_call_each.store(matches!(connection, Connection::Http1 { .. }), Relaxed);
-        if let Connection::Http2(shared) = &connection {
-            // One that is full ends with its last call.
-            *lock(&self.shared) = Some(shared.clone());
-        }
-        Ok(connection)
-    }
-
-    /// Counts a call on the shared connection. Whoever has called alone for a while finds an HTTP/1.1 connection in the
-    /// pool soon.
-    fn share(self: &Arc<Self>, calls: &Arc<AtomicUsize>, idle_timeout: Duration) -> sharing::Share {
-        let (share, alone) = self.sharing.begin(calls, idle_timeout);
-        if alone && self.connector.may_speak_http1() {
-            let host = self.clone();
-            tokio::spawn(async move {
-                // Without it all goes on as before.
-                if let Ok(Connection::Http1 { sender, .. }) = host.connector.connect(Offer::Http1).await {
-                    host.put_back(sender);
-                }
-            });
-        }
-        share
-    }
-
-    fn pop(&self) -> Option<Idle> {
-        lock(&self.idle).pop_back()
-    }
-
-    fn put_back(&self, sender: http1::SendRequest<Outgoing>) {
-        let mut idle = lock(&self.idle);
-        if idle.len() < MAX_IDLE && !sender.is_closed() {
-            idle.push_back(Idle { sender, since: Instant::now() });
-        }
-    }
-
-    /// The oldest stand in front.
-    fn prune(&self, idle_timeout: Duration) {
-        let mut idle = lock(&self.idle);
-        let old = idle.iter().take_while(|idle| idle.since.elapsed() >= idle_timeout).count();
-        idle.drain(..old);
-        idle.retain(|idle| !idle.sender.is_closed());
-    }
-
-    /// HTTP/2 wants the authority in the target and not in `Host` (RFC 9113, section 8.3.1).
-    fn with_authority(&self, mut request: Request<Outgoing>) -> Request<Outgoing> {
-        request.headers_mut().remove(HOST);
-        let mut parts = http::uri::Parts::default();
-        parts.scheme.clone_from(&self.origin.scheme);
-        parts.authority.clone_from(&self.origin.authority);
-        parts.path_and_query = request.uri().path_and_query().cloned();
-        if let Ok(uri) = Uri::from_parts(parts) {
-            *request.uri_mut() = uri;
-        }
-        *request.version_mut() = http::Version::HTTP_2;
-        request
     }
 }
 

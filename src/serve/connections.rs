@@ -3,9 +3,11 @@
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
+use futures_util::task::AtomicWaker;
 use tokio::sync::Notify;
 
 use super::Limits;
@@ -42,6 +44,8 @@ pub(super) struct Activity {
     state: AtomicU64,
     /// Microseconds since `born` at which its socket took no more of an answer, plus one; 0: it takes what there is.
     stuck: AtomicU64,
+    /// Waits until it takes more.
+    held_back: AtomicWaker,
     command: AtomicU8,
     commanded: Notify,
 }
@@ -98,6 +102,7 @@ impl Connections {
             born: Instant::now(),
             state: AtomicU64::new(Doing::Idle as u64),
             stuck: AtomicU64::new(0),
+            held_back: AtomicWaker::new(),
             command: AtomicU8::new(0),
             commanded: Notify::new(),
         });
@@ -276,6 +281,9 @@ impl Activity {
     /// Its socket takes no more of an answer, or takes it again.
     pub(super) fn sticks(&self, sticks: bool) {
         self.stuck.store(if sticks { self.age() + 1 } else { 0 }, Relaxed);
+        if !sticks {
+            self.held_back.wake();
+        }
     }
 
     /// For how long its socket has taken nothing of what there is.
@@ -315,6 +323,18 @@ impl Activity {
 impl Drop for Awake<'_> {
     fn drop(&mut self) {
         self.0.awake.fetch_sub(1, Relaxed);
+    }
+}
+
+impl Busy {
+    /// Ready while the connection's socket takes what there is.
+    pub(super) fn poll_takes(&self, cx: &mut Context<'_>) -> Poll<()> {
+        if self.0.stuck.load(Relaxed) == 0 {
+            return Poll::Ready(());
+        }
+        // The socket is written to by the task that asks here, so nothing changes in between.
+        self.0.held_back.register(cx.waker());
+        Poll::Pending
     }
 }
 

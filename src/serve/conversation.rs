@@ -25,7 +25,7 @@ use tokio::net::{TcpStream, UnixStream};
 
 use super::connections::{Command, Seat};
 use super::io::{Guarded, Watched};
-use super::{Host, Peer};
+use super::{Host, Peer, head};
 
 /// Largest head of a request, exact (the size of the read buffer alone is a soft bound).
 const MAX_HEAD: usize = 32 << 10;
@@ -78,6 +78,7 @@ where
     let mut service = service_fn(|request: Request<Incoming>| {
         let busy = seat.begin();
         uploads.store(!request.is_end_stream(), Relaxed);
+        let request = head::copied(request);
         let (handler, seat) = (&handler, &seat);
         // Boxed, so that an idle connection does not hold the room of a busy one; and called in the box, as what is called
         // before it would be moved there, with all its room.

@@ -3,7 +3,7 @@
 use std::io::{IoSlice, Result};
 use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 
 use bytes::Bytes;
 use http_body::{Body, Frame, SizeHint};
@@ -99,16 +99,17 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Watched<S> {
     }
 }
 
-/// An answer's body that keeps its connection marked busy until it has passed.
+/// An answer's body that keeps its connection marked busy until it has passed. Nothing more is taken of it while the socket
+/// takes nothing: hyper would hold 64 KiB for each caller who does not read.
 #[derive(Debug)]
 pub(super) struct Guarded<B> {
     body: B,
-    _busy: Busy,
+    busy: Busy,
 }
 
 impl<B> Guarded<B> {
     pub(super) fn new(body: B, busy: Busy) -> Self {
-        Self { body, _busy: busy }
+        Self { body, busy }
     }
 }
 
@@ -120,6 +121,7 @@ impl<B: Body + Unpin> Body for Guarded<B> {
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<std::result::Result<Frame<B::Data>, B::Error>>> {
+        ready!(self.busy.poll_takes(cx));
         Pin::new(&mut self.body).poll_frame(cx)
     }
 
@@ -129,5 +131,39 @@ impl<B: Body + Unpin> Body for Guarded<B> {
 
     fn size_hint(&self) -> SizeHint {
         self.body.size_hint()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+    use futures_util::task::{ArcWake, waker};
+    use http_body_util::Full;
+
+    use super::super::connections::Connections;
+    use super::*;
+
+    struct Woken(std::sync::atomic::AtomicBool);
+
+    impl ArcWake for Woken {
+        fn wake_by_ref(this: &Arc<Self>) {
+            this.0.store(true, std::sync::atomic::Ordering::Relaxed);
+        }
+    }
+
+    #[test]
+    fn threat_25_nothing_more_is_taken_of_an_answer_whose_caller_takes_nothing() {
+        let connections = Arc::<Connections>::default();
+        let seat = connections.sit();
+        let mut body = Guarded::new(Full::new(Bytes::from_static(b"answer")), seat.begin());
+        let woken = Arc::new(Woken(false.into()));
+        let waker = waker(woken.clone());
+        let cx = &mut Context::from_waker(&waker);
+        seat.activity().sticks(true);
+        assert!(Pin::new(&mut body).poll_frame(cx).is_pending());
+        assert!(!woken.0.load(std::sync::atomic::Ordering::Relaxed));
+        seat.activity().sticks(false);
+        assert!(woken.0.load(std::sync::atomic::Ordering::Relaxed), "whoever waits is told");
+        assert!(matches!(Pin::new(&mut body).poll_frame(cx), Poll::Ready(Some(Ok(_)))));
     }
 }

@@ -9,7 +9,7 @@ use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 use hyper::client::conn::http1;
 
-use super::sharing::Share;
+use super::sharing::Counted;
 use super::{Held, Host, Outgoing};
 
 /// Amazon's bytes as they come. When the last one has passed, the connection goes back to the pool; an answer that is
@@ -18,8 +18,9 @@ use super::{Held, Host, Outgoing};
 pub struct Answer {
     incoming: Incoming,
     lease: Option<Lease>,
+    _call: Counted,
     /// On an HTTP/2 connection: this call's part of it.
-    _share: Option<Share>,
+    _share: Option<Counted>,
 }
 
 /// An HTTP/1.1 connection that is busy with one exchange.
@@ -33,17 +34,19 @@ struct Lease {
 impl Answer {
     pub(super) fn http1(
         incoming: Incoming,
+        call: Counted,
         host: Arc<Host>,
         sender: http1::SendRequest<Outgoing>,
         request: Option<Arc<Held>>,
     ) -> Self {
-        let mut answer = Self { incoming, lease: Some(Lease { host, sender, request }), _share: None };
+        let lease = Some(Lease { host, sender, request });
+        let mut answer = Self { incoming, lease, _call: call, _share: None };
         answer.give_back_at_end();
         answer
     }
 
-    pub(super) fn http2(incoming: Incoming, share: Share) -> Self {
-        Self { incoming, lease: None, _share: Some(share) }
+    pub(super) fn http2(incoming: Incoming, call: Counted, share: Counted) -> Self {
+        Self { incoming, lease: None, _call: call, _share: Some(share) }
     }
 
     fn give_back_at_end(&mut self) {

@@ -78,23 +78,23 @@ async fn concurrent_calls_share_one_connection() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn who_goes_on_calling_alone_gets_a_connection_of_http1() {
-    for (mode, lane) in [("auto", true), ("always", false)] {
+async fn few_who_go_on_calling_get_connections_of_http1() {
+    for (mode, callers, most) in [("auto", 1, 2), ("auto", 3, 4), ("always", 3, 1)] {
         let rig = rig(mode).await;
-        let call = async || {
-            rig.get("/v2/profiles").await.bytes().await.unwrap();
-            (connections(&rig).len() == 2).then_some(())
+        let round = async || {
+            at_once(&rig, callers).await;
+            connections(&rig).len()
         };
-        for _ in 0..200 {
-            call().await;
+        for _ in 0..100 {
+            round().await;
         }
-        if lane {
-            eventually("a second connection", call).await;
-            at_once(&rig, 50).await;
-            assert_eq!(connections(&rig).len(), 2, "one for a lone caller, one for all others");
-        } else {
-            assert_eq!(call().await, None, "HTTP/2 or nothing");
+        eventually("one for each caller, beside the shared one", async || (round().await == most).then_some(())).await;
+        // The few do not take more, and many share the one that is there.
+        for _ in 0..100 {
+            round().await;
         }
+        at_once(&rig, 50).await;
+        assert_eq!(connections(&rig).len(), most, "{mode}, {callers}");
     }
 }
 
