@@ -6,36 +6,27 @@
 //! its answer is reset, and at the cap on connections the one that has idled longest makes room.
 
 mod connections;
+mod conversation;
 mod head;
 mod io;
 
 use std::fs::Permissions;
-use std::future::poll_fn;
 use std::io::{Error, ErrorKind, Result};
 use std::net::SocketAddr;
-use std::os::fd::AsFd;
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
-use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 use bytes::Bytes;
-use http::header::{CONNECTION, HeaderValue};
 use http::{Request, Response};
-use http_body::Body;
 use hyper::body::Incoming;
-use hyper::server::conn::http1;
-use hyper::service::service_fn;
-use hyper_util::rt::TokioIo;
-use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpListener, UnixListener, UnixSocket};
 use tokio::sync::watch;
 
-use connections::{Command, Connections, Seat};
-use io::{Guarded, Watched};
+use connections::Connections;
+use conversation::{converse, end};
 
 /// Where a door listens.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -68,19 +59,12 @@ pub struct Limits {
     pub write_timeout: Duration,
 }
 
-/// Largest head of a request, exact (the size of the read buffer alone is a soft bound).
-const MAX_HEAD: usize = 32 << 10;
-/// Read buffer of one connection, at most.
-const MAX_BUFFER: usize = 64 << 10;
 /// Connections that wait to be accepted at a Unix socket; tokio's own number for TCP.
 const BACKLOG: u32 = 1024;
 /// How long the accept loop rests when the process is out of descriptors: existing work goes on and frees some.
 const ACCEPT_REST: Duration = Duration::from_millis(100);
 /// How long somebody waits for room while every connection at the cap is busy.
 const PATIENCE: Duration = Duration::from_secs(1);
-/// How long a caller may go on sending a body that was refused. A socket that is closed with bytes unread resets the
-/// connection, and the caller would never see the answer (RFC 9112, section 9.6).
-const LINGER: Duration = Duration::from_secs(2);
 
 /// Who is at the other end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -306,99 +290,5 @@ impl Drop for Listener {
         if let Self::Unix(_, path) = self {
             let _ = std::fs::remove_file(path);
         }
-    }
-}
-
-/// One connection, from accept to close.
-async fn converse<S, H, F, B>(stream: S, peer: Peer, seat: Seat, host: Host<H>)
-where
-    S: AsyncRead + AsyncWrite + AsFd + Unpin + Send + 'static,
-    H: Fn(Request<Incoming>, Peer) -> F + Clone + Send + Sync + 'static,
-    F: Future<Output = Response<B>> + Send + 'static,
-    B: http_body::Body<Data = Bytes> + Send + Unpin + 'static,
-    B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
-{
-    let Host { handler, words, .. } = host;
-    let uploads = AtomicBool::new(false);
-    let service = service_fn(|request: Request<Incoming>| {
-        let busy = seat.begin();
-        uploads.store(!request.is_end_stream(), Relaxed);
-        let request = head::copied(request);
-        let (handler, seat) = (&handler, &seat);
-        // Boxed, so that an idle connection does not hold the room of a busy one; and called in the box, as what is called
-        // before it would be moved there, with all its room.
-        Box::pin(async move {
-            let mut response = handler(request, peer).await.map(|body| Guarded::new(body, busy));
-            if seat.leaving() {
-                response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
-            }
-            Ok::<_, std::convert::Infallible>(response)
-        })
-    });
-    let mut builder = http1::Builder::new();
-    builder.half_close(false).auto_date_header(false).max_header_size(MAX_HEAD).max_buf_size(MAX_BUFFER);
-    let mut connection = builder.serve_connection(TokioIo::new(Watched::new(stream, seat.activity())), service);
-    let mut leaving = false;
-    let last_words = loop {
-        let command = tokio::select! {
-            biased;
-            ended = poll_fn(|cx| connection.poll_without_shutdown(cx)) => {
-                if let Err(error) = ended {
-                    tracing::debug!(%error, "connection ended");
-                }
-                break None;
-            }
-            command = seat.command() => command,
-        };
-        match command {
-            // A head that has begun may still come to its end, in its time.
-            Command::Leave => {
-                leaving = true;
-                Pin::new(&mut connection).graceful_shutdown();
-            }
-            // hyper has written nothing yet for the head that did not come.
-            Command::HeadTimeout if seat.is_in_head() => break Some(words.late),
-            // It came to its end just now.
-            Command::HeadTimeout => {}
-            Command::Abandon => {
-                tracing::debug!(?peer, "a caller takes nothing of its answer: its connection is reset");
-                // What it did not take is not kept for it, neither here nor by the kernel.
-                let socket = connection.into_parts().io.into_inner().into_inner();
-                let _ = rustix::net::sockopt::set_socket_linger(&socket, Some(Duration::ZERO));
-                return;
-            }
-        }
-    };
-    let socket = connection.into_parts().io.into_inner().into_inner();
-    // Boxed for the same reason as the answer.
-    Box::pin(end(socket, last_words, uploads.into_inner() && !leaving)).await;
-}
-
-/// Says the last words and closes; with `linger` after what still comes has been read for a moment.
-async fn end(mut socket: impl AsyncRead + AsyncWrite + Unpin, last_words: Option<Bytes>, linger: bool) {
-    if let Some(last_words) = last_words {
-        // Who reads nothing at all does not hear it.
-        let _ = tokio::time::timeout(LINGER, socket.write_all(&last_words)).await;
-    }
-    let _ = socket.shutdown().await;
-    if linger {
-        let _ = tokio::time::timeout(LINGER, tokio::io::copy(&mut socket, &mut tokio::io::sink())).await;
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[tokio::test]
-    async fn an_idle_connection_is_small() {
-        let connections = Arc::<Connections>::default();
-        let handler = |_: Request<Incoming>, _: Peer| async { Response::new(http_body_util::Full::<Bytes>::default()) };
-        let words = LastWords { late: Bytes::new(), overloaded: Bytes::new() };
-        let host = Host { handler, connections: connections.clone(), words };
-        let (stream, _other) = tokio::net::UnixStream::pair().unwrap();
-        let size = std::mem::size_of_val(&converse(stream, Peer::Unix(None), connections.sit(), host));
-        // Ten thousand of them are held beside an app; hyper's own part is most of it.
-        assert!(size <= 1280, "{size} bytes");
     }
 }

@@ -1,7 +1,7 @@
 //! What each connection of one door is doing, and who has to go.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
@@ -17,6 +17,8 @@ use super::Limits;
 pub(super) struct Connections {
     seats: Mutex<Seats>,
     leaving: AtomicBool,
+    /// Connections that are not at rest.
+    awake: AtomicUsize,
     freed: Notify,
 }
 
@@ -81,6 +83,14 @@ pub(super) enum Command {
 /// A request is being served, until this is dropped.
 #[derive(Debug)]
 pub(super) struct Busy(Arc<Activity>);
+
+/// A connection is awake, until this is dropped.
+#[derive(Debug)]
+pub(super) struct Awake<'a>(&'a Connections);
+
+/// So many connections stay awake between two requests, which holds 7 MiB and spares the work of waking them. What more
+/// there are rest whenever they idle.
+pub(super) const MOST_AWAKE: usize = 512;
 
 /// While every connection at the cap is busy, the accept loop looks again this often.
 const LOOK_AGAIN: Duration = Duration::from_millis(50);
@@ -183,6 +193,23 @@ impl Connections {
         }
     }
 
+    /// As if many others were awake.
+    #[cfg(test)]
+    pub(super) fn crowd(&self) {
+        self.awake.fetch_add(MOST_AWAKE, Relaxed);
+    }
+
+    #[cfg(test)]
+    pub(super) fn awake(&self) -> usize {
+        self.awake.load(Relaxed)
+    }
+
+    /// Whether a head has begun and not come to its end.
+    #[cfg(test)]
+    pub(super) fn any_in_head(&self) -> bool {
+        self.lock().taken.values().any(|activity| activity.doing().0 == Doing::Head)
+    }
+
     fn lock(&self) -> MutexGuard<'_, Seats> {
         self.seats.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -202,6 +229,19 @@ impl Seat {
     /// Whether a request's head has begun and not come to its end.
     pub(super) fn is_in_head(&self) -> bool {
         self.activity.doing().0 == Doing::Head
+    }
+
+    /// It is awake from now on.
+    pub(super) fn wake(&self) -> Awake<'_> {
+        self.connections.awake.fetch_add(1, Relaxed);
+        Awake(&self.connections)
+    }
+
+    /// Whether it idles, its socket has taken all there was, and enough others are awake.
+    pub(super) fn may_rest(&self) -> bool {
+        self.connections.awake.load(Relaxed) > MOST_AWAKE
+            && self.activity.doing().0 == Doing::Idle
+            && self.activity.stuck.load(Relaxed) == 0
     }
 
     /// Whether answers say `Connection: close` by now.
@@ -277,6 +317,12 @@ impl Activity {
         };
         self.command.store(number, Relaxed);
         self.commanded.notify_one();
+    }
+}
+
+impl Drop for Awake<'_> {
+    fn drop(&mut self) {
+        self.0.awake.fetch_sub(1, Relaxed);
     }
 }
 

@@ -5,6 +5,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
+use bytes::Bytes;
 use http_body::{Body, Frame, SizeHint};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
@@ -16,11 +17,27 @@ pub(super) struct Watched<S> {
     socket: S,
     activity: Arc<Activity>,
     sticks: bool,
+    /// What was read, given back, and is to be read again.
+    unread: Bytes,
 }
 
 impl<S> Watched<S> {
     pub(super) fn new(socket: S, activity: Arc<Activity>) -> Self {
-        Self { socket, activity, sticks: false }
+        Self { socket, activity, sticks: false, unread: Bytes::new() }
+    }
+
+    /// Makes `bytes` what is read next.
+    pub(super) fn unread(&mut self, bytes: &[u8]) {
+        // Copied, as even where there are none they lie in a buffer of hyper's.
+        self.unread = Bytes::copy_from_slice(bytes);
+    }
+
+    pub(super) fn has_unread(&self) -> bool {
+        !self.unread.is_empty()
+    }
+
+    pub(super) fn get_ref(&self) -> &S {
+        &self.socket
     }
 
     pub(super) fn into_inner(self) -> S {
@@ -40,7 +57,13 @@ impl<S> Watched<S> {
 impl<S: AsyncRead + Unpin> AsyncRead for Watched<S> {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<Result<()>> {
         let before = buf.filled().len();
-        let read = Pin::new(&mut self.socket).poll_read(cx, buf);
+        let read = if self.unread.is_empty() {
+            Pin::new(&mut self.socket).poll_read(cx, buf)
+        } else {
+            let length = self.unread.len().min(buf.remaining());
+            buf.put_slice(&self.unread.split_to(length));
+            Poll::Ready(Ok(()))
+        };
         if buf.filled().len() > before {
             self.activity.bytes_came();
         }
