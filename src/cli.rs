@@ -196,7 +196,7 @@ impl From<StoreError> for Failed {
     fn from(error: StoreError) -> Self {
         let exit = match error {
             StoreError::Held { .. } => Exit::Held,
-            StoreError::WrongKey { .. } => Exit::Config,
+            StoreError::WrongKey { .. } | StoreError::Schema { .. } => Exit::Config,
             _ => Exit::Failed,
         };
         Self { exit, message: error.to_string() }

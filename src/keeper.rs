@@ -15,6 +15,7 @@ mod flight;
 mod intents;
 mod outage;
 mod report;
+mod shared;
 mod sync;
 
 use std::collections::HashMap;
@@ -158,7 +159,10 @@ impl Keeper {
 
     /// `Bearer <token>` for a call on behalf of `user`, renewed first if need be.
     pub async fn bearer(&self, user: &UserId) -> Result<HeaderValue, TokenError> {
-        let entry = self.entry(user).ok_or(TokenError::LoginRequired { reason: "no_grant" })?;
+        let entry = match self.entry(user) {
+            Some(entry) => entry,
+            None => self.find(user).await?,
+        };
         let now = self.0.clock.moment();
         entry.mark_used(now);
         let held = entry.held();
@@ -171,6 +175,7 @@ impl Keeper {
     /// The slow half of [`bearer`](Self::bearer): little or nothing is left of the token's life.
     async fn renewed_bearer(&self, entry: &Arc<Entry>) -> Result<HeaderValue, TokenError> {
         let begun = Instant::now();
+        let mut looked = false;
         loop {
             let changed = entry.changed();
             let held = entry.held().clone();
@@ -185,6 +190,8 @@ impl Keeper {
                 continue;
             }
             match &*held {
+                Held::Nothing | Held::LoginRequired { .. }
+                    if !std::mem::replace(&mut looked, true) && self.logged_in_elsewhere(entry).await => {}
                 Held::Nothing => return Err(TokenError::LoginRequired { reason: "no_grant" }),
                 Held::LoginRequired { reason, retry_at, .. } if now.uptime < *retry_at => {
                     return Err(TokenError::LoginRequired { reason });
@@ -248,7 +255,7 @@ impl Keeper {
     /// Refreshes `user` now, whatever is left of the token, or joins the refresh that is running.
     pub async fn refresh(&self, user: &UserId) -> Result<Status, TokenError> {
         let no_grant = TokenError::LoginRequired { reason: "no_grant" };
-        let entry = self.entry(user).ok_or(no_grant.clone())?;
+        let entry = self.find(user).await?;
         let held = entry.held().clone();
         if let Held::Failing { retry_at, .. } = &*held {
             let _ = timeout(PATIENCE, self.0.clock.sleep_until(*retry_at)).await;
@@ -314,8 +321,10 @@ impl Keeper {
     ) -> Result<T, StoreError> {
         let begun = std::time::Instant::now();
         let result = operation.await;
-        self.0.metrics.store_operation(op, begun.elapsed(), result.is_ok());
-        if let Err(error) = &result {
+        // That somebody else was faster is an answer too.
+        let failed = result.as_ref().err().filter(|error| !matches!(error, StoreError::Conflict));
+        self.0.metrics.store_operation(op, begun.elapsed(), failed.is_none());
+        if let Some(error) = failed {
             tracing::error!(%error, op, "the store failed");
         }
         result
@@ -348,7 +357,11 @@ impl Keeper {
 impl Background {
     /// Renews tokens before anybody needs them, for as long as it runs, and notices when a store that failed works again.
     pub async fn run(self) {
-        self.keeper.look_for_interrupted().await;
-        tokio::join!(self.agenda.run(&self.keeper), self.keeper.watch_store());
+        if self.keeper.0.store.shared().is_some() {
+            tokio::join!(self.agenda.run(&self.keeper), self.keeper.follow());
+        } else {
+            self.keeper.look_for_interrupted().await;
+            tokio::join!(self.agenda.run(&self.keeper), self.keeper.watch_store());
+        }
     }
 }

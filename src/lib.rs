@@ -60,8 +60,8 @@ pub mod guard;
 // The hands: each touches one outside thing.
 pub mod lwa;
 pub mod upstream;
-pub mod tls;
 pub mod store;
+pub mod tls;
 pub mod record;
 pub mod keyring;
 pub mod serve;

@@ -38,6 +38,9 @@ pub struct Settings {
     pub secure_cookies: bool,
 }
 
+/// How often grants are looked for that other processes left.
+const LOOK_FOR_LEFT: Duration = Duration::from_secs(20);
+
 /// All logins that have begun and not ended. Cloning gives another handle.
 #[derive(Clone, Debug)]
 pub struct Login(Arc<Inner>);
@@ -87,6 +90,9 @@ pub enum NotBegun {
     /// Too many began just now; says after what time there is room.
     #[error("too many logins began just now")]
     TooMany(Duration),
+    /// The store that several processes share does not take it.
+    #[error(transparent)]
+    Store(StoreError),
 }
 
 /// How a login ended well.
@@ -173,7 +179,7 @@ impl Login {
     }
 
     /// Begins a login.
-    pub fn begin(&self, wish: Wish) -> Result<Begin, NotBegun> {
+    pub async fn begin(&self, wish: Wish) -> Result<Begin, NotBegun> {
         let (state, verifier) = (random(), random());
         let challenge = BASE64_URL_SAFE_NO_PAD.encode(Sha256::digest(verifier.as_bytes()));
         let auth_url = self.0.lwa.authorize_url(wish.region, &state, &challenge)?;
@@ -185,7 +191,7 @@ impl Login {
             replace: wish.replace,
             cookie: cookie.as_ref().map(|(_, value)| hash(value)),
         };
-        self.0.desk.begin(&state, begun, &self.0.clock).map_err(NotBegun::TooMany)?;
+        self.0.desk.begin(&state, begun, &self.0.clock).await?;
         let cookie = cookie.map(|(name, value)| (name, Secret::new(value)));
         Ok(Begin { auth_url, state: Secret::new(state), cookie })
     }
@@ -198,8 +204,13 @@ impl Login {
         cookie: impl FnOnce(&str) -> Option<String>,
     ) -> (Result<Ended, Trouble>, Option<String>) {
         let now = self.0.clock.now();
-        let Some(begun) = self.0.desk.take_begun(callback.state.expose(), now).await else {
-            return (Err(Trouble::State), None);
+        let begun = match self.0.desk.take_begun(callback.state.expose(), now).await {
+            Ok(Some(begun)) => begun,
+            Ok(None) => return (Err(Trouble::State), None),
+            Err(error) => {
+                tracing::error!(%error, "the store does not answer: the login has to begin again");
+                return (Err(Trouble::Amazon("temporarily_unavailable")), None);
+            }
         };
         let bound = begun.cookie.as_deref().is_none_or(|wanted| {
             cookie(&cookie_name(callback.state.expose())).is_some_and(|value| hash(&value) == wanted)
@@ -257,7 +268,10 @@ impl Login {
 
     async fn take_into_use(&self, waiting: Waiting) -> Status {
         let status = self.0.keeper.adopt(&waiting.user, waiting.grant).await;
-        self.0.desk.clear(&waiting.id).await;
+        // Until it is stored as the user's own it stays as one that waits; who looks for those finds it in use.
+        if self.0.keeper.is_stored(&waiting.user) {
+            self.0.desk.clear(&waiting.id).await;
+        }
         status
     }
 
@@ -272,16 +286,26 @@ impl Login {
     }
 
     /// Takes a pending grant into use; `None` where there is none under `id`.
-    pub async fn confirm(&self, id: &str) -> Option<Status> {
-        let waiting = self.0.desk.take_waiting(id, self.0.clock.now())?;
+    pub async fn confirm(&self, id: &str) -> Result<Option<Status>, StoreError> {
+        let Some(waiting) = self.0.desk.take_waiting(id, self.0.clock.now()).await? else { return Ok(None) };
         let login = self.clone();
-        Some(self.0.keeper.uninterrupted(async move { login.take_into_use(waiting).await }).await)
+        Ok(Some(self.0.keeper.uninterrupted(async move { login.take_into_use(waiting).await }).await))
     }
 
     /// Finishes what the last process left: grants whose codes are spent, and which are not in use. Those that the app has
-    /// to confirm wait on.
+    /// to confirm wait on. Where others share the store, they may leave something at any time.
     pub async fn resume(&self) {
+        self.finish_left().await;
+        while self.0.desk.is_shared() {
+            tokio::time::sleep(LOOK_FOR_LEFT).await;
+            self.finish_left().await;
+        }
+    }
+
+    async fn finish_left(&self) {
         for waiting in self.0.desk.left(self.0.clock.now()).await {
+            // Where the store does not answer, what is known here decides.
+            let _ = self.0.keeper.look(&waiting.user).await;
             let (user, in_use) = (waiting.user.clone(), self.0.keeper.status(&waiting.user).consented_at);
             if in_use >= waiting.grant.consented_at {
                 // It, or a later login, was taken into use before the end.

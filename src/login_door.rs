@@ -27,6 +27,7 @@ use crate::secret::Secret;
 use crate::serve::Peer;
 use crate::store::StoreError;
 use crate::target::Of;
+use crate::token::STORE_UNAVAILABLE;
 use answers::{cookie_of, cors, json, prefers_html, preflight, private, redirect};
 pub use endpoint::Endpoint;
 use endpoint::{Query, Users};
@@ -143,9 +144,9 @@ impl LoginDoor {
         }
         let query = Query::read(parts.uri.query().unwrap_or_default())?;
         match endpoint {
-            Endpoint::Login => self.begin(&query, &parts.headers),
+            Endpoint::Login => self.begin(&query, &parts.headers).await,
             Endpoint::Callback => self.callback(&query, &parts.headers).await,
-            Endpoint::Status => self.status(&query, &parts.headers),
+            Endpoint::Status => self.status(&query, &parts.headers).await,
             Endpoint::Refresh => self.refresh(&query, &parts.headers).await,
             Endpoint::Logout => self.logout(&query.user()?).await,
             Endpoint::User => self.logout(&endpoint::user_in(parts.uri.path())?).await,
@@ -155,7 +156,7 @@ impl LoginDoor {
         }
     }
 
-    fn begin(&self, query: &Query, headers: &HeaderMap) -> Result<Answer, LoginError> {
+    async fn begin(&self, query: &Query, headers: &HeaderMap) -> Result<Answer, LoginError> {
         let region = match query.get("region") {
             Some(region) => region.parse().map_err(|_| parameter("region", "na, eu or fe"))?,
             None => self.region,
@@ -168,9 +169,10 @@ impl LoginDoor {
         let navigation = headers.get("sec-fetch-mode").is_some_and(|mode| mode == "navigate") || prefers_html(headers);
         let by_browser = navigation || headers.contains_key(http::header::ORIGIN);
         let wish = Wish { user: query.user()?, region, return_to, replace, by_browser };
-        let begin = self.login.begin(wish).map_err(|error| match error {
+        let begin = self.login.begin(wish).await.map_err(|error| match error {
             NotBegun::Page(_) => parameter("region", "one whose consent page is a URL"),
             NotBegun::TooMany(wait) => LoginError::TooMany(wait),
+            NotBegun::Store(error) => LoginError::Store(error),
         })?;
         let mut answer = if query.flag("redirect")? || navigation {
             redirect(begin.auth_url.as_str())
@@ -236,9 +238,12 @@ impl LoginDoor {
         url.into()
     }
 
-    fn status(&self, query: &Query, headers: &HeaderMap) -> Result<Answer, LoginError> {
+    async fn status(&self, query: &Query, headers: &HeaderMap) -> Result<Answer, LoginError> {
         if query.get("user_id").is_some() {
-            let status = self.keeper.status(&query.user()?);
+            let user = query.user()?;
+            // Where the store does not answer, what is known here is told.
+            let _ = self.keeper.look(&user).await;
+            let status = self.keeper.status(&user);
             return Ok(json(StatusCode::OK, &self.with_link(status, headers)));
         }
         let Users { after, limit } = query.page(PAGE)?;
@@ -264,7 +269,8 @@ impl LoginDoor {
 
     async fn confirm(&self, query: &Query, headers: &HeaderMap) -> Result<Answer, LoginError> {
         let id = query.get("grant").ok_or_else(|| parameter("grant", "the id that the frontend was sent"))?;
-        let confirmed = self.login.confirm(id).await.ok_or(LoginError::State(NO_PENDING_GRANT))?;
+        let confirmed = self.login.confirm(id).await.map_err(LoginError::Store)?;
+        let confirmed = confirmed.ok_or(LoginError::State(NO_PENDING_GRANT))?;
         Ok(json(StatusCode::OK, &self.with_link(confirmed, headers)))
     }
 
@@ -313,7 +319,7 @@ impl LoginError {
             Self::Store(_) => Problem::new(
                 Code::StoreUnavailable,
                 "The store did not take the change.",
-                "Try again; if it persists, look at adsidecar's log and at the volume of store.path.",
+                "Try again; if it persists, look at adsidecar's log, and at the volume of store.path or at PostgreSQL.",
             )
             .retry_after(std::time::Duration::from_secs(1)),
             Self::Identity => Problem::new(
@@ -337,6 +343,12 @@ pub fn token_problem(error: TokenError, login_url: &str) -> Problem {
             Problem::new(Code::LoginRequired, detail, format!("Open {login_url} in a browser and consent."))
                 .header(http::header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer realm=\"adsidecar\""))
         }
+        TokenError::Unavailable { code: STORE_UNAVAILABLE, retry_after, .. } => Problem::new(
+            Code::StoreUnavailable,
+            "The store that several adsidecars share does not answer, and without it no token is renewed.",
+            "Try again after the time in Retry-After; if it persists, look at adsidecar's log and at PostgreSQL.",
+        )
+        .retry_after(retry_after),
         TokenError::Unavailable { code, cure, retry_after } => {
             let next_step = match cure {
                 crate::token::Cure::Time => "Try again after the time in Retry-After.",

@@ -1,4 +1,4 @@
-//! Grants on disk.
+//! Grants on disk, for one process (sled), or in a database that several share ([`Postgres`]). What follows is about sled.
 //!
 //! Two stores in one: a sled database, and beside it, in `<path>.copies/`, one small file per user. Every acknowledged
 //! write is in both, on disk. sled 0.34 has lost and refused whole databases; the copies hold what cannot be had again,
@@ -44,10 +44,12 @@ mod copies;
 mod database;
 mod engine;
 mod files;
+mod postgres;
 mod waiting;
 mod worker;
 
 use engine::Resealed;
+pub use postgres::{Address, Lease, Postgres, Stored};
 pub use waiting::Waiting;
 use worker::Worker;
 
@@ -56,16 +58,20 @@ use worker::Worker;
 pub struct Settings {
     /// `store.path`: the directory of the sled database. Beside it lie `<path>.copies/`, the second copy per user.
     pub path: PathBuf,
+    /// `store.postgres_url`, where `store.kind` is `postgres`: all is there, and nothing at the path.
+    pub postgres: Option<Address>,
 }
 
 /// The store of all grants. Cloning gives another handle to the same store.
 ///
-/// Each operation answers within 2 s or fails with [`StoreError::Timeout`]. A write that timed out may still be done
-/// later; repeating the same [`save`](Self::save) is always right.
+/// Each operation answers within 2 s or fails (what reads everything from PostgreSQL does so page by page, each of which
+/// answers in that time). A write that timed out may still be done later; repeating the same [`save`](Self::save) is always right.
 #[derive(Clone, Debug)]
 pub enum TokenStore {
     /// A directory of its own, for one process.
     Sled(Worker),
+    /// A database that several processes share.
+    Postgres(Postgres),
 }
 
 /// All users, in the order of their names. A record that yields no grant is kept as it is, and said to be so here.
@@ -190,6 +196,20 @@ pub enum StoreError {
         /// What sled said.
         reason: String,
     },
+    /// PostgreSQL did not do as asked, or did not say so in time. A write may still be done.
+    #[error("PostgreSQL: {reason}")]
+    Postgres {
+        /// What was said, and its cure.
+        reason: String,
+    },
+    /// The tables in PostgreSQL are those of another version of adsidecar. Nothing was written.
+    #[error(
+        "PostgreSQL: its tables are of version {version}, which this adsidecar does not know: use the adsidecar that made them, or a newer one"
+    )]
+    Schema {
+        /// Which.
+        version: String,
+    },
     /// The directory holds a database that is not ours, or the engine failed in itself.
     #[error("the database in {} cannot be used: {reason}; give store.path a directory of its own", .path.display())]
     Engine {
@@ -216,105 +236,160 @@ fn wrong_key(expected: Option<Fingerprint>, have: &[Fingerprint]) -> String {
 impl TokenStore {
     /// Opens the store, or makes it. Blocks until that is done: call it before serving.
     pub fn open(settings: &Settings, keyring: Arc<Keyring>) -> Result<(Self, Opened), StoreError> {
+        if let Some(address) = &settings.postgres {
+            let (store, opened) = Postgres::open(address.clone(), keyring)?;
+            return Ok((Self::Postgres(store), opened));
+        }
         let (worker, opened) = Worker::start(settings.path.clone(), keyring)?;
         Ok((Self::Sled(worker), opened))
     }
 
-    /// Stores `grant` for `user`. Returns once it is on disk, twice.
+    /// The database that other processes work on too, where it is one.
+    pub fn shared(&self) -> Option<&Postgres> {
+        match self {
+            Self::Sled(_) => None,
+            Self::Postgres(store) => Some(store),
+        }
+    }
+
+    /// Stores `grant` for `user`, and gives the generation under which it is stored. Returns once it is on disk, in sled's
+    /// case twice.
     ///
     /// With `expected`, only where that generation is the stored one, or where `grant` itself is stored already;
-    /// otherwise [`StoreError::Conflict`]. Without, over whatever is there.
-    pub async fn save(&self, user: &UserId, grant: &Grant, expected: Option<u64>) -> Result<(), StoreError> {
-        let Self::Sled(worker) = self;
-        let (user, grant) = (user.clone(), grant.clone());
-        worker.call(move |engine| engine.save(&user, &grant, expected)).await
+    /// otherwise [`StoreError::Conflict`]. Without, over whatever is there; in a shared store the generation is then raised
+    /// above all that the user ever had.
+    pub async fn save(&self, user: &UserId, grant: &Grant, expected: Option<u64>) -> Result<u64, StoreError> {
+        match self {
+            Self::Sled(worker) => {
+                let (user, grant, generation) = (user.clone(), grant.clone(), grant.generation);
+                worker.call(move |engine| engine.save(&user, &grant, expected)).await.map(|()| generation)
+            }
+            Self::Postgres(store) => store.save(user, grant, expected).await,
+        }
     }
 
     /// Deletes the grant of `user`, and returns once that is on disk; `false` where there was none. Old ciphertext stays
-    /// in sled's log until that is overwritten, and in databases that were moved aside: only throwing the key away makes it
-    /// worthless.
+    /// in sled's log until that is overwritten, in databases that were moved aside, and in PostgreSQL's log and backups: only
+    /// throwing the key away makes it worthless.
     pub async fn erase(&self, user: &UserId) -> Result<bool, StoreError> {
-        let Self::Sled(worker) = self;
-        let user = user.clone();
-        worker.call(move |engine| engine.erase(&user)).await
+        match self {
+            Self::Sled(worker) => {
+                let user = user.clone();
+                worker.call(move |engine| engine.erase(&user)).await
+            }
+            Self::Postgres(store) => store.erase(user).await,
+        }
     }
 
     /// The grant of `user`.
     pub async fn load(&self, user: &UserId) -> Result<Option<Grant>, StoreError> {
-        let Self::Sled(worker) = self;
-        let user = user.clone();
-        worker.call(move |engine| engine.load(&user)).await
+        match self {
+            Self::Sled(worker) => {
+                let user = user.clone();
+                worker.call(move |engine| engine.load(&user)).await
+            }
+            Self::Postgres(store) => store.load(user).await,
+        }
     }
 
     /// All users and their grants.
     pub async fn scan(&self) -> Result<Users, StoreError> {
-        let Self::Sled(worker) = self;
-        worker.call(|engine| engine.scan()).await
+        match self {
+            Self::Sled(worker) => worker.call(|engine| engine.scan()).await,
+            Self::Postgres(store) => store.scan().await,
+        }
     }
 
     /// The records as they are stored: what `store dump` prints and [`Record::import`](crate::record::Record::import)
     /// reads.
     pub async fn dump(&self) -> Result<BTreeMap<UserId, serde_json::Value>, StoreError> {
-        let Self::Sled(worker) = self;
-        worker.call(|engine| engine.dump()).await
+        match self {
+            Self::Sled(worker) => worker.call(|engine| engine.dump()).await,
+            Self::Postgres(store) => store.dump().await,
+        }
     }
 
     /// Puts a grant that waits on disk, before anything else is done with it. An erasure of its user deletes it.
     pub async fn keep_waiting(&self, waiting: &Waiting) -> Result<(), StoreError> {
-        let Self::Sled(worker) = self;
-        let waiting = waiting.clone();
-        worker.call(move |engine| engine.keep_waiting(&waiting)).await
+        match self {
+            Self::Sled(worker) => {
+                let waiting = waiting.clone();
+                worker.call(move |engine| engine.keep_waiting(&waiting)).await
+            }
+            Self::Postgres(store) => store.keep_waiting(waiting).await,
+        }
     }
 
     /// Deletes a grant that waits, by its id.
     pub async fn drop_waiting(&self, id: &str) -> Result<(), StoreError> {
-        let Self::Sled(worker) = self;
-        let id = id.to_owned();
-        worker.call(move |engine| engine.drop_waiting(&id)).await
+        match self {
+            Self::Sled(worker) => {
+                let id = id.to_owned();
+                worker.call(move |engine| engine.drop_waiting(&id)).await
+            }
+            Self::Postgres(store) => store.drop_waiting(id).await,
+        }
     }
 
-    /// All grants that wait, with those that the last process left.
+    /// All grants that wait, with those that the last process left; in a shared store those that nobody works on, each of
+    /// which is the caller's for a minute.
     pub async fn waiting(&self) -> Result<Vec<Waiting>, StoreError> {
-        let Self::Sled(worker) = self;
-        worker.call(|engine| engine.waiting()).await
+        match self {
+            Self::Sled(worker) => worker.call(|engine| engine.waiting()).await,
+            Self::Postgres(store) => store.claim_waiting().await,
+        }
     }
 
-    /// Puts the logins that have begun on disk, sealed: one text, which replaces the one of before.
+    /// Puts the logins that have begun on disk, sealed: one text, which replaces the one of before. A shared store has
+    /// [another way](Postgres::begin_login), and ignores this.
     pub async fn keep_logins(&self, plain: Secret) -> Result<(), StoreError> {
-        let Self::Sled(worker) = self;
-        worker.call(move |engine| engine.keep_logins(plain.expose())).await
+        match self {
+            Self::Sled(worker) => worker.call(move |engine| engine.keep_logins(plain.expose())).await,
+            Self::Postgres(_) => Ok(()),
+        }
     }
 
     /// The logins that had begun when the last process ended.
     pub async fn logins(&self) -> Result<Option<Secret>, StoreError> {
-        let Self::Sled(worker) = self;
-        worker.call(|engine| Ok(engine.logins()?.map(Secret::new))).await
+        match self {
+            Self::Sled(worker) => worker.call(|engine| Ok(engine.logins()?.map(Secret::new))).await,
+            Self::Postgres(_) => Ok(None),
+        }
     }
 
     /// A small fact that outlives users and restarts.
     pub async fn note(&self, key: &'static str) -> Result<Option<String>, StoreError> {
-        let Self::Sled(worker) = self;
-        worker.call(move |engine| engine.note(key)).await
+        match self {
+            Self::Sled(worker) => worker.call(move |engine| engine.note(key)).await,
+            Self::Postgres(store) => store.note(key).await,
+        }
     }
 
     /// Writes a small fact down. It is not encrypted: never a secret.
     pub async fn set_note(&self, key: &'static str, value: impl Into<String>) -> Result<(), StoreError> {
-        let Self::Sled(worker) = self;
         let value = value.into();
-        worker.call(move |engine| engine.set_note(key, &value)).await
+        match self {
+            Self::Sled(worker) => worker.call(move |engine| engine.set_note(key, &value)).await,
+            Self::Postgres(store) => store.set_note(key, &value).await,
+        }
     }
 
     /// Takes other keys into use: the first seals from now on. They have to include the key that sealed last, or nothing
     /// changes and it is [`StoreError::WrongKey`].
     pub async fn rekey(&self, keyring: Arc<Keyring>) -> Result<(), StoreError> {
-        let Self::Sled(worker) = self;
-        worker.call(move |engine| engine.rekey(keyring)).await
+        match self {
+            Self::Sled(worker) => worker.call(move |engine| engine.rekey(keyring)).await,
+            Self::Postgres(store) => store.rekey(keyring).await,
+        }
     }
 
     /// Seals every record, and its copy, with the first key. Where it is interrupted, the next call goes on; other
     /// operations are served in between.
     pub async fn reseal(&self) -> Result<Reseal, StoreError> {
-        let Self::Sled(worker) = self;
+        let worker = match self {
+            Self::Sled(worker) => worker,
+            Self::Postgres(store) => return store.reseal().await,
+        };
         let mut done = Reseal::default();
         for user in worker.call(|engine| engine.users()).await? {
             match worker.call(move |engine| engine.reseal(&user)).await? {
@@ -329,14 +404,18 @@ impl TokenStore {
 
     /// How the store does. Never waits.
     pub fn health(&self) -> Health {
-        let Self::Sled(worker) = self;
-        worker.health()
+        match self {
+            Self::Sled(worker) => worker.health(),
+            Self::Postgres(store) => store.health(),
+        }
     }
 
-    /// Ends what was begun, and gives the directory free. All handles are dead from then on.
+    /// Ends what was begun, and gives the directory, or the connection, free. All handles are dead from then on.
     pub async fn close(&self) -> Result<(), StoreError> {
-        let Self::Sled(worker) = self;
-        worker.close().await
+        match self {
+            Self::Sled(worker) => worker.close().await,
+            Self::Postgres(store) => store.close().await,
+        }
     }
 }
 

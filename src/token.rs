@@ -10,7 +10,7 @@ use jiff::{SignedDuration, Timestamp};
 
 use crate::secret::Secret;
 pub(crate) use held::backoff;
-pub use held::{Cure, Failure, Held, Kept, Outcome, Policy, State};
+pub use held::{Cure, Failure, Held, Kept, Outcome, Policy, STORE_UNAVAILABLE, State};
 
 /// Longest token accepted, in bytes. LWA's access tokens are at most 2,048 ("Access tokens", Login with Amazon).
 const MAX_TOKEN: usize = 4096;

@@ -180,7 +180,7 @@ fn needs_restart(old: &Fixed, new: &Config) -> Result<(), String> {
 const KEYS: &str = "store.fernet_keys";
 
 /// What cannot change while the process runs. The keys are compared by a hash, so that no second copy of them is kept.
-pub(super) struct Fixed([(&'static str, String); 6]);
+pub(super) struct Fixed([(&'static str, String); 8]);
 
 impl Fixed {
     pub(super) fn of(config: &Config) -> Self {
@@ -189,7 +189,9 @@ impl Fixed {
             ("proxy.socket_mode", format!("{:o}", config.socket_mode)),
             ("login.listen", format!("{:?}", config.login_listen)),
             ("admin.listen", format!("{:?}", config.admin_listen)),
+            ("store.kind", (if config.store.postgres.is_some() { "postgres" } else { "sled" }).to_owned()),
             ("store.path", config.store.path.display().to_string()),
+            ("store.postgres_url", config.store.postgres.as_ref().map_or("", |url| url.fingerprint()).to_owned()),
             (KEYS, config.fernet_keys.fingerprint()),
         ])
     }

@@ -202,7 +202,7 @@ fn take(
                 },
             };
             match store.save(&user, &grant, None).await {
-                Ok(()) => taken += 1,
+                Ok(_) => taken += 1,
                 Err(error) => problems += &format!("{user}: {error}\n"),
             }
         }

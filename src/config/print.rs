@@ -102,7 +102,16 @@ impl Config {
 
     fn print_keeping(&self, page: &mut Page) {
         page.section("store");
-        page.pair("path", quoted(&self.store.path.to_string_lossy()));
+        match &self.store.postgres {
+            None => {
+                page.pair("kind", quoted("sled"));
+                page.pair("path", quoted(&self.store.path.to_string_lossy()));
+            }
+            Some(_) => {
+                page.pair("kind", quoted("postgres"));
+                page.pair("postgres_url", HIDDEN);
+            }
+        }
         match &self.fernet_keys {
             FernetKeys::Given(keys) => page.secrets("fernet_keys", keys),
             FernetKeys::MakeBesideStore => page.remark("fernet_keys: none given, one is kept beside the store"),

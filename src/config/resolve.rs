@@ -76,7 +76,7 @@ pub(super) fn resolve(merged: &Merged, problems: Vec<Problem>) -> Result<Config,
         lwa,
         upstream: upstream(read),
         keeper: keeper(read),
-        store: store::Settings { path: store_path(read) },
+        store: store(read),
         fernet_keys: fernet_keys(read, environment),
         metrics: metrics::Settings { max_user_series: read.count("metrics.max_user_series", 1000, 0..=1_000_000) },
         log: log(read, environment),
@@ -194,13 +194,35 @@ fn guard(read: &mut Reader<'_>, frontend_origin: Option<String>) -> guard::Setti
     }
 }
 
-fn store_path(read: &mut Reader<'_>) -> PathBuf {
-    PathBuf::from(read.text("store.path").unwrap_or_else(|| "data/adsidecar.sled".to_owned()))
+fn store(read: &mut Reader<'_>) -> store::Settings {
+    let path = PathBuf::from(read.text("store.path").unwrap_or_else(|| "data/adsidecar.sled".to_owned()));
+    let shared = read.choice("store.kind", false, &[("sled", false), ("postgres", true)]);
+    let url = match (shared, read.is_given("store.postgres_url")) {
+        (true, true) => read.secret("store.postgres_url"),
+        (true, false) => {
+            read.wrong(
+                "store.kind",
+                "needs a database: set store.postgres_url or store.postgres_url_file, or write sled",
+            );
+            None
+        }
+        (false, true) => {
+            read.wrong("store.postgres_url", "is of no use to sled: write store.kind = \"postgres\", or remove it");
+            None
+        }
+        (false, false) => None,
+    };
+    let postgres = url.and_then(|url| {
+        let address = store::Address::parse(url.expose());
+        address.map_err(|message| read.wrong("store.postgres_url", message)).ok()
+    });
+    store::Settings { path, postgres }
 }
 
 fn fernet_keys(read: &mut Reader<'_>, environment: Environment) -> FernetKeys {
     if !read.is_given("store.fernet_keys") {
-        if environment == Environment::Production {
+        // One that is made beside a store is made once; several processes need the same.
+        if environment == Environment::Production || read.is_given("store.postgres_url") {
             read.missing("store.fernet_keys", FERNET_CURE);
         }
         return FernetKeys::MakeBesideStore;
@@ -323,12 +345,10 @@ fn doors_are_apart(read: &mut Reader<'_>, doors: &[(&str, &Vec<Listen>)]) {
 // What this version cannot do.
 
 /// Keys whose feature does not exist yet, with the one value that they may have until then.
-const NOT_BUILT: [(&str, &[&str], &str); 5] = [
-    ("store.kind", &["sled", "postgres"], "the shared PostgreSQL store is not built yet: write sled"),
+const NOT_BUILT: [(&str, &[&str], &str); 3] = [
     ("throttle.mode", &["off", "observe", "enforce", "queue"], "the throttle is not built yet: write off"),
     ("throttle.queue_timeout", &["30s"], "the throttle is not built yet: remove it"),
     ("upstream.proxy", &["none"], "an outgoing proxy is not built yet: remove it"),
-    ("store.postgres_url", &[], "the shared PostgreSQL store is not built yet: remove it"),
 ];
 
 /// Refuses what this version cannot do, rather than letting somebody rely on it.

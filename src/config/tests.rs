@@ -245,10 +245,12 @@ const BAD_FILES: &[(&str, &str, &str)] = &[
     ("[log]\nlevel = 1979-05-27", "log.level", "is a table"),
     ("[shutdown]\naccept = '2h'", "shutdown.accept", "to 1h"),
     ("[shutdown]\ndrain = '-5s'", "shutdown.drain", "such as 30s"),
+    ("[store]\nkind = 'postgres'", "store.kind", "store.postgres_url_file"),
+    ("[store]\npostgres_url = 'postgres://u:canary-9f3a@db'", "store.postgres_url", "of no use to sled"),
+    ("[store]\npostgres_url_file = 'canary-9f3a'", "store.postgres_url", "of no use to sled"),
+    ("[store]\nkind = 'postgres'\npostgres_url = 'canary-9f3a'", "store.postgres_url", "no PostgreSQL URL"),
+    ("[store]\nkind = 'postgres'\npostgres_url = 'postgres://u:canary-9f3a@db?a=b'", "store.postgres_url", "sslmode"),
     // What is not built yet.
-    ("[store]\nkind = 'postgres'", "store.kind", "not built yet"),
-    ("[store]\npostgres_url = 'postgres://u:canary-9f3a@db'", "store.postgres_url", "not built yet"),
-    ("[store]\npostgres_url_file = 'canary-9f3a'", "store.postgres_url", "not built yet"),
     ("[policy]\nread_only = 'canary-9f3a'", "policy.read_only", "`true` or `false`"),
     ("[policy]\nallow = 'canary-9f3a'", "policy.allow", "METHOD and a path"),
     ("[policy]\nallow = ['get /canary-9f3a']", "policy.allow", "in capitals"),
@@ -847,6 +849,20 @@ fn the_commented_keys_of_the_example_say_the_truth() {
     let mut keys: Vec<_> = problems.iter().map(|problem| problem.key.as_str()).collect();
     keys.sort_unstable();
     assert_eq!(keys, ["store.postgres_url"], "{problems}");
+    let given = given.set(&[("store.kind", "postgres")]);
+    assert!(given.config().store.postgres.is_some());
+}
+
+#[test]
+fn a_shared_store_is_told_without_its_url_and_needs_a_key_that_all_can_have() {
+    let url = "postgres://adsidecar:canary-9f3a@db.internal/ads?sslmode=verify-full";
+    let given = Given::required().set(&[("store.kind", "postgres"), ("store.postgres_url", url)]);
+    let printed = given.config().redacted_toml();
+    assert!(printed.contains("kind = \"postgres\"\npostgres_url = \"…\""), "{printed}");
+    assert!(!printed.contains("canary") && !printed.contains("db.internal"), "{printed}");
+    let client = [("amazon.client_id", "x"), ("amazon.client_secret", "x"), ("environment", "development")];
+    let keyless = Given::nothing().set(&client).set(&[("store.kind", "postgres"), ("store.postgres_url", url)]);
+    one_problem(&keyless, &["missing Fernet key"]);
 }
 
 #[test]

@@ -31,13 +31,18 @@ impl Keeper {
         let write = entry.write().await;
         grant.generation = write.next_generation();
         grant.used_at = Some(self.0.clock.now());
-        self.store(&entry, &grant, None).await;
+        self.store(&entry, &write, &mut grant, None).await;
         let now = self.0.clock.moment();
         entry.mark_used(now);
         self.publish(&entry, &write, Held::Fresh(Arc::new(Kept::loaded(grant, now))));
         entry.wake();
         tracing::info!(%user, "new grant");
         self.tell(&entry)
+    }
+
+    /// Whether what is known of `user` is on disk.
+    pub fn is_stored(&self, user: &UserId) -> bool {
+        self.entry(user).is_none_or(|entry| !entry.is_unsaved())
     }
 
     /// Wipes the tokens of `user`. Returns once they are gone from the disk; `false` where there were none.
@@ -53,6 +58,11 @@ impl Keeper {
         };
         let write = entry.write().await;
         let erased = self.timed("erase", self.0.store.erase(user)).await?;
+        if erased && self.0.store.shared().is_some() {
+            // There a logout has a generation of its own.
+            write.note_stored(write.stored() + 1);
+        }
+        entry.set_unsaved(false);
         let held = entry.held().grant().is_some();
         self.publish(&entry, &write, Held::Nothing);
         entry.wake();

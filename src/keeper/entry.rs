@@ -10,7 +10,7 @@ use jiff::SignedDuration;
 use super::sync::{AtomicBool, AtomicI64, Mutex, PoisonError, SeqCst, WriteGuard, WriteLock, watch};
 use crate::account::UserId;
 use crate::moment::Moment;
-use crate::token::{Cure, Grant, Held, Kept, Policy};
+use crate::token::{Cure, Grant, Held, Kept, Policy, STORE_UNAVAILABLE};
 
 /// What is known about one user, and who works on it.
 #[derive(Debug)]
@@ -31,6 +31,10 @@ pub(super) struct Entry {
     consent_told: AtomicBool,
     /// The highest generation that was ever used, which outlives a logout.
     generation: Mutex<u64>,
+    /// The highest generation that is known to have been stored, a logout's among them.
+    stored: Mutex<u64>,
+    /// Whether the grant is in memory alone, and is still being stored.
+    unsaved: AtomicBool,
     write: WriteLock<()>,
 }
 
@@ -67,6 +71,8 @@ impl Entry {
             not_before: if spread.is_zero() { SignedDuration::MIN } else { now.uptime.saturating_add(wait) },
             consent_told: AtomicBool::new(false),
             generation: Mutex::new(grant.as_ref().map_or(0, |grant| grant.generation)),
+            stored: Mutex::new(grant.as_ref().map_or(0, |grant| grant.generation)),
+            unsaved: AtomicBool::new(false),
             write: WriteLock::new(()),
             held: ArcSwap::from_pointee(match grant {
                 Some(grant) => Held::Fresh(Arc::new(Kept::loaded(grant, now))),
@@ -91,6 +97,13 @@ impl Entry {
     pub(super) fn mark_used(&self, now: Moment) {
         if self.used.load(SeqCst) != now.uptime.as_secs() {
             self.used.store(now.uptime.as_secs(), SeqCst);
+        }
+    }
+
+    /// Another process knows of a later use than this one.
+    pub(super) fn mark_used_at(&self, uptime: SignedDuration) {
+        if uptime > self.used() {
+            self.used.store(uptime.as_secs(), SeqCst);
         }
     }
 
@@ -138,10 +151,20 @@ impl Entry {
         self.is_flying()
     }
 
-    /// Ends the wait behind a failure that only the operator cures: perhaps that has happened.
+    pub(super) fn is_unsaved(&self) -> bool {
+        self.unsaved.load(SeqCst)
+    }
+
+    pub(super) fn set_unsaved(&self, unsaved: bool) {
+        self.unsaved.store(unsaved, SeqCst);
+    }
+
+    /// Ends the wait behind a failure that the operator or the store cures: perhaps that has happened.
     pub(super) fn try_again(&self, now: Moment) {
         self.held.rcu(|held| match &**held {
-            Held::Failing { grant, failure, .. } if failure.cure == Cure::Operator => {
+            Held::Failing { grant, failure, .. }
+                if failure.cure == Cure::Operator || failure.code == STORE_UNAVAILABLE =>
+            {
                 let (grant, failure) = (grant.clone(), failure.clone());
                 Arc::new(Held::Failing { grant, failure, attempts: 0, retry_at: now.uptime })
             }
@@ -169,6 +192,19 @@ impl Writing<'_> {
         let mut generation = self.entry.generation.lock().unwrap_or_else(PoisonError::into_inner);
         *generation = generation.max(self.entry.held().grant().map_or(0, |grant| grant.generation)) + 1;
         *generation
+    }
+
+    /// The highest generation that is known to have been stored.
+    pub(super) fn stored(&self) -> u64 {
+        *self.entry.stored.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// This generation is stored, by whomever.
+    pub(super) fn note_stored(&self, generation: u64) {
+        for known in [&self.entry.stored, &self.entry.generation] {
+            let mut known = known.lock().unwrap_or_else(PoisonError::into_inner);
+            *known = generation.max(*known);
+        }
     }
 
     /// Makes `held` what everybody sees. Whoever does [wakes](Entry::wake) those who wait, too: at once, or at the end of the

@@ -8,7 +8,7 @@ use std::time::Duration;
 use futures_util::FutureExt;
 use http::HeaderValue;
 
-use super::entry::Entry;
+use super::entry::{Entry, Writing};
 use super::{Held, Keeper};
 use crate::account::UserId;
 use crate::lwa::LwaError;
@@ -33,9 +33,9 @@ pub(super) enum Why {
 }
 
 /// Ends the flight however it ends and wakes those who wait for it.
-struct Flight {
-    keeper: Keeper,
-    entry: Arc<Entry>,
+pub(super) struct Flight {
+    pub(super) keeper: Keeper,
+    pub(super) entry: Arc<Entry>,
 }
 
 impl Drop for Flight {
@@ -64,14 +64,35 @@ impl Keeper {
     }
 
     /// Stores `grant` before anybody sees it. Where the disk does not take it, storing it is tried until it succeeds; the
-    /// grant is used meanwhile, since losing it helps nobody.
-    pub(super) async fn store(&self, entry: &Arc<Entry>, grant: &Grant, expected: Option<u64>) {
+    /// grant is used meanwhile, since losing it helps nobody. `false`: it is not to be used, since another process stored
+    /// another one.
+    pub(super) async fn store(
+        &self,
+        entry: &Arc<Entry>,
+        write: &Writing<'_>,
+        grant: &mut Grant,
+        expected: Option<u64>,
+    ) -> bool {
         let user = &entry.user;
-        if let Err(error) = self.timed("put", self.0.store.save(user, grant, expected)).await {
-            tracing::error!(%user, %error, "token_not_persisted: the grant is in memory only, storing it is tried again");
-            self.0.unsaved.fetch_add(1, Relaxed);
-            self.0.flights.spawn(keep_storing(self.clone(), entry.clone(), grant.clone()));
+        let shared = self.0.store.shared().is_some();
+        match self.timed("put", self.0.store.save(user, grant, expected)).await {
+            Ok(generation) => {
+                grant.generation = generation;
+                write.note_stored(generation);
+                entry.set_unsaved(false);
+                return true;
+            }
+            Err(StoreError::Conflict) if shared && expected.is_some() => return false,
+            Err(error) => {
+                tracing::error!(%user, %error, "token_not_persisted: the grant is in memory only, storing it is tried again");
+            }
         }
+        entry.set_unsaved(true);
+        self.0.unsaved.fetch_add(1, Relaxed);
+        // Where nobody else writes this user's record, what is stored is what was stored before, or this grant.
+        let expected = expected.filter(|_| shared);
+        self.0.flights.spawn(keep_storing(self.clone(), entry.clone(), grant.clone(), expected));
+        true
     }
 }
 
@@ -82,27 +103,35 @@ impl Flight {
             // A bug of ours. Those who wait must not fly again at once, into the same panic.
             let failure = Failure { code: "internal", cure: Cure::Time };
             self.keeper.0.metrics.token_refresh.with_label_values(&["failure", failure.code]).inc();
-            let write = self.entry.write().await;
-            let (held, now) = (self.entry.held().clone(), self.keeper.0.clock.moment());
-            let next = held.next(Outcome::Failed { failure, retry_after: None }, now, dice());
-            self.log(&held, &next);
-            self.keeper.publish(&self.entry, &write, next);
+            self.fail(failure).await;
         }
     }
 
+    async fn fail(&self, failure: Failure) {
+        let write = self.entry.write().await;
+        let (held, now) = (self.entry.held().clone(), self.keeper.0.clock.moment());
+        let next = held.next(Outcome::Failed { failure, retry_after: None }, now, dice());
+        self.log(&held, &next);
+        self.keeper.publish(&self.entry, &write, next);
+    }
+
     async fn renew(&self, why: Why) {
-        let Some(grant) = self.wanted(&why) else { return };
+        let grant = match self.turn(&why).await {
+            Ok(Some(grant)) => grant,
+            Ok(None) => return,
+            Err(failure) => return self.fail(failure).await,
+        };
         fail_point!("renewal_begun");
         let answer = self.ask_twice(&grant).await;
         fail_point!("renewal_answered", |_| std::process::abort());
+        if answer.is_err() {
+            self.give_way().await;
+        }
 
         let user = &self.entry.user;
         let write = self.entry.write().await;
         let Some(held) = write.of(grant.generation) else {
-            self.keeper.0.intents.end(user);
-            self.keeper.0.metrics.refresh_dropped.inc();
-            tracing::info!(%user, "renewal dropped: the grant was replaced or logged out meanwhile");
-            return;
+            return self.dropped();
         };
         let outcome = match answer {
             Ok((tokens, asked)) => {
@@ -114,7 +143,10 @@ impl Flight {
                     self.keeper.0.metrics.token_rotations.inc();
                     tracing::info!(%user, "Login with Amazon gave out another refresh token");
                 }
-                self.keeper.store(&self.entry, &renewed, Some(grant.generation)).await;
+                if !self.keeper.store(&self.entry, &write, &mut renewed, Some(grant.generation)).await {
+                    self.dropped();
+                    return self.keeper.overtaken(&self.entry, &write).await;
+                }
                 fail_point!("renewal_stored", |_| std::process::abort());
                 self.end_intent("recovered");
                 Outcome::Renewed(Arc::new(Kept::issued(renewed, asked)))
@@ -130,6 +162,13 @@ impl Flight {
         if refused {
             self.after_refusal().await;
         }
+    }
+
+    fn dropped(&self) {
+        let user = &self.entry.user;
+        self.keeper.0.intents.end(user);
+        self.keeper.0.metrics.refresh_dropped.inc();
+        tracing::info!(%user, "renewal dropped: the grant was replaced or logged out meanwhile");
     }
 
     /// Asks LWA with the grant's refresh token. Where that is refused and has never renewed anything, the one before is asked
@@ -151,7 +190,7 @@ impl Flight {
             return Err(Outcome::Failed { failure: Failure { code, cure: Cure::Operator }, retry_after: Some(wait) });
         }
         let user = &self.entry.user;
-        self.keeper.intend(user, grant.generation).await;
+        self.may_ask(grant.generation).await.map_err(|failure| Outcome::Failed { failure, retry_after: None })?;
         let asked = inner.clock.moment();
         let begun = std::time::Instant::now();
         let answer = inner.lwa.load_full().refresh(refresh_token).await;
@@ -206,7 +245,7 @@ impl Flight {
     }
 
     /// The grant to renew, if renewal is still wanted: a wake-up is a hint, and what it hinted at may be done.
-    fn wanted(&self, why: &Why) -> Option<Arc<Kept>> {
+    pub(super) fn wanted(&self, why: &Why) -> Option<Arc<Kept>> {
         let held = self.entry.held();
         let (now, policy) = (self.keeper.0.clock.moment(), self.keeper.policy());
         let wanted = match why {
@@ -255,17 +294,16 @@ impl Flight {
 }
 
 /// Until the store has taken `grant`, or it is not the user's grant any more.
-async fn keep_storing(keeper: Keeper, entry: Arc<Entry>, grant: Grant) {
+async fn keep_storing(keeper: Keeper, entry: Arc<Entry>, mut grant: Grant, expected: Option<u64>) {
     loop {
         tokio::time::sleep(STORE_RETRY).await;
         let write = entry.write().await;
         if write.of(grant.generation).is_none() {
             break;
         }
-        // Nobody else writes this user's record, so what is stored is what was stored before, or this grant.
-        match keeper.timed("put", keeper.0.store.save(&entry.user, &grant, None)).await {
+        match keeper.store_again(&entry, &write, &mut grant, expected).await {
             Ok(()) => {
-                tracing::info!(user = %entry.user, "the renewed grant is on disk now");
+                tracing::info!(user = %entry.user, "what is in memory is on disk now");
                 break;
             }
             Err(StoreError::Closed) => break,

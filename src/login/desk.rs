@@ -1,5 +1,5 @@
 //! What is under way: logins that have begun, and grants that wait. In memory for use, and in the store for the process
-//! that starts next.
+//! that starts next. Where several processes share the store, any of them may go on with it: then it is in the store alone.
 //!
 //! A grant that waits is on disk before anything else is done with it, for its code is spent. Logins that have begun are
 //! written together and at most once a second, so that a flood of them does not occupy the disk: a kill costs who began in
@@ -14,10 +14,11 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use tokio::sync::Notify;
 
+use super::NotBegun;
 use crate::account::UserId;
 use crate::clock::Clock;
 use crate::secret::Secret;
-use crate::store::{TokenStore, Waiting};
+use crate::store::{StoreError, TokenStore, Waiting};
 
 /// How long a state and a pending grant live.
 pub const TEN_MINUTES: Duration = Duration::from_secs(600);
@@ -79,20 +80,33 @@ impl Desk {
     }
 
     /// Takes a login in; where there are too many, says after what time there is room.
-    pub(super) fn begin(&self, state: &str, begun: Begun, clock: &Clock) -> Result<(), Duration> {
-        lock(&self.pace).take(clock.uptime())?;
-        lock(&self.begun).insert(hash(state), begun, clock.now());
+    pub(super) async fn begin(&self, state: &str, begun: Begun, clock: &Clock) -> Result<(), NotBegun> {
+        lock(&self.pace).take(clock.uptime()).map_err(NotBegun::TooMany)?;
+        let (state, now) = (hash(state), clock.now());
+        if let Some(shared) = self.store.shared() {
+            let text = serde_json::to_string(&(&state, now, begun)).expect("names, times and texts are JSON");
+            return shared.begin_login(&state, &Secret::new(text)).await.map_err(NotBegun::Store);
+        }
+        lock(&self.begun).insert(state, begun, now);
         self.changed.notify_one();
         Ok(())
     }
 
     /// Takes a login out, so that its state is good for this once. Returns when that is on disk.
-    pub(super) async fn take_begun(&self, state: &str, now: Timestamp) -> Option<Begun> {
-        let begun = lock(&self.begun).take(&hash(state), now);
+    pub(super) async fn take_begun(&self, state: &str, now: Timestamp) -> Result<Option<Begun>, StoreError> {
+        let state = hash(state);
+        if let Some(shared) = self.store.shared() {
+            let text = shared.take_login(&state).await?;
+            let login = text.and_then(|text| serde_json::from_str::<(String, Timestamp, Begun)>(text.expose()).ok());
+            // Its own name is sealed with it, so that nobody puts one login in the place of another.
+            let good = login.filter(|(name, since, _)| *name == state && lives(*since, now));
+            return Ok(good.map(|(.., begun)| begun));
+        }
+        let begun = lock(&self.begun).take(&state, now);
         if begun.is_some() {
             self.write_begun().await;
         }
-        begun
+        Ok(begun)
     }
 
     /// Writes the logins that have begun, whenever that has changed, for as long as it runs; and takes down what is over.
@@ -102,6 +116,10 @@ impl Desk {
             let changed = tokio::time::timeout(SWEEP, self.changed.notified()).await.is_ok();
             if self.sweep(clock.now()).await || changed {
                 self.write_begun().await;
+            }
+            if let Some(shared) = self.store.shared() {
+                // What is left over is looked for again.
+                let _ = shared.sweep_logins().await;
             }
             tokio::time::sleep(PAUSE).await;
         }
@@ -120,6 +138,10 @@ impl Desk {
     pub(super) async fn put_down(&self, waiting: &Waiting) {
         if let Err(error) = self.store.keep_waiting(waiting).await {
             tracing::error!(user = %waiting.user, %error, "a new grant is in memory only until it is in use");
+            if self.store.shared().is_some() && waiting.confirm {
+                // Until then it can be confirmed here alone.
+                lock(&self.waiting).insert(waiting.id.clone(), waiting.clone(), waiting.since);
+            }
         }
     }
 
@@ -132,6 +154,9 @@ impl Desk {
 
     /// Has a grant wait for the app's confirmation.
     pub(super) async fn wait(&self, waiting: Waiting, now: Timestamp) {
+        if self.store.shared().is_some() {
+            return;
+        }
         let pushed_out = lock(&self.waiting).insert(waiting.id.clone(), waiting, now);
         self.sweep(now).await;
         if let Some(oldest) = pushed_out {
@@ -139,8 +164,18 @@ impl Desk {
         }
     }
 
-    pub(super) fn take_waiting(&self, id: &str, now: Timestamp) -> Option<Waiting> {
-        lock(&self.waiting).take(&hash(id), now)
+    pub(super) async fn take_waiting(&self, id: &str, now: Timestamp) -> Result<Option<Waiting>, StoreError> {
+        let id = hash(id);
+        let here = lock(&self.waiting).take(&id, now);
+        match self.store.shared() {
+            Some(shared) if here.is_none() => shared.confirm_waiting(&id, |waiting| lives(waiting.since, now)).await,
+            _ => Ok(here),
+        }
+    }
+
+    /// Whether other processes may leave something behind, which is to be looked for again and again.
+    pub(super) fn is_shared(&self) -> bool {
+        self.store.shared().is_some()
     }
 
     /// Forgets the grants that wait for `user`; the store has forgotten them.

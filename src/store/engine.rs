@@ -240,7 +240,7 @@ impl Engine {
 }
 
 /// The grant in a record, and what seals it.
-fn open(user: &UserId, record: &Stored, keyring: &Keyring) -> (Result<Grant, RecordError>, Sealed) {
+pub(super) fn open(user: &UserId, record: &Stored, keyring: &Keyring) -> (Result<Grant, RecordError>, Sealed) {
     let record = record.as_ref().map_err(|error| *error);
     let grant = record.and_then(|record| record.open(user, keyring));
     let sealed = match grant.as_ref().and(record.as_ref()).map(|record| record.key_index(keyring)) {
@@ -252,7 +252,7 @@ fn open(user: &UserId, record: &Stored, keyring: &Keyring) -> (Result<Grant, Rec
 }
 
 /// Whether `grant` is what is stored already: then a write that timed out was done after all, and is being repeated.
-fn holds(stored: &Stored, user: &UserId, grant: &Grant, keyring: &Keyring) -> bool {
+pub(super) fn holds(stored: &Stored, user: &UserId, grant: &Grant, keyring: &Keyring) -> bool {
     let access = |grant: &Grant| grant.access.as_ref().map(|access| access.token.clone());
     stored.clone().and_then(|record| record.open(user, keyring)).is_ok_and(|stored| {
         stored.generation == grant.generation

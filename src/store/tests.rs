@@ -40,7 +40,7 @@ impl Place {
     }
 
     fn open_with(&self, keyring: &Arc<Keyring>) -> Result<(TokenStore, Opened), StoreError> {
-        TokenStore::open(&Settings { path: self.path() }, Arc::clone(keyring))
+        TokenStore::open(&Settings { path: self.path(), postgres: None }, Arc::clone(keyring))
     }
 
     fn open(&self) -> (TokenStore, Opened) {
@@ -355,7 +355,7 @@ async fn single_records_that_do_not_open_are_reported_and_kept() {
 async fn row_41_an_operation_past_its_deadline_is_told_so_and_finished_later() {
     let place = Place::new();
     let (store, _) = place.open();
-    let TokenStore::Sled(worker) = &store;
+    let TokenStore::Sled(worker) = &store else { panic!("it is sled") };
     let hasty = worker.with_deadline(std::time::Duration::from_millis(20));
     let (go, wait) = mpsc::channel::<()>();
     let anna = user("anna");
@@ -378,7 +378,7 @@ async fn row_41_an_operation_past_its_deadline_is_told_so_and_finished_later() {
 async fn a_full_queue_is_told_as_a_timeout() {
     let place = Place::new();
     let (store, _) = place.open();
-    let TokenStore::Sled(worker) = &store;
+    let TokenStore::Sled(worker) = &store else { panic!("it is sled") };
     let hasty = worker.with_deadline(std::time::Duration::ZERO);
     let (go, wait) = mpsc::channel::<()>();
     let blocked = hasty.call(move |_| {
@@ -412,7 +412,7 @@ async fn a_closed_store_says_so_and_gives_its_directory_free() {
 async fn a_panic_in_the_store_is_an_error_and_the_next_operation_works() {
     let place = Place::filled(&["anna"]).await;
     let (store, _) = place.open();
-    let TokenStore::Sled(worker) = &store;
+    let TokenStore::Sled(worker) = &store else { panic!("it is sled") };
     let result = worker.call::<()>(|_| panic!("as sled might")).await;
     assert!(matches!(result, Err(StoreError::Engine { .. })));
     assert!(!store.health().up);
@@ -570,7 +570,7 @@ async fn an_older_state_of_the_database_does_not_bring_a_logged_out_user_back() 
 async fn row_34_on_a_full_volume_the_copies_tell_the_users_and_why_nothing_more_is_possible() {
     let place = Place::filled(&["anna", "bob"]).await;
     let (store, _) = place.open();
-    let TokenStore::Sled(worker) = &store;
+    let TokenStore::Sled(worker) = &store else { panic!("it is sled") };
     let full = files::io_error(&place.path(), io::ErrorKind::StorageFull.into());
     assert!(files::is_full(&full));
     let opened = worker.call(move |engine| engine.copies_alone(&full)).await.unwrap();
@@ -720,7 +720,7 @@ async fn row_39_whatever_is_damaged_all_users_come_back_and_nothing_is_deleted()
 async fn row_40_damage_that_shows_while_running_is_repaired_at_the_next_operation() {
     let place = Place::filled(&["anna"]).await;
     let (store, _) = place.open();
-    let TokenStore::Sled(worker) = &store;
+    let TokenStore::Sled(worker) = &store else { panic!("it is sled") };
     let path = place.path();
     let damaged = move |_: &mut engine::Engine| {
         fs::write(path.join("db"), vec![0xAA; 4096]).unwrap();

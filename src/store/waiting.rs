@@ -43,14 +43,14 @@ struct Sealed {
 }
 
 impl Waiting {
-    fn seal(&self, keyring: &Keyring) -> String {
+    pub(super) fn seal(&self, keyring: &Keyring) -> String {
         let Self { id, user, since, replace, confirm, grant } = self.clone();
         let record = Record::seal(&grant, &user, keyring);
         let plain = serde_json::to_vec(&Sealed { id, user, since, replace, confirm, record });
         keyring.seal(&plain.expect("names, times and texts are JSON"))
     }
 
-    fn open(text: &str, keyring: &Keyring) -> Option<Self> {
+    pub(super) fn open(text: &str, keyring: &Keyring) -> Option<Self> {
         let Sealed { id, user, since, replace, confirm, record } =
             serde_json::from_slice(&keyring.open(text)?.plain).ok()?;
         let grant = record.open(&user, keyring).ok()?;

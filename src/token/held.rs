@@ -76,6 +76,11 @@ impl Kept {
         Some(by_amazon.map_or(left, |by_amazon| by_amazon.min(left)))
     }
 
+    /// How old the tokens are, where another process had them made.
+    pub fn age_elsewhere(&self, now: Moment) -> Option<SignedDuration> {
+        (!self.ours).then(|| now.uptime.saturating_sub(self.since))
+    }
+
     /// The access token, while it lives: what may be sent.
     pub fn living(&self, now: Moment) -> Option<&AccessToken> {
         self.left(now).filter(|left| left.is_positive())?;
@@ -147,6 +152,9 @@ pub struct Failure {
     /// Whose turn it is.
     pub cure: Cure,
 }
+
+/// The code of a failure that a store causes which several processes share: without it nobody knows who else renews.
+pub const STORE_UNAVAILABLE: &str = "store_unavailable";
 
 /// What ends a failure.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from cryptography.fernet import Fernet
 
-OVERLAYS = ["cronjob", "deployment-emptydir", "deployment-volume", "job", "login-ingress", "statefulset"]
+OVERLAYS = ["cronjob", "deployment-emptydir", "deployment-volume", "job", "login-ingress", "postgres", "statefulset"]
 # What each overlay is made of. Everything is listed, so that nothing is rendered unseen.
 WORKLOADS = {"Deployment", "StatefulSet", "Job", "CronJob"}
 BASE = {"ConfigMap adsidecar", "NetworkPolicy app"}
@@ -26,6 +26,7 @@ EXPECTED = {
     "deployment-volume": VOLUME,
     "job": BASE | {"Job app"},
     "login-ingress": VOLUME | {"Service ads-login", "Ingress ads-login", "NetworkPolicy ads-login"},
+    "postgres": BASE | MONITORING | {"Deployment app", "PodDisruptionBudget app"},
     "statefulset": BASE | MONITORING | {"StatefulSet app", "Service app"},
 }
 
@@ -128,6 +129,11 @@ def sidecar_of(overlay: dict[str, dict]) -> dict:
     [sidecar] = pod_of(overlay)["initContainers"]
     assert sidecar["name"] == "adsidecar"
     return sidecar
+
+
+def is_shared(overlay: dict[str, dict]) -> bool:
+    """Whether the grants lie in a database."""
+    return any(e["name"] == "ADSIDECAR_STORE__POSTGRES_URL_FILE" for e in sidecar_of(overlay)["env"])
 
 
 def settings_of(overlay: dict[str, dict]) -> dict:
@@ -268,6 +274,10 @@ def test_there_is_time_to_drain(overlay):
 
 
 def test_the_store_lies_on_the_volume(overlay):
+    if is_shared(overlay):
+        assert not any("persistentVolumeClaim" in v or "emptyDir" in v for v in pod_of(overlay)["volumes"])
+        assert all(mount["readOnly"] for mount in sidecar_of(overlay)["volumeMounts"])
+        return
     [mount] = [m for m in sidecar_of(overlay)["volumeMounts"] if m["name"] == "adsidecar-store"]
     assert Path(settings_of(overlay)["store"]["path"]).parent == Path(mount["mountPath"])
     volumes = pod_of(overlay).get("volumes", []) + [
@@ -295,10 +305,12 @@ def test_the_configuration_is_accepted_with_secrets_in_files(overlay, adsidecar,
     client_secret = "a-client-secret-that-must-not-be-shown"
     values = {"amazon-client-secret": client_secret, "fernet-key": Fernet.generate_key().decode()}
     values["amazon-refresh-token"] = "Atzr|a-refresh-token-that-must-not-be-shown"
+    values["postgres-url"] = "postgres://adsidecar:must-not-be-shown@db.example/adsidecar?sslmode=verify-full"
     run = subprocess.run([adsidecar, "check"], env=configured(overlay, values), capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
     assert "amzn1.application-oa2-client.replace-me" in run.stdout, "check prints the resolved configuration"
     assert "must-not-be-shown" not in run.stdout + run.stderr
+    assert tomllib.loads(run.stdout)["store"]["kind"] == ("postgres" if is_shared(overlay) else "sled")
 
 
 def test_the_example_secret_is_not_applied_and_starts_nothing(overlay, adsidecar, configured, secret):
@@ -315,7 +327,9 @@ def test_a_policy_closes_the_pod_and_opens_only_what_another_names(overlay):
     assert all(policy["podSelector"]["matchLabels"] == {"app.kubernetes.io/name": "app"} for policy in policies)
     [base] = [policy for policy in policies if "Egress" in policy["policyTypes"]]
     assert "ingress" not in base or base["ingress"] == []
-    assert {port["port"] for rule in base["egress"] for port in rule["ports"]} == {53, 443}
+    database = {5432} if is_shared(overlay) else set()
+    assert {port["port"] for rule in base["egress"] for port in rule["ports"]} == {53, 443} | database
+    assert all(rule["to"] for rule in base["egress"])
     opened = [port["port"] for policy in policies for rule in policy.get("ingress", []) for port in rule["ports"]]
     listening = {p["containerPort"]: p["name"] for p in sidecar_of(overlay)["ports"]}
     assert 8001 not in opened and set(opened) <= set(listening)
@@ -340,6 +354,19 @@ def test_a_store_on_a_volume_has_one_holder_at_a_time(overlays):
         [volume] = [v for v in pod_of(overlays[name])["volumes"] if "persistentVolumeClaim" in v]
         assert f"PersistentVolumeClaim {volume['persistentVolumeClaim']['claimName']}" in overlays[name]
     assert overlays["statefulset"]["StatefulSet app"]["spec"]["serviceName"] == "app"
+
+
+def test_pods_that_share_their_grants_are_several_and_replaced_one_by_one(overlays):
+    overlay = overlays["postgres"]
+    assert [name for name in OVERLAYS if is_shared(overlays[name])] == ["postgres"]
+    deployment = overlay["Deployment app"]["spec"]
+    assert deployment["replicas"] >= 2
+    assert deployment["strategy"] == {"type": "RollingUpdate", "rollingUpdate": {"maxUnavailable": 0, "maxSurge": 1}}
+    budget = overlay["PodDisruptionBudget app"]["spec"]
+    assert budget["selector"] == deployment["selector"] and budget["maxUnavailable"] == 1
+    environment = {e["name"]: e["value"] for e in sidecar_of(overlay)["env"]}
+    assert environment["ADSIDECAR_STORE__KIND"] == "postgres"
+    assert "AMAZON_REFRESH_TOKEN_FILE" not in environment
 
 
 def test_a_store_that_goes_with_its_pod_gets_its_grant_from_the_secret(overlays):

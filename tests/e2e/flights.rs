@@ -130,7 +130,7 @@ async fn row_27_background_and_caller_renew_once() {
 /// Puts users into the store whose grants have no access token yet.
 async fn stored_users(rig: &Rig, count: usize) {
     let keyring = Keyring::new(&[Secret::new(FERNET_KEY)]).unwrap();
-    let (store, _) = TokenStore::open(&Settings { path: rig.store_path() }, keyring.into()).unwrap();
+    let (store, _) = TokenStore::open(&Settings { path: rig.store_path(), postgres: None }, keyring.into()).unwrap();
     for number in 0..count {
         let grant = Grant {
             refresh_token: RefreshToken::new(rig.sandbox.grant().refresh_token).unwrap(),

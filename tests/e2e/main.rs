@@ -2,6 +2,7 @@
 
 #![allow(unreachable_pub, dead_code, reason = "the rig has more ways to knock than each file uses")]
 
+mod cluster;
 mod rig;
 mod wire;
 
@@ -28,6 +29,8 @@ mod reload;
 mod review;
 mod rows;
 mod selection;
+mod shared;
+mod stores;
 mod threats;
 mod token_endpoint;
 mod tokens;

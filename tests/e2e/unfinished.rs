@@ -158,7 +158,7 @@ async fn row_90_a_login_that_was_killed_is_finished_however_late_the_next_start_
     let mut rig = Rig::start().await;
     rig.stop_sidecar().await;
     let keyring = Keyring::new(&[Secret::new(FERNET_KEY)]).unwrap();
-    let (store, _) = TokenStore::open(&Settings { path: rig.store_path() }, keyring.into()).unwrap();
+    let (store, _) = TokenStore::open(&Settings { path: rig.store_path(), postgres: None }, keyring.into()).unwrap();
     for (user, confirm) in [("anna", false), ("bob", true)] {
         let grant = Grant {
             refresh_token: RefreshToken::new(rig.sandbox.grant().refresh_token).unwrap(),

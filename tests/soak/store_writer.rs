@@ -50,7 +50,7 @@ async fn run() {
 /// Opens the store, and says what is in it: each user with the refresh token, `null` where the record does not open.
 fn open(path: &str) -> TokenStore {
     let keyring = Arc::new(Keyring::new(&[Secret::new(KEY)]).expect("a key"));
-    match TokenStore::open(&Settings { path: path.into() }, keyring) {
+    match TokenStore::open(&Settings { path: path.into(), postgres: None }, keyring) {
         Ok((store, opened)) => {
             let token = |grant: &Grant| grant.refresh_token.secret().expose().to_owned();
             let users: serde_json::Map<_, _> = opened
@@ -116,7 +116,11 @@ async fn write(store: &TokenStore, seed: u64, first: u64, count: u64, early: boo
 }
 
 async fn operation(store: &TokenStore, user: &UserId, number: u64, erases: bool) -> Result<(), StoreError> {
-    if erases { store.erase(user).await.map(drop) } else { store.save(user, &grant(user, number), None).await }
+    if erases {
+        store.erase(user).await.map(drop)
+    } else {
+        store.save(user, &grant(user, number), None).await.map(drop)
+    }
 }
 
 fn grant(user: &UserId, number: u64) -> Grant {
