@@ -170,9 +170,9 @@ impl Upstream {
                 Ok(response.map(|incoming| Answer::http1(incoming, call, host.clone(), sender, progress)))
             }
             Connection::Http2(Shared { mut sender, calls }) => {
-                let (share, _) = Counted::among(&calls);
+                let (share, others) = Counted::among(&calls);
                 if host.sharing.ends_row(few, self.idle_timeout) {
-                    host.add_http1();
+                    host.add_http1(others + 1);
                 }
                 let sent = sender.try_send_request(host.with_authority(request));
                 let response = awaited(sent, &progress, wait).await.map_err(|error| error.on(true))?;

@@ -150,17 +150,20 @@ impl Host {
         Ok(connection)
     }
 
-    /// Puts one more HTTP/1.1 connection into the pool, beside the shared one.
-    pub(super) fn add_http1(self: &Arc<Self>) {
-        if self.connector.may_speak_http1() {
-            let host = self.clone();
-            tokio::spawn(async move {
-                // Without it all goes on as before.
-                if let Ok(Connection::Http1 { sender, .. }) = host.connector.connect(Offer::Http1).await {
-                    host.put_back(sender);
-                }
-            });
+    /// Puts `count` HTTP/1.1 connections into the pool, one after the other, beside the shared one.
+    pub(super) fn add_http1(self: &Arc<Self>, count: usize) {
+        if !self.connector.may_speak_http1() || self.sharing.adding.swap(true, Relaxed) {
+            return;
         }
+        let host = self.clone();
+        tokio::spawn(async move {
+            for _ in 0..count {
+                // Without it all goes on as before.
+                let Ok(Connection::Http1 { sender, .. }) = host.connector.connect(Offer::Http1).await else { break };
+                host.put_back(sender);
+            }
+            host.sharing.adding.store(false, Relaxed);
+        });
     }
 
     fn pop(&self) -> Option<Idle> {

@@ -5,7 +5,7 @@
 //! 5 to 10 % less for sixteen and more. Only callers who go on calling are worth more connections; the shared one stays for
 //! everybody who comes rarely, and for the moment when many come.
 
-use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -13,14 +13,16 @@ use super::lock;
 
 /// So many calls at once are few.
 const FEW: usize = 8;
-/// So many calls on the shared connection, one after the other, each among few, are worth one more HTTP/1.1 connection: a
-/// handshake costs as much CPU as some dozens of calls.
-const ROW: u32 = 32;
+/// So many calls on the shared connection, one after the other, each among few, are worth HTTP/1.1 connections for all who
+/// call: a handshake costs as much CPU as some dozens of calls.
+const ROW: u32 = 64;
 
 #[derive(Debug, Default)]
 pub(super) struct Sharing {
     at_once: Arc<AtomicUsize>,
     row: Mutex<Row>,
+    /// Whether HTTP/1.1 connections are being made.
+    pub(super) adding: AtomicBool,
 }
 
 /// Calls that shared a connection with few others.
