@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use super::lock;
 
 /// So many calls at once are few.
-const FEW: usize = 8;
+const FEW: usize = 12;
 /// So many calls on the shared connection, one after the other, each among few, are worth HTTP/1.1 connections for all who
 /// call: a handshake costs as much CPU as some dozens of calls.
 const ROW: u32 = 64;
