@@ -23,6 +23,8 @@
 //! Grants that are exchanged and not in use yet lie beside the copies, in a file each; logins that have begun lie there
 //! together, in one. Both are sealed as a whole, and neither is in the database: they are over within ten minutes.
 //!
+//! Long because every operation and every error that both kinds of store share has its meaning written down here, once.
+//!
 //! # The key
 //!
 //! `<path>.copies/key` holds the fingerprint of the key that sealed last, twice. It is compared before sled is opened, because

@@ -111,7 +111,8 @@ where
     Box::pin(end(socket, last_words, uploads.into_inner() && !leaving)).await;
 }
 
-/// Has hyper serve the connection until that ends, or may rest.
+/// Has hyper serve the connection until that ends, or may rest. Long because it is one loop over what a connection can be told,
+/// all of whose ends take the socket back out of hyper.
 async fn talk<S, V, B>(
     socket: Watched<S>,
     service: V,

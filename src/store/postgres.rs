@@ -8,6 +8,8 @@
 //! - Who is about to ask for a token takes the row's *lease* first, for 15 s by the database's clock. Whoever dies with it
 //!   delays the others by that.
 //!
+//! Long because each operation stands beside its statement: what is atomic is seen in one place.
+//!
 //! Whoever can write to the database can delete, and can put back older records, but cannot make one: see
 //! [`Record`](crate::record::Record).
 
