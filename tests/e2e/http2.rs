@@ -195,7 +195,7 @@ async fn row_67_a_server_that_floods_or_resets_costs_a_call_and_nothing_more() {
                 if number > 4 {
                     return;
                 }
-                wire.send(&*attack).await;
+                wire.floods(&attack).await;
                 wire.end().await;
             }
         })

@@ -72,6 +72,20 @@ impl Wire {
         self.stream.write_all(bytes).await.is_ok() && self.stream.flush().await.is_ok()
     }
 
+    /// Writes, and drops what comes meanwhile: two ends that both write and do not read would wait for each other.
+    pub async fn floods(&mut self, bytes: &[u8]) {
+        let (mut reader, mut writer) = tokio::io::split(&mut self.stream);
+        let flood = async {
+            let _ = writer.write_all(bytes).await;
+            let _ = writer.flush().await;
+        };
+        let mut sink = tokio::io::sink();
+        tokio::select! {
+            () = flood => {}
+            _ = tokio::io::copy(&mut reader, &mut sink) => {}
+        }
+    }
+
     /// Closes in good order: over TLS too the other end knows that this was all.
     pub async fn end(&mut self) {
         let _ = self.stream.shutdown().await;
