@@ -17,12 +17,12 @@ use super::ahead::Ahead;
 use super::pool::{Connection, MAX_SHARED, Shared};
 use super::{ErrorKind, Http2, Settings};
 
-/// HTTP/2 flow-control window of one call (RFC 9113, section 5.2). hyper's default (64 KiB) would bound a download by the
-/// round-trip time.
-const STREAM_WINDOW: u32 = 256 << 10;
-/// The same where a hundred calls and more are under way: all together they are as fast, and a thousand callers that do not
-/// read cost a few ten MiB in place of hundreds. One TLS record.
-const CROWD_WINDOW: u32 = 16 << 10;
+/// HTTP/2 flow-control windows of one call (RFC 9113, section 5.2), in bytes: for the first connection, and for those that
+/// are added while one, two or more hundred calls are under way. A window bounds a download by the round-trip time (who goes
+/// on calling among few has an HTTP/1.1 connection, without such a bound), and twice as much is held for a caller who does not
+/// read. A hundred calls are as fast together with smaller ones, and two thousand such callers cost 25 MiB in place of 250.
+/// A frame of the last one fills, with its head of nine bytes, half of a buffer of h2's.
+const WINDOWS: [u32; 3] = [64 << 10, 16 << 10, (4 << 10) - 9];
 /// A dead HTTP/2 connection, which all callers share, is noticed after this long without a sign of life.
 const PING_EVERY: Duration = Duration::from_secs(20);
 const PING_TIMEOUT: Duration = Duration::from_secs(10);
@@ -54,8 +54,8 @@ pub(super) struct Connector {
 pub(super) enum Offer {
     /// As `upstream.http2` says.
     Configured,
-    /// As `upstream.http2` says, for a call that finds no place among the hundred of another connection.
-    Crowd,
+    /// As `upstream.http2` says, for a call that finds no place on another connection while so many hundred are under way.
+    Crowd { hundreds: usize },
     /// HTTP/1.1 only.
     Http1,
 }
@@ -118,13 +118,16 @@ impl Connector {
         if chosen == Some(b"h2") || self.http2 == Http2::Always {
             let mut builder = http2::Builder::new(TokioExecutor::new());
             builder.timer(TokioTimer::new()).keep_alive_interval(PING_EVERY).keep_alive_timeout(PING_TIMEOUT);
-            let window = if offer == Offer::Crowd { CROWD_WINDOW } else { STREAM_WINDOW };
+            let hundreds = if let Offer::Crowd { hundreds } = offer { hundreds } else { 0 };
+            let window = WINDOWS[hundreds.min(WINDOWS.len() - 1)];
+            tracing::debug!(window, "connected to Amazon, HTTP/2");
             // A caller that does not read leaves its window full: all that share the connection may, and the rest still moves.
             builder.initial_stream_window_size(window).initial_connection_window_size((MAX_SHARED as u32 + 1) * window);
             let (sender, connection) = builder.handshake(TokioIo::new(stream)).await.map_err(ErrorKind::Reset)?;
             drive(connection);
             Ok(Connection::Http2(Shared { sender, calls: Arc::default() }))
         } else {
+            tracing::debug!("connected to Amazon, HTTP/1.1");
             let mut builder = http1::Builder::new();
             builder.max_buf_size(MAX_BUFFER);
             let (sender, connection) = builder.handshake(TokioIo::new(stream)).await.map_err(ErrorKind::Reset)?;

@@ -117,9 +117,9 @@ impl Host {
             return Some(shared);
         }
         while let Some(Idle { mut sender, since }) = self.pop() {
+            // Most often it is ready at once, which needs no timer.
             if since.elapsed() < idle_timeout
-                && !sender.is_closed()
-                && matches!(tokio::time::timeout(READY, sender.ready()).await, Ok(Ok(())))
+                && (sender.is_ready() || matches!(tokio::time::timeout(READY, sender.ready()).await, Ok(Ok(()))))
             {
                 return Some(Connection::Http1 { sender, reused: true });
             }
@@ -139,7 +139,8 @@ impl Host {
 
     async fn connect(&self) -> Result<Connection, ErrorKind> {
         let crowd = lock(&self.shared)[0].as_ref().is_some_and(|shared| shared.is_full() && !shared.sender.is_closed());
-        let offer = if crowd { Offer::Crowd } else { Offer::Configured };
+        let hundreds = self.sharing.at_once() / MAX_SHARED;
+        let offer = if crowd { Offer::Crowd { hundreds } } else { Offer::Configured };
         // Boxed: connecting is rare, and its future is large.
         let connection = Box::pin(self.connector.connect(offer)).await?;
         self.one_call_each.store(matches!(connection, Connection::Http1 { .. }), Relaxed);

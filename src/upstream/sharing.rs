@@ -57,6 +57,11 @@ impl Sharing {
         (call, others < FEW)
     }
 
+    /// How many calls are under way.
+    pub(super) fn at_once(&self) -> usize {
+        self.at_once.load(Relaxed)
+    }
+
     /// A call is sent on the shared connection; `true` where it ends a row of [`ROW`] calls that were few, all within `period`.
     pub(super) fn ends_row(&self, few: bool, period: Duration) -> bool {
         let mut row = lock(&self.row);
