@@ -32,7 +32,6 @@ use crate::login::Desk;
 use crate::lwa::Lwa;
 use crate::metrics::Metrics;
 use crate::problem::{Code, Problem};
-use crate::proxy::Body;
 use crate::serve::{Door, LastWords, Limits, Peer, Phase};
 use crate::store::{Opened, StoreError, TokenStore};
 use crate::token::State;
@@ -179,7 +178,8 @@ impl App {
         let (phase, admin_phase) = (watch::Sender::new(Phase::Open), watch::Sender::new(Phase::Open));
         let mut served = JoinSet::new();
         let inside = front.clone();
-        served.spawn(proxy.run(move |request, peer| serve_proxy(inside.load_full(), request, peer), phase.subscribe()));
+        served
+            .spawn(proxy.run(move |request, peer| inside.load().proxy.clone().serve(request, peer), phase.subscribe()));
         let inside = front.clone();
         served.spawn(login.run(move |request, peer| serve_login(inside.load_full(), request, peer), phase.subscribe()));
         let inside = front.clone();
@@ -253,10 +253,6 @@ async fn adopt_configured(keeper: Keeper) {
     if let Err(error) = keeper.adopt_configured().await {
         tracing::error!(%error, "amazon.refresh_token could not be stored, and is tried again at the next start");
     }
-}
-
-async fn serve_proxy(front: Arc<Front>, request: Request<Incoming>, peer: Peer) -> Response<Body> {
-    front.proxy.serve(request, peer).await
 }
 
 async fn serve_login(front: Arc<Front>, request: Request<Incoming>, peer: Peer) -> Response<Full<Bytes>> {

@@ -158,7 +158,7 @@ impl Guard {
     pub fn is_local(&self, headers: &HeaderMap, peer: Peer) -> bool {
         let Peer::Tcp(address) = peer else { return true };
         let exact = [std::net::Ipv4Addr::LOCALHOST.into(), std::net::IpAddr::from(std::net::Ipv6Addr::LOCALHOST)];
-        exact.contains(&address.ip()) && host_value(headers).is_ok_and(is_loopback)
+        exact.contains(&address.ip()) && host_value(headers).ok().and_then(without_port).is_some_and(is_loopback)
     }
 
     /// The authority under which the caller reached us, for links in answers; `None` where it named Amazon.
@@ -179,9 +179,9 @@ impl Guard {
     }
 
     fn is_own_host(&self, authority: &str) -> bool {
-        let name = without_port(authority);
-        is_loopback(authority)
-            || name.is_some_and(|name| self.0.allowed_hosts.iter().any(|host| host.eq_ignore_ascii_case(name)))
+        without_port(authority).is_some_and(|name| {
+            is_loopback(name) || self.0.allowed_hosts.iter().any(|host| host.eq_ignore_ascii_case(name))
+        })
     }
 }
 
@@ -223,10 +223,9 @@ fn host_value(headers: &HeaderMap) -> Result<&str, Refusal> {
     }
 }
 
-/// `localhost`, `127.0.0.1`, `[::1]`, in any letter case, with any port or none; no other spelling.
-fn is_loopback(authority: &str) -> bool {
-    without_port(authority)
-        .is_some_and(|name| name.eq_ignore_ascii_case("localhost") || name == "127.0.0.1" || name == "[::1]")
+/// `localhost` in any letter case, `127.0.0.1`, `[::1]`; no other spelling.
+fn is_loopback(name: &str) -> bool {
+    name.eq_ignore_ascii_case("localhost") || name == "127.0.0.1" || name == "[::1]"
 }
 
 /// The host of `host` or `host:port`; `None` where what follows the colon is no port.

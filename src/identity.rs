@@ -70,7 +70,7 @@ impl Identity {
         let mut request = Request::new(Outgoing::nothing());
         *request.uri_mut() = Uri::from_static(PROFILES);
         *request.headers_mut() = to_amazon(&HeaderMap::new(), attach);
-        let answer = self.upstream.send(region, request, Reuse::Never, false).await.ok()?;
+        let answer = self.upstream.reserve(region, Reuse::Never).await.ok()?.send(request, false).await.ok()?;
         if answer.status() != StatusCode::OK {
             return None;
         }

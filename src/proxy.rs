@@ -90,6 +90,15 @@ pub struct Proxy {
     request_ids: Arc<RequestIds>,
 }
 
+/// A call that may leave, but for its body.
+#[derive(Clone, Copy)]
+struct Outbound<'a> {
+    call: &'a Call<'a>,
+    parts: &'a Parts,
+    target: &'a Target,
+    bearer: &'a HeaderValue,
+}
+
 /// Why a call gets no answer of Amazon's.
 #[derive(Debug)]
 pub enum ProxyError {
@@ -144,20 +153,27 @@ impl Proxy {
     }
 
     /// One answer and one record, whatever happens.
-    pub async fn serve(&self, request: Request<Incoming>, peer: Peer) -> Response<Body> {
+    // Not `async`: the request would be held beside its parts by every call that waits.
+    pub fn serve(
+        self: Arc<Self>,
+        request: Request<Incoming>,
+        peer: Peer,
+    ) -> impl Future<Output = Response<Body>> + Send {
         let (parts, incoming) = request.into_parts();
-        let mut trip = Trip::begin(&self.metrics, &parts.method, self.request_ids.of(&parts.headers));
-        let forwarded = AssertUnwindSafe(self.forward(&parts, incoming, peer, &mut trip)).catch_unwind().await;
-        let answer = match forwarded.unwrap_or(Err(ProxyError::Panicked)) {
-            Ok(answer) => answer,
-            Err(error) => {
-                trip.fails(&error);
-                let problem = self.problem(error, &parts);
-                trip.answered_by_us(problem.code());
-                problem.respond(trip.request_id()).map(Body::own)
-            }
-        };
-        trip.end(answer)
+        async move {
+            let mut trip = Trip::begin(&self.metrics, &parts.method, self.request_ids.of(&parts.headers));
+            let forwarded = AssertUnwindSafe(self.forward(&parts, incoming, peer, &mut trip)).catch_unwind().await;
+            let answer = match forwarded.unwrap_or(Err(ProxyError::Panicked)) {
+                Ok(answer) => answer,
+                Err(error) => {
+                    trip.fails(&error);
+                    let problem = self.problem(error, &parts);
+                    trip.answered_by_us(problem.code());
+                    problem.respond(trip.request_id()).map(Body::own)
+                }
+            };
+            trip.end(answer)
+        }
     }
 
     async fn forward<'a>(
@@ -189,11 +205,12 @@ impl Proxy {
         fail_point!("spine");
         let body = self.body(parts, incoming)?;
         let bearer = self.access_token(&call.user).await?;
-        let (answer, sent) = self.send(&call, parts, &target, &bearer, body, trip).await?;
+        let outbound = Outbound { call: &call, parts, target: &target, bearer: &bearer };
+        let (answer, sent) = self.send(outbound, body, trip).await?;
         self.keeper.heard(answer.headers());
         let answer = match answer.status() {
             StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => {
-                Box::pin(self.understand(answer, &call, parts, &target, &bearer, sent, trip)).await?
+                Box::pin(self.understand(answer, outbound, sent, trip)).await?
             }
             _ => answer.map(Body::amazon),
         };
@@ -237,40 +254,43 @@ impl Proxy {
     /// section 9.2.2). Beside the answer comes what was held of the body; `None` where there was none to hold.
     async fn send(
         &self,
-        call: &Call<'_>,
-        parts: &Parts,
-        target: &Target,
-        bearer: &HeaderValue,
+        outbound: Outbound<'_>,
         body: Outgoing,
         trip: &mut Trip<'_>,
     ) -> Result<(Response<Answer>, Option<Arc<Held>>), ProxyError> {
+        let region = outbound.call.region;
         let held = body.progress();
-        let patient = takes_event_stream(&parts.headers);
         let begun = Instant::now();
-        let request = self.to_amazon(call, parts, target, bearer, body);
-        let mut sent = self.upstream.send(call.region, request, Reuse::Allowed, patient).await;
+        let mut sent = self.attempt(outbound, body, Reuse::Allowed).await;
         let once_more = sent.as_mut().err().and_then(|error| {
-            let safe = error.stale && is_idempotent(&parts.method);
+            let safe = error.stale && is_idempotent(&outbound.parts.method);
             error.unsent.take().or_else(|| if safe { again(&held) } else { None })
         });
         if let Some(body) = once_more {
-            let request = self.to_amazon(call, parts, target, bearer, body);
-            sent = self.upstream.send(call.region, request, Reuse::Never, patient).await;
+            // Boxed, as what is rare on this path must not make every call's future large.
+            sent = Box::pin(self.attempt(outbound, body, Reuse::Never)).await;
         }
-        trip.amazon_took(call.region, begun.elapsed());
+        trip.amazon_took(region, begun.elapsed());
         let answer = sent.map_err(ProxyError::Send)?;
-        trip.amazon_said(call.region, answer.status(), answer.headers());
+        trip.amazon_said(region, answer.status(), answer.headers());
         Ok((answer, held))
     }
 
-    fn to_amazon(
+    async fn attempt(
         &self,
-        call: &Call<'_>,
-        parts: &Parts,
-        target: &Target,
-        bearer: &HeaderValue,
+        outbound: Outbound<'_>,
         body: Outgoing,
-    ) -> Request<Outgoing> {
+        reuse: Reuse,
+    ) -> Result<Response<Answer>, SendError> {
+        let patient = takes_event_stream(&outbound.parts.headers);
+        match self.upstream.reserve(outbound.call.region, reuse).await {
+            Ok(reserved) => reserved.send(self.to_amazon(outbound, body), patient).await,
+            Err(kind) => Err(kind.unsent(body)),
+        }
+    }
+
+    fn to_amazon(&self, outbound: Outbound<'_>, body: Outgoing) -> Request<Outgoing> {
+        let Outbound { call, parts, target, bearer } = outbound;
         let attach = Attach {
             family: call.family,
             host: Some(self.upstream.authority(call.region)),
@@ -287,18 +307,15 @@ impl Proxy {
     }
 
     /// Reads a refusal of Amazon's: one that a fresh token may cure is tried once more with one, all others stand.
-    #[allow(clippy::too_many_arguments, reason = "the whole call, once more")]
     async fn understand(
         &self,
         answer: Response<Answer>,
-        call: &Call<'_>,
-        parts: &Parts,
-        target: &Target,
-        bearer: &HeaderValue,
+        outbound: Outbound<'_>,
         sent: Option<Arc<Held>>,
         trip: &mut Trip<'_>,
     ) -> Result<Response<Body>, ProxyError> {
-        if answer.status() == StatusCode::FORBIDDEN && !(is_amc(target) && self.keeper.near_expiry(&call.user)) {
+        let user = &outbound.call.user;
+        if answer.status() == StatusCode::FORBIDDEN && !(is_amc(outbound.target) && self.keeper.near_expiry(user)) {
             return Ok(answer.map(Body::amazon));
         }
         let refused = Refused::read(answer).await;
@@ -310,11 +327,11 @@ impl Proxy {
                 Ok(refused.pass_on())
             }
             Verdict::Token => {
-                let other = self.keeper.distrust(&call.user, bearer).await;
+                let other = self.keeper.distrust(user, outbound.bearer).await;
                 match (other, again(&sent)) {
                     (Some(other), Some(body)) => {
                         self.metrics.replays.inc();
-                        let (answer, _) = self.send(call, parts, target, &other, body, trip).await?;
+                        let (answer, _) = self.send(Outbound { bearer: &other, ..outbound }, body, trip).await?;
                         Ok(answer.map(Body::amazon))
                     }
                     _ => Ok(refused.pass_on()),

@@ -14,6 +14,7 @@ mod outgoing;
 mod pool;
 mod sharing;
 
+use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -21,7 +22,7 @@ use http::header::{CONTENT_LENGTH, TRANSFER_ENCODING};
 use http::{HeaderValue, Request, Response, StatusCode};
 use http_body::Body as _;
 use hyper::body::Incoming;
-use hyper::client::conn::TrySendError;
+use hyper::client::conn::{TrySendError, http1, http2};
 use rustls::pki_types::CertificateDer;
 use url::Url;
 
@@ -119,7 +120,8 @@ pub enum ErrorKind {
 }
 
 impl ErrorKind {
-    fn unsent(self, body: Outgoing) -> SendError {
+    /// The request that this kept from being sent keeps its body.
+    pub fn unsent(self, body: Outgoing) -> SendError {
         SendError { kind: self, unsent: Some(body), stale: false }
     }
 }
@@ -142,43 +144,21 @@ impl Upstream {
         &self.hosts[region as usize].authority
     }
 
-    /// Sends `request` (origin-form target, our headers) and returns the answer as soon as its head is here. `patient`
-    /// calls wait for it without a limit, as an event stream may be silent for long.
-    pub async fn send(
-        &self,
-        region: Region,
-        mut request: Request<Outgoing>,
-        reuse: Reuse,
-        patient: bool,
-    ) -> Result<Response<Answer>, SendError> {
+    /// A connection for one call to `region`: one from the pool, or a new one.
+    pub async fn reserve(&self, region: Region, reuse: Reuse) -> Result<Reserved, ErrorKind> {
         let host = &self.hosts[region as usize];
         let (call, few) = host.sharing.enter();
-        let connection = match host.connection(reuse, few, self.idle_timeout).await {
-            Ok(connection) => connection,
-            Err(kind) => return Err(kind.unsent(request.into_body())),
-        };
-        let progress = request.body().progress();
-        let wait = (!patient).then_some(self.response_timeout);
-        match connection {
-            Connection::Http1 { mut sender, reused } => {
-                frame(&mut request);
-                let sent = sender.try_send_request(request);
-                let response = awaited(sent, &progress, wait).await.map_err(|error| error.on(reused))?;
-                if response.status() == StatusCode::SWITCHING_PROTOCOLS {
-                    return Err(SendError { kind: ErrorKind::Switched, unsent: None, stale: false });
-                }
-                Ok(response.map(|incoming| Answer::http1(incoming, call, host.clone(), sender, progress)))
-            }
-            Connection::Http2(Shared { mut sender, calls }) => {
+        let way = match host.connection(reuse, few, self.idle_timeout).await? {
+            Connection::Http1 { sender, reused } => Way::Http1 { sender, reused },
+            Connection::Http2(Shared { sender, calls }) => {
                 let (share, others) = Counted::among(&calls);
                 if host.sharing.ends_row(few, self.idle_timeout) {
                     host.add_http1(others + 1);
                 }
-                let sent = sender.try_send_request(host.with_authority(request));
-                let response = awaited(sent, &progress, wait).await.map_err(|error| error.on(true))?;
-                Ok(response.map(|incoming| Answer::http2(incoming, call, share)))
+                Way::Http2 { sender, share }
             }
-        }
+        };
+        Ok(Reserved { host: host.clone(), call, way, response_timeout: self.response_timeout })
     }
 
     /// Closes connections that have idled too long, and says when to do it again.
@@ -190,6 +170,68 @@ impl Upstream {
     }
 }
 
+/// A connection that waits for its one request.
+#[derive(Debug)]
+pub struct Reserved {
+    host: Arc<Host>,
+    call: Counted,
+    way: Way,
+    response_timeout: Duration,
+}
+
+#[derive(Debug)]
+enum Way {
+    Http1 { sender: http1::SendRequest<Outgoing>, reused: bool },
+    Http2 { sender: http2::SendRequest<Outgoing>, share: Counted },
+}
+
+impl Reserved {
+    /// Sends `request` (origin-form target, our headers) and returns the answer as soon as its head is here. `patient`
+    /// calls wait for it without a limit, as an event stream may be silent for long.
+    // Not `async`, and what hyper makes of the request in a box: it would be held four times over by every call that waits.
+    pub fn send(
+        self,
+        mut request: Request<Outgoing>,
+        patient: bool,
+    ) -> impl Future<Output = Result<Response<Answer>, SendError>> + Send {
+        let Self { host, call, mut way, response_timeout } = self;
+        let progress = request.body().progress();
+        let sent: Pin<Box<dyn Future<Output = Sent> + Send>> = match &mut way {
+            Way::Http1 { sender, .. } => {
+                frame(&mut request);
+                Box::pin(sender.try_send_request(request))
+            }
+            Way::Http2 { sender, .. } => Box::pin(sender.try_send_request(host.with_authority(request))),
+        };
+        async move {
+            let response = awaited(sent, &progress, (!patient).then_some(response_timeout)).await;
+            let response = response.map_err(|error| error.on(way.reused()))?;
+            match way {
+                Way::Http1 { .. } if response.status() == StatusCode::SWITCHING_PROTOCOLS => {
+                    Err(SendError { kind: ErrorKind::Switched, unsent: None, stale: false })
+                }
+                Way::Http1 { sender, .. } => {
+                    Ok(response.map(|incoming| Answer::http1(incoming, call, host, sender, progress)))
+                }
+                Way::Http2 { share, .. } => Ok(response.map(|incoming| Answer::http2(incoming, call, share))),
+            }
+        }
+    }
+}
+
+impl Way {
+    /// Whether it may have been used before.
+    fn reused(&self) -> bool {
+        match self {
+            Self::Http1 { reused, .. } => *reused,
+            Self::Http2 { .. } => true,
+        }
+    }
+}
+
+/// What hyper says of a request that it was given.
+type Sent = Result<Response<Incoming>, TrySendError<Request<Outgoing>>>;
+
 /// Says how a body without a length is framed: hyper leaves the body of a GET or HEAD out where nothing does.
 fn frame(request: &mut Request<Outgoing>) {
     if !request.body().is_end_stream() && !request.headers().contains_key(CONTENT_LENGTH) {
@@ -199,12 +241,11 @@ fn frame(request: &mut Request<Outgoing>) {
 
 /// What `sent` gives, within `wait` after the last byte of the request body was taken.
 async fn awaited(
-    sent: impl Future<Output = Result<Response<Incoming>, TrySendError<Request<Outgoing>>>>,
+    mut sent: Pin<Box<dyn Future<Output = Sent> + Send>>,
     progress: &Option<Arc<Held>>,
     wait: Option<Duration>,
 ) -> Result<Response<Incoming>, Broken> {
     let Some(wait) = wait else { return sent.await.map_err(Broken::from) };
-    let mut sent = std::pin::pin!(sent);
     loop {
         let before = progress.as_ref().map(|held| held.taken());
         match tokio::time::timeout(wait, &mut sent).await {

@@ -27,7 +27,7 @@ use crate::upstream::Upstream;
 
 /// The doors' insides. A reload makes new ones; calls in flight keep theirs.
 pub(super) struct Front {
-    pub(super) proxy: Proxy,
+    pub(super) proxy: Arc<Proxy>,
     pub(super) login: LoginDoor,
     pub(super) login_guard: Guard,
     pub(super) admin: Admin,
@@ -105,7 +105,7 @@ impl Front {
             login: login_door(&login_guard),
             login_guard,
             admin,
-            proxy: Proxy::new(
+            proxy: Arc::new(Proxy::new(
                 config.proxy,
                 client_id,
                 guard,
@@ -114,7 +114,7 @@ impl Front {
                 login_of_proxy,
                 metrics.clone(),
                 request_ids.clone(),
-            ),
+            )),
             upstream,
             shutdown: config.shutdown,
         })

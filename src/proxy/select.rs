@@ -1,6 +1,7 @@
 //! For which account, user and region a call is.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use http::header::{HeaderMap, HeaderName, HeaderValue};
 
@@ -17,9 +18,9 @@ const X_ADS_REGION: HeaderName = HeaderName::from_static("x-ads-region");
 /// The accounts, and who is meant where nobody is named.
 #[derive(Debug)]
 pub(super) struct Accounts {
-    by_name: HashMap<String, Account>,
+    by_name: HashMap<String, Arc<Account>>,
     /// The account named `default`, or the only one.
-    fallback: Option<String>,
+    fallback: Option<Arc<Account>>,
     region: Region,
     selection: Selection,
     /// `[policy]`, for whom no account speaks.
@@ -64,11 +65,11 @@ impl Accounts {
         for account in &mut accounts {
             account.rules = rules.and(&account.rules);
         }
-        let only = if let [only] = accounts.as_slice() { Some(only.name.to_string()) } else { None };
-        let named_default =
-            accounts.iter().find(|account| &*account.name == "default").map(|account| account.name.to_string());
+        let accounts: Vec<_> = accounts.into_iter().map(Arc::new).collect();
+        let only = if let [only] = accounts.as_slice() { Some(only) } else { None };
+        let fallback = accounts.iter().find(|account| &*account.name == "default").or(only).cloned();
         let by_name = accounts.into_iter().map(|account| (account.name.to_string(), account)).collect();
-        Self { by_name, fallback: named_default.or(only), region, selection, rules, rules_by_user }
+        Self { by_name, fallback, region, selection, rules, rules_by_user }
     }
 
     /// First that applies: the path's prefix, `X-Ads-Account`, `X-Ads-User`, the account named `default`, the only
@@ -96,7 +97,7 @@ impl Accounts {
     }
 
     fn fallback(&self) -> Option<&Account> {
-        self.fallback.as_ref().and_then(|name| self.by_name.get(name))
+        self.fallback.as_deref()
     }
 
     fn call<'a>(
