@@ -88,9 +88,9 @@ pub(super) struct Busy(Arc<Activity>);
 #[derive(Debug)]
 pub(super) struct Awake<'a>(&'a Connections);
 
-/// So many connections stay awake between two requests, which holds 2 MiB and spares the work of waking them. What more
+/// So many connections stay awake between two requests, which holds 1 MiB and spares the work of waking them. What more
 /// there are rest whenever they idle.
-pub(super) const MOST_AWAKE: usize = 128;
+pub(super) const MOST_AWAKE: usize = 64;
 
 /// While every connection at the cap is busy, the accept loop looks again this often.
 const LOOK_AGAIN: Duration = Duration::from_millis(50);
