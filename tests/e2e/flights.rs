@@ -182,13 +182,13 @@ async fn row_93_a_logout_beats_a_refresh_at_whatever_instant_it_comes() {
         let mut rig = Rig::start().await;
         rig.log_in("default").await;
         rig.sandbox.set_trouble(Rule::from(Trouble::RotateRefreshToken).at(Door::Lwa));
-        fail::cfg(point, "pause").unwrap();
+        let release = hold(point);
         let asked = tokio::spawn(rig.request(Method::POST, REFRESH).send());
         if point == "renewal_answered" {
             eventually("LWA has answered", async || (rig.sandbox.refreshes() == 1).then_some(())).await;
         }
         assert_eq!(rig.post(LOGOUT).await.status(), 204);
-        fail::remove(point);
+        drop(release);
         let answer = asked.await.unwrap().unwrap();
         assert_eq!((answer.status().as_u16(), code(&answer)), (401, "login_required"));
         let dropped = "adsidecar_token_refresh_dropped_total";
@@ -199,6 +199,16 @@ async fn row_93_a_logout_beats_a_refresh_at_whatever_instant_it_comes() {
         assert_eq!(code(&rig.get("/v2/profiles").await), "login_required");
         assert!(rig.ads_calls().is_empty());
     }
+}
+
+/// Whoever comes to `point` stays there until what this returns is dropped. What else its thread was about to do, other threads
+/// do meanwhile; the action `pause` holds that up too, and once it was the logout.
+fn hold(point: &str) -> std::sync::mpsc::Sender<()> {
+    let (release, released) = std::sync::mpsc::channel();
+    let released = std::sync::Mutex::new(released);
+    let wait = move || tokio::task::block_in_place(|| _ = released.lock().unwrap().recv());
+    fail::cfg_callback(point, wait).unwrap();
+    release
 }
 
 #[tokio::test(flavor = "multi_thread")]
