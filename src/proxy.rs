@@ -4,6 +4,7 @@
 
 mod audit;
 mod body;
+mod outbound;
 mod problems;
 mod select;
 mod trip;
@@ -14,9 +15,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures_util::FutureExt;
-use http::header::{ACCEPT, CONTENT_LENGTH, HeaderMap, HeaderValue};
+use http::header::{CONTENT_LENGTH, HeaderValue};
 use http::request::Parts;
-use http::{Method, Request, Response, StatusCode, Uri};
+use http::{Request, Response, StatusCode, Uri};
 use hyper::body::Incoming;
 
 pub use body::Body;
@@ -33,6 +34,7 @@ use crate::rewrite::{self, Attach, HINT};
 use crate::serve::Peer;
 use crate::target::{Of, Target};
 use crate::upstream::{Answer, Held, Outgoing, Reuse, Room, SendError, Upstream};
+use outbound::Outbound;
 use select::{Accounts, Call, Unselected};
 use trip::Trip;
 use unauthorized::{Refused, Verdict};
@@ -88,15 +90,6 @@ pub struct Proxy {
     login_door: LoginDoor,
     metrics: Arc<Metrics>,
     request_ids: Arc<RequestIds>,
-}
-
-/// A call that may leave, but for its body.
-#[derive(Clone, Copy)]
-struct Outbound<'a> {
-    call: &'a Call<'a>,
-    parts: &'a Parts,
-    target: &'a Target,
-    bearer: &'a HeaderValue,
 }
 
 /// Why a call gets no answer of Amazon's.
@@ -263,7 +256,7 @@ impl Proxy {
         let begun = Instant::now();
         let mut sent = self.attempt(outbound, body, Reuse::Allowed).await;
         let once_more = sent.as_mut().err().and_then(|error| {
-            let safe = error.stale && is_idempotent(&outbound.parts.method);
+            let safe = error.stale && outbound.is_idempotent();
             error.unsent.take().or_else(|| if safe { again(&held) } else { None })
         });
         if let Some(body) = once_more {
@@ -282,9 +275,8 @@ impl Proxy {
         body: Outgoing,
         reuse: Reuse,
     ) -> Result<Response<Answer>, SendError> {
-        let patient = takes_event_stream(&outbound.parts.headers);
         match self.upstream.reserve(outbound.call.region, reuse).await {
-            Ok(reserved) => reserved.send(self.to_amazon(outbound, body), patient).await,
+            Ok(reserved) => reserved.send(self.to_amazon(outbound, body), outbound.is_patient()).await,
             Err(kind) => Err(kind.unsent(body)),
         }
     }
@@ -379,18 +371,6 @@ fn again(held: &Option<Arc<Held>>) -> Option<Outgoing> {
         None => Some(Outgoing::nothing()),
         Some(held) => held.again(),
     }
-}
-
-/// Whether the caller takes an event stream, alone or among others: MCP clients name `application/json` first.
-fn takes_event_stream(headers: &HeaderMap) -> bool {
-    let lines = headers.get_all(ACCEPT).iter().filter_map(|line| line.to_str().ok());
-    let mut kinds = lines.flat_map(|line| line.split(',')).map(|kind| kind.split(';').next().unwrap_or_default());
-    kinds.any(|kind| kind.trim().eq_ignore_ascii_case("text/event-stream"))
-}
-
-/// RFC 9110, section 9.2.2.
-fn is_idempotent(method: &Method) -> bool {
-    matches!(*method, Method::GET | Method::HEAD | Method::PUT | Method::DELETE | Method::OPTIONS)
 }
 
 /// AMC answers expired credentials with 403 ("Make your first call", Amazon Marketing Cloud).
