@@ -20,8 +20,9 @@ use super::{ErrorKind, Http2, Settings};
 /// HTTP/2 flow-control windows of one call (RFC 9113, section 5.2), in bytes: for the first connection, and for those that
 /// are added while one, two, three or more hundred calls are under way. A window bounds a download by the round-trip time
 /// (who goes on calling among few has an HTTP/1.1 connection, without such a bound), and up to twice as much is held for a
-/// caller who does not read. Hundreds of calls are as fast together with small ones. The smaller ones leave room for the nine bytes of a
-/// frame's head: one, two or four frames then fill a buffer of h2's, which is held whole for as long as any of them.
+/// caller who does not read. Hundreds of calls are as fast together with small ones. The smaller ones leave room for the
+/// nine bytes of a frame's head: one, two or four frames then fill a buffer of h2's, which is held whole for as long as any
+/// of them.
 const WINDOWS: [u32; 4] = [64 << 10, (8 << 10) - 9, (4 << 10) - 9, (2 << 10) - 9];
 /// A dead HTTP/2 connection, which all callers share, is noticed after this long without a sign of life.
 const PING_EVERY: Duration = Duration::from_secs(20);
