@@ -39,42 +39,32 @@
 //!   spent, so dropping it helps nobody ([`keeper`]).
 //! - A reload makes the doors' insides anew and swaps them whole; calls in flight keep the old ([`app`]).
 
-// Compiled in by the feature `failpoints` alone, which tests and campaigns have and a plain build has not.
-#[macro_use]
-mod failpoint;
-// The house.
+/// Points at which tests and campaigns stop, break or end the process. A plain build has none of them.
+///
+/// `renewal_begun`, `renewal_answered` and `renewal_stored` lie around a refresh, `save_refused`, `save_unsynced` and
+/// `save_synced` around the write to disk; those that end the process take the action `return`. `renewal_blind`,
+/// `flights_many`, `intents_none` and `clock_wall_alone` each break a promise (a logout beats a refresh, one refresh at a
+/// time, a lost grant is reported, every clock counts), so that a campaign can show that it would notice.
+///
+/// Works as `fail::fail_point!`: `FAILPOINTS="<name>=<action>"` in the environment, or `fail::cfg` in a test, sets the
+/// action of a point.
+#[cfg(feature = "failpoints")]
+macro_rules! fail_point {
+    ($($point:tt)*) => { fail::fail_point!($($point)*) };
+}
+
+#[cfg(not(feature = "failpoints"))]
+macro_rules! fail_point {
+    ($($point:tt)*) => {};
+}
+
 pub mod cli;
 pub mod app;
-pub mod sandbox;
 pub mod config;
-// The doors: they speak HTTP.
-pub mod proxy;
-pub mod login_door;
-pub mod admin;
-pub mod problem;
-// The heads: they decide, over time.
-pub mod login;
-pub mod identity;
-pub mod keeper;
-pub mod guard;
-// The hands: each touches one outside thing.
-pub mod lwa;
+pub mod inbound;
+pub mod auth;
 pub mod upstream;
 pub mod store;
-pub mod tls;
-pub mod record;
-pub mod keyring;
-pub mod serve;
-pub mod metrics;
-pub mod request_id;
-pub mod log;
-pub mod clock;
-// The words: pure, no I/O.
-pub mod target;
-pub mod rewrite;
-pub mod families;
-pub mod token;
-pub mod moment;
-pub mod account;
-pub mod policy;
-pub mod secret;
+pub mod server;
+pub mod telemetry;
+pub mod domain;

@@ -9,20 +9,20 @@ use tokio_util::sync::CancellationToken;
 use url::Url;
 
 use super::BuildError;
-use crate::admin::{Admin, Count, Reloader, Rotation, Stage};
-use crate::clock::Clock;
+use crate::auth::login::same_identity::Identity;
+use crate::auth::login::{Desk, Login};
+use crate::auth::lwa::Lwa;
+use crate::auth::tokens::TokenManager;
 use crate::config::{Config, Shutdown};
-use crate::guard::{self, Guard};
-use crate::identity::Identity;
-use crate::keeper::Keeper;
-use crate::log::LogHandle;
-use crate::login::{Desk, Login};
-use crate::login_door::LoginDoor;
-use crate::lwa::Lwa;
-use crate::metrics::Metrics;
-use crate::proxy::Proxy;
-use crate::request_id::RequestIds;
+use crate::domain::clock::Clock;
+use crate::inbound::admin::{Admin, Count, Reloader, Rotation, Stage};
+use crate::inbound::admission::{self, Guard};
+use crate::inbound::oauth::LoginDoor;
+use crate::inbound::proxy::Proxy;
+use crate::inbound::request_id::RequestIds;
 use crate::store::TokenStore;
+use crate::telemetry::log::LogHandle;
+use crate::telemetry::metrics::Metrics;
 use crate::upstream::Upstream;
 
 /// The doors' insides. A reload makes new ones; calls in flight keep theirs.
@@ -37,7 +37,7 @@ pub(super) struct Front {
 
 /// What outlives every reload.
 pub(super) struct Lasting {
-    pub(super) keeper: Keeper,
+    pub(super) keeper: TokenManager,
     pub(super) store: TokenStore,
     pub(super) rotation: watch::Receiver<Rotation>,
     pub(super) metrics: Arc<Metrics>,
@@ -129,7 +129,7 @@ fn authority(proxy: SocketAddr) -> String {
 }
 
 /// As `guard`, and the host of `url` is allowed.
-fn with_host_of(mut guard: guard::Settings, url: Option<&Url>) -> guard::Settings {
+fn with_host_of(mut guard: admission::Settings, url: Option<&Url>) -> admission::Settings {
     guard.allowed_hosts.extend(url.and_then(Url::host_str).map(str::to_lowercase));
     guard
 }

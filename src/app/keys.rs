@@ -4,8 +4,8 @@ use std::path::PathBuf;
 
 use super::BuildError;
 use crate::config::{Config, FernetKeys};
-use crate::keyring::Keyring;
-use crate::secret::Secret;
+use crate::domain::secret::Secret;
+use crate::store::keyring::Keyring;
 
 /// The ring that the configuration asks for. In development a missing key is made beside the store.
 pub fn keyring(config: &Config) -> Result<Keyring, BuildError> {

@@ -12,11 +12,11 @@ use tokio::sync::mpsc;
 use super::front::{Front, Lasting};
 use super::rotation::Rotations;
 use super::{adopt_configured, keyring, limits_of_doors};
-use crate::admin::Asked;
+use crate::auth::lwa::Lwa;
 use crate::config::{self, Config, Sources};
-use crate::log::{Dropped, LogHandle};
-use crate::lwa::Lwa;
-use crate::serve::Limits;
+use crate::inbound::admin::Asked;
+use crate::server::Limits;
+use crate::telemetry::log::{Dropped, LogHandle};
 
 /// How often the files are looked at. A look is one `stat` per file, which follows the links that the kubelet swaps when a
 /// Secret changes; watching directories instead would have to follow them by itself.

@@ -5,8 +5,8 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
-use crate::admin::Rotation;
-use crate::keyring::Fingerprint;
+use crate::inbound::admin::Rotation;
+use crate::store::keyring::Fingerprint;
 use crate::store::{StoreError, TokenStore};
 
 /// The note that tells the next process which rotation was under way, by the key's fingerprint.

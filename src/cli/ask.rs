@@ -13,7 +13,7 @@ use tokio::net::{TcpStream, UnixStream};
 
 use super::Failed;
 use crate::config::Config;
-use crate::serve::Listen;
+use crate::server::Listen;
 
 /// A local process answers at once or is in trouble.
 const TIMEOUT: Duration = Duration::from_secs(5);

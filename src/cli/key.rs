@@ -11,7 +11,7 @@ use serde::Deserialize;
 use super::{Exit, Failed, ask, block_on, print};
 use crate::app;
 use crate::config::Config;
-use crate::keyring::Keyring;
+use crate::store::keyring::Keyring;
 use crate::store::{StoreError, TokenStore};
 
 /// How often the running sidecar is asked how far it is.

@@ -5,9 +5,9 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use super::{Failed, process};
 use crate::app::App;
-use crate::clock::Clock;
 use crate::config::{Config, Sources};
-use crate::log::{self, LogHandle};
+use crate::domain::clock::Clock;
+use crate::telemetry::log::{self, LogHandle};
 
 /// Serves until SIGTERM or SIGINT. SIGHUP, and a change of the configuration's files, make it read them again.
 pub(super) fn run(config: Config, sources: Sources) -> Result<(), Failed> {
@@ -61,7 +61,7 @@ fn bury_orphans() -> Result<impl Future<Output = ()>, Failed> {
 }
 
 /// Completes at the first signal; the second ends the process at once.
-pub(super) fn asked_to_stop(log: LogHandle) -> Result<impl Future<Output = ()>, Failed> {
+pub fn asked_to_stop(log: LogHandle) -> Result<impl Future<Output = ()>, Failed> {
     let mut term = signal(SignalKind::terminate()).map_err(Failed::because)?;
     let mut int = signal(SignalKind::interrupt()).map_err(Failed::because)?;
     Ok(async move {

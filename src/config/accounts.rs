@@ -5,8 +5,8 @@ use http::{HeaderName, HeaderValue};
 
 use super::keys;
 use super::reader::{Reader, scalar};
-use crate::account::{Account, Context, Ids, Region, UserId, check_name};
-use crate::policy::{Allow, Rules};
+use crate::domain::account::{Account, Context, Ids, Region, UserId, check_name};
+use crate::domain::policy::{Allow, Rules};
 
 /// Longest value of a header that an account always sends, in bytes. The longest one that Amazon documents is an id.
 const MAX_HEADER: usize = 1024;

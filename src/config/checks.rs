@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use url::{Host, Url};
 
-use crate::serve::Listen;
+use crate::server::Listen;
 
 /// Longest path of a Unix socket, in bytes: `sun_path` has 104 on macOS, the closing zero included (108 on Linux).
 const MAX_SOCKET_PATH: usize = 103;

@@ -5,11 +5,11 @@ use std::time::Duration;
 
 use super::accounts::IDS;
 use super::{Config, Environment, FernetKeys};
-use crate::account::{Account, Region};
-use crate::policy::Rules;
-use crate::proxy::Selection;
-use crate::secret::Secret;
-use crate::serve::Listen;
+use crate::domain::account::{Account, Region};
+use crate::domain::policy::Rules;
+use crate::domain::secret::Secret;
+use crate::inbound::proxy::Selection;
+use crate::server::Listen;
 use crate::upstream::Http2;
 
 /// Stands in the place of a secret.
@@ -32,8 +32,8 @@ impl Config {
         page.pair("max_user_series", self.metrics.max_user_series);
         page.section("log");
         let format = match self.log.format {
-            crate::log::Format::Text => "text",
-            crate::log::Format::Json => "json",
+            crate::telemetry::log::Format::Text => "text",
+            crate::telemetry::log::Format::Json => "json",
         };
         page.pair("format", quoted(format));
         page.pair("level", quoted(self.log.level.as_str()));

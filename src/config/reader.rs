@@ -13,7 +13,7 @@ use rustls::pki_types::pem::PemObject;
 use super::files;
 use super::problems::Problem;
 use super::sources::{Given, Merged, WHOLE_FILE};
-use crate::secret::Secret;
+use crate::domain::secret::Secret;
 
 /// Longest single text, in bytes: a URL, an id, a token. Amazon's tokens have at most 2,048.
 const MAX_TEXT: usize = 4096;

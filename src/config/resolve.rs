@@ -12,11 +12,14 @@ use super::problems::{Problem, Problems};
 use super::reader::Reader;
 use super::sources::Merged;
 use super::{Config, Environment, FernetKeys, Shutdown};
-use crate::account::Region;
-use crate::policy::{self, Allow, Mode, Rules};
-use crate::serve::Listen;
-use crate::token::{Policy, RefreshToken};
-use crate::{admin, guard, keeper, log, login, lwa, metrics, proxy, serve, store, upstream};
+use crate::auth::{login, lwa, tokens};
+use crate::domain::account::Region;
+use crate::domain::grant::{Policy, RefreshToken};
+use crate::domain::policy::{self, Allow, Mode, Rules};
+use crate::inbound::{admin, admission, proxy};
+use crate::server::Listen;
+use crate::telemetry::{log, metrics};
+use crate::{server, store, upstream};
 
 const SECOND: Duration = Duration::from_secs(1);
 const MINUTE: Duration = Duration::from_secs(60);
@@ -158,8 +161,8 @@ fn unless(read: &Reader<'_>, key: &str, nothing: &str) -> bool {
     read.is_given(key) && read.raw(key).and_then(figment::value::Value::as_str) != Some(nothing)
 }
 
-fn limits(read: &mut Reader<'_>) -> serve::Limits {
-    serve::Limits {
+fn limits(read: &mut Reader<'_>) -> server::Limits {
+    server::Limits {
         max_connections: read.count("proxy.max_connections", 4096, 1..=1_000_000),
         header_timeout: read.duration("proxy.header_timeout", 10 * SECOND, TIMEOUT),
         idle_timeout: read.duration("proxy.idle_timeout", 10 * MINUTE, *TIMEOUT.start()..=DAY),
@@ -178,7 +181,7 @@ fn login(read: &mut Reader<'_>, environment: Environment, door: bool) -> (login:
     (settings, origin)
 }
 
-fn guard(read: &mut Reader<'_>, frontend_origin: Option<String>) -> guard::Settings {
+fn guard(read: &mut Reader<'_>, frontend_origin: Option<String>) -> admission::Settings {
     let mut allowed_hosts = Vec::new();
     for text in read.list("proxy.allowed_hosts").unwrap_or_default() {
         match checks::host(&text) {
@@ -186,7 +189,7 @@ fn guard(read: &mut Reader<'_>, frontend_origin: Option<String>) -> guard::Setti
             Err(message) => read.wrong("proxy.allowed_hosts", message),
         }
     }
-    guard::Settings {
+    admission::Settings {
         allowed_hosts,
         caller_tokens: read.secrets("proxy.caller_token"),
         frontend_origin,
@@ -238,7 +241,7 @@ fn fernet_keys(read: &mut Reader<'_>, environment: Environment) -> FernetKeys {
     FernetKeys::Given(keys)
 }
 
-fn keeper(read: &mut Reader<'_>) -> keeper::Settings {
+fn keeper(read: &mut Reader<'_>) -> tokens::Settings {
     let adopt = read.secret("amazon.refresh_token").and_then(|secret| RefreshToken::new(secret).ok());
     // Amazon's access tokens live for an hour: who renews them 50 minutes ahead already renews without a pause.
     let policy = Policy {
@@ -250,7 +253,7 @@ fn keeper(read: &mut Reader<'_>) -> keeper::Settings {
         let key = if read.is_given("refresh.ahead") { "refresh.ahead" } else { "refresh.margin" };
         read.wrong(key, "leaves callers to wait for renewals: make refresh.ahead at least refresh.margin");
     }
-    keeper::Settings {
+    tokens::Settings {
         policy,
         sweep: read.duration("refresh.sweep", 10 * MINUTE, SECOND..=HOUR),
         concurrency: read.count("refresh.concurrency", 8, 1..=256),

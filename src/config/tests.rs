@@ -7,8 +7,8 @@ use proptest::prelude::*;
 
 use super::keys::{ACCOUNT_KEYS, KEYS};
 use super::*;
-use crate::account::{Context, Region};
-use crate::token::RefreshToken;
+use crate::domain::account::{Context, Region};
+use crate::domain::grant::RefreshToken;
 
 /// Stands in each place that a secret, or what was mistaken for one, can stand in.
 const CANARY: &str = "canary-9f3a";
@@ -885,7 +885,7 @@ fn the_defaults_are_those_of_the_contract() {
     assert_eq!((config.socket_mode, config.guard.peer_uids.len()), (0o600, 0));
     assert_eq!((config.proxy.body_timeout, limits.write_timeout), (seconds(30), seconds(30)));
     assert_eq!((limits.max_connections, limits.header_timeout, limits.idle_timeout), (4096, seconds(10), seconds(600)));
-    assert!(config.proxy.policy.rules.is_empty() && config.proxy.policy.mode == crate::policy::Mode::Enforce);
+    assert!(config.proxy.policy.rules.is_empty() && config.proxy.policy.mode == crate::domain::policy::Mode::Enforce);
     assert_eq!(config.store.path, Path::new("data/adsidecar.sled"));
     let policy = config.keeper.policy;
     assert_eq!((policy.margin, policy.ahead, policy.idle_after), (seconds(300), seconds(900), seconds(604_800)));

@@ -11,9 +11,9 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::{StoreError, files};
-use crate::account::UserId;
-use crate::keyring::Fingerprint;
-use crate::record::Record;
+use crate::domain::account::UserId;
+use crate::store::keyring::Fingerprint;
+use crate::store::stored_grant::Record;
 
 /// The directory `<path>.copies/`. While this lives, no other process has the store.
 pub(super) struct Copies {

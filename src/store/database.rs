@@ -17,8 +17,8 @@ use std::thread;
 use std::time::Duration;
 
 use super::{StoreError, files};
-use crate::account::UserId;
-use crate::record::{Record, RecordError};
+use crate::domain::account::UserId;
+use crate::store::stored_grant::{Record, RecordError};
 
 /// sled's page cache. Its default is 1 GB. To read a leaf again costs less than the sync of a write.
 const CACHE_BYTES: u64 = 1 << 20;

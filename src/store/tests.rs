@@ -8,9 +8,9 @@ use sha2::{Digest, Sha256};
 use tempfile::TempDir;
 
 use super::*;
-use crate::record::Record;
-use crate::secret::Secret;
-use crate::token::{Access, AccessToken, RefreshToken};
+use crate::domain::grant::{Access, AccessToken, RefreshToken};
+use crate::domain::secret::Secret;
+use crate::store::stored_grant::Record;
 
 /// A store in a directory that vanishes with it.
 struct Place {

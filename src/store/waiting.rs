@@ -9,10 +9,10 @@ use serde::{Deserialize, Serialize};
 
 use super::copies::Copies;
 use super::{StoreError, files};
-use crate::account::UserId;
-use crate::keyring::Keyring;
-use crate::record::Record;
-use crate::token::Grant;
+use crate::domain::account::UserId;
+use crate::domain::grant::Grant;
+use crate::store::keyring::Keyring;
+use crate::store::stored_grant::Record;
 
 /// A grant that waits, for the comparison with the user's grant of before or for the app's confirmation.
 #[derive(Clone, Debug)]

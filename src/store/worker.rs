@@ -14,7 +14,7 @@ use tokio::sync::oneshot;
 
 use super::engine::Engine;
 use super::{Health, Opened, StoreError, files};
-use crate::keyring::Keyring;
+use crate::store::keyring::Keyring;
 
 /// How long an operation may take. A healthy one takes a millisecond; a volume that takes longer than this hangs, and
 /// memory goes on serving meanwhile.

@@ -13,8 +13,8 @@ use tokio_rustls::TlsConnector;
 use tower_service::Service;
 use url::Url;
 
-use super::ahead::Ahead;
-use super::pool::{Connection, MAX_SHARED, Shared};
+use super::pool::{Connection, H2Connection, MAX_SHARED};
+use super::read_ahead::Ahead;
 use super::{ErrorKind, Http2, Settings};
 
 /// HTTP/2 flow-control windows of one call (RFC 9113, section 5.2), in bytes: for the first connection, and for those that
@@ -52,7 +52,7 @@ pub(super) struct Connector {
 
 /// What a new connection offers to speak.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Offer {
+pub(super) enum Alpn {
     /// As `upstream.http2` says.
     Configured,
     /// As `upstream.http2` says, for a call that finds no place on another connection while so many hundred are under way.
@@ -104,29 +104,29 @@ impl Connector {
         self.http2 == Http2::Auto
     }
 
-    pub(super) async fn connect(&self, offer: Offer) -> Result<Connection, ErrorKind> {
+    pub(super) async fn connect(&self, offer: Alpn) -> Result<Connection, ErrorKind> {
         let connected = tokio::time::timeout(self.timeout, self.handshake(offer)).await;
         connected.unwrap_or(Err(ErrorKind::ConnectTimeout(self.timeout)))
     }
 
-    async fn handshake(&self, offer: Offer) -> Result<Connection, ErrorKind> {
+    async fn handshake(&self, offer: Alpn) -> Result<Connection, ErrorKind> {
         let tcp = self.tcp.clone().call(self.uri.clone()).await;
         let tcp = tcp.map_err(|error| ErrorKind::Unreachable(error.into()))?.into_inner();
-        let tls = if offer == Offer::Http1 { &self.http1 } else { &self.tls };
+        let tls = if offer == Alpn::Http1 { &self.http1 } else { &self.tls };
         let mut stream = tls.connect(self.name.clone(), Ahead::new(tcp)).await.map_err(ErrorKind::Tls)?;
         stream.get_mut().1.set_buffer_limit(Some(WRITE_BUFFER));
         let chosen = stream.get_ref().1.alpn_protocol();
         if chosen == Some(b"h2") || self.http2 == Http2::Always {
             let mut builder = http2::Builder::new(TokioExecutor::new());
             builder.timer(TokioTimer::new()).keep_alive_interval(PING_EVERY).keep_alive_timeout(PING_TIMEOUT);
-            let hundreds = if let Offer::Crowd { hundreds } = offer { hundreds } else { 0 };
+            let hundreds = if let Alpn::Crowd { hundreds } = offer { hundreds } else { 0 };
             let window = WINDOWS[hundreds.min(WINDOWS.len() - 1)];
             tracing::debug!(window, "connected to Amazon, HTTP/2");
             // A caller that does not read leaves its window full: all that share the connection may, and the rest still moves.
             builder.initial_stream_window_size(window).initial_connection_window_size((MAX_SHARED as u32 + 1) * window);
             let (sender, connection) = builder.handshake(TokioIo::new(stream)).await.map_err(ErrorKind::Reset)?;
             drive(connection);
-            Ok(Connection::Http2(Shared { sender, calls: Arc::default() }))
+            Ok(Connection::Http2(H2Connection { sender, calls: Arc::default() }))
         } else {
             tracing::debug!("connected to Amazon, HTTP/1.1");
             let mut builder = http1::Builder::new();

@@ -10,41 +10,41 @@ use http::{HeaderValue, Request, Uri};
 use hyper::client::conn::{http1, http2};
 use url::Url;
 
-use super::connect::{Connector, Offer};
-use super::sharing::Sharing;
-use super::{ErrorKind, Http2, Outgoing, Reuse, Settings, lock};
+use super::connect::{Alpn, Connector};
+use super::protocol_choice::Sharing;
+use super::{ErrorKind, Http2, RequestBody, Reuse, Settings, lock};
 
 #[derive(Debug)]
-pub(super) struct Host {
+pub(super) struct OriginPool {
     connector: Connector,
-    /// The value of `Host`: the origin's authority.
+    /// The value of `OriginPool`: the origin's authority.
     pub(super) authority: HeaderValue,
     /// What HTTP/2 sends as `:scheme` and `:authority`.
     origin: http::uri::Parts,
     idle: Mutex<VecDeque<Idle>>,
     /// The connection that calls share, and the one for those that it has no place for.
-    shared: Mutex<[Option<Shared>; 2]>,
+    shared: Mutex<[Option<H2Connection>; 2]>,
     pub(super) sharing: Sharing,
     /// Whether the last connection spoke HTTP/1.1, so that each call needs one of its own.
     one_call_each: AtomicBool,
-    /// Held by who connects while a connection may come to be shared, so that a burst of callers opens one.
+    /// ReplayBuffer by who connects while a connection may come to be shared, so that a burst of callers opens one.
     connecting: tokio::sync::Mutex<()>,
 }
 
 #[derive(Debug)]
 struct Idle {
-    sender: http1::SendRequest<Outgoing>,
+    sender: http1::SendRequest<RequestBody>,
     since: Instant,
 }
 
 /// An HTTP/2 connection and the number of calls on it.
 #[derive(Clone, Debug)]
-pub(super) struct Shared {
-    pub(super) sender: http2::SendRequest<Outgoing>,
+pub(super) struct H2Connection {
+    pub(super) sender: http2::SendRequest<RequestBody>,
     pub(super) calls: Arc<AtomicUsize>,
 }
 
-impl Shared {
+impl H2Connection {
     fn is_full(&self) -> bool {
         self.calls.load(Relaxed) >= MAX_SHARED
     }
@@ -52,8 +52,8 @@ impl Shared {
 
 /// A connection that is ready for a request.
 pub(super) enum Connection {
-    Http1 { sender: http1::SendRequest<Outgoing>, reused: bool },
-    Http2(Shared),
+    Http1 { sender: http1::SendRequest<RequestBody>, reused: bool },
+    Http2(H2Connection),
 }
 
 /// So many calls share one HTTP/2 connection. Servers take at least 100 at once (RFC 9113, section 6.5.2), and what goes
@@ -66,7 +66,7 @@ const MAX_IDLE: usize = 1024;
 /// be never. A ready one says so within microseconds.
 const READY: Duration = Duration::from_millis(100);
 
-impl Host {
+impl OriginPool {
     pub(super) fn new(origin: &Url, settings: &Settings, tls: &rustls::ClientConfig) -> Result<Self, rustls::Error> {
         let connector = Connector::new(origin, settings, tls)?;
         let text = match origin.port() {
@@ -140,7 +140,7 @@ impl Host {
     async fn connect(&self) -> Result<Connection, ErrorKind> {
         let crowd = lock(&self.shared)[0].as_ref().is_some_and(|shared| shared.is_full() && !shared.sender.is_closed());
         let hundreds = self.sharing.at_once() / MAX_SHARED;
-        let offer = if crowd { Offer::Crowd { hundreds } } else { Offer::Configured };
+        let offer = if crowd { Alpn::Crowd { hundreds } } else { Alpn::Configured };
         // Boxed: connecting is rare, and its future is large.
         let connection = Box::pin(self.connector.connect(offer)).await?;
         self.one_call_each.store(matches!(connection, Connection::Http1 { .. }), Relaxed);
@@ -160,8 +160,8 @@ impl Host {
         tokio::spawn(async move {
             for _ in 0..count {
                 // Without it all goes on as before.
-                let Ok(Connection::Http1 { sender, .. }) = host.connector.connect(Offer::Http1).await else { break };
-                host.put_back(sender);
+                let Ok(Connection::Http1 { sender, .. }) = host.connector.connect(Alpn::Http1).await else { break };
+                host.release(sender);
             }
             host.sharing.adding.store(false, Relaxed);
         });
@@ -171,7 +171,7 @@ impl Host {
         lock(&self.idle).pop_back()
     }
 
-    pub(super) fn put_back(&self, sender: http1::SendRequest<Outgoing>) {
+    pub(super) fn release(&self, sender: http1::SendRequest<RequestBody>) {
         let mut idle = lock(&self.idle);
         if idle.len() < MAX_IDLE && !sender.is_closed() {
             idle.push_back(Idle { sender, since: Instant::now() });
@@ -186,8 +186,8 @@ impl Host {
         idle.retain(|idle| !idle.sender.is_closed());
     }
 
-    /// HTTP/2 wants the authority in the target and not in `Host` (RFC 9113, section 8.3.1).
-    pub(super) fn with_authority(&self, mut request: Request<Outgoing>) -> Request<Outgoing> {
+    /// HTTP/2 wants the authority in the target and not in `OriginPool` (RFC 9113, section 8.3.1).
+    pub(super) fn with_authority(&self, mut request: Request<RequestBody>) -> Request<RequestBody> {
         request.headers_mut().remove(HOST);
         let mut parts = http::uri::Parts::default();
         parts.scheme.clone_from(&self.origin.scheme);

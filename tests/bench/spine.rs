@@ -2,16 +2,15 @@
 //!
 //! Times depend on the machine; `tests/bench/instructions` counts what does not.
 
-use adsidecar::account::{Context, Ids};
 use adsidecar::app::App;
-use adsidecar::clock::Clock;
 use adsidecar::config::{self, Sources};
-use adsidecar::families::family;
-use adsidecar::guard::{Guard, Settings};
-use adsidecar::request_id::RequestIds;
-use adsidecar::rewrite::{Attach, to_amazon, to_caller};
-use adsidecar::sandbox::{CLIENT_ID, CLIENT_SECRET, Door, Options, Sandbox};
-use adsidecar::serve::Peer;
+use adsidecar::domain::account::{Context, Ids};
+use adsidecar::domain::api_families::family;
+use adsidecar::domain::clock::Clock;
+use adsidecar::domain::headers::{Attach, to_amazon, to_caller};
+use adsidecar::inbound::admission::{Guard, Settings};
+use adsidecar::inbound::request_id::RequestIds;
+use adsidecar::server::Peer;
 use divan::{Bencher, black_box};
 use http::request::Parts;
 use http::{HeaderMap, HeaderValue, Request};
@@ -19,6 +18,7 @@ use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::runtime::Runtime;
+use world::{CLIENT_ID, CLIENT_SECRET, Door, Options, Sandbox};
 
 fn main() {
     divan::main();

@@ -1,7 +1,7 @@
 //! The admin door: who may use it, and what it tells.
 
-use adsidecar::sandbox::{Door, Rule, Trouble};
 use reqwest::{Method, Response};
+use world::{Door, Rule, Trouble};
 
 use crate::rig::{Rig, code, eventually};
 

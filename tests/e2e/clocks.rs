@@ -3,10 +3,10 @@
 use std::io::Write;
 use std::sync::{Arc, Mutex};
 
-use adsidecar::clock::Clock;
-use adsidecar::sandbox::{Door, Options, Rule, Trouble};
+use adsidecar::domain::clock::Clock;
 use jiff::{SignedDuration, Timestamp};
 use serde_json::Value;
+use world::{Door, Options, Rule, Trouble};
 
 use crate::rig::{Rig, code, eventually, json};
 

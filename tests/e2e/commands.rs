@@ -7,13 +7,13 @@ use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use adsidecar::keyring::Keyring;
-use adsidecar::sandbox::{CLIENT_ID, CLIENT_SECRET, Door, RETURN_URL, Rule, SCOPE, Trouble};
-use adsidecar::secret::Secret;
+use adsidecar::domain::secret::Secret;
+use adsidecar::store::keyring::Keyring;
 use fernet::Fernet;
 use serde_json::{Value, json as object};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
+use world::{CLIENT_ID, CLIENT_SECRET, Door, RETURN_URL, Rule, SCOPE, Trouble};
 
 use crate::rig::{FERNET_KEY, Rig, eventually, json};
 
@@ -423,7 +423,7 @@ async fn the_records_of_another_service_are_imported() {
     let (one, two) = (rig.sandbox.grant(), rig.sandbox.grant());
     let soon = (rig.clock.now() + jiff::SignedDuration::from_secs(3000)).to_string();
     let zoneless = soon.split('.').next().unwrap().trim_end_matches('Z').to_owned();
-    let record = |issued: &adsidecar::sandbox::Issued, expires_at: &str| {
+    let record = |issued: &world::Issued, expires_at: &str| {
         object!({
             "access_token": sealed(&issued.access_token),
             "refresh_token": sealed(&issued.refresh_token),

@@ -4,13 +4,13 @@
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use adsidecar::keyring::Keyring;
-use adsidecar::sandbox::{Door, Rule, Trouble};
-use adsidecar::secret::Secret;
+use adsidecar::domain::grant::{Grant, RefreshToken};
+use adsidecar::domain::secret::Secret;
+use adsidecar::store::keyring::Keyring;
 use adsidecar::store::{Settings, TokenStore};
-use adsidecar::token::{Grant, RefreshToken};
 use reqwest::Method;
 use serde_json::Value;
+use world::{Door, Rule, Trouble};
 
 use crate::rig::{FERNET_KEY, Rig, code, eventually, json};
 

@@ -1,6 +1,6 @@
 //! The forms of a target: whom a caller can mean, and that nothing here is an open proxy.
 
-use adsidecar::sandbox::{CLIENT_ID, Door};
+use world::{CLIENT_ID, Door};
 
 use crate::rig::Rig;
 

@@ -1,8 +1,8 @@
 //! Who may come in, at the proxy door and at the admin door.
 
-use adsidecar::sandbox::{Door, Options};
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
+use world::{Door, Options};
 
 use crate::rig::{Rig, json};
 use crate::wire::{Reply, Wire};
@@ -126,7 +126,7 @@ async fn only_the_frontends_origin_fetches_the_oauth_endpoints() {
 
 /// A sidecar with two caller tokens, its user logged in with the first.
 async fn guarded() -> Rig {
-    let clock = adsidecar::clock::Clock::frozen("2026-08-01T12:00:00Z".parse().unwrap());
+    let clock = adsidecar::domain::clock::Clock::frozen("2026-08-01T12:00:00Z".parse().unwrap());
     let rig = Rig::built(Options::calm(clock), "", &[("proxy.caller_token", "token-one,token-two")]).await;
     let begun = rig.request(reqwest::Method::GET, "/api/auth/amazon/login").header("X-Ads-Sidecar-Token", "token-one");
     let begun = json(begun.send().await.unwrap()).await;

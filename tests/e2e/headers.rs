@@ -1,6 +1,6 @@
 //! The headers that are ours: whatever a caller sends, Amazon sees exactly one value, and it is not the caller's.
 
-use adsidecar::sandbox::{CLIENT_ID, Door};
+use world::{CLIENT_ID, Door};
 
 use crate::rig::Rig;
 use crate::wire::Scripted;
@@ -8,7 +8,7 @@ use crate::wire::Scripted;
 const NA: &str = "3012345678901234561";
 
 /// Sends these header lines as they are, and gives what Amazon saw.
-async fn sent(rig: &Rig, path: &str, lines: &[&str]) -> adsidecar::sandbox::Call {
+async fn sent(rig: &Rig, path: &str, lines: &[&str]) -> world::Call {
     rig.sandbox.clear_history();
     let lines: String = lines.iter().map(|line| format!("{line}\r\n")).collect();
     let answer = rig.knock(format!("GET {path} HTTP/1.1\r\nHost: localhost\r\n{lines}\r\n")).await;
@@ -165,7 +165,7 @@ async fn a_request_id_is_taken_or_made_and_on_every_answer() {
 #[tokio::test(flavor = "multi_thread")]
 async fn every_answer_of_our_own_is_a_whole_problem() {
     let rig = Rig::set(&[("proxy.max_body", "10B")]).await;
-    rig.sandbox.set_trouble(adsidecar::sandbox::Trouble::Reset);
+    rig.sandbox.set_trouble(world::Trouble::Reset);
     for (call, status, code, retryable) in [
         ("POST /reset HTTP/1.1\r\nHost: localhost\r\n", 502, "upstream_reset", true),
         ("GET /x HTTP/1.1\r\nHost: localhost\r\nX-Ads-User: nobody\r\n", 401, "login_required", false),

@@ -1,9 +1,9 @@
 //! HTTP/2 to Amazon, where Amazon offers it.
 
-use adsidecar::clock::Clock;
-use adsidecar::sandbox::{Options, Rule, Trouble, pseudo_random_bytes};
+use adsidecar::domain::clock::Clock;
 use sha2::{Digest, Sha256};
 use tokio::task::JoinSet;
+use world::{Options, Rule, Trouble, pseudo_random_bytes};
 
 use crate::rig::{Rig, eventually, json};
 use crate::wire::{Scripted, Wire};

@@ -1,10 +1,10 @@
 //! Fernet keys: wrong ones, odd spellings, rotation, and what else a store needs to open.
 
-use adsidecar::keyring::Keyring;
-use adsidecar::sandbox::{CLIENT_ID, CLIENT_SECRET};
-use adsidecar::secret::Secret;
+use adsidecar::domain::secret::Secret;
+use adsidecar::store::keyring::Keyring;
 use reqwest::Method;
 use serde_json::{Value, json as object};
+use world::{CLIENT_ID, CLIENT_SECRET};
 
 use crate::commands::{CONFIG, DONE, FAILED, OTHER_KEY, Serving, bare_with, beside, run, sealed, stopped};
 use crate::rig::{FERNET_KEY, Rig, code, eventually, json};

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use adsidecar::sandbox::{Door, Rule, Trouble};
+use world::{Door, Rule, Trouble};
 
 use crate::rig::Rig;
 use crate::wire::{Scripted, eventually};

@@ -2,11 +2,11 @@
 
 use std::collections::HashSet;
 
-use adsidecar::sandbox::{CLIENT_ID, Door, RETURN_URL, Rule, SCOPE, Trouble};
 use reqwest::header::{HeaderMap, LOCATION};
 use reqwest::{Method, Response};
 use serde_json::Value;
 use url::Url;
+use world::{CLIENT_ID, Door, RETURN_URL, Rule, SCOPE, Trouble};
 
 use crate::rig::{Rig, code, header, json};
 

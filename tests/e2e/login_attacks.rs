@@ -1,9 +1,9 @@
 //! Attacks on a login, each possible combination of them: exactly the one good one stores a grant, and no target leads
 //! anywhere but to the frontend.
 
-use adsidecar::sandbox::Door;
 use reqwest::Method;
 use url::Url;
+use world::Door;
 
 use crate::rig::{Rig, header, json};
 

@@ -5,8 +5,8 @@ use std::io::Read;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use adsidecar::sandbox::{Door, Rule, Trouble};
 use reqwest::{Response, StatusCode};
+use world::{Door, Rule, Trouble};
 
 use crate::commands::{Serving, command, stopped};
 use crate::rig::{FERNET_KEY, Rig, code, eventually, header};

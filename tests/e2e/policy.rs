@@ -1,6 +1,6 @@
 //! The policy: what may leave for Amazon, and that nothing else does, not a byte.
 
-use adsidecar::sandbox::Door;
+use world::Door;
 
 use crate::rig::Rig;
 use crate::wire::Reply;

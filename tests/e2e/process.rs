@@ -5,10 +5,10 @@ use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
 use std::process::Command;
 
-use adsidecar::sandbox::{CLIENT_SECRET, Rule, Trouble};
 use serde_json::Value;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
+use world::{CLIENT_SECRET, Rule, Trouble};
 
 use crate::commands::{BINARY, Serving, command, stopped};
 use crate::rig::{FERNET_KEY, Rig, eventually};

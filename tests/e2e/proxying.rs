@@ -2,10 +2,10 @@
 
 use std::io::Read;
 
-use adsidecar::sandbox::{Door, Rule, Trouble, pseudo_random_bytes};
 use flate2::read::GzDecoder;
 use reqwest::Method;
 use sha2::{Digest, Sha256};
+use world::{Door, Rule, Trouble, pseudo_random_bytes};
 
 use crate::rig::{Rig, json};
 use crate::wire::{Scripted, Wire, eventually};

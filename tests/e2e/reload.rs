@@ -4,8 +4,8 @@ use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::Path;
 
-use adsidecar::sandbox::{CLIENT_SECRET, Trouble};
 use reqwest::Method;
+use world::{CLIENT_SECRET, Trouble};
 
 use crate::commands::Serving;
 use crate::rig::{Rig, code, eventually, json};

@@ -7,10 +7,10 @@ use std::time::Duration;
 
 use adsidecar::app::App;
 use adsidecar::config::{self, Sources};
-use adsidecar::sandbox::{Door, Rule, Trouble};
 use reqwest::Method;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
+use world::{Door, Rule, Trouble};
 
 use crate::rig::{Rig, code, json};
 

@@ -5,10 +5,9 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use adsidecar::app::App;
-use adsidecar::clock::Clock;
 use adsidecar::config::{self, Sources};
-use adsidecar::sandbox::{CLIENT_ID, CLIENT_SECRET, Call, Door, Options, RETURN_URL, Sandbox};
-use adsidecar::tls;
+use adsidecar::domain::clock::Clock;
+use adsidecar::domain::tls;
 use jiff::SignedDuration;
 use reqwest::{Client, Method, RequestBuilder, Response, StatusCode};
 use rustls::pki_types::CertificateDer;
@@ -19,6 +18,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
+use world::{CLIENT_ID, CLIENT_SECRET, Call, Door, Options, RETURN_URL, Sandbox};
 
 use crate::wire::{Reply, Scripted, Wire};
 

@@ -1,7 +1,7 @@
 //! For which account, user and region a call is, and which headers Amazon then sees.
 
-use adsidecar::sandbox::{CLIENT_ID, Call, Door};
 use reqwest::Response;
+use world::{CLIENT_ID, Call, Door};
 
 use crate::rig::{Rig, code, json};
 
@@ -137,8 +137,8 @@ async fn in_another_region_no_id_is_attached_and_a_hint_says_so() {
 #[tokio::test(flavor = "multi_thread")]
 async fn fixed_selection_ignores_what_callers_say() {
     let sets = [("proxy.selection", "fixed")];
-    let clock = adsidecar::clock::Clock::frozen("2026-08-01T12:00:00Z".parse().unwrap());
-    let options = adsidecar::sandbox::Options::calm(clock);
+    let clock = adsidecar::domain::clock::Clock::frozen("2026-08-01T12:00:00Z".parse().unwrap());
+    let options = world::Options::calm(clock);
     let extra = format!("{}[[account]]\nname = \"default\"\nprofile_id = \"{NA}\"\n", accounts());
     let rig = Rig::built(options, &extra, &sets).await;
     rig.log_in("default").await;

@@ -5,13 +5,13 @@ use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use adsidecar::app::App;
-use adsidecar::clock::Clock;
 use adsidecar::config::{self, Sources};
-use adsidecar::sandbox::{Door, Options, Rule, Trouble};
+use adsidecar::domain::clock::Clock;
 use reqwest::{Method, Response};
 use serde_json::{Value, json as object};
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
+use world::{Door, Options, Rule, Trouble};
 
 use crate::cluster::{Bouncer, Cluster, PASSWORD, Sql};
 use crate::commands::{CONFIG, DONE, FAILED, OTHER_KEY, Serving, run};

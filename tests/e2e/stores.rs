@@ -2,11 +2,11 @@
 
 use std::sync::Arc;
 
-use adsidecar::account::UserId;
-use adsidecar::keyring::Keyring;
-use adsidecar::secret::Secret;
+use adsidecar::domain::account::UserId;
+use adsidecar::domain::grant::{Access, AccessToken, Grant, RefreshToken};
+use adsidecar::domain::secret::Secret;
+use adsidecar::store::keyring::Keyring;
 use adsidecar::store::{Address, Opened, Sealed, Settings, StoreError, TokenStore, Waiting};
-use adsidecar::token::{Access, AccessToken, Grant, RefreshToken};
 use jiff::{SignedDuration, Timestamp};
 use tempfile::TempDir;
 

@@ -4,11 +4,11 @@
 use std::collections::BTreeSet;
 
 use adsidecar::app::{App, BuildError};
-use adsidecar::clock::Clock;
 use adsidecar::config::{self, Sources};
-use adsidecar::sandbox::{Door, Rule, Trouble};
+use adsidecar::domain::clock::Clock;
 use adsidecar::store::StoreError;
 use reqwest::Method;
+use world::{Door, Rule, Trouble};
 
 use crate::rig::{FERNET_KEY, Rig, code, json};
 use crate::wire::eventually;

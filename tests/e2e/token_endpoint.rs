@@ -3,10 +3,10 @@
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use adsidecar::sandbox::{CLIENT_SECRET, Door, Rule, Trouble};
 use reqwest::Method;
 use serde_json::Value;
 use tokio::net::TcpListener;
+use world::{CLIENT_SECRET, Door, Rule, Trouble};
 
 use crate::rig::{Rig, code, eventually, header, json};
 use crate::wire::{Scripted, Wire};

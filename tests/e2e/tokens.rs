@@ -2,8 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use adsidecar::clock::Clock;
-use adsidecar::sandbox::{CLIENT_SECRET, Door, Rule, Trouble, pseudo_random_bytes};
+use adsidecar::domain::clock::Clock;
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
 use jiff::Timestamp;
@@ -12,6 +11,7 @@ use serde_json::{Value, json as object};
 use sha2::{Digest, Sha256};
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
+use world::{CLIENT_SECRET, Door, Rule, Trouble, pseudo_random_bytes};
 
 use crate::rig::{Rig, code, eventually, header, json};
 

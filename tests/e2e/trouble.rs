@@ -3,9 +3,9 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use adsidecar::sandbox::{Door, Rule, Trouble};
 use reqwest::Method;
 use tokio::net::TcpListener;
+use world::{Door, Rule, Trouble};
 
 use crate::rig::{Rig, code};
 use crate::wire::{Scripted, Wire};

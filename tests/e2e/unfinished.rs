@@ -2,13 +2,13 @@
 
 use std::path::PathBuf;
 
-use adsidecar::keyring::Keyring;
-use adsidecar::sandbox::{Door, Rule, SCOPE, Trouble};
-use adsidecar::secret::Secret;
+use adsidecar::domain::grant::{Grant, RefreshToken};
+use adsidecar::domain::secret::Secret;
+use adsidecar::store::keyring::Keyring;
 use adsidecar::store::{Settings, TokenStore, Waiting};
-use adsidecar::token::{Grant, RefreshToken};
 use reqwest::{Method, Response};
 use serde_json::Value;
+use world::{Door, Rule, SCOPE, Trouble};
 
 use crate::commands::{Serving, run};
 use crate::rig::{FERNET_KEY, Rig, code, eventually, json};

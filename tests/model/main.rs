@@ -1,7 +1,7 @@
 //! Logout against refresh against a new login, in every order that a scheduler finds.
 //!
 //! The code that decides is the product's own: `src/keeper/entry.rs` is compiled here a second time, over shuttle's
-//! primitives in place of tokio's, and with it `Held` and `Kept`. Around it stand, in as few lines as possible, the disk and
+//! primitives in place of tokio's, and with it `GrantState` and `LiveGrant`. Around it stand, in as few lines as possible, the disk and
 //! the three who change a grant, in the order in which the keeper does it: take the turn, look, write the disk, publish.
 //! `SCHEDULES` says how many orders are tried (a short run without it), `SEED` with which the random ones begin;
 //! `KNOWN_BAD=1` leaves the look at the generation out, which must be found.
@@ -9,7 +9,7 @@
 #![allow(dead_code, unreachable_pub, reason = "the entry has more ways than the model takes")]
 
 // The names that the entry knows them by.
-use adsidecar::{account, moment, token};
+use adsidecar::domain::{self, account, clock_reading, grant};
 
 /// As in the product, but for the one point that makes it wrong.
 macro_rules! fail_point {
@@ -21,7 +21,7 @@ macro_rules! fail_point {
     ($($point:tt)*) => {};
 }
 
-#[path = "../../src/keeper/entry.rs"]
+#[path = "../../src/auth/tokens/entry.rs"]
 mod entry;
 mod sync;
 
@@ -29,14 +29,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use account::UserId;
+use clock_reading::ClockReading;
 use entry::Entry;
+use grant::{Access, AccessToken, Grant, GrantState, LiveGrant, Outcome, RefreshToken};
 use jiff::{SignedDuration, Timestamp};
-use moment::Moment;
 use shuttle::future::block_on;
 use shuttle::scheduler::{PctScheduler, RandomScheduler, Scheduler};
 use shuttle::sync::Mutex;
 use shuttle::{Config, FailurePersistence, Runner, thread};
-use token::{Access, AccessToken, Grant, Held, Kept, Outcome, RefreshToken};
 
 /// What the disk holds of the user: the refresh token and its generation. As the store, it takes a change for an expected
 /// generation only where that one is stored.
@@ -69,8 +69,8 @@ struct World {
     wanted: Mutex<Option<String>>,
 }
 
-fn now() -> Moment {
-    Moment {
+fn now() -> ClockReading {
+    ClockReading {
         wall: Timestamp::from_second(1_790_000_000).unwrap(),
         uptime: SignedDuration::from_secs(5000),
         amazon: None,
@@ -114,29 +114,29 @@ async fn renew(world: &World) {
                 // As `keep_storing`: what the disk did not take is written over whatever is there.
                 world.disk.save(&renewed, None);
             }
-            let outcome = Outcome::Renewed(Arc::new(Kept::issued(renewed, now())));
+            let outcome = Outcome::Renewed(Arc::new(LiveGrant::issued(renewed, now())));
             write.publish(held.next(outcome, now(), 0.5));
         }
     }
     world.entry.land();
 }
 
-/// `Keeper::forget_now`.
+/// `TokenManager::forget_now`.
 async fn log_out(world: &World) {
     let write = world.entry.write().await;
     world.disk.erase();
-    write.publish(Held::Nothing);
+    write.publish(GrantState::Nothing);
     *world.wanted.lock().unwrap() = None;
     world.entry.wake();
 }
 
-/// `Keeper::adopt_now`.
+/// `TokenManager::adopt_now`.
 async fn log_in(world: &World, refresh: &str) {
     let write = world.entry.write().await;
     let mut grant = grant(refresh);
     grant.generation = write.next_generation();
     world.disk.save(&grant, None);
-    write.publish(Held::Fresh(Arc::new(Kept::loaded(grant, now()))));
+    write.publish(GrantState::Fresh(Arc::new(LiveGrant::loaded(grant, now()))));
     *world.wanted.lock().unwrap() = Some(refresh.to_owned());
     world.entry.wake();
 }

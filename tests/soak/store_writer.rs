@@ -12,11 +12,11 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-use adsidecar::account::UserId;
-use adsidecar::keyring::Keyring;
-use adsidecar::secret::Secret;
+use adsidecar::domain::account::UserId;
+use adsidecar::domain::grant::{Access, AccessToken, Grant, RefreshToken};
+use adsidecar::domain::secret::Secret;
+use adsidecar::store::keyring::Keyring;
 use adsidecar::store::{Settings, StoreError, TokenStore};
-use adsidecar::token::{Access, AccessToken, Grant, RefreshToken};
 use jiff::{SignedDuration, Timestamp};
 
 const KEY: &str = "cw_0x689RpI-jtRR7oE8h_eQsKImvJapLeSbXpwF4e4=";

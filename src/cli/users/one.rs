@@ -8,12 +8,12 @@ use jiff::Timestamp;
 use serde_json::{Value, json};
 
 use super::{Failed, open_unless_held};
-use crate::account::UserId;
 use crate::app;
 use crate::cli::{ask, block_on, print};
 use crate::config::Config;
+use crate::domain::account::UserId;
+use crate::domain::grant::Grant;
 use crate::store::{Opened, StoreError, TokenStore};
-use crate::token::Grant;
 
 /// What is known about `user`, never a token; from the running sidecar where one holds the store.
 pub(super) fn show(config: &Config, user: &UserId) -> Result<(), Failed> {

@@ -8,8 +8,8 @@ use super::super::copies::Found;
 use super::super::database::{self, Database};
 use super::super::{Opened, Sealed, StoreError, Users};
 use super::{Engine, open};
-use crate::account::UserId;
-use crate::record::RecordError;
+use crate::domain::account::UserId;
+use crate::store::stored_grant::RecordError;
 
 /// A process moves this many damaged databases aside. A disk that damages more would fill itself with them.
 const MAX_RECOVERIES: u64 = 8;

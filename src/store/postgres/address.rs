@@ -12,7 +12,7 @@ use tokio_postgres::Config;
 use tokio_postgres::config::{Host, SslMode, SslNegotiation, TargetSessionAttrs};
 
 use super::tls::Tls;
-use crate::tls;
+use crate::domain::tls;
 
 /// A checked connection URL. Prints without the user, the password and the options.
 #[derive(Clone)]

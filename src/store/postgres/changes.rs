@@ -8,7 +8,7 @@ use tokio_postgres::types::Type;
 
 use super::line::Again;
 use super::{PAGE, Postgres, column, first, locked};
-use crate::account::UserId;
+use crate::domain::account::UserId;
 use crate::store::StoreError;
 
 /// What changed is asked for with this overlap, in seconds: a row becomes visible a moment after the time that it carries.

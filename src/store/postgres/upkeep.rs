@@ -6,11 +6,11 @@ use std::sync::Arc;
 use tokio_postgres::types::Type;
 
 use super::line::{Again, Parameters};
-use super::{Held, KEY, Postgres, digest, json, locked};
-use crate::account::UserId;
-use crate::keyring::Keyring;
+use super::{KEY, Postgres, StoredRow, digest, json, locked};
+use crate::domain::account::UserId;
+use crate::domain::grant::Grant;
+use crate::store::keyring::Keyring;
 use crate::store::{Reseal, Sealed, StoreError, Users};
-use crate::token::Grant;
 
 impl Postgres {
     pub(in crate::store) async fn scan(&self) -> Result<Users, StoreError> {
@@ -21,7 +21,7 @@ impl Postgres {
     }
 
     pub(in crate::store) async fn dump(&self) -> Result<BTreeMap<UserId, serde_json::Value>, StoreError> {
-        let value = |held: Held| {
+        let value = |held: StoredRow| {
             let value = serde_json::from_str(&held.json).unwrap_or(serde_json::Value::String(held.json));
             (held.user, value)
         };
@@ -65,7 +65,7 @@ impl Postgres {
         Ok(done)
     }
 
-    async fn reseal_row(&self, held: Held, ring: &Keyring, done: &mut Reseal) -> Result<(), StoreError> {
+    async fn reseal_row(&self, held: StoredRow, ring: &Keyring, done: &mut Reseal) -> Result<(), StoreError> {
         let mut next = Some(held);
         // Again where it was changed meanwhile.
         while let Some(held) = next {
@@ -85,7 +85,7 @@ impl Postgres {
         Ok(())
     }
 
-    async fn reseal_one(&self, held: &Held, grant: &Grant, ring: &Keyring) -> Result<bool, StoreError> {
+    async fn reseal_one(&self, held: &StoredRow, grant: &Grant, ring: &Keyring) -> Result<bool, StoreError> {
         const RESEAL: &str = "UPDATE adsidecar_grants SET record = $2, changed_at = clock_timestamp() \
                               WHERE user_id = $1 AND record = $3 RETURNING generation";
         let (name, json) = (held.user.as_str(), json(grant, &held.user, ring));

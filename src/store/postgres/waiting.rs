@@ -7,8 +7,8 @@ use tokio_postgres::types::Type;
 
 use super::line::{Again, Parameters};
 use super::{Postgres, column};
-use crate::keyring::Keyring;
-use crate::secret::Secret;
+use crate::domain::secret::Secret;
+use crate::store::keyring::Keyring;
 use crate::store::{StoreError, Waiting};
 
 impl Postgres {

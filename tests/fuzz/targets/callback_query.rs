@@ -2,7 +2,7 @@
 
 #![no_main]
 
-use adsidecar::login_door::read_callback;
+use adsidecar::inbound::oauth::read_callback;
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|query: &str| {

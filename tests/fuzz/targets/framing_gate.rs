@@ -7,10 +7,10 @@ use std::cell::Cell;
 use std::convert::Infallible;
 use std::net::SocketAddr;
 
-use adsidecar::guard::{Guard, Refusal, Settings};
-use adsidecar::problem::Problem;
-use adsidecar::serve::Peer;
-use adsidecar::target::Of;
+use adsidecar::inbound::admission::{Guard, Refusal, Settings};
+use adsidecar::inbound::problem::Problem;
+use adsidecar::server::Peer;
+use adsidecar::inbound::destination::Of;
 use http::{Request, Response};
 use http_body_util::{BodyExt, Full};
 use hyper::body::{Bytes, Incoming};

@@ -2,9 +2,9 @@
 
 #![no_main]
 
-use adsidecar::account::{Context, Ids};
-use adsidecar::families::{EXCLUSIVE, context_of, family};
-use adsidecar::rewrite::{Attach, to_amazon, to_caller};
+use adsidecar::domain::account::{Context, Ids};
+use adsidecar::domain::api_families::{EXCLUSIVE, context_of, family};
+use adsidecar::domain::headers::{Attach, to_amazon, to_caller};
 use http::{HeaderMap, HeaderName, HeaderValue};
 use libfuzzer_sys::fuzz_target;
 

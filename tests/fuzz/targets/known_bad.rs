@@ -2,7 +2,7 @@
 
 #![no_main]
 
-use adsidecar::target::Target;
+use adsidecar::inbound::destination::Target;
 use http::Uri;
 use libfuzzer_sys::fuzz_target;
 

@@ -5,7 +5,7 @@
 
 use std::time::Duration;
 
-use adsidecar::lwa::{LwaError, answer};
+use adsidecar::auth::lwa::{LwaError, answer};
 use libfuzzer_sys::fuzz_target;
 use reqwest::StatusCode;
 

@@ -2,10 +2,10 @@
 
 #![no_main]
 
-use adsidecar::account::UserId;
-use adsidecar::keyring::Keyring;
-use adsidecar::record::Record;
-use adsidecar::secret::Secret;
+use adsidecar::domain::account::UserId;
+use adsidecar::store::keyring::Keyring;
+use adsidecar::store::stored_grant::Record;
+use adsidecar::domain::secret::Secret;
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|json: &[u8]| {

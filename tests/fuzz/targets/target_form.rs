@@ -2,7 +2,7 @@
 
 #![no_main]
 
-use adsidecar::target::{Of, Target};
+use adsidecar::inbound::destination::{Of, Target};
 use http::Uri;
 use libfuzzer_sys::fuzz_target;
 

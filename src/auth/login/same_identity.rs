@@ -1,0 +1,81 @@
+//! Whether two grants are of one Amazon identity. LWA does not say whose a grant is, but the profiles do that it reaches.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::header::HeaderValue;
+use http::{HeaderMap, Request, StatusCode, Uri};
+use http_body_util::{BodyExt, Limited};
+use serde::Deserialize;
+
+use crate::domain::account::Region;
+use crate::domain::api_families::family;
+use crate::domain::headers::{Attach, to_amazon};
+use crate::upstream::{RequestBody, Reuse, Upstream};
+
+/// Needs neither a scope nor an account ("Profiles", Amazon Ads API).
+const PROFILES: &str = "/v2/profiles";
+/// A person waits in a browser meanwhile.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// A profile is half a kilobyte; large agencies have thousands.
+const MAX_BODY: usize = 16 << 20;
+
+/// Asks the Ads API which profiles a grant reaches.
+#[derive(Clone, Debug)]
+pub struct Identity {
+    upstream: Arc<Upstream>,
+    client_id: HeaderValue,
+}
+
+/// A profile, as far as it is looked at. The id is 64 bits wide.
+#[derive(Deserialize)]
+struct Profile {
+    #[serde(rename = "profileId")]
+    id: serde_json::Number,
+}
+
+impl Identity {
+    /// Asks through `upstream`.
+    pub fn new(upstream: Arc<Upstream>, client_id: HeaderValue) -> Self {
+        Self { upstream, client_id }
+    }
+
+    /// Whether the grants behind two bearers are surely of different identities: each reaches profiles, and none is the
+    /// same. Where a region cannot be asked nothing is sure.
+    pub async fn differs(&self, one: &HeaderValue, other: &HeaderValue) -> bool {
+        let both = Box::pin(async { tokio::join!(self.profiles(one), self.profiles(other)) });
+        match tokio::time::timeout(PATIENCE, both).await {
+            Ok((Some(one), Some(other))) => !one.is_empty() && !other.is_empty() && one.is_disjoint(&other),
+            _ => false,
+        }
+    }
+
+    async fn profiles(&self, bearer: &HeaderValue) -> Option<HashSet<String>> {
+        let [na, eu, fe] = Region::ALL.map(|region| self.profiles_in(region, bearer));
+        let (na, eu, fe) = tokio::join!(na, eu, fe);
+        Some(na?.into_iter().chain(eu?).chain(fe?).collect())
+    }
+
+    async fn profiles_in(&self, region: Region, bearer: &HeaderValue) -> Option<Vec<String>> {
+        let attach = Attach {
+            family: family(PROFILES),
+            host: Some(self.upstream.authority(region)),
+            bearer,
+            client_id: &self.client_id,
+            ids: None,
+            fixed: &[],
+        };
+        let mut request = Request::new(RequestBody::nothing());
+        *request.uri_mut() = Uri::from_static(PROFILES);
+        *request.headers_mut() = to_amazon(&HeaderMap::new(), attach);
+        let answer = self.upstream.checkout(region, Reuse::Fresh).await.ok()?.send(request, false).await.ok()?;
+        if answer.status() != StatusCode::OK {
+            return None;
+        }
+        let body: Bytes = Limited::new(answer.into_body(), MAX_BODY).collect().await.ok()?.to_bytes();
+        let profiles: Vec<Profile> = serde_json::from_slice(&body).ok()?;
+        Some(profiles.into_iter().map(|profile| profile.id.to_string()).collect())
+    }
+}

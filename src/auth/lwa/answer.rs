@@ -1,0 +1,212 @@
+//! What LWA's answers mean.
+
+use std::time::Duration;
+
+use reqwest::StatusCode;
+use serde::Deserialize;
+use serde_json::value::RawValue;
+
+use super::LwaError;
+use crate::domain::grant::{AccessToken, RefreshToken, Tokens};
+
+/// Assumed where the answer does not say, or says nonsense.
+const LIFETIME_UNKNOWN: Duration = Duration::from_secs(300);
+/// LWA's tokens live an hour; nothing that claims more than a day is believed.
+const LIFETIME_MAX: Duration = Duration::from_secs(24 * 3600);
+/// Deepest nesting that is looked into. A token answer has none.
+const MAX_DEPTH: usize = 32;
+
+#[derive(Deserialize)]
+struct Success<'a> {
+    access_token: String,
+    refresh_token: Option<String>,
+    token_type: Option<String>,
+    /// A number, a string that holds one ("3600" in one of Amazon's samples), or anything.
+    #[serde(borrow)]
+    expires_in: Option<&'a RawValue>,
+}
+
+#[derive(Deserialize)]
+struct Refusal {
+    error: String,
+}
+
+/// The tokens in the body of a 200.
+pub fn tokens(body: &[u8]) -> Result<Tokens, &'static str> {
+    if depth(body) > MAX_DEPTH {
+        return Err("the answer is nested too deep");
+    }
+    let answer: Success<'_> =
+        serde_json::from_slice(body).map_err(|_| "the answer is not the JSON of a token answer")?;
+    let mut oddities = Vec::new();
+    match answer.token_type {
+        Some(kind) if kind.eq_ignore_ascii_case("bearer") => {}
+        Some(_) => return Err("the token is no bearer token"),
+        None => oddities.push("token_type_missing"),
+    }
+    let (lifetime, odd) =
+        answer.expires_in.map_or((LIFETIME_UNKNOWN, Some("expires_in_missing")), |raw| lifetime(raw.get()));
+    oddities.extend(odd);
+    let refresh = answer.refresh_token.filter(|token| !token.is_empty()).map(RefreshToken::new);
+    Ok(Tokens {
+        access: AccessToken::new(answer.access_token).map_err(|_| "the access token cannot be sent")?,
+        refresh: refresh.transpose().map_err(|_| "the refresh token cannot be sent")?,
+        lifetime,
+        server_time: None,
+        oddities,
+    })
+}
+
+/// How long the token lives, and what is odd about how the answer says so.
+fn lifetime(raw: &str) -> (Duration, Option<&'static str>) {
+    match raw.trim_matches('"').trim().parse::<f64>() {
+        Ok(seconds) if seconds > LIFETIME_MAX.as_secs_f64() => (LIFETIME_MAX, Some("expires_in_too_long")),
+        Ok(seconds) if seconds >= 1.0 => (Duration::from_secs_f64(seconds), None),
+        _ => (LIFETIME_UNKNOWN, Some("expires_in_unusable")),
+    }
+}
+
+/// How deep arrays and objects are nested, in what may not be JSON at all.
+fn depth(body: &[u8]) -> usize {
+    let (mut depth, mut deepest, mut quoted, mut escaped) = (0_usize, 0, false, false);
+    for byte in body {
+        match byte {
+            _ if escaped => escaped = false,
+            b'\\' if quoted => escaped = true,
+            b'"' => quoted = !quoted,
+            b'[' | b'{' if !quoted => depth += 1,
+            b']' | b'}' if !quoted => depth = depth.saturating_sub(1),
+            _ => {}
+        }
+        deepest = deepest.max(depth);
+    }
+    deepest
+}
+
+/// What an answer with another status means.
+pub fn refusal(status: StatusCode, body: &[u8], retry_after: Option<Duration>) -> LwaError {
+    let error = serde_json::from_slice::<Refusal>(body).map(|refusal| refusal.error).unwrap_or_default();
+    let later =
+        |code| LwaError::TryLater { code, detail: format!("status {}", status.as_u16()), retry_after, taken: false };
+    match (status.as_u16(), error.as_str()) {
+        (429, _) => later("throttled"),
+        (408 | 425 | 500.., _) => later("server_error"),
+        (_, "invalid_grant") => LwaError::Refused { code: "invalid_grant" },
+        (_, "unauthorized_client") => LwaError::Refused { code: "unauthorized_client" },
+        (_, "invalid_scope") => LwaError::Refused { code: "invalid_scope" },
+        (_, "invalid_client") | (401, _) => LwaError::Operator { code: "invalid_client" },
+        (_, "invalid_request" | "unsupported_grant_type") => LwaError::Operator { code: "invalid_request" },
+        _ => later("bad_answer"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn expires(raw: &str) -> Duration {
+        let body = format!(r#"{{"access_token":"Atza|x","token_type":"bearer","expires_in":{raw}}}"#);
+        tokens(body.as_bytes()).unwrap().lifetime
+    }
+
+    #[test]
+    fn threat_30_an_answer_that_cannot_be_used_is_refused() {
+        for body in [
+            "",
+            "<html>Internal Server Error</html>",
+            "{}",
+            "[]",
+            r#"{"access_token":""}"#,
+            r#"{"access_token":"a b"}"#,
+            "{\"access_token\":\"a\\r\\nb\"}",
+            r#"{"access_token":"é"}"#,
+            r#"{"access_token":7}"#,
+            r#"{"access_token":"Atza|x","token_type":"mac"}"#,
+            r#"{"access_token":"Atza|x","refresh_token":"a b"}"#,
+            r#"{"access_token":"Atza|x","access_token":"Atza|y"}"#,
+            r#"{"access_token":"Atza|x"#,
+        ] {
+            assert!(tokens(body.as_bytes()).is_err(), "{body}");
+        }
+        let long = format!(r#"{{"access_token":"{}"}}"#, "x".repeat(5000));
+        assert!(tokens(long.as_bytes()).is_err());
+    }
+
+    #[test]
+    fn what_is_nested_too_deep_is_refused_and_costs_no_stack() {
+        let nested = |levels: usize| {
+            format!(r#"{{"access_token":"x","z":{}{}, "t":"[[[\"["}}"#, "[".repeat(levels), "]".repeat(levels))
+        };
+        assert!(tokens(nested(MAX_DEPTH - 1).as_bytes()).is_ok());
+        assert!(tokens(nested(MAX_DEPTH).as_bytes()).is_err());
+        assert!(tokens(nested(30_000).as_bytes()).is_err());
+    }
+
+    #[test]
+    fn what_lwa_really_sends_is_taken() {
+        let full = br#"{"access_token":"Atza|x","refresh_token":"Atzr|y","token_type":"bearer","expires_in":3600}"#;
+        let tokens = super::tokens(full).unwrap();
+        assert_eq!(tokens.access.expose(), "Atza|x");
+        assert_eq!(tokens.refresh.unwrap().secret().expose(), "Atzr|y");
+        assert_eq!(tokens.lifetime, Duration::from_secs(3600));
+        let bare = super::tokens(br#"{"access_token":"Atza|x","token_type":"Bearer"}"#).unwrap();
+        assert!(bare.refresh.is_none());
+        assert_eq!((bare.lifetime, bare.oddities), (LIFETIME_UNKNOWN, vec!["expires_in_missing"]));
+    }
+
+    #[test]
+    fn a_lifetime_is_believed_within_reason() {
+        for (raw, seconds) in [
+            ("3600", 3600),
+            ("\"3600\"", 3600),
+            ("3600.0", 3600),
+            ("0", 300),
+            ("-5", 300),
+            ("null", 300),
+            ("true", 300),
+            ("\"soon\"", 300),
+            ("\"NaN\"", 300),
+            ("1000000000000", 86400),
+            ("1e309", 86400),
+            ("{}", 300),
+        ] {
+            assert_eq!(expires(raw), Duration::from_secs(seconds), "{raw}");
+        }
+    }
+
+    #[test]
+    fn refusals_are_sorted_by_whose_turn_it_is() {
+        let sort = |status: u16, error: &str| {
+            let body = format!(r#"{{"error":"{error}","error_description":"…","request_id":"r"}}"#);
+            refusal(StatusCode::from_u16(status).unwrap(), body.as_bytes(), None)
+        };
+        assert_eq!(sort(400, "invalid_grant"), LwaError::Refused { code: "invalid_grant" });
+        assert_eq!(sort(400, "unauthorized_client"), LwaError::Refused { code: "unauthorized_client" });
+        assert_eq!(sort(401, "invalid_client"), LwaError::Operator { code: "invalid_client" });
+        assert_eq!(sort(400, "invalid_client"), LwaError::Operator { code: "invalid_client" });
+        assert_eq!(sort(400, "invalid_request"), LwaError::Operator { code: "invalid_request" });
+        for (status, error) in
+            [(500, "invalid_grant"), (503, ""), (429, ""), (408, ""), (425, ""), (302, ""), (404, "x")]
+        {
+            assert!(matches!(sort(status, error), LwaError::TryLater { .. }), "{status} {error}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn no_answer_makes_it_panic(body in proptest::collection::vec(any::<u8>(), 0..300), status in 100u16..600) {
+            let _ = tokens(&body);
+            let _ = refusal(StatusCode::from_u16(status).unwrap(), &body, None);
+        }
+
+        #[test]
+        fn no_lifetime_makes_it_panic(raw in "-?[0-9]{1,400}(\\.[0-9]{1,5})?([eE][+-]?[0-9]{1,6})?") {
+            if let Ok(value) = serde_json::from_str::<&RawValue>(&raw) {
+                let (lifetime, _) = lifetime(value.get());
+                prop_assert!(lifetime >= Duration::from_secs(1) && lifetime <= LIFETIME_MAX);
+            }
+        }
+    }
+}

@@ -1,0 +1,245 @@
+//! Login with Amazon: exchange a code, refresh a grant.
+//!
+//! Tolerant of what LWA really sends (a lifetime as a string, no refresh token, HTML errors), strict in size and time.
+//! Each call has a connection of its own, without redirects and without the environment's proxies: a token call that
+//! meets a connection just being closed could not be repeated safely.
+
+pub mod answer;
+
+use std::error::Error;
+use std::time::Duration;
+
+use reqwest::header::{CONTENT_TYPE, RETRY_AFTER};
+use reqwest::{Client, Response, StatusCode};
+use rustls::pki_types::CertificateDer;
+use url::Url;
+use zeroize::Zeroizing;
+
+use crate::domain::account::Region;
+use crate::domain::clock::date_of;
+use crate::domain::grant::{RefreshToken, Tokens};
+use crate::domain::secret::Secret;
+use crate::domain::tls;
+
+/// Where the token endpoint is and who we are to it.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// `amazon.client_id`.
+    pub client_id: String,
+    /// `amazon.client_secret`: tried in order.
+    pub client_secrets: Vec<Secret>,
+    /// `amazon.redirect_uri`, byte for byte as configured.
+    pub redirect_uri: String,
+    /// `amazon.scope`: separated by spaces.
+    pub scope: String,
+    /// `amazon.region`: whose token host is asked, since codes and tokens are global.
+    pub region: Region,
+    /// `amazon.authorize_url`, where it replaces the region's own.
+    pub authorize_url: Option<Url>,
+    /// `amazon.token_url`, where it replaces the region's own.
+    pub token_url: Option<Url>,
+    /// `amazon.ca_file`: extra trust roots.
+    pub extra_roots: Vec<CertificateDer<'static>>,
+}
+
+/// A whole token call. LWA answers within a second or not at all; callers wait behind it.
+const TIMEOUT: Duration = Duration::from_secs(10);
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
+/// A token answer is 2 KiB; a body beyond this is none.
+const MAX_ANSWER: usize = 64 << 10;
+
+/// Why there are no tokens. `code` is of a fixed list and fit for metrics and users; `detail` is for the log and never
+/// holds what LWA's body said beyond its error code.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum LwaError {
+    /// Time cures it: the network, LWA's own trouble, an answer that cannot be read.
+    #[error("{code}: {detail}")]
+    TryLater {
+        /// `unreachable`, `dns`, `tls`, `timeout`, `throttled`, `server_error` or `bad_answer`.
+        code: &'static str,
+        /// What happened.
+        detail: String,
+        /// How long LWA asked us to wait.
+        retry_after: Option<Duration>,
+        /// Whether LWA may have done as asked, and its answer is what was lost.
+        taken: bool,
+    },
+    /// LWA refuses this grant or code: the user has to consent again.
+    #[error("Login with Amazon refused the grant: {code}")]
+    Refused {
+        /// `invalid_grant`, `unauthorized_client` or `invalid_scope`.
+        code: &'static str,
+    },
+    /// Our own registration with LWA is wrong: nobody's consent helps.
+    #[error("Login with Amazon refused the client: {code}; check amazon.client_id and amazon.client_secret")]
+    Operator {
+        /// `invalid_client` or `invalid_request`.
+        code: &'static str,
+    },
+}
+
+/// The client of the token endpoint.
+#[derive(Clone, Debug)]
+pub struct Lwa {
+    http: Client,
+    token_url: Url,
+    settings: Settings,
+}
+
+impl Lwa {
+    /// Prepares the client; calls nobody yet.
+    pub fn new(settings: Settings) -> Result<Self, String> {
+        let tls = tls::client_config(&settings.extra_roots, &[b"http/1.1"]).map_err(|error| error.to_string())?;
+        let http = Client::builder()
+            .tls_backend_preconfigured(tls)
+            .redirect(reqwest::redirect::Policy::none())
+            .no_proxy()
+            .https_only(true)
+            .http1_only()
+            .pool_max_idle_per_host(0)
+            .connect_timeout(CONNECT_TIMEOUT)
+            .timeout(TIMEOUT)
+            .build()
+            .map_err(|error| error.to_string())?;
+        let token_url = match settings.token_url.clone() {
+            Some(url) => url,
+            None => settings.region.token_url().parse().map_err(|error: url::ParseError| error.to_string())?,
+        };
+        Ok(Self { http, token_url, settings })
+    }
+
+    /// `amazon.scope`: what is asked for, separated by spaces.
+    pub fn scope(&self) -> &str {
+        &self.settings.scope
+    }
+
+    /// The path of `amazon.redirect_uri`.
+    pub fn redirect_path(&self) -> &str {
+        let uri = &self.settings.redirect_uri;
+        let path = uri.find("://").and_then(|at| uri[at + 3..].find('/').map(|slash| &uri[at + 3 + slash..]));
+        path.map_or("/", |path| path.split('?').next().unwrap_or("/"))
+    }
+
+    /// The page that asks a person for consent, for a login in `region`.
+    pub fn authorize_url(&self, region: Region, state: &str, challenge: &str) -> Result<Url, url::ParseError> {
+        let mut url = match self.settings.authorize_url.clone() {
+            Some(url) => url,
+            None => region.authorize_url().parse()?,
+        };
+        url.query_pairs_mut()
+            .append_pair("client_id", &self.settings.client_id)
+            .append_pair("scope", &self.settings.scope)
+            .append_pair("response_type", "code")
+            .append_pair("redirect_uri", &self.settings.redirect_uri)
+            .append_pair("state", state)
+            .append_pair("code_challenge", challenge)
+            .append_pair("code_challenge_method", "S256");
+        Ok(url)
+    }
+
+    /// Exchanges an authorization code (RFC 6749, section 4.1.3; RFC 7636, section 4.5).
+    pub async fn exchange(&self, code: &Secret, verifier: &Secret) -> Result<Tokens, LwaError> {
+        self.call(&[
+            ("grant_type", "authorization_code"),
+            ("code", code.expose()),
+            ("redirect_uri", &self.settings.redirect_uri),
+            ("code_verifier", verifier.expose()),
+        ])
+        .await
+    }
+
+    /// Refreshes a grant (RFC 6749, section 6).
+    pub async fn refresh(&self, token: &RefreshToken) -> Result<Tokens, LwaError> {
+        self.call(&[("grant_type", "refresh_token"), ("refresh_token", token.secret().expose())]).await
+    }
+
+    /// Tries the client secrets in order: while a new one spreads through Amazon, either may be refused.
+    async fn call(&self, grant: &[(&str, &str)]) -> Result<Tokens, LwaError> {
+        let mut outcome = Err(LwaError::Operator { code: "invalid_client" });
+        for secret in &self.settings.client_secrets {
+            outcome = self.call_with(grant, secret).await;
+            if !matches!(outcome, Err(LwaError::Operator { code: "invalid_client" })) {
+                break;
+            }
+        }
+        outcome
+    }
+
+    async fn call_with(&self, grant: &[(&str, &str)], secret: &Secret) -> Result<Tokens, LwaError> {
+        let mut form = grant.to_vec();
+        form.push(("client_id", &self.settings.client_id));
+        form.push(("client_secret", secret.expose()));
+        let response = self.http.post(self.token_url.clone()).form(&form).send().await.map_err(no_answer)?;
+        let status = response.status();
+        let (retry_after, server_time) = (retry_after(&response), date_of(response.headers()));
+        let kind = response.headers().get(CONTENT_TYPE).cloned();
+        let body = read(response).await?;
+        match status {
+            StatusCode::OK => answer::tokens(&body).map(|tokens| Tokens { server_time, ..tokens }).map_err(|why| {
+                // Nothing of the body itself is told: it may hold a token.
+                bad_answer(format!("{why} ({} bytes, content type {kind:?})", body.len()))
+            }),
+            _ => Err(answer::refusal(status, &body, retry_after)),
+        }
+    }
+}
+
+/// The answer holds tokens, so it is zeroed when it has been read.
+async fn read(mut response: Response) -> Result<Zeroizing<Vec<u8>>, LwaError> {
+    let mut body = Zeroizing::new(Vec::with_capacity(MAX_ANSWER));
+    while let Some(chunk) = response.chunk().await.map_err(no_answer)? {
+        if body.len() + chunk.len() > MAX_ANSWER {
+            return Err(bad_answer("more than 64 KiB"));
+        }
+        body.extend_from_slice(&chunk);
+    }
+    Ok(body)
+}
+
+/// Seconds, or nothing: LWA sends no dates here.
+fn retry_after(response: &Response) -> Option<Duration> {
+    let seconds = response.headers().get(RETRY_AFTER)?.to_str().ok()?.trim().parse().ok()?;
+    Some(Duration::from_secs(seconds))
+}
+
+fn no_answer(error: reqwest::Error) -> LwaError {
+    // While it connects, LWA has not heard of the call yet.
+    let connecting = error.is_connect();
+    let code = match () {
+        () if error.is_timeout() => "timeout",
+        () if connecting && is_tls(&error) => "tls",
+        () if connecting && is_dns(&error) => "dns",
+        () if error.is_body() || error.is_decode() => "bad_answer",
+        () => "unreachable",
+    };
+    // The URL holds no secret (the form is in the body), but it says nothing either.
+    LwaError::TryLater { code, detail: causes(&error.without_url()), retry_after: None, taken: !connecting }
+}
+
+fn bad_answer(detail: impl std::fmt::Display) -> LwaError {
+    LwaError::TryLater { code: "bad_answer", detail: detail.to_string(), retry_after: None, taken: true }
+}
+
+fn is_tls(error: &reqwest::Error) -> bool {
+    chain(error).any(|cause| {
+        let mut inner = cause;
+        // An I/O error hides what it was made of: it names the source of that as its own.
+        while let Some(hidden) = inner.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref) {
+            inner = hidden;
+        }
+        inner.is::<rustls::Error>()
+    })
+}
+
+/// The library gives its resolver's errors no type of their own, only this name.
+fn is_dns(error: &reqwest::Error) -> bool {
+    chain(error).any(|cause| cause.to_string() == "dns error")
+}
+
+fn causes(error: &reqwest::Error) -> String {
+    chain(error).map(ToString::to_string).collect::<Vec<_>>().join(": ")
+}
+
+fn chain(error: &reqwest::Error) -> impl Iterator<Item = &(dyn Error + 'static)> {
+    std::iter::successors(Some(error as &(dyn Error + 'static)), |error| (*error).source())
+}

@@ -1,0 +1,48 @@
+//! How right our clock is: by Amazon's answers, and by the monotonic clock beside it.
+
+use std::sync::atomic::Ordering::Relaxed;
+
+use http::HeaderMap;
+use jiff::{SignedDuration, Timestamp};
+
+use super::TokenManager;
+use crate::domain::clock::date_of;
+use crate::domain::clock_reading::ClockReading;
+
+/// Of Amazon's answers one in this many seconds is asked for its date.
+const LISTEN_EVERY: i64 = 10;
+/// The clocks drift apart by less than this between two looks, unless one was stepped or the machine slept.
+const JUMP: SignedDuration = SignedDuration::from_secs(1);
+
+impl TokenManager {
+    /// Compares the clocks by an answer of the Ads API, now and then.
+    pub fn heard(&self, headers: &HeaderMap) {
+        let uptime = self.0.clock.uptime().as_secs();
+        if uptime < self.0.listen_at.load(Relaxed) {
+            return;
+        }
+        self.0.listen_at.store(uptime.saturating_add(LISTEN_EVERY), Relaxed);
+        if let Some(time) = date_of(headers) {
+            self.amazon_says(time);
+        }
+    }
+
+    pub(super) fn amazon_says(&self, time: Timestamp) {
+        let skew = self.0.clock.amazon_says(time).as_secs_f64();
+        // A date tells the whole second that had begun.
+        self.0.metrics.clock_skew.set(skew.floor());
+    }
+
+    /// Whether the wall clock was stepped, or the machine slept, between the two moments.
+    pub(super) fn look_for_jump(&self, before: ClockReading, now: ClockReading) -> bool {
+        let passed = now.wall.duration_since(before.wall);
+        let jump = passed.saturating_sub(now.uptime.saturating_sub(before.uptime));
+        let jumped = jump.abs() > JUMP;
+        if jumped {
+            self.0.metrics.clock_jumps.inc();
+            let seconds = jump.as_secs();
+            tracing::warn!(seconds, "the clock was set, or the machine slept: all renewals are planned anew");
+        }
+        jumped
+    }
+}

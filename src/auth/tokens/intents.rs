@@ -1,0 +1,106 @@
+//! What was begun and may have been lost. Login with Amazon gives back the same refresh token today; should it hand out a new
+//! one, a process that dies between that answer and the disk has lost the grant. So it is written down that a user's renewal
+//! begins, and such a loss is reported, never silent.
+
+use std::collections::BTreeMap;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use super::TokenManager;
+use crate::domain::account::UserId;
+
+/// The note that holds them: `{"<user>": <generation>}`. One that stands there after its renewal was stored is void, since
+/// the stored generation is higher; so a good end needs no write.
+const NOTE: &str = "renewals_begun";
+
+type Note = BTreeMap<UserId, u64>;
+
+#[derive(Debug, Default)]
+pub(super) struct Intents {
+    begun: Mutex<BTreeMap<UserId, Begun>>,
+    /// What the note says; `None` before it was read. GrantState while it is written.
+    written: tokio::sync::Mutex<Option<Note>>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Begun {
+    generation: u64,
+    /// Whether an answer to it may have been lost.
+    lost: bool,
+}
+
+impl Intents {
+    /// An answer that would have renewed `generation` may have been lost.
+    pub(super) fn lost(&self, user: &UserId, generation: u64) {
+        self.begun().insert(user.clone(), Begun { generation, lost: true });
+    }
+
+    /// The renewal has come to an end that is known. Returns whether the answer to an earlier one may have been lost.
+    pub(super) fn end(&self, user: &UserId) -> bool {
+        self.begun().remove(user).is_some_and(|begun| begun.lost)
+    }
+
+    fn begun(&self) -> MutexGuard<'_, BTreeMap<UserId, Begun>> {
+        self.begun.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn note(&self) -> Note {
+        self.begun().iter().map(|(user, begun)| (user.clone(), begun.generation)).collect()
+    }
+}
+
+impl TokenManager {
+    /// Writes down that a renewal of `generation` begins. Where the store does not take it, the renewal goes on all the same.
+    pub(super) async fn intend(&self, user: &UserId, generation: u64) {
+        fail_point!("intents_none", |_| ());
+        let intents = &self.0.intents;
+        let mut written = intents.written.lock().await;
+        self.read_intents(&mut written).await;
+        {
+            let mut begun = intents.begun();
+            if begun.get(user).is_none_or(|begun| begun.generation != generation) {
+                begun.insert(user.clone(), Begun { generation, lost: false });
+            }
+        }
+        let there = written.as_ref().is_some_and(|note| note.get(user) == Some(&generation));
+        if !there && self.0.store.health().up {
+            self.write_intents(&mut written).await;
+        }
+    }
+
+    /// Looks, at the start, for renewals that the end of the process before has interrupted.
+    pub(super) async fn look_for_interrupted(&self) {
+        let mut written = self.0.intents.written.lock().await;
+        self.read_intents(&mut written).await;
+    }
+
+    /// Takes back what is written down and has ended since, so that the next process suspects nothing.
+    pub(super) async fn settle_intents(&self) {
+        let mut written = self.0.intents.written.lock().await;
+        if written.as_ref().is_some_and(|written| *written != self.0.intents.note()) {
+            self.write_intents(&mut written).await;
+        }
+    }
+
+    async fn read_intents(&self, written: &mut Option<Note>) {
+        if written.is_some() {
+            return;
+        }
+        let Ok(note) = self.timed("note", self.0.store.note(NOTE)).await else { return };
+        let note: Note = note.and_then(|text| serde_json::from_str(&text).ok()).unwrap_or_default();
+        for (user, generation) in &note {
+            if self.entry(user).is_some_and(|entry| entry.held().is_of(*generation)) {
+                tracing::warn!(%user, "a renewal was interrupted by the end of the process before; the stored grant is tried");
+                self.0.intents.lost(user, *generation);
+            }
+        }
+        *written = Some(note);
+    }
+
+    async fn write_intents(&self, written: &mut Option<Note>) {
+        let note = self.0.intents.note();
+        let text = serde_json::to_string(&note).expect("names and numbers are JSON");
+        if self.timed("note", self.0.store.set_note(NOTE, text)).await.is_ok() {
+            *written = Some(note);
+        }
+    }
+}

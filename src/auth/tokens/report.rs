@@ -1,0 +1,108 @@
+//! What is told about users: to the status endpoint and to the metrics.
+
+use jiff::Timestamp;
+
+use super::TokenManager;
+use super::entry::Entry;
+use crate::domain::account::UserId;
+use crate::domain::clock_reading::ClockReading;
+use crate::domain::grant::{ConsentAge, GrantState, State};
+use crate::telemetry::metrics::UserHealth;
+
+/// What the status endpoint tells about a user; never a token.
+#[derive(Clone, Debug, serde::Serialize)]
+pub struct Status {
+    /// Who.
+    pub user_id: UserId,
+    /// In which state.
+    pub state: State,
+    /// When the access token ends.
+    pub expires_at: Option<Timestamp>,
+    /// When the tokens last changed.
+    pub updated_at: Option<Timestamp>,
+    /// When a person consented, where that is known.
+    pub consented_at: Option<Timestamp>,
+    /// When that consent ends.
+    pub consent_expires_at: Option<Timestamp>,
+    /// Whether that is soon: a renewal does not extend a consent.
+    pub consent: Option<ConsentAge>,
+    /// Why the last renewal failed.
+    pub last_error: Option<&'static str>,
+    /// When the next renewal is due in the background.
+    pub next_refresh_at: Option<Timestamp>,
+}
+
+impl TokenManager {
+    /// The status of `user`, who may be unknown.
+    pub fn status(&self, user: &UserId) -> Status {
+        match self.entry(user) {
+            Some(entry) => self.tell(&entry),
+            None => self.tell(&self.blank(user)),
+        }
+    }
+
+    /// The status of every user with a grant, by name.
+    pub fn statuses(&self) -> Vec<Status> {
+        let mut statuses: Vec<_> = self.entries().iter().map(|entry| self.tell(entry)).collect();
+        statuses.retain(|status| status.state != State::None);
+        statuses.sort_by(|a, b| a.user_id.cmp(&b.user_id));
+        statuses
+    }
+
+    /// The health of every user with a grant, for the metrics.
+    pub fn health(&self) -> Vec<UserHealth> {
+        let seconds = |at: Timestamp| at.as_duration().as_secs_f64();
+        let entries = self.entries();
+        let known = entries.iter().filter_map(|entry| {
+            let held = entry.held();
+            let status = self.tell(entry);
+            let idle = status.state == State::Idle;
+            (status.state != State::None).then(|| UserHealth {
+                user: status.user_id.to_string(),
+                state: status.state,
+                token_expiry: status.expires_at.filter(|_| !idle).map(seconds),
+                last_refresh: status.expires_at.and(status.updated_at).filter(|_| !idle).map(seconds),
+                consent_expiry: status.consent_expires_at.map(seconds),
+                consent_ending: status.consent.map(|age| age != ConsentAge::Valid),
+                login_reason: match &**held {
+                    GrantState::LoginRequired { reason, .. } => Some(reason),
+                    _ => None,
+                },
+            })
+        });
+        known.collect()
+    }
+
+    /// Says once in the log that a consent is about to end.
+    pub(super) fn tell_of_consent(&self, entry: &Entry, now: ClockReading) {
+        let held = entry.held();
+        let Some(grant) = held.grant() else { return };
+        let (age, expires_at) = (grant.consent(now.wall), grant.consent_expires_at());
+        if let (Some(ConsentAge::Ending | ConsentAge::Ended), Some(expires_at)) = (age, expires_at)
+            && entry.first_told()
+        {
+            tracing::warn!(user = %entry.user, %expires_at, "the consent ends, and no renewal extends it: the user has to log in again before");
+        }
+    }
+
+    pub(super) fn tell(&self, entry: &Entry) -> Status {
+        let held = entry.held();
+        let grant = held.grant();
+        let (policy, used, now) = (self.policy(), entry.used(), self.0.clock.moment());
+        Status {
+            user_id: entry.user.clone(),
+            state: held.state(policy, used, now),
+            expires_at: grant.and_then(|grant| grant.expires_at(now)),
+            updated_at: grant.map(|grant| grant.updated_at),
+            consented_at: grant.and_then(|grant| grant.consented_at),
+            consent_expires_at: grant.and_then(|grant| grant.consent_expires_at()),
+            consent: grant.and_then(|grant| grant.consent(now.wall)),
+            last_error: match &**held {
+                GrantState::Failing { failure, .. } => Some(failure.code),
+                GrantState::LoginRequired { reason, .. } => Some(reason),
+                GrantState::Nothing | GrantState::Fresh(_) => None,
+            },
+            next_refresh_at: entry.due(policy, now).map(|due| now.wall_at(due)),
+        }
+    }
+}

@@ -1,0 +1,216 @@
+//! The commands: one file each, or two lines here.
+
+mod ask;
+mod health;
+mod key;
+mod process;
+mod serve;
+mod store;
+mod users;
+
+use std::ffi::OsString;
+use std::fmt::Display;
+use std::io::{IsTerminal, Write};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{CommandFactory, Parser, Subcommand};
+
+pub use serve::asked_to_stop;
+
+use crate::app::BuildError;
+use crate::config::{self, Problems, Sources};
+use crate::store::StoreError;
+
+/// Amazon Ads authentication as a sidecar: plain HTTP to localhost in, an authenticated call out.
+#[derive(Debug, Parser)]
+#[command(name = "adsidecar", version, disable_help_subcommand = true)]
+struct Arguments {
+    /// The TOML file; ADSIDECAR_CONFIG names it otherwise
+    #[arg(long, global = true, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// One key of the configuration, over the file and the environment; repeatable
+    #[arg(long, global = true, value_name = "SECTION.KEY=VALUE")]
+    set: Vec<String>,
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Serve until SIGTERM (the default)
+    Serve,
+    /// Read the configuration, print it without secrets, and exit
+    Check,
+    /// The users and their grants
+    #[command(subcommand)]
+    Users(users::Users),
+    /// Fernet keys
+    #[command(subcommand)]
+    Key(key::Key),
+    /// The store as a whole
+    #[command(subcommand)]
+    Store(store::Store),
+    /// Ask the running sidecar whether it lives, for an exec probe
+    Health {
+        /// Ask whether it is ready instead
+        #[arg(long)]
+        ready: bool,
+    },
+    /// Wait until the sidecar is ready
+    Wait {
+        /// Give up after this long
+        #[arg(long, default_value = "60s", value_parser = humantime::parse_duration)]
+        timeout: Duration,
+    },
+    /// Print the version
+    Version,
+    /// Print completions for a shell
+    Completions {
+        /// bash, elvish, fish, powershell or zsh
+        shell: clap_complete::Shell,
+    },
+}
+
+/// How a command ends (sysexits.h, where that has a number).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Exit {
+    /// Done.
+    Done = 0,
+    /// Failed.
+    Failed = 1,
+    /// The command line is wrong.
+    Usage = 64,
+    /// The store is held by another process.
+    Held = 75,
+    /// The configuration is wrong, a Fernet key among it.
+    Config = 78,
+}
+
+/// Why a command did not do what it was asked to.
+#[derive(Debug)]
+pub struct Failed {
+    exit: Exit,
+    message: String,
+}
+
+/// Runs the command that `arguments` name. Says on standard error why it failed, if so.
+pub fn run(arguments: impl IntoIterator<Item = OsString>) -> Exit {
+    process::harden();
+    match Arguments::try_parse_from(arguments) {
+        Ok(arguments) => told(dispatch(arguments)),
+        Err(error) => misused(&error),
+    }
+}
+
+/// Says why a command failed, if it did.
+pub fn told(result: Result<(), Failed>) -> Exit {
+    match result {
+        Ok(()) => Exit::Done,
+        Err(Failed { exit, message }) => {
+            let _ = writeln!(std::io::stderr(), "{message}");
+            exit
+        }
+    }
+}
+
+/// Help and version are answers; anything else is a command line that cannot be read.
+pub fn misused(error: &clap::Error) -> Exit {
+    // Nothing is left to say where the output is closed.
+    let _ = error.print();
+    if error.use_stderr() { Exit::Usage } else { Exit::Done }
+}
+
+fn dispatch(arguments: Arguments) -> Result<(), Failed> {
+    let load = || Ok(config::load(&sources(arguments.config.clone(), &arguments.set)?)?);
+    match arguments.command.unwrap_or(Command::Serve) {
+        Command::Serve => {
+            let sources = sources(arguments.config, &arguments.set)?;
+            serve::run(config::load(&sources)?, sources)
+        }
+        Command::Check => print(load()?.redacted_toml()),
+        Command::Users(command) => users::run(command, load()?),
+        Command::Key(command) => key::run(&command, load),
+        Command::Store(command) => store::run(command, load()?),
+        Command::Health { ready } => health::health(&load()?, ready),
+        Command::Wait { timeout } => health::wait(&load()?, timeout),
+        Command::Version => print(concat!("adsidecar ", env!("CARGO_PKG_VERSION"), "\n")),
+        Command::Completions { shell } => {
+            clap_complete::generate(shell, &mut Arguments::command(), "adsidecar", &mut std::io::stdout());
+            Ok(())
+        }
+    }
+}
+
+fn sources(file: Option<PathBuf>, sets: &[String]) -> Result<Sources, Failed> {
+    let pairs = sets.iter().map(|set| set.split_once('=').map(|(key, value)| (key.to_owned(), value.to_owned())));
+    // The value may be a secret, so the argument is not quoted.
+    let sets = pairs.collect::<Option<Vec<_>>>().ok_or(Failed {
+        exit: Exit::Usage,
+        message: "--set takes section.key=value, such as --set proxy.listen=127.0.0.1:8001".into(),
+    })?;
+    Ok(Sources { file, env: Sources::process_env(), sets })
+}
+
+/// A runtime for a command that does one thing.
+fn block_on<T>(future: impl Future<Output = T>) -> Result<T, Failed> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    Ok(runtime.map_err(Failed::because)?.block_on(future))
+}
+
+/// Writes the answer of a command. Whoever closed standard output has read enough.
+pub fn print(text: impl AsRef<str>) -> Result<(), Failed> {
+    match std::io::stdout().write_all(text.as_ref().as_bytes()) {
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(Failed::because(error)),
+        _ => Ok(()),
+    }
+}
+
+/// What is in `file`, or on standard input for `-` and for nothing.
+fn read(file: Option<&std::path::Path>, what: &str) -> Result<String, Failed> {
+    match file.filter(|file| file.as_os_str() != "-") {
+        Some(file) => {
+            std::fs::read_to_string(file).map_err(|error| Failed::because(format!("{}: {error}", file.display())))
+        }
+        None => {
+            if std::io::stdin().is_terminal() {
+                let _ = writeln!(std::io::stderr(), "reading {what} from standard input, end with Ctrl-D:");
+            }
+            std::io::read_to_string(std::io::stdin()).map_err(Failed::because)
+        }
+    }
+}
+
+impl Failed {
+    /// Failed, exit code 1.
+    pub fn because(message: impl Display) -> Self {
+        Self { exit: Exit::Failed, message: message.to_string() }
+    }
+}
+
+impl From<Problems> for Failed {
+    fn from(problems: Problems) -> Self {
+        Self { exit: Exit::Config, message: problems.to_string() }
+    }
+}
+
+impl From<StoreError> for Failed {
+    fn from(error: StoreError) -> Self {
+        let exit = match error {
+            StoreError::Held { .. } => Exit::Held,
+            StoreError::WrongKey { .. } | StoreError::Schema { .. } => Exit::Config,
+            _ => Exit::Failed,
+        };
+        Self { exit, message: error.to_string() }
+    }
+}
+
+impl From<BuildError> for Failed {
+    fn from(error: BuildError) -> Self {
+        match error {
+            BuildError::Store(error) => error.into(),
+            BuildError::Key(_) | BuildError::Setting(_) => Self { exit: Exit::Config, message: error.to_string() },
+            BuildError::KeyFile { .. } | BuildError::Bind(_) => Self::because(error),
+        }
+    }
+}

@@ -1,0 +1,213 @@
+//! `adsidecar users`.
+
+mod one;
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use clap::Subcommand;
+use http::Method;
+use jiff::Timestamp;
+use serde_json::Value;
+
+use super::{Failed, ask, block_on, print, read};
+use crate::app;
+use crate::auth::lwa::Lwa;
+use crate::config::Config;
+use crate::domain::account::UserId;
+use crate::domain::grant::{Grant, RefreshToken};
+use crate::domain::secret::Secret;
+use crate::store::stored_grant::Record;
+use crate::store::{Opened, StoreError, TokenStore};
+
+#[derive(Debug, Subcommand)]
+pub(super) enum Users {
+    /// List the users and the state of their grants
+    List,
+    /// Print what is known about one user, never a token
+    Show {
+        /// Whom
+        user: UserId,
+    },
+    /// Print the refresh token of one user in the clear, to move it elsewhere
+    Export {
+        /// Whose
+        user: UserId,
+        /// Print the record as it is stored instead: tokens stay encrypted
+        #[arg(long)]
+        records: bool,
+    },
+    /// Wipe the tokens of one user
+    Forget {
+        /// Whose
+        user: UserId,
+    },
+    /// Take a refresh token from standard input, or with --records the records of another service
+    Import {
+        /// For whom; not with --records
+        #[arg(long, default_value = UserId::DEFAULT, conflicts_with = "records")]
+        user: UserId,
+        /// A JSON object of records by user id; - is standard input
+        #[arg(long, value_name = "FILE")]
+        records: Option<PathBuf>,
+        /// Keep the grants unverified until they are first used
+        #[arg(long)]
+        offline: bool,
+        /// Replace the grants of users who have one
+        #[arg(long)]
+        replace: bool,
+    },
+}
+
+pub(super) fn run(command: Users, config: Config) -> Result<(), Failed> {
+    match command {
+        Users::List => list(&config),
+        Users::Show { user } => one::show(&config, &user),
+        Users::Export { user, records } => one::export(&config, &user, records),
+        Users::Forget { user } => one::forget(&config, &user),
+        Users::Import { user, records, offline, replace } => {
+            let lwa = if offline { None } else { Some(Lwa::new(config.lwa.clone()).map_err(Failed::because)?) };
+            match records {
+                Some(file) => take_records(&config, &read(Some(&file), "the records")?, replace, lwa),
+                None => take_token(&config, user, replace, lwa),
+            }
+        }
+    }
+}
+
+/// One line per user, from the running sidecar where one holds the store.
+fn list(config: &Config) -> Result<(), Failed> {
+    let Some((store, opened)) = open_unless_held(config)? else { return list_of_running(config) };
+    block_on(store.close())??;
+    let now = Timestamp::now();
+    let mut lines = String::new();
+    for (user, grant) in opened.users {
+        lines += &match grant {
+            Ok(grant) => {
+                let expires_at = grant.access.as_ref().map(|access| access.expires_at);
+                let state = grant.state(config.keeper.policy, now);
+                line(user.as_str(), state.as_str(), expires_at.map(|at| at.to_string()).as_deref())
+            }
+            Err(error) => line(user.as_str(), &format!("unreadable: {error}"), None),
+        };
+    }
+    print(lines)
+}
+
+fn list_of_running(config: &Config) -> Result<(), Failed> {
+    let headers = ask::caller_token(config);
+    let mut after = String::new();
+    let mut lines = String::new();
+    loop {
+        let name: String = url::form_urlencoded::byte_serialize(after.as_bytes()).collect();
+        let path = format!("/api/auth/amazon/status?after={name}");
+        let (status, body) = block_on(ask::ask(&config.proxy_listen, Method::GET, &path, &headers))??;
+        let answer: Value = serde_json::from_slice(&body).unwrap_or_default();
+        let Some(users) = answer["users"].as_array() else {
+            return Err(Failed::because(format!("the running sidecar answered {status} to the status request")));
+        };
+        for user in users {
+            lines += &line(
+                user["user_id"].as_str().unwrap_or_default(),
+                user["state"].as_str().unwrap_or_default(),
+                user["expires_at"].as_str(),
+            );
+        }
+        match users.last().and_then(|user| user["user_id"].as_str()) {
+            Some(last) => last.clone_into(&mut after),
+            None => return print(lines),
+        }
+    }
+}
+
+/// The store and what is in it; `None` where a running sidecar holds it.
+fn open_unless_held(config: &Config) -> Result<Option<(TokenStore, Opened)>, Failed> {
+    match TokenStore::open(&config.store, Arc::new(app::keyring(config)?)) {
+        Err(StoreError::Held { .. }) => Ok(None),
+        opened => Ok(Some(opened?)),
+    }
+}
+
+fn line(user: &str, state: &str, expires_at: Option<&str>) -> String {
+    format!("{user}\t{state}\t{}\n", expires_at.unwrap_or("-"))
+}
+
+fn take_token(config: &Config, user: UserId, replace: bool, lwa: Option<Lwa>) -> Result<(), Failed> {
+    let token = Secret::new(read(None, "the refresh token")?.trim());
+    let refresh_token =
+        RefreshToken::new(token).map_err(|error| Failed::because(format!("this is no refresh token: {error}")))?;
+    let grant = Grant {
+        refresh_token,
+        previous: None,
+        access: None,
+        updated_at: Timestamp::now(),
+        consented_at: None,
+        used_at: None,
+        scope: None,
+        generation: 0,
+    };
+    let (store, opened) = TokenStore::open(&config.store, Arc::new(app::keyring(config)?))?;
+    let known = opened.users.into_iter().map(|(user, _)| user).collect();
+    take(store, known, vec![(user, grant)], replace, lwa)
+}
+
+/// Takes `{"<user_id>": <record>}`, sealed by a key of the ring. Nothing is stored unless all records can be read.
+pub(super) fn take_records(config: &Config, json: &str, replace: bool, lwa: Option<Lwa>) -> Result<(), Failed> {
+    let keyring = Arc::new(app::keyring(config)?);
+    let records: BTreeMap<UserId, Value> = serde_json::from_str(json)
+        .map_err(|error| Failed::because(format!("this is no JSON object of records by user id: {error}")))?;
+    let mut grants = Vec::new();
+    let mut problems = String::new();
+    for (user, record) in records {
+        match Record::import(record, &user, &keyring) {
+            Ok(grant) => grants.push((user, grant)),
+            Err(error) => problems += &format!("{user}: {error}\n"),
+        }
+    }
+    if !problems.is_empty() {
+        return Err(Failed::because(format!(
+            "{problems}nothing was imported: correct these records, or take them out"
+        )));
+    }
+    let (store, opened) = TokenStore::open(&config.store, keyring)?;
+    let known = opened.users.into_iter().map(|(user, _)| user).collect();
+    take(store, known, grants, replace, lwa)
+}
+
+/// Stores `grants`, each verified by a refresh first where `lwa` is given.
+fn take(
+    store: TokenStore,
+    known: Vec<UserId>,
+    grants: Vec<(UserId, Grant)>,
+    replace: bool,
+    lwa: Option<Lwa>,
+) -> Result<(), Failed> {
+    let mut problems = String::new();
+    let mut taken = 0;
+    block_on(async {
+        for (user, grant) in grants {
+            if known.contains(&user) && !replace {
+                problems += &format!("{user}: has a grant already; say --replace to replace it\n");
+                continue;
+            }
+            let grant = match &lwa {
+                None => grant,
+                Some(lwa) => match lwa.refresh(&grant.refresh_token).await {
+                    Ok(tokens) => grant.renewed(tokens, Timestamp::now()),
+                    Err(error) => {
+                        problems += &format!("{user}: {error}; say --offline to keep it unverified\n");
+                        continue;
+                    }
+                },
+            };
+            match store.save(&user, &grant, None).await {
+                Ok(_) => taken += 1,
+                Err(error) => problems += &format!("{user}: {error}\n"),
+            }
+        }
+        store.close().await
+    })??;
+    print(format!("{taken} grants imported\n"))?;
+    if problems.is_empty() { Ok(()) } else { Err(Failed::because(problems.trim_end())) }
+}

@@ -1,0 +1,143 @@
+//! The configuration: what a user writes becomes a [`Config`] that cannot be wrong.
+//!
+//! Defaults lie at the bottom, over them the TOML file, the environment and `--set`. figment lays the layers over each
+//! other and remembers where a value came from; the walk from there to a [`Config`] is our own and not serde's, because
+//! serde stops at the first thing it does not like and quotes it, and this has to report everything at once and quote
+//! no value at all.
+//!
+//! Reading order: `sources` (the layers), `keys` (what there is), `resolve` (each key with its default), `reader` and
+//! `checks` (single values), `accounts`, `problems`, `print`. Paths are relative to the working directory.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use base64::Engine;
+use base64::prelude::BASE64_STANDARD;
+use sha2::{Digest, Sha256};
+
+use crate::auth::{login, lwa, tokens};
+use crate::domain::secret::Secret;
+use crate::inbound::{admin, admission, proxy};
+use crate::server::Listen;
+use crate::telemetry::{log, metrics};
+use crate::{server, store, upstream};
+
+mod accounts;
+mod checks;
+mod files;
+mod keys;
+mod print;
+mod problems;
+mod reader;
+mod resolve;
+mod sources;
+
+pub use problems::{Problem, Problems};
+pub use sources::Sources;
+
+/// All that adsidecar is told, sorted by who needs it.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// `environment`.
+    pub environment: Environment,
+    /// `proxy.listen`.
+    pub proxy_listen: Vec<Listen>,
+    /// Nobody set `proxy.listen`: `[::1]` is bound only where the machine has IPv6.
+    pub proxy_listen_default: bool,
+    /// `proxy.allow_remote`. Already obeyed: a remote `proxy_listen` is here only where this is true.
+    pub allow_remote: bool,
+    /// `proxy.socket_mode`: who may connect at a Unix socket of the proxy door.
+    pub socket_mode: u32,
+    /// `proxy.max_connections`, `proxy.header_timeout`, `proxy.idle_timeout`, `proxy.write_timeout`.
+    pub limits: server::Limits,
+    /// `login.listen`; empty: the login door is off.
+    pub login_listen: Vec<Listen>,
+    /// `admin.listen`.
+    pub admin_listen: Vec<Listen>,
+    /// Nobody set `admin.listen`: `[::1]` is bound only where the machine has IPv6.
+    pub admin_listen_default: bool,
+    /// For the admin door.
+    pub admin: admin::Settings,
+    /// For the spine, with the accounts.
+    pub proxy: proxy::Settings,
+    /// For the guard.
+    pub guard: admission::Settings,
+    /// For logins.
+    pub login: login::Settings,
+    /// For Login with Amazon.
+    pub lwa: lwa::Settings,
+    /// For the connections to the Ads hosts.
+    pub upstream: upstream::Settings,
+    /// For the keeper.
+    pub keeper: tokens::Settings,
+    /// For the store.
+    pub store: store::Settings,
+    /// `store.fernet_keys`.
+    pub fernet_keys: FernetKeys,
+    /// For the metrics.
+    pub metrics: metrics::Settings,
+    /// For the log.
+    pub log: log::Settings,
+    /// `[shutdown]`.
+    pub shutdown: Shutdown,
+}
+
+/// Where this runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Environment {
+    /// JSON log, redirect URI by HTTPS or on this machine, `Secure` cookies, a Fernet key that somebody gave.
+    Production,
+    /// Text log, and a Fernet key that is made where none is given.
+    Development,
+}
+
+/// What seals the stored tokens.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum FernetKeys {
+    /// The first seals, all open. Each is a well-formed key, and there is at least one.
+    Given(Vec<Secret>),
+    /// None was given, in development: one is read from a file beside the store, and made there the first time.
+    MakeBesideStore,
+}
+
+/// How the process ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Shutdown {
+    /// `shutdown.accept`: how long new connections are still taken.
+    pub accept: Duration,
+    /// `shutdown.drain`: how long answers under way are waited for, at most.
+    pub drain: Duration,
+}
+
+/// Reads all sources. On failure all that is wrong is reported at once, without any value.
+pub fn load(sources: &Sources) -> Result<Config, Problems> {
+    let mut problems = Vec::new();
+    let merged = sources::merge(sources, &mut problems);
+    resolve::resolve(&merged, problems)
+}
+
+/// The files that `sources` lead to: the TOML file, and each that a key names. What cannot be read names none.
+pub fn files(sources: &Sources) -> Vec<PathBuf> {
+    let merged = sources::merge(sources, &mut Vec::new());
+    sources::toml_file(sources).into_iter().chain(merged.files()).collect()
+}
+
+impl FernetKeys {
+    /// Tells whether two sets of keys are the same, in the same order, without showing one.
+    pub fn fingerprint(&self) -> String {
+        match self {
+            Self::MakeBesideStore => "made beside the store".to_owned(),
+            Self::Given(keys) => {
+                let mut hash = Sha256::new();
+                for key in keys {
+                    hash.update(key.expose().trim());
+                    hash.update(b"\n");
+                }
+                BASE64_STANDARD.encode(hash.finalize())
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

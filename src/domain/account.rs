@@ -1,0 +1,269 @@
+//! Who a call is for: users, accounts, regions.
+
+use std::fmt;
+use std::str::FromStr;
+use std::sync::Arc;
+
+use http::{HeaderName, HeaderValue};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+use crate::domain::policy::Rules;
+
+/// The name of one Amazon grant: 1 to 128 of `A-Z a-z 0-9 . _ @ : | + -`, but not `.` or `..`.
+#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct UserId(Arc<str>);
+
+/// A name that is not a legal [`UserId`] or account name. The text says what is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("a name is 1 to 128 of A-Z a-z 0-9 . _ @ : | + - and not . or ..")]
+pub struct BadName;
+
+impl UserId {
+    /// The user of whom a caller who says nothing speaks.
+    pub const DEFAULT: &'static str = "default";
+    /// What a name may look like, for messages.
+    pub const LEGAL: &'static str = "1 to 128 of A-Z a-z 0-9 . _ @ : | + - and not . or ..";
+
+    /// The name as text.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl Default for UserId {
+    fn default() -> Self {
+        Self(Self::DEFAULT.into())
+    }
+}
+
+impl FromStr for UserId {
+    type Err = BadName;
+
+    fn from_str(text: &str) -> Result<Self, BadName> {
+        check_name(text).map(|text| Self(text.into()))
+    }
+}
+
+/// Checks `text` against the alphabet that user and account names share.
+pub fn check_name(text: &str) -> Result<&str, BadName> {
+    let legal = |b: u8| b.is_ascii_alphanumeric() || b"._@:|+-".contains(&b);
+    if (1..=128).contains(&text.len()) && text.bytes().all(legal) && text != "." && text != ".." {
+        Ok(text)
+    } else {
+        Err(BadName)
+    }
+}
+
+impl fmt::Display for UserId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl fmt::Debug for UserId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?}", &*self.0)
+    }
+}
+
+impl std::borrow::Borrow<str> for UserId {
+    fn borrow(&self) -> &str {
+        &self.0
+    }
+}
+
+impl Serialize for UserId {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(&self.0)
+    }
+}
+
+impl<'de> Deserialize<'de> for UserId {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
+    }
+}
+
+/// One of the three regions of the Amazon Ads API. Tokens are global, data is regional.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Region {
+    /// North America: US, CA, MX, BR.
+    #[default]
+    Na,
+    /// Europe, the Middle East, Africa and India.
+    Eu,
+    /// The Far East: JP, AU, SG.
+    Fe,
+}
+
+impl Region {
+    /// All regions, in the order of their discriminants.
+    pub const ALL: [Self; 3] = [Self::Na, Self::Eu, Self::Fe];
+
+    /// `na`, `eu` or `fe`.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Na => "na",
+            Self::Eu => "eu",
+            Self::Fe => "fe",
+        }
+    }
+
+    /// The host of the Ads API ("API endpoints", Amazon Ads API overview).
+    pub fn ads_host(self) -> &'static str {
+        match self {
+            Self::Na => "advertising-api.amazon.com",
+            Self::Eu => "advertising-api-eu.amazon.com",
+            Self::Fe => "advertising-api-fe.amazon.com",
+        }
+    }
+
+    /// Where a browser is sent for consent ("Authorization grants", Amazon Ads API).
+    pub fn authorize_url(self) -> &'static str {
+        match self {
+            Self::Na => "https://www.amazon.com/ap/oa",
+            Self::Eu => "https://eu.account.amazon.com/ap/oa",
+            Self::Fe => "https://apac.account.amazon.com/ap/oa",
+        }
+    }
+
+    /// The token endpoint ("Access tokens", Amazon Ads API).
+    pub fn token_url(self) -> &'static str {
+        match self {
+            Self::Na => "https://api.amazon.com/auth/o2/token",
+            Self::Eu => "https://api.amazon.co.uk/auth/o2/token",
+            Self::Fe => "https://api.amazon.co.jp/auth/o2/token",
+        }
+    }
+}
+
+impl FromStr for Region {
+    type Err = BadRegion;
+
+    fn from_str(text: &str) -> Result<Self, BadRegion> {
+        Self::ALL.into_iter().find(|region| text.eq_ignore_ascii_case(region.as_str())).ok_or(BadRegion)
+    }
+}
+
+/// Text that names no region.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("a region is na, eu or fe")]
+pub struct BadRegion;
+
+impl fmt::Display for Region {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// What an id of an account says to Amazon. Each has one key in the configuration and, by path family, one of several
+/// header spellings (the table in `families`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Context {
+    /// `profile_id`: the advertising profile, a number.
+    Scope,
+    /// `marketplace_id`, such as `ATVPDKIKX0DER`.
+    Marketplace,
+    /// `advertiser_id`: `ENTITY…`, the AMC account or the sponsored-ads entity.
+    Advertiser,
+    /// `entity_id`: `ENTITY…`, for AMC rule-based audiences and traffic events.
+    Entity,
+    /// `account_id`: a DSP advertiser, a global ads account or an AMC account.
+    Account,
+    /// `dsp_advertiser_id`, for traffic events.
+    DspAdvertiser,
+    /// `amc_instance_id`, for AMC rule-based audiences.
+    AmcInstance,
+    /// `manager_account_id`: a manager account or a Partner Network id.
+    Manager,
+}
+
+impl Context {
+    /// All of them, in the order of their discriminants.
+    pub const ALL: [Self; 8] = [
+        Self::Scope,
+        Self::Marketplace,
+        Self::Advertiser,
+        Self::Entity,
+        Self::Account,
+        Self::DspAdvertiser,
+        Self::AmcInstance,
+        Self::Manager,
+    ];
+}
+
+/// A name for "this user, this region, these context headers".
+#[derive(Clone, Debug)]
+pub struct Account {
+    /// What callers select it by; the same alphabet as a user id.
+    pub name: Arc<str>,
+    /// Whose grant pays for the call.
+    pub user: UserId,
+    /// Where the account's data lives; `None`: `amazon.region`.
+    pub region: Option<Region>,
+    /// The ids the account defines.
+    pub ids: Ids,
+    /// Headers that are always sent, whatever the path.
+    pub headers: Vec<(HeaderName, HeaderValue)>,
+    /// What its calls have to keep to, beside `[policy]`.
+    pub rules: Rules,
+}
+
+/// The ids of one account, by [`Context`], ready to be sent.
+#[derive(Clone, Debug, Default)]
+pub struct Ids([Option<HeaderValue>; 8]);
+
+impl Ids {
+    /// The id for `context`, where the account defines one.
+    pub fn get(&self, context: Context) -> Option<&HeaderValue> {
+        self.0[context as usize].as_ref()
+    }
+
+    /// Sets the id for `context`. Legal are 1 to 64 of `A-Z a-z 0-9 . _ : -`, so that no id can split a header.
+    pub fn set(&mut self, context: Context, id: &str) -> Result<(), BadId> {
+        let legal = |b: u8| b.is_ascii_alphanumeric() || b"._:-".contains(&b);
+        if !(1..=64).contains(&id.len()) || !id.bytes().all(legal) {
+            return Err(BadId);
+        }
+        self.0[context as usize] = Some(HeaderValue::from_str(id).map_err(|_| BadId)?);
+        Ok(())
+    }
+}
+
+/// Text that cannot be an id of an account.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("an id is 1 to 64 of A-Z a-z 0-9 . _ : -")]
+pub struct BadId;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_outside_the_alphabet_are_refused() {
+        for bad in ["", ".", "..", "a b", "a/b", "a%2f", "ü", "a\n", &"x".repeat(129)] {
+            assert_eq!(bad.parse::<UserId>(), Err(BadName), "{bad:?}");
+        }
+        for good in ["default", "a.b_c@d:e|f+g-h", "...", &"x".repeat(128)] {
+            assert_eq!(good.parse::<UserId>().unwrap().as_str(), good);
+        }
+    }
+
+    #[test]
+    fn threat_21_an_id_that_would_split_a_header_is_refused() {
+        let mut ids = Ids::default();
+        for bad in ["", "a b", "a\r\nx: y", "é", &"1".repeat(65)] {
+            assert_eq!(ids.set(Context::Scope, bad), Err(BadId), "{bad:?}");
+        }
+        ids.set(Context::Account, "amzn1.ads-account.g.abc_1").unwrap();
+        assert_eq!(ids.get(Context::Account).unwrap(), "amzn1.ads-account.g.abc_1");
+        assert!(ids.get(Context::Scope).is_none());
+    }
+
+    #[test]
+    fn regions_parse_in_any_case() {
+        assert_eq!("EU".parse(), Ok(Region::Eu));
+        assert_eq!("uk".parse::<Region>(), Err(BadRegion));
+    }
+}

@@ -1,0 +1,226 @@
+//! The clocks: wall time, monotonic time, and what is known of Amazon's. The one seam that tests replace.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI64, Ordering::Relaxed};
+use std::time::{Duration, Instant};
+
+use http::HeaderMap;
+use http::header::{AGE, DATE};
+use jiff::{SignedDuration, Timestamp};
+use tokio::sync::watch;
+
+use crate::domain::clock_reading::ClockReading;
+
+/// Amazon's time before any answer told.
+const UNKNOWN: i64 = i64::MIN;
+
+/// Tells the time. Cloning gives another handle to the same clock.
+#[derive(Clone, Debug)]
+pub struct Clock(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    /// `None`: the machine's clocks run underneath. `Some`: both stand still, the wall clock at this instant.
+    frozen: Option<Timestamp>,
+    begun: Instant,
+    /// By how much the wall clock and the monotonic clock were moved, in nanoseconds.
+    wall_moved: AtomicI64,
+    uptime_moved: AtomicI64,
+    /// Amazon's time in milliseconds since 1970 less the uptime then. Reckoned by uptime, so that no step of our wall clock
+    /// changes it.
+    amazon: AtomicI64,
+    moves: watch::Sender<()>,
+}
+
+/// Notices that time was moved by [`Clock::advance`] or [`Clock::step`].
+#[derive(Debug)]
+pub struct Moves(watch::Receiver<()>);
+
+impl Moves {
+    /// Returns at the next move after the last that was noticed.
+    pub async fn next(&mut self) {
+        if self.0.changed().await.is_err() {
+            // The clock is gone, and moves no more.
+            std::future::pending().await
+        }
+    }
+}
+
+impl Clock {
+    /// The machine's clocks.
+    pub fn system() -> Self {
+        Self::over(None)
+    }
+
+    /// A clock that stands still at `start` until it is moved: for tests.
+    pub fn frozen(start: Timestamp) -> Self {
+        Self::over(Some(start))
+    }
+
+    fn over(frozen: Option<Timestamp>) -> Self {
+        Self(Arc::new(Inner {
+            frozen,
+            begun: Instant::now(),
+            wall_moved: AtomicI64::new(0),
+            uptime_moved: AtomicI64::new(0),
+            amazon: AtomicI64::new(UNKNOWN),
+            moves: watch::Sender::new(()),
+        }))
+    }
+
+    /// The wall time now.
+    pub fn now(&self) -> Timestamp {
+        let base = self.0.frozen.unwrap_or_else(Timestamp::now);
+        let moved = SignedDuration::from_nanos(self.0.wall_moved.load(Relaxed));
+        let end = if moved.is_negative() { Timestamp::MIN } else { Timestamp::MAX };
+        base.checked_add(moved).unwrap_or(end)
+    }
+
+    /// Monotonic time since this clock was made. It stands still while the machine is suspended.
+    pub fn uptime(&self) -> SignedDuration {
+        let moved = SignedDuration::from_nanos(self.0.uptime_moved.load(Relaxed));
+        match self.0.frozen {
+            Some(_) => moved,
+            None => {
+                SignedDuration::try_from(self.0.begun.elapsed()).unwrap_or(SignedDuration::MAX).saturating_add(moved)
+            }
+        }
+    }
+
+    /// This instant by every clock.
+    pub fn moment(&self) -> ClockReading {
+        let uptime = self.uptime();
+        let amazon = match self.0.amazon.load(Relaxed) {
+            UNKNOWN => None,
+            base => {
+                let millis = i64::try_from(uptime.as_millis()).unwrap_or(i64::MAX);
+                Timestamp::from_millisecond(base.saturating_add(millis)).ok()
+            }
+        };
+        ClockReading { wall: self.now(), uptime, amazon }
+    }
+
+    /// Notes what Amazon's clock said just now, and returns by how much the wall clock is ahead of it.
+    pub fn amazon_says(&self, time: Timestamp) -> SignedDuration {
+        let uptime = i64::try_from(self.uptime().as_millis()).unwrap_or(i64::MAX);
+        self.0.amazon.store(time.as_millisecond().saturating_sub(uptime), Relaxed);
+        self.now().duration_since(time)
+    }
+
+    /// Moves this clock and all its handles, and wakes those who sleep on it: time passes, or (backward, where the monotonic
+    /// clock cannot follow) the wall clock alone is set. The sandbox and the tests move time; nothing in production does.
+    pub fn advance(&self, by: SignedDuration) {
+        if by.is_positive() {
+            add(&self.0.uptime_moved, by);
+        }
+        self.step(by);
+    }
+
+    /// Moves the wall clock alone: somebody sets it, or (forward) the machine slept.
+    pub fn step(&self, by: SignedDuration) {
+        add(&self.0.wall_moved, by);
+        self.0.moves.send_replace(());
+    }
+
+    /// Tells of moves from now on.
+    pub fn moves(&self) -> Moves {
+        Moves(self.0.moves.subscribe())
+    }
+
+    /// Returns once the uptime is at or past `deadline`.
+    pub async fn sleep_until(&self, deadline: SignedDuration) {
+        let mut moves = self.moves();
+        loop {
+            let left = deadline.saturating_sub(self.uptime());
+            if left <= SignedDuration::ZERO {
+                return;
+            }
+            if self.0.frozen.is_some() {
+                moves.next().await;
+            } else {
+                let nap = Duration::try_from(left).unwrap_or_default();
+                tokio::select! {
+                    () = tokio::time::sleep(nap) => {}
+                    () = moves.next() => {}
+                }
+            }
+        }
+    }
+}
+
+/// The time of an answer's `Date` (RFC 9110, section 6.6.1). An answer that a cache kept tells the time of another day.
+pub fn date_of(headers: &HeaderMap) -> Option<Timestamp> {
+    if headers.contains_key(AGE) {
+        return None;
+    }
+    let date = headers.get(DATE)?.to_str().ok()?;
+    jiff::fmt::rfc2822::parse(date).ok().map(|date| date.timestamp())
+}
+
+fn add(moved: &AtomicI64, by: SignedDuration) {
+    let nanos = i64::try_from(by.as_nanos()).unwrap_or(if by.is_negative() { i64::MIN } else { i64::MAX });
+    let _ = moved.fetch_update(Relaxed, Relaxed, |moved| Some(moved.saturating_add(nanos)));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn start() -> Timestamp {
+        "2026-01-01T00:00:00Z".parse().unwrap()
+    }
+
+    #[tokio::test]
+    async fn a_frozen_clock_moves_only_when_told_and_wakes_its_sleepers() {
+        let clock = Clock::frozen(start());
+        let sleeper = tokio::spawn({
+            let clock = clock.clone();
+            async move { clock.sleep_until(SignedDuration::from_secs(3600)).await }
+        });
+        tokio::task::yield_now().await;
+        clock.advance(SignedDuration::from_secs(3599));
+        tokio::task::yield_now().await;
+        assert!(!sleeper.is_finished());
+        clock.advance(SignedDuration::from_secs(1));
+        sleeper.await.unwrap();
+        assert_eq!(clock.now(), start() + SignedDuration::from_secs(3600));
+    }
+
+    #[test]
+    fn a_step_moves_the_wall_clock_alone_and_nothing_moves_the_uptime_back() {
+        let clock = Clock::frozen(start());
+        clock.step(SignedDuration::from_hours(48));
+        clock.advance(SignedDuration::from_hours(-1));
+        assert_eq!((clock.now(), clock.uptime()), (start() + SignedDuration::from_hours(47), SignedDuration::ZERO));
+    }
+
+    #[test]
+    fn amazons_time_is_reckoned_by_uptime_whatever_the_wall_clock_does() {
+        let clock = Clock::frozen(start());
+        assert_eq!(clock.moment().amazon, None);
+        let theirs = start() - SignedDuration::from_secs(90);
+        assert_eq!(clock.amazon_says(theirs), SignedDuration::from_secs(90));
+        clock.step(SignedDuration::from_hours(-240));
+        clock.advance(SignedDuration::from_secs(60));
+        assert_eq!(clock.moment().amazon, Some(theirs + SignedDuration::from_secs(60)));
+    }
+
+    #[test]
+    fn a_cached_answer_tells_no_time() {
+        let mut headers = HeaderMap::new();
+        assert_eq!(date_of(&headers), None);
+        headers.insert(DATE, "Thu, 01 Jan 2026 00:00:00 GMT".parse().unwrap());
+        assert_eq!(date_of(&headers), Some(start()));
+        headers.insert(AGE, "0".parse().unwrap());
+        assert_eq!(date_of(&headers), None);
+        headers.remove(AGE);
+        headers.insert(DATE, "yesterday".parse().unwrap());
+        assert_eq!(date_of(&headers), None);
+    }
+
+    #[tokio::test]
+    async fn the_system_clock_returns_at_once_for_the_past() {
+        let clock = Clock::system();
+        clock.sleep_until(SignedDuration::ZERO).await;
+    }
+}

@@ -1,0 +1,477 @@
+//! What leaves for Amazon and what comes back: which headers are dropped, which stay, which are attached.
+//!
+//! The request's headers are built from nothing: what the caller sent is copied where it may leave, ours are attached
+//! last. So nothing that a caller names in `Connection` can strip a credential (RFC 9110, section 7.6.1), and no twin
+//! of a managed header survives beside ours.
+
+use http::header::{
+    AUTHORIZATION, CONNECTION, CONTENT_LENGTH, HOST, HeaderMap, HeaderName, HeaderValue, TRANSFER_ENCODING,
+};
+
+use crate::domain::account::{Context, Ids};
+use crate::domain::api_families::{ClientId, EXCLUSIVE, Family, context_of};
+
+/// What is attached to a call.
+#[derive(Clone, Copy, Debug)]
+pub struct Attach<'a> {
+    /// The path's family.
+    pub family: &'static Family,
+    /// The host that is called; `None` where the protocol carries it elsewhere (HTTP/2's `:authority`).
+    pub host: Option<&'a HeaderValue>,
+    /// `Bearer <access token>`.
+    pub bearer: &'a HeaderValue,
+    /// The LWA client id.
+    pub client_id: &'a HeaderValue,
+    /// The account's ids, unless the call goes to a region that is not the account's.
+    pub ids: Option<&'a Ids>,
+    /// The account's fixed headers.
+    pub fixed: &'a [(HeaderName, HeaderValue)],
+}
+
+/// The headers that Amazon sees, from those that the caller sent.
+pub fn to_amazon(caller: &HeaderMap, attach: Attach<'_>) -> HeaderMap {
+    let mut out = HeaderMap::with_capacity(caller.len() + 8);
+    let named = NamedByConnection::of(caller);
+    let mut present = Contexts::default();
+    let mut caller_names_client_id = None;
+    for (name, value) in caller {
+        match fate(name.as_str()) {
+            Fate::Drop => continue,
+            Fate::ClientId(spelling) => caller_names_client_id = Some(spelling),
+            _ if named.holds(name) => continue,
+            Fate::Context(context) => {
+                present.insert(context);
+                out.append(name, value.clone());
+            }
+            Fate::Pass => {
+                out.append(name, value.clone());
+            }
+        }
+    }
+    if let Some(length) = caller.get(CONTENT_LENGTH).filter(|_| !caller.contains_key(TRANSFER_ENCODING)) {
+        out.insert(CONTENT_LENGTH, length.clone());
+    }
+    for (name, value) in attach.fixed {
+        if let Some(context) = context_of(name.as_str()) {
+            present.insert(context);
+        }
+        out.insert(name, value.clone());
+    }
+    if let Some(ids) = attach.ids {
+        attach_ids(&mut out, attach.family, ids, present);
+    }
+    let spelling = match caller_names_client_id {
+        Some(used) if attach.family.is_unknown() => used,
+        _ => attach.family.client_id,
+    };
+    out.insert(spelling.name(), attach.client_id.clone());
+    out.insert(AUTHORIZATION, attach.bearer.clone());
+    if let Some(host) = attach.host {
+        out.insert(HOST, host.clone());
+    }
+    out
+}
+
+/// Takes from Amazon's headers what belongs to our connection with Amazon alone, and names that only adsidecar gives.
+pub fn to_caller(headers: &mut HeaderMap) {
+    let named = NamedByConnection::of(headers);
+    for name in named.0 {
+        headers.remove(name);
+    }
+    if headers.contains_key(TRANSFER_ENCODING) {
+        // The body was read as chunked, so this length is not its own (RFC 9112, section 6.3).
+        headers.remove(CONTENT_LENGTH);
+    }
+    // Looked for all at once: an answer has most often none of them.
+    let gone: Vec<_> = headers.keys().filter(|name| stays_behind(name.as_str())).cloned().collect();
+    for name in gone {
+        headers.remove(name);
+    }
+}
+
+/// Marks an answer as adsidecar's own; holds its code.
+pub const ERROR: HeaderName = HeaderName::from_static("x-adsidecar-error");
+/// Explains an answer of Amazon's; holds a code.
+pub const HINT: HeaderName = HeaderName::from_static("x-adsidecar-hint");
+
+/// What does not reach the caller: hop-by-hop headers (RFC 9110, section 7.6.1, and the older names that are treated like
+/// them in the field), and what only we say.
+fn stays_behind(name: &str) -> bool {
+    matches!(
+        name,
+        "connection"
+            | "keep-alive"
+            | "proxy-connection"
+            | "proxy-authenticate"
+            | "proxy-authorization"
+            | "te"
+            | "trailer"
+            | "transfer-encoding"
+            | "upgrade"
+            | "http2-settings"
+    ) || name == ERROR.as_str()
+        || name == HINT.as_str()
+}
+
+/// What happens to a header of the caller.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Fate {
+    Pass,
+    Drop,
+    Context(Context),
+    ClientId(ClientId),
+}
+
+fn fate(name: &str) -> Fate {
+    if name.contains('_') {
+        // Some servers read `_` as `-`, so a twin of a managed header would speak for it.
+        return match fate(&name.replace('_', "-")) {
+            Fate::Pass => Fate::Pass,
+            _ => Fate::Drop,
+        };
+    }
+    match name {
+        "connection" | "keep-alive" | "te" | "trailer" | "transfer-encoding" | "upgrade" | "http2-settings" => {
+            Fate::Drop
+        }
+        // `Proxy` is the header that CGI turns into the variable HTTP_PROXY.
+        "proxy" | "host" | "content-length" | "expect" | "authorization" => Fate::Drop,
+        "cookie" | "origin" | "referer" | "forwarded" => Fate::Drop,
+        "amazon-advertising-api-clientid" => Fate::ClientId(ClientId::Api),
+        "amazon-ads-clientid" => Fate::ClientId(ClientId::Ads),
+        _ if ["proxy-", "sec-", "x-forwarded-", "x-ads-"].iter().any(|prefix| name.starts_with(prefix)) => Fate::Drop,
+        _ => context_of(name).map_or(Fate::Pass, Fate::Context),
+    }
+}
+
+fn attach_ids(out: &mut HeaderMap, family: &Family, ids: &Ids, mut present: Contexts) {
+    for header in family.context {
+        let context = header.context();
+        let Some(id) = ids.get(context) else { continue };
+        if present.holds(context) || present.excludes(context) {
+            continue;
+        }
+        present.insert(context);
+        out.insert(header.name(), id.clone());
+    }
+}
+
+/// The header names listed in any `Connection` line.
+struct NamedByConnection(Vec<HeaderName>);
+
+impl NamedByConnection {
+    fn of(headers: &HeaderMap) -> Self {
+        let lines = headers.get_all(CONNECTION).iter();
+        let tokens = lines.filter_map(|line| line.to_str().ok()).flat_map(|line| line.split(','));
+        let named = tokens
+            .map(str::trim)
+            .filter(|token| !token.eq_ignore_ascii_case("keep-alive") && !token.eq_ignore_ascii_case("close"));
+        Self(named.filter_map(|token| token.parse().ok()).collect())
+    }
+
+    fn holds(&self, name: &HeaderName) -> bool {
+        self.0.contains(name)
+    }
+}
+
+/// A set of contexts.
+#[derive(Clone, Copy, Default)]
+struct Contexts(u8);
+
+impl Contexts {
+    fn insert(&mut self, context: Context) {
+        self.0 |= 1 << context as u8;
+    }
+
+    fn holds(self, context: Context) -> bool {
+        self.0 & (1 << context as u8) != 0
+    }
+
+    /// Whether something in the set forbids `context`.
+    fn excludes(self, context: Context) -> bool {
+        EXCLUSIVE
+            .iter()
+            .any(|&(one, other)| (one == context && self.holds(other)) || (other == context && self.holds(one)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::domain::api_families::family;
+
+    fn map(pairs: &[(&str, &str)]) -> HeaderMap {
+        let mut headers = HeaderMap::new();
+        for (name, value) in pairs {
+            headers.append(name.parse::<HeaderName>().unwrap(), value.parse().unwrap());
+        }
+        headers
+    }
+
+    fn ids(pairs: &[(Context, &str)]) -> Ids {
+        let mut ids = Ids::default();
+        for (context, id) in pairs {
+            ids.set(*context, id).unwrap();
+        }
+        ids
+    }
+
+    /// What Amazon sees, as `name: value` lines, without those that are always ours.
+    fn seen(path: &str, caller: &[(&str, &str)], account: &[(Context, &str)]) -> Vec<String> {
+        let out = full(path, caller, account);
+        let ours = ["authorization", "host"];
+        let mut lines: Vec<_> = out
+            .iter()
+            .filter(|(name, _)| !ours.contains(&name.as_str()) && !name.as_str().ends_with("clientid"))
+            .map(|(name, value)| format!("{name}: {}", value.to_str().unwrap()))
+            .collect();
+        lines.sort();
+        lines
+    }
+
+    fn full(path: &str, caller: &[(&str, &str)], account: &[(Context, &str)]) -> HeaderMap {
+        let ids = ids(account);
+        to_amazon(
+            &map(caller),
+            Attach {
+                family: family(path),
+                host: Some(&HeaderValue::from_static("advertising-api.amazon.com")),
+                bearer: &HeaderValue::from_static("Bearer Atza|ours"),
+                client_id: &HeaderValue::from_static("ours"),
+                ids: Some(&ids),
+                fixed: &[],
+            },
+        )
+    }
+
+    const ALL: &[(Context, &str)] = &[
+        (Context::Scope, "1"),
+        (Context::Marketplace, "M"),
+        (Context::Advertiser, "ENTITYA"),
+        (Context::Entity, "ENTITYE"),
+        (Context::Account, "ACC"),
+        (Context::DspAdvertiser, "DSP"),
+        (Context::AmcInstance, "amc1"),
+        (Context::Manager, "MGR"),
+    ];
+
+    #[test]
+    fn what_may_not_leave_does_not_leave() {
+        let caller = [
+            ("cookie", "a=b"),
+            ("origin", "http://x"),
+            ("referer", "http://x"),
+            ("sec-fetch-mode", "cors"),
+            ("forwarded", "for=1"),
+            ("x-forwarded-for", "1"),
+            ("expect", "100-continue"),
+            ("x-ads-account", "a"),
+            ("x-ads-sidecar-token", "t"),
+            ("proxy-authorization", "Basic eA=="),
+            ("proxy", "http://evil"),
+            ("te", "trailers"),
+            ("trailer", "x"),
+            ("upgrade", "h2c"),
+            ("http2-settings", "x"),
+            ("keep-alive", "timeout=5"),
+            ("amazon_advertising_api_scope", "2"),
+            ("x_ads_account", "b"),
+        ];
+        assert_eq!(seen("/v2/profiles", &caller, ALL), Vec::<String>::new());
+    }
+
+    #[test]
+    fn credentials_are_ours_whatever_the_caller_sent() {
+        let caller = [
+            ("authorization", "Bearer theirs"),
+            ("authorization", "Bearer theirs too"),
+            ("amazon-ads-clientid", "theirs"),
+            ("amazon-advertising-api-clientid", "theirs"),
+            ("host", "localhost:8001"),
+            ("connection", "authorization, amazon-advertising-api-clientid, amazon-advertising-api-scope, host"),
+        ];
+        let out = full("/sp/campaigns/list", &caller, ALL);
+        let all = |name: &str| out.get_all(name).iter().map(|v| v.to_str().unwrap()).collect::<Vec<_>>();
+        assert_eq!(all("authorization"), ["Bearer Atza|ours"]);
+        assert_eq!(all("amazon-advertising-api-clientid"), ["ours"]);
+        assert_eq!(all("amazon-ads-clientid"), Vec::<&str>::new());
+        assert_eq!(all("amazon-advertising-api-scope"), ["1"]);
+        assert_eq!(all("host"), ["advertising-api.amazon.com"]);
+    }
+
+    #[test]
+    fn an_unknown_family_keeps_the_callers_name_for_the_client_id() {
+        let out = full("/new", &[("amazon-ads-clientid", "x")], &[]);
+        assert_eq!(out["amazon-ads-clientid"], "ours");
+        assert!(!out.contains_key("amazon-advertising-api-clientid"));
+        assert_eq!(full("/new", &[], &[])["amazon-advertising-api-clientid"], "ours");
+    }
+
+    #[test]
+    fn a_known_family_decides_the_client_ids_name_whatever_the_caller_used() {
+        let out = full("/sp/campaigns/list", &[("amazon-ads-clientid", "x")], &[]);
+        assert_eq!(out["amazon-advertising-api-clientid"], "ours");
+        assert!(!out.contains_key("amazon-ads-clientid"));
+    }
+
+    #[test]
+    fn an_underscore_alone_makes_no_twin() {
+        assert_eq!(seen("/v2/profiles", &[("x_own", "1")], &[]), ["x_own: 1"]);
+    }
+
+    #[test]
+    fn what_connection_says_of_itself_names_no_header() {
+        assert_eq!(seen("/v2/profiles", &[("connection", "close, keep-alive"), ("close", "1")], &[]), ["close: 1"]);
+    }
+
+    #[test]
+    fn names_listed_in_any_connection_line_are_stripped() {
+        let caller = [
+            ("connection", ""),
+            ("connection", "close, X-Private"),
+            ("connection", "x-other"),
+            ("x-private", "1"),
+            ("x-other", "2"),
+            ("x-kept", "3"),
+        ];
+        assert_eq!(seen("/v2/profiles", &caller, &[]), ["x-kept: 3"]);
+    }
+
+    #[test]
+    fn context_that_the_caller_sent_stays_and_decides_exclusions() {
+        assert_eq!(
+            seen("/reporting/reports", &[("amazon-ads-accountid", "theirs")], ALL),
+            ["amazon-ads-accountid: theirs"]
+        );
+        assert_eq!(seen("/reporting/reports", &[], ALL), ["amazon-advertising-api-scope: 1"]);
+        assert_eq!(
+            seen("/avc/events", &[("amazon-advertising-advertiser-id", "theirs")], ALL),
+            ["amazon-advertising-advertiser-id: theirs", "amazon-advertising-api-marketplaceid: M"]
+        );
+        assert_eq!(
+            seen("/avc/events", &[], ALL),
+            ["amazon-advertising-api-entityid: ENTITYE", "amazon-advertising-api-marketplaceid: M"]
+        );
+    }
+
+    #[test]
+    fn another_spelling_of_the_same_id_counts_as_sent() {
+        assert_eq!(
+            seen("/dsp/streams/subscriptions", &[("amazon-advertising-api-account-id", "theirs")], ALL),
+            ["amazon-advertising-api-account-id: theirs"]
+        );
+    }
+
+    #[test]
+    fn each_family_gets_its_own_headers() {
+        let cases: &[(&str, &[&str])] = &[
+            ("/v2/profiles", &[]),
+            ("/sp/campaigns/list", &["amazon-advertising-api-scope: 1"]),
+            ("/dsp/streams/subscriptions", &["amazon-ads-account-id: ACC"]),
+            (
+                "/amc/reporting/amc1/workflows",
+                &[
+                    "amazon-advertising-api-advertiserid: ENTITYA",
+                    "amazon-advertising-api-marketplaceid: M",
+                    "amazon-advertising-api-scope: 1",
+                ],
+            ),
+            (
+                "/amc/audiences/query",
+                &["amazon-advertising-api-entityid: ENTITYE", "amazon-marketing-cloud-audience-instanceid: amc1"],
+            ),
+            ("/mmm/v1/x", &["amazon-advertising-api-manager-account: MGR"]),
+            ("/adm/x", &["amazon-ads-accountid: ACC", "amazon-ads-manager-account-id: MGR"]),
+            (
+                "/no/such/family",
+                &[
+                    "amazon-advertising-api-advertiserid: ENTITYA",
+                    "amazon-advertising-api-marketplaceid: M",
+                    "amazon-advertising-api-scope: 1",
+                ],
+            ),
+        ];
+        for (path, expected) in cases {
+            assert_eq!(&seen(path, &[], ALL), expected, "{path}");
+        }
+    }
+
+    #[test]
+    fn without_the_accounts_ids_none_is_attached() {
+        let out = to_amazon(
+            &HeaderMap::new(),
+            Attach {
+                family: family("/sp/x"),
+                host: None,
+                bearer: &HeaderValue::from_static("Bearer x"),
+                client_id: &HeaderValue::from_static("c"),
+                ids: None,
+                fixed: &[(HeaderName::from_static("x-fixed"), HeaderValue::from_static("1"))],
+            },
+        );
+        assert_eq!(out.len(), 3, "{out:?}");
+        assert_eq!(out["x-fixed"], "1");
+    }
+
+    #[test]
+    fn a_length_beside_chunked_framing_is_not_sent_on() {
+        let framed = [("content-length", "3"), ("transfer-encoding", "chunked")];
+        assert!(!full("/x", &framed, &[]).contains_key(CONTENT_LENGTH));
+        assert_eq!(full("/x", &[("content-length", "3")], &[])[CONTENT_LENGTH], "3");
+    }
+
+    #[test]
+    fn an_answer_loses_what_belongs_to_our_connection_and_what_only_we_say() {
+        let mut headers = map(&[
+            ("connection", "x-private, close"),
+            ("x-private", "1"),
+            ("transfer-encoding", "chunked"),
+            ("keep-alive", "timeout=5"),
+            ("x-adsidecar-error", "forged"),
+            ("set-cookie", "a=1"),
+            ("set-cookie", "b=2"),
+            ("x-amzn-requestid", "r"),
+        ]);
+        to_caller(&mut headers);
+        assert_eq!(headers, map(&[("set-cookie", "a=1"), ("set-cookie", "b=2"), ("x-amzn-requestid", "r")]));
+    }
+
+    #[test]
+    fn a_length_beside_chunked_framing_is_not_passed_back() {
+        let mut headers = map(&[("content-length", "2"), ("transfer-encoding", "chunked")]);
+        to_caller(&mut headers);
+        assert_eq!(headers, map(&[]));
+    }
+
+    proptest! {
+        /// Whatever the caller sends, Amazon sees one Authorization, one client id, one Host: ours.
+        #[test]
+        fn exactly_one_value_of_each_managed_header_leaves(
+            spelled in proptest::collection::vec((0usize..6, any::<u32>(), any::<bool>()), 0..12)
+        ) {
+            let managed = ["authorization", "amazon-ads-clientid", "amazon-advertising-api-clientid", "host",
+                "x-ads-user", "proxy-authorization"];
+            let mut caller = HeaderMap::new();
+            for (which, mask, underscore) in spelled {
+                let name: String = managed[which].chars().enumerate().map(|(i, c)| match c {
+                    '-' if underscore => '_',
+                    c if mask >> (i % 32) & 1 == 1 => c.to_ascii_uppercase(),
+                    c => c,
+                }).collect();
+                caller.append(name.parse::<HeaderName>().unwrap(), HeaderValue::from_static("theirs"));
+            }
+            let out = to_amazon(&caller, Attach {
+                family: family("/v2/profiles"),
+                host: Some(&HeaderValue::from_static("ours")),
+                bearer: &HeaderValue::from_static("ours"),
+                client_id: &HeaderValue::from_static("ours"),
+                ids: None,
+                fixed: &[],
+            });
+            prop_assert_eq!(out.len(), 3);
+            prop_assert!(out.values().all(|value| value == "ours"));
+        }
+    }
+}

@@ -1,0 +1,11 @@
+//! The pure floor: types and decisions without any I/O.
+
+pub mod headers;
+pub mod api_families;
+pub mod grant;
+pub mod clock;
+pub mod clock_reading;
+pub mod account;
+pub mod policy;
+pub mod tls;
+pub mod secret;

@@ -1,0 +1,219 @@
+//! The status page: what a person wants to see first. It is made on the server, and the browser runs nothing.
+
+use bytes::Bytes;
+use http::header::{
+    CONTENT_SECURITY_POLICY, CONTENT_TYPE, HeaderName, HeaderValue, REFERRER_POLICY, X_CONTENT_TYPE_OPTIONS,
+};
+use http::{HeaderMap, Response};
+use http_body_util::Full;
+use jiff::Timestamp;
+use maud::{DOCTYPE, Markup, PreEscaped, html};
+
+use super::{Admin, Answer, Stage};
+use crate::auth::tokens::Status;
+use crate::domain::account::UserId;
+use crate::domain::grant::State;
+
+/// Nothing is loaded, run, framed or sent from the page.
+const POLICY: &str = "default-src 'none'; style-src 'sha256-teTQxtI+4pqNDyTh0fy86uW97eAew2RUI7Iq/W2DD3I='; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
+const STYLE: &str = "body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:72rem;padding:0 1rem;color:#1b1f24}\
+h1{font-size:1.4rem}h1 small{color:#57606a;font-weight:400}\
+table{border-collapse:collapse;width:100%}th,td{text-align:left;padding:.4rem .7rem;border-bottom:1px solid #d0d7de;vertical-align:top}\
+th{color:#57606a;font-weight:600}td small{color:#57606a;display:block}\
+.ok{color:#116329}.wait{color:#7d4e00}.bad{color:#b3261e;font-weight:600}footer{color:#57606a;margin-top:1.5rem}";
+/// Seconds after which the browser looks again.
+const LOOK_AGAIN: &str = "30";
+/// Rows, at most: a page is for a person. Those who need attention come first.
+const MAX_ROWS: usize = 500;
+const FRAME_OPTIONS: HeaderName = HeaderName::from_static("x-frame-options");
+
+impl Admin {
+    /// The page, for a request with these headers.
+    pub(super) fn page(&self, headers: &HeaderMap) -> Answer {
+        let now = self.clock.now();
+        let mut users = self.keeper.statuses();
+        users.sort_by_key(|user| urgency(user.state));
+        let here = self.public_url.as_ref().map_or("/", url::Url::as_str);
+        let page = html! {
+            (DOCTYPE)
+            html lang="en" {
+                head {
+                    meta charset="utf-8";
+                    meta http-equiv="refresh" content=(LOOK_AGAIN);
+                    meta name="viewport" content="width=device-width";
+                    title { "adsidecar" }
+                    style { (PreEscaped(STYLE)) }
+                }
+                body {
+                    h1 { "adsidecar " small { (env!("CARGO_PKG_VERSION")) } }
+                    (self.process())
+                    (table(&users, now, self.login_base.as_deref()))
+                    @if users.len() > MAX_ROWS {
+                        p { "And " (users.len() - MAX_ROWS) " more: see " code { "adsidecar users list" } "." }
+                    }
+                    (self.about_links(headers))
+                    footer { "As of " (time(now)) ". " a href=(here) { "Look again" } }
+                }
+            }
+        };
+        dressed(page)
+    }
+
+    /// How the process does.
+    fn process(&self) -> Markup {
+        let (class, text) = match *self.stage.borrow() {
+            Stage::Starting => ("wait", "starting"),
+            Stage::Draining => ("wait", "draining: it is about to stop"),
+            Stage::Serving if !self.keeper.stored() => {
+                ("bad", "not ready: the store does not take changes, see the log")
+            }
+            Stage::Serving => ("ok", "ready"),
+        };
+        html! {
+            p class=(class) { (text) }
+            @if !self.metrics.reload_went_well() {
+                p class="bad" {
+                    "The configuration was read again and refused, all of the old is in use. The log says what is wrong."
+                }
+            }
+        }
+    }
+
+    /// Browsers bind a login to the name under which it began, and follow its link from that name alone.
+    fn about_links(&self, headers: &HeaderMap) -> Markup {
+        let host = headers.get(http::header::HOST).and_then(|host| host.to_str().ok()).unwrap_or_default();
+        let name = host.rsplit_once(':').map_or(host, |(name, _)| name);
+        html! {
+            @if self.guard.asks_for_token() {
+                p { "A caller token is set, which a browser cannot send: let your app fetch the login's address." }
+            } @else if !name.eq_ignore_ascii_case("localhost") {
+                p { "The login links work where this page was opened as " code { "http://localhost" } "." }
+            }
+        }
+    }
+}
+
+fn table(users: &[Status], now: Timestamp, login_base: Option<&str>) -> Markup {
+    html! {
+        table {
+            tr { th { "User" } th { "State" } th { "Token ends" } th { "Next renewal" } th { "Consent ends" } th { "Last error" } th { "Log in" } }
+            @if users.is_empty() {
+                tr {
+                    td colspan="6" { "Nobody has logged in yet." }
+                    td { (login_link(&UserId::default(), login_base)) }
+                }
+            }
+            @for user in users.iter().take(MAX_ROWS) {
+                tr {
+                    td { (user.user_id) }
+                    td class=(class(user.state)) { (user.state.as_str()) }
+                    td { (moment(user.expires_at, now)) }
+                    td { (moment(user.next_refresh_at, now)) }
+                    td { (moment(user.consent_expires_at, now)) }
+                    td { (user.last_error.unwrap_or("–")) }
+                    td { (login_link(&user.user_id, login_base)) }
+                }
+            }
+        }
+    }
+}
+
+fn login_link(user: &UserId, base: Option<&str>) -> Markup {
+    let name: String = url::form_urlencoded::byte_serialize(user.as_str().as_bytes()).collect();
+    html! {
+        // A proxy door that is a socket file alone has no address for a browser.
+        @match base {
+            Some(base) => { a href={ (base) (name) } { "log in" } }
+            None => { "–" }
+        }
+    }
+}
+
+/// Who needs a person comes first, then who may need one soon.
+fn urgency(state: State) -> u8 {
+    match state {
+        State::LoginRequired => 0,
+        State::Failing => 1,
+        State::Expiring => 2,
+        State::Fresh => 3,
+        State::Idle => 4,
+        State::None => 5,
+    }
+}
+
+fn class(state: State) -> &'static str {
+    match state {
+        State::LoginRequired => "bad",
+        State::Failing | State::Expiring => "wait",
+        State::Fresh | State::Idle | State::None => "ok",
+    }
+}
+
+/// A time, and how far away it is.
+fn moment(at: Option<Timestamp>, now: Timestamp) -> Markup {
+    html! {
+        @match at {
+            None => { "–" }
+            Some(at) => { (distance(at.duration_since(now).as_secs())) small { (time(at)) } }
+        }
+    }
+}
+
+fn time(at: Timestamp) -> String {
+    at.strftime("%Y-%m-%d %H:%M:%S UTC").to_string()
+}
+
+/// `in 42 min`, `3 d ago`.
+fn distance(seconds: i64) -> String {
+    let (size, unit) = match seconds.unsigned_abs() {
+        s @ 0..120 => (s, "s"),
+        s @ 120..7200 => (s / 60, "min"),
+        s @ 7200..172_800 => (s / 3600, "h"),
+        s => (s / 86_400, "d"),
+    };
+    if seconds < 0 { format!("{size} {unit} ago") } else { format!("in {size} {unit}") }
+}
+
+fn dressed(page: Markup) -> Answer {
+    let mut answer = Response::new(Full::new(Bytes::from(page.into_string())));
+    let headers = answer.headers_mut();
+    for (name, value) in [
+        (CONTENT_TYPE, "text/html; charset=utf-8"),
+        (CONTENT_SECURITY_POLICY, POLICY),
+        (X_CONTENT_TYPE_OPTIONS, "nosniff"),
+        (REFERRER_POLICY, "no-referrer"),
+        (FRAME_OPTIONS, "DENY"),
+    ] {
+        headers.insert(name, HeaderValue::from_static(value));
+    }
+    answer
+}
+
+#[cfg(test)]
+mod tests {
+    use base64::Engine;
+    use base64::prelude::BASE64_STANDARD;
+    use sha2::{Digest, Sha256};
+
+    use super::*;
+
+    #[test]
+    fn the_policy_allows_the_one_style_by_its_hash() {
+        let hash = BASE64_STANDARD.encode(Sha256::digest(STYLE));
+        assert!(POLICY.contains(&format!("'sha256-{hash}'")), "the hash is {hash}");
+    }
+
+    #[test]
+    fn a_distance_is_told_in_the_unit_that_a_person_would_choose() {
+        for (seconds, told) in [
+            (0, "in 0 s"),
+            (119, "in 119 s"),
+            (3600, "in 60 min"),
+            (-7200, "2 h ago"),
+            (365 * 86_400, "in 365 d"),
+            (-3 * 86_400, "3 d ago"),
+        ] {
+            assert_eq!(distance(seconds), told);
+        }
+    }
+}

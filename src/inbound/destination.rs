@@ -1,0 +1,164 @@
+//! What a request line asks for: in which form, of whom, which account, which path. The path and the query pass byte for
+//! byte; only an account's prefix is taken off.
+
+use http::Uri;
+use http::uri::PathAndQuery;
+use percent_encoding::percent_decode_str;
+
+use crate::domain::account::{Region, check_name};
+
+/// Longest target, in bytes. Amazon's gateways take no more either.
+const MAX_TARGET: usize = 8 << 10;
+/// `/a/<account>/…` selects an account, for clients that can change nothing but their base URL.
+const PREFIX: &str = "/a/";
+
+/// A target that was understood.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Target {
+    /// Whom the caller means.
+    pub of: Of,
+    /// The account in the path's prefix.
+    pub account: Option<String>,
+    /// Path and query as they leave for Amazon.
+    pub path_and_query: PathAndQuery,
+}
+
+/// Whom a target names.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Of {
+    /// Us: the origin form, or the absolute form with our own authority.
+    Us,
+    /// The Ads host of a region.
+    Ads(Region),
+    /// A host of Login with Amazon.
+    Lwa,
+}
+
+/// A target that is refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BadTarget {
+    /// Neither origin form nor an absolute form that we serve; says what is wrong.
+    Form(&'static str),
+    /// The absolute form of a host that is neither Amazon's nor ours.
+    Foreign,
+    /// Longer than 8 KiB.
+    TooLong,
+}
+
+impl Target {
+    /// Reads a request's target. `is_ours` tells whether an authority is our own.
+    pub fn read(uri: &Uri, is_ours: impl Fn(&str) -> bool) -> Result<Self, BadTarget> {
+        let of = match (uri.scheme_str(), uri.authority()) {
+            (None, None) => Of::Us,
+            (Some("http" | "https"), Some(authority)) => host_of(authority.as_str(), is_ours)?,
+            (Some(_), _) => return Err(BadTarget::Form("the scheme of an absolute target is http or https")),
+            (None, Some(_)) => return Err(BadTarget::Form("only CONNECT takes an authority as its target")),
+        };
+        let path_and_query = uri.path_and_query().cloned().unwrap_or(PathAndQuery::from_static("/"));
+        let text = path_and_query.as_str();
+        if text.len() > MAX_TARGET {
+            return Err(BadTarget::TooLong);
+        }
+        if !text.starts_with('/') {
+            return Err(BadTarget::Form("a target begins with /"));
+        }
+        let Some(prefixed) = text.strip_prefix(PREFIX).filter(|_| of == Of::Us) else {
+            return Ok(Self { of, account: None, path_and_query });
+        };
+        let end = prefixed.find(['/', '?']).unwrap_or(prefixed.len());
+        let (account, rest) = prefixed.split_at(end);
+        let account = percent_decode_str(account).decode_utf8().ok().filter(|name| check_name(name).is_ok());
+        let account = account.ok_or(BadTarget::Form("the account in /a/<account>/ is no legal name"))?;
+        let rest = if rest.starts_with('/') { rest.to_owned() } else { format!("/{rest}") };
+        let path_and_query = rest.parse().map_err(|_| BadTarget::Form("the path behind the account cannot be read"))?;
+        Ok(Self { of, account: Some(account.into_owned()), path_and_query })
+    }
+
+    /// The path, without its query.
+    pub fn path(&self) -> &str {
+        self.path_and_query.path()
+    }
+}
+
+/// Port none, 80 or 443 for Amazon's hosts; our own authority with any port.
+fn host_of(authority: &str, is_ours: impl Fn(&str) -> bool) -> Result<Of, BadTarget> {
+    if is_ours(authority) {
+        return Ok(Of::Us);
+    }
+    let host = authority.strip_suffix(":80").or_else(|| authority.strip_suffix(":443")).unwrap_or(authority);
+    amazon_host(host).ok_or(BadTarget::Foreign)
+}
+
+/// Which of Amazon's hosts `host` is, in any letter case.
+pub fn amazon_host(host: &str) -> Option<Of> {
+    let ads = Region::ALL.into_iter().find(|region| host.eq_ignore_ascii_case(region.ads_host())).map(Of::Ads);
+    ads.or_else(|| {
+        let is_token_host = |region: &Region| {
+            region.token_url().split('/').nth(2).is_some_and(|token_host| host.eq_ignore_ascii_case(token_host))
+        };
+        Region::ALL.iter().any(is_token_host).then_some(Of::Lwa)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(target: &str) -> Result<Target, BadTarget> {
+        Target::read(&target.parse().unwrap(), |authority| authority == "localhost:8001")
+    }
+
+    fn leaves(target: &str) -> String {
+        read(target).unwrap().path_and_query.to_string()
+    }
+
+    #[test]
+    fn a_target_that_is_not_for_us_is_refused() {
+        for foreign in [
+            "http://evil.test/x",
+            "http://advertising-api.amazon.com.evil.test/",
+            "https://localhost:9999/",
+            "http://advertising-api.amazon.com:8443/",
+            "http://u@advertising-api.amazon.com/",
+        ] {
+            assert_eq!(read(foreign), Err(BadTarget::Foreign), "{foreign}");
+        }
+        for form in ["ftp://advertising-api.amazon.com/x", "*", "evil.test:80"] {
+            assert!(matches!(read(form), Err(BadTarget::Form(_))), "{form}");
+        }
+        assert_eq!(read(&format!("/{}", "x".repeat(MAX_TARGET))), Err(BadTarget::TooLong));
+    }
+
+    #[test]
+    fn path_and_query_leave_as_they_came() {
+        for target in
+            ["/", "//x%2Fy?min=2023-10-01T00:00:00&b=%2B+c", "/a", "/A/b/c", "/x?", "/x/../y?q=/a/b/", "/amc/%7Bid%7D"]
+        {
+            assert_eq!(leaves(target), target);
+        }
+    }
+
+    #[test]
+    fn an_absolute_target_names_its_region() {
+        assert_eq!(read("http://advertising-api-eu.amazon.com/v2/profiles").unwrap().of, Of::Ads(Region::Eu));
+        assert_eq!(read("https://ADVERTISING-API.amazon.com:443/x?y").unwrap().of, Of::Ads(Region::Na));
+        assert_eq!(read("http://advertising-api-fe.amazon.com:80//x").unwrap().path_and_query, "//x");
+        assert_eq!(read("http://api.amazon.co.uk/auth/o2/token").unwrap().of, Of::Lwa);
+        assert_eq!(read("http://localhost:8001/v2/profiles").unwrap().of, Of::Us);
+        assert_eq!(leaves("http://advertising-api.amazon.com"), "/");
+    }
+
+    #[test]
+    fn the_account_is_taken_off_the_path_and_nothing_else() {
+        let target = read("/a/acme@eu|1//sp/x?a=%20").unwrap();
+        assert_eq!(target.account.as_deref(), Some("acme@eu|1"));
+        assert_eq!(target.path_and_query, "//sp/x?a=%20");
+        assert_eq!(read("/a/acme%7C1/x").unwrap().account.as_deref(), Some("acme|1"));
+        assert_eq!(leaves("/a/acme"), "/");
+        assert_eq!(leaves("/a/acme?x=1"), "/?x=1");
+        for bad in ["/a//x", "/a/%2e%2e/x", "/a/a%2fb/x", "/a/a%00/x"] {
+            assert!(matches!(read(bad), Err(BadTarget::Form(_))), "{bad}");
+        }
+        assert_eq!(read("http://advertising-api.amazon.com/a/acme/x").unwrap().account, None);
+    }
+}

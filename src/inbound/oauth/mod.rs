@@ -1,0 +1,382 @@
+//! The OAuth endpoints, `/api/auth/amazon/*`, and the token shim, as HTTP.
+
+mod answers;
+mod endpoint;
+mod pages;
+mod shim;
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use cookie::{Cookie, SameSite};
+use http::header::{ALLOW, HeaderMap, HeaderValue, LINK, SET_COOKIE};
+use http::request::Parts;
+use http::{Method, Request, Response, StatusCode};
+use http_body_util::Full;
+use hyper::body::Incoming;
+use serde_json::json;
+
+use crate::auth::login::{Callback, Ended, Login, NotBegun, TEN_MINUTES, Trouble, Wish};
+use crate::auth::tokens::{Status, TokenError, TokenManager};
+use crate::domain::account::{Region, UserId};
+use crate::domain::grant::STORE_UNAVAILABLE;
+use crate::domain::headers::ERROR;
+use crate::domain::secret::Secret;
+use crate::inbound::admission::{Guard, Refusal};
+use crate::inbound::destination::Of;
+use crate::inbound::problem::{Code, Problem};
+use crate::inbound::request_id::{REQUEST_ID, RequestIds};
+use crate::server::Peer;
+use crate::store::StoreError;
+use answers::{cookie_of, cors, json, prefers_html, preflight, private, redirect};
+pub use endpoint::Endpoint;
+use endpoint::{Query, Users};
+
+type Answer = Response<Full<Bytes>>;
+
+/// Where a user takes away an app's access at Amazon: LWA has no revocation endpoint.
+const AMAZONS_APPS_PAGE: &str =
+    "<https://www.amazon.com/ap/adam>; rel=\"related\"; title=\"Login with Amazon: remove the app\"";
+const NO_PENDING_GRANT: &str =
+    "No grant is pending under this id: it was taken into use already, or its 10 minutes are over.";
+/// Users in one answer of the status endpoint.
+const PAGE: usize = 1000;
+
+/// Serves the OAuth endpoints.
+#[derive(Debug)]
+pub struct LoginDoor {
+    pub(crate) login: Login,
+    pub(crate) keeper: TokenManager,
+    pub(crate) guard: Guard,
+    /// Whose consent page is shown, where the login does not say.
+    pub(crate) region: Region,
+    pub(crate) token_shim: bool,
+    /// Under which authority callers reach the proxy door, where a request does not say.
+    pub(crate) authority: String,
+    pub(crate) request_ids: Arc<RequestIds>,
+}
+
+/// Why an endpoint refuses.
+#[derive(Debug)]
+pub enum LoginError {
+    /// The guard.
+    Refused(Refusal),
+    /// No such endpoint.
+    NotFound,
+    /// The endpoint has other methods.
+    Method(&'static str),
+    /// A parameter; says which and what is legal.
+    Parameter(String),
+    /// No grant for this user.
+    NoToken(TokenError, UserId),
+    /// Too many logins began just now; says after what time there is room.
+    TooMany(std::time::Duration),
+    /// The store.
+    Store(StoreError),
+    /// Another Amazon identity than the user's.
+    Identity,
+    /// A state or a pending grant that is not there, or no longer.
+    State(&'static str),
+}
+
+impl From<Refusal> for LoginError {
+    fn from(refusal: Refusal) -> Self {
+        Self::Refused(refusal)
+    }
+}
+
+impl LoginDoor {
+    /// Answers a request on the login door, where there is the callback and nothing else.
+    pub async fn serve_callback(&self, guard: &Guard, request: Request<Incoming>, peer: Peer) -> Answer {
+        let (parts, body) = request.into_parts();
+        let answer = async {
+            let target = guard.admit(&parts, peer)?;
+            match Endpoint::of(target.path()) {
+                Some(Endpoint::Callback) if target.of == Of::Us && target.account.is_none() => {
+                    Box::pin(self.answer(Endpoint::Callback, &parts, body)).await
+                }
+                _ => Err(LoginError::NotFound),
+            }
+        };
+        let answer = answer.await;
+        let id = self.request_ids.of(&parts.headers);
+        let mut answer = answer.unwrap_or_else(|error| {
+            error.problem(|user| self.login_url(&parts.headers, user)).respond(id.to_str().unwrap_or_default())
+        });
+        answer.headers_mut().insert(REQUEST_ID, id);
+        self.dress(Endpoint::Callback, &parts.headers, answer.headers_mut());
+        answer
+    }
+
+    /// Gives an answer of `endpoint`, a refusal too, the headers that all of them carry: without the CORS headers a page
+    /// could not read why it was refused.
+    pub fn dress(&self, endpoint: Endpoint, request: &HeaderMap, answer: &mut HeaderMap) {
+        if let Ok(Some(origin)) = self.guard.browser(request, endpoint.navigable()) {
+            cors(answer, origin);
+        }
+        private(answer);
+    }
+
+    /// Answers a request to `endpoint`. Its caller [dresses](Self::dress) the answer.
+    pub async fn answer(&self, endpoint: Endpoint, parts: &Parts, body: Incoming) -> Result<Answer, LoginError> {
+        let origin = self.guard.browser(&parts.headers, endpoint.navigable())?;
+        if endpoint != Endpoint::Callback && endpoint != Endpoint::Shim {
+            self.guard.caller(&parts.headers)?;
+        }
+        match (parts.method.clone(), origin) {
+            (Method::OPTIONS, Some(_)) if endpoint != Endpoint::Unknown => Ok(preflight()),
+            (method, _) => self.endpoint(endpoint, method, parts, body).await,
+        }
+    }
+
+    async fn endpoint(
+        &self,
+        endpoint: Endpoint,
+        method: Method,
+        parts: &Parts,
+        body: Incoming,
+    ) -> Result<Answer, LoginError> {
+        if endpoint == Endpoint::Unknown || (endpoint == Endpoint::Shim && !self.token_shim) {
+            return Err(LoginError::NotFound);
+        }
+        if method != endpoint.method() {
+            return Err(LoginError::Method(endpoint.allow()));
+        }
+        let query = Query::read(parts.uri.query().unwrap_or_default())?;
+        match endpoint {
+            Endpoint::Login => self.begin(&query, &parts.headers).await,
+            Endpoint::Callback => self.callback(&query, &parts.headers).await,
+            Endpoint::Status => self.status(&query, &parts.headers).await,
+            Endpoint::Refresh => self.refresh(&query, &parts.headers).await,
+            Endpoint::Logout => self.logout(&query.user()?).await,
+            Endpoint::User => self.logout(&endpoint::user_in(parts.uri.path())?).await,
+            Endpoint::Confirm => self.confirm(&query, &parts.headers).await,
+            Endpoint::Shim => shim::answer(&self.guard, &parts.headers, &query, body).await,
+            Endpoint::Unknown => Err(LoginError::NotFound),
+        }
+    }
+
+    async fn begin(&self, query: &Query, headers: &HeaderMap) -> Result<Answer, LoginError> {
+        let region = match query.get("region") {
+            Some(region) => region.parse().map_err(|_| parameter("region", "na, eu or fe"))?,
+            None => self.region,
+        };
+        let return_to = query.get("return_to").map(str::to_owned);
+        if return_to.as_deref().is_some_and(|path| self.login.return_url(path).is_none()) {
+            return Err(parameter("return_to", "a path on the origin of login.frontend_url"));
+        }
+        let replace = query.flag("replace")?;
+        let navigation = headers.get("sec-fetch-mode").is_some_and(|mode| mode == "navigate") || prefers_html(headers);
+        let by_browser = navigation || headers.contains_key(http::header::ORIGIN);
+        let wish = Wish { user: query.user()?, region, return_to, replace, by_browser };
+        let begin = self.login.begin(wish).await.map_err(|error| match error {
+            NotBegun::Page(_) => parameter("region", "one whose consent page is a URL"),
+            NotBegun::TooMany(wait) => LoginError::TooMany(wait),
+            NotBegun::Store(error) => LoginError::Store(error),
+        })?;
+        let mut answer = if query.flag("redirect")? || navigation {
+            redirect(begin.auth_url.as_str())
+        } else {
+            json(StatusCode::OK, &json!({ "auth_url": begin.auth_url.as_str(), "state": begin.state.expose() }))
+        };
+        if let Some((name, value)) = begin.cookie {
+            let cookie = Cookie::build((name, value.expose().to_owned()))
+                .http_only(true)
+                .same_site(SameSite::Lax)
+                .secure(self.login.secure_cookies())
+                .path(self.login.callback_path().to_owned())
+                .max_age(cookie::time::Duration::seconds(TEN_MINUTES.as_secs() as i64));
+            answer.headers_mut().extend(HeaderValue::from_str(&cookie.to_string()).map(|value| (SET_COOKIE, value)));
+        }
+        Ok(answer)
+    }
+
+    async fn callback(&self, query: &Query, headers: &HeaderMap) -> Result<Answer, LoginError> {
+        let (ended, return_to) = match callback(query)? {
+            Some(callback) => self.login.finish(callback, |name| cookie_of(headers, name)).await,
+            None => (Err(Trouble::State), None),
+        };
+        if let Err(trouble) = &ended {
+            tracing::info!(code = trouble.code(), "a login ended without a grant");
+        }
+        if self.login.frontend_url().is_some() {
+            return Ok(redirect(self.back_to_frontend(&ended, return_to.as_deref()).as_str()));
+        }
+        if prefers_html(headers) {
+            return Ok(pages::result(&ended));
+        }
+        Ok(match ended {
+            Ok(Ended::Stored(status)) => json(
+                StatusCode::OK,
+                &json!({ "status": "success", "user_id": status.user_id, "expires_at": status.expires_at }),
+            ),
+            Ok(Ended::Pending(grant)) => json(StatusCode::OK, &json!({ "status": "pending", "grant": grant.expose() })),
+            Err(Trouble::State) => return Err(LoginError::State(pages::say(&Trouble::State))),
+            Err(Trouble::Identity) => return Err(LoginError::Identity),
+            Err(trouble) => {
+                let mut answer = json(pages::status(&trouble), &pages::document(&trouble));
+                answer.headers_mut().insert(ERROR, HeaderValue::from_static(trouble.code()));
+                answer
+            }
+        })
+    }
+
+    fn back_to_frontend(&self, ended: &Result<Ended, Trouble>, return_to: Option<&str>) -> String {
+        let url = return_to.and_then(|path| self.login.return_url(path));
+        let Some(mut url) = url.or_else(|| self.login.frontend_url().cloned()) else { return String::new() };
+        match ended {
+            Ok(Ended::Stored(status)) => {
+                url.query_pairs_mut().append_pair("status", "success").append_pair("user_id", status.user_id.as_str());
+            }
+            Ok(Ended::Pending(grant)) => {
+                url.query_pairs_mut().append_pair("status", "pending").append_pair("grant", grant.expose());
+            }
+            Err(trouble) => {
+                url.query_pairs_mut().append_pair("status", "error").append_pair("error", trouble.code());
+            }
+        }
+        url.into()
+    }
+
+    async fn status(&self, query: &Query, headers: &HeaderMap) -> Result<Answer, LoginError> {
+        if query.get("user_id").is_some() {
+            let user = query.user()?;
+            // Where the store does not answer, what is known here is told.
+            let _ = self.keeper.look(&user).await;
+            let status = self.keeper.status(&user);
+            return Ok(json(StatusCode::OK, &self.with_link(status, headers)));
+        }
+        let Users { after, limit } = query.page(PAGE)?;
+        let statuses = self.keeper.statuses().into_iter().filter(|status| status.user_id.as_str() > after.as_str());
+        let users: Vec<_> = statuses.take(limit).map(|status| self.with_link(status, headers)).collect();
+        Ok(json(StatusCode::OK, &json!({ "users": users })))
+    }
+
+    async fn refresh(&self, query: &Query, headers: &HeaderMap) -> Result<Answer, LoginError> {
+        let user = query.user()?;
+        let refreshed = self.keeper.refresh(&user).await;
+        let status = refreshed.map_err(|error| LoginError::NoToken(error, user))?;
+        Ok(json(StatusCode::OK, &self.with_link(status, headers)))
+    }
+
+    async fn logout(&self, user: &UserId) -> Result<Answer, LoginError> {
+        self.login.forget(user).await.map_err(LoginError::Store)?;
+        let mut answer = Response::new(Full::default());
+        *answer.status_mut() = StatusCode::NO_CONTENT;
+        answer.headers_mut().insert(LINK, HeaderValue::from_static(AMAZONS_APPS_PAGE));
+        Ok(answer)
+    }
+
+    async fn confirm(&self, query: &Query, headers: &HeaderMap) -> Result<Answer, LoginError> {
+        let id = query.get("grant").ok_or_else(|| parameter("grant", "the id that the frontend was sent"))?;
+        let confirmed = self.login.confirm(id).await.map_err(LoginError::Store)?;
+        let confirmed = confirmed.ok_or(LoginError::State(NO_PENDING_GRANT))?;
+        Ok(json(StatusCode::OK, &self.with_link(confirmed, headers)))
+    }
+
+    fn with_link(&self, status: Status, headers: &HeaderMap) -> serde_json::Value {
+        let login_url = self.login_url(headers, &status.user_id);
+        let mut value = serde_json::to_value(status).unwrap_or_default();
+        value["login_url"] = login_url.into();
+        value
+    }
+
+    /// Where `user` logs in, under the authority that the caller knows us by.
+    pub fn login_url(&self, headers: &HeaderMap, user: &UserId) -> String {
+        let authority = self.guard.own_authority(headers).unwrap_or(&self.authority);
+        let user: String = url::form_urlencoded::byte_serialize(user.as_str().as_bytes()).collect();
+        Self::login_base(authority) + &user
+    }
+
+    /// Where a user logs in whose name is put behind it.
+    pub fn login_base(authority: &str) -> String {
+        format!("http://{authority}{}?user_id=", endpoint::LOGIN)
+    }
+}
+
+impl LoginError {
+    /// What the caller is told. `login_url` makes a user's login link.
+    pub fn problem(self, login_url: impl Fn(&UserId) -> String) -> Problem {
+        match self {
+            Self::Refused(refusal) => refusal.into(),
+            Self::NotFound => Problem::new(
+                Code::NotFound,
+                "There is no such endpoint under /api/auth/ or /auth/o2/, which are adsidecar's own.",
+                "See the endpoints in adsidecar's README.",
+            ),
+            Self::Method(allow) => {
+                Problem::new(Code::MethodNotAllowed, "The endpoint has another method.", format!("Use {allow}."))
+                    .header(ALLOW, HeaderValue::from_static(allow))
+            }
+            Self::Parameter(detail) => Problem::new(Code::BadRequest, detail, "Send the parameter as described."),
+            Self::NoToken(error, user) => token_problem(error, &login_url(&user)),
+            Self::TooMany(wait) => Problem::new(
+                Code::Throttled,
+                "Too many logins began just now, and were not finished.",
+                "Begin one login per person, and try again after the time in Retry-After.",
+            )
+            .retry_after(wait),
+            Self::Store(_) => Problem::new(
+                Code::StoreUnavailable,
+                "The store did not take the change.",
+                "Try again; if it persists, look at adsidecar's log, and at the volume of store.path or at PostgreSQL.",
+            )
+            .retry_after(std::time::Duration::from_secs(1)),
+            Self::Identity => Problem::new(
+                Code::IdentityChanged,
+                pages::say(&Trouble::Identity),
+                "Sign in as the same Amazon user, or begin the login with replace=true.",
+            ),
+            Self::State(detail) => Problem::new(Code::StateInvalid, detail, "Begin the login again."),
+        }
+    }
+}
+
+/// No token for a user, told to a caller.
+pub fn token_problem(error: TokenError, login_url: &str) -> Problem {
+    match error {
+        TokenError::LoginRequired { reason } => {
+            let detail = match reason {
+                "no_grant" => "The user has no Amazon grant here.".to_owned(),
+                reason => format!("Login with Amazon refused the user's grant ({reason})."),
+            };
+            Problem::new(Code::LoginRequired, detail, format!("Open {login_url} in a browser and consent."))
+                .header(http::header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer realm=\"adsidecar\""))
+        }
+        TokenError::Unavailable { code: STORE_UNAVAILABLE, retry_after, .. } => Problem::new(
+            Code::StoreUnavailable,
+            "The store that several adsidecars share does not answer, and without it no token is renewed.",
+            "Try again after the time in Retry-After; if it persists, look at adsidecar's log and at PostgreSQL.",
+        )
+        .retry_after(retry_after),
+        TokenError::Unavailable { code, remedy, retry_after } => {
+            let next_step = match remedy {
+                crate::domain::grant::Remedy::Time => "Try again after the time in Retry-After.",
+                crate::domain::grant::Remedy::Operator => {
+                    "Login with Amazon refuses this client: check amazon.client_id and amazon.client_secret."
+                }
+            };
+            Problem::new(Code::TokenUnavailable, format!("The access token could not be renewed ({code})."), next_step)
+                .retry_after(retry_after)
+        }
+    }
+}
+
+/// The parameters of a callback's query, or `None` where they are none that Amazon would send.
+pub fn read_callback(query: &str) -> Result<Option<Callback>, LoginError> {
+    callback(&Query::read(query)?)
+}
+
+fn callback(query: &Query) -> Result<Option<Callback>, LoginError> {
+    let answer = match (query.get("code"), query.get("error")) {
+        (Some(code), None) => Ok(Secret::new(code)),
+        (None, Some(error)) => Err(error.to_owned()),
+        _ => return Ok(None),
+    };
+    let state = query.get("state").map(Secret::new);
+    Ok(state.map(|state| Callback { state, answer, scope: query.get("scope").map(str::to_owned) }))
+}
+
+fn parameter(name: &str, legal: &str) -> LoginError {
+    LoginError::Parameter(format!("{name} has to be {legal}."))
+}

@@ -1,0 +1,92 @@
+//! The callback's result page, for a login without a frontend.
+
+use bytes::Bytes;
+use http::header::{CONTENT_SECURITY_POLICY, CONTENT_TYPE, HeaderValue};
+use http::{Response, StatusCode};
+use http_body_util::Full;
+use maud::{DOCTYPE, html};
+use serde_json::{Value, json};
+
+use super::Answer;
+use crate::auth::login::{Ended, Trouble};
+use crate::domain::headers::ERROR;
+
+/// Nothing is loaded, run, framed or sent from the page.
+const POLICY: &str = "default-src 'none'; style-src 'sha256-xMSCLCVgCj9fVtEMGQaS2mRakulbKeWdod381JtJuNM='; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
+const STYLE: &str =
+    "body{font:16px/1.5 system-ui,sans-serif;max-width:34rem;margin:15vh auto;padding:0 1rem}h1{font-size:1.4rem}";
+
+/// The page that tells how a login ended. Nothing of the query is in it but the checked user id.
+pub(super) fn result(ended: &Result<Ended, Trouble>) -> Answer {
+    let (title, text) = match ended {
+        Ok(Ended::Stored(status)) => (
+            "Connected to Amazon Ads",
+            format!("The grant of user {} is stored. You can close this page.", status.user_id),
+        ),
+        Ok(Ended::Pending(_)) => {
+            ("Almost there", "The grant waits for the app to confirm it. You can close this page.".to_owned())
+        }
+        Err(trouble) => ("Not connected", say(trouble).to_owned()),
+    };
+    let page = html! {
+        (DOCTYPE)
+        html lang="en" {
+            head { meta charset="utf-8"; title { (title) } style { (maud::PreEscaped(STYLE)) } }
+            body { h1 { (title) } p { (text) } }
+        }
+    };
+    let mut answer: Answer = Response::new(Full::new(Bytes::from(page.into_string())));
+    let headers = answer.headers_mut();
+    headers.insert(CONTENT_TYPE, HeaderValue::from_static("text/html; charset=utf-8"));
+    headers.insert(CONTENT_SECURITY_POLICY, HeaderValue::from_static(POLICY));
+    if let Err(trouble) = ended {
+        headers.insert(ERROR, HeaderValue::from_static(trouble.code()));
+        *answer.status_mut() = status(trouble);
+    }
+    answer
+}
+
+/// The same for a program.
+pub(super) fn document(trouble: &Trouble) -> Value {
+    json!({ "status": "error", "error": trouble.code(), "code": trouble.code(), "detail": say(trouble) })
+}
+
+/// The caller's fault, or LWA's, or the store's.
+pub(super) fn status(trouble: &Trouble) -> StatusCode {
+    match trouble {
+        Trouble::Amazon(_) | Trouble::State => StatusCode::BAD_REQUEST,
+        Trouble::Identity => StatusCode::CONFLICT,
+        Trouble::Exchange => StatusCode::BAD_GATEWAY,
+    }
+}
+
+/// What to tell a person.
+pub(super) fn say(trouble: &Trouble) -> &'static str {
+    match trouble {
+        Trouble::Amazon("access_denied") => "Consent was not given. Begin the login again to change that.",
+        Trouble::Amazon("invalid_scope") => {
+            "Amazon does not know the scope for this client: it may not be approved for the Amazon Ads API yet."
+        }
+        Trouble::Amazon(_) => "Amazon could not finish the login. Begin it again in a moment.",
+        Trouble::State => "This login is over or was begun in another browser. Begin it again.",
+        Trouble::Identity => {
+            "You signed in as another Amazon user than before: none of the profiles is the same. The grant of before stays."
+        }
+        Trouble::Exchange => "Amazon did not exchange the code for tokens. Begin the login again; the log says why.",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use base64::Engine;
+    use base64::prelude::BASE64_STANDARD;
+    use sha2::{Digest, Sha256};
+
+    use super::*;
+
+    #[test]
+    fn the_policy_allows_the_one_style_by_its_hash() {
+        let hash = BASE64_STANDARD.encode(Sha256::digest(STYLE));
+        assert!(POLICY.contains(&format!("'sha256-{hash}'")), "the hash is {hash}");
+    }
+}

@@ -1,0 +1,57 @@
+//! The token shim: a token endpoint for SDKs that insist on fetching a token. What it hands out is a placeholder; the
+//! proxy overwrites whatever bearer comes in.
+
+use std::time::Duration;
+
+use http::header::{CONTENT_TYPE, HeaderMap};
+use http_body_util::{BodyExt, Limited};
+use hyper::body::Incoming;
+use serde_json::{Value, json};
+
+use super::answers::json as answer_json;
+use super::{Answer, LoginError, Query};
+use crate::inbound::admission::{Guard, Refusal};
+
+/// A token request is a few hundred bytes.
+const MAX_BODY: usize = 64 << 10;
+/// How long its body is waited for: it comes with its head.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// What SDKs get where no caller token is set.
+const PLACEHOLDER: &str = "adsidecar-attaches-the-real-token";
+
+/// Answers as LWA does. Where caller tokens are set, the SDK's `client_secret` has to be one, unless its headers show one
+/// as on every other call (HTTP Basic among them: its password is the client secret, RFC 6749, section 2.3.1). It comes
+/// back as the placeholder, so that the SDK's next calls carry it as their bearer.
+pub(super) async fn answer(
+    guard: &Guard,
+    headers: &HeaderMap,
+    query: &Query,
+    body: Incoming,
+) -> Result<Answer, LoginError> {
+    let body = tokio::time::timeout(PATIENCE, Limited::new(body, MAX_BODY).collect()).await;
+    let body =
+        body.map_err(|_| LoginError::Parameter("The token request's body did not come within 10 seconds.".into()))?;
+    let body = body.map_err(|_| LoginError::Parameter("A token request is at most 64 KiB.".into()))?.to_bytes();
+    let token = if guard.asks_for_token() {
+        let secrets = [client_secret(headers, &body), query.get("client_secret").map(str::to_owned)];
+        let known = secrets.into_iter().flatten().find(|secret| guard.knows(secret.as_bytes()));
+        let shown = || guard.shown(headers).and_then(|token| String::from_utf8(token).ok());
+        known.or_else(shown).ok_or(LoginError::Refused(Refusal::Caller))?
+    } else {
+        PLACEHOLDER.to_owned()
+    };
+    Ok(answer_json(
+        http::StatusCode::OK,
+        &json!({ "access_token": token, "refresh_token": PLACEHOLDER, "token_type": "bearer", "expires_in": 3600 }),
+    ))
+}
+
+/// `client_secret` of a form or of a JSON object.
+fn client_secret(headers: &HeaderMap, body: &[u8]) -> Option<String> {
+    let kind = headers.get(CONTENT_TYPE).and_then(|kind| kind.to_str().ok()).unwrap_or_default();
+    if kind.to_ascii_lowercase().contains("json") {
+        let value: Value = serde_json::from_slice(body).ok()?;
+        return value["client_secret"].as_str().map(str::to_owned);
+    }
+    url::form_urlencoded::parse(body).find(|(name, _)| name == "client_secret").map(|(_, value)| value.into_owned())
+}

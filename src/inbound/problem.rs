@@ -1,0 +1,281 @@
+//! The codes of adsidecar's own answers and their bodies (RFC 9457): the one place that knows status codes.
+
+use std::borrow::Cow;
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::header::{
+    ALLOW, CACHE_CONTROL, CONNECTION, CONTENT_TYPE, HeaderName, HeaderValue, PROXY_AUTHENTICATE, RETRY_AFTER,
+};
+use http::{Response, StatusCode};
+use http_body_util::Full;
+use serde::Serialize;
+
+use crate::domain::headers::ERROR;
+use crate::inbound::admission::Refusal;
+use crate::inbound::destination::BadTarget;
+
+/// Why adsidecar itself answers; the contract's table, section 4.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs, reason = "each variant is the code of its name")]
+pub enum Code {
+    BadRequest,
+    StateInvalid,
+    LoginRequired,
+    HostNotAllowed,
+    CrossSite,
+    PolicyDenied,
+    UnknownAccount,
+    NotFound,
+    MethodNotAllowed,
+    CallerUnauthorized,
+    RequestTimeout,
+    IdentityChanged,
+    BodyTooLarge,
+    UriTooLong,
+    Throttled,
+    Internal,
+    UpstreamUnreachable,
+    UpstreamReset,
+    UpstreamTls,
+    TokenUnavailable,
+    Overloaded,
+    StoreUnavailable,
+    UpstreamTimeout,
+}
+
+impl Code {
+    /// The code as it stands in `X-Adsidecar-Error` and in the body.
+    pub const fn as_str(self) -> &'static str {
+        self.facts().1
+    }
+
+    /// The status it is answered with.
+    pub const fn status(self) -> StatusCode {
+        self.facts().0
+    }
+
+    /// Whether the same request may go through later.
+    const fn retryable(self) -> bool {
+        self.facts().2
+    }
+
+    const fn facts(self) -> (StatusCode, &'static str, bool) {
+        match self {
+            Self::BadRequest => (StatusCode::BAD_REQUEST, "bad_request", false),
+            Self::StateInvalid => (StatusCode::BAD_REQUEST, "state_invalid", false),
+            Self::LoginRequired => (StatusCode::UNAUTHORIZED, "login_required", false),
+            Self::HostNotAllowed => (StatusCode::FORBIDDEN, "host_not_allowed", false),
+            Self::CrossSite => (StatusCode::FORBIDDEN, "cross_site", false),
+            Self::PolicyDenied => (StatusCode::FORBIDDEN, "policy_denied", false),
+            Self::UnknownAccount => (StatusCode::NOT_FOUND, "unknown_account", false),
+            Self::NotFound => (StatusCode::NOT_FOUND, "not_found", false),
+            Self::MethodNotAllowed => (StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", false),
+            Self::CallerUnauthorized => (StatusCode::PROXY_AUTHENTICATION_REQUIRED, "caller_unauthorized", false),
+            Self::RequestTimeout => (StatusCode::REQUEST_TIMEOUT, "request_timeout", true),
+            Self::IdentityChanged => (StatusCode::CONFLICT, "identity_changed", false),
+            Self::BodyTooLarge => (StatusCode::PAYLOAD_TOO_LARGE, "body_too_large", false),
+            Self::UriTooLong => (StatusCode::URI_TOO_LONG, "uri_too_long", false),
+            Self::Throttled => (StatusCode::TOO_MANY_REQUESTS, "throttled", true),
+            Self::Internal => (StatusCode::INTERNAL_SERVER_ERROR, "internal", false),
+            Self::UpstreamUnreachable => (StatusCode::BAD_GATEWAY, "upstream_unreachable", true),
+            Self::UpstreamReset => (StatusCode::BAD_GATEWAY, "upstream_reset", true),
+            Self::UpstreamTls => (StatusCode::BAD_GATEWAY, "upstream_tls", false),
+            Self::TokenUnavailable => (StatusCode::SERVICE_UNAVAILABLE, "token_unavailable", true),
+            Self::Overloaded => (StatusCode::SERVICE_UNAVAILABLE, "overloaded", true),
+            Self::StoreUnavailable => (StatusCode::SERVICE_UNAVAILABLE, "store_unavailable", true),
+            Self::UpstreamTimeout => (StatusCode::GATEWAY_TIMEOUT, "upstream_timeout", true),
+        }
+    }
+}
+
+/// One answer of our own.
+#[derive(Clone, Debug)]
+pub struct Problem {
+    code: Code,
+    detail: Cow<'static, str>,
+    next_step: Cow<'static, str>,
+    retry_after: Option<Duration>,
+    headers: Vec<(HeaderName, HeaderValue)>,
+}
+
+/// RFC 9457, section 3.1, and our own members.
+#[derive(Serialize)]
+struct Document<'a> {
+    r#type: String,
+    title: &'a str,
+    status: u16,
+    detail: &'a str,
+    code: &'a str,
+    next_step: &'a str,
+    retryable: bool,
+    request_id: &'a str,
+}
+
+impl Problem {
+    /// What happened, and what the caller can do about it. Neither may hold a secret.
+    pub fn new(code: Code, detail: impl Into<Cow<'static, str>>, next_step: impl Into<Cow<'static, str>>) -> Self {
+        let (detail, next_step) = (detail.into(), next_step.into());
+        Self { code, detail, next_step, retry_after: None, headers: Vec::new() }
+    }
+
+    /// Asks to come back after `wait`, rounded up to whole seconds.
+    #[must_use]
+    pub fn retry_after(mut self, wait: Duration) -> Self {
+        self.retry_after = Some(wait);
+        self
+    }
+
+    /// Adds a header.
+    #[must_use]
+    pub fn header(mut self, name: HeaderName, value: HeaderValue) -> Self {
+        self.headers.push((name, value));
+        self
+    }
+
+    /// Closes the connection behind the answer, so that nothing that follows on it is served.
+    #[must_use]
+    pub fn close(self) -> Self {
+        self.header(CONNECTION, HeaderValue::from_static("close"))
+    }
+
+    /// Why.
+    pub fn code(&self) -> Code {
+        self.code
+    }
+
+    /// The answer.
+    pub fn respond(self, request_id: &str) -> Response<Full<Bytes>> {
+        let mut response = Response::new(Full::new(self.document(request_id)));
+        *response.status_mut() = self.code.status();
+        let headers = response.headers_mut();
+        headers.insert(ERROR, HeaderValue::from_static(self.code.as_str()));
+        headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/problem+json"));
+        headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
+        if let Some(wait) = self.retry_after {
+            headers.insert(RETRY_AFTER, HeaderValue::from(seconds(wait)));
+        }
+        headers.extend(self.headers);
+        response
+    }
+
+    /// The answer's bytes as HTTP/1.1, for a connection whose request never came to its end.
+    pub fn raw(self) -> Bytes {
+        let body = self.document("");
+        let (status, code) = (self.code.status(), self.code.as_str());
+        let retry_after = self.retry_after.map(|wait| format!("{RETRY_AFTER}: {}\r\n", seconds(wait)));
+        let head = format!(
+            "HTTP/1.1 {status}\r\nconnection: close\r\n{ERROR}: {code}\r\n{}content-type: application/problem+json\r\n\
+             content-length: {}\r\n\r\n",
+            retry_after.unwrap_or_default(),
+            body.len()
+        );
+        [head.as_bytes(), &body].concat().into()
+    }
+
+    fn document(&self, request_id: &str) -> Bytes {
+        let document = Document {
+            r#type: format!("urn:adsidecar:problem:{}", self.code.as_str()),
+            title: self.code.status().canonical_reason().unwrap_or_default(),
+            status: self.code.status().as_u16(),
+            detail: &self.detail,
+            code: self.code.as_str(),
+            next_step: &self.next_step,
+            retryable: self.code.retryable(),
+            request_id,
+        };
+        // Strings and numbers always serialise.
+        serde_json::to_vec(&document).unwrap_or_default().into()
+    }
+}
+
+/// Whole seconds, rounded up.
+fn seconds(wait: Duration) -> u64 {
+    wait.as_secs_f64().ceil().max(1.0) as u64
+}
+
+impl From<Refusal> for Problem {
+    fn from(refusal: Refusal) -> Self {
+        match refusal {
+            Refusal::Framing => Self::new(
+                Code::BadRequest,
+                "The body's length can be read in two ways: Transfer-Encoding is allowed once, as chunked.",
+                "Send either Content-Length or Transfer-Encoding: chunked.",
+            )
+            .close(),
+            Refusal::NoHost => Self::new(Code::BadRequest, "A request needs exactly one Host header.", "Send one.").close(),
+            Refusal::Host => Self::new(
+                Code::HostNotAllowed,
+                "The Host header is neither localhost, 127.0.0.1 nor [::1].",
+                "Call http://localhost, or add the name to proxy.allowed_hosts.",
+            ),
+            Refusal::Target(BadTarget::Form(detail)) => {
+                Self::new(Code::BadRequest, detail, "Send a path, or the URL of an Amazon Ads host.")
+            }
+            Refusal::Target(BadTarget::Foreign) => Self::new(
+                Code::HostNotAllowed,
+                "adsidecar proxies to the Amazon Ads hosts only.",
+                "Send other traffic directly: set NO_PROXY, or use the proxy for Amazon's hosts alone.",
+            ),
+            Refusal::Target(BadTarget::TooLong) => {
+                Self::new(Code::UriTooLong, "The target is longer than 8 KiB.", "Send long lists in a body.")
+            }
+            Refusal::Method => Self::new(
+                Code::MethodNotAllowed,
+                "CONNECT, TRACE and unknown methods are not served.",
+                "As a forward proxy adsidecar takes http:// URLs: use http://advertising-api.amazon.com/, it speaks TLS to Amazon itself.",
+            )
+            .header(ALLOW, HeaderValue::from_static("GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"))
+            .close(),
+            Refusal::CrossSite => Self::new(
+                Code::CrossSite,
+                "A web page at another origin is behind this request.",
+                "Call adsidecar from a server; its OAuth endpoints may be fetched from the origin of login.frontend_url.",
+            ),
+            Refusal::Caller => Self::new(
+                Code::CallerUnauthorized,
+                "The caller token is missing or wrong.",
+                "Send it as X-Ads-Sidecar-Token, or as Proxy-Authorization: Bearer.",
+            )
+            .header(PROXY_AUTHENTICATE, HeaderValue::from_static("Bearer")),
+            Refusal::Peer => Self::new(
+                Code::CallerUnauthorized,
+                "The process that calls runs as a user that is not in proxy.peer_uids.",
+                "Run it as one of these users, or add its uid to proxy.peer_uids.",
+            )
+            .close(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_document_has_every_member_of_the_contract() {
+        let problem = Problem::new(Code::TokenUnavailable, "why", "what to do");
+        let document: serde_json::Value = serde_json::from_slice(&problem.document("r-1")).unwrap();
+        assert_eq!(
+            document,
+            serde_json::json!({
+                "type": "urn:adsidecar:problem:token_unavailable",
+                "title": "Service Unavailable",
+                "status": 503,
+                "detail": "why",
+                "code": "token_unavailable",
+                "next_step": "what to do",
+                "retryable": true,
+                "request_id": "r-1",
+            })
+        );
+    }
+
+    #[test]
+    fn a_wait_is_rounded_up_to_whole_seconds() {
+        for (wait, header) in [(0, "1"), (1, "1"), (1001, "2"), (60_000, "60")] {
+            let problem = Problem::new(Code::TokenUnavailable, "", "").retry_after(Duration::from_millis(wait));
+            assert_eq!(problem.respond("").headers()[RETRY_AFTER], header);
+        }
+    }
+}

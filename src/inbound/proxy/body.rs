@@ -1,0 +1,88 @@
+//! The body of an answer: our own, or Amazon's as it comes.
+
+use std::pin::Pin;
+use std::task::{Context, Poll};
+
+use bytes::Bytes;
+use http_body::{Frame, SizeHint};
+use http_body_util::Full;
+
+use super::request_telemetry::InFlight;
+use crate::upstream::UpstreamBody;
+
+/// What the proxy door answers with.
+#[derive(Debug)]
+pub struct Body {
+    source: Source,
+    _in_flight: Option<InFlight>,
+}
+
+#[derive(Debug)]
+enum Source {
+    Own(Full<Bytes>),
+    Amazon(UpstreamBody),
+    /// What was read of Amazon's answer to handle_rejection it, then the rest, or how it broke off.
+    Read(Option<Bytes>, Option<Result<UpstreamBody, hyper::Error>>),
+}
+
+impl Body {
+    pub(super) fn own(body: Full<Bytes>) -> Self {
+        Self { source: Source::Own(body), _in_flight: None }
+    }
+
+    pub(super) fn amazon(answer: UpstreamBody) -> Self {
+        Self { source: Source::Amazon(answer), _in_flight: None }
+    }
+
+    pub(super) fn read(read: Bytes, rest: Option<Result<UpstreamBody, hyper::Error>>) -> Self {
+        Self { source: Source::Read(Some(read).filter(|read| !read.is_empty()), rest), _in_flight: None }
+    }
+
+    pub(super) fn until_passed(self, in_flight: Option<InFlight>) -> Self {
+        Self { _in_flight: in_flight, ..self }
+    }
+}
+
+impl http_body::Body for Body {
+    type Data = Bytes;
+    type Error = hyper::Error;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+        match &mut self.source {
+            Source::Own(body) => Pin::new(body).poll_frame(cx).map_err(|never| match never {}),
+            Source::Amazon(answer) => Pin::new(answer).poll_frame(cx).map_err(log_upstream_abort),
+            Source::Read(read, rest) => match (read.take(), rest) {
+                (Some(read), _) => Poll::Ready(Some(Ok(Frame::data(read)))),
+                (None, Some(Ok(rest))) => Pin::new(rest).poll_frame(cx).map_err(log_upstream_abort),
+                (None, rest) => Poll::Ready(rest.take().and_then(Result::err).map(Err)),
+            },
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match &self.source {
+            Source::Own(body) => body.is_end_stream(),
+            Source::Amazon(answer) => answer.is_end_stream(),
+            Source::Read(read, rest) => {
+                let ended = rest.as_ref().is_none_or(|rest| rest.as_ref().is_ok_and(http_body::Body::is_end_stream));
+                read.is_none() && ended
+            }
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match &self.source {
+            Source::Own(body) => body.size_hint(),
+            Source::Amazon(answer) => answer.size_hint(),
+            Source::Read(read, None) => SizeHint::with_exact(read.as_ref().map_or(0, |read| read.len() as u64)),
+            // Amazon's own Content-Length stands in the headers.
+            Source::Read(_, Some(_)) => SizeHint::default(),
+        }
+    }
+}
+
+/// The caller sees its connection break; here it is said who broke off first.
+fn log_upstream_abort(error: hyper::Error) -> hyper::Error {
+    tracing::warn!(%error, "Amazon's answer broke off");
+    error
+}

@@ -1,0 +1,142 @@
+//! How the spine's errors are told to a caller.
+
+use super::ProxyError;
+use super::route::RouteError;
+use crate::auth::tokens::TokenError;
+use crate::domain::grant::{Remedy, STORE_UNAVAILABLE};
+use crate::domain::policy::Denied;
+use crate::inbound::admission::Refusal;
+use crate::inbound::oauth::LoginError;
+use crate::inbound::problem::{Code, Problem};
+use crate::telemetry::audit::Fault;
+use crate::upstream::{BodyError, ErrorKind};
+
+impl ProxyError {
+    /// Whose fault it is.
+    pub(super) fn fault(&self) -> Fault {
+        match self {
+            Self::Refused(_) | Self::Login(_) | Self::Unroutable(_) | Self::Denied(_) | Self::TooLarge => Fault::Caller,
+            // A person has to consent, or the client's credentials or the database need a hand.
+            Self::NoToken(TokenError::LoginRequired { .. }, _)
+            | Self::NoToken(TokenError::Unavailable { remedy: Remedy::Operator, .. }, _)
+            | Self::NoToken(TokenError::Unavailable { code: STORE_UNAVAILABLE, .. }, _) => Fault::Operator,
+            Self::NoToken(TokenError::Unavailable { code: "internal", .. }, _) | Self::Panicked => Fault::Sidecar,
+            Self::NoToken(TokenError::Unavailable { .. }, _) => Fault::Amazon,
+            Self::Send(error) => match error.kind {
+                ErrorKind::Body(_) => Fault::Caller,
+                // Amazon's certificates are sound; a handshake fails where a proxy of the network breaks TLS up.
+                ErrorKind::Tls(_) => Fault::Operator,
+                _ => Fault::Amazon,
+            },
+        }
+    }
+}
+
+impl From<Refusal> for ProxyError {
+    fn from(refusal: Refusal) -> Self {
+        Self::Refused(refusal)
+    }
+}
+
+impl From<LoginError> for ProxyError {
+    fn from(error: LoginError) -> Self {
+        Self::Login(error)
+    }
+}
+
+impl From<RouteError> for ProxyError {
+    fn from(unselected: RouteError) -> Self {
+        Self::Unroutable(unselected)
+    }
+}
+
+impl From<RouteError> for Problem {
+    fn from(unselected: RouteError) -> Self {
+        match unselected {
+            RouteError::Unknown => Self::new(
+                Code::UnknownAccount,
+                "No account of this name is configured.",
+                "Check the name in X-Ads-Account or in the path, and the [[account]] sections of the configuration.",
+            ),
+            RouteError::Bad(detail) => {
+                Self::new(Code::BadRequest, detail, "Correct the X-Ads-* header, or leave it out.")
+            }
+        }
+    }
+}
+
+impl From<Denied> for Problem {
+    fn from(denied: Denied) -> Self {
+        let (detail, next_step) = match denied {
+            Denied::Ambiguous => (
+                "A policy holds for this call, and its path or method can be read in two ways.",
+                "Send the path without dot segments, empty segments, `;` and encoded separators, and the method in the \
+                 request line.",
+            ),
+            Denied::Changes => (
+                "The policy is read-only, and this call may change something at Amazon.",
+                "Use an account that may write, or ask the operator about read_only.",
+            ),
+            Denied::NotAllowed => (
+                "The policy's allow-list does not hold this method and path.",
+                "Ask the operator to add it to policy.allow or to the account's allow.",
+            ),
+        };
+        // The body was not read: a large one is not waited for.
+        Self::new(Code::PolicyDenied, detail, next_step)
+    }
+}
+
+impl From<ErrorKind> for Problem {
+    fn from(kind: ErrorKind) -> Self {
+        let network = "Try again; if it persists, check DNS, egress rules and https://status.ads.amazon.com.";
+        match kind {
+            ErrorKind::Unreachable(_) => {
+                Self::new(Code::UpstreamUnreachable, "Amazon's host could not be reached.", network)
+            }
+            ErrorKind::Tls(_) => Self::new(
+                Code::UpstreamTls,
+                "The TLS handshake with Amazon's host failed.",
+                "If a proxy of your network breaks up TLS, add its CA as upstream.ca_file.",
+            ),
+            ErrorKind::Reset(_) | ErrorKind::Switched => Self::new(
+                Code::UpstreamReset,
+                "The connection to Amazon broke before an answer came.",
+                "The call may have been processed: look before you repeat one that changes something.",
+            ),
+            ErrorKind::ConnectTimeout(_) => {
+                Self::new(Code::UpstreamTimeout, "Amazon's host did not accept a connection in time.", network)
+            }
+            ErrorKind::ResponseTimeout(_) => Self::new(
+                Code::UpstreamTimeout,
+                "Amazon did not answer in time (upstream.response_timeout).",
+                "The call may have been processed: look before you repeat one that changes something.",
+            ),
+            ErrorKind::Body(BodyError::TooLarge) => too_large(),
+            ErrorKind::Body(BodyError::Stalled) => Self::new(
+                Code::RequestTimeout,
+                "Nothing came of the request's body for as long as proxy.body_timeout.",
+                "Send it without a pause.",
+            )
+            .close(),
+            ErrorKind::Body(BodyError::Broken) => {
+                Self::new(Code::BadRequest, "The request's body broke off or was badly framed.", "Send it whole.")
+                    .close()
+            }
+        }
+    }
+}
+
+pub(super) fn too_large() -> Problem {
+    Problem::new(Code::BodyTooLarge, "The body is larger than proxy.max_body.", "Send less, or raise proxy.max_body.")
+        .close()
+}
+
+pub(super) fn panicked() -> Problem {
+    Problem::new(
+        Code::Internal,
+        "adsidecar failed in itself; the call may have been processed.",
+        "Please report it with the log's lines of this time.",
+    )
+    .close()
+}

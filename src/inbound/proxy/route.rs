@@ -1,0 +1,257 @@
+//! For which account, user and region a call is.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use http::header::{HeaderMap, HeaderName, HeaderValue};
+
+use super::Selection;
+use crate::domain::account::{Account, BadName, BadRegion, Ids, Region, UserId};
+use crate::domain::api_families::{Family, family};
+use crate::domain::policy::Rules;
+use crate::inbound::destination::{Of, Target};
+
+const X_ADS_ACCOUNT: HeaderName = HeaderName::from_static("x-ads-account");
+const X_ADS_USER: HeaderName = HeaderName::from_static("x-ads-user");
+const X_ADS_REGION: HeaderName = HeaderName::from_static("x-ads-region");
+
+/// The accounts, and who is meant where nobody is named.
+#[derive(Debug)]
+pub(super) struct Accounts {
+    by_name: HashMap<String, Arc<Account>>,
+    /// The account named `default`, or the only one.
+    fallback: Option<Arc<Account>>,
+    region: Region,
+    selection: Selection,
+    /// `[policy]`, for whom no account speaks.
+    rules: Rules,
+    /// What a call keeps to that names a user and no account, where an account of that user has rules of its own: those of
+    /// all of them. Otherwise to name the user would be the way round them.
+    rules_by_user: HashMap<UserId, Rules>,
+}
+
+/// A call whose account is known.
+#[derive(Debug)]
+pub(super) struct RoutedRequest<'a> {
+    account: Option<&'a Account>,
+    /// Whose grant pays.
+    pub(super) user: UserId,
+    /// Where it goes.
+    pub(super) region: Region,
+    /// Whether that is where the account's data lives.
+    at_home: bool,
+    /// Of the path that leaves.
+    pub(super) family: &'static Family,
+    /// What it has to keep to.
+    pub(super) rules: &'a Rules,
+}
+
+/// Why no account could be selected.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RouteError {
+    /// There is none of this name.
+    Unknown,
+    /// A selecting header cannot be read; says which.
+    Bad(&'static str),
+}
+
+impl Accounts {
+    pub(super) fn new(mut accounts: Vec<Account>, region: Region, selection: Selection, rules: Rules) -> Self {
+        let mut rules_by_user = HashMap::<UserId, Rules>::new();
+        for account in accounts.iter_mut().filter(|account| !account.rules.is_empty()) {
+            let of_user = rules_by_user.entry(account.user.clone()).or_insert_with(|| rules.clone());
+            *of_user = of_user.and(&account.rules);
+        }
+        for account in &mut accounts {
+            account.rules = rules.and(&account.rules);
+        }
+        let accounts: Vec<_> = accounts.into_iter().map(Arc::new).collect();
+        let only = if let [only] = accounts.as_slice() { Some(only) } else { None };
+        let fallback = accounts.iter().find(|account| &*account.name == "default").or(only).cloned();
+        let by_name = accounts.into_iter().map(|account| (account.name.to_string(), account)).collect();
+        Self { by_name, fallback, region, selection, rules, rules_by_user }
+    }
+
+    /// First that applies: the path's prefix, `X-Ads-Account`, `X-Ads-User`, the account named `default`, the only
+    /// account, the user `default`.
+    pub(super) fn select(&self, target: &Target, headers: &HeaderMap) -> Result<RoutedRequest<'_>, RouteError> {
+        let host_region = if let Of::Ads(region) = target.of { Some(region) } else { None };
+        if self.selection == Selection::Fixed {
+            return Ok(self.call(target, self.fallback(), None, host_region));
+        }
+        let said_region = single(headers, &X_ADS_REGION)?.map(str::parse).transpose();
+        let region = host_region.or(said_region.map_err(|BadRegion| RouteError::Bad("X-Ads-Region is na, eu or fe."))?);
+        if let Some(name) =
+            target.account.as_deref().map_or_else(|| single(headers, &X_ADS_ACCOUNT), |name| Ok(Some(name)))?
+        {
+            let account = self.by_name.get(name).ok_or(RouteError::Unknown)?;
+            return Ok(self.call(target, Some(account), None, region));
+        }
+        if let Some(user) = single(headers, &X_ADS_USER)? {
+            let user = user
+                .parse()
+                .map_err(|BadName| RouteError::Bad("X-Ads-User is 1 to 128 of A-Z a-z 0-9 . _ @ : | + -."))?;
+            return Ok(self.call(target, None, Some(user), region));
+        }
+        Ok(self.call(target, self.fallback(), None, region))
+    }
+
+    fn fallback(&self) -> Option<&Account> {
+        self.fallback.as_deref()
+    }
+
+    fn call<'a>(
+        &'a self,
+        target: &Target,
+        account: Option<&'a Account>,
+        user: Option<UserId>,
+        asked: Option<Region>,
+    ) -> RoutedRequest<'a> {
+        let home = account.and_then(|account| account.region).unwrap_or(self.region);
+        let region = asked.unwrap_or(home);
+        let user = user.or_else(|| account.map(|account| account.user.clone())).unwrap_or_default();
+        let rules = match account {
+            Some(account) => &account.rules,
+            None => self.rules_by_user.get(&user).unwrap_or(&self.rules),
+        };
+        RoutedRequest { account, user, region, at_home: region == home, family: family(target.path()), rules }
+    }
+}
+
+impl<'a> RoutedRequest<'a> {
+    /// The account's name; empty where a user was selected.
+    pub(super) fn account_name(&self) -> &'a str {
+        self.account.map_or("", |account| &account.name)
+    }
+
+    /// The ids to attach: none of them means anything in another region.
+    pub(super) fn ids(&self) -> Option<&'a Ids> {
+        self.account.filter(|_| self.at_home).map(|account| &account.ids)
+    }
+
+    pub(super) fn fixed_headers(&self) -> &'a [(HeaderName, HeaderValue)] {
+        self.account.map_or(&[], |account| &account.headers)
+    }
+
+    /// What the caller should know about the selection.
+    pub(super) fn hint(&self) -> Option<&'static str> {
+        (self.account.is_some() && !self.at_home).then_some("region_mismatch")
+    }
+}
+
+/// The value of a header that selects; more than one would leave the choice to chance.
+fn single<'h>(headers: &'h HeaderMap, name: &HeaderName) -> Result<Option<&'h str>, RouteError> {
+    let mut values = headers.get_all(name).iter();
+    match (values.next(), values.next()) {
+        (None, _) => Ok(None),
+        (Some(value), None) => {
+            value.to_str().map(|text| Some(text.trim())).map_err(|_| RouteError::Bad("An X-Ads-* header is not ASCII."))
+        }
+        (Some(_), Some(_)) => Err(RouteError::Bad("An X-Ads-* header stands twice.")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn account(name: &str, region: Option<Region>) -> Account {
+        Account {
+            name: name.into(),
+            user: format!("user-of-{name}").parse().unwrap(),
+            region,
+            ids: Ids::default(),
+            headers: Vec::new(),
+            rules: Rules::default(),
+        }
+    }
+
+    fn select(
+        names: &[&str],
+        selection: Selection,
+        target: &str,
+        headers: &[(&'static str, &str)],
+    ) -> Result<(String, String, Region), RouteError> {
+        let accounts = names.iter().map(|name| account(name, (*name == "eu").then_some(Region::Eu))).collect();
+        let accounts = Accounts::new(accounts, Region::Na, selection, Rules::default());
+        let mut map = HeaderMap::new();
+        for (name, value) in headers {
+            map.append(*name, value.parse().unwrap());
+        }
+        let target = Target::read(&target.parse().unwrap(), |_| false).unwrap();
+        accounts.select(&target, &map).map(|call| (call.account_name().to_owned(), call.user.to_string(), call.region))
+    }
+
+    #[test]
+    fn a_name_that_is_not_configured_selects_nothing_at_all() {
+        assert_eq!(select(&["a"], Selection::Header, "/a/b/x", &[]), Err(RouteError::Unknown));
+        assert_eq!(select(&["a"], Selection::Header, "/x", &[("x-ads-account", "b")]), Err(RouteError::Unknown));
+        assert_eq!(select(&["a"], Selection::Header, "/x", &[("x-ads-account", "")]), Err(RouteError::Unknown));
+        for (name, value) in [("x-ads-user", "a b"), ("x-ads-region", "uk")] {
+            assert!(matches!(select(&["a"], Selection::Header, "/x", &[(name, value)]), Err(RouteError::Bad(_))));
+        }
+        let twice = [("x-ads-account", "a"), ("x-ads-account", "b")];
+        assert!(matches!(select(&["a", "b"], Selection::Header, "/x", &twice), Err(RouteError::Bad(_))));
+    }
+
+    #[test]
+    fn the_first_that_applies_decides() {
+        let all = [("x-ads-account", "b"), ("x-ads-user", "u")];
+        let name = |names: &[&str], target: &str, headers: &[(&'static str, &str)]| {
+            select(names, Selection::Header, target, headers).unwrap()
+        };
+        assert_eq!(name(&["a", "b"], "/a/a/x", &all).0, "a");
+        assert_eq!(name(&["a", "b"], "/x", &all).0, "b");
+        assert_eq!(name(&["a", "b"], "/x", &all[1..]), (String::new(), "u".into(), Region::Na));
+        assert_eq!(name(&["a", "default"], "/x", &[]).0, "default");
+        assert_eq!(name(&["a"], "/x", &[]), ("a".into(), "user-of-a".into(), Region::Na));
+        assert_eq!(name(&["a", "b"], "/x", &[]), (String::new(), "default".into(), Region::Na));
+    }
+
+    #[test]
+    fn the_region_is_the_hosts_then_the_callers_then_the_accounts() {
+        let region = |target: &str, headers: &[(&'static str, &str)]| {
+            select(&["eu"], Selection::Header, target, headers).unwrap().2
+        };
+        assert_eq!(region("http://advertising-api-fe.amazon.com/x", &[("x-ads-region", "na")]), Region::Fe);
+        assert_eq!(region("/x", &[("x-ads-region", "na")]), Region::Na);
+        assert_eq!(region("/x", &[]), Region::Eu);
+    }
+
+    #[test]
+    fn naming_a_user_is_no_way_round_the_rules_of_its_accounts() {
+        let read_only = || Rules::new(true, Vec::new());
+        let with = |name: &str, user: &str, rules: Rules| Account {
+            user: user.parse().unwrap(),
+            rules,
+            ..account(name, None)
+        };
+        let all = vec![
+            with("free", "ann", Rules::default()),
+            with("bound", "ann", read_only()),
+            with("other", "bob", Rules::default()),
+        ];
+        let rules_of = |rules: Rules, name: &'static str, value: &str| {
+            let accounts = Accounts::new(all.clone(), Region::Na, Selection::Header, rules);
+            let headers = HeaderMap::from_iter([(HeaderName::from_static(name), value.parse().unwrap())]);
+            let target = Target::read(&"/x".parse().unwrap(), |_| false).unwrap();
+            accounts.select(&target, &headers).unwrap().rules.clone()
+        };
+        let of = |name, value| rules_of(Rules::default(), name, value).read_only();
+        assert_eq!(
+            [of("x-ads-account", "free"), of("x-ads-account", "bound"), of("x-ads-account", "other")],
+            [false, true, false]
+        );
+        assert_eq!([of("x-ads-user", "ann"), of("x-ads-user", "bob"), of("x-ads-user", "eve")], [true, false, false]);
+        for (name, value) in [("x-ads-account", "free"), ("x-ads-user", "ann"), ("x-ads-user", "eve")] {
+            assert!(rules_of(read_only(), name, value).read_only(), "[policy] holds for all: {value}");
+        }
+    }
+
+    #[test]
+    fn fixed_selection_ignores_what_callers_say() {
+        let said = [("x-ads-account", "b"), ("x-ads-user", "u"), ("x-ads-region", "eu")];
+        let call = select(&["default", "b"], Selection::Fixed, "/a/b/x", &said).unwrap();
+        assert_eq!(call, ("default".into(), "user-of-default".into(), Region::Na));
+    }
+}

@@ -1,0 +1,478 @@
+//! How a grant lies in the store: one JSON object per user (contract, section 9).
+//!
+//! Each token is a Fernet token of its own whose plaintext is the token and nothing else, so that any Fernet
+//! implementation opens it. Fernet knows no associated data: without more, whoever can write to the store could put one
+//! user's tokens under another's name, or change an expiry. The `seal`, one more Fernet token, binds them together.
+
+use std::fmt;
+
+use jiff::Timestamp;
+use jiff::civil::DateTime;
+use jiff::tz::TimeZone;
+use serde::{Deserialize, Deserializer, Serialize};
+use sha2::{Digest, Sha256};
+use zeroize::Zeroizing;
+
+use crate::domain::account::UserId;
+use crate::domain::grant::{Access, AccessToken, Grant, RefreshToken};
+use crate::store::keyring::Keyring;
+
+/// One user's grant, encrypted. Fields it does not know are not kept.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Record {
+    /// The access token as a Fernet token; absent where only the refresh token is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    access_token: Option<String>,
+    /// The refresh token as a Fernet token.
+    refresh_token: String,
+    /// The refresh token before, as a Fernet token; only behind a rotation that has not proved itself yet.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    previous_refresh_token: Option<String>,
+    #[serde(default = "bearer")]
+    token_type: String,
+    /// When the access token ends.
+    #[serde(default, deserialize_with = "optional_time", skip_serializing_if = "Option::is_none")]
+    expires_at: Option<Timestamp>,
+    #[serde(deserialize_with = "time")]
+    updated_at: Timestamp,
+    #[serde(default, deserialize_with = "optional_time", skip_serializing_if = "Option::is_none")]
+    consented_at: Option<Timestamp>,
+    #[serde(default, deserialize_with = "optional_time", skip_serializing_if = "Option::is_none")]
+    used_at: Option<Timestamp>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    scope: Option<String>,
+    #[serde(default)]
+    generation: u64,
+    /// A Fernet token over a [`Binding`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    seal: Option<String>,
+}
+
+/// What the seal holds.
+#[derive(PartialEq, Eq, Serialize, Deserialize)]
+struct Binding {
+    user: UserId,
+    generation: u64,
+    expires_at: Option<Timestamp>,
+    consented_at: Option<Timestamp>,
+    /// SHA-256, in hexadecimal digits, of the JSON array `[refresh_token, access_token]` of both ciphertexts, with the
+    /// previous refresh token's behind them where there is one.
+    digest: String,
+}
+
+/// Why a record yields no grant. It is kept all the same: only a logout or an operator deletes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum RecordError {
+    /// No key of the ring opens it.
+    #[error("no configured Fernet key opens the record: add the key it was sealed with to store.fernet_keys")]
+    Undecryptable,
+    /// Its parts do not belong together, or not to this user.
+    #[error("the record's seal does not fit its content: it was changed or moved outside adsidecar; log in again")]
+    Tampered,
+    /// It is not the JSON it should be.
+    #[error("the record is malformed: {0}")]
+    Malformed(&'static str),
+}
+
+/// Says what a record needs. The parser's own message would quote values, and those may be tokens.
+const SHAPE: RecordError = RecordError::Malformed(
+    "it is an object with at least refresh_token (Fernet) and updated_at, and usually access_token (Fernet), \
+     token_type and expires_at; times are RFC 3339, in UTC where they name no zone",
+);
+
+impl Record {
+    /// Encrypts `grant` for `user` with the first key.
+    pub fn seal(grant: &Grant, user: &UserId, keyring: &Keyring) -> Self {
+        let encrypt = |text: &str| keyring.seal(text.as_bytes());
+        let mut record = Self {
+            access_token: grant.access.as_ref().map(|access| encrypt(access.token.expose())),
+            refresh_token: encrypt(grant.refresh_token.secret().expose()),
+            previous_refresh_token: grant.previous.as_ref().map(|token| encrypt(token.secret().expose())),
+            token_type: bearer(),
+            expires_at: grant.access.as_ref().map(|access| access.expires_at),
+            updated_at: grant.updated_at,
+            consented_at: grant.consented_at,
+            used_at: grant.used_at,
+            scope: grant.scope.clone(),
+            generation: grant.generation,
+            seal: None,
+        };
+        let binding = serde_json::to_vec(&record.binding(user)).expect("names, numbers and times are JSON");
+        record.seal = Some(keyring.seal(&binding));
+        record
+    }
+
+    /// Checks the seal and decrypts. A record without a seal is refused: only [`import`](Self::import) takes those.
+    pub fn open(&self, user: &UserId, keyring: &Keyring) -> Result<Grant, RecordError> {
+        let seal = self.seal.as_deref().ok_or(RecordError::Tampered)?;
+        let Some(binding) = keyring.open(seal) else {
+            // With no key for the tokens either, it is the key that is missing; otherwise the seal was changed.
+            let readable = keyring.open(&self.refresh_token).is_some();
+            return Err(if readable { RecordError::Tampered } else { RecordError::Undecryptable });
+        };
+        let binding: Binding = serde_json::from_slice(&binding.plain).map_err(|_| RecordError::Tampered)?;
+        if binding != self.binding(user) {
+            return Err(RecordError::Tampered);
+        }
+        self.decrypt(keyring)
+    }
+
+    /// Reads a record that another program, or `store dump`, wrote. The seal may be missing; where there is one, it must
+    /// fit.
+    pub fn import(json: serde_json::Value, user: &UserId, keyring: &Keyring) -> Result<Grant, RecordError> {
+        let record: Self = serde_json::from_value(json).map_err(|_| SHAPE)?;
+        if record.seal.is_some() { record.open(user, keyring) } else { record.decrypt(keyring) }
+    }
+
+    /// Reads stored JSON, without opening it.
+    pub fn parse(json: &[u8]) -> Result<Self, RecordError> {
+        serde_json::from_slice(json).map_err(|_| SHAPE)
+    }
+
+    /// The JSON to store.
+    pub fn to_json(&self) -> Vec<u8> {
+        serde_json::to_vec(self).expect("text, numbers and times are JSON")
+    }
+
+    /// Rises with each stored change. Trustworthy only after [`open`](Self::open).
+    pub fn generation(&self) -> u64 {
+        self.generation
+    }
+
+    /// When the tokens last changed. Trustworthy only after [`open`](Self::open).
+    pub fn updated_at(&self) -> Timestamp {
+        self.updated_at
+    }
+
+    /// The place in the ring of the key that opens it; of several the last, which a rotation is still to replace. `None`
+    /// where a part opens with no key.
+    pub fn key_index(&self, keyring: &Keyring) -> Option<usize> {
+        let optional = [&self.access_token, &self.previous_refresh_token, &self.seal];
+        let parts = [Some(&self.refresh_token)].into_iter().chain(optional.map(Option::as_ref));
+        let places = parts.flatten().map(|token| Some(keyring.open(token)?.key_index));
+        places.collect::<Option<Vec<_>>>()?.into_iter().max()
+    }
+
+    fn binding(&self, user: &UserId) -> Binding {
+        let mut ciphertexts = vec![Some(&self.refresh_token), self.access_token.as_ref()];
+        ciphertexts.extend(self.previous_refresh_token.as_ref().map(Some));
+        let ciphertexts = serde_json::to_vec(&ciphertexts).expect("texts are JSON");
+        Binding {
+            user: user.clone(),
+            generation: self.generation,
+            expires_at: self.expires_at,
+            consented_at: self.consented_at,
+            digest: format!("{:x}", Sha256::digest(&ciphertexts)),
+        }
+    }
+
+    fn decrypt(&self, keyring: &Keyring) -> Result<Grant, RecordError> {
+        let refresh_token = RefreshToken::new(plaintext(&self.refresh_token, keyring)?).map_err(|_| NO_TOKEN)?;
+        // An access token whose end is unknown is not used: the refresh token brings another.
+        let access = match (&self.access_token, self.expires_at) {
+            (Some(sealed), Some(expires_at)) => {
+                let token = AccessToken::new(plaintext(sealed, keyring)?).map_err(|_| NO_TOKEN)?;
+                Some(Access { token, expires_at })
+            }
+            _ => None,
+        };
+        let previous = self.previous_refresh_token.as_deref().map(|sealed| plaintext(sealed, keyring)).transpose()?;
+        Ok(Grant {
+            refresh_token,
+            previous: previous.map(RefreshToken::new).transpose().map_err(|_| NO_TOKEN)?,
+            access,
+            updated_at: self.updated_at,
+            consented_at: self.consented_at,
+            used_at: self.used_at,
+            scope: self.scope.clone(),
+            generation: self.generation,
+        })
+    }
+}
+
+impl fmt::Debug for Record {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut debug = f.debug_struct("Record");
+        debug.field("generation", &self.generation).field("updated_at", &self.updated_at).finish_non_exhaustive()
+    }
+}
+
+const NO_TOKEN: RecordError = RecordError::Malformed("what was encrypted is not a token");
+
+fn plaintext(sealed: &str, keyring: &Keyring) -> Result<String, RecordError> {
+    let mut plain: Zeroizing<Vec<u8>> = keyring.open(sealed).ok_or(RecordError::Undecryptable)?.plain;
+    String::from_utf8(std::mem::take(&mut *plain)).map_err(|_| NO_TOKEN)
+}
+
+fn bearer() -> String {
+    "bearer".into()
+}
+
+fn time<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Timestamp, D::Error> {
+    optional_time(deserializer)?.ok_or_else(|| serde::de::Error::custom("a time is missing"))
+}
+
+/// RFC 3339, or the same without a zone, as Python's `datetime.utcnow().isoformat()` writes it.
+fn optional_time<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Timestamp>, D::Error> {
+    let Some(text) = Option::<String>::deserialize(deserializer)? else { return Ok(None) };
+    let zoneless = || text.parse::<DateTime>().and_then(|time| time.to_zoned(TimeZone::UTC)).map(|at| at.timestamp());
+    text.parse().or_else(|_| zoneless()).map(Some).map_err(|_| serde::de::Error::custom("not a time"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::domain::secret::Secret;
+    use proptest::prelude::*;
+    use serde_json::{Value, json};
+
+    fn ring() -> Keyring {
+        Keyring::new(&[Secret::new("cw_0x689RpI-jtRR7oE8h_eQsKImvJapLeSbXpwF4e4=")]).unwrap()
+    }
+
+    fn user(name: &str) -> UserId {
+        name.parse().unwrap()
+    }
+
+    fn at(text: &str) -> Timestamp {
+        text.parse().unwrap()
+    }
+
+    fn grant() -> Grant {
+        Grant {
+            refresh_token: RefreshToken::new("Atzr|canary".to_owned()).unwrap(),
+            previous: None,
+            access: Some(Access {
+                token: AccessToken::new("Atza|canary".to_owned()).unwrap(),
+                expires_at: at("2026-01-01T12:00:00Z"),
+            }),
+            updated_at: at("2026-01-01T11:00:00Z"),
+            consented_at: Some(at("2025-12-01T00:00:00.5Z")),
+            used_at: None,
+            scope: Some("advertising::campaign_management".into()),
+            generation: 7,
+        }
+    }
+
+    /// What can be compared of a grant.
+    fn facts(grant: &Grant) -> impl PartialEq + fmt::Debug + use<> {
+        (
+            grant.refresh_token.secret().expose().to_owned(),
+            grant.previous.as_ref().map(|token| token.secret().expose().to_owned()),
+            grant.access.as_ref().map(|access| (access.token.expose().to_owned(), access.expires_at)),
+            (grant.updated_at, grant.consented_at, grant.used_at),
+            grant.scope.clone(),
+            grant.generation,
+        )
+    }
+
+    fn value(record: &Record) -> Value {
+        serde_json::from_slice(&record.to_json()).unwrap()
+    }
+
+    fn changed(record: &Record, field: &str, to: Value) -> Record {
+        let mut json = value(record);
+        json[field] = to;
+        Record::parse(json.to_string().as_bytes()).unwrap()
+    }
+
+    #[test]
+    fn threat_27_a_record_under_another_users_name_is_refused() {
+        let record = Record::seal(&grant(), &user("anna"), &ring());
+        assert_eq!(record.open(&user("bob"), &ring()).unwrap_err(), RecordError::Tampered);
+    }
+
+    #[test]
+    fn threat_29_each_changed_field_under_the_seal_is_refused() {
+        let (ring, anna) = (ring(), user("anna"));
+        let record = Record::seal(&grant(), &anna, &ring);
+        let other = value(&Record::seal(&grant(), &anna, &ring));
+        for (field, to) in [
+            ("expires_at", json!("2036-01-01T12:00:00Z")),
+            ("expires_at", Value::Null),
+            ("consented_at", json!("2026-12-01T00:00:00Z")),
+            ("consented_at", Value::Null),
+            ("generation", json!(8)),
+            ("refresh_token", other["refresh_token"].clone()),
+            ("refresh_token", other["access_token"].clone()),
+            ("access_token", other["access_token"].clone()),
+            ("access_token", Value::Null),
+            ("previous_refresh_token", other["refresh_token"].clone()),
+            ("seal", Value::Null),
+            ("seal", other["seal"].clone()),
+            ("seal", other["refresh_token"].clone()),
+            ("seal", json!("gAAAA")),
+        ] {
+            let error = changed(&record, field, to.clone()).open(&anna, &ring).unwrap_err();
+            assert_eq!(error, RecordError::Tampered, "{field} = {to}");
+        }
+    }
+
+    #[test]
+    fn tokens_exchanged_between_the_fields_are_refused() {
+        let (ring, anna) = (ring(), user("anna"));
+        let record = Record::seal(&grant(), &anna, &ring);
+        let json = value(&record);
+        let swapped = changed(&record, "access_token", json["refresh_token"].clone());
+        let swapped = changed(&swapped, "refresh_token", json["access_token"].clone());
+        assert_eq!(swapped.open(&anna, &ring).unwrap_err(), RecordError::Tampered);
+    }
+
+    #[test]
+    fn a_record_of_another_key_is_undecryptable() {
+        let record = Record::seal(&grant(), &user("anna"), &ring());
+        let strange = Keyring::new(&[Keyring::generate_key()]).unwrap();
+        assert_eq!(record.open(&user("anna"), &strange).unwrap_err(), RecordError::Undecryptable);
+        assert_eq!(Record::import(value(&record), &user("anna"), &strange).unwrap_err(), RecordError::Undecryptable);
+    }
+
+    #[test]
+    fn what_is_no_record_is_malformed_and_its_values_are_not_told() {
+        let sealed = ring().seal(b"Atzr|x");
+        for bad in [
+            json!(null),
+            json!([]),
+            json!({}),
+            json!({"refresh_token": sealed}),
+            json!({"updated_at": "2026-01-01T00:00:00Z"}),
+            json!({"refresh_token": sealed, "updated_at": "Atzr|canary"}),
+            json!({"refresh_token": sealed, "updated_at": null}),
+            json!({"refresh_token": sealed, "updated_at": "2026-01-01T00:00:00Z", "generation": "Atzr|canary"}),
+            json!({"refresh_token": sealed, "updated_at": "2026-01-01T00:00:00Z", "expires_at": 1767225600}),
+            json!({"refresh_token": ring().seal(b""), "updated_at": "2026-01-01T00:00:00Z"}),
+            json!({"refresh_token": ring().seal(b"a\r\nb"), "updated_at": "2026-01-01T00:00:00Z"}),
+            json!({"refresh_token": ring().seal(b"\xff"), "updated_at": "2026-01-01T00:00:00Z"}),
+        ] {
+            let error = Record::import(bad.clone(), &user("anna"), &ring()).unwrap_err();
+            assert!(matches!(error, RecordError::Malformed(_)), "{bad}: {error}");
+            assert!(!error.to_string().contains("canary"));
+        }
+        assert!(matches!(Record::parse(b"{"), Err(RecordError::Malformed(_))));
+    }
+
+    #[test]
+    fn plain_tokens_are_not_taken_for_encrypted_ones() {
+        let json = json!({"refresh_token": "Atzr|canary", "updated_at": "2026-01-01T00:00:00Z"});
+        let error = Record::import(json, &user("anna"), &ring()).unwrap_err();
+        assert_eq!(error, RecordError::Undecryptable);
+    }
+
+    #[test]
+    fn neither_json_nor_debug_output_holds_a_token() {
+        let record = Record::seal(&grant(), &user("anna"), &ring());
+        assert!(!value(&record).to_string().contains("canary"));
+        let debug = format!("{record:?}");
+        assert!(!debug.contains("canary") && !debug.contains("gAAAA"), "{debug}");
+    }
+
+    #[test]
+    fn threat_28_the_stored_fields_are_those_of_the_contract_and_tokens_are_encrypted_alone() {
+        let json = value(&Record::seal(&grant(), &user("anna"), &ring()));
+        let names: Vec<_> = json.as_object().unwrap().keys().map(String::as_str).collect();
+        let mut expected = ["access_token", "refresh_token", "token_type", "expires_at", "updated_at"].to_vec();
+        expected.extend(["consented_at", "scope", "generation", "seal"]);
+        expected.sort_unstable();
+        assert_eq!(names, expected);
+        assert_eq!(json["token_type"], "bearer");
+        assert_eq!(json["expires_at"], "2026-01-01T12:00:00Z");
+        let opened = ring().open(json["refresh_token"].as_str().unwrap()).unwrap();
+        assert_eq!(&opened.plain[..], b"Atzr|canary");
+    }
+
+    #[test]
+    fn the_five_fields_of_other_services_are_imported_with_zoneless_times_as_utc() {
+        let json = json!({
+            "access_token": ring().seal(b"Atza|x"),
+            "refresh_token": ring().seal(b"Atzr|x"),
+            "token_type": "bearer",
+            "expires_at": "2026-01-01T12:00:00.123456",
+            "updated_at": "2026-01-01 11:00:00",
+            "some_other_field": {"a": 1},
+        });
+        let grant = Record::import(json.clone(), &user("anna"), &ring()).unwrap();
+        assert_eq!(grant.access.unwrap().expires_at, at("2026-01-01T12:00:00.123456Z"));
+        assert_eq!(grant.updated_at, at("2026-01-01T11:00:00Z"));
+        assert_eq!((grant.consented_at, grant.used_at, grant.scope, grant.generation), (None, None, None, 0));
+        let unsealed = Record::parse(json.to_string().as_bytes()).unwrap();
+        assert_eq!(unsealed.open(&user("anna"), &ring()).unwrap_err(), RecordError::Tampered);
+        assert!(!String::from_utf8(unsealed.to_json()).unwrap().contains("some_other_field"));
+    }
+
+    #[test]
+    fn a_grant_without_a_known_access_token_is_imported() {
+        for json in [
+            json!({"refresh_token": ring().seal(b"Atzr|x"), "updated_at": "2026-01-01T13:00:00+02:00"}),
+            json!({"refresh_token": ring().seal(b"Atzr|x"), "updated_at": "2026-01-01T11:00:00",
+                   "access_token": ring().seal(b"Atza|x")}),
+        ] {
+            let grant = Record::import(json, &user("anna"), &ring()).unwrap();
+            assert!(grant.access.is_none());
+            assert_eq!(grant.updated_at, at("2026-01-01T11:00:00Z"));
+        }
+    }
+
+    #[test]
+    fn an_import_with_a_seal_must_fit_it() {
+        let json = value(&Record::seal(&grant(), &user("anna"), &ring()));
+        assert_eq!(facts(&Record::import(json.clone(), &user("anna"), &ring()).unwrap()), facts(&grant()));
+        assert_eq!(Record::import(json, &user("bob"), &ring()).unwrap_err(), RecordError::Tampered);
+    }
+
+    #[test]
+    fn whether_a_rotation_has_work_to_do_is_known() {
+        let (old, new) = (Keyring::generate_key(), Keyring::generate_key());
+        let before = Keyring::new(std::slice::from_ref(&old)).unwrap();
+        let during = Keyring::new(&[new, old]).unwrap();
+        let record = Record::seal(&grant(), &user("anna"), &before);
+        assert_eq!(record.key_index(&before), Some(0));
+        assert_eq!(record.key_index(&during), Some(1));
+        let resealed = Record::seal(&record.open(&user("anna"), &during).unwrap(), &user("anna"), &during);
+        assert_eq!(resealed.key_index(&during), Some(0));
+        let half = changed(&resealed, "access_token", value(&record)["access_token"].clone());
+        assert_eq!(half.key_index(&during), Some(1));
+    }
+
+    fn times() -> impl Strategy<Value = Timestamp> {
+        (-62_135_596_800i64..253_402_207_200, 0i32..1_000_000_000)
+            .prop_map(|(second, nano)| Timestamp::new(second, nano).unwrap())
+    }
+
+    fn grants() -> impl Strategy<Value = Grant> {
+        let token = "[!-~]{1,300}";
+        let parts = (
+            (token, proptest::option::of(token)),
+            proptest::option::of((token, times())),
+            times(),
+            proptest::option::of(times()),
+            proptest::option::of(times()),
+            proptest::option::of(".{0,40}"),
+            any::<u64>(),
+        );
+        parts.prop_map(|((refresh, previous), access, updated_at, consented_at, used_at, scope, generation)| Grant {
+            refresh_token: RefreshToken::new(refresh).unwrap(),
+            previous: previous.map(|text| RefreshToken::new(text).unwrap()),
+            access: access.map(|(text, expires_at)| Access { token: AccessToken::new(text).unwrap(), expires_at }),
+            updated_at,
+            consented_at,
+            used_at,
+            scope,
+            generation,
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn a_grant_survives_its_record(grant in grants(), name in "[A-Za-z0-9_@:|+-]{1,128}") {
+            let ring = ring();
+            let record = Record::seal(&grant, &user(&name), &ring);
+            let again = Record::parse(&record.to_json()).unwrap();
+            prop_assert_eq!(&again, &record);
+            prop_assert_eq!(facts(&again.open(&user(&name), &ring).unwrap()), facts(&grant));
+        }
+
+        #[test]
+        fn no_bytes_make_the_parser_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
+            let _ = Record::parse(&bytes).and_then(|record| record.open(&user("anna"), &ring()));
+        }
+    }
+}

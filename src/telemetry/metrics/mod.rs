@@ -1,0 +1,432 @@
+//! What Prometheus scrapes. Nothing that a caller can invent (a path, a query, a header) becomes a label.
+
+mod budget;
+mod register;
+
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use prometheus::{
+    Gauge, GaugeVec, Histogram, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Registry, TextEncoder,
+};
+
+use crate::domain::account::Region;
+use crate::domain::grant::State;
+use crate::telemetry::log::Dropped;
+use budget::Budget;
+use register::Register;
+
+/// Bounds on what is exported.
+#[derive(Clone, Copy, Debug)]
+pub struct Settings {
+    /// `metrics.max_user_series`: beyond it users fold into `other`.
+    pub max_user_series: usize,
+}
+
+/// Seconds; from what a local cache could answer to the default response timeout.
+const DURATIONS: &[f64] = &[0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0];
+/// Seconds; a sled commit takes about a millisecond.
+const STORE_DURATIONS: &[f64] = &[0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 2.0];
+/// The user under which all beyond `max_user_series` are counted.
+const OTHER: &str = "other";
+
+/// Why renewals fail, as far as that is known beforehand. These series exist from the start: Prometheus cannot see the
+/// rise of a counter whose first value is not 0.
+const REFRESH_FAILURES: [&str; 12] = [
+    "bad_answer",
+    "dns",
+    "invalid_client",
+    "invalid_grant",
+    "invalid_request",
+    "invalid_scope",
+    "server_error",
+    "throttled",
+    "timeout",
+    "tls",
+    "unauthorized_client",
+    "unreachable",
+];
+
+/// All metrics. Those about users are set anew at each scrape, so that none can be stale.
+#[derive(Debug)]
+#[allow(missing_docs, reason = "each field is the metric of its name in the contract, section 7")]
+pub struct Metrics {
+    registry: Registry,
+    max_user_series: AtomicUsize,
+    page: Mutex<Page>,
+    pub requests: IntCounterVec,
+    pub request_duration: HistogramVec,
+    pub upstream_duration: HistogramVec,
+    pub in_flight: IntGauge,
+    pub connections: IntGaugeVec,
+    pub replays: IntCounter,
+    pub upstream_unauthorized: IntCounterVec,
+    pub unknown_family: IntCounter,
+    pub token_refresh: IntCounterVec,
+    pub token_refresh_duration: Histogram,
+    pub store_up: IntGauge,
+    pub store_operation_duration: HistogramVec,
+    pub store_errors: IntCounterVec,
+    store_records: IntGaugeVec,
+    store_recoveries: IntCounter,
+    pub guard_denied: IntCounterVec,
+    pub throttled: IntCounterVec,
+    undecryptable_records: IntGauge,
+    pub policy_denied: IntCounterVec,
+    pub clock_skew: Gauge,
+    pub clock_jumps: IntCounter,
+    pub token_answer_oddities: IntCounterVec,
+    pub refresh_interrupted: IntCounterVec,
+    pub refresh_dropped: IntCounter,
+    pub token_rotations: IntCounter,
+    log_dropped: IntCounterVec,
+    reload_timestamp: Gauge,
+    reload_success: IntGauge,
+    token_expiry: GaugeVec,
+    token_last_refresh: GaugeVec,
+    consent_expiry: GaugeVec,
+    consent_ending: IntGaugeVec,
+    login_required: IntGaugeVec,
+    users: IntGaugeVec,
+}
+
+/// The page of the last scrape.
+#[derive(Debug)]
+struct Page {
+    budget: Budget,
+    text: Bytes,
+}
+
+/// One user's health at the instant of a scrape. Times are seconds since 1970.
+#[derive(Clone, Debug)]
+pub struct UserHealth {
+    /// Who.
+    pub user: String,
+    /// In which state.
+    pub state: State,
+    /// When the token ends; absent for idle users.
+    pub token_expiry: Option<f64>,
+    /// When it was renewed; absent for idle users.
+    pub last_refresh: Option<f64>,
+    /// When the consent ends, where its date is known.
+    pub consent_expiry: Option<f64>,
+    /// Whether that is in less than 30 days, or past; absent where it is not known.
+    pub consent_ending: Option<bool>,
+    /// Why the user has to log in again, if so.
+    pub login_reason: Option<&'static str>,
+}
+
+impl Metrics {
+    /// Registers everything. `started_at` is seconds since 1970.
+    // Longer than the house likes: it is a list, one entry per metric, and reads best whole.
+    pub fn new(settings: Settings, started_at: f64) -> Result<Self, prometheus::Error> {
+        let r = Register::new()?;
+        let build = r.gauges("build_info", "The running version; always 1", &["version"])?;
+        build.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
+        let reloaded = "When the configuration was last read, in seconds since 1970";
+        let reload_timestamp = r.float("config_reload_timestamp_seconds", reloaded)?;
+        let reload_success =
+            r.gauge("config_reload_success", "Whether the last reading of the configuration went well")?;
+        #[cfg(target_os = "linux")]
+        let process = prometheus::process_collector::ProcessCollector::for_self();
+        let metrics = Self {
+            max_user_series: AtomicUsize::new(settings.max_user_series),
+            reload_timestamp,
+            reload_success,
+            page: Mutex::new(Page { budget: Budget::new(Instant::now()), text: Bytes::new() }),
+            requests: r.counters(
+                "requests_total",
+                "Calls on the proxy door, by who answered",
+                &["account", "region", "method", "status", "source"],
+            )?,
+            request_duration: r.histograms(
+                "request_duration_seconds",
+                "From a call's head to its answer's head",
+                &["source"],
+                DURATIONS,
+            )?,
+            upstream_duration: r.histograms(
+                "upstream_duration_seconds",
+                "From sending a call to the head of Amazon's answer",
+                &["region"],
+                DURATIONS,
+            )?,
+            in_flight: r.gauge("requests_in_flight", "Calls whose answer has not passed whole")?,
+            connections: r.gauges("connections", "Open connections", &["door"])?,
+            replays: r.counter("replays_total", "Calls sent once more with a new token")?,
+            upstream_unauthorized: r.counters(
+                "upstream_unauthorized_total",
+                "401 from Amazon, by what it meant",
+                &["cause"],
+            )?,
+            unknown_family: r.counter("unknown_family_total", "Calls to a path of no known family")?,
+            token_refresh: r.counters(
+                "token_refresh_total",
+                "Token calls for renewal, by result and reason",
+                &["result", "reason"],
+            )?,
+            token_refresh_duration: r.histogram(
+                "token_refresh_duration_seconds",
+                "Token calls for renewal",
+                DURATIONS,
+            )?,
+            store_up: r.gauge("store_up", "Whether the store works")?,
+            store_operation_duration: r.histograms(
+                "store_operation_duration_seconds",
+                "Operations of the store",
+                &["op"],
+                STORE_DURATIONS,
+            )?,
+            store_errors: r.counters("store_errors_total", "Failed operations of the store", &["op"])?,
+            store_records: r.gauges(
+                "store_records",
+                "Stored grants by the fingerprint of the key that seals them; unknown: no key opens them; damaged",
+                &["key"],
+            )?,
+            store_recoveries: r
+                .counter("store_recoveries_total", "How often a damaged database was filled from its copies")?,
+            clock_skew: r.float("clock_skew_seconds", "How far our clock is ahead of Amazon's, to the second")?,
+            clock_jumps: r.counter("clock_jumps_total", "How often the clock was set, or the machine slept")?,
+            token_answer_oddities: r.counters(
+                "token_answer_oddities_total",
+                "What was odd about token answers and was put up with",
+                &["kind"],
+            )?,
+            refresh_dropped: r.counter(
+                "token_refresh_dropped_total",
+                "Renewals dropped because the grant was replaced or logged out meanwhile",
+            )?,
+            token_rotations: r.counter("token_rotations_total", "Renewals that brought another refresh token")?,
+            refresh_interrupted: r.counters(
+                "token_refresh_interrupted_total",
+                "Renewals whose answer may have been lost, by what became of the grant",
+                &["outcome"],
+            )?,
+            throttled: r.counters(
+                "throttled_total",
+                "Answers 429, by whose limit: amazon's own, or the sidecar's",
+                &["region", "by"],
+            )?,
+            undecryptable_records: r
+                .gauge("undecryptable_records", "Stored grants that cannot be read, and are kept")?,
+            log_dropped: r.counters("log_dropped_total", "Log lines that were not written", &["reason"])?,
+            policy_denied: r.counters(
+                "policy_denied_total",
+                "Calls that the policy refused (enforce) or would have (observe)",
+                &["account", "mode"],
+            )?,
+            guard_denied: r.counters("guard_denied_total", "Requests refused at a door", &["reason"])?,
+            token_expiry: r.floats("token_expiry_timestamp_seconds", "When the access token ends", &["user"])?,
+            token_last_refresh: r.floats(
+                "token_last_refresh_timestamp_seconds",
+                "When the tokens last changed",
+                &["user"],
+            )?,
+            consent_expiry: r.floats("consent_expiry_timestamp_seconds", "When the consent ends", &["user"])?,
+            consent_ending: r.gauges(
+                "consent_ending",
+                "Whether less than 30 days of the consent are left",
+                &["user"],
+            )?,
+            login_required: r.gauges("login_required", "Whether the user has to log in again", &["user", "reason"])?,
+            users: r.gauges("users", "Users by state", &["state"])?,
+            registry: r.into_registry(),
+        };
+        #[cfg(target_os = "linux")]
+        metrics.registry.register(Box::new(process))?;
+        metrics.reloaded(started_at, true);
+        metrics.begin_series();
+        Ok(metrics)
+    }
+
+    /// What the store says of itself at the instant of a scrape.
+    pub fn store_holds(&self, records: impl IntoIterator<Item = (String, usize)>, unreadable: usize, recoveries: u64) {
+        self.undecryptable_records.set(i64::try_from(unreadable).unwrap_or(i64::MAX));
+        self.store_records.reset();
+        for (key, count) in records {
+            self.store_records.with_label_values(&[&key]).set(i64::try_from(count).unwrap_or(i64::MAX));
+        }
+        self.store_recoveries.inc_by(recoveries.saturating_sub(self.store_recoveries.get()));
+    }
+
+    /// Makes the series that an alert or a `rate()` asks for before their first event.
+    fn begin_series(&self) {
+        self.refresh_interrupted.with_label_values(&["lost"]);
+        self.token_refresh.with_label_values(&["success", ""]);
+        for reason in REFRESH_FAILURES {
+            self.token_refresh.with_label_values(&["failure", reason]);
+        }
+        for region in [Region::Na, Region::Eu, Region::Fe] {
+            self.throttled.with_label_values(&[region.as_str(), "amazon"]);
+            self.upstream_duration.with_label_values(&[region.as_str()]);
+        }
+        for source in ["amazon", "sidecar"] {
+            self.request_duration.with_label_values(&[source]);
+        }
+        for op in ["put", "erase"] {
+            self.store_operation_duration.with_label_values(&[op]);
+            self.store_errors.with_label_values(&[op]);
+        }
+        self.upstream_unauthorized.with_label_values(&["token"]);
+        for outcome in ["lost", "recovered"] {
+            self.refresh_interrupted.with_label_values(&[outcome]);
+        }
+        for kind in ["expires_in_missing", "expires_in_too_long", "expires_in_unusable", "token_type_missing"] {
+            self.token_answer_oddities.with_label_values(&[kind]);
+        }
+        for mode in ["enforce", "observe"] {
+            self.policy_denied.with_label_values(&["", mode]);
+        }
+        self.log_lines(Dropped::default());
+    }
+
+    /// The text format, with `users` as they are now. When scrapers storm, rendering takes a bounded share of the time
+    /// and the page of a moment ago is given out in between.
+    pub fn page(&self, users: impl FnOnce() -> Vec<UserHealth>) -> Result<Bytes, prometheus::Error> {
+        // One scrape at a time: the series of users are taken down and set up again.
+        let mut page = self.page.lock().unwrap_or_else(PoisonError::into_inner);
+        let begun = Instant::now();
+        if page.text.is_empty() || page.budget.allows(begun) {
+            page.text = self.render(users())?.into();
+            page.budget.spend(begun.elapsed());
+        }
+        Ok(page.text.clone())
+    }
+
+    fn render(&self, mut users: Vec<UserHealth>) -> Result<String, prometheus::Error> {
+        for gauges in [&self.token_expiry, &self.token_last_refresh, &self.consent_expiry] {
+            gauges.reset();
+        }
+        self.consent_ending.reset();
+        self.login_required.reset();
+        for state in State::KNOWN {
+            let count = users.iter().filter(|user| user.state == state).count();
+            self.users.with_label_values(&[state.as_str()]).set(i64::try_from(count).unwrap_or(i64::MAX));
+        }
+        users.sort_by(|a, b| a.user.cmp(&b.user));
+        let shown = users.len().min(self.max_user_series.load(Relaxed));
+        for user in &users[..shown] {
+            self.show(&user.user, user);
+        }
+        if let Some(worst) = worst(&users[shown..]) {
+            self.show(OTHER, &worst);
+        }
+        TextEncoder::new().encode_to_string(&self.registry.gather())
+    }
+
+    fn show(&self, label: &str, user: &UserHealth) {
+        let times = [
+            (&self.token_expiry, user.token_expiry),
+            (&self.token_last_refresh, user.last_refresh),
+            (&self.consent_expiry, user.consent_expiry),
+        ];
+        for (gauge, time) in times {
+            if let Some(time) = time {
+                gauge.with_label_values(&[label]).set(time);
+            }
+        }
+        if let Some(ending) = user.consent_ending {
+            self.consent_ending.with_label_values(&[label]).set(i64::from(ending));
+        }
+        let required = i64::from(user.login_reason.is_some());
+        self.login_required.with_label_values(&[label, user.login_reason.unwrap_or_default()]).set(required);
+    }
+
+    /// The configuration was read at `now`, in seconds since 1970. Where it was refused, the time stays that of the one
+    /// in use.
+    pub fn reloaded(&self, now: f64, went_well: bool) {
+        self.reload_success.set(i64::from(went_well));
+        if went_well {
+            self.reload_timestamp.set(now);
+        }
+    }
+
+    /// How many lines the log has not written since the start.
+    pub fn log_lines(&self, dropped: Dropped) {
+        for (reason, lines) in [("flood", dropped.flood), ("sink", dropped.sink)] {
+            let counter = self.log_dropped.with_label_values(&[reason]);
+            counter.inc_by(lines.saturating_sub(counter.get()));
+        }
+    }
+
+    /// Whether the last reading of the configuration went well.
+    pub fn reload_went_well(&self) -> bool {
+        self.reload_success.get() == 1
+    }
+
+    /// Takes other bounds into use.
+    pub fn reconfigure(&self, settings: Settings) {
+        self.max_user_series.store(settings.max_user_series, Relaxed);
+    }
+
+    /// Counts one operation of the store.
+    pub fn store_operation(&self, op: &str, took: Duration, went_well: bool) {
+        self.store_operation_duration.with_label_values(&[op]).observe(took.as_secs_f64());
+        if !went_well {
+            self.store_errors.with_label_values(&[op]).inc();
+        }
+    }
+}
+
+/// The earliest times and any reason to log in among `users`, for the series that stands for all of them.
+fn worst(users: &[UserHealth]) -> Option<UserHealth> {
+    let earliest = |time: fn(&UserHealth) -> Option<f64>| users.iter().filter_map(time).reduce(f64::min);
+    let first = users.first()?;
+    Some(UserHealth {
+        user: OTHER.to_owned(),
+        state: first.state,
+        token_expiry: earliest(|user| user.token_expiry),
+        last_refresh: earliest(|user| user.last_refresh),
+        consent_expiry: earliest(|user| user.consent_expiry),
+        consent_ending: users.iter().filter_map(|user| user.consent_ending).reduce(|a, b| a || b),
+        login_reason: users.iter().find_map(|user| user.login_reason),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn user(name: &str, expiry: f64, reason: Option<&'static str>) -> UserHealth {
+        UserHealth {
+            user: name.into(),
+            state: if reason.is_some() { State::LoginRequired } else { State::Fresh },
+            token_expiry: Some(expiry),
+            last_refresh: Some(expiry - 3600.0),
+            consent_expiry: None,
+            consent_ending: None,
+            login_reason: reason,
+        }
+    }
+
+    #[test]
+    fn users_beyond_the_bound_fold_into_one_series_that_tells_the_worst() {
+        let metrics = Metrics::new(Settings { max_user_series: 2 }, 0.0).unwrap();
+        let users = vec![
+            user("d", 3000.0, Some("invalid_grant")),
+            user("a", 9000.0, None),
+            user("c", 2000.0, None),
+            user("b", 1000.0, None),
+        ];
+        let text = metrics.render(users).unwrap();
+        assert!(text.contains("adsidecar_token_expiry_timestamp_seconds{user=\"a\"} 9000"));
+        assert!(text.contains("adsidecar_token_expiry_timestamp_seconds{user=\"b\"} 1000"));
+        assert!(text.contains("adsidecar_token_expiry_timestamp_seconds{user=\"other\"} 2000"));
+        assert!(!text.contains("user=\"c\""));
+        assert!(text.contains("adsidecar_login_required{reason=\"invalid_grant\",user=\"other\"} 1"));
+        assert!(text.contains("adsidecar_login_required{reason=\"\",user=\"a\"} 0"));
+        assert!(text.contains("adsidecar_users{state=\"fresh\"} 3"));
+        assert!(text.contains("adsidecar_users{state=\"login_required\"} 1"));
+    }
+
+    #[test]
+    fn a_user_who_is_gone_leaves_no_series() {
+        let metrics = Metrics::new(Settings { max_user_series: 10 }, 0.0).unwrap();
+        metrics.render(vec![user("a", 1.0, None)]).unwrap();
+        let text = metrics.render(Vec::new()).unwrap();
+        assert!(!text.contains("user=\"a\""));
+        assert!(text.contains("adsidecar_users{state=\"fresh\"} 0"));
+    }
+}

@@ -1,0 +1,5 @@
+//! What operators see: log lines, the audit log and metrics.
+
+pub mod metrics;
+pub mod audit;
+pub mod log;

@@ -1,0 +1,342 @@
+//! A stand-in for Amazon on loopback: Login with Amazon and the Ads API of the three regions, over real TLS.
+//!
+//! End-to-end tests start it in their own process, `adsidecar-sandbox` starts it as a program. A [`World`] of plain data
+//! stands behind one lock, and HTTP is a skin over it. It restates Amazon's contract from Amazon's documents and uses
+//! nothing of adsidecar's but the clock, so that a misreading of ours is not shared. It checks what it receives as
+//! strictly as Amazon does, and stricter where a header tells of a leak. [`Trouble`] is data, time is the clock's, and
+//! everything received stands in the history. Beside Amazon's own paths there is an area of the sandbox's own on the API's
+//! doors ([`own`]) and a [`control`] port for those who are not in the same process.
+//!
+//! It cannot be mistaken for production: it binds loopback only, keeps nothing on disk, and says what it is on its
+//! consent page.
+//!
+//! ```no_run
+//! # async fn example() -> Result<(), Box<dyn std::error::Error>> {
+//! use adsidecar::domain::clock::Clock;
+//! use adsidecar::sandbox::{Door, Options, Sandbox, Trouble};
+//!
+//! let clock = Clock::frozen("2026-08-01T00:00:00Z".parse()?);
+//! let sandbox = Sandbox::start(Options::calm(clock.clone())).await?;
+//! sandbox.set_trouble(Trouble::status(503));
+//! let user = sandbox.grant();
+//! // … knock at the front door with `user`, then:
+//! assert_eq!(sandbox.refreshes(), 1);
+//! assert_eq!(sandbox.calls(Door::Eu).len(), 0);
+//! # Ok(())
+//! # }
+//! ```
+
+mod ads;
+mod amc;
+mod catalogue;
+pub mod command;
+pub mod control;
+mod demands;
+mod doors;
+mod history;
+mod lwa;
+pub mod own;
+mod reply;
+mod resources;
+mod tls;
+mod trouble;
+mod world;
+
+#[cfg(test)]
+mod tests;
+
+use std::io;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::Path;
+use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, Mutex};
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+use tokio::net::TcpListener;
+use tokio::sync::Semaphore;
+use tokio::task::JoinSet;
+use tokio_rustls::TlsAcceptor;
+
+pub use catalogue::{Advertiser, AmcAccount, Budget, Campaign, Catalogue, Execution, Profile, Report, Workflow};
+pub use history::{Call, LwaCalls};
+pub use own::pseudo_random_bytes;
+pub use tls::IdentityError;
+pub use trouble::{Armed, Rule, Trouble, When};
+pub use world::{
+    Access, CLIENT_ID, CLIENT_SECRET, Challenge, Client, Consent, Grant, Issued, RETURN_URL, SCOPE, World,
+};
+
+use adsidecar::domain::clock::Clock;
+use doors::Shared;
+
+/// Share of the LWA calls, in percent, that a rough sandbox fails with 500.
+const ROUGH_FAILURES: u8 = 1;
+
+/// One of the hosts that the sandbox stands for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Door {
+    /// Login with Amazon: consent page and token endpoint of every region.
+    Lwa,
+    /// The Ads API of North America.
+    Na,
+    /// The Ads API of Europe.
+    Eu,
+    /// The Ads API of the Far East.
+    Fe,
+}
+
+/// Where the sandbox listens. A port of 0 is chosen by the system.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Addresses {
+    /// Login with Amazon, over TLS.
+    pub lwa: SocketAddr,
+    /// The Ads API of North America, over TLS.
+    pub na: SocketAddr,
+    /// The Ads API of Europe, over TLS.
+    pub eu: SocketAddr,
+    /// The Ads API of the Far East, over TLS.
+    pub fe: SocketAddr,
+    /// The control port, plain HTTP.
+    pub control: SocketAddr,
+}
+
+impl Default for Addresses {
+    fn default() -> Self {
+        let any = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+        Self { lwa: any, na: any, eu: any, fe: any, control: any }
+    }
+}
+
+/// How a sandbox is started.
+#[derive(Debug)]
+pub struct Options {
+    /// The clock by which codes and tokens die; the control port moves it.
+    pub clock: Clock,
+    /// Where to listen: loopback only.
+    pub listen: Addresses,
+    /// Whether the doors of Amazon's offer HTTP/2.
+    pub http2: bool,
+    /// Whether every consent is given at once, without showing the page.
+    pub auto_consent: bool,
+    /// Whether it is slow and sometimes fails, as the real one: 5 to 40 ms per call, one LWA call in a hundred a 500.
+    pub rough: bool,
+    /// The world to begin with.
+    pub world: World,
+}
+
+impl Options {
+    /// For tests: free ports, no consent page, nothing happens unless asked for.
+    pub fn calm(clock: Clock) -> Self {
+        Self {
+            clock,
+            listen: Addresses::default(),
+            http2: false,
+            auto_consent: true,
+            rough: false,
+            world: World::seeded(),
+        }
+    }
+
+    /// For people: the consent page is shown, and the weather is as usual.
+    pub fn rough(clock: Clock) -> Self {
+        Self { auto_consent: false, rough: true, ..Self::calm(clock) }
+    }
+}
+
+/// Why a sandbox did not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// An address is not loopback.
+    #[error("the sandbox listens on loopback only, not on {0}: use 127.0.0.1 or [::1]")]
+    NotLoopback(SocketAddr),
+    /// An address could not be bound.
+    #[error("the sandbox cannot listen on {address}: {source}; end the program that holds the port, or choose another")]
+    Bind {
+        /// The address.
+        address: SocketAddr,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The certificate could not be made.
+    #[error(transparent)]
+    Identity(#[from] IdentityError),
+}
+
+/// A running sandbox. It serves until it is stopped or dropped.
+pub struct Sandbox {
+    shared: Arc<Shared>,
+    tasks: JoinSet<()>,
+}
+
+impl Sandbox {
+    /// Binds every door, then serves in tasks of its own.
+    pub async fn start(options: Options) -> Result<Self, StartError> {
+        let identity = tls::throw_away(options.http2)?;
+        let Addresses { lwa, na, eu, fe, control } = options.listen;
+        let (lwa, na, eu, fe) = (bind(lwa).await?, bind(na).await?, bind(eu).await?, bind(fe).await?);
+        let control = bind(control).await?;
+        let addresses = Addresses { lwa: lwa.1, na: na.1, eu: eu.1, fe: fe.1, control: control.1 };
+        let mut world = options.world;
+        if options.rough {
+            // Somewhere in the first hundred calls, not always at the same one, but never at the first: that is the
+            // login with which `adsidecar-sandbox` starts, and nobody is there to repeat it.
+            let first = Timestamp::now().subsec_nanosecond().unsigned_abs() % 99;
+            world
+                .troubles
+                .add(Rule::from(Trouble::status(500)).at(Door::Lwa).on("/auth/").percent(ROUGH_FAILURES), first);
+        }
+        let shared = Arc::new(Shared {
+            world: Mutex::new(world),
+            clock: options.clock,
+            ca_pem: identity.ca_pem,
+            addresses,
+            auto_consent: options.auto_consent,
+            rough: options.rough,
+            events: Arc::new(Semaphore::new(0)),
+            connections: AtomicU64::new(0),
+        });
+        let mut tasks = JoinSet::new();
+        for (listener, door) in [(lwa, Door::Lwa), (na, Door::Na), (eu, Door::Eu), (fe, Door::Fe)] {
+            let tls = TlsAcceptor::from(identity.server.clone());
+            tasks.spawn(doors::serve(listener.0, Some(door), Some(tls), shared.clone()));
+        }
+        tasks.spawn(doors::serve(control.0, None, None, shared.clone()));
+        Ok(Self { shared, tasks })
+    }
+
+    /// Where it listens.
+    pub fn addresses(&self) -> Addresses {
+        self.shared.addresses
+    }
+
+    /// The origin of a door, such as `https://127.0.0.1:43211`.
+    pub fn origin(&self, door: Door) -> String {
+        let addresses = self.shared.addresses;
+        let address = match door {
+            Door::Lwa => addresses.lwa,
+            Door::Na => addresses.na,
+            Door::Eu => addresses.eu,
+            Door::Fe => addresses.fe,
+        };
+        format!("https://{address}")
+    }
+
+    /// The consent page.
+    pub fn authorize_url(&self) -> String {
+        format!("{}{}", self.origin(Door::Lwa), lwa::CONSENT)
+    }
+
+    /// The consent page on the control port: plain HTTP, for a browser that does not know the throw-away CA.
+    pub fn authorize_url_for_browsers(&self) -> String {
+        format!("{}{}", self.control_url(), lwa::CONSENT)
+    }
+
+    /// The token endpoint.
+    pub fn token_url(&self) -> String {
+        format!("{}{}", self.origin(Door::Lwa), lwa::TOKEN)
+    }
+
+    /// The control port.
+    pub fn control_url(&self) -> String {
+        format!("http://{}", self.shared.addresses.control)
+    }
+
+    /// The certificate of the throw-away CA, which clients need as an extra trust root.
+    pub fn ca_pem(&self) -> &str {
+        &self.shared.ca_pem
+    }
+
+    /// Writes the certificate of the throw-away CA to a file.
+    pub fn write_ca(&self, path: &Path) -> io::Result<()> {
+        std::fs::write(path, &self.shared.ca_pem)
+    }
+
+    /// The sandbox's clock.
+    pub fn clock(&self) -> &Clock {
+        &self.shared.clock
+    }
+
+    /// Looks at the world or changes it. Calls wait meanwhile.
+    pub fn world<R>(&self, look: impl FnOnce(&mut World) -> R) -> R {
+        look(&mut self.shared.world())
+    }
+
+    /// A new grant of the first advertiser for the first client, as if the user had logged in.
+    pub fn grant(&self) -> Issued {
+        self.world(|world| world.grant(&world.usual_consent(), self.shared.clock.now()))
+    }
+
+    /// Every call received, oldest first.
+    pub fn history(&self) -> Vec<Call> {
+        self.shared.world().history.calls().cloned().collect()
+    }
+
+    /// The calls that came to one door, oldest first.
+    pub fn calls(&self, door: Door) -> Vec<Call> {
+        self.shared.world().history.calls().filter(|call| call.door == door).cloned().collect()
+    }
+
+    /// The last call received.
+    pub fn last(&self) -> Option<Call> {
+        self.shared.world().history.calls().next_back().cloned()
+    }
+
+    /// Forgets the calls and their counts.
+    pub fn clear_history(&self) {
+        self.shared.world().history.clear();
+    }
+
+    /// How often each kind of call came to the token endpoint.
+    pub fn lwa_calls(&self) -> LwaCalls {
+        self.shared.world().history.lwa_calls()
+    }
+
+    /// How many refreshes were asked for, granted or not.
+    pub fn refreshes(&self) -> u64 {
+        self.lwa_calls().refreshes
+    }
+
+    /// Sets a rule of trouble: a [`Trouble`] alone strikes the next call.
+    pub fn set_trouble(&self, rule: impl Into<Rule>) -> Armed {
+        self.shared.world().troubles.add(rule.into(), 0)
+    }
+
+    /// Removes every rule, and lets go of the calls that they hold.
+    pub fn clear_trouble(&self) {
+        self.shared.world().troubles.clear();
+    }
+
+    /// Lets so many events of `/sandbox/events?step=1` go.
+    pub fn let_events(&self, count: usize) {
+        self.shared.events.add_permits(count);
+    }
+
+    /// Closes every door and connection, and returns once that is done.
+    pub async fn stop(mut self) {
+        self.tasks.shutdown().await;
+    }
+}
+
+async fn bind(address: SocketAddr) -> Result<(TcpListener, SocketAddr), StartError> {
+    if !address.ip().is_loopback() {
+        return Err(StartError::NotLoopback(address));
+    }
+    let listener = TcpListener::bind(address).await.map_err(|source| StartError::Bind { address, source })?;
+    let bound = listener.local_addr().map_err(|source| StartError::Bind { address, source })?;
+    Ok((listener, bound))
+}
+
+/// A point of time as HTTP writes it (RFC 9110, 5.6.7).
+fn http_date(at: Timestamp) -> String {
+    at.strftime("%a, %d %b %Y %H:%M:%S GMT").to_string()
+}
+
+/// A request id as Amazon's answers carry it.
+fn request_id() -> String {
+    let mut random = [0; 16];
+    getrandom::fill(&mut random).expect("the machine has a source of randomness, or TLS could not work either");
+    let text = history::hex(&random);
+    format!("{}-{}-{}-{}-{}", &text[..8], &text[8..12], &text[12..16], &text[16..20], &text[20..])
+}
