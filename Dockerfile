@@ -11,12 +11,13 @@ ARG TARGETARCH
 WORKDIR /build
 
 # The dependencies in a layer of their own: it lasts as long as the lock file. Cargo wants the sources that Cargo.toml
-# names to exist, so they are empty here.
+# names to exist, so they are empty here. The sandbox is a member of the workspace; nothing of it is built.
 COPY Cargo.toml Cargo.lock ./
+COPY tests/sandbox/Cargo.toml tests/sandbox/
 RUN --mount=type=cache,id=cargo-registry-${TARGETARCH},target=/usr/local/cargo/registry \
-    mkdir -p src/bin \
-    && echo 'fn main() {}' | tee src/main.rs > src/bin/adsidecar-sandbox.rs \
-    && touch src/lib.rs \
+    mkdir -p src tests/sandbox/src/bin \
+    && echo 'fn main() {}' | tee src/main.rs > tests/sandbox/src/bin/adsidecar-sandbox.rs \
+    && touch src/lib.rs tests/sandbox/src/lib.rs \
     && cargo build --release --locked --bin adsidecar
 
 # COPY keeps the files' dates, which lie before those of the empty sources' build: without the touch cargo would take

@@ -176,8 +176,7 @@ impl App {
             _ => drop(helpers.spawn(adopting)),
         }
         helpers.spawn(background.run());
-        let unfinished = front.load().login.login.clone();
-        helpers.spawn(async move { unfinished.resume().await });
+        helpers.spawn(finish_leftover_logins(front.clone()));
         let (desk, clock) = (lasting.desk.clone(), lasting.clock.clone());
         helpers.spawn(async move { desk.keep(&clock).await });
         helpers.spawn(tend(front.clone()));
@@ -252,6 +251,15 @@ async fn tend(front: Arc<ArcSwap<Front>>) {
     loop {
         let upstream = front.load().upstream.clone();
         tokio::time::sleep(upstream.prune()).await;
+    }
+}
+
+/// Finishes logins that other processes left, each time with the login settings that are in force then.
+async fn finish_leftover_logins(front: Arc<ArcSwap<Front>>) {
+    loop {
+        let login = front.load().login.login.clone();
+        let Some(interval) = login.finish_leftovers().await else { return };
+        tokio::time::sleep(interval).await;
     }
 }
 

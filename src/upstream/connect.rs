@@ -13,7 +13,7 @@ use tokio_rustls::TlsConnector;
 use tower_service::Service;
 use url::Url;
 
-use super::pool::{Connection, H2Connection, MAX_SHARED};
+use super::connection::{Connection, H2Connection, MAX_SHARED};
 use super::read_ahead::Ahead;
 use super::{ErrorKind, Http2, Settings};
 

@@ -10,6 +10,7 @@
 mod read_ahead;
 mod upstream_body;
 mod connect;
+mod connection;
 mod request_body;
 mod pool;
 mod protocol_choice;
@@ -31,7 +32,8 @@ pub use upstream_body::UpstreamBody;
 
 use crate::domain::account::Region;
 use crate::domain::tls;
-use pool::{Connection, H2Connection, OriginPool};
+use connection::{Connection, H2Connection};
+use pool::OriginPool;
 use protocol_choice::Counted;
 
 /// Where the Ads hosts are and how long they are waited for.

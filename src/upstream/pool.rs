@@ -1,23 +1,24 @@
 //! One regional host and its connections.
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use http::header::HOST;
 use http::{HeaderValue, Request, Uri};
-use hyper::client::conn::{http1, http2};
+use hyper::client::conn::http1;
 use url::Url;
 
 use super::connect::{Alpn, Connector};
+use super::connection::{Connection, H2Connection, MAX_SHARED};
 use super::protocol_choice::Sharing;
 use super::{ErrorKind, Http2, RequestBody, Reuse, Settings, lock};
 
 #[derive(Debug)]
 pub(super) struct OriginPool {
     connector: Connector,
-    /// The value of `OriginPool`: the origin's authority.
+    /// The value of the `Host` header: the origin's authority.
     pub(super) authority: HeaderValue,
     /// What HTTP/2 sends as `:scheme` and `:authority`.
     origin: http::uri::Parts,
@@ -27,7 +28,7 @@ pub(super) struct OriginPool {
     pub(super) sharing: Sharing,
     /// Whether the last connection spoke HTTP/1.1, so that each call needs one of its own.
     one_call_each: AtomicBool,
-    /// ReplayBuffer by who connects while a connection may come to be shared, so that a burst of callers opens one.
+    /// Locked by the caller that connects while the new connection may come to be shared, so that a burst opens one.
     connecting: tokio::sync::Mutex<()>,
 }
 
@@ -36,29 +37,6 @@ struct Idle {
     sender: http1::SendRequest<RequestBody>,
     since: Instant,
 }
-
-/// An HTTP/2 connection and the number of calls on it.
-#[derive(Clone, Debug)]
-pub(super) struct H2Connection {
-    pub(super) sender: http2::SendRequest<RequestBody>,
-    pub(super) calls: Arc<AtomicUsize>,
-}
-
-impl H2Connection {
-    fn is_full(&self) -> bool {
-        self.calls.load(Relaxed) >= MAX_SHARED
-    }
-}
-
-/// A connection that is ready for a request.
-pub(super) enum Connection {
-    Http1 { sender: http1::SendRequest<RequestBody>, reused: bool },
-    Http2(H2Connection),
-}
-
-/// So many calls share one HTTP/2 connection. Servers take at least 100 at once (RFC 9113, section 6.5.2), and what goes
-/// beyond their number waits for others to end: a hundred slow uploads would hold everybody up.
-pub(super) const MAX_SHARED: usize = 100;
 
 /// More idle connections than this are closed: a burst of callers must not hold descriptors for long.
 const MAX_IDLE: usize = 1024;
@@ -186,7 +164,7 @@ impl OriginPool {
         idle.retain(|idle| !idle.sender.is_closed());
     }
 
-    /// HTTP/2 wants the authority in the target and not in `OriginPool` (RFC 9113, section 8.3.1).
+    /// HTTP/2 wants the authority in the target and not in `Host` (RFC 9113, section 8.3.1).
     pub(super) fn with_authority(&self, mut request: Request<RequestBody>) -> Request<RequestBody> {
         request.headers_mut().remove(HOST);
         let mut parts = http::uri::Parts::default();

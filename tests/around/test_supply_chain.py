@@ -1,6 +1,9 @@
 """What is linked in: the lock file holds nothing that the rules forbid, whatever tool is there to say so."""
 
+import functools
+import json
 import re
+import subprocess
 import tomllib
 
 
@@ -30,7 +33,8 @@ def test_threat_38_no_crate_below_the_version_that_mended_it_and_none_that_is_fo
 
 def test_threat_38_every_crate_has_a_checksum_and_comes_from_the_registry(repository):
     packages = tomllib.loads((repository / "Cargo.lock").read_text())["package"]
-    foreign = [package for package in packages if package["name"] != "adsidecar"]
+    ours = {"adsidecar", "adsidecar-sandbox"}
+    foreign = [package for package in packages if package["name"] not in ours]
     assert len(foreign) > 100
     for package in foreign:
         assert package["source"] == "registry+https://github.com/rust-lang/crates.io-index", package["name"]
@@ -46,3 +50,60 @@ def test_threat_38_every_build_is_locked(repository):
     for line in builds:
         # The step's own name comes before the command.
         assert "--locked" in line, line
+
+
+def tree_of(repository, *arguments: str) -> set[tuple[str, str]]:
+    """Name and version of each package in `cargo tree -p adsidecar -e normal`."""
+    command = ["cargo", "tree", "--locked", "-p", "adsidecar", "-e", "normal", "--prefix", "none", *arguments]
+    lines = subprocess.run(command, cwd=repository, check=True, capture_output=True, text=True).stdout.splitlines()
+    return {(line.split()[0], line.split()[1].removeprefix("v")) for line in lines if line.strip()}
+
+
+def test_the_product_has_no_code_of_the_sandbox_and_cannot_make_certificates(repository):
+    names = {name for name, _ in tree_of(repository)}
+    assert {"hyper", "rustls", "sled"} <= names, "the tree was not read"
+    assert not {"rcgen", "adsidecar-sandbox", "proptest", "shuttle", "divan", "fail", "tempfile"} & names
+    assert not (repository / "src" / "sandbox").exists()
+    tracked = subprocess.run(["git", "ls-files", "src"], cwd=repository, check=True, capture_output=True, text=True)
+    for name in tracked.stdout.split():
+        text = "" if name.endswith("/tests.rs") else (repository / name).read_text()
+        assert "rcgen" not in text and "mod sandbox" not in text, name
+
+
+def test_the_bill_of_materials_lists_what_ships_and_nothing_else(repository):
+    command = [repository / "deploy" / "bill-of-materials"]
+    bill = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    listed = {(component["name"], component["version"]) for component in bill["components"]}
+    assert bill["metadata"]["component"]["name"] == "adsidecar"
+    rustc = subprocess.run(["rustc", "-vV"], check=True, capture_output=True, text=True).stdout
+    everything = tree_of(repository, "--target", re.search(r"^host: (.*)$", rustc, re.MULTILINE)[1])
+    assert listed <= everything
+    # Left out is what runs in the compiler: procedural macros, and what they alone are made of.
+    macros = {name for name, version in everything if is_procedural_macro(repository, name, version)}
+    left_out = {name for name, _ in everything - listed} - {"adsidecar"}
+    assert left_out - macros <= MADE_INTO_MACROS, left_out - macros
+    for component in bill["components"]:
+        assert len(component["hashes"][0]["content"]) == 64, component["name"]
+        assert component["licenses"][0]["expression"], component["name"]
+
+
+# Libraries that only procedural macros use.
+MADE_INTO_MACROS = {
+    "heck", "proc-macro2", "proc-macro2-diagnostics", "quote", "syn", "synstructure", "unicode-ident", "version_check",
+    "yansi",
+}
+
+
+def is_procedural_macro(repository, name: str, version: str) -> bool:
+    return (name, version) in procedural_macros(repository)
+
+
+@functools.cache
+def procedural_macros(repository) -> set[tuple[str, str]]:
+    command = ["cargo", "metadata", "--locked", "--format-version", "1"]
+    metadata = subprocess.run(command, cwd=repository, check=True, capture_output=True, text=True).stdout
+    return {
+        (package["name"], package["version"])
+        for package in json.loads(metadata)["packages"]
+        if any("proc-macro" in target["kind"] for target in package["targets"])
+    }

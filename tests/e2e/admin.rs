@@ -1,7 +1,7 @@
 //! The admin door: who may use it, and what it tells.
 
 use reqwest::{Method, Response};
-use world::{Door, Rule, Trouble};
+use world::{Door, Fault, Rule};
 
 use crate::rig::{Rig, code, eventually};
 
@@ -72,7 +72,7 @@ async fn row_110_ready_and_alive_are_about_us_and_not_about_amazon_or_logins() {
     let readyz = async |rig: &Rig| at_door(rig, Method::GET, "/readyz", &[]).await.status().as_u16();
     assert_eq!(readyz(&rig).await, 200, "nobody is logged in");
     rig.log_in("default").await;
-    rig.sandbox.set_trouble(Rule::from(Trouble::status(500)).always());
+    rig.sandbox.set_trouble(Rule::from(Fault::status(500)).always());
     rig.advance(3600);
     assert_eq!(rig.post("/api/auth/amazon/refresh").await.status(), 200);
     assert_eq!(rig.status_of("default").await["state"], "failing");
@@ -80,7 +80,7 @@ async fn row_110_ready_and_alive_are_about_us_and_not_about_amazon_or_logins() {
 
     rig.sandbox.clear_trouble();
     rig.advance(60);
-    let gate = rig.sandbox.set_trouble(Rule::from(Trouble::Gate).at(Door::Na));
+    let gate = rig.sandbox.set_trouble(Rule::from(Fault::Gate).at(Door::Na));
     let caller = tokio::spawn(rig.request(Method::GET, "/v2/profiles").send());
     gate.reached(1).await;
     let (ready, live) = (rig.admin_url("/readyz"), rig.admin_url("/livez"));
@@ -146,7 +146,7 @@ async fn the_metrics_tell_what_happened() {
     assert_eq!(rig.get("/sandbox/status/207").await.status(), 207);
     assert_eq!(value("unknown_family_total").await, 1.0);
 
-    rig.sandbox.set_trouble(Rule::from(Trouble::status(500)).at(Door::Lwa));
+    rig.sandbox.set_trouble(Rule::from(Fault::status(500)).at(Door::Lwa));
     rig.post("/api/auth/amazon/refresh").await;
     assert_eq!(value("token_refresh_total{reason=\"server_error\",result=\"failure\"}").await, 1.0);
     assert_eq!(value("token_refresh_duration_seconds_count").await, 1.0);

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 use adsidecar::domain::clock::Clock;
 use jiff::{SignedDuration, Timestamp};
 use serde_json::Value;
-use world::{Door, Options, Rule, Trouble};
+use world::{Door, Fault, Options, Rule};
 
 use crate::rig::{Rig, code, eventually, json};
 
@@ -127,7 +127,7 @@ async fn no_pause_is_longer_because_the_clock_was_set_back() {
     let apart = Apart::start(IDLE, 0).await;
     apart.rig.log_in("default").await;
     // Behind a failure.
-    apart.rig.sandbox.set_trouble(Rule::from(Trouble::too_many(Some(30))).at(Door::Lwa));
+    apart.rig.sandbox.set_trouble(Rule::from(Fault::too_many(Some(30))).at(Door::Lwa));
     assert_eq!(json(apart.rig.post(REFRESH).await).await["state"], "failing");
     apart.set(-864_000);
     apart.pass(30);
@@ -147,7 +147,7 @@ async fn no_pause_is_longer_because_the_clock_was_set_back() {
     assert_eq!(apart.get("default").await, 200);
     assert_eq!(apart.rig.sandbox.refreshes(), 1);
     // Behind a refusal.
-    apart.rig.sandbox.set_trouble(Trouble::InvalidGrant);
+    apart.rig.sandbox.set_trouble(Fault::InvalidGrant);
     assert_eq!(code(&apart.rig.post(REFRESH).await), "login_required");
     apart.set(-864_000);
     apart.pass(3600);
@@ -229,7 +229,7 @@ async fn a_wrong_date_of_the_ads_api_makes_no_storm() {
     assert_eq!(apart.rig.post(REFRESH).await.status(), 200);
     apart.rig.sandbox.clear_history();
     for date in ["Thu, 01 Jan 2099 00:00:00 GMT", "Thu, 01 Jan 1970 00:00:00 GMT", "tomorrow"] {
-        let answer = Trouble::Status { code: 200, headers: vec![("date".into(), date.into())], body: "{}".into() };
+        let answer = Fault::Status { code: 200, headers: vec![("date".into(), date.into())], body: "{}".into() };
         apart.rig.sandbox.set_trouble(Rule::from(answer).at(Door::Na).next(5));
         for _ in 0..5 {
             apart.pass(10);

@@ -13,7 +13,7 @@ use fernet::Fernet;
 use serde_json::{Value, json as object};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
-use world::{CLIENT_ID, CLIENT_SECRET, Door, RETURN_URL, Rule, SCOPE, Trouble};
+use world::{CLIENT_ID, CLIENT_SECRET, Door, Fault, RETURN_URL, Rule, SCOPE};
 
 use crate::rig::{FERNET_KEY, Rig, eventually, json};
 
@@ -535,7 +535,7 @@ async fn health_and_wait_ask_the_admin_door() {
     assert_eq!((ready.code, ready.out.as_str()), (DONE, "ready\n"), "{}", ready.err);
 
     // A sidecar that drains lives and is not ready.
-    let gate = rig.sandbox.set_trouble(Rule::from(Trouble::Gate).at(Door::Na));
+    let gate = rig.sandbox.set_trouble(Rule::from(Fault::Gate).at(Door::Na));
     let _caller = serving.call("/v2/profiles").await;
     gate.reached(1).await;
     serving.signal("TERM");
@@ -552,7 +552,7 @@ async fn row_96_sigterm_lets_what_is_in_flight_finish_and_then_ends_at_once() {
     let rig = stopped().await;
     for signal in ["TERM", "INT"] {
         let mut serving = Serving::start(&rig, &[]).await;
-        let gate = rig.sandbox.set_trouble(Rule::from(Trouble::Gate).at(Door::Na));
+        let gate = rig.sandbox.set_trouble(Rule::from(Fault::Gate).at(Door::Na));
         let mut caller = serving.call("/sandbox/bytes/300000").await;
         let _idle = TcpStream::connect(&serving.proxy).await.unwrap();
         gate.reached(1).await;
@@ -578,7 +578,7 @@ async fn row_96_sigterm_lets_what_is_in_flight_finish_and_then_ends_at_once() {
 #[tokio::test(flavor = "multi_thread")]
 async fn row_97_a_second_signal_and_the_end_of_the_drain_break_off_what_hangs() {
     let rig = stopped().await;
-    rig.sandbox.set_trouble(Rule::from(Trouble::Hang).at(Door::Na).always());
+    rig.sandbox.set_trouble(Rule::from(Fault::Hang).at(Door::Na).always());
     let mut impatient = Serving::start(&rig, &[]).await;
     let _caller = impatient.call("/v2/profiles").await;
     eventually("the call to hang", async || (!rig.sandbox.calls(Door::Na).is_empty()).then_some(())).await;
@@ -614,9 +614,9 @@ async fn row_98_a_grant_survives_kill_nine_and_no_log_holds_a_secret() {
         let callback = rig.consent(begun["auth_url"].as_str().unwrap()).await;
         assert_eq!(get(&callback).await.status(), 200);
         assert_eq!(get("/v2/profiles").await.status(), 200);
-        rig.sandbox.set_trouble(Trouble::InvalidGrant);
+        rig.sandbox.set_trouble(Fault::InvalidGrant);
         post("/api/auth/amazon/refresh").await;
-        rig.sandbox.set_trouble(Trouble::BadJson);
+        rig.sandbox.set_trouble(Fault::BadJson);
         assert_eq!(get(&callback).await.status(), 400);
         serving.signal("KILL");
         assert_eq!(serving.ended().await.0, None);

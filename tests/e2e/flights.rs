@@ -10,7 +10,7 @@ use adsidecar::store::keyring::Keyring;
 use adsidecar::store::{Settings, TokenStore};
 use reqwest::Method;
 use serde_json::Value;
-use world::{Door, Rule, Trouble};
+use world::{Door, Fault, Rule};
 
 use crate::rig::{FERNET_KEY, Rig, code, eventually, json};
 
@@ -43,7 +43,7 @@ async fn row_24_a_crash_around_a_renewal_loses_nothing_that_is_not_told() {
             rig.stop_sidecar().await;
             rig.sandbox.clear_history();
             if rotating {
-                rig.sandbox.set_trouble(Rule::from(Trouble::RotateRefreshToken).at(Door::Lwa));
+                rig.sandbox.set_trouble(Rule::from(Fault::RotateRefreshToken).at(Door::Lwa));
             }
             dies_at(&rig, point).await;
             assert_eq!(rig.sandbox.refreshes(), 1, "{point}: it asked once");
@@ -69,7 +69,7 @@ async fn row_25_a_renewal_that_the_disk_does_not_take_is_served_and_stored_as_so
     let mut rig = Rig::start().await;
     rig.log_in("default").await;
     fail::cfg("save_refused", "return").unwrap();
-    rig.sandbox.set_trouble(Rule::from(Trouble::RotateRefreshToken).at(Door::Lwa));
+    rig.sandbox.set_trouble(Rule::from(Fault::RotateRefreshToken).at(Door::Lwa));
     rig.advance(3600);
     assert_eq!(rig.get("/v2/profiles").await.status(), 200, "served from memory");
     assert_eq!(rig.status_of("default").await["state"], "fresh");
@@ -111,7 +111,7 @@ async fn row_26_a_renewal_that_panics_frees_its_place_and_is_tried_again() {
 async fn row_27_background_and_caller_renew_once() {
     let rig = Rig::start().await;
     rig.log_in("default").await;
-    let gate = rig.sandbox.set_trouble(Rule::from(Trouble::Gate).at(Door::Lwa).always());
+    let gate = rig.sandbox.set_trouble(Rule::from(Fault::Gate).at(Door::Lwa).always());
     // The background begins, and the token dies under it.
     rig.advance(3000);
     gate.reached(1).await;
@@ -152,7 +152,7 @@ async fn row_28_a_thousand_users_at_start_are_renewed_over_a_minute_and_few_at_o
     let mut rig = Rig::start().await;
     rig.stop_sidecar().await;
     stored_users(&rig, 1000).await;
-    let gate = rig.sandbox.set_trouble(Rule::from(Trouble::Gate).at(Door::Lwa).always());
+    let gate = rig.sandbox.set_trouble(Rule::from(Fault::Gate).at(Door::Lwa).always());
     rig.start_sidecar().await;
     rig.advance(6);
     gate.reached(8).await;
@@ -181,7 +181,7 @@ async fn row_93_a_logout_beats_a_refresh_at_whatever_instant_it_comes() {
     for point in ["renewal_begun", "renewal_answered"] {
         let mut rig = Rig::start().await;
         rig.log_in("default").await;
-        rig.sandbox.set_trouble(Rule::from(Trouble::RotateRefreshToken).at(Door::Lwa));
+        rig.sandbox.set_trouble(Rule::from(Fault::RotateRefreshToken).at(Door::Lwa));
         let release = hold(point);
         let asked = tokio::spawn(rig.request(Method::POST, REFRESH).send());
         if point == "renewal_answered" {
@@ -215,7 +215,7 @@ fn hold(point: &str) -> std::sync::mpsc::Sender<()> {
 async fn row_94_a_login_right_behind_a_logout_is_the_one_that_stays() {
     let mut rig = Rig::start().await;
     rig.log_in("default").await;
-    let gate = rig.sandbox.set_trouble(Rule::from(Trouble::Gate).at(Door::Lwa));
+    let gate = rig.sandbox.set_trouble(Rule::from(Fault::Gate).at(Door::Lwa));
     let asked = tokio::spawn(rig.request(Method::POST, REFRESH).send());
     gate.reached(1).await;
     assert_eq!(rig.post(LOGOUT).await.status(), 204);
@@ -243,7 +243,7 @@ async fn row_94_a_login_right_behind_a_logout_is_the_one_that_stays() {
 async fn row_95_a_call_in_flight_at_logout_ends_well_and_the_next_does_not_begin() {
     let rig = Rig::start().await;
     rig.log_in("default").await;
-    let gate = rig.sandbox.set_trouble(Rule::from(Trouble::Gate).at(Door::Na));
+    let gate = rig.sandbox.set_trouble(Rule::from(Fault::Gate).at(Door::Na));
     let call = tokio::spawn(rig.request(Method::GET, "/v2/profiles").send());
     gate.reached(1).await;
     assert_eq!(rig.post(LOGOUT).await.status(), 204);

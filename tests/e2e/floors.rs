@@ -1,56 +1,229 @@
-//! The house's one law: a module uses only modules listed below it in `src/lib.rs`.
+//! The law of the house: a room uses only rooms listed below it in `src/lib.rs`, and inside every folder, at every depth,
+//! no two modules use each other, neither directly nor in a circle.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
+type Module = Vec<String>;
+
+/// The rooms, top floor first.
+const ROOMS: [&str; 10] =
+    ["cli", "app", "config", "inbound", "auth", "upstream", "store", "server", "telemetry", "domain"];
+
+/// What the user fixed, and what stands beside it. Names that begin with a dot are free.
+const TOP_LEVEL: [&str; 9] =
+    ["CHANGELOG.md", "Cargo.lock", "Cargo.toml", "Dockerfile", "LICENSE", "README.md", "config", "deploy", "src"];
+
 #[test]
-fn a_module_uses_only_modules_listed_below_it() {
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
-    let library = fs::read_to_string(source.join("lib.rs")).unwrap();
-    let floors: Vec<&str> =
-        library.lines().filter_map(|line| line.strip_prefix("pub mod ")?.strip_suffix(';')).collect();
-    assert!(floors.len() > 20, "the list of modules was not found");
-    let mut upward = Vec::new();
-    for file in rust_files(&source) {
-        let inside = file.strip_prefix(&source).unwrap();
-        let module = inside.components().next().unwrap().as_os_str().to_str().unwrap().trim_end_matches(".rs");
-        let Some(floor) = floors.iter().position(|name| *name == module) else { continue };
-        let text = fs::read_to_string(&file).unwrap();
-        for used in used_modules(&text) {
-            let below = floors.iter().position(|name| *name == used).unwrap_or_else(|| panic!("{used} is no module"));
-            if below < floor {
-                upward.push(format!("{} uses {used}, which stands above it", inside.display()));
-            }
-        }
-    }
+fn the_rooms_of_the_source_are_those_of_the_house() {
+    let library = fs::read_to_string(source().join("lib.rs")).unwrap();
+    let listed: Vec<_> = library.lines().filter_map(|line| line.strip_prefix("pub mod ")?.strip_suffix(';')).collect();
+    assert_eq!(listed, ROOMS);
+    let there: BTreeSet<_> = tracked("HEAD:src").into_iter().collect();
+    assert_eq!(there, ROOMS.iter().copied().chain(["lib.rs", "main.rs"]).map(str::to_owned).collect());
+}
+
+#[test]
+fn the_top_level_is_the_list_that_the_user_fixed() {
+    let names: BTreeSet<_> = tracked("HEAD").into_iter().filter(|name| !name.starts_with('.')).collect();
+    assert_eq!(names, TOP_LEVEL.iter().copied().chain(["tests"]).map(str::to_owned).collect());
+}
+
+/// The names in a folder that git tracks.
+fn tracked(tree: &str) -> Vec<String> {
+    let mut git = std::process::Command::new("git");
+    let listing = git.args(["ls-tree", "--name-only", tree]).current_dir(env!("CARGO_MANIFEST_DIR")).output().unwrap();
+    assert!(listing.status.success(), "git is needed, and a checkout");
+    String::from_utf8(listing.stdout).unwrap().lines().map(str::to_owned).collect()
+}
+
+#[test]
+fn a_room_uses_only_rooms_listed_below_it() {
+    let modules = read(&source());
+    assert!(modules.len() > 60, "the sources were not found");
+    let upward: Vec<_> = uses(&modules)
+        .into_iter()
+        .filter(|(from, to)| !from.is_empty() && !to.is_empty() && floor(&to[0]) < floor(&from[0]))
+        .map(|(from, to)| format!("{} uses {}", from.join("::"), to.join("::")))
+        .collect();
     assert!(upward.is_empty(), "{}", upward.join("\n"));
 }
 
-/// Every `crate::name`, in a `use` with braces too.
-fn used_modules(text: &str) -> Vec<String> {
-    let code: String = text.lines().filter(|line| !line.trim_start().starts_with("//")).collect::<Vec<_>>().join("\n");
-    let name = |text: &str| -> String { text.chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect() };
-    let mut used = Vec::new();
-    for (at, _) in code.match_indices("crate::") {
-        let rest = &code[at + "crate::".len()..];
-        match rest.strip_prefix('{') {
-            None => used.push(name(rest)),
-            Some(list) => {
-                let mut depth = 0;
-                let list: String = list
-                    .chars()
-                    .take_while(|c| {
-                        depth += i32::from(*c == '{') - i32::from(*c == '}');
-                        depth >= 0
-                    })
-                    .collect();
-                used.extend(list.split(',').map(|entry| name(entry.trim())).filter(|entry| !entry.is_empty()));
+#[test]
+fn no_two_modules_use_each_other_at_any_depth() {
+    let sandbox = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/sandbox/src");
+    for (sources, least) in [(source(), 60), (sandbox, 10)] {
+        let modules = read(&sources);
+        assert!(modules.len() > least, "the sources were not found");
+        assert_eq!(circles(&uses(&modules)), Vec::<String>::new());
+    }
+}
+
+/// Known-bad: the checks above have to find what is planted here.
+#[test]
+fn a_planted_circle_and_a_planted_upward_use_are_found() {
+    let files = [
+        ("a", "mod x; mod y;"),
+        ("a::x", "use super::y::{self, deep::{Thing, Other}};"),
+        ("a::y", "fn f() { crate::a::x::g() }"),
+        ("b", "// use crate::a::x;\nuse std::fmt;"),
+        ("a::y::deep", "use std::io;"),
+    ];
+    let files = files.map(|(name, text)| (name.split("::").map(str::to_owned).collect(), text.to_owned()));
+    let uses = uses(&BTreeMap::from(files));
+    assert_eq!(circles(&uses), ["a: x -> y -> x"]);
+    let path = |name: &str| -> Module { name.split("::").map(str::to_owned).collect() };
+    assert!(uses.contains(&(path("a::x"), path("a::y::deep"))));
+    assert!(!uses.iter().any(|(from, _)| from == &path("b")), "a comment is no use");
+}
+
+fn source() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("src")
+}
+
+fn floor(room: &str) -> usize {
+    ROOMS.iter().position(|name| *name == room).unwrap_or(usize::MAX)
+}
+
+/// Every module with its text, but for tests.
+fn read(source: &Path) -> BTreeMap<Module, String> {
+    let modules = rust_files(source).into_iter().map(|file| {
+        let inside = file.strip_prefix(source).unwrap().with_extension("");
+        let mut module: Module = inside.iter().map(|part| part.to_str().unwrap().to_owned()).collect();
+        if module.last().is_some_and(|name| name == "mod" || name == "lib" || name == "main") {
+            module.pop();
+        }
+        let text = fs::read_to_string(&file).unwrap();
+        let code = text.split("#[cfg(test)]\nmod tests").next().unwrap_or_default().to_owned();
+        (module, code)
+    });
+    modules.filter(|(module, _)| module.last().is_none_or(|name| name != "tests")).collect()
+}
+
+/// Which module uses which, by every path that begins with `crate`, `super`, `self` or the name of a child.
+fn uses(modules: &BTreeMap<Module, String>) -> BTreeSet<(Module, Module)> {
+    let mut found = BTreeSet::new();
+    for (module, text) in modules {
+        let code: String =
+            text.lines().filter(|line| !line.trim_start().starts_with("//")).collect::<Vec<_>>().join("\n");
+        for path in paths(&code) {
+            let mut absolute = match path[0].as_str() {
+                "crate" => Vec::new(),
+                "super" => module[..module.len().saturating_sub(1)].to_vec(),
+                "self" => module.clone(),
+                _ => [module.as_slice(), &path[..1]].concat(),
+            };
+            for part in &path[1..] {
+                match part.as_str() {
+                    "super" => drop(absolute.pop()),
+                    part => absolute.push(part.to_owned()),
+                }
+            }
+            while !absolute.is_empty() && !modules.contains_key(&absolute) {
+                absolute.pop();
+            }
+            if !absolute.is_empty() && absolute != *module {
+                found.insert((module.clone(), absolute));
             }
         }
     }
-    // Types named from inside the list of another module (`a::{B, C}`) are no modules.
-    used.retain(|name| name.starts_with(|c: char| c.is_lowercase()));
-    used
+    found
+}
+
+/// Every `a::b::{c, d::e}` of the code, written out.
+fn paths(code: &str) -> Vec<Vec<String>> {
+    let mut found = Vec::new();
+    let starts = code.match_indices("::").filter_map(|(at, _)| {
+        let name = code[..at].rfind(|c: char| !is_name(c)).map_or(0, |before| before + 1);
+        // The middle of a longer path begins behind `::`.
+        (name < at && !code[..name].ends_with("::")).then_some(name)
+    });
+    for start in starts {
+        expand(&code[start..], &[], &mut found);
+    }
+    found
+}
+
+/// Reads one path, or each path of a list in braces, and returns what follows it.
+fn expand<'a>(text: &'a str, prefix: &[String], found: &mut Vec<Vec<String>>) -> &'a str {
+    let text = text.trim_start();
+    if let Some(mut list) = text.strip_prefix('{') {
+        loop {
+            list = expand(list, prefix, found).trim_start();
+            match list.strip_prefix(',') {
+                Some(rest) => list = rest,
+                None => return list.strip_prefix('}').unwrap_or_default(),
+            }
+        }
+    }
+    let end = text.find(|c: char| !is_name(c)).unwrap_or(text.len());
+    let mut path = prefix.to_vec();
+    if end > 0 {
+        path.push(text[..end].to_owned());
+    }
+    match text[end..].strip_prefix("::") {
+        Some(rest) if end > 0 => expand(rest, &path, found),
+        _ => {
+            if path.len() > 1 {
+                found.push(path);
+            }
+            // Past `as name` and the like, to the end of the list's entry.
+            text[end..].trim_start_matches(|c: char| c != ',' && c != '}' && c != ';')
+        }
+    }
+}
+
+fn is_name(c: char) -> bool {
+    c.is_alphanumeric() || c == '_'
+}
+
+/// The circles among the modules of each folder, one of each.
+fn circles(uses: &BTreeSet<(Module, Module)>) -> Vec<String> {
+    let mut siblings: BTreeMap<Module, BTreeMap<String, BTreeSet<String>>> = BTreeMap::new();
+    for (from, to) in uses {
+        let common = from.iter().zip(to).take_while(|(from, to)| from == to).count();
+        if let (Some(one), Some(other)) = (from.get(common), to.get(common)) {
+            let folder = siblings.entry(from[..common].to_vec()).or_default();
+            folder.entry(one.clone()).or_default().insert(other.clone());
+        }
+    }
+    let mut found = Vec::new();
+    for (folder, edges) in &siblings {
+        let mut done = BTreeSet::new();
+        for start in edges.keys() {
+            if let Some(circle) = walk(edges, &mut vec![start.clone()], &mut done) {
+                found.push(format!("{}: {}", folder.join("::"), circle.join(" -> ")));
+            }
+        }
+    }
+    found
+}
+
+/// A circle that `way` runs into, depth first; a module that was walked once is not walked again.
+fn walk(
+    edges: &BTreeMap<String, BTreeSet<String>>,
+    way: &mut Vec<String>,
+    done: &mut BTreeSet<String>,
+) -> Option<Vec<String>> {
+    let here = way.last().unwrap().clone();
+    if done.contains(&here) {
+        return None;
+    }
+    for next in edges.get(&here).into_iter().flatten() {
+        if let Some(at) = way.iter().position(|name| name == next) {
+            let circle = way[at..].iter().chain([next]).cloned().collect();
+            done.insert(here);
+            return Some(circle);
+        }
+        way.push(next.clone());
+        if let Some(circle) = walk(edges, way, done) {
+            return Some(circle);
+        }
+        way.pop();
+    }
+    done.insert(here);
+    None
 }
 
 pub fn rust_files(directory: &Path) -> Vec<PathBuf> {

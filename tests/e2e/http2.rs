@@ -3,7 +3,7 @@
 use adsidecar::domain::clock::Clock;
 use sha2::{Digest, Sha256};
 use tokio::task::JoinSet;
-use world::{Options, Rule, Trouble, pseudo_random_bytes};
+use world::{Fault, Options, Rule, pseudo_random_bytes};
 
 use crate::rig::{Rig, eventually, json};
 use crate::wire::{Scripted, Wire};
@@ -27,7 +27,7 @@ fn connections(rig: &Rig) -> Vec<u64> {
 
 /// So many calls that are all held by Amazon at once.
 async fn at_once(rig: &Rig, count: usize) {
-    let gate = rig.sandbox.set_trouble(Rule::from(Trouble::Gate).next(count as u32));
+    let gate = rig.sandbox.set_trouble(Rule::from(Fault::Gate).next(count as u32));
     let mut calls = JoinSet::new();
     for number in 0..count {
         calls.spawn(rig.request(reqwest::Method::POST, "/sandbox/echo").body(number.to_string()).send());
@@ -135,7 +135,7 @@ async fn bytes_pass_as_over_http1() {
 async fn an_answer_that_breaks_off_over_http2_is_never_ended_cleanly() {
     let rig = rig("auto").await;
     for query in ["", "?chunked=1"] {
-        rig.sandbox.set_trouble(Trouble::CloseMidBody);
+        rig.sandbox.set_trouble(Fault::CloseMidBody);
         let mut wire = rig.dial().await;
         let request =
             format!("GET /sandbox/bytes/100000{query} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use world::{Door, Rule, Trouble};
+use world::{Door, Fault, Rule};
 
 use crate::rig::Rig;
 use crate::wire::{Scripted, eventually};
@@ -41,7 +41,7 @@ async fn threat_24_a_slow_head_is_refused() {
 async fn an_idle_connection_is_closed_and_a_busy_one_is_not() {
     let rig = Rig::set(&[("proxy.idle_timeout", "150ms"), ("proxy.header_timeout", "50ms")]).await;
     let (mut fresh, mut used, mut busy) = (rig.dial().await, rig.dial().await, rig.dial().await);
-    let gate = rig.sandbox.set_trouble(Trouble::Gate);
+    let gate = rig.sandbox.set_trouble(Fault::Gate);
     busy.send(CALL).await;
     gate.reached(1).await;
     used.send(CALL).await;
@@ -84,7 +84,7 @@ async fn at_the_cap_the_connection_that_idled_longest_makes_room() {
 #[tokio::test(flavor = "multi_thread")]
 async fn while_all_are_busy_a_new_connection_waits() {
     let rig = Rig::set(&[("proxy.max_connections", "2")]).await;
-    let gate = rig.sandbox.set_trouble(Rule::from(Trouble::Gate).next(2));
+    let gate = rig.sandbox.set_trouble(Rule::from(Fault::Gate).next(2));
     let mut one = rig.dial().await;
     one.send(CALL).await;
     gate.reached(1).await;
@@ -102,7 +102,7 @@ async fn while_all_are_busy_a_new_connection_waits() {
 #[tokio::test(flavor = "multi_thread")]
 async fn who_finds_no_room_is_told_so_and_finds_some_later() {
     let rig = Rig::set(&[("proxy.max_connections", "1")]).await;
-    let gate = rig.sandbox.set_trouble(Rule::from(Trouble::Gate).at(Door::Na));
+    let gate = rig.sandbox.set_trouble(Rule::from(Fault::Gate).at(Door::Na));
     let mut busy = rig.dial().await;
     busy.send(CALL).await;
     gate.reached(1).await;

@@ -6,7 +6,7 @@ use reqwest::header::{HeaderMap, LOCATION};
 use reqwest::{Method, Response};
 use serde_json::Value;
 use url::Url;
-use world::{CLIENT_ID, Door, RETURN_URL, Rule, SCOPE, Trouble};
+use world::{CLIENT_ID, Door, Fault, RETURN_URL, Rule, SCOPE};
 
 use crate::rig::{Rig, code, header, json};
 
@@ -397,12 +397,12 @@ async fn row_82_what_amazon_says_no_with_is_mapped_and_never_echoed() {
 async fn row_88_a_code_that_lwa_does_not_exchange_stores_nothing() {
     let rig = Rig::start().await;
     for trouble in [
-        Trouble::status(500),
-        Trouble::InvalidGrant,
-        Trouble::InvalidClient,
-        Trouble::BadJson,
-        Trouble::Html,
-        Trouble::NoRefreshToken,
+        Fault::status(500),
+        Fault::InvalidGrant,
+        Fault::InvalidClient,
+        Fault::BadJson,
+        Fault::Html,
+        Fault::NoRefreshToken,
     ] {
         let callback = callback_of(&rig, "default").await;
         let before = rig.sandbox.calls(Door::Lwa).len();
@@ -793,6 +793,6 @@ async fn row_90_another_amazon_identity_takes_a_users_place_only_when_that_is_sa
 async fn row_90_a_region_that_cannot_be_asked_makes_no_identity_another() {
     let rig = Rig::start().await;
     assert_eq!(log_in_as(&rig, "amzn1.account.SANDBOXTOOLS", "").await.status(), 200);
-    rig.sandbox.set_trouble(Rule::from(Trouble::status(503)).at(Door::Fe).always());
+    rig.sandbox.set_trouble(Rule::from(Fault::status(503)).at(Door::Fe).always());
     assert_eq!(log_in_as(&rig, "amzn1.account.SANDBOXBOOKS", "").await.status(), 200);
 }

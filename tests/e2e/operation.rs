@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use reqwest::{Response, StatusCode};
-use world::{Door, Rule, Trouble};
+use world::{Door, Fault, Rule};
 
 use crate::commands::{Serving, command, stopped};
 use crate::rig::{FERNET_KEY, Rig, code, eventually, header};
@@ -56,7 +56,7 @@ async fn row_106_a_log_that_nobody_reads_loses_lines_and_no_call() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_flood_of_failures_is_sampled_and_the_log_says_that_lines_are_missing() {
     let rig = stopped().await;
-    rig.sandbox.set_trouble(Rule::from(Trouble::status(500)).at(Door::Na).always());
+    rig.sandbox.set_trouble(Rule::from(Fault::status(500)).at(Door::Na).always());
     let serving = Serving::start(&rig, &[]).await;
     for _ in 0..60 {
         assert_eq!(rig.client.get(serving.url("/v2/profiles")).send().await.unwrap().status(), 500);
@@ -72,7 +72,7 @@ async fn a_failure_is_one_line_with_our_request_id_and_amazons() {
     let rig = stopped().await;
     let serving = Serving::start(&rig, &[]).await;
     let busy =
-        Trouble::Status { code: 503, headers: vec![("x-amzn-requestid".into(), "amzn-9".into())], body: "".into() };
+        Fault::Status { code: 503, headers: vec![("x-amzn-requestid".into(), "amzn-9".into())], body: "".into() };
     rig.sandbox.set_trouble(Rule::from(busy).at(Door::Na).next(1));
     let trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
     let call = rig.client.get(serving.url("/v2/profiles?secret=canary"));
@@ -87,7 +87,7 @@ async fn a_failure_is_one_line_with_our_request_id_and_amazons() {
     assert_eq!(sent("traceparent"), Some(trace));
     assert_eq!(sent("x-request-id"), Some("mine-7"));
 
-    rig.sandbox.set_trouble(Rule::from(Trouble::Reset).at(Door::Na).always());
+    rig.sandbox.set_trouble(Rule::from(Fault::Reset).at(Door::Na).always());
     let broken = rig.client.get(serving.url("/v2/profiles")).send().await.unwrap();
     assert_eq!(code(&broken), "upstream_reset");
     let line = serving.says("status=502").await;
@@ -174,7 +174,7 @@ async fn a_429_of_amazons_is_counted_as_amazons() {
     for region in ["na", "eu", "fe"] {
         assert!(text.contains(&format!("{} 0", series(region))), "from the start, so that a rise is seen: {region}");
     }
-    rig.sandbox.set_trouble(Rule::from(Trouble::too_many(Some(3))).at(Door::Na).next(2));
+    rig.sandbox.set_trouble(Rule::from(Fault::too_many(Some(3))).at(Door::Na).next(2));
     for _ in 0..2 {
         let answer = rig.get("/v2/profiles").await;
         assert_eq!((answer.status().as_u16(), header(&answer, "retry-after"), code(&answer)), (429, "3", ""));
@@ -267,7 +267,7 @@ async fn the_status_page_shows_each_user_and_where_to_log_in_and_runs_nothing() 
 
     rig.log_in("a|nna").await;
     rig.log_in("zoe").await;
-    rig.sandbox.set_trouble(Rule::from(Trouble::InvalidGrant).at(Door::Lwa));
+    rig.sandbox.set_trouble(Rule::from(Fault::InvalidGrant).at(Door::Lwa));
     rig.post("/api/auth/amazon/refresh?user_id=zoe").await;
     let answer = page(&rig, &[]).await;
     assert_eq!(header(&answer, "content-type"), "text/html; charset=utf-8");

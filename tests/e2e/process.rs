@@ -8,7 +8,7 @@ use std::process::Command;
 use serde_json::Value;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
-use world::{CLIENT_SECRET, Rule, Trouble};
+use world::{CLIENT_SECRET, Fault, Rule};
 
 use crate::commands::{BINARY, Serving, command, stopped};
 use crate::rig::{FERNET_KEY, Rig, eventually};
@@ -254,7 +254,7 @@ async fn row_102_a_process_that_gets_no_time_loses_no_call_and_is_alive_after_it
     let serving =
         Serving::start(&rig, &["--set", "proxy.header_timeout=500ms", "--set", "upstream.response_timeout=2s"]).await;
     for _ in 0..3 {
-        let gate = rig.sandbox.set_trouble(Trouble::Gate);
+        let gate = rig.sandbox.set_trouble(Fault::Gate);
         let mut stream = TcpStream::connect(&serving.proxy).await.unwrap();
         stream.write_all(b"GET /sandbox/echo HTTP/1.1\r\nHost: localhost\r\n\r\n").await.unwrap();
         gate.reached(1).await;
@@ -325,7 +325,7 @@ async fn threat_35_no_log_line_holds_a_secret_not_even_at_trace_and_of_a_panic()
     ] {
         call(path).send().await.unwrap();
     }
-    for trouble in [Trouble::Reset, Trouble::BadJson, Trouble::Html, Trouble::CloseMidBody] {
+    for trouble in [Fault::Reset, Fault::BadJson, Fault::Html, Fault::CloseMidBody] {
         rig.sandbox.set_trouble(Rule::from(trouble).always());
         let _ = call("/sandbox/bytes/1000").send().await.map(|answer| answer.text());
         call("/api/auth/amazon/refresh").send().await.unwrap();
@@ -374,7 +374,7 @@ async fn the_audit_log_has_one_line_for_each_call_and_nothing_that_is_secret() {
     assert_eq!(get("/api/auth/amazon/status").send().await.unwrap().status(), 200, "which is no call");
     let denied = rig.client.post(serving.url("/sp/campaigns/canary-path")).body("canary-body").send().await.unwrap();
     assert_eq!(denied.status(), 403);
-    rig.sandbox.set_trouble(Trouble::Reset);
+    rig.sandbox.set_trouble(Fault::Reset);
     assert_eq!(rig.client.post(serving.url("/a/brand/sp/x/list")).send().await.unwrap().status(), 502);
     let refused = get("/v2/profiles").header("Origin", "https://canary-origin.example").send().await.unwrap();
     assert_eq!(refused.status(), 403);

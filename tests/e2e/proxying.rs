@@ -5,7 +5,7 @@ use std::io::Read;
 use flate2::read::GzDecoder;
 use reqwest::Method;
 use sha2::{Digest, Sha256};
-use world::{Door, Rule, Trouble, pseudo_random_bytes};
+use world::{Door, Fault, Rule, pseudo_random_bytes};
 
 use crate::rig::{Rig, json};
 use crate::wire::{Scripted, Wire, eventually};
@@ -55,7 +55,7 @@ async fn threat_31_a_redirect_is_passed_on_and_never_followed() {
     assert_eq!(rig.ads_calls().len(), 1);
     for code in [301, 302, 303, 308] {
         let elsewhere = format!("{}/sandbox/echo", rig.sandbox.origin(Door::Eu));
-        rig.sandbox.set_trouble(Trouble::Status {
+        rig.sandbox.set_trouble(Fault::Status {
             code,
             headers: vec![("location".into(), elsewhere.clone())],
             body: String::new(),
@@ -128,7 +128,7 @@ async fn events_arrive_one_by_one() {
 async fn an_event_stream_may_be_silent_before_its_head() {
     let rig = Rig::set(&[("upstream.response_timeout", "50ms")]).await;
     for accept in ["text/event-stream", "application/json, text/event-stream"] {
-        rig.sandbox.set_trouble(Trouble::Delay { ms: 300 });
+        rig.sandbox.set_trouble(Fault::Delay { ms: 300 });
         let call = rig.request(Method::GET, "/sandbox/echo").header("Accept", accept);
         assert_eq!(call.send().await.unwrap().status(), 200, "{accept}");
     }
@@ -334,7 +334,7 @@ async fn sequential_calls_share_one_connection_to_amazon() {
 async fn row_60_an_answer_that_breaks_off_is_never_ended_cleanly() {
     let rig = Rig::set(&[("proxy.replay_limit", "1B")]).await;
     for query in ["", "?chunked=1"] {
-        rig.sandbox.set_trouble(Trouble::CloseMidBody);
+        rig.sandbox.set_trouble(Fault::CloseMidBody);
         let mut wire = rig.dial().await;
         wire.send(format!("GET /sandbox/bytes/100000{query} HTTP/1.1\r\nHost: localhost\r\n\r\n")).await;
         let answer = wire.reply().await;
@@ -344,7 +344,7 @@ async fn row_60_an_answer_that_breaks_off_is_never_ended_cleanly() {
         assert!(wire.closes().await);
     }
     // A refusal, which is read before it passes, breaks off as well. (What was sent was too large for a replay.)
-    rig.sandbox.set_trouble(Rule::from(Trouble::CloseMidBody).on("/sandbox/status/401"));
+    rig.sandbox.set_trouble(Rule::from(Fault::CloseMidBody).on("/sandbox/status/401"));
     let call = "POST /sandbox/status/401 HTTP/1.1\r\nHost: localhost\r\nContent-Length: 3\r\n\r\nabc";
     let came = rig.raw(call.as_bytes(), None).await;
     assert!(!came.ends_with(b"401}"), "{}", String::from_utf8_lossy(&came));

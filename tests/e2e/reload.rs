@@ -5,7 +5,7 @@ use std::os::unix::fs::symlink;
 use std::path::Path;
 
 use reqwest::Method;
-use world::{CLIENT_SECRET, Trouble};
+use world::{CLIENT_SECRET, Fault};
 
 use crate::commands::Serving;
 use crate::rig::{Rig, code, eventually, json};
@@ -154,7 +154,7 @@ async fn a_login_that_has_begun_survives_a_reload() {
 async fn a_call_in_flight_survives_a_reload() {
     let rig = Rig::start().await;
     rig.log_in("default").await;
-    let gate = rig.sandbox.set_trouble(Trouble::Gate);
+    let gate = rig.sandbox.set_trouble(Fault::Gate);
     let call = tokio::spawn(rig.client.get(rig.proxy_url("/v2/profiles")).send());
     gate.reached(1).await;
     assert_eq!(reload(&rig).await.status(), 200);

@@ -10,9 +10,9 @@ use adsidecar::config::{self, Sources};
 use reqwest::Method;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
-use world::{Door, Rule, Trouble};
+use world::{Door, Fault, Rule};
 
-use crate::rig::{Rig, code, json};
+use crate::rig::{Rig, code, eventually, json};
 
 /// Runs a sidecar on the rig's configuration and store with more of the one or the other; gives its proxy door.
 async fn sidecar_with(rig: &Rig, env: &[(&str, &str)], sets: &[(&str, &str)]) -> SocketAddr {
@@ -44,7 +44,7 @@ async fn a_browser_that_goes_away_during_the_exchange_loses_no_grant() {
     let rig = Rig::start().await;
     let begun = json(rig.get("/api/auth/amazon/login").await).await;
     let callback = rig.consent(begun["auth_url"].as_str().unwrap()).await;
-    let gate = rig.sandbox.set_trouble(Rule::from(Trouble::Gate).at(Door::Lwa));
+    let gate = rig.sandbox.set_trouble(Rule::from(Fault::Gate).at(Door::Lwa));
     let mut browser = TcpStream::connect(rig.proxy_address()).await.unwrap();
     browser.write_all(format!("GET {callback} HTTP/1.1\r\nHost: localhost\r\n\r\n").as_bytes()).await.unwrap();
     gate.reached(1).await;
@@ -54,14 +54,7 @@ async fn a_browser_that_goes_away_during_the_exchange_loses_no_grant() {
         tokio::task::yield_now().await;
     }
     gate.release();
-    let mut state = rig.status_of("default").await["state"].clone();
-    for _ in 0..2000 {
-        if state == "fresh" {
-            break;
-        }
-        state = rig.status_of("default").await["state"].clone();
-    }
-    assert_eq!(state, "fresh");
+    eventually("the grant", async || (rig.status_of("default").await["state"] == "fresh").then_some(())).await;
     assert_eq!(rig.get("/v2/profiles").await.status(), 200);
 }
 
@@ -70,7 +63,7 @@ async fn a_401_for_a_token_that_ended_on_the_way_is_cured_too() {
     // So that the background does not renew it first.
     let rig = Rig::with("[refresh]\nidle_after = \"1m\"\n").await;
     rig.log_in("default").await;
-    let gate = rig.sandbox.set_trouble(Rule::from(Trouble::Gate).at(Door::Na));
+    let gate = rig.sandbox.set_trouble(Rule::from(Fault::Gate).at(Door::Na));
     let call = tokio::spawn(rig.request(Method::GET, "/v2/profiles").send());
     gate.reached(1).await;
     rig.sandbox.world(|world| world.expire_access_tokens());
@@ -159,7 +152,7 @@ async fn who_takes_an_event_stream_among_others_waits_for_it() {
     let rig = Rig::start().await;
     rig.log_in("default").await;
     let proxy = sidecar_beside(&rig, &[("upstream.response_timeout", "200ms")]).await;
-    rig.sandbox.set_trouble(Rule::from(Trouble::Delay { ms: 800 }).on("/mcp").next(2));
+    rig.sandbox.set_trouble(Rule::from(Fault::Delay { ms: 800 }).on("/mcp").next(2));
     let url = format!("http://{proxy}/mcp");
     let late = rig.client.post(&url).header("accept", "application/json").send().await.unwrap();
     assert_eq!((late.status().as_u16(), code(&late)), (504, "upstream_timeout"));
@@ -283,7 +276,7 @@ async fn the_chunked_body_of_a_get_passes() {
 async fn protocols_are_not_switched() {
     let rig = Rig::start().await;
     rig.log_in("default").await;
-    let switched = Trouble::Status { code: 101, headers: vec![("upgrade".into(), "x".into())], body: String::new() };
+    let switched = Fault::Status { code: 101, headers: vec![("upgrade".into(), "x".into())], body: String::new() };
     rig.sandbox.set_trouble(Rule::from(switched).at(Door::Na));
     let answer = rig.get("/v2/profiles").await;
     assert_eq!((answer.status().as_u16(), code(&answer)), (502, "upstream_reset"));

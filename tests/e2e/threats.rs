@@ -8,7 +8,7 @@ use adsidecar::config::{self, Sources};
 use adsidecar::domain::clock::Clock;
 use adsidecar::store::StoreError;
 use reqwest::Method;
-use world::{Door, Rule, Trouble};
+use world::{Door, Fault, Rule};
 
 use crate::rig::{FERNET_KEY, Rig, code, json};
 use crate::wire::eventually;
@@ -278,7 +278,7 @@ async fn threat_22_no_answer_shows_a_token() {
         let answer = rig.request(Method::from_bytes(method.as_bytes()).unwrap(), "/v2/profiles").send().await;
         answers.extend(answer.ok());
     }
-    rig.sandbox.set_trouble(Trouble::Status { code: 401, headers: Vec::new(), body: "{}".into() });
+    rig.sandbox.set_trouble(Fault::Status { code: 401, headers: Vec::new(), body: "{}".into() });
     answers.push(rig.get("/v2/profiles").await);
     for answer in answers {
         let shown = format!("{:?}", answer.headers());
@@ -472,7 +472,7 @@ async fn threat_42_no_junk_at_the_admin_door_changes_anything() {
 async fn row_69_who_hangs_up_while_waiting_leaves_nothing_in_flight_and_no_refresh_undone() {
     let rig = Rig::start().await;
     rig.log_in("default").await;
-    let gate = rig.sandbox.set_trouble(Rule::from(Trouble::Gate).at(Door::Na));
+    let gate = rig.sandbox.set_trouble(Rule::from(Fault::Gate).at(Door::Na));
     let mut wire = rig.dial().await;
     wire.send("GET /sandbox/echo HTTP/1.1\r\nHost: localhost\r\n\r\n").await;
     gate.reached(1).await;
@@ -492,7 +492,7 @@ async fn row_69_who_hangs_up_while_waiting_leaves_nothing_in_flight_and_no_refre
     gate.release();
     // The same while a token is fetched for the caller: the refresh goes on.
     rig.advance(3601);
-    let gate = rig.sandbox.set_trouble(Rule::from(Trouble::Gate).at(Door::Lwa));
+    let gate = rig.sandbox.set_trouble(Rule::from(Fault::Gate).at(Door::Lwa));
     let before = rig.sandbox.refreshes();
     let mut wire = rig.dial().await;
     wire.send("GET /sandbox/echo HTTP/1.1\r\nHost: localhost\r\n\r\n").await;

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use reqwest::Method;
 use serde_json::Value;
 use tokio::net::TcpListener;
-use world::{CLIENT_SECRET, Door, Rule, Trouble};
+use world::{CLIENT_SECRET, Door, Fault, Rule};
 
 use crate::rig::{Rig, code, eventually, header, json};
 use crate::wire::{Scripted, Wire};
@@ -167,10 +167,10 @@ async fn row_04_a_server_error_of_lwa_is_a_503_and_is_tried_again() {
     rig.log_in("default").await;
     rig.sandbox.clear_history();
     for status in [500, 502, 503, 504, 408, 425] {
-        rig.sandbox.set_trouble(Rule::from(Trouble::status(status)).at(Door::Lwa));
+        rig.sandbox.set_trouble(Rule::from(Fault::status(status)).at(Door::Lwa));
         fails(&rig, "server_error").await;
     }
-    rig.sandbox.set_trouble(Rule::from(Trouble::status(503)).at(Door::Lwa).always());
+    rig.sandbox.set_trouble(Rule::from(Fault::status(503)).at(Door::Lwa).always());
     is_survived(&rig, "server_error").await;
 }
 
@@ -178,7 +178,7 @@ async fn row_04_a_server_error_of_lwa_is_a_503_and_is_tried_again() {
 async fn row_05_a_429_of_lwa_is_one_call_for_each_pause_that_it_asks_for() {
     let rig = Rig::start().await;
     rig.log_in("default").await;
-    let armed = rig.sandbox.set_trouble(Rule::from(Trouble::too_many(Some(20))).at(Door::Lwa).always());
+    let armed = rig.sandbox.set_trouble(Rule::from(Fault::too_many(Some(20))).at(Door::Lwa).always());
     rig.advance(3600);
     for windows in 1..=5 {
         for _ in 0..20 {
@@ -237,7 +237,7 @@ async fn an_answer_that_was_lost_and_a_grant_that_is_refused_after_it_are_told_a
     assert_eq!(rig.metric(lost).await, 0.0, "a grant that was taken back is not lost");
 
     rig.log_in("default").await;
-    rig.sandbox.set_trouble(Trouble::CloseMidBody);
+    rig.sandbox.set_trouble(Fault::CloseMidBody);
     fails(&rig, "bad_answer").await;
     rig.sandbox.world(|world| world.revoke_all());
     rig.advance(61);
@@ -250,7 +250,7 @@ async fn row_08_an_answer_without_a_refresh_token_keeps_the_old_one() {
     let mut rig = Rig::start().await;
     rig.log_in("default").await;
     for _ in 0..2 {
-        rig.sandbox.set_trouble(Trouble::NoRefreshToken);
+        rig.sandbox.set_trouble(Fault::NoRefreshToken);
         assert_eq!(rig.post(REFRESH).await.status(), 200);
         rig.stop_sidecar().await;
         rig.start_sidecar().await;
@@ -385,7 +385,7 @@ async fn row_17_a_refused_client_is_one_problem_of_all_users_and_no_storm() {
         })
         .await;
     };
-    let armed = rig.sandbox.set_trouble(Rule::from(Trouble::InvalidClient).at(Door::Lwa).always());
+    let armed = rig.sandbox.set_trouble(Rule::from(Fault::InvalidClient).at(Door::Lwa).always());
     rig.advance(3600);
     all_are("failing", "invalid_client".into()).await;
     assert!(armed.met() <= 10, "those who asked side by side before anybody knew: {}", armed.met());
@@ -422,8 +422,8 @@ async fn a_client_secret_that_is_mended_by_a_reload_is_tried_at_once() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn row_18_a_grant_of_another_client_or_scope_needs_a_login_and_says_why() {
-    let scope = Trouble::Status { code: 400, headers: Vec::new(), body: r#"{"error":"invalid_scope"}"#.into() };
-    for (trouble, reason) in [(Trouble::UnauthorizedClient, "unauthorized_client"), (scope, "invalid_scope")] {
+    let scope = Fault::Status { code: 400, headers: Vec::new(), body: r#"{"error":"invalid_scope"}"#.into() };
+    for (trouble, reason) in [(Fault::UnauthorizedClient, "unauthorized_client"), (scope, "invalid_scope")] {
         let rig = Rig::start().await;
         rig.log_in("default").await;
         rig.sandbox.set_trouble(Rule::from(trouble).at(Door::Lwa).always());

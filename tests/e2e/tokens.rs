@@ -11,7 +11,7 @@ use serde_json::{Value, json as object};
 use sha2::{Digest, Sha256};
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
-use world::{CLIENT_SECRET, Door, Rule, Trouble, pseudo_random_bytes};
+use world::{CLIENT_SECRET, Door, Fault, Rule, pseudo_random_bytes};
 
 use crate::rig::{Rig, code, eventually, header, json};
 
@@ -158,7 +158,7 @@ async fn a_token_with_under_five_minutes_left_is_renewed_by_who_asks() {
 async fn row_22_a_thousand_callers_at_expiry_make_one_refresh() {
     let rig = Rig::start().await;
     rig.log_in("default").await;
-    let gate = rig.sandbox.set_trouble(Rule::from(Trouble::Gate).at(Door::Lwa).always());
+    let gate = rig.sandbox.set_trouble(Rule::from(Fault::Gate).at(Door::Lwa).always());
     rig.advance(3600);
     let callers: Vec<_> = (0..1000).map(|_| tokio::spawn(rig.request(Method::GET, "/sandbox/echo").send())).collect();
     eventually("1,000 callers that wait", async || {
@@ -177,7 +177,7 @@ async fn row_23_a_caller_that_hangs_up_takes_no_refresh_down() {
     let rig = Rig::with(IDLE).await;
     rig.log_in("default").await;
     rig.advance(3600);
-    let gate = rig.sandbox.set_trouble(Rule::from(Trouble::Gate).at(Door::Lwa));
+    let gate = rig.sandbox.set_trouble(Rule::from(Fault::Gate).at(Door::Lwa));
     let mut caller = TcpStream::connect(rig.proxy_address()).await.unwrap();
     caller.write_all(b"GET /v2/profiles HTTP/1.1\r\nHost: localhost\r\n\r\n").await.unwrap();
     gate.reached(1).await;
@@ -197,14 +197,14 @@ async fn row_23_a_caller_that_hangs_up_takes_no_refresh_down() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_token_that_lives_is_served_whatever_lwa_does() {
     for (trouble, error) in [
-        (Trouble::status(500), "server_error"),
-        (Trouble::too_many(Some(30)), "throttled"),
-        (Trouble::Reset, "unreachable"),
-        (Trouble::CloseMidBody, "bad_answer"),
-        (Trouble::Html, "bad_answer"),
-        (Trouble::BadJson, "bad_answer"),
-        (Trouble::InvalidClient, "invalid_client"),
-        (Trouble::InvalidGrant, "invalid_grant"),
+        (Fault::status(500), "server_error"),
+        (Fault::too_many(Some(30)), "throttled"),
+        (Fault::Reset, "unreachable"),
+        (Fault::CloseMidBody, "bad_answer"),
+        (Fault::Html, "bad_answer"),
+        (Fault::BadJson, "bad_answer"),
+        (Fault::InvalidClient, "invalid_client"),
+        (Fault::InvalidGrant, "invalid_grant"),
     ] {
         let rig = Rig::start().await;
         rig.log_in("default").await;
@@ -229,7 +229,7 @@ async fn a_token_that_lives_is_served_whatever_lwa_does() {
 async fn while_the_token_lives_callers_wait_a_second_at_most() {
     let rig = Rig::start().await;
     rig.log_in("default").await;
-    rig.sandbox.set_trouble(Rule::from(Trouble::Hang).at(Door::Lwa).always());
+    rig.sandbox.set_trouble(Rule::from(Fault::Hang).at(Door::Lwa).always());
     rig.advance(3600 - 60);
     let begun = Instant::now();
     let callers: Vec<_> = (0..20).map(|_| tokio::spawn(rig.request(Method::GET, "/v2/profiles").send())).collect();
@@ -245,7 +245,7 @@ async fn while_the_token_lives_callers_wait_a_second_at_most() {
 async fn without_a_living_token_an_outage_of_lwa_is_a_503_and_few_calls() {
     let rig = Rig::start().await;
     rig.log_in("default").await;
-    let down = Trouble::Status { code: 503, headers: vec![("retry-after".into(), "7".into())], body: String::new() };
+    let down = Fault::Status { code: 503, headers: vec![("retry-after".into(), "7".into())], body: String::new() };
     rig.sandbox.set_trouble(Rule::from(down).at(Door::Lwa).always());
     rig.advance(3600);
     for _ in 0..50 {
@@ -264,8 +264,8 @@ async fn without_a_living_token_an_outage_of_lwa_is_a_503_and_few_calls() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn callers_of_an_outage_are_told_soon_and_recover_by_themselves() {
-    for trouble in [Trouble::status(500), Trouble::Reset, Trouble::InvalidClient] {
-        let operator = trouble == Trouble::InvalidClient;
+    for trouble in [Fault::status(500), Fault::Reset, Fault::InvalidClient] {
+        let operator = trouble == Fault::InvalidClient;
         let rig = Rig::with_running_clock("").await;
         rig.log_in("default").await;
         let armed = rig.sandbox.set_trouble(Rule::from(trouble).at(Door::Lwa).always());
@@ -296,7 +296,7 @@ async fn callers_of_an_outage_are_told_soon_and_recover_by_themselves() {
 async fn row_03_an_lwa_that_never_answers_keeps_nobody_waiting_for_ever() {
     let rig = Rig::with_running_clock("").await;
     rig.log_in("default").await;
-    rig.sandbox.set_trouble(Rule::from(Trouble::Hang).at(Door::Lwa).always());
+    rig.sandbox.set_trouble(Rule::from(Fault::Hang).at(Door::Lwa).always());
     rig.advance(3600);
     let begun = Instant::now();
     let answer = rig.get("/v2/profiles").await;
@@ -351,7 +351,7 @@ async fn row_09_a_rotated_refresh_token_is_on_disk_before_it_is_needed() {
     let mut rig = Rig::start().await;
     rig.log_in("default").await;
     for _ in 0..2 {
-        rig.sandbox.set_trouble(Trouble::RotateRefreshToken);
+        rig.sandbox.set_trouble(Fault::RotateRefreshToken);
         assert_eq!(rig.post(REFRESH).await.status(), 200);
         rig.stop_sidecar().await;
         rig.start_sidecar().await;
@@ -364,7 +364,7 @@ async fn row_09_a_rotated_refresh_token_is_on_disk_before_it_is_needed() {
 async fn row_09_a_new_refresh_token_that_is_refused_gives_way_to_the_one_before() {
     let mut rig = Rig::start().await;
     rig.log_in("default").await;
-    rig.sandbox.set_trouble(Trouble::RotateRefreshToken);
+    rig.sandbox.set_trouble(Fault::RotateRefreshToken);
     assert_eq!(rig.post(REFRESH).await.status(), 200);
     assert_eq!(rig.metric("adsidecar_token_rotations_total").await, 1.0);
     // LWA takes its rotation back: the new token is dead, the one before lives.
@@ -409,7 +409,7 @@ async fn a_refused_token_is_replaced_and_the_call_sent_once_more() {
 async fn row_54_a_refusal_that_a_fresh_token_does_not_cure_passes_and_never_loops() {
     let rig = Rig::start().await;
     rig.log_in("default").await;
-    rig.sandbox.set_trouble(Rule::from(Trouble::TokenUnauthorized).always());
+    rig.sandbox.set_trouble(Rule::from(Fault::TokenUnauthorized).always());
     let passes = async |calls: usize, refreshes: u64| {
         rig.sandbox.clear_history();
         let answer = rig.get("/v2/profiles").await;
@@ -485,7 +485,7 @@ async fn row_55_a_403_passes_and_on_an_amc_path_alone_near_the_end_of_the_token_
     rig.log_in("default").await;
     let forbidden = || {
         let body = "{\"message\":\"Forbidden\"}".into();
-        Rule::from(Trouble::Status { code: 403, headers: Vec::new(), body }).at(Door::Na)
+        Rule::from(Fault::Status { code: 403, headers: Vec::new(), body }).at(Door::Na)
     };
     rig.sandbox.clear_history();
     for path in ["/v2/profiles", "/amc/instances", "/sp/campaigns?x=/amc/"] {
@@ -502,7 +502,7 @@ async fn row_55_a_403_passes_and_on_an_amc_path_alone_near_the_end_of_the_token_
     for (path, status, calls) in [("/v2/profiles", 403, 1), ("/amc/accounts", 200, 2)] {
         rig.advance(3600 - 200);
         rig.sandbox.clear_history();
-        let gate = rig.sandbox.set_trouble(Rule::from(Trouble::Gate).at(Door::Lwa));
+        let gate = rig.sandbox.set_trouble(Rule::from(Fault::Gate).at(Door::Lwa));
         rig.sandbox.set_trouble(forbidden());
         let call = tokio::spawn(rig.request(Method::GET, path).send());
         eventually("Amazon's 403", async || {
@@ -524,7 +524,7 @@ async fn an_asked_for_refresh_is_made_at_once_and_shared() {
     assert_eq!((refused.status().as_u16(), code(&refused)), (401, "login_required"));
     rig.log_in("default").await;
     rig.advance(10);
-    let gate = rig.sandbox.set_trouble(Rule::from(Trouble::Gate).at(Door::Lwa).always());
+    let gate = rig.sandbox.set_trouble(Rule::from(Fault::Gate).at(Door::Lwa).always());
     let asked: Vec<_> = (0..20).map(|_| tokio::spawn(rig.request(Method::POST, REFRESH).send())).collect();
     eventually("all of them wait", async || (rig.metric("adsidecar_requests_in_flight").await >= 20.0).then_some(()))
         .await;
@@ -539,7 +539,7 @@ async fn an_asked_for_refresh_is_made_at_once_and_shared() {
         assert_eq!(rig.post(REFRESH).await.status(), 200);
         assert_eq!(rig.sandbox.refreshes(), made, "the next one is made again, however soon");
     }
-    rig.sandbox.set_trouble(Trouble::too_many(Some(30)));
+    rig.sandbox.set_trouble(Fault::too_many(Some(30)));
     let failed = json(rig.post(REFRESH).await).await;
     assert_eq!((&failed["state"], &failed["last_error"]), (&"failing".into(), &"throttled".into()));
 }
@@ -548,7 +548,7 @@ async fn an_asked_for_refresh_is_made_at_once_and_shared() {
 async fn an_asked_for_refresh_waits_for_the_failure_backoff_alone() {
     let rig = Rig::with_running_clock("").await;
     rig.log_in("default").await;
-    rig.sandbox.set_trouble(Rule::from(Trouble::status(500)).at(Door::Lwa));
+    rig.sandbox.set_trouble(Rule::from(Fault::status(500)).at(Door::Lwa));
     assert_eq!(json(rig.post(REFRESH).await).await["last_error"], "server_error");
     let healed = json(rig.post(REFRESH).await).await;
     assert_eq!((&healed["state"], &healed["last_error"]), (&"fresh".into(), &Value::Null));
@@ -569,7 +569,7 @@ async fn while_a_secret_is_rotated_the_old_and_the_new_are_tried_in_order() {
 async fn a_logout_beats_a_running_refresh() {
     let mut rig = Rig::start().await;
     rig.log_in("default").await;
-    let gate = rig.sandbox.set_trouble(Rule::from(Trouble::Gate).at(Door::Lwa));
+    let gate = rig.sandbox.set_trouble(Rule::from(Fault::Gate).at(Door::Lwa));
     let asked = tokio::spawn(rig.request(Method::POST, REFRESH).send());
     gate.reached(1).await;
     assert_eq!(rig.post(LOGOUT).await.status(), 204);
@@ -592,7 +592,7 @@ async fn a_new_login_beats_an_old_refresh() {
     let rig = Rig::start().await;
     rig.log_in("default").await;
     for refused in [false, true] {
-        let gate = rig.sandbox.set_trouble(Rule::from(Trouble::Gate).at(Door::Lwa));
+        let gate = rig.sandbox.set_trouble(Rule::from(Fault::Gate).at(Door::Lwa));
         let asked = tokio::spawn(rig.request(Method::POST, REFRESH).send());
         gate.reached(1).await;
         if refused {
@@ -650,7 +650,7 @@ async fn who_is_not_used_is_not_renewed_and_has_no_series() {
 #[tokio::test(flavor = "multi_thread")]
 async fn short_lives_make_no_storm() {
     let rig = Rig::start().await;
-    rig.sandbox.set_trouble(Rule::from(Trouble::ShortLife { seconds: 120 }).always());
+    rig.sandbox.set_trouble(Rule::from(Fault::ShortLife { seconds: 120 }).always());
     rig.log_in("default").await;
     for _ in 0..60 {
         rig.advance(5);
@@ -677,7 +677,7 @@ async fn short_lives_make_no_storm() {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_expired_token_is_renewed_however_short_its_life_was() {
     let rig = Rig::start().await;
-    rig.sandbox.set_trouble(Rule::from(Trouble::ShortLife { seconds: 5 }).always());
+    rig.sandbox.set_trouble(Rule::from(Fault::ShortLife { seconds: 5 }).always());
     rig.log_in("default").await;
     for renewals in 1..=5 {
         rig.advance(5);
@@ -691,7 +691,7 @@ async fn a_refresh_that_runs_at_the_end_of_the_process_is_not_lost() {
     let mut rig = Rig::start().await;
     rig.log_in("default").await;
     rig.advance(10);
-    let gate = rig.sandbox.set_trouble(Rule::from(Trouble::Gate).at(Door::Lwa));
+    let gate = rig.sandbox.set_trouble(Rule::from(Fault::Gate).at(Door::Lwa));
     let mut caller = TcpStream::connect(rig.proxy_address()).await.unwrap();
     caller.write_all(b"POST /api/auth/amazon/refresh HTTP/1.1\r\nHost: localhost\r\n\r\n").await.unwrap();
     gate.reached(1).await;

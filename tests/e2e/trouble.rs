@@ -1,11 +1,11 @@
-//! Trouble on the way to Amazon, and trouble that Amazon itself tells of.
+//! Fault on the way to Amazon, and trouble that Amazon itself tells of.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use reqwest::Method;
 use tokio::net::TcpListener;
-use world::{Door, Rule, Trouble};
+use world::{Door, Fault, Rule};
 
 use crate::rig::{Rig, code};
 use crate::wire::{Scripted, Wire};
@@ -46,7 +46,7 @@ async fn row_61_a_host_that_does_not_answer_is_given_up_and_never_asked_twice() 
     let rig = Rig::set(&[("upstream.response_timeout", "100ms")]).await;
     for method in [Method::GET, Method::POST] {
         rig.sandbox.clear_history();
-        rig.sandbox.set_trouble(Trouble::Hang);
+        rig.sandbox.set_trouble(Fault::Hang);
         assert_eq!(said(&rig, method, "/sandbox/echo", "b").await, (504, "upstream_timeout".into()));
         assert_eq!(rig.ads_calls().len(), 1, "it is not repeated: it may have been processed");
     }
@@ -61,7 +61,7 @@ async fn row_61_a_host_that_does_not_answer_is_given_up_and_never_asked_twice() 
 async fn row_59_a_reset_call_is_repeated_only_if_that_is_harmless() {
     let rig = Rig::set(&[]).await;
     // On a fresh connection nobody was about to close it: no repetition, whatever the method.
-    rig.sandbox.set_trouble(Trouble::Reset);
+    rig.sandbox.set_trouble(Fault::Reset);
     assert_eq!(said(&rig, Method::GET, "/sandbox/echo", "").await, (502, "upstream_reset".into()));
     assert_eq!(rig.ads_calls().len(), 1);
     for (method, status, times) in [
@@ -73,7 +73,7 @@ async fn row_59_a_reset_call_is_repeated_only_if_that_is_harmless() {
     ] {
         assert_eq!(rig.get("/v2/profiles").await.status(), 200);
         rig.sandbox.clear_history();
-        rig.sandbox.set_trouble(Rule::from(Trouble::Reset).on("/sandbox/echo"));
+        rig.sandbox.set_trouble(Rule::from(Fault::Reset).on("/sandbox/echo"));
         let (got, code) = said(&rig, method.clone(), "/sandbox/echo", "").await;
         assert_eq!((got, code.is_empty()), (status, status == 200), "{method}");
         let calls = rig.ads_calls();
@@ -85,7 +85,7 @@ async fn row_59_a_reset_call_is_repeated_only_if_that_is_harmless() {
     // And never more than once.
     assert_eq!(rig.get("/v2/profiles").await.status(), 200);
     rig.sandbox.clear_history();
-    rig.sandbox.set_trouble(Rule::from(Trouble::Reset).always());
+    rig.sandbox.set_trouble(Rule::from(Fault::Reset).always());
     assert_eq!(said(&rig, Method::GET, "/sandbox/echo", "").await, (502, "upstream_reset".into()));
     assert_eq!(rig.ads_calls().len(), 2);
 }
@@ -183,7 +183,7 @@ async fn passes_as_it_is(refusals: &[(u16, Option<&str>)]) {
         rig.sandbox.clear_history();
         let headers =
             [("content-type", "text/html")].into_iter().chain(retry_after.map(|after| ("retry-after", after)));
-        rig.sandbox.set_trouble(Trouble::Status {
+        rig.sandbox.set_trouble(Fault::Status {
             code: status,
             headers: headers.map(|(name, value)| (name.to_owned(), value.to_owned())).collect(),
             body: "<p>no".into(),

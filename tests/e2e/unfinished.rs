@@ -8,7 +8,7 @@ use adsidecar::store::keyring::Keyring;
 use adsidecar::store::{Settings, TokenStore, Waiting};
 use reqwest::{Method, Response};
 use serde_json::Value;
-use world::{Door, Rule, SCOPE, Trouble};
+use world::{Door, Fault, Rule, SCOPE};
 
 use crate::commands::{Serving, run};
 use crate::rig::{FERNET_KEY, Rig, code, eventually, json};
@@ -118,7 +118,7 @@ async fn killed_while_comparing(rig: &mut Rig, advertiser: &str) -> Serving {
     let mut serving = Serving::start(rig, &[]).await;
     let begun = json(rig.client.get(serving.url(LOGIN)).send().await.unwrap()).await;
     let callback = rig.consent(&format!("{}&advertiser={advertiser}", begun["auth_url"].as_str().unwrap())).await;
-    let gate = rig.sandbox.set_trouble(Rule::from(Trouble::Gate).at(Door::Eu));
+    let gate = rig.sandbox.set_trouble(Rule::from(Fault::Gate).at(Door::Eu));
     let lost = tokio::spawn(rig.client.get(serving.url(&callback)).send());
     gate.reached(1).await;
     assert_eq!(waiting(rig).len(), 1, "the new grant is on disk before anybody is asked about it");

@@ -39,8 +39,8 @@ pub struct Settings {
     pub secure_cookies: bool,
 }
 
-/// How often grants are looked for that other processes left.
-const LOOK_FOR_LEFT: Duration = Duration::from_secs(20);
+/// Interval for finishing logins that other processes left.
+const LEFTOVERS_INTERVAL: Duration = Duration::from_secs(20);
 
 /// All logins that have begun and not ended. Cloning gives another handle.
 #[derive(Clone, Debug)]
@@ -293,17 +293,10 @@ impl Login {
         Ok(Some(self.0.keeper.uninterrupted(async move { login.take_into_use(waiting).await }).await))
     }
 
-    /// Finishes what the last process left: grants whose codes are spent, and which are not in use. Those that the app has
-    /// to confirm wait on. Where others share the store, they may leave something at any time.
-    pub async fn resume(&self) {
-        self.finish_left().await;
-        while self.0.desk.is_shared() {
-            tokio::time::sleep(LOOK_FOR_LEFT).await;
-            self.finish_left().await;
-        }
-    }
-
-    async fn finish_left(&self) {
+    /// Finishes logins that another process left unfinished: their codes are spent, and their grants are not in use yet.
+    /// Grants that the app has to confirm keep waiting. Returns when to look again; `None` where no other process shares
+    /// the store, so that nothing can be left later.
+    pub async fn finish_leftovers(&self) -> Option<Duration> {
         for waiting in self.0.desk.left(self.0.clock.now()).await {
             // Where the store does not answer, what is known here decides.
             let _ = self.0.keeper.look(&waiting.user).await;
@@ -321,6 +314,7 @@ impl Login {
                 tracing::info!(%user, "a login that was under way at the last end is finished");
             }
         }
+        self.0.desk.is_shared().then_some(LEFTOVERS_INTERVAL)
     }
 
     /// Wipes the tokens of `user`, those of a grant that waits among them.

@@ -1,47 +1,22 @@
 //! The Ads API: who may come in. What is behind it stands in `resources`.
 
-use bytes::Bytes;
 use http::header::{AUTHORIZATION, HeaderName, VARY};
-use http::request::Parts;
-use http::{HeaderMap, Method, Response, StatusCode};
+use http::{HeaderMap, Response, StatusCode};
 use jiff::Timestamp;
-use serde_json::json;
 
-use super::demands::{self, ACCOUNT_ID, ADVERTISER_ID, Demand, MARKETPLACE_ID, SCOPE};
+use super::call::{Arrived, Passed, Refused};
+use super::header_requirements::{self, ADVERTISER_ID, MARKETPLACE_ID, Requirements, SCOPE};
 use super::reply::{self, Body};
 use super::world::{Access, World};
-use super::{Door, own, resources};
-
-/// A call that passed every check.
-pub(super) struct Passed<'a> {
-    pub(super) door: Door,
-    pub(super) method: &'a Method,
-    /// The path's segments, empty ones left out: Amazon's own samples hold `//sp/campaigns/list`.
-    pub(super) path: &'a [&'a str],
-    pub(super) query: &'a str,
-    pub(super) headers: &'a HeaderMap,
-    pub(super) body: &'a Bytes,
-    /// On whose behalf: [`super::catalogue::Advertiser::id`].
-    pub(super) advertiser: String,
-    /// The profile named by the Scope header, where the family looks at it.
-    pub(super) profile: Option<u64>,
-}
-
-/// What came to one of the API's doors.
-pub(super) struct Arrived<'a> {
-    pub(super) door: Door,
-    /// The port that it came to.
-    pub(super) port: u16,
-    pub(super) head: &'a Parts,
-    pub(super) target: &'a str,
-    /// The kept part of the body.
-    pub(super) body: &'a Bytes,
-    pub(super) body_len: u64,
-    pub(super) body_sha256: &'a str,
-}
+use super::{Door, resources, test_endpoints};
 
 /// Answers a call to the Ads API.
-pub(super) fn answer(world: &mut World, call: &Arrived<'_>, events: &own::Events, now: Timestamp) -> Response<Body> {
+pub(super) fn answer(
+    world: &mut World,
+    call: &Arrived<'_>,
+    events: &test_endpoints::Events,
+    now: Timestamp,
+) -> Response<Body> {
     let mut response = check_and_route(world, call, events, now).unwrap_or_else(Refused::response);
     let id = super::request_id();
     reply::set(&mut response, HeaderName::from_static("x-amz-request-id"), &id);
@@ -53,13 +28,13 @@ pub(super) fn answer(world: &mut World, call: &Arrived<'_>, events: &own::Events
 fn check_and_route(
     world: &mut World,
     call: &Arrived<'_>,
-    events: &own::Events,
+    events: &test_endpoints::Events,
     now: Timestamp,
 ) -> Result<Response<Body>, Refused> {
     let (raw_path, query) = call.target.split_once('?').unwrap_or((call.target, ""));
     let path: Vec<&str> = raw_path.split('/').filter(|segment| !segment.is_empty()).collect();
     refuse_leaks(call)?;
-    let demand = demands::of(&path).ok_or_else(|| unknown_path(&call.head.headers))?;
+    let demand = header_requirements::of(&path).ok_or_else(|| unknown_path(&call.head.headers))?;
     let access = authenticate(world, &call.head.headers, now)?.clone();
     demand.check(&call.head.headers)?;
     check_client(demand, &access, &call.head.headers)?;
@@ -76,7 +51,7 @@ fn check_and_route(
         profile,
     };
     Ok(match path[0] {
-        "sandbox" => own::answer(call, &passed, events),
+        "sandbox" => test_endpoints::answer(call, &passed, events),
         _ => resources::answer(world, &passed, demand.name),
     })
 }
@@ -86,7 +61,7 @@ fn refuse_leaks(call: &Arrived<'_>) -> Result<(), Refused> {
     if !call.target.starts_with('/') {
         return refuse("The request target is not in origin form");
     }
-    if let Some(name) = demands::leak(&call.head.headers) {
+    if let Some(name) = header_requirements::leak(&call.head.headers) {
         return refuse(&format!("Header {name} must not leave the sidecar"));
     }
     if !host_is_ours(call) {
@@ -122,7 +97,7 @@ fn authenticate<'w>(world: &'w World, headers: &HeaderMap, now: Timestamp) -> Re
 }
 
 /// The client id must be the one that the token was given to.
-fn check_client(demand: &Demand, access: &Access, headers: &HeaderMap) -> Result<(), Refused> {
+fn check_client(demand: &Requirements, access: &Access, headers: &HeaderMap) -> Result<(), Refused> {
     let sent = demand.client_id.iter().find_map(|name| headers.get(*name));
     if sent.is_some_and(|sent| sent.as_bytes() == access.client_id.as_bytes()) {
         return Ok(());
@@ -167,17 +142,6 @@ fn check_amc_account(world: &World, path: &[&str], headers: &HeaderMap, access: 
     }
 }
 
-/// `{"code","details","requestId"}`, the most common of Amazon's shapes.
-pub(super) fn coded(status: StatusCode, details: &str) -> Response<Body> {
-    let body = json!({ "code": status.as_str(), "details": details, "requestId": super::request_id() });
-    reply::json(status, &body)
-}
-
-/// What the gateway says of a token that is unknown or over.
-pub(super) fn unauthorized() -> Response<Body> {
-    reply::json(StatusCode::UNAUTHORIZED, &json!({ "message": "Unauthorized" }))
-}
-
 /// The gateway takes a path that it does not know for one signed with AWS keys.
 fn unknown_path(headers: &HeaderMap) -> Refused {
     if headers.contains_key(AUTHORIZATION) {
@@ -194,33 +158,4 @@ fn malformed(headers: &HeaderMap) -> Refused {
     Refused::Gateway(format!(
         "'{last}' not a valid key=value pair (missing equal-sign) in Authorization header: '{sent}'."
     ))
-}
-
-/// Why a call does not get in.
-pub(super) enum Refused {
-    /// The token is unknown or over.
-    Unauthorized,
-    /// The gateway could make nothing of it: 403 with this message.
-    Gateway(String),
-    /// A service refused it with this status and these details.
-    Coded(StatusCode, String),
-}
-
-impl Refused {
-    pub(super) fn coded(status: StatusCode, details: &str) -> Self {
-        Self::Coded(status, details.to_owned())
-    }
-
-    fn response(self) -> Response<Body> {
-        match self {
-            Self::Unauthorized => unauthorized(),
-            Self::Gateway(message) => reply::json(StatusCode::FORBIDDEN, &json!({ "message": message })),
-            Self::Coded(status, details) => coded(status, &details),
-        }
-    }
-}
-
-/// The value of the account header, for families that take one instead of a profile.
-pub(super) fn account_id<'a>(call: &Passed<'a>) -> Option<&'a str> {
-    call.headers.get(ACCOUNT_ID).and_then(|value| value.to_str().ok())
 }

@@ -3,11 +3,10 @@
 use http::{Response, StatusCode};
 use serde_json::{Value, json};
 
-use super::ads::{Passed, coded};
+use super::call::{Passed, body_of, coded, malformed, presigned};
 use super::catalogue::{AmcAccount, Execution, Workflow};
-use super::demands::ADVERTISER_ID;
+use super::header_requirements::ADVERTISER_ID;
 use super::reply::{self, Body};
-use super::resources::{body_of, malformed, presigned};
 use super::world::World;
 
 /// The AMC accounts of the user, wherever they are.

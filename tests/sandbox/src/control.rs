@@ -25,10 +25,10 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
-use super::doors::Shared;
+use super::fault::Rule;
 use super::history::Call;
 use super::reply::{self, Body};
-use super::trouble::Rule;
+use super::state::SandboxState;
 use super::world::{Challenge, World};
 use super::{Door, lwa};
 
@@ -77,7 +77,7 @@ struct Seed {
 }
 
 /// Answers a call to the control port.
-pub(super) fn answer(shared: &Shared, head: &Parts, body: &Bytes) -> Response<Body> {
+pub(super) fn answer(shared: &SandboxState, head: &Parts, body: &Bytes) -> Response<Body> {
     if let Some(text) = foreign(&head.headers) {
         return reply::json(StatusCode::FORBIDDEN, &json!({ "error": text }));
     }
@@ -161,7 +161,7 @@ fn with<T: DeserializeOwned>(body: &Bytes, act: impl FnOnce(T) -> (StatusCode, V
     reply::json(status, &answer)
 }
 
-fn overview(shared: &Shared) -> Response<Body> {
+fn overview(shared: &SandboxState) -> Response<Body> {
     let world = shared.world();
     let clients = world.clients.iter();
     let clients: Vec<Value> = clients.map(|one| json!({ "id": one.id, "return_urls": one.return_urls })).collect();
@@ -181,7 +181,7 @@ fn overview(shared: &Shared) -> Response<Body> {
     reply::json(StatusCode::OK, &body)
 }
 
-fn history(shared: &Shared, query: &str) -> Response<Body> {
+fn history(shared: &SandboxState, query: &str) -> Response<Body> {
     let wanted = query.strip_prefix("door=").map(|door| serde_json::from_value::<Door>(json!(door)));
     let wanted = match wanted.transpose() {
         Ok(wanted) => wanted,
@@ -192,7 +192,7 @@ fn history(shared: &Shared, query: &str) -> Response<Body> {
     reply::json(StatusCode::OK, &json!({ "calls": calls, "lwa": world.history.lwa_calls() }))
 }
 
-fn consent(shared: &Shared, seed: Seed) -> (StatusCode, Value) {
+fn consent(shared: &SandboxState, seed: Seed) -> (StatusCode, Value) {
     let mut world = shared.world();
     let world: &mut World = &mut world;
     let mut consent = world.usual_consent();

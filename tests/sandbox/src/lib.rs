@@ -3,7 +3,7 @@
 //! End-to-end tests start it in their own process, `adsidecar-sandbox` starts it as a program. A [`World`] of plain data
 //! stands behind one lock, and HTTP is a skin over it. It restates Amazon's contract from Amazon's documents and uses
 //! nothing of adsidecar's but the clock, so that a misreading of ours is not shared. It checks what it receives as
-//! strictly as Amazon does, and stricter where a header tells of a leak. [`Trouble`] is data, time is the clock's, and
+//! strictly as Amazon does, and stricter where a header tells of a leak. [`Fault`] is data, time is the clock's, and
 //! everything received stands in the history. Beside Amazon's own paths there is an area of the sandbox's own on the API's
 //! doors ([`own`]) and a [`control`] port for those who are not in the same process.
 //!
@@ -13,11 +13,11 @@
 //! ```no_run
 //! # async fn example() -> Result<(), Box<dyn std::error::Error>> {
 //! use adsidecar::domain::clock::Clock;
-//! use adsidecar::sandbox::{Door, Options, Sandbox, Trouble};
+//! use adsidecar::sandbox::{Door, Options, Sandbox, Fault};
 //!
 //! let clock = Clock::frozen("2026-08-01T00:00:00Z".parse()?);
 //! let sandbox = Sandbox::start(Options::calm(clock.clone())).await?;
-//! sandbox.set_trouble(Trouble::status(503));
+//! sandbox.set_trouble(Fault::status(503));
 //! let user = sandbox.grant();
 //! // … knock at the front door with `user`, then:
 //! assert_eq!(sandbox.refreshes(), 1);
@@ -28,18 +28,20 @@
 
 mod ads;
 mod amc;
+mod call;
 mod catalogue;
 pub mod command;
 pub mod control;
-mod demands;
-mod doors;
+mod header_requirements;
+mod listeners;
 mod history;
 mod lwa;
-pub mod own;
+pub mod test_endpoints;
 mod reply;
 mod resources;
+mod state;
 mod tls;
-mod trouble;
+mod fault;
 mod world;
 
 #[cfg(test)]
@@ -59,16 +61,16 @@ use tokio::task::JoinSet;
 use tokio_rustls::TlsAcceptor;
 
 pub use catalogue::{Advertiser, AmcAccount, Budget, Campaign, Catalogue, Execution, Profile, Report, Workflow};
+pub use fault::{Fault, FaultHandle, Rule, When};
 pub use history::{Call, LwaCalls};
-pub use own::pseudo_random_bytes;
+pub use test_endpoints::pseudo_random_bytes;
 pub use tls::IdentityError;
-pub use trouble::{Armed, Rule, Trouble, When};
 pub use world::{
     Access, CLIENT_ID, CLIENT_SECRET, Challenge, Client, Consent, Grant, Issued, RETURN_URL, SCOPE, World,
 };
 
 use adsidecar::domain::clock::Clock;
-use doors::Shared;
+use state::SandboxState;
 
 /// Share of the LWA calls, in percent, that a rough sandbox fails with 500.
 const ROUGH_FAILURES: u8 = 1;
@@ -166,7 +168,7 @@ pub enum StartError {
 
 /// A running sandbox. It serves until it is stopped or dropped.
 pub struct Sandbox {
-    shared: Arc<Shared>,
+    shared: Arc<SandboxState>,
     tasks: JoinSet<()>,
 }
 
@@ -185,9 +187,9 @@ impl Sandbox {
             let first = Timestamp::now().subsec_nanosecond().unsigned_abs() % 99;
             world
                 .troubles
-                .add(Rule::from(Trouble::status(500)).at(Door::Lwa).on("/auth/").percent(ROUGH_FAILURES), first);
+                .add(Rule::from(Fault::status(500)).at(Door::Lwa).on("/auth/").percent(ROUGH_FAILURES), first);
         }
-        let shared = Arc::new(Shared {
+        let shared = Arc::new(SandboxState {
             world: Mutex::new(world),
             clock: options.clock,
             ca_pem: identity.ca_pem,
@@ -200,9 +202,9 @@ impl Sandbox {
         let mut tasks = JoinSet::new();
         for (listener, door) in [(lwa, Door::Lwa), (na, Door::Na), (eu, Door::Eu), (fe, Door::Fe)] {
             let tls = TlsAcceptor::from(identity.server.clone());
-            tasks.spawn(doors::serve(listener.0, Some(door), Some(tls), shared.clone()));
+            tasks.spawn(listeners::serve(listener.0, Some(door), Some(tls), shared.clone()));
         }
-        tasks.spawn(doors::serve(control.0, None, None, shared.clone()));
+        tasks.spawn(listeners::serve(control.0, None, None, shared.clone()));
         Ok(Self { shared, tasks })
     }
 
@@ -298,8 +300,8 @@ impl Sandbox {
         self.lwa_calls().refreshes
     }
 
-    /// Sets a rule of trouble: a [`Trouble`] alone strikes the next call.
-    pub fn set_trouble(&self, rule: impl Into<Rule>) -> Armed {
+    /// Sets a rule of trouble: a [`Fault`] alone strikes the next call.
+    pub fn set_trouble(&self, rule: impl Into<Rule>) -> FaultHandle {
         self.shared.world().troubles.add(rule.into(), 0)
     }
 

@@ -10,8 +10,8 @@ use maud::{DOCTYPE, Markup, html};
 use serde_json::{Value, json};
 use url::form_urlencoded;
 
+use super::fault::Fault;
 use super::reply::{self, Body};
-use super::trouble::Trouble;
 use super::world::{Challenge, Consent, Credentials, Issued, Refusal, Twist, World, random_text};
 
 /// Where the consent page lives.
@@ -27,7 +27,7 @@ pub(super) fn answer(
     world: &mut World,
     head: &Parts,
     body: &[u8],
-    trouble: Option<&Trouble>,
+    trouble: Option<&Fault>,
     auto_consent: bool,
     now: Timestamp,
 ) -> Response<Body> {
@@ -177,18 +177,18 @@ fn consent_page(world: &World, params: &Params, asked: &Asked<'_>) -> String {
     page.into_string()
 }
 
-fn token(world: &mut World, head: &Parts, body: &[u8], trouble: Option<&Trouble>, now: Timestamp) -> Response<Body> {
+fn token(world: &mut World, head: &Parts, body: &[u8], trouble: Option<&Fault>, now: Timestamp) -> Response<Body> {
     let params = match Params::of_token_request(head, body) {
         Ok(params) => params,
         Err(refusal) => return refuse(refusal, now),
     };
     let issued = match trouble {
-        Some(Trouble::InvalidGrant) => {
+        Some(Fault::InvalidGrant) => {
             let refresh = params.get("grant_type") == Some("refresh_token");
             Err(Refusal::InvalidGrant(if refresh { "refresh_token" } else { "code" }))
         }
-        Some(Trouble::InvalidClient) => Err(Refusal::InvalidClient),
-        Some(Trouble::UnauthorizedClient) => Err(Refusal::UnauthorizedClient),
+        Some(Fault::InvalidClient) => Err(Refusal::InvalidClient),
+        Some(Fault::UnauthorizedClient) => Err(Refusal::UnauthorizedClient),
         _ => issue(world, &params, trouble, now),
     };
     match issued {
@@ -197,11 +197,11 @@ fn token(world: &mut World, head: &Parts, body: &[u8], trouble: Option<&Trouble>
     }
 }
 
-fn issue(world: &mut World, params: &Params, trouble: Option<&Trouble>, now: Timestamp) -> Result<Issued, Refusal> {
+fn issue(world: &mut World, params: &Params, trouble: Option<&Fault>, now: Timestamp) -> Result<Issued, Refusal> {
     let required = |name: &'static str| params.get(name).ok_or(Refusal::InvalidRequest(name));
     let twist = Twist {
-        life: if let Some(Trouble::ShortLife { seconds }) = trouble { Some(*seconds) } else { None },
-        rotate: matches!(trouble, Some(Trouble::RotateRefreshToken)),
+        life: if let Some(Fault::ShortLife { seconds }) = trouble { Some(*seconds) } else { None },
+        rotate: matches!(trouble, Some(Fault::RotateRefreshToken)),
     };
     let grant_type = required("grant_type")?;
     if !["authorization_code", "refresh_token"].contains(&grant_type) {
@@ -216,7 +216,7 @@ fn issue(world: &mut World, params: &Params, trouble: Option<&Trouble>, now: Tim
     world.exchange(client_id, code, redirect_uri, params.get("code_verifier"), &twist, now)
 }
 
-fn give_out(issued: &Issued, trouble: Option<&Trouble>, now: Timestamp) -> Response<Body> {
+fn give_out(issued: &Issued, trouble: Option<&Fault>, now: Timestamp) -> Response<Body> {
     let mut answer = json!({
         "access_token": issued.access_token,
         "refresh_token": issued.refresh_token,
@@ -224,8 +224,8 @@ fn give_out(issued: &Issued, trouble: Option<&Trouble>, now: Timestamp) -> Respo
         "expires_in": issued.expires_in,
     });
     match (trouble, answer.as_object_mut()) {
-        (Some(Trouble::NoRefreshToken), Some(fields)) => drop(fields.remove("refresh_token")),
-        (Some(Trouble::ExpiresIn { value }), Some(fields)) => drop(fields.insert("expires_in".into(), value.clone())),
+        (Some(Fault::NoRefreshToken), Some(fields)) => drop(fields.remove("refresh_token")),
+        (Some(Fault::ExpiresIn { value }), Some(fields)) => drop(fields.insert("expires_in".into(), value.clone())),
         _ => {}
     }
     token_answer(StatusCode::OK, &answer, now)

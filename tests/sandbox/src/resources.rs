@@ -4,8 +4,8 @@ use http::header::{ACCEPT, CONTENT_TYPE, HeaderName, LOCATION, SET_COOKIE};
 use http::{Method, Response, StatusCode};
 use serde_json::{Value, json};
 
-use super::ads::{Passed, account_id, coded};
 use super::amc;
+use super::call::{Passed, account_id, body_of, coded, malformed, presigned};
 use super::catalogue::{Campaign, Profile, Report};
 use super::reply::{self, Body};
 use super::world::World;
@@ -82,16 +82,6 @@ fn vendor_media_type(call: &Passed<'_>, wanted: &str) -> Option<Response<Body>> 
         return refuse(StatusCode::NOT_ACCEPTABLE, "Cannot produce an acceptable content type");
     }
     None
-}
-
-/// The body as JSON; an empty one as `{}`.
-pub(super) fn body_of(call: &Passed<'_>) -> Option<Value> {
-    if call.body.is_empty() { Some(json!({})) } else { serde_json::from_slice(call.body).ok() }
-}
-
-/// The answer to a body that is no JSON.
-pub(super) fn malformed() -> Response<Body> {
-    coded(StatusCode::BAD_REQUEST, "The request body is no valid JSON")
 }
 
 fn sp_answer(status: StatusCode, body: &Value) -> Response<Body> {
@@ -246,16 +236,6 @@ fn report_payload(id: &str, report: &Report) -> Value {
         "fileSize": if done { json!(1024) } else { Value::Null },
         "failureReason": null,
     })
-}
-
-/// A link like those of S3: signed in the query, and not to be called with an `Authorization` header.
-pub(super) fn presigned(id: &str) -> String {
-    format!(
-        "https://offline-report-storage-us-east-1-prod.s3.amazonaws.com/{id}/report-{id}.json.gz\
-         ?X-Amz-Algorithm=AWS4-HMAC-SHA256&X-Amz-Date=20261122T000000Z&X-Amz-SignedHeaders=host&X-Amz-Expires=3600\
-         &X-Amz-Credential=SANDBOX%2F20261122%2Fus-east-1%2Fs3%2Faws4_request&X-Amz-Signature={}",
-        "0f1e2d3c4b5a69788796a5b4c3d2e1f0".repeat(2),
-    )
 }
 
 /// Version 2 names the download by an absolute link back to the API.

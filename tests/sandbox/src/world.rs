@@ -11,8 +11,8 @@ use serde::Serialize;
 use sha2::{Digest, Sha256};
 
 use super::catalogue::Catalogue;
+use super::fault::Faults;
 use super::history::History;
-use super::trouble::Troubles;
 
 /// The client id of the seeded client.
 pub const CLIENT_ID: &str = "amzn1.application-oa2-client.sandbox";
@@ -48,7 +48,7 @@ pub struct World {
     codes: HashMap<String, Code>,
     access: HashMap<String, Access>,
     pub(super) history: History,
-    pub(super) troubles: Troubles,
+    pub(super) troubles: Faults,
 }
 
 /// One LWA client.
@@ -175,7 +175,7 @@ impl World {
             codes: HashMap::new(),
             access: HashMap::new(),
             history: History::default(),
-            troubles: Troubles::default(),
+            troubles: Faults::default(),
         }
     }
 

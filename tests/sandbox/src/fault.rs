@@ -1,4 +1,4 @@
-//! Trouble as data: what shall go wrong, where, and how often.
+//! Fault as data: what shall go wrong, where, and how often.
 
 use std::sync::Arc;
 
@@ -11,7 +11,7 @@ use super::Door;
 /// What goes wrong with a call.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
-pub enum Trouble {
+pub enum Fault {
     /// This answer instead of the real one: a 500, a 429 with or without `Retry-After`, a 503 as JSON or HTML.
     Status {
         /// The status code.
@@ -64,7 +64,7 @@ pub enum Trouble {
     Gate,
 }
 
-impl Trouble {
+impl Fault {
     /// A bare status with a small JSON body.
     pub fn status(code: u16) -> Self {
         Self::Status {
@@ -143,7 +143,7 @@ pub enum When {
 #[serde(deny_unknown_fields)]
 pub struct Rule {
     /// What happens.
-    pub trouble: Trouble,
+    pub trouble: Fault,
     /// At which door; at any if nothing is said.
     #[serde(default)]
     pub door: Option<Door>,
@@ -192,8 +192,8 @@ impl Rule {
     }
 }
 
-impl From<Trouble> for Rule {
-    fn from(trouble: Trouble) -> Self {
+impl From<Fault> for Rule {
+    fn from(trouble: Fault) -> Self {
         Self { trouble, door: None, path: None, when: once() }
     }
 }
@@ -204,7 +204,7 @@ fn once() -> When {
 
 /// The hand on a rule that was set: waits for calls to meet it, and opens its gate.
 #[derive(Clone, Debug)]
-pub struct Armed(Arc<Watch>);
+pub struct FaultHandle(Arc<Watch>);
 
 #[derive(Debug)]
 struct Watch {
@@ -212,7 +212,7 @@ struct Watch {
     open: watch::Sender<bool>,
 }
 
-impl Armed {
+impl FaultHandle {
     fn new() -> Self {
         Self(Arc::new(Watch { met: watch::Sender::new(0), open: watch::Sender::new(false) }))
     }
@@ -246,7 +246,7 @@ impl Armed {
 
 /// The rules in force, oldest first.
 #[derive(Debug, Default)]
-pub(super) struct Troubles {
+pub(super) struct Faults {
     rules: Vec<Standing>,
 }
 
@@ -255,12 +255,12 @@ struct Standing {
     rule: Rule,
     /// What [`When::Percent`] has gathered; a strike costs 100.
     gathered: u32,
-    armed: Armed,
+    armed: FaultHandle,
 }
 
-impl Troubles {
-    pub(super) fn add(&mut self, rule: Rule, gathered: u32) -> Armed {
-        let armed = Armed::new();
+impl Faults {
+    pub(super) fn add(&mut self, rule: Rule, gathered: u32) -> FaultHandle {
+        let armed = FaultHandle::new();
         self.rules.push(Standing { rule, gathered, armed: armed.clone() });
         armed
     }
@@ -277,7 +277,7 @@ impl Troubles {
     }
 
     /// The trouble that a call meets, counted down.
-    pub(super) fn draw(&mut self, door: Door, path: &str, token_endpoint: bool) -> Option<(Trouble, Armed)> {
+    pub(super) fn draw(&mut self, door: Door, path: &str, token_endpoint: bool) -> Option<(Fault, FaultHandle)> {
         for (index, standing) in self.rules.iter_mut().enumerate() {
             let rule = &mut standing.rule;
             let matches = rule.door.is_none_or(|wanted| wanted == door)

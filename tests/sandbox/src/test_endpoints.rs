@@ -25,7 +25,7 @@ use serde_json::json;
 use tokio::sync::{Semaphore, mpsc};
 use url::form_urlencoded;
 
-use super::ads::{Arrived, Passed, coded};
+use super::call::{Arrived, Passed, coded};
 use super::reply::{self, Body};
 
 /// Bytes are made and sent in pieces of this size.

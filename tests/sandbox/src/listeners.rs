@@ -3,8 +3,8 @@
 use std::future::pending;
 use std::io;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -22,41 +22,27 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
 use tokio_rustls::TlsAcceptor;
 
+use super::fault::{Fault, FaultHandle};
 use super::history::{Received, raw_target, receive};
 use super::reply::{self, Body};
-use super::trouble::{Armed, Trouble};
-use super::world::World;
-use super::{Addresses, Door, ads, control, http_date, lwa, own};
-use adsidecar::domain::clock::Clock;
 
-/// Where the bodies that [`Trouble::CloseMidBody`] breaks are broken if they are longer than twice this.
+use super::state::SandboxState;
+use super::{Door, ads, call, control, http_date, lwa};
+
+/// Where the bodies that [`Fault::CloseMidBody`] breaks are broken if they are longer than twice this.
 const BROKEN_AFTER_BYTES: usize = 4096;
 /// How long to wait after `accept` failed: it does so when the process is out of file descriptors, and would spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(20);
 /// How slow a rough sandbox is: the shortest delay, and how much longer the longest is, in milliseconds.
 const ROUGH_DELAY_MS: (u64, u8) = (5, 35);
 
-/// What all doors share.
-pub(super) struct Shared {
-    pub(super) world: Mutex<World>,
-    pub(super) clock: Clock,
-    pub(super) ca_pem: String,
-    pub(super) addresses: Addresses,
-    pub(super) auto_consent: bool,
-    pub(super) rough: bool,
-    pub(super) events: own::Events,
-    pub(super) connections: AtomicU64,
-}
-
-impl Shared {
-    /// The world, locked. A test that panicked while it held the world must not hide behind a poisoned lock.
-    pub(super) fn world(&self) -> MutexGuard<'_, World> {
-        self.world.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
 /// Accepts connections until it is dropped, and drops them with itself.
-pub(super) async fn serve(listener: TcpListener, door: Option<Door>, tls: Option<TlsAcceptor>, shared: Arc<Shared>) {
+pub(super) async fn serve(
+    listener: TcpListener,
+    door: Option<Door>,
+    tls: Option<TlsAcceptor>,
+    shared: Arc<SandboxState>,
+) {
     let mut connections = JoinSet::new();
     loop {
         let accepted = tokio::select! {
@@ -74,7 +60,7 @@ pub(super) async fn serve(listener: TcpListener, door: Option<Door>, tls: Option
 }
 
 /// One connection. Whatever ends it is the caller's business, or was asked for.
-async fn connection(stream: TcpStream, door: Option<Door>, tls: Option<TlsAcceptor>, shared: Arc<Shared>) {
+async fn connection(stream: TcpStream, door: Option<Door>, tls: Option<TlsAcceptor>, shared: Arc<SandboxState>) {
     let port = stream.local_addr().map_or(0, |address| address.port());
     let line = Arc::new(Line {
         id: shared.connections.fetch_add(1, Ordering::Relaxed) + 1,
@@ -106,7 +92,7 @@ async fn connection(stream: TcpStream, door: Option<Door>, tls: Option<TlsAccept
 }
 
 /// A call to the control port. It leaves no trace in the history.
-async fn ours(shared: &Shared, request: Request<Incoming>) -> Response<Body> {
+async fn ours(shared: &SandboxState, request: Request<Incoming>) -> Response<Body> {
     let (head, body) = request.into_parts();
     let received = receive(body).await;
     control::answer(shared, &head, &received.kept)
@@ -118,7 +104,12 @@ async fn ours(shared: &Shared, request: Request<Incoming>) -> Response<Body> {
 struct Cut;
 
 /// A call to one of Amazon's doors: entered into the history, troubled, answered.
-async fn amazon(shared: &Shared, door: Door, line: &Line, request: Request<Incoming>) -> Result<Response<Body>, Cut> {
+async fn amazon(
+    shared: &SandboxState,
+    door: Door,
+    line: &Line,
+    request: Request<Incoming>,
+) -> Result<Response<Body>, Cut> {
     let (head, body) = request.into_parts();
     let target = raw_target(&head);
     let token_endpoint = door == Door::Lwa && head.method == http::Method::POST && head.uri.path() == lwa::TOKEN;
@@ -130,7 +121,7 @@ async fn amazon(shared: &Shared, door: Door, line: &Line, request: Request<Incom
         world.history.amend(id, |call| call.trouble = name);
         (id, drawn)
     };
-    if let Some((Trouble::Reset, armed)) = &drawn {
+    if let Some((Fault::Reset, armed)) = &drawn {
         line.cut.store(true, Ordering::Relaxed);
         armed.meet();
         return Err(Cut);
@@ -158,7 +149,7 @@ async fn amazon(shared: &Shared, door: Door, line: &Line, request: Request<Incom
         reply::set(&mut response, DATE, &http_date(shared.clock.now()));
     }
     shared.world().history.amend(id, |call| call.status = Some(response.status().as_u16()));
-    Ok(if trouble == Some(Trouble::CloseMidBody) { broken(response).await } else { response })
+    Ok(if trouble == Some(Fault::CloseMidBody) { broken(response).await } else { response })
 }
 
 /// A call that was read to its end.
@@ -171,13 +162,13 @@ struct Whole<'a> {
 }
 
 /// What the world says to a call. The clock is read only now: while the call was held, time may have been moved.
-fn really(shared: &Shared, call: &Whole<'_>, trouble: Option<&Trouble>) -> Response<Body> {
+fn really(shared: &SandboxState, call: &Whole<'_>, trouble: Option<&Fault>) -> Response<Body> {
     let now = shared.clock.now();
     let mut world = shared.world();
     if call.door == Door::Lwa {
         return lwa::answer(&mut world, call.head, &call.received.kept, trouble, shared.auto_consent, now);
     }
-    let arrived = ads::Arrived {
+    let arrived = call::Arrived {
         door: call.door,
         port: call.port,
         head: call.head,
@@ -190,22 +181,22 @@ fn really(shared: &Shared, call: &Whole<'_>, trouble: Option<&Trouble>) -> Respo
 }
 
 /// Goes through what takes time, and returns what is still to happen.
-async fn suffer(drawn: Option<(Trouble, Armed)>) -> Option<Trouble> {
+async fn suffer(drawn: Option<(Fault, FaultHandle)>) -> Option<Fault> {
     let (trouble, armed) = drawn?;
     armed.meet();
     match trouble {
-        Trouble::Hang => pending().await,
-        Trouble::Gate => armed.opened().await,
-        Trouble::Delay { ms } => tokio::time::sleep(Duration::from_millis(ms)).await,
+        Fault::Hang => pending().await,
+        Fault::Gate => armed.opened().await,
+        Fault::Delay { ms } => tokio::time::sleep(Duration::from_millis(ms)).await,
         _ => {}
     }
     Some(trouble)
 }
 
 /// The answer that takes the real one's place.
-fn instead(trouble: Option<&Trouble>) -> Option<Response<Body>> {
+fn instead(trouble: Option<&Fault>) -> Option<Response<Body>> {
     match trouble? {
-        Trouble::Status { code, headers, body } => {
+        Fault::Status { code, headers, body } => {
             let code = StatusCode::from_u16(*code).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
             let mut response = reply::empty(code);
             *response.body_mut() = reply::full(body.clone());
@@ -216,14 +207,14 @@ fn instead(trouble: Option<&Trouble>) -> Option<Response<Body>> {
             }
             Some(response)
         }
-        Trouble::BadJson => {
+        Fault::BadJson => {
             Some(reply::answer(StatusCode::OK, "application/json", r#"{"access_token":"Atza|broken","expires_in":36"#))
         }
-        Trouble::Html => {
+        Fault::Html => {
             let page = "<!doctype html><title>Sorry</title><p>Something went wrong on our end (adsidecar sandbox).";
             Some(reply::html(StatusCode::OK, page))
         }
-        Trouble::TokenUnauthorized => Some(ads::unauthorized()),
+        Fault::TokenUnauthorized => Some(call::unauthorized()),
         _ => None,
     }
 }

@@ -2,7 +2,7 @@
 
 use http::{HeaderMap, StatusCode};
 
-use super::ads::Refused;
+use super::call::{ACCOUNT_ID, Refused};
 
 /// The client id under the name of the older families.
 pub(super) const API_CLIENT_ID: &str = "amazon-advertising-api-clientid";
@@ -14,8 +14,6 @@ pub(super) const SCOPE: &str = "amazon-advertising-api-scope";
 pub(super) const ADVERTISER_ID: &str = "amazon-advertising-api-advertiserid";
 /// The marketplace of the AMC account.
 pub(super) const MARKETPLACE_ID: &str = "amazon-advertising-api-marketplaceid";
-/// A DSP advertiser, a global account, or an AMC account.
-pub(super) const ACCOUNT_ID: &str = "amazon-ads-accountid";
 const STREAM_ACCOUNT_ID: &str = "amazon-ads-account-id";
 const MANAGER_ACCOUNT_ID: &str = "amazon-ads-manager-account-id";
 const MANAGER_ACCOUNT: &str = "amazon-advertising-api-manager-account";
@@ -26,7 +24,7 @@ const AUDIENCE_INSTANCE_ID: &str = "amazon-marketing-cloud-audience-instanceid";
 
 /// What one path family asks for.
 #[derive(Debug)]
-pub(super) struct Demand {
+pub(super) struct Requirements {
     /// What it is called in the sandbox's messages.
     pub(super) name: &'static str,
     /// Beginnings of paths, ending at a segment's border; `*` is any one segment.
@@ -44,7 +42,7 @@ pub(super) struct Demand {
 }
 
 /// A family that is content with the client id.
-const PLAIN: Demand = Demand {
+const PLAIN: Requirements = Requirements {
     name: "",
     paths: &[],
     client_id: &[API_CLIENT_ID],
@@ -55,14 +53,14 @@ const PLAIN: Demand = Demand {
 };
 
 /// The families. The first that matches counts, so a special one stands before its general one.
-const DEMANDS: &[Demand] = &[
-    Demand { name: "profiles", paths: &["/v2/profiles"], ..PLAIN },
-    Demand {
+const REQUIREMENTS: &[Requirements] = &[
+    Requirements { name: "profiles", paths: &["/v2/profiles"], ..PLAIN },
+    Requirements {
         name: "accounts",
         paths: &["/managerAccounts", "/adsAccounts", "/testAccounts", "/amc/accounts"],
         ..PLAIN
     },
-    Demand {
+    Requirements {
         name: "AMC rule-based audiences",
         paths: &["/amc/audiences/query", "/amc/audiences/lookalike"],
         required: &[AUDIENCE_INSTANCE_ID],
@@ -70,22 +68,22 @@ const DEMANDS: &[Demand] = &[
         forbidden: &[ADVERTISER_ID],
         ..PLAIN
     },
-    Demand { name: "AMC advertiser audiences", paths: &["/amc/audiences"], ..PLAIN },
-    Demand {
+    Requirements { name: "AMC advertiser audiences", paths: &["/amc/audiences"], ..PLAIN },
+    Requirements {
         name: "AMC advertiser data",
         paths: &["/amc/advertiserData"],
         // The documents stop at the first two; production instances asked for the third.
         required: &[ADVERTISER_ID, MARKETPLACE_ID, ACCOUNT_ID],
         ..PLAIN
     },
-    Demand {
+    Requirements {
         name: "AMC",
         paths: &["/amc/instances", "/amc/reporting"],
         required: &[ADVERTISER_ID, MARKETPLACE_ID],
         ..PLAIN
     },
-    Demand { name: "AMC user invitations", paths: &["/user-invitations"], required: &[ACCOUNT_ID], ..PLAIN },
-    Demand {
+    Requirements { name: "AMC user invitations", paths: &["/user-invitations"], required: &[ACCOUNT_ID], ..PLAIN },
+    Requirements {
         name: "reporting",
         paths: &["/reporting/reports"],
         // Its get-started page names one, its OpenAPI document the other.
@@ -93,34 +91,34 @@ const DEMANDS: &[Demand] = &[
         exclusive: &[SCOPE, ACCOUNT_ID],
         ..PLAIN
     },
-    Demand { name: "Ads API v1", paths: &["/adsApi/v1"], client_id: &[ADS_CLIENT_ID], ..PLAIN },
-    Demand { name: "MCP", paths: &["/mcp"], client_id: &[ADS_CLIENT_ID], ..PLAIN },
-    Demand { name: "DSP streams", paths: &["/dsp/streams"], required: &[STREAM_ACCOUNT_ID], ..PLAIN },
-    Demand { name: "streams", paths: &["/streams"], one_of: &[SCOPE, ACCOUNT_ID], ..PLAIN },
-    Demand {
+    Requirements { name: "Ads API v1", paths: &["/adsApi/v1"], client_id: &[ADS_CLIENT_ID], ..PLAIN },
+    Requirements { name: "MCP", paths: &["/mcp"], client_id: &[ADS_CLIENT_ID], ..PLAIN },
+    Requirements { name: "DSP streams", paths: &["/dsp/streams"], required: &[STREAM_ACCOUNT_ID], ..PLAIN },
+    Requirements { name: "streams", paths: &["/streams"], one_of: &[SCOPE, ACCOUNT_ID], ..PLAIN },
+    Requirements {
         name: "DSP measurement and conversions",
         paths: &["/dsp/measurement", "/measurement", "/conversions"],
         exclusive: &[SCOPE, ACCOUNT_ID],
         ..PLAIN
     },
-    Demand { name: "DSP reports", paths: &["/accounts/*/dsp"], ..PLAIN },
-    Demand { name: "DSP", paths: &["/dsp"], required: &[SCOPE], ..PLAIN },
-    Demand {
+    Requirements { name: "DSP reports", paths: &["/accounts/*/dsp"], ..PLAIN },
+    Requirements { name: "DSP", paths: &["/dsp"], required: &[SCOPE], ..PLAIN },
+    Requirements {
         name: "traffic events",
         paths: &["/avc"],
         required: &[MARKETPLACE_ID],
         one_of: &[DSP_ADVERTISER_ID, ENTITY_ID, ENTITY_ID_HYPHEN],
         ..PLAIN
     },
-    Demand { name: "ads data manager", paths: &["/adm"], required: &[MANAGER_ACCOUNT_ID], ..PLAIN },
-    Demand {
+    Requirements { name: "ads data manager", paths: &["/adm"], required: &[MANAGER_ACCOUNT_ID], ..PLAIN },
+    Requirements {
         name: "MMM, benchmarks and partner opportunities",
         paths: &["/mmm", "/brandBenchmarks", "/partnerOpportunities"],
         required: &[MANAGER_ACCOUNT],
         ..PLAIN
     },
-    Demand { name: "data provider", paths: &["/v2/dp", "/dp/records"], ..PLAIN },
-    Demand {
+    Requirements { name: "data provider", paths: &["/v2/dp", "/dp/records"], ..PLAIN },
+    Requirements {
         name: "sponsored ads and what belongs to a profile",
         paths: &[
             "/sp",
@@ -145,19 +143,19 @@ const DEMANDS: &[Demand] = &[
         ..PLAIN
     },
     // The sandbox's own.
-    Demand { name: "sandbox", paths: &["/sandbox"], client_id: &[API_CLIENT_ID, ADS_CLIENT_ID], ..PLAIN },
+    Requirements { name: "sandbox", paths: &["/sandbox"], client_id: &[API_CLIENT_ID, ADS_CLIENT_ID], ..PLAIN },
 ];
 
 /// The family of a path that was split at its slashes; nothing for a path that Amazon does not know.
-pub(super) fn of(path: &[&str]) -> Option<&'static Demand> {
+pub(super) fn of(path: &[&str]) -> Option<&'static Requirements> {
     let begins = |pattern: &str| {
         let wanted: Vec<&str> = pattern.split('/').skip(1).collect();
         wanted.len() <= path.len() && wanted.iter().zip(path).all(|(want, have)| *want == "*" || want == have)
     };
-    DEMANDS.iter().find(|demand| demand.paths.iter().any(|pattern| begins(pattern)))
+    REQUIREMENTS.iter().find(|demand| demand.paths.iter().any(|pattern| begins(pattern)))
 }
 
-impl Demand {
+impl Requirements {
     /// Checks the client id's and the context headers' names and numbers; their values are looked at elsewhere.
     pub(super) fn check(&self, headers: &HeaderMap) -> Result<(), Refused> {
         let has = |name: &&&str| headers.contains_key(**name);

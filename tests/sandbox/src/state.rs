@@ -1,0 +1,28 @@
+//! What all listeners of the sandbox share.
+
+use std::sync::atomic::AtomicU64;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use adsidecar::domain::clock::Clock;
+
+use super::world::World;
+use super::{Addresses, test_endpoints};
+
+/// State behind every listener.
+pub(super) struct SandboxState {
+    pub(super) world: Mutex<World>,
+    pub(super) clock: Clock,
+    pub(super) ca_pem: String,
+    pub(super) addresses: Addresses,
+    pub(super) auto_consent: bool,
+    pub(super) rough: bool,
+    pub(super) events: test_endpoints::Events,
+    pub(super) connections: AtomicU64,
+}
+
+impl SandboxState {
+    /// The world, locked. A test that panicked while it held the world must not hide behind a poisoned lock.
+    pub(super) fn world(&self) -> MutexGuard<'_, World> {
+        self.world.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
