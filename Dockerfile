@@ -28,7 +28,7 @@ RUN --mount=type=cache,id=cargo-registry-${TARGETARCH},target=/usr/local/cargo/r
     && cargo build --release --locked --bin adsidecar \
     && mkdir -p /out/data
 
-# libc, libm and libgcc_s are all that the binary needs; tests/around/dockerfile_test.py holds it to that.
+# libc, libm and libgcc_s are all that the binary needs; tests/packaging/dockerfile_test.py holds it to that.
 FROM gcr.io/distroless/cc-debian12:nonroot
 LABEL org.opencontainers.image.title="adsidecar" \
       org.opencontainers.image.description="Plain HTTP to localhost in, an authenticated Amazon Ads call out" \

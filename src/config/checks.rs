@@ -257,7 +257,8 @@ mod tests {
     }
 
     #[test]
-    fn row_91_urls_that_a_browser_would_forgive_are_refused() {
+    // Covers: failure 91.
+    fn urls_that_a_browser_would_forgive_are_refused() {
         for bad in [
             "",
             "//evil",

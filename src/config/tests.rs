@@ -291,7 +291,8 @@ const BAD_FILES: &[(&str, &str, &str)] = &[
 ];
 
 #[test]
-fn row_104_each_bad_file_is_refused_by_key_and_cure_and_without_its_values() {
+// Covers: failure 104.
+fn each_bad_file_is_refused_by_key_and_cure_and_without_its_values() {
     for (text, key, cure) in BAD_FILES {
         // The required keys come by the environment, so that the text may open any section of the file.
         let given = Given::required().toml(&format!("\n\n\n\n{text}"));
@@ -320,7 +321,8 @@ fn the_same_single_values_are_refused_in_the_environment_and_in_flags() {
 }
 
 #[test]
-fn row_104_all_problems_are_reported_at_once() {
+// Covers: failure 104.
+fn all_problems_are_reported_at_once() {
     let given = Given::nothing()
         .toml("[amazon]\nregion = 'x'\n[proxy]\ncolour = 1\nselection = 'x'\n[[account]]\nregion = 'x'")
         .env(&[("ADSIDECAR_REFRESH__SWEEP", "0s"), ("ADSIDECAR_PROXY__COLOUR", "x")])
@@ -540,7 +542,8 @@ fn several_secrets_come_by_comma_by_list_and_by_line() {
 // Single keys.
 
 #[test]
-fn row_44_what_is_no_fernet_key_is_refused() {
+// Covers: failure 44.
+fn what_is_no_fernet_key_is_refused() {
     let quoted = format!("\"{FERNET_KEY}\"");
     let short = &FERNET_KEY[..40];
     let second = format!("{FERNET_KEY},{CANARY}");
@@ -594,7 +597,8 @@ fn only_development_does_without_a_fernet_key() {
 }
 
 #[test]
-fn threat_41_development_takes_any_redirect_uri_and_production_does_not() {
+// Covers: threat 41.
+fn development_takes_any_redirect_uri_and_production_does_not() {
     let given = Given::required().env(&[("AMAZON_OAUTH_REDIRECT_URI", "http://app.internal/cb")]);
     one_problem(&given, &["amazon.redirect_uri", "in production"]);
     assert_eq!(given.env(&[("ENVIRONMENT", "development")]).config().lwa.redirect_uri, "http://app.internal/cb");

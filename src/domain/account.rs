@@ -251,7 +251,8 @@ mod tests {
     }
 
     #[test]
-    fn threat_21_an_id_that_would_split_a_header_is_refused() {
+    // Covers: threat 21.
+    fn an_id_that_would_split_a_header_is_refused() {
         let mut ids = Ids::default();
         for bad in ["", "a b", "a\r\nx: y", "é", &"1".repeat(65)] {
             assert_eq!(ids.set(Context::Scope, bad), Err(BadId), "{bad:?}");

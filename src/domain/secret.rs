@@ -74,7 +74,8 @@ mod tests {
     }
 
     #[test]
-    fn threat_04_comparison_accepts_only_the_whole_text() {
+    // Covers: threat 4.
+    fn comparison_accepts_only_the_whole_text() {
         let secret = Secret::new("abc");
         assert!(secret.matches(b"abc"));
         for wrong in [&b"ab"[..], b"abcd", b"", b"ABC"] {

@@ -152,7 +152,8 @@ mod tests {
     }
 
     #[test]
-    fn threat_25_nothing_more_is_taken_of_an_answer_whose_caller_takes_nothing() {
+    // Covers: threat 25.
+    fn nothing_more_is_taken_of_an_answer_whose_caller_takes_nothing() {
         let connections = Arc::<Connections>::default();
         let seat = connections.sit();
         let mut body = Guarded::new(Full::new(Bytes::from_static(b"answer")), seat.begin());

@@ -215,7 +215,8 @@ mod tests {
     }
 
     #[test]
-    fn row_44_what_is_no_key_is_refused_with_the_cure_and_without_the_key() {
+    // Covers: failure 44.
+    fn what_is_no_key_is_refused_with_the_cure_and_without_the_key() {
         let (quoted, single) = (format!("\"{KEY}\""), format!("'{KEY}'"));
         let (long, pair) = (format!("{}AAAA=", &KEY[..43]), format!("{KEY},{KEY}"));
         let garbage = format!("{}$", &KEY[..43]);
@@ -257,7 +258,8 @@ mod tests {
     }
 
     #[test]
-    fn row_44_a_key_is_taken_as_files_and_other_tools_write_it() {
+    // Covers: failure 44.
+    fn a_key_is_taken_as_files_and_other_tools_write_it() {
         let token = ring(&[KEY]).seal(b"x");
         let newline = format!(" {KEY}\r\n");
         let other_alphabet = KEY.replace('-', "+").replace('_', "/");

@@ -277,13 +277,15 @@ mod tests {
     }
 
     #[test]
-    fn threat_27_a_record_under_another_users_name_is_refused() {
+    // Covers: threat 27.
+    fn a_record_under_another_users_name_is_refused() {
         let record = Record::seal(&grant(), &user("anna"), &ring());
         assert_eq!(record.open(&user("bob"), &ring()).unwrap_err(), RecordError::Tampered);
     }
 
     #[test]
-    fn threat_29_each_changed_field_under_the_seal_is_refused() {
+    // Covers: threat 29.
+    fn each_changed_field_under_the_seal_is_refused() {
         let (ring, anna) = (ring(), user("anna"));
         let record = Record::seal(&grant(), &anna, &ring);
         let other = value(&Record::seal(&grant(), &anna, &ring));
@@ -366,7 +368,8 @@ mod tests {
     }
 
     #[test]
-    fn threat_28_the_stored_fields_are_those_of_the_contract_and_tokens_are_encrypted_alone() {
+    // Covers: threat 28.
+    fn the_stored_fields_are_those_of_the_contract_and_tokens_are_encrypted_alone() {
         let json = value(&Record::seal(&grant(), &user("anna"), &ring()));
         let names: Vec<_> = json.as_object().unwrap().keys().map(String::as_str).collect();
         let mut expected = ["access_token", "refresh_token", "token_type", "expires_at", "updated_at"].to_vec();

@@ -142,7 +142,8 @@ fn expected(names: &[&str], generation: u64) -> BTreeMap<String, Result<String, 
 // Refusals: the key.
 
 #[tokio::test]
-async fn row_43_a_wrong_key_is_refused_with_both_fingerprints_and_nothing_is_touched() {
+// Covers: failure 43.
+async fn a_wrong_key_is_refused_with_both_fingerprints_and_nothing_is_touched() {
     let place = Place::filled(&["anna"]).await;
     let before = place.hashes();
     let wrong = ring(&[&Keyring::generate_key(), &Keyring::generate_key()]);
@@ -196,7 +197,8 @@ async fn a_key_check_that_holds_no_fingerprint_does_not_lock_the_right_key_out()
 // Refusals: other processes, other directories.
 
 #[tokio::test]
-async fn row_38_a_second_opening_is_told_who_holds_it_and_disturbs_nothing() {
+// Covers: failure 38.
+async fn a_second_opening_is_told_who_holds_it_and_disturbs_nothing() {
     let place = Place::new();
     let (store, _) = place.open();
     store.save(&user("anna"), &grant("anna", 1), None).await.unwrap();
@@ -230,7 +232,8 @@ fn a_database_of_other_make_is_refused_and_stays_where_it_is() {
 }
 
 #[test]
-fn row_53_trouble_with_the_file_system_names_the_path_and_the_cure() {
+// Covers: failure 53.
+fn trouble_with_the_file_system_names_the_path_and_the_cure() {
     let place = Place::new();
     fs::write(place.dir.path().join("data"), "a file where the directory should be").unwrap();
     let error = place.try_open().unwrap_err();
@@ -280,7 +283,8 @@ async fn repeating_a_save_that_was_done_is_no_conflict() {
 }
 
 #[tokio::test]
-async fn row_48_records_swapped_between_users_are_refused_and_kept() {
+// Covers: failure 48.
+async fn records_swapped_between_users_are_refused_and_kept() {
     let place = Place::filled(&["anna", "bob"]).await;
     let raw = place.raw();
     let grants = raw.open_tree("grants").unwrap();
@@ -304,7 +308,8 @@ async fn row_48_records_swapped_between_users_are_refused_and_kept() {
 }
 
 #[tokio::test]
-async fn row_48_a_record_that_was_put_back_in_an_older_state_is_not_used() {
+// Covers: failure 48.
+async fn a_record_that_was_put_back_in_an_older_state_is_not_used() {
     let place = Place::filled(&["anna", "bob"]).await;
     let old = place.raw().open_tree("grants").unwrap().get("anna").unwrap().unwrap();
     let (store, _) = place.open();
@@ -352,7 +357,8 @@ async fn single_records_that_do_not_open_are_reported_and_kept() {
 }
 
 #[tokio::test]
-async fn row_41_an_operation_past_its_deadline_is_told_so_and_finished_later() {
+// Covers: failure 41.
+async fn an_operation_past_its_deadline_is_told_so_and_finished_later() {
     let place = Place::new();
     let (store, _) = place.open();
     let TokenStore::Sled(worker) = &store else { panic!("it is sled") };
@@ -422,7 +428,8 @@ async fn a_panic_in_the_store_is_an_error_and_the_next_operation_works() {
 }
 
 #[tokio::test]
-async fn row_42_after_a_failed_write_the_store_begins_again_with_what_is_on_disk() {
+// Covers: failure 42.
+async fn after_a_failed_write_the_store_begins_again_with_what_is_on_disk() {
     let place = Place::filled(&["anna"]).await;
     let (store, _) = place.open();
     // A directory in the place of the copy makes the second write fail after the first.
@@ -493,7 +500,8 @@ async fn only_the_owner_can_read_it_and_no_token_lies_there_in_the_clear() {
 }
 
 #[tokio::test]
-async fn row_36_what_a_kill_during_start_leaves_behind_does_not_brick_it() {
+// Covers: failure 36.
+async fn what_a_kill_during_start_leaves_behind_does_not_brick_it() {
     let place = Place::filled(&["anna"]).await;
     for content in [&b""[..], b"half a snapshot", &[0; 4096]] {
         fs::write(place.path().join("snap.FFFFFFFFFFFFFFFF.generating"), content).unwrap();
@@ -567,7 +575,8 @@ async fn an_older_state_of_the_database_does_not_bring_a_logged_out_user_back() 
 }
 
 #[tokio::test]
-async fn row_34_on_a_full_volume_the_copies_tell_the_users_and_why_nothing_more_is_possible() {
+// Covers: failure 34.
+async fn on_a_full_volume_the_copies_tell_the_users_and_why_nothing_more_is_possible() {
     let place = Place::filled(&["anna", "bob"]).await;
     let (store, _) = place.open();
     let TokenStore::Sled(worker) = &store else { panic!("it is sled") };
@@ -668,7 +677,8 @@ fn damages(content: &[u8]) -> Vec<(String, Option<Vec<u8>>)> {
 }
 
 #[tokio::test]
-async fn row_39_whatever_is_damaged_all_users_come_back_and_nothing_is_deleted() {
+// Covers: failure 39.
+async fn whatever_is_damaged_all_users_come_back_and_nothing_is_deleted() {
     let names: Vec<_> = (0..20).map(|n| format!("user-{n}")).collect();
     let names: Vec<_> = names.iter().map(String::as_str).collect();
     let place = Place::filled(&names).await;
@@ -717,7 +727,8 @@ async fn row_39_whatever_is_damaged_all_users_come_back_and_nothing_is_deleted()
 }
 
 #[tokio::test]
-async fn row_40_damage_that_shows_while_running_is_repaired_at_the_next_operation() {
+// Covers: failure 40.
+async fn damage_that_shows_while_running_is_repaired_at_the_next_operation() {
     let place = Place::filled(&["anna"]).await;
     let (store, _) = place.open();
     let TokenStore::Sled(worker) = &store else { panic!("it is sled") };
@@ -735,7 +746,8 @@ async fn row_40_damage_that_shows_while_running_is_repaired_at_the_next_operatio
 }
 
 #[tokio::test]
-async fn row_45_rotating_the_key_reseals_records_and_copies_so_that_the_new_key_is_enough() {
+// Covers: failure 45.
+async fn rotating_the_key_reseals_records_and_copies_so_that_the_new_key_is_enough() {
     let (old, new) = (Keyring::generate_key(), Keyring::generate_key());
     let mut place = Place::new();
     place.keyring = ring(&[&old]);
@@ -767,7 +779,8 @@ async fn row_45_rotating_the_key_reseals_records_and_copies_so_that_the_new_key_
 }
 
 #[tokio::test]
-async fn row_46_an_old_key_removed_too_early_costs_no_record() {
+// Covers: failure 46.
+async fn an_old_key_removed_too_early_costs_no_record() {
     let (old, new) = (Keyring::generate_key(), Keyring::generate_key());
     let mut place = Place::new();
     place.keyring = ring(&[&old]);

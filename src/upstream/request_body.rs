@@ -284,7 +284,8 @@ mod tests {
     }
 
     #[test]
-    fn row_101_together_no_more_is_held_than_there_is_room() {
+    // Covers: failure 101.
+    fn together_no_more_is_held_than_there_is_room() {
         let room = Arc::<ReplayBudget>::default();
         let mebibyte = Bytes::from(vec![b'x'; 1 << 20]);
         let upload = || {
@@ -307,7 +308,8 @@ mod tests {
     }
 
     #[test]
-    fn threat_25_a_small_piece_does_not_pin_the_buffer_that_it_was_read_into() {
+    // Covers: threat 25.
+    fn a_small_piece_does_not_pin_the_buffer_that_it_was_read_into() {
         let held = held(usize::MAX);
         let pieces: Vec<_> =
             [3, 1, LARGE, 2, LARGE + 1, LARGE - 1, 5].map(|length| Bytes::from(vec![length as u8; length])).into();

@@ -30,7 +30,8 @@ def before(tmp_path):
         one.stop()
 
 
-def test_row_80_whatever_the_spelling_a_wsgi_backend_sees_one_value_of_each_managed_header_and_that_is_ours(before):
+# Covers: failure 80.
+def test_whatever_the_spelling_a_wsgi_backend_sees_one_value_of_each_managed_header_and_that_is_ours(before):
     assert len(spellings.all_spellings()) >= 500
     sidecar, backend = before("wsgiref")
     passed, refused, wrong = spellings.try_all(sidecar, backend.seen, f"127.0.0.1:{backend.port}")
@@ -38,7 +39,8 @@ def test_row_80_whatever_the_spelling_a_wsgi_backend_sees_one_value_of_each_mana
     assert passed > 200 and refused > 100, "the spellings are of both kinds"
 
 
-def test_threat_16_no_mutated_request_is_understood_in_two_ways(before):
+# Covers: threat 16.
+def test_no_mutated_request_is_understood_in_two_ways(before):
     sidecar, backend = before("aiohttp")
     told = asyncio.run(desync.attack(sidecar.port, range(MUTATIONS), seed=1))
     found = desync.desyncs(told, backend.seen())

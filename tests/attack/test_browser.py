@@ -88,7 +88,8 @@ def denied(sandbox) -> dict[str, int]:
     return {reason: int(count) for reason, count in series}
 
 
-def test_threat_01_and_02_no_page_of_a_real_browser_drives_the_proxy(sandbox, evil, browser):
+# Covers: threat 1.
+def test_and_02_no_page_of_a_real_browser_drives_the_proxy(sandbox, evil, browser):
     port = urlsplit(sandbox.proxy).port
     foreign, rebound = evil
     get(f"{sandbox.control}/history", "DELETE")

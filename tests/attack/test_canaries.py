@@ -4,7 +4,8 @@ import canary
 import world
 
 
-def test_row_107_no_secret_is_in_a_log_a_metric_a_page_an_error_or_a_file_in_any_of_six_encodings(tmp_path):
+# Covers: failure 107.
+def test_no_secret_is_in_a_log_a_metric_a_page_an_error_or_a_file_in_any_of_six_encodings(tmp_path):
     sandbox = world.Sandbox(tmp_path)
     run = canary.Run(sandbox, tmp_path / "run", "json")
     try:

@@ -3,10 +3,10 @@
 use reqwest::{Method, Response};
 use world::{Door, Fault, Rule};
 
-use crate::rig::{Rig, code, eventually};
+use crate::harness::{Harness, code, eventually};
 
-async fn at_door(rig: &Rig, method: Method, path: &str, headers: &[(&str, &str)]) -> Response {
-    let mut request = rig.client.request(method, rig.admin_url(path));
+async fn at_door(harness: &Harness, method: Method, path: &str, headers: &[(&str, &str)]) -> Response {
+    let mut request = harness.client.request(method, harness.admin_url(path));
     for (name, value) in headers {
         request = request.header(*name, *value);
     }
@@ -15,10 +15,10 @@ async fn at_door(rig: &Rig, method: Method, path: &str, headers: &[(&str, &str)]
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_admin_door_is_for_this_machine_and_for_no_web_page() {
-    let rig = Rig::start().await;
+    let harness = Harness::start().await;
     for path in ["/livez", "/readyz", "/startupz", "/metrics", "/quitquitquit", "/log", "/"] {
         for browser in [("origin", "https://evil.test"), ("origin", "null"), ("sec-fetch-site", "cross-site")] {
-            let answer = at_door(&rig, Method::GET, path, &[browser]).await;
+            let answer = at_door(&harness, Method::GET, path, &[browser]).await;
             assert_eq!((answer.status().as_u16(), code(&answer)), (403, "cross_site"), "{path}");
         }
     }
@@ -30,7 +30,7 @@ async fn the_admin_door_is_for_this_machine_and_for_no_web_page() {
         (Method::GET, "/"),
         (Method::POST, "/metrics"),
     ] {
-        let answer = at_door(&rig, method, path, &[("host", "evil.test")]).await;
+        let answer = at_door(&harness, method, path, &[("host", "evil.test")]).await;
         assert_eq!((answer.status().as_u16(), code(&answer)), (403, "host_not_allowed"), "{path}");
     }
     for (method, path, status) in [
@@ -44,20 +44,20 @@ async fn the_admin_door_is_for_this_machine_and_for_no_web_page() {
         (Method::GET, "/api/auth/amazon/status", 404),
         (Method::GET, "/metrics/", 404),
     ] {
-        assert_eq!(at_door(&rig, method, path, &[]).await.status(), status, "{path}");
+        assert_eq!(at_door(&harness, method, path, &[]).await.status(), status, "{path}");
     }
-    let level = rig.client.put(rig.admin_url("/log")).body("loud").send().await.unwrap();
+    let level = harness.client.put(harness.admin_url("/log")).body("loud").send().await.unwrap();
     assert_eq!((level.status().as_u16(), code(&level)), (400, "bad_request"));
-    assert_eq!(rig.client.put(rig.admin_url("/log")).body("debug").send().await.unwrap().status(), 200);
-    assert_eq!(rig.metric("adsidecar_guard_denied_total{reason=\"cross_site\"}").await, 21.0);
+    assert_eq!(harness.client.put(harness.admin_url("/log")).body("debug").send().await.unwrap().status(), 200);
+    assert_eq!(harness.metric("adsidecar_guard_denied_total{reason=\"cross_site\"}").await, 21.0);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn probes_and_scrapers_come_by_any_name() {
-    let rig = Rig::start().await;
+    let harness = Harness::start().await;
     for path in ["/livez", "/readyz", "/startupz", "/metrics"] {
         let answer = eventually("the start", async || {
-            let answer = at_door(&rig, Method::GET, path, &[("host", "10.0.0.7:9464")]).await;
+            let answer = at_door(&harness, Method::GET, path, &[("host", "10.0.0.7:9464")]).await;
             (answer.status() == 200).then_some(answer)
         })
         .await;
@@ -67,27 +67,28 @@ async fn probes_and_scrapers_come_by_any_name() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn row_110_ready_and_alive_are_about_us_and_not_about_amazon_or_logins() {
-    let mut rig = Rig::start().await;
-    let readyz = async |rig: &Rig| at_door(rig, Method::GET, "/readyz", &[]).await.status().as_u16();
-    assert_eq!(readyz(&rig).await, 200, "nobody is logged in");
-    rig.log_in("default").await;
-    rig.sandbox.set_trouble(Rule::from(Fault::status(500)).always());
-    rig.advance(3600);
-    assert_eq!(rig.post("/api/auth/amazon/refresh").await.status(), 200);
-    assert_eq!(rig.status_of("default").await["state"], "failing");
-    assert_eq!(readyz(&rig).await, 200, "Amazon is down");
+// Covers: failure 110.
+async fn ready_and_alive_are_about_us_and_not_about_amazon_or_logins() {
+    let mut harness = Harness::start().await;
+    let readyz = async |harness: &Harness| at_door(harness, Method::GET, "/readyz", &[]).await.status().as_u16();
+    assert_eq!(readyz(&harness).await, 200, "nobody is logged in");
+    harness.log_in("default").await;
+    harness.sandbox.set_trouble(Rule::from(Fault::status(500)).always());
+    harness.advance(3600);
+    assert_eq!(harness.post("/api/auth/amazon/refresh").await.status(), 200);
+    assert_eq!(harness.status_of("default").await["state"], "failing");
+    assert_eq!(readyz(&harness).await, 200, "Amazon is down");
 
-    rig.sandbox.clear_trouble();
-    rig.advance(60);
-    let gate = rig.sandbox.set_trouble(Rule::from(Fault::Gate).at(Door::Na));
-    let caller = tokio::spawn(rig.request(Method::GET, "/v2/profiles").send());
+    harness.sandbox.clear_trouble();
+    harness.advance(60);
+    let gate = harness.sandbox.set_trouble(Rule::from(Fault::Gate).at(Door::Na));
+    let caller = tokio::spawn(harness.request(Method::GET, "/v2/profiles").send());
     gate.reached(1).await;
-    let (ready, live) = (rig.admin_url("/readyz"), rig.admin_url("/livez"));
-    let stopped = rig.begin_stop();
-    eventually("the drain", async || (rig.client.get(&ready).send().await.unwrap().status() == 503).then_some(()))
+    let (ready, live) = (harness.admin_url("/readyz"), harness.admin_url("/livez"));
+    let stopped = harness.begin_stop();
+    eventually("the drain", async || (harness.client.get(&ready).send().await.unwrap().status() == 503).then_some(()))
         .await;
-    assert_eq!(rig.client.get(&live).send().await.unwrap().status(), 200);
+    assert_eq!(harness.client.get(&live).send().await.unwrap().status(), 200);
     gate.release();
     assert_eq!(caller.await.unwrap().unwrap().status(), 200, "what is in flight is answered");
     stopped.await.unwrap();
@@ -95,19 +96,19 @@ async fn row_110_ready_and_alive_are_about_us_and_not_about_amazon_or_logins() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn quitting_by_request_is_an_orderly_end() {
-    let mut rig = Rig::start().await;
-    rig.log_in("default").await;
-    let quit = rig.client.post(rig.admin_url("/quitquitquit")).send().await.unwrap();
+    let mut harness = Harness::start().await;
+    harness.log_in("default").await;
+    let quit = harness.client.post(harness.admin_url("/quitquitquit")).send().await.unwrap();
     assert_eq!(quit.status(), 200);
-    rig.quit().await;
-    rig.start_sidecar().await;
-    assert_eq!(rig.get("/v2/profiles").await.status(), 200);
+    harness.quit().await;
+    harness.start_sidecar().await;
+    assert_eq!(harness.get("/v2/profiles").await.status(), 200);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_metrics_tell_what_happened() {
-    let rig = Rig::with("[[account]]\nname = \"shop\"\nregion = \"eu\"\n").await;
-    let value = async |series: &str| rig.metric(&format!("adsidecar_{series}")).await;
+    let harness = Harness::with("[[account]]\nname = \"shop\"\nregion = \"eu\"\n").await;
+    let value = async |series: &str| harness.metric(&format!("adsidecar_{series}")).await;
     let noon = "2026-08-01T12:00:00Z".parse::<jiff::Timestamp>().unwrap().as_second() as f64;
     assert_eq!(value(&format!("build_info{{version=\"{}\"}}", env!("CARGO_PKG_VERSION"))).await, 1.0);
     assert_eq!(value("store_up").await, 1.0);
@@ -115,12 +116,12 @@ async fn the_metrics_tell_what_happened() {
     assert_eq!(value("config_reload_timestamp_seconds").await, noon);
     assert_eq!(value("users{state=\"fresh\"}").await, 0.0);
 
-    assert_eq!(code(&rig.get("/v2/profiles").await), "login_required");
+    assert_eq!(code(&harness.get("/v2/profiles").await), "login_required");
     let by_us = "requests_total{account=\"shop\",method=\"GET\",region=\"eu\",source=\"sidecar\",status=\"401\"}";
     assert_eq!(value(by_us).await, 1.0);
     assert_eq!(value("upstream_duration_seconds_count{region=\"eu\"}").await, 0.0);
 
-    rig.log_in("default").await;
+    harness.log_in("default").await;
     assert_eq!(value("token_expiry_timestamp_seconds{user=\"default\"}").await, noon + 3600.0);
     assert_eq!(value("token_last_refresh_timestamp_seconds{user=\"default\"}").await, noon);
     assert_eq!(value("consent_expiry_timestamp_seconds{user=\"default\"}").await, noon + 365.0 * 86400.0);
@@ -130,7 +131,7 @@ async fn the_metrics_tell_what_happened() {
 
     let own = value("request_duration_seconds_count{source=\"sidecar\"}").await;
     for _ in 0..3 {
-        assert_eq!(rig.get("/v2/profiles?secret=canary").await.status(), 200);
+        assert_eq!(harness.get("/v2/profiles?secret=canary").await.status(), 200);
     }
     let by_amazon = "requests_total{account=\"shop\",method=\"GET\",region=\"eu\",source=\"amazon\",status=\"200\"}";
     assert_eq!(value(by_amazon).await, 3.0);
@@ -140,21 +141,21 @@ async fn the_metrics_tell_what_happened() {
     assert_eq!(value("requests_in_flight").await, 0.0);
     assert!(value("connections{door=\"proxy\"}").await >= 1.0);
 
-    let refused = rig.request(Method::GET, "/v2/profiles").header("host", "evil.test").send().await.unwrap();
+    let refused = harness.request(Method::GET, "/v2/profiles").header("host", "evil.test").send().await.unwrap();
     assert_eq!(refused.status(), 403);
     assert_eq!(value("guard_denied_total{reason=\"host\"}").await, 1.0);
-    assert_eq!(rig.get("/sandbox/status/207").await.status(), 207);
+    assert_eq!(harness.get("/sandbox/status/207").await.status(), 207);
     assert_eq!(value("unknown_family_total").await, 1.0);
 
-    rig.sandbox.set_trouble(Rule::from(Fault::status(500)).at(Door::Lwa));
-    rig.post("/api/auth/amazon/refresh").await;
+    harness.sandbox.set_trouble(Rule::from(Fault::status(500)).at(Door::Lwa));
+    harness.post("/api/auth/amazon/refresh").await;
     assert_eq!(value("token_refresh_total{reason=\"server_error\",result=\"failure\"}").await, 1.0);
     assert_eq!(value("token_refresh_duration_seconds_count").await, 1.0);
     assert_eq!(value("users{state=\"failing\"}").await, 1.0);
     assert_eq!(value("login_required{reason=\"\",user=\"default\"}").await, 0.0);
     assert_eq!(value("token_expiry_timestamp_seconds{user=\"default\"}").await, noon + 3600.0, "the old one is served");
 
-    let text = rig.client.get(rig.admin_url("/metrics")).send().await.unwrap().text().await.unwrap();
+    let text = harness.client.get(harness.admin_url("/metrics")).send().await.unwrap().text().await.unwrap();
     assert!(text.contains("adsidecar_login_required{reason=\"\",user=\"default\"} 0"), "known users have a series");
     for leak in ["canary", "profiles", "Atz", "evil"] {
         assert!(!text.contains(leak), "{leak} became a label");
@@ -163,14 +164,14 @@ async fn the_metrics_tell_what_happened() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn while_new_connections_are_still_taken_each_answer_says_that_it_is_the_last() {
-    let mut rig = Rig::with("[shutdown]\naccept = \"3s\"\n").await;
-    rig.log_in("default").await;
-    let url = rig.proxy_url("/v2/profiles");
-    let before = rig.client.get(&url).send().await.unwrap();
+    let mut harness = Harness::with("[shutdown]\naccept = \"3s\"\n").await;
+    harness.log_in("default").await;
+    let url = harness.proxy_url("/v2/profiles");
+    let before = harness.client.get(&url).send().await.unwrap();
     assert!(!before.headers().contains_key("connection"));
-    let ended = rig.begin_stop();
+    let ended = harness.begin_stop();
     eventually("an answer that closes", async || {
-        let answer = rig.client.get(&url).send().await.unwrap();
+        let answer = harness.client.get(&url).send().await.unwrap();
         assert_eq!(answer.status(), 200);
         answer.headers().get("connection").is_some_and(|value| value == "close").then_some(())
     })

@@ -8,7 +8,7 @@ use jiff::{SignedDuration, Timestamp};
 use serde_json::Value;
 use world::{Door, Fault, Options, Rule};
 
-use crate::rig::{Rig, code, eventually, json};
+use crate::harness::{Harness, code, eventually, json};
 
 const REFRESH: &str = "/api/auth/amazon/refresh";
 /// Users fall idle so early that the background leaves the renewal to callers.
@@ -24,98 +24,101 @@ fn secs(seconds: i64) -> SignedDuration {
 
 /// An Amazon with a clock of its own, which is right, before a sidecar whose wall clock differs by so much.
 struct Apart {
-    rig: Rig,
+    harness: Harness,
     amazons: Clock,
 }
 
 impl Apart {
     async fn start(extra: &str, ahead: i64) -> Self {
         let amazons = Clock::frozen(start());
-        let mut rig = Rig::over(Options::calm(amazons.clone()), extra).await;
-        rig.stop_sidecar().await;
-        let mut apart = Self { rig, amazons };
+        let mut harness = Harness::over(Options::calm(amazons.clone()), extra).await;
+        harness.stop_sidecar().await;
+        let mut apart = Self { harness, amazons };
         apart.restart(ahead).await;
         apart
     }
 
     /// Starts the sidecar, again, on a machine whose clock is ahead of Amazon's.
     async fn restart(&mut self, ahead: i64) {
-        self.rig.clock = Clock::frozen(self.amazons.now() + secs(ahead));
-        self.rig.start_sidecar().await;
+        self.harness.clock = Clock::frozen(self.amazons.now() + secs(ahead));
+        self.harness.start_sidecar().await;
     }
 
     /// Time passes, for both.
     fn pass(&self, seconds: i64) {
         self.amazons.advance(secs(seconds));
-        self.rig.advance(seconds);
+        self.harness.advance(seconds);
     }
 
     /// The sidecar's clock is set.
     fn set(&self, seconds: i64) {
-        self.rig.clock.step(secs(seconds));
+        self.harness.clock.step(secs(seconds));
     }
 
     /// What Amazon said to the calls that came.
     fn said(&self) -> Vec<u16> {
-        self.rig.sandbox.calls(Door::Na).iter().filter_map(|call| call.status).collect()
+        self.harness.sandbox.calls(Door::Na).iter().filter_map(|call| call.status).collect()
     }
 
     async fn get(&self, user: &str) -> u16 {
-        let call = self.rig.request(reqwest::Method::GET, "/v2/profiles").header("x-ads-user", user);
+        let call = self.harness.request(reqwest::Method::GET, "/v2/profiles").header("x-ads-user", user);
         call.send().await.unwrap().status().as_u16()
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn row_29_a_clock_that_jumps_ahead_costs_each_user_one_renewal() {
+// Covers: failure 29.
+async fn a_clock_that_jumps_ahead_costs_each_user_one_renewal() {
     for hours in [2, 240] {
         let apart = Apart::start("", 0).await;
         for user in ["a", "b", "c"] {
-            apart.rig.log_in(user).await;
+            apart.harness.log_in(user).await;
         }
-        apart.rig.sandbox.clear_history();
+        apart.harness.sandbox.clear_history();
         apart.set(hours * 3600);
         for _ in 0..10 {
             for user in ["a", "b", "c"] {
                 assert_eq!(apart.get(user).await, 200);
             }
         }
-        assert_eq!(apart.rig.sandbox.refreshes(), 3, "one each, then calm");
+        assert_eq!(apart.harness.sandbox.refreshes(), 3, "one each, then calm");
         assert!(apart.said().iter().all(|status| *status == 200));
         let jumps = "adsidecar_clock_jumps_total";
-        eventually("the jump is told", async || (apart.rig.metric(jumps).await == 1.0).then_some(())).await;
+        eventually("the jump is told", async || (apart.harness.metric(jumps).await == 1.0).then_some(())).await;
         // By its own clock the machine is ahead from now on, and renewal goes on in time.
         for _ in 0..4 {
             apart.pass(45 * 60);
             assert_eq!(apart.get("a").await, 200);
-            eventually("renewal", async || (apart.rig.status_of("a").await["state"] == "fresh").then_some(())).await;
+            eventually("renewal", async || (apart.harness.status_of("a").await["state"] == "fresh").then_some(()))
+                .await;
         }
         assert!(apart.said().iter().all(|status| *status == 200));
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn row_30_a_clock_that_is_set_back_neither_sends_an_expired_token_nor_stalls() {
+// Covers: failure 30.
+async fn a_clock_that_is_set_back_neither_sends_an_expired_token_nor_stalls() {
     for back in [-60, -7200, -864_000] {
         for extra in ["", IDLE] {
             let mut apart = Apart::start(extra, 0).await;
-            apart.rig.log_in("default").await;
-            apart.rig.sandbox.clear_history();
+            apart.harness.log_in("default").await;
+            apart.harness.sandbox.clear_history();
             apart.set(back);
             assert_eq!(apart.get("default").await, 200);
-            assert_eq!(apart.rig.sandbox.refreshes(), 0, "the token lives");
+            assert_eq!(apart.harness.sandbox.refreshes(), 0, "the token lives");
             if extra.is_empty() {
                 apart.pass(3000);
-                eventually("the background's renewal", async || (apart.rig.sandbox.refreshes() == 1).then_some(()))
+                eventually("the background's renewal", async || (apart.harness.sandbox.refreshes() == 1).then_some(()))
                     .await;
             } else {
                 apart.pass(3600);
                 assert_eq!(apart.get("default").await, 200);
-                assert_eq!(apart.rig.sandbox.refreshes(), 1, "dead, whatever the wall clock says");
+                assert_eq!(apart.harness.sandbox.refreshes(), 1, "dead, whatever the wall clock says");
             }
             assert!(apart.said().iter().all(|status| *status == 200), "no dead token was sent");
             // What is stored is readable, though it was sealed in the future.
-            apart.rig.stop_sidecar().await;
+            apart.harness.stop_sidecar().await;
             apart.restart(back).await;
             assert_eq!(apart.get("default").await, 200);
         }
@@ -125,49 +128,50 @@ async fn row_30_a_clock_that_is_set_back_neither_sends_an_expired_token_nor_stal
 #[tokio::test(flavor = "multi_thread")]
 async fn no_pause_is_longer_because_the_clock_was_set_back() {
     let apart = Apart::start(IDLE, 0).await;
-    apart.rig.log_in("default").await;
+    apart.harness.log_in("default").await;
     // Behind a failure.
-    apart.rig.sandbox.set_trouble(Rule::from(Fault::too_many(Some(30))).at(Door::Lwa));
-    assert_eq!(json(apart.rig.post(REFRESH).await).await["state"], "failing");
+    apart.harness.sandbox.set_trouble(Rule::from(Fault::too_many(Some(30))).at(Door::Lwa));
+    assert_eq!(json(apart.harness.post(REFRESH).await).await["state"], "failing");
     apart.set(-864_000);
     apart.pass(30);
-    assert_eq!(json(apart.rig.post(REFRESH).await).await["state"], "fresh");
+    assert_eq!(json(apart.harness.post(REFRESH).await).await["state"], "fresh");
     // Between forced refreshes.
-    apart.rig.sandbox.world(|world| world.expire_access_tokens());
+    apart.harness.sandbox.world(|world| world.expire_access_tokens());
     assert_eq!(apart.get("default").await, 200);
     apart.set(-864_000);
     apart.pass(30);
-    apart.rig.sandbox.world(|world| world.expire_access_tokens());
+    apart.harness.sandbox.world(|world| world.expire_access_tokens());
     assert_eq!(apart.get("default").await, 200);
     // Behind a renewal, before the next one.
     apart.pass(3400);
-    assert_eq!(apart.rig.status_of("default").await["state"], "expiring");
+    assert_eq!(apart.harness.status_of("default").await["state"], "expiring");
     apart.set(-864_000);
-    apart.rig.sandbox.clear_history();
+    apart.harness.sandbox.clear_history();
     assert_eq!(apart.get("default").await, 200);
-    assert_eq!(apart.rig.sandbox.refreshes(), 1);
+    assert_eq!(apart.harness.sandbox.refreshes(), 1);
     // Behind a refusal.
-    apart.rig.sandbox.set_trouble(Fault::InvalidGrant);
-    assert_eq!(code(&apart.rig.post(REFRESH).await), "login_required");
+    apart.harness.sandbox.set_trouble(Fault::InvalidGrant);
+    assert_eq!(code(&apart.harness.post(REFRESH).await), "login_required");
     apart.set(-864_000);
     apart.pass(3600);
     assert_eq!(apart.get("default").await, 200);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn row_31_a_clock_of_1970_or_before_is_put_up_with() {
+// Covers: failure 31.
+async fn a_clock_of_1970_or_before_is_put_up_with() {
     for year in ["1970-01-01T00:00:00Z", "1960-06-01T00:00:00Z"] {
         let wrong = year.parse::<Timestamp>().unwrap().duration_since(start()).as_secs();
         let mut apart = Apart::start("", wrong).await;
-        apart.rig.log_in("default").await;
+        apart.harness.log_in("default").await;
         assert_eq!(apart.get("default").await, 200);
         apart.pass(3600);
         assert_eq!(apart.get("default").await, 200);
-        assert_eq!(apart.rig.metric("adsidecar_clock_skew_seconds").await, wrong as f64, "and told");
-        apart.rig.stop_sidecar().await;
+        assert_eq!(apart.harness.metric("adsidecar_clock_skew_seconds").await, wrong as f64, "and told");
+        apart.harness.stop_sidecar().await;
         apart.restart(wrong).await;
         assert_eq!(apart.get("default").await, 200);
-        apart.rig.stop_sidecar().await;
+        apart.harness.stop_sidecar().await;
         apart.restart(0).await;
         assert_eq!(apart.get("default").await, 200, "and when it is right again");
         apart.pass(3600);
@@ -176,15 +180,16 @@ async fn row_31_a_clock_of_1970_or_before_is_put_up_with() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn row_32_after_a_sleep_the_first_call_renews() {
+// Covers: failure 32.
+async fn after_a_sleep_the_first_call_renews() {
     let apart = Apart::start("", 0).await;
-    apart.rig.log_in("default").await;
-    apart.rig.sandbox.clear_history();
+    apart.harness.log_in("default").await;
+    apart.harness.sandbox.clear_history();
     // The wall clocks go on, and the monotonic one stands still.
     apart.amazons.advance(secs(3600));
     apart.set(3600);
     assert_eq!(apart.get("default").await, 200);
-    assert_eq!(apart.rig.sandbox.refreshes(), 1);
+    assert_eq!(apart.harness.sandbox.refreshes(), 1);
     assert_eq!(apart.said(), [200], "the dead token was not sent");
 }
 
@@ -192,51 +197,51 @@ async fn row_32_after_a_sleep_the_first_call_renews() {
 async fn a_machine_that_wakes_with_a_wrong_clock_learns_from_amazons_next_answer() {
     let mut apart = Apart::start(IDLE, 0).await;
     for user in ["a", "b"] {
-        apart.rig.log_in(user).await;
+        apart.harness.log_in(user).await;
     }
-    apart.rig.stop_sidecar().await;
+    apart.harness.stop_sidecar().await;
     apart.amazons.advance(secs(7200));
     // It believes that no time has passed, so that both tokens live.
     apart.restart(-7200).await;
-    apart.rig.sandbox.clear_history();
-    assert_eq!(apart.rig.status_of("b").await["state"], "fresh");
+    apart.harness.sandbox.clear_history();
+    assert_eq!(apart.harness.status_of("b").await["state"], "fresh");
     assert_eq!(apart.get("a").await, 200);
     assert_eq!(apart.said(), [401, 200], "Amazon's word, and the same call with another token");
-    assert_eq!(apart.rig.metric("adsidecar_clock_skew_seconds").await, -7200.0);
+    assert_eq!(apart.harness.metric("adsidecar_clock_skew_seconds").await, -7200.0);
     assert_eq!(apart.get("b").await, 200);
     assert_eq!(apart.said(), [401, 200, 200], "no dead token is sent from then on");
-    assert_eq!(apart.rig.sandbox.refreshes(), 2);
+    assert_eq!(apart.harness.sandbox.refreshes(), 2);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_skew_is_told_by_answers_of_the_ads_api_and_not_by_each_of_them() {
     let apart = Apart::start("", 0).await;
-    apart.rig.log_in("default").await;
-    let skew = async || apart.rig.metric("adsidecar_clock_skew_seconds").await;
+    apart.harness.log_in("default").await;
+    let skew = async || apart.harness.metric("adsidecar_clock_skew_seconds").await;
     apart.pass(10);
     assert_eq!((apart.get("default").await, skew().await), (200, 0.0));
     apart.set(90);
     assert_eq!((apart.get("default").await, skew().await), (200, 0.0), "not each call is asked");
     apart.pass(10);
     assert_eq!((apart.get("default").await, skew().await), (200, 90.0));
-    assert_eq!(apart.rig.sandbox.refreshes(), 0);
+    assert_eq!(apart.harness.sandbox.refreshes(), 0);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_wrong_date_of_the_ads_api_makes_no_storm() {
     let apart = Apart::start("", 0).await;
-    apart.rig.log_in("default").await;
-    assert_eq!(apart.rig.post(REFRESH).await.status(), 200);
-    apart.rig.sandbox.clear_history();
+    apart.harness.log_in("default").await;
+    assert_eq!(apart.harness.post(REFRESH).await.status(), 200);
+    apart.harness.sandbox.clear_history();
     for date in ["Thu, 01 Jan 2099 00:00:00 GMT", "Thu, 01 Jan 1970 00:00:00 GMT", "tomorrow"] {
         let answer = Fault::Status { code: 200, headers: vec![("date".into(), date.into())], body: "{}".into() };
-        apart.rig.sandbox.set_trouble(Rule::from(answer).at(Door::Na).next(5));
+        apart.harness.sandbox.set_trouble(Rule::from(answer).at(Door::Na).next(5));
         for _ in 0..5 {
             apart.pass(10);
             assert_eq!(apart.get("default").await, 200);
         }
     }
-    assert_eq!(apart.rig.sandbox.refreshes(), 0);
+    assert_eq!(apart.harness.sandbox.refreshes(), 0);
 }
 
 /// What is logged in this process, which runs this test alone.
@@ -262,34 +267,34 @@ fn logged() -> Arc<Mutex<String>> {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_consent_that_is_about_to_end_is_told_well_before_and_logged_once() {
     let log = logged();
-    let rig = Rig::start().await;
-    rig.log_in("anna").await;
+    let harness = Harness::start().await;
+    harness.log_in("anna").await;
     let day = 24 * 3600;
     let told = async || {
-        let consent = rig.status_of("anna").await["consent"].take();
-        (consent, rig.metric("adsidecar_consent_ending{user=\"anna\"}").await)
+        let consent = harness.status_of("anna").await["consent"].take();
+        (consent, harness.metric("adsidecar_consent_ending{user=\"anna\"}").await)
     };
     let lines = || log.lock().unwrap().matches("the consent ends").count();
     assert_eq!((told().await, lines()), (("valid".into(), 0.0), 0));
-    rig.advance(334 * day);
+    harness.advance(334 * day);
     assert_eq!((told().await, lines()), (("valid".into(), 0.0), 0));
-    rig.advance(day);
+    harness.advance(day);
     assert_eq!(told().await, ("ending".into(), 1.0));
     eventually("a line in the log", async || (lines() == 1).then_some(())).await;
     for _ in 0..5 {
-        rig.advance(5 * day);
+        harness.advance(5 * day);
     }
     assert_eq!(told().await, ("ending".into(), 1.0));
-    rig.advance(5 * day);
+    harness.advance(5 * day);
     assert_eq!(told().await, ("ended".into(), 1.0));
     assert_eq!(lines(), 1, "once for each consent");
     // A new consent is a new year.
-    rig.log_in("anna").await;
+    harness.log_in("anna").await;
     assert_eq!(told().await, ("valid".into(), 0.0));
-    rig.advance(340 * day);
+    harness.advance(340 * day);
     eventually("a line for the new one", async || (lines() == 2).then_some(())).await;
 
     // Of a grant that was not made here nothing is known.
-    let imported = rig.status_of("nobody").await;
+    let imported = harness.status_of("nobody").await;
     assert_eq!(imported["consent"], Value::Null);
 }

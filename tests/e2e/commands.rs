@@ -15,7 +15,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use world::{CLIENT_ID, CLIENT_SECRET, Door, Fault, RETURN_URL, Rule, SCOPE};
 
-use crate::rig::{FERNET_KEY, Rig, eventually, json};
+use crate::harness::{FERNET_KEY, Harness, eventually, json};
 
 pub const BINARY: &str = env!("CARGO_BIN_EXE_adsidecar");
 pub const OTHER_KEY: &str = "AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8=";
@@ -34,11 +34,11 @@ pub struct Ran {
 }
 
 /// A world with a clock that runs, whose sidecar is stopped: the commands come to its store.
-pub async fn stopped() -> Rig {
-    let mut rig = Rig::with_running_clock("").await;
-    rig.log_in("default").await;
-    rig.stop_sidecar().await;
-    rig
+pub async fn stopped() -> Harness {
+    let mut harness = Harness::with_running_clock("").await;
+    harness.log_in("default").await;
+    harness.stop_sidecar().await;
+    harness
 }
 
 pub fn command(arguments: &[&str]) -> Command {
@@ -73,15 +73,16 @@ async fn ended(mut command: Command, input: &str) -> Ran {
 }
 
 /// Runs a command with the world's configuration.
-pub async fn run(rig: &Rig, arguments: &[&str], input: &str) -> Ran {
-    let file = rig.config_file();
+pub async fn run(harness: &Harness, arguments: &[&str], input: &str) -> Ran {
+    let file = harness.config_file();
     bare(&[&["--config", file.to_str().unwrap()], arguments].concat(), input).await
 }
 
 /// The same, beside the sidecar that runs in this process.
-pub async fn beside(rig: &Rig, arguments: &[&str]) -> Ran {
-    let doors = [format!("proxy.listen={}", rig.proxy_address()), format!("admin.listen={}", rig.admin_address())];
-    run(rig, &[arguments, &["--set", &doors[0], "--set", &doors[1]]].concat(), "").await
+pub async fn beside(harness: &Harness, arguments: &[&str]) -> Ran {
+    let doors =
+        [format!("proxy.listen={}", harness.proxy_address()), format!("admin.listen={}", harness.admin_address())];
+    run(harness, &[arguments, &["--set", &doors[0], "--set", &doors[1]]].concat(), "").await
 }
 
 /// A sidecar in a process of its own.
@@ -94,8 +95,8 @@ pub struct Serving {
 
 impl Serving {
     /// Starts it, and returns once it serves.
-    pub async fn start(rig: &Rig, arguments: &[&str]) -> Self {
-        let file = rig.config_file();
+    pub async fn start(harness: &Harness, arguments: &[&str]) -> Self {
+        let file = harness.config_file();
         Self::spawn(command(&[&["serve", "--config", file.to_str().unwrap()], arguments].concat())).await
     }
 
@@ -211,7 +212,8 @@ async fn a_command_line_that_cannot_be_read_is_64() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn row_104_a_wrong_configuration_is_78_with_every_problem_and_no_secret() {
+// Covers: failure 104.
+async fn a_wrong_configuration_is_78_with_every_problem_and_no_secret() {
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("wrong.toml");
     let text = "[amazon]\nclient_secret = \"can ary\"\nredirect_uri = \"http://app.example.com/cb\"\n\
@@ -242,38 +244,40 @@ async fn row_104_a_wrong_configuration_is_78_with_every_problem_and_no_secret() 
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn row_43_a_wrong_fernet_key_is_78_and_changes_nothing() {
-    let rig = stopped().await;
-    let before = files(rig.directory.path());
+// Covers: failure 43.
+async fn a_wrong_fernet_key_is_78_and_changes_nothing() {
+    let harness = stopped().await;
+    let before = files(harness.directory.path());
     let wanted = Keyring::new(&[Secret::new(FERNET_KEY)]).unwrap().first().to_string();
     let wrong = format!("store.fernet_keys={OTHER_KEY}");
     for arguments in [&["serve"][..], &["users", "list"], &["store", "dump"], &["key", "rotate"], &["users", "import"]]
     {
-        let ran = run(&rig, &[arguments, &["--set", &wrong]].concat(), "Atzr|x").await;
+        let ran = run(&harness, &[arguments, &["--set", &wrong]].concat(), "Atzr|x").await;
         assert_eq!((ran.code, ran.out.as_str()), (CONFIG, ""), "{arguments:?}: {}", ran.err);
         assert!(ran.err.contains(&wanted), "{wanted} in {}", ran.err);
         assert!(!ran.err.contains(FERNET_KEY) && !ran.err.contains(OTHER_KEY));
-        assert_eq!(files(rig.directory.path()), before, "{arguments:?}");
+        assert_eq!(files(harness.directory.path()), before, "{arguments:?}");
     }
-    assert_eq!(run(&rig, &["users", "list"], "").await.code, DONE, "with the right key all is there");
+    assert_eq!(run(&harness, &["users", "list"], "").await.code, DONE, "with the right key all is there");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn row_38_a_second_process_is_75() {
-    let rig = Rig::with_running_clock("").await;
-    rig.log_in("default").await;
+// Covers: failure 38.
+async fn a_second_process_is_75() {
+    let harness = Harness::with_running_clock("").await;
+    harness.log_in("default").await;
     for arguments in [&["serve"][..], &["users", "import"], &["store", "dump"], &["store", "restore"]] {
-        let ran = run(&rig, arguments, "{}").await;
+        let ran = run(&harness, arguments, "{}").await;
         assert_eq!((ran.code, ran.out.as_str()), (HELD, ""), "{arguments:?}: {}", ran.err);
-        assert!(ran.err.contains(rig.store_path().to_str().unwrap()), "{}", ran.err);
+        assert!(ran.err.contains(harness.store_path().to_str().unwrap()), "{}", ran.err);
     }
-    assert_eq!(rig.get("/v2/profiles").await.status(), 200, "the first is not disturbed");
+    assert_eq!(harness.get("/v2/profiles").await.status(), 200, "the first is not disturbed");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_check_prints_what_holds_without_secrets() {
-    let rig = stopped().await;
-    let ran = run(&rig, &["check", "--set", "proxy.caller_token=canary-token"], "").await;
+    let harness = stopped().await;
+    let ran = run(&harness, &["check", "--set", "proxy.caller_token=canary-token"], "").await;
     assert_eq!((ran.code, ran.err.as_str()), (DONE, ""));
     for shown in ["[amazon]", "client_id", "[proxy]", "margin = \"5m\"", "environment = \"development\""] {
         assert!(ran.out.contains(shown), "{shown} in {}", ran.out);
@@ -301,14 +305,14 @@ async fn small_commands_answer() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_users_are_listed_alone_and_beside_a_running_sidecar() {
-    let mut rig = Rig::with_running_clock("").await;
+    let mut harness = Harness::with_running_clock("").await;
     for number in 0..3 {
-        rig.log_in(&format!("user-{number}")).await;
+        harness.log_in(&format!("user-{number}")).await;
     }
-    let running = beside(&rig, &["users", "list"]).await;
+    let running = beside(&harness, &["users", "list"]).await;
     assert_eq!(running.code, DONE, "{}", running.err);
-    rig.stop_sidecar().await;
-    let alone = run(&rig, &["users", "list"], "").await;
+    harness.stop_sidecar().await;
+    let alone = run(&harness, &["users", "list"], "").await;
     assert_eq!(alone.code, DONE, "{}", alone.err);
     assert_eq!(running.out, alone.out);
     let lines: Vec<Vec<&str>> = alone.out.lines().map(|line| line.split('\t').collect()).collect();
@@ -322,20 +326,20 @@ async fn the_users_are_listed_alone_and_beside_a_running_sidecar() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_command_beside_a_running_sidecar_shows_the_caller_token() {
-    let rig = Rig::with("[proxy]\nlisten = \"127.0.0.1:0\"\ncaller_token = \"one-token\"\n").await;
-    let listed = beside(&rig, &["users", "list"]).await;
+    let harness = Harness::with("[proxy]\nlisten = \"127.0.0.1:0\"\ncaller_token = \"one-token\"\n").await;
+    let listed = beside(&harness, &["users", "list"]).await;
     assert_eq!((listed.code, listed.out.as_str()), (DONE, ""), "{}", listed.err);
-    let wrong = beside(&rig, &["users", "list", "--set", "proxy.caller_token=another-token"]).await;
+    let wrong = beside(&harness, &["users", "list", "--set", "proxy.caller_token=another-token"]).await;
     assert_eq!(wrong.code, FAILED);
     assert!(wrong.err.contains("407") && !wrong.err.contains("another-token"), "{}", wrong.err);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_names_of_amazons_guide_are_enough_to_start() {
-    let rig = stopped().await;
-    let token = rig.sandbox.grant().refresh_token;
-    let store = rig.directory.path().join("other").display().to_string();
-    let ca = rig.directory.path().join("ca.pem").display().to_string();
+    let harness = stopped().await;
+    let token = harness.sandbox.grant().refresh_token;
+    let store = harness.directory.path().join("other").display().to_string();
+    let ca = harness.directory.path().join("ca.pem").display().to_string();
     let variables = [
         ("AMAZON_CLIENT_ID", CLIENT_ID.to_owned()),
         ("AMAZON_CLIENT_SECRET", CLIENT_SECRET.to_owned()),
@@ -345,9 +349,9 @@ async fn the_names_of_amazons_guide_are_enough_to_start() {
         ("FERNET_KEY", FERNET_KEY.to_owned()),
         ("FRONTEND_URL", "https://app.example.com/".to_owned()),
         ("ENVIRONMENT", "production".to_owned()),
-        ("ADSIDECAR_AMAZON__TOKEN_URL", rig.sandbox.token_url()),
+        ("ADSIDECAR_AMAZON__TOKEN_URL", harness.sandbox.token_url()),
         ("ADSIDECAR_AMAZON__CA_FILE", ca.clone()),
-        ("ADSIDECAR_UPSTREAM__NA", rig.sandbox.origin(Door::Na)),
+        ("ADSIDECAR_UPSTREAM__NA", harness.sandbox.origin(Door::Na)),
         ("ADSIDECAR_UPSTREAM__CA_FILE", ca),
         ("ADSIDECAR_STORE__PATH", store),
         ("ADSIDECAR_PROXY__LISTEN", "127.0.0.1:0".to_owned()),
@@ -359,21 +363,21 @@ async fn the_names_of_amazons_guide_are_enough_to_start() {
     let mut serve = command(&["serve", "--set", "log.format=text"]);
     serve.envs(variables);
     let serving = Serving::spawn(serve).await;
-    let call = rig.client.get(serving.url("/v2/profiles")).send().await.unwrap();
+    let call = harness.client.get(serving.url("/v2/profiles")).send().await.unwrap();
     assert_eq!(call.status(), 200, "the refresh token was adopted");
-    let ended = rig.client.get(serving.url("/api/auth/amazon/callback?code=x&state=y")).send().await.unwrap();
+    let ended = harness.client.get(serving.url("/api/auth/amazon/callback?code=x&state=y")).send().await.unwrap();
     assert!(ended.headers()["location"].to_str().unwrap().starts_with("https://app.example.com/?status=error"));
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn without_a_key_development_makes_one_and_production_refuses() {
-    let rig = stopped().await;
-    let text = std::fs::read_to_string(rig.config_file()).unwrap();
+    let harness = stopped().await;
+    let text = std::fs::read_to_string(harness.config_file()).unwrap();
     let keyless: String =
         text.lines().filter(|line| !line.starts_with("fernet_keys")).map(|line| format!("{line}\n")).collect();
-    let file = rig.directory.path().join("keyless.toml");
+    let file = harness.directory.path().join("keyless.toml");
     std::fs::write(&file, keyless).unwrap();
-    let store = rig.directory.path().join("fresh").display().to_string();
+    let store = harness.directory.path().join("fresh").display().to_string();
     let set = format!("store.path={store}");
     let arguments = ["--config", file.to_str().unwrap(), "--set", &set];
     let refused = bare(&[&["serve", "--set", "environment=production"], &arguments[..]].concat(), "").await;
@@ -381,7 +385,7 @@ async fn without_a_key_development_makes_one_and_production_refuses() {
     assert!(refused.err.contains("adsidecar key new"), "{}", refused.err);
     assert!(!Path::new(&format!("{store}.key")).exists());
 
-    let token = rig.sandbox.grant().refresh_token;
+    let token = harness.sandbox.grant().refresh_token;
     let made = bare(&[&["users", "import"], &arguments[..]].concat(), &token).await;
     assert_eq!(made.code, DONE, "{}", made.err);
     let key = std::fs::metadata(format!("{store}.key")).unwrap();
@@ -392,36 +396,37 @@ async fn without_a_key_development_makes_one_and_production_refuses() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_refresh_token_is_imported_once_it_was_verified() {
-    let mut rig = stopped().await;
-    let token = rig.sandbox.grant().refresh_token;
+    let mut harness = stopped().await;
+    let token = harness.sandbox.grant().refresh_token;
     for (input, user) in [("Atzr|unknown", "shop"), ("", "shop"), ("two words", "shop"), (token.as_str(), "default")] {
-        let ran = run(&rig, &["users", "import", "--user", user], input).await;
+        let ran = run(&harness, &["users", "import", "--user", user], input).await;
         assert_eq!(ran.code, FAILED, "{input}");
         assert!(input.is_empty() || !ran.err.contains(input), "{}", ran.err);
     }
-    let listed = run(&rig, &["users", "list"], "").await.out;
+    let listed = run(&harness, &["users", "list"], "").await.out;
     assert_eq!(listed.lines().count(), 1, "{listed}");
 
-    let taken = run(&rig, &["users", "import", "--user", "shop"], &format!("{token}\n")).await;
+    let taken = run(&harness, &["users", "import", "--user", "shop"], &format!("{token}\n")).await;
     assert_eq!((taken.code, taken.out.as_str()), (DONE, "1 grants imported\n"), "{}", taken.err);
-    let replaced = run(&rig, &["users", "import", "--replace"], &token).await;
+    let replaced = run(&harness, &["users", "import", "--replace"], &token).await;
     assert_eq!(replaced.code, DONE, "{}", replaced.err);
-    let asked = rig.sandbox.refreshes();
-    let offline = run(&rig, &["users", "import", "--user", "later", "--offline"], &token).await;
-    assert_eq!((offline.code, rig.sandbox.refreshes()), (DONE, asked));
-    rig.start_sidecar().await;
+    let asked = harness.sandbox.refreshes();
+    let offline = run(&harness, &["users", "import", "--user", "later", "--offline"], &token).await;
+    assert_eq!((offline.code, harness.sandbox.refreshes()), (DONE, asked));
+    harness.start_sidecar().await;
     for user in ["shop", "default", "later"] {
-        let call = rig.request(reqwest::Method::GET, "/v2/profiles").header("x-ads-user", user).send().await.unwrap();
+        let call =
+            harness.request(reqwest::Method::GET, "/v2/profiles").header("x-ads-user", user).send().await.unwrap();
         assert_eq!(call.status(), 200, "{user}");
-        assert_eq!(rig.status_of(user).await["consented_at"], Value::Null, "{user}");
+        assert_eq!(harness.status_of(user).await["consented_at"], Value::Null, "{user}");
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_records_of_another_service_are_imported() {
-    let mut rig = stopped().await;
-    let (one, two) = (rig.sandbox.grant(), rig.sandbox.grant());
-    let soon = (rig.clock.now() + jiff::SignedDuration::from_secs(3000)).to_string();
+    let mut harness = stopped().await;
+    let (one, two) = (harness.sandbox.grant(), harness.sandbox.grant());
+    let soon = (harness.clock.now() + jiff::SignedDuration::from_secs(3000)).to_string();
     let zoneless = soon.split('.').next().unwrap().trim_end_matches('Z').to_owned();
     let record = |issued: &world::Issued, expires_at: &str| {
         object!({
@@ -433,7 +438,7 @@ async fn the_records_of_another_service_are_imported() {
         })
     };
     let records = object!({ "living": record(&one, &zoneless), "expired": record(&two, "2026-01-01T12:00:00") });
-    let file = rig.directory.path().join("records.json");
+    let file = harness.directory.path().join("records.json");
     let path = file.to_str().unwrap().to_owned();
 
     let foreign = Fernet::new(OTHER_KEY).unwrap().encrypt(b"Atzr|x");
@@ -446,21 +451,22 @@ async fn the_records_of_another_service_are_imported() {
         object!({ "good": record(&one, &zoneless), "bad": { "refresh_token": sealed("Atzr|x"), "updated_at": "yesterday" } }).to_string(),
     ] {
         std::fs::write(&file, &bad).unwrap();
-        let ran = run(&rig, &["users", "import", "--records", &path, "--offline"], "").await;
+        let ran = run(&harness, &["users", "import", "--records", &path, "--offline"], "").await;
         assert_eq!(ran.code, FAILED, "{bad}");
         assert!(!ran.err.contains("canary") && !ran.err.contains("gAAAA"), "{}", ran.err);
     }
-    assert_eq!(run(&rig, &["users", "list"], "").await.out.lines().count(), 1, "all or nothing");
+    assert_eq!(run(&harness, &["users", "list"], "").await.out.lines().count(), 1, "all or nothing");
 
     std::fs::write(&file, records.to_string()).unwrap();
-    let taken = run(&rig, &["users", "import", "--records", &path, "--offline"], "").await;
+    let taken = run(&harness, &["users", "import", "--records", &path, "--offline"], "").await;
     assert_eq!((taken.code, taken.out.as_str()), (DONE, "2 grants imported\n"), "{}", taken.err);
-    assert_eq!(rig.sandbox.refreshes(), 0, "unverified until first used");
-    rig.start_sidecar().await;
+    assert_eq!(harness.sandbox.refreshes(), 0, "unverified until first used");
+    harness.start_sidecar().await;
     let call = async |user: &str| {
-        let call = rig.request(reqwest::Method::GET, "/sandbox/echo").header("x-ads-user", user).send().await.unwrap();
+        let call =
+            harness.request(reqwest::Method::GET, "/sandbox/echo").header("x-ads-user", user).send().await.unwrap();
         assert_eq!(call.status(), 200, "{user}");
-        rig.seen().header("authorization").unwrap().to_owned()
+        harness.seen().header("authorization").unwrap().to_owned()
     };
     assert_eq!(call("living").await, format!("Bearer {}", one.access_token), "the token that lives is used");
     assert_ne!(call("expired").await, format!("Bearer {}", two.access_token));
@@ -477,82 +483,83 @@ async fn the_records_of_another_service_are_imported() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_dump_is_restored_elsewhere() {
-    let mut rig = stopped().await;
-    let dump = run(&rig, &["store", "dump"], "").await;
+    let mut harness = stopped().await;
+    let dump = run(&harness, &["store", "dump"], "").await;
     assert_eq!(dump.code, DONE, "{}", dump.err);
     assert!(!dump.out.contains("Atz"), "tokens stay encrypted");
     let records: Value = serde_json::from_str(&dump.out).unwrap();
     let record = &records["default"];
-    let refresh_token = rig.sandbox.world(|world| world.grants[0].refresh_token.clone());
+    let refresh_token = harness.sandbox.world(|world| world.grants[0].refresh_token.clone());
     assert_eq!(opened(&record["refresh_token"]), refresh_token);
     assert!(opened(&record["access_token"]).starts_with("Atza|"));
     for field in ["token_type", "expires_at", "updated_at", "consented_at", "used_at", "scope", "generation", "seal"] {
         assert_ne!(record[field], Value::Null, "{field} in {record}");
     }
 
-    let elsewhere = rig.directory.path().join("elsewhere").display().to_string();
+    let elsewhere = harness.directory.path().join("elsewhere").display().to_string();
     let set = format!("store.path={elsewhere}");
     let mut moved = records.clone();
     moved["thief"] = moved["default"].clone();
-    let refused = run(&rig, &["store", "restore", "--set", &set], &moved.to_string()).await;
+    let refused = run(&harness, &["store", "restore", "--set", &set], &moved.to_string()).await;
     assert_eq!(refused.code, FAILED, "a record belongs to its user");
     assert!(refused.err.contains("thief: "), "{}", refused.err);
-    let restored = run(&rig, &["store", "restore", "--set", &set], &dump.out).await;
+    let restored = run(&harness, &["store", "restore", "--set", &set], &dump.out).await;
     assert_eq!((restored.code, restored.out.as_str()), (DONE, "1 grants imported\n"), "{}", restored.err);
-    let again = run(&rig, &["store", "restore", "--set", &set], &dump.out).await;
+    let again = run(&harness, &["store", "restore", "--set", &set], &dump.out).await;
     assert_eq!(again.code, FAILED, "nothing is replaced unless that is said");
-    assert_eq!(run(&rig, &["store", "restore", "--replace", "--set", &set], &dump.out).await.code, DONE);
+    assert_eq!(run(&harness, &["store", "restore", "--replace", "--set", &set], &dump.out).await.code, DONE);
 
-    let copied: Value = serde_json::from_str(&run(&rig, &["store", "dump", "--set", &set], "").await.out).unwrap();
+    let copied: Value = serde_json::from_str(&run(&harness, &["store", "dump", "--set", &set], "").await.out).unwrap();
     for field in ["token_type", "expires_at", "updated_at", "consented_at", "scope"] {
         assert_eq!(copied["default"][field], record[field], "{field}");
     }
     for field in ["access_token", "refresh_token"] {
         assert_eq!(opened(&copied["default"][field]), opened(&record[field]), "{field}");
     }
-    rig.sets.push(("store.path".into(), elsewhere));
-    rig.start_sidecar().await;
-    assert_eq!(rig.get("/v2/profiles").await.status(), 200);
-    assert_eq!(rig.sandbox.refreshes(), 0);
+    harness.sets.push(("store.path".into(), elsewhere));
+    harness.start_sidecar().await;
+    assert_eq!(harness.get("/v2/profiles").await.status(), 200);
+    assert_eq!(harness.sandbox.refreshes(), 0);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn health_and_wait_ask_the_admin_door() {
-    let rig = stopped().await;
-    let socket = format!("admin.listen=unix:{}", rig.directory.path().join("admin.sock").display());
+    let harness = stopped().await;
+    let socket = format!("admin.listen=unix:{}", harness.directory.path().join("admin.sock").display());
     for arguments in [&["health"][..], &["health", "--ready"], &["wait", "--timeout", "150ms"]] {
-        let ran = run(&rig, &[arguments, &["--set", &socket]].concat(), "").await;
+        let ran = run(&harness, &[arguments, &["--set", &socket]].concat(), "").await;
         assert_eq!((ran.code, ran.out.as_str()), (FAILED, ""), "{arguments:?}");
         assert!(ran.err.contains("admin.sock"), "{}", ran.err);
     }
     let at_socket = ["--set", &socket];
     let waiting = ["wait", "--timeout", "10s", "--set", &socket];
-    let (waited, mut serving) = tokio::join!(run(&rig, &waiting, ""), Serving::start(&rig, &at_socket));
+    let (waited, mut serving) = tokio::join!(run(&harness, &waiting, ""), Serving::start(&harness, &at_socket));
     assert_eq!(waited.code, DONE, "{}", waited.err);
-    let alive = run(&rig, &["health", "--set", &socket], "").await;
+    let alive = run(&harness, &["health", "--set", &socket], "").await;
     assert_eq!((alive.code, alive.out.as_str()), (DONE, "alive\n"), "{}", alive.err);
-    let ready = run(&rig, &["health", "--ready", "--set", &socket], "").await;
+    let ready = run(&harness, &["health", "--ready", "--set", &socket], "").await;
     assert_eq!((ready.code, ready.out.as_str()), (DONE, "ready\n"), "{}", ready.err);
 
     // A sidecar that drains lives and is not ready.
-    let gate = rig.sandbox.set_trouble(Rule::from(Fault::Gate).at(Door::Na));
+    let gate = harness.sandbox.set_trouble(Rule::from(Fault::Gate).at(Door::Na));
     let _caller = serving.call("/v2/profiles").await;
     gate.reached(1).await;
     serving.signal("TERM");
     serving.says("draining").await;
-    let ready = run(&rig, &["health", "--ready", "--set", &socket], "").await;
+    let ready = run(&harness, &["health", "--ready", "--set", &socket], "").await;
     assert_eq!((ready.code, ready.err.as_str()), (FAILED, "draining\n"));
-    assert_eq!(run(&rig, &["health", "--set", &socket], "").await.code, DONE);
+    assert_eq!(run(&harness, &["health", "--set", &socket], "").await.code, DONE);
     gate.release();
     assert_eq!(serving.ended().await.0, Some(DONE));
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn row_96_sigterm_lets_what_is_in_flight_finish_and_then_ends_at_once() {
-    let rig = stopped().await;
+// Covers: failure 96.
+async fn sigterm_lets_what_is_in_flight_finish_and_then_ends_at_once() {
+    let harness = stopped().await;
     for signal in ["TERM", "INT"] {
-        let mut serving = Serving::start(&rig, &[]).await;
-        let gate = rig.sandbox.set_trouble(Rule::from(Fault::Gate).at(Door::Na));
+        let mut serving = Serving::start(&harness, &[]).await;
+        let gate = harness.sandbox.set_trouble(Rule::from(Fault::Gate).at(Door::Na));
         let mut caller = serving.call("/sandbox/bytes/300000").await;
         let _idle = TcpStream::connect(&serving.proxy).await.unwrap();
         gate.reached(1).await;
@@ -570,18 +577,19 @@ async fn row_96_sigterm_lets_what_is_in_flight_finish_and_then_ends_at_once() {
         assert_eq!(code, Some(DONE));
         assert!(took < Duration::from_secs(3), "{took:?}: the drain is at most, not at least");
     }
-    let mut idle = Serving::start(&rig, &[]).await;
+    let mut idle = Serving::start(&harness, &[]).await;
     idle.signal("TERM");
     assert_eq!(idle.ended().await.0, Some(DONE));
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn row_97_a_second_signal_and_the_end_of_the_drain_break_off_what_hangs() {
-    let rig = stopped().await;
-    rig.sandbox.set_trouble(Rule::from(Fault::Hang).at(Door::Na).always());
-    let mut impatient = Serving::start(&rig, &[]).await;
+// Covers: failure 97.
+async fn a_second_signal_and_the_end_of_the_drain_break_off_what_hangs() {
+    let harness = stopped().await;
+    harness.sandbox.set_trouble(Rule::from(Fault::Hang).at(Door::Na).always());
+    let mut impatient = Serving::start(&harness, &[]).await;
     let _caller = impatient.call("/v2/profiles").await;
-    eventually("the call to hang", async || (!rig.sandbox.calls(Door::Na).is_empty()).then_some(())).await;
+    eventually("the call to hang", async || (!harness.sandbox.calls(Door::Na).is_empty()).then_some(())).await;
     impatient.signal("TERM");
     impatient.says("draining").await;
     impatient.signal("TERM");
@@ -589,9 +597,9 @@ async fn row_97_a_second_signal_and_the_end_of_the_drain_break_off_what_hangs() 
     assert_eq!(code, Some(FAILED), "it was not an orderly end");
     assert!(took < Duration::from_secs(3), "{took:?}");
 
-    let mut limited = Serving::start(&rig, &["--set", "shutdown.drain=200ms"]).await;
+    let mut limited = Serving::start(&harness, &["--set", "shutdown.drain=200ms"]).await;
     let mut caller = limited.call("/v2/profiles").await;
-    eventually("the call to hang", async || (rig.sandbox.calls(Door::Na).len() == 2).then_some(())).await;
+    eventually("the call to hang", async || (harness.sandbox.calls(Door::Na).len() == 2).then_some(())).await;
     limited.signal("TERM");
     let (code, took) = limited.ended().await;
     assert_eq!(code, Some(DONE));
@@ -603,20 +611,21 @@ async fn row_97_a_second_signal_and_the_end_of_the_drain_break_off_what_hangs() 
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn row_98_a_grant_survives_kill_nine_and_no_log_holds_a_secret() {
-    let mut rig = Rig::with_running_clock("").await;
-    rig.stop_sidecar().await;
+// Covers: failure 98.
+async fn a_grant_survives_kill_nine_and_no_log_holds_a_secret() {
+    let mut harness = Harness::with_running_clock("").await;
+    harness.stop_sidecar().await;
     let log = {
-        let mut serving = Serving::start(&rig, &["--set", "log.level=trace"]).await;
-        let get = async |path: &str| rig.client.get(serving.url(path)).send().await.unwrap();
-        let post = async |path: &str| rig.client.post(serving.url(path)).send().await.unwrap();
+        let mut serving = Serving::start(&harness, &["--set", "log.level=trace"]).await;
+        let get = async |path: &str| harness.client.get(serving.url(path)).send().await.unwrap();
+        let post = async |path: &str| harness.client.post(serving.url(path)).send().await.unwrap();
         let begun = json(get("/api/auth/amazon/login").await).await;
-        let callback = rig.consent(begun["auth_url"].as_str().unwrap()).await;
+        let callback = harness.consent(begun["auth_url"].as_str().unwrap()).await;
         assert_eq!(get(&callback).await.status(), 200);
         assert_eq!(get("/v2/profiles").await.status(), 200);
-        rig.sandbox.set_trouble(Fault::InvalidGrant);
+        harness.sandbox.set_trouble(Fault::InvalidGrant);
         post("/api/auth/amazon/refresh").await;
-        rig.sandbox.set_trouble(Fault::BadJson);
+        harness.sandbox.set_trouble(Fault::BadJson);
         assert_eq!(get(&callback).await.status(), 400);
         serving.signal("KILL");
         assert_eq!(serving.ended().await.0, None);
@@ -631,7 +640,7 @@ async fn row_98_a_grant_survives_kill_nine_and_no_log_holds_a_secret() {
     for secret in ["Atza|", "Atzr|", CLIENT_SECRET, FERNET_KEY, "gAAAA"] {
         assert!(!log.contains(secret), "{secret} is in the log");
     }
-    rig.sandbox.clear_trouble();
-    rig.start_sidecar().await;
-    assert_eq!(rig.get("/v2/profiles").await.status(), 200);
+    harness.sandbox.clear_trouble();
+    harness.start_sidecar().await;
+    assert_eq!(harness.get("/v2/profiles").await.status(), 200);
 }

@@ -1,13 +1,13 @@
 //! Framing: what can be read in two ways, or in none, ends the connection, and nothing behind it is ever served.
 
-use crate::rig::Rig;
-use crate::wire::eventually;
+use crate::harness::Harness;
+use crate::raw_http::eventually;
 
 const SMUGGLED: &str = "GET /smuggled HTTP/1.1\r\nHost: localhost\r\n\r\n";
 
 /// Sends the bytes with a call behind them. The answer's status and code; the connection has to close after it.
-async fn refused(rig: &Rig, bytes: &str) -> (u16, String) {
-    let mut wire = rig.dial().await;
+async fn refused(harness: &Harness, bytes: &str) -> (u16, String) {
+    let mut wire = harness.dial().await;
     wire.send(format!("{bytes}{SMUGGLED}")).await;
     let answer = wire.reply().await;
     assert!(wire.closes().await, "the connection stays open, or more is answered: {bytes:?}");
@@ -20,8 +20,9 @@ fn posted(headers: &str) -> String {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn threat_16_codings_that_can_be_read_in_two_ways_are_refused() {
-    let rig = Rig::set(&[]).await;
+// Covers: threat 16.
+async fn codings_that_can_be_read_in_two_ways_are_refused() {
+    let harness = Harness::set(&[]).await;
     for codings in [
         "Transfer-Encoding: gzip, chunked",
         "Transfer-Encoding: ,chunked",
@@ -32,14 +33,15 @@ async fn threat_16_codings_that_can_be_read_in_two_ways_are_refused() {
         "Content-Length: 5\r\nTransfer-Encoding: gzip, chunked",
     ] {
         let bytes = posted(codings) + "0\r\n\r\n";
-        assert_eq!(refused(&rig, &bytes).await, (400, "bad_request".into()), "{codings}");
+        assert_eq!(refused(&harness, &bytes).await, (400, "bad_request".into()), "{codings}");
     }
-    assert!(rig.ads_calls().is_empty(), "{:?}", rig.ads_calls());
+    assert!(harness.ads_calls().is_empty(), "{:?}", harness.ads_calls());
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn row_78_what_never_was_a_request_is_refused_bare() {
-    let rig = Rig::set(&[]).await;
+// Covers: failure 78.
+async fn what_never_was_a_request_is_refused_bare() {
+    let harness = Harness::set(&[]).await;
     for headers in [
         "Transfer-Encoding: xchunked",
         "Transfer-Encoding: chunked, identity",
@@ -60,7 +62,7 @@ async fn row_78_what_never_was_a_request_is_refused_bare() {
         ": empty",
         "X y: z",
     ] {
-        let (status, code) = refused(&rig, &(posted(headers) + "abc")).await;
+        let (status, code) = refused(&harness, &(posted(headers) + "abc")).await;
         assert_eq!((status, code.as_str()), (400, ""), "{headers:?}");
     }
     for bytes in [
@@ -71,32 +73,32 @@ async fn row_78_what_never_was_a_request_is_refused_bare() {
         "GET /x y HTTP/1.1\r\nHost: localhost\r\n\r\n",
         "GET /x<y> HTTP/1.1\r\nHost: localhost\r\n\r\n",
     ] {
-        assert_eq!(refused(&rig, bytes).await, (400, String::new()), "{bytes:?}");
+        assert_eq!(refused(&harness, bytes).await, (400, String::new()), "{bytes:?}");
     }
-    assert!(rig.ads_calls().is_empty(), "{:?}", rig.ads_calls());
+    assert!(harness.ads_calls().is_empty(), "{:?}", harness.ads_calls());
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_length_beside_chunked_is_read_as_chunked_and_the_last_of_its_connection() {
-    let rig = Rig::set(&[]).await;
+    let harness = Harness::set(&[]).await;
     for headers in
         ["Content-Length: 3\r\nTransfer-Encoding: chunked", "Transfer-Encoding: Chunked\r\nContent-Length: 60"]
     {
         let bytes = posted(headers) + "5\r\nabcde\r\n0\r\n\r\n";
-        assert_eq!(refused(&rig, &bytes).await, (200, String::new()), "{headers}");
-        let seen = rig.seen();
+        assert_eq!(refused(&harness, &bytes).await, (200, String::new()), "{headers}");
+        let seen = harness.seen();
         assert_eq!((seen.target.as_str(), seen.text().as_str()), ("/sandbox/echo", "abcde"));
         assert_eq!((seen.header("content-length"), seen.header("transfer-encoding")), (None, Some("chunked")));
     }
     // Two equal lengths say one thing.
-    let equal = rig.knock(posted("Content-Length: 3\r\nContent-Length: 3") + "abc").await;
+    let equal = harness.knock(posted("Content-Length: 3\r\nContent-Length: 3") + "abc").await;
     assert_eq!(equal.status, 200);
-    assert_eq!(rig.seen().header_all("content-length").collect::<Vec<_>>(), ["3"]);
+    assert_eq!(harness.seen().header_all("content-length").collect::<Vec<_>>(), ["3"]);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_badly_framed_body_is_never_a_complete_call() {
-    let rig = Rig::set(&[]).await;
+    let harness = Harness::set(&[]).await;
     let extension = format!("5;{}\r\nabcde\r\n0\r\n\r\n", "x".repeat(20 << 10));
     for body in [
         "x\r\nabcde\r\n0\r\n\r\n",
@@ -114,52 +116,57 @@ async fn a_badly_framed_body_is_never_a_complete_call() {
         extension.as_str(),
     ] {
         for first in ["", "4\r\nwxyz\r\n"] {
-            rig.sandbox.clear_history();
-            let mut wire = rig.dial().await;
+            harness.sandbox.clear_history();
+            let mut wire = harness.dial().await;
             wire.send(format!("{}{first}{body}{SMUGGLED}", posted("Transfer-Encoding: chunked"))).await;
             // An answer, if there is one, says so; either way it is the last.
             let came = wire.everything().await;
             assert!(came.is_empty() || came.starts_with("HTTP/1.1 400 "), "{body:?} {came}");
             assert_eq!(came.matches("HTTP/1.1").count(), usize::from(!came.is_empty()), "{body:?} {came}");
-            eventually("nothing is in flight", || rig.ads_calls().iter().all(|call| call.status.is_none())).await;
-            assert!(rig.ads_calls().iter().all(|call| !call.complete && call.target == "/sandbox/echo"), "{body:?}");
+            eventually("nothing is in flight", || harness.ads_calls().iter().all(|call| call.status.is_none())).await;
+            assert!(
+                harness.ads_calls().iter().all(|call| !call.complete && call.target == "/sandbox/echo"),
+                "{body:?}"
+            );
         }
     }
-    assert_eq!(rig.get("/sandbox/echo").await.status(), 200);
-    assert_eq!(rig.ads_calls().iter().filter(|call| call.complete).count(), 1);
+    assert_eq!(harness.get("/sandbox/echo").await.status(), 200);
+    assert_eq!(harness.ads_calls().iter().filter(|call| call.complete).count(), 1);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn row_71_heads_and_targets_have_a_limit() {
-    let rig = Rig::set(&[]).await;
+// Covers: failure 71.
+async fn heads_and_targets_have_a_limit() {
+    let harness = Harness::set(&[]).await;
     let head =
         |bytes: usize| format!("GET /sandbox/echo HTTP/1.1\r\nHost: localhost\r\nX-Big: {}\r\n\r\n", "x".repeat(bytes));
-    assert_eq!(rig.knock(head(20 << 10)).await.status, 200);
-    assert_eq!(refused(&rig, &head(33 << 10)).await, (431, String::new()));
+    assert_eq!(harness.knock(head(20 << 10)).await.status, 200);
+    assert_eq!(refused(&harness, &head(33 << 10)).await, (431, String::new()));
     let many = format!("GET /x HTTP/1.1\r\nHost: localhost\r\n{}\r\n", "X: y\r\n".repeat(101));
-    assert_eq!(refused(&rig, &many).await, (431, String::new()));
-    assert_eq!(refused(&rig, &posted("Content-Length: 18446744073709551615")).await.0, 431);
+    assert_eq!(refused(&harness, &many).await, (431, String::new()));
+    assert_eq!(refused(&harness, &posted("Content-Length: 18446744073709551615")).await.0, 431);
 
     let target = |bytes: usize| format!("GET /sandbox/echo?{} HTTP/1.1\r\nHost: localhost\r\n\r\n", "x".repeat(bytes));
     let room = (8 << 10) - "/sandbox/echo?".len();
-    assert_eq!(rig.knock(target(room)).await.status, 200);
-    assert_eq!(rig.knock(target(room + 1)).await.said(), (414, "uri_too_long"));
-    assert_eq!(rig.ads_calls().len(), 2);
+    assert_eq!(harness.knock(target(room)).await.status, 200);
+    assert_eq!(harness.knock(target(room + 1)).await.said(), (414, "uri_too_long"));
+    assert_eq!(harness.ads_calls().len(), 2);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn threat_18_an_upgrade_stays_plain_http() {
-    let rig = Rig::set(&[]).await;
+// Covers: threat 18.
+async fn an_upgrade_stays_plain_http() {
+    let harness = Harness::set(&[]).await;
     for headers in [
         "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Key: x\r\nSec-WebSocket-Version: 13",
         "Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQAAP__",
     ] {
-        let answer = rig.knock(format!("GET /sandbox/echo HTTP/1.1\r\nHost: localhost\r\n{headers}\r\n\r\n")).await;
+        let answer = harness.knock(format!("GET /sandbox/echo HTTP/1.1\r\nHost: localhost\r\n{headers}\r\n\r\n")).await;
         assert_eq!(answer.status, 200, "{headers}");
     }
-    let mut preface = rig.dial().await;
+    let mut preface = harness.dial().await;
     preface.send("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await;
     let came = preface.everything().await;
     assert!(came.is_empty() || came.starts_with("HTTP/1.1 4"), "{came}");
-    assert_eq!(rig.ads_calls().len(), 2);
+    assert_eq!(harness.ads_calls().len(), 2);
 }

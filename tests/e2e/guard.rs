@@ -4,19 +4,20 @@ use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
 use world::{Door, Options};
 
-use crate::rig::{Rig, json};
-use crate::wire::{Reply, Wire};
+use crate::harness::{Harness, json};
+use crate::raw_http::{Reply, Wire};
 
 /// One call to an Ads path, one to an OAuth endpoint.
 const PATHS: [&str; 2] = ["/sandbox/echo", "/api/auth/amazon/status?user_id=default"];
 
-async fn get(rig: &Rig, path: &str, lines: &str) -> Reply {
-    rig.knock(format!("GET {path} HTTP/1.1\r\n{lines}\r\n")).await
+async fn get(harness: &Harness, path: &str, lines: &str) -> Reply {
+    harness.knock(format!("GET {path} HTTP/1.1\r\n{lines}\r\n")).await
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn threat_01_no_other_host_passes() {
-    let rig = Rig::set(&[("proxy.allowed_hosts", "ads.internal")]).await;
+// Covers: threat 1.
+async fn no_other_host_passes() {
+    let harness = Harness::set(&[("proxy.allowed_hosts", "ads.internal")]).await;
     for path in PATHS {
         for host in [
             "evil.test",
@@ -42,10 +43,14 @@ async fn threat_01_no_other_host_passes() {
             "advertising-api.amazon.com",
             "api.amazon.com",
         ] {
-            assert_eq!(get(&rig, path, &format!("Host: {host}\r\n")).await.said(), (403, "host_not_allowed"), "{host}");
+            assert_eq!(
+                get(&harness, path, &format!("Host: {host}\r\n")).await.said(),
+                (403, "host_not_allowed"),
+                "{host}"
+            );
         }
     }
-    assert!(rig.ads_calls().is_empty());
+    assert!(harness.ads_calls().is_empty());
     for host in [
         "localhost",
         "LOCALHOST:8001",
@@ -57,37 +62,39 @@ async fn threat_01_no_other_host_passes() {
         "ADS.internal:9",
     ] {
         for path in PATHS {
-            assert_eq!(get(&rig, path, &format!("Host: {host}\r\n")).await.status, 200, "{host}");
+            assert_eq!(get(&harness, path, &format!("Host: {host}\r\n")).await.status, 200, "{host}");
         }
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn row_79_a_request_has_one_host_and_nothing_behind_another_is_served() {
-    let rig = Rig::set(&[]).await;
+// Covers: failure 79.
+async fn a_request_has_one_host_and_nothing_behind_another_is_served() {
+    let harness = Harness::set(&[]).await;
     for path in PATHS {
         for lines in
             ["", "Host:\r\n", "Host: localhost\r\nHost: localhost\r\n", "Host: localhost\r\nhost: evil.test\r\n"]
         {
-            let mut wire = rig.dial().await;
+            let mut wire = harness.dial().await;
             wire.send(format!("GET {path} HTTP/1.1\r\n{lines}\r\nGET /smuggled HTTP/1.1\r\nHost: localhost\r\n\r\n"))
                 .await;
             assert_eq!(wire.reply().await.said(), (400, "bad_request"), "{lines}");
             assert!(wire.closes().await, "{lines}");
         }
     }
-    assert!(rig.ads_calls().is_empty());
+    assert!(harness.ads_calls().is_empty());
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn threat_02_no_web_page_drives_the_proxy() {
-    let rig = Rig::set(&[("login.frontend_url", "https://app.example.com/")]).await;
-    let own = format!("http://{}", rig.proxy_address());
+// Covers: threat 2.
+async fn no_web_page_drives_the_proxy() {
+    let harness = Harness::set(&[("login.frontend_url", "https://app.example.com/")]).await;
+    let own = format!("http://{}", harness.proxy_address());
     let origins = ["null", "https://evil.test", "http://localhost", "https://app.example.com", own.as_str(), ""];
     for origin in origins {
         for method in ["GET", "POST", "OPTIONS"] {
             let call = format!("{method} /sandbox/echo HTTP/1.1\r\nHost: localhost\r\nOrigin: {origin}\r\n\r\n");
-            let answer = rig.knock(call).await;
+            let answer = harness.knock(call).await;
             assert_eq!(answer.said(), (403, "cross_site"), "{origin}");
             assert!(answer.names().iter().all(|name| !name.starts_with("access-control-")), "{answer:?}");
         }
@@ -95,51 +102,53 @@ async fn threat_02_no_web_page_drives_the_proxy() {
     for site in ["cross-site", "same-site", "same-origin", "none", "x", ""] {
         for mode in ["navigate", "cors", "no-cors", "same-origin", "websocket"] {
             let lines = format!("Host: localhost\r\nSec-Fetch-Site: {site}\r\nSec-Fetch-Mode: {mode}\r\n");
-            assert_eq!(get(&rig, "/sandbox/echo", &lines).await.said(), (403, "cross_site"), "{site} {mode}");
+            assert_eq!(get(&harness, "/sandbox/echo", &lines).await.said(), (403, "cross_site"), "{site} {mode}");
         }
     }
     let preflight = "OPTIONS /sandbox/echo HTTP/1.1\r\nHost: localhost\r\nOrigin: https://evil.test\r\n\
                      Access-Control-Request-Method: POST\r\nAccess-Control-Request-Private-Network: true\r\n\r\n";
-    assert_eq!(rig.knock(preflight).await.said(), (403, "cross_site"));
-    assert!(rig.ads_calls().is_empty());
+    assert_eq!(harness.knock(preflight).await.said(), (403, "cross_site"));
+    assert!(harness.ads_calls().is_empty());
     // Node's fetch() sends the mode alone.
     for mode in ["cors", "navigate"] {
         let lines = format!("Host: localhost\r\nSec-Fetch-Mode: {mode}\r\n");
-        assert_eq!(get(&rig, "/sandbox/echo", &lines).await.status, 200, "{mode}");
+        assert_eq!(get(&harness, "/sandbox/echo", &lines).await.status, 200, "{mode}");
     }
-    assert_eq!(rig.metric("adsidecar_guard_denied_total{reason=\"cross_site\"}").await, 49.0);
+    assert_eq!(harness.metric("adsidecar_guard_denied_total{reason=\"cross_site\"}").await, 49.0);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn only_the_frontends_origin_fetches_the_oauth_endpoints() {
-    let rig = Rig::set(&[("login.frontend_url", "https://app.example.com/")]).await;
+    let harness = Harness::set(&[("login.frontend_url", "https://app.example.com/")]).await;
     for origin in ["null", "https://evil.test", "https://app.example.com.evil.test", "http://app.example.com"] {
-        let answer = get(&rig, PATHS[1], &format!("Host: localhost\r\nOrigin: {origin}\r\n")).await;
+        let answer = get(&harness, PATHS[1], &format!("Host: localhost\r\nOrigin: {origin}\r\n")).await;
         assert_eq!(answer.said(), (403, "cross_site"), "{origin}");
     }
     let lines = "Host: localhost\r\nOrigin: https://app.example.com\r\nSec-Fetch-Site: cross-site\r\n";
-    let answer = get(&rig, PATHS[1], lines).await;
+    let answer = get(&harness, PATHS[1], lines).await;
     assert_eq!(answer.status, 200);
     assert_eq!(answer.header("access-control-allow-origin"), Some("https://app.example.com"));
     assert_eq!(answer.header("access-control-allow-private-network"), None);
 }
 
 /// A sidecar with two caller tokens, its user logged in with the first.
-async fn guarded() -> Rig {
+async fn guarded() -> Harness {
     let clock = adsidecar::domain::clock::Clock::frozen("2026-08-01T12:00:00Z".parse().unwrap());
-    let rig = Rig::built(Options::calm(clock), "", &[("proxy.caller_token", "token-one,token-two")]).await;
-    let begun = rig.request(reqwest::Method::GET, "/api/auth/amazon/login").header("X-Ads-Sidecar-Token", "token-one");
+    let harness = Harness::built(Options::calm(clock), "", &[("proxy.caller_token", "token-one,token-two")]).await;
+    let begun =
+        harness.request(reqwest::Method::GET, "/api/auth/amazon/login").header("X-Ads-Sidecar-Token", "token-one");
     let begun = json(begun.send().await.unwrap()).await;
-    let callback = rig.consent(begun["auth_url"].as_str().unwrap()).await;
+    let callback = harness.consent(begun["auth_url"].as_str().unwrap()).await;
     // The callback is the one path that asks for no token: a browser brings it.
-    assert_eq!(rig.get(&callback).await.status(), 200);
-    rig.sandbox.clear_history();
-    rig
+    assert_eq!(harness.get(&callback).await.status(), 200);
+    harness.sandbox.clear_history();
+    harness
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn threat_04_without_the_caller_token_nothing_but_the_callback_answers() {
-    let rig = guarded().await;
+// Covers: threat 4.
+async fn without_the_caller_token_nothing_but_the_callback_answers() {
+    let harness = guarded().await;
     let basic = BASE64_STANDARD.encode("ads:wrong");
     for line in [
         "GET /v2/profiles",
@@ -164,19 +173,19 @@ async fn threat_04_without_the_caller_token_nothing_but_the_callback_answers() {
             "Authorization: token-one\r\n".into(),
             format!("Proxy-Authorization: Basic {basic}\r\n"),
         ] {
-            let answer = rig.knock(format!("{line} HTTP/1.1\r\nHost: localhost\r\n{token}\r\n")).await;
+            let answer = harness.knock(format!("{line} HTTP/1.1\r\nHost: localhost\r\n{token}\r\n")).await;
             assert_eq!(answer.said(), (407, "caller_unauthorized"), "{line} {token}");
             assert_eq!(answer.header("proxy-authenticate"), Some("Bearer"));
         }
     }
-    assert!(rig.ads_calls().is_empty());
-    let callback = get(&rig, "/api/auth/amazon/callback?code=x&state=y", "Host: localhost\r\n").await;
+    assert!(harness.ads_calls().is_empty());
+    let callback = get(&harness, "/api/auth/amazon/callback?code=x&state=y", "Host: localhost\r\n").await;
     assert_eq!(callback.said(), (400, "state_invalid"));
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_caller_token_is_taken_in_four_ways_and_never_leaves() {
-    let rig = guarded().await;
+    let harness = guarded().await;
     let basic = BASE64_STANDARD.encode("ads:token-two");
     for token in [
         "X-Ads-Sidecar-Token: token-one".to_owned(),
@@ -185,23 +194,23 @@ async fn the_caller_token_is_taken_in_four_ways_and_never_leaves() {
         "Authorization: Bearer token-one".into(),
     ] {
         for path in PATHS {
-            assert_eq!(get(&rig, path, &format!("Host: localhost\r\n{token}\r\n")).await.status, 200, "{token}");
+            assert_eq!(get(&harness, path, &format!("Host: localhost\r\n{token}\r\n")).await.status, 200, "{token}");
         }
-        let seen = rig.seen();
+        let seen = harness.seen();
         assert!(seen.headers.iter().all(|(_, value)| !value.contains("token-") && !value.contains(&basic)), "{seen:?}");
     }
     let body = "grant_type=refresh_token&client_secret=token-two";
     let shim =
         format!("POST /auth/o2/token HTTP/1.1\r\nHost: localhost\r\nContent-Length: {}\r\n\r\n{body}", body.len());
-    let answer = rig.knock(shim).await;
+    let answer = harness.knock(shim).await;
     assert_eq!((answer.status, &answer.json()["access_token"]), (200, &"token-two".into()));
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn probes_answer_under_any_host_and_nothing_else_does() {
-    let rig = Rig::set(&[]).await;
+    let harness = Harness::set(&[]).await;
     let ask = async |line: &str, headers: &str| {
-        let mut wire = Wire::dial(rig.admin_address()).await;
+        let mut wire = Wire::dial(harness.admin_address()).await;
         wire.send(format!("{line} HTTP/1.1\r\n{headers}Content-Length: 0\r\n\r\n")).await;
         wire.reply().await
     };
@@ -223,14 +232,14 @@ async fn probes_answer_under_any_host_and_nothing_else_does() {
     }
     assert_eq!(ask("GET /nothing", "Host: localhost\r\n").await.said(), (404, "not_found"));
     assert_eq!(ask("PUT /log", "Host: localhost\r\n").await.said(), (400, "bad_request"), "an empty level");
-    assert_eq!(rig.get("/v2/profiles").await.status(), 200, "it still runs");
+    assert_eq!(harness.get("/v2/profiles").await.status(), 200, "it still runs");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_operator_is_local_or_knows_the_token() {
-    let mut rig = Rig::set(&[("proxy.allowed_hosts", "ads.internal")]).await;
+    let mut harness = Harness::set(&[("proxy.allowed_hosts", "ads.internal")]).await;
     let ask = async |line: &str, headers: &str, body: &str| {
-        let mut wire = Wire::dial(rig.admin_address()).await;
+        let mut wire = Wire::dial(harness.admin_address()).await;
         wire.send(format!("{line} HTTP/1.1\r\n{headers}Content-Length: {}\r\n\r\n{body}", body.len())).await;
         wire.reply().await
     };
@@ -241,14 +250,14 @@ async fn an_operator_is_local_or_knows_the_token() {
     assert_eq!(ask("PUT /log", "Host: localhost\r\n", "loud").await.said(), (400, "bad_request"));
     assert_eq!(ask("PUT /log", "Host: localhost\r\n", "debug").await.status, 200);
     assert_eq!(ask("POST /quitquitquit", "Host: [::1]:9464\r\n", "").await.status, 200);
-    rig.ended().await;
+    harness.ended().await;
 
-    let rig = guarded().await;
-    let mut wire = Wire::dial(rig.admin_address()).await;
+    let harness = guarded().await;
+    let mut wire = Wire::dial(harness.admin_address()).await;
     wire.send(
         "PUT /log HTTP/1.1\r\nHost: localhost\r\nX-Ads-Sidecar-Token: token-two\r\nContent-Length: 4\r\n\r\ninfo",
     )
     .await;
     assert_eq!(wire.reply().await.status, 200);
-    assert_eq!(rig.sandbox.calls(Door::Na).len(), 0);
+    assert_eq!(harness.sandbox.calls(Door::Na).len(), 0);
 }

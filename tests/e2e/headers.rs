@@ -2,25 +2,26 @@
 
 use world::{CLIENT_ID, Door};
 
-use crate::rig::Rig;
-use crate::wire::Scripted;
+use crate::harness::Harness;
+use crate::raw_http::Scripted;
 
 const NA: &str = "3012345678901234561";
 
 /// Sends these header lines as they are, and gives what Amazon saw.
-async fn sent(rig: &Rig, path: &str, lines: &[&str]) -> world::Call {
-    rig.sandbox.clear_history();
+async fn sent(harness: &Harness, path: &str, lines: &[&str]) -> world::Call {
+    harness.sandbox.clear_history();
     let lines: String = lines.iter().map(|line| format!("{line}\r\n")).collect();
-    let answer = rig.knock(format!("GET {path} HTTP/1.1\r\nHost: localhost\r\n{lines}\r\n")).await;
+    let answer = harness.knock(format!("GET {path} HTTP/1.1\r\nHost: localhost\r\n{lines}\r\n")).await;
     assert_eq!(answer.header("x-adsidecar-error"), None, "{lines} {answer:?}");
-    rig.seen()
+    harness.seen()
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn threat_14_no_spelling_of_a_managed_header_survives() {
-    let rig = Rig::with(&format!("[[account]]\nname = \"a\"\nprofile_id = \"{NA}\"\n")).await;
-    rig.log_in("default").await;
-    let host = rig.sandbox.origin(Door::Na).strip_prefix("https://").unwrap().to_owned();
+// Covers: threat 14.
+async fn no_spelling_of_a_managed_header_survives() {
+    let harness = Harness::with(&format!("[[account]]\nname = \"a\"\nprofile_id = \"{NA}\"\n")).await;
+    harness.log_in("default").await;
+    let host = harness.sandbox.origin(Door::Na).strip_prefix("https://").unwrap().to_owned();
     for name in ["Authorization", "Amazon-Advertising-API-ClientId", "Amazon-Ads-ClientId", "Host"] {
         for spelling in [name.to_owned(), name.to_lowercase(), name.to_uppercase(), name.replace('-', "_")] {
             if spelling.eq_ignore_ascii_case("host") {
@@ -35,7 +36,7 @@ async fn threat_14_no_spelling_of_a_managed_header_survives() {
                 &[&format!("Connection: close, {}", spelling.to_lowercase()), &line, "Connection: x"],
             ] {
                 for path in ["/sandbox/echo", "/v2/profiles", "/sp/campaigns/x"] {
-                    let seen = sent(&rig, path, lines).await;
+                    let seen = sent(&harness, path, lines).await;
                     let managed = seen.headers.iter().filter(|(name, _)| {
                         let name = name.replace('_', "-");
                         name == "authorization" || name == "host" || name.ends_with("clientid")
@@ -54,18 +55,20 @@ async fn threat_14_no_spelling_of_a_managed_header_survives() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn threat_15_no_connection_line_strips_what_we_attach() {
-    let rig =
-        Rig::with(&format!("[[account]]\nname = \"a\"\nprofile_id = \"{NA}\"\nheaders = {{ X-Team = \"blue\" }}\n"))
-            .await;
-    rig.log_in("default").await;
+// Covers: threat 15.
+async fn no_connection_line_strips_what_we_attach() {
+    let harness = Harness::with(&format!(
+        "[[account]]\nname = \"a\"\nprofile_id = \"{NA}\"\nheaders = {{ X-Team = \"blue\" }}\n"
+    ))
+    .await;
+    harness.log_in("default").await;
     let every =
         "authorization, host, amazon-advertising-api-clientid, amazon-advertising-api-scope, x-team, content-length";
     let listed = format!("Connection: {every}");
     for lines in
         [&[listed.as_str()][..], &["Connection:", &listed], &["Connection: close", "connection: keep-alive", &listed]]
     {
-        let seen = sent(&rig, "/sp/campaigns/x", lines).await;
+        let seen = sent(&harness, "/sp/campaigns/x", lines).await;
         let mut names = seen.header_names();
         names.sort_unstable();
         let attached =
@@ -74,17 +77,17 @@ async fn threat_15_no_connection_line_strips_what_we_attach() {
     }
     // A context header that the caller sent, and lists, goes; the account's takes its place.
     let seen =
-        sent(&rig, "/sp/x", &["Amazon-Advertising-API-Scope: 7", "Connection: Amazon-Advertising-API-Scope"]).await;
+        sent(&harness, "/sp/x", &["Amazon-Advertising-API-Scope: 7", "Connection: Amazon-Advertising-API-Scope"]).await;
     assert_eq!(seen.header_all("amazon-advertising-api-scope").collect::<Vec<_>>(), [NA]);
-    let seen = sent(&rig, "/sp/x", &["X-Private: 1", "X-Kept: 2", "Connection: x-private"]).await;
+    let seen = sent(&harness, "/sp/x", &["X-Private: 1", "X-Kept: 2", "Connection: x-private"]).await;
     assert_eq!((seen.header("x-private"), seen.header("x-kept")), (None, Some("2")));
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_speaks_of_the_caller_stays_here() {
-    let rig = Rig::set(&[]).await;
+    let harness = Harness::set(&[]).await;
     let seen = sent(
-        &rig,
+        &harness,
         "/sandbox/echo",
         &[
             "Cookie: a=b",
@@ -123,7 +126,8 @@ async fn what_speaks_of_the_caller_stays_here() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn row_64_an_answers_hop_by_hop_headers_stay_here_and_its_cookies_pass() {
+// Covers: failure 64.
+async fn an_answers_hop_by_hop_headers_stay_here_and_its_cookies_pass() {
     let amazon = Scripted::saying(
         "HTTP/1.1 200 OK\r\nConnection: keep-alive, X-Private\r\nKeep-Alive: timeout=5\r\nX-Private: 1\r\n\
          Proxy-Authenticate: Basic\r\nUpgrade: h2c\r\nTrailer: X-T\r\nX-Adsidecar-Error: forged\r\n\
@@ -131,8 +135,8 @@ async fn row_64_an_answers_hop_by_hop_headers_stay_here_and_its_cookies_pass() {
          Transfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\nX-T: 1\r\n\r\n",
     )
     .await;
-    let rig = Rig::before(&amazon, &[]).await;
-    let answer = rig.knock("GET /x HTTP/1.1\r\nHost: localhost\r\n\r\n").await;
+    let harness = Harness::before(&amazon, &[]).await;
+    let answer = harness.knock("GET /x HTTP/1.1\r\nHost: localhost\r\n\r\n").await;
     let mut names = answer.names();
     names.sort_unstable();
     assert_eq!(names, ["server", "transfer-encoding", "via", "x-request-id"]);
@@ -142,16 +146,17 @@ async fn row_64_an_answers_hop_by_hop_headers_stay_here_and_its_cookies_pass() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_request_id_is_taken_or_made_and_on_every_answer() {
-    let rig = Rig::set(&[]).await;
+    let harness = Harness::set(&[]).await;
     let mut made = Vec::new();
     for path in ["/sandbox/echo", "/api/auth/amazon/status", "/a//x"] {
-        let own = rig.knock(format!("GET {path} HTTP/1.1\r\nHost: localhost\r\nX-Request-Id: r-1.2_3\r\n\r\n")).await;
+        let own =
+            harness.knock(format!("GET {path} HTTP/1.1\r\nHost: localhost\r\nX-Request-Id: r-1.2_3\r\n\r\n")).await;
         assert_eq!(own.header("x-request-id"), Some("r-1.2_3"), "{path}");
-        let bare = rig.knock(format!("GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n")).await;
+        let bare = harness.knock(format!("GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n")).await;
         made.push(bare.header("x-request-id").unwrap().to_owned());
         let odd = format!("X-Request-Id: {}", "x".repeat(129));
         for bad in [odd.as_str(), "X-Request-Id: a b", "X-Request-Id:"] {
-            let answer = rig.knock(format!("GET {path} HTTP/1.1\r\nHost: localhost\r\n{bad}\r\n\r\n")).await;
+            let answer = harness.knock(format!("GET {path} HTTP/1.1\r\nHost: localhost\r\n{bad}\r\n\r\n")).await;
             made.push(answer.header("x-request-id").unwrap().to_owned());
         }
     }
@@ -164,8 +169,8 @@ async fn a_request_id_is_taken_or_made_and_on_every_answer() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn every_answer_of_our_own_is_a_whole_problem() {
-    let rig = Rig::set(&[("proxy.max_body", "10B")]).await;
-    rig.sandbox.set_trouble(world::Fault::Reset);
+    let harness = Harness::set(&[("proxy.max_body", "10B")]).await;
+    harness.sandbox.set_trouble(world::Fault::Reset);
     for (call, status, code, retryable) in [
         ("POST /reset HTTP/1.1\r\nHost: localhost\r\n", 502, "upstream_reset", true),
         ("GET /x HTTP/1.1\r\nHost: localhost\r\nX-Ads-User: nobody\r\n", 401, "login_required", false),
@@ -178,7 +183,7 @@ async fn every_answer_of_our_own_is_a_whole_problem() {
         ("TRACE /x HTTP/1.1\r\nHost: localhost\r\n", 405, "method_not_allowed", false),
         ("POST /x HTTP/1.1\r\nHost: localhost\r\nContent-Length: 11\r\n", 413, "body_too_large", false),
     ] {
-        let answer = rig.knock(format!("{call}X-Request-Id: r-7\r\n\r\n")).await;
+        let answer = harness.knock(format!("{call}X-Request-Id: r-7\r\n\r\n")).await;
         assert_eq!(answer.said(), (status, code), "{call}");
         assert_eq!(answer.header("content-type"), Some("application/problem+json"));
         assert_eq!(answer.header("cache-control"), Some("no-store"));

@@ -5,32 +5,32 @@ use sha2::{Digest, Sha256};
 use tokio::task::JoinSet;
 use world::{Fault, Options, Rule, pseudo_random_bytes};
 
-use crate::rig::{Rig, eventually, json};
-use crate::wire::{Scripted, Wire};
+use crate::harness::{Harness, eventually, json};
+use crate::raw_http::{Scripted, Wire};
 
-async fn rig(http2: &str) -> Rig {
+async fn harness(http2: &str) -> Harness {
     let clock = Clock::frozen("2026-08-01T12:00:00Z".parse().unwrap());
     let options = Options { http2: true, ..Options::calm(clock) };
-    let rig = Rig::built(options, "", &[("upstream.http2", http2)]).await;
-    rig.log_in("default").await;
-    rig.sandbox.clear_history();
-    rig
+    let harness = Harness::built(options, "", &[("upstream.http2", http2)]).await;
+    harness.log_in("default").await;
+    harness.sandbox.clear_history();
+    harness
 }
 
 /// The connections of the calls that Amazon saw.
-fn connections(rig: &Rig) -> Vec<u64> {
-    let mut connections: Vec<_> = rig.ads_calls().iter().map(|call| call.connection).collect();
+fn connections(harness: &Harness) -> Vec<u64> {
+    let mut connections: Vec<_> = harness.ads_calls().iter().map(|call| call.connection).collect();
     connections.sort_unstable();
     connections.dedup();
     connections
 }
 
 /// So many calls that are all held by Amazon at once.
-async fn at_once(rig: &Rig, count: usize) {
-    let gate = rig.sandbox.set_trouble(Rule::from(Fault::Gate).next(count as u32));
+async fn at_once(harness: &Harness, count: usize) {
+    let gate = harness.sandbox.set_trouble(Rule::from(Fault::Gate).next(count as u32));
     let mut calls = JoinSet::new();
     for number in 0..count {
-        calls.spawn(rig.request(reqwest::Method::POST, "/sandbox/echo").body(number.to_string()).send());
+        calls.spawn(harness.request(reqwest::Method::POST, "/sandbox/echo").body(number.to_string()).send());
     }
     gate.reached(count).await;
     gate.release();
@@ -40,50 +40,51 @@ async fn at_once(rig: &Rig, count: usize) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn threat_24_calls_that_hold_a_shared_connection_full_hold_nobody_up() {
-    let rig = rig("auto").await;
+// Covers: threat 24.
+async fn calls_that_hold_a_shared_connection_full_hold_nobody_up() {
+    let harness = harness("auto").await;
     // Two hundred at once is what this server takes on one connection; the others would wait for them to end.
-    at_once(&rig, 450).await;
-    let connections = connections(&rig).len();
+    at_once(&harness, 450).await;
+    let connections = connections(&harness).len();
     assert!((3..=10).contains(&connections), "{connections}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn never_means_never() {
-    let rig = rig("never").await;
-    rig.get("/v2/profiles").await.bytes().await.unwrap();
-    at_once(&rig, 5).await;
-    assert_eq!(connections(&rig).len(), 5, "HTTP/1.1 carries one call at a time");
-    assert!(rig.seen().header("host").is_some());
+    let harness = harness("never").await;
+    harness.get("/v2/profiles").await.bytes().await.unwrap();
+    at_once(&harness, 5).await;
+    assert_eq!(connections(&harness).len(), 5, "HTTP/1.1 carries one call at a time");
+    assert!(harness.seen().header("host").is_some());
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn always_does_without_nothing_else() {
     let clock = Clock::frozen("2026-08-01T12:00:00Z".parse().unwrap());
-    let rig = Rig::built(Options::calm(clock), "", &[("upstream.http2", "always")]).await;
-    rig.log_in("default").await;
-    let answer = rig.get("/v2/profiles").await;
-    assert_eq!((answer.status().as_u16(), crate::rig::code(&answer)), (502, "upstream_tls"));
+    let harness = Harness::built(Options::calm(clock), "", &[("upstream.http2", "always")]).await;
+    harness.log_in("default").await;
+    let answer = harness.get("/v2/profiles").await;
+    assert_eq!((answer.status().as_u16(), crate::harness::code(&answer)), (502, "upstream_tls"));
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn concurrent_calls_share_one_connection() {
     for mode in ["auto", "always"] {
-        let rig = rig(mode).await;
-        assert_eq!(rig.get("/v2/profiles").await.status(), 200);
-        at_once(&rig, 50).await;
-        assert_eq!(connections(&rig).len(), 1, "{mode}");
-        assert_eq!(rig.ads_calls().len(), 51);
+        let harness = harness(mode).await;
+        assert_eq!(harness.get("/v2/profiles").await.status(), 200);
+        at_once(&harness, 50).await;
+        assert_eq!(connections(&harness).len(), 1, "{mode}");
+        assert_eq!(harness.ads_calls().len(), 51);
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn few_who_go_on_calling_get_connections_of_http1() {
     for (mode, callers, most) in [("auto", 1, 2), ("auto", 3, 4), ("always", 3, 1)] {
-        let rig = rig(mode).await;
+        let harness = harness(mode).await;
         let round = async || {
-            at_once(&rig, callers).await;
-            connections(&rig).len()
+            at_once(&harness, callers).await;
+            connections(&harness).len()
         };
         for _ in 0..100 {
             round().await;
@@ -93,21 +94,21 @@ async fn few_who_go_on_calling_get_connections_of_http1() {
         for _ in 0..100 {
             round().await;
         }
-        at_once(&rig, 50).await;
-        assert_eq!(connections(&rig).len(), most, "{mode}, {callers}");
+        at_once(&harness, 50).await;
+        assert_eq!(connections(&harness).len(), most, "{mode}, {callers}");
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn bytes_pass_as_over_http1() {
-    let rig = rig("auto").await;
+    let harness = harness("auto").await;
     for target in ["//x%2Fy?min=2023-10-01T00:00:00&b=%2B+c", "/sandbox/echo?", "/amc/%7Bid%7D/a|b?c|d", "/x/../y"] {
         let call = format!(
             "GET {target} HTTP/1.1\r\nHost: localhost\r\nConnection: keep-alive, x-a\r\nX-A: 1\r\nTE: trailers\r\n\r\n"
         );
-        assert_eq!(rig.knock(call).await.header("x-adsidecar-error"), None);
-        assert_eq!(rig.seen().target, target);
-        let seen = rig.seen();
+        assert_eq!(harness.knock(call).await.header("x-adsidecar-error"), None);
+        assert_eq!(harness.seen().target, target);
+        let seen = harness.seen();
         let mut names = seen.header_names();
         names.sort_unstable();
         assert!(
@@ -117,26 +118,26 @@ async fn bytes_pass_as_over_http1() {
     }
     let bytes = pseudo_random_bytes(4 << 20);
     let digest: String = Sha256::digest(&bytes).iter().map(|byte| format!("{byte:02x}")).collect();
-    let upload = rig.request(reqwest::Method::POST, "/sandbox/echo").body(bytes.clone()).send().await.unwrap();
+    let upload = harness.request(reqwest::Method::POST, "/sandbox/echo").body(bytes.clone()).send().await.unwrap();
     assert_eq!(json(upload).await["body_sha256"], digest);
     for query in ["", "?chunked=1"] {
-        let download = rig.get(&format!("/sandbox/bytes/{}{query}", bytes.len())).await;
+        let download = harness.get(&format!("/sandbox/bytes/{}{query}", bytes.len())).await;
         assert!(download.bytes().await.unwrap() == bytes);
     }
-    let mut wire = rig.dial().await;
+    let mut wire = harness.dial().await;
     wire.send("HEAD /sandbox/bytes/1000 HTTP/1.1\r\nHost: localhost\r\n\r\n").await;
     assert_eq!(wire.reply_head().await.header("content-length"), Some("1000"));
     wire.send("POST /sandbox/echo HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\nX-T: 1\r\n\r\n").await;
-    assert_eq!((wire.reply().await.status, rig.seen().text().as_str()), (200, "abc"));
-    assert_eq!(connections(&rig).len(), 1);
+    assert_eq!((wire.reply().await.status, harness.seen().text().as_str()), (200, "abc"));
+    assert_eq!(connections(&harness).len(), 1);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_answer_that_breaks_off_over_http2_is_never_ended_cleanly() {
-    let rig = rig("auto").await;
+    let harness = harness("auto").await;
     for query in ["", "?chunked=1"] {
-        rig.sandbox.set_trouble(Fault::CloseMidBody);
-        let mut wire = rig.dial().await;
+        harness.sandbox.set_trouble(Fault::CloseMidBody);
+        let mut wire = harness.dial().await;
         let request =
             format!("GET /sandbox/bytes/100000{query} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
         wire.send(request).await;
@@ -144,7 +145,7 @@ async fn an_answer_that_breaks_off_over_http2_is_never_ended_cleanly() {
         let came = wire.everything().await;
         assert!(came.len() < 100_000 && !came.ends_with("\r\n0\r\n\r\n"), "{query}");
     }
-    assert_eq!(rig.get("/v2/profiles").await.status(), 200);
+    assert_eq!(harness.get("/v2/profiles").await.status(), 200);
 }
 
 /// One HTTP/2 frame (RFC 9113, section 4.1).
@@ -154,7 +155,8 @@ fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn row_67_a_server_that_floods_or_resets_costs_a_call_and_nothing_more() {
+// Covers: failure 67.
+async fn a_server_that_floods_or_resets_costs_a_call_and_nothing_more() {
     const DATA: u8 = 0;
     const HEADERS: u8 = 1;
     const RST_STREAM: u8 = 3;
@@ -200,22 +202,22 @@ async fn row_67_a_server_that_floods_or_resets_costs_a_call_and_nothing_more() {
             }
         })
         .await;
-        let rig = Rig::before(&amazon, &[]).await;
-        let mut wire = rig.dial().await;
+        let harness = Harness::before(&amazon, &[]).await;
+        let mut wire = harness.dial().await;
         wire.send("POST /x HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\nConnection: close\r\n\r\n").await;
         let came = wire.everything().await;
         assert!(came.starts_with("HTTP/1.1 502") || !came.ends_with("0\r\n\r\n"), "{name}: never a clean end: {came}");
         assert!(amazon.connections() <= 2, "{name}: {} connections", amazon.connections());
-        assert_eq!(rig.metric("adsidecar_requests_in_flight").await, 0.0, "{name}");
+        assert_eq!(harness.metric("adsidecar_requests_in_flight").await, 0.0, "{name}");
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn callers_that_do_not_read_their_answers_hold_up_nobody_who_shares_their_connection() {
-    let rig = rig("auto").await;
+    let harness = harness("auto").await;
     let mut slow = Vec::new();
     for _ in 0..12 {
-        let mut wire = rig.dial().await;
+        let mut wire = harness.dial().await;
         // More than every buffer between Amazon and this socket together.
         wire.send("GET /sandbox/bytes/33554432 HTTP/1.1\r\nHost: localhost\r\n\r\n").await;
         assert_eq!(wire.reply_head().await.status, 200);
@@ -223,7 +225,7 @@ async fn callers_that_do_not_read_their_answers_hold_up_nobody_who_shares_their_
     }
     for _ in 0..20 {
         let call = tokio::time::timeout(std::time::Duration::from_secs(10), async {
-            rig.get("/sandbox/bytes/100000").await.bytes().await.unwrap().len()
+            harness.get("/sandbox/bytes/100000").await.bytes().await.unwrap().len()
         });
         assert_eq!(call.await.expect("a call beside slow ones is answered"), 100_000);
     }

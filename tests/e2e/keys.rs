@@ -7,21 +7,21 @@ use serde_json::{Value, json as object};
 use world::{CLIENT_ID, CLIENT_SECRET};
 
 use crate::commands::{CONFIG, DONE, FAILED, OTHER_KEY, Serving, bare_with, beside, run, sealed, stopped};
-use crate::rig::{FERNET_KEY, Rig, code, eventually, json};
+use crate::harness::{FERNET_KEY, Harness, code, eventually, json};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_rotation_seals_everything_with_the_first_key() {
-    let mut rig = stopped().await;
+    let mut harness = stopped().await;
     let both = format!("store.fernet_keys={OTHER_KEY},{FERNET_KEY}");
-    let rotated = run(&rig, &["key", "rotate", "--set", &both], "").await;
+    let rotated = run(&harness, &["key", "rotate", "--set", &both], "").await;
     assert_eq!(rotated.code, DONE, "{}", rotated.err);
     assert!(rotated.out.starts_with("1 grants sealed anew"), "{}", rotated.out);
-    let again = run(&rig, &["key", "rotate", "--set", &both], "").await;
+    let again = run(&harness, &["key", "rotate", "--set", &both], "").await;
     assert!(again.out.starts_with("0 grants"), "{}", again.out);
-    assert_eq!(run(&rig, &["users", "list"], "").await.code, CONFIG, "the old key alone opens nothing any more");
-    rig.sets.push(("store.fernet_keys".into(), OTHER_KEY.into()));
-    rig.start_sidecar().await;
-    assert_eq!(rig.get("/v2/profiles").await.status(), 200);
+    assert_eq!(run(&harness, &["users", "list"], "").await.code, CONFIG, "the old key alone opens nothing any more");
+    harness.sets.push(("store.fernet_keys".into(), OTHER_KEY.into()));
+    harness.start_sidecar().await;
+    assert_eq!(harness.get("/v2/profiles").await.status(), 200);
 }
 
 fn fingerprint(key: &str) -> String {
@@ -29,34 +29,35 @@ fn fingerprint(key: &str) -> String {
 }
 
 /// How many records are sealed with `key`, as the metrics tell.
-async fn sealed_with(rig: &Rig, key: &str) -> f64 {
-    rig.metric(&format!("adsidecar_store_records{{key=\"{key}\"}}")).await
+async fn sealed_with(harness: &Harness, key: &str) -> f64 {
+    harness.metric(&format!("adsidecar_store_records{{key=\"{key}\"}}")).await
 }
 
 /// A world whose keys lie in a file, which holds `keys`.
-async fn with_key_file(keys: &str) -> (Rig, String) {
-    let mut rig = Rig::with_running_clock("").await;
-    let file = rig.directory.path().join("keys").display().to_string();
+async fn with_key_file(keys: &str) -> (Harness, String) {
+    let mut harness = Harness::with_running_clock("").await;
+    let file = harness.directory.path().join("keys").display().to_string();
     std::fs::write(&file, keys).unwrap();
-    rig.restart_with("store.fernet_keys_file", &file).await;
-    rig.log_in("default").await;
-    (rig, format!("store.fernet_keys_file={file}"))
+    harness.restart_with("store.fernet_keys_file", &file).await;
+    harness.log_in("default").await;
+    (harness, format!("store.fernet_keys_file={file}"))
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn row_45_a_running_sidecar_takes_new_keys_by_a_rotation_and_by_nothing_else() {
-    let (mut rig, set) = with_key_file(FERNET_KEY).await;
+// Covers: failure 45.
+async fn a_running_sidecar_takes_new_keys_by_a_rotation_and_by_nothing_else() {
+    let (mut harness, set) = with_key_file(FERNET_KEY).await;
     let keys = set.split('=').nth(1).unwrap().to_owned();
-    let reload = async || rig.client.post(rig.admin_url("/reload")).send().await.unwrap();
+    let reload = async || harness.client.post(harness.admin_url("/reload")).send().await.unwrap();
     let (old, new) = (fingerprint(FERNET_KEY), fingerprint(OTHER_KEY));
-    assert_eq!((sealed_with(&rig, &old).await, sealed_with(&rig, &new).await), (1.0, 0.0));
+    assert_eq!((sealed_with(&harness, &old).await, sealed_with(&harness, &new).await), (1.0, 0.0));
 
     // Keys that cannot open what is stored are refused, and so is a command that reads others than the sidecar.
     std::fs::write(&keys, OTHER_KEY).unwrap();
-    let refused = beside(&rig, &["key", "rotate", "--set", &set]).await;
+    let refused = beside(&harness, &["key", "rotate", "--set", &set]).await;
     assert_eq!((refused.code, refused.out.as_str()), (CONFIG, ""), "{}", refused.err);
     std::fs::write(&keys, format!("{OTHER_KEY},{FERNET_KEY}")).unwrap();
-    let other = beside(&rig, &["key", "rotate"]).await;
+    let other = beside(&harness, &["key", "rotate"]).await;
     assert_eq!((other.code, other.out.as_str()), (CONFIG, ""));
     assert!(other.err.contains(&old) && other.err.contains(&new) && !other.err.contains(FERNET_KEY), "{}", other.err);
 
@@ -64,44 +65,46 @@ async fn row_45_a_running_sidecar_takes_new_keys_by_a_rotation_and_by_nothing_el
     assert_eq!(answer.status(), 400, "a reload does not change keys");
     let detail = json(answer).await["detail"].to_string();
     assert!(detail.contains("store.fernet_keys") && detail.contains("adsidecar key rotate"), "{detail}");
-    assert_eq!(sealed_with(&rig, &old).await, 1.0, "nothing was taken");
+    assert_eq!(sealed_with(&harness, &old).await, 1.0, "nothing was taken");
 
-    let rotated = beside(&rig, &["key", "rotate", "--set", &set]).await;
+    let rotated = beside(&harness, &["key", "rotate", "--set", &set]).await;
     assert_eq!(rotated.code, DONE, "{}", rotated.err);
     assert!(rotated.out.starts_with("1 grants sealed anew"), "{}", rotated.out);
-    assert_eq!((sealed_with(&rig, &old).await, sealed_with(&rig, &new).await), (0.0, 1.0));
-    assert_eq!(rig.metric("adsidecar_config_reload_success").await, 1.0);
+    assert_eq!((sealed_with(&harness, &old).await, sealed_with(&harness, &new).await), (0.0, 1.0));
+    assert_eq!(harness.metric("adsidecar_config_reload_success").await, 1.0);
     assert_eq!(reload().await.status(), 200);
-    assert_eq!(rig.post("/api/auth/amazon/refresh").await.status(), 200);
-    assert_eq!(rig.get("/v2/profiles").await.status(), 200);
+    assert_eq!(harness.post("/api/auth/amazon/refresh").await.status(), 200);
+    assert_eq!(harness.get("/v2/profiles").await.status(), 200);
 
     std::fs::write(&keys, OTHER_KEY).unwrap();
-    let dropped = beside(&rig, &["key", "rotate", "--set", &set]).await;
+    let dropped = beside(&harness, &["key", "rotate", "--set", &set]).await;
     assert_eq!(dropped.code, DONE, "the old key goes the same way: {}", dropped.err);
-    rig.stop_sidecar().await;
-    rig.start_sidecar().await;
-    assert_eq!(rig.get("/v2/profiles").await.status(), 200);
+    harness.stop_sidecar().await;
+    harness.start_sidecar().await;
+    assert_eq!(harness.get("/v2/profiles").await.status(), 200);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn row_45_a_rotation_that_was_killed_goes_on_by_itself() {
-    let mut rig = Rig::with_running_clock("").await;
-    rig.stop_sidecar().await;
+// Covers: failure 45.
+async fn a_rotation_that_was_killed_goes_on_by_itself() {
+    let mut harness = Harness::with_running_clock("").await;
+    harness.stop_sidecar().await;
     let record = |name: u32| {
         let (at, token) = ("2026-01-01T11:00:00", sealed(&format!("Atzr|{name}")));
         object!({ "refresh_token": token, "updated_at": at })
     };
     let many: serde_json::Map<_, _> = (0..100).map(|name| (format!("user-{name}"), record(name))).collect();
-    let taken = run(&rig, &["users", "import", "--offline", "--records", "-"], &Value::from(many).to_string()).await;
+    let taken =
+        run(&harness, &["users", "import", "--offline", "--records", "-"], &Value::from(many).to_string()).await;
     assert_eq!(taken.code, DONE, "{}", taken.err);
 
-    let keys = rig.directory.path().join("keys").display().to_string();
+    let keys = harness.directory.path().join("keys").display().to_string();
     std::fs::write(&keys, format!("{OTHER_KEY},{FERNET_KEY}")).unwrap();
     let set = format!("store.fernet_keys_file={keys}");
     let (old, new) = (fingerprint(FERNET_KEY), fingerprint(OTHER_KEY));
     let counts = async |serving: &Serving| {
         let text =
-            rig.client.get(format!("http://{}/metrics", serving.admin)).send().await.unwrap().text().await.unwrap();
+            harness.client.get(format!("http://{}/metrics", serving.admin)).send().await.unwrap().text().await.unwrap();
         let count = |key: &str| {
             let series = format!("adsidecar_store_records{{key=\"{key}\"}} ");
             text.lines().find_map(|line| line.strip_prefix(&series)?.parse::<u32>().ok()).unwrap_or(0)
@@ -110,9 +113,9 @@ async fn row_45_a_rotation_that_was_killed_goes_on_by_itself() {
     };
     // They are long idle, so that nothing but the rotation writes.
     let arguments = ["--set", &set];
-    let mut serving = Serving::start(&rig, &arguments).await;
+    let mut serving = Serving::start(&harness, &arguments).await;
     assert_eq!(counts(&serving).await, (100, 0), "keys alone rotate nothing");
-    let asked = rig.client.post(format!("http://{}/rotate?key={new}", serving.admin)).send().await.unwrap();
+    let asked = harness.client.post(format!("http://{}/rotate?key={new}", serving.admin)).send().await.unwrap();
     assert_eq!(json(asked).await["running"], true);
     let (left, _) = eventually("the middle of it", async || {
         let (left, done) = counts(&serving).await;
@@ -123,53 +126,55 @@ async fn row_45_a_rotation_that_was_killed_goes_on_by_itself() {
     serving.signal("KILL");
     serving.ended().await;
 
-    let serving = Serving::start(&rig, &arguments).await;
+    let serving = Serving::start(&harness, &arguments).await;
     eventually("its end", async || (counts(&serving).await == (0, 100)).then_some(())).await;
-    let told = rig.client.get(format!("http://{}/rotate", serving.admin)).send().await.unwrap();
+    let told = harness.client.get(format!("http://{}/rotate", serving.admin)).send().await.unwrap();
     let told = json(told).await;
     assert_eq!((&told["left"], &told["unreadable"], &told["error"]), (&0.into(), &0.into(), &Value::Null));
     drop(serving);
     std::fs::write(&keys, OTHER_KEY).unwrap();
-    let listed = run(&rig, &["users", "list", "--set", &set], "").await;
+    let listed = run(&harness, &["users", "list", "--set", &set], "").await;
     assert_eq!((listed.code, listed.out.lines().count()), (DONE, 100), "{}", listed.err);
     assert!(!listed.out.contains("unreadable"));
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn row_46_an_old_key_removed_too_early_costs_its_users_a_login_until_it_is_back() {
-    let (mut rig, set) = with_key_file(FERNET_KEY).await;
+// Covers: failure 46.
+async fn an_old_key_removed_too_early_costs_its_users_a_login_until_it_is_back() {
+    let (mut harness, set) = with_key_file(FERNET_KEY).await;
     let keys = set.split('=').nth(1).unwrap().to_owned();
-    rig.log_in("anna").await;
-    rig.log_in("bob").await;
-    rig.stop_sidecar().await;
+    harness.log_in("anna").await;
+    harness.log_in("bob").await;
+    harness.stop_sidecar().await;
     std::fs::write(&keys, format!("{OTHER_KEY},{FERNET_KEY}")).unwrap();
-    rig.start_sidecar().await;
-    rig.log_in("anna").await;
-    rig.stop_sidecar().await;
+    harness.start_sidecar().await;
+    harness.log_in("anna").await;
+    harness.stop_sidecar().await;
     std::fs::write(&keys, OTHER_KEY).unwrap();
-    rig.start_sidecar().await;
-    let call = async |rig: &Rig, user: &str| {
-        let call = rig.request(Method::GET, "/v2/profiles").header("x-ads-user", user).send().await.unwrap();
+    harness.start_sidecar().await;
+    let call = async |harness: &Harness, user: &str| {
+        let call = harness.request(Method::GET, "/v2/profiles").header("x-ads-user", user).send().await.unwrap();
         (call.status().as_u16(), code(&call).to_owned())
     };
-    assert_eq!(call(&rig, "anna").await, (200, String::new()));
-    assert_eq!(call(&rig, "bob").await, (401, "login_required".to_owned()));
-    assert_eq!(sealed_with(&rig, "unknown").await, 2.0, "bob's and the default user's");
-    assert_eq!(rig.metric("adsidecar_undecryptable_records").await, 2.0);
-    let rotated = beside(&rig, &["key", "rotate", "--set", &set]).await;
+    assert_eq!(call(&harness, "anna").await, (200, String::new()));
+    assert_eq!(call(&harness, "bob").await, (401, "login_required".to_owned()));
+    assert_eq!(sealed_with(&harness, "unknown").await, 2.0, "bob's and the default user's");
+    assert_eq!(harness.metric("adsidecar_undecryptable_records").await, 2.0);
+    let rotated = beside(&harness, &["key", "rotate", "--set", &set]).await;
     assert_eq!(rotated.code, FAILED, "a rotation says that it is not whole");
     assert!(rotated.err.contains("keep the old keys"), "{}", rotated.err);
 
-    rig.stop_sidecar().await;
-    let dump: Value = serde_json::from_str(&run(&rig, &["store", "dump", "--set", &set], "").await.out).unwrap();
+    harness.stop_sidecar().await;
+    let dump: Value = serde_json::from_str(&run(&harness, &["store", "dump", "--set", &set], "").await.out).unwrap();
     assert_eq!(dump.as_object().unwrap().len(), 3, "nothing is deleted");
     std::fs::write(&keys, format!("{OTHER_KEY},{FERNET_KEY}")).unwrap();
-    rig.start_sidecar().await;
-    assert_eq!(call(&rig, "bob").await, (200, String::new()));
+    harness.start_sidecar().await;
+    assert_eq!(call(&harness, "bob").await, (200, String::new()));
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn row_44_a_key_is_taken_as_files_hold_it_and_anything_else_is_78() {
+// Covers: failure 44.
+async fn a_key_is_taken_as_files_hold_it_and_anything_else_is_78() {
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("key");
     let required = [("AMAZON_CLIENT_ID", CLIENT_ID), ("AMAZON_CLIENT_SECRET", CLIENT_SECRET)];
@@ -222,27 +227,29 @@ async fn row_44_a_key_is_taken_as_files_hold_it_and_anything_else_is_78() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn row_53_a_volume_that_cannot_be_written_is_told_with_its_path_and_the_user() {
-    let rig = stopped().await;
+// Covers: failure 53.
+async fn a_volume_that_cannot_be_written_is_told_with_its_path_and_the_user() {
+    let harness = stopped().await;
     // Nobody can make directories there, root neither.
-    let ran = run(&rig, &["serve", "--set", "store.path=/sys/adsidecar/store"], "").await;
+    let ran = run(&harness, &["serve", "--set", "store.path=/sys/adsidecar/store"], "").await;
     assert_eq!((ran.code, ran.out.as_str()), (FAILED, ""));
     assert!(ran.err.contains("/sys/adsidecar") && ran.err.contains("uid "), "{}", ran.err);
     assert!(ran.err.contains("store.path"), "the cure: {}", ran.err);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn row_39_a_damaged_database_is_replaced_and_said_and_no_call_fails() {
-    let mut rig = Rig::start().await;
-    rig.log_in("default").await;
-    assert_eq!(rig.metric("adsidecar_store_recoveries_total").await, 0.0);
-    rig.stop_sidecar().await;
-    std::fs::write(rig.store_path().join("db"), [0xAA; 4096]).unwrap();
-    rig.start_sidecar().await;
-    assert_eq!(rig.metric("adsidecar_store_recoveries_total").await, 1.0);
-    assert_eq!(rig.get("/v2/profiles").await.status(), 200);
+// Covers: failure 39.
+async fn a_damaged_database_is_replaced_and_said_and_no_call_fails() {
+    let mut harness = Harness::start().await;
+    harness.log_in("default").await;
+    assert_eq!(harness.metric("adsidecar_store_recoveries_total").await, 0.0);
+    harness.stop_sidecar().await;
+    std::fs::write(harness.store_path().join("db"), [0xAA; 4096]).unwrap();
+    harness.start_sidecar().await;
+    assert_eq!(harness.metric("adsidecar_store_recoveries_total").await, 1.0);
+    assert_eq!(harness.get("/v2/profiles").await.status(), 200);
     eventually("readiness", async || {
-        let ready = rig.client.get(rig.admin_url("/readyz")).send().await.unwrap();
+        let ready = harness.client.get(harness.admin_url("/readyz")).send().await.unwrap();
         (ready.status() == 200).then_some(())
     })
     .await;

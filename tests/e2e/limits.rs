@@ -4,16 +4,17 @@ use std::time::{Duration, Instant};
 
 use world::{Door, Fault, Rule};
 
-use crate::rig::Rig;
-use crate::wire::{Scripted, eventually};
+use crate::harness::Harness;
+use crate::raw_http::{Scripted, eventually};
 
 const CALL: &str = "GET /sandbox/echo HTTP/1.1\r\nHost: localhost\r\n\r\n";
 
 #[tokio::test(flavor = "multi_thread")]
-async fn threat_24_a_slow_head_is_refused() {
-    let rig = Rig::set(&[("proxy.header_timeout", "150ms")]).await;
+// Covers: threat 24.
+async fn a_slow_head_is_refused() {
+    let harness = Harness::set(&[("proxy.header_timeout", "150ms")]).await;
     for used in [false, true] {
-        let mut wire = rig.dial().await;
+        let mut wire = harness.dial().await;
         if used {
             wire.send(CALL).await;
             assert_eq!(wire.reply().await.status, 200);
@@ -34,14 +35,14 @@ async fn threat_24_a_slow_head_is_refused() {
         assert!((Duration::from_millis(150)..Duration::from_secs(2)).contains(&took), "{took:?}");
         assert!(wire.closes().await);
     }
-    assert_eq!(rig.ads_calls().len(), 1);
+    assert_eq!(harness.ads_calls().len(), 1);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_idle_connection_is_closed_and_a_busy_one_is_not() {
-    let rig = Rig::set(&[("proxy.idle_timeout", "150ms"), ("proxy.header_timeout", "50ms")]).await;
-    let (mut fresh, mut used, mut busy) = (rig.dial().await, rig.dial().await, rig.dial().await);
-    let gate = rig.sandbox.set_trouble(Fault::Gate);
+    let harness = Harness::set(&[("proxy.idle_timeout", "150ms"), ("proxy.header_timeout", "50ms")]).await;
+    let (mut fresh, mut used, mut busy) = (harness.dial().await, harness.dial().await, harness.dial().await);
+    let gate = harness.sandbox.set_trouble(Fault::Gate);
     busy.send(CALL).await;
     gate.reached(1).await;
     used.send(CALL).await;
@@ -56,11 +57,11 @@ async fn an_idle_connection_is_closed_and_a_busy_one_is_not() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn at_the_cap_the_connection_that_idled_longest_makes_room() {
-    let rig = Rig::set(&[("proxy.max_connections", "3")]).await;
-    // The rig's own client holds a connection, which is older than all of these.
+    let harness = Harness::set(&[("proxy.max_connections", "3")]).await;
+    // The harness's own client holds a connection, which is older than all of these.
     let mut wires = Vec::new();
     for _ in 0..3 {
-        let mut wire = rig.dial().await;
+        let mut wire = harness.dial().await;
         wire.send(CALL).await;
         assert_eq!(wire.reply().await.status, 200);
         wires.push(wire);
@@ -70,7 +71,7 @@ async fn at_the_cap_the_connection_that_idled_longest_makes_room() {
         wire.send(CALL).await;
         assert_eq!(wire.reply().await.status, 200);
     }
-    let mut newest = rig.dial().await;
+    let mut newest = harness.dial().await;
     newest.send(CALL).await;
     assert_eq!(newest.reply().await.status, 200);
     assert!(wires[0].closes().await);
@@ -78,20 +79,20 @@ async fn at_the_cap_the_connection_that_idled_longest_makes_room() {
         wire.send(CALL).await;
         assert_eq!(wire.reply().await.status, 200);
     }
-    assert_eq!(rig.metric("adsidecar_connections{door=\"proxy\"}").await, 3.0);
+    assert_eq!(harness.metric("adsidecar_connections{door=\"proxy\"}").await, 3.0);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn while_all_are_busy_a_new_connection_waits() {
-    let rig = Rig::set(&[("proxy.max_connections", "2")]).await;
-    let gate = rig.sandbox.set_trouble(Rule::from(Fault::Gate).next(2));
-    let mut one = rig.dial().await;
+    let harness = Harness::set(&[("proxy.max_connections", "2")]).await;
+    let gate = harness.sandbox.set_trouble(Rule::from(Fault::Gate).next(2));
+    let mut one = harness.dial().await;
     one.send(CALL).await;
     gate.reached(1).await;
-    let mut two = rig.dial().await;
+    let mut two = harness.dial().await;
     two.send(CALL).await;
     gate.reached(2).await;
-    let mut three = rig.dial().await;
+    let mut three = harness.dial().await;
     three.send(CALL).await;
     gate.release();
     for wire in [&mut one, &mut two, &mut three] {
@@ -101,13 +102,13 @@ async fn while_all_are_busy_a_new_connection_waits() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn who_finds_no_room_is_told_so_and_finds_some_later() {
-    let rig = Rig::set(&[("proxy.max_connections", "1")]).await;
-    let gate = rig.sandbox.set_trouble(Rule::from(Fault::Gate).at(Door::Na));
-    let mut busy = rig.dial().await;
+    let harness = Harness::set(&[("proxy.max_connections", "1")]).await;
+    let gate = harness.sandbox.set_trouble(Rule::from(Fault::Gate).at(Door::Na));
+    let mut busy = harness.dial().await;
     busy.send(CALL).await;
     gate.reached(1).await;
     for _ in 0..2 {
-        let mut turned_away = rig.dial().await;
+        let mut turned_away = harness.dial().await;
         turned_away.send(CALL).await;
         let reply = turned_away.reply().await;
         assert_eq!(reply.said(), (503, "overloaded"));
@@ -117,14 +118,14 @@ async fn who_finds_no_room_is_told_so_and_finds_some_later() {
     }
     gate.release();
     assert_eq!(busy.reply().await.status, 200);
-    let mut later = rig.dial().await;
+    let mut later = harness.dial().await;
     later.send(CALL).await;
     assert_eq!(later.reply().await.status, 200);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_body_over_the_limit_is_refused() {
-    let rig = Rig::set(&[("proxy.max_body", "1KiB")]).await;
+    let harness = Harness::set(&[("proxy.max_body", "1KiB")]).await;
     let (fits, big) = ("x".repeat(1024), "x".repeat(1025));
     let plain = |body: &str, length: usize| {
         format!("POST /sandbox/echo HTTP/1.1\r\nHost: localhost\r\nContent-Length: {length}\r\n\r\n{body}")
@@ -139,52 +140,53 @@ async fn a_body_over_the_limit_is_refused() {
         )
     };
     for body in ["", &big] {
-        let mut wire = rig.dial().await;
+        let mut wire = harness.dial().await;
         wire.send(plain(body, 1025)).await;
         assert_eq!(wire.reply().await.said(), (413, "body_too_large"));
         assert!(wire.closes().await);
     }
-    assert!(rig.ads_calls().is_empty(), "what says that it is too large is not begun");
-    let mut wire = rig.dial().await;
+    assert!(harness.ads_calls().is_empty(), "what says that it is too large is not begun");
+    let mut wire = harness.dial().await;
     wire.send(chunked(&big) + CALL).await;
     assert_eq!(wire.reply().await.said(), (413, "body_too_large"));
     assert!(wire.closes().await);
-    eventually("Amazon sees it broken off", || rig.ads_calls().iter().all(|call| !call.complete)).await;
-    assert!(rig.ads_calls().iter().all(|call| call.method == "POST" && call.status.is_none()));
-    rig.sandbox.clear_history();
+    eventually("Amazon sees it broken off", || harness.ads_calls().iter().all(|call| !call.complete)).await;
+    assert!(harness.ads_calls().iter().all(|call| call.method == "POST" && call.status.is_none()));
+    harness.sandbox.clear_history();
     for call in [plain(&fits, 1024), chunked(&fits)] {
-        assert_eq!(rig.knock(call).await.status, 200);
-        assert_eq!(rig.seen().body_len, 1024);
+        assert_eq!(harness.knock(call).await.status, 200);
+        assert_eq!(harness.seen().body_len, 1024);
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_refused_upload_still_learns_why() {
-    let rig = Rig::set(&[("proxy.max_body", "1KiB")]).await;
+    let harness = Harness::set(&[("proxy.max_body", "1KiB")]).await;
     for _ in 0..20 {
-        let upload = rig.request(reqwest::Method::POST, "/sandbox/echo").body(vec![b'x'; 4 << 20]);
+        let upload = harness.request(reqwest::Method::POST, "/sandbox/echo").body(vec![b'x'; 4 << 20]);
         let answer = upload.send().await.expect("an answer, and no reset connection");
-        assert_eq!((answer.status().as_u16(), crate::rig::code(&answer)), (413, "body_too_large"));
-        assert_eq!(crate::rig::json(answer).await["code"], "body_too_large");
+        assert_eq!((answer.status().as_u16(), crate::harness::code(&answer)), (413, "body_too_large"));
+        assert_eq!(crate::harness::json(answer).await["code"], "body_too_large");
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn row_70_a_caller_that_takes_nothing_of_its_answer_is_cut_off_and_amazon_with_it() {
+// Covers: failure 70.
+async fn a_caller_that_takes_nothing_of_its_answer_is_cut_off_and_amazon_with_it() {
     const MIB: u64 = 1 << 20;
-    let rig = Rig::set(&[("proxy.write_timeout", "200ms")]).await;
-    let mut wire = rig.dial().await;
+    let harness = Harness::set(&[("proxy.write_timeout", "200ms")]).await;
+    let mut wire = harness.dial().await;
     wire.send(format!("GET /sandbox/bytes/{} HTTP/1.1\r\nHost: localhost\r\n\r\n", 256 * MIB)).await;
     assert_eq!(wire.reply_head().await.status, 200);
     // Until then Amazon was held back as well: what it sent beyond the sockets' buffers was not taken.
-    crate::rig::eventually("the answer to be given up", async || {
-        (rig.metric("adsidecar_requests_in_flight").await == 0.0).then_some(())
+    crate::harness::eventually("the answer to be given up", async || {
+        (harness.metric("adsidecar_requests_in_flight").await == 0.0).then_some(())
     })
     .await;
     let came = wire.take(256 * MIB as usize).await.len() as u64;
     assert!(came < 64 * MIB, "{came} bytes came of an answer that nobody read");
     // Who reads slowly, and does read, gets all of it.
-    let mut patient = rig.dial().await;
+    let mut patient = harness.dial().await;
     patient.send(format!("GET /sandbox/bytes/{} HTTP/1.1\r\nHost: localhost\r\n\r\n", 8 * MIB)).await;
     assert_eq!(patient.reply_head().await.status, 200);
     let mut read = 0;
@@ -192,15 +194,16 @@ async fn row_70_a_caller_that_takes_nothing_of_its_answer_is_cut_off_and_amazon_
         read += patient.take(MIB as usize).await.len();
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
-    assert_eq!(rig.get("/v2/profiles").await.status(), 200);
+    assert_eq!(harness.get("/v2/profiles").await.status(), 200);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn threat_24_a_body_that_does_not_go_on_is_given_up_and_never_a_complete_call() {
-    let rig = Rig::set(&[("proxy.body_timeout", "150ms")]).await;
+// Covers: threat 24.
+async fn a_body_that_does_not_go_on_is_given_up_and_never_a_complete_call() {
+    let harness = Harness::set(&[("proxy.body_timeout", "150ms")]).await;
     for framing in ["Content-Length: 100", "Transfer-Encoding: chunked"] {
-        rig.sandbox.clear_history();
-        let mut wire = rig.dial().await;
+        harness.sandbox.clear_history();
+        let mut wire = harness.dial().await;
         let begun = Instant::now();
         wire.send(format!("POST /sandbox/echo HTTP/1.1\r\nHost: localhost\r\n{framing}\r\n\r\n5\r\nabcde\r\n")).await;
         assert_eq!(wire.reply().await.said(), (408, "request_timeout"), "{framing}");
@@ -211,15 +214,16 @@ async fn threat_24_a_body_that_does_not_go_on_is_given_up_and_never_a_complete_c
             begun.elapsed()
         );
         eventually("Amazon sees the end", || {
-            rig.ads_calls().iter().all(|call| call.status.is_none() && !call.complete)
+            harness.ads_calls().iter().all(|call| call.status.is_none() && !call.complete)
         })
         .await;
-        assert_eq!(rig.ads_calls().len(), 1, "it is not repeated");
+        assert_eq!(harness.ads_calls().len(), 1, "it is not repeated");
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn row_64_the_head_of_an_answer_has_a_limit() {
+// Covers: failure 64.
+async fn the_head_of_an_answer_has_a_limit() {
     let head = |bytes: usize| {
         let big = "x".repeat(bytes);
         format!("HTTP/1.1 200 OK\r\nContent-Length: 0\r\nX-Big: {big}\r\n\r\n").leak()
@@ -227,7 +231,7 @@ async fn row_64_the_head_of_an_answer_has_a_limit() {
     // The read buffer is the limit, and the last read may go beyond it: up to twice its 64 KiB may pass.
     for (bytes, said) in [(40 << 10, (200, "")), (200 << 10, (502, "upstream_reset"))] {
         let amazon = Scripted::saying(head(bytes)).await;
-        let rig = Rig::before(&amazon, &[]).await;
-        assert_eq!(rig.knock("GET /x HTTP/1.1\r\nHost: localhost\r\n\r\n").await.said(), said, "{bytes}");
+        let harness = Harness::before(&amazon, &[]).await;
+        assert_eq!(harness.knock("GET /x HTTP/1.1\r\nHost: localhost\r\n\r\n").await.said(), said, "{bytes}");
     }
 }

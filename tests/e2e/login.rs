@@ -8,7 +8,7 @@ use serde_json::Value;
 use url::Url;
 use world::{CLIENT_ID, Door, Fault, RETURN_URL, Rule, SCOPE};
 
-use crate::rig::{Rig, code, header, json};
+use crate::harness::{Harness, code, header, json};
 
 const FRONTEND: &str = "[login]\nfrontend_url = \"https://app.example.com/connected?tab=ads\"\n";
 const ORIGIN: &str = "https://app.example.com";
@@ -44,25 +44,26 @@ fn refused(answer: &Response, status: u16, name: &str) {
 }
 
 /// Begins a login as a server does, and consents: the callback's path and query.
-async fn callback_of(rig: &Rig, user: &str) -> String {
-    let begun = json(rig.get(&format!("{LOGIN}?user_id={user}")).await).await;
-    rig.consent(begun["auth_url"].as_str().unwrap()).await
+async fn callback_of(harness: &Harness, user: &str) -> String {
+    let begun = json(harness.get(&format!("{LOGIN}?user_id={user}")).await).await;
+    harness.consent(begun["auth_url"].as_str().unwrap()).await
 }
 
 /// Begins a login as a browser does, and consents: the callback, and the cookie.
-async fn browsed(rig: &Rig, user: &str) -> (String, String) {
-    let begun = rig.request(Method::GET, &format!("{LOGIN}?user_id={user}")).header("accept", "text/html,*/*;q=0.8");
+async fn browsed(harness: &Harness, user: &str) -> (String, String) {
+    let begun =
+        harness.request(Method::GET, &format!("{LOGIN}?user_id={user}")).header("accept", "text/html,*/*;q=0.8");
     let begun = begun.send().await.unwrap();
     assert_eq!(begun.status(), 302);
     let cookie = header(&begun, "set-cookie").split(';').next().unwrap().to_owned();
-    (rig.consent(header(&begun, "location")).await, cookie)
+    (harness.consent(header(&begun, "location")).await, cookie)
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn nothing_under_our_roots_is_forwarded() {
-    let rig = Rig::start().await;
-    rig.log_in("default").await;
-    rig.sandbox.clear_history();
+    let harness = Harness::start().await;
+    harness.log_in("default").await;
+    harness.sandbox.clear_history();
     for path in [
         "/api/auth",
         "/api/auth/",
@@ -76,7 +77,7 @@ async fn nothing_under_our_roots_is_forwarded() {
         "/auth/o2/create/codepair",
     ] {
         for method in [Method::GET, Method::POST, Method::DELETE] {
-            refused(&rig.request(method, path).send().await.unwrap(), 404, "not_found");
+            refused(&harness.request(method, path).send().await.unwrap(), 404, "not_found");
         }
     }
     for (path, allowed) in [
@@ -90,27 +91,27 @@ async fn nothing_under_our_roots_is_forwarded() {
     ] {
         for method in [Method::GET, Method::POST, Method::PUT, Method::DELETE, Method::PATCH] {
             if method.as_str() != allowed {
-                let answer = rig.request(method, &format!("/api/auth/amazon/{path}")).send().await.unwrap();
+                let answer = harness.request(method, &format!("/api/auth/amazon/{path}")).send().await.unwrap();
                 refused(&answer, 405, "method_not_allowed");
                 assert_eq!(header(&answer, "allow"), allowed);
             }
         }
     }
-    let shim = rig.get("/auth/o2/token").await;
+    let shim = harness.get("/auth/o2/token").await;
     refused(&shim, 405, "method_not_allowed");
     assert_eq!(header(&shim, "allow"), "POST");
     for host in ["advertising-api.amazon.com", "api.amazon.com"] {
         let request =
             format!("GET http://{host}/api/auth/amazon/status HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n");
-        let answer = rig.raw(request.as_bytes(), None).await;
+        let answer = harness.raw(request.as_bytes(), None).await;
         assert!(answer.starts_with(b"HTTP/1.1 404 "), "{}", String::from_utf8_lossy(&answer));
     }
-    assert_eq!(rig.sandbox.history().len(), 0, "nothing of it left");
+    assert_eq!(harness.sandbox.history().len(), 0, "nothing of it left");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_bad_parameter_is_refused() {
-    let rig = Rig::with(FRONTEND).await;
+    let harness = Harness::with(FRONTEND).await;
     let long = "x".repeat(129);
     for user in ["", "a b", "..", ".", "a/b", "<script>", "é", "a\0b", long.as_str()] {
         let user = encoded(user);
@@ -120,7 +121,7 @@ async fn a_bad_parameter_is_refused() {
             (Method::POST, format!("/api/auth/amazon/refresh?user_id={user}")),
             (Method::POST, format!("/api/auth/amazon/logout?user_id={user}")),
         ] {
-            let answer = rig.request(method, &path).send().await.unwrap();
+            let answer = harness.request(method, &path).send().await.unwrap();
             refused(&answer, 400, "bad_request");
             assert!(!answer.text().await.unwrap().contains("script"));
         }
@@ -138,16 +139,16 @@ async fn a_bad_parameter_is_refused() {
         "status?limit=1001",
         "status?user_id=a&user_id=a",
     ] {
-        refused(&rig.get(&format!("/api/auth/amazon/{query}")).await, 400, "bad_request");
+        refused(&harness.get(&format!("/api/auth/amazon/{query}")).await, 400, "bad_request");
     }
-    refused(&rig.post("/api/auth/amazon/confirm").await, 400, "bad_request");
-    refused(&rig.request(Method::DELETE, "/api/auth/amazon/users/a%20b").send().await.unwrap(), 400, "bad_request");
-    assert_eq!(rig.sandbox.history().len(), 0);
+    refused(&harness.post("/api/auth/amazon/confirm").await, 400, "bad_request");
+    refused(&harness.request(Method::DELETE, "/api/auth/amazon/users/a%20b").send().await.unwrap(), 400, "bad_request");
+    assert_eq!(harness.sandbox.history().len(), 0);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn return_to_leads_nowhere_but_to_the_frontend() {
-    let rig = Rig::with(FRONTEND).await;
+    let harness = Harness::with(FRONTEND).await;
     for attack in [
         "//evil.test",
         "///evil.test",
@@ -166,95 +167,98 @@ async fn return_to_leads_nowhere_but_to_the_frontend() {
         "",
         "?x",
     ] {
-        let answer = rig.get(&format!("{LOGIN}?return_to={}", encoded(attack))).await;
+        let answer = harness.get(&format!("{LOGIN}?return_to={}", encoded(attack))).await;
         refused(&answer, 400, "bad_request");
     }
-    let alone = Rig::start().await;
+    let alone = Harness::start().await;
     refused(&alone.get(&format!("{LOGIN}?return_to=/done")).await, 400, "bad_request");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn row_83_a_callback_that_amazon_would_not_send_is_refused_and_costs_nothing() {
-    let rig = Rig::start().await;
-    let callback = callback_of(&rig, "default").await;
+// Covers: failure 83.
+async fn a_callback_that_amazon_would_not_send_is_refused_and_costs_nothing() {
+    let harness = Harness::start().await;
+    let callback = callback_of(&harness, "default").await;
     for bad in [
         "/api/auth/amazon/callback",
         "/api/auth/amazon/callback?code=x",
         "/api/auth/amazon/callback?state=x",
         "/api/auth/amazon/callback?error=access_denied",
     ] {
-        refused(&rig.get(bad).await, 400, "state_invalid");
+        refused(&harness.get(bad).await, 400, "state_invalid");
     }
-    refused(&rig.get(&format!("{callback}&error=access_denied")).await, 400, "state_invalid");
+    refused(&harness.get(&format!("{callback}&error=access_denied")).await, 400, "state_invalid");
     for doubled in ["code=x", "state=x", "scope=x"] {
-        refused(&rig.get(&format!("{callback}&{doubled}")).await, 400, "bad_request");
+        refused(&harness.get(&format!("{callback}&{doubled}")).await, 400, "bad_request");
     }
-    assert_eq!(rig.sandbox.lwa_calls().exchanges, 0, "no code left before its state was good");
-    assert_eq!(rig.get(&callback).await.status(), 200, "a bad callback beside it does not spoil a login");
+    assert_eq!(harness.sandbox.lwa_calls().exchanges, 0, "no code left before its state was good");
+    assert_eq!(harness.get(&callback).await.status(), 200, "a bad callback beside it does not spoil a login");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn row_84_a_state_is_good_once_and_for_ten_minutes() {
-    let rig = Rig::start().await;
+// Covers: failure 84.
+async fn a_state_is_good_once_and_for_ten_minutes() {
+    let harness = Harness::start().await;
     for unknown in ["unknown", "", "a%00b"] {
         let callback = format!("/api/auth/amazon/callback?code=x&state={unknown}");
-        refused(&rig.get(&callback).await, 400, "state_invalid");
+        refused(&harness.get(&callback).await, 400, "state_invalid");
     }
-    let callback = callback_of(&rig, "default").await;
-    assert_eq!(rig.get(&callback).await.status(), 200);
-    refused(&rig.get(&callback).await, 400, "state_invalid");
-    let late = callback_of(&rig, "default").await;
-    rig.advance(600);
-    refused(&rig.get(&late).await, 400, "state_invalid");
-    let timely = callback_of(&rig, "default").await;
-    rig.advance(299);
-    assert_eq!(rig.get(&timely).await.status(), 200);
-    assert_eq!(rig.sandbox.lwa_calls().exchanges, 2);
+    let callback = callback_of(&harness, "default").await;
+    assert_eq!(harness.get(&callback).await.status(), 200);
+    refused(&harness.get(&callback).await, 400, "state_invalid");
+    let late = callback_of(&harness, "default").await;
+    harness.advance(600);
+    refused(&harness.get(&late).await, 400, "state_invalid");
+    let timely = callback_of(&harness, "default").await;
+    harness.advance(299);
+    assert_eq!(harness.get(&timely).await.status(), 200);
+    assert_eq!(harness.sandbox.lwa_calls().exchanges, 2);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn row_85_two_hundred_callbacks_at_once_exchange_the_code_once() {
-    let rig = Rig::start().await;
-    let callback = callback_of(&rig, "default").await;
-    let all = (0..200).map(|_| tokio::spawn(rig.request(Method::GET, &callback).send()));
+// Covers: failure 85.
+async fn two_hundred_callbacks_at_once_exchange_the_code_once() {
+    let harness = Harness::start().await;
+    let callback = callback_of(&harness, "default").await;
+    let all = (0..200).map(|_| tokio::spawn(harness.request(Method::GET, &callback).send()));
     let mut statuses = Vec::new();
     for one in all.collect::<Vec<_>>() {
         statuses.push(one.await.unwrap().unwrap().status().as_u16());
     }
     assert_eq!(statuses.iter().filter(|status| **status == 200).count(), 1);
     assert_eq!(statuses.iter().filter(|status| **status == 400).count(), 199);
-    assert_eq!(rig.sandbox.lwa_calls().exchanges, 1);
-    assert_eq!(rig.get("/v2/profiles").await.status(), 200);
+    assert_eq!(harness.sandbox.lwa_calls().exchanges, 1);
+    assert_eq!(harness.get("/v2/profiles").await.status(), 200);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_login_begun_by_a_browser_ends_in_that_browser_alone() {
-    let rig = Rig::start().await;
-    let (callback, _) = browsed(&rig, "default").await;
-    refused(&rig.get(&callback).await, 400, "state_invalid");
+    let harness = Harness::start().await;
+    let (callback, _) = browsed(&harness, "default").await;
+    refused(&harness.get(&callback).await, 400, "state_invalid");
 
-    let (callback, own) = browsed(&rig, "default").await;
-    let (_, other) = browsed(&rig, "default").await;
+    let (callback, own) = browsed(&harness, "default").await;
+    let (_, other) = browsed(&harness, "default").await;
     let forged = format!("{}={}", own.split('=').next().unwrap(), other.split('=').next_back().unwrap());
     for cookies in [other, forged] {
-        let answer = rig.request(Method::GET, &callback).header("cookie", cookies).send().await.unwrap();
+        let answer = harness.request(Method::GET, &callback).header("cookie", cookies).send().await.unwrap();
         refused(&answer, 400, "state_invalid");
     }
-    assert_eq!(rig.sandbox.lwa_calls().exchanges, 0);
+    assert_eq!(harness.sandbox.lwa_calls().exchanges, 0);
 
-    let (first, first_cookie) = browsed(&rig, "a").await;
-    let (second, second_cookie) = browsed(&rig, "b").await;
+    let (first, first_cookie) = browsed(&harness, "a").await;
+    let (second, second_cookie) = browsed(&harness, "b").await;
     let jar = format!("theme=dark; {first_cookie}; {second_cookie}");
     for callback in [first, second] {
-        let answer = rig.request(Method::GET, &callback).header("cookie", &jar).send().await.unwrap();
+        let answer = harness.request(Method::GET, &callback).header("cookie", &jar).send().await.unwrap();
         assert_eq!(answer.status(), 200, "two logins of one browser do not undo each other");
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn no_foreign_page_drives_the_oauth_endpoints() {
-    let rig = Rig::with(FRONTEND).await;
-    assert_eq!(rig.get(&callback_of(&rig, "default").await).await.status(), 302);
+    let harness = Harness::with(FRONTEND).await;
+    assert_eq!(harness.get(&callback_of(&harness, "default").await).await.status(), 302);
     for (name, value) in [
         ("origin", "https://evil.test"),
         ("origin", "null"),
@@ -271,12 +275,12 @@ async fn no_foreign_page_drives_the_oauth_endpoints() {
             (Method::DELETE, "/api/auth/amazon/users/default".to_owned()),
             (Method::OPTIONS, "/api/auth/amazon/logout".to_owned()),
         ] {
-            let answer = rig.request(method, &path).header(name, value).send().await.unwrap();
+            let answer = harness.request(method, &path).header(name, value).send().await.unwrap();
             refused(&answer, 403, "cross_site");
             assert!(!answer.headers().contains_key("access-control-allow-origin"));
         }
     }
-    let navigation = rig
+    let navigation = harness
         .request(Method::GET, LOGIN)
         .header("accept", "text/html")
         .header("sec-fetch-site", "cross-site")
@@ -286,21 +290,21 @@ async fn no_foreign_page_drives_the_oauth_endpoints() {
         .unwrap();
     refused(&navigation, 403, "cross_site");
     assert!(!navigation.headers().contains_key("set-cookie"));
-    let same_site = rig.request(Method::POST, "/api/auth/amazon/logout").header("sec-fetch-site", "same-site");
+    let same_site = harness.request(Method::POST, "/api/auth/amazon/logout").header("sec-fetch-site", "same-site");
     refused(&same_site.send().await.unwrap(), 403, "cross_site");
-    assert_eq!(rig.status_of("default").await["state"], "fresh", "nobody was logged out");
+    assert_eq!(harness.status_of("default").await["state"], "fresh", "nobody was logged out");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_frontend_may_fetch_and_read_even_refusals() {
-    let rig = Rig::with(FRONTEND).await;
-    let fetch = |method: Method, path: &str| rig.request(method, path).header("origin", ORIGIN).send();
+    let harness = Harness::with(FRONTEND).await;
+    let fetch = |method: Method, path: &str| harness.request(method, path).header("origin", ORIGIN).send();
     let readable = |headers: &HeaderMap| {
         assert_eq!(headers["access-control-allow-origin"], ORIGIN);
         assert_eq!(headers["access-control-allow-credentials"], "true");
         assert_eq!(headers["vary"], "origin");
     };
-    let preflight = rig
+    let preflight = harness
         .request(Method::OPTIONS, "/api/auth/amazon/logout")
         .header("origin", ORIGIN)
         .header("access-control-request-method", "POST")
@@ -323,13 +327,13 @@ async fn the_frontend_may_fetch_and_read_even_refusals() {
     assert_eq!(begun.status(), 200);
     readable(begun.headers());
     let cookie = header(&begun, "set-cookie").split(';').next().unwrap().to_owned();
-    let callback = rig.consent(json(begun).await["auth_url"].as_str().unwrap()).await;
-    let stranger = rig.get(&callback).await;
+    let callback = harness.consent(json(begun).await["auth_url"].as_str().unwrap()).await;
+    let stranger = harness.get(&callback).await;
     assert_eq!(parameter(&location(&stranger), "error").as_deref(), Some("state_invalid"), "it is bound by its cookie");
     assert!(cookie.starts_with("adsidecar_login_"));
 
     // No web page drives the proxy, not even this one.
-    assert_eq!(rig.get(&callback_of(&rig, "default").await).await.status(), 302);
+    assert_eq!(harness.get(&callback_of(&harness, "default").await).await.status(), 302);
     let call = fetch(Method::GET, "/v2/profiles").await.unwrap();
     assert_eq!((call.status().as_u16(), code(&call)), (403, "cross_site"));
     assert!(!call.headers().contains_key("access-control-allow-origin"));
@@ -338,7 +342,7 @@ async fn the_frontend_may_fetch_and_read_even_refusals() {
 #[tokio::test(flavor = "multi_thread")]
 async fn where_a_caller_token_is_set_no_page_fetches_and_only_the_callback_is_open() {
     let extra = format!("[proxy]\nlisten = \"127.0.0.1:0\"\ncaller_token = \"one-token\"\n{FRONTEND}");
-    let rig = Rig::with(&extra).await;
+    let harness = Harness::with(&extra).await;
     for (method, path) in [
         (Method::GET, LOGIN),
         (Method::GET, STATUS),
@@ -347,21 +351,22 @@ async fn where_a_caller_token_is_set_no_page_fetches_and_only_the_callback_is_op
         (Method::POST, "/api/auth/amazon/confirm?grant=x"),
         (Method::DELETE, "/api/auth/amazon/users/default"),
     ] {
-        let answer = rig.request(method.clone(), path).send().await.unwrap();
+        let answer = harness.request(method.clone(), path).send().await.unwrap();
         refused(&answer, 407, "caller_unauthorized");
         assert_eq!(header(&answer, "proxy-authenticate"), "Bearer");
-        let fetched = rig.request(method, path).header("origin", ORIGIN).header("x-ads-sidecar-token", "one-token");
+        let fetched = harness.request(method, path).header("origin", ORIGIN).header("x-ads-sidecar-token", "one-token");
         let fetched = fetched.send().await.unwrap();
         refused(&fetched, 403, "cross_site");
     }
-    let begun = rig.request(Method::GET, LOGIN).header("x-ads-sidecar-token", "one-token").send().await.unwrap();
-    let callback = rig.consent(json(begun).await["auth_url"].as_str().unwrap()).await;
-    assert_eq!(parameter(&location(&rig.get(&callback).await), "status").as_deref(), Some("success"));
+    let begun = harness.request(Method::GET, LOGIN).header("x-ads-sidecar-token", "one-token").send().await.unwrap();
+    let callback = harness.consent(json(begun).await["auth_url"].as_str().unwrap()).await;
+    assert_eq!(parameter(&location(&harness.get(&callback).await), "status").as_deref(), Some("success"));
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn row_82_what_amazon_says_no_with_is_mapped_and_never_echoed() {
-    let rig = Rig::start().await;
+// Covers: failure 82.
+async fn what_amazon_says_no_with_is_mapped_and_never_echoed() {
+    let harness = Harness::start().await;
     for (error, told) in [
         ("access_denied", "access_denied"),
         ("invalid_scope", "invalid_scope"),
@@ -370,9 +375,9 @@ async fn row_82_what_amazon_says_no_with_is_mapped_and_never_echoed() {
         ("unauthorized_client", "other"),
         (SCRIPTS[0], "other"),
     ] {
-        let state = json(rig.get(LOGIN).await).await["state"].as_str().unwrap().to_owned();
+        let state = json(harness.get(LOGIN).await).await["state"].as_str().unwrap().to_owned();
         let query = format!("error={}&error_description={}&state={state}", encoded(error), encoded(SCRIPTS[1]));
-        let answer = rig.get(&format!("/api/auth/amazon/callback?{query}")).await;
+        let answer = harness.get(&format!("/api/auth/amazon/callback?{query}")).await;
         refused(&answer, 400, told);
         let body = json(answer).await;
         assert_eq!((&body["status"], &body["error"]), (&Value::from("error"), &Value::from(told)));
@@ -381,7 +386,7 @@ async fn row_82_what_amazon_says_no_with_is_mapped_and_never_echoed() {
     for script in SCRIPTS {
         let script = encoded(script);
         let query = format!("code={script}&state={script}&scope={script}&user_id={script}&error_description={script}");
-        let answer = rig.request(Method::GET, &format!("/api/auth/amazon/callback?{query}"));
+        let answer = harness.request(Method::GET, &format!("/api/auth/amazon/callback?{query}"));
         let answer = answer.header("accept", "text/html").send().await.unwrap();
         refused(&answer, 400, "state_invalid");
         let policy = header(&answer, "content-security-policy").to_owned();
@@ -390,12 +395,13 @@ async fn row_82_what_amazon_says_no_with_is_mapped_and_never_echoed() {
         let page = answer.text().await.unwrap();
         assert!(page.contains("Not connected") && !page.contains("alert"), "{page}");
     }
-    assert_eq!(rig.sandbox.lwa_calls().exchanges, 0);
+    assert_eq!(harness.sandbox.lwa_calls().exchanges, 0);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn row_88_a_code_that_lwa_does_not_exchange_stores_nothing() {
-    let rig = Rig::start().await;
+// Covers: failure 88.
+async fn a_code_that_lwa_does_not_exchange_stores_nothing() {
+    let harness = Harness::start().await;
     for trouble in [
         Fault::status(500),
         Fault::InvalidGrant,
@@ -404,25 +410,25 @@ async fn row_88_a_code_that_lwa_does_not_exchange_stores_nothing() {
         Fault::Html,
         Fault::NoRefreshToken,
     ] {
-        let callback = callback_of(&rig, "default").await;
-        let before = rig.sandbox.calls(Door::Lwa).len();
-        rig.sandbox.set_trouble(trouble);
-        refused(&rig.get(&callback).await, 502, "exchange_failed");
-        refused(&rig.get(&callback).await, 400, "state_invalid");
-        assert_eq!(rig.sandbox.calls(Door::Lwa).len(), before + 1, "a code is sent once");
-        assert_eq!(rig.status_of("default").await["state"], "none");
+        let callback = callback_of(&harness, "default").await;
+        let before = harness.sandbox.calls(Door::Lwa).len();
+        harness.sandbox.set_trouble(trouble);
+        refused(&harness.get(&callback).await, 502, "exchange_failed");
+        refused(&harness.get(&callback).await, 400, "state_invalid");
+        assert_eq!(harness.sandbox.calls(Door::Lwa).len(), before + 1, "a code is sent once");
+        assert_eq!(harness.status_of("default").await["state"], "none");
     }
-    let callback = callback_of(&rig, "default").await;
+    let callback = callback_of(&harness, "default").await;
     let spoiled = callback.replace("code=", "code=x");
-    refused(&rig.get(&spoiled).await, 502, "exchange_failed");
+    refused(&harness.get(&spoiled).await, 502, "exchange_failed");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_server_gets_the_url_as_json_with_a_state_of_our_own_and_pkce() {
-    let rig = Rig::start().await;
+    let harness = Harness::start().await;
     let mut seen = HashSet::new();
     for _ in 0..2 {
-        let answer = rig
+        let answer = harness
             .get(&format!("{LOGIN}?user_id=shop-1&state=mine&code_challenge=mine&redirect_uri=https://evil.test"))
             .await;
         assert_eq!(answer.status(), 200);
@@ -431,7 +437,7 @@ async fn a_server_gets_the_url_as_json_with_a_state_of_our_own_and_pkce() {
         let begun = json(answer).await;
         assert_eq!(begun.as_object().unwrap().len(), 2);
         let url: Url = begun["auth_url"].as_str().unwrap().parse().unwrap();
-        assert!(url.as_str().starts_with(&rig.sandbox.authorize_url()));
+        assert!(url.as_str().starts_with(&harness.sandbox.authorize_url()));
         let pairs: Vec<_> = url.query_pairs().map(|(name, _)| name.into_owned()).collect();
         let names =
             ["client_id", "scope", "response_type", "redirect_uri", "state", "code_challenge", "code_challenge_method"];
@@ -455,25 +461,25 @@ async fn a_server_gets_the_url_as_json_with_a_state_of_our_own_and_pkce() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_redirect_uri_goes_out_byte_for_byte() {
-    let mut rig = Rig::start().await;
+    let mut harness = Harness::start().await;
     let odd = "http://LOCALHOST:8001/api/auth/amazon/callback?a=%7e&b=x+y&c=%2F";
-    rig.sandbox.world(|world| world.allow_return_url(odd));
-    rig.restart_with("amazon.redirect_uri", odd).await;
-    let begun = json(rig.get(LOGIN).await).await;
+    harness.sandbox.world(|world| world.allow_return_url(odd));
+    harness.restart_with("amazon.redirect_uri", odd).await;
+    let begun = json(harness.get(LOGIN).await).await;
     let url: Url = begun["auth_url"].as_str().unwrap().parse().unwrap();
     assert_eq!(parameter(&url, "redirect_uri").as_deref(), Some(odd));
-    let callback = rig.consent(url.as_str()).await;
-    assert_eq!(rig.get(&callback).await.status(), 200, "the exchange names the same");
+    let callback = harness.consent(url.as_str()).await;
+    assert_eq!(harness.get(&callback).await.status(), 200, "the exchange names the same");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_browser_is_sent_to_the_consent_page_with_a_cookie() {
-    let mut rig = Rig::start().await;
+    let mut harness = Harness::start().await;
     for (name, value) in [("accept", "text/html,application/xhtml+xml,*/*;q=0.8"), ("sec-fetch-mode", "navigate")] {
-        let answer = rig.request(Method::GET, LOGIN).header(name, value).send().await.unwrap();
+        let answer = harness.request(Method::GET, LOGIN).header(name, value).send().await.unwrap();
         assert_eq!(answer.status(), 302);
         is_private(&answer);
-        assert!(header(&answer, "location").starts_with(&rig.sandbox.authorize_url()));
+        assert!(header(&answer, "location").starts_with(&harness.sandbox.authorize_url()));
         let cookie = header(&answer, "set-cookie");
         for part in
             ["adsidecar_login_", "; HttpOnly", "; SameSite=Lax", "; Path=/api/auth/amazon/callback", "; Max-Age=600"]
@@ -483,26 +489,26 @@ async fn a_browser_is_sent_to_the_consent_page_with_a_cookie() {
         assert!(!cookie.contains("Secure"), "this is development");
         assert!(answer.text().await.unwrap().is_empty());
     }
-    let redirected = rig.get(&format!("{LOGIN}?redirect=true")).await;
+    let redirected = harness.get(&format!("{LOGIN}?redirect=true")).await;
     assert_eq!(redirected.status(), 302);
     assert!(redirected.headers().contains_key(LOCATION) && !redirected.headers().contains_key("set-cookie"));
-    let from_the_frontend = rig.request(Method::GET, LOGIN).header("accept", "text/html");
+    let from_the_frontend = harness.request(Method::GET, LOGIN).header("accept", "text/html");
     let from_the_frontend = from_the_frontend.header("sec-fetch-site", "same-site").send().await.unwrap();
     assert_eq!(from_the_frontend.status(), 302, "another port of localhost is the same site");
     for accept in ["application/json", "*/*", "application/json, text/html", "*/*, text/html"] {
-        let answer = rig.request(Method::GET, LOGIN).header("accept", accept).send().await.unwrap();
+        let answer = harness.request(Method::GET, LOGIN).header("accept", accept).send().await.unwrap();
         assert_eq!(answer.status(), 200, "{accept}");
     }
-    rig.restart_with("environment", "production").await;
-    let answer = rig.request(Method::GET, LOGIN).header("accept", "text/html").send().await.unwrap();
+    harness.restart_with("environment", "production").await;
+    let answer = harness.request(Method::GET, LOGIN).header("accept", "text/html").send().await.unwrap();
     assert!(header(&answer, "set-cookie").contains("; Secure"));
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_browser_without_a_frontend_sees_a_page() {
-    let rig = Rig::start().await;
-    let (callback, cookie) = browsed(&rig, "shop-1").await;
-    let answer = rig.request(Method::GET, &callback).header("accept", "text/html").header("cookie", cookie);
+    let harness = Harness::start().await;
+    let (callback, cookie) = browsed(&harness, "shop-1").await;
+    let answer = harness.request(Method::GET, &callback).header("accept", "text/html").header("cookie", cookie);
     let answer = answer.send().await.unwrap();
     assert_eq!(answer.status(), 200);
     is_private(&answer);
@@ -511,7 +517,7 @@ async fn a_browser_without_a_frontend_sees_a_page() {
     let page = answer.text().await.unwrap();
     assert!(page.contains("Connected") && page.contains("shop-1"), "{page}");
 
-    let ended = json(rig.get(&callback_of(&rig, "shop-2").await).await).await;
+    let ended = json(harness.get(&callback_of(&harness, "shop-2").await).await).await;
     assert_eq!(ended["status"], "success");
     assert_eq!(ended["user_id"], "shop-2");
     assert_eq!(ended["expires_at"], "2026-08-01T13:00:00Z");
@@ -519,21 +525,21 @@ async fn a_browser_without_a_frontend_sees_a_page() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_frontend_is_told_how_it_ended() {
-    let rig = Rig::with(FRONTEND).await;
-    let ended = rig.get(&callback_of(&rig, "shop|1").await).await;
+    let harness = Harness::with(FRONTEND).await;
+    let ended = harness.get(&callback_of(&harness, "shop|1").await).await;
     assert_eq!(ended.status(), 302);
     is_private(&ended);
     assert_eq!(header(&ended, "location"), "https://app.example.com/connected?tab=ads&status=success&user_id=shop%7C1");
 
-    let begun = json(rig.get(&format!("{LOGIN}?return_to={}", encoded("/shop/7?x=1#top"))).await).await;
-    let ended = rig.get(&rig.consent(begun["auth_url"].as_str().unwrap()).await).await;
+    let begun = json(harness.get(&format!("{LOGIN}?return_to={}", encoded("/shop/7?x=1#top"))).await).await;
+    let ended = harness.get(&harness.consent(begun["auth_url"].as_str().unwrap()).await).await;
     assert_eq!(header(&ended, "location"), "https://app.example.com/shop/7?x=1&status=success&user_id=default#top");
 
-    let begun = json(rig.get(&format!("{LOGIN}?return_to=/shop/7")).await).await;
+    let begun = json(harness.get(&format!("{LOGIN}?return_to=/shop/7")).await).await;
     let state = begun["state"].as_str().unwrap();
-    let denied = rig.get(&format!("/api/auth/amazon/callback?error=access_denied&state={state}")).await;
+    let denied = harness.get(&format!("/api/auth/amazon/callback?error=access_denied&state={state}")).await;
     assert_eq!(header(&denied, "location"), "https://app.example.com/shop/7?status=error&error=access_denied");
-    let unknown = rig.get("/api/auth/amazon/callback?code=x&state=y").await;
+    let unknown = harness.get("/api/auth/amazon/callback?code=x&state=y").await;
     assert_eq!(
         header(&unknown, "location"),
         "https://app.example.com/connected?tab=ads&status=error&error=state_invalid"
@@ -541,50 +547,50 @@ async fn the_frontend_is_told_how_it_ended() {
     for script in SCRIPTS {
         let script = encoded(script);
         let answer =
-            rig.get(&format!("/api/auth/amazon/callback?error={script}&state={script}&user_id={script}")).await;
+            harness.get(&format!("/api/auth/amazon/callback?error={script}&state={script}&user_id={script}")).await;
         assert!(!header(&answer, "location").contains("alert"));
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_server_begun_login_waits_for_its_confirmation() {
-    let rig = Rig::with(&format!("{FRONTEND}confirm = true\n")).await;
-    refused(&rig.post("/api/auth/amazon/confirm?grant=unknown").await, 400, "state_invalid");
+    let harness = Harness::with(&format!("{FRONTEND}confirm = true\n")).await;
+    refused(&harness.post("/api/auth/amazon/confirm?grant=unknown").await, 400, "state_invalid");
 
-    let ended = rig.get(&callback_of(&rig, "default").await).await;
+    let ended = harness.get(&callback_of(&harness, "default").await).await;
     let url = location(&ended);
     assert_eq!(parameter(&url, "status").as_deref(), Some("pending"));
     let grant = parameter(&url, "grant").unwrap();
     assert_eq!(parameter(&url, "user_id"), None);
-    assert_eq!(rig.status_of("default").await["state"], "none", "pending is not in use");
-    refused_call(&rig).await;
-    let confirmed = rig.post(&format!("/api/auth/amazon/confirm?grant={grant}")).await;
+    assert_eq!(harness.status_of("default").await["state"], "none", "pending is not in use");
+    refused_call(&harness).await;
+    let confirmed = harness.post(&format!("/api/auth/amazon/confirm?grant={grant}")).await;
     assert_eq!(confirmed.status(), 200);
     assert_eq!(json(confirmed).await["state"], "fresh");
-    assert_eq!(rig.get("/v2/profiles").await.status(), 200);
-    refused(&rig.post(&format!("/api/auth/amazon/confirm?grant={grant}")).await, 400, "state_invalid");
+    assert_eq!(harness.get("/v2/profiles").await.status(), 200);
+    refused(&harness.post(&format!("/api/auth/amazon/confirm?grant={grant}")).await, 400, "state_invalid");
 
-    let ended = rig.get(&callback_of(&rig, "late").await).await;
+    let ended = harness.get(&callback_of(&harness, "late").await).await;
     let grant = parameter(&location(&ended), "grant").unwrap();
-    rig.advance(600);
-    refused(&rig.post(&format!("/api/auth/amazon/confirm?grant={grant}")).await, 400, "state_invalid");
-    assert_eq!(rig.status_of("late").await["state"], "none");
+    harness.advance(600);
+    refused(&harness.post(&format!("/api/auth/amazon/confirm?grant={grant}")).await, 400, "state_invalid");
+    assert_eq!(harness.status_of("late").await["state"], "none");
 
     // A browser's login is bound by its cookie and needs no more.
-    let (callback, cookie) = browsed(&rig, "browser").await;
-    let ended = rig.request(Method::GET, &callback).header("cookie", cookie).send().await.unwrap();
+    let (callback, cookie) = browsed(&harness, "browser").await;
+    let ended = harness.request(Method::GET, &callback).header("cookie", cookie).send().await.unwrap();
     assert_eq!(parameter(&location(&ended), "status").as_deref(), Some("success"));
 }
 
-async fn refused_call(rig: &Rig) {
-    let call = rig.get("/v2/profiles").await;
+async fn refused_call(harness: &Harness) {
+    let call = harness.get("/v2/profiles").await;
     assert_eq!((call.status().as_u16(), code(&call)), (401, "login_required"));
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_login_door_serves_the_callback_alone() {
-    let rig = Rig::with("[login]\nlisten = \"127.0.0.1:0\"\n").await;
-    let at_door = |method: Method, path: &str| rig.client.request(method, rig.login_door_url(path)).send();
+    let harness = Harness::with("[login]\nlisten = \"127.0.0.1:0\"\n").await;
+    let at_door = |method: Method, path: &str| harness.client.request(method, harness.login_door_url(path)).send();
     for (method, path) in [
         (Method::GET, LOGIN),
         (Method::GET, STATUS),
@@ -602,23 +608,23 @@ async fn the_login_door_serves_the_callback_alone() {
     }
     refused(&at_door(Method::POST, "/api/auth/amazon/callback").await.unwrap(), 405, "method_not_allowed");
     refused(&at_door(Method::GET, "/api/auth/amazon/callback?code=x&state=y").await.unwrap(), 400, "state_invalid");
-    let foreign = rig.client.get(rig.login_door_url("/api/auth/amazon/callback")).header("host", "evil.test");
+    let foreign = harness.client.get(harness.login_door_url("/api/auth/amazon/callback")).header("host", "evil.test");
     refused(&foreign.send().await.unwrap(), 403, "host_not_allowed");
-    assert_eq!(rig.sandbox.history().len(), 0);
+    assert_eq!(harness.sandbox.history().len(), 0);
 
-    let callback = callback_of(&rig, "default").await;
+    let callback = callback_of(&harness, "default").await;
     let ended = json(at_door(Method::GET, &callback).await.unwrap()).await;
     assert_eq!(ended["status"], "pending", "where the login door is on, a server's login is confirmed");
     let grant = ended["grant"].as_str().unwrap();
-    assert_eq!(rig.post(&format!("/api/auth/amazon/confirm?grant={grant}")).await.status(), 200);
-    assert_eq!(rig.get("/v2/profiles").await.status(), 200);
+    assert_eq!(harness.post(&format!("/api/auth/amazon/confirm?grant={grant}")).await.status(), 200);
+    assert_eq!(harness.get("/v2/profiles").await.status(), 200);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn logging_out_is_always_done_and_names_amazons_page() {
-    let rig = Rig::start().await;
+    let harness = Harness::start().await;
     for user in ["default", "shop|1", "a@b.example"] {
-        rig.log_in(&encoded(user)).await;
+        harness.log_in(&encoded(user)).await;
     }
     let users = |user: &str| format!("/api/auth/amazon/users/{user}");
     for (method, path) in [
@@ -628,26 +634,26 @@ async fn logging_out_is_always_done_and_names_amazons_page() {
         (Method::DELETE, users("a@b.example")),
         (Method::POST, "/api/auth/amazon/logout".to_owned()),
     ] {
-        let answer = rig.request(method, &path).send().await.unwrap();
+        let answer = harness.request(method, &path).send().await.unwrap();
         assert_eq!(answer.status(), 204, "{path}");
         is_private(&answer);
         assert!(header(&answer, "link").starts_with("<https://www.amazon.com/"));
     }
-    assert_eq!(json(rig.get(STATUS).await).await["users"], Value::Array(Vec::new()));
-    assert_eq!(rig.status_of("shop%7C1").await["state"], "none");
-    refused_call(&rig).await;
+    assert_eq!(json(harness.get(STATUS).await).await["users"], Value::Array(Vec::new()));
+    assert_eq!(harness.status_of("shop%7C1").await["state"], "none");
+    refused_call(&harness).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_status_tells_all_about_each_user_page_by_page() {
-    let rig = Rig::start().await;
-    let none = rig.status_of("nobody").await;
+    let harness = Harness::start().await;
+    let none = harness.status_of("nobody").await;
     assert_eq!(none["state"], "none");
     assert_eq!(none["expires_at"], Value::Null);
     for user in ["c", "a", "e", "b", "d"] {
-        rig.log_in(user).await;
+        harness.log_in(user).await;
     }
-    let status = rig.status_of("c").await;
+    let status = harness.status_of("c").await;
     let mut names: Vec<&str> = status.as_object().unwrap().keys().map(String::as_str).collect();
     names.sort_unstable();
     assert_eq!(
@@ -676,11 +682,11 @@ async fn the_status_tells_all_about_each_user_page_by_page() {
         assert_eq!(status[name], value);
     }
     assert_eq!(status["last_error"], Value::Null);
-    let login_url = format!("http://{}/api/auth/amazon/login?user_id=c", rig.proxy_address());
+    let login_url = format!("http://{}/api/auth/amazon/login?user_id=c", harness.proxy_address());
     assert_eq!(status["login_url"], login_url.as_str());
 
     let page = async |query: &str| -> Vec<String> {
-        let users = json(rig.get(&format!("{STATUS}{query}")).await).await["users"].take();
+        let users = json(harness.get(&format!("{STATUS}{query}")).await).await["users"].take();
         users.as_array().unwrap().iter().map(|user| user["user_id"].as_str().unwrap().to_owned()).collect()
     };
     assert_eq!(page("").await, ["a", "b", "c", "d", "e"]);
@@ -692,19 +698,19 @@ async fn the_status_tells_all_about_each_user_page_by_page() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn users_are_kept_apart() {
-    let rig = Rig::start().await;
-    rig.log_in("one").await;
-    rig.log_in("two").await;
+    let harness = Harness::start().await;
+    harness.log_in("one").await;
+    harness.log_in("two").await;
     let bearer = async |user: &str| {
-        let call = rig.request(Method::GET, "/sandbox/echo").header("x-ads-user", user).send().await.unwrap();
+        let call = harness.request(Method::GET, "/sandbox/echo").header("x-ads-user", user).send().await.unwrap();
         assert_eq!(call.status(), 200);
-        rig.sandbox.last().unwrap().header("authorization").unwrap().to_owned()
+        harness.sandbox.last().unwrap().header("authorization").unwrap().to_owned()
     };
     let one = bearer("one").await;
     assert_ne!(one, bearer("two").await);
     assert_eq!(one, bearer("one").await);
-    rig.post("/api/auth/amazon/logout?user_id=one").await;
-    let gone = rig.request(Method::GET, "/sandbox/echo").header("x-ads-user", "one").send().await.unwrap();
+    harness.post("/api/auth/amazon/logout?user_id=one").await;
+    let gone = harness.request(Method::GET, "/sandbox/echo").header("x-ads-user", "one").send().await.unwrap();
     assert_eq!((gone.status().as_u16(), code(&gone)), (401, "login_required"));
     assert!(header(&gone, "www-authenticate").starts_with("Bearer"));
     assert!(json(gone).await["next_step"].as_str().unwrap().contains("user_id=one"));
@@ -713,9 +719,9 @@ async fn users_are_kept_apart() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn no_answer_holds_a_token() {
-    let rig = Rig::start().await;
+    let harness = Harness::start().await;
     let mut told = String::new();
-    let callback = callback_of(&rig, "default").await;
+    let callback = callback_of(&harness, "default").await;
     for (method, path) in [
         (Method::GET, callback.clone()),
         (Method::GET, callback),
@@ -727,11 +733,11 @@ async fn no_answer_holds_a_token() {
         (Method::POST, "/api/auth/amazon/refresh".to_owned()),
         (Method::GET, "/v2/profiles".to_owned()),
     ] {
-        let answer = rig.request(method, &path).send().await.unwrap();
+        let answer = harness.request(method, &path).send().await.unwrap();
         told += &format!("{:?}", answer.headers());
         told += &answer.text().await.unwrap();
     }
-    told += &rig.client.get(rig.admin_url("/metrics")).send().await.unwrap().text().await.unwrap();
+    told += &harness.client.get(harness.admin_url("/metrics")).send().await.unwrap().text().await.unwrap();
     assert!(told.contains("\"fresh\""));
     for secret in ["Atza|", "Atzr|", "oa2-cs", "gAAAA"] {
         assert!(!told.contains(secret), "{secret} in {told}");
@@ -740,59 +746,61 @@ async fn no_answer_holds_a_token() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_whole_flow_from_login_to_logout() {
-    let mut rig = Rig::start().await;
-    let refused = rig.get("/v2/profiles").await;
+    let mut harness = Harness::start().await;
+    let refused = harness.get("/v2/profiles").await;
     assert_eq!((refused.status().as_u16(), code(&refused)), (401, "login_required"));
-    assert_eq!(rig.status_of("default").await["state"], "none");
+    assert_eq!(harness.status_of("default").await["state"], "none");
 
-    rig.log_in("default").await;
-    assert_eq!(rig.status_of("default").await["state"], "fresh");
-    assert_eq!(rig.get("/v2/profiles").await.status(), 200);
+    harness.log_in("default").await;
+    assert_eq!(harness.status_of("default").await["state"], "fresh");
+    assert_eq!(harness.get("/v2/profiles").await.status(), 200);
 
-    rig.stop_sidecar().await;
-    rig.start_sidecar().await;
-    assert_eq!(rig.get("/v2/profiles").await.status(), 200, "a restart keeps the grant");
+    harness.stop_sidecar().await;
+    harness.start_sidecar().await;
+    assert_eq!(harness.get("/v2/profiles").await.status(), 200, "a restart keeps the grant");
 
-    assert_eq!(rig.post("/api/auth/amazon/logout").await.status(), 204);
-    let refused = rig.get("/v2/profiles").await;
+    assert_eq!(harness.post("/api/auth/amazon/logout").await.status(), 204);
+    let refused = harness.get("/v2/profiles").await;
     assert_eq!((refused.status().as_u16(), code(&refused)), (401, "login_required"));
     let problem = json(refused).await;
     assert!(problem["next_step"].as_str().unwrap().contains("/api/auth/amazon/login?user_id=default"));
 
-    rig.stop_sidecar().await;
-    rig.start_sidecar().await;
-    assert_eq!(rig.status_of("default").await["state"], "none", "a restart brings nothing back");
-    assert_eq!(rig.sandbox.calls(Door::Na).len(), 2);
+    harness.stop_sidecar().await;
+    harness.start_sidecar().await;
+    assert_eq!(harness.status_of("default").await["state"], "none", "a restart brings nothing back");
+    assert_eq!(harness.sandbox.calls(Door::Na).len(), 2);
 }
 
 /// A login of the default user in which `advertiser` signs in at Amazon; the answer of the callback.
-async fn log_in_as(rig: &Rig, advertiser: &str, more: &str) -> reqwest::Response {
-    let begun = json(rig.get(&format!("/api/auth/amazon/login?{more}")).await).await;
+async fn log_in_as(harness: &Harness, advertiser: &str, more: &str) -> reqwest::Response {
+    let begun = json(harness.get(&format!("/api/auth/amazon/login?{more}")).await).await;
     let auth_url = format!("{}&advertiser={advertiser}", begun["auth_url"].as_str().unwrap());
-    let callback = rig.consent(&auth_url).await;
-    rig.get(&callback).await
+    let callback = harness.consent(&auth_url).await;
+    harness.get(&callback).await
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn row_90_another_amazon_identity_takes_a_users_place_only_when_that_is_said() {
+// Covers: failure 90.
+async fn another_amazon_identity_takes_a_users_place_only_when_that_is_said() {
     let (tools, books) = ("amzn1.account.SANDBOXTOOLS", "amzn1.account.SANDBOXBOOKS");
-    let rig = Rig::start().await;
-    assert_eq!(log_in_as(&rig, tools, "").await.status(), 200);
-    let before = rig.get("/v2/profiles").await.text().await.unwrap();
+    let harness = Harness::start().await;
+    assert_eq!(log_in_as(&harness, tools, "").await.status(), 200);
+    let before = harness.get("/v2/profiles").await.text().await.unwrap();
 
-    let refused = log_in_as(&rig, books, "").await;
+    let refused = log_in_as(&harness, books, "").await;
     assert_eq!((refused.status().as_u16(), code(&refused)), (409, "identity_changed"));
-    assert_eq!(rig.get("/v2/profiles").await.text().await.unwrap(), before, "the grant of before stays");
+    assert_eq!(harness.get("/v2/profiles").await.text().await.unwrap(), before, "the grant of before stays");
 
-    assert_eq!(log_in_as(&rig, tools, "").await.status(), 200, "the same identity may come again");
-    assert_eq!(log_in_as(&rig, books, "replace=true").await.status(), 200);
-    assert_ne!(rig.get("/v2/profiles").await.text().await.unwrap(), before);
+    assert_eq!(log_in_as(&harness, tools, "").await.status(), 200, "the same identity may come again");
+    assert_eq!(log_in_as(&harness, books, "replace=true").await.status(), 200);
+    assert_ne!(harness.get("/v2/profiles").await.text().await.unwrap(), before);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn row_90_a_region_that_cannot_be_asked_makes_no_identity_another() {
-    let rig = Rig::start().await;
-    assert_eq!(log_in_as(&rig, "amzn1.account.SANDBOXTOOLS", "").await.status(), 200);
-    rig.sandbox.set_trouble(Rule::from(Fault::status(503)).at(Door::Fe).always());
-    assert_eq!(log_in_as(&rig, "amzn1.account.SANDBOXBOOKS", "").await.status(), 200);
+// Covers: failure 90.
+async fn a_region_that_cannot_be_asked_makes_no_identity_another() {
+    let harness = Harness::start().await;
+    assert_eq!(log_in_as(&harness, "amzn1.account.SANDBOXTOOLS", "").await.status(), 200);
+    harness.sandbox.set_trouble(Rule::from(Fault::status(503)).at(Door::Fe).always());
+    assert_eq!(log_in_as(&harness, "amzn1.account.SANDBOXBOOKS", "").await.status(), 200);
 }

@@ -5,7 +5,7 @@ use reqwest::Method;
 use url::Url;
 use world::Door;
 
-use crate::rig::{Rig, header, json};
+use crate::harness::{Harness, header, json};
 
 const FRONTEND: &str = "[login]\nfrontend_url = \"https://app.example.com/connected?tab=ads\"\n";
 const LOGIN: &str = "/api/auth/amazon/login";
@@ -19,27 +19,27 @@ struct Begun {
     cookie: String,
 }
 
-async fn begin(rig: &Rig, user: &str) -> Begun {
-    let begun = rig.request(Method::GET, &format!("{LOGIN}?user_id={user}")).header("accept", "text/html");
+async fn begin(harness: &Harness, user: &str) -> Begun {
+    let begun = harness.request(Method::GET, &format!("{LOGIN}?user_id={user}")).header("accept", "text/html");
     let begun = begun.send().await.unwrap();
     let cookie = header(&begun, "set-cookie").split(';').next().unwrap().to_owned();
-    let callback = rig.consent(header(&begun, "location")).await;
+    let callback = harness.consent(header(&begun, "location")).await;
     let callback = Url::parse("http://localhost").unwrap().join(&callback).unwrap();
     let pair = |name: &str| callback.query_pairs().find(|(key, _)| key == name).unwrap().1.into_owned();
     Begun { state: pair("state"), code: pair("code"), cookie }
 }
 
-async fn call_back(rig: &Rig, state: Option<&str>, code: &str, cookie: &str) -> reqwest::Response {
-    let mut url = Url::parse(&rig.proxy_url(CALLBACK)).unwrap();
+async fn call_back(harness: &Harness, state: Option<&str>, code: &str, cookie: &str) -> reqwest::Response {
+    let mut url = Url::parse(&harness.proxy_url(CALLBACK)).unwrap();
     url.query_pairs_mut().append_pair("code", code);
     if let Some(state) = state {
         url.query_pairs_mut().append_pair("state", state);
     }
-    rig.client.get(url).header("cookie", cookie).send().await.unwrap()
+    harness.client.get(url).header("cookie", cookie).send().await.unwrap()
 }
 
-async fn state_of(rig: &Rig, user: &str) -> String {
-    rig.status_of(user).await["state"].as_str().unwrap().to_owned()
+async fn state_of(harness: &Harness, user: &str) -> String {
+    harness.status_of(user).await["state"].as_str().unwrap().to_owned()
 }
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -94,19 +94,20 @@ const COOKIES: [Cookie; 6] = [
 const CODES: [Code; 4] = [Code::Own, Code::AnotherLogins, Code::WithoutChallenge, Code::MadeUp];
 
 #[tokio::test(flavor = "multi_thread")]
-async fn threat_06_of_every_state_cookie_and_code_exactly_the_own_ones_together_store_a_grant() {
-    let rig = Rig::start().await;
+// Covers: threat 6.
+async fn of_every_state_cookie_and_code_exactly_the_own_ones_together_store_a_grant() {
+    let harness = Harness::start().await;
     let mut stored = Vec::new();
     for (number, (state, cookie, code)) in cells().enumerate() {
         let (victim, attacker) = (format!("victim{number}"), format!("attacker{number}"));
-        let (own, other) = (begin(&rig, &victim).await, begin(&rig, &attacker).await);
+        let (own, other) = (begin(&harness, &victim).await, begin(&harness, &attacker).await);
         if state == State::Used {
             // Its own browser came back without a code: that ends the login.
-            let ended = call_back(&rig, Some(&own.state), "made-up", &own.cookie).await;
+            let ended = call_back(&harness, Some(&own.state), "made-up", &own.cookie).await;
             assert_ne!(ended.status(), 200);
         }
         if state == State::Expired {
-            rig.advance(600);
+            harness.advance(600);
         }
         let sent_state = match state {
             State::Own | State::Used | State::Expired => Some(own.state.clone()),
@@ -131,15 +132,15 @@ async fn threat_06_of_every_state_cookie_and_code_exactly_the_own_ones_together_
             Code::Own => own.code,
             Code::AnotherLogins => other.code,
             // Given out where no challenge was sent: the attacker's own begin, past adsidecar.
-            Code::WithoutChallenge => rig.sandbox.world(|world| {
+            Code::WithoutChallenge => harness.sandbox.world(|world| {
                 let consent = world.usual_consent();
-                world.consent(consent, rig.clock.now())
+                world.consent(consent, harness.clock.now())
             }),
             Code::MadeUp => "ANmadeup".to_owned(),
         };
-        call_back(&rig, sent_state.as_deref(), &sent_code, &sent_cookie).await;
+        call_back(&harness, sent_state.as_deref(), &sent_code, &sent_cookie).await;
         for user in [&victim, &attacker] {
-            if state_of(&rig, user).await != "none" {
+            if state_of(&harness, user).await != "none" {
                 stored.push((state, cookie, code, user.starts_with("victim")));
             }
         }
@@ -218,22 +219,23 @@ fn targets() -> Vec<String> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn threat_10_of_three_hundred_redirect_targets_none_leads_off_the_frontends_origin() {
-    let rig = Rig::with(FRONTEND).await;
+// Covers: threat 10.
+async fn of_three_hundred_redirect_targets_none_leads_off_the_frontends_origin() {
+    let harness = Harness::with(FRONTEND).await;
     let targets = targets();
     assert!(targets.len() >= 300, "{}", targets.len());
     let mut accepted = 0;
     for (number, target) in targets.iter().enumerate() {
-        let mut url = Url::parse(&rig.proxy_url(LOGIN)).unwrap();
+        let mut url = Url::parse(&harness.proxy_url(LOGIN)).unwrap();
         url.query_pairs_mut().append_pair("return_to", target).append_pair("user_id", &format!("u{number}"));
-        let begun = rig.client.get(url).send().await.unwrap();
+        let begun = harness.client.get(url).send().await.unwrap();
         if begun.status() == 400 {
             continue;
         }
         accepted += 1;
         let auth_url = json(begun).await["auth_url"].as_str().unwrap().to_owned();
         assert!(!auth_url.contains("evil"), "it is kept here and never sent to Amazon: {auth_url}");
-        let ended = rig.get(&rig.consent(&auth_url).await).await;
+        let ended = harness.get(&harness.consent(&auth_url).await).await;
         let location = header(&ended, "location").to_owned();
         assert!(location.starts_with("https://app.example.com/"), "{target:?} leads to {location}");
         assert_eq!(Url::parse(&location).unwrap().origin().ascii_serialization(), "https://app.example.com");
@@ -242,8 +244,9 @@ async fn threat_10_of_three_hundred_redirect_targets_none_leads_off_the_frontend
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn threat_10_no_injected_parameter_or_header_changes_where_a_callback_leads_or_whose_grant_it_is() {
-    let rig = Rig::with(FRONTEND).await;
+// Covers: threat 10.
+async fn no_injected_parameter_or_header_changes_where_a_callback_leads_or_whose_grant_it_is() {
+    let harness = Harness::with(FRONTEND).await;
     for (number, injected) in [
         "redirect_uri=https://evil.test/",
         "return_to=https://evil.test/",
@@ -273,29 +276,29 @@ async fn threat_10_no_injected_parameter_or_header_changes_where_a_callback_lead
     .enumerate()
     {
         let user = format!("user{number}");
-        let begun = begin(&rig, &user).await;
+        let begun = begin(&harness, &user).await;
         let url = format!("{CALLBACK}?{injected}&code={}&state={}", begun.code, begun.state);
-        let ended = rig.request(Method::GET, &url).header("cookie", &begun.cookie);
+        let ended = harness.request(Method::GET, &url).header("cookie", &begun.cookie);
         let ended = ended.header("x-forwarded-host", "evil.test").header("x-forwarded-proto", "http");
         let ended = ended.header("forwarded", "host=evil.test").header("referer", "https://evil.test/");
         let ended = ended.send().await.unwrap();
         let expected = format!("https://app.example.com/connected?tab=ads&status=success&user_id={user}");
         assert_eq!(header(&ended, "location"), expected, "{injected}");
-        assert_eq!(state_of(&rig, &user).await, "fresh", "{injected}");
+        assert_eq!(state_of(&harness, &user).await, "fresh", "{injected}");
     }
     // What stands twice is refused, whichever comes first, and the code is not spent.
-    let begun = begin(&rig, "twice").await;
-    rig.sandbox.clear_history();
+    let begun = begin(&harness, "twice").await;
+    harness.sandbox.clear_history();
     for twice in ["code=attacker", "state=attacker", "c%6fde=attacker", "scope=a&scope=b"] {
         for url in [
             format!("{CALLBACK}?{twice}&code={}&state={}", begun.code, begun.state),
             format!("{CALLBACK}?code={}&state={}&{twice}", begun.code, begun.state),
         ] {
-            let ended = rig.request(Method::GET, &url).header("cookie", &begun.cookie).send().await.unwrap();
+            let ended = harness.request(Method::GET, &url).header("cookie", &begun.cookie).send().await.unwrap();
             assert_eq!((ended.status().as_u16(), header(&ended, "location")), (400, ""), "{twice}");
         }
     }
-    assert!(rig.sandbox.calls(Door::Lwa).is_empty());
-    assert_eq!(state_of(&rig, "attacker").await, "none");
-    assert_eq!(state_of(&rig, "twice").await, "none");
+    assert!(harness.sandbox.calls(Door::Lwa).is_empty());
+    assert_eq!(state_of(&harness, "attacker").await, "none");
+    assert_eq!(state_of(&harness, "twice").await, "none");
 }

@@ -1,18 +1,18 @@
 //! The promises, tested through the wire: a real adsidecar between real sockets and the sandbox's Amazon.
 
-#![allow(unreachable_pub, dead_code, reason = "the rig has more ways to knock than each file uses")]
+#![allow(unreachable_pub, dead_code, reason = "the harness has more ways to knock than each file uses")]
 
-mod cluster;
-mod rig;
-mod wire;
+mod postgres_server;
+mod harness;
+mod raw_http;
 
 mod admin;
-mod chains;
+mod tls;
 mod clocks;
 mod commands;
-mod flights;
+mod refresh_tasks;
 mod floors;
-mod forms;
+mod request_target;
 mod framing;
 mod guard;
 mod headers;
@@ -21,20 +21,20 @@ mod keys;
 mod limits;
 mod login;
 mod login_attacks;
-mod operation;
+mod observability;
 mod policy;
 mod process;
 mod proxying;
 mod reload;
 mod review;
-mod rows;
+mod catalogue;
 mod selection;
-mod shared;
+mod postgres;
 mod stores;
 mod threats;
 mod token_endpoint;
 mod tokens;
-mod trouble;
+mod upstream_faults;
 mod unauthorized;
-mod unfinished;
+mod login_recovery;
 mod users;

@@ -2,23 +2,23 @@
 
 use world::Door;
 
-use crate::rig::Rig;
-use crate::wire::Reply;
+use crate::harness::Harness;
+use crate::raw_http::Reply;
 
-async fn logged_in(toml: &str) -> Rig {
-    let rig = Rig::with(toml).await;
-    rig.log_in("default").await;
-    rig.sandbox.clear_history();
-    rig
+async fn logged_in(toml: &str) -> Harness {
+    let harness = Harness::with(toml).await;
+    harness.log_in("default").await;
+    harness.sandbox.clear_history();
+    harness
 }
 
-async fn ask(rig: &Rig, line: &str, headers: &str) -> Reply {
-    rig.knock(format!("{line} HTTP/1.1\r\nHost: localhost\r\n{headers}Content-Length: 2\r\n\r\n{{}}")).await
+async fn ask(harness: &Harness, line: &str, headers: &str) -> Reply {
+    harness.knock(format!("{line} HTTP/1.1\r\nHost: localhost\r\n{headers}Content-Length: 2\r\n\r\n{{}}")).await
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn read_only_lets_nothing_leave_that_changes_something() {
-    let rig = logged_in("[policy]\nread_only = true\n").await;
+    let harness = logged_in("[policy]\nread_only = true\n").await;
     let changing = [
         "POST /sp/campaigns",
         "PUT /sp/campaigns",
@@ -31,24 +31,24 @@ async fn read_only_lets_nothing_leave_that_changes_something() {
         "POST http://localhost:8001/sp/campaigns?x=/list",
     ];
     for line in changing {
-        let answer = ask(&rig, line, "").await;
+        let answer = ask(&harness, line, "").await;
         assert_eq!(answer.said(), (403, "policy_denied"), "{line}");
         assert!(answer.json()["detail"].as_str().unwrap().contains("read-only"), "{answer:?}");
     }
-    assert!(rig.sandbox.history().is_empty(), "not a byte leaves, to no host: {:?}", rig.sandbox.history());
+    assert!(harness.sandbox.history().is_empty(), "not a byte leaves, to no host: {:?}", harness.sandbox.history());
     let denied = changing.len() as f64;
-    assert_eq!(rig.metric("adsidecar_policy_denied_total{account=\"\",mode=\"enforce\"}").await, denied);
-    assert_eq!(rig.metric("adsidecar_guard_denied_total{reason=\"policy\"}").await, denied);
+    assert_eq!(harness.metric("adsidecar_policy_denied_total{account=\"\",mode=\"enforce\"}").await, denied);
+    assert_eq!(harness.metric("adsidecar_guard_denied_total{reason=\"policy\"}").await, denied);
     for line in ["GET /v2/profiles", "HEAD /v2/profiles", "POST /sp/campaigns/list", "POST /reporting/reports"] {
-        let mut wire = rig.dial().await;
+        let mut wire = harness.dial().await;
         wire.send(format!("{line} HTTP/1.1\r\nHost: localhost\r\n\r\n")).await;
         assert_eq!(wire.reply_head().await.header("x-adsidecar-error"), None, "{line}");
     }
-    assert_eq!(rig.ads_calls().len(), 4);
+    assert_eq!(harness.ads_calls().len(), 4);
     // The OAuth endpoints are adsidecar's own: a logout changes nothing at Amazon.
-    assert_eq!(rig.post("/api/auth/amazon/refresh").await.status(), 200);
-    assert_eq!(rig.post("/auth/o2/token").await.status(), 200);
-    assert_eq!(rig.post("/api/auth/amazon/logout").await.status(), 204);
+    assert_eq!(harness.post("/api/auth/amazon/refresh").await.status(), 200);
+    assert_eq!(harness.post("/auth/o2/token").await.status(), 200);
+    assert_eq!(harness.post("/api/auth/amazon/logout").await.status(), 204);
 }
 
 const ACCOUNTS: &str = "[[account]]\nname = \"reader\"\nread_only = true\n\
@@ -57,9 +57,9 @@ const ACCOUNTS: &str = "[[account]]\nname = \"reader\"\nread_only = true\n\
 
 #[tokio::test(flavor = "multi_thread")]
 async fn each_account_keeps_to_its_own_rules() {
-    let rig = logged_in(ACCOUNTS).await;
-    rig.log_in("other").await;
-    rig.sandbox.clear_history();
+    let harness = logged_in(ACCOUNTS).await;
+    harness.log_in("other").await;
+    harness.sandbox.clear_history();
     for (line, headers) in [
         ("POST /a/reader/sp/campaigns", ""),
         ("POST /sp/campaigns", "X-Ads-Account: reader\r\n"),
@@ -73,12 +73,12 @@ async fn each_account_keeps_to_its_own_rules() {
         ("POST /sp/campaigns", "X-Ads-User: default\r\n"),
         ("GET /sp/campaigns", "X-Ads-User: other\r\n"),
     ] {
-        let mut wire = rig.dial().await;
+        let mut wire = harness.dial().await;
         wire.send(format!("{line} HTTP/1.1\r\nHost: localhost\r\n{headers}Content-Length: 0\r\n\r\n")).await;
         assert_eq!(wire.reply_head().await.said(), (403, "policy_denied"), "{line} {headers}");
     }
-    assert!(rig.ads_calls().is_empty());
-    assert_eq!(rig.metric("adsidecar_policy_denied_total{account=\"reader\",mode=\"enforce\"}").await, 2.0);
+    assert!(harness.ads_calls().is_empty());
+    assert_eq!(harness.metric("adsidecar_policy_denied_total{account=\"reader\",mode=\"enforce\"}").await, 2.0);
     for (line, headers) in [
         ("GET /a/reader/v2/profiles", ""),
         ("POST /a/reader/sp/campaigns/list", ""),
@@ -87,15 +87,16 @@ async fn each_account_keeps_to_its_own_rules() {
         ("POST /a/free/sp/campaigns", ""),
         ("POST /sp/campaigns", "X-Ads-User: nobody-s-accounts\r\n"),
     ] {
-        let code = ask(&rig, line, headers).await.header("x-adsidecar-error").map(str::to_owned);
+        let code = ask(&harness, line, headers).await.header("x-adsidecar-error").map(str::to_owned);
         assert!(code.is_none() || code.as_deref() == Some("login_required"), "{line} {code:?}");
     }
-    assert_eq!(rig.ads_calls().len(), 5);
+    assert_eq!(harness.ads_calls().len(), 5);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn row_81_a_path_that_can_be_read_in_two_ways_passes_no_policy_and_unchanged_without_one() {
-    let rig = logged_in(
+// Covers: failure 81.
+async fn a_path_that_can_be_read_in_two_ways_passes_no_policy_and_unchanged_without_one() {
+    let harness = logged_in(
         "[[account]]\nname = \"bound\"\nread_only = true\n[[account]]\nname = \"free\"\nuser = \"default\"\n",
     )
     .await;
@@ -114,41 +115,41 @@ async fn row_81_a_path_that_can_be_read_in_two_ways_passes_no_policy_and_unchang
     ];
     for trick in tricks {
         for method in ["GET", "POST"] {
-            let answer = ask(&rig, &format!("{method} /a/bound{trick}"), "").await;
+            let answer = ask(&harness, &format!("{method} /a/bound{trick}"), "").await;
             assert_eq!(answer.said(), (403, "policy_denied"), "{method} {trick}");
             assert!(answer.json()["detail"].as_str().unwrap().contains("two ways"), "{answer:?}");
         }
     }
-    let sample = ask(&rig, "POST /a/bound//sp/campaigns/list", "").await;
+    let sample = ask(&harness, "POST /a/bound//sp/campaigns/list", "").await;
     assert_eq!(sample.header("x-adsidecar-error"), None, "as Amazon's own samples have it");
-    assert_eq!(rig.seen().target, "//sp/campaigns/list", "and it leaves byte for byte");
-    rig.sandbox.clear_history();
-    let overridden = ask(&rig, "GET /a/bound/sp/campaigns", "X-HTTP-Method-Override: DELETE\r\n").await;
+    assert_eq!(harness.seen().target, "//sp/campaigns/list", "and it leaves byte for byte");
+    harness.sandbox.clear_history();
+    let overridden = ask(&harness, "GET /a/bound/sp/campaigns", "X-HTTP-Method-Override: DELETE\r\n").await;
     assert_eq!(overridden.said(), (403, "policy_denied"));
-    assert!(rig.ads_calls().is_empty());
+    assert!(harness.ads_calls().is_empty());
     for trick in tricks {
-        let answer = ask(&rig, &format!("POST /a/free{trick}"), "").await;
-        assert_eq!((answer.header("x-adsidecar-error"), rig.seen().target.as_str()), (None, trick));
+        let answer = ask(&harness, &format!("POST /a/free{trick}"), "").await;
+        assert_eq!((answer.header("x-adsidecar-error"), harness.seen().target.as_str()), (None, trick));
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn observing_counts_what_enforcing_would_refuse_and_lets_it_leave() {
-    let rig = logged_in("[policy]\nread_only = true\nallow = [\"GET /v2/*\"]\nmode = \"observe\"\n").await;
+    let harness = logged_in("[policy]\nread_only = true\nallow = [\"GET /v2/*\"]\nmode = \"observe\"\n").await;
     for line in ["POST /sp/campaigns", "GET /sp/x", "GET /v2/..", "GET /v2/profiles"] {
-        assert_eq!(ask(&rig, line, "").await.header("x-adsidecar-error"), None, "{line}");
+        assert_eq!(ask(&harness, line, "").await.header("x-adsidecar-error"), None, "{line}");
     }
-    assert_eq!(rig.sandbox.calls(Door::Na).len(), 4);
-    assert_eq!(rig.metric("adsidecar_policy_denied_total{account=\"\",mode=\"observe\"}").await, 3.0);
-    assert_eq!(rig.metric("adsidecar_guard_denied_total{reason=\"policy\"}").await, 0.0, "nobody was refused");
+    assert_eq!(harness.sandbox.calls(Door::Na).len(), 4);
+    assert_eq!(harness.metric("adsidecar_policy_denied_total{account=\"\",mode=\"observe\"}").await, 3.0);
+    assert_eq!(harness.metric("adsidecar_guard_denied_total{reason=\"policy\"}").await, 0.0, "nobody was refused");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_policy_is_taken_up_by_a_reload() {
-    let rig = logged_in("").await;
-    assert_eq!(ask(&rig, "POST /sp/campaigns", "").await.header("x-adsidecar-error"), None);
-    let text = std::fs::read_to_string(rig.config_file()).unwrap();
-    std::fs::write(rig.config_file(), text + "\n[policy]\nread_only = true\n").unwrap();
-    assert_eq!(rig.client.post(rig.admin_url("/reload")).send().await.unwrap().status(), 200);
-    assert_eq!(ask(&rig, "POST /sp/campaigns", "").await.said(), (403, "policy_denied"));
+    let harness = logged_in("").await;
+    assert_eq!(ask(&harness, "POST /sp/campaigns", "").await.header("x-adsidecar-error"), None);
+    let text = std::fs::read_to_string(harness.config_file()).unwrap();
+    std::fs::write(harness.config_file(), text + "\n[policy]\nread_only = true\n").unwrap();
+    assert_eq!(harness.client.post(harness.admin_url("/reload")).send().await.unwrap().status(), 200);
+    assert_eq!(ask(&harness, "POST /sp/campaigns", "").await.said(), (403, "policy_denied"));
 }

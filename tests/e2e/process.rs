@@ -11,7 +11,7 @@ use tokio::net::TcpStream;
 use world::{CLIENT_SECRET, Fault, Rule};
 
 use crate::commands::{BINARY, Serving, command, stopped};
-use crate::rig::{FERNET_KEY, Rig, eventually};
+use crate::harness::{FERNET_KEY, Harness, eventually};
 
 /// A user without any right, `nobody` on most systems.
 const NOBODY: u32 = 65534;
@@ -23,8 +23,8 @@ fn is_root() -> bool {
 }
 
 /// A sidecar that runs as a user without rights (as ours where we are not root), its secrets in the environment.
-async fn unprivileged(rig: &Rig) -> Serving {
-    let place = rig.directory.path();
+async fn unprivileged(harness: &Harness) -> Serving {
+    let place = harness.directory.path();
     let binary = place.join("adsidecar");
     std::fs::copy(BINARY, &binary).unwrap();
     let store = place.join("own");
@@ -54,9 +54,10 @@ fn as_nobody(program: &Path) -> Command {
 
 #[cfg(target_os = "linux")]
 #[tokio::test(flavor = "multi_thread")]
-async fn threat_37_another_process_of_the_same_user_reads_neither_memory_nor_environment() {
-    let rig = stopped().await;
-    let serving = unprivileged(&rig).await;
+// Covers: threat 37.
+async fn another_process_of_the_same_user_reads_neither_memory_nor_environment() {
+    let harness = stopped().await;
+    let serving = unprivileged(&harness).await;
     // The same question to a process that does not protect itself: it would show.
     let mut unprotected = as_nobody(Path::new("/bin/sleep")).arg("60").env("FERNET_KEY", FERNET_KEY).spawn().unwrap();
     for (process, readable) in [(unprotected.id(), true), (serving.child.id(), false)] {
@@ -72,15 +73,16 @@ async fn threat_37_another_process_of_the_same_user_reads_neither_memory_nor_env
     unprotected.kill().unwrap();
     unprotected.wait().unwrap();
     let metrics =
-        rig.client.get(format!("http://{}/metrics", serving.admin)).send().await.unwrap().text().await.unwrap();
+        harness.client.get(format!("http://{}/metrics", serving.admin)).send().await.unwrap().text().await.unwrap();
     assert!(metrics.contains("adsidecar_process_open_fds"), "it still reads its own figures");
 }
 
 #[cfg(target_os = "linux")]
 #[tokio::test(flavor = "multi_thread")]
-async fn row_108_a_crash_leaves_no_core() {
-    let rig = stopped().await;
-    let mut serving = unprivileged(&rig).await;
+// Covers: failure 108.
+async fn a_crash_leaves_no_core() {
+    let harness = stopped().await;
+    let mut serving = unprivileged(&harness).await;
     let limits = std::fs::read_to_string(format!("/proc/{}/limits", serving.child.id())).unwrap();
     let core = limits.lines().find(|line| line.starts_with("Max core file size")).unwrap();
     assert_eq!(core.split_whitespace().filter(|word| *word == "0").count(), 2, "soft and hard: {core}");
@@ -103,10 +105,11 @@ async fn root_in_production_is_told_that_nothing_needs_it() {
     if !is_root() {
         return;
     }
-    let rig = stopped().await;
+    let harness = stopped().await;
     for (environment, warned) in [("production", true), ("development", false)] {
         let serving =
-            Serving::start(&rig, &["--set", &format!("environment={environment}"), "--set", "log.format=text"]).await;
+            Serving::start(&harness, &["--set", &format!("environment={environment}"), "--set", "log.format=text"])
+                .await;
         let log = serving.log.lock().unwrap().clone();
         assert_eq!(log.contains("running as root"), warned, "{log}");
     }
@@ -114,9 +117,10 @@ async fn root_in_production_is_told_that_nothing_needs_it() {
 
 #[cfg(target_os = "linux")]
 #[tokio::test(flavor = "multi_thread")]
-async fn threat_05_without_a_token_no_other_machine_reaches_a_door() {
-    let rig = stopped().await;
-    let file = rig.config_file();
+// Covers: threat 5.
+async fn without_a_token_no_other_machine_reaches_a_door() {
+    let harness = stopped().await;
+    let file = harness.config_file();
     for (address, more) in [
         ("0.0.0.0:0", ""),
         ("[::]:0", ""),
@@ -134,7 +138,7 @@ async fn threat_05_without_a_token_no_other_machine_reaches_a_door() {
             "{address} {more}"
         );
     }
-    let serving = Serving::start(&rig, &["--set", "proxy.listen=127.0.0.1:0,[::1]:0"]).await;
+    let serving = Serving::start(&harness, &["--set", "proxy.listen=127.0.0.1:0,[::1]:0"]).await;
     let listening = listening(serving.child.id());
     assert!(listening.len() >= 2, "{listening:?}");
     assert!(
@@ -165,10 +169,11 @@ fn listening(process: u32) -> Vec<String> {
 
 #[cfg(target_os = "linux")]
 #[tokio::test(flavor = "multi_thread")]
-async fn row_99_out_of_descriptors_it_lives_on_and_recovers_by_itself() {
-    let rig = stopped().await;
+// Covers: failure 99.
+async fn out_of_descriptors_it_lives_on_and_recovers_by_itself() {
+    let harness = stopped().await;
     let mut starved = Command::new("/bin/sh");
-    let file = rig.config_file();
+    let file = harness.config_file();
     starved.args(["-c", "ulimit -n 64; exec \"$@\"", "sh", BINARY, "serve", "--config", file.to_str().unwrap()]);
     starved.env_clear().stdin(std::process::Stdio::null()).stderr(std::process::Stdio::piped());
     let mut serving = Serving::spawn(starved).await;
@@ -204,10 +209,11 @@ fn kibibytes(serving: &Serving, name: &str) -> u64 {
 
 #[cfg(target_os = "linux")]
 #[tokio::test(flavor = "multi_thread")]
-async fn row_100_idle_connections_are_cheap_and_bounded() {
+// Covers: failure 100.
+async fn idle_connections_are_cheap_and_bounded() {
     const CONNECTIONS: u64 = 400;
-    let rig = stopped().await;
-    let serving = Serving::start(&rig, &["--set", "proxy.max_connections=500"]).await;
+    let harness = stopped().await;
+    let serving = Serving::start(&harness, &["--set", "proxy.max_connections=500"]).await;
     let mut warm = TcpStream::connect(&serving.proxy).await.unwrap();
     assert_eq!(ask(&mut warm).await, "HTTP/1.1 200 OK");
     let before = kibibytes(&serving, "VmRSS");
@@ -225,36 +231,39 @@ async fn row_100_idle_connections_are_cheap_and_bounded() {
         idle.push(stream);
     }
     let metrics =
-        rig.client.get(format!("http://{}/metrics", serving.admin)).send().await.unwrap().text().await.unwrap();
+        harness.client.get(format!("http://{}/metrics", serving.admin)).send().await.unwrap().text().await.unwrap();
     let open = metrics.lines().find_map(|line| line.strip_prefix("adsidecar_connections{door=\"proxy\"} ")).unwrap();
     assert!(open.parse::<u64>().unwrap() <= 500, "{open}");
 }
 
 #[cfg(target_os = "linux")]
 #[tokio::test(flavor = "multi_thread")]
-async fn threat_25_what_streams_through_is_not_held() {
-    let rig = stopped().await;
-    let serving = Serving::start(&rig, &[]).await;
-    assert_eq!(rig.client.get(serving.url("/v2/profiles")).send().await.unwrap().status(), 200);
+// Covers: threat 25.
+async fn what_streams_through_is_not_held() {
+    let harness = stopped().await;
+    let serving = Serving::start(&harness, &[]).await;
+    assert_eq!(harness.client.get(serving.url("/v2/profiles")).send().await.unwrap().status(), 200);
     let before = kibibytes(&serving, "VmHWM");
-    let mut download = rig.client.get(serving.url("/sandbox/bytes/67108864")).send().await.unwrap();
+    let mut download = harness.client.get(serving.url("/sandbox/bytes/67108864")).send().await.unwrap();
     let mut came = 0;
     while let Some(chunk) = download.chunk().await.unwrap() {
         came += chunk.len();
     }
-    let upload = rig.client.post(serving.url("/sandbox/echo")).body(vec![b'x'; 64 << 20]).send().await.unwrap();
+    let upload = harness.client.post(serving.url("/sandbox/echo")).body(vec![b'x'; 64 << 20]).send().await.unwrap();
     assert_eq!((came, upload.status().as_u16()), (64 << 20, 200));
     let grown = kibibytes(&serving, "VmHWM") - before;
     assert!(grown < 16 << 10, "{grown} KiB more at the most, for 64 MiB each way");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn row_102_a_process_that_gets_no_time_loses_no_call_and_is_alive_after_it() {
-    let rig = stopped().await;
+// Covers: failure 102.
+async fn a_process_that_gets_no_time_loses_no_call_and_is_alive_after_it() {
+    let harness = stopped().await;
     let serving =
-        Serving::start(&rig, &["--set", "proxy.header_timeout=500ms", "--set", "upstream.response_timeout=2s"]).await;
+        Serving::start(&harness, &["--set", "proxy.header_timeout=500ms", "--set", "upstream.response_timeout=2s"])
+            .await;
     for _ in 0..3 {
-        let gate = rig.sandbox.set_trouble(Fault::Gate);
+        let gate = harness.sandbox.set_trouble(Fault::Gate);
         let mut stream = TcpStream::connect(&serving.proxy).await.unwrap();
         stream.write_all(b"GET /sandbox/echo HTTP/1.1\r\nHost: localhost\r\n\r\n").await.unwrap();
         gate.reached(1).await;
@@ -264,7 +273,7 @@ async fn row_102_a_process_that_gets_no_time_loses_no_call_and_is_alive_after_it
         let late = TcpStream::connect(&serving.proxy).await.unwrap();
         tokio::time::sleep(std::time::Duration::from_millis(700)).await;
         serving.signal("CONT");
-        let health = rig.client.get(format!("http://{}/livez", serving.admin)).send().await.unwrap();
+        let health = harness.client.get(format!("http://{}/livez", serving.admin)).send().await.unwrap();
         assert_eq!(health.status(), 200);
         let mut first = [0; 15];
         stream.read_exact(&mut first).await.unwrap();
@@ -275,29 +284,31 @@ async fn row_102_a_process_that_gets_no_time_loses_no_call_and_is_alive_after_it
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn row_103_a_panic_costs_its_call_alone() {
-    let rig = stopped().await;
-    let file = rig.config_file();
+// Covers: failure 103.
+async fn a_panic_costs_its_call_alone() {
+    let harness = stopped().await;
+    let file = harness.config_file();
     let mut command = command(&["serve", "--config", file.to_str().unwrap()]);
     command.env("FAILPOINTS", "spine=2*panic(canary-panic)");
     let mut serving = Serving::spawn(command).await;
     for _ in 0..2 {
-        let failed = rig.client.get(serving.url("/v2/profiles")).send().await.unwrap();
-        assert_eq!((failed.status().as_u16(), crate::rig::code(&failed)), (500, "internal"));
+        let failed = harness.client.get(serving.url("/v2/profiles")).send().await.unwrap();
+        assert_eq!((failed.status().as_u16(), crate::harness::code(&failed)), (500, "internal"));
         let body = failed.text().await.unwrap();
         assert!(!body.contains("canary"), "a caller is not told the inside: {body}");
     }
-    assert_eq!(rig.client.get(serving.url("/v2/profiles")).send().await.unwrap().status(), 200);
+    assert_eq!(harness.client.get(serving.url("/v2/profiles")).send().await.unwrap().status(), 200);
     let metrics =
-        rig.client.get(format!("http://{}/metrics", serving.admin)).send().await.unwrap().text().await.unwrap();
+        harness.client.get(format!("http://{}/metrics", serving.admin)).send().await.unwrap().text().await.unwrap();
     assert!(metrics.contains("status=\"500\"} 2"), "{metrics}");
     assert_eq!(serving.child.try_wait().unwrap(), None, "it runs");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn threat_35_no_log_line_holds_a_secret_not_even_at_trace_and_of_a_panic() {
-    let rig = stopped().await;
-    let file = rig.config_file();
+// Covers: threat 35.
+async fn no_log_line_holds_a_secret_not_even_at_trace_and_of_a_panic() {
+    let harness = stopped().await;
+    let file = harness.config_file();
     let mut command = command(&[
         "serve",
         "--config",
@@ -312,7 +323,7 @@ async fn threat_35_no_log_line_holds_a_secret_not_even_at_trace_and_of_a_panic()
     command.env("FAILPOINTS", "spine=1*panic(x)").env("RUST_BACKTRACE", "full").env("RUST_LOG", "trace");
     let serving = Serving::spawn(command).await;
     let call = |path: &str| {
-        let request = rig.client.post(serving.url(path)).header("X-Ads-Sidecar-Token", "canary-caller-token");
+        let request = harness.client.post(serving.url(path)).header("X-Ads-Sidecar-Token", "canary-caller-token");
         request.header("Cookie", "canary-cookie").body("canary-body")
     };
     for path in [
@@ -326,12 +337,12 @@ async fn threat_35_no_log_line_holds_a_secret_not_even_at_trace_and_of_a_panic()
         call(path).send().await.unwrap();
     }
     for trouble in [Fault::Reset, Fault::BadJson, Fault::Html, Fault::CloseMidBody] {
-        rig.sandbox.set_trouble(Rule::from(trouble).always());
+        harness.sandbox.set_trouble(Rule::from(trouble).always());
         let _ = call("/sandbox/bytes/1000").send().await.map(|answer| answer.text());
         call("/api/auth/amazon/refresh").send().await.unwrap();
-        rig.sandbox.clear_trouble();
+        harness.sandbox.clear_trouble();
     }
-    let wrong = rig
+    let wrong = harness
         .client
         .get(serving.url("/v2/profiles"))
         .header("Authorization", "Bearer canary-guess")
@@ -363,19 +374,20 @@ async fn ask(stream: &mut TcpStream) -> String {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_audit_log_has_one_line_for_each_call_and_nothing_that_is_secret() {
-    let rig = stopped().await;
+    let harness = stopped().await;
     let sets = ["--set", "log.audit=true", "--set", "log.level=error", "--set", "log.format=json"];
-    let mut config = std::fs::read_to_string(rig.config_file()).unwrap();
+    let mut config = std::fs::read_to_string(harness.config_file()).unwrap();
     config.push_str("\n[[account]]\nname = \"brand\"\nread_only = true\nprofile_id = \"3012345678901234561\"\n");
-    std::fs::write(rig.config_file(), config).unwrap();
-    let serving = audited(&rig, &sets).await;
-    let get = |path: &str| rig.client.get(serving.url(path)).header("X-Request-Id", "r-1");
+    std::fs::write(harness.config_file(), config).unwrap();
+    let serving = audited(&harness, &sets).await;
+    let get = |path: &str| harness.client.get(serving.url(path)).header("X-Request-Id", "r-1");
     assert_eq!(get("/a/brand/v2/profiles?canary=canary-query").send().await.unwrap().status(), 200);
     assert_eq!(get("/api/auth/amazon/status").send().await.unwrap().status(), 200, "which is no call");
-    let denied = rig.client.post(serving.url("/sp/campaigns/canary-path")).body("canary-body").send().await.unwrap();
+    let denied =
+        harness.client.post(serving.url("/sp/campaigns/canary-path")).body("canary-body").send().await.unwrap();
     assert_eq!(denied.status(), 403);
-    rig.sandbox.set_trouble(Fault::Reset);
-    assert_eq!(rig.client.post(serving.url("/a/brand/sp/x/list")).send().await.unwrap().status(), 502);
+    harness.sandbox.set_trouble(Fault::Reset);
+    assert_eq!(harness.client.post(serving.url("/a/brand/sp/x/list")).send().await.unwrap().status(), 502);
     let refused = get("/v2/profiles").header("Origin", "https://canary-origin.example").send().await.unwrap();
     assert_eq!(refused.status(), 403);
     eventually("four lines", async || {
@@ -409,11 +421,11 @@ async fn the_audit_log_has_one_line_for_each_call_and_nothing_that_is_secret() {
 }
 
 /// At level `error` nobody says that it serves, so its doors are known before.
-async fn audited(rig: &Rig, sets: &[&str]) -> Serving {
+async fn audited(harness: &Harness, sets: &[&str]) -> Serving {
     let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let proxy = free.local_addr().unwrap().to_string();
     drop(free);
-    let file = rig.config_file();
+    let file = harness.config_file();
     let listen = format!("proxy.listen={proxy}");
     let mut command = command(&[&["serve", "--config", file.to_str().unwrap(), "--set", &listen], sets].concat());
     let serving = Serving::told(command.spawn().unwrap(), proxy.clone(), String::new());

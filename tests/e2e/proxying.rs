@@ -7,8 +7,8 @@ use reqwest::Method;
 use sha2::{Digest, Sha256};
 use world::{Door, Fault, Rule, pseudo_random_bytes};
 
-use crate::rig::{Rig, json};
-use crate::wire::{Scripted, Wire, eventually};
+use crate::harness::{Harness, json};
+use crate::raw_http::{Scripted, Wire, eventually};
 
 /// The seeded profile of North America.
 const PROFILE: &str = "3012345678901234561";
@@ -20,7 +20,7 @@ fn sha256(bytes: &[u8]) -> String {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn raw_targets_reach_amazon_unchanged() {
-    let rig = Rig::set(&[]).await;
+    let harness = Harness::set(&[]).await;
     let long = format!("/sandbox/echo?ids={}", "1234567890,".repeat(700));
     for target in [
         "//x%2Fy?min=2023-10-01T00:00:00&b=%2B+c",
@@ -37,40 +37,41 @@ async fn raw_targets_reach_amazon_unchanged() {
         "/caf\u{e9}?caf\u{e9}",
         long.as_str(),
     ] {
-        let answer = rig.knock(format!("GET {target} HTTP/1.1\r\nHost: localhost\r\n\r\n")).await;
-        assert_eq!(rig.seen().target, target);
+        let answer = harness.knock(format!("GET {target} HTTP/1.1\r\nHost: localhost\r\n\r\n")).await;
+        assert_eq!(harness.seen().target, target);
         assert_eq!(answer.header("x-adsidecar-error"), None, "{answer:?}");
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn threat_31_a_redirect_is_passed_on_and_never_followed() {
-    let rig = Rig::set(&[]).await;
-    let call = rig.request(Method::GET, "/v2/reports/r1/download").header("Amazon-Advertising-API-Scope", PROFILE);
+// Covers: threat 31.
+async fn a_redirect_is_passed_on_and_never_followed() {
+    let harness = Harness::set(&[]).await;
+    let call = harness.request(Method::GET, "/v2/reports/r1/download").header("Amazon-Advertising-API-Scope", PROFILE);
     let answer = call.send().await.unwrap();
     assert_eq!(answer.status(), 307);
     let location = answer.headers()["location"].to_str().unwrap();
     assert!(location.starts_with("https://offline-report-storage-us-east-1-prod.s3.amazonaws.com/r1/"), "{location}");
     assert!(location.contains("X-Amz-Credential=SANDBOX%2F20261122%2Fus-east-1"), "{location}");
-    assert_eq!(rig.ads_calls().len(), 1);
+    assert_eq!(harness.ads_calls().len(), 1);
     for code in [301, 302, 303, 308] {
-        let elsewhere = format!("{}/sandbox/echo", rig.sandbox.origin(Door::Eu));
-        rig.sandbox.set_trouble(Fault::Status {
+        let elsewhere = format!("{}/sandbox/echo", harness.sandbox.origin(Door::Eu));
+        harness.sandbox.set_trouble(Fault::Status {
             code,
             headers: vec![("location".into(), elsewhere.clone())],
             body: String::new(),
         });
-        let answer = rig.get("/sandbox/echo").await;
+        let answer = harness.get("/sandbox/echo").await;
         assert_eq!((answer.status().as_u16(), answer.headers()["location"].to_str().unwrap()), (code, &*elsewhere));
     }
-    assert!(rig.sandbox.calls(Door::Eu).is_empty());
+    assert!(harness.sandbox.calls(Door::Eu).is_empty());
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_batch_with_its_vendor_media_types_passes() {
-    let rig = Rig::set(&[]).await;
+    let harness = Harness::set(&[]).await;
     let sent = r#"{"campaigns":[{"campaignId":"1","state":"PAUSED"},{"campaignId":"x"}]}"#;
-    let answer = rig
+    let answer = harness
         .request(Method::PUT, "/sp/campaigns")
         .header("Amazon-Advertising-API-Scope", PROFILE)
         .header("Content-Type", "application/vnd.spCampaign.v3+json")
@@ -83,7 +84,7 @@ async fn a_batch_with_its_vendor_media_types_passes() {
     assert_eq!(answer.status(), 207);
     assert_eq!(answer.headers()["content-type"], "application/vnd.spCampaign.v3+json");
     assert_eq!(json(answer).await["campaigns"]["error"].as_array().unwrap().len(), 2);
-    let seen = rig.seen();
+    let seen = harness.seen();
     assert_eq!(seen.header("content-type"), Some("application/vnd.spCampaign.v3+json"));
     assert_eq!(seen.header("accept"), Some("application/vnd.spCampaign.v3+json"));
     assert_eq!(seen.header("prefer"), Some("return=representation"));
@@ -91,13 +92,14 @@ async fn a_batch_with_its_vendor_media_types_passes() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn row_65_compressed_answers_stay_compressed() {
-    let rig = Rig::set(&[]).await;
-    let report = rig.get("/sandbox/gzip").await;
+// Covers: failure 65.
+async fn compressed_answers_stay_compressed() {
+    let harness = Harness::set(&[]).await;
+    let report = harness.get("/sandbox/gzip").await;
     assert!(!report.headers().contains_key("content-encoding"));
     assert_eq!(report.headers()["content-type"], "application/octet-stream");
     let report = report.bytes().await.unwrap();
-    let encoded = rig.get("/sandbox/gzip?encoded=1").await;
+    let encoded = harness.get("/sandbox/gzip?encoded=1").await;
     assert_eq!(encoded.headers()["content-encoding"], "gzip");
     assert_eq!(encoded.bytes().await.unwrap(), report);
     let mut text = String::new();
@@ -107,14 +109,14 @@ async fn row_65_compressed_answers_stay_compressed() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn events_arrive_one_by_one() {
-    let rig = Rig::set(&[("upstream.response_timeout", "100ms")]).await;
-    let mut wire = rig.dial().await;
+    let harness = Harness::set(&[("upstream.response_timeout", "100ms")]).await;
+    let mut wire = harness.dial().await;
     wire.send("GET /sandbox/events?count=3&step=1 HTTP/1.1\r\nHost: localhost\r\nAccept: text/event-stream\r\n\r\n")
         .await;
     let head = wire.reply_head().await;
     assert_eq!((head.status, head.header("content-type")), (200, Some("text/event-stream")));
     for number in 1..=3 {
-        rig.sandbox.let_events(1);
+        harness.sandbox.let_events(1);
         let event = wire.until("\n\n").await.unwrap();
         assert!(
             event.ends_with(&format!("id: {number}\nevent: message\ndata: {{\"number\":{number}}}\n\n")),
@@ -126,32 +128,32 @@ async fn events_arrive_one_by_one() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_event_stream_may_be_silent_before_its_head() {
-    let rig = Rig::set(&[("upstream.response_timeout", "50ms")]).await;
+    let harness = Harness::set(&[("upstream.response_timeout", "50ms")]).await;
     for accept in ["text/event-stream", "application/json, text/event-stream"] {
-        rig.sandbox.set_trouble(Fault::Delay { ms: 300 });
-        let call = rig.request(Method::GET, "/sandbox/echo").header("Accept", accept);
+        harness.sandbox.set_trouble(Fault::Delay { ms: 300 });
+        let call = harness.request(Method::GET, "/sandbox/echo").header("Accept", accept);
         assert_eq!(call.send().await.unwrap().status(), 200, "{accept}");
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn repeated_headers_stay_repeated() {
-    let rig = Rig::set(&[]).await;
+    let harness = Harness::set(&[]).await;
     let answer =
-        rig.knock("GET /sandbox/cookies HTTP/1.1\r\nHost: localhost\r\nX-A: 1\r\nX-B: 2\r\nX-A: 3\r\n\r\n").await;
+        harness.knock("GET /sandbox/cookies HTTP/1.1\r\nHost: localhost\r\nX-A: 1\r\nX-B: 2\r\nX-A: 3\r\n\r\n").await;
     let cookies: Vec<_> = answer.headers.iter().filter(|(name, _)| name == "set-cookie").collect();
     assert_eq!(cookies.len(), 2);
     assert!(cookies[0].1.starts_with("session-id=130-1234567-1234567; Domain=.amazon.com;"), "{cookies:?}");
     assert!(cookies[1].1.starts_with("session-id-time=2082787201l;"), "{cookies:?}");
-    assert_eq!(rig.seen().header_all("x-a").collect::<Vec<_>>(), ["1", "3"]);
+    assert_eq!(harness.seen().header_all("x-a").collect::<Vec<_>>(), ["1", "3"]);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn nothing_is_added_to_a_bare_call() {
-    let rig = Rig::set(&[]).await;
-    let answer = rig.knock("GET /v2/profiles HTTP/1.1\r\nHost: localhost\r\n\r\n").await;
+    let harness = Harness::set(&[]).await;
+    let answer = harness.knock("GET /v2/profiles HTTP/1.1\r\nHost: localhost\r\n\r\n").await;
     assert_eq!(answer.status, 200);
-    let mut names = rig.seen().header_names().into_iter().map(str::to_owned).collect::<Vec<_>>();
+    let mut names = harness.seen().header_names().into_iter().map(str::to_owned).collect::<Vec<_>>();
     names.sort();
     assert_eq!(names, ["amazon-advertising-api-clientid", "authorization", "host"]);
 }
@@ -160,8 +162,8 @@ async fn nothing_is_added_to_a_bare_call() {
 async fn nothing_is_added_to_a_bare_answer() {
     let amazon =
         Scripted::saying("HTTP/1.1 299 Odd\r\nX-Amz: 1\r\nX-Odd_Name: \"a\"\r\nContent-Length: 2\r\n\r\nok").await;
-    let rig = Rig::before(&amazon, &[]).await;
-    let answer = rig.knock("GET /x HTTP/1.1\r\nHost: localhost\r\nX-Request-Id: r-1\r\n\r\n").await;
+    let harness = Harness::before(&amazon, &[]).await;
+    let answer = harness.knock("GET /x HTTP/1.1\r\nHost: localhost\r\nX-Request-Id: r-1\r\n\r\n").await;
     let headers: Vec<_> = answer.headers.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
     let expected = [("x-amz", "1"), ("x-odd_name", "\"a\""), ("content-length", "2"), ("x-request-id", "r-1")];
     assert_eq!((answer.status, headers, answer.text().as_str()), (299, expected.to_vec(), "ok"));
@@ -169,8 +171,8 @@ async fn nothing_is_added_to_a_bare_answer() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn head_keeps_the_length_and_the_connection() {
-    let rig = Rig::set(&[]).await;
-    let mut wire = rig.dial().await;
+    let harness = Harness::set(&[]).await;
+    let mut wire = harness.dial().await;
     for _ in 0..2 {
         wire.send("HEAD /sandbox/bytes/1000 HTTP/1.1\r\nHost: localhost\r\n\r\n").await;
         let head = wire.reply_head().await;
@@ -178,12 +180,13 @@ async fn head_keeps_the_length_and_the_connection() {
         wire.send("GET /sandbox/bytes/10 HTTP/1.1\r\nHost: localhost\r\n\r\n").await;
         assert_eq!(wire.reply().await.body, pseudo_random_bytes(10));
     }
-    let connections: Vec<_> = rig.ads_calls().iter().map(|call| call.connection).collect();
+    let connections: Vec<_> = harness.ads_calls().iter().map(|call| call.connection).collect();
     assert!(connections.iter().all(|connection| *connection == connections[0]), "{connections:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn row_66_answers_without_a_body_leave_both_connections_in_step() {
+// Covers: failure 66.
+async fn answers_without_a_body_leave_both_connections_in_step() {
     let amazon = Scripted::start(|mut wire, _| async move {
         while let Some(head) = wire.head().await {
             let answer = match head.split(' ').nth(1).unwrap() {
@@ -196,8 +199,8 @@ async fn row_66_answers_without_a_body_leave_both_connections_in_step() {
         }
     })
     .await;
-    let rig = Rig::before(&amazon, &[]).await;
-    let mut wire = rig.dial().await;
+    let harness = Harness::before(&amazon, &[]).await;
+    let mut wire = harness.dial().await;
     for (path, status, body) in [("/204", 204, ""), ("/304", 304, ""), ("/zero", 200, ""), ("/ok", 200, "ok")] {
         wire.send(format!("GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n")).await;
         let answer = wire.reply().await;
@@ -214,19 +217,19 @@ async fn row_66_answers_without_a_body_leave_both_connections_in_step() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn large_bodies_pass_both_ways() {
-    let rig = Rig::set(&[]).await;
+    let harness = Harness::set(&[]).await;
     let bytes = pseudo_random_bytes(24 * MIB);
     for query in ["", "?chunked=1"] {
-        let download = rig.get(&format!("/sandbox/bytes/{}{query}", bytes.len())).await;
+        let download = harness.get(&format!("/sandbox/bytes/{}{query}", bytes.len())).await;
         assert_eq!(download.headers().contains_key("content-length"), query.is_empty());
         assert!(download.bytes().await.unwrap() == bytes, "the download differs");
     }
     let digest = sha256(&bytes);
-    let answer = rig.request(Method::POST, "/sandbox/echo").body(bytes.clone()).send().await.unwrap();
+    let answer = harness.request(Method::POST, "/sandbox/echo").body(bytes.clone()).send().await.unwrap();
     assert_eq!(json(answer).await["body_sha256"], digest);
-    assert_eq!(rig.seen().header("content-length"), Some(&*bytes.len().to_string()));
+    assert_eq!(harness.seen().header("content-length"), Some(&*bytes.len().to_string()));
 
-    let mut wire = rig.dial().await;
+    let mut wire = harness.dial().await;
     wire.send("PUT /sandbox/echo HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n").await;
     for piece in bytes.chunks(100_001) {
         wire.send(format!("{:x};ext=1\r\n", piece.len())).await;
@@ -235,78 +238,82 @@ async fn large_bodies_pass_both_ways() {
     }
     wire.send("0\r\n\r\n").await;
     assert_eq!(wire.reply().await.json()["body_sha256"], digest);
-    assert_eq!(rig.seen().header("transfer-encoding"), Some("chunked"));
+    assert_eq!(harness.seen().header("transfer-encoding"), Some("chunked"));
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn unusual_but_legal_framing_passes() {
-    let rig = Rig::set(&[]).await;
-    let empty = rig.knock("POST /sandbox/echo HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\n\r\n").await;
-    assert_eq!((empty.status, rig.seen().header("content-length")), (200, Some("0")));
-    let get = rig.knock("GET /sandbox/echo HTTP/1.1\r\nHost: localhost\r\nContent-Length: 3\r\n\r\nabc").await;
-    assert_eq!((get.status, rig.seen().text().as_str()), (200, "abc"));
+    let harness = Harness::set(&[]).await;
+    let empty = harness.knock("POST /sandbox/echo HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\n\r\n").await;
+    assert_eq!((empty.status, harness.seen().header("content-length")), (200, Some("0")));
+    let get = harness.knock("GET /sandbox/echo HTTP/1.1\r\nHost: localhost\r\nContent-Length: 3\r\n\r\nabc").await;
+    assert_eq!((get.status, harness.seen().text().as_str()), (200, "abc"));
     let delete =
         "DELETE /sandbox/echo HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n";
-    assert_eq!((rig.knock(delete).await.status, rig.seen().text().as_str()), (200, "abc"));
-    let bare = rig.knock("POST /sandbox/echo HTTP/1.1\r\nHost: localhost\r\n\r\n").await;
-    assert_eq!((bare.status, rig.seen().body_len), (200, 0));
+    assert_eq!((harness.knock(delete).await.status, harness.seen().text().as_str()), (200, "abc"));
+    let bare = harness.knock("POST /sandbox/echo HTTP/1.1\r\nHost: localhost\r\n\r\n").await;
+    assert_eq!((bare.status, harness.seen().body_len), (200, 0));
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn row_72_trailers_are_dropped() {
-    let rig = Rig::set(&[]).await;
-    let answer = rig
+// Covers: failure 72.
+async fn trailers_are_dropped() {
+    let harness = Harness::set(&[]).await;
+    let answer = harness
         .knock(
             "POST /sandbox/echo HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\nTrailer: Authorization\r\n\r\n\
              3\r\nabc\r\n0\r\nAuthorization: Bearer theirs\r\nContent-Length: 7\r\nX-T: 1\r\n\r\n",
         )
         .await;
     assert_eq!(answer.status, 200, "{answer:?}");
-    let seen = rig.seen();
+    let seen = harness.seen();
     assert_eq!((seen.text().as_str(), seen.complete), ("abc", true));
     assert_eq!((seen.header("trailer"), seen.header("x-t")), (None, None));
     assert_eq!(seen.header_all("authorization").count(), 1);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn row_73_a_body_is_asked_for_only_after_the_checks() {
-    let rig = Rig::set(&[]).await;
+// Covers: failure 73.
+async fn a_body_is_asked_for_only_after_the_checks() {
+    let harness = Harness::set(&[]).await;
     let expecting = |host: &str| {
         format!("POST /sandbox/echo HTTP/1.1\r\nHost: {host}\r\nContent-Length: 3\r\nExpect: 100-continue\r\n\r\n")
     };
-    assert_eq!(rig.knock(expecting("evil.test")).await.status, 403, "and no 100 before it");
-    let mut wire = rig.dial().await;
+    assert_eq!(harness.knock(expecting("evil.test")).await.status, 403, "and no 100 before it");
+    let mut wire = harness.dial().await;
     wire.send(expecting("localhost")).await;
     assert_eq!(wire.reply().await.status, 100);
     wire.send("abc").await;
     assert_eq!(wire.reply().await.status, 200);
-    let seen = rig.seen();
+    let seen = harness.seen();
     assert_eq!((seen.text().as_str(), seen.header("expect")), ("abc", None));
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn row_75_old_clients_are_served_with_and_without_keep_alive() {
-    let rig = Rig::set(&[]).await;
-    let mut wire = rig.dial().await;
+// Covers: failure 75.
+async fn old_clients_are_served_with_and_without_keep_alive() {
+    let harness = Harness::set(&[]).await;
+    let mut wire = harness.dial().await;
     wire.send("GET /sandbox/bytes/5?chunked=1 HTTP/1.0\r\nHost: localhost\r\n\r\n").await;
     let answer = wire.reply().await;
     assert_eq!((answer.version.as_str(), answer.status, answer.body.len()), ("HTTP/1.0", 200, 5));
     assert_eq!(answer.header("transfer-encoding"), None);
     assert!(wire.closes().await);
-    let mut wire = rig.dial().await;
+    let mut wire = harness.dial().await;
     for _ in 0..2 {
         wire.send("GET /sandbox/bytes/5 HTTP/1.0\r\nHost: localhost\r\nConnection: keep-alive\r\n\r\n").await;
         let answer = wire.reply().await;
         assert_eq!((answer.status, answer.body.len()), (200, 5));
         assert!(answer.header("connection").unwrap().eq_ignore_ascii_case("keep-alive"));
     }
-    assert!(rig.ads_calls().iter().all(|call| call.header("connection").is_none()));
+    assert!(harness.ads_calls().iter().all(|call| call.header("connection").is_none()));
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn row_76_a_hundred_pipelined_calls_are_answered_in_their_order() {
-    let rig = Rig::set(&[]).await;
-    let mut wire = rig.dial().await;
+// Covers: failure 76.
+async fn a_hundred_pipelined_calls_are_answered_in_their_order() {
+    let harness = Harness::set(&[]).await;
+    let mut wire = harness.dial().await;
     let calls: String = (1..=100)
         .map(|n| format!("POST /sandbox/bytes/{n} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 3\r\n\r\nabc"))
         .collect();
@@ -314,28 +321,29 @@ async fn row_76_a_hundred_pipelined_calls_are_answered_in_their_order() {
     for n in 1..=100 {
         assert_eq!(wire.reply().await.body.len(), n);
     }
-    let targets: Vec<_> = rig.ads_calls().into_iter().map(|call| call.target).collect();
+    let targets: Vec<_> = harness.ads_calls().into_iter().map(|call| call.target).collect();
     assert_eq!(targets, (1..=100).map(|n| format!("/sandbox/bytes/{n}")).collect::<Vec<_>>());
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn sequential_calls_share_one_connection_to_amazon() {
-    let rig = Rig::set(&[]).await;
+    let harness = Harness::set(&[]).await;
     for _ in 0..25 {
-        assert!(rig.get("/v2/profiles").await.text().await.unwrap().contains(PROFILE));
-        assert_eq!(rig.request(Method::POST, "/sandbox/echo").body("x").send().await.unwrap().status(), 200);
+        assert!(harness.get("/v2/profiles").await.text().await.unwrap().contains(PROFILE));
+        assert_eq!(harness.request(Method::POST, "/sandbox/echo").body("x").send().await.unwrap().status(), 200);
     }
-    let calls = rig.ads_calls();
+    let calls = harness.ads_calls();
     assert_eq!(calls.len(), 50);
     assert!(calls.iter().all(|call| call.connection == calls[0].connection));
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn row_60_an_answer_that_breaks_off_is_never_ended_cleanly() {
-    let rig = Rig::set(&[("proxy.replay_limit", "1B")]).await;
+// Covers: failure 60.
+async fn an_answer_that_breaks_off_is_never_ended_cleanly() {
+    let harness = Harness::set(&[("proxy.replay_limit", "1B")]).await;
     for query in ["", "?chunked=1"] {
-        rig.sandbox.set_trouble(Fault::CloseMidBody);
-        let mut wire = rig.dial().await;
+        harness.sandbox.set_trouble(Fault::CloseMidBody);
+        let mut wire = harness.dial().await;
         wire.send(format!("GET /sandbox/bytes/100000{query} HTTP/1.1\r\nHost: localhost\r\n\r\n")).await;
         let answer = wire.reply().await;
         assert_eq!((answer.status, answer.whole), (200, false), "{query}");
@@ -344,33 +352,35 @@ async fn row_60_an_answer_that_breaks_off_is_never_ended_cleanly() {
         assert!(wire.closes().await);
     }
     // A refusal, which is read before it passes, breaks off as well. (What was sent was too large for a replay.)
-    rig.sandbox.set_trouble(Rule::from(Fault::CloseMidBody).on("/sandbox/status/401"));
+    harness.sandbox.set_trouble(Rule::from(Fault::CloseMidBody).on("/sandbox/status/401"));
     let call = "POST /sandbox/status/401 HTTP/1.1\r\nHost: localhost\r\nContent-Length: 3\r\n\r\nabc";
-    let came = rig.raw(call.as_bytes(), None).await;
+    let came = harness.raw(call.as_bytes(), None).await;
     assert!(!came.ends_with(b"401}"), "{}", String::from_utf8_lossy(&came));
     // Nothing of that harms the next call.
-    assert_eq!(rig.get("/sandbox/echo").await.status(), 200);
+    assert_eq!(harness.get("/sandbox/echo").await.status(), 200);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn row_68_a_caller_that_hangs_up_leaves_amazon_with_an_incomplete_call() {
-    let rig = Rig::set(&[]).await;
+// Covers: failure 68.
+async fn a_caller_that_hangs_up_leaves_amazon_with_an_incomplete_call() {
+    let harness = Harness::set(&[]).await;
     for framing in ["Content-Length: 100000", "Transfer-Encoding: chunked"] {
-        rig.sandbox.clear_history();
-        let mut wire = rig.dial().await;
+        harness.sandbox.clear_history();
+        let mut wire = harness.dial().await;
         wire.send(format!("POST /sandbox/echo HTTP/1.1\r\nHost: localhost\r\n{framing}\r\n\r\n5\r\nabcde\r\n")).await;
-        eventually("the call reaches Amazon", || !rig.ads_calls().is_empty()).await;
+        eventually("the call reaches Amazon", || !harness.ads_calls().is_empty()).await;
         drop(wire);
         // The sandbox enters what it read of a body when the body has ended, one way or the other.
-        eventually("Amazon sees the end", || rig.seen().body_len > 0).await;
-        assert!(!rig.seen().complete, "{framing}");
-        assert_eq!(rig.seen().status, None);
+        eventually("Amazon sees the end", || harness.seen().body_len > 0).await;
+        assert!(!harness.seen().complete, "{framing}");
+        assert_eq!(harness.seen().status, None);
     }
-    assert_eq!(rig.get("/sandbox/echo").await.status(), 200);
+    assert_eq!(harness.get("/sandbox/echo").await.status(), 200);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn row_62_an_answer_before_the_end_of_the_body_passes_at_once() {
+// Covers: failure 62.
+async fn an_answer_before_the_end_of_the_body_passes_at_once() {
     let amazon = Scripted::start(|mut wire: Wire, _| async move {
         while let Some(head) = wire.head().await {
             if head.starts_with("POST") {
@@ -383,14 +393,14 @@ async fn row_62_an_answer_before_the_end_of_the_body_passes_at_once() {
         }
     })
     .await;
-    let rig = Rig::before(&amazon, &[]).await;
-    let mut wire = rig.dial().await;
+    let harness = Harness::before(&amazon, &[]).await;
+    let mut wire = harness.dial().await;
     wire.send("POST /sandbox/echo HTTP/1.1\r\nHost: localhost\r\nContent-Length: 3000000\r\n\r\nabc").await;
     let answer = wire.reply().await;
     assert_eq!((answer.said(), answer.text().as_str()), ((413, ""), "big"));
     // What is left of the body never becomes a call of its own.
     let smuggled = "GET /smuggled HTTP/1.1\r\nHost: localhost\r\n\r\n";
     wire.send(smuggled).await;
-    let next = rig.get("/next").await;
+    let next = harness.get("/next").await;
     assert_eq!((next.status().as_u16(), next.text().await.unwrap().as_str()), (200, "ok"));
 }

@@ -8,51 +8,53 @@ use reqwest::Method;
 use world::{CLIENT_SECRET, Fault};
 
 use crate::commands::Serving;
-use crate::rig::{Rig, code, eventually, json};
+use crate::harness::{Harness, code, eventually, json};
 
 /// Appends to the sidecar's configuration file.
-fn append(rig: &Rig, text: &str) {
-    let file = rig.config_file();
+fn append(harness: &Harness, text: &str) {
+    let file = harness.config_file();
     let before = fs::read_to_string(&file).unwrap();
     fs::write(&file, format!("{before}\n{text}\n")).unwrap();
 }
 
-async fn reload(rig: &Rig) -> reqwest::Response {
-    rig.client.post(rig.admin_url("/reload")).send().await.unwrap()
+async fn reload(harness: &Harness) -> reqwest::Response {
+    harness.client.post(harness.admin_url("/reload")).send().await.unwrap()
 }
 
 const ACCOUNT: &str = "[[account]]\nname = \"acme\"\nprofile_id = \"7\"";
 
 #[tokio::test(flavor = "multi_thread")]
-async fn row_104_what_is_wrong_is_refused_whole_and_all_of_the_old_stays() {
-    let rig = Rig::start().await;
-    rig.log_in("default").await;
+// Covers: failure 104.
+async fn what_is_wrong_is_refused_whole_and_all_of_the_old_stays() {
+    let harness = Harness::start().await;
+    harness.log_in("default").await;
     for (wrong, named) in [
         ("[proxy.nonsense]\nx = 1", "proxy.nonsense"),
         ("[refresh]\nmargin = \"soon\"", "refresh.margin"),
         ("[login]\nlisten = \"127.0.0.1:0\"", "login.listen"),
     ] {
-        let good = fs::read_to_string(rig.config_file()).unwrap();
-        append(&rig, &format!("{wrong}\n{ACCOUNT}"));
-        let refused = reload(&rig).await;
+        let good = fs::read_to_string(harness.config_file()).unwrap();
+        append(&harness, &format!("{wrong}\n{ACCOUNT}"));
+        let refused = reload(&harness).await;
         assert_eq!((refused.status().as_u16(), code(&refused)), (400, "bad_request"));
         let detail = json(refused).await["detail"].as_str().unwrap().to_owned();
         assert!(detail.contains(named), "{detail}");
-        assert_eq!(rig.metric("adsidecar_config_reload_success").await, 0.0);
-        assert_eq!(code(&rig.get("/a/acme/v2/profiles").await), "unknown_account");
-        assert_eq!(rig.get("/v2/profiles").await.status(), 200);
-        fs::write(rig.config_file(), good).unwrap();
-        assert_eq!(reload(&rig).await.status(), 200);
-        assert_eq!(rig.metric("adsidecar_config_reload_success").await, 1.0);
+        assert_eq!(harness.metric("adsidecar_config_reload_success").await, 0.0);
+        assert_eq!(code(&harness.get("/a/acme/v2/profiles").await), "unknown_account");
+        assert_eq!(harness.get("/v2/profiles").await.status(), 200);
+        fs::write(harness.config_file(), good).unwrap();
+        assert_eq!(reload(&harness).await.status(), 200);
+        assert_eq!(harness.metric("adsidecar_config_reload_success").await, 1.0);
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_changed_file_is_taken_up_by_itself() {
-    let rig = Rig::start().await;
-    rig.log_in("default").await;
-    append(&rig, ACCOUNT);
-    eventually("the new account", async || (rig.get("/a/acme/v2/profiles").await.status() == 200).then_some(())).await;
+    let harness = Harness::start().await;
+    harness.log_in("default").await;
+    append(&harness, ACCOUNT);
+    eventually("the new account", async || (harness.get("/a/acme/v2/profiles").await.status() == 200).then_some(()))
+        .await;
 }
 
 /// As the kubelet does it: `..data` is a link to a directory, and is replaced by a link to another one.
@@ -69,48 +71,53 @@ fn mount(secret: &Path, revision: &str, text: &str) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn row_105_a_rotated_client_secret_is_taken_up_from_its_file_and_no_call_fails() {
-    let mut rig = Rig::start().await;
-    rig.log_in("default").await;
-    let secret = rig.directory.path().join("secret");
+// Covers: failure 105.
+async fn a_rotated_client_secret_is_taken_up_from_its_file_and_no_call_fails() {
+    let mut harness = Harness::start().await;
+    harness.log_in("default").await;
+    let secret = harness.directory.path().join("secret");
     mount(&secret, "..1", CLIENT_SECRET);
     let file = secret.join("client-secret");
-    rig.restart_with("amazon.client_secret_file", file.to_str().unwrap()).await;
+    harness.restart_with("amazon.client_secret_file", file.to_str().unwrap()).await;
 
-    rig.sandbox.world(|world| world.clients[0].secrets = vec!["amzn1.oa2-cs.v1.next".into()]);
+    harness.sandbox.world(|world| world.clients[0].secrets = vec!["amzn1.oa2-cs.v1.next".into()]);
     mount(&secret, "..2", "amzn1.oa2-cs.v1.next\n");
     eventually("a refresh with the new secret", async || {
-        assert_eq!(rig.get("/v2/profiles").await.status(), 200);
-        let refreshed = rig.post("/api/auth/amazon/refresh").await;
+        assert_eq!(harness.get("/v2/profiles").await.status(), 200);
+        let refreshed = harness.post("/api/auth/amazon/refresh").await;
         let state = json(refreshed).await["state"].clone();
         // Over the pause behind a failed renewal.
-        rig.advance(60);
+        harness.advance(60);
         (state == "fresh").then_some(())
     })
     .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn row_105_a_secret_file_that_is_gone_or_holds_nothing_leaves_the_old_secret_in_use() {
-    let mut rig = Rig::start().await;
-    rig.log_in("default").await;
-    let secret = rig.directory.path().join("secret");
+// Covers: failure 105.
+async fn a_secret_file_that_is_gone_or_holds_nothing_leaves_the_old_secret_in_use() {
+    let mut harness = Harness::start().await;
+    harness.log_in("default").await;
+    let secret = harness.directory.path().join("secret");
     mount(&secret, "..1", "first-token");
-    rig.restart_with("proxy.caller_token_file", secret.join("client-secret").to_str().unwrap()).await;
+    harness.restart_with("proxy.caller_token_file", secret.join("client-secret").to_str().unwrap()).await;
     let call = async |token: &str| {
-        let call = rig.request(Method::GET, "/v2/profiles").header("x-ads-sidecar-token", token).send().await.unwrap();
+        let call =
+            harness.request(Method::GET, "/v2/profiles").header("x-ads-sidecar-token", token).send().await.unwrap();
         call.status().as_u16()
     };
     let reloads = async |well: f64| {
-        eventually("the reload", async || (rig.metric("adsidecar_config_reload_success").await == well).then_some(()))
-            .await;
+        eventually("the reload", async || {
+            (harness.metric("adsidecar_config_reload_success").await == well).then_some(())
+        })
+        .await;
     };
     assert_eq!((call("first-token").await, call("second-token").await), (200, 407));
     mount(&secret, "..2", "");
     reloads(0.0).await;
     assert_eq!(call("first-token").await, 200);
     fs::remove_file(secret.join("..data")).unwrap();
-    let gone = rig.client.post(rig.admin_url("/reload")).send().await.unwrap();
+    let gone = harness.client.post(harness.admin_url("/reload")).send().await.unwrap();
     assert_eq!(gone.status(), 400);
     assert_eq!(call("first-token").await, 200);
     mount(&secret, "..3", "second-token\n");
@@ -119,21 +126,23 @@ async fn row_105_a_secret_file_that_is_gone_or_holds_nothing_leaves_the_old_secr
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn row_105_a_refresh_token_in_a_file_is_adopted_when_the_file_changes() {
-    let mut rig = Rig::start().await;
-    let secret = rig.directory.path().join("secret");
+// Covers: failure 105.
+async fn a_refresh_token_in_a_file_is_adopted_when_the_file_changes() {
+    let mut harness = Harness::start().await;
+    let secret = harness.directory.path().join("secret");
     mount(&secret, "..1", "Atzr|unknown-to-amazon");
-    rig.restart_with("amazon.refresh_token_file", secret.join("client-secret").to_str().unwrap()).await;
-    assert_eq!(code(&rig.get("/v2/profiles").await), "login_required");
-    mount(&secret, "..2", &rig.sandbox.grant().refresh_token);
-    eventually("the grant", async || (rig.get("/v2/profiles").await.status() == 200).then_some(())).await;
+    harness.restart_with("amazon.refresh_token_file", secret.join("client-secret").to_str().unwrap()).await;
+    assert_eq!(code(&harness.get("/v2/profiles").await), "login_required");
+    mount(&secret, "..2", &harness.sandbox.grant().refresh_token);
+    eventually("the grant", async || (harness.get("/v2/profiles").await.status() == 200).then_some(())).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn row_105_sighup_reads_the_configuration_again() {
-    let mut rig = Rig::with_running_clock("").await;
-    rig.stop_sidecar().await;
-    let mut serving = Serving::start(&rig, &[]).await;
+// Covers: failure 105.
+async fn sighup_reads_the_configuration_again() {
+    let mut harness = Harness::with_running_clock("").await;
+    harness.stop_sidecar().await;
+    let mut serving = Serving::start(&harness, &[]).await;
     serving.signal("HUP");
     serving.says("was read again and is in use").await;
     serving.signal("TERM");
@@ -143,33 +152,33 @@ async fn row_105_sighup_reads_the_configuration_again() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_login_that_has_begun_survives_a_reload() {
-    let rig = Rig::start().await;
-    let begun = json(rig.get("/api/auth/amazon/login").await).await;
-    assert_eq!(reload(&rig).await.status(), 200);
-    let callback = rig.consent(begun["auth_url"].as_str().unwrap()).await;
-    assert_eq!(rig.get(&callback).await.status(), 200);
+    let harness = Harness::start().await;
+    let begun = json(harness.get("/api/auth/amazon/login").await).await;
+    assert_eq!(reload(&harness).await.status(), 200);
+    let callback = harness.consent(begun["auth_url"].as_str().unwrap()).await;
+    assert_eq!(harness.get(&callback).await.status(), 200);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_call_in_flight_survives_a_reload() {
-    let rig = Rig::start().await;
-    rig.log_in("default").await;
-    let gate = rig.sandbox.set_trouble(Fault::Gate);
-    let call = tokio::spawn(rig.client.get(rig.proxy_url("/v2/profiles")).send());
+    let harness = Harness::start().await;
+    harness.log_in("default").await;
+    let gate = harness.sandbox.set_trouble(Fault::Gate);
+    let call = tokio::spawn(harness.client.get(harness.proxy_url("/v2/profiles")).send());
     gate.reached(1).await;
-    assert_eq!(reload(&rig).await.status(), 200);
+    assert_eq!(reload(&harness).await.status(), 200);
     gate.release();
     assert_eq!(call.await.unwrap().unwrap().status(), 200);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_refresh_token_in_the_configuration_is_adopted_on_reload() {
-    let rig = Rig::start().await;
-    assert_eq!(code(&rig.get("/v2/profiles").await), "login_required");
-    let issued = rig.sandbox.grant();
-    let text = fs::read_to_string(rig.config_file()).unwrap();
+    let harness = Harness::start().await;
+    assert_eq!(code(&harness.get("/v2/profiles").await), "login_required");
+    let issued = harness.sandbox.grant();
+    let text = fs::read_to_string(harness.config_file()).unwrap();
     let token = format!("[amazon]\nrefresh_token = {:?}", issued.refresh_token);
-    fs::write(rig.config_file(), text.replace("[amazon]", &token)).unwrap();
-    assert_eq!(reload(&rig).await.status(), 200);
-    eventually("the grant", async || (rig.get("/v2/profiles").await.status() == 200).then_some(())).await;
+    fs::write(harness.config_file(), text.replace("[amazon]", &token)).unwrap();
+    assert_eq!(reload(&harness).await.status(), 200);
+    eventually("the grant", async || (harness.get("/v2/profiles").await.status() == 200).then_some(())).await;
 }

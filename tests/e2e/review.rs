@@ -12,14 +12,14 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use world::{Door, Fault, Rule};
 
-use crate::rig::{Rig, code, eventually, json};
+use crate::harness::{Harness, code, eventually, json};
 
-/// Runs a sidecar on the rig's configuration and store with more of the one or the other; gives its proxy door.
-async fn sidecar_with(rig: &Rig, env: &[(&str, &str)], sets: &[(&str, &str)]) -> SocketAddr {
+/// Runs a sidecar on the harness's configuration and store with more of the one or the other; gives its proxy door.
+async fn sidecar_with(harness: &Harness, env: &[(&str, &str)], sets: &[(&str, &str)]) -> SocketAddr {
     let own = |pairs: &[(&str, &str)]| pairs.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
-    let sources = Sources { file: Some(rig.config_file()), env: own(env), sets: own(sets) };
+    let sources = Sources { file: Some(harness.config_file()), env: own(env), sets: own(sets) };
     let config = config::load(&sources).unwrap_or_else(|problems| panic!("{problems}"));
-    let app = App::build(config, rig.clock.clone(), None).await.unwrap();
+    let app = App::build(config, harness.clock.clone(), None).await.unwrap();
     let proxy = app.addresses().proxy[0];
     tokio::spawn(app.run(std::future::pending()));
     proxy
@@ -41,33 +41,33 @@ async fn ask(stream: &mut TcpStream, request: &str) -> String {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_browser_that_goes_away_during_the_exchange_loses_no_grant() {
-    let rig = Rig::start().await;
-    let begun = json(rig.get("/api/auth/amazon/login").await).await;
-    let callback = rig.consent(begun["auth_url"].as_str().unwrap()).await;
-    let gate = rig.sandbox.set_trouble(Rule::from(Fault::Gate).at(Door::Lwa));
-    let mut browser = TcpStream::connect(rig.proxy_address()).await.unwrap();
+    let harness = Harness::start().await;
+    let begun = json(harness.get("/api/auth/amazon/login").await).await;
+    let callback = harness.consent(begun["auth_url"].as_str().unwrap()).await;
+    let gate = harness.sandbox.set_trouble(Rule::from(Fault::Gate).at(Door::Lwa));
+    let mut browser = TcpStream::connect(harness.proxy_address()).await.unwrap();
     browser.write_all(format!("GET {callback} HTTP/1.1\r\nHost: localhost\r\n\r\n").as_bytes()).await.unwrap();
     gate.reached(1).await;
     drop(browser);
     // The door has noticed once the connection is not counted any more; this request's own is.
-    while rig.metric("adsidecar_connections{door=\"proxy\"}").await > 1.0 {
+    while harness.metric("adsidecar_connections{door=\"proxy\"}").await > 1.0 {
         tokio::task::yield_now().await;
     }
     gate.release();
-    eventually("the grant", async || (rig.status_of("default").await["state"] == "fresh").then_some(())).await;
-    assert_eq!(rig.get("/v2/profiles").await.status(), 200);
+    eventually("the grant", async || (harness.status_of("default").await["state"] == "fresh").then_some(())).await;
+    assert_eq!(harness.get("/v2/profiles").await.status(), 200);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_401_for_a_token_that_ended_on_the_way_is_cured_too() {
     // So that the background does not renew it first.
-    let rig = Rig::with("[refresh]\nidle_after = \"1m\"\n").await;
-    rig.log_in("default").await;
-    let gate = rig.sandbox.set_trouble(Rule::from(Fault::Gate).at(Door::Na));
-    let call = tokio::spawn(rig.request(Method::GET, "/v2/profiles").send());
+    let harness = Harness::with("[refresh]\nidle_after = \"1m\"\n").await;
+    harness.log_in("default").await;
+    let gate = harness.sandbox.set_trouble(Rule::from(Fault::Gate).at(Door::Na));
+    let call = tokio::spawn(harness.request(Method::GET, "/v2/profiles").send());
     gate.reached(1).await;
-    rig.sandbox.world(|world| world.expire_access_tokens());
-    rig.advance(3601);
+    harness.sandbox.world(|world| world.expire_access_tokens());
+    harness.advance(3601);
     gate.release();
     let answer = call.await.unwrap().unwrap();
     assert_eq!(answer.status(), 200);
@@ -75,32 +75,32 @@ async fn a_401_for_a_token_that_ended_on_the_way_is_cured_too() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn all_who_are_refused_at_once_share_one_forced_refresh() {
-    let rig = Rig::start().await;
-    rig.log_in("default").await;
-    rig.sandbox.world(|world| world.expire_access_tokens());
-    let before = rig.sandbox.refreshes();
-    let calls: Vec<_> = (0..64).map(|_| tokio::spawn(rig.request(Method::GET, "/v2/profiles").send())).collect();
+    let harness = Harness::start().await;
+    harness.log_in("default").await;
+    harness.sandbox.world(|world| world.expire_access_tokens());
+    let before = harness.sandbox.refreshes();
+    let calls: Vec<_> = (0..64).map(|_| tokio::spawn(harness.request(Method::GET, "/v2/profiles").send())).collect();
     for call in calls {
         assert_eq!(call.await.unwrap().unwrap().status(), 200);
     }
-    assert_eq!(rig.sandbox.refreshes() - before, 1);
+    assert_eq!(harness.sandbox.refreshes() - before, 1);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_configured_refresh_token_replaces_a_stored_grant_that_turns_out_dead() {
-    let mut rig = Rig::start().await;
-    rig.log_in("default").await;
-    rig.sandbox.world(|world| {
+    let mut harness = Harness::start().await;
+    harness.log_in("default").await;
+    harness.sandbox.world(|world| {
         world.revoke_all();
         world.expire_access_tokens();
     });
-    let good = rig.sandbox.grant().refresh_token;
-    rig.advance(3601);
-    rig.stop_sidecar().await;
-    let proxy = sidecar_with(&rig, &[("AMAZON_REFRESH_TOKEN", &good)], &[]).await;
+    let good = harness.sandbox.grant().refresh_token;
+    harness.advance(3601);
+    harness.stop_sidecar().await;
+    let proxy = sidecar_with(&harness, &[("AMAZON_REFRESH_TOKEN", &good)], &[]).await;
     let mut last = 0;
     for _ in 0..500 {
-        last = rig.client.get(format!("http://{proxy}/v2/profiles")).send().await.unwrap().status().as_u16();
+        last = harness.client.get(format!("http://{proxy}/v2/profiles")).send().await.unwrap().status().as_u16();
         if last == 200 {
             break;
         }
@@ -110,33 +110,35 @@ async fn a_configured_refresh_token_replaces_a_stored_grant_that_turns_out_dead(
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_grant_that_could_not_be_stored_is_used_and_stored_as_soon_as_it_can_be() {
-    let mut rig = Rig::with("[login]\nconfirm = true\n").await;
-    let begun = json(rig.get("/api/auth/amazon/login").await).await;
-    let callback = rig.consent(begun["auth_url"].as_str().unwrap()).await;
-    let pending = json(rig.get(&callback).await).await;
+    let mut harness = Harness::with("[login]\nconfirm = true\n").await;
+    let begun = json(harness.get("/api/auth/amazon/login").await).await;
+    let callback = harness.consent(begun["auth_url"].as_str().unwrap()).await;
+    let pending = json(harness.get(&callback).await).await;
     assert_eq!(pending["status"], "pending");
     let confirm = format!("/api/auth/amazon/confirm?grant={}", pending["grant"].as_str().unwrap());
-    let mut copies = rig.store_path().into_os_string();
+    let mut copies = harness.store_path().into_os_string();
     copies.push(".copies");
-    let away = rig.directory.path().join("away");
+    let away = harness.directory.path().join("away");
     std::fs::rename(&copies, &away).unwrap();
-    assert_eq!(rig.post(&confirm).await.status(), 200);
-    assert_eq!(rig.get("/v2/profiles").await.status(), 200, "its code is spent: it is used from memory");
-    assert_eq!(rig.client.get(rig.admin_url("/readyz")).send().await.unwrap().status(), 503);
+    assert_eq!(harness.post(&confirm).await.status(), 200);
+    assert_eq!(harness.get("/v2/profiles").await.status(), 200, "its code is spent: it is used from memory");
+    assert_eq!(harness.client.get(harness.admin_url("/readyz")).send().await.unwrap().status(), 503);
     std::fs::rename(&away, &copies).unwrap();
-    let ready = async { while rig.client.get(rig.admin_url("/readyz")).send().await.unwrap().status() != 200 {} };
+    let ready =
+        async { while harness.client.get(harness.admin_url("/readyz")).send().await.unwrap().status() != 200 {} };
     tokio::time::timeout(Duration::from_secs(10), ready).await.expect("the store is found to work again");
-    rig.stop_sidecar().await;
-    rig.start_sidecar().await;
-    assert_eq!(rig.get("/v2/profiles").await.status(), 200);
-    assert_eq!(rig.post(&confirm).await.status(), 400, "once");
+    harness.stop_sidecar().await;
+    harness.start_sidecar().await;
+    assert_eq!(harness.get("/v2/profiles").await.status(), 200);
+    assert_eq!(harness.post(&confirm).await.status(), 400, "once");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_shim_takes_the_caller_token_as_every_other_call_shows_it() {
-    let rig = Rig::with("[proxy]\nlisten = \"127.0.0.1:0\"\ncaller_token = \"knock-knock-knock-knock\"\n").await;
+    let harness =
+        Harness::with("[proxy]\nlisten = \"127.0.0.1:0\"\ncaller_token = \"knock-knock-knock-knock\"\n").await;
     let form = "grant_type=refresh_token&client_id=x&client_secret=amazons-own&refresh_token=y";
-    let ask = || rig.request(Method::POST, "/auth/o2/token").body(form);
+    let ask = || harness.request(Method::POST, "/auth/o2/token").body(form);
     let refused = ask().send().await.unwrap();
     assert_eq!((refused.status().as_u16(), code(&refused)), (407, "caller_unauthorized"));
     let answer = ask().header("x-ads-sidecar-token", "knock-knock-knock-knock").send().await.unwrap();
@@ -149,36 +151,36 @@ async fn the_shim_takes_the_caller_token_as_every_other_call_shows_it() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn who_takes_an_event_stream_among_others_waits_for_it() {
-    let rig = Rig::start().await;
-    rig.log_in("default").await;
-    let proxy = sidecar_beside(&rig, &[("upstream.response_timeout", "200ms")]).await;
-    rig.sandbox.set_trouble(Rule::from(Fault::Delay { ms: 800 }).on("/mcp").next(2));
+    let harness = Harness::start().await;
+    harness.log_in("default").await;
+    let proxy = sidecar_beside(&harness, &[("upstream.response_timeout", "200ms")]).await;
+    harness.sandbox.set_trouble(Rule::from(Fault::Delay { ms: 800 }).on("/mcp").next(2));
     let url = format!("http://{proxy}/mcp");
-    let late = rig.client.post(&url).header("accept", "application/json").send().await.unwrap();
+    let late = harness.client.post(&url).header("accept", "application/json").send().await.unwrap();
     assert_eq!((late.status().as_u16(), code(&late)), (504, "upstream_timeout"));
-    let mcp = rig.client.post(&url).header("accept", "application/json, text/event-stream").send().await.unwrap();
+    let mcp = harness.client.post(&url).header("accept", "application/json, text/event-stream").send().await.unwrap();
     assert_eq!(code(&mcp), "");
 }
 
 /// As [`sidecar_with`], on a store of its own with a grant.
-async fn sidecar_beside(rig: &Rig, sets: &[(&str, &str)]) -> SocketAddr {
-    let token = rig.sandbox.grant().refresh_token;
-    let store = rig.directory.path().join("beside");
+async fn sidecar_beside(harness: &Harness, sets: &[(&str, &str)]) -> SocketAddr {
+    let token = harness.sandbox.grant().refresh_token;
+    let store = harness.directory.path().join("beside");
     let mut all = vec![("store.path", store.to_str().unwrap())];
     all.extend_from_slice(sets);
-    sidecar_with(rig, &[("AMAZON_REFRESH_TOKEN", &token)], &all).await
+    sidecar_with(harness, &[("AMAZON_REFRESH_TOKEN", &token)], &all).await
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn at_the_cap_an_idle_connection_is_closed_for_another_one_and_not_before() {
-    let rig = Rig::with("[proxy]\nlisten = \"127.0.0.1:0\"\nmax_connections = 2\n").await;
+    let harness = Harness::with("[proxy]\nlisten = \"127.0.0.1:0\"\nmax_connections = 2\n").await;
     let request = "GET /api/auth/amazon/status HTTP/1.1\r\nHost: localhost\r\n\r\n";
-    let mut first = TcpStream::connect(rig.proxy_address()).await.unwrap();
+    let mut first = TcpStream::connect(harness.proxy_address()).await.unwrap();
     assert_eq!(ask(&mut first, request).await, "HTTP/1.1 200 OK");
-    let mut second = TcpStream::connect(rig.proxy_address()).await.unwrap();
+    let mut second = TcpStream::connect(harness.proxy_address()).await.unwrap();
     assert_eq!(ask(&mut second, request).await, "HTTP/1.1 200 OK");
     assert_eq!(ask(&mut first, request).await, "HTTP/1.1 200 OK", "nobody wants its place");
-    let mut third = TcpStream::connect(rig.proxy_address()).await.unwrap();
+    let mut third = TcpStream::connect(harness.proxy_address()).await.unwrap();
     assert_eq!(ask(&mut third, request).await, "HTTP/1.1 200 OK");
     let mut still_open = Vec::new();
     for stream in [&mut first, &mut second] {
@@ -190,21 +192,21 @@ async fn at_the_cap_an_idle_connection_is_closed_for_another_one_and_not_before(
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_head_that_does_not_come_to_its_end_holds_no_shutdown_up() {
-    let mut rig = Rig::with("[proxy]\nlisten = \"127.0.0.1:0\"\nheader_timeout = \"300ms\"\n").await;
-    let mut slow = TcpStream::connect(rig.proxy_address()).await.unwrap();
+    let mut harness = Harness::with("[proxy]\nlisten = \"127.0.0.1:0\"\nheader_timeout = \"300ms\"\n").await;
+    let mut slow = TcpStream::connect(harness.proxy_address()).await.unwrap();
     slow.write_all(b"GET / HTTP/1.1\r\nHost: loc").await.unwrap();
-    while rig.metric("adsidecar_connections{door=\"proxy\"}").await < 1.0 {
+    while harness.metric("adsidecar_connections{door=\"proxy\"}").await < 1.0 {
         tokio::task::yield_now().await;
     }
-    let ended = rig.begin_stop();
+    let ended = harness.begin_stop();
     // Far below shutdown.drain, which is 25 s.
     tokio::time::timeout(Duration::from_secs(10), ended).await.expect("nothing is in flight").unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn framing_in_two_ways_is_refused_under_any_host_too() {
-    let rig = Rig::start().await;
-    let address = rig.admin_url("").strip_prefix("http://").unwrap().to_owned();
+    let harness = Harness::start().await;
+    let address = harness.admin_url("").strip_prefix("http://").unwrap().to_owned();
     let mut stream = TcpStream::connect(address).await.unwrap();
     let request = "GET /livez HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n";
     assert_eq!(ask(&mut stream, request).await, "HTTP/1.1 400 Bad Request");
@@ -212,20 +214,20 @@ async fn framing_in_two_ways_is_refused_under_any_host_too() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_frontend_can_read_why_an_endpoint_refused() {
-    let rig = Rig::with("[login]\nfrontend_url = \"https://app.example\"\n").await;
+    let harness = Harness::with("[login]\nfrontend_url = \"https://app.example\"\n").await;
     for (method, path, status) in [
         (Method::POST, "/api/auth/amazon/refresh", 401),
         (Method::GET, "/api/auth/amazon/status?user_id=%20", 400),
         (Method::GET, "/api/auth/amazon/logout", 405),
         (Method::GET, "/api/auth/nothing", 404),
     ] {
-        let refused = rig.request(method, path).header("origin", "https://app.example").send().await.unwrap();
+        let refused = harness.request(method, path).header("origin", "https://app.example").send().await.unwrap();
         assert_eq!(refused.status(), status, "{path}");
         assert_eq!(refused.headers()["access-control-allow-origin"], "https://app.example", "{path}");
         assert_eq!(refused.headers()["referrer-policy"], "no-referrer", "{path}");
         assert_eq!(refused.headers()["x-content-type-options"], "nosniff", "{path}");
     }
-    let foreign = rig.request(Method::POST, "/api/auth/amazon/refresh").header("origin", "https://evil.example");
+    let foreign = harness.request(Method::POST, "/api/auth/amazon/refresh").header("origin", "https://evil.example");
     let foreign = foreign.send().await.unwrap();
     assert_eq!((foreign.status().as_u16(), code(&foreign)), (403, "cross_site"));
     assert!(!foreign.headers().contains_key("access-control-allow-origin"));
@@ -233,9 +235,9 @@ async fn the_frontend_can_read_why_an_endpoint_refused() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_post_that_never_left_is_sent_on_another_connection() {
-    let rig = Rig::start().await;
+    let harness = Harness::start().await;
     let front = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let origin = rig.sandbox.origin(Door::Na);
+    let origin = harness.sandbox.origin(Door::Na);
     let (host, port) = origin.strip_prefix("https://").unwrap().rsplit_once(':').unwrap();
     let na = format!("https://{host}:{}", front.local_addr().unwrap().port());
     let amazon = format!("127.0.0.1:{port}");
@@ -252,32 +254,32 @@ async fn a_post_that_never_left_is_sent_on_another_connection() {
             }
         }
     });
-    let proxy = sidecar_beside(&rig, &[("upstream.na", &na)]).await;
+    let proxy = sidecar_beside(&harness, &[("upstream.na", &na)]).await;
     let url = format!("http://{proxy}/sandbox/echo");
-    let answer = rig.client.post(&url).header("content-type", "text/plain").body("a body").send().await.unwrap();
+    let answer = harness.client.post(&url).header("content-type", "text/plain").body("a body").send().await.unwrap();
     // The sandbox refuses the port of the listener before it, which is an answer too.
     assert_eq!(code(&answer), "");
     assert_eq!(taken.load(SeqCst), 2);
-    assert_eq!(rig.sandbox.last().unwrap().text(), "a body");
+    assert_eq!(harness.sandbox.last().unwrap().text(), "a body");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_chunked_body_of_a_get_passes() {
-    let rig = Rig::start().await;
-    rig.log_in("default").await;
+    let harness = Harness::start().await;
+    harness.log_in("default").await;
     let request = b"GET /sandbox/echo HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\
         Connection: close\r\n\r\n6\r\na body\r\n0\r\n\r\n";
-    let answer = rig.raw(request, None).await;
+    let answer = harness.raw(request, None).await;
     assert!(answer.starts_with(b"HTTP/1.1 200"), "{}", String::from_utf8_lossy(&answer));
-    assert_eq!(rig.sandbox.last().unwrap().text(), "a body");
+    assert_eq!(harness.sandbox.last().unwrap().text(), "a body");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn protocols_are_not_switched() {
-    let rig = Rig::start().await;
-    rig.log_in("default").await;
+    let harness = Harness::start().await;
+    harness.log_in("default").await;
     let switched = Fault::Status { code: 101, headers: vec![("upgrade".into(), "x".into())], body: String::new() };
-    rig.sandbox.set_trouble(Rule::from(switched).at(Door::Na));
-    let answer = rig.get("/v2/profiles").await;
+    harness.sandbox.set_trouble(Rule::from(switched).at(Door::Na));
+    let answer = harness.get("/v2/profiles").await;
     assert_eq!((answer.status().as_u16(), code(&answer)), (502, "upstream_reset"));
 }

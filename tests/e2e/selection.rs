@@ -3,7 +3,7 @@
 use reqwest::Response;
 use world::{CLIENT_ID, Call, Door};
 
-use crate::rig::{Rig, code, json};
+use crate::harness::{Harness, code, json};
 
 const NA: &str = "3012345678901234561";
 const EU: &str = "3012345678901234563";
@@ -16,17 +16,17 @@ fn accounts() -> String {
     )
 }
 
-async fn rig(more: &str) -> Rig {
-    let rig = Rig::with(&format!("{}{more}", accounts())).await;
-    rig.log_in("default").await;
-    rig.log_in("europe").await;
-    rig
+async fn harness(more: &str) -> Harness {
+    let harness = Harness::with(&format!("{}{more}", accounts())).await;
+    harness.log_in("default").await;
+    harness.log_in("europe").await;
+    harness
 }
 
-async fn call(rig: &Rig, path: &str, headers: &[(&str, &str)]) -> Response {
+async fn call(harness: &Harness, path: &str, headers: &[(&str, &str)]) -> Response {
     let request = headers
         .iter()
-        .fold(rig.request(reqwest::Method::GET, path), |request, (name, value)| request.header(*name, *value));
+        .fold(harness.request(reqwest::Method::GET, path), |request, (name, value)| request.header(*name, *value));
     request.send().await.unwrap()
 }
 
@@ -36,44 +36,44 @@ fn scope(call: &Call) -> Option<&str> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_unknown_account_is_refused_and_no_other_is_named() {
-    let rig = rig("").await;
+    let harness = harness("").await;
     for (path, headers) in [
         ("/sandbox/echo", &[("X-Ads-Account", "acme")][..]),
         ("/sandbox/echo", &[("X-Ads-Account", "")]),
         ("/sandbox/echo", &[("X-Ads-Account", "US")]),
         ("/a/acme/sandbox/echo", &[("X-Ads-Account", "us")]),
     ] {
-        let answer = call(&rig, path, headers).await;
+        let answer = call(&harness, path, headers).await;
         assert_eq!((answer.status().as_u16(), code(&answer)), (404, "unknown_account"), "{path}");
         let text = answer.text().await.unwrap();
         assert!(!text.contains("secret-client") && !text.contains("\"us\"") && !text.contains("acme"), "{text}");
     }
     for bad in [("X-Ads-User", "a b"), ("X-Ads-User", ".."), ("X-Ads-Region", "uk"), ("X-Ads-Region", "")] {
-        let answer = call(&rig, "/sandbox/echo", &[bad]).await;
+        let answer = call(&harness, "/sandbox/echo", &[bad]).await;
         assert_eq!((answer.status().as_u16(), code(&answer)), (400, "bad_request"), "{bad:?}");
     }
-    let twice = call(&rig, "/sandbox/echo", &[("X-Ads-Account", "us"), ("x-ads-account", "us")]).await;
+    let twice = call(&harness, "/sandbox/echo", &[("X-Ads-Account", "us"), ("x-ads-account", "us")]).await;
     assert_eq!(code(&twice), "bad_request");
-    assert!(rig.ads_calls().is_empty());
+    assert!(harness.ads_calls().is_empty());
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_user_without_a_grant_is_sent_to_log_in() {
-    let rig = rig("").await;
+    let harness = harness("").await;
     for headers in [[("X-Ads-Account", "secret-client")], [("X-Ads-User", "nobody")]] {
-        let answer = call(&rig, "/sandbox/echo", &headers).await;
+        let answer = call(&harness, "/sandbox/echo", &headers).await;
         assert_eq!((answer.status().as_u16(), code(&answer)), (401, "login_required"));
         assert!(answer.headers()["www-authenticate"].to_str().unwrap().starts_with("Bearer"));
         let problem = json(answer).await;
-        let link = format!("http://{}/api/auth/amazon/login?user_id=nobody", rig.proxy_address());
+        let link = format!("http://{}/api/auth/amazon/login?user_id=nobody", harness.proxy_address());
         assert!(problem["next_step"].as_str().unwrap().contains(&link), "{problem}");
     }
-    assert!(rig.ads_calls().is_empty());
+    assert!(harness.ads_calls().is_empty());
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_first_that_applies_selects() {
-    let rig = rig("").await;
+    let harness = harness("").await;
     for (path, headers, door, expected) in [
         ("/a/uk/sandbox/echo", &[("X-Ads-Account", "us"), ("X-Ads-User", "default")][..], Door::Eu, Some(EU)),
         ("/sandbox/echo", &[("X-Ads-Account", "uk"), ("X-Ads-User", "default")], Door::Eu, Some(EU)),
@@ -83,10 +83,10 @@ async fn the_first_that_applies_selects() {
         ("/sandbox/echo", &[("X-Ads-Region", "EU")], Door::Eu, None),
         ("/sandbox/echo", &[], Door::Na, None),
     ] {
-        let answer = call(&rig, path, headers).await;
+        let answer = call(&harness, path, headers).await;
         assert_eq!(answer.status(), 200, "{headers:?}");
         assert!(!answer.headers().contains_key("x-adsidecar-hint"), "{headers:?}");
-        let seen = rig.seen();
+        let seen = harness.seen();
         assert_eq!((seen.door, scope(&seen)), (door, expected), "{path} {headers:?}");
         assert!(seen.headers.iter().all(|(name, _)| !name.starts_with("x-ads")), "{seen:?}");
         assert_eq!(seen.header("x-team").is_some(), expected == Some(EU));
@@ -94,17 +94,17 @@ async fn the_first_that_applies_selects() {
     // Who pays: each user has a token of its own.
     let mut seen = Vec::new();
     for user in ["default", "europe"] {
-        call(&rig, "/sandbox/echo", &[("X-Ads-User", user)]).await;
-        seen.push(rig.seen().header("authorization").unwrap().to_owned());
+        call(&harness, "/sandbox/echo", &[("X-Ads-User", user)]).await;
+        seen.push(harness.seen().header("authorization").unwrap().to_owned());
     }
-    call(&rig, "/a/uk/sandbox/echo", &[]).await;
+    call(&harness, "/a/uk/sandbox/echo", &[]).await;
     assert_ne!(seen[0], seen[1]);
-    assert_eq!(rig.seen().header("authorization"), Some(&*seen[1]));
+    assert_eq!(harness.seen().header("authorization"), Some(&*seen[1]));
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_account_named_default_and_the_only_account_need_no_name() {
-    let named = Rig::with(&format!(
+    let named = Harness::with(&format!(
         "[[account]]\nname = \"a\"\nprofile_id = \"1\"\n[[account]]\nname = \"default\"\nprofile_id = \"{NA}\"\n"
     ))
     .await;
@@ -112,7 +112,8 @@ async fn the_account_named_default_and_the_only_account_need_no_name() {
     call(&named, "/sandbox/echo", &[]).await;
     assert_eq!(scope(&named.seen()), Some(NA));
     let only =
-        Rig::with(&format!("[[account]]\nname = \"a\"\nprofile_id = \"{EU}\"\nregion = \"eu\"\nuser = \"u\"\n")).await;
+        Harness::with(&format!("[[account]]\nname = \"a\"\nprofile_id = \"{EU}\"\nregion = \"eu\"\nuser = \"u\"\n"))
+            .await;
     only.log_in("u").await;
     call(&only, "/sandbox/echo", &[]).await;
     assert_eq!((only.seen().door, scope(&only.seen())), (Door::Eu, Some(EU)));
@@ -120,18 +121,18 @@ async fn the_account_named_default_and_the_only_account_need_no_name() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn in_another_region_no_id_is_attached_and_a_hint_says_so() {
-    let rig = rig("").await;
-    let answer = call(&rig, "/a/uk/sandbox/echo", &[("X-Ads-Region", "na")]).await;
+    let harness = harness("").await;
+    let answer = call(&harness, "/a/uk/sandbox/echo", &[("X-Ads-Region", "na")]).await;
     assert_eq!(answer.headers()["x-adsidecar-hint"], "region_mismatch");
-    assert_eq!((rig.seen().door, scope(&rig.seen())), (Door::Na, None));
+    assert_eq!((harness.seen().door, scope(&harness.seen())), (Door::Na, None));
     // What the caller itself sent stays.
-    call(&rig, "/a/uk/sandbox/echo", &[("X-Ads-Region", "na"), ("Amazon-Advertising-API-Scope", NA)]).await;
-    assert_eq!(scope(&rig.seen()), Some(NA));
+    call(&harness, "/a/uk/sandbox/echo", &[("X-Ads-Region", "na"), ("Amazon-Advertising-API-Scope", NA)]).await;
+    assert_eq!(scope(&harness.seen()), Some(NA));
     // The host of the absolute form is stronger than the header.
     let absolute = "GET http://advertising-api-fe.amazon.com/sandbox/echo HTTP/1.1\r\nHost: localhost\r\n\
                     X-Ads-Account: uk\r\nX-Ads-Region: eu\r\n\r\n";
-    let answer = rig.knock(absolute).await;
-    assert_eq!((rig.seen().door, answer.header("x-adsidecar-hint")), (Door::Fe, Some("region_mismatch")));
+    let answer = harness.knock(absolute).await;
+    assert_eq!((harness.seen().door, answer.header("x-adsidecar-hint")), (Door::Fe, Some("region_mismatch")));
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -140,12 +141,12 @@ async fn fixed_selection_ignores_what_callers_say() {
     let clock = adsidecar::domain::clock::Clock::frozen("2026-08-01T12:00:00Z".parse().unwrap());
     let options = world::Options::calm(clock);
     let extra = format!("{}[[account]]\nname = \"default\"\nprofile_id = \"{NA}\"\n", accounts());
-    let rig = Rig::built(options, &extra, &sets).await;
-    rig.log_in("default").await;
+    let harness = Harness::built(options, &extra, &sets).await;
+    harness.log_in("default").await;
     let said = [("X-Ads-Account", "uk"), ("X-Ads-User", "europe"), ("X-Ads-Region", "eu")];
     for path in ["/sandbox/echo", "/a/uk/sandbox/echo", "/a/no-such/sandbox/echo"] {
-        assert_eq!(call(&rig, path, &said).await.status(), 200, "{path}");
-        let seen = rig.seen();
+        assert_eq!(call(&harness, path, &said).await.status(), 200, "{path}");
+        let seen = harness.seen();
         assert_eq!((seen.door, scope(&seen), seen.target.as_str()), (Door::Na, Some(NA), "/sandbox/echo"), "{path}");
         assert!(seen.headers.iter().all(|(name, _)| !name.starts_with("x-ads")));
     }
@@ -167,15 +168,15 @@ manager_account_id = "MGR1"
 
 #[tokio::test(flavor = "multi_thread")]
 async fn each_family_gets_exactly_its_headers() {
-    let rig = Rig::with(FULL).await;
-    rig.log_in("default").await;
+    let harness = Harness::with(FULL).await;
+    harness.log_in("default").await;
     const CLIENT: &str = "amazon-advertising-api-clientid";
     const V1_CLIENT: &str = "amazon-ads-clientid";
     let (scope, account) = (("amazon-advertising-api-scope", NA), ("amazon-ads-accountid", "ACC1"));
     let marketplace = ("amazon-advertising-api-marketplaceid", "ATVPDKIKX0DER");
     let advertiser = ("amazon-advertising-api-advertiserid", "ENTITYSANDBOXTOOLS");
     let stream_account = ("amazon-ads-account-id", "ACC1");
-    let before = rig.metric("adsidecar_unknown_family_total").await;
+    let before = harness.metric("adsidecar_unknown_family_total").await;
     for (line, client, context) in [
         ("GET /v2/profiles", CLIENT, &[][..]),
         ("GET /amc/accounts", CLIENT, &[]),
@@ -190,8 +191,8 @@ async fn each_family_gets_exactly_its_headers() {
         ("GET /sp/global/campaigns", CLIENT, &[account, marketplace]),
         ("POST /mcp", V1_CLIENT, &[]),
     ] {
-        rig.knock(format!("{line} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n\r\n{{}}")).await;
-        let seen = rig.seen();
+        harness.knock(format!("{line} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n\r\n{{}}")).await;
+        let seen = harness.seen();
         assert_eq!(format!("{} {}", seen.method, seen.target), line);
         let always = ["host", "authorization", "content-length"];
         let mut attached: Vec<_> = seen.headers.iter().filter(|(name, _)| !always.contains(&name.as_str())).collect();
@@ -202,29 +203,29 @@ async fn each_family_gets_exactly_its_headers() {
         assert_eq!(attached, expected.iter().collect::<Vec<_>>(), "{line}");
         assert!(seen.header("authorization").unwrap().starts_with("Bearer Atza|"));
     }
-    assert_eq!(rig.metric("adsidecar_unknown_family_total").await, before);
+    assert_eq!(harness.metric("adsidecar_unknown_family_total").await, before);
     // A path of no known family gets three ids, under the client id's name that the caller used.
-    rig.knock("GET /brand/new HTTP/1.1\r\nHost: localhost\r\nAmazon-Ads-ClientId: theirs\r\n\r\n").await;
-    let seen = rig.seen();
+    harness.knock("GET /brand/new HTTP/1.1\r\nHost: localhost\r\nAmazon-Ads-ClientId: theirs\r\n\r\n").await;
+    let seen = harness.seen();
     let mut names = seen.header_names();
     names.sort_unstable();
     assert_eq!(names, [V1_CLIENT, advertiser.0, marketplace.0, scope.0, "authorization", "host"]);
     assert_eq!(seen.header(V1_CLIENT), Some(CLIENT_ID));
-    assert_eq!(rig.metric("adsidecar_unknown_family_total").await, before + 1.0);
+    assert_eq!(harness.metric("adsidecar_unknown_family_total").await, before + 1.0);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn context_that_the_caller_sent_decides() {
-    let rig = Rig::with(FULL).await;
-    rig.log_in("default").await;
-    let answer = call(&rig, "/reporting/reports/none", &[("Amazon-Ads-AccountId", "theirs")]).await;
+    let harness = Harness::with(FULL).await;
+    harness.log_in("default").await;
+    let answer = call(&harness, "/reporting/reports/none", &[("Amazon-Ads-AccountId", "theirs")]).await;
     assert_eq!(code(&answer), "");
-    let seen = rig.seen();
+    let seen = harness.seen();
     assert_eq!((seen.header("amazon-ads-accountid"), scope(&seen)), (Some("theirs"), None));
-    call(&rig, "/sp/x", &[("Amazon-Advertising-API-Scope", "7")]).await;
-    assert_eq!(rig.seen().header_all("amazon-advertising-api-scope").collect::<Vec<_>>(), ["7"]);
-    call(&rig, "/avc/events", &[("Amazon-Advertising-Advertiser-Id", "5")]).await;
-    let seen = rig.seen();
+    call(&harness, "/sp/x", &[("Amazon-Advertising-API-Scope", "7")]).await;
+    assert_eq!(harness.seen().header_all("amazon-advertising-api-scope").collect::<Vec<_>>(), ["7"]);
+    call(&harness, "/avc/events", &[("Amazon-Advertising-Advertiser-Id", "5")]).await;
+    let seen = harness.seen();
     assert_eq!(seen.header("amazon-advertising-advertiser-id"), Some("5"));
     assert_eq!(seen.header("amazon-advertising-api-entityid"), None);
 }

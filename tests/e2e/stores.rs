@@ -10,7 +10,7 @@ use adsidecar::store::{Address, Opened, Sealed, Settings, StoreError, TokenStore
 use jiff::{SignedDuration, Timestamp};
 use tempfile::TempDir;
 
-use crate::cluster::{Bouncer, Cluster};
+use crate::postgres_server::{Bouncer, Cluster};
 
 fn user(name: &str) -> UserId {
     name.parse().unwrap()

@@ -10,8 +10,8 @@ use adsidecar::store::StoreError;
 use reqwest::Method;
 use world::{Door, Fault, Rule};
 
-use crate::rig::{FERNET_KEY, Rig, code, json};
-use crate::wire::eventually;
+use crate::harness::{FERNET_KEY, Harness, code, json};
+use crate::raw_http::eventually;
 
 /// Every endpoint of ours that answers a program, with a method that it takes.
 const ENDPOINTS: [(&str, &str); 8] = [
@@ -26,8 +26,9 @@ const ENDPOINTS: [(&str, &str); 8] = [
 ];
 
 #[tokio::test(flavor = "multi_thread")]
-async fn threat_03_no_preflight_is_answered_and_no_answer_lets_another_origin_in() {
-    let rig = Rig::set(&[]).await;
+// Covers: threat 3.
+async fn no_preflight_is_answered_and_no_answer_lets_another_origin_in() {
+    let harness = Harness::set(&[]).await;
     for question in [
         "Access-Control-Request-Method: POST\r\n",
         "Origin: https://evil.test\r\nAccess-Control-Request-Method: POST\r\n",
@@ -35,77 +36,81 @@ async fn threat_03_no_preflight_is_answered_and_no_answer_lets_another_origin_in
          Access-Control-Request-Private-Network: true\r\nAccess-Control-Request-Local-Network: true\r\n",
     ] {
         for path in ["/sandbox/echo", "/sp/campaigns", "/a/x/v2/profiles"] {
-            let answer = rig.knock(format!("OPTIONS {path} HTTP/1.1\r\nHost: localhost\r\n{question}\r\n")).await;
+            let answer = harness.knock(format!("OPTIONS {path} HTTP/1.1\r\nHost: localhost\r\n{question}\r\n")).await;
             assert_eq!(answer.said(), (403, "cross_site"), "{path} {question}");
             assert!(answer.names().iter().all(|name| !name.starts_with("access-control-")), "{answer:?}");
         }
     }
-    assert!(rig.ads_calls().is_empty());
+    assert!(harness.ads_calls().is_empty());
     for (method, path) in ENDPOINTS {
         for origin in ["", "Origin: https://evil.test\r\n", "Origin: null\r\n"] {
             let call = format!("{method} {path} HTTP/1.1\r\nHost: localhost\r\n{origin}Content-Length: 0\r\n\r\n");
-            let answer = rig.knock(call).await;
+            let answer = harness.knock(call).await;
             assert!(answer.names().iter().all(|name| !name.starts_with("access-control-")), "{path} {answer:?}");
         }
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn threat_07_a_code_of_another_login_is_worth_nothing() {
-    let rig = Rig::start().await;
+// Covers: threat 7.
+async fn a_code_of_another_login_is_worth_nothing() {
+    let harness = Harness::start().await;
     let begin = async |user: &str| {
-        let begun = json(rig.get(&format!("/api/auth/amazon/login?user_id={user}")).await).await;
+        let begun = json(harness.get(&format!("/api/auth/amazon/login?user_id={user}")).await).await;
         begun["auth_url"].as_str().unwrap().to_owned()
     };
     // The attacker's code, for the attacker's challenge, is pushed into the victim's login.
     let (victim, attacker) = (begin("victim").await, begin("attacker").await);
     let state_of = |callback: &str| callback.split("state=").nth(1).unwrap().split('&').next().unwrap().to_owned();
-    let victims = rig.consent(&victim).await;
-    let attackers = rig.consent(&attacker).await;
+    let victims = harness.consent(&victim).await;
+    let attackers = harness.consent(&attacker).await;
     let injected = attackers.replace(&state_of(&attackers), &state_of(&victims));
     assert_ne!(injected, attackers);
-    let answer = rig.get(&injected).await;
+    let answer = harness.get(&injected).await;
     assert_eq!(code(&answer), "exchange_failed", "the sandbox checks the verifier as Amazon does");
-    assert_eq!(rig.status_of("victim").await["state"], "none");
+    assert_eq!(harness.status_of("victim").await["state"], "none");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn threat_08_a_state_is_never_taken_from_the_request_and_never_comes_twice() {
-    let rig = Rig::start().await;
+// Covers: threat 8.
+async fn a_state_is_never_taken_from_the_request_and_never_comes_twice() {
+    let harness = Harness::start().await;
     let mut states = BTreeSet::new();
     for _ in 0..500 {
-        let begun = json(rig.get("/api/auth/amazon/login?state=chosen-by-the-attacker").await).await;
+        let begun = json(harness.get("/api/auth/amazon/login?state=chosen-by-the-attacker").await).await;
         let state = begun["state"].as_str().unwrap().to_owned();
         assert!(state.len() >= 43 && !state.contains("chosen"), "256 bits: {state}");
         assert!(states.insert(state));
     }
-    let fixed = rig.get("/api/auth/amazon/callback?code=x&state=chosen-by-the-attacker").await;
+    let fixed = harness.get("/api/auth/amazon/callback?code=x&state=chosen-by-the-attacker").await;
     assert_eq!((fixed.status().as_u16(), code(&fixed)), (400, "state_invalid"));
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn threat_09_a_used_state_is_refused_without_a_token_call() {
-    let rig = Rig::start().await;
-    let begun = json(rig.get("/api/auth/amazon/login").await).await;
-    let callback = rig.consent(begun["auth_url"].as_str().unwrap()).await;
-    assert_eq!(rig.get(&callback).await.status(), 200);
-    let before = rig.sandbox.calls(Door::Lwa).len();
+// Covers: threat 9.
+async fn a_used_state_is_refused_without_a_token_call() {
+    let harness = Harness::start().await;
+    let begun = json(harness.get("/api/auth/amazon/login").await).await;
+    let callback = harness.consent(begun["auth_url"].as_str().unwrap()).await;
+    assert_eq!(harness.get(&callback).await.status(), 200);
+    let before = harness.sandbox.calls(Door::Lwa).len();
     for _ in 0..3 {
-        let again = rig.get(&callback).await;
+        let again = harness.get(&callback).await;
         assert_eq!((again.status().as_u16(), code(&again)), (400, "state_invalid"));
     }
-    assert_eq!(rig.sandbox.calls(Door::Lwa).len(), before);
-    assert_eq!(rig.status_of("default").await["state"], "fresh", "the first is unaffected");
+    assert_eq!(harness.sandbox.calls(Door::Lwa).len(), before);
+    assert_eq!(harness.status_of("default").await["state"], "fresh", "the first is unaffected");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn threat_11_no_answer_of_a_login_is_kept_or_referred_or_framed() {
+// Covers: threat 11.
+async fn no_answer_of_a_login_is_kept_or_referred_or_framed() {
     for toml in ["", "[login]\nfrontend_url = \"https://app.example/\"\n"] {
-        let rig = Rig::with(toml).await;
-        rig.log_in("default").await;
+        let harness = Harness::with(toml).await;
+        harness.log_in("default").await;
         for accept in ["application/json", "text/html"] {
             for (method, path) in ENDPOINTS {
-                let request = rig.request(method.parse().unwrap(), path).header("Accept", accept);
+                let request = harness.request(method.parse().unwrap(), path).header("Accept", accept);
                 let answer = request.send().await.unwrap();
                 let header = |name: &str| answer.headers().get(name).map_or("", |value| value.to_str().unwrap());
                 assert_eq!(header("cache-control"), "no-store", "{path}");
@@ -124,7 +129,8 @@ async fn threat_11_no_answer_of_a_login_is_kept_or_referred_or_framed() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn threat_12_nothing_of_the_query_is_echoed() {
+// Covers: threat 12.
+async fn nothing_of_the_query_is_echoed() {
     let marks = [
         "<script>canary</script>",
         "\"><img src=canary>",
@@ -150,13 +156,13 @@ async fn threat_12_nothing_of_the_query_is_echoed() {
         "replace",
     ];
     for toml in ["", "[login]\nfrontend_url = \"https://app.example/\"\n"] {
-        let rig = Rig::with(toml).await;
+        let harness = Harness::with(toml).await;
         for (method, path) in ENDPOINTS {
             let path = path.split('?').next().unwrap();
             for key in keys {
                 for mark in marks {
                     let query: String = url::form_urlencoded::byte_serialize(mark.as_bytes()).collect();
-                    let request = rig.request(method.parse().unwrap(), &format!("{path}?{key}={query}"));
+                    let request = harness.request(method.parse().unwrap(), &format!("{path}?{key}={query}"));
                     let answer = request.header("Accept", "text/html").send().await.unwrap();
                     let location =
                         answer.headers().get("location").map_or("", |value| value.to_str().unwrap()).to_owned();
@@ -170,9 +176,10 @@ async fn threat_12_nothing_of_the_query_is_echoed() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn threat_13_no_foreign_page_logs_anybody_out_or_in() {
-    let rig = Rig::with("[login]\nfrontend_url = \"https://app.example/\"\n").await;
-    rig.log_in("default").await;
+// Covers: threat 13.
+async fn no_foreign_page_logs_anybody_out_or_in() {
+    let harness = Harness::with("[login]\nfrontend_url = \"https://app.example/\"\n").await;
+    harness.log_in("default").await;
     for (method, path) in [
         ("POST", "/api/auth/amazon/logout"),
         ("DELETE", "/api/auth/amazon/users/default"),
@@ -181,7 +188,7 @@ async fn threat_13_no_foreign_page_logs_anybody_out_or_in() {
         ("GET", "/api/auth/amazon/login"),
     ] {
         for (site, mode) in [("cross-site", "no-cors"), ("cross-site", "navigate"), ("cross-site", "cors")] {
-            let request = rig
+            let request = harness
                 .request(method.parse().unwrap(), path)
                 .header("Sec-Fetch-Site", site)
                 .header("Sec-Fetch-Mode", mode);
@@ -191,12 +198,13 @@ async fn threat_13_no_foreign_page_logs_anybody_out_or_in() {
             }
         }
     }
-    assert_eq!(rig.status_of("default").await["state"], "fresh");
+    assert_eq!(harness.status_of("default").await["state"], "fresh");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn threat_17_what_is_left_of_a_refused_body_is_never_a_request() {
-    let rig = Rig::set(&[]).await;
+// Covers: threat 17.
+async fn what_is_left_of_a_refused_body_is_never_a_request() {
+    let harness = Harness::set(&[]).await;
     let smuggled = "GET /smuggled HTTP/1.1\r\nHost: localhost\r\n\r\n";
     for (head, refusal) in [
         ("POST /x HTTP/1.1\r\nHost: evil.test\r\n", "host_not_allowed"),
@@ -207,7 +215,7 @@ async fn threat_17_what_is_left_of_a_refused_body_is_never_a_request() {
     ] {
         // Behind half of the body, behind all of it, and within it.
         for (length, sent) in [(1000, 500), (1000, 1000), (1 << 20, 1000)] {
-            let mut wire = rig.dial().await;
+            let mut wire = harness.dial().await;
             wire.send(format!("{head}Content-Length: {length}\r\n\r\n{}{smuggled}", "x".repeat(sent))).await;
             assert_eq!(wire.reply().await.said().1, refusal, "{head}");
             wire.end().await;
@@ -215,15 +223,16 @@ async fn threat_17_what_is_left_of_a_refused_body_is_never_a_request() {
             let answers = came.matches("HTTP/1.1 ").count();
             assert!(answers <= usize::from(sent == length), "{head} {length} {sent}: {came}");
             let whole = usize::from(sent == length);
-            assert!(rig.ads_calls().len() <= whole, "what is body stays body");
-            rig.sandbox.clear_history();
+            assert!(harness.ads_calls().len() <= whole, "what is body stays body");
+            harness.sandbox.clear_history();
         }
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn threat_20_four_hundred_spellings_of_a_path_reach_amazon_as_they_are_or_not_at_all() {
-    let rig = Rig::set(&[]).await;
+// Covers: threat 20.
+async fn four_hundred_spellings_of_a_path_reach_amazon_as_they_are_or_not_at_all() {
+    let harness = Harness::set(&[]).await;
     let parts = [
         "..",
         ".",
@@ -246,7 +255,7 @@ async fn threat_20_four_hundred_spellings_of_a_path_reach_amazon_as_they_are_or_
         "a:b",
         "|",
     ];
-    let mut wire = rig.dial().await;
+    let mut wire = harness.dial().await;
     let mut tried = 0;
     for first in parts {
         for second in parts {
@@ -254,32 +263,33 @@ async fn threat_20_four_hundred_spellings_of_a_path_reach_amazon_as_they_are_or_
             wire.send(format!("GET {target} HTTP/1.1\r\nHost: localhost\r\n\r\n")).await;
             let answer = wire.reply().await;
             assert_eq!(answer.header("x-adsidecar-error"), None, "{target}: {answer:?}");
-            assert_eq!(rig.seen().target, target);
+            assert_eq!(harness.seen().target, target);
             tried += 1;
         }
     }
     assert_eq!(tried, 400);
-    assert_eq!(rig.ads_calls().len(), tried, "none of them was an endpoint of ours");
+    assert_eq!(harness.ads_calls().len(), tried, "none of them was an endpoint of ours");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn threat_22_no_answer_shows_a_token() {
-    let rig = Rig::start().await;
-    rig.log_in("default").await;
+// Covers: threat 22.
+async fn no_answer_shows_a_token() {
+    let harness = Harness::start().await;
+    harness.log_in("default").await;
     let tokens = ["Atza|", "Atzr|", "Atza%7C", "Atzr%7C", "QXR6Y", "QXR6c", "gAAAA"];
     let mut answers = Vec::new();
     for (method, path) in ENDPOINTS {
-        answers.push(rig.request(method.parse().unwrap(), path).send().await.unwrap());
+        answers.push(harness.request(method.parse().unwrap(), path).send().await.unwrap());
     }
     for path in ["/metrics", "/", "/log", "/readyz", "/users", "/api/auth/amazon/status"] {
-        answers.push(rig.client.get(rig.admin_url(path)).send().await.unwrap());
+        answers.push(harness.client.get(harness.admin_url(path)).send().await.unwrap());
     }
     for method in ["TRACE", "CONNECT", "ECHO"] {
-        let answer = rig.request(Method::from_bytes(method.as_bytes()).unwrap(), "/v2/profiles").send().await;
+        let answer = harness.request(Method::from_bytes(method.as_bytes()).unwrap(), "/v2/profiles").send().await;
         answers.extend(answer.ok());
     }
-    rig.sandbox.set_trouble(Fault::Status { code: 401, headers: Vec::new(), body: "{}".into() });
-    answers.push(rig.get("/v2/profiles").await);
+    harness.sandbox.set_trouble(Fault::Status { code: 401, headers: Vec::new(), body: "{}".into() });
+    answers.push(harness.get("/v2/profiles").await);
     for answer in answers {
         let shown = format!("{:?}", answer.headers());
         let url = answer.url().clone();
@@ -289,11 +299,12 @@ async fn threat_22_no_answer_shows_a_token() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn threat_23_nobody_is_served_with_another_users_token() {
-    let rig = Rig::with("[[account]]\nname = \"acme\"\nuser = \"ann\"\n").await;
-    rig.log_in("ann").await;
-    rig.log_in("bob").await;
-    rig.sandbox.clear_history();
+// Covers: threat 23.
+async fn nobody_is_served_with_another_users_token() {
+    let harness = Harness::with("[[account]]\nname = \"acme\"\nuser = \"ann\"\n").await;
+    harness.log_in("ann").await;
+    harness.log_in("bob").await;
+    harness.sandbox.clear_history();
     let mut bearers = BTreeSet::new();
     for (header, value, served) in [
         ("X-Ads-User", "ann", true),
@@ -306,28 +317,29 @@ async fn threat_23_nobody_is_served_with_another_users_token() {
         ("X-Ads-Account", "bob", false),
         ("X-Ads-Account", "default", false),
     ] {
-        let answer = rig.request(Method::GET, "/sandbox/echo").header(header, value).send().await.unwrap();
+        let answer = harness.request(Method::GET, "/sandbox/echo").header(header, value).send().await.unwrap();
         let refusal = code(&answer);
         assert_eq!(refusal.is_empty(), served, "{header}: {value}");
         assert!(served || ["login_required", "unknown_account"].contains(&refusal), "{header}: {value}: {refusal}");
         if served {
-            bearers.insert((value, rig.seen().header("authorization").unwrap().to_owned()));
+            bearers.insert((value, harness.seen().header("authorization").unwrap().to_owned()));
         }
     }
-    assert_eq!(rig.ads_calls().len(), 3);
+    assert_eq!(harness.ads_calls().len(), 3);
     let different: BTreeSet<_> = bearers.iter().map(|(_, bearer)| bearer).collect();
     assert_eq!(different.len(), 2, "ann's for ann and for acme, and bob's for bob");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn threat_26_the_disk_holds_ciphertext_and_lets_no_other_user_in() {
+// Covers: threat 26.
+async fn the_disk_holds_ciphertext_and_lets_no_other_user_in() {
     use std::os::unix::fs::PermissionsExt;
 
-    let mut rig = Rig::start().await;
-    rig.log_in("default").await;
-    let issued = rig.sandbox.grant();
-    rig.stop_sidecar().await;
-    let root = rig.directory.path().to_owned();
+    let mut harness = Harness::start().await;
+    harness.log_in("default").await;
+    let issued = harness.sandbox.grant();
+    harness.stop_sidecar().await;
+    let root = harness.directory.path().to_owned();
     let mut left = vec![root.clone()];
     let mut files = 0;
     while let Some(path) = left.pop() {
@@ -338,8 +350,8 @@ async fn threat_26_the_disk_holds_ciphertext_and_lets_no_other_user_in() {
             assert!(path.parent() != Some(&root) || mode == 0o700, "{} has mode {mode:o}", path.display());
             continue;
         }
-        // The configuration of the rig holds the key itself.
-        if path == rig.config_file() {
+        // The configuration of the harness holds the key itself.
+        if path == harness.config_file() {
             continue;
         }
         files += 1;
@@ -353,21 +365,22 @@ async fn threat_26_the_disk_holds_ciphertext_and_lets_no_other_user_in() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn threat_36_no_path_and_no_caller_makes_a_series() {
-    let rig = Rig::set(&[]).await;
+// Covers: threat 36.
+async fn no_path_and_no_caller_makes_a_series() {
+    let harness = Harness::set(&[]).await;
     let series = async || {
-        let text = rig.client.get(rig.admin_url("/metrics")).send().await.unwrap().text().await.unwrap();
+        let text = harness.client.get(harness.admin_url("/metrics")).send().await.unwrap().text().await.unwrap();
         text.lines().filter(|line| !line.starts_with('#')).count()
     };
     let ask = async |n: usize| {
-        let call = rig.request(Method::GET, &format!("/sandbox/echo/{n}?q={n}"));
+        let call = harness.request(Method::GET, &format!("/sandbox/echo/{n}?q={n}"));
         call.header("X-Request-Id", n.to_string()).header("User-Agent", n.to_string()).send().await.unwrap();
-        let call = rig.request(Method::GET, "/x").header("X-Ads-User", format!("user-{n}"));
+        let call = harness.request(Method::GET, "/x").header("X-Ads-User", format!("user-{n}"));
         assert_eq!(call.send().await.unwrap().status(), 401);
-        let call = rig.request(Method::GET, "/x").header("X-Ads-Account", format!("account-{n}"));
+        let call = harness.request(Method::GET, "/x").header("X-Ads-Account", format!("account-{n}"));
         assert_eq!(call.send().await.unwrap().status(), 404);
-        rig.request(Method::from_bytes(format!("M{n}").as_bytes()).unwrap(), "/x").send().await.unwrap();
-        rig.request(Method::GET, "/x").header("Host", format!("h{n}.test")).send().await.unwrap();
+        harness.request(Method::from_bytes(format!("M{n}").as_bytes()).unwrap(), "/x").send().await.unwrap();
+        harness.request(Method::GET, "/x").header("Host", format!("h{n}.test")).send().await.unwrap();
     };
     ask(0).await;
     let before = series().await;
@@ -378,39 +391,41 @@ async fn threat_36_no_path_and_no_caller_makes_a_series() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn threat_39_a_second_process_never_falls_back_to_memory() {
-    let rig = Rig::set(&[]).await;
-    let error = build(&rig, &[]).await.err().expect("the store is held");
+// Covers: threat 39.
+async fn a_second_process_never_falls_back_to_memory() {
+    let harness = Harness::set(&[]).await;
+    let error = build(&harness, &[]).await.err().expect("the store is held");
     assert!(matches!(error, BuildError::Store(StoreError::Held { .. })), "{error}");
-    assert_eq!(rig.get("/v2/profiles").await.status(), 200, "the first is not disturbed");
+    assert_eq!(harness.get("/v2/profiles").await.status(), 200, "the first is not disturbed");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn threat_40_a_wrong_key_changes_no_byte_of_the_store() {
-    let mut rig = Rig::set(&[]).await;
-    rig.stop_sidecar().await;
-    let before = copies(&rig);
+// Covers: threat 40.
+async fn a_wrong_key_changes_no_byte_of_the_store() {
+    let mut harness = Harness::set(&[]).await;
+    harness.stop_sidecar().await;
+    let before = copies(&harness);
     assert!(!before.is_empty());
     for _ in 0..3 {
-        let error = build(&rig, &[("store.fernet_keys", "AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8=")]).await;
+        let error = build(&harness, &[("store.fernet_keys", "AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8=")]).await;
         assert!(matches!(error, Err(BuildError::Store(StoreError::WrongKey { .. }))));
     }
-    assert_eq!(copies(&rig), before);
-    rig.start_sidecar().await;
-    assert_eq!(rig.get("/v2/profiles").await.status(), 200);
+    assert_eq!(copies(&harness), before);
+    harness.start_sidecar().await;
+    assert_eq!(harness.get("/v2/profiles").await.status(), 200);
 }
 
-/// A second sidecar on the rig's configuration and store.
-async fn build(rig: &Rig, sets: &[(&str, &str)]) -> Result<App, BuildError> {
+/// A second sidecar on the harness's configuration and store.
+async fn build(harness: &Harness, sets: &[(&str, &str)]) -> Result<App, BuildError> {
     let sets = sets.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
-    let sources = Sources { file: Some(rig.config_file()), env: Vec::new(), sets };
+    let sources = Sources { file: Some(harness.config_file()), env: Vec::new(), sets };
     let config = config::load(&sources).unwrap_or_else(|problems| panic!("{problems}"));
     App::build(config, Clock::system(), None).await
 }
 
 /// The copies of the grants, file by file.
-fn copies(rig: &Rig) -> Vec<(std::path::PathBuf, Vec<u8>)> {
-    let mut directory = rig.store_path().into_os_string();
+fn copies(harness: &Harness) -> Vec<(std::path::PathBuf, Vec<u8>)> {
+    let mut directory = harness.store_path().into_os_string();
     directory.push(".copies");
     let mut files: Vec<_> = std::fs::read_dir(directory)
         .unwrap()
@@ -422,8 +437,9 @@ fn copies(rig: &Rig) -> Vec<(std::path::PathBuf, Vec<u8>)> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn threat_42_no_junk_at_the_admin_door_changes_anything() {
-    let rig = Rig::set(&[]).await;
+// Covers: threat 42.
+async fn no_junk_at_the_admin_door_changes_anything() {
+    let harness = Harness::set(&[]).await;
     let methods = ["GET", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "HEAD", "TRACE", "X"];
     let paths = [
         "/",
@@ -449,7 +465,7 @@ async fn threat_42_no_junk_at_the_admin_door_changes_anything() {
     for method in methods {
         for path in paths {
             for stranger in strangers {
-                let mut wire = crate::wire::Wire::dial(rig.admin_address()).await;
+                let mut wire = crate::raw_http::Wire::dial(harness.admin_address()).await;
                 wire.send(format!(
                     "{method} {path} HTTP/1.1\r\n{stranger}Content-Length: 5\r\nConnection: close\r\n\r\nerror"
                 ))
@@ -463,43 +479,45 @@ async fn threat_42_no_junk_at_the_admin_door_changes_anything() {
             }
         }
     }
-    assert!(rig.ads_calls().is_empty());
-    assert_eq!(rig.client.get(rig.admin_url("/readyz")).send().await.unwrap().status(), 200, "it still serves");
-    assert_eq!(rig.get("/v2/profiles").await.status(), 200);
+    assert!(harness.ads_calls().is_empty());
+    assert_eq!(harness.client.get(harness.admin_url("/readyz")).send().await.unwrap().status(), 200, "it still serves");
+    assert_eq!(harness.get("/v2/profiles").await.status(), 200);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn row_69_who_hangs_up_while_waiting_leaves_nothing_in_flight_and_no_refresh_undone() {
-    let rig = Rig::start().await;
-    rig.log_in("default").await;
-    let gate = rig.sandbox.set_trouble(Rule::from(Fault::Gate).at(Door::Na));
-    let mut wire = rig.dial().await;
+// Covers: failure 69.
+async fn who_hangs_up_while_waiting_leaves_nothing_in_flight_and_no_refresh_undone() {
+    let harness = Harness::start().await;
+    harness.log_in("default").await;
+    let gate = harness.sandbox.set_trouble(Rule::from(Fault::Gate).at(Door::Na));
+    let mut wire = harness.dial().await;
     wire.send("GET /sandbox/echo HTTP/1.1\r\nHost: localhost\r\n\r\n").await;
     gate.reached(1).await;
-    assert_eq!(rig.metric("adsidecar_requests_in_flight").await, 1.0);
+    assert_eq!(harness.metric("adsidecar_requests_in_flight").await, 1.0);
     drop(wire);
-    crate::rig::eventually("nothing in flight", async || {
-        (rig.metric("adsidecar_requests_in_flight").await == 0.0).then_some(())
+    crate::harness::eventually("nothing in flight", async || {
+        (harness.metric("adsidecar_requests_in_flight").await == 0.0).then_some(())
     })
     .await;
     assert_eq!(
-        rig.metric(
-            "adsidecar_requests_total{account=\"\",method=\"GET\",region=\"na\",source=\"sidecar\",status=\"499\"}"
-        )
-        .await,
+        harness
+            .metric(
+                "adsidecar_requests_total{account=\"\",method=\"GET\",region=\"na\",source=\"sidecar\",status=\"499\"}"
+            )
+            .await,
         1.0
     );
     gate.release();
     // The same while a token is fetched for the caller: the refresh goes on.
-    rig.advance(3601);
-    let gate = rig.sandbox.set_trouble(Rule::from(Fault::Gate).at(Door::Lwa));
-    let before = rig.sandbox.refreshes();
-    let mut wire = rig.dial().await;
+    harness.advance(3601);
+    let gate = harness.sandbox.set_trouble(Rule::from(Fault::Gate).at(Door::Lwa));
+    let before = harness.sandbox.refreshes();
+    let mut wire = harness.dial().await;
     wire.send("GET /sandbox/echo HTTP/1.1\r\nHost: localhost\r\n\r\n").await;
     gate.reached(1).await;
     drop(wire);
     gate.release();
-    eventually("the refresh ends", || rig.sandbox.refreshes() > before).await;
-    assert_eq!(rig.get("/v2/profiles").await.status(), 200);
-    assert_eq!(rig.sandbox.refreshes(), before + 1);
+    eventually("the refresh ends", || harness.sandbox.refreshes() > before).await;
+    assert_eq!(harness.get("/v2/profiles").await.status(), 200);
+    assert_eq!(harness.sandbox.refreshes(), before + 1);
 }

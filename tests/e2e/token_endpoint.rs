@@ -8,8 +8,8 @@ use serde_json::Value;
 use tokio::net::TcpListener;
 use world::{CLIENT_SECRET, Door, Fault, Rule};
 
-use crate::rig::{Rig, code, eventually, header, json};
-use crate::wire::{Scripted, Wire};
+use crate::harness::{Harness, code, eventually, header, json};
+use crate::raw_http::{Scripted, Wire};
 
 const REFRESH: &str = "/api/auth/amazon/refresh";
 /// Users fall idle so early that the background leaves the renewal to those who ask.
@@ -64,7 +64,7 @@ impl Lwa {
     }
 
     /// A world whose user `default` is logged in, and whose sidecar asks this one from now on.
-    async fn rig(&self) -> Rig {
+    async fn harness(&self) -> Harness {
         let ca = self.scripted.ca_file();
         asking(&self.scripted.origin, Some(ca.to_str().unwrap()), IDLE).await
     }
@@ -75,13 +75,13 @@ fn ok(body: &str) -> String {
 }
 
 /// A world whose user `default` is logged in, and whose sidecar asks for tokens at `origin` from now on.
-async fn asking(origin: &str, ca: Option<&str>, extra: &str) -> Rig {
-    let mut rig = Rig::with(extra).await;
-    rig.log_in("default").await;
-    rig.sets.extend(ca.map(|ca| ("amazon.ca_file".to_owned(), ca.to_owned())));
-    rig.restart_with("amazon.token_url", &format!("{origin}/auth/o2/token")).await;
-    rig.sandbox.clear_history();
-    rig
+async fn asking(origin: &str, ca: Option<&str>, extra: &str) -> Harness {
+    let mut harness = Harness::with(extra).await;
+    harness.log_in("default").await;
+    harness.sets.extend(ca.map(|ca| ("amazon.ca_file".to_owned(), ca.to_owned())));
+    harness.restart_with("amazon.token_url", &format!("{origin}/auth/o2/token")).await;
+    harness.sandbox.clear_history();
+    harness
 }
 
 /// An origin at which nobody listens.
@@ -91,68 +91,70 @@ async fn nobody() -> String {
 }
 
 /// Asks for a renewal, which fails with `error`.
-async fn fails(rig: &Rig, error: &str) {
+async fn fails(harness: &Harness, error: &str) {
     // Behind any backoff, whose sleepers would wait for a clock that stands still.
-    rig.advance(61);
-    let status = json(rig.post(REFRESH).await).await;
+    harness.advance(61);
+    let status = json(harness.post(REFRESH).await).await;
     assert_eq!((&status["state"], &status["last_error"]), (&"failing".into(), &error.into()));
 }
 
 /// While the token lives it is served, whatever becomes of its renewal; afterwards callers are told at once.
-async fn is_survived(rig: &Rig, error: &str) {
-    fails(rig, error).await;
-    assert_eq!(rig.get("/v2/profiles").await.status(), 200, "the token lives");
-    rig.advance(3600);
+async fn is_survived(harness: &Harness, error: &str) {
+    fails(harness, error).await;
+    assert_eq!(harness.get("/v2/profiles").await.status(), 200, "the token lives");
+    harness.advance(3600);
     for _ in 0..2 {
-        fails(rig, error).await;
+        fails(harness, error).await;
     }
     let begun = Instant::now();
-    let answer = rig.get("/v2/profiles").await;
+    let answer = harness.get("/v2/profiles").await;
     assert_eq!((answer.status().as_u16(), code(&answer)), (503, "token_unavailable"));
     assert!((1..=60).contains(&header(&answer, "retry-after").parse::<u64>().unwrap()));
     assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
-    assert_eq!(rig.ads_calls().len(), 1, "an expired token is never sent");
+    assert_eq!(harness.ads_calls().len(), 1, "an expired token is never sent");
     let series = format!("adsidecar_token_refresh_total{{reason=\"{error}\",result=\"failure\"}}");
-    assert!(rig.metric(&series).await >= 3.0);
+    assert!(harness.metric(&series).await >= 3.0);
 }
 
 /// A token that was renewed, and the life that is believed.
-async fn lives(rig: &Rig, lwa: &Lwa, fields: &str, seconds: i64, oddity: &str) {
-    rig.advance(1);
+async fn lives(harness: &Harness, lwa: &Lwa, fields: &str, seconds: i64, oddity: &str) {
+    harness.advance(1);
     let body = format!(r#"{{"access_token":"Atza|{}","refresh_token":"Atzr|s"{fields}}}"#, lwa.calls());
     lwa.will_say(&body);
     let series = format!("adsidecar_token_answer_oddities_total{{kind=\"{oddity}\"}}");
-    let odd = rig.metric(&series).await;
-    let status = json(rig.post(REFRESH).await).await;
+    let odd = harness.metric(&series).await;
+    let status = json(harness.post(REFRESH).await).await;
     assert_eq!(status["state"], if seconds > 300 { "fresh" } else { "expiring" }, "{fields}");
     let ends: jiff::Timestamp = status["expires_at"].as_str().unwrap().parse().unwrap();
-    assert_eq!(ends.duration_since(rig.clock.now()).as_secs(), seconds, "{fields}");
-    assert_eq!(rig.metric(&series).await - odd, if oddity.is_empty() { 0.0 } else { 1.0 }, "{fields}");
+    assert_eq!(ends.duration_since(harness.clock.now()).as_secs(), seconds, "{fields}");
+    assert_eq!(harness.metric(&series).await - odd, if oddity.is_empty() { 0.0 } else { 1.0 }, "{fields}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn row_01_lwa_refuses_connections_and_the_living_token_is_served() {
-    let mut rig = asking(&nobody().await, None, "").await;
-    rig.advance(3600 - 60);
+// Covers: failure 1.
+async fn lwa_refuses_connections_and_the_living_token_is_served() {
+    let mut harness = asking(&nobody().await, None, "").await;
+    harness.advance(3600 - 60);
     for _ in 0..20 {
-        assert_eq!(rig.get("/v2/profiles").await.status(), 200);
+        assert_eq!(harness.get("/v2/profiles").await.status(), 200);
     }
-    let status = rig.status_of("default").await;
+    let status = harness.status_of("default").await;
     assert_eq!((&status["state"], &status["last_error"]), (&"failing".into(), &"unreachable".into()));
-    let failures = rig.metric("adsidecar_token_refresh_total{reason=\"unreachable\",result=\"failure\"}").await;
+    let failures = harness.metric("adsidecar_token_refresh_total{reason=\"unreachable\",result=\"failure\"}").await;
     assert_eq!(failures, 1.0, "the backoff holds, however many callers come");
     // The background goes on trying, and what it tries for comes back.
-    let lwa = rig.sandbox.token_url();
-    rig.restart_with("amazon.token_url", &lwa).await;
-    eventually("the renewal", async || (rig.status_of("default").await["state"] == "fresh").then_some(())).await;
+    let lwa = harness.sandbox.token_url();
+    harness.restart_with("amazon.token_url", &lwa).await;
+    eventually("the renewal", async || (harness.status_of("default").await["state"] == "fresh").then_some(())).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn row_02_lwa_is_down_the_token_is_dead_and_all_callers_are_told_soon() {
-    let rig = asking(&nobody().await, None, IDLE).await;
-    is_survived(&rig, "unreachable").await;
+// Covers: failure 2.
+async fn lwa_is_down_the_token_is_dead_and_all_callers_are_told_soon() {
+    let harness = asking(&nobody().await, None, IDLE).await;
+    is_survived(&harness, "unreachable").await;
     let begun = Instant::now();
-    let callers: Vec<_> = (0..200).map(|_| tokio::spawn(rig.request(Method::GET, "/v2/profiles").send())).collect();
+    let callers: Vec<_> = (0..200).map(|_| tokio::spawn(harness.request(Method::GET, "/v2/profiles").send())).collect();
     for caller in callers {
         let answer = caller.await.unwrap().unwrap();
         assert_eq!((answer.status().as_u16(), code(&answer)), (503, "token_unavailable"));
@@ -162,131 +164,139 @@ async fn row_02_lwa_is_down_the_token_is_dead_and_all_callers_are_told_soon() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn row_04_a_server_error_of_lwa_is_a_503_and_is_tried_again() {
-    let rig = Rig::with(IDLE).await;
-    rig.log_in("default").await;
-    rig.sandbox.clear_history();
+// Covers: failure 4.
+async fn a_server_error_of_lwa_is_a_503_and_is_tried_again() {
+    let harness = Harness::with(IDLE).await;
+    harness.log_in("default").await;
+    harness.sandbox.clear_history();
     for status in [500, 502, 503, 504, 408, 425] {
-        rig.sandbox.set_trouble(Rule::from(Fault::status(status)).at(Door::Lwa));
-        fails(&rig, "server_error").await;
+        harness.sandbox.set_trouble(Rule::from(Fault::status(status)).at(Door::Lwa));
+        fails(&harness, "server_error").await;
     }
-    rig.sandbox.set_trouble(Rule::from(Fault::status(503)).at(Door::Lwa).always());
-    is_survived(&rig, "server_error").await;
+    harness.sandbox.set_trouble(Rule::from(Fault::status(503)).at(Door::Lwa).always());
+    is_survived(&harness, "server_error").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn row_05_a_429_of_lwa_is_one_call_for_each_pause_that_it_asks_for() {
-    let rig = Rig::start().await;
-    rig.log_in("default").await;
-    let armed = rig.sandbox.set_trouble(Rule::from(Fault::too_many(Some(20))).at(Door::Lwa).always());
-    rig.advance(3600);
+// Covers: failure 5.
+async fn a_429_of_lwa_is_one_call_for_each_pause_that_it_asks_for() {
+    let harness = Harness::start().await;
+    harness.log_in("default").await;
+    let armed = harness.sandbox.set_trouble(Rule::from(Fault::too_many(Some(20))).at(Door::Lwa).always());
+    harness.advance(3600);
     for windows in 1..=5 {
         for _ in 0..20 {
-            let answer = rig.get("/v2/profiles").await;
+            let answer = harness.get("/v2/profiles").await;
             assert_eq!((answer.status().as_u16(), code(&answer)), (503, "token_unavailable"));
             assert_eq!(header(&answer, "retry-after"), "20");
         }
         assert_eq!(armed.met(), windows);
-        assert_eq!(rig.status_of("default").await["last_error"], "throttled");
-        rig.advance(20);
+        assert_eq!(harness.status_of("default").await["last_error"], "throttled");
+        harness.advance(20);
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn row_06_a_200_without_a_token_answer_changes_nothing() {
+// Covers: failure 6.
+async fn a_200_without_a_token_answer_changes_nothing() {
     let lwa = Lwa::start().await;
-    let rig = lwa.rig().await;
+    let harness = lwa.harness().await;
     for body in ["", "<!doctype html><title>Sorry</title>", "\u{0}\u{1}", "[]", "null", "{}", r#"{"access_token":7}"#] {
         lwa.will_say(body);
-        fails(&rig, "bad_answer").await;
+        fails(&harness, "bad_answer").await;
     }
-    is_survived(&rig, "bad_answer").await;
+    is_survived(&harness, "bad_answer").await;
     lwa.will_say(r#"{"access_token":"Atza|x","expires_in":3600}"#);
-    rig.advance(61);
-    assert_eq!(json(rig.post(REFRESH).await).await["state"], "fresh");
+    harness.advance(61);
+    assert_eq!(json(harness.post(REFRESH).await).await["state"], "fresh");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn row_07_an_answer_cut_at_any_byte_keeps_the_refresh_token_and_it_is_tried_again() {
+// Covers: failure 7.
+async fn an_answer_cut_at_any_byte_keeps_the_refresh_token_and_it_is_tried_again() {
     let lwa = Lwa::start().await;
-    let rig = lwa.rig().await;
+    let harness = lwa.harness().await;
     let whole = ok(r#"{"access_token":"Atza|x","refresh_token":"Atzr|y","token_type":"bearer","expires_in":3600}"#);
     for cut in 0..whole.len() {
         lwa.will_send(&whole.as_bytes()[..cut]);
-        rig.advance(61);
-        let status = json(rig.post(REFRESH).await).await;
+        harness.advance(61);
+        let status = json(harness.post(REFRESH).await).await;
         let error = status["last_error"].as_str().unwrap_or_default();
         assert!(["bad_answer", "unreachable"].contains(&error), "{cut}: {status}");
     }
     lwa.will_send(whole);
-    rig.advance(61);
-    assert_eq!(json(rig.post(REFRESH).await).await["state"], "fresh");
+    harness.advance(61);
+    assert_eq!(json(harness.post(REFRESH).await).await["state"], "fresh");
     let asked = lwa.asked.lock().unwrap().clone();
     assert!(asked.iter().all(|form| *form == asked[0]), "always the same refresh token");
     // Any of those answers may have held another one; none had been handed out.
-    assert_eq!(rig.metric("adsidecar_token_refresh_interrupted_total{outcome=\"recovered\"}").await, 1.0);
+    assert_eq!(harness.metric("adsidecar_token_refresh_interrupted_total{outcome=\"recovered\"}").await, 1.0);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_answer_that_was_lost_and_a_grant_that_is_refused_after_it_are_told_as_a_loss() {
-    let rig = Rig::start().await;
-    rig.log_in("default").await;
+    let harness = Harness::start().await;
+    harness.log_in("default").await;
     let lost = "adsidecar_token_refresh_interrupted_total{outcome=\"lost\"}";
-    rig.sandbox.world(|world| world.revoke_all());
-    assert_eq!(code(&rig.post(REFRESH).await), "login_required");
-    assert_eq!(rig.metric(lost).await, 0.0, "a grant that was taken back is not lost");
+    harness.sandbox.world(|world| world.revoke_all());
+    assert_eq!(code(&harness.post(REFRESH).await), "login_required");
+    assert_eq!(harness.metric(lost).await, 0.0, "a grant that was taken back is not lost");
 
-    rig.log_in("default").await;
-    rig.sandbox.set_trouble(Fault::CloseMidBody);
-    fails(&rig, "bad_answer").await;
-    rig.sandbox.world(|world| world.revoke_all());
-    rig.advance(61);
-    assert_eq!(code(&rig.post(REFRESH).await), "login_required");
-    assert_eq!(rig.metric(lost).await, 1.0);
+    harness.log_in("default").await;
+    harness.sandbox.set_trouble(Fault::CloseMidBody);
+    fails(&harness, "bad_answer").await;
+    harness.sandbox.world(|world| world.revoke_all());
+    harness.advance(61);
+    assert_eq!(code(&harness.post(REFRESH).await), "login_required");
+    assert_eq!(harness.metric(lost).await, 1.0);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn row_08_an_answer_without_a_refresh_token_keeps_the_old_one() {
-    let mut rig = Rig::start().await;
-    rig.log_in("default").await;
+// Covers: failure 8.
+async fn an_answer_without_a_refresh_token_keeps_the_old_one() {
+    let mut harness = Harness::start().await;
+    harness.log_in("default").await;
     for _ in 0..2 {
-        rig.sandbox.set_trouble(Fault::NoRefreshToken);
-        assert_eq!(rig.post(REFRESH).await.status(), 200);
-        rig.stop_sidecar().await;
-        rig.start_sidecar().await;
-        assert_eq!(json(rig.post(REFRESH).await).await["state"], "fresh");
+        harness.sandbox.set_trouble(Fault::NoRefreshToken);
+        assert_eq!(harness.post(REFRESH).await.status(), 200);
+        harness.stop_sidecar().await;
+        harness.start_sidecar().await;
+        assert_eq!(json(harness.post(REFRESH).await).await["state"], "fresh");
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn row_10_a_missing_life_is_five_minutes() {
+// Covers: failure 10.
+async fn a_missing_life_is_five_minutes() {
     let lwa = Lwa::start().await;
-    let rig = lwa.rig().await;
-    lives(&rig, &lwa, r#","token_type":"bearer""#, 300, "expires_in_missing").await;
-    lives(&rig, &lwa, r#","token_type":"bearer","expires_in":null"#, 300, "expires_in_missing").await;
+    let harness = lwa.harness().await;
+    lives(&harness, &lwa, r#","token_type":"bearer""#, 300, "expires_in_missing").await;
+    lives(&harness, &lwa, r#","token_type":"bearer","expires_in":null"#, 300, "expires_in_missing").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn row_11_a_life_of_nothing_or_less_is_five_minutes_and_no_storm() {
+// Covers: failure 11.
+async fn a_life_of_nothing_or_less_is_five_minutes_and_no_storm() {
     let lwa = Lwa::start().await;
-    let rig = lwa.rig().await;
+    let harness = lwa.harness().await;
     for value in ["0", "-1", "-3600", "\"0\"", "0.5"] {
         let fields = format!(r#","token_type":"bearer","expires_in":{value}"#);
-        lives(&rig, &lwa, &fields, 300, "expires_in_unusable").await;
+        lives(&harness, &lwa, &fields, 300, "expires_in_unusable").await;
     }
     // Its margin is five minutes too, so the background would renew it at once if nothing spaced renewals out.
     let before = lwa.calls();
     for _ in 0..60 {
-        rig.advance(1);
-        assert_eq!(rig.status_of("default").await["last_error"], Value::Null);
+        harness.advance(1);
+        assert_eq!(harness.status_of("default").await["last_error"], Value::Null);
     }
     assert!(lwa.calls() - before <= 2, "at least 30 s apart");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn row_12_a_life_is_clamped_to_a_day_and_read_from_whatever_holds_a_number() {
+// Covers: failure 12.
+async fn a_life_is_clamped_to_a_day_and_read_from_whatever_holds_a_number() {
     let lwa = Lwa::start().await;
-    let rig = lwa.rig().await;
+    let harness = lwa.harness().await;
     for (value, seconds, oddity) in [
         ("\"3600\"", 3600, ""),
         ("1800.9", 1800, ""),
@@ -298,33 +308,35 @@ async fn row_12_a_life_is_clamped_to_a_day_and_read_from_whatever_holds_a_number
         ("true", 300, "expires_in_unusable"),
     ] {
         let fields = format!(r#","token_type":"bearer","expires_in":{value}"#);
-        lives(&rig, &lwa, &fields, seconds, oddity).await;
+        lives(&harness, &lwa, &fields, seconds, oddity).await;
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn row_13_a_token_that_is_no_bearer_token_is_refused_and_a_missing_type_put_up_with() {
+// Covers: failure 13.
+async fn a_token_that_is_no_bearer_token_is_refused_and_a_missing_type_put_up_with() {
     let lwa = Lwa::start().await;
-    let rig = lwa.rig().await;
-    lives(&rig, &lwa, r#","expires_in":3600"#, 3600, "token_type_missing").await;
-    lives(&rig, &lwa, r#","expires_in":3600,"token_type":"BEARER""#, 3600, "").await;
+    let harness = lwa.harness().await;
+    lives(&harness, &lwa, r#","expires_in":3600"#, 3600, "token_type_missing").await;
+    lives(&harness, &lwa, r#","expires_in":3600,"token_type":"BEARER""#, 3600, "").await;
     for kind in ["\"mac\"", "\"\"", "7"] {
         lwa.will_say(&format!(r#"{{"access_token":"Atza|m","expires_in":3600,"token_type":{kind}}}"#));
-        fails(&rig, "bad_answer").await;
+        fails(&harness, "bad_answer").await;
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn row_14_a_token_that_cannot_be_sent_is_refused() {
+// Covers: failure 14.
+async fn a_token_that_cannot_be_sent_is_refused() {
     let lwa = Lwa::start().await;
-    let rig = lwa.rig().await;
+    let harness = lwa.harness().await;
     let long = "x".repeat(5000);
     for token in ["", "a b", "a\\r\\nX-Evil: 1", "a\\u0000", "\\u00e9", long.as_str()] {
         lwa.will_say(&format!(r#"{{"access_token":"{token}","token_type":"bearer","expires_in":3600}}"#));
-        fails(&rig, "bad_answer").await;
+        fails(&harness, "bad_answer").await;
         if !token.is_empty() {
             lwa.will_say(&format!(r#"{{"access_token":"Atza|x","refresh_token":"{token}","expires_in":3600}}"#));
-            fails(&rig, "bad_answer").await;
+            fails(&harness, "bad_answer").await;
         }
     }
     let asked = lwa.asked.lock().unwrap().clone();
@@ -332,9 +344,10 @@ async fn row_14_a_token_that_cannot_be_sent_is_refused() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn row_15_an_answer_too_large_too_deep_or_with_a_key_twice_is_refused() {
+// Covers: failure 15.
+async fn an_answer_too_large_too_deep_or_with_a_key_twice_is_refused() {
     let lwa = Lwa::start().await;
-    let rig = lwa.rig().await;
+    let harness = lwa.harness().await;
     let (open, close) = ("[".repeat(20_000), "]".repeat(20_000));
     for body in [
         r#"{"access_token":"Atza|x","access_token":"Atza|y","expires_in":3600}"#.to_owned(),
@@ -342,7 +355,7 @@ async fn row_15_an_answer_too_large_too_deep_or_with_a_key_twice_is_refused() {
         format!(r#"{{"access_token":"Atza|x","z":"{}"}}"#, "x".repeat(65 << 10)),
     ] {
         lwa.will_say(&body);
-        fails(&rig, "bad_answer").await;
+        fails(&harness, "bad_answer").await;
     }
     // 64 MB, of which hardly anything is taken.
     let sent = Arc::new(Mutex::new(0_usize));
@@ -359,94 +372,97 @@ async fn row_15_an_answer_too_large_too_deep_or_with_a_key_twice_is_refused() {
         }
     })
     .await;
-    let rig = asking(&endless.origin, Some(endless.ca_file().to_str().unwrap()), IDLE).await;
-    fails(&rig, "bad_answer").await;
+    let harness = asking(&endless.origin, Some(endless.ca_file().to_str().unwrap()), IDLE).await;
+    fails(&harness, "bad_answer").await;
     eventually("the connection is closed on it", async || (endless.connections() == 1).then_some(())).await;
     assert!(*sent.lock().unwrap() < 32 << 20, "{} bytes were taken", sent.lock().unwrap());
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn row_17_a_refused_client_is_one_problem_of_all_users_and_no_storm() {
-    let rig = Rig::start().await;
+// Covers: failure 17.
+async fn a_refused_client_is_one_problem_of_all_users_and_no_storm() {
+    let harness = Harness::start().await;
     let users: Vec<String> = (0..40).map(|number| format!("user-{number}")).collect();
     for user in &users {
-        rig.log_in(user).await;
+        harness.log_in(user).await;
     }
     // Whoever was due has been renewed, or has another plan.
     let all_are = async |wanted: &str, error: Value| {
         eventually(wanted, async || {
-            let told = json(rig.get("/api/auth/amazon/status?limit=100").await).await;
+            let told = json(harness.get("/api/auth/amazon/status?limit=100").await).await;
             let ahead = |user: &Value| {
                 let due: jiff::Timestamp = user["next_refresh_at"].as_str().unwrap().parse().unwrap();
-                due > rig.clock.now() && user["state"] == wanted && user["last_error"] == error
+                due > harness.clock.now() && user["state"] == wanted && user["last_error"] == error
             };
             let told = told["users"].as_array().unwrap();
             (told.len() == users.len() && told.iter().all(ahead)).then_some(())
         })
         .await;
     };
-    let armed = rig.sandbox.set_trouble(Rule::from(Fault::InvalidClient).at(Door::Lwa).always());
-    rig.advance(3600);
+    let armed = harness.sandbox.set_trouble(Rule::from(Fault::InvalidClient).at(Door::Lwa).always());
+    harness.advance(3600);
     all_are("failing", "invalid_client".into()).await;
     assert!(armed.met() <= 10, "those who asked side by side before anybody knew: {}", armed.met());
     for _ in 0..10 {
         let before = armed.met();
-        rig.advance(6);
+        harness.advance(6);
         all_are("failing", "invalid_client".into()).await;
         assert_eq!(armed.met() - before, 1, "one asks for all, at most every few seconds");
     }
-    assert_eq!(rig.metric("adsidecar_users{state=\"failing\"}").await, 40.0);
-    assert_eq!(rig.metric("adsidecar_users{state=\"login_required\"}").await, 0.0, "nobody is sent to log in");
-    let ready = rig.client.get(rig.admin_url("/readyz")).send().await.unwrap();
+    assert_eq!(harness.metric("adsidecar_users{state=\"failing\"}").await, 40.0);
+    assert_eq!(harness.metric("adsidecar_users{state=\"login_required\"}").await, 0.0, "nobody is sent to log in");
+    let ready = harness.client.get(harness.admin_url("/readyz")).send().await.unwrap();
     assert_eq!(ready.status(), 200, "readiness is about us");
-    rig.sandbox.clear_trouble();
-    rig.advance(6);
+    harness.sandbox.clear_trouble();
+    harness.advance(6);
     all_are("fresh", Value::Null).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_client_secret_that_is_mended_by_a_reload_is_tried_at_once() {
-    let mut rig = Rig::start().await;
-    rig.log_in("default").await;
-    let secret = rig.directory.path().join("secret");
+    let mut harness = Harness::start().await;
+    harness.log_in("default").await;
+    let secret = harness.directory.path().join("secret");
     std::fs::write(&secret, "wrong").unwrap();
-    rig.restart_with("amazon.client_secret_file", secret.to_str().unwrap()).await;
+    harness.restart_with("amazon.client_secret_file", secret.to_str().unwrap()).await;
     for _ in 0..3 {
-        fails(&rig, "invalid_client").await;
+        fails(&harness, "invalid_client").await;
     }
     std::fs::write(&secret, CLIENT_SECRET).unwrap();
-    let reloaded = rig.client.post(rig.admin_url("/reload")).send().await.unwrap();
+    let reloaded = harness.client.post(harness.admin_url("/reload")).send().await.unwrap();
     assert_eq!(reloaded.status(), 200);
-    assert_eq!(json(rig.post(REFRESH).await).await["state"], "fresh", "no backoff holds it up: time stood still");
+    assert_eq!(json(harness.post(REFRESH).await).await["state"], "fresh", "no backoff holds it up: time stood still");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn row_18_a_grant_of_another_client_or_scope_needs_a_login_and_says_why() {
+// Covers: failure 18.
+async fn a_grant_of_another_client_or_scope_needs_a_login_and_says_why() {
     let scope = Fault::Status { code: 400, headers: Vec::new(), body: r#"{"error":"invalid_scope"}"#.into() };
     for (trouble, reason) in [(Fault::UnauthorizedClient, "unauthorized_client"), (scope, "invalid_scope")] {
-        let rig = Rig::start().await;
-        rig.log_in("default").await;
-        rig.sandbox.set_trouble(Rule::from(trouble).at(Door::Lwa).always());
-        rig.advance(3600);
+        let harness = Harness::start().await;
+        harness.log_in("default").await;
+        harness.sandbox.set_trouble(Rule::from(trouble).at(Door::Lwa).always());
+        harness.advance(3600);
         for _ in 0..10 {
-            let answer = rig.get("/v2/profiles").await;
+            let answer = harness.get("/v2/profiles").await;
             assert_eq!((answer.status().as_u16(), code(&answer)), (401, "login_required"));
             assert!(json(answer).await["detail"].as_str().unwrap().contains(reason));
         }
-        assert_eq!(rig.sandbox.refreshes(), 1, "kept, and tried again once an hour");
-        assert_eq!(rig.status_of("default").await["last_error"], reason);
+        assert_eq!(harness.sandbox.refreshes(), 1, "kept, and tried again once an hour");
+        assert_eq!(harness.status_of("default").await["last_error"], reason);
         let series = format!("adsidecar_login_required{{reason=\"{reason}\",user=\"default\"}}");
-        assert_eq!(rig.metric(&series).await, 1.0);
-        rig.sandbox.clear_trouble();
-        rig.advance(3600);
-        assert_eq!(rig.get("/v2/profiles").await.status(), 200);
+        assert_eq!(harness.metric(&series).await, 1.0);
+        harness.sandbox.clear_trouble();
+        harness.advance(3600);
+        assert_eq!(harness.get("/v2/profiles").await.status(), 200);
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn row_19_lwa_redirects_and_is_not_followed() {
+// Covers: failure 19.
+async fn lwa_redirects_and_is_not_followed() {
     let lwa = Lwa::start().await;
-    let rig = lwa.rig().await;
+    let harness = lwa.harness().await;
     let trap = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let there = trap.local_addr().unwrap();
     for status in [301, 302, 303, 307, 308] {
@@ -454,7 +470,7 @@ async fn row_19_lwa_redirects_and_is_not_followed() {
             lwa.will_send(format!(
                 "HTTP/1.1 {status} Moved\r\nLocation: {scheme}://{there}/\r\nContent-Length: 0\r\n\r\n"
             ));
-            fails(&rig, "bad_answer").await;
+            fails(&harness, "bad_answer").await;
         }
     }
     let came = tokio::time::timeout(Duration::from_millis(50), trap.accept()).await;
@@ -462,15 +478,16 @@ async fn row_19_lwa_redirects_and_is_not_followed() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn row_20_a_bad_certificate_ends_the_call_before_a_token_is_sent() {
+// Covers: failure 20.
+async fn a_bad_certificate_ends_the_call_before_a_token_is_sent() {
     let lwa = Lwa::start().await;
     let ca = lwa.scripted.ca_file();
     let ca = ca.to_str().unwrap();
     let other_name = lwa.scripted.origin.replace("127.0.0.1", "localhost");
     // An authority that nobody trusts, and another name than the one that was asked for.
     for (origin, ca) in [(&lwa.scripted.origin, None), (&other_name, Some(ca))] {
-        let rig = asking(origin, ca, IDLE).await;
-        is_survived(&rig, "tls").await;
+        let harness = asking(origin, ca, IDLE).await;
+        is_survived(&harness, "tls").await;
     }
     // One that does not speak TLS: never plain.
     let plain = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -487,21 +504,22 @@ async fn row_20_a_bad_certificate_ends_the_call_before_a_token_is_sent() {
             let _ = stream.write_all(ok("{}").as_bytes()).await;
         }
     });
-    let rig = asking(&origin, Some(ca), IDLE).await;
-    fails(&rig, "tls").await;
+    let harness = asking(&origin, Some(ca), IDLE).await;
+    fails(&harness, "tls").await;
     listening.abort();
     assert!(!heard.lock().unwrap().windows(5).any(|window| window == b"Atzr|" || window == b"Atzr%"));
     assert_eq!(lwa.calls(), 0, "no token call reached anybody");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn row_21_a_name_that_does_not_resolve_is_told_as_such() {
-    let rig = asking("https://lwa.adsidecar.invalid", None, IDLE).await;
-    rig.advance(61);
-    let status = json(rig.post(REFRESH).await).await;
+// Covers: failure 21.
+async fn a_name_that_does_not_resolve_is_told_as_such() {
+    let harness = asking("https://lwa.adsidecar.invalid", None, IDLE).await;
+    harness.advance(61);
+    let status = json(harness.post(REFRESH).await).await;
     assert_eq!(status["state"], "failing");
     // A resolver that nobody answers takes longer than a connection may.
     let error = status["last_error"].as_str().unwrap();
     assert!(["dns", "timeout"].contains(&error), "{error}");
-    assert_eq!(rig.get("/v2/profiles").await.status(), 200, "the token lives");
+    assert_eq!(harness.get("/v2/profiles").await.status(), 200, "the token lives");
 }

@@ -6,8 +6,8 @@ use std::io::Write;
 use flate2::Compression;
 use flate2::write::{DeflateEncoder, GzEncoder, ZlibEncoder};
 
-use crate::rig::Rig;
-use crate::wire::{Reply, Scripted, Wire};
+use crate::harness::Harness;
+use crate::raw_http::{Reply, Scripted, Wire};
 
 const SCOPE: &[u8] = br#"{"code":"401","details":"Not authorized to access scope 123"}"#;
 const TOKEN: &[u8] = br#"{"message":"Unauthorized"}"#;
@@ -29,9 +29,9 @@ async fn refused(coding: &str, body: Vec<u8>) -> (Reply, usize, u64) {
         }
     })
     .await;
-    let rig = Rig::before(&amazon, &[]).await;
-    let reply = rig.knock("GET /x HTTP/1.1\r\nHost: localhost\r\n\r\n").await;
-    (reply, asked.load(std::sync::atomic::Ordering::SeqCst), rig.sandbox.refreshes())
+    let harness = Harness::before(&amazon, &[]).await;
+    let reply = harness.knock("GET /x HTTP/1.1\r\nHost: localhost\r\n\r\n").await;
+    (reply, asked.load(std::sync::atomic::Ordering::SeqCst), harness.sandbox.refreshes())
 }
 
 fn gzip(text: &[u8]) -> Vec<u8> {

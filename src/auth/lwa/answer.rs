@@ -112,7 +112,8 @@ mod tests {
     }
 
     #[test]
-    fn threat_30_an_answer_that_cannot_be_used_is_refused() {
+    // Covers: threat 30.
+    fn an_answer_that_cannot_be_used_is_refused() {
         for body in [
             "",
             "<html>Internal Server Error</html>",

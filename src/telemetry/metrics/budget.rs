@@ -43,7 +43,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn row_109_in_a_storm_of_scrapes_rendering_takes_a_tenth_of_the_time() {
+    // Covers: failure 109.
+    fn in_a_storm_of_scrapes_rendering_takes_a_tenth_of_the_time() {
         let begun = Instant::now();
         let mut budget = Budget::new(begun);
         let (render, storm) = (Duration::from_millis(5), Duration::from_secs(60));

@@ -1,0 +1,262 @@
+//! The catalogue of what can go wrong (failures) and of attacks (threats), and the tests that cover each.
+//!
+//! A test says what it covers in the comment above it: `// Covers: failure 16.` in Rust, `# Covers: threat 6.` in Python.
+//! The tables in `tests/README.md` are made from these comments. After a change run
+//! `UPDATE_CATALOGUE=1 cargo nextest run -E 'test(catalogue)'`.
+
+use std::collections::BTreeMap;
+use std::fmt::Write;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use crate::floors::rust_files;
+
+const FAILURES: &[(u32, &str)] = &[
+    // The token endpoint.
+    (1, "LWA refuses connections while the token lives"),
+    (2, "LWA is down and the token is dead"),
+    (3, "LWA accepts and never answers"),
+    (4, "LWA answers 500, 502, 503"),
+    (5, "LWA answers 429"),
+    (6, "LWA answers 200 with a body that is not JSON"),
+    (7, "LWA's answer is cut off"),
+    (8, "the answer holds no refresh token"),
+    (9, "the answer holds another refresh token"),
+    (10, "expires_in is missing"),
+    (11, "expires_in is negative or 0"),
+    (12, "expires_in is huge, a fraction, a string"),
+    (13, "token_type is missing, or no bearer"),
+    (14, "the access token cannot be sent"),
+    (15, "the answer is too large, too deep, has keys twice"),
+    (16, "invalid_grant"),
+    (17, "invalid_client"),
+    (18, "unauthorized_client, invalid_scope"),
+    (19, "LWA redirects"),
+    (20, "LWA's certificate is bad"),
+    (21, "LWA's name does not resolve"),
+    (22, "a thousand callers at the instant of expiry"),
+    (23, "the caller that began a refresh hangs up"),
+    (24, "a crash between LWA's answer and the disk"),
+    (25, "the disk does not take a refreshed grant"),
+    (26, "a refresh panics"),
+    (27, "background and caller refresh at once"),
+    (28, "a thousand users at start"),
+    // The clock.
+    (29, "the wall clock jumps ahead"),
+    (30, "the wall clock jumps back"),
+    (31, "the wall clock says 1970"),
+    (32, "the node was suspended"),
+    (33, "the clocks of replicas differ"),
+    // The store.
+    (34, "the disk is full at start"),
+    (35, "the disk fills later"),
+    (36, "SIGKILL at any system call"),
+    (37, "the power is cut"),
+    (38, "a second process on the same store"),
+    (39, "a damaged database"),
+    (40, "a read fails after a good open"),
+    (41, "the disk hangs"),
+    (42, "fsync fails"),
+    (43, "a wrong Fernet key"),
+    (44, "a malformed Fernet key"),
+    (45, "keys are rotated"),
+    (46, "the old key is taken away too early"),
+    (47, "replicas with different keys"),
+    (48, "a record is swapped or rolled back"),
+    (49, "PostgreSQL is down"),
+    (50, "PostgreSQL fails over in the middle of a refresh"),
+    (51, "no connection is free, transaction pooling"),
+    (52, "the schema is of another version"),
+    (53, "the volume is read-only, or another user owns it"),
+    // Upstream and proxying.
+    (54, "401 for a token that looks good"),
+    (55, "403"),
+    (56, "429"),
+    (57, "no connection"),
+    (58, "the server closes an idle connection as a call takes it"),
+    (59, "a reset before any byte of an answer"),
+    (60, "a reset in the middle of an answer"),
+    (61, "Amazon does not answer in time"),
+    (62, "an answer before the request has been read"),
+    (63, "1xx"),
+    (64, "hop-by-hop headers, cookies, a huge head in an answer"),
+    (65, "a compressed answer"),
+    (66, "an answer without a body that has one"),
+    (67, "HTTP/2: GOAWAY, resets, floods"),
+    (68, "the caller goes away in the middle of an upload"),
+    (69, "the caller goes away while it waits"),
+    (70, "a caller that does not read"),
+    (71, "too large a head, too many headers, too long a target"),
+    (72, "trailers"),
+    (73, "Expect: 100-continue"),
+    (74, "Upgrade, CONNECT, TRACE"),
+    (75, "HTTP/1.0"),
+    (76, "a hundred pipelined requests"),
+    (77, "forms of the target"),
+    (78, "framing that can be read in two ways"),
+    (79, "Host missing, twice, or none"),
+    (80, "Authorization twice, twins, listed in Connection"),
+    (81, "dot segments and encoded slashes"),
+    // OAuth.
+    (82, "the callback says access_denied"),
+    (83, "the callback lacks parameters, or has them twice"),
+    (84, "a state that is old, unknown, used"),
+    (85, "a callback twice"),
+    (86, "two logins of one user at once"),
+    (87, "a restart between login and callback"),
+    (88, "the exchange fails"),
+    (89, "a smaller scope than asked for"),
+    (90, "another Amazon identity"),
+    (91, "a frontend URL that leads elsewhere"),
+    (92, "a flood of logins"),
+    (93, "logout during a refresh"),
+    (94, "logout, then login at once"),
+    (95, "a call in flight at logout"),
+    // The process.
+    (96, "SIGTERM under load"),
+    (97, "a second SIGTERM, or the deadline"),
+    (98, "SIGKILL"),
+    (99, "no descriptors are left"),
+    (100, "ten thousand idle connections"),
+    (101, "memory is short"),
+    (102, "the CPU is short"),
+    (103, "a panic"),
+    (104, "a wrong configuration"),
+    (105, "secret files change"),
+    (106, "nobody reads the log"),
+    (107, "a secret in a log, metric, error"),
+    (108, "a core dump"),
+    (109, "a storm of scrapes"),
+    (110, "liveness that lies"),
+];
+
+const THREATS: [&str; 42] = [
+    "DNS rebinding: a page under a name of its own reaches the proxy",
+    "a cross-site form or image spends budget",
+    "a CORS preflight asks for access to the private network",
+    "an app that is tricked into fetching a URL reaches the proxy (SSRF)",
+    "another machine reaches the listeners",
+    "login CSRF: an attacker's code in the victim's browser",
+    "a code of another login is injected",
+    "a login state is fixed in advance or guessed",
+    "a login state or a callback is replayed",
+    "an open redirect through the frontend URL or return_to",
+    "code or state leaks by Referer, history or cache",
+    "reflected script in the callback's error",
+    "another site logs a user out or in",
+    "a caller sets credentials, or twins of managed headers",
+    "a Connection line strips what is attached",
+    "request smuggling to the pooled upstream connection",
+    "leftover body bytes become a request",
+    "Upgrade, CONNECT and h2c tunnels bypass the checks",
+    "SSRF through the absolute form, the authority form or Host",
+    "path tricks leave the API",
+    "header injection through configured values",
+    "an app reads tokens through the proxy",
+    "a caller gets a token of another user",
+    "slow heads, slow bodies, slow readers, many connections",
+    "memory and processor exhausted by heads, bodies, chunks",
+    "the disk is copied",
+    "a stored record is swapped or rolled back",
+    "limits of Fernet: no associated data, visible length and time",
+    "somebody writes rows into PostgreSQL",
+    "a forged or garbled token response",
+    "an upstream redirect receives the bearer",
+    "HTTP_PROXY in the environment diverts tokens",
+    "a bad TLS certificate or version",
+    "a smuggled or split upstream response",
+    "secrets in logs, panics and traces of libraries",
+    "metrics leak users or paths, or explode in number",
+    "a process of the same user reads environment, memory or core",
+    "a bad dependency",
+    "two processes on one volume",
+    "a wrong key on good data",
+    "development settings in production",
+    "the admin listener is used for an attack",
+];
+
+const BEGIN: &str = "<!-- catalogue -->\n";
+const END: &str = "<!-- end -->";
+
+#[test]
+fn each_failure_and_each_threat_is_covered_by_a_test_and_the_manual_names_it() {
+    let covered = covered();
+    let threats = (1..).zip(THREATS).map(|(number, text)| ("threat", number, text));
+    let rows = FAILURES.iter().map(|(number, text)| ("failure", *number, *text)).chain(threats);
+    let (mut table, mut missing) = (String::new(), Vec::new());
+    for (kind, number, text) in rows {
+        if number == 1 {
+            write!(table, "\n| {kind} | what happens | tests |\n|---|---|---|\n").unwrap();
+        }
+        match covered.get(&(kind.to_owned(), number)) {
+            Some(tests) => writeln!(table, "| {number} | {text} | `{}` |", tests.join("`, `")).unwrap(),
+            None => missing.push(format!("{kind} {number}: {text}")),
+        }
+    }
+    assert!(missing.is_empty(), "not covered by any test: {missing:#?}");
+    let manual = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/README.md");
+    let text = fs::read_to_string(&manual).unwrap();
+    let (before, rest) = text.split_once(BEGIN).expect("tests/README.md has the mark");
+    let (stands, after) = rest.split_once(END).expect("tests/README.md has the end mark");
+    if std::env::var_os("UPDATE_CATALOGUE").is_some() {
+        fs::write(&manual, format!("{before}{BEGIN}{table}\n{END}{after}")).unwrap();
+    } else {
+        assert!(stands.trim() == table.trim(), "tests/README.md is stale: run with UPDATE_CATALOGUE=1");
+    }
+}
+
+/// Known-bad: a comment that no test follows covers nothing.
+#[test]
+fn a_comment_without_a_test_below_it_covers_nothing() {
+    let text =
+        "// Covers: failure 1.\nfn helper() {}\n#[test]\n// Covers: failure 2.\nfn promise() {\n    assert!(true)\n}\n";
+    assert_eq!(tests_in(text), [("failure".to_owned(), 2, "promise".to_owned())]);
+}
+
+/// By failure or threat, the names of the tests that cover it.
+fn covered() -> BTreeMap<(String, u32), Vec<String>> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let sources = [root.join("src"), root.join("tests")].into_iter().flat_map(|directory| rust_files(&directory));
+    let mut found = BTreeMap::<_, Vec<String>>::new();
+    for file in sources.chain(python_files(&root.join("tests"))) {
+        for (kind, number, test) in tests_in(&fs::read_to_string(&file).unwrap()) {
+            found.entry((kind, number)).or_default().push(test);
+        }
+    }
+    found.values_mut().for_each(|tests| tests.sort());
+    found
+}
+
+/// What each comment covers, with the name of the test below it. In Rust a test has its attribute above the comment.
+fn tests_in(text: &str) -> Vec<(String, u32, String)> {
+    let lines: Vec<_> = text.lines().map(str::trim).collect();
+    let mut found = Vec::new();
+    for (at, line) in lines.iter().enumerate() {
+        let comment =
+            line.strip_prefix("// ").or(line.strip_prefix("# ")).and_then(|line| line.strip_prefix("Covers: "));
+        let Some((kind, number)) = comment.and_then(|covers| covers.strip_suffix('.')?.split_once(' ')) else {
+            continue;
+        };
+        let below = lines.get(at + 1).copied().unwrap_or_default();
+        let below = below.strip_prefix("async ").unwrap_or(below);
+        let is_test =
+            lines[..at].iter().rev().take_while(|line| line.starts_with('#') || line.starts_with("//")).any(|line| {
+                line.starts_with("#[test]") || line.starts_with("#[tokio::test") || line.starts_with("#[cfg(")
+            });
+        let name = below
+            .strip_prefix("fn ")
+            .filter(|_| is_test)
+            .or(below.strip_prefix("def ").filter(|name| name.starts_with("test_")));
+        if let (Some(name), Ok(number)) = (name, number.parse()) {
+            found.push((kind.to_owned(), number, name.split('(').next().unwrap_or_default().to_owned()));
+        }
+    }
+    found
+}
+
+fn python_files(directory: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().path());
+    let (directories, files): (Vec<_>, Vec<_>) = entries.partition(|path| path.is_dir());
+    let here = files.into_iter().filter(|file| file.extension().is_some_and(|extension| extension == "py"));
+    here.chain(directories.iter().flat_map(|directory| python_files(directory))).collect()
+}

@@ -1,0 +1,325 @@
+//! A sandbox, an adsidecar before it, one frozen clock for both, and ways to knock at the doors.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use adsidecar::app::App;
+use adsidecar::config::{self, Sources};
+use adsidecar::domain::clock::Clock;
+use adsidecar::domain::tls;
+use jiff::SignedDuration;
+use reqwest::{Client, Method, RequestBuilder, Response, StatusCode};
+use rustls::pki_types::CertificateDer;
+use rustls::pki_types::pem::PemObject;
+use serde_json::Value;
+use tempfile::TempDir;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
+use world::{CLIENT_ID, CLIENT_SECRET, Call, Door, Options, RETURN_URL, Sandbox};
+
+use crate::raw_http::{Reply, Scripted, Wire};
+
+pub const FERNET_KEY: &str = "cw_0x689RpI-jtRR7oE8h_eQsKImvJapLeSbXpwF4e4=";
+
+/// A running world.
+pub struct Harness {
+    pub sandbox: Sandbox,
+    pub clock: Clock,
+    pub client: Client,
+    pub directory: TempDir,
+    /// Keys over the file's, as `--set` gives them; read at the next start.
+    pub sets: Vec<(String, String)>,
+    extra: String,
+    running: Option<Running>,
+}
+
+struct Running {
+    proxy: SocketAddr,
+    admin: SocketAddr,
+    login: Option<SocketAddr>,
+    stop: oneshot::Sender<()>,
+    ended: JoinHandle<()>,
+}
+
+impl Harness {
+    /// A world in which nobody is logged in.
+    pub async fn start() -> Self {
+        Self::with("").await
+    }
+
+    /// The same with more configuration: TOML sections other than `[amazon]`, `[store]` and `[upstream]`.
+    pub async fn with(extra: &str) -> Self {
+        let clock = Clock::frozen("2026-08-01T12:00:00Z".parse().unwrap());
+        Self::over(Options::calm(clock), extra).await
+    }
+
+    /// The same with a clock that runs, for what waits by itself. It can be moved all the same.
+    pub async fn with_running_clock(extra: &str) -> Self {
+        Self::over(Options::calm(Clock::system()), extra).await
+    }
+
+    /// The same over a sandbox of its own making.
+    pub async fn over(options: Options, extra: &str) -> Self {
+        Self::built(options, extra, &[]).await
+    }
+
+    /// A world in which user `default` is logged in, with these keys set as by `--set`.
+    pub async fn set(sets: &[(&str, &str)]) -> Self {
+        let clock = Clock::frozen("2026-08-01T12:00:00Z".parse().unwrap());
+        let harness = Self::built(Options::calm(clock), "", sets).await;
+        harness.log_in("default").await;
+        harness.sandbox.clear_history();
+        harness
+    }
+
+    /// The same before an Amazon (North America) that is scripted.
+    pub async fn before(amazon: &Scripted, sets: &[(&str, &str)]) -> Self {
+        let ca = amazon.ca_file();
+        let own = [("upstream.na", amazon.origin.as_str()), ("upstream.ca_file", ca.to_str().unwrap())];
+        Self::set(&[&own, sets].concat()).await
+    }
+
+    /// A world with all that can be chosen.
+    pub async fn built(options: Options, extra: &str, sets: &[(&str, &str)]) -> Self {
+        let clock = options.clock.clone();
+        let sandbox = Sandbox::start(options).await.unwrap();
+        let root = CertificateDer::from_pem_slice(sandbox.ca_pem().as_bytes()).unwrap();
+        let client = Client::builder()
+            .tls_backend_preconfigured(tls::client_config(&[root], &[]).unwrap())
+            .redirect(reqwest::redirect::Policy::none())
+            .no_proxy()
+            .build()
+            .unwrap();
+        let directory = tempfile::tempdir().unwrap();
+        sandbox.write_ca(&directory.path().join("ca.pem")).unwrap();
+        let sets = sets.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
+        let mut harness = Self { sandbox, clock, client, directory, sets, extra: extra.to_owned(), running: None };
+        Box::pin(harness.start_sidecar()).await;
+        harness
+    }
+
+    /// The configuration file of the sidecar, for the commands.
+    pub fn config_file(&self) -> PathBuf {
+        self.directory.path().join("adsidecar.toml")
+    }
+
+    /// `store.path`.
+    pub fn store_path(&self) -> PathBuf {
+        self.directory.path().join("store")
+    }
+
+    /// Starts the sidecar on the store that is there.
+    pub async fn start_sidecar(&mut self) {
+        assert!(self.running.is_none(), "it runs already");
+        let config = self.write_config();
+        let sources = Sources { file: Some(config), env: Vec::new(), sets: self.sets.clone() };
+        let config = config::load(&sources).unwrap_or_else(|problems| panic!("{problems}"));
+        let app = App::build(config, self.clock.clone(), None).await.unwrap().reloading(sources);
+        let addresses = app.addresses().clone();
+        let (stop, stopped) = oneshot::channel::<()>();
+        let ended = tokio::spawn(async move {
+            app.run(async {
+                let _ = stopped.await;
+            })
+            .await
+            .unwrap();
+        });
+        let (proxy, admin, login) = (addresses.proxy[0], addresses.admin[0], addresses.login.first().copied());
+        self.running = Some(Running { proxy, admin, login, stop, ended });
+        // Answered as soon as the doors are open.
+        let started = self.client.get(self.admin_url("/startupz")).send().await.unwrap();
+        assert!(started.status() == 200 || started.status() == 503);
+    }
+
+    /// Stops the sidecar in good order.
+    pub async fn stop_sidecar(&mut self) {
+        let running = self.running.take().expect("it runs");
+        running.stop.send(()).unwrap();
+        running.ended.await.unwrap();
+    }
+
+    /// Waits for a sidecar that stops by itself.
+    pub async fn quit(&mut self) {
+        self.running.take().expect("it runs").ended.await.unwrap();
+    }
+
+    /// Asks the sidecar to stop, and gives what completes when it has.
+    pub fn begin_stop(&mut self) -> JoinHandle<()> {
+        let running = self.running.take().expect("it runs");
+        running.stop.send(()).unwrap();
+        running.ended
+    }
+
+    /// Restarts the sidecar with one more key.
+    pub async fn restart_with(&mut self, key: &str, value: &str) {
+        self.stop_sidecar().await;
+        self.sets.retain(|(name, _)| name != key);
+        self.sets.push((key.to_owned(), value.to_owned()));
+        self.start_sidecar().await;
+    }
+
+    /// Returns when the sidecar has ended by itself.
+    pub async fn ended(&mut self) {
+        self.running.take().expect("it runs").ended.await.unwrap();
+    }
+
+    fn write_config(&self) -> PathBuf {
+        let path = |path: &Path| format!("{:?}", path.to_str().unwrap());
+        let (ca, store) = (path(&self.directory.path().join("ca.pem")), path(&self.store_path()));
+        let doors = if self.extra.contains("[proxy]") { "" } else { "[proxy]\nlisten = \"127.0.0.1:0\"\n" };
+        let text = format!(
+            "environment = \"development\"\n{doors}\n[admin]\nlisten = \"127.0.0.1:0\"\n[amazon]\nclient_id = \"{CLIENT_ID}\"\n\
+             client_secret = \"{CLIENT_SECRET}\"\nredirect_uri = \"{RETURN_URL}\"\nauthorize_url = \"{}\"\n\
+             token_url = \"{}\"\nca_file = {ca}\n[store]\npath = {store}\nfernet_keys = \"{FERNET_KEY}\"\n[upstream]\n\
+             na = \"{}\"\neu = \"{}\"\nfe = \"{}\"\nca_file = {ca}\n{}\n",
+            self.sandbox.authorize_url(),
+            self.sandbox.token_url(),
+            self.sandbox.origin(Door::Na),
+            self.sandbox.origin(Door::Eu),
+            self.sandbox.origin(Door::Fe),
+            self.extra,
+        );
+        std::fs::write(self.config_file(), text).unwrap();
+        self.config_file()
+    }
+
+    fn running(&self) -> &Running {
+        self.running.as_ref().expect("it runs")
+    }
+
+    pub fn proxy_address(&self) -> SocketAddr {
+        self.running().proxy
+    }
+
+    pub fn admin_address(&self) -> SocketAddr {
+        self.running().admin
+    }
+
+    /// A connection to the proxy door.
+    pub async fn dial(&self) -> Wire {
+        Wire::dial(self.running().proxy).await
+    }
+
+    /// Sends bytes to the proxy door on a connection of their own, and gives the first answer.
+    pub async fn knock(&self, bytes: impl AsRef<[u8]>) -> Reply {
+        let mut wire = self.dial().await;
+        wire.send(bytes).await;
+        wire.reply().await
+    }
+
+    /// The last call that came to an Ads door.
+    pub fn seen(&self) -> Call {
+        let mut calls = self.ads_calls();
+        calls.pop().expect("Amazon saw a call")
+    }
+
+    /// Every call that came to an Ads door.
+    pub fn ads_calls(&self) -> Vec<Call> {
+        self.sandbox.history().into_iter().filter(|call| call.door != Door::Lwa).collect()
+    }
+
+    pub fn proxy_url(&self, path: &str) -> String {
+        format!("http://{}{path}", self.running().proxy)
+    }
+
+    pub fn admin_url(&self, path: &str) -> String {
+        format!("http://{}{path}", self.running().admin)
+    }
+
+    pub fn login_door_url(&self, path: &str) -> String {
+        format!("http://{}{path}", self.running().login.expect("the login door is on"))
+    }
+
+    pub fn request(&self, method: Method, path: &str) -> RequestBuilder {
+        self.client.request(method, self.proxy_url(path))
+    }
+
+    pub async fn get(&self, path: &str) -> Response {
+        self.request(Method::GET, path).send().await.unwrap()
+    }
+
+    pub async fn post(&self, path: &str) -> Response {
+        self.request(Method::POST, path).send().await.unwrap()
+    }
+
+    pub async fn status_of(&self, user: &str) -> Value {
+        json(self.get(&format!("/api/auth/amazon/status?user_id={user}")).await).await
+    }
+
+    /// The value of a metric, by its name and labels as Prometheus prints them; 0 where it does not stand there.
+    pub async fn metric(&self, series: &str) -> f64 {
+        let text = self.client.get(self.admin_url("/metrics")).send().await.unwrap().text().await.unwrap();
+        let line = text.lines().find_map(|line| line.strip_prefix(series)?.strip_prefix(' ').map(str::to_owned));
+        line.map_or(0.0, |value| value.parse().unwrap())
+    }
+
+    /// A whole login of `user`, as an app without a browser does it.
+    pub async fn log_in(&self, user: &str) {
+        let begun = json(self.get(&format!("/api/auth/amazon/login?user_id={user}")).await).await;
+        let callback = self.consent(begun["auth_url"].as_str().unwrap()).await;
+        let ended = self.get(&callback).await;
+        let location = ended.headers().get("location").map_or("", |location| location.to_str().unwrap());
+        let success = ended.status() == StatusCode::OK || location.contains("status=success");
+        assert!(success, "{ended:?}");
+    }
+
+    /// What a person does at the consent page: the path and query of the callback that Amazon then sends them to.
+    pub async fn consent(&self, auth_url: &str) -> String {
+        let answer = self.client.get(auth_url).send().await.unwrap();
+        let location = answer.headers()["location"].to_str().unwrap().to_owned();
+        let path = location.find("/api/auth").unwrap_or_else(|| panic!("no callback: {location}"));
+        location[path..].to_owned()
+    }
+
+    /// Moves the clock of both worlds.
+    pub fn advance(&self, seconds: i64) {
+        self.clock.advance(SignedDuration::from_secs(seconds));
+    }
+
+    /// Sends bytes to the proxy door as they are, and gives all that comes back until the door closes, or until `end`
+    /// has come back.
+    pub async fn raw(&self, bytes: &[u8], end: Option<&[u8]>) -> Vec<u8> {
+        let mut stream = TcpStream::connect(self.running().proxy).await.unwrap();
+        stream.write_all(bytes).await.unwrap();
+        let mut answer = Vec::new();
+        let mut buffer = [0; 4096];
+        loop {
+            let count = stream.read(&mut buffer).await.unwrap_or(0);
+            answer.extend_from_slice(&buffer[..count]);
+            let found = end.is_some_and(|end| answer.windows(end.len()).any(|window| window == end));
+            if count == 0 || found {
+                return answer;
+            }
+        }
+    }
+}
+
+/// Looks until there is something to see; ten seconds are for a machine that is busy with other things.
+pub async fn eventually<T, F: Future<Output = Option<T>>>(what: &str, mut look: impl FnMut() -> F) -> T {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    loop {
+        if let Some(seen) = look().await {
+            return seen;
+        }
+        assert!(Instant::now() < deadline, "it did not come: {what}");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+pub async fn json(response: Response) -> Value {
+    let text = response.text().await.unwrap();
+    serde_json::from_str(&text).unwrap_or_else(|_| panic!("no JSON: {text}"))
+}
+
+/// The code of an answer of adsidecar's own; empty for one of Amazon's.
+pub fn code(response: &Response) -> &str {
+    response.headers().get("x-adsidecar-error").map_or("", |code| code.to_str().unwrap())
+}
+
+/// A header of an answer as text; empty where it is not there.
+pub fn header<'a>(answer: &'a Response, name: &str) -> &'a str {
+    answer.headers().get(name).map_or("", |value| value.to_str().unwrap())
+}

@@ -1,0 +1,355 @@
+//! Running it: the log, the metrics, the status page, and being process 1.
+
+use std::fs;
+use std::io::Read;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use reqwest::{Response, StatusCode};
+use world::{Door, Fault, Rule};
+
+use crate::commands::{Serving, command, stopped};
+use crate::harness::{FERNET_KEY, Harness, code, eventually, header};
+use crate::raw_http::Wire;
+
+// The log.
+
+/// A sidecar whose log nobody reads: its answers to this many refused calls are each a line at `debug`. More than fit into
+/// the pipe and the queue before it.
+const UNREAD_LINES: usize = 6000;
+
+#[tokio::test(flavor = "multi_thread")]
+// Covers: failure 106.
+async fn a_log_that_nobody_reads_loses_lines_and_no_call() {
+    let harness = stopped().await;
+    let file = harness.config_file();
+    let doors: Vec<_> = (0..2).map(|_| std::net::TcpListener::bind("127.0.0.1:0").unwrap()).collect();
+    let [proxy, admin] = [0, 1].map(|door: usize| doors[door].local_addr().unwrap());
+    drop(doors);
+    let listen = [format!("proxy.listen={proxy}"), format!("admin.listen={admin}")];
+    let arguments = ["--config", file.to_str().unwrap(), "--set", &listen[0], "--set", &listen[1]];
+    // Standard error is a pipe, and this test holds its other end without reading.
+    let mut child = command(&[&arguments[..], &["--set", "log.level=debug"]].concat()).spawn().unwrap();
+    let metrics = format!("http://{admin}/metrics");
+    eventually("the start", async || harness.client.get(&metrics).send().await.ok()).await;
+
+    let mut wire = Wire::dial(proxy).await;
+    for _ in 0..UNREAD_LINES / 50 {
+        wire.send("GET /a/nobody/x HTTP/1.1\r\nHost: localhost\r\n\r\n".repeat(50)).await;
+        for _ in 0..50 {
+            assert_eq!(wire.reply().await.said(), (404, "unknown_account"));
+        }
+    }
+    let called = harness.client.get(format!("http://{proxy}/v2/profiles")).send().await.unwrap();
+    assert_eq!(called.status(), 200, "calls go on");
+    let text = harness.client.get(&metrics).send().await.unwrap().text().await.unwrap();
+    let lost = text.lines().find_map(|line| line.strip_prefix("adsidecar_log_dropped_total{reason=\"sink\"} "));
+    assert!(lost.is_some_and(|lost| lost.parse::<f64>().unwrap() > 0.0), "{lost:?}");
+
+    // Nor does the end wait for a reader for long.
+    let sent = Command::new("kill").arg(child.id().to_string()).status().unwrap();
+    assert!(sent.success());
+    let ended = tokio::task::spawn_blocking(move || child.wait().unwrap());
+    let ended = tokio::time::timeout(Duration::from_secs(10), ended).await.expect("it ends");
+    assert_eq!(ended.unwrap().code(), Some(0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_flood_of_failures_is_sampled_and_the_log_says_that_lines_are_missing() {
+    let harness = stopped().await;
+    harness.sandbox.set_trouble(Rule::from(Fault::status(500)).at(Door::Na).always());
+    let serving = Serving::start(&harness, &[]).await;
+    for _ in 0..60 {
+        assert_eq!(harness.client.get(serving.url("/v2/profiles")).send().await.unwrap().status(), 500);
+    }
+    let told = serving.says("lines are missing").await;
+    assert!(told.contains("flood=40"), "{told}");
+    let log = serving.log.lock().unwrap();
+    assert_eq!(log.lines().filter(|line| line.contains("call failed")).count(), 20);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_failure_is_one_line_with_our_request_id_and_amazons() {
+    let harness = stopped().await;
+    let serving = Serving::start(&harness, &[]).await;
+    let busy =
+        Fault::Status { code: 503, headers: vec![("x-amzn-requestid".into(), "amzn-9".into())], body: "".into() };
+    harness.sandbox.set_trouble(Rule::from(busy).at(Door::Na).next(1));
+    let trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
+    let call = harness.client.get(serving.url("/v2/profiles?secret=canary"));
+    let answer = call.header("x-request-id", "mine-7").header("traceparent", trace).send().await.unwrap();
+    assert_eq!(header(&answer, "x-request-id"), "mine-7");
+    let line = serving.says("call failed").await;
+    for field in ["request_id=\"mine-7\"", "amazon_request_id=\"amzn-9\"", "status=503", "source=\"amazon\""] {
+        assert!(line.contains(field), "{field} is not in {line}");
+    }
+    let seen = harness.seen();
+    let sent = |name: &str| seen.headers.iter().find(|(n, _)| n == name).map(|(_, value)| value.as_str());
+    assert_eq!(sent("traceparent"), Some(trace));
+    assert_eq!(sent("x-request-id"), Some("mine-7"));
+
+    harness.sandbox.set_trouble(Rule::from(Fault::Reset).at(Door::Na).always());
+    let broken = harness.client.get(serving.url("/v2/profiles")).send().await.unwrap();
+    assert_eq!(code(&broken), "upstream_reset");
+    let line = serving.says("status=502").await;
+    let ours = format!("request_id=\"{}\"", header(&broken, "x-request-id"));
+    assert!(line.contains(&ours) && line.contains("source=\"sidecar\" error=\""), "{line}");
+    assert!(!serving.log.lock().unwrap().contains("canary"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_log_level_follows_the_configuration_without_a_restart() {
+    let harness = stopped().await;
+    let serving = Serving::start(&harness, &[]).await;
+    let level = format!("http://{}/log", serving.admin);
+    let text = fs::read_to_string(harness.config_file()).unwrap();
+    fs::write(harness.config_file(), format!("{text}\n[log]\nlevel = \"debug\"\n")).unwrap();
+    serving.signal("HUP");
+    eventually("the new level", async || {
+        (harness.client.get(&level).send().await.unwrap().text().await.unwrap() == "debug").then_some(())
+    })
+    .await;
+    fs::write(harness.config_file(), format!("{text}\n[log]\nlevel = \"loud\"\n")).unwrap();
+    serving.signal("HUP");
+    serving.says("refused: all of the old stays").await;
+    serving.says("log.level").await;
+    assert_eq!(harness.client.get(&level).send().await.unwrap().text().await.unwrap(), "debug");
+}
+
+// The metrics.
+
+#[tokio::test(flavor = "multi_thread")]
+// Covers: failure 109.
+async fn a_storm_of_scrapes_is_answered_and_takes_nothing_from_the_calls() {
+    let harness = Harness::set(&[]).await;
+    let (metrics, call) = (harness.admin_url("/metrics"), harness.proxy_url("/v2/profiles"));
+    let mut storm = tokio::task::JoinSet::new();
+    for _ in 0..100 {
+        let (client, metrics) = (harness.client.clone(), metrics.clone());
+        storm.spawn(async move {
+            for _ in 0..20 {
+                let scraped = client.get(&metrics).send().await.unwrap();
+                assert_eq!(scraped.status(), 200);
+                assert!(scraped.text().await.unwrap().contains("adsidecar_store_up 1"));
+            }
+        });
+    }
+    for _ in 0..50 {
+        assert_eq!(harness.client.get(&call).send().await.unwrap().status(), 200);
+    }
+    while let Some(scraper) = storm.join_next().await {
+        scraper.unwrap();
+    }
+    eventually("a page that is not of the storm", async || {
+        let calls = harness.metric(
+            "adsidecar_requests_total{account=\"\",method=\"GET\",region=\"na\",source=\"amazon\",status=\"200\"}",
+        );
+        (calls.await == 50.0).then_some(())
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+// Covers: failure 110.
+async fn a_broken_store_makes_it_unready_and_never_dead() {
+    let harness = Harness::set(&[]).await;
+    let probe = async |path: &str| harness.client.get(harness.admin_url(path)).send().await.unwrap().status();
+    // A directory stands where the user's second copy belongs, so nothing about this user can be written.
+    let copies = fs::read_dir(harness.directory.path().join("store.copies")).unwrap();
+    let copy = copies.map(|entry| entry.unwrap().path()).find(|path| path.extension().is_some_and(|e| e == "json"));
+    let copy = copy.unwrap();
+    fs::remove_file(&copy).unwrap();
+    fs::create_dir(&copy).unwrap();
+    assert_eq!(harness.post("/api/auth/amazon/refresh").await.status(), 200, "the new token is used from memory");
+    assert_eq!((probe("/readyz").await, probe("/livez").await), (StatusCode::SERVICE_UNAVAILABLE, StatusCode::OK));
+    assert_eq!(harness.metric("adsidecar_store_up").await, 0.0);
+    assert!(harness.metric("adsidecar_store_errors_total{op=\"put\"}").await >= 1.0);
+    assert_eq!(harness.get("/v2/profiles").await.status(), 200);
+    fs::remove_dir(&copy).unwrap();
+    eventually("readiness by itself", async || (probe("/readyz").await == 200).then_some(())).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_429_of_amazons_is_counted_as_amazons() {
+    let harness = Harness::set(&[]).await;
+    let series = |region: &str| format!("adsidecar_throttled_total{{by=\"amazon\",region=\"{region}\"}}");
+    let text = harness.client.get(harness.admin_url("/metrics")).send().await.unwrap().text().await.unwrap();
+    for region in ["na", "eu", "fe"] {
+        assert!(text.contains(&format!("{} 0", series(region))), "from the start, so that a rise is seen: {region}");
+    }
+    harness.sandbox.set_trouble(Rule::from(Fault::too_many(Some(3))).at(Door::Na).next(2));
+    for _ in 0..2 {
+        let answer = harness.get("/v2/profiles").await;
+        assert_eq!((answer.status().as_u16(), header(&answer, "retry-after"), code(&answer)), (429, "3", ""));
+    }
+    assert_eq!(harness.metric(&series("na")).await, 2.0);
+    assert_eq!(harness.metric(&series("eu")).await, 0.0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_grant_that_no_key_opens_is_counted_until_another_takes_its_place() {
+    let mut harness = Harness::start().await;
+    for user in ["anna", "bert"] {
+        harness.log_in(user).await;
+    }
+    harness.stop_sidecar().await;
+    // Sealed by the second of two keys; then that key is gone.
+    let keys = format!("{},{FERNET_KEY}", "AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8=");
+    harness.sets.push(("store.fernet_keys".into(), keys));
+    harness.start_sidecar().await;
+    harness.log_in("carl").await;
+    harness.stop_sidecar().await;
+    harness.sets[0].1 = "AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8=".into();
+    harness.start_sidecar().await;
+    let undecryptable = async |harness: &Harness| harness.metric("adsidecar_undecryptable_records").await;
+    assert_eq!(undecryptable(&harness).await, 2.0);
+    harness.log_in("anna").await;
+    assert_eq!(undecryptable(&harness).await, 1.0, "a new login has taken its place");
+    assert_eq!(harness.post("/api/auth/amazon/logout?user_id=bert").await.status(), 204);
+    assert_eq!(undecryptable(&harness).await, 0.0, "an operator has thrown it away");
+}
+
+// The status page.
+
+async fn page(harness: &Harness, headers: &[(&str, &str)]) -> Response {
+    let request = harness.client.get(harness.admin_url("/"));
+    headers.iter().fold(request, |request, (name, value)| request.header(*name, *value)).send().await.unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_status_page_is_for_a_person_on_this_machine() {
+    let harness = Harness::start().await;
+    for (headers, refused) in [
+        (&[("host", "evil.test")][..], (403, "host_not_allowed")),
+        (&[("origin", "http://localhost:9464")], (403, "cross_site")),
+        (&[("sec-fetch-site", "cross-site")], (403, "cross_site")),
+        (&[("sec-fetch-site", "same-site")], (403, "cross_site")),
+    ] {
+        let answer = page(&harness, headers).await;
+        assert_eq!((answer.status().as_u16(), code(&answer)), refused, "{headers:?}");
+    }
+    let posted = harness.client.post(harness.admin_url("/")).send().await.unwrap();
+    assert_eq!((posted.status().as_u16(), header(&posted, "allow")), (405, "GET"));
+    // A browser whose user typed the address, and one that looks again.
+    for site in ["none", "same-origin"] {
+        assert_eq!(page(&harness, &[("sec-fetch-site", site), ("accept", "text/html")]).await.status(), 200, "{site}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn from_elsewhere_the_status_page_asks_for_the_caller_token_and_accepts_its_public_host() {
+    let sets = [("proxy.caller_token", "open-sesame"), ("admin.public_url", "https://ads.example/status/")];
+    let mut harness = Harness::start().await;
+    let host = ("host", "ads.example");
+    assert_eq!(code(&page(&harness, &[host]).await), "host_not_allowed");
+    for (key, value) in sets {
+        harness.restart_with(key, value).await;
+    }
+    assert_eq!(code(&page(&harness, &[host]).await), "caller_unauthorized", "behind a proxy everybody has its address");
+    assert_eq!(
+        code(&page(&harness, &[("host", "other.example"), ("x-ads-sidecar-token", "open-sesame")]).await),
+        "host_not_allowed"
+    );
+    let shown = page(&harness, &[host, ("x-ads-sidecar-token", "open-sesame")]).await;
+    assert_eq!(shown.status(), 200);
+    let text = shown.text().await.unwrap();
+    assert!(text.contains("href=\"https://ads.example/status/\""), "{text}");
+    assert!(text.contains("which a browser cannot send"), "{text}");
+    assert!(!text.contains("open-sesame"));
+    assert_eq!(page(&harness, &[]).await.status(), 200, "on this machine it needs no token");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_status_page_shows_each_user_and_where_to_log_in_and_runs_nothing() {
+    let harness = Harness::start().await;
+    let empty = page(&harness, &[]).await.text().await.unwrap();
+    let link = |user: &str| {
+        format!("href=\"http://localhost:{}/api/auth/amazon/login?user_id={user}\"", harness.proxy_address().port())
+    };
+    assert!(empty.contains("Nobody has logged in yet") && empty.contains(&link("default")), "{empty}");
+
+    harness.log_in("a|nna").await;
+    harness.log_in("zoe").await;
+    harness.sandbox.set_trouble(Rule::from(Fault::InvalidGrant).at(Door::Lwa));
+    harness.post("/api/auth/amazon/refresh?user_id=zoe").await;
+    let answer = page(&harness, &[]).await;
+    assert_eq!(header(&answer, "content-type"), "text/html; charset=utf-8");
+    assert_eq!(header(&answer, "cache-control"), "no-store");
+    assert_eq!(header(&answer, "referrer-policy"), "no-referrer");
+    assert_eq!(header(&answer, "x-content-type-options"), "nosniff");
+    let policy = header(&answer, "content-security-policy");
+    assert!(policy.starts_with("default-src 'none'; ") && policy.contains("frame-ancestors 'none'"), "{policy}");
+    let text = answer.text().await.unwrap();
+    for shown in
+        ["a|nna", "fresh", "in 60 min", "2026-08-01 13:00:00 UTC", "in 365 d", "login_required", "invalid_grant"]
+    {
+        assert!(text.contains(shown), "{shown} is not in {text}");
+    }
+    assert!(text.contains(&link("a%7Cnna")) && text.contains(&link("zoe")), "{text}");
+    assert!(text.find("zoe").unwrap() < text.find("a|nna").unwrap(), "who needs a person comes first");
+    for never in ["Atza|", "Atzr|", "<script", "javascript:", "<form"] {
+        assert!(!text.contains(never), "{never}");
+    }
+}
+
+// Process 1 of a container.
+
+/// The program as the first process of a process namespace, as a container's entry point is.
+fn as_process_1(harness: &Harness) -> Command {
+    let arguments = ["--pid", "--fork", "--kill-child", env!("CARGO_BIN_EXE_adsidecar"), "--config"];
+    let mut unshare = Command::new("unshare");
+    unshare.args(arguments).arg(harness.config_file());
+    unshare.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+    unshare
+}
+
+async fn serving_as_process_1(harness: &Harness) -> (Serving, u32) {
+    let serving = Serving::spawn(as_process_1(harness)).await;
+    let child = children(serving.child.id()).first().copied().expect("unshare has one child");
+    (serving, child)
+}
+
+fn children(process: u32) -> Vec<u32> {
+    let mut text = String::new();
+    let path = format!("/proc/{process}/task");
+    for task in fs::read_dir(path).unwrap() {
+        let mut file = fs::File::open(task.unwrap().path().join("children")).unwrap();
+        file.read_to_string(&mut text).unwrap();
+    }
+    text.split_whitespace().map(|process| process.parse().unwrap()).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn as_process_1_it_obeys_a_signal_and_leaves_no_zombies() {
+    let harness = stopped().await;
+    let (mut serving, process) = serving_as_process_1(&harness).await;
+    // Its parent is gone at once, so process 1 inherits it.
+    let mut orphan = Command::new("nsenter");
+    orphan.args(["--target", &process.to_string(), "--pid", "sh", "-c", "(sleep 0.2; exit 3) & exit 0"]);
+    assert!(orphan.status().unwrap().success());
+    assert_eq!(children(process).len(), 1, "it has inherited a child");
+    eventually("the child to be buried", async || children(process).is_empty().then_some(())).await;
+    assert_eq!(harness.client.get(serving.url("/v2/profiles")).send().await.unwrap().status(), 200);
+
+    assert!(Command::new("kill").arg(process.to_string()).status().unwrap().success());
+    let (code, took) = serving.ended().await;
+    assert_eq!(code, Some(0));
+    assert!(took < Duration::from_secs(3), "{took:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn waiting_as_process_1_ends_when_it_is_told_to() {
+    let harness = stopped().await;
+    let doors = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    // Nobody answers there.
+    let admin = format!("admin.listen={}", doors.local_addr().unwrap());
+    let mut waiting = as_process_1(&harness).args(["--set", &admin, "wait", "--timeout", "1h"]).spawn().unwrap();
+    let outer = waiting.id();
+    let asked = tokio::task::spawn_blocking(move || doors.accept().unwrap());
+    let _connection = tokio::time::timeout(Duration::from_secs(10), asked).await.expect("it asks").unwrap();
+    let process = children(outer).first().copied().expect("unshare has one child");
+    assert!(Command::new("kill").arg(process.to_string()).status().unwrap().success());
+    let ended = tokio::task::spawn_blocking(move || waiting.wait().unwrap());
+    let ended = tokio::time::timeout(Duration::from_secs(10), ended).await.expect("it ends").unwrap();
+    assert_eq!(ended.code(), Some(1));
+}

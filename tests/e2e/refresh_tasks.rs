@@ -1,0 +1,269 @@
+//! One renewal at a time, in a task of its own, whatever happens to it or beside it: rows 22 to 28 and 93 to 95 of what can go
+//! wrong. (Row 22 and 23 stand in `tokens`.) Fail points are the whole process's: each test has a process of its own.
+
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use adsidecar::domain::grant::{Grant, RefreshToken};
+use adsidecar::domain::secret::Secret;
+use adsidecar::store::keyring::Keyring;
+use adsidecar::store::{Settings, TokenStore};
+use reqwest::Method;
+use serde_json::Value;
+use world::{Door, Fault, Rule};
+
+use crate::harness::{FERNET_KEY, Harness, code, eventually, json};
+
+const REFRESH: &str = "/api/auth/amazon/refresh";
+const LOGOUT: &str = "/api/auth/amazon/logout";
+
+fn interrupted(outcome: &str) -> String {
+    format!("adsidecar_token_refresh_interrupted_total{{outcome=\"{outcome}\"}}")
+}
+
+/// Runs the sidecar as a process, on the machine's clock, by which the stored token is long dead, so that it renews it at
+/// once; at `point` it dies.
+async fn dies_at(harness: &Harness, point: &str) {
+    let file = harness.config_file();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_adsidecar"));
+    command.args(["serve", "--config", file.to_str().unwrap()]).env_clear();
+    command.env("FAILPOINTS", format!("{point}=return")).stdout(Stdio::null()).stderr(Stdio::null());
+    let ended = tokio::task::spawn_blocking(move || command.status().unwrap()).await.unwrap();
+    assert!(!ended.success() && ended.code().is_none(), "it ended by itself: {ended}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+// Covers: failure 24.
+async fn a_crash_around_a_renewal_loses_nothing_that_is_not_told() {
+    for (point, stored) in
+        [("renewal_answered", false), ("save_unsynced", false), ("save_synced", true), ("renewal_stored", true)]
+    {
+        for rotating in [false, true] {
+            let mut harness = Harness::start().await;
+            harness.log_in("default").await;
+            harness.stop_sidecar().await;
+            harness.sandbox.clear_history();
+            if rotating {
+                harness.sandbox.set_trouble(Rule::from(Fault::RotateRefreshToken).at(Door::Lwa));
+            }
+            dies_at(&harness, point).await;
+            assert_eq!(harness.sandbox.refreshes(), 1, "{point}: it asked once");
+            harness.start_sidecar().await;
+            let answer = harness.post(REFRESH).await;
+            let lost = rotating && !stored;
+            assert_eq!(code(&answer), if lost { "login_required" } else { "" }, "{point}, rotating: {rotating}");
+            assert_eq!(harness.metric(&interrupted("lost")).await, f64::from(u8::from(lost)), "{point}: never silent");
+            let recovered = !rotating && !stored;
+            assert_eq!(harness.metric(&interrupted("recovered")).await, f64::from(u8::from(recovered)), "{point}");
+            // A loss is told once, and what is written down is taken back.
+            harness.stop_sidecar().await;
+            harness.start_sidecar().await;
+            harness.advance(3600);
+            assert_eq!(code(&harness.post(REFRESH).await), if lost { "login_required" } else { "" }, "{point}");
+            assert_eq!(harness.metric(&interrupted("lost")).await, 0.0, "{point}");
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+// Covers: failure 25.
+async fn a_renewal_that_the_disk_does_not_take_is_served_and_stored_as_soon_as_it_can_be() {
+    let mut harness = Harness::start().await;
+    harness.log_in("default").await;
+    fail::cfg("save_refused", "return").unwrap();
+    harness.sandbox.set_trouble(Rule::from(Fault::RotateRefreshToken).at(Door::Lwa));
+    harness.advance(3600);
+    assert_eq!(harness.get("/v2/profiles").await.status(), 200, "served from memory");
+    assert_eq!(harness.status_of("default").await["state"], "fresh");
+    let ready = async || harness.client.get(harness.admin_url("/readyz")).send().await.unwrap().status().as_u16();
+    assert_eq!(ready().await, 503);
+    assert_eq!(harness.metric("adsidecar_store_up").await, 0.0);
+    assert!(harness.metric("adsidecar_store_errors_total{op=\"put\"}").await >= 1.0);
+    fail::remove("save_refused");
+    eventually("readiness", async || (ready().await == 200).then_some(())).await;
+    harness.stop_sidecar().await;
+    harness.start_sidecar().await;
+    assert_eq!(harness.post(REFRESH).await.status(), 200, "the rotated refresh token was stored");
+    assert_eq!(harness.get("/v2/profiles").await.status(), 200);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+// Covers: failure 26.
+async fn a_renewal_that_panics_frees_its_place_and_is_tried_again() {
+    let harness = Harness::with_running_clock("").await;
+    harness.log_in("default").await;
+    harness.sandbox.clear_history();
+    std::panic::set_hook(Box::new(|_| {}));
+    fail::cfg("renewal_begun", "panic").unwrap();
+    harness.advance(3600);
+    let callers: Vec<_> = (0..50).map(|_| tokio::spawn(harness.request(Method::GET, "/v2/profiles").send())).collect();
+    for caller in callers {
+        let answer = caller.await.unwrap().unwrap();
+        assert_eq!((answer.status().as_u16(), code(&answer)), (503, "token_unavailable"));
+    }
+    let status = harness.status_of("default").await;
+    assert_eq!((&status["state"], &status["last_error"]), (&"failing".into(), &"internal".into()));
+    let panics = harness.metric("adsidecar_token_refresh_total{reason=\"internal\",result=\"failure\"}").await;
+    assert!((1.0..20.0).contains(&panics), "it backs off as behind any failure: {panics}");
+    fail::remove("renewal_begun");
+    eventually("the process lives on", async || (harness.get("/v2/profiles").await.status() == 200).then_some(()))
+        .await;
+    assert_eq!(harness.sandbox.refreshes(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+// Covers: failure 27.
+async fn background_and_caller_renew_once() {
+    let harness = Harness::start().await;
+    harness.log_in("default").await;
+    let gate = harness.sandbox.set_trouble(Rule::from(Fault::Gate).at(Door::Lwa).always());
+    // The background begins, and the token dies under it.
+    harness.advance(3000);
+    gate.reached(1).await;
+    harness.advance(600);
+    let callers: Vec<_> = (0..50).map(|_| tokio::spawn(harness.request(Method::GET, "/v2/profiles").send())).collect();
+    let asked: Vec<_> = (0..10).map(|_| tokio::spawn(harness.request(Method::POST, REFRESH).send())).collect();
+    eventually("60 who wait", async || (harness.metric("adsidecar_requests_in_flight").await >= 60.0).then_some(()))
+        .await;
+    gate.release();
+    for one in callers.into_iter().chain(asked) {
+        // The life of what was given counts from when it was asked for: 600 s of it are over, and the rest is enough.
+        assert_eq!(one.await.unwrap().unwrap().status(), 200);
+    }
+    assert_eq!(harness.sandbox.refreshes(), 1);
+}
+
+/// Puts users into the store whose grants have no access token yet.
+async fn stored_users(harness: &Harness, count: usize) {
+    let keyring = Keyring::new(&[Secret::new(FERNET_KEY)]).unwrap();
+    let (store, _) =
+        TokenStore::open(&Settings { path: harness.store_path(), postgres: None }, keyring.into()).unwrap();
+    for number in 0..count {
+        let grant = Grant {
+            refresh_token: RefreshToken::new(harness.sandbox.grant().refresh_token).unwrap(),
+            previous: None,
+            access: None,
+            updated_at: harness.clock.now(),
+            consented_at: None,
+            used_at: None,
+            scope: None,
+            generation: 1,
+        };
+        store.save(&format!("user-{number}").parse().unwrap(), &grant, None).await.unwrap();
+    }
+    store.close().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+// Covers: failure 28.
+async fn a_thousand_users_at_start_are_renewed_over_a_minute_and_few_at_once() {
+    let mut harness = Harness::start().await;
+    harness.stop_sidecar().await;
+    stored_users(&harness, 1000).await;
+    let gate = harness.sandbox.set_trouble(Rule::from(Fault::Gate).at(Door::Lwa).always());
+    harness.start_sidecar().await;
+    harness.advance(6);
+    gate.reached(8).await;
+    // One that nobody waits for is not among those eight, and its caller waits for no turn.
+    let caller = tokio::spawn(harness.request(Method::GET, "/v2/profiles").header("x-ads-user", "user-999").send());
+    gate.reached(9).await;
+    assert!(gate.met() <= 9, "refresh.concurrency is 8: {}", gate.met());
+    gate.release();
+    assert_eq!(caller.await.unwrap().unwrap().status(), 200);
+    // How many have been renewed, once all that are due have been.
+    let renewed = async || {
+        eventually("all that is due", async || {
+            let before = harness.sandbox.refreshes();
+            tokio::time::sleep(Duration::from_millis(200)).await;
+            let fresh = harness.metric("adsidecar_users{state=\"fresh\"}").await as u64;
+            (fresh == before && harness.sandbox.refreshes() == before).then_some(before)
+        })
+        .await
+    };
+    let first = renewed().await;
+    assert!((60..=150).contains(&first), "a tenth of them in a tenth of the minute: {first}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+// Covers: failure 93.
+async fn a_logout_beats_a_refresh_at_whatever_instant_it_comes() {
+    for point in ["renewal_begun", "renewal_answered"] {
+        let mut harness = Harness::start().await;
+        harness.log_in("default").await;
+        harness.sandbox.set_trouble(Rule::from(Fault::RotateRefreshToken).at(Door::Lwa));
+        let release = hold(point);
+        let asked = tokio::spawn(harness.request(Method::POST, REFRESH).send());
+        if point == "renewal_answered" {
+            eventually("LWA has answered", async || (harness.sandbox.refreshes() == 1).then_some(())).await;
+        }
+        assert_eq!(harness.post(LOGOUT).await.status(), 204);
+        drop(release);
+        let answer = asked.await.unwrap().unwrap();
+        assert_eq!((answer.status().as_u16(), code(&answer)), (401, "login_required"));
+        let dropped = "adsidecar_token_refresh_dropped_total";
+        eventually("the late answer", async || (harness.metric(dropped).await == 1.0).then_some(())).await;
+        harness.stop_sidecar().await;
+        harness.start_sidecar().await;
+        assert_eq!(harness.status_of("default").await["state"], "none", "{point}");
+        assert_eq!(code(&harness.get("/v2/profiles").await), "login_required");
+        assert!(harness.ads_calls().is_empty());
+    }
+}
+
+/// Whoever comes to `point` stays there until what this returns is dropped. What else its thread was about to do, other threads
+/// do meanwhile; the action `pause` holds that up too, and once it was the logout.
+fn hold(point: &str) -> std::sync::mpsc::Sender<()> {
+    let (release, released) = std::sync::mpsc::channel();
+    let released = std::sync::Mutex::new(released);
+    let wait = move || tokio::task::block_in_place(|| _ = released.lock().unwrap().recv());
+    fail::cfg_callback(point, wait).unwrap();
+    release
+}
+
+#[tokio::test(flavor = "multi_thread")]
+// Covers: failure 94.
+async fn a_login_right_behind_a_logout_is_the_one_that_stays() {
+    let mut harness = Harness::start().await;
+    harness.log_in("default").await;
+    let gate = harness.sandbox.set_trouble(Rule::from(Fault::Gate).at(Door::Lwa));
+    let asked = tokio::spawn(harness.request(Method::POST, REFRESH).send());
+    gate.reached(1).await;
+    assert_eq!(harness.post(LOGOUT).await.status(), 204);
+    harness.advance(60);
+    harness.log_in("default").await;
+    let adopted = harness.status_of("default").await;
+    let newest = harness.sandbox.world(|world| world.grants.last().unwrap().refresh_token.clone());
+    gate.release();
+    asked.await.unwrap().unwrap();
+    eventually("the late answer", async || {
+        (harness.metric("adsidecar_token_refresh_total{reason=\"\",result=\"success\"}").await == 1.0).then_some(())
+    })
+    .await;
+    harness.stop_sidecar().await;
+    harness.start_sidecar().await;
+    let status = harness.status_of("default").await;
+    assert_eq!((&status["state"], &status["consented_at"]), (&"fresh".into(), &adopted["consented_at"]));
+    assert_eq!(harness.post(REFRESH).await.status(), 200);
+    let form = harness.sandbox.calls(Door::Lwa).pop().unwrap().text();
+    let mut form = url::form_urlencoded::parse(form.as_bytes());
+    assert!(form.any(|(name, value)| name == "refresh_token" && value == newest), "the new login's");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+// Covers: failure 95.
+async fn a_call_in_flight_at_logout_ends_well_and_the_next_does_not_begin() {
+    let harness = Harness::start().await;
+    harness.log_in("default").await;
+    let gate = harness.sandbox.set_trouble(Rule::from(Fault::Gate).at(Door::Na));
+    let call = tokio::spawn(harness.request(Method::GET, "/v2/profiles").send());
+    gate.reached(1).await;
+    assert_eq!(harness.post(LOGOUT).await.status(), 204);
+    let next = harness.get("/v2/profiles").await;
+    assert_eq!((next.status().as_u16(), code(&next)), (401, "login_required"));
+    gate.release();
+    let first = call.await.unwrap().unwrap();
+    assert_eq!((first.status().as_u16(), code(&first)), (200, ""));
+    assert!(json(first).await.is_array());
+    assert_eq!(harness.ads_calls().len(), 1);
+    assert_eq!(harness.status_of("default").await["expires_at"], Value::Null);
+}

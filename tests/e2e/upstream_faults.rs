@@ -1,0 +1,204 @@
+//! Fault on the way to Amazon, and trouble that Amazon itself tells of.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use reqwest::Method;
+use tokio::net::TcpListener;
+use world::{Door, Fault, Rule};
+
+use crate::harness::{Harness, code};
+use crate::raw_http::{Scripted, Wire};
+
+const OK: &str = "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok";
+
+async fn said(harness: &Harness, method: Method, path: &str, body: &'static str) -> (u16, String) {
+    let answer = harness.request(method, path).body(body).send().await.unwrap();
+    (answer.status().as_u16(), code(&answer).to_owned())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+// Covers: failure 57.
+async fn an_unreachable_host_is_told() {
+    let free = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let origin = format!("https://{}", free.local_addr().unwrap());
+    drop(free);
+    let harness = Harness::set(&[("upstream.na", &origin)]).await;
+    for method in [Method::GET, Method::POST] {
+        assert_eq!(said(&harness, method, "/x", "b").await, (502, "upstream_unreachable".into()));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_certificate_that_nobody_vouches_for_is_refused() {
+    let amazon = Scripted::saying(OK).await;
+    // Its authority is not the one that is trusted.
+    let harness = Harness::set(&[("upstream.na", &amazon.origin)]).await;
+    assert_eq!(said(&harness, Method::GET, "/x", "").await, (502, "upstream_tls".into()));
+    // The right authority, and another name.
+    let other_name = amazon.origin.replace("127.0.0.1", "localhost");
+    let ca = amazon.ca_file();
+    let harness = Harness::set(&[("upstream.na", &other_name), ("upstream.ca_file", ca.to_str().unwrap())]).await;
+    assert_eq!(said(&harness, Method::GET, "/x", "").await, (502, "upstream_tls".into()));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+// Covers: failure 61.
+async fn a_host_that_does_not_answer_is_given_up_and_never_asked_twice() {
+    let harness = Harness::set(&[("upstream.response_timeout", "100ms")]).await;
+    for method in [Method::GET, Method::POST] {
+        harness.sandbox.clear_history();
+        harness.sandbox.set_trouble(Fault::Hang);
+        assert_eq!(said(&harness, method, "/sandbox/echo", "b").await, (504, "upstream_timeout".into()));
+        assert_eq!(harness.ads_calls().len(), 1, "it is not repeated: it may have been processed");
+    }
+    // A port that accepts and never shakes hands.
+    let mute = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let origin = format!("https://{}", mute.local_addr().unwrap());
+    let harness = Harness::set(&[("upstream.na", &origin), ("upstream.connect_timeout", "100ms")]).await;
+    assert_eq!(said(&harness, Method::GET, "/x", "").await, (504, "upstream_timeout".into()));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+// Covers: failure 59.
+async fn a_reset_call_is_repeated_only_if_that_is_harmless() {
+    let harness = Harness::set(&[]).await;
+    // On a fresh connection nobody was about to close it: no repetition, whatever the method.
+    harness.sandbox.set_trouble(Fault::Reset);
+    assert_eq!(said(&harness, Method::GET, "/sandbox/echo", "").await, (502, "upstream_reset".into()));
+    assert_eq!(harness.ads_calls().len(), 1);
+    for (method, status, times) in [
+        (Method::POST, 502, 1),
+        (Method::PATCH, 502, 1),
+        (Method::GET, 200, 2),
+        (Method::PUT, 200, 2),
+        (Method::DELETE, 200, 2),
+    ] {
+        assert_eq!(harness.get("/v2/profiles").await.status(), 200);
+        harness.sandbox.clear_history();
+        harness.sandbox.set_trouble(Rule::from(Fault::Reset).on("/sandbox/echo"));
+        let (got, code) = said(&harness, method.clone(), "/sandbox/echo", "").await;
+        assert_eq!((got, code.is_empty()), (status, status == 200), "{method}");
+        let calls = harness.ads_calls();
+        assert_eq!(calls.len(), times, "{method}");
+        if let [first, second] = &calls[..] {
+            assert_ne!(first.connection, second.connection, "{method}");
+        }
+    }
+    // And never more than once.
+    assert_eq!(harness.get("/v2/profiles").await.status(), 200);
+    harness.sandbox.clear_history();
+    harness.sandbox.set_trouble(Rule::from(Fault::Reset).always());
+    assert_eq!(said(&harness, Method::GET, "/sandbox/echo", "").await, (502, "upstream_reset".into()));
+    assert_eq!(harness.ads_calls().len(), 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+// Covers: failure 58.
+async fn a_pooled_connection_that_was_closed_meanwhile_harms_no_call() {
+    let requests = Arc::new(AtomicUsize::new(0));
+    let count = requests.clone();
+    // Each connection is closed right behind its first answer, which does not say so.
+    let amazon = Scripted::start(move |mut wire: Wire, _| {
+        let count = count.clone();
+        async move {
+            if wire.head().await.is_some() {
+                count.fetch_add(1, Ordering::SeqCst);
+                wire.send(OK).await;
+            }
+        }
+    })
+    .await;
+    let harness = Harness::before(&amazon, &[]).await;
+    for _ in 0..30 {
+        assert_eq!(harness.get("/x").await.status(), 200);
+    }
+    assert_eq!(requests.load(Ordering::SeqCst), 30, "no call came twice");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+// Covers: threat 34.
+async fn an_answer_that_is_no_http_is_an_error() {
+    for answer in [
+        "",
+        "SSH-2.0-x\r\n\r\n",
+        "HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\nabc",
+        "HTTP/1.1 200 OK\r\nContent-Length: x\r\n\r\nabc",
+        "HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade: websocket\r\n\r\n",
+    ] {
+        let amazon = Scripted::start(move |mut wire: Wire, _| async move {
+            wire.head().await;
+            wire.send(answer).await;
+        })
+        .await;
+        let harness = Harness::before(&amazon, &[]).await;
+        assert_eq!(
+            harness.knock("POST /x HTTP/1.1\r\nHost: localhost\r\n\r\n").await.said(),
+            (502, "upstream_reset"),
+            "{answer:?}"
+        );
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+// Covers: failure 63.
+async fn informational_and_odd_answers_end_in_the_final_one() {
+    for (answer, body) in [
+        ("HTTP/1.1 200 OK\r\nContent-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nabcde\r\n0\r\n\r\n", "abcde"),
+        ("HTTP/1.1 200 OK\r\n\r\nuntil the end", "until the end"),
+        ("HTTP/1.0 200 OK\r\n\r\nold", "old"),
+        ("HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok", "ok"),
+        ("HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok", "ok"),
+    ] {
+        let amazon = Scripted::start(move |mut wire: Wire, _| async move {
+            wire.head().await;
+            wire.send(answer).await;
+            wire.end().await;
+        })
+        .await;
+        let harness = Harness::before(&amazon, &[]).await;
+        let reply = harness.knock("GET /x HTTP/1.1\r\nHost: localhost\r\n\r\n").await;
+        assert_eq!((reply.status, reply.text().as_str(), reply.whole), (200, body, true), "{answer:?} {reply:?}");
+        assert_eq!(reply.header("connection"), None);
+    }
+    // Without TLS's own end nobody knows that this was all.
+    let amazon = Scripted::start(|mut wire: Wire, _| async move {
+        wire.head().await;
+        wire.send("HTTP/1.1 200 OK\r\n\r\ncut somewhere").await;
+    })
+    .await;
+    let harness = Harness::before(&amazon, &[]).await;
+    let came = harness.raw(b"GET /x HTTP/1.1\r\nHost: localhost\r\n\r\n", None).await;
+    assert!(!came.ends_with(b"\r\n0\r\n\r\n"), "{}", String::from_utf8_lossy(&came));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+// Covers: failure 55.
+async fn a_403_of_amazons_passes_and_refreshes_nothing() {
+    passes_as_it_is(&[(403, None), (400, None), (500, None), (503, Some("1"))]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+// Covers: failure 56.
+async fn a_429_of_amazons_passes_with_its_headers_and_is_not_tried_again() {
+    passes_as_it_is(&[(429, Some("7")), (429, None)]).await;
+}
+
+/// These statuses of Amazon's, each with this `Retry-After`, reach the caller from one call and without a token call.
+async fn passes_as_it_is(refusals: &[(u16, Option<&str>)]) {
+    let harness = Harness::set(&[]).await;
+    for &(status, retry_after) in refusals {
+        harness.sandbox.clear_history();
+        let headers =
+            [("content-type", "text/html")].into_iter().chain(retry_after.map(|after| ("retry-after", after)));
+        harness.sandbox.set_trouble(Fault::Status {
+            code: status,
+            headers: headers.map(|(name, value)| (name.to_owned(), value.to_owned())).collect(),
+            body: "<p>no".into(),
+        });
+        let answer = harness.knock("GET /sandbox/echo HTTP/1.1\r\nHost: localhost\r\n\r\n").await;
+        assert_eq!((answer.said(), answer.text().as_str()), ((status, ""), "<p>no"));
+        assert_eq!((answer.header("retry-after"), answer.header("content-type")), (retry_after, Some("text/html")));
+        assert_eq!((harness.ads_calls().len(), harness.sandbox.calls(Door::Lwa).len()), (1, 0));
+    }
+}
