@@ -1,7 +1,7 @@
 //! The house as a whole: [`App::build`] opens the store and binds every door, [`App::run`] serves until it is told to
 //! stop. `main`, the sandbox and the tests all come in through here.
 
-mod front;
+mod services;
 mod keys;
 mod reload;
 mod rotation;
@@ -21,7 +21,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use crate::auth::login::Desk;
+use crate::auth::login::PendingLogins;
 use crate::auth::lwa::Lwa;
 use crate::auth::tokens::{Background, TokenManager};
 use crate::config::{Config, Sources};
@@ -30,15 +30,15 @@ use crate::domain::clock::Clock;
 use crate::domain::grant::State;
 use crate::inbound::admin::{Asked, Count, Reloader, Stage};
 use crate::inbound::problem::{Code, Problem};
-use crate::server::{Door, LastWords, Limits, Peer, Phase};
+use crate::server::{CannedResponses, Door, Limits, Peer, Phase};
 use crate::store::keyring::KeyError;
 use crate::store::{Opened, StoreError, TokenStore};
 use crate::telemetry::log::{Dropped, LogHandle};
 use crate::telemetry::metrics::Metrics;
-use front::{Front, Lasting};
 pub use keys::{key_file, keyring};
-use reload::{Fixed, Reloads, Watched};
+use reload::{ControlLoop, RestartOnly, Watched};
 use rotation::Rotations;
+use services::{ProcessState, Services};
 
 /// The admin door serves a kubelet, a scraper and a person, and none of them for long.
 const ADMIN_CONNECTIONS: usize = 256;
@@ -52,10 +52,10 @@ pub struct App {
     addresses: Addresses,
     doors: [Door; 3],
     limits: [Arc<ArcSwap<Limits>>; 3],
-    front: Arc<ArcSwap<Front>>,
-    lasting: Lasting,
+    services: Arc<ArcSwap<Services>>,
+    process: ProcessState,
     background: Background,
-    fixed: Fixed,
+    fixed: RestartOnly,
     rotations: Rotations,
     watched: Option<Watched>,
     asked: mpsc::Receiver<Asked>,
@@ -122,13 +122,13 @@ impl App {
         let [proxy, login, admin] = &doors;
         let addresses = Addresses { proxy: proxy.addresses(), login: login.addresses(), admin: admin.addresses() };
         let (reloader, asked) = Reloader::new();
-        let lasting = Lasting {
+        let process = ProcessState {
             keeper,
             store: store.clone(),
             rotation: rotations.watch(),
             metrics,
             clock,
-            desk: Arc::new(Desk::open(store.clone()).await),
+            desk: Arc::new(PendingLogins::open(store.clone()).await),
             log,
             stage: watch::Sender::new(Stage::Starting),
             quit: CancellationToken::new(),
@@ -142,9 +142,9 @@ impl App {
             request_ids: Arc::default(),
             proxy: addresses.proxy.first().copied(),
         };
-        let (limits, fixed) = ([proxy.limits(), login.limits(), admin.limits()], Fixed::of(&config));
-        let front = Arc::new(ArcSwap::from_pointee(Front::new(config, lwa, &lasting)?));
-        Ok(Self { addresses, doors, limits, front, lasting, background, fixed, rotations, watched: None, asked })
+        let (limits, fixed) = ([proxy.limits(), login.limits(), admin.limits()], RestartOnly::of(&config));
+        let services = Arc::new(ArcSwap::from_pointee(Services::new(config, lwa, &process)?));
+        Ok(Self { addresses, doors, limits, services, process, background, fixed, rotations, watched: None, asked })
     }
 
     /// Makes it read `sources` again when it is asked to, and when one of their files changes.
@@ -155,7 +155,7 @@ impl App {
 
     /// Asks it, once it runs, to read its configuration again.
     pub fn reloader(&self) -> Reloader {
-        self.lasting.reloader.clone()
+        self.process.reloader.clone()
     }
 
     /// Where the doors listen.
@@ -166,59 +166,59 @@ impl App {
     /// Serves until `stop`, then drains: not ready at once, new connections for `shutdown.accept`, what is in flight for
     /// at most `shutdown.drain`; then every token call and every write comes to its end.
     pub async fn run(self, stop: impl Future<Output = ()>) -> Result<(), StoreError> {
-        let Self { addresses, doors: [proxy, login, admin], limits, front, lasting, background, .. } = self;
+        let Self { addresses, doors: [proxy, login, admin], limits, services, process, background, .. } = self;
         let Self { fixed, mut rotations, watched, asked, .. } = self;
         let mut helpers = JoinSet::new();
         // Before anybody can ask for it; where there is a grant to be tried first, callers have that one meanwhile.
-        let adopting = adopt_configured(lasting.keeper.clone());
-        match lasting.keeper.status(&UserId::default()).state {
+        let adopting = adopt_configured(process.keeper.clone());
+        match process.keeper.status(&UserId::default()).state {
             State::None => adopting.await,
             _ => drop(helpers.spawn(adopting)),
         }
         helpers.spawn(background.run());
-        helpers.spawn(finish_leftover_logins(front.clone()));
-        let (desk, clock) = (lasting.desk.clone(), lasting.clock.clone());
+        helpers.spawn(finish_leftover_logins(services.clone()));
+        let (desk, clock) = (process.desk.clone(), process.clock.clone());
         helpers.spawn(async move { desk.keep(&clock).await });
-        helpers.spawn(tend(front.clone()));
+        helpers.spawn(tend(services.clone()));
         let (phase, admin_phase) = (watch::Sender::new(Phase::Open), watch::Sender::new(Phase::Open));
         let mut served = JoinSet::new();
-        let inside = front.clone();
+        let inside = services.clone();
         served
             .spawn(proxy.run(move |request, peer| inside.load().proxy.clone().serve(request, peer), phase.subscribe()));
-        let inside = front.clone();
+        let inside = services.clone();
         served.spawn(login.run(move |request, peer| serve_login(inside.load_full(), request, peer), phase.subscribe()));
-        let inside = front.clone();
+        let inside = services.clone();
         helpers.spawn(
             admin.run(move |request, peer| serve_admin(inside.load_full(), request, peer), admin_phase.subscribe()),
         );
-        lasting.stage.send_replace(Stage::Serving);
+        process.stage.send_replace(Stage::Serving);
         let Addresses { proxy, login, admin } = &addresses;
         tracing::info!(?proxy, ?login, ?admin, version = env!("CARGO_PKG_VERSION"), "serving");
 
         rotations.resume().await;
-        let (inside, told) = (front.clone(), Dropped::default());
-        let mut reloads = Reloads { watched, asked, fixed, rotations, front: inside, limits, lasting, told };
+        let (inside, told) = (services.clone(), Dropped::default());
+        let mut reloads = ControlLoop { watched, asked, fixed, rotations, services: inside, limits, process, told };
         tokio::select! {
             () = stop => {}
             () = reloads.run() => {}
         }
-        let lasting = reloads.lasting;
+        let process = reloads.process;
         tracing::info!("draining");
-        lasting.stage.send_replace(Stage::Draining);
-        phase.send_replace(Phase::Leaving);
-        let shutdown = front.load().shutdown;
+        process.stage.send_replace(Stage::Draining);
+        phase.send_replace(Phase::Draining);
+        let shutdown = services.load().shutdown;
         tokio::time::sleep(shutdown.accept).await;
         phase.send_replace(Phase::Closed);
         let drained = async { while served.join_next().await.is_some() {} };
         if tokio::time::timeout(shutdown.drain, drained).await.is_err() {
             tracing::warn!("calls were still in flight after shutdown.drain and are broken off");
         }
-        if tokio::time::timeout(SETTLE, lasting.keeper.settle()).await.is_err() {
+        if tokio::time::timeout(SETTLE, process.keeper.settle()).await.is_err() {
             tracing::error!("a token call or a write was still in flight and is given up");
         }
         helpers.shutdown().await;
-        lasting.desk.write_begun().await;
-        let closed = lasting.store.close().await;
+        process.desk.write_begun().await;
+        let closed = process.store.close().await;
         tracing::info!("stopped");
         closed
     }
@@ -233,7 +233,7 @@ async fn bind(config: &Config) -> Result<[Door; 3], BuildError> {
         "Every connection that proxy.max_connections allows is busy.",
         "Try again after the time in Retry-After, keep connections open, or raise proxy.max_connections.",
     );
-    let words = LastWords { late, overloaded: overloaded.retry_after(Duration::from_secs(1)).raw() };
+    let words = CannedResponses { late, overloaded: overloaded.retry_after(Duration::from_secs(1)).raw() };
     let [proxy, login, admin] = limits_of_doors(config.limits);
     Ok([
         Door::bind(&config.proxy_listen, config.proxy_listen_default, config.socket_mode, proxy, words.clone()).await?,
@@ -247,17 +247,17 @@ fn limits_of_doors(limits: Limits) -> [Limits; 3] {
 }
 
 /// Closes connections to Amazon that have idled too long, for as long as it runs.
-async fn tend(front: Arc<ArcSwap<Front>>) {
+async fn tend(services: Arc<ArcSwap<Services>>) {
     loop {
-        let upstream = front.load().upstream.clone();
+        let upstream = services.load().upstream.clone();
         tokio::time::sleep(upstream.prune()).await;
     }
 }
 
 /// Finishes logins that other processes left, each time with the login settings that are in force then.
-async fn finish_leftover_logins(front: Arc<ArcSwap<Front>>) {
+async fn finish_leftover_logins(services: Arc<ArcSwap<Services>>) {
     loop {
-        let login = front.load().login.login.clone();
+        let login = services.load().login.login.clone();
         let Some(interval) = login.finish_leftovers().await else { return };
         tokio::time::sleep(interval).await;
     }
@@ -269,12 +269,12 @@ async fn adopt_configured(keeper: TokenManager) {
     }
 }
 
-async fn serve_login(front: Arc<Front>, request: Request<Incoming>, peer: Peer) -> Response<Full<Bytes>> {
-    front.login.serve_callback(&front.login_guard, request, peer).await
+async fn serve_login(services: Arc<Services>, request: Request<Incoming>, peer: Peer) -> Response<Full<Bytes>> {
+    services.login.serve_callback(&services.login_guard, request, peer).await
 }
 
-async fn serve_admin(front: Arc<Front>, request: Request<Incoming>, peer: Peer) -> Response<Full<Bytes>> {
-    front.admin.serve(request, peer).await
+async fn serve_admin(services: Arc<Services>, request: Request<Incoming>, peer: Peer) -> Response<Full<Bytes>> {
+    services.admin.serve(request, peer).await
 }
 
 /// Says what was found in the store.

@@ -9,8 +9,8 @@ use std::time::Duration;
 use arc_swap::ArcSwap;
 use tokio::sync::mpsc;
 
-use super::front::{Front, Lasting};
 use super::rotation::Rotations;
+use super::services::{ProcessState, Services};
 use super::{adopt_configured, keyring, limits_of_doors};
 use crate::auth::lwa::Lwa;
 use crate::config::{self, Config, Sources};
@@ -23,25 +23,25 @@ use crate::telemetry::log::{Dropped, LogHandle};
 const LOOK_EVERY: Duration = Duration::from_secs(2);
 
 /// What reads the configuration again while the doors serve.
-pub(super) struct Reloads {
+pub(super) struct ControlLoop {
     pub(super) watched: Option<Watched>,
     pub(super) asked: mpsc::Receiver<Asked>,
-    pub(super) fixed: Fixed,
+    pub(super) fixed: RestartOnly,
     pub(super) rotations: Rotations,
-    pub(super) front: Arc<ArcSwap<Front>>,
+    pub(super) services: Arc<ArcSwap<Services>>,
     pub(super) limits: [Arc<ArcSwap<Limits>>; 3],
-    pub(super) lasting: Lasting,
+    pub(super) process: ProcessState,
     /// Missing lines that the log has told of.
     pub(super) told: Dropped,
 }
 
-impl Reloads {
+impl ControlLoop {
     /// Returns when somebody asks the process to quit.
     pub(super) async fn run(&mut self) {
         let mut look = tokio::time::interval(LOOK_EVERY);
         loop {
             tokio::select! {
-                () = self.lasting.quit.cancelled() => return,
+                () = self.process.quit.cancelled() => return,
                 // Whoever asked may have gone meanwhile.
                 Some(asked) = self.asked.recv() => match asked {
                     Asked::Reload(answer) => drop(answer.send(self.reload())),
@@ -61,7 +61,7 @@ impl Reloads {
 
     /// Says in the log, once it can, that lines are missing from it.
     fn tell_dropped(&mut self) {
-        let dropped = self.lasting.log.as_ref().map(LogHandle::dropped).unwrap_or_default();
+        let dropped = self.process.log.as_ref().map(LogHandle::dropped).unwrap_or_default();
         if dropped != self.told {
             let (flood, sink) = (dropped.flood - self.told.flood, dropped.sink - self.told.sink);
             self.told = dropped;
@@ -71,8 +71,8 @@ impl Reloads {
 
     fn reload(&mut self) -> Result<(), String> {
         let reloaded = self.take_over();
-        let now = self.lasting.clock.now().as_duration().as_secs_f64();
-        self.lasting.metrics.reloaded(now, reloaded.is_ok());
+        let now = self.process.clock.now().as_duration().as_secs_f64();
+        self.process.metrics.reloaded(now, reloaded.is_ok());
         match &reloaded {
             Ok(()) => tracing::info!("the configuration was read again and is in use"),
             Err(error) => tracing::error!(%error, "the configuration was read again and refused: all of the old stays"),
@@ -93,7 +93,7 @@ impl Reloads {
                  the same store.fernet_keys. An environment variable is read at the start alone: use a file, or restart it"
             ));
         }
-        self.lasting.store.rekey(keyring).await.map_err(|error| error.to_string())?;
+        self.process.store.rekey(keyring).await.map_err(|error| error.to_string())?;
         self.fixed.takes_keys_of(&config);
         self.rotations.begin(first).await.map_err(|error| error.to_string())?;
         // With the old keys it was refused whole. What comes of it is logged, and a metric.
@@ -107,18 +107,18 @@ impl Reloads {
         needs_restart(&self.fixed, &config)?;
         let lwa = Lwa::new(config.lwa.clone())?;
         let (keeper, metrics, limits, log) = (config.keeper.clone(), config.metrics, config.limits, config.log);
-        let front = Front::new(config, lwa.clone(), &self.lasting).map_err(|error| error.to_string())?;
+        let services = Services::new(config, lwa.clone(), &self.process).map_err(|error| error.to_string())?;
         // Nothing fails from here on.
-        self.front.store(Arc::new(front));
+        self.services.store(Arc::new(services));
         for (door, limits) in self.limits.iter().zip(limits_of_doors(limits)) {
             door.store(Arc::new(limits));
         }
-        if let Some(running) = &self.lasting.log {
+        if let Some(running) = &self.process.log {
             running.reconfigure(log);
         }
-        self.lasting.metrics.reconfigure(metrics);
-        self.lasting.keeper.reconfigure(keeper, lwa);
-        tokio::spawn(adopt_configured(self.lasting.keeper.clone()));
+        self.process.metrics.reconfigure(metrics);
+        self.process.keeper.reconfigure(keeper, lwa);
+        tokio::spawn(adopt_configured(self.process.keeper.clone()));
         Ok(())
     }
 }
@@ -126,11 +126,11 @@ impl Reloads {
 /// The files of a configuration, as they were when it was last read.
 pub(super) struct Watched {
     sources: Sources,
-    seen: Vec<(PathBuf, Option<Stamp>)>,
+    seen: Vec<(PathBuf, Option<FileVersion>)>,
 }
 
 /// Which file a path leads to, and which content, without reading it.
-type Stamp = (u64, u64, i64, i64, u64);
+type FileVersion = (u64, u64, i64, i64, u64);
 
 impl Watched {
     pub(super) fn new(sources: Sources) -> Self {
@@ -157,14 +157,14 @@ impl Watched {
     }
 }
 
-fn stamp_of(path: &PathBuf) -> Option<Stamp> {
+fn stamp_of(path: &PathBuf) -> Option<FileVersion> {
     let stamp = |meta: Metadata| (meta.dev(), meta.ino(), meta.mtime(), meta.mtime_nsec(), meta.size());
     std::fs::metadata(path).ok().map(stamp)
 }
 
 /// The keys of `new` that need a restart to differ from those of `old`.
-fn needs_restart(old: &Fixed, new: &Config) -> Result<(), String> {
-    let new = Fixed::of(new);
+fn needs_restart(old: &RestartOnly, new: &Config) -> Result<(), String> {
+    let new = RestartOnly::of(new);
     let differing: Vec<_> =
         old.0.iter().zip(&new.0).filter(|(old, new)| old != new).map(|((key, _), _)| *key).collect();
     if differing.is_empty() {
@@ -180,9 +180,9 @@ fn needs_restart(old: &Fixed, new: &Config) -> Result<(), String> {
 const KEYS: &str = "store.fernet_keys";
 
 /// What cannot change while the process runs. The keys are compared by a hash, so that no second copy of them is kept.
-pub(super) struct Fixed([(&'static str, String); 8]);
+pub(super) struct RestartOnly([(&'static str, String); 8]);
 
-impl Fixed {
+impl RestartOnly {
     pub(super) fn of(config: &Config) -> Self {
         Self([
             ("proxy.listen", format!("{:?}", config.proxy_listen)),

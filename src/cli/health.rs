@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use http::Method;
 use tokio::signal::unix::{SignalKind, signal};
 
-use super::{Failed, ask, block_on, print};
+use super::{Failed, block_on, client, print};
 use crate::config::Config;
 
 /// How often `wait` asks.
@@ -43,7 +43,7 @@ async fn until_ready(config: &Config, timeout: Duration) -> Result<(), Failed> {
 
 async fn probe(config: &Config, ready: bool) -> Result<String, Failed> {
     let path = if ready { "/readyz" } else { "/livez" };
-    let (status, body) = ask::ask(&config.admin_listen, Method::GET, path, &[]).await?;
+    let (status, body) = client::request(&config.admin_listen, Method::GET, path, &[]).await?;
     let text = String::from_utf8_lossy(&body).into_owned();
     if status.is_success() { Ok(text) } else { Err(Failed::because(text.trim_end())) }
 }

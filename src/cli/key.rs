@@ -8,7 +8,7 @@ use clap::Subcommand;
 use http::{Method, StatusCode};
 use serde::Deserialize;
 
-use super::{Exit, Failed, ask, block_on, print};
+use super::{Exit, Failed, block_on, client, print};
 use crate::app;
 use crate::config::Config;
 use crate::store::keyring::Keyring;
@@ -90,7 +90,7 @@ async fn rotate_running(config: &Config, first: &str) -> Result<(usize, usize), 
 }
 
 async fn ask_for_rotation(config: &Config, method: Method, path: &str) -> Result<Progress, Failed> {
-    let (status, body) = ask::ask(&config.admin_listen, method, path, &ask::caller_token(config)).await?;
+    let (status, body) = client::request(&config.admin_listen, method, path, &client::caller_token(config)).await?;
     serde_json::from_slice(&body).map_err(|_| {
         let document: serde_json::Value = serde_json::from_slice(&body).unwrap_or_default();
         let said = |member: &str| document[member].as_str().unwrap_or_default().to_owned();

@@ -1,6 +1,6 @@
 //! The commands: one file each, or two lines here.
 
-mod ask;
+mod client;
 mod health;
 mod key;
 mod process;

@@ -35,7 +35,7 @@ async fn serve(config: Config, sources: Sources, log: LogHandle) -> Result<(), F
     let stop = asked_to_stop(log.clone())?;
     let mut hangup = signal(SignalKind::hangup()).map_err(Failed::because)?;
     if std::process::id() == 1 {
-        tokio::spawn(bury_orphans()?);
+        tokio::spawn(reap_children()?);
     }
     let app = App::build(config, Clock::system(), Some(log)).await?.reloading(sources);
     let reloader = app.reloader();
@@ -51,7 +51,7 @@ async fn serve(config: Config, sources: Sources, log: LogHandle) -> Result<(), F
 
 /// Process 1 inherits every process in its container whose parent has gone, such as what `kubectl exec` left behind. It has
 /// no children of its own, so whoever ends is one of those.
-fn bury_orphans() -> Result<impl Future<Output = ()>, Failed> {
+fn reap_children() -> Result<impl Future<Output = ()>, Failed> {
     let mut ended = signal(SignalKind::child()).map_err(Failed::because)?;
     Ok(async move {
         while ended.recv().await.is_some() {

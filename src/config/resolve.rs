@@ -14,7 +14,7 @@ use super::sources::Merged;
 use super::{Config, Environment, FernetKeys, Shutdown};
 use crate::auth::{login, lwa, tokens};
 use crate::domain::account::Region;
-use crate::domain::grant::{Policy, RefreshToken};
+use crate::domain::grant::{RefreshPolicy, RefreshToken};
 use crate::domain::policy::{self, Allow, Mode, Rules};
 use crate::inbound::{admin, admission, proxy};
 use crate::server::Listen;
@@ -52,7 +52,7 @@ pub(super) fn resolve(merged: &Merged, problems: Vec<Problem>) -> Result<Config,
     let lwa = lwa(read, environment);
     let proxy = proxy(read, &lwa);
     let (proxy_listen, proxy_listen_default) = door(read, "proxy.listen", &PROXY_LISTEN);
-    let login_listen = login_door(read);
+    let login_listen = oauth(read);
     let (admin_listen, admin_listen_default) = door(read, "admin.listen", &ADMIN_LISTEN);
     let (login, frontend_origin) = login(read, environment, !login_listen.is_empty());
     let guard = guard(read, frontend_origin);
@@ -244,7 +244,7 @@ fn fernet_keys(read: &mut Reader<'_>, environment: Environment) -> FernetKeys {
 fn keeper(read: &mut Reader<'_>) -> tokens::Settings {
     let adopt = read.secret("amazon.refresh_token").and_then(|secret| RefreshToken::new(secret).ok());
     // Amazon's access tokens live for an hour: who renews them 50 minutes ahead already renews without a pause.
-    let policy = Policy {
+    let policy = RefreshPolicy {
         margin: read.duration("refresh.margin", 5 * MINUTE, 10 * SECOND..=30 * MINUTE),
         ahead: read.duration("refresh.ahead", 15 * MINUTE, 10 * SECOND..=50 * MINUTE),
         idle_after: read.duration("refresh.idle_after", 7 * DAY, MINUTE..=365 * DAY),
@@ -311,7 +311,7 @@ fn door(read: &mut Reader<'_>, key: &str, default: &[&str]) -> (Vec<Listen>, boo
     (listens, !given)
 }
 
-fn login_door(read: &mut Reader<'_>) -> Vec<Listen> {
+fn oauth(read: &mut Reader<'_>) -> Vec<Listen> {
     if unless(read, "login.listen", "off") { door(read, "login.listen", &[]).0 } else { Vec::new() }
 }
 

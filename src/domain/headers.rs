@@ -13,7 +13,7 @@ use crate::domain::api_families::{ClientId, EXCLUSIVE, Family, context_of};
 
 /// What is attached to a call.
 #[derive(Clone, Copy, Debug)]
-pub struct Attach<'a> {
+pub struct UpstreamHeaders<'a> {
     /// The path's family.
     pub family: &'static Family,
     /// The host that is called; `None` where the protocol carries it elsewhere (HTTP/2's `:authority`).
@@ -29,21 +29,21 @@ pub struct Attach<'a> {
 }
 
 /// The headers that Amazon sees, from those that the caller sent.
-pub fn to_amazon(caller: &HeaderMap, attach: Attach<'_>) -> HeaderMap {
+pub fn to_amazon(caller: &HeaderMap, attach: UpstreamHeaders<'_>) -> HeaderMap {
     let mut out = HeaderMap::with_capacity(caller.len() + 8);
     let named = NamedByConnection::of(caller);
     let mut present = Contexts::default();
     let mut caller_names_client_id = None;
     for (name, value) in caller {
         match fate(name.as_str()) {
-            Fate::Drop => continue,
-            Fate::ClientId(spelling) => caller_names_client_id = Some(spelling),
+            HeaderAction::Drop => continue,
+            HeaderAction::ClientId(spelling) => caller_names_client_id = Some(spelling),
             _ if named.holds(name) => continue,
-            Fate::Context(context) => {
+            HeaderAction::Context(context) => {
                 present.insert(context);
                 out.append(name, value.clone());
             }
-            Fate::Pass => {
+            HeaderAction::Pass => {
                 out.append(name, value.clone());
             }
         }
@@ -115,32 +115,34 @@ fn stays_behind(name: &str) -> bool {
 
 /// What happens to a header of the caller.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Fate {
+enum HeaderAction {
     Pass,
     Drop,
     Context(Context),
     ClientId(ClientId),
 }
 
-fn fate(name: &str) -> Fate {
+fn fate(name: &str) -> HeaderAction {
     if name.contains('_') {
         // Some servers read `_` as `-`, so a twin of a managed header would speak for it.
         return match fate(&name.replace('_', "-")) {
-            Fate::Pass => Fate::Pass,
-            _ => Fate::Drop,
+            HeaderAction::Pass => HeaderAction::Pass,
+            _ => HeaderAction::Drop,
         };
     }
     match name {
         "connection" | "keep-alive" | "te" | "trailer" | "transfer-encoding" | "upgrade" | "http2-settings" => {
-            Fate::Drop
+            HeaderAction::Drop
         }
         // `Proxy` is the header that CGI turns into the variable HTTP_PROXY.
-        "proxy" | "host" | "content-length" | "expect" | "authorization" => Fate::Drop,
-        "cookie" | "origin" | "referer" | "forwarded" => Fate::Drop,
-        "amazon-advertising-api-clientid" => Fate::ClientId(ClientId::Api),
-        "amazon-ads-clientid" => Fate::ClientId(ClientId::Ads),
-        _ if ["proxy-", "sec-", "x-forwarded-", "x-ads-"].iter().any(|prefix| name.starts_with(prefix)) => Fate::Drop,
-        _ => context_of(name).map_or(Fate::Pass, Fate::Context),
+        "proxy" | "host" | "content-length" | "expect" | "authorization" => HeaderAction::Drop,
+        "cookie" | "origin" | "referer" | "forwarded" => HeaderAction::Drop,
+        "amazon-advertising-api-clientid" => HeaderAction::ClientId(ClientId::Api),
+        "amazon-ads-clientid" => HeaderAction::ClientId(ClientId::Ads),
+        _ if ["proxy-", "sec-", "x-forwarded-", "x-ads-"].iter().any(|prefix| name.starts_with(prefix)) => {
+            HeaderAction::Drop
+        }
+        _ => context_of(name).map_or(HeaderAction::Pass, HeaderAction::Context),
     }
 }
 
@@ -235,7 +237,7 @@ mod tests {
         let ids = ids(account);
         to_amazon(
             &map(caller),
-            Attach {
+            UpstreamHeaders {
                 family: family(path),
                 host: Some(&HeaderValue::from_static("advertising-api.amazon.com")),
                 bearer: &HeaderValue::from_static("Bearer Atza|ours"),
@@ -402,7 +404,7 @@ mod tests {
     fn without_the_accounts_ids_none_is_attached() {
         let out = to_amazon(
             &HeaderMap::new(),
-            Attach {
+            UpstreamHeaders {
                 family: family("/sp/x"),
                 host: None,
                 bearer: &HeaderValue::from_static("Bearer x"),
@@ -462,7 +464,7 @@ mod tests {
                 }).collect();
                 caller.append(name.parse::<HeaderName>().unwrap(), HeaderValue::from_static("theirs"));
             }
-            let out = to_amazon(&caller, Attach {
+            let out = to_amazon(&caller, UpstreamHeaders {
                 family: family("/v2/profiles"),
                 host: Some(&HeaderValue::from_static("ours")),
                 bearer: &HeaderValue::from_static("ours"),

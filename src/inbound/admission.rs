@@ -36,7 +36,7 @@ const SEC_FETCH_SITE: HeaderName = HeaderName::from_static("sec-fetch-site");
 
 /// The guard of all doors.
 #[derive(Clone, Debug)]
-pub struct Guard(Settings);
+pub struct Admission(Settings);
 
 /// Why a request is refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -75,7 +75,7 @@ impl Refusal {
     }
 }
 
-impl Guard {
+impl Admission {
     /// A guard with these rules.
     pub fn new(settings: Settings) -> Self {
         Self(settings)
@@ -277,8 +277,8 @@ mod tests {
         Peer::Tcp(SocketAddr::from(([127, 0, 0, 1], 9)))
     }
 
-    fn guard() -> Guard {
-        Guard::new(Settings {
+    fn guard() -> Admission {
+        Admission::new(Settings {
             allowed_hosts: vec!["ads.internal".into()],
             caller_tokens: Vec::new(),
             frontend_origin: Some("https://app.example.com".into()),
@@ -364,7 +364,7 @@ mod tests {
         for fine in [Peer::Unix(Some(1000)), Peer::Unix(Some(1001)), tcp()] {
             assert_eq!(guard().peer(fine), Ok(()), "{fine:?}");
         }
-        assert_eq!(Guard::new(Settings::default()).peer(Peer::Unix(None)), Ok(()), "nobody limits it");
+        assert_eq!(Admission::new(Settings::default()).peer(Peer::Unix(None)), Ok(()), "nobody limits it");
     }
 
     #[test]
@@ -435,8 +435,10 @@ mod tests {
 
     #[test]
     fn the_caller_token_is_taken_in_four_ways_and_no_other() {
-        let guard =
-            Guard::new(Settings { caller_tokens: vec![Secret::new("one"), Secret::new("two")], ..Settings::default() });
+        let guard = Admission::new(Settings {
+            caller_tokens: vec![Secret::new("one"), Secret::new("two")],
+            ..Settings::default()
+        });
         let ask = |headers: &[(&str, &str)]| guard.caller(&parts("/", headers).headers);
         let basic = format!("Basic {}", BASE64_STANDARD.encode("ads:two"));
         for bad in [
@@ -460,10 +462,10 @@ mod tests {
 
     #[test]
     fn a_caller_token_is_known_shown_and_asked_for_only_where_it_is_one() {
-        let none = Guard::new(Settings::default());
+        let none = Admission::new(Settings::default());
         assert!(!none.asks_for_token() && !none.knows(b"") && !none.knows(b"one"));
         let tokens = vec![Secret::new("one"), Secret::new("two"), Secret::new("one")];
-        let guard = Guard::new(Settings { caller_tokens: tokens, ..Settings::default() });
+        let guard = Admission::new(Settings { caller_tokens: tokens, ..Settings::default() });
         assert!(guard.asks_for_token() && guard.knows(b"one") && guard.knows(b"two"));
         assert!(!guard.knows(b"") && !guard.knows(b"three"));
         let shown = |headers: &[(&str, &str)]| guard.shown(&parts("/", headers).headers);

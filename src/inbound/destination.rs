@@ -16,7 +16,7 @@ const PREFIX: &str = "/a/";
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Target {
     /// Whom the caller means.
-    pub of: Of,
+    pub of: Destination,
     /// The account in the path's prefix.
     pub account: Option<String>,
     /// Path and query as they leave for Amazon.
@@ -25,9 +25,9 @@ pub struct Target {
 
 /// Whom a target names.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Of {
+pub enum Destination {
     /// Us: the origin form, or the absolute form with our own authority.
-    Us,
+    Local,
     /// The Ads host of a region.
     Ads(Region),
     /// A host of Login with Amazon.
@@ -49,7 +49,7 @@ impl Target {
     /// Reads a request's target. `is_ours` tells whether an authority is our own.
     pub fn read(uri: &Uri, is_ours: impl Fn(&str) -> bool) -> Result<Self, BadTarget> {
         let of = match (uri.scheme_str(), uri.authority()) {
-            (None, None) => Of::Us,
+            (None, None) => Destination::Local,
             (Some("http" | "https"), Some(authority)) => host_of(authority.as_str(), is_ours)?,
             (Some(_), _) => return Err(BadTarget::Form("the scheme of an absolute target is http or https")),
             (None, Some(_)) => return Err(BadTarget::Form("only CONNECT takes an authority as its target")),
@@ -62,7 +62,7 @@ impl Target {
         if !text.starts_with('/') {
             return Err(BadTarget::Form("a target begins with /"));
         }
-        let Some(prefixed) = text.strip_prefix(PREFIX).filter(|_| of == Of::Us) else {
+        let Some(prefixed) = text.strip_prefix(PREFIX).filter(|_| of == Destination::Local) else {
             return Ok(Self { of, account: None, path_and_query });
         };
         let end = prefixed.find(['/', '?']).unwrap_or(prefixed.len());
@@ -81,22 +81,22 @@ impl Target {
 }
 
 /// Port none, 80 or 443 for Amazon's hosts; our own authority with any port.
-fn host_of(authority: &str, is_ours: impl Fn(&str) -> bool) -> Result<Of, BadTarget> {
+fn host_of(authority: &str, is_ours: impl Fn(&str) -> bool) -> Result<Destination, BadTarget> {
     if is_ours(authority) {
-        return Ok(Of::Us);
+        return Ok(Destination::Local);
     }
     let host = authority.strip_suffix(":80").or_else(|| authority.strip_suffix(":443")).unwrap_or(authority);
     amazon_host(host).ok_or(BadTarget::Foreign)
 }
 
 /// Which of Amazon's hosts `host` is, in any letter case.
-pub fn amazon_host(host: &str) -> Option<Of> {
-    let ads = Region::ALL.into_iter().find(|region| host.eq_ignore_ascii_case(region.ads_host())).map(Of::Ads);
+pub fn amazon_host(host: &str) -> Option<Destination> {
+    let ads = Region::ALL.into_iter().find(|region| host.eq_ignore_ascii_case(region.ads_host())).map(Destination::Ads);
     ads.or_else(|| {
         let is_token_host = |region: &Region| {
             region.token_url().split('/').nth(2).is_some_and(|token_host| host.eq_ignore_ascii_case(token_host))
         };
-        Region::ALL.iter().any(is_token_host).then_some(Of::Lwa)
+        Region::ALL.iter().any(is_token_host).then_some(Destination::Lwa)
     })
 }
 
@@ -140,11 +140,11 @@ mod tests {
 
     #[test]
     fn an_absolute_target_names_its_region() {
-        assert_eq!(read("http://advertising-api-eu.amazon.com/v2/profiles").unwrap().of, Of::Ads(Region::Eu));
-        assert_eq!(read("https://ADVERTISING-API.amazon.com:443/x?y").unwrap().of, Of::Ads(Region::Na));
+        assert_eq!(read("http://advertising-api-eu.amazon.com/v2/profiles").unwrap().of, Destination::Ads(Region::Eu));
+        assert_eq!(read("https://ADVERTISING-API.amazon.com:443/x?y").unwrap().of, Destination::Ads(Region::Na));
         assert_eq!(read("http://advertising-api-fe.amazon.com:80//x").unwrap().path_and_query, "//x");
-        assert_eq!(read("http://api.amazon.co.uk/auth/o2/token").unwrap().of, Of::Lwa);
-        assert_eq!(read("http://localhost:8001/v2/profiles").unwrap().of, Of::Us);
+        assert_eq!(read("http://api.amazon.co.uk/auth/o2/token").unwrap().of, Destination::Lwa);
+        assert_eq!(read("http://localhost:8001/v2/profiles").unwrap().of, Destination::Local);
         assert_eq!(leaves("http://advertising-api.amazon.com"), "/");
     }
 

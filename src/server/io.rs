@@ -9,7 +9,7 @@ use bytes::Bytes;
 use http_body::{Body, Frame, SizeHint};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use super::connections::{Activity, Busy};
+use super::registry::{Activity, Busy};
 
 /// A socket that tells when bytes come, and when it takes none.
 #[derive(Debug)]
@@ -140,7 +140,7 @@ mod tests {
     use futures_util::task::{ArcWake, waker};
     use http_body_util::Full;
 
-    use super::super::connections::Connections;
+    use super::super::registry::Connections;
     use super::*;
 
     struct Woken(std::sync::atomic::AtomicBool);

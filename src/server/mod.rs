@@ -5,8 +5,8 @@
 //! come to its end is answered with 408, a connection that has idled too long is closed, one whose caller takes nothing of
 //! its answer is reset, and at the cap on connections the one that has idled longest makes room.
 
-mod connections;
-mod conversation;
+mod registry;
+mod connection;
 mod head;
 mod io;
 
@@ -25,8 +25,8 @@ use hyper::body::Incoming;
 use tokio::net::{TcpListener, UnixListener, UnixSocket};
 use tokio::sync::watch;
 
-use connections::Connections;
-use conversation::{converse, end};
+use connection::{converse, end};
+use registry::Connections;
 
 /// Where a door listens.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -77,7 +77,7 @@ pub enum Peer {
 
 /// What is said to who gets no answer of a request's own, as HTTP/1.1.
 #[derive(Clone, Debug)]
-pub struct LastWords {
+pub struct CannedResponses {
     /// The head did not come to its end in time.
     pub late: Bytes,
     /// There is no room for one more connection.
@@ -89,7 +89,7 @@ pub struct LastWords {
 pub struct Door {
     listeners: Vec<Listener>,
     limits: Arc<ArcSwap<Limits>>,
-    words: LastWords,
+    words: CannedResponses,
     connections: Arc<Connections>,
 }
 
@@ -107,7 +107,7 @@ pub enum Phase {
     #[default]
     Open,
     /// New connections are still taken, but each answer says `Connection: close`.
-    Leaving,
+    Draining,
     /// No new connections.
     Closed,
 }
@@ -120,7 +120,7 @@ impl Door {
         ipv6_if_any: bool,
         socket_mode: u32,
         limits: Limits,
-        words: LastWords,
+        words: CannedResponses,
     ) -> Result<Self> {
         let mut listeners = Vec::new();
         for address in listen {
@@ -173,7 +173,7 @@ impl Door {
             tasks.spawn(accept(listener, limits.clone(), host.clone(), phase.clone()));
         }
         // The sender going away means the same as being told to close.
-        let _ = phase.wait_for(|phase| *phase >= Phase::Leaving).await;
+        let _ = phase.wait_for(|phase| *phase >= Phase::Draining).await;
         connections.leave();
         let _ = phase.wait_for(|phase| *phase == Phase::Closed).await;
         while tasks.join_next().await.is_some() {}
@@ -268,7 +268,7 @@ async fn accept<H, F, B>(
 struct Host<H> {
     handler: H,
     connections: Arc<Connections>,
-    words: LastWords,
+    words: CannedResponses,
 }
 
 enum Stream {

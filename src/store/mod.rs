@@ -42,7 +42,7 @@ use crate::domain::secret::Secret;
 use crate::store::keyring::{Fingerprint, Keyring};
 use crate::store::stored_grant::RecordError;
 
-mod copies;
+mod mirror;
 pub mod keyring;
 pub mod stored_grant;
 mod database;
@@ -90,7 +90,7 @@ pub struct Opened {
     pub recovered: Option<PathBuf>,
     /// How many users came from copies because the database did not have them.
     pub restored: usize,
-    /// Copies that were wanted and do not open. They are kept.
+    /// Mirror that were wanted and do not open. They are kept.
     pub unusable_copies: Vec<PathBuf>,
     /// The volume is full, so that sled does not open: the users come from the copies, and nothing can be written until
     /// there is space. Each operation tries again. Holds the reason.

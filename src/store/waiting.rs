@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use super::copies::Copies;
+use super::mirror::Mirror;
 use super::{StoreError, files};
 use crate::domain::account::UserId;
 use crate::domain::grant::Grant;
@@ -58,7 +58,7 @@ impl Waiting {
     }
 }
 
-impl Copies {
+impl Mirror {
     /// Puts a grant that waits on disk.
     pub(super) fn keep_waiting(&self, waiting: &Waiting, keyring: &Keyring) -> Result<(), StoreError> {
         files::replace(&self.waiting_path(&waiting.id), waiting.seal(keyring).as_bytes())

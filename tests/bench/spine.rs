@@ -7,8 +7,8 @@ use adsidecar::config::{self, Sources};
 use adsidecar::domain::account::{Context, Ids};
 use adsidecar::domain::api_families::family;
 use adsidecar::domain::clock::Clock;
-use adsidecar::domain::headers::{Attach, to_amazon, to_caller};
-use adsidecar::inbound::admission::{Guard, Settings};
+use adsidecar::domain::headers::{UpstreamHeaders, to_amazon, to_caller};
+use adsidecar::inbound::admission::{Admission, Settings};
 use adsidecar::inbound::request_id::RequestIds;
 use adsidecar::server::Peer;
 use divan::{Bencher, black_box};
@@ -45,7 +45,7 @@ fn find_the_family(path: &str) -> &'static str {
 
 #[divan::bench]
 fn admit(bencher: Bencher<'_, '_>) {
-    let (guard, call) = (Guard::new(Settings::default()), call());
+    let (guard, call) = (Admission::new(Settings::default()), call());
     bencher.bench_local(|| guard.admit(black_box(&call), Peer::Unix(None)).is_ok());
 }
 
@@ -62,7 +62,7 @@ fn headers_for_amazon(bencher: Bencher<'_, '_>) {
     let bearer = HeaderValue::from_str(&format!("Bearer Atza|{}", "A".repeat(350))).unwrap();
     let (client_id, host) =
         (HeaderValue::from_static("amzn1.x"), HeaderValue::from_static("advertising-api.amazon.com"));
-    let attach = Attach {
+    let attach = UpstreamHeaders {
         family: family("/sp/campaigns/list"),
         host: Some(&host),
         bearer: &bearer,

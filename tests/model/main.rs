@@ -1,6 +1,6 @@
 //! Logout against refresh against a new login, in every order that a scheduler finds.
 //!
-//! The code that decides is the product's own: `src/keeper/entry.rs` is compiled here a second time, over shuttle's
+//! The code that decides is the product's own: `src/keeper/user_state.rs` is compiled here a second time, over shuttle's
 //! primitives in place of tokio's, and with it `GrantState` and `LiveGrant`. Around it stand, in as few lines as possible, the disk and
 //! the three who change a grant, in the order in which the keeper does it: take the turn, look, write the disk, publish.
 //! `SCHEDULES` says how many orders are tried (a short run without it), `SEED` with which the random ones begin;
@@ -21,8 +21,8 @@ macro_rules! fail_point {
     ($($point:tt)*) => {};
 }
 
-#[path = "../../src/auth/tokens/entry.rs"]
-mod entry;
+#[path = "../../src/auth/tokens/user_state.rs"]
+mod user_state;
 mod sync;
 
 use std::sync::Arc;
@@ -30,13 +30,13 @@ use std::time::Duration;
 
 use account::UserId;
 use clock_reading::ClockReading;
-use entry::Entry;
 use grant::{Access, AccessToken, Grant, GrantState, LiveGrant, Outcome, RefreshToken};
 use jiff::{SignedDuration, Timestamp};
 use shuttle::future::block_on;
 use shuttle::scheduler::{PctScheduler, RandomScheduler, Scheduler};
 use shuttle::sync::Mutex;
 use shuttle::{Config, FailurePersistence, Runner, thread};
+use user_state::UserState;
 
 /// What the disk holds of the user: the refresh token and its generation. As the store, it takes a change for an expected
 /// generation only where that one is stored.
@@ -63,7 +63,7 @@ impl Disk {
 }
 
 struct World {
-    entry: Entry,
+    entry: UserState,
     disk: Disk,
     /// What Amazon's user did last, which is what must be true in the end: logged out, or logged in with this grant.
     wanted: Mutex<Option<String>>,
@@ -144,7 +144,7 @@ async fn log_in(world: &World, refresh: &str) {
 /// One user with a grant, two renewals, a logout and a login, all at once.
 fn race() {
     let user: UserId = "anna".parse().unwrap();
-    let entry = Entry::new(user, Some(grant("old")), now(), Duration::ZERO);
+    let entry = UserState::new(user, Some(grant("old")), now(), Duration::ZERO);
     let disk = Disk(Mutex::new(Some(("old".to_owned(), 1))));
     let world = Arc::new(World { entry, disk, wanted: Mutex::new(Some("old".to_owned())) });
     let run = |work: fn(&World)| {

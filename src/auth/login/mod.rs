@@ -1,10 +1,10 @@
-//! Begin and finish a login: the authorization code grant (RFC 6749, section 4.1) with PKCE (RFC 7636).
+//! LoginStarted and finish a login: the authorization code grant (RFC 6749, section 4.1) with PKCE (RFC 7636).
 //!
 //! A state is 256 random bits, kept as its hash, good for ten minutes and for one callback: it is taken out before the
 //! code is exchanged. A login that a browser began is bound to that browser by a cookie (RFC 9700, section 4.7). Both what
-//! has begun and what waits survive a restart: see [`Desk`].
+//! has begun and what waits survive a restart: see [`PendingLogins`].
 
-mod desk;
+mod pending_logins;
 pub mod same_identity;
 
 use std::sync::Arc;
@@ -24,8 +24,8 @@ use crate::domain::clock::Clock;
 use crate::domain::grant::{Access, Grant, Tokens};
 use crate::domain::secret::Secret;
 use crate::store::{StoreError, Waiting};
-use desk::{Begun, hash};
-pub use desk::{Desk, TEN_MINUTES};
+use pending_logins::{Begun, hash};
+pub use pending_logins::{PendingLogins, TEN_MINUTES};
 
 /// What a login needs to know beside the LWA client.
 #[derive(Clone, Debug)]
@@ -53,12 +53,12 @@ struct Inner {
     keeper: TokenManager,
     identity: Identity,
     clock: Clock,
-    desk: Arc<Desk>,
+    desk: Arc<PendingLogins>,
 }
 
 /// What a caller asks for.
 #[derive(Clone, Debug)]
-pub struct Wish {
+pub struct LoginRequest {
     /// For whom.
     pub user: UserId,
     /// Whose consent page.
@@ -73,7 +73,7 @@ pub struct Wish {
 
 /// A login that has begun.
 #[derive(Debug)]
-pub struct Begin {
+pub struct LoginStarted {
     /// Where to send the user.
     pub auth_url: Url,
     /// The state in it.
@@ -84,7 +84,7 @@ pub struct Begin {
 
 /// Why a login does not begin.
 #[derive(Debug, thiserror::Error)]
-pub enum NotBegun {
+pub enum BeginError {
     /// The consent page has no URL.
     #[error(transparent)]
     Page(#[from] url::ParseError),
@@ -98,16 +98,16 @@ pub enum NotBegun {
 
 /// How a login ended well.
 #[derive(Debug)]
-pub enum Ended {
+pub enum LoginOutcome {
     /// The grant is in use.
     Stored(Box<Status>),
     /// The grant waits for the app's confirmation under this one-time id.
     Pending(Secret),
 }
 
-/// How a login ended badly; [`Trouble::code`] is the callback's `error`.
+/// How a login ended badly; [`LoginFailure::code`] is the callback's `error`.
 #[derive(Debug)]
-pub enum Trouble {
+pub enum LoginFailure {
     /// Amazon's own error, mapped to the fixed list.
     Amazon(&'static str),
     /// No such state, or no longer, or not this browser's.
@@ -118,7 +118,7 @@ pub enum Trouble {
     Identity,
 }
 
-impl Trouble {
+impl LoginFailure {
     /// One of the contract's list.
     pub fn code(&self) -> &'static str {
         match self {
@@ -149,7 +149,7 @@ impl Login {
         keeper: TokenManager,
         identity: Identity,
         clock: Clock,
-        desk: Arc<Desk>,
+        desk: Arc<PendingLogins>,
     ) -> Self {
         Self(Arc::new(Inner { settings, lwa, keeper, identity, clock, desk }))
     }
@@ -180,7 +180,7 @@ impl Login {
     }
 
     /// Begins a login.
-    pub async fn begin(&self, wish: Wish) -> Result<Begin, NotBegun> {
+    pub async fn begin(&self, wish: LoginRequest) -> Result<LoginStarted, BeginError> {
         let (state, verifier) = (random(), random());
         let challenge = BASE64_URL_SAFE_NO_PAD.encode(Sha256::digest(verifier.as_bytes()));
         let auth_url = self.0.lwa.authorize_url(wish.region, &state, &challenge)?;
@@ -194,7 +194,7 @@ impl Login {
         };
         self.0.desk.begin(&state, begun, &self.0.clock).await?;
         let cookie = cookie.map(|(name, value)| (name, Secret::new(value)));
-        Ok(Begin { auth_url, state: Secret::new(state), cookie })
+        Ok(LoginStarted { auth_url, state: Secret::new(state), cookie })
     }
 
     /// Finishes a login with what Amazon sent back. `cookie` gives the request's cookie of a name. Beside the end comes
@@ -203,25 +203,25 @@ impl Login {
         &self,
         callback: Callback,
         cookie: impl FnOnce(&str) -> Option<String>,
-    ) -> (Result<Ended, Trouble>, Option<String>) {
+    ) -> (Result<LoginOutcome, LoginFailure>, Option<String>) {
         let now = self.0.clock.now();
         let begun = match self.0.desk.take_begun(callback.state.expose(), now).await {
             Ok(Some(begun)) => begun,
-            Ok(None) => return (Err(Trouble::State), None),
+            Ok(None) => return (Err(LoginFailure::State), None),
             Err(error) => {
                 tracing::error!(%error, "the store does not answer: the login has to begin again");
-                return (Err(Trouble::Amazon("temporarily_unavailable")), None);
+                return (Err(LoginFailure::Amazon("temporarily_unavailable")), None);
             }
         };
         let bound = begun.cookie.as_deref().is_none_or(|wanted| {
             cookie(&cookie_name(callback.state.expose())).is_some_and(|value| hash(&value) == wanted)
         });
         if !bound {
-            return (Err(Trouble::State), None);
+            return (Err(LoginFailure::State), None);
         }
         let return_to = begun.return_to.clone();
         let ended = match callback.answer {
-            Err(error) => Err(Trouble::Amazon(known_error(&error))),
+            Err(error) => Err(LoginFailure::Amazon(known_error(&error))),
             // A code is good for one exchange: a browser that goes away in the middle of it must not lose the grant.
             Ok(code) => {
                 let login = self.clone();
@@ -232,33 +232,33 @@ impl Login {
         (ended, return_to)
     }
 
-    async fn exchange(&self, code: &Secret, begun: Begun, scope: Option<String>) -> Result<Ended, Trouble> {
+    async fn exchange(&self, code: &Secret, begun: Begun, scope: Option<String>) -> Result<LoginOutcome, LoginFailure> {
         let Begun { user, verifier, replace, cookie, .. } = begun;
         let asked_at = self.0.clock.now();
         let tokens = self.0.lwa.exchange(code, &verifier).await.map_err(|error| {
             tracing::warn!(%user, %error, "the code was not exchanged");
-            Trouble::Exchange
+            LoginFailure::Exchange
         })?;
         let grant = granted(tokens, scope, asked_at).ok_or_else(|| {
             tracing::warn!(%user, "the code was exchanged, but the answer held no refresh token");
-            Trouble::Exchange
+            LoginFailure::Exchange
         })?;
         self.warn_of_missing_scopes(&user, &grant);
         let (id, confirm) = (random(), cookie.is_none() && self.0.settings.confirm);
         let waiting = Waiting { id: hash(&id), user, since: self.0.clock.now(), replace, confirm, grant };
         self.0.desk.put_down(&waiting).await;
         match self.conclude(waiting).await? {
-            Some(status) => Ok(Ended::Stored(Box::new(status))),
-            None => Ok(Ended::Pending(Secret::new(id))),
+            Some(status) => Ok(LoginOutcome::Stored(Box::new(status))),
+            None => Ok(LoginOutcome::Pending(Secret::new(id))),
         }
     }
 
     /// What becomes of a grant that was put down: it is refused, taken into use, or waits for its confirmation.
-    async fn conclude(&self, waiting: Waiting) -> Result<Option<Status>, Trouble> {
+    async fn conclude(&self, waiting: Waiting) -> Result<Option<Status>, LoginFailure> {
         if !waiting.replace && self.is_of_another(&waiting).await {
             self.0.desk.clear(&waiting.id).await;
             tracing::warn!(user = %waiting.user, "another Amazon identity logged in for this user and was refused");
-            return Err(Trouble::Identity);
+            return Err(LoginFailure::Identity);
         }
         if waiting.confirm {
             self.0.desk.wait(waiting, self.0.clock.now()).await;

@@ -12,7 +12,7 @@ use serde::Deserialize;
 
 use crate::domain::account::Region;
 use crate::domain::api_families::family;
-use crate::domain::headers::{Attach, to_amazon};
+use crate::domain::headers::{UpstreamHeaders, to_amazon};
 use crate::upstream::{RequestBody, Reuse, Upstream};
 
 /// Needs neither a scope nor an account ("Profiles", Amazon Ads API).
@@ -59,7 +59,7 @@ impl Identity {
     }
 
     async fn profiles_in(&self, region: Region, bearer: &HeaderValue) -> Option<Vec<String>> {
-        let attach = Attach {
+        let attach = UpstreamHeaders {
             family: family(PROFILES),
             host: Some(self.upstream.authority(region)),
             bearer,

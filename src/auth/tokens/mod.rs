@@ -6,16 +6,16 @@
 //!
 //! The hot path, [`TokenManager::bearer`] with a token that has enough of its life left, takes no lock that a renewal holds.
 
-mod agenda;
-mod change;
-mod clocks;
-mod configured;
-mod entry;
-mod flight;
-mod intents;
-mod outage;
-mod report;
-mod shared;
+mod scheduler;
+mod adopt_forget;
+mod clock_skew;
+mod bootstrap;
+mod user_state;
+mod refresh_task;
+mod refresh_journal;
+mod client_circuit;
+mod status;
+mod coordination;
 mod sync;
 
 use std::collections::HashMap;
@@ -33,22 +33,22 @@ use tokio_util::task::TaskTracker;
 use crate::auth::lwa::Lwa;
 use crate::domain::account::UserId;
 use crate::domain::clock::Clock;
-use crate::domain::grant::{Grant, GrantState, Policy, RefreshToken, Remedy};
+use crate::domain::grant::{Grant, GrantState, RefreshPolicy, RefreshToken, Remedy};
 use crate::store::{StoreError, TokenStore};
 use crate::telemetry::metrics::Metrics;
-use agenda::Agenda;
-use configured::ADOPTED;
-use entry::{Entry, Writing};
-use flight::Why;
-use intents::Intents;
-use outage::Outage;
-pub use report::Status;
+use bootstrap::ADOPTED;
+use client_circuit::ClientCircuit;
+use refresh_journal::RefreshJournal;
+use refresh_task::RefreshReason;
+use scheduler::Scheduler;
+pub use status::Status;
+use user_state::{UserState, Writing};
 
 /// When tokens are renewed (contract, section 5).
 #[derive(Clone, Debug)]
 pub struct Settings {
     /// `refresh.margin`, `refresh.ahead`, `refresh.idle_after`.
-    pub policy: Policy,
+    pub policy: RefreshPolicy,
     /// `refresh.sweep`: how often all users are looked at, so that none is missed.
     pub sweep: Duration,
     /// `refresh.concurrency`: background renewals at once.
@@ -84,20 +84,20 @@ struct Inner {
     lwa: ArcSwap<Lwa>,
     clock: Clock,
     metrics: Arc<Metrics>,
-    users: RwLock<HashMap<UserId, Arc<Entry>>>,
+    users: RwLock<HashMap<UserId, Arc<UserState>>>,
     /// Users whose schedule changed.
-    agenda: mpsc::UnboundedSender<Arc<Entry>>,
+    scheduler: mpsc::UnboundedSender<Arc<UserState>>,
     /// Flights, so that a shutdown waits for them.
     flights: TaskTracker,
     /// Grants that are newer in memory than on disk.
     unsaved: AtomicUsize,
-    outage: Outage,
-    intents: Intents,
+    circuit: ClientCircuit,
+    journal: RefreshJournal,
     /// The uptime in seconds from which on the next answer of the Ads API is asked for its date.
     listen_at: AtomicI64,
 }
 
-/// Why there is no token for a caller.
+/// RefreshReason there is no token for a caller.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum TokenError {
     /// The user has no usable grant.
@@ -107,7 +107,7 @@ pub enum TokenError {
     },
     /// There is a grant, and no living token could be had.
     Unavailable {
-        /// Why the last renewal failed.
+        /// RefreshReason the last renewal failed.
         code: &'static str,
         /// Whose turn it is.
         remedy: Remedy,
@@ -120,7 +120,7 @@ pub enum TokenError {
 #[derive(Debug)]
 pub struct Background {
     keeper: TokenManager,
-    agenda: Agenda,
+    scheduler: Scheduler,
 }
 
 impl TokenManager {
@@ -133,12 +133,13 @@ impl TokenManager {
         clock: Clock,
         metrics: Arc<Metrics>,
     ) -> (Self, Background) {
-        let (agenda, changes) = mpsc::unbounded_channel();
+        let (scheduler, changes) = mpsc::unbounded_channel();
         let grants: Vec<_> = grants.into_iter().collect();
         // One user is not kept waiting; a thousand do not ask Login with Amazon all at once.
         let others = u32::try_from(grants.len().saturating_sub(1)).unwrap_or(u32::MAX);
         let (now, spread) = (clock.moment(), SPREAD_EACH.saturating_mul(others).min(SPREAD_MAX));
-        let entry = |(user, grant): (UserId, _)| (user.clone(), Arc::new(Entry::new(user, Some(grant), now, spread)));
+        let entry =
+            |(user, grant): (UserId, _)| (user.clone(), Arc::new(UserState::new(user, Some(grant), now, spread)));
         let keeper = Self(Arc::new(Inner {
             users: RwLock::new(grants.into_iter().map(entry).collect()),
             settings: ArcSwap::from_pointee(settings),
@@ -146,15 +147,15 @@ impl TokenManager {
             lwa: ArcSwap::from_pointee(lwa),
             clock,
             metrics,
-            agenda,
+            scheduler,
             flights: TaskTracker::new(),
             unsaved: AtomicUsize::new(0),
-            outage: Outage::default(),
-            intents: Intents::default(),
+            circuit: ClientCircuit::default(),
+            journal: RefreshJournal::default(),
             listen_at: AtomicI64::new(i64::MIN),
         }));
-        let agenda = Agenda::new(changes);
-        (keeper.clone(), Background { keeper, agenda })
+        let scheduler = Scheduler::new(changes);
+        (keeper.clone(), Background { keeper, scheduler })
     }
 
     /// `Bearer <token>` for a call on behalf of `user`, renewed first if need be.
@@ -173,7 +174,7 @@ impl TokenManager {
     }
 
     /// The slow half of [`bearer`](Self::bearer): little or nothing is left of the token's life.
-    async fn renewed_bearer(&self, entry: &Arc<Entry>) -> Result<HeaderValue, TokenError> {
+    async fn renewed_bearer(&self, entry: &Arc<UserState>) -> Result<HeaderValue, TokenError> {
         let begun = Instant::now();
         let mut looked = false;
         loop {
@@ -185,7 +186,7 @@ impl TokenManager {
                 if enough || begun.elapsed() >= WAIT_LIVING {
                     return Ok(access.bearer().clone());
                 }
-                self.fly(entry, Why::OnDemand);
+                self.fly(entry, RefreshReason::OnDemand);
                 let _ = timeout_at(begun + WAIT_LIVING, changed.wait()).await;
                 continue;
             }
@@ -208,7 +209,7 @@ impl TokenManager {
                     }
                 }
                 _ => {
-                    self.fly(entry, Why::OnDemand);
+                    self.fly(entry, RefreshReason::OnDemand);
                     if timeout_at(begun + WAIT_DEAD, changed.wait()).await.is_err() {
                         return Err(TokenError::Unavailable {
                             code: "timeout",
@@ -223,7 +224,7 @@ impl TokenManager {
 
     /// Amazon refused `bearer` though it lives: a different token to try with, or `None` where there is none to be had,
     /// and Amazon's answer stands. One forced refresh serves all who ask while it runs.
-    pub async fn distrust(&self, user: &UserId, bearer: &HeaderValue) -> Option<HeaderValue> {
+    pub async fn invalidate(&self, user: &UserId, bearer: &HeaderValue) -> Option<HeaderValue> {
         let entry = self.entry(user)?;
         let until = Instant::now() + WAIT_DEAD;
         loop {
@@ -231,7 +232,7 @@ impl TokenManager {
             if let Some(other) = self.other_than(&entry, bearer) {
                 return Some(other);
             }
-            let fly = || self.fly(&entry, Why::Distrusted(bearer.clone()));
+            let fly = || self.fly(&entry, RefreshReason::Distrusted(bearer.clone()));
             // A flight that was under way may end without a token call: then it is this caller's turn.
             if !entry.force(self.0.clock.moment(), FORCED_SPACING, fly)
                 || timeout_at(until, changed.wait()).await.is_err()
@@ -241,7 +242,7 @@ impl TokenManager {
         }
     }
 
-    fn other_than(&self, entry: &Entry, bearer: &HeaderValue) -> Option<HeaderValue> {
+    fn other_than(&self, entry: &UserState, bearer: &HeaderValue) -> Option<HeaderValue> {
         let held = entry.held();
         let access = held.living(self.0.clock.moment())?;
         Some(access.bearer()).filter(|living| *living != bearer).cloned()
@@ -262,7 +263,7 @@ impl TokenManager {
         }
         let changed = entry.changed();
         if !entry.held().backs_off(self.0.clock.moment()) {
-            self.fly(&entry, Why::Asked);
+            self.fly(&entry, RefreshReason::Manual);
             let _ = timeout(WAIT_DEAD, changed.wait()).await;
         }
         match &**entry.held() {
@@ -292,11 +293,11 @@ impl TokenManager {
         self.0.settings.store(Arc::new(settings));
         self.0.lwa.store(Arc::new(lwa));
         // Perhaps the client secret was wrong, and is right now.
-        self.0.outage.forget();
+        self.0.circuit.forget();
         for entry in self.entries() {
             entry.try_again(self.0.clock.moment());
             // The background is gone only when the process is about to be.
-            let _ = self.0.agenda.send(entry);
+            let _ = self.0.scheduler.send(entry);
         }
     }
 
@@ -308,10 +309,10 @@ impl TokenManager {
     }
 
     /// Makes `held` what everybody sees, and plans its next renewal. Wakes nobody: see [`Writing::publish`].
-    fn publish(&self, entry: &Arc<Entry>, write: &Writing<'_>, held: GrantState) {
+    fn publish(&self, entry: &Arc<UserState>, write: &Writing<'_>, held: GrantState) {
         write.publish(held);
         // The background is gone only when the process is about to be.
-        let _ = self.0.agenda.send(entry.clone());
+        let _ = self.0.scheduler.send(entry.clone());
     }
 
     async fn timed<T>(
@@ -330,26 +331,26 @@ impl TokenManager {
         result
     }
 
-    fn policy(&self) -> Policy {
+    fn policy(&self) -> RefreshPolicy {
         self.0.settings.load().policy
     }
 
-    fn entry(&self, user: &UserId) -> Option<Arc<Entry>> {
+    fn entry(&self, user: &UserId) -> Option<Arc<UserState>> {
         self.0.users.read().unwrap_or_else(PoisonError::into_inner).get(user).cloned()
     }
 
     /// Entries are never removed: a flight that ends after a logout and a new login must find the same one.
-    fn entry_or_new(&self, user: &UserId) -> Arc<Entry> {
+    fn entry_or_new(&self, user: &UserId) -> Arc<UserState> {
         let mut users = self.0.users.write().unwrap_or_else(PoisonError::into_inner);
         users.entry(user.clone()).or_insert_with(|| Arc::new(self.blank(user))).clone()
     }
 
     /// The entry of a user of whom nothing is known.
-    fn blank(&self, user: &UserId) -> Entry {
-        Entry::new(user.clone(), None, self.0.clock.moment(), Duration::ZERO)
+    fn blank(&self, user: &UserId) -> UserState {
+        UserState::new(user.clone(), None, self.0.clock.moment(), Duration::ZERO)
     }
 
-    fn entries(&self) -> Vec<Arc<Entry>> {
+    fn entries(&self) -> Vec<Arc<UserState>> {
         self.0.users.read().unwrap_or_else(PoisonError::into_inner).values().cloned().collect()
     }
 }
@@ -358,10 +359,10 @@ impl Background {
     /// Renews tokens before anybody needs them, for as long as it runs, and notices when a store that failed works again.
     pub async fn run(self) {
         if self.keeper.0.store.shared().is_some() {
-            tokio::join!(self.agenda.run(&self.keeper), self.keeper.follow());
+            tokio::join!(self.scheduler.run(&self.keeper), self.keeper.follow());
         } else {
             self.keeper.look_for_interrupted().await;
-            tokio::join!(self.agenda.run(&self.keeper), self.keeper.watch_store());
+            tokio::join!(self.scheduler.run(&self.keeper), self.keeper.watch_store());
         }
     }
 }

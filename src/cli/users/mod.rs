@@ -1,6 +1,6 @@
 //! `adsidecar users`.
 
-mod one;
+mod single_user;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -11,7 +11,7 @@ use http::Method;
 use jiff::Timestamp;
 use serde_json::Value;
 
-use super::{Failed, ask, block_on, print, read};
+use super::{Failed, block_on, client, print, read};
 use crate::app;
 use crate::auth::lwa::Lwa;
 use crate::config::Config;
@@ -63,9 +63,9 @@ pub(super) enum Users {
 pub(super) fn run(command: Users, config: Config) -> Result<(), Failed> {
     match command {
         Users::List => list(&config),
-        Users::Show { user } => one::show(&config, &user),
-        Users::Export { user, records } => one::export(&config, &user, records),
-        Users::Forget { user } => one::forget(&config, &user),
+        Users::Show { user } => single_user::show(&config, &user),
+        Users::Export { user, records } => single_user::export(&config, &user, records),
+        Users::Forget { user } => single_user::forget(&config, &user),
         Users::Import { user, records, offline, replace } => {
             let lwa = if offline { None } else { Some(Lwa::new(config.lwa.clone()).map_err(Failed::because)?) };
             match records {
@@ -96,13 +96,13 @@ fn list(config: &Config) -> Result<(), Failed> {
 }
 
 fn list_of_running(config: &Config) -> Result<(), Failed> {
-    let headers = ask::caller_token(config);
+    let headers = client::caller_token(config);
     let mut after = String::new();
     let mut lines = String::new();
     loop {
         let name: String = url::form_urlencoded::byte_serialize(after.as_bytes()).collect();
         let path = format!("/api/auth/amazon/status?after={name}");
-        let (status, body) = block_on(ask::ask(&config.proxy_listen, Method::GET, &path, &headers))??;
+        let (status, body) = block_on(client::request(&config.proxy_listen, Method::GET, &path, &headers))??;
         let answer: Value = serde_json::from_slice(&body).unwrap_or_default();
         let Some(users) = answer["users"].as_array() else {
             return Err(Failed::because(format!("the running sidecar answered {status} to the status request")));

@@ -1,7 +1,7 @@
 //! Tokens and what is known about one user's grant. Everything that decides about time is pure: [`GrantState::next`],
 //! [`GrantState::due`], [`GrantState::state`].
 
-mod held;
+mod state;
 
 use std::time::Duration;
 
@@ -9,8 +9,8 @@ use http::HeaderValue;
 use jiff::{SignedDuration, Timestamp};
 
 use crate::domain::secret::Secret;
-pub(crate) use held::backoff;
-pub use held::{Failure, GrantState, LiveGrant, Outcome, Policy, Remedy, STORE_UNAVAILABLE, State};
+pub(crate) use state::backoff;
+pub use state::{Failure, GrantState, LiveGrant, Outcome, RefreshPolicy, Remedy, STORE_UNAVAILABLE, State};
 
 /// Longest token accepted, in bytes. LWA's access tokens are at most 2,048 ("Access tokens", Login with Amazon).
 const MAX_TOKEN: usize = 4096;

@@ -16,7 +16,7 @@ use url::Url;
 
 use crate::auth::tokens::TokenManager;
 use crate::domain::clock::Clock;
-use crate::inbound::admission::{Guard, Navigable, Refusal};
+use crate::inbound::admission::{Admission, Navigable, Refusal};
 use crate::inbound::problem::{Code, Problem};
 use crate::inbound::request_id::{REQUEST_ID, RequestIds};
 use crate::server::Peer;
@@ -49,7 +49,7 @@ pub enum Stage {
 
 /// Serves the admin door.
 pub struct Admin {
-    pub(crate) guard: Guard,
+    pub(crate) guard: Admission,
     pub(crate) keeper: TokenManager,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) stage: tokio::sync::watch::Receiver<Stage>,

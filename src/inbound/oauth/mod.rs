@@ -1,9 +1,9 @@
 //! The OAuth endpoints, `/api/auth/amazon/*`, and the token shim, as HTTP.
 
-mod answers;
+mod responses;
 mod endpoint;
 mod pages;
-mod shim;
+mod token_endpoint;
 
 use std::sync::Arc;
 
@@ -16,21 +16,21 @@ use http_body_util::Full;
 use hyper::body::Incoming;
 use serde_json::json;
 
-use crate::auth::login::{Callback, Ended, Login, NotBegun, TEN_MINUTES, Trouble, Wish};
+use crate::auth::login::{BeginError, Callback, Login, LoginFailure, LoginOutcome, LoginRequest, TEN_MINUTES};
 use crate::auth::tokens::{Status, TokenError, TokenManager};
 use crate::domain::account::{Region, UserId};
 use crate::domain::grant::STORE_UNAVAILABLE;
 use crate::domain::headers::ERROR;
 use crate::domain::secret::Secret;
-use crate::inbound::admission::{Guard, Refusal};
-use crate::inbound::destination::Of;
+use crate::inbound::admission::{Admission, Refusal};
+use crate::inbound::destination::Destination;
 use crate::inbound::problem::{Code, Problem};
 use crate::inbound::request_id::{REQUEST_ID, RequestIds};
 use crate::server::Peer;
 use crate::store::StoreError;
-use answers::{cookie_of, cors, json, prefers_html, preflight, private, redirect};
 pub use endpoint::Endpoint;
 use endpoint::{Query, Users};
+use responses::{cookie_of, cors, json, prefers_html, preflight, private, redirect};
 
 type Answer = Response<Full<Bytes>>;
 
@@ -44,10 +44,10 @@ const PAGE: usize = 1000;
 
 /// Serves the OAuth endpoints.
 #[derive(Debug)]
-pub struct LoginDoor {
+pub struct OauthEndpoints {
     pub(crate) login: Login,
     pub(crate) keeper: TokenManager,
-    pub(crate) guard: Guard,
+    pub(crate) guard: Admission,
     /// Whose consent page is shown, where the login does not say.
     pub(crate) region: Region,
     pub(crate) token_shim: bool,
@@ -85,14 +85,14 @@ impl From<Refusal> for LoginError {
     }
 }
 
-impl LoginDoor {
+impl OauthEndpoints {
     /// Answers a request on the login door, where there is the callback and nothing else.
-    pub async fn serve_callback(&self, guard: &Guard, request: Request<Incoming>, peer: Peer) -> Answer {
+    pub async fn serve_callback(&self, guard: &Admission, request: Request<Incoming>, peer: Peer) -> Answer {
         let (parts, body) = request.into_parts();
         let answer = async {
             let target = guard.admit(&parts, peer)?;
             match Endpoint::of(target.path()) {
-                Some(Endpoint::Callback) if target.of == Of::Us && target.account.is_none() => {
+                Some(Endpoint::Callback) if target.of == Destination::Local && target.account.is_none() => {
                     Box::pin(self.answer(Endpoint::Callback, &parts, body)).await
                 }
                 _ => Err(LoginError::NotFound),
@@ -104,20 +104,20 @@ impl LoginDoor {
             error.problem(|user| self.login_url(&parts.headers, user)).respond(id.to_str().unwrap_or_default())
         });
         answer.headers_mut().insert(REQUEST_ID, id);
-        self.dress(Endpoint::Callback, &parts.headers, answer.headers_mut());
+        self.add_common_headers(Endpoint::Callback, &parts.headers, answer.headers_mut());
         answer
     }
 
     /// Gives an answer of `endpoint`, a refusal too, the headers that all of them carry: without the CORS headers a page
     /// could not read why it was refused.
-    pub fn dress(&self, endpoint: Endpoint, request: &HeaderMap, answer: &mut HeaderMap) {
+    pub fn add_common_headers(&self, endpoint: Endpoint, request: &HeaderMap, answer: &mut HeaderMap) {
         if let Ok(Some(origin)) = self.guard.browser(request, endpoint.navigable()) {
             cors(answer, origin);
         }
         private(answer);
     }
 
-    /// Answers a request to `endpoint`. Its caller [dresses](Self::dress) the answer.
+    /// Answers a request to `endpoint`. Its caller [dresses](Self::add_common_headers) the answer.
     pub async fn answer(&self, endpoint: Endpoint, parts: &Parts, body: Incoming) -> Result<Answer, LoginError> {
         let origin = self.guard.browser(&parts.headers, endpoint.navigable())?;
         if endpoint != Endpoint::Callback && endpoint != Endpoint::Shim {
@@ -151,7 +151,7 @@ impl LoginDoor {
             Endpoint::Logout => self.logout(&query.user()?).await,
             Endpoint::User => self.logout(&endpoint::user_in(parts.uri.path())?).await,
             Endpoint::Confirm => self.confirm(&query, &parts.headers).await,
-            Endpoint::Shim => shim::answer(&self.guard, &parts.headers, &query, body).await,
+            Endpoint::Shim => token_endpoint::answer(&self.guard, &parts.headers, &query, body).await,
             Endpoint::Unknown => Err(LoginError::NotFound),
         }
     }
@@ -168,11 +168,11 @@ impl LoginDoor {
         let replace = query.flag("replace")?;
         let navigation = headers.get("sec-fetch-mode").is_some_and(|mode| mode == "navigate") || prefers_html(headers);
         let by_browser = navigation || headers.contains_key(http::header::ORIGIN);
-        let wish = Wish { user: query.user()?, region, return_to, replace, by_browser };
+        let wish = LoginRequest { user: query.user()?, region, return_to, replace, by_browser };
         let begin = self.login.begin(wish).await.map_err(|error| match error {
-            NotBegun::Page(_) => parameter("region", "one whose consent page is a URL"),
-            NotBegun::TooMany(wait) => LoginError::TooMany(wait),
-            NotBegun::Store(error) => LoginError::Store(error),
+            BeginError::Page(_) => parameter("region", "one whose consent page is a URL"),
+            BeginError::TooMany(wait) => LoginError::TooMany(wait),
+            BeginError::Store(error) => LoginError::Store(error),
         })?;
         let mut answer = if query.flag("redirect")? || navigation {
             redirect(begin.auth_url.as_str())
@@ -194,7 +194,7 @@ impl LoginDoor {
     async fn callback(&self, query: &Query, headers: &HeaderMap) -> Result<Answer, LoginError> {
         let (ended, return_to) = match callback(query)? {
             Some(callback) => self.login.finish(callback, |name| cookie_of(headers, name)).await,
-            None => (Err(Trouble::State), None),
+            None => (Err(LoginFailure::State), None),
         };
         if let Err(trouble) = &ended {
             tracing::info!(code = trouble.code(), "a login ended without a grant");
@@ -206,13 +206,15 @@ impl LoginDoor {
             return Ok(pages::result(&ended));
         }
         Ok(match ended {
-            Ok(Ended::Stored(status)) => json(
+            Ok(LoginOutcome::Stored(status)) => json(
                 StatusCode::OK,
                 &json!({ "status": "success", "user_id": status.user_id, "expires_at": status.expires_at }),
             ),
-            Ok(Ended::Pending(grant)) => json(StatusCode::OK, &json!({ "status": "pending", "grant": grant.expose() })),
-            Err(Trouble::State) => return Err(LoginError::State(pages::say(&Trouble::State))),
-            Err(Trouble::Identity) => return Err(LoginError::Identity),
+            Ok(LoginOutcome::Pending(grant)) => {
+                json(StatusCode::OK, &json!({ "status": "pending", "grant": grant.expose() }))
+            }
+            Err(LoginFailure::State) => return Err(LoginError::State(pages::say(&LoginFailure::State))),
+            Err(LoginFailure::Identity) => return Err(LoginError::Identity),
             Err(trouble) => {
                 let mut answer = json(pages::status(&trouble), &pages::document(&trouble));
                 answer.headers_mut().insert(ERROR, HeaderValue::from_static(trouble.code()));
@@ -221,14 +223,14 @@ impl LoginDoor {
         })
     }
 
-    fn back_to_frontend(&self, ended: &Result<Ended, Trouble>, return_to: Option<&str>) -> String {
+    fn back_to_frontend(&self, ended: &Result<LoginOutcome, LoginFailure>, return_to: Option<&str>) -> String {
         let url = return_to.and_then(|path| self.login.return_url(path));
         let Some(mut url) = url.or_else(|| self.login.frontend_url().cloned()) else { return String::new() };
         match ended {
-            Ok(Ended::Stored(status)) => {
+            Ok(LoginOutcome::Stored(status)) => {
                 url.query_pairs_mut().append_pair("status", "success").append_pair("user_id", status.user_id.as_str());
             }
-            Ok(Ended::Pending(grant)) => {
+            Ok(LoginOutcome::Pending(grant)) => {
                 url.query_pairs_mut().append_pair("status", "pending").append_pair("grant", grant.expose());
             }
             Err(trouble) => {
@@ -313,7 +315,7 @@ impl LoginError {
             Self::TooMany(wait) => Problem::new(
                 Code::Throttled,
                 "Too many logins began just now, and were not finished.",
-                "Begin one login per person, and try again after the time in Retry-After.",
+                "LoginStarted one login per person, and try again after the time in Retry-After.",
             )
             .retry_after(wait),
             Self::Store(_) => Problem::new(
@@ -324,10 +326,10 @@ impl LoginError {
             .retry_after(std::time::Duration::from_secs(1)),
             Self::Identity => Problem::new(
                 Code::IdentityChanged,
-                pages::say(&Trouble::Identity),
+                pages::say(&LoginFailure::Identity),
                 "Sign in as the same Amazon user, or begin the login with replace=true.",
             ),
-            Self::State(detail) => Problem::new(Code::StateInvalid, detail, "Begin the login again."),
+            Self::State(detail) => Problem::new(Code::StateInvalid, detail, "LoginStarted the login again."),
         }
     }
 }

@@ -8,7 +8,7 @@ use maud::{DOCTYPE, html};
 use serde_json::{Value, json};
 
 use super::Answer;
-use crate::auth::login::{Ended, Trouble};
+use crate::auth::login::{LoginFailure, LoginOutcome};
 use crate::domain::headers::ERROR;
 
 /// Nothing is loaded, run, framed or sent from the page.
@@ -17,13 +17,13 @@ const STYLE: &str =
     "body{font:16px/1.5 system-ui,sans-serif;max-width:34rem;margin:15vh auto;padding:0 1rem}h1{font-size:1.4rem}";
 
 /// The page that tells how a login ended. Nothing of the query is in it but the checked user id.
-pub(super) fn result(ended: &Result<Ended, Trouble>) -> Answer {
+pub(super) fn result(ended: &Result<LoginOutcome, LoginFailure>) -> Answer {
     let (title, text) = match ended {
-        Ok(Ended::Stored(status)) => (
+        Ok(LoginOutcome::Stored(status)) => (
             "Connected to Amazon Ads",
             format!("The grant of user {} is stored. You can close this page.", status.user_id),
         ),
-        Ok(Ended::Pending(_)) => {
+        Ok(LoginOutcome::Pending(_)) => {
             ("Almost there", "The grant waits for the app to confirm it. You can close this page.".to_owned())
         }
         Err(trouble) => ("Not connected", say(trouble).to_owned()),
@@ -47,32 +47,34 @@ pub(super) fn result(ended: &Result<Ended, Trouble>) -> Answer {
 }
 
 /// The same for a program.
-pub(super) fn document(trouble: &Trouble) -> Value {
+pub(super) fn document(trouble: &LoginFailure) -> Value {
     json!({ "status": "error", "error": trouble.code(), "code": trouble.code(), "detail": say(trouble) })
 }
 
 /// The caller's fault, or LWA's, or the store's.
-pub(super) fn status(trouble: &Trouble) -> StatusCode {
+pub(super) fn status(trouble: &LoginFailure) -> StatusCode {
     match trouble {
-        Trouble::Amazon(_) | Trouble::State => StatusCode::BAD_REQUEST,
-        Trouble::Identity => StatusCode::CONFLICT,
-        Trouble::Exchange => StatusCode::BAD_GATEWAY,
+        LoginFailure::Amazon(_) | LoginFailure::State => StatusCode::BAD_REQUEST,
+        LoginFailure::Identity => StatusCode::CONFLICT,
+        LoginFailure::Exchange => StatusCode::BAD_GATEWAY,
     }
 }
 
 /// What to tell a person.
-pub(super) fn say(trouble: &Trouble) -> &'static str {
+pub(super) fn say(trouble: &LoginFailure) -> &'static str {
     match trouble {
-        Trouble::Amazon("access_denied") => "Consent was not given. Begin the login again to change that.",
-        Trouble::Amazon("invalid_scope") => {
+        LoginFailure::Amazon("access_denied") => "Consent was not given. LoginStarted the login again to change that.",
+        LoginFailure::Amazon("invalid_scope") => {
             "Amazon does not know the scope for this client: it may not be approved for the Amazon Ads API yet."
         }
-        Trouble::Amazon(_) => "Amazon could not finish the login. Begin it again in a moment.",
-        Trouble::State => "This login is over or was begun in another browser. Begin it again.",
-        Trouble::Identity => {
+        LoginFailure::Amazon(_) => "Amazon could not finish the login. LoginStarted it again in a moment.",
+        LoginFailure::State => "This login is over or was begun in another browser. LoginStarted it again.",
+        LoginFailure::Identity => {
             "You signed in as another Amazon user than before: none of the profiles is the same. The grant of before stays."
         }
-        Trouble::Exchange => "Amazon did not exchange the code for tokens. Begin the login again; the log says why.",
+        LoginFailure::Exchange => {
+            "Amazon did not exchange the code for tokens. LoginStarted the login again; the log says why."
+        }
     }
 }
 

@@ -23,11 +23,11 @@ pub use body::Body;
 
 use crate::auth::tokens::{TokenError, TokenManager};
 use crate::domain::account::{Account, Region, UserId};
-use crate::domain::headers::{self, Attach, HINT};
+use crate::domain::headers::{self, HINT, UpstreamHeaders};
 use crate::domain::policy::{self, Denied, Mode};
-use crate::inbound::admission::{Guard, Refusal};
-use crate::inbound::destination::{Of, Target};
-use crate::inbound::oauth::{Endpoint, LoginDoor, LoginError, token_problem};
+use crate::inbound::admission::{Admission, Refusal};
+use crate::inbound::destination::{Destination, Target};
+use crate::inbound::oauth::{Endpoint, LoginError, OauthEndpoints, token_problem};
 use crate::inbound::problem::Problem;
 use crate::inbound::request_id::RequestIds;
 use crate::server::Peer;
@@ -83,10 +83,10 @@ pub struct Proxy {
     max_body: Option<u64>,
     body_timeout: Duration,
     policy_mode: Mode,
-    guard: Guard,
+    guard: Admission,
     keeper: TokenManager,
     upstream: Arc<Upstream>,
-    login_door: LoginDoor,
+    oauth: OauthEndpoints,
     metrics: Arc<Metrics>,
     request_ids: Arc<RequestIds>,
 }
@@ -118,10 +118,10 @@ impl Proxy {
     pub fn new(
         settings: Settings,
         client_id: HeaderValue,
-        guard: Guard,
+        guard: Admission,
         keeper: TokenManager,
         upstream: Arc<Upstream>,
-        login_door: LoginDoor,
+        oauth: OauthEndpoints,
         metrics: Arc<Metrics>,
         request_ids: Arc<RequestIds>,
     ) -> Self {
@@ -138,7 +138,7 @@ impl Proxy {
             guard,
             keeper,
             upstream,
-            login_door,
+            oauth,
             metrics,
             request_ids,
         }
@@ -181,10 +181,10 @@ impl Proxy {
         if let Some(endpoint) = endpoint(&target) {
             telemetry.is_ours();
             // Boxed, as what is rare on this path must not make every call's future large.
-            let answer = Box::pin(self.login_door.answer(endpoint, parts, incoming)).await;
+            let answer = Box::pin(self.oauth.answer(endpoint, parts, incoming)).await;
             let mut answer =
                 answer.unwrap_or_else(|error| self.problem(error.into(), parts).respond(telemetry.request_id()));
-            self.login_door.dress(endpoint, &parts.headers, answer.headers_mut());
+            self.oauth.add_common_headers(endpoint, &parts.headers, answer.headers_mut());
             return Ok(answer.map(Body::own));
         }
         self.guard.no_browser(&parts.headers)?;
@@ -283,7 +283,7 @@ impl Proxy {
 
     fn to_amazon(&self, request: UpstreamRequest<'_>, body: RequestBody) -> Request<RequestBody> {
         let UpstreamRequest { call, parts, target, bearer } = request;
-        let attach = Attach {
+        let attach = UpstreamHeaders {
             family: call.family,
             host: Some(self.upstream.authority(call.region)),
             bearer,
@@ -319,7 +319,7 @@ impl Proxy {
                 Ok(refused.pass_on())
             }
             Verdict::Token => {
-                let other = self.keeper.distrust(user, request.bearer).await;
+                let other = self.keeper.invalidate(user, request.bearer).await;
                 match (other, again(&sent)) {
                     (Some(other), Some(body)) => {
                         self.metrics.replays.inc();
@@ -334,7 +334,7 @@ impl Proxy {
     }
 
     fn problem(&self, error: ProxyError, parts: &Parts) -> Problem {
-        let login_url = |user: &UserId| self.login_door.login_url(&parts.headers, user);
+        let login_url = |user: &UserId| self.oauth.login_url(&parts.headers, user);
         match error {
             ProxyError::Refused(refusal) | ProxyError::Login(LoginError::Refused(refusal)) => {
                 self.metrics.guard_denied.with_label_values(&[refusal.reason()]).inc();
@@ -359,10 +359,10 @@ impl Proxy {
 fn endpoint(target: &Target) -> Option<Endpoint> {
     let endpoint = Endpoint::of(target.path());
     match target.of {
-        Of::Us if target.account.is_some() => endpoint.filter(|endpoint| *endpoint == Endpoint::Shim),
-        Of::Us => endpoint,
-        Of::Ads(_) => endpoint.map(|_| Endpoint::Unknown),
-        Of::Lwa => Some(endpoint.filter(|endpoint| *endpoint == Endpoint::Shim).unwrap_or(Endpoint::Unknown)),
+        Destination::Local if target.account.is_some() => endpoint.filter(|endpoint| *endpoint == Endpoint::Shim),
+        Destination::Local => endpoint,
+        Destination::Ads(_) => endpoint.map(|_| Endpoint::Unknown),
+        Destination::Lwa => Some(endpoint.filter(|endpoint| *endpoint == Endpoint::Shim).unwrap_or(Endpoint::Unknown)),
     }
 }
 

@@ -9,7 +9,7 @@ use super::Selection;
 use crate::domain::account::{Account, BadName, BadRegion, Ids, Region, UserId};
 use crate::domain::api_families::{Family, family};
 use crate::domain::policy::Rules;
-use crate::inbound::destination::{Of, Target};
+use crate::inbound::destination::{Destination, Target};
 
 const X_ADS_ACCOUNT: HeaderName = HeaderName::from_static("x-ads-account");
 const X_ADS_USER: HeaderName = HeaderName::from_static("x-ads-user");
@@ -75,7 +75,7 @@ impl Accounts {
     /// First that applies: the path's prefix, `X-Ads-Account`, `X-Ads-User`, the account named `default`, the only
     /// account, the user `default`.
     pub(super) fn select(&self, target: &Target, headers: &HeaderMap) -> Result<RoutedRequest<'_>, RouteError> {
-        let host_region = if let Of::Ads(region) = target.of { Some(region) } else { None };
+        let host_region = if let Destination::Ads(region) = target.of { Some(region) } else { None };
         if self.selection == Selection::Fixed {
             return Ok(self.call(target, self.fallback(), None, host_region));
         }

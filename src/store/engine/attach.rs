@@ -4,8 +4,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use super::super::copies::Found;
 use super::super::database::{self, Database};
+use super::super::mirror::Found;
 use super::super::{Opened, Sealed, StoreError, Users};
 use super::{Engine, open};
 use crate::domain::account::UserId;

@@ -7,8 +7,8 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use super::copies::Copies;
 use super::database::{Database, Stored};
+use super::mirror::Mirror;
 use super::{Health, Opened, Sealed, StoreError, Users, Waiting, files};
 use crate::domain::account::UserId;
 use crate::domain::grant::Grant;
@@ -27,7 +27,7 @@ pub(super) struct Engine {
     sealed: BTreeMap<UserId, Sealed>,
     health: Health,
     /// Last, so that it holds the lock until the database is closed.
-    copies: Copies,
+    copies: Mirror,
 }
 
 /// What [`Engine::reseal`] did with one record.
@@ -43,7 +43,7 @@ pub(super) enum Resealed {
 impl Engine {
     /// Takes the store's lock, checks the key, opens the database, and sets right what a crash or damage left.
     pub(super) fn open(path: PathBuf, keyring: Arc<Keyring>) -> Result<(Self, Opened), StoreError> {
-        let copies = Copies::open(&path)?;
+        let copies = Mirror::open(&path)?;
         let health = Health { up: true, last_error: None, recoveries: 0, records: BTreeMap::new() };
         let sealed = BTreeMap::new();
         let mut engine = Self { path, keyring, database: None, failed: false, sealed, health, copies };
@@ -222,7 +222,7 @@ impl Engine {
     }
 
     /// The open database, opened again where it has to be.
-    fn parts(&mut self) -> Result<(&mut Database, &Copies, &Keyring), StoreError> {
+    fn parts(&mut self) -> Result<(&mut Database, &Mirror, &Keyring), StoreError> {
         if self.database.is_none() {
             self.attach()?;
         }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use tokio_postgres::Row;
 use tokio_postgres::types::Type;
 
-use super::line::Again;
+use super::connection::Again;
 use super::{PAGE, Postgres, column, first, locked};
 use crate::domain::account::UserId;
 use crate::store::StoreError;

@@ -13,11 +13,11 @@
 //! Whoever can write to the database can delete, and can put back older records, but cannot make one: see
 //! [`Record`](crate::store::stored_grant::Record).
 
-mod address;
+mod connection_url;
 mod changes;
-mod line;
+mod connection;
 mod tls;
-mod upkeep;
+mod maintenance;
 mod waiting;
 
 use std::collections::BTreeMap;
@@ -36,9 +36,9 @@ use crate::domain::account::UserId;
 use crate::domain::grant::Grant;
 use crate::store::keyring::{Fingerprint, Keyring};
 use crate::store::stored_grant::{Record, RecordError};
-pub use address::Address;
 use changes::Compared;
-use line::{Again, Line, Parameters};
+use connection::{Again, Parameters, PgConnection};
+pub use connection_url::Address;
 
 const SCHEMA: &str = include_str!("schema.sql");
 
@@ -57,7 +57,7 @@ const KEY: &str = "key";
 pub struct Postgres(Arc<Inner>);
 
 struct Inner {
-    line: Line,
+    line: PgConnection,
     keyring: ArcSwap<Keyring>,
     /// Who we are in leases.
     owner: String,
@@ -135,7 +135,7 @@ impl Postgres {
         let random = getrandom::u64().and_then(|one| Ok((one, getrandom::u64()?)));
         let (one, other) = random.expect("the operating system gives random bytes");
         Self(Arc::new(Inner {
-            line: Line::new(address),
+            line: PgConnection::new(address),
             keyring: ArcSwap::new(keyring),
             owner: format!("{one:016x}{other:016x}"),
             known: Mutex::default(),

@@ -5,7 +5,7 @@
 use tokio_postgres::Row;
 use tokio_postgres::types::Type;
 
-use super::line::{Again, Parameters};
+use super::connection::{Again, Parameters};
 use super::{Postgres, column};
 use crate::domain::secret::Secret;
 use crate::store::keyring::Keyring;

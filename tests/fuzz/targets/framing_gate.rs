@@ -7,7 +7,7 @@ use std::cell::Cell;
 use std::convert::Infallible;
 use std::net::SocketAddr;
 
-use adsidecar::inbound::admission::{Guard, Refusal, Settings};
+use adsidecar::inbound::admission::{Admission, Refusal, Settings};
 use adsidecar::inbound::problem::Problem;
 use adsidecar::server::Peer;
 use adsidecar::inbound::destination::Of;
@@ -26,7 +26,7 @@ fuzz_target!(|bytes: &[u8]| {
 });
 
 async fn converse(bytes: &[u8]) {
-    let guard = Guard::new(Settings::default());
+    let guard = Admission::new(Settings::default());
     let refused = Cell::new(false);
     let (mut ours, theirs) = tokio::io::duplex(1 << 20);
     ours.write_all(bytes).await.unwrap();
@@ -41,7 +41,7 @@ async fn converse(bytes: &[u8]) {
         if let Ok(target) = &admitted {
             assert_eq!(parts.headers.get_all("host").iter().count(), 1);
             assert!(target.path_and_query.as_str().starts_with('/'));
-            assert!(parts.uri.authority().is_some() || target.of == Of::Us);
+            assert!(parts.uri.authority().is_some() || target.of == Destination::Local);
         }
         let refused = &refused;
         async move {

@@ -4,7 +4,7 @@
 
 use adsidecar::domain::account::{Context, Ids};
 use adsidecar::domain::api_families::{EXCLUSIVE, context_of, family};
-use adsidecar::domain::headers::{Attach, to_amazon, to_caller};
+use adsidecar::domain::headers::{UpstreamHeaders, to_amazon, to_caller};
 use http::{HeaderMap, HeaderName, HeaderValue};
 use libfuzzer_sys::fuzz_target;
 
@@ -33,7 +33,7 @@ fuzz_target!(|bytes: &[u8]| {
     let family = family(path);
     let out = to_amazon(
         &caller,
-        Attach { family, host: Some(&ours), bearer: &ours, client_id: &ours, ids: Some(&ids), fixed: &[] },
+        UpstreamHeaders { family, host: Some(&ours), bearer: &ours, client_id: &ours, ids: Some(&ids), fixed: &[] },
     );
     let spelled = |name: &HeaderName| name.as_str().replace('_', "-");
     for managed in MANAGED {

@@ -2,7 +2,7 @@
 
 #![no_main]
 
-use adsidecar::inbound::destination::{Of, Target};
+use adsidecar::inbound::destination::{Destination, Target};
 use http::Uri;
 use libfuzzer_sys::fuzz_target;
 
@@ -13,10 +13,10 @@ fuzz_target!(|bytes: &[u8]| {
     assert!(leaves.starts_with('/') && leaves.len() <= 8 << 10, "{leaves}");
     assert!(leaves.bytes().all(|byte| byte > b' ' && byte != 0x7f), "{leaves:?}");
     match uri.authority().map(|authority| authority.as_str().to_ascii_lowercase()) {
-        None => assert_eq!(target.of, Of::Us),
-        Some(ours) if ours == "localhost:8001" => assert_eq!(target.of, Of::Us),
+        None => assert_eq!(target.of, Destination::Local),
+        Some(ours) if ours == "localhost:8001" => assert_eq!(target.of, Destination::Local),
         Some(amazons) => {
-            assert_ne!(target.of, Of::Us);
+            assert_ne!(target.of, Destination::Local);
             let host = amazons.trim_end_matches(":80").trim_end_matches(":443");
             assert!(host.contains(".amazon."), "{amazons}");
             assert!(host.bytes().all(|byte| byte.is_ascii_alphanumeric() || b".-".contains(&byte)), "{amazons}");

@@ -8,9 +8,9 @@ use http_body_util::{BodyExt, Limited};
 use hyper::body::Incoming;
 use serde_json::{Value, json};
 
-use super::answers::json as answer_json;
+use super::responses::json as answer_json;
 use super::{Answer, LoginError, Query};
-use crate::inbound::admission::{Guard, Refusal};
+use crate::inbound::admission::{Admission, Refusal};
 
 /// A token request is a few hundred bytes.
 const MAX_BODY: usize = 64 << 10;
@@ -23,7 +23,7 @@ const PLACEHOLDER: &str = "adsidecar-attaches-the-real-token";
 /// as on every other call (HTTP Basic among them: its password is the client secret, RFC 6749, section 2.3.1). It comes
 /// back as the placeholder, so that the SDK's next calls carry it as their bearer.
 pub(super) async fn answer(
-    guard: &Guard,
+    guard: &Admission,
     headers: &HeaderMap,
     query: &Query,
     body: Incoming,

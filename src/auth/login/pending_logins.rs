@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use tokio::sync::Notify;
 
-use super::NotBegun;
+use super::BeginError;
 use crate::domain::account::UserId;
 use crate::domain::clock::Clock;
 use crate::domain::secret::Secret;
@@ -22,7 +22,7 @@ use crate::store::{StoreError, TokenStore, Waiting};
 
 /// How long a state and a pending grant live.
 pub const TEN_MINUTES: Duration = Duration::from_secs(600);
-/// Outstanding logins, and pending grants; the oldest makes room for the newest.
+/// ExpiringMap logins, and pending grants; the oldest makes room for the newest.
 const MAX_OUTSTANDING: usize = 1000;
 /// So many logins may begin at once, and so many more each second. Beyond it they are a flood: each pushes another one out.
 const AT_ONCE: f64 = 2000.0;
@@ -34,11 +34,11 @@ const PAUSE: Duration = Duration::from_secs(1);
 
 /// Logins that have begun, and grants that wait. It outlives the settings.
 #[derive(Debug)]
-pub struct Desk {
-    begun: Mutex<Outstanding<Begun>>,
-    pace: Mutex<Pace>,
+pub struct PendingLogins {
+    begun: Mutex<ExpiringMap<Begun>>,
+    pace: Mutex<RateLimiter>,
     /// By the hash of their one-time id.
-    waiting: Mutex<Outstanding<Waiting>>,
+    waiting: Mutex<ExpiringMap<Waiting>>,
     store: TokenStore,
     changed: Notify,
     /// Held while what has begun is written, so that an older list does not come after a newer one.
@@ -58,7 +58,7 @@ pub(super) struct Begun {
     pub(super) cookie: Option<String>,
 }
 
-impl Desk {
+impl PendingLogins {
     /// Over `store`, with the logins that the last process left there. Its grants that wait are to be taken by
     /// `left`.
     pub async fn open(store: TokenStore) -> Self {
@@ -66,7 +66,7 @@ impl Desk {
             Ok(text) => text.and_then(|text| serde_json::from_str(text.expose()).ok()).unwrap_or_default(),
             Err(error) => {
                 tracing::error!(%error, "logins that had begun cannot be read: they have to begin again");
-                Outstanding::default()
+                ExpiringMap::default()
             }
         };
         Self {
@@ -80,12 +80,12 @@ impl Desk {
     }
 
     /// Takes a login in; where there are too many, says after what time there is room.
-    pub(super) async fn begin(&self, state: &str, begun: Begun, clock: &Clock) -> Result<(), NotBegun> {
-        lock(&self.pace).take(clock.uptime()).map_err(NotBegun::TooMany)?;
+    pub(super) async fn begin(&self, state: &str, begun: Begun, clock: &Clock) -> Result<(), BeginError> {
+        lock(&self.pace).take(clock.uptime()).map_err(BeginError::TooMany)?;
         let (state, now) = (hash(state), clock.now());
         if let Some(shared) = self.store.shared() {
             let text = serde_json::to_string(&(&state, now, begun)).expect("names, times and texts are JSON");
-            return shared.begin_login(&state, &Secret::new(text)).await.map_err(NotBegun::Store);
+            return shared.begin_login(&state, &Secret::new(text)).await.map_err(BeginError::Store);
         }
         lock(&self.begun).insert(state, begun, now);
         self.changed.notify_one();
@@ -211,19 +211,19 @@ impl Desk {
 
 /// A token bucket.
 #[derive(Debug)]
-struct Pace {
+struct RateLimiter {
     left: f64,
     /// The uptime at which so many were left.
     at: SignedDuration,
 }
 
-impl Default for Pace {
+impl Default for RateLimiter {
     fn default() -> Self {
         Self { left: AT_ONCE, at: SignedDuration::ZERO }
     }
 }
 
-impl Pace {
+impl RateLimiter {
     fn take(&mut self, now: SignedDuration) -> Result<(), Duration> {
         let passed = now.saturating_sub(self.at).as_secs_f64();
         *self = Self { left: (self.left + passed * PER_SECOND).min(AT_ONCE), at: now };
@@ -242,18 +242,18 @@ pub(super) fn hash(text: &str) -> String {
 
 /// Things that can be taken out once, within ten minutes.
 #[derive(Debug, Serialize, Deserialize)]
-struct Outstanding<T> {
+struct ExpiringMap<T> {
     taken_in: u64,
     by_hash: HashMap<String, (u64, Timestamp, T)>,
 }
 
-impl<T> Default for Outstanding<T> {
+impl<T> Default for ExpiringMap<T> {
     fn default() -> Self {
         Self { taken_in: 0, by_hash: HashMap::new() }
     }
 }
 
-impl<T> Outstanding<T> {
+impl<T> ExpiringMap<T> {
     /// Gives back what had to make room.
     fn insert(&mut self, hash: String, thing: T, now: Timestamp) -> Option<T> {
         let full = self.by_hash.len() >= MAX_OUTSTANDING;
@@ -308,7 +308,7 @@ mod tests {
     #[test]
     fn what_was_taken_out_or_is_too_old_is_gone() {
         let now = Timestamp::UNIX_EPOCH;
-        let mut outstanding = Outstanding::default();
+        let mut outstanding = ExpiringMap::default();
         outstanding.insert(hash("1"), "a", now);
         assert_eq!(outstanding.take(&hash("2"), now), None);
         assert_eq!(outstanding.take(&hash("1"), now), Some("a"));
@@ -323,7 +323,7 @@ mod tests {
 
     #[test]
     fn a_flood_is_told_to_wait_and_a_crowd_is_not() {
-        let mut pace = Pace::default();
+        let mut pace = RateLimiter::default();
         let at = SignedDuration::from_secs(100);
         assert!((0..AT_ONCE as usize).all(|_| pace.take(at).is_ok()));
         assert_eq!(pace.take(at), Err(Duration::from_millis(50)));
@@ -334,7 +334,7 @@ mod tests {
     #[test]
     fn the_oldest_makes_room_for_the_newest() {
         let now = Timestamp::UNIX_EPOCH;
-        let mut outstanding = Outstanding::default();
+        let mut outstanding = ExpiringMap::default();
         for number in 0..=MAX_OUTSTANDING {
             let pushed_out = outstanding.insert(hash(&number.to_string()), number, now);
             assert_eq!(pushed_out, (number == MAX_OUTSTANDING).then_some(0));

@@ -10,14 +10,14 @@ use url::Url;
 
 use super::BuildError;
 use crate::auth::login::same_identity::Identity;
-use crate::auth::login::{Desk, Login};
+use crate::auth::login::{Login, PendingLogins};
 use crate::auth::lwa::Lwa;
 use crate::auth::tokens::TokenManager;
 use crate::config::{Config, Shutdown};
 use crate::domain::clock::Clock;
 use crate::inbound::admin::{Admin, Count, Reloader, Rotation, Stage};
-use crate::inbound::admission::{self, Guard};
-use crate::inbound::oauth::LoginDoor;
+use crate::inbound::admission::{self, Admission};
+use crate::inbound::oauth::OauthEndpoints;
 use crate::inbound::proxy::Proxy;
 use crate::inbound::request_id::RequestIds;
 use crate::store::TokenStore;
@@ -26,23 +26,23 @@ use crate::telemetry::metrics::Metrics;
 use crate::upstream::Upstream;
 
 /// The doors' insides. A reload makes new ones; calls in flight keep theirs.
-pub(super) struct Front {
+pub(super) struct Services {
     pub(super) proxy: Arc<Proxy>,
-    pub(super) login: LoginDoor,
-    pub(super) login_guard: Guard,
+    pub(super) login: OauthEndpoints,
+    pub(super) login_guard: Admission,
     pub(super) admin: Admin,
     pub(super) upstream: Arc<Upstream>,
     pub(super) shutdown: Shutdown,
 }
 
 /// What outlives every reload.
-pub(super) struct Lasting {
+pub(super) struct ProcessState {
     pub(super) keeper: TokenManager,
     pub(super) store: TokenStore,
     pub(super) rotation: watch::Receiver<Rotation>,
     pub(super) metrics: Arc<Metrics>,
     pub(super) clock: Clock,
-    pub(super) desk: Arc<Desk>,
+    pub(super) desk: Arc<PendingLogins>,
     pub(super) log: Option<LogHandle>,
     pub(super) stage: watch::Sender<Stage>,
     pub(super) quit: CancellationToken,
@@ -53,29 +53,29 @@ pub(super) struct Lasting {
     pub(super) proxy: Option<SocketAddr>,
 }
 
-impl Front {
+impl Services {
     /// The insides that `config` asks for, over what lasts.
     // Longer than the house likes: it is the list of who gets what, and reads best whole.
-    pub(super) fn new(config: Config, lwa: Lwa, lasting: &Lasting) -> Result<Self, BuildError> {
+    pub(super) fn new(config: Config, lwa: Lwa, process: &ProcessState) -> Result<Self, BuildError> {
         let setting = |error: &dyn std::fmt::Display| BuildError::Setting(error.to_string());
         let upstream = Arc::new(Upstream::new(&config.upstream).map_err(|error| setting(&error))?);
         let client_id = HeaderValue::from_str(&config.proxy.client_id).map_err(|error| setting(&error))?;
-        let Lasting { keeper, metrics, request_ids, .. } = lasting;
+        let ProcessState { keeper, metrics, request_ids, .. } = process;
         let login = Login::new(
             config.login,
             lwa,
             keeper.clone(),
             Identity::new(upstream.clone(), client_id.clone()),
-            lasting.clock.clone(),
-            lasting.desk.clone(),
+            process.clock.clone(),
+            process.desk.clone(),
         );
-        let guard = Guard::new(config.guard.clone());
-        let admin_guard = Guard::new(with_host_of(config.guard.clone(), config.admin.public_url.as_ref()));
+        let guard = Admission::new(config.guard.clone());
+        let admin_guard = Admission::new(with_host_of(config.guard.clone(), config.admin.public_url.as_ref()));
         // Browsers come to the login door by the redirect URI.
-        let login_guard = Guard::new(with_host_of(config.guard, config.lwa.redirect_uri.parse().ok().as_ref()));
-        let own_authority = lasting.proxy.map(authority);
+        let login_guard = Admission::new(with_host_of(config.guard, config.lwa.redirect_uri.parse().ok().as_ref()));
+        let own_authority = process.proxy.map(authority);
         let authority = own_authority.clone().unwrap_or_else(|| "localhost:8001".to_owned());
-        let login_door = |guard: &Guard| LoginDoor {
+        let oauth = |guard: &Admission| OauthEndpoints {
             login: login.clone(),
             keeper: keeper.clone(),
             guard: guard.clone(),
@@ -88,21 +88,21 @@ impl Front {
             guard: admin_guard,
             keeper: keeper.clone(),
             metrics: metrics.clone(),
-            stage: lasting.stage.subscribe(),
-            connections: lasting.connections.clone(),
-            log: lasting.log.clone(),
-            store: lasting.store.clone(),
-            rotation: lasting.rotation.clone(),
+            stage: process.stage.subscribe(),
+            connections: process.connections.clone(),
+            log: process.log.clone(),
+            store: process.store.clone(),
+            rotation: process.rotation.clone(),
             request_ids: request_ids.clone(),
-            clock: lasting.clock.clone(),
+            clock: process.clock.clone(),
             public_url: config.admin.public_url,
-            login_base: own_authority.map(|authority| LoginDoor::login_base(&authority)),
-            reloader: lasting.reloader.clone(),
-            quit: lasting.quit.clone(),
+            login_base: own_authority.map(|authority| OauthEndpoints::login_base(&authority)),
+            reloader: process.reloader.clone(),
+            quit: process.quit.clone(),
         };
-        let login_of_proxy = login_door(&guard);
+        let login_of_proxy = oauth(&guard);
         Ok(Self {
-            login: login_door(&login_guard),
+            login: oauth(&login_guard),
             login_guard,
             admin,
             proxy: Arc::new(Proxy::new(

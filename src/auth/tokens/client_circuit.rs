@@ -12,7 +12,7 @@ use crate::domain::grant::{Tokens, backoff};
 
 /// What is known about whether LWA takes our client.
 #[derive(Debug, Default)]
-pub(super) struct Outage {
+pub(super) struct ClientCircuit {
     refused: Mutex<Option<Refused>>,
     /// While our client is refused: held by who asks.
     turn: tokio::sync::Mutex<()>,
@@ -30,7 +30,7 @@ struct Refused {
 /// The right to ask.
 pub(super) type Turn<'a> = Option<tokio::sync::MutexGuard<'a, ()>>;
 
-impl Outage {
+impl ClientCircuit {
     /// Waits for the turn to ask, which nobody has to unless our client is refused.
     pub(super) async fn turn(&self) -> Turn<'_> {
         if self.refused().is_none() {
@@ -49,8 +49,8 @@ impl Outage {
         (!wait.is_zero()).then_some((refused.code, wait))
     }
 
-    /// Learns from the answer to a call that was made at `asked`. `dice` in `0.0..1.0` is the jitter.
-    pub(super) fn learn(&self, answer: &Result<Tokens, LwaError>, asked: ClockReading, now: ClockReading, dice: f64) {
+    /// Learns from the answer to a call that was made at `asked`. `jitter` in `0.0..1.0` is the jitter.
+    pub(super) fn learn(&self, answer: &Result<Tokens, LwaError>, asked: ClockReading, now: ClockReading, jitter: f64) {
         let mut refused = self.refused();
         match answer {
             Err(LwaError::Operator { code }) => {
@@ -61,7 +61,7 @@ impl Outage {
                     None => 1,
                 };
                 // As a user without a living token waits, and at least half of that: there may be such users among all.
-                let wait = backoff(attempts, false, 0.5 + dice / 2.0);
+                let wait = backoff(attempts, false, 0.5 + jitter / 2.0);
                 let retry_at = now.uptime.saturating_add(SignedDuration::try_from(wait).unwrap_or_default());
                 *refused = Some(Refused { code, attempts, heard: now.uptime, retry_at });
             }

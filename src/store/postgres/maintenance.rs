@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use tokio_postgres::types::Type;
 
-use super::line::{Again, Parameters};
+use super::connection::{Again, Parameters};
 use super::{KEY, Postgres, StoredRow, digest, json, locked};
 use crate::domain::account::UserId;
 use crate::domain::grant::Grant;

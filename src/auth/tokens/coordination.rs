@@ -11,8 +11,8 @@ use std::time::Duration;
 
 use tokio::time::{Instant, sleep};
 
-use super::entry::{Entry, Writing};
-use super::flight::{Flight, Why};
+use super::refresh_task::{Flight, RefreshReason};
+use super::user_state::{UserState, Writing};
 use super::{FORCED_SPACING, TokenError, TokenManager};
 use crate::domain::account::UserId;
 use crate::domain::clock_reading::ClockReading;
@@ -43,7 +43,7 @@ impl TokenManager {
                 for entry in self.entries() {
                     entry.try_again(self.0.clock.moment());
                     // The background is gone only when the process is about to be.
-                    let _ = self.0.agenda.send(entry);
+                    let _ = self.0.scheduler.send(entry);
                 }
             }
             for user in changed {
@@ -72,7 +72,7 @@ impl TokenManager {
     }
 
     /// The entry of `user`, who may have logged in elsewhere a moment ago.
-    pub(super) async fn find(&self, user: &UserId) -> Result<Arc<Entry>, TokenError> {
+    pub(super) async fn find(&self, user: &UserId) -> Result<Arc<UserState>, TokenError> {
         let entry = match self.entry(user) {
             Some(entry) => Some(entry),
             None => {
@@ -84,14 +84,14 @@ impl TokenManager {
     }
 
     /// Looks whether a user who would have to log in did so elsewhere. Says whether that is so.
-    pub(super) async fn logged_in_elsewhere(&self, entry: &Arc<Entry>) -> bool {
+    pub(super) async fn logged_in_elsewhere(&self, entry: &Arc<UserState>) -> bool {
         let before = entry.held().grant().map(|grant| grant.generation);
         let looked = Box::pin(self.look(&entry.user)).await.is_ok();
         looked && self.0.store.shared().is_some() && entry.held().grant().map(|grant| grant.generation) != before
     }
 
     /// Takes over what is stored. Says whether that is a grant or nothing, and not a record that cannot be used.
-    async fn catch_up(&self, entry: &Arc<Entry>, write: &Writing<'_>) -> Result<bool, StoreError> {
+    async fn catch_up(&self, entry: &Arc<UserState>, write: &Writing<'_>) -> Result<bool, StoreError> {
         let Some(shared) = self.0.store.shared().filter(|_| !entry.is_unsaved()) else { return Ok(true) };
         let user = &entry.user;
         let stored = self.timed("get", shared.look(user)).await?;
@@ -138,7 +138,7 @@ impl TokenManager {
     }
 
     /// A renewal was overtaken: what overtook it is taken over.
-    pub(super) async fn overtaken(&self, entry: &Arc<Entry>, write: &Writing<'_>) {
+    pub(super) async fn overtaken(&self, entry: &Arc<UserState>, write: &Writing<'_>) {
         entry.set_unsaved(false);
         // Where the store does not answer, the next look finds the same.
         let _ = Box::pin(self.catch_up(entry, write)).await;
@@ -148,7 +148,7 @@ impl TokenManager {
     /// or logout has taken its place.
     pub(super) async fn store_again(
         &self,
-        entry: &Arc<Entry>,
+        entry: &Arc<UserState>,
         write: &Writing<'_>,
         grant: &mut Grant,
         expected: Option<u64>,
@@ -187,7 +187,7 @@ impl TokenManager {
 
 impl Flight {
     /// The grant to renew, once it is this process's turn; `None` where nothing is left to be done.
-    pub(super) async fn turn(&self, why: &Why) -> Result<Option<Arc<LiveGrant>>, Failure> {
+    pub(super) async fn turn(&self, why: &RefreshReason) -> Result<Option<Arc<LiveGrant>>, Failure> {
         let Self { keeper, entry } = self;
         let Some(shared) = keeper.0.store.shared() else { return Ok(self.wanted(why)) };
         let (until, mut begun) = (Instant::now() + TURN, None);
@@ -198,7 +198,7 @@ impl Flight {
             if !usable {
                 return Err(UNREADABLE);
             }
-            let forced = matches!(why, Why::Distrusted(_));
+            let forced = matches!(why, RefreshReason::Distrusted(_));
             let wanted = self.wanted(why).filter(|grant| !forced || !is_new(grant, keeper.0.clock.moment()));
             let Some(grant) = wanted else { return Ok(None) };
             // What another process renewed meanwhile, it renewed for us too.
@@ -209,7 +209,7 @@ impl Flight {
                 Lease::Ours { interrupted } => {
                     if interrupted {
                         tracing::warn!(user = %entry.user, "a renewal was interrupted by the end of another process; the stored grant is tried");
-                        keeper.0.intents.lost(&entry.user, grant.generation);
+                        keeper.0.journal.lost(&entry.user, grant.generation);
                     }
                     return Ok(Some(grant));
                 }

@@ -38,7 +38,7 @@ pub(super) enum Again {
     No,
 }
 
-pub(super) struct Line {
+pub(super) struct PgConnection {
     address: Address,
     state: Mutex<State>,
     /// Rises with each new connection.
@@ -54,7 +54,7 @@ struct State {
     closed: bool,
 }
 
-impl Line {
+impl PgConnection {
     pub(super) fn new(address: Address) -> Self {
         Self { address, state: Mutex::default(), connects: AtomicU64::new(0) }
     }

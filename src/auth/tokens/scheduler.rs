@@ -8,8 +8,8 @@ use jiff::SignedDuration;
 use tokio::sync::{Semaphore, mpsc};
 
 use super::TokenManager;
-use super::entry::Entry;
-use super::flight::Why;
+use super::refresh_task::RefreshReason;
+use super::user_state::UserState;
 use crate::domain::clock_reading::ClockReading;
 
 /// How often the clocks are compared. A step of the wall clock and a sleep of the machine wake nobody by themselves.
@@ -18,8 +18,8 @@ const LOOK_EVERY: SignedDuration = SignedDuration::from_secs(20);
 /// A heap of plans. A plan is void once its user has another; the sweep plans everybody anew, so that a lost one is
 /// found again.
 #[derive(Debug)]
-pub(super) struct Agenda {
-    changes: mpsc::UnboundedReceiver<Arc<Entry>>,
+pub(super) struct Scheduler {
+    changes: mpsc::UnboundedReceiver<Arc<UserState>>,
     plans: BinaryHeap<Reverse<Plan>>,
 }
 
@@ -27,11 +27,11 @@ pub(super) struct Agenda {
 struct Plan {
     /// Uptime.
     due: SignedDuration,
-    entry: Arc<Entry>,
+    entry: Arc<UserState>,
 }
 
-impl Agenda {
-    pub(super) fn new(changes: mpsc::UnboundedReceiver<Arc<Entry>>) -> Self {
+impl Scheduler {
+    pub(super) fn new(changes: mpsc::UnboundedReceiver<Arc<UserState>>) -> Self {
         Self { changes, plans: BinaryHeap::new() }
     }
 
@@ -69,9 +69,9 @@ impl Agenda {
                     let Ok(permit) = permits.clone().acquire_owned().await else { return };
                     let keeper = keeper.clone();
                     keeper.0.flights.clone().spawn(async move {
-                        keeper.fly_and_wait(&entry, Why::Due).await;
+                        keeper.fly_and_wait(&entry, RefreshReason::Due).await;
                         // Where it flew already, or was not wanted, nothing else plans it again.
-                        let _ = keeper.0.agenda.send(entry);
+                        let _ = keeper.0.scheduler.send(entry);
                         drop(permit);
                     });
                 }
@@ -87,7 +87,7 @@ impl Agenda {
         }
     }
 
-    fn plan(&mut self, keeper: &TokenManager, entry: Arc<Entry>, now: ClockReading) {
+    fn plan(&mut self, keeper: &TokenManager, entry: Arc<UserState>, now: ClockReading) {
         let due = entry.due(keeper.policy(), now);
         let mut planned = entry.planned.lock().unwrap_or_else(PoisonError::into_inner);
         if *planned != due {
@@ -98,7 +98,7 @@ impl Agenda {
     }
 
     /// The user whose plan is due, if it still is one.
-    fn pop(&mut self, uptime: SignedDuration) -> Option<Arc<Entry>> {
+    fn pop(&mut self, uptime: SignedDuration) -> Option<Arc<UserState>> {
         if self.plans.peek().is_none_or(|Reverse(plan)| plan.due > uptime) {
             return None;
         }

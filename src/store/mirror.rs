@@ -16,7 +16,7 @@ use crate::store::keyring::Fingerprint;
 use crate::store::stored_grant::Record;
 
 /// The directory `<path>.copies/`. While this lives, no other process has the store.
-pub(super) struct Copies {
+pub(super) struct Mirror {
     pub(super) dir: PathBuf,
     _lock: File,
 }
@@ -24,7 +24,7 @@ pub(super) struct Copies {
 /// What lies in the directory.
 pub(super) struct Found {
     /// The copies that parse.
-    pub(super) marks: BTreeMap<UserId, Mark>,
+    pub(super) marks: BTreeMap<UserId, MirrorDigest>,
     /// The notes; empty where their file is missing or does not parse.
     pub(super) notes: BTreeMap<String, String>,
     /// The highest number of a commit that any file here knows of.
@@ -34,13 +34,13 @@ pub(super) struct Found {
 }
 
 /// What a record can be compared with its copy by, without either being kept: a twentieth of it.
-pub(super) struct Mark {
+pub(super) struct MirrorDigest {
     generation: u64,
     updated_at: Timestamp,
     digest: [u8; 32],
 }
 
-impl Mark {
+impl MirrorDigest {
     fn of(copy: &Record) -> Self {
         let digest = Sha256::digest(copy.to_json()).into();
         Self { generation: copy.generation(), updated_at: copy.updated_at(), digest }
@@ -74,7 +74,7 @@ struct Notes {
     notes: BTreeMap<String, String>,
 }
 
-impl Copies {
+impl Mirror {
     /// Makes the directory where it is missing, and takes the lock of the whole store. sled has a lock of its own, but
     /// gives it up before a damaged database could be moved aside.
     pub(super) fn open(store: &Path) -> Result<Self, StoreError> {
@@ -119,7 +119,7 @@ impl Copies {
                 Some(copy) if self.path(&copy.user) == path => {
                     found.sequence = found.sequence.max(copy.sequence);
                     look(&copy.user, &copy.record);
-                    found.marks.insert(copy.user, Mark::of(&copy.record));
+                    found.marks.insert(copy.user, MirrorDigest::of(&copy.record));
                 }
                 _ => found.unusable.push(path),
             }

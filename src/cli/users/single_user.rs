@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use super::{Failed, open_unless_held};
 use crate::app;
-use crate::cli::{ask, block_on, print};
+use crate::cli::{block_on, client, print};
 use crate::config::Config;
 use crate::domain::account::UserId;
 use crate::domain::grant::Grant;
@@ -49,7 +49,7 @@ pub(super) fn forget(config: &Config, user: &UserId) -> Result<(), Failed> {
         None => {
             let path = format!("/api/auth/amazon/logout?user_id={}", encoded(user));
             let (status, body) =
-                block_on(ask::ask(&config.proxy_listen, Method::POST, &path, &ask::caller_token(config)))??;
+                block_on(client::request(&config.proxy_listen, Method::POST, &path, &client::caller_token(config)))??;
             if status == StatusCode::NO_CONTENT { Ok(()) } else { Err(refused(status, &body)) }
         }
         Some((store, _)) => {
@@ -66,7 +66,8 @@ pub(super) fn forget(config: &Config, user: &UserId) -> Result<(), Failed> {
 
 fn of_running(config: &Config, user: &UserId) -> Result<Value, Failed> {
     let path = format!("/api/auth/amazon/status?user_id={}", encoded(user));
-    let (status, body) = block_on(ask::ask(&config.proxy_listen, Method::GET, &path, &ask::caller_token(config)))??;
+    let (status, body) =
+        block_on(client::request(&config.proxy_listen, Method::GET, &path, &client::caller_token(config)))??;
     let told: Value = serde_json::from_slice(&body).map_err(|_| refused(status, &body))?;
     match told["state"].as_str() {
         None => Err(refused(status, &body)),

@@ -3,7 +3,7 @@
 use jiff::Timestamp;
 
 use super::TokenManager;
-use super::entry::Entry;
+use super::user_state::UserState;
 use crate::domain::account::UserId;
 use crate::domain::clock_reading::ClockReading;
 use crate::domain::grant::{ConsentAge, GrantState, State};
@@ -26,7 +26,7 @@ pub struct Status {
     pub consent_expires_at: Option<Timestamp>,
     /// Whether that is soon: a renewal does not extend a consent.
     pub consent: Option<ConsentAge>,
-    /// Why the last renewal failed.
+    /// RefreshReason the last renewal failed.
     pub last_error: Option<&'static str>,
     /// When the next renewal is due in the background.
     pub next_refresh_at: Option<Timestamp>,
@@ -74,7 +74,7 @@ impl TokenManager {
     }
 
     /// Says once in the log that a consent is about to end.
-    pub(super) fn tell_of_consent(&self, entry: &Entry, now: ClockReading) {
+    pub(super) fn tell_of_consent(&self, entry: &UserState, now: ClockReading) {
         let held = entry.held();
         let Some(grant) = held.grant() else { return };
         let (age, expires_at) = (grant.consent(now.wall), grant.consent_expires_at());
@@ -85,7 +85,7 @@ impl TokenManager {
         }
     }
 
-    pub(super) fn tell(&self, entry: &Entry) -> Status {
+    pub(super) fn tell(&self, entry: &UserState) -> Status {
         let held = entry.held();
         let grant = held.grant();
         let (policy, used, now) = (self.policy(), entry.used(), self.0.clock.moment());

@@ -19,7 +19,7 @@ use crate::server::Listen;
 const TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Sends a request without a body to the first of `doors`.
-pub(super) async fn ask(
+pub(super) async fn request(
     doors: &[Listen],
     method: Method,
     path: &str,

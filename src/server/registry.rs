@@ -30,7 +30,7 @@ struct Seats {
 
 /// One connection's place among them, for as long as it is open.
 #[derive(Debug)]
-pub(super) struct Seat {
+pub(super) struct Slot {
     connections: Arc<Connections>,
     key: u64,
     activity: Arc<Activity>,
@@ -86,7 +86,7 @@ pub(super) struct Busy(Arc<Activity>);
 
 /// A connection is awake, until this is dropped.
 #[derive(Debug)]
-pub(super) struct Awake<'a>(&'a Connections);
+pub(super) struct Active<'a>(&'a Connections);
 
 /// So many connections stay awake between two requests, which holds 1 MiB and spares the work of waking them. What more
 /// there are rest whenever they idle.
@@ -97,7 +97,7 @@ const LOOK_AGAIN: Duration = Duration::from_millis(50);
 
 impl Connections {
     /// Takes a place for a connection that was just accepted.
-    pub(super) fn sit(self: &Arc<Self>) -> Seat {
+    pub(super) fn sit(self: &Arc<Self>) -> Slot {
         let activity = Arc::new(Activity {
             born: Instant::now(),
             state: AtomicU64::new(Doing::Idle as u64),
@@ -110,7 +110,7 @@ impl Connections {
         let key = seats.next;
         seats.next += 1;
         seats.taken.insert(key, activity.clone());
-        Seat { connections: self.clone(), key, activity }
+        Slot { connections: self.clone(), key, activity }
     }
 
     pub(super) fn len(&self) -> usize {
@@ -215,7 +215,7 @@ impl Connections {
     }
 }
 
-impl Seat {
+impl Slot {
     pub(super) fn activity(&self) -> Arc<Activity> {
         self.activity.clone()
     }
@@ -232,9 +232,9 @@ impl Seat {
     }
 
     /// It is awake from now on.
-    pub(super) fn wake(&self) -> Awake<'_> {
+    pub(super) fn wake(&self) -> Active<'_> {
         self.connections.awake.fetch_add(1, Relaxed);
-        Awake(&self.connections)
+        Active(&self.connections)
     }
 
     /// Whether it idles, its socket has taken all there was, and enough others are awake.
@@ -263,7 +263,7 @@ impl Seat {
     }
 }
 
-impl Drop for Seat {
+impl Drop for Slot {
     fn drop(&mut self) {
         self.connections.lock().taken.remove(&self.key);
         self.connections.freed.notify_waiters();
@@ -320,7 +320,7 @@ impl Activity {
     }
 }
 
-impl Drop for Awake<'_> {
+impl Drop for Active<'_> {
     fn drop(&mut self) {
         self.0.awake.fetch_sub(1, Relaxed);
     }

@@ -15,7 +15,7 @@ const NOTE: &str = "renewals_begun";
 type Note = BTreeMap<UserId, u64>;
 
 #[derive(Debug, Default)]
-pub(super) struct Intents {
+pub(super) struct RefreshJournal {
     begun: Mutex<BTreeMap<UserId, Begun>>,
     /// What the note says; `None` before it was read. GrantState while it is written.
     written: tokio::sync::Mutex<Option<Note>>,
@@ -28,7 +28,7 @@ struct Begun {
     lost: bool,
 }
 
-impl Intents {
+impl RefreshJournal {
     /// An answer that would have renewed `generation` may have been lost.
     pub(super) fn lost(&self, user: &UserId, generation: u64) {
         self.begun().insert(user.clone(), Begun { generation, lost: true });
@@ -52,11 +52,11 @@ impl TokenManager {
     /// Writes down that a renewal of `generation` begins. Where the store does not take it, the renewal goes on all the same.
     pub(super) async fn intend(&self, user: &UserId, generation: u64) {
         fail_point!("intents_none", |_| ());
-        let intents = &self.0.intents;
-        let mut written = intents.written.lock().await;
+        let journal = &self.0.journal;
+        let mut written = journal.written.lock().await;
         self.read_intents(&mut written).await;
         {
-            let mut begun = intents.begun();
+            let mut begun = journal.begun();
             if begun.get(user).is_none_or(|begun| begun.generation != generation) {
                 begun.insert(user.clone(), Begun { generation, lost: false });
             }
@@ -69,14 +69,14 @@ impl TokenManager {
 
     /// Looks, at the start, for renewals that the end of the process before has interrupted.
     pub(super) async fn look_for_interrupted(&self) {
-        let mut written = self.0.intents.written.lock().await;
+        let mut written = self.0.journal.written.lock().await;
         self.read_intents(&mut written).await;
     }
 
     /// Takes back what is written down and has ended since, so that the next process suspects nothing.
     pub(super) async fn settle_intents(&self) {
-        let mut written = self.0.intents.written.lock().await;
-        if written.as_ref().is_some_and(|written| *written != self.0.intents.note()) {
+        let mut written = self.0.journal.written.lock().await;
+        if written.as_ref().is_some_and(|written| *written != self.0.journal.note()) {
             self.write_intents(&mut written).await;
         }
     }
@@ -90,14 +90,14 @@ impl TokenManager {
         for (user, generation) in &note {
             if self.entry(user).is_some_and(|entry| entry.held().is_of(*generation)) {
                 tracing::warn!(%user, "a renewal was interrupted by the end of the process before; the stored grant is tried");
-                self.0.intents.lost(user, *generation);
+                self.0.journal.lost(user, *generation);
             }
         }
         *written = Some(note);
     }
 
     async fn write_intents(&self, written: &mut Option<Note>) {
-        let note = self.0.intents.note();
+        let note = self.0.journal.note();
         let text = serde_json::to_string(&note).expect("names and numbers are JSON");
         if self.timed("note", self.0.store.set_note(NOTE, text)).await.is_ok() {
             *written = Some(note);

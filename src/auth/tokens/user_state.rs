@@ -10,11 +10,11 @@ use jiff::SignedDuration;
 use super::sync::{AtomicBool, AtomicI64, Mutex, PoisonError, SeqCst, WriteGuard, WriteLock, watch};
 use crate::domain::account::UserId;
 use crate::domain::clock_reading::ClockReading;
-use crate::domain::grant::{Grant, GrantState, LiveGrant, Policy, Remedy, STORE_UNAVAILABLE};
+use crate::domain::grant::{Grant, GrantState, LiveGrant, RefreshPolicy, Remedy, STORE_UNAVAILABLE};
 
 /// What is known about one user, and who works on it.
 #[derive(Debug)]
-pub(super) struct Entry {
+pub(super) struct UserState {
     pub(super) user: UserId,
     held: ArcSwap<GrantState>,
     /// Counts what waiters wait for: each change of `held` and each end of a flight.
@@ -23,7 +23,7 @@ pub(super) struct Entry {
     used: AtomicI64,
     flying: AtomicBool,
     forced_at: Mutex<Option<SignedDuration>>,
-    /// For when the agenda has this user planned; any other plan of it is void.
+    /// For when the scheduler has this user planned; any other plan of it is void.
     pub(super) planned: Mutex<Option<SignedDuration>>,
     /// The background does nothing before this uptime.
     not_before: SignedDuration,
@@ -41,7 +41,7 @@ pub(super) struct Entry {
 /// The right to change one user's grant, on disk and in memory. Never held while LWA is asked.
 #[derive(Debug)]
 pub(super) struct Writing<'a> {
-    entry: &'a Entry,
+    entry: &'a UserState,
     _lock: WriteGuard<'a, ()>,
 }
 
@@ -56,11 +56,11 @@ impl Changed {
     }
 }
 
-impl Entry {
+impl UserState {
     /// `spread`: over how long after the start the background's first renewals are spread.
     pub(super) fn new(user: UserId, grant: Option<Grant>, now: ClockReading, spread: Duration) -> Self {
         let used_at = grant.as_ref().map(|grant| now.uptime_at(grant.used_at.unwrap_or(grant.updated_at)));
-        let wait = SignedDuration::try_from(spread.mul_f64(dice(&user, None))).unwrap_or_default();
+        let wait = SignedDuration::try_from(spread.mul_f64(jitter(&user, None))).unwrap_or_default();
         Self {
             user,
             version: watch::Sender::new(0),
@@ -112,10 +112,10 @@ impl Entry {
     }
 
     /// The uptime at which the background should renew next.
-    pub(super) fn due(&self, policy: Policy, now: ClockReading) -> Option<SignedDuration> {
+    pub(super) fn due(&self, policy: RefreshPolicy, now: ClockReading) -> Option<SignedDuration> {
         let held = self.held();
-        let dice = dice(&self.user, held.grant().map(|grant| grant.generation));
-        let due = held.due(policy, self.used(), now, dice)?;
+        let jitter = jitter(&self.user, held.grant().map(|grant| grant.generation));
+        let due = held.due(policy, self.used(), now, jitter)?;
         Some(due.max(self.not_before))
     }
 
@@ -207,7 +207,7 @@ impl Writing<'_> {
         }
     }
 
-    /// Makes `held` what everybody sees. Whoever does [wakes](Entry::wake) those who wait, too: at once, or at the end of the
+    /// Makes `held` what everybody sees. Whoever does [wakes](UserState::wake) those who wait, too: at once, or at the end of the
     /// flight.
     pub(super) fn publish(&self, held: GrantState) {
         let consent = |held: &GrantState| held.grant().and_then(|grant| grant.consented_at);
@@ -219,7 +219,7 @@ impl Writing<'_> {
 }
 
 /// Jitter in `0.0..1.0` that stays the same for one token of one user, so that a plan computed twice is the same plan.
-fn dice(user: &UserId, generation: Option<u64>) -> f64 {
+fn jitter(user: &UserId, generation: Option<u64>) -> f64 {
     let mut hasher = DefaultHasher::new();
     user.as_str().hash(&mut hasher);
     generation.hash(&mut hasher);

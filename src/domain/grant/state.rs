@@ -26,7 +26,7 @@ const BACKOFF_LIVING: Duration = Duration::from_secs(60);
 
 /// When tokens are renewed.
 #[derive(Clone, Copy, Debug)]
-pub struct Policy {
+pub struct RefreshPolicy {
     /// A token with less than this left is renewed at once, when somebody asks for it.
     pub margin: Duration,
     /// In the background a token is renewed this long before its end.
@@ -107,7 +107,7 @@ impl std::ops::Deref for LiveGrant {
 
 impl Grant {
     /// The state of a grant that lies in the store and that nobody works on.
-    pub fn state(&self, policy: Policy, now: Timestamp) -> State {
+    pub fn state(&self, policy: RefreshPolicy, now: Timestamp) -> State {
         let now = ClockReading { wall: now, uptime: SignedDuration::ZERO, amazon: None };
         let used = now.uptime_at(self.used_at.unwrap_or(self.updated_at));
         GrantState::Fresh(Arc::new(LiveGrant::loaded(self.clone(), now))).state(policy, used, now)
@@ -268,7 +268,13 @@ impl GrantState {
 
     /// The uptime at which the background should renew next; `None`: only when somebody asks. `used` is the uptime at which
     /// a caller last used the grant; `dice` in `0.0..1.0` spreads users whose tokens end together.
-    pub fn due(&self, policy: Policy, used: SignedDuration, now: ClockReading, dice: f64) -> Option<SignedDuration> {
+    pub fn due(
+        &self,
+        policy: RefreshPolicy,
+        used: SignedDuration,
+        now: ClockReading,
+        dice: f64,
+    ) -> Option<SignedDuration> {
         let grant = self.grant()?;
         let wanted = match grant.left(now) {
             // Spread over a fifth of the time between `ahead` and the token's end, on the early side.
@@ -287,7 +293,7 @@ impl GrantState {
     }
 
     /// The state as told to users. `used` is the uptime at which a caller last used the grant.
-    pub fn state(&self, policy: Policy, used: SignedDuration, now: ClockReading) -> State {
+    pub fn state(&self, policy: RefreshPolicy, used: SignedDuration, now: ClockReading) -> State {
         match self {
             Self::Nothing => State::None,
             Self::LoginRequired { .. } => State::LoginRequired,
@@ -302,7 +308,7 @@ impl GrantState {
 
     /// Whether the living token should be replaced because little of its life is left. A renewal that ended a moment
     /// ago is not repeated while its token lives, however short that life is.
-    pub fn expiring(&self, policy: Policy, now: ClockReading) -> bool {
+    pub fn expiring(&self, policy: RefreshPolicy, now: ClockReading) -> bool {
         self.grant().is_some_and(|grant| match grant.left(now).filter(|left| left.is_positive()) {
             Some(left) => left <= signed(policy.margin) && now.uptime >= grant.since.saturating_add(RENEWAL_SPACING),
             None => true,
@@ -333,7 +339,7 @@ mod tests {
     use super::super::RefreshToken;
     use super::*;
 
-    const POLICY: Policy = Policy {
+    const POLICY: RefreshPolicy = RefreshPolicy {
         margin: Duration::from_secs(300),
         ahead: Duration::from_secs(900),
         idle_after: Duration::from_secs(7 * 24 * 3600),

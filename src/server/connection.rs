@@ -23,8 +23,8 @@ use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpStream, UnixStream};
 
-use super::connections::{Command, Seat};
 use super::io::{Guarded, Watched};
+use super::registry::{Command, Slot};
 use super::{Host, Peer, head};
 
 /// Largest head of a request, exact (the size of the read buffer alone is a soft bound).
@@ -65,7 +65,7 @@ enum Turn<S, V> {
     Reset,
 }
 
-pub(super) async fn converse<S, H, F, B>(stream: S, peer: Peer, seat: Seat, host: Host<H>)
+pub(super) async fn converse<S, H, F, B>(stream: S, peer: Peer, seat: Slot, host: Host<H>)
 where
     S: Socket,
     H: Fn(Request<Incoming>, Peer) -> F + Clone + Send + Sync + 'static,
@@ -116,7 +116,7 @@ where
 async fn talk<S, V, B>(
     socket: Watched<S>,
     service: V,
-    seat: &Seat,
+    seat: &Slot,
     uploads: &AtomicBool,
     leaving: &mut bool,
 ) -> Turn<S, V>
@@ -180,7 +180,7 @@ where
 }
 
 /// Waits until there is something to read; `false` where the connection is told to go before that.
-async fn rest<S: Socket>(socket: &Watched<S>, seat: &Seat) -> bool {
+async fn rest<S: Socket>(socket: &Watched<S>, seat: &Slot) -> bool {
     loop {
         tokio::select! {
             biased;
@@ -215,8 +215,8 @@ mod tests {
     use http_body_util::{BodyExt, Full};
     use tokio::io::AsyncReadExt;
 
-    use super::super::LastWords;
-    use super::super::connections::{Connections, MOST_AWAKE};
+    use super::super::CannedResponses;
+    use super::super::registry::{Connections, MOST_AWAKE};
     use super::*;
 
     const REQUEST: &[u8] = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n";
@@ -243,7 +243,7 @@ mod tests {
                 tokio::spawn(request.into_body().collect());
                 async { Response::new(Full::from("hi")) }
             };
-            let words = LastWords { late: Bytes::from_static(b"late"), overloaded: Bytes::new() };
+            let words = CannedResponses { late: Bytes::from_static(b"late"), overloaded: Bytes::new() };
             let host = Host { handler, connections: connections.clone(), words };
             let conversation = converse(stream, Peer::Unix(None), connections.sit(), host);
             // Ten thousand of them are held beside an app.

@@ -8,7 +8,7 @@ use std::time::Duration;
 use futures_util::FutureExt;
 use http::HeaderValue;
 
-use super::entry::{Entry, Writing};
+use super::user_state::{UserState, Writing};
 use super::{GrantState, TokenManager};
 use crate::auth::lwa::LwaError;
 use crate::domain::account::UserId;
@@ -21,7 +21,7 @@ const STORE_RETRY: Duration = Duration::from_secs(1);
 
 /// Who wants a renewal.
 #[derive(Clone, Debug)]
-pub(super) enum Why {
+pub(super) enum RefreshReason {
     /// The background, because it is due.
     Due,
     /// A caller, because little or nothing is left of the token's life.
@@ -29,13 +29,13 @@ pub(super) enum Why {
     /// Amazon refused this token.
     Distrusted(HeaderValue),
     /// Somebody asked for it.
-    Asked,
+    Manual,
 }
 
 /// Ends the flight however it ends and wakes those who wait for it.
 pub(super) struct Flight {
     pub(super) keeper: TokenManager,
-    pub(super) entry: Arc<Entry>,
+    pub(super) entry: Arc<UserState>,
 }
 
 impl Drop for Flight {
@@ -46,7 +46,7 @@ impl Drop for Flight {
 
 impl TokenManager {
     /// Renews in the background, unless that is happening already.
-    pub(super) fn fly(&self, entry: &Arc<Entry>, why: Why) {
+    pub(super) fn fly(&self, entry: &Arc<UserState>, why: RefreshReason) {
         if entry.take_off() {
             let flight = Flight { keeper: self.clone(), entry: entry.clone() };
             self.0.flights.spawn(flight.run(why));
@@ -54,7 +54,7 @@ impl TokenManager {
     }
 
     /// As [`fly`](Self::fly), and returns when the flight is over, also one that was under way.
-    pub(super) async fn fly_and_wait(&self, entry: &Arc<Entry>, why: Why) {
+    pub(super) async fn fly_and_wait(&self, entry: &Arc<UserState>, why: RefreshReason) {
         let changed = entry.changed();
         if entry.take_off() {
             Flight { keeper: self.clone(), entry: entry.clone() }.run(why).await;
@@ -68,7 +68,7 @@ impl TokenManager {
     /// another one.
     pub(super) async fn store(
         &self,
-        entry: &Arc<Entry>,
+        entry: &Arc<UserState>,
         write: &Writing<'_>,
         grant: &mut Grant,
         expected: Option<u64>,
@@ -98,7 +98,7 @@ impl TokenManager {
 
 impl Flight {
     /// Whatever happens in it, the flight lands, and nobody waits for it for ever.
-    async fn run(self, why: Why) {
+    async fn run(self, why: RefreshReason) {
         if AssertUnwindSafe(self.renew(why)).catch_unwind().await.is_err() {
             // A bug of ours. Those who wait must not fly again at once, into the same panic.
             let failure = Failure { code: "internal", remedy: Remedy::Time };
@@ -110,12 +110,12 @@ impl Flight {
     async fn fail(&self, failure: Failure) {
         let write = self.entry.write().await;
         let (held, now) = (self.entry.held().clone(), self.keeper.0.clock.moment());
-        let next = held.next(Outcome::Failed { failure, retry_after: None }, now, dice());
+        let next = held.next(Outcome::Failed { failure, retry_after: None }, now, jitter());
         self.log(&held, &next);
         self.keeper.publish(&self.entry, &write, next);
     }
 
-    async fn renew(&self, why: Why) {
+    async fn renew(&self, why: RefreshReason) {
         let grant = match self.turn(&why).await {
             Ok(Some(grant)) => grant,
             Ok(None) => return,
@@ -154,7 +154,7 @@ impl Flight {
             Err(outcome) => outcome,
         };
         let refused = matches!(outcome, Outcome::Refused(_));
-        let next = held.next(outcome, self.keeper.0.clock.moment(), dice());
+        let next = held.next(outcome, self.keeper.0.clock.moment(), jitter());
         self.log(&held, &next);
         // Those who wait are woken by the landing: were it now, who then asks anew would join a flight that is over.
         self.keeper.publish(&self.entry, &write, next);
@@ -166,7 +166,7 @@ impl Flight {
 
     fn dropped(&self) {
         let user = &self.entry.user;
-        self.keeper.0.intents.end(user);
+        self.keeper.0.journal.end(user);
         self.keeper.0.metrics.refresh_dropped.inc();
         tracing::info!(%user, "renewal dropped: the grant was replaced or logged out meanwhile");
     }
@@ -185,8 +185,8 @@ impl Flight {
     /// Asks LWA, unless it has just refused our client. What it answered, and when it was asked.
     async fn ask(&self, grant: &LiveGrant, refresh_token: &RefreshToken) -> Result<(Tokens, ClockReading), Outcome> {
         let TokenManager(inner) = &self.keeper;
-        let turn = inner.outage.turn().await;
-        if let Some((code, wait)) = inner.outage.holds(inner.clock.moment()) {
+        let turn = inner.circuit.turn().await;
+        if let Some((code, wait)) = inner.circuit.holds(inner.clock.moment()) {
             return Err(Outcome::Failed {
                 failure: Failure { code, remedy: Remedy::Operator },
                 retry_after: Some(wait),
@@ -198,7 +198,7 @@ impl Flight {
         let begun = std::time::Instant::now();
         let answer = inner.lwa.load_full().refresh(refresh_token).await;
         inner.metrics.token_refresh_duration.observe(begun.elapsed().as_secs_f64());
-        inner.outage.learn(&answer, asked, inner.clock.moment(), dice());
+        inner.circuit.learn(&answer, asked, inner.clock.moment(), jitter());
         drop(turn);
         self.count(&answer);
         match answer {
@@ -214,7 +214,7 @@ impl Flight {
             }
             Err(error) => {
                 if matches!(error, LwaError::TryLater { taken: true, .. }) {
-                    inner.intents.lost(user, grant.generation);
+                    inner.journal.lost(user, grant.generation);
                 }
                 Err(outcome(error))
             }
@@ -225,7 +225,7 @@ impl Flight {
     /// of the grant.
     fn end_intent(&self, end: &str) {
         let user = &self.entry.user;
-        if !self.keeper.0.intents.end(user) {
+        if !self.keeper.0.journal.end(user) {
             return;
         }
         self.keeper.0.metrics.refresh_interrupted.with_label_values(&[end]).inc();
@@ -248,15 +248,15 @@ impl Flight {
     }
 
     /// The grant to renew, if renewal is still wanted: a wake-up is a hint, and what it hinted at may be done.
-    pub(super) fn wanted(&self, why: &Why) -> Option<Arc<LiveGrant>> {
+    pub(super) fn wanted(&self, why: &RefreshReason) -> Option<Arc<LiveGrant>> {
         let held = self.entry.held();
         let (now, policy) = (self.keeper.0.clock.moment(), self.keeper.policy());
         let wanted = match why {
-            Why::Due => self.entry.due(policy, now).is_some_and(|due| due <= now.uptime),
-            Why::OnDemand => held.expiring(policy, now),
+            RefreshReason::Due => self.entry.due(policy, now).is_some_and(|due| due <= now.uptime),
+            RefreshReason::OnDemand => held.expiring(policy, now),
             // The refused token may have ended meanwhile.
-            Why::Distrusted(bearer) => held.living(now).is_none_or(|access| access.bearer() == bearer),
-            Why::Asked => true,
+            RefreshReason::Distrusted(bearer) => held.living(now).is_none_or(|access| access.bearer() == bearer),
+            RefreshReason::Manual => true,
         };
         held.grant().filter(|_| wanted && !held.backs_off(now)).cloned()
     }
@@ -297,7 +297,7 @@ impl Flight {
 }
 
 /// Until the store has taken `grant`, or it is not the user's grant any more.
-async fn keep_storing(keeper: TokenManager, entry: Arc<Entry>, mut grant: Grant, expected: Option<u64>) {
+async fn keep_storing(keeper: TokenManager, entry: Arc<UserState>, mut grant: Grant, expected: Option<u64>) {
     loop {
         tokio::time::sleep(STORE_RETRY).await;
         let write = entry.write().await;
@@ -329,7 +329,7 @@ fn outcome(error: LwaError) -> Outcome {
 }
 
 /// In `0.0..1.0`.
-fn dice() -> f64 {
+fn jitter() -> f64 {
     // Without randomness there is no jitter, which is no reason to fail.
     getrandom::u64().map_or(0.5, |bits| (bits >> 11) as f64 / (1u64 << 53) as f64)
 }
