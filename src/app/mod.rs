@@ -109,8 +109,8 @@ impl App {
         let metrics = Arc::new(Metrics::new(config.metrics, started_at).map_err(|error| setting(&error))?);
         let lwa = Lwa::new(config.lwa.clone()).map_err(|error| setting(&error))?;
         let grants = opened.users.into_iter().filter_map(|(user, grant)| Some((user, grant.ok()?)));
-        let (keeper, background) = TokenManager::new(
-            config.keeper.clone(),
+        let (tokens, background) = TokenManager::new(
+            config.tokens.clone(),
             store.clone(),
             grants,
             lwa.clone(),
@@ -123,7 +123,7 @@ impl App {
         let addresses = Addresses { proxy: proxy.addresses(), login: login.addresses(), admin: admin.addresses() };
         let (reloader, asked) = Reloader::new();
         let process = ProcessState {
-            keeper,
+            tokens,
             store: store.clone(),
             rotation: rotations.watch(),
             metrics,
@@ -170,8 +170,8 @@ impl App {
         let Self { fixed, mut rotations, watched, asked, .. } = self;
         let mut helpers = JoinSet::new();
         // Before anybody can ask for it; where there is a grant to be tried first, callers have that one meanwhile.
-        let adopting = adopt_configured(process.keeper.clone());
-        match process.keeper.status(&UserId::default()).state {
+        let adopting = adopt_configured(process.tokens.clone());
+        match process.tokens.status(&UserId::default()).state {
             State::None => adopting.await,
             _ => drop(helpers.spawn(adopting)),
         }
@@ -213,7 +213,7 @@ impl App {
         if tokio::time::timeout(shutdown.drain, drained).await.is_err() {
             tracing::warn!("calls were still in flight after shutdown.drain and are broken off");
         }
-        if tokio::time::timeout(SETTLE, process.keeper.settle()).await.is_err() {
+        if tokio::time::timeout(SETTLE, process.tokens.settle()).await.is_err() {
             tracing::error!("a token call or a write was still in flight and is given up");
         }
         helpers.shutdown().await;
@@ -263,8 +263,8 @@ async fn finish_leftover_logins(services: Arc<ArcSwap<Services>>) {
     }
 }
 
-async fn adopt_configured(keeper: TokenManager) {
-    if let Err(error) = keeper.adopt_configured().await {
+async fn adopt_configured(tokens: TokenManager) {
+    if let Err(error) = tokens.adopt_configured().await {
         tracing::error!(%error, "amazon.refresh_token could not be stored, and is tried again at the next start");
     }
 }

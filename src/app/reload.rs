@@ -106,7 +106,7 @@ impl ControlLoop {
         let config = watched.read()?;
         needs_restart(&self.fixed, &config)?;
         let lwa = Lwa::new(config.lwa.clone())?;
-        let (keeper, metrics, limits, log) = (config.keeper.clone(), config.metrics, config.limits, config.log);
+        let (tokens, metrics, limits, log) = (config.tokens.clone(), config.metrics, config.limits, config.log);
         let services = Services::new(config, lwa.clone(), &self.process).map_err(|error| error.to_string())?;
         // Nothing fails from here on.
         self.services.store(Arc::new(services));
@@ -117,8 +117,8 @@ impl ControlLoop {
             running.reconfigure(log);
         }
         self.process.metrics.reconfigure(metrics);
-        self.process.keeper.reconfigure(keeper, lwa);
-        tokio::spawn(adopt_configured(self.process.keeper.clone()));
+        self.process.tokens.reconfigure(tokens, lwa);
+        tokio::spawn(adopt_configured(self.process.tokens.clone()));
         Ok(())
     }
 }

@@ -37,7 +37,7 @@ pub(super) struct Services {
 
 /// What outlives every reload.
 pub(super) struct ProcessState {
-    pub(super) keeper: TokenManager,
+    pub(super) tokens: TokenManager,
     pub(super) store: TokenStore,
     pub(super) rotation: watch::Receiver<Rotation>,
     pub(super) metrics: Arc<Metrics>,
@@ -60,11 +60,11 @@ impl Services {
         let setting = |error: &dyn std::fmt::Display| BuildError::Setting(error.to_string());
         let upstream = Arc::new(Upstream::new(&config.upstream).map_err(|error| setting(&error))?);
         let client_id = HeaderValue::from_str(&config.proxy.client_id).map_err(|error| setting(&error))?;
-        let ProcessState { keeper, metrics, request_ids, .. } = process;
+        let ProcessState { tokens, metrics, request_ids, .. } = process;
         let login = Login::new(
             config.login,
             lwa,
-            keeper.clone(),
+            tokens.clone(),
             Identity::new(upstream.clone(), client_id.clone()),
             process.clock.clone(),
             process.desk.clone(),
@@ -77,7 +77,7 @@ impl Services {
         let authority = own_authority.clone().unwrap_or_else(|| "localhost:8001".to_owned());
         let oauth = |guard: &Admission| OauthEndpoints {
             login: login.clone(),
-            keeper: keeper.clone(),
+            tokens: tokens.clone(),
             guard: guard.clone(),
             region: config.proxy.region,
             token_shim: config.proxy.token_shim,
@@ -86,7 +86,7 @@ impl Services {
         };
         let admin = Admin {
             guard: admin_guard,
-            keeper: keeper.clone(),
+            tokens: tokens.clone(),
             metrics: metrics.clone(),
             stage: process.stage.subscribe(),
             connections: process.connections.clone(),
@@ -109,7 +109,7 @@ impl Services {
                 config.proxy,
                 client_id,
                 guard,
-                keeper.clone(),
+                tokens.clone(),
                 upstream.clone(),
                 login_of_proxy,
                 metrics.clone(),

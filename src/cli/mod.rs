@@ -19,7 +19,7 @@ use clap::{CommandFactory, Parser, Subcommand};
 pub use serve::asked_to_stop;
 
 use crate::app::BuildError;
-use crate::config::{self, Problems, Sources};
+use crate::config::{self, ConfigErrors, Sources};
 use crate::store::StoreError;
 
 /// Amazon Ads authentication as a sidecar: plain HTTP to localhost in, an authenticated call out.
@@ -188,8 +188,8 @@ impl Failed {
     }
 }
 
-impl From<Problems> for Failed {
-    fn from(problems: Problems) -> Self {
+impl From<ConfigErrors> for Failed {
+    fn from(problems: ConfigErrors) -> Self {
         Self { exit: Exit::Config, message: problems.to_string() }
     }
 }

@@ -27,12 +27,12 @@ mod checks;
 mod files;
 mod keys;
 mod print;
-mod problems;
+mod errors;
 mod reader;
 mod resolve;
 mod sources;
 
-pub use problems::{Problem, Problems};
+pub use errors::{ConfigError, ConfigErrors};
 pub use sources::Sources;
 
 /// All that adsidecar is told, sorted by who needs it.
@@ -68,8 +68,8 @@ pub struct Config {
     pub lwa: lwa::Settings,
     /// For the connections to the Ads hosts.
     pub upstream: upstream::Settings,
-    /// For the keeper.
-    pub keeper: tokens::Settings,
+    /// For the tokens.
+    pub tokens: tokens::Settings,
     /// For the store.
     pub store: store::Settings,
     /// `store.fernet_keys`.
@@ -110,7 +110,7 @@ pub struct Shutdown {
 }
 
 /// Reads all sources. On failure all that is wrong is reported at once, without any value.
-pub fn load(sources: &Sources) -> Result<Config, Problems> {
+pub fn load(sources: &Sources) -> Result<Config, ConfigErrors> {
     let mut problems = Vec::new();
     let merged = sources::merge(sources, &mut problems);
     resolve::resolve(&merged, problems)

@@ -53,7 +53,7 @@ impl Config {
         page.pair("redirect_uri", quoted(&lwa.redirect_uri));
         page.pair("scope", quoted(&lwa.scope));
         page.pair("region", quoted(lwa.region.as_str()));
-        if self.keeper.adopt.is_some() {
+        if self.tokens.adopt.is_some() {
             page.pair("refresh_token", HIDDEN);
         }
         let own = |url: &Option<url::Url>, region: &str| quoted(url.as_ref().map_or(region, url::Url::as_str));
@@ -117,11 +117,11 @@ impl Config {
             FernetKeys::MakeBesideStore => page.remark("fernet_keys: none given, one is kept beside the store"),
         }
         page.section("refresh");
-        page.pair("margin", duration(self.keeper.policy.margin));
-        page.pair("ahead", duration(self.keeper.policy.ahead));
-        page.pair("sweep", duration(self.keeper.sweep));
-        page.pair("idle_after", duration(self.keeper.policy.idle_after));
-        page.pair("concurrency", self.keeper.concurrency);
+        page.pair("margin", duration(self.tokens.policy.margin));
+        page.pair("ahead", duration(self.tokens.policy.ahead));
+        page.pair("sweep", duration(self.tokens.sweep));
+        page.pair("idle_after", duration(self.tokens.policy.idle_after));
+        page.pair("concurrency", self.tokens.concurrency);
     }
 
     fn print_upstream(&self, page: &mut Page) {

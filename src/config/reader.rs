@@ -10,8 +10,8 @@ use rustls::RootCertStore;
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
 
+use super::errors::ConfigError;
 use super::files;
-use super::problems::Problem;
 use super::sources::{Given, Merged, WHOLE_FILE};
 use crate::domain::secret::Secret;
 
@@ -21,17 +21,17 @@ const MAX_TEXT: usize = 4096;
 /// Reads keys and collects problems.
 pub(super) struct Reader<'a> {
     merged: &'a Merged,
-    problems: Vec<Problem>,
+    problems: Vec<ConfigError>,
 }
 
 impl<'a> Reader<'a> {
     /// Reads from `merged`, on top of the problems that its sources had.
-    pub(super) fn new(merged: &'a Merged, problems: Vec<Problem>) -> Self {
+    pub(super) fn new(merged: &'a Merged, problems: Vec<ConfigError>) -> Self {
         Self { merged, problems }
     }
 
     /// All problems, once everything is read; none are left.
-    pub(super) fn take_problems(&mut self) -> Vec<Problem> {
+    pub(super) fn take_problems(&mut self) -> Vec<ConfigError> {
         std::mem::take(&mut self.problems)
     }
 
@@ -43,14 +43,14 @@ impl<'a> Reader<'a> {
     /// Writes down what is wrong within the value of `key`, at what is called `place`.
     pub(super) fn wrong_at(&mut self, key: &str, place: &str, message: impl Into<String>) {
         let source = self.merged.get(key).map_or_else(|| "the default".to_owned(), |(_, source)| source);
-        self.problems.push(Problem { key: place.to_owned(), source: Some(source), message: message.into() });
+        self.problems.push(ConfigError { key: place.to_owned(), source: Some(source), message: message.into() });
     }
 
     /// Writes down that nobody gave `key`. The message names it.
     pub(super) fn missing(&mut self, key: &str, message: &str) {
         // Somebody gave it and had that refused already, or gave it in a file that cannot be read: once is enough.
         if !self.problems.iter().any(|problem| problem.key == key || problem.key == WHOLE_FILE) {
-            self.problems.push(Problem { key: key.to_owned(), source: None, message: message.to_owned() });
+            self.problems.push(ConfigError { key: key.to_owned(), source: None, message: message.to_owned() });
         }
     }
 

@@ -8,7 +8,7 @@ use url::Url;
 
 use super::accounts::accounts;
 use super::checks;
-use super::problems::{Problem, Problems};
+use super::errors::{ConfigError, ConfigErrors};
 use super::reader::Reader;
 use super::sources::Merged;
 use super::{Config, Environment, FernetKeys, Shutdown};
@@ -42,7 +42,7 @@ const FERNET_CURE: &str = "missing Fernet key: set store.fernet_keys or store.fe
                            `adsidecar key new` makes one";
 
 /// The configuration that `merged` gives, or all that is wrong with it, on top of the `problems` of its sources.
-pub(super) fn resolve(merged: &Merged, problems: Vec<Problem>) -> Result<Config, Problems> {
+pub(super) fn resolve(merged: &Merged, problems: Vec<ConfigError>) -> Result<Config, ConfigErrors> {
     let mut read = Reader::new(merged, problems);
     let read = &mut read;
     let words = [("production", Environment::Production), ("development", Environment::Development)];
@@ -78,7 +78,7 @@ pub(super) fn resolve(merged: &Merged, problems: Vec<Problem>) -> Result<Config,
         login,
         lwa,
         upstream: upstream(read),
-        keeper: keeper(read),
+        tokens: tokens(read),
         store: store(read),
         fernet_keys: fernet_keys(read, environment),
         metrics: metrics::Settings { max_user_series: read.count("metrics.max_user_series", 1000, 0..=1_000_000) },
@@ -90,7 +90,7 @@ pub(super) fn resolve(merged: &Merged, problems: Vec<Problem>) -> Result<Config,
     };
     match read.take_problems() {
         problems if problems.is_empty() => Ok(config),
-        problems => Err(Problems(problems)),
+        problems => Err(ConfigErrors(problems)),
     }
 }
 
@@ -241,7 +241,7 @@ fn fernet_keys(read: &mut Reader<'_>, environment: Environment) -> FernetKeys {
     FernetKeys::Given(keys)
 }
 
-fn keeper(read: &mut Reader<'_>) -> tokens::Settings {
+fn tokens(read: &mut Reader<'_>) -> tokens::Settings {
     let adopt = read.secret("amazon.refresh_token").and_then(|secret| RefreshToken::new(secret).ok());
     // Amazon's access tokens live for an hour: who renews them 50 minutes ahead already renews without a pause.
     let policy = RefreshPolicy {

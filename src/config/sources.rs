@@ -7,9 +7,9 @@ use figment::providers::{Format, Toml};
 use figment::value::{Dict, Map, Tag, Value};
 use figment::{Figment, Metadata, Profile, Provider};
 
+use super::errors::ConfigError;
 use super::files;
 use super::keys::{self, Form, Key};
-use super::problems::Problem;
 
 /// Under this name the path of a file that holds a value is kept, in the place of the value. So a higher layer's value
 /// replaces a lower layer's file, and the other way around. In no layer can a user write that.
@@ -107,7 +107,7 @@ pub(super) fn toml_file(sources: &Sources) -> Option<PathBuf> {
 }
 
 /// Reads all layers. What is wrong with one of them is added to `problems`, and left out.
-pub(super) fn merge(sources: &Sources, problems: &mut Vec<Problem>) -> Merged {
+pub(super) fn merge(sources: &Sources, problems: &mut Vec<ConfigError>) -> Merged {
     let mut figment = Figment::new();
     for layer in [file_layer(sources, problems), env_layer(&sources.env, problems), set_layer(&sources.sets, problems)]
     {
@@ -149,7 +149,7 @@ impl Provider for Entry {
 }
 
 /// Within one layer a key has one form and one value.
-fn settle(layer: Vec<Entry>, problems: &mut Vec<Problem>) -> Vec<Entry> {
+fn settle(layer: Vec<Entry>, problems: &mut Vec<ConfigError>) -> Vec<Entry> {
     let mut settled: Vec<Entry> = Vec::new();
     for entry in layer {
         let Some(first) = settled.iter().find(|first| first.name == entry.name) else {
@@ -170,13 +170,13 @@ fn settle(layer: Vec<Entry>, problems: &mut Vec<Problem>) -> Vec<Entry> {
     settled
 }
 
-fn problem(problems: &mut Vec<Problem>, key: &str, source: &str, message: impl Into<String>) {
-    problems.push(Problem { key: key.to_owned(), source: Some(source.to_owned()), message: message.into() });
+fn problem(problems: &mut Vec<ConfigError>, key: &str, source: &str, message: impl Into<String>) {
+    problems.push(ConfigError { key: key.to_owned(), source: Some(source.to_owned()), message: message.into() });
 }
 
 // The file.
 
-fn file_layer(sources: &Sources, problems: &mut Vec<Problem>) -> Vec<Entry> {
+fn file_layer(sources: &Sources, problems: &mut Vec<ConfigError>) -> Vec<Entry> {
     let Some((path, asked_by)) = asked_for(sources) else { return Vec::new() };
     let text = match files::read(path) {
         Ok(text) => text,
@@ -210,7 +210,7 @@ fn position(text: &str, offset: usize) -> String {
     format!(", line {line}, column {column}")
 }
 
-fn file_entries(dict: Dict, source: &str, problems: &mut Vec<Problem>) -> Vec<Entry> {
+fn file_entries(dict: Dict, source: &str, problems: &mut Vec<ConfigError>) -> Vec<Entry> {
     let mut entries = Vec::new();
     for (section, value) in dict {
         match value {
@@ -238,7 +238,7 @@ fn file_entries(dict: Dict, source: &str, problems: &mut Vec<Problem>) -> Vec<En
     entries
 }
 
-fn file_entry(name: String, value: Value, source: &str, entries: &mut Vec<Entry>, problems: &mut Vec<Problem>) {
+fn file_entry(name: String, value: Value, source: &str, entries: &mut Vec<Entry>, problems: &mut Vec<ConfigError>) {
     match keys::by_name(&name) {
         None => unknown(problems, &name, source, keys::likely_name(&name)),
         Some((key, _)) if matches!(value, Value::Dict(..)) => {
@@ -251,7 +251,7 @@ fn file_entry(name: String, value: Value, source: &str, entries: &mut Vec<Entry>
     }
 }
 
-fn unknown(problems: &mut Vec<Problem>, name: &str, source: &str, likely: Option<String>) {
+fn unknown(problems: &mut Vec<ConfigError>, name: &str, source: &str, likely: Option<String>) {
     let cure = match likely {
         Some(likely) => format!("is no key: did you mean {likely}?"),
         None => "is no key: remove it, or see config/example.toml for all there are".to_owned(),
@@ -261,7 +261,7 @@ fn unknown(problems: &mut Vec<Problem>, name: &str, source: &str, likely: Option
 
 // The environment and the flags: text, parsed later by the key's type.
 
-fn env_layer(env: &[(String, String)], problems: &mut Vec<Problem>) -> Vec<Entry> {
+fn env_layer(env: &[(String, String)], problems: &mut Vec<ConfigError>) -> Vec<Entry> {
     let mut entries = Vec::new();
     for (name, value) in env {
         if let Some((key, form)) = keys::by_guide_name(name) {
@@ -276,7 +276,7 @@ fn env_layer(env: &[(String, String)], problems: &mut Vec<Problem>) -> Vec<Entry
     entries
 }
 
-fn env_entry(name: &str, value: &str, entries: &mut Vec<Entry>, problems: &mut Vec<Problem>) {
+fn env_entry(name: &str, value: &str, entries: &mut Vec<Entry>, problems: &mut Vec<ConfigError>) {
     match keys::by_variable(name) {
         Some((key, _)) if value.trim().is_empty() => {
             // Not ignored: an empty caller token that counts as none would open a door that somebody meant to close.
@@ -295,7 +295,7 @@ fn env_entry(name: &str, value: &str, entries: &mut Vec<Entry>, problems: &mut V
 
 const ACCOUNTS_IN_FILE: &str = "accounts are set in the file only: write them there as [[account]]";
 
-fn set_layer(sets: &[(String, String)], problems: &mut Vec<Problem>) -> Vec<Entry> {
+fn set_layer(sets: &[(String, String)], problems: &mut Vec<ConfigError>) -> Vec<Entry> {
     const SOURCE: &str = "--set";
     let mut entries: Vec<Entry> = Vec::new();
     for (name, value) in sets {

@@ -67,7 +67,7 @@ impl Given {
         path.to_str().unwrap().to_owned()
     }
 
-    fn load(&self) -> Result<Config, Problems> {
+    fn load(&self) -> Result<Config, ConfigErrors> {
         load(&self.sources)
     }
 
@@ -458,7 +458,7 @@ fn each_name_of_the_guide_works_and_so_does_its_file() {
     assert_eq!(config.lwa.client_secrets, [Secret::new("one"), Secret::new("two")]);
     assert_eq!(config.lwa.redirect_uri, "https://app.example/a%20b?");
     assert_eq!(config.lwa.scope, "a::b c::d");
-    assert_eq!(config.keeper.adopt, Some(RefreshToken::new(Secret::new("Atzr|x,y")).unwrap()));
+    assert_eq!(config.tokens.adopt, Some(RefreshToken::new(Secret::new("Atzr|x,y")).unwrap()));
     assert_eq!(config.fernet_keys, FernetKeys::Given(vec![Secret::new(FERNET_KEY)]));
     assert_eq!(config.login.frontend_url.as_ref().unwrap().as_str(), "https://app.example:8443/home?x=1");
     assert_eq!(config.guard.frontend_origin.as_deref(), Some("https://app.example:8443"));
@@ -470,7 +470,7 @@ fn each_name_of_the_guide_works_and_so_does_its_file() {
     }
     assert_eq!(debug(&files), debug(&plain));
     assert_eq!(files.config().lwa.client_secrets, config.lwa.client_secrets);
-    assert_eq!(files.config().keeper.adopt, config.keeper.adopt);
+    assert_eq!(files.config().tokens.adopt, config.tokens.adopt);
 }
 
 // Layers.
@@ -695,8 +695,8 @@ fn values_are_read_by_their_type_in_every_layer() {
         assert_eq!(config.proxy.replay_limit, 1024);
         assert_eq!(config.proxy.max_body, Some(8 << 20));
         assert!(!config.proxy.token_shim);
-        assert_eq!(config.keeper.policy.idle_after, Duration::from_secs(14 * 86_400));
-        assert_eq!(config.keeper.concurrency, 3);
+        assert_eq!(config.tokens.policy.idle_after, Duration::from_secs(14 * 86_400));
+        assert_eq!(config.tokens.concurrency, 3);
         assert_eq!(config.upstream.http2, upstream::Http2::Never);
         assert_eq!(config.lwa.client_id, "12345");
     };
@@ -881,7 +881,7 @@ fn the_defaults_are_those_of_the_contract() {
     assert_eq!(config.lwa.redirect_uri, "http://localhost:8001/api/auth/amazon/callback");
     assert_eq!(config.lwa.scope, "advertising::campaign_management");
     assert_eq!((config.lwa.region, config.proxy.region), (Region::Na, Region::Na));
-    assert!(config.lwa.authorize_url.is_none() && config.lwa.token_url.is_none() && config.keeper.adopt.is_none());
+    assert!(config.lwa.authorize_url.is_none() && config.lwa.token_url.is_none() && config.tokens.adopt.is_none());
     assert!(config.guard.allowed_hosts.is_empty() && config.guard.caller_tokens.is_empty() && !config.allow_remote);
     assert_eq!((config.proxy.token_shim, config.proxy.selection), (true, proxy::Selection::Header));
     assert_eq!((config.proxy.replay_limit, config.proxy.max_body), (262_144, None));
@@ -891,9 +891,9 @@ fn the_defaults_are_those_of_the_contract() {
     assert_eq!((limits.max_connections, limits.header_timeout, limits.idle_timeout), (4096, seconds(10), seconds(600)));
     assert!(config.proxy.policy.rules.is_empty() && config.proxy.policy.mode == crate::domain::policy::Mode::Enforce);
     assert_eq!(config.store.path, Path::new("data/adsidecar.sled"));
-    let policy = config.keeper.policy;
+    let policy = config.tokens.policy;
     assert_eq!((policy.margin, policy.ahead, policy.idle_after), (seconds(300), seconds(900), seconds(604_800)));
-    assert_eq!((config.keeper.sweep, config.keeper.concurrency), (seconds(600), 8));
+    assert_eq!((config.tokens.sweep, config.tokens.concurrency), (seconds(600), 8));
     assert_eq!(
         config.upstream.origins.each_ref().map(url::Url::as_str),
         [

@@ -18,7 +18,7 @@ use std::time::Duration;
 
 use super::{StoreError, files};
 use crate::domain::account::UserId;
-use crate::store::stored_grant::{Record, RecordError};
+use crate::store::stored_grant::{StoredGrant, StoredGrantError};
 
 /// sled's page cache. Its default is 1 GB. To read a leaf again costs less than the sync of a write.
 const CACHE_BYTES: u64 = 1 << 20;
@@ -55,7 +55,7 @@ pub(super) struct Database {
 }
 
 /// A record as it lies in the database, or why it does not parse.
-pub(super) type Stored = Result<Record, RecordError>;
+pub(super) type Stored = Result<StoredGrant, StoredGrantError>;
 
 impl Database {
     /// Opens the database in the directory `path`, or makes it. `after_failure`: a write of this process failed before.
@@ -85,11 +85,11 @@ impl Database {
     /// The record of `user`.
     pub(super) fn get(&self, user: &UserId) -> Result<Option<Stored>, StoreError> {
         let found = self.grants.get(user.as_str()).map_err(|error| self.fault(error))?;
-        Ok(found.map(|json| Record::parse(&json)))
+        Ok(found.map(|json| StoredGrant::parse(&json)))
     }
 
     /// Puts `record` in the place of what is stored for `user`; on disk after [`commit`](Self::commit).
-    pub(super) fn put(&self, user: &UserId, record: &Record) -> Result<(), StoreError> {
+    pub(super) fn put(&self, user: &UserId, record: &StoredGrant) -> Result<(), StoreError> {
         self.grants.insert(user.as_str(), record.to_json()).map(drop).map_err(|error| self.fault(error))
     }
 
@@ -100,7 +100,7 @@ impl Database {
 
     /// All records by user, one after the other: ten thousand of them at once are 20 MiB.
     pub(super) fn records(&self) -> impl Iterator<Item = Result<(UserId, Stored), StoreError>> {
-        self.raw().map(|entry| entry.map(|(user, json)| (user, Record::parse(&json))))
+        self.raw().map(|entry| entry.map(|(user, json)| (user, StoredGrant::parse(&json))))
     }
 
     /// The same as bytes. A key that is no user id was not written by us, and is left alone.

@@ -13,7 +13,7 @@ use sha2::{Digest, Sha256};
 use super::{StoreError, files};
 use crate::domain::account::UserId;
 use crate::store::keyring::Fingerprint;
-use crate::store::stored_grant::Record;
+use crate::store::stored_grant::StoredGrant;
 
 /// The directory `<path>.copies/`. While this lives, no other process has the store.
 pub(super) struct Mirror {
@@ -41,19 +41,19 @@ pub(super) struct MirrorDigest {
 }
 
 impl MirrorDigest {
-    fn of(copy: &Record) -> Self {
+    fn of(copy: &StoredGrant) -> Self {
         let digest = Sha256::digest(copy.to_json()).into();
         Self { generation: copy.generation(), updated_at: copy.updated_at(), digest }
     }
 
     /// Whether `record` is what was copied, to the letter.
-    pub(super) fn is_of(&self, record: &Record) -> bool {
+    pub(super) fn is_of(&self, record: &StoredGrant) -> bool {
         self.digest == <[u8; 32]>::from(Sha256::digest(record.to_json()))
     }
 
     /// Whether `record` is older than its copy, which is written after it: then it was put there past this store. Both the
     /// number and the time, as a login after a logout counts generations anew.
-    pub(super) fn is_newer_than(&self, record: &Record) -> bool {
+    pub(super) fn is_newer_than(&self, record: &StoredGrant) -> bool {
         record.generation() < self.generation && record.updated_at() <= self.updated_at
     }
 }
@@ -64,7 +64,7 @@ struct Copy {
     user: UserId,
     /// The number of the commit.
     sequence: u64,
-    record: Record,
+    record: StoredGrant,
 }
 
 /// The copy of the notes as it lies on disk.
@@ -105,7 +105,7 @@ impl Mirror {
     }
 
     /// Reads all of it, and shows each copy to `look` in passing: in no order, and none is kept.
-    pub(super) fn read(&self, mut look: impl FnMut(&UserId, &Record)) -> Result<Found, StoreError> {
+    pub(super) fn read(&self, mut look: impl FnMut(&UserId, &StoredGrant)) -> Result<Found, StoreError> {
         let notes: Notes = self.parse("notes.json")?.unwrap_or_default();
         let alone: u64 = self.parse("sequence")?.unwrap_or(0);
         let sequence = notes.sequence.max(alone);
@@ -128,12 +128,12 @@ impl Mirror {
     }
 
     /// The copy of `user`, where there is one that parses.
-    pub(super) fn get(&self, user: &UserId) -> Option<Record> {
+    pub(super) fn get(&self, user: &UserId) -> Option<StoredGrant> {
         read_copy(&self.path(user)).filter(|copy| copy.user == *user).map(|copy| copy.record)
     }
 
     /// Writes the copy of `user`, as of the commit with the number `sequence`.
-    pub(super) fn write(&self, user: &UserId, record: &Record, sequence: u64) -> Result<(), StoreError> {
+    pub(super) fn write(&self, user: &UserId, record: &StoredGrant, sequence: u64) -> Result<(), StoreError> {
         let copy = Copy { user: user.clone(), sequence, record: record.clone() };
         let json = serde_json::to_vec(&copy).expect("text, numbers and times are JSON");
         files::replace(&self.path(user), &json)

@@ -40,7 +40,7 @@ use crate::domain::account::UserId;
 use crate::domain::grant::Grant;
 use crate::domain::secret::Secret;
 use crate::store::keyring::{Fingerprint, Keyring};
-use crate::store::stored_grant::RecordError;
+use crate::store::stored_grant::StoredGrantError;
 
 mod mirror;
 pub mod keyring;
@@ -79,7 +79,7 @@ pub enum TokenStore {
 }
 
 /// All users, in the order of their names. A record that yields no grant is kept as it is, and said to be so here.
-pub type Users = Vec<(UserId, Result<Grant, RecordError>)>;
+pub type Users = Vec<(UserId, Result<Grant, StoredGrantError>)>;
 
 /// What was found when the store was opened.
 #[derive(Debug, Default)]
@@ -181,7 +181,7 @@ pub enum StoreError {
     Closed,
     /// The record is there and yields no grant.
     #[error(transparent)]
-    Record(#[from] RecordError),
+    Record(#[from] StoredGrantError),
     /// The operating system refused. A write is not stored, or not for sure.
     #[error("store: {}: {source}; {}", .path.display(), files::cure(.source, *.uid))]
     Io {
@@ -304,7 +304,7 @@ impl TokenStore {
         }
     }
 
-    /// The records as they are stored: what `store dump` prints and [`Record::import`](crate::store::stored_grant::Record::import)
+    /// The records as they are stored: what `store dump` prints and [`StoredGrant::import`](crate::store::stored_grant::StoredGrant::import)
     /// reads.
     pub async fn dump(&self) -> Result<BTreeMap<UserId, serde_json::Value>, StoreError> {
         match self {

@@ -19,7 +19,7 @@ use crate::store::keyring::Keyring;
 
 /// One user's grant, encrypted. Fields it does not know are not kept.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Record {
+pub struct StoredGrant {
     /// The access token as a Fernet token; absent where only the refresh token is known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     access_token: Option<String>,
@@ -62,7 +62,7 @@ struct Binding {
 
 /// Why a record yields no grant. It is kept all the same: only a logout or an operator deletes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub enum RecordError {
+pub enum StoredGrantError {
     /// No key of the ring opens it.
     #[error("no configured Fernet key opens the record: add the key it was sealed with to store.fernet_keys")]
     Undecryptable,
@@ -75,12 +75,12 @@ pub enum RecordError {
 }
 
 /// Says what a record needs. The parser's own message would quote values, and those may be tokens.
-const SHAPE: RecordError = RecordError::Malformed(
+const SHAPE: StoredGrantError = StoredGrantError::Malformed(
     "it is an object with at least refresh_token (Fernet) and updated_at, and usually access_token (Fernet), \
      token_type and expires_at; times are RFC 3339, in UTC where they name no zone",
 );
 
-impl Record {
+impl StoredGrant {
     /// Encrypts `grant` for `user` with the first key.
     pub fn seal(grant: &Grant, user: &UserId, keyring: &Keyring) -> Self {
         let encrypt = |text: &str| keyring.seal(text.as_bytes());
@@ -103,29 +103,29 @@ impl Record {
     }
 
     /// Checks the seal and decrypts. A record without a seal is refused: only [`import`](Self::import) takes those.
-    pub fn open(&self, user: &UserId, keyring: &Keyring) -> Result<Grant, RecordError> {
-        let seal = self.seal.as_deref().ok_or(RecordError::Tampered)?;
+    pub fn open(&self, user: &UserId, keyring: &Keyring) -> Result<Grant, StoredGrantError> {
+        let seal = self.seal.as_deref().ok_or(StoredGrantError::Tampered)?;
         let Some(binding) = keyring.open(seal) else {
             // With no key for the tokens either, it is the key that is missing; otherwise the seal was changed.
             let readable = keyring.open(&self.refresh_token).is_some();
-            return Err(if readable { RecordError::Tampered } else { RecordError::Undecryptable });
+            return Err(if readable { StoredGrantError::Tampered } else { StoredGrantError::Undecryptable });
         };
-        let binding: Binding = serde_json::from_slice(&binding.plain).map_err(|_| RecordError::Tampered)?;
+        let binding: Binding = serde_json::from_slice(&binding.plain).map_err(|_| StoredGrantError::Tampered)?;
         if binding != self.binding(user) {
-            return Err(RecordError::Tampered);
+            return Err(StoredGrantError::Tampered);
         }
         self.decrypt(keyring)
     }
 
     /// Reads a record that another program, or `store dump`, wrote. The seal may be missing; where there is one, it must
     /// fit.
-    pub fn import(json: serde_json::Value, user: &UserId, keyring: &Keyring) -> Result<Grant, RecordError> {
+    pub fn import(json: serde_json::Value, user: &UserId, keyring: &Keyring) -> Result<Grant, StoredGrantError> {
         let record: Self = serde_json::from_value(json).map_err(|_| SHAPE)?;
         if record.seal.is_some() { record.open(user, keyring) } else { record.decrypt(keyring) }
     }
 
     /// Reads stored JSON, without opening it.
-    pub fn parse(json: &[u8]) -> Result<Self, RecordError> {
+    pub fn parse(json: &[u8]) -> Result<Self, StoredGrantError> {
         serde_json::from_slice(json).map_err(|_| SHAPE)
     }
 
@@ -166,7 +166,7 @@ impl Record {
         }
     }
 
-    fn decrypt(&self, keyring: &Keyring) -> Result<Grant, RecordError> {
+    fn decrypt(&self, keyring: &Keyring) -> Result<Grant, StoredGrantError> {
         let refresh_token = RefreshToken::new(plaintext(&self.refresh_token, keyring)?).map_err(|_| NO_TOKEN)?;
         // An access token whose end is unknown is not used: the refresh token brings another.
         let access = match (&self.access_token, self.expires_at) {
@@ -190,17 +190,17 @@ impl Record {
     }
 }
 
-impl fmt::Debug for Record {
+impl fmt::Debug for StoredGrant {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mut debug = f.debug_struct("Record");
+        let mut debug = f.debug_struct("StoredGrant");
         debug.field("generation", &self.generation).field("updated_at", &self.updated_at).finish_non_exhaustive()
     }
 }
 
-const NO_TOKEN: RecordError = RecordError::Malformed("what was encrypted is not a token");
+const NO_TOKEN: StoredGrantError = StoredGrantError::Malformed("what was encrypted is not a token");
 
-fn plaintext(sealed: &str, keyring: &Keyring) -> Result<String, RecordError> {
-    let mut plain: Zeroizing<Vec<u8>> = keyring.open(sealed).ok_or(RecordError::Undecryptable)?.plain;
+fn plaintext(sealed: &str, keyring: &Keyring) -> Result<String, StoredGrantError> {
+    let mut plain: Zeroizing<Vec<u8>> = keyring.open(sealed).ok_or(StoredGrantError::Undecryptable)?.plain;
     String::from_utf8(std::mem::take(&mut *plain)).map_err(|_| NO_TOKEN)
 }
 
@@ -266,29 +266,29 @@ mod tests {
         )
     }
 
-    fn value(record: &Record) -> Value {
+    fn value(record: &StoredGrant) -> Value {
         serde_json::from_slice(&record.to_json()).unwrap()
     }
 
-    fn changed(record: &Record, field: &str, to: Value) -> Record {
+    fn changed(record: &StoredGrant, field: &str, to: Value) -> StoredGrant {
         let mut json = value(record);
         json[field] = to;
-        Record::parse(json.to_string().as_bytes()).unwrap()
+        StoredGrant::parse(json.to_string().as_bytes()).unwrap()
     }
 
     #[test]
     // Covers: threat 27.
     fn a_record_under_another_users_name_is_refused() {
-        let record = Record::seal(&grant(), &user("anna"), &ring());
-        assert_eq!(record.open(&user("bob"), &ring()).unwrap_err(), RecordError::Tampered);
+        let record = StoredGrant::seal(&grant(), &user("anna"), &ring());
+        assert_eq!(record.open(&user("bob"), &ring()).unwrap_err(), StoredGrantError::Tampered);
     }
 
     #[test]
     // Covers: threat 29.
     fn each_changed_field_under_the_seal_is_refused() {
         let (ring, anna) = (ring(), user("anna"));
-        let record = Record::seal(&grant(), &anna, &ring);
-        let other = value(&Record::seal(&grant(), &anna, &ring));
+        let record = StoredGrant::seal(&grant(), &anna, &ring);
+        let other = value(&StoredGrant::seal(&grant(), &anna, &ring));
         for (field, to) in [
             ("expires_at", json!("2036-01-01T12:00:00Z")),
             ("expires_at", Value::Null),
@@ -306,26 +306,29 @@ mod tests {
             ("seal", json!("gAAAA")),
         ] {
             let error = changed(&record, field, to.clone()).open(&anna, &ring).unwrap_err();
-            assert_eq!(error, RecordError::Tampered, "{field} = {to}");
+            assert_eq!(error, StoredGrantError::Tampered, "{field} = {to}");
         }
     }
 
     #[test]
     fn tokens_exchanged_between_the_fields_are_refused() {
         let (ring, anna) = (ring(), user("anna"));
-        let record = Record::seal(&grant(), &anna, &ring);
+        let record = StoredGrant::seal(&grant(), &anna, &ring);
         let json = value(&record);
         let swapped = changed(&record, "access_token", json["refresh_token"].clone());
         let swapped = changed(&swapped, "refresh_token", json["access_token"].clone());
-        assert_eq!(swapped.open(&anna, &ring).unwrap_err(), RecordError::Tampered);
+        assert_eq!(swapped.open(&anna, &ring).unwrap_err(), StoredGrantError::Tampered);
     }
 
     #[test]
     fn a_record_of_another_key_is_undecryptable() {
-        let record = Record::seal(&grant(), &user("anna"), &ring());
+        let record = StoredGrant::seal(&grant(), &user("anna"), &ring());
         let strange = Keyring::new(&[Keyring::generate_key()]).unwrap();
-        assert_eq!(record.open(&user("anna"), &strange).unwrap_err(), RecordError::Undecryptable);
-        assert_eq!(Record::import(value(&record), &user("anna"), &strange).unwrap_err(), RecordError::Undecryptable);
+        assert_eq!(record.open(&user("anna"), &strange).unwrap_err(), StoredGrantError::Undecryptable);
+        assert_eq!(
+            StoredGrant::import(value(&record), &user("anna"), &strange).unwrap_err(),
+            StoredGrantError::Undecryptable
+        );
     }
 
     #[test]
@@ -345,23 +348,23 @@ mod tests {
             json!({"refresh_token": ring().seal(b"a\r\nb"), "updated_at": "2026-01-01T00:00:00Z"}),
             json!({"refresh_token": ring().seal(b"\xff"), "updated_at": "2026-01-01T00:00:00Z"}),
         ] {
-            let error = Record::import(bad.clone(), &user("anna"), &ring()).unwrap_err();
-            assert!(matches!(error, RecordError::Malformed(_)), "{bad}: {error}");
+            let error = StoredGrant::import(bad.clone(), &user("anna"), &ring()).unwrap_err();
+            assert!(matches!(error, StoredGrantError::Malformed(_)), "{bad}: {error}");
             assert!(!error.to_string().contains("canary"));
         }
-        assert!(matches!(Record::parse(b"{"), Err(RecordError::Malformed(_))));
+        assert!(matches!(StoredGrant::parse(b"{"), Err(StoredGrantError::Malformed(_))));
     }
 
     #[test]
     fn plain_tokens_are_not_taken_for_encrypted_ones() {
         let json = json!({"refresh_token": "Atzr|canary", "updated_at": "2026-01-01T00:00:00Z"});
-        let error = Record::import(json, &user("anna"), &ring()).unwrap_err();
-        assert_eq!(error, RecordError::Undecryptable);
+        let error = StoredGrant::import(json, &user("anna"), &ring()).unwrap_err();
+        assert_eq!(error, StoredGrantError::Undecryptable);
     }
 
     #[test]
     fn neither_json_nor_debug_output_holds_a_token() {
-        let record = Record::seal(&grant(), &user("anna"), &ring());
+        let record = StoredGrant::seal(&grant(), &user("anna"), &ring());
         assert!(!value(&record).to_string().contains("canary"));
         let debug = format!("{record:?}");
         assert!(!debug.contains("canary") && !debug.contains("gAAAA"), "{debug}");
@@ -370,7 +373,7 @@ mod tests {
     #[test]
     // Covers: threat 28.
     fn the_stored_fields_are_those_of_the_contract_and_tokens_are_encrypted_alone() {
-        let json = value(&Record::seal(&grant(), &user("anna"), &ring()));
+        let json = value(&StoredGrant::seal(&grant(), &user("anna"), &ring()));
         let names: Vec<_> = json.as_object().unwrap().keys().map(String::as_str).collect();
         let mut expected = ["access_token", "refresh_token", "token_type", "expires_at", "updated_at"].to_vec();
         expected.extend(["consented_at", "scope", "generation", "seal"]);
@@ -392,12 +395,12 @@ mod tests {
             "updated_at": "2026-01-01 11:00:00",
             "some_other_field": {"a": 1},
         });
-        let grant = Record::import(json.clone(), &user("anna"), &ring()).unwrap();
+        let grant = StoredGrant::import(json.clone(), &user("anna"), &ring()).unwrap();
         assert_eq!(grant.access.unwrap().expires_at, at("2026-01-01T12:00:00.123456Z"));
         assert_eq!(grant.updated_at, at("2026-01-01T11:00:00Z"));
         assert_eq!((grant.consented_at, grant.used_at, grant.scope, grant.generation), (None, None, None, 0));
-        let unsealed = Record::parse(json.to_string().as_bytes()).unwrap();
-        assert_eq!(unsealed.open(&user("anna"), &ring()).unwrap_err(), RecordError::Tampered);
+        let unsealed = StoredGrant::parse(json.to_string().as_bytes()).unwrap();
+        assert_eq!(unsealed.open(&user("anna"), &ring()).unwrap_err(), StoredGrantError::Tampered);
         assert!(!String::from_utf8(unsealed.to_json()).unwrap().contains("some_other_field"));
     }
 
@@ -408,7 +411,7 @@ mod tests {
             json!({"refresh_token": ring().seal(b"Atzr|x"), "updated_at": "2026-01-01T11:00:00",
                    "access_token": ring().seal(b"Atza|x")}),
         ] {
-            let grant = Record::import(json, &user("anna"), &ring()).unwrap();
+            let grant = StoredGrant::import(json, &user("anna"), &ring()).unwrap();
             assert!(grant.access.is_none());
             assert_eq!(grant.updated_at, at("2026-01-01T11:00:00Z"));
         }
@@ -416,9 +419,9 @@ mod tests {
 
     #[test]
     fn an_import_with_a_seal_must_fit_it() {
-        let json = value(&Record::seal(&grant(), &user("anna"), &ring()));
-        assert_eq!(facts(&Record::import(json.clone(), &user("anna"), &ring()).unwrap()), facts(&grant()));
-        assert_eq!(Record::import(json, &user("bob"), &ring()).unwrap_err(), RecordError::Tampered);
+        let json = value(&StoredGrant::seal(&grant(), &user("anna"), &ring()));
+        assert_eq!(facts(&StoredGrant::import(json.clone(), &user("anna"), &ring()).unwrap()), facts(&grant()));
+        assert_eq!(StoredGrant::import(json, &user("bob"), &ring()).unwrap_err(), StoredGrantError::Tampered);
     }
 
     #[test]
@@ -426,10 +429,10 @@ mod tests {
         let (old, new) = (Keyring::generate_key(), Keyring::generate_key());
         let before = Keyring::new(std::slice::from_ref(&old)).unwrap();
         let during = Keyring::new(&[new, old]).unwrap();
-        let record = Record::seal(&grant(), &user("anna"), &before);
+        let record = StoredGrant::seal(&grant(), &user("anna"), &before);
         assert_eq!(record.key_index(&before), Some(0));
         assert_eq!(record.key_index(&during), Some(1));
-        let resealed = Record::seal(&record.open(&user("anna"), &during).unwrap(), &user("anna"), &during);
+        let resealed = StoredGrant::seal(&record.open(&user("anna"), &during).unwrap(), &user("anna"), &during);
         assert_eq!(resealed.key_index(&during), Some(0));
         let half = changed(&resealed, "access_token", value(&record)["access_token"].clone());
         assert_eq!(half.key_index(&during), Some(1));
@@ -467,15 +470,15 @@ mod tests {
         #[test]
         fn a_grant_survives_its_record(grant in grants(), name in "[A-Za-z0-9_@:|+-]{1,128}") {
             let ring = ring();
-            let record = Record::seal(&grant, &user(&name), &ring);
-            let again = Record::parse(&record.to_json()).unwrap();
+            let record = StoredGrant::seal(&grant, &user(&name), &ring);
+            let again = StoredGrant::parse(&record.to_json()).unwrap();
             prop_assert_eq!(&again, &record);
             prop_assert_eq!(facts(&again.open(&user(&name), &ring).unwrap()), facts(&grant));
         }
 
         #[test]
         fn no_bytes_make_the_parser_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
-            let _ = Record::parse(&bytes).and_then(|record| record.open(&user("anna"), &ring()));
+            let _ = StoredGrant::parse(&bytes).and_then(|record| record.open(&user("anna"), &ring()));
         }
     }
 }

@@ -10,7 +10,7 @@ use tempfile::TempDir;
 use super::*;
 use crate::domain::grant::{Access, AccessToken, RefreshToken};
 use crate::domain::secret::Secret;
-use crate::store::stored_grant::Record;
+use crate::store::stored_grant::StoredGrant;
 
 /// A store in a directory that vanishes with it.
 struct Place {
@@ -128,14 +128,14 @@ fn refresh_token(grant: &Grant) -> &str {
 }
 
 /// Each user with the refresh token, or with what is wrong.
-fn told(users: &[(UserId, Result<Grant, RecordError>)]) -> BTreeMap<String, Result<String, RecordError>> {
-    let tell = |(user, grant): &(UserId, Result<Grant, RecordError>)| {
+fn told(users: &[(UserId, Result<Grant, StoredGrantError>)]) -> BTreeMap<String, Result<String, StoredGrantError>> {
+    let tell = |(user, grant): &(UserId, Result<Grant, StoredGrantError>)| {
         (user.to_string(), grant.as_ref().map(|grant| refresh_token(grant).to_owned()).map_err(|error| *error))
     };
     users.iter().map(tell).collect()
 }
 
-fn expected(names: &[&str], generation: u64) -> BTreeMap<String, Result<String, RecordError>> {
+fn expected(names: &[&str], generation: u64) -> BTreeMap<String, Result<String, StoredGrantError>> {
     names.iter().map(|name| ((*name).to_owned(), Ok(format!("Atzr|{name}-{generation}")))).collect()
 }
 
@@ -296,11 +296,11 @@ async fn records_swapped_between_users_are_refused_and_kept() {
     drop((grants, raw));
 
     let (store, opened) = place.open();
-    let tampered = |name: &str| (name.to_owned(), Err(RecordError::Tampered));
+    let tampered = |name: &str| (name.to_owned(), Err(StoredGrantError::Tampered));
     assert_eq!(told(&opened.users), [tampered("anna"), tampered("bob")].into());
     assert_eq!(told(&store.scan().await.unwrap()), told(&opened.users));
     let load = store.load(&user("anna")).await;
-    assert!(matches!(load, Err(StoreError::Record(RecordError::Tampered))));
+    assert!(matches!(load, Err(StoreError::Record(StoredGrantError::Tampered))));
     assert_eq!(store.reseal().await.unwrap(), Reseal { resealed: 0, unreadable: 2 });
     store.close().await.unwrap();
     let kept: Vec<_> = place.raw().open_tree("grants").unwrap().iter().map(Result::unwrap).collect();
@@ -333,7 +333,7 @@ async fn a_record_that_was_put_back_in_an_older_state_is_not_used() {
 async fn single_records_that_do_not_open_are_reported_and_kept() {
     let place = Place::filled(&["anna", "bob", "carl"]).await;
     let strange = ring(&[&Keyring::generate_key()]);
-    let foreign = Record::seal(&grant("bob", 9), &user("bob"), &strange).to_json();
+    let foreign = StoredGrant::seal(&grant("bob", 9), &user("bob"), &strange).to_json();
     let raw = place.raw();
     let grants = raw.open_tree("grants").unwrap();
     grants.insert("bob", foreign.clone()).unwrap();
@@ -345,8 +345,8 @@ async fn single_records_that_do_not_open_are_reported_and_kept() {
         let (store, opened) = place.open();
         let users = told(&opened.users);
         assert_eq!(users["anna"], Ok("Atzr|anna-1".to_owned()));
-        assert_eq!(users["bob"], Err(RecordError::Undecryptable));
-        assert!(matches!(users["carl"], Err(RecordError::Malformed(_))));
+        assert_eq!(users["bob"], Err(StoredGrantError::Undecryptable));
+        assert!(matches!(users["carl"], Err(StoredGrantError::Malformed(_))));
         let dump = store.dump().await.unwrap();
         assert_eq!(dump[&user("bob")], serde_json::from_slice::<serde_json::Value>(&foreign).unwrap());
         assert_eq!(dump[&user("carl")], "no record");
@@ -796,7 +796,7 @@ async fn an_old_key_removed_too_early_costs_no_record() {
     let (store, opened) = place.open_with(&ring(&[&new])).unwrap();
     let users = told(&opened.users);
     assert_eq!(users["anna"], Ok("Atzr|anna-2".to_owned()));
-    assert_eq!(users["bob"], Err(RecordError::Undecryptable));
+    assert_eq!(users["bob"], Err(StoredGrantError::Undecryptable));
     assert_eq!(store.reseal().await.unwrap(), Reseal { resealed: 0, unreadable: 1 });
     store.close().await.unwrap();
     let (_, opened) = place.open_with(&ring(&[&new, &old])).unwrap();
@@ -829,7 +829,7 @@ async fn a_dump_can_be_imported_elsewhere() {
     let elsewhere = Place { dir: TempDir::new().unwrap(), keyring: Arc::clone(&place.keyring) };
     let (other, _) = elsewhere.open();
     for (user, record) in dump {
-        let grant = Record::import(record, &user, &place.keyring).unwrap();
+        let grant = StoredGrant::import(record, &user, &place.keyring).unwrap();
         other.save(&user, &grant, None).await.unwrap();
     }
     assert_eq!(told(&other.scan().await.unwrap()), expected(&["anna", "bob"], 1));

@@ -12,7 +12,7 @@ use super::{StoreError, files};
 use crate::domain::account::UserId;
 use crate::domain::grant::Grant;
 use crate::store::keyring::Keyring;
-use crate::store::stored_grant::Record;
+use crate::store::stored_grant::StoredGrant;
 
 /// A grant that waits, for the comparison with the user's grant of before or for the app's confirmation.
 #[derive(Clone, Debug)]
@@ -39,13 +39,13 @@ struct Sealed {
     since: Timestamp,
     replace: bool,
     confirm: bool,
-    record: Record,
+    record: StoredGrant,
 }
 
 impl Waiting {
     pub(super) fn seal(&self, keyring: &Keyring) -> String {
         let Self { id, user, since, replace, confirm, grant } = self.clone();
-        let record = Record::seal(&grant, &user, keyring);
+        let record = StoredGrant::seal(&grant, &user, keyring);
         let plain = serde_json::to_vec(&Sealed { id, user, since, replace, confirm, record });
         keyring.seal(&plain.expect("names, times and texts are JSON"))
     }

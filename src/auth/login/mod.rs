@@ -50,7 +50,7 @@ pub struct Login(Arc<Inner>);
 struct Inner {
     settings: Settings,
     lwa: Lwa,
-    keeper: TokenManager,
+    tokens: TokenManager,
     identity: Identity,
     clock: Clock,
     desk: Arc<PendingLogins>,
@@ -146,12 +146,12 @@ impl Login {
     pub fn new(
         settings: Settings,
         lwa: Lwa,
-        keeper: TokenManager,
+        tokens: TokenManager,
         identity: Identity,
         clock: Clock,
         desk: Arc<PendingLogins>,
     ) -> Self {
-        Self(Arc::new(Inner { settings, lwa, keeper, identity, clock, desk }))
+        Self(Arc::new(Inner { settings, lwa, tokens, identity, clock, desk }))
     }
 
     /// Where browsers go afterwards.
@@ -226,7 +226,7 @@ impl Login {
             Ok(code) => {
                 let login = self.clone();
                 let exchange = async move { login.exchange(&code, begun, callback.scope).await };
-                self.0.keeper.uninterrupted(exchange).await
+                self.0.tokens.uninterrupted(exchange).await
             }
         };
         (ended, return_to)
@@ -268,9 +268,9 @@ impl Login {
     }
 
     async fn take_into_use(&self, waiting: Waiting) -> Status {
-        let status = self.0.keeper.adopt(&waiting.user, waiting.grant).await;
+        let status = self.0.tokens.adopt(&waiting.user, waiting.grant).await;
         // Until it is stored as the user's own it stays as one that waits; who looks for those finds it in use.
-        if self.0.keeper.is_stored(&waiting.user) {
+        if self.0.tokens.is_stored(&waiting.user) {
             self.0.desk.clear(&waiting.id).await;
         }
         status
@@ -279,7 +279,7 @@ impl Login {
     /// Whether a new grant is surely of another Amazon identity than the grant that its user has now.
     async fn is_of_another(&self, new: &Waiting) -> bool {
         let Some(access) = &new.grant.access else { return false };
-        match self.0.keeper.bearer(&new.user).await {
+        match self.0.tokens.bearer(&new.user).await {
             Ok(current) => Box::pin(self.0.identity.differs(&current, access.token.bearer())).await,
             // There is no grant to compare with, or none that still says anything.
             Err(_) => false,
@@ -290,7 +290,7 @@ impl Login {
     pub async fn confirm(&self, id: &str) -> Result<Option<Status>, StoreError> {
         let Some(waiting) = self.0.desk.take_waiting(id, self.0.clock.now()).await? else { return Ok(None) };
         let login = self.clone();
-        Ok(Some(self.0.keeper.uninterrupted(async move { login.take_into_use(waiting).await }).await))
+        Ok(Some(self.0.tokens.uninterrupted(async move { login.take_into_use(waiting).await }).await))
     }
 
     /// Finishes logins that another process left unfinished: their codes are spent, and their grants are not in use yet.
@@ -299,8 +299,8 @@ impl Login {
     pub async fn finish_leftovers(&self) -> Option<Duration> {
         for waiting in self.0.desk.left(self.0.clock.now()).await {
             // Where the store does not answer, what is known here decides.
-            let _ = self.0.keeper.look(&waiting.user).await;
-            let (user, in_use) = (waiting.user.clone(), self.0.keeper.status(&waiting.user).consented_at);
+            let _ = self.0.tokens.look(&waiting.user).await;
+            let (user, in_use) = (waiting.user.clone(), self.0.tokens.status(&waiting.user).consented_at);
             if in_use >= waiting.grant.consented_at {
                 // It, or a later login, was taken into use before the end.
                 self.0.desk.clear(&waiting.id).await;
@@ -320,7 +320,7 @@ impl Login {
     /// Wipes the tokens of `user`, those of a grant that waits among them.
     pub async fn forget(&self, user: &UserId) -> Result<bool, StoreError> {
         self.0.desk.forget(user);
-        self.0.keeper.forget(user).await
+        self.0.tokens.forget(user).await
     }
 
     fn warn_of_missing_scopes(&self, user: &UserId, grant: &Grant) {

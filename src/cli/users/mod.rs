@@ -18,7 +18,7 @@ use crate::config::Config;
 use crate::domain::account::UserId;
 use crate::domain::grant::{Grant, RefreshToken};
 use crate::domain::secret::Secret;
-use crate::store::stored_grant::Record;
+use crate::store::stored_grant::StoredGrant;
 use crate::store::{Opened, StoreError, TokenStore};
 
 #[derive(Debug, Subcommand)]
@@ -86,7 +86,7 @@ fn list(config: &Config) -> Result<(), Failed> {
         lines += &match grant {
             Ok(grant) => {
                 let expires_at = grant.access.as_ref().map(|access| access.expires_at);
-                let state = grant.state(config.keeper.policy, now);
+                let state = grant.state(config.tokens.policy, now);
                 line(user.as_str(), state.as_str(), expires_at.map(|at| at.to_string()).as_deref())
             }
             Err(error) => line(user.as_str(), &format!("unreadable: {error}"), None),
@@ -160,7 +160,7 @@ pub(super) fn take_records(config: &Config, json: &str, replace: bool, lwa: Opti
     let mut grants = Vec::new();
     let mut problems = String::new();
     for (user, record) in records {
-        match Record::import(record, &user, &keyring) {
+        match StoredGrant::import(record, &user, &keyring) {
             Ok(grant) => grants.push((user, grant)),
             Err(error) => problems += &format!("{user}: {error}\n"),
         }

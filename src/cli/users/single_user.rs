@@ -83,7 +83,7 @@ fn stored(config: &Config, user: &UserId, opened: Opened) -> Result<Value, Faile
     let now = Timestamp::now();
     Ok(json!({
         "user_id": user,
-        "state": grant.state(config.keeper.policy, now),
+        "state": grant.state(config.tokens.policy, now),
         "expires_at": grant.access.as_ref().map(|access| access.expires_at),
         "updated_at": grant.updated_at,
         "consented_at": grant.consented_at,

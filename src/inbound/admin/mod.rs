@@ -50,7 +50,7 @@ pub enum Stage {
 /// Serves the admin door.
 pub struct Admin {
     pub(crate) guard: Admission,
-    pub(crate) keeper: TokenManager,
+    pub(crate) tokens: TokenManager,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) stage: tokio::sync::watch::Receiver<Stage>,
     /// Open connections by door.
@@ -211,7 +211,7 @@ impl Admin {
         match *self.stage.borrow() {
             Stage::Starting => say(StatusCode::SERVICE_UNAVAILABLE, "starting\n"),
             Stage::Draining => say(StatusCode::SERVICE_UNAVAILABLE, "draining\n"),
-            Stage::Serving if !self.keeper.stored() => say(StatusCode::SERVICE_UNAVAILABLE, "store unavailable\n"),
+            Stage::Serving if !self.tokens.stored() => say(StatusCode::SERVICE_UNAVAILABLE, "store unavailable\n"),
             Stage::Serving => say(StatusCode::OK, "ready\n"),
         }
     }
@@ -220,14 +220,14 @@ impl Admin {
         for (door, count) in self.connections.iter() {
             self.metrics.connections.with_label_values(&[door]).set(i64::try_from(count()).unwrap_or(i64::MAX));
         }
-        self.metrics.store_up.set(i64::from(self.keeper.stored()));
+        self.metrics.store_up.set(i64::from(self.tokens.stored()));
         let store = self.store.health();
         let records = store.records.iter().map(|(sealed, count)| (sealed.to_string(), *count));
         self.metrics.store_holds(records, store.unreadable(), store.recoveries);
         if let Some(log) = &self.log {
             self.metrics.log_lines(log.dropped());
         }
-        let page = self.metrics.page(|| self.keeper.health()).map_err(|error| {
+        let page = self.metrics.page(|| self.tokens.health()).map_err(|error| {
             tracing::error!(%error, "the metrics cannot be rendered");
             Problem::new(Code::Internal, "The metrics cannot be rendered.", "The log says why; please report it.")
         })?;

@@ -31,7 +31,7 @@ impl Admin {
     /// The page, for a request with these headers.
     pub(super) fn page(&self, headers: &HeaderMap) -> Answer {
         let now = self.clock.now();
-        let mut users = self.keeper.statuses();
+        let mut users = self.tokens.statuses();
         users.sort_by_key(|user| urgency(user.state));
         let here = self.public_url.as_ref().map_or("/", url::Url::as_str);
         let page = html! {
@@ -64,7 +64,7 @@ impl Admin {
         let (class, text) = match *self.stage.borrow() {
             Stage::Starting => ("wait", "starting"),
             Stage::Draining => ("wait", "draining: it is about to stop"),
-            Stage::Serving if !self.keeper.stored() => {
+            Stage::Serving if !self.tokens.stored() => {
                 ("bad", "not ready: the store does not take changes, see the log")
             }
             Stage::Serving => ("ok", "ready"),

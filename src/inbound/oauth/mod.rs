@@ -46,7 +46,7 @@ const PAGE: usize = 1000;
 #[derive(Debug)]
 pub struct OauthEndpoints {
     pub(crate) login: Login,
-    pub(crate) keeper: TokenManager,
+    pub(crate) tokens: TokenManager,
     pub(crate) guard: Admission,
     /// Whose consent page is shown, where the login does not say.
     pub(crate) region: Region,
@@ -244,19 +244,19 @@ impl OauthEndpoints {
         if query.get("user_id").is_some() {
             let user = query.user()?;
             // Where the store does not answer, what is known here is told.
-            let _ = self.keeper.look(&user).await;
-            let status = self.keeper.status(&user);
+            let _ = self.tokens.look(&user).await;
+            let status = self.tokens.status(&user);
             return Ok(json(StatusCode::OK, &self.with_link(status, headers)));
         }
         let Users { after, limit } = query.page(PAGE)?;
-        let statuses = self.keeper.statuses().into_iter().filter(|status| status.user_id.as_str() > after.as_str());
+        let statuses = self.tokens.statuses().into_iter().filter(|status| status.user_id.as_str() > after.as_str());
         let users: Vec<_> = statuses.take(limit).map(|status| self.with_link(status, headers)).collect();
         Ok(json(StatusCode::OK, &json!({ "users": users })))
     }
 
     async fn refresh(&self, query: &Query, headers: &HeaderMap) -> Result<Answer, LoginError> {
         let user = query.user()?;
-        let refreshed = self.keeper.refresh(&user).await;
+        let refreshed = self.tokens.refresh(&user).await;
         let status = refreshed.map_err(|error| LoginError::NoToken(error, user))?;
         Ok(json(StatusCode::OK, &self.with_link(status, headers)))
     }

@@ -84,7 +84,7 @@ pub struct Proxy {
     body_timeout: Duration,
     policy_mode: Mode,
     guard: Admission,
-    keeper: TokenManager,
+    tokens: TokenManager,
     upstream: Arc<Upstream>,
     oauth: OauthEndpoints,
     metrics: Arc<Metrics>,
@@ -119,7 +119,7 @@ impl Proxy {
         settings: Settings,
         client_id: HeaderValue,
         guard: Admission,
-        keeper: TokenManager,
+        tokens: TokenManager,
         upstream: Arc<Upstream>,
         oauth: OauthEndpoints,
         metrics: Arc<Metrics>,
@@ -136,7 +136,7 @@ impl Proxy {
             accounts: Accounts::new(settings.accounts, settings.region, settings.selection, settings.policy.rules),
             policy_mode: settings.policy.mode,
             guard,
-            keeper,
+            tokens,
             upstream,
             oauth,
             metrics,
@@ -200,7 +200,7 @@ impl Proxy {
         let bearer = self.access_token(&call.user).await?;
         let request = UpstreamRequest { call: &call, parts, target: &target, bearer: &bearer };
         let (answer, sent) = self.send(request, body, telemetry).await?;
-        self.keeper.heard(answer.headers());
+        self.tokens.heard(answer.headers());
         let answer = match answer.status() {
             StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => {
                 Box::pin(self.handle_rejection(answer, request, sent, telemetry)).await?
@@ -239,7 +239,7 @@ impl Proxy {
     }
 
     async fn access_token(&self, user: &UserId) -> Result<HeaderValue, ProxyError> {
-        self.keeper.bearer(user).await.map_err(|error| ProxyError::NoToken(error, user.clone()))
+        self.tokens.bearer(user).await.map_err(|error| ProxyError::NoToken(error, user.clone()))
     }
 
     /// Sends the call, and once more on a fresh connection where nothing of it can have been processed: its connection
@@ -307,7 +307,7 @@ impl Proxy {
         telemetry: &mut RequestTelemetry<'_>,
     ) -> Result<Response<Body>, ProxyError> {
         let user = &request.call.user;
-        if answer.status() == StatusCode::FORBIDDEN && !(is_amc(request.target) && self.keeper.near_expiry(user)) {
+        if answer.status() == StatusCode::FORBIDDEN && !(is_amc(request.target) && self.tokens.near_expiry(user)) {
             return Ok(answer.map(Body::amazon));
         }
         let refused = Refused::read(answer).await;
@@ -319,7 +319,7 @@ impl Proxy {
                 Ok(refused.pass_on())
             }
             Verdict::Token => {
-                let other = self.keeper.invalidate(user, request.bearer).await;
+                let other = self.tokens.invalidate(user, request.bearer).await;
                 match (other, again(&sent)) {
                     (Some(other), Some(body)) => {
                         self.metrics.replays.inc();

@@ -9,7 +9,7 @@ use super::super::mirror::Found;
 use super::super::{Opened, Sealed, StoreError, Users};
 use super::{Engine, open};
 use crate::domain::account::UserId;
-use crate::store::stored_grant::RecordError;
+use crate::store::stored_grant::StoredGrantError;
 
 /// A process moves this many damaged databases aside. A disk that damages more would fill itself with them.
 const MAX_RECOVERIES: u64 = 8;
@@ -188,7 +188,7 @@ impl Engine {
 impl Survey {
     /// Whether there are records, and no key opens any of them.
     fn is_of_another_key(&self) -> bool {
-        let undecryptable = |grant: &Result<_, _>| matches!(grant, Err(RecordError::Undecryptable));
+        let undecryptable = |grant: &Result<_, _>| matches!(grant, Err(StoredGrantError::Undecryptable));
         !self.users.is_empty() && self.users.iter().all(|(_, grant)| undecryptable(grant))
     }
 }

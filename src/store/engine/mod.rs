@@ -13,7 +13,7 @@ use super::{Health, Opened, Sealed, StoreError, Users, Waiting, files};
 use crate::domain::account::UserId;
 use crate::domain::grant::Grant;
 use crate::store::keyring::{Fingerprint, Keyring};
-use crate::store::stored_grant::{Record, RecordError};
+use crate::store::stored_grant::{StoredGrant, StoredGrantError};
 
 /// The database, its copies and its keys.
 pub(super) struct Engine {
@@ -84,14 +84,14 @@ impl Engine {
     pub(super) fn save(&mut self, user: &UserId, grant: &Grant, expected: Option<u64>) -> Result<(), StoreError> {
         let (database, copies, keyring) = self.parts()?;
         let stored = database.get(user)?;
-        let generation = stored.as_ref().map(|stored| stored.as_ref().map(Record::generation));
+        let generation = stored.as_ref().map(|stored| stored.as_ref().map(StoredGrant::generation));
         if let Some(expected) = expected
             && generation != Some(Ok(expected))
             && !stored.as_ref().is_some_and(|stored| holds(stored, user, grant, keyring))
         {
             return Err(StoreError::Conflict);
         }
-        let record = Record::seal(grant, user, keyring);
+        let record = StoredGrant::seal(grant, user, keyring);
         fail_point!("save_refused", |_| Err(files::io_error(
             &copies.path(user),
             std::io::ErrorKind::StorageFull.into()
@@ -156,7 +156,7 @@ impl Engine {
         if record.key_index(keyring) == Some(0) {
             return Ok(Resealed::NothingToDo);
         }
-        let record = Record::seal(&grant, user, keyring);
+        let record = StoredGrant::seal(&grant, user, keyring);
         database.put(user, &record)?;
         let sequence = database.commit()?;
         copies.write(user, &record, sequence)?;
@@ -240,13 +240,13 @@ impl Engine {
 }
 
 /// The grant in a record, and what seals it.
-pub(super) fn open(user: &UserId, record: &Stored, keyring: &Keyring) -> (Result<Grant, RecordError>, Sealed) {
+pub(super) fn open(user: &UserId, record: &Stored, keyring: &Keyring) -> (Result<Grant, StoredGrantError>, Sealed) {
     let record = record.as_ref().map_err(|error| *error);
     let grant = record.and_then(|record| record.open(user, keyring));
     let sealed = match grant.as_ref().and(record.as_ref()).map(|record| record.key_index(keyring)) {
         Ok(Some(place)) => Sealed::By(keyring.fingerprints()[place]),
-        Ok(None) | Err(RecordError::Undecryptable) => Sealed::ByUnknownKey,
-        Err(RecordError::Tampered | RecordError::Malformed(_)) => Sealed::Damaged,
+        Ok(None) | Err(StoredGrantError::Undecryptable) => Sealed::ByUnknownKey,
+        Err(StoredGrantError::Tampered | StoredGrantError::Malformed(_)) => Sealed::Damaged,
     };
     (grant, sealed)
 }

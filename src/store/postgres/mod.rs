@@ -11,7 +11,7 @@
 //! Long because each operation stands beside its statement: what is atomic is seen in one place.
 //!
 //! Whoever can write to the database can delete, and can put back older records, but cannot make one: see
-//! [`Record`](crate::store::stored_grant::Record).
+//! [`StoredGrant`](crate::store::stored_grant::StoredGrant).
 
 mod connection_url;
 mod changes;
@@ -35,7 +35,7 @@ use super::{Health, Opened, Sealed, StoreError, Users};
 use crate::domain::account::UserId;
 use crate::domain::grant::Grant;
 use crate::store::keyring::{Fingerprint, Keyring};
-use crate::store::stored_grant::{Record, RecordError};
+use crate::store::stored_grant::{StoredGrant, StoredGrantError};
 use changes::Compared;
 use connection::{Again, Parameters, PgConnection};
 pub use connection_url::Address;
@@ -88,7 +88,7 @@ pub enum Stored {
         since: Option<Timestamp>,
     },
     /// A record that yields no grant.
-    Unusable(RecordError),
+    Unusable(StoredGrantError),
 }
 
 /// Whether this process may ask for a token.
@@ -158,7 +158,7 @@ impl Postgres {
             return Err(self.wrong_key(key));
         }
         let users = self.read_all(&ring).await?;
-        let strange = |(_, grant): &(UserId, Result<Grant, _>)| matches!(grant, Err(RecordError::Undecryptable));
+        let strange = |(_, grant): &(UserId, Result<Grant, _>)| matches!(grant, Err(StoredGrantError::Undecryptable));
         if key.is_none() && !users.is_empty() && users.iter().all(strange) {
             return Err(self.wrong_key(None));
         }
@@ -399,13 +399,13 @@ impl Postgres {
 
 impl StoredRow {
     /// The record, whose own generation, which is under its seal, has to be the row's.
-    fn record(&self) -> Result<Record, RecordError> {
-        let record = Record::parse(self.json.as_bytes())?;
-        if number(record.generation()) == self.generation { Ok(record) } else { Err(RecordError::Tampered) }
+    fn record(&self) -> Result<StoredGrant, StoredGrantError> {
+        let record = StoredGrant::parse(self.json.as_bytes())?;
+        if number(record.generation()) == self.generation { Ok(record) } else { Err(StoredGrantError::Tampered) }
     }
 
     /// The grant in it, and what seals it.
-    fn open(&self, ring: &Keyring) -> (Result<Grant, RecordError>, Sealed) {
+    fn open(&self, ring: &Keyring) -> (Result<Grant, StoredGrantError>, Sealed) {
         open(&self.user, &self.record(), ring)
     }
 }
@@ -417,7 +417,7 @@ impl fmt::Debug for Postgres {
 }
 
 fn json(grant: &Grant, user: &UserId, ring: &Keyring) -> String {
-    String::from_utf8(Record::seal(grant, user, ring).to_json()).expect("JSON is UTF-8")
+    String::from_utf8(StoredGrant::seal(grant, user, ring).to_json()).expect("JSON is UTF-8")
 }
 
 fn digest(json: &str) -> Vec<u8> {

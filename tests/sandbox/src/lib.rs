@@ -5,7 +5,7 @@
 //! nothing of adsidecar's but the clock, so that a misreading of ours is not shared. It checks what it receives as
 //! strictly as Amazon does, and stricter where a header tells of a leak. [`Fault`] is data, time is the clock's, and
 //! everything received stands in the history. Beside Amazon's own paths there is an area of the sandbox's own on the API's
-//! doors ([`own`]) and a [`control`] port for those who are not in the same process.
+//! doors ([`test_endpoints`]) and a [`control`] port for those who are not in the same process.
 //!
 //! It cannot be mistaken for production: it binds loopback only, keeps nothing on disk, and says what it is on its
 //! consent page.

@@ -4,7 +4,7 @@ use std::fmt;
 
 /// One thing that is wrong, where it stands and what to do about it. Never holds a configured value.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Problem {
+pub struct ConfigError {
     /// The key, such as `refresh.margin`, or the name that was taken for one.
     pub key: String,
     /// Where the value came from: the file's path, the environment variable's name, `--set`. `None`: nowhere, it is
@@ -14,7 +14,7 @@ pub struct Problem {
     pub message: String,
 }
 
-impl fmt::Display for Problem {
+impl fmt::Display for ConfigError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.source {
             Some(source) => write!(f, "{} (from {source}): {}", self.key, self.message),
@@ -25,25 +25,25 @@ impl fmt::Display for Problem {
 
 /// All that is wrong with a configuration; never empty.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Problems(pub(super) Vec<Problem>);
+pub struct ConfigErrors(pub(super) Vec<ConfigError>);
 
-impl Problems {
+impl ConfigErrors {
     /// The problems, in the order in which they were found.
-    pub fn iter(&self) -> std::slice::Iter<'_, Problem> {
+    pub fn iter(&self) -> std::slice::Iter<'_, ConfigError> {
         self.0.iter()
     }
 }
 
-impl<'a> IntoIterator for &'a Problems {
-    type Item = &'a Problem;
-    type IntoIter = std::slice::Iter<'a, Problem>;
+impl<'a> IntoIterator for &'a ConfigErrors {
+    type Item = &'a ConfigError;
+    type IntoIter = std::slice::Iter<'a, ConfigError>;
 
     fn into_iter(self) -> Self::IntoIter {
         self.iter()
     }
 }
 
-impl fmt::Display for Problems {
+impl fmt::Display for ConfigErrors {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let plural = if self.0.len() == 1 { "" } else { "s" };
         write!(f, "{} problem{plural} in the configuration:", self.0.len())?;
@@ -51,4 +51,4 @@ impl fmt::Display for Problems {
     }
 }
 
-impl std::error::Error for Problems {}
+impl std::error::Error for ConfigErrors {}
