@@ -1,4 +1,4 @@
-//! Login with Amazon (LWA): logins, the tokens that come of them, and the client that talks to the token endpoint.
+//! Login with Amazon (LWA): logins, access tokens and their refresh, and the client of the token endpoint.
 
 pub mod login;
 pub mod tokens;

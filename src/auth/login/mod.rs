@@ -1,8 +1,8 @@
-//! LoginStarted and finish a login: the authorization code grant (RFC 6749, section 4.1) with PKCE (RFC 7636).
+//! Begins and finishes logins: the authorization code grant (RFC 6749, section 4.1) with PKCE (RFC 7636).
 //!
-//! A state is 256 random bits, kept as its hash, good for ten minutes and for one callback: it is taken out before the
-//! code is exchanged. A login that a browser began is bound to that browser by a cookie (RFC 9700, section 4.7). Both what
-//! has begun and what waits survive a restart: see [`PendingLogins`].
+//! A state is 256 random bits, stored as a hash, valid for ten minutes and for one callback: it is removed before the
+//! code is exchanged. A cookie binds a login that a browser began to that browser (RFC 9700, section 4.7). Pending
+//! logins and pending grants survive a restart: see [`PendingLogins`].
 
 mod pending_logins;
 pub mod same_identity;
@@ -27,13 +27,13 @@ use crate::store::{StoreError, Waiting};
 use pending_logins::{Begun, hash};
 pub use pending_logins::{PendingLogins, TEN_MINUTES};
 
-/// What a login needs to know beside the LWA client.
+/// Login settings, apart from those of the LWA client.
 #[derive(Clone, Debug)]
 pub struct Settings {
-    /// `login.frontend_url`: where a browser is sent after the callback.
+    /// `login.frontend_url`: where the callback redirects the browser.
     pub frontend_url: Option<Url>,
-    /// `login.confirm`: grants of logins that a server began wait for `POST …/confirm`. Default: on where the login
-    /// door is on.
+    /// `login.confirm`: grants of logins that a server began wait for `POST …/confirm`. Default: on if the login
+    /// listener is on.
     pub confirm: bool,
     /// `environment = production`: cookies carry `Secure`.
     pub secure_cookies: bool,
@@ -42,7 +42,7 @@ pub struct Settings {
 /// Interval for finishing logins that other processes left.
 const LEFTOVERS_INTERVAL: Duration = Duration::from_secs(20);
 
-/// All logins that have begun and not ended. Cloning gives another handle.
+/// Begins and finishes logins. Clones are handles to the same state.
 #[derive(Clone, Debug)]
 pub struct Login(Arc<Inner>);
 
@@ -56,47 +56,47 @@ struct Inner {
     desk: Arc<PendingLogins>,
 }
 
-/// What a caller asks for.
+/// A request to begin a login.
 #[derive(Clone, Debug)]
 pub struct LoginRequest {
-    /// For whom.
+    /// The user who will get the grant.
     pub user: UserId,
-    /// Whose consent page.
+    /// The region whose consent page is shown.
     pub region: Region,
-    /// Where on the frontend's origin to go afterwards: path and query.
+    /// Where to redirect afterwards: path and query on the frontend's origin.
     pub return_to: Option<String>,
-    /// Whether another Amazon identity may take the user's place.
+    /// Whether a grant of a different Amazon identity may replace the user's current one.
     pub replace: bool,
-    /// Whether a browser asks, so that the login is bound to it by a cookie.
+    /// Whether a browser begins the login, so that a cookie binds the login to it.
     pub by_browser: bool,
 }
 
-/// A login that has begun.
+/// A login that was begun.
 #[derive(Debug)]
 pub struct LoginStarted {
-    /// Where to send the user.
+    /// URL of the consent page, to which the user is sent.
     pub auth_url: Url,
-    /// The state in it.
+    /// The `state` parameter in `auth_url`.
     pub state: Secret,
-    /// The binding cookie's name and value, for a browser.
+    /// Name and value of the binding cookie, if a browser began the login.
     pub cookie: Option<(String, Secret)>,
 }
 
-/// Why a login does not begin.
+/// Why a login could not be begun.
 #[derive(Debug, thiserror::Error)]
 pub enum BeginError {
-    /// The consent page has no URL.
+    /// The URL of the consent page is invalid.
     #[error(transparent)]
     Page(#[from] url::ParseError),
-    /// Too many began just now; says after what time there is room.
-    #[error("too many logins began just now")]
+    /// Rate limit exceeded; holds the time until the next login is allowed.
+    #[error("too many logins were started in a short time")]
     TooMany(Duration),
-    /// The store that several processes share does not take it.
+    /// The shared store failed.
     #[error(transparent)]
     Store(StoreError),
 }
 
-/// How a login ended well.
+/// The result of a successful login.
 #[derive(Debug)]
 pub enum LoginOutcome {
     /// The grant is in use.
@@ -105,21 +105,21 @@ pub enum LoginOutcome {
     Pending(Secret),
 }
 
-/// How a login ended badly; [`LoginFailure::code`] is the callback's `error`.
+/// Why a login failed; [`LoginFailure::code`] is the callback's `error`.
 #[derive(Debug)]
 pub enum LoginFailure {
-    /// Amazon's own error, mapped to the fixed list.
+    /// Amazon's own error, mapped to the fixed list of codes.
     Amazon(&'static str),
-    /// No such state, or no longer, or not this browser's.
+    /// The state is unknown, expired, already used, or bound to another browser.
     State,
-    /// LWA gave no grant for the code.
+    /// LWA returned no grant for the code.
     Exchange,
-    /// Another Amazon identity than the user's.
+    /// The grant belongs to a different Amazon identity than the user's current one.
     Identity,
 }
 
 impl LoginFailure {
-    /// One of the contract's list.
+    /// The callback's `error` code: one of a fixed list.
     pub fn code(&self) -> &'static str {
         match self {
             Self::Amazon(code) => code,
@@ -130,19 +130,19 @@ impl LoginFailure {
     }
 }
 
-/// A callback's parameters that matter, already checked to be there once at most.
+/// The callback parameters used here; the parser has already rejected duplicates.
 #[derive(Debug)]
 pub struct Callback {
-    /// `state`.
+    /// The `state` parameter.
     pub state: Secret,
-    /// `code`, or `error`.
+    /// `Ok` with the `code` parameter, or `Err` with the `error` parameter.
     pub answer: Result<Secret, String>,
-    /// `scope`.
+    /// The `scope` parameter: the scopes the user consented to.
     pub scope: Option<String>,
 }
 
 impl Login {
-    /// Logins at `desk`.
+    /// Creates the login service over the pending logins and grants in `desk`.
     pub fn new(
         settings: Settings,
         lwa: Lwa,
@@ -154,12 +154,12 @@ impl Login {
         Self(Arc::new(Inner { settings, lwa, tokens, identity, clock, desk }))
     }
 
-    /// Where browsers go afterwards.
+    /// `login.frontend_url`: where the callback redirects the browser, if configured.
     pub fn frontend_url(&self) -> Option<&Url> {
         self.0.settings.frontend_url.as_ref()
     }
 
-    /// The path of `amazon.redirect_uri`: where a login's cookie has to come back.
+    /// The path of `amazon.redirect_uri`, to which the browser returns the binding cookie.
     pub fn callback_path(&self) -> &str {
         self.0.lwa.redirect_path()
     }
@@ -169,17 +169,20 @@ impl Login {
         self.0.settings.secure_cookies
     }
 
-    /// `return_to` on the frontend's origin; `None` where it would lead elsewhere.
+    /// Resolves `return_to` on the frontend's origin; `None` if it would lead to another origin.
     pub fn return_url(&self, return_to: &str) -> Option<Url> {
         let frontend = self.frontend_url()?;
-        // The URL standard reads a backslash as a slash, so `/\evil` would be a host.
+        // The URL standard reads a backslash as a slash, so `/\evil` would name a host.
         let plain =
             return_to.starts_with('/') && !return_to.starts_with("//") && !return_to.contains(['\\', '\t', '\n', '\r']);
         let url = frontend.join(return_to).ok()?;
         (plain && url.origin() == frontend.origin()).then_some(url)
     }
 
-    /// Begins a login.
+    /// Begins a login: creates its state, PKCE challenge and cookie, and records it as pending.
+    ///
+    /// # Errors
+    /// [`BeginError`] if the consent page's URL is invalid, too many logins were started, or the shared store fails.
     pub async fn begin(&self, wish: LoginRequest) -> Result<LoginStarted, BeginError> {
         let (state, verifier) = (random(), random());
         let challenge = BASE64_URL_SAFE_NO_PAD.encode(Sha256::digest(verifier.as_bytes()));
@@ -197,8 +200,8 @@ impl Login {
         Ok(LoginStarted { auth_url, state: Secret::new(state), cookie })
     }
 
-    /// Finishes a login with what Amazon sent back. `cookie` gives the request's cookie of a name. Beside the end comes
-    /// the login's `return_to`, where the state was good.
+    /// Finishes a login with the callback's parameters. `cookie` returns the value of the request's cookie with a given
+    /// name. The second value is the login's `return_to`, if the state was valid.
     pub async fn finish(
         &self,
         callback: Callback,
@@ -209,7 +212,7 @@ impl Login {
             Ok(Some(begun)) => begun,
             Ok(None) => return (Err(LoginFailure::State), None),
             Err(error) => {
-                tracing::error!(%error, "the store does not answer: the login has to begin again");
+                tracing::error!(%error, "the store failed during a login callback: the user must restart the login");
                 return (Err(LoginFailure::Amazon("temporarily_unavailable")), None);
             }
         };
@@ -222,7 +225,7 @@ impl Login {
         let return_to = begun.return_to.clone();
         let ended = match callback.answer {
             Err(error) => Err(LoginFailure::Amazon(known_error(&error))),
-            // A code is good for one exchange: a browser that goes away in the middle of it must not lose the grant.
+            // A code is valid for one exchange: a browser that disconnects during it must not lose the grant.
             Ok(code) => {
                 let login = self.clone();
                 let exchange = async move { login.exchange(&code, begun, callback.scope).await };
@@ -236,11 +239,11 @@ impl Login {
         let Begun { user, verifier, replace, cookie, .. } = begun;
         let asked_at = self.0.clock.now();
         let tokens = self.0.lwa.exchange(code, &verifier).await.map_err(|error| {
-            tracing::warn!(%user, %error, "the code was not exchanged");
+            tracing::warn!(%user, %error, "Login with Amazon did not exchange the authorization code");
             LoginFailure::Exchange
         })?;
         let grant = granted(tokens, scope, asked_at).ok_or_else(|| {
-            tracing::warn!(%user, "the code was exchanged, but the answer held no refresh token");
+            tracing::warn!(%user, "the token response for the authorization code held no refresh token");
             LoginFailure::Exchange
         })?;
         self.warn_of_missing_scopes(&user, &grant);
@@ -253,11 +256,12 @@ impl Login {
         }
     }
 
-    /// What becomes of a grant that was put down: it is refused, taken into use, or waits for its confirmation.
+    /// Decides on a stored pending grant: rejects it (other identity), keeps it for confirmation, or takes it into use.
     async fn conclude(&self, waiting: Waiting) -> Result<Option<Status>, LoginFailure> {
         if !waiting.replace && self.is_of_another(&waiting).await {
             self.0.desk.clear(&waiting.id).await;
-            tracing::warn!(user = %waiting.user, "another Amazon identity logged in for this user and was refused");
+            tracing::warn!(user = %waiting.user, "login rejected: the grant belongs to a different Amazon identity \
+                than this user's current one");
             return Err(LoginFailure::Identity);
         }
         if waiting.confirm {
@@ -269,24 +273,27 @@ impl Login {
 
     async fn take_into_use(&self, waiting: Waiting) -> Status {
         let status = self.0.tokens.adopt(&waiting.user, waiting.grant).await;
-        // Until it is stored as the user's own it stays as one that waits; who looks for those finds it in use.
+        // The pending copy is kept until the user's grant is stored; `finish_left` then finds that it is in use.
         if self.0.tokens.is_stored(&waiting.user) {
             self.0.desk.clear(&waiting.id).await;
         }
         status
     }
 
-    /// Whether a new grant is surely of another Amazon identity than the grant that its user has now.
+    /// Whether a new grant certainly belongs to a different Amazon identity than the user's current grant.
     async fn is_of_another(&self, new: &Waiting) -> bool {
         let Some(access) = &new.grant.access else { return false };
         match self.0.tokens.bearer(&new.user).await {
             Ok(current) => Box::pin(self.0.identity.differs(&current, access.token.bearer())).await,
-            // There is no grant to compare with, or none that still says anything.
+            // There is no current grant, or none with a valid access token to compare.
             Err(_) => false,
         }
     }
 
-    /// Takes a pending grant into use; `None` where there is none under `id`.
+    /// Takes the pending grant with this one-time id into use; `None` if there is none.
+    ///
+    /// # Errors
+    /// [`StoreError`] if the shared store fails.
     pub async fn confirm(&self, id: &str) -> Result<Option<Status>, StoreError> {
         let Some(waiting) = self.0.desk.take_waiting(id, self.0.clock.now()).await? else { return Ok(None) };
         let login = self.clone();
@@ -298,26 +305,29 @@ impl Login {
     /// the store, so that nothing can be left later.
     pub async fn finish_leftovers(&self) -> Option<Duration> {
         for waiting in self.0.desk.left(self.0.clock.now()).await {
-            // Where the store does not answer, what is known here decides.
+            // If the store fails, decide by what this process knows.
             let _ = self.0.tokens.look(&waiting.user).await;
             let (user, in_use) = (waiting.user.clone(), self.0.tokens.status(&waiting.user).consented_at);
             if in_use >= waiting.grant.consented_at {
-                // It, or a later login, was taken into use before the end.
+                // This grant, or one of a later login, is already in use.
                 self.0.desk.clear(&waiting.id).await;
                 continue;
             }
             if waiting.confirm {
-                // When it began to wait, and not now: its ten minutes are not prolonged.
+                // Keeps the original time, so that its ten minutes are not extended.
                 let since = waiting.since;
                 self.0.desk.wait(waiting, since).await;
             } else if self.conclude(waiting).await.is_ok() {
-                tracing::info!(%user, "a login that was under way at the last end is finished");
+                tracing::info!(%user, "a login interrupted by the end of a process is finished");
             }
         }
         self.0.desk.is_shared().then_some(LEFTOVERS_INTERVAL)
     }
 
-    /// Wipes the tokens of `user`, those of a grant that waits among them.
+    /// Deletes the tokens of `user`, including those of pending grants. Returns `false` if there were none.
+    ///
+    /// # Errors
+    /// [`StoreError`] if the store fails.
     pub async fn forget(&self, user: &UserId) -> Result<bool, StoreError> {
         self.0.desk.forget(user);
         self.0.tokens.forget(user).await
@@ -328,7 +338,7 @@ impl Login {
         let missing = |asked: &&str| !granted.split(' ').any(|scope| scope == *asked);
         let missing: Vec<_> = self.0.lwa.scope().split(' ').filter(missing).collect();
         if !missing.is_empty() {
-            tracing::warn!(%user, missing = missing.join(" "), "less was consented to than amazon.scope asks for");
+            tracing::warn!(%user, missing = missing.join(" "), "less was consented to than amazon.scope requests");
         }
     }
 }
@@ -347,26 +357,26 @@ fn granted(tokens: Tokens, scope: Option<String>, now: Timestamp) -> Option<Gran
     })
 }
 
-/// What RFC 6749, section 3.3 allows in a scope, and no more than Amazon has names for.
+/// Whether `text` is a valid scope (RFC 6749, section 3.3) of at most 512 bytes, enough for all of Amazon's scopes.
 fn is_scope(text: &str) -> bool {
     text.len() <= 512 && text.bytes().all(|b| b == b' ' || (b.is_ascii_graphic() && !b"\"\\".contains(&b)))
 }
 
-/// Amazon's `error`, if it is one that we pass on.
+/// Amazon's `error`, if it is on the list of codes we pass on, else `other`.
 fn known_error(error: &str) -> &'static str {
     let known = ["access_denied", "invalid_scope", "server_error", "temporarily_unavailable"];
     known.into_iter().find(|known| *known == error).unwrap_or("other")
 }
 
-/// One cookie per login, so that two logins of one browser do not undo each other.
+/// The name of the binding cookie. Each login has its own, so that concurrent logins in one browser do not interfere.
 fn cookie_name(state: &str) -> String {
     format!("adsidecar_login_{}", &hash(state)[..8])
 }
 
-/// 256 bits of the system's randomness.
+/// 256 bits from the operating system's random generator, as base64url.
 fn random() -> String {
     let mut bits = [0u8; 32];
-    // A system without randomness cannot log anybody in, nor speak TLS.
+    // Without randomness neither logins nor TLS can work.
     getrandom::fill(&mut bits).expect("the operating system gives random bytes");
     BASE64_URL_SAFE_NO_PAD.encode(bits)
 }

@@ -1,9 +1,11 @@
-//! What is under way: logins that have begun, and grants that wait. In memory for use, and in the store for the process
-//! that starts next. Where several processes share the store, any of them may go on with it: then it is in the store alone.
+//! Pending logins (begun, not finished) and pending grants (received, not in use yet). They are kept in memory, and in
+//! the store for the next process. If several processes share the store, any of them may continue a login: then the
+//! store alone holds them.
 //!
-//! A grant that waits is on disk before anything else is done with it, for its code is spent. Logins that have begun are
-//! written together and at most once a second, so that a flood of them does not occupy the disk: a kill costs who began in
-//! the last second a new beginning. One that ends is written at once: its state must not be good a second time.
+//! A pending grant is stored before anything else happens to it, because its code is spent. Pending logins are written
+//! together and at most once a second, so that a flood of logins does not saturate the disk. (After a crash, logins
+//! started in its last second must be restarted.) The end of a login is written at once: its state must not be accepted
+//! a second time.
 
 use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -20,36 +22,37 @@ use crate::domain::clock::Clock;
 use crate::domain::secret::Secret;
 use crate::store::{StoreError, TokenStore, Waiting};
 
-/// How long a state and a pending grant live.
+/// Lifetime of a state and of a grant that waits for confirmation.
 pub const TEN_MINUTES: Duration = Duration::from_secs(600);
-/// ExpiringMap logins, and pending grants; the oldest makes room for the newest.
+/// Maximum number of pending logins, and of pending grants; the newest evicts the oldest.
 const MAX_OUTSTANDING: usize = 1000;
-/// So many logins may begin at once, and so many more each second. Beyond it they are a flood: each pushes another one out.
+/// Rate limit for starting logins: burst size, and refill per second (`PER_SECOND`). Beyond it a flood would evict
+/// pending logins.
 const AT_ONCE: f64 = 2000.0;
 const PER_SECOND: f64 = 20.0;
-/// How often what is over is looked for, where nothing else happens.
+/// Interval for deleting expired entries when nothing else changes.
 const SWEEP: Duration = Duration::from_secs(60);
-/// Between two writes of the logins that have begun.
+/// Minimum time between two writes of the pending logins.
 const PAUSE: Duration = Duration::from_secs(1);
 
-/// Logins that have begun, and grants that wait. It outlives the settings.
+/// Pending logins and pending grants. Survives a configuration reload.
 #[derive(Debug)]
 pub struct PendingLogins {
     begun: Mutex<ExpiringMap<Begun>>,
     pace: Mutex<RateLimiter>,
-    /// By the hash of their one-time id.
+    /// Grants that wait for confirmation, by the hash of their one-time id.
     waiting: Mutex<ExpiringMap<Waiting>>,
     store: TokenStore,
     changed: Notify,
-    /// Held while what has begun is written, so that an older list does not come after a newer one.
+    /// Held while pending logins are written, so that an older list never overwrites a newer one.
     writing: tokio::sync::Mutex<()>,
 }
 
-/// A login that has begun.
+/// A pending login.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Begun {
     pub(super) user: UserId,
-    /// PKCE's code verifier. The whole text that it is written in is sealed.
+    /// PKCE code verifier. The serialized text is encrypted as a whole.
     #[serde(with = "exposed")]
     pub(super) verifier: Secret,
     pub(super) return_to: Option<String>,
@@ -59,13 +62,12 @@ pub(super) struct Begun {
 }
 
 impl PendingLogins {
-    /// Over `store`, with the logins that the last process left there. Its grants that wait are to be taken by
-    /// `left`.
+    /// Opens the desk over `store`, with the pending logins of the previous process. `left` returns its pending grants.
     pub async fn open(store: TokenStore) -> Self {
         let begun = match store.logins().await {
             Ok(text) => text.and_then(|text| serde_json::from_str(text.expose()).ok()).unwrap_or_default(),
             Err(error) => {
-                tracing::error!(%error, "logins that had begun cannot be read: they have to begin again");
+                tracing::error!(%error, "pending logins cannot be read: users must restart them");
                 ExpiringMap::default()
             }
         };
@@ -79,7 +81,7 @@ impl PendingLogins {
         }
     }
 
-    /// Takes a login in; where there are too many, says after what time there is room.
+    /// Adds a pending login, or returns [`BeginError::TooMany`] with the time until the next one is allowed.
     pub(super) async fn begin(&self, state: &str, begun: Begun, clock: &Clock) -> Result<(), BeginError> {
         lock(&self.pace).take(clock.uptime()).map_err(BeginError::TooMany)?;
         let (state, now) = (hash(state), clock.now());
@@ -92,13 +94,13 @@ impl PendingLogins {
         Ok(())
     }
 
-    /// Takes a login out, so that its state is good for this once. Returns when that is on disk.
+    /// Removes and returns a pending login, so that its state is accepted once. Returns after the removal is written.
     pub(super) async fn take_begun(&self, state: &str, now: Timestamp) -> Result<Option<Begun>, StoreError> {
         let state = hash(state);
         if let Some(shared) = self.store.shared() {
             let text = shared.take_login(&state).await?;
             let login = text.and_then(|text| serde_json::from_str::<(String, Timestamp, Begun)>(text.expose()).ok());
-            // Its own name is sealed with it, so that nobody puts one login in the place of another.
+            // The state's hash is encrypted with the login, so that nobody with database access can swap two logins.
             let good = login.filter(|(name, since, _)| *name == state && lives(*since, now));
             return Ok(good.map(|(.., begun)| begun));
         }
@@ -109,50 +111,51 @@ impl PendingLogins {
         Ok(begun)
     }
 
-    /// Writes the logins that have begun, whenever that has changed, for as long as it runs; and takes down what is over.
+    /// Writes the pending logins whenever they change, and deletes expired entries. Runs until dropped.
     pub async fn keep(&self, clock: &Clock) {
         loop {
-            // Woken without a change too, so that what nobody took does not lie on disk for ever.
+            // The timeout also sweeps without a change, so that abandoned logins do not stay on disk forever.
             let changed = tokio::time::timeout(SWEEP, self.changed.notified()).await.is_ok();
             if self.sweep(clock.now()).await || changed {
                 self.write_begun().await;
             }
             if let Some(shared) = self.store.shared() {
-                // What is left over is looked for again.
+                // If this fails, the next round deletes the expired logins.
                 let _ = shared.sweep_logins().await;
             }
             tokio::time::sleep(PAUSE).await;
         }
     }
 
-    /// Writes the logins that have begun.
+    /// Writes the pending logins to the store; logs a failure.
     pub async fn write_begun(&self) {
         let _writing = self.writing.lock().await;
         let text = serde_json::to_string(&*lock(&self.begun)).expect("names, times and texts are JSON");
         if let Err(error) = self.store.keep_logins(Secret::new(text)).await {
-            tracing::error!(%error, "logins that have begun are not on disk: after a restart they have to begin again");
+            tracing::error!(%error, "pending logins could not be stored: after a restart users must restart them");
         }
     }
 
-    /// Puts a grant on disk before anything else is done with it. Where the disk does not take it, it is in memory alone.
+    /// Stores a grant before anything else happens to it. If the store fails, the grant stays in memory only.
     pub(super) async fn put_down(&self, waiting: &Waiting) {
         if let Err(error) = self.store.keep_waiting(waiting).await {
-            tracing::error!(user = %waiting.user, %error, "a new grant is in memory only until it is in use");
+            tracing::error!(user = %waiting.user, %error, "a new grant could not be stored; it is in memory only until \
+                it is in use");
             if self.store.shared().is_some() && waiting.confirm {
-                // Until then it can be confirmed here alone.
+                // Until then only this process can confirm it.
                 lock(&self.waiting).insert(waiting.id.clone(), waiting.clone(), waiting.since);
             }
         }
     }
 
-    /// A grant that was put down is in use, or will never be.
+    /// Deletes a pending grant that is in use or will never be.
     pub(super) async fn clear(&self, id: &str) {
         if let Err(error) = self.store.drop_waiting(id).await {
-            tracing::error!(%error, "a grant that waited is over and still on disk");
+            tracing::error!(%error, "a pending grant that is no longer needed could not be deleted from the store");
         }
     }
 
-    /// Has a grant wait for the app's confirmation.
+    /// Keeps a pending grant until the app confirms it. With a shared store the stored copy is enough.
     pub(super) async fn wait(&self, waiting: Waiting, now: Timestamp) {
         if self.store.shared().is_some() {
             return;
@@ -164,6 +167,7 @@ impl PendingLogins {
         }
     }
 
+    /// Removes and returns the pending grant with the one-time `id`, unless it has expired.
     pub(super) async fn take_waiting(&self, id: &str, now: Timestamp) -> Result<Option<Waiting>, StoreError> {
         let id = hash(id);
         let here = lock(&self.waiting).take(&id, now);
@@ -173,21 +177,21 @@ impl PendingLogins {
         }
     }
 
-    /// Whether other processes may leave something behind, which is to be looked for again and again.
+    /// Whether other processes share the store and may leave pending grants at any time.
     pub(super) fn is_shared(&self) -> bool {
         self.store.shared().is_some()
     }
 
-    /// Forgets the grants that wait for `user`; the store has forgotten them.
+    /// Removes the pending grants of `user` from memory; the store deletes its own copies.
     pub(super) fn forget(&self, user: &UserId) {
         lock(&self.waiting).by_hash.retain(|_, (.., waiting)| waiting.user != *user);
     }
 
-    /// The grants that the last process left, without those that the app had to confirm and whose time is over. The others
-    /// only waited for their end: nobody else has them, however long ago that was.
+    /// The pending grants that the previous process left. Expired ones that needed confirmation are deleted; the others
+    /// are returned whatever their age, because nobody else has them.
     pub(super) async fn left(&self, now: Timestamp) -> Vec<Waiting> {
         let all = self.store.waiting().await.unwrap_or_else(|error| {
-            tracing::error!(%error, "grants that wait cannot be read");
+            tracing::error!(%error, "pending grants cannot be read");
             Vec::new()
         });
         let (living, over): (Vec<_>, Vec<_>) =
@@ -198,7 +202,7 @@ impl PendingLogins {
         living
     }
 
-    /// Takes out everything whose time is over; whether there were logins among it.
+    /// Deletes expired entries. Returns whether there were logins among them.
     async fn sweep(&self, now: Timestamp) -> bool {
         let begun = lock(&self.begun).sweep(now);
         let over = lock(&self.waiting).sweep(now);
@@ -209,11 +213,11 @@ impl PendingLogins {
     }
 }
 
-/// A token bucket.
+/// A token bucket that limits how fast logins start.
 #[derive(Debug)]
 struct RateLimiter {
     left: f64,
-    /// The uptime at which so many were left.
+    /// The uptime at which `left` was computed.
     at: SignedDuration,
 }
 
@@ -235,12 +239,12 @@ impl RateLimiter {
     }
 }
 
-/// The SHA-256 of `text` in hexadecimal digits: what is kept of a secret that only has to be known again.
+/// The SHA-256 of `text` in hexadecimal, stored in place of a secret that only has to be recognized.
 pub(super) fn hash(text: &str) -> String {
     format!("{:x}", Sha256::digest(text.as_bytes()))
 }
 
-/// Things that can be taken out once, within ten minutes.
+/// A map whose entries can be taken once, within ten minutes.
 #[derive(Debug, Serialize, Deserialize)]
 struct ExpiringMap<T> {
     taken_in: u64,
@@ -254,7 +258,7 @@ impl<T> Default for ExpiringMap<T> {
 }
 
 impl<T> ExpiringMap<T> {
-    /// Gives back what had to make room.
+    /// Inserts `thing` and returns the evicted oldest entry if the map was full.
     fn insert(&mut self, hash: String, thing: T, now: Timestamp) -> Option<T> {
         let full = self.by_hash.len() >= MAX_OUTSTANDING;
         let oldest = || self.by_hash.iter().min_by_key(|(_, (order, ..))| *order).map(|(hash, _)| hash.clone());
@@ -264,20 +268,20 @@ impl<T> ExpiringMap<T> {
         pushed_out.map(|(.., thing)| thing)
     }
 
-    /// What is too old stays, to be swept.
+    /// Removes and returns an entry. An expired one yields `None` and stays until the next sweep.
     fn take(&mut self, hash: &str, now: Timestamp) -> Option<T> {
         self.by_hash.get(hash).filter(|(_, since, _)| lives(*since, now))?;
         self.by_hash.remove(hash).map(|(.., thing)| thing)
     }
 
-    /// Takes out everything whose time is over.
+    /// Removes and returns all expired entries.
     fn sweep(&mut self, now: Timestamp) -> Vec<T> {
         let over = self.by_hash.extract_if(|_, (_, since, _)| !lives(*since, now));
         over.map(|(_, (.., thing))| thing).collect()
     }
 }
 
-/// Whether what began at `since` is still good. A clock that was set back makes nothing live longer than ten minutes more.
+/// Whether an entry created at `since` has not expired. If the clock is set back, it lives at most ten minutes longer.
 fn lives(since: Timestamp, now: Timestamp) -> bool {
     Duration::try_from(now.duration_since(since)).unwrap_or_default() < TEN_MINUTES
 }
@@ -286,7 +290,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// A secret inside a text that is sealed as a whole.
+/// Serializes a secret in clear, inside a text that is encrypted as a whole.
 mod exposed {
     use serde::{Deserialize, Deserializer, Serializer};
 

@@ -1,4 +1,5 @@
-//! Whether two grants are of one Amazon identity. LWA does not say whose a grant is, but the profiles do that it reaches.
+//! Whether two grants are of one Amazon identity. LWA does not say whose a grant is, but the profiles do that it
+//! reaches.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -15,21 +16,21 @@ use crate::domain::api_families::family;
 use crate::domain::headers::{UpstreamHeaders, to_amazon};
 use crate::upstream::{RequestBody, Reuse, Upstream};
 
-/// Needs neither a scope nor an account ("Profiles", Amazon Ads API).
+/// An endpoint that needs neither a scope header nor an account ("Profiles", Amazon Ads API).
 const PROFILES: &str = "/v2/profiles";
-/// A person waits in a browser meanwhile.
+/// Timeout of the whole comparison: a person is waiting in a browser.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// A profile is half a kilobyte; large agencies have thousands.
+/// Maximum response body. A profile takes half a kilobyte, and large agencies have thousands.
 const MAX_BODY: usize = 16 << 20;
 
-/// Asks the Ads API which profiles a grant reaches.
+/// Compares grants by the profiles that each reaches, as listed by the Ads API.
 #[derive(Clone, Debug)]
 pub struct Identity {
     upstream: Arc<Upstream>,
     client_id: HeaderValue,
 }
 
-/// A profile, as far as it is looked at. The id is 64 bits wide.
+/// The part of a profile used here. The id is a 64-bit number.
 #[derive(Deserialize)]
 struct Profile {
     #[serde(rename = "profileId")]
@@ -37,13 +38,13 @@ struct Profile {
 }
 
 impl Identity {
-    /// Asks through `upstream`.
+    /// Creates the comparison; its requests go through `upstream` with this client id.
     pub fn new(upstream: Arc<Upstream>, client_id: HeaderValue) -> Self {
         Self { upstream, client_id }
     }
 
-    /// Whether the grants behind two bearers are surely of different identities: each reaches profiles, and none is the
-    /// same. Where a region cannot be asked nothing is sure.
+    /// Whether the grants of two bearer tokens certainly belong to different identities: each reaches profiles, and
+    /// they have none in common. Returns `false` if a region does not respond.
     pub async fn differs(&self, one: &HeaderValue, other: &HeaderValue) -> bool {
         let both = Box::pin(async { tokio::join!(self.profiles(one), self.profiles(other)) });
         match tokio::time::timeout(PATIENCE, both).await {
@@ -52,6 +53,7 @@ impl Identity {
         }
     }
 
+    /// The ids of all profiles in all regions; `None` if any region fails.
     async fn profiles(&self, bearer: &HeaderValue) -> Option<HashSet<String>> {
         let [na, eu, fe] = Region::ALL.map(|region| self.profiles_in(region, bearer));
         let (na, eu, fe) = tokio::join!(na, eu, fe);

@@ -1,4 +1,4 @@
-//! What LWA's answers mean.
+//! Parses token responses from LWA, and classifies its error responses.
 
 use std::time::Duration;
 
@@ -9,11 +9,11 @@ use serde_json::value::RawValue;
 use super::LwaError;
 use crate::domain::grant::{AccessToken, RefreshToken, Tokens};
 
-/// Assumed where the answer does not say, or says nonsense.
+/// Assumed lifetime if `expires_in` is missing or unusable.
 const LIFETIME_UNKNOWN: Duration = Duration::from_secs(300);
-/// LWA's tokens live an hour; nothing that claims more than a day is believed.
+/// Maximum lifetime accepted. LWA's tokens live an hour; a longer claim than a day is capped.
 const LIFETIME_MAX: Duration = Duration::from_secs(24 * 3600);
-/// Deepest nesting that is looked into. A token answer has none.
+/// Maximum nesting of arrays and objects that is parsed. A token response is a flat object.
 const MAX_DEPTH: usize = 32;
 
 #[derive(Deserialize)]
@@ -21,7 +21,7 @@ struct Success<'a> {
     access_token: String,
     refresh_token: Option<String>,
     token_type: Option<String>,
-    /// A number, a string that holds one ("3600" in one of Amazon's samples), or anything.
+    /// A number, a string that holds a number ("3600" in one of Amazon's samples), or any other JSON value.
     #[serde(borrow)]
     expires_in: Option<&'a RawValue>,
 }
@@ -31,17 +31,20 @@ struct Refusal {
     error: String,
 }
 
-/// The tokens in the body of a 200.
+/// Parses the tokens in the body of a 200 response (RFC 6749, section 5.1).
+///
+/// # Errors
+/// A message if the body is not a token response, the token type is not `bearer`, or a token has characters or a length
+/// that cannot be sent.
 pub fn tokens(body: &[u8]) -> Result<Tokens, &'static str> {
     if depth(body) > MAX_DEPTH {
-        return Err("the answer is nested too deep");
+        return Err("the response is nested too deeply");
     }
-    let answer: Success<'_> =
-        serde_json::from_slice(body).map_err(|_| "the answer is not the JSON of a token answer")?;
+    let answer: Success<'_> = serde_json::from_slice(body).map_err(|_| "the response is not a JSON token response")?;
     let mut oddities = Vec::new();
     match answer.token_type {
         Some(kind) if kind.eq_ignore_ascii_case("bearer") => {}
-        Some(_) => return Err("the token is no bearer token"),
+        Some(_) => return Err("the token is not a bearer token"),
         None => oddities.push("token_type_missing"),
     }
     let (lifetime, odd) =
@@ -57,7 +60,7 @@ pub fn tokens(body: &[u8]) -> Result<Tokens, &'static str> {
     })
 }
 
-/// How long the token lives, and what is odd about how the answer says so.
+/// Parses `expires_in`. Returns the lifetime, and the deviation from the standard that was tolerated, if any.
 fn lifetime(raw: &str) -> (Duration, Option<&'static str>) {
     match raw.trim_matches('"').trim().parse::<f64>() {
         Ok(seconds) if seconds > LIFETIME_MAX.as_secs_f64() => (LIFETIME_MAX, Some("expires_in_too_long")),
@@ -66,7 +69,7 @@ fn lifetime(raw: &str) -> (Duration, Option<&'static str>) {
     }
 }
 
-/// How deep arrays and objects are nested, in what may not be JSON at all.
+/// The nesting depth of arrays and objects in `body`, which may not be valid JSON.
 fn depth(body: &[u8]) -> usize {
     let (mut depth, mut deepest, mut quoted, mut escaped) = (0_usize, 0, false, false);
     for byte in body {
@@ -83,7 +86,7 @@ fn depth(body: &[u8]) -> usize {
     deepest
 }
 
-/// What an answer with another status means.
+/// Classifies a response with a status other than 200 (error codes: RFC 6749, section 5.2).
 pub fn refusal(status: StatusCode, body: &[u8], retry_after: Option<Duration>) -> LwaError {
     let error = serde_json::from_slice::<Refusal>(body).map(|refusal| refusal.error).unwrap_or_default();
     let later =

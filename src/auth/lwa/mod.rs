@@ -1,8 +1,8 @@
-//! Login with Amazon: exchange a code, refresh a grant.
+//! The Login with Amazon (LWA) client: exchanges an authorization code, refreshes a grant.
 //!
-//! Tolerant of what LWA really sends (a lifetime as a string, no refresh token, HTML errors), strict in size and time.
-//! Each call has a connection of its own, without redirects and without the environment's proxies: a token call that
-//! meets a connection just being closed could not be repeated safely.
+//! It tolerates what LWA really sends (a lifetime as a string, no refresh token, HTML errors), and is strict about size
+//! and time. Each call opens its own connection, follows no redirects and ignores the environment's proxies: a token
+//! call on a reused connection that is just being closed could not be repeated safely.
 
 pub mod answer;
 
@@ -21,38 +21,38 @@ use crate::domain::grant::{RefreshToken, Tokens};
 use crate::domain::secret::Secret;
 use crate::domain::tls;
 
-/// Where the token endpoint is and who we are to it.
+/// The token endpoint and our client registration with it.
 #[derive(Clone, Debug)]
 pub struct Settings {
     /// `amazon.client_id`.
     pub client_id: String,
-    /// `amazon.client_secret`: tried in order.
+    /// `amazon.client_secret`: one or more secrets, tried in order.
     pub client_secrets: Vec<Secret>,
     /// `amazon.redirect_uri`, byte for byte as configured.
     pub redirect_uri: String,
-    /// `amazon.scope`: separated by spaces.
+    /// `amazon.scope`: the requested scopes, separated by spaces.
     pub scope: String,
-    /// `amazon.region`: whose token host is asked, since codes and tokens are global.
+    /// `amazon.region`: selects the token host. Any would do, since codes and tokens are global.
     pub region: Region,
-    /// `amazon.authorize_url`, where it replaces the region's own.
+    /// `amazon.authorize_url`, if it replaces the region's URL.
     pub authorize_url: Option<Url>,
-    /// `amazon.token_url`, where it replaces the region's own.
+    /// `amazon.token_url`, if it replaces the region's URL.
     pub token_url: Option<Url>,
     /// `amazon.ca_file`: extra trust roots.
     pub extra_roots: Vec<CertificateDer<'static>>,
 }
 
-/// A whole token call. LWA answers within a second or not at all; callers wait behind it.
+/// Timeout of a whole token call. LWA responds within a second or not at all, and callers are waiting.
 const TIMEOUT: Duration = Duration::from_secs(10);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
-/// A token answer is 2 KiB; a body beyond this is none.
+/// Maximum response body. A token response is about 2 KiB; a longer body is not one.
 const MAX_ANSWER: usize = 64 << 10;
 
-/// Why there are no tokens. `code` is of a fixed list and fit for metrics and users; `detail` is for the log and never
-/// holds what LWA's body said beyond its error code.
+/// Why a token call returned no tokens. `code` is one of a fixed list and safe for metrics and users; `detail` is for
+/// the log and never contains more of LWA's body than its error code.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum LwaError {
-    /// Time cures it: the network, LWA's own trouble, an answer that cannot be read.
+    /// A temporary failure: the network, an LWA outage, or an unreadable response.
     #[error("{code}: {detail}")]
     TryLater {
         /// `unreachable`, `dns`, `tls`, `timeout`, `throttled`, `server_error` or `bad_answer`.
@@ -61,16 +61,16 @@ pub enum LwaError {
         detail: String,
         /// How long LWA asked us to wait.
         retry_after: Option<Duration>,
-        /// Whether LWA may have done as asked, and its answer is what was lost.
+        /// Whether LWA may have processed the request, and only its response was lost.
         taken: bool,
     },
-    /// LWA refuses this grant or code: the user has to consent again.
+    /// LWA refused this grant or code: the user has to consent again.
     #[error("Login with Amazon refused the grant: {code}")]
     Refused {
         /// `invalid_grant`, `unauthorized_client` or `invalid_scope`.
         code: &'static str,
     },
-    /// Our own registration with LWA is wrong: nobody's consent helps.
+    /// LWA refused our client id, client secret or request: the operator must fix it, a new consent does not help.
     #[error("Login with Amazon refused the client: {code}; check amazon.client_id and amazon.client_secret")]
     Operator {
         /// `invalid_client` or `invalid_request`.
@@ -78,7 +78,7 @@ pub enum LwaError {
     },
 }
 
-/// The client of the token endpoint.
+/// A client for LWA's token endpoint.
 #[derive(Clone, Debug)]
 pub struct Lwa {
     http: Client,
@@ -87,7 +87,10 @@ pub struct Lwa {
 }
 
 impl Lwa {
-    /// Prepares the client; calls nobody yet.
+    /// Builds the client; makes no call.
+    ///
+    /// # Errors
+    /// A message if TLS or the HTTP client cannot be set up, or the region's token URL is invalid.
     pub fn new(settings: Settings) -> Result<Self, String> {
         let tls = tls::client_config(&settings.extra_roots, &[b"http/1.1"]).map_err(|error| error.to_string())?;
         let http = Client::builder()
@@ -108,19 +111,22 @@ impl Lwa {
         Ok(Self { http, token_url, settings })
     }
 
-    /// `amazon.scope`: what is asked for, separated by spaces.
+    /// `amazon.scope`: the requested scopes, separated by spaces.
     pub fn scope(&self) -> &str {
         &self.settings.scope
     }
 
-    /// The path of `amazon.redirect_uri`.
+    /// The path of `amazon.redirect_uri`, without its query; `/` if it has none.
     pub fn redirect_path(&self) -> &str {
         let uri = &self.settings.redirect_uri;
         let path = uri.find("://").and_then(|at| uri[at + 3..].find('/').map(|slash| &uri[at + 3 + slash..]));
         path.map_or("/", |path| path.split('?').next().unwrap_or("/"))
     }
 
-    /// The page that asks a person for consent, for a login in `region`.
+    /// The URL of the consent page for a login in `region`. `challenge` is the PKCE code challenge (method S256).
+    ///
+    /// # Errors
+    /// [`url::ParseError`] if the region's URL is invalid.
     pub fn authorize_url(&self, region: Region, state: &str, challenge: &str) -> Result<Url, url::ParseError> {
         let mut url = match self.settings.authorize_url.clone() {
             Some(url) => url,
@@ -138,6 +144,9 @@ impl Lwa {
     }
 
     /// Exchanges an authorization code (RFC 6749, section 4.1.3; RFC 7636, section 4.5).
+    ///
+    /// # Errors
+    /// [`LwaError`] if LWA refuses the code or our client, or returns no usable response in time.
     pub async fn exchange(&self, code: &Secret, verifier: &Secret) -> Result<Tokens, LwaError> {
         self.call(&[
             ("grant_type", "authorization_code"),
@@ -149,11 +158,14 @@ impl Lwa {
     }
 
     /// Refreshes a grant (RFC 6749, section 6).
+    ///
+    /// # Errors
+    /// [`LwaError`] if LWA refuses the grant or our client, or returns no usable response in time.
     pub async fn refresh(&self, token: &RefreshToken) -> Result<Tokens, LwaError> {
         self.call(&[("grant_type", "refresh_token"), ("refresh_token", token.secret().expose())]).await
     }
 
-    /// Tries the client secrets in order: while a new one spreads through Amazon, either may be refused.
+    /// Tries the client secrets in order: while Amazon propagates a new secret, it may refuse either one.
     async fn call(&self, grant: &[(&str, &str)]) -> Result<Tokens, LwaError> {
         let mut outcome = Err(LwaError::Operator { code: "invalid_client" });
         for secret in &self.settings.client_secrets {
@@ -176,7 +188,7 @@ impl Lwa {
         let body = read(response).await?;
         match status {
             StatusCode::OK => answer::tokens(&body).map(|tokens| Tokens { server_time, ..tokens }).map_err(|why| {
-                // Nothing of the body itself is told: it may hold a token.
+                // The body itself is not logged: it may hold a token.
                 bad_answer(format!("{why} ({} bytes, content type {kind:?})", body.len()))
             }),
             _ => Err(answer::refusal(status, &body, retry_after)),
@@ -184,26 +196,26 @@ impl Lwa {
     }
 }
 
-/// The answer holds tokens, so it is zeroed when it has been read.
+/// Reads the response body, up to [`MAX_ANSWER`]. The buffer holds tokens, so it is zeroed on drop.
 async fn read(mut response: Response) -> Result<Zeroizing<Vec<u8>>, LwaError> {
     let mut body = Zeroizing::new(Vec::with_capacity(MAX_ANSWER));
     while let Some(chunk) = response.chunk().await.map_err(no_answer)? {
         if body.len() + chunk.len() > MAX_ANSWER {
-            return Err(bad_answer("more than 64 KiB"));
+            return Err(bad_answer("the body exceeds 64 KiB"));
         }
         body.extend_from_slice(&chunk);
     }
     Ok(body)
 }
 
-/// Seconds, or nothing: LWA sends no dates here.
+/// `Retry-After` in seconds. The date form is ignored: LWA does not send it.
 fn retry_after(response: &Response) -> Option<Duration> {
     let seconds = response.headers().get(RETRY_AFTER)?.to_str().ok()?.trim().parse().ok()?;
     Some(Duration::from_secs(seconds))
 }
 
 fn no_answer(error: reqwest::Error) -> LwaError {
-    // While it connects, LWA has not heard of the call yet.
+    // If connecting failed, LWA has not received the request.
     let connecting = error.is_connect();
     let code = match () {
         () if error.is_timeout() => "timeout",
@@ -212,7 +224,7 @@ fn no_answer(error: reqwest::Error) -> LwaError {
         () if error.is_body() || error.is_decode() => "bad_answer",
         () => "unreachable",
     };
-    // The URL holds no secret (the form is in the body), but it says nothing either.
+    // The URL is dropped because it adds nothing; it holds no secret (the form is in the body).
     LwaError::TryLater { code, detail: causes(&error.without_url()), retry_after: None, taken: !connecting }
 }
 
@@ -223,7 +235,7 @@ fn bad_answer(detail: impl std::fmt::Display) -> LwaError {
 fn is_tls(error: &reqwest::Error) -> bool {
     chain(error).any(|cause| {
         let mut inner = cause;
-        // An I/O error hides what it was made of: it names the source of that as its own.
+        // An I/O error hides the error it wraps: its `source()` is the source of the wrapped error.
         while let Some(hidden) = inner.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref) {
             inner = hidden;
         }
@@ -231,7 +243,7 @@ fn is_tls(error: &reqwest::Error) -> bool {
     })
 }
 
-/// The library gives its resolver's errors no type of their own, only this name.
+/// The HTTP library exports no type for DNS errors, only this message.
 fn is_dns(error: &reqwest::Error) -> bool {
     chain(error).any(|cause| cause.to_string() == "dns error")
 }

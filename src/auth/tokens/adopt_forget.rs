@@ -1,4 +1,4 @@
-//! A grant comes, or goes.
+//! Adopts a new grant, and forgets one on logout.
 
 use std::sync::Arc;
 
@@ -8,19 +8,21 @@ use crate::domain::grant::{Grant, GrantState, LiveGrant};
 use crate::store::StoreError;
 
 impl TokenManager {
-    /// Does `work` in a task of its own, which a shutdown waits for, and gives its result: whoever asked for it may hang up
-    /// meanwhile.
+    /// Runs `work` in its own task, which a shutdown waits for, and returns its result. The work continues if the
+    /// caller hangs up.
+    ///
+    /// # Panics
+    /// If `work` panics.
     pub async fn uninterrupted<T: Send + 'static>(&self, work: impl Future<Output = T> + Send + 'static) -> T {
         match self.0.flights.spawn(work).await {
             Ok(done) => done,
-            // Nobody aborts it, so it panicked: that goes on here, as if there were no task in between.
+            // The task is never aborted, so it panicked: propagate the panic to the caller.
             Err(error) => std::panic::resume_unwind(error.into_panic()),
         }
     }
 
-    /// Takes `grant` into use for `user`, in place of whatever there was. Returns once it is stored, or the store said
-    /// that it cannot be: then it is used all the same, since its code is spent and nobody else has it, and storing it
-    /// is tried until it succeeds.
+    /// Replaces the grant of `user` with `grant`. Returns once it is stored or the store has failed: then it is used
+    /// from memory, since its code is spent and nobody else has it, and a task retries until it is stored.
     pub async fn adopt(&self, user: &UserId, grant: Grant) -> Status {
         let (keeper, user) = (self.clone(), user.clone());
         self.uninterrupted(async move { keeper.adopt_now(&user, grant).await }).await
@@ -36,16 +38,19 @@ impl TokenManager {
         entry.mark_used(now);
         self.publish(&entry, &write, GrantState::Fresh(Arc::new(LiveGrant::loaded(grant, now))));
         entry.wake();
-        tracing::info!(%user, "new grant");
+        tracing::info!(%user, "new grant in use");
         self.tell(&entry)
     }
 
-    /// Whether what is known of `user` is on disk.
+    /// Whether the current grant of `user` is stored.
     pub fn is_stored(&self, user: &UserId) -> bool {
         self.entry(user).is_none_or(|entry| !entry.is_unsaved())
     }
 
-    /// Wipes the tokens of `user`. Returns once they are gone from the disk; `false` where there were none.
+    /// Deletes the tokens of `user`. Returns once they are deleted from the store; `false` if there were none.
+    ///
+    /// # Errors
+    /// [`StoreError`] if the store fails; then the grant stays in use.
     pub async fn forget(&self, user: &UserId) -> Result<bool, StoreError> {
         let (keeper, user) = (self.clone(), user.clone());
         self.uninterrupted(async move { keeper.forget_now(&user).await }).await
@@ -53,20 +58,20 @@ impl TokenManager {
 
     async fn forget_now(&self, user: &UserId) -> Result<bool, StoreError> {
         let Some(entry) = self.entry(user) else {
-            // A record that does not decrypt is no entry, and a logout means it too.
+            // A record that cannot be decrypted has no entry, but a logout must delete it too.
             return self.timed("erase", self.0.store.erase(user)).await;
         };
         let write = entry.write().await;
         let erased = self.timed("erase", self.0.store.erase(user)).await?;
         if erased && self.0.store.shared().is_some() {
-            // There a logout has a generation of its own.
+            // In a shared store a logout has its own generation.
             write.note_stored(write.stored() + 1);
         }
         entry.set_unsaved(false);
         let held = entry.held().grant().is_some();
         self.publish(&entry, &write, GrantState::Nothing);
         entry.wake();
-        tracing::info!(%user, "logged out");
+        tracing::info!(%user, "the user was logged out");
         Ok(erased || held)
     }
 }

@@ -1,4 +1,4 @@
-//! `amazon.refresh_token`: a grant that the configuration brings.
+//! Adopts `amazon.refresh_token`, a grant given in the configuration.
 
 use sha2::{Digest, Sha256};
 
@@ -7,13 +7,16 @@ use crate::domain::account::UserId;
 use crate::domain::grant::{Grant, RefreshToken};
 use crate::store::StoreError;
 
-/// The note under which the hash of the `amazon.refresh_token` adopted last is stored.
+/// The store note that holds the hash of the last adopted `amazon.refresh_token`.
 pub(super) const ADOPTED: &str = "adopted_refresh_token";
 
 impl TokenManager {
-    /// Adopts `amazon.refresh_token` as user `default`, unless it is the one adopted last, or that user has a usable
-    /// grant. Where there is a grant this takes a token call: whether LWA refuses a grant is written down nowhere, so a
-    /// process that has just started has to ask.
+    /// Adopts `amazon.refresh_token` as the grant of user `default`, unless it is the last adopted one, or that user
+    /// has a usable grant. If there is a grant, this makes a token call: the store does not record that LWA refuses a
+    /// grant, so a newly started process has to try it.
+    ///
+    /// # Errors
+    /// [`StoreError`] if the note cannot be read or written.
     pub async fn adopt_configured(&self) -> Result<(), StoreError> {
         let settings = self.0.settings.load_full();
         let Some(token) = &settings.adopt else { return Ok(()) };
@@ -23,7 +26,8 @@ impl TokenManager {
             return Ok(());
         }
         if let Err(StoreError::Record(error)) = self.0.store.load(&user).await {
-            tracing::error!(%user, %error, "amazon.refresh_token is not adopted: a stored grant that cannot be read would be lost");
+            tracing::error!(%user, %error, "amazon.refresh_token is not adopted: it would overwrite a stored grant \
+                that cannot be read");
             return Ok(());
         }
         let has_grant = self.entry(&user).is_some_and(|entry| entry.held().grant().is_some());
@@ -45,7 +49,7 @@ impl TokenManager {
     }
 }
 
-/// Tells refresh tokens apart without holding one.
+/// The SHA-256 of a refresh token in hexadecimal, to recognize the token without storing it.
 fn fingerprint(token: &RefreshToken) -> String {
     Sha256::digest(token.secret().expose().as_bytes()).iter().map(|byte| format!("{byte:02x}")).collect()
 }

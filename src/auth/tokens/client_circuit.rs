@@ -1,5 +1,6 @@
-//! Login with Amazon refuses our client: one problem of all users. One of them asks whether it is over, and the others go by
-//! what it heard, so that a thousand users with a wrong secret are no storm of calls.
+//! A circuit breaker for Login with Amazon refusing our client, which affects all users. While it does, adsidecar
+//! probes with one user's grant from time to time instead of retrying for every user, so that a wrong secret does not
+//! cause a storm of calls.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -10,11 +11,11 @@ use crate::auth::lwa::LwaError;
 use crate::domain::clock_reading::ClockReading;
 use crate::domain::grant::{Tokens, backoff};
 
-/// What is known about whether LWA takes our client.
+/// Whether LWA currently accepts our client.
 #[derive(Debug, Default)]
 pub(super) struct ClientCircuit {
     refused: Mutex<Option<Refused>>,
-    /// While our client is refused: held by who asks.
+    /// Held by the refresh task that probes, while LWA refuses our client.
     turn: tokio::sync::Mutex<()>,
 }
 
@@ -22,55 +23,55 @@ pub(super) struct ClientCircuit {
 struct Refused {
     code: &'static str,
     attempts: u32,
-    /// When it was last heard, and until when nobody asks again. Uptimes.
+    /// Uptimes of the last rejection, and of the next probe (`retry_at`).
     heard: SignedDuration,
     retry_at: SignedDuration,
 }
 
-/// The right to ask.
+/// Permission to call LWA: a guard while our client is refused, otherwise `None`.
 pub(super) type Turn<'a> = Option<tokio::sync::MutexGuard<'a, ()>>;
 
 impl ClientCircuit {
-    /// Waits for the turn to ask, which nobody has to unless our client is refused.
+    /// Waits for permission to probe. Returns at once unless LWA refuses our client.
     pub(super) async fn turn(&self) -> Turn<'_> {
         if self.refused().is_none() {
             return None;
         }
         let turn = self.turn.lock().await;
-        // It may be over: then all who waited ask side by side.
+        // If LWA accepts our client again, all waiters retry concurrently.
         let refused = self.refused().is_some();
         refused.then_some(turn)
     }
 
-    /// What would be heard, and for how long nobody is asked.
+    /// The cached rejection, and how long until the next probe.
     pub(super) fn holds(&self, now: ClockReading) -> Option<(&'static str, Duration)> {
         let refused = (*self.refused())?;
         let wait = Duration::try_from(refused.retry_at.saturating_sub(now.uptime)).ok()?;
         (!wait.is_zero()).then_some((refused.code, wait))
     }
 
-    /// Learns from the answer to a call that was made at `asked`. `jitter` in `0.0..1.0` is the jitter.
+    /// Updates the state from the result of a call made at `asked`. `jitter` is jitter in `0.0..1.0`.
     pub(super) fn learn(&self, answer: &Result<Tokens, LwaError>, asked: ClockReading, now: ClockReading, jitter: f64) {
         let mut refused = self.refused();
         match answer {
             Err(LwaError::Operator { code }) => {
-                // Many calls may have been under way at once when it began: they heard the same.
+                // Calls that were in flight when the rejection began count as the same attempt.
                 let attempts = match *refused {
                     Some(before) if asked.uptime < before.heard => before.attempts,
                     Some(before) => before.attempts.saturating_add(1),
                     None => 1,
                 };
-                // As a user without a living token waits, and at least half of that: there may be such users among all.
+                // The backoff of a user without a valid token, and at least half of it: some users may have none.
                 let wait = backoff(attempts, false, 0.5 + jitter / 2.0);
                 let retry_at = now.uptime.saturating_add(SignedDuration::try_from(wait).unwrap_or_default());
                 *refused = Some(Refused { code, attempts, heard: now.uptime, retry_at });
             }
-            // Whoever LWA answers otherwise has to find out by itself how to wait.
+            // LWA accepted our client. Any other failure concerns one user, whose own backoff handles it.
             Ok(_) | Err(LwaError::Refused { .. } | LwaError::TryLater { .. }) => *refused = None,
         }
     }
 
-    /// The operator changed something: whoever wants to may ask.
+    /// Clears the cached rejection after a configuration change, so that the next refresh calls LWA.
     pub(super) fn forget(&self) {
         *self.refused() = None;
     }

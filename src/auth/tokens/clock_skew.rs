@@ -1,4 +1,4 @@
-//! How right our clock is: by Amazon's answers, and by the monotonic clock beside it.
+//! Clock checks: skew against the `Date` of Amazon's responses, and jumps against the monotonic clock.
 
 use std::sync::atomic::Ordering::Relaxed;
 
@@ -9,13 +9,13 @@ use super::TokenManager;
 use crate::domain::clock::date_of;
 use crate::domain::clock_reading::ClockReading;
 
-/// Of Amazon's answers one in this many seconds is asked for its date.
+/// Minimum time, in seconds, between two Ads API responses whose `Date` is read.
 const LISTEN_EVERY: i64 = 10;
-/// The clocks drift apart by less than this between two looks, unless one was stepped or the machine slept.
+/// The clocks drift apart by less than this between two checks, unless one was stepped or the machine was suspended.
 const JUMP: SignedDuration = SignedDuration::from_secs(1);
 
 impl TokenManager {
-    /// Compares the clocks by an answer of the Ads API, now and then.
+    /// Measures the clock skew from the headers of an Ads API response, at most every `LISTEN_EVERY` seconds.
     pub fn heard(&self, headers: &HeaderMap) {
         let uptime = self.0.clock.uptime().as_secs();
         if uptime < self.0.listen_at.load(Relaxed) {
@@ -29,11 +29,11 @@ impl TokenManager {
 
     pub(super) fn amazon_says(&self, time: Timestamp) {
         let skew = self.0.clock.amazon_says(time).as_secs_f64();
-        // A date tells the whole second that had begun.
+        // A `Date` is truncated to the whole second.
         self.0.metrics.clock_skew.set(skew.floor());
     }
 
-    /// Whether the wall clock was stepped, or the machine slept, between the two moments.
+    /// Whether the wall clock was stepped, or the machine was suspended, between two clock readings.
     pub(super) fn look_for_jump(&self, before: ClockReading, now: ClockReading) -> bool {
         let passed = now.wall.duration_since(before.wall);
         let jump = passed.saturating_sub(now.uptime.saturating_sub(before.uptime));
@@ -41,7 +41,7 @@ impl TokenManager {
         if jumped {
             self.0.metrics.clock_jumps.inc();
             let seconds = jump.as_secs();
-            tracing::warn!(seconds, "the clock was set, or the machine slept: all renewals are planned anew");
+            tracing::warn!(seconds, "the clock was set, or the machine was suspended: all refreshes are rescheduled");
         }
         jumped
     }

@@ -1,10 +1,10 @@
-//! Beside other processes, on a store that all of them share ([`Postgres`](crate::store::Postgres)).
+//! Coordination with other processes that share the store ([`Postgres`](crate::store::Postgres)).
 //!
-//! What is stored counts, for everybody: it is looked at before a renewal begins, and what changed is looked for every second.
-//! Of all processes one at a time asks for a user's token; the others wait, and use what it stored.
+//! The stored record is authoritative: a process reads it before each refresh, and polls for changes every second. A
+//! lease lets one process at a time refresh a user's token; the others wait and use the token it stored.
 //!
-//! Generations never go back. Where a stored one is lower than one that this process knows, the database lost something (a
-//! standby took over that was behind, say), and what is known here is put back.
+//! Generations never decrease. If a stored generation is lower than the one this process knows, the database lost data
+//! (for example, failover to a lagging standby), and this process restores what it knows.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -19,10 +19,10 @@ use crate::domain::clock_reading::ClockReading;
 use crate::domain::grant::{Failure, Grant, GrantState, LiveGrant, Remedy, STORE_UNAVAILABLE};
 use crate::store::{Lease, StoreError, Stored};
 
-/// How often it is looked for what others changed.
+/// Interval for polling changes made by other processes.
 const POLL: Duration = Duration::from_secs(1);
-/// How often it is looked whether another process has come to the end of its renewal, and for how long. Its lease ends after
-/// 15 s, and after that it is somebody else's turn at most once more.
+/// Interval for checking whether another process has finished its refresh, and the maximum wait (`TURN`). A lease
+/// expires after 15 s, after which at most one other process may take it first.
 const LOOK: Duration = Duration::from_millis(100);
 const TURN: Duration = Duration::from_secs(35);
 
@@ -31,7 +31,8 @@ const UNREADABLE: Failure = Failure { code: "record_unreadable", remedy: Remedy:
 const BUSY: Failure = Failure { code: "renewed_elsewhere", remedy: Remedy::Time };
 
 impl TokenManager {
-    /// Takes over what others changed, for as long as it runs, and notices when a store that failed works again.
+    /// Polls for and adopts changes made by other processes, and notices when a failed store works again. Runs until
+    /// dropped.
     pub(super) async fn follow(&self) {
         let Some(shared) = self.0.store.shared() else { return };
         loop {
@@ -42,7 +43,7 @@ impl TokenManager {
                 tracing::info!("the store works again");
                 for entry in self.entries() {
                     entry.try_again(self.0.clock.moment());
-                    // The background is gone only when the process is about to be.
+                    // Sending fails only during shutdown, when the scheduler is gone.
                     let _ = self.0.scheduler.send(entry);
                 }
             }
@@ -52,17 +53,20 @@ impl TokenManager {
         }
     }
 
-    /// Takes over what is stored for `user`, where others may have changed it.
+    /// Adopts the stored record of `user` if other processes share the store.
+    ///
+    /// # Errors
+    /// [`StoreError`] if the store cannot be read, or if a record that the database lost cannot be restored.
     pub async fn look(&self, user: &UserId) -> Result<(), StoreError> {
         let Some(shared) = self.0.store.shared() else { return Ok(()) };
         if self.entry(user).is_none() {
             match self.timed("get", shared.look(user)).await? {
                 Stored::Gone { .. } => return Ok(()),
                 Stored::Unusable(error) => {
-                    tracing::error!(%user, %error, "a stored grant cannot be used and is kept");
+                    tracing::error!(%user, %error, "a stored grant is unusable; the record is kept");
                     return Ok(());
                 }
-                // Looked at once more, with the right to change what is known.
+                // Read again below, under the write lock.
                 Stored::Grant(_) => {}
             }
         }
@@ -71,7 +75,7 @@ impl TokenManager {
         self.catch_up(&entry, &write).await.map(drop)
     }
 
-    /// The entry of `user`, who may have logged in elsewhere a moment ago.
+    /// The entry of `user`; reads the store if this process does not know a user who may have logged in at another one.
     pub(super) async fn find(&self, user: &UserId) -> Result<Arc<UserState>, TokenError> {
         let entry = match self.entry(user) {
             Some(entry) => Some(entry),
@@ -83,14 +87,14 @@ impl TokenManager {
         entry.ok_or(TokenError::LoginRequired { reason: "no_grant" })
     }
 
-    /// Looks whether a user who would have to log in did so elsewhere. Says whether that is so.
+    /// Reads the store for a user who needs to log in. Returns whether the user has done so at another process.
     pub(super) async fn logged_in_elsewhere(&self, entry: &Arc<UserState>) -> bool {
         let before = entry.held().grant().map(|grant| grant.generation);
         let looked = Box::pin(self.look(&entry.user)).await.is_ok();
         looked && self.0.store.shared().is_some() && entry.held().grant().map(|grant| grant.generation) != before
     }
 
-    /// Takes over what is stored. Says whether that is a grant or nothing, and not a record that cannot be used.
+    /// Adopts the stored record. Returns `false` if the record is unusable, `true` if it is a grant or there is none.
     async fn catch_up(&self, entry: &Arc<UserState>, write: &Writing<'_>) -> Result<bool, StoreError> {
         let Some(shared) = self.0.store.shared().filter(|_| !entry.is_unsaved()) else { return Ok(true) };
         let user = &entry.user;
@@ -98,7 +102,7 @@ impl TokenManager {
         let held = entry.held().clone();
         let (generation, grant) = match stored {
             Stored::Unusable(error) => {
-                tracing::error!(%user, %error, "a stored grant cannot be used and is kept");
+                tracing::error!(%user, %error, "a stored grant is unusable; the record is kept");
                 return Ok(false);
             }
             Stored::Grant(grant) => (grant.generation, Some(*grant)),
@@ -108,7 +112,8 @@ impl TokenManager {
             (Some(held), Some(grant)) if is_same(held, &grant) => {}
             (None, None) => write.note_stored(generation),
             (Some(held), _) if generation < write.stored() => {
-                tracing::warn!(%user, "the database is behind what is known here: the grant is put back");
+                tracing::warn!(%user, "the database has an older generation than this process: the grant is stored \
+                    again");
                 let mut grant = Grant::clone(held);
                 grant.generation = self.timed("put", self.0.store.save(user, &grant, None)).await?;
                 write.note_stored(grant.generation);
@@ -116,7 +121,7 @@ impl TokenManager {
                 self.publish(entry, write, GrantState::Fresh(Arc::new(LiveGrant::loaded(grant, now))));
             }
             (None, Some(_)) if generation < write.stored() => {
-                tracing::warn!(%user, "the database is behind what is known here: the logout is repeated");
+                tracing::warn!(%user, "the database has an older generation than this process: the logout is repeated");
                 self.timed("erase", self.0.store.erase(user)).await?;
             }
             (_, Some(grant)) => {
@@ -131,21 +136,21 @@ impl TokenManager {
                 write.note_stored(generation);
                 self.publish(entry, write, GrantState::Nothing);
                 entry.wake();
-                tracing::info!(%user, "logged out elsewhere");
+                tracing::info!(%user, "another process logged the user out");
             }
         }
         Ok(true)
     }
 
-    /// A renewal was overtaken: what overtook it is taken over.
+    /// Adopts the stored record after it superseded a refresh of this process.
     pub(super) async fn overtaken(&self, entry: &Arc<UserState>, write: &Writing<'_>) {
         entry.set_unsaved(false);
-        // Where the store does not answer, the next look finds the same.
+        // If the store fails, the next read finds the same record.
         let _ = Box::pin(self.catch_up(entry, write)).await;
     }
 
-    /// Tries once more to store a grant that is in memory alone. It comes to an end where it is stored, and where a later login
-    /// or logout has taken its place.
+    /// Makes one more attempt to store a grant that is in memory only. Succeeds if the grant is stored, or if a later
+    /// login, logout or refresh superseded it.
     pub(super) async fn store_again(
         &self,
         entry: &Arc<UserState>,
@@ -176,7 +181,8 @@ impl TokenManager {
                 self.publish(entry, write, GrantState::Fresh(Arc::new(kept)));
             }
             Err(StoreError::Conflict) if self.0.store.shared().is_some() => {
-                tracing::info!(%user, "a later login or logout, or another process's renewal, has taken the place of a grant that was not stored");
+                tracing::info!(%user, "a later login or logout, or another process's refresh, superseded a grant that \
+                    was not stored");
                 self.overtaken(entry, write).await;
             }
             Err(error) => return Err(error),
@@ -186,7 +192,7 @@ impl TokenManager {
 }
 
 impl Flight {
-    /// The grant to renew, once it is this process's turn; `None` where nothing is left to be done.
+    /// Waits for the lease and returns the grant to refresh; `None` if no refresh is needed any more.
     pub(super) async fn turn(&self, why: &RefreshReason) -> Result<Option<Arc<LiveGrant>>, Failure> {
         let Self { keeper, entry } = self;
         let Some(shared) = keeper.0.store.shared() else { return Ok(self.wanted(why)) };
@@ -201,14 +207,15 @@ impl Flight {
             let forced = matches!(why, RefreshReason::Distrusted(_));
             let wanted = self.wanted(why).filter(|grant| !forced || !is_new(grant, keeper.0.clock.moment()));
             let Some(grant) = wanted else { return Ok(None) };
-            // What another process renewed meanwhile, it renewed for us too.
+            // Another process has refreshed the grant meanwhile: its result serves this process too.
             if *begun.get_or_insert(grant.generation) != grant.generation {
                 return Ok(None);
             }
             match keeper.timed("lease", shared.lease(&entry.user, grant.generation)).await.map_err(|_| STORE_DOWN)? {
                 Lease::Ours { interrupted } => {
                     if interrupted {
-                        tracing::warn!(user = %entry.user, "a renewal was interrupted by the end of another process; the stored grant is tried");
+                        tracing::warn!(user = %entry.user, "another process ended during a refresh; adsidecar tries \
+                            the stored grant");
                         keeper.0.journal.lost(&entry.user, grant.generation);
                     }
                     return Ok(Some(grant));
@@ -219,7 +226,8 @@ impl Flight {
         }
     }
 
-    /// Makes sure that it is still this process's turn, for as long as a token call takes.
+    /// Extends this process's lease for the duration of a token call; without a shared store, writes the refresh to the
+    /// journal. Fails if another process holds the lease or the store fails.
     pub(super) async fn may_ask(&self, generation: u64) -> Result<(), Failure> {
         let (keeper, user) = (&self.keeper, &self.entry.user);
         let Some(shared) = keeper.0.store.shared() else {
@@ -233,16 +241,16 @@ impl Flight {
         }
     }
 
-    /// Nothing was renewed: it is somebody else's turn.
+    /// Releases the lease after a failed refresh, so that another process may try.
     pub(super) async fn give_way(&self) {
         if let Some(shared) = self.keeper.0.store.shared() {
-            // Where this fails, the lease ends by itself.
+            // If this fails, the lease expires by itself.
             let _ = self.keeper.timed("lease", shared.release(&self.entry.user)).await;
         }
     }
 }
 
-/// What callers are told while the store cannot be asked.
+/// The error for callers while the store is unavailable.
 fn unavailable() -> TokenError {
     TokenError::Unavailable { code: STORE_UNAVAILABLE, remedy: Remedy::Time, retry_after: POLL }
 }
@@ -252,7 +260,7 @@ fn is_same(held: &Grant, stored: &Grant) -> bool {
     held.generation == stored.generation && held.refresh_token == stored.refresh_token && access(held) == access(stored)
 }
 
-/// Whether another process had this token made a moment ago: forced refreshes are that far apart over all of them.
+/// Whether another process obtained this token within the last `FORCED_SPACING`, which applies across all processes.
 fn is_new(grant: &LiveGrant, now: ClockReading) -> bool {
     grant.age_elsewhere(now).is_some_and(|age| age < FORCED_SPACING)
 }

@@ -1,10 +1,11 @@
-//! Who holds which token.
+//! Keeps each user's access token fresh.
 //!
-//! Callers wait, workers work: a renewal is a task of its own, one per user at a time (a *flight*), and whoever wants its
-//! result subscribes. A caller that hangs up takes nothing down. What a flight decides is pure ([`GrantState::next`]); what it
-//! found is stored before it is published, and dropped where the grant changed meanwhile (logout, a new login).
+//! Callers wait, tasks work: each refresh is a task of its own (`Flight` in the code), at most one per user, and
+//! callers subscribe to its result. A caller that hangs up cancels nothing. The decision is pure
+//! ([`GrantState::next`]); the result is stored before it is published, and dropped if the grant changed meanwhile
+//! (logout, a new login).
 //!
-//! The hot path, [`TokenManager::bearer`] with a token that has enough of its life left, takes no lock that a renewal holds.
+//! The hot path, [`TokenManager::bearer`] with a token that does not expire soon, takes no lock that a refresh holds.
 
 mod scheduler;
 mod adopt_forget;
@@ -44,36 +45,36 @@ use scheduler::Scheduler;
 pub use status::Status;
 use user_state::{UserState, Writing};
 
-/// When tokens are renewed (contract, section 5).
+/// When tokens are refreshed.
 #[derive(Clone, Debug)]
 pub struct Settings {
     /// `refresh.margin`, `refresh.ahead`, `refresh.idle_after`.
     pub policy: RefreshPolicy,
-    /// `refresh.sweep`: how often all users are looked at, so that none is missed.
+    /// `refresh.sweep`: interval at which every user is rescheduled, so that none is missed.
     pub sweep: Duration,
-    /// `refresh.concurrency`: background renewals at once.
+    /// `refresh.concurrency`: maximum number of concurrent background refreshes.
     pub concurrency: usize,
-    /// `amazon.refresh_token`: adopted as user `default`.
+    /// `amazon.refresh_token`: adopted as the grant of user `default`.
     pub adopt: Option<RefreshToken>,
 }
 
-/// While their token lives, callers wait no longer than this for its renewal.
+/// How long a caller waits for a refresh while the current token is still valid.
 const WAIT_LIVING: Duration = Duration::from_secs(1);
-/// Without a living token they wait for the token call, which ends within 10 s by itself, and a little more.
+/// How long a caller waits without a valid token: the token call's own timeout of 10 s, and a little more.
 const WAIT_DEAD: Duration = Duration::from_secs(12);
-/// A caller waits out the pause behind a failed renewal if it is no longer than this, and this many failures long; then
-/// LWA is taken to be down, and callers are told so at once.
+/// After a failed refresh a caller waits for the retry if it is at most this far away and at most this many attempts
+/// have failed. Beyond that LWA counts as down, and callers get an error at once.
 const PATIENCE: Duration = Duration::from_millis(1500);
 const PATIENT_ATTEMPTS: u32 = 2;
-/// Two forced refreshes of one user are at least this far apart.
+/// Minimum time between two forced refreshes of one user.
 const FORCED_SPACING: SignedDuration = SignedDuration::from_secs(30);
-/// How often a store that failed is asked again.
+/// Interval between probes of a failed store.
 const STORE_PERIOD: Duration = Duration::from_secs(1);
-/// At the start the background's first renewals are spread: over this long for each user, and over this long at most.
+/// The first background refreshes after startup are spread over this time per user, at most over `SPREAD_MAX`.
 const SPREAD_EACH: Duration = Duration::from_millis(60);
 const SPREAD_MAX: Duration = Duration::from_secs(60);
 
-/// Keeps every user's tokens alive. Cloning gives another handle to the same keeper.
+/// Keeps every user's access token fresh. Clones are handles to the same manager.
 #[derive(Clone, Debug)]
 pub struct TokenManager(Arc<Inner>);
 
@@ -85,15 +86,15 @@ struct Inner {
     clock: Clock,
     metrics: Arc<Metrics>,
     users: RwLock<HashMap<UserId, Arc<UserState>>>,
-    /// Users whose schedule changed.
+    /// Sends users whose schedule changed to the background scheduler.
     scheduler: mpsc::UnboundedSender<Arc<UserState>>,
-    /// Flights, so that a shutdown waits for them.
+    /// Refresh tasks and other work that a shutdown waits for.
     flights: TaskTracker,
-    /// Grants that are newer in memory than on disk.
+    /// Number of grants that are newer in memory than in the store.
     unsaved: AtomicUsize,
     circuit: ClientCircuit,
     journal: RefreshJournal,
-    /// The uptime in seconds from which on the next answer of the Ads API is asked for its date.
+    /// Uptime in seconds from which the `Date` of the next Ads API response is read.
     listen_at: AtomicI64,
 }
 
@@ -105,18 +106,18 @@ pub enum TokenError {
         /// `no_grant`, or LWA's error code.
         reason: &'static str,
     },
-    /// There is a grant, and no living token could be had.
+    /// There is a grant, but no valid access token could be obtained.
     Unavailable {
-        /// RefreshReason the last renewal failed.
+        /// RefreshReason the last refresh failed.
         code: &'static str,
-        /// Whose turn it is.
+        /// Whether time or the operator resolves it.
         remedy: Remedy,
-        /// When the next try is due.
+        /// How long until the next attempt.
         retry_after: Duration,
     },
 }
 
-/// The background's part: run it beside the doors.
+/// The background scheduler: run it beside the listeners.
 #[derive(Debug)]
 pub struct Background {
     keeper: TokenManager,
@@ -124,7 +125,7 @@ pub struct Background {
 }
 
 impl TokenManager {
-    /// Takes charge of `grants`, as the store held them.
+    /// Creates the manager from `grants` as loaded from the store, and its background scheduler.
     pub fn new(
         settings: Settings,
         store: TokenStore,
@@ -135,7 +136,7 @@ impl TokenManager {
     ) -> (Self, Background) {
         let (scheduler, changes) = mpsc::unbounded_channel();
         let grants: Vec<_> = grants.into_iter().collect();
-        // One user is not kept waiting; a thousand do not ask Login with Amazon all at once.
+        // A single user is refreshed at once; a thousand users must not all call Login with Amazon at the same time.
         let others = u32::try_from(grants.len().saturating_sub(1)).unwrap_or(u32::MAX);
         let (now, spread) = (clock.moment(), SPREAD_EACH.saturating_mul(others).min(SPREAD_MAX));
         let entry =
@@ -158,7 +159,10 @@ impl TokenManager {
         (keeper.clone(), Background { keeper, scheduler })
     }
 
-    /// `Bearer <token>` for a call on behalf of `user`, renewed first if need be.
+    /// Returns `Bearer <token>` for a request on behalf of `user`, refreshing the token first if necessary.
+    ///
+    /// # Errors
+    /// [`TokenError`] if the user has no usable grant, or no valid token could be obtained in time.
     pub async fn bearer(&self, user: &UserId) -> Result<HeaderValue, TokenError> {
         let entry = match self.entry(user) {
             Some(entry) => entry,
@@ -173,7 +177,7 @@ impl TokenManager {
         }
     }
 
-    /// The slow half of [`bearer`](Self::bearer): little or nothing is left of the token's life.
+    /// The slow path of [`bearer`](Self::bearer): the token expires within the margin or has expired.
     async fn renewed_bearer(&self, entry: &Arc<UserState>) -> Result<HeaderValue, TokenError> {
         let begun = Instant::now();
         let mut looked = false;
@@ -222,8 +226,8 @@ impl TokenManager {
         }
     }
 
-    /// Amazon refused `bearer` though it lives: a different token to try with, or `None` where there is none to be had,
-    /// and Amazon's answer stands. One forced refresh serves all who ask while it runs.
+    /// Handles Amazon's rejection of an unexpired `bearer`: returns a different token to retry with, or `None` if there
+    /// is none, and Amazon's response stands. One forced refresh serves all concurrent callers.
     pub async fn invalidate(&self, user: &UserId, bearer: &HeaderValue) -> Option<HeaderValue> {
         let entry = self.entry(user)?;
         let until = Instant::now() + WAIT_DEAD;
@@ -233,7 +237,7 @@ impl TokenManager {
                 return Some(other);
             }
             let fly = || self.fly(&entry, RefreshReason::Distrusted(bearer.clone()));
-            // A flight that was under way may end without a token call: then it is this caller's turn.
+            // A refresh task that was already running may end without a token call: then this caller forces one.
             if !entry.force(self.0.clock.moment(), FORCED_SPACING, fly)
                 || timeout_at(until, changed.wait()).await.is_err()
             {
@@ -248,12 +252,16 @@ impl TokenManager {
         Some(access.bearer()).filter(|living| *living != bearer).cloned()
     }
 
-    /// Whether the token of `user` ends within the margin, or has ended.
+    /// Whether the access token of `user` expires within the margin or has expired.
     pub fn near_expiry(&self, user: &UserId) -> bool {
         self.entry(user).is_some_and(|entry| entry.held().expiring(self.policy(), self.0.clock.moment()))
     }
 
-    /// Refreshes `user` now, whatever is left of the token, or joins the refresh that is running.
+    /// Refreshes the token of `user` now, even if it is still valid, or joins the running refresh.
+    ///
+    /// # Errors
+    /// [`TokenError::LoginRequired`] if the user has no usable grant, [`TokenError::Unavailable`] if the shared store
+    /// cannot be read. A failed refresh of a usable grant is no error: the returned status shows it.
     pub async fn refresh(&self, user: &UserId) -> Result<Status, TokenError> {
         let no_grant = TokenError::LoginRequired { reason: "no_grant" };
         let entry = self.find(user).await?;
@@ -273,12 +281,12 @@ impl TokenManager {
         }
     }
 
-    /// Whether everything in memory is on disk and the store works.
+    /// Whether every grant in memory is stored and the store works.
     pub fn stored(&self) -> bool {
         self.0.unsaved.load(Relaxed) == 0 && self.0.store.health().up
     }
 
-    /// A store that failed is asked again until it answers; any operation makes it try to open anew.
+    /// Probes a failed store until it works; any operation makes it try to reopen.
     async fn watch_store(&self) {
         loop {
             tokio::time::sleep(STORE_PERIOD).await;
@@ -288,30 +296,30 @@ impl TokenManager {
         }
     }
 
-    /// Takes other settings into use, for everybody who is known: their renewals are planned anew.
+    /// Applies new settings and reschedules the refresh of every known user.
     pub fn reconfigure(&self, settings: Settings, lwa: Lwa) {
         self.0.settings.store(Arc::new(settings));
         self.0.lwa.store(Arc::new(lwa));
-        // Perhaps the client secret was wrong, and is right now.
+        // The new settings may have corrected the client secret.
         self.0.circuit.forget();
         for entry in self.entries() {
             entry.try_again(self.0.clock.moment());
-            // The background is gone only when the process is about to be.
+            // Sending fails only during shutdown, when the scheduler is gone.
             let _ = self.0.scheduler.send(entry);
         }
     }
 
-    /// Waits for what is in flight, so that no answer of LWA is lost, and for what is not on disk yet.
+    /// Waits for in-flight token calls and writes, so that no response from LWA is lost.
     pub async fn settle(&self) {
         self.0.flights.close();
         self.0.flights.wait().await;
         self.settle_intents().await;
     }
 
-    /// Makes `held` what everybody sees, and plans its next renewal. Wakes nobody: see [`Writing::publish`].
+    /// Publishes `held` and schedules the next refresh. Does not wake waiters: see [`Writing::publish`].
     fn publish(&self, entry: &Arc<UserState>, write: &Writing<'_>, held: GrantState) {
         write.publish(held);
-        // The background is gone only when the process is about to be.
+        // Sending fails only during shutdown, when the scheduler is gone.
         let _ = self.0.scheduler.send(entry.clone());
     }
 
@@ -322,7 +330,7 @@ impl TokenManager {
     ) -> Result<T, StoreError> {
         let begun = std::time::Instant::now();
         let result = operation.await;
-        // That somebody else was faster is an answer too.
+        // A conflict is a valid result of compare-and-swap, not a failure of the store.
         let failed = result.as_ref().err().filter(|error| !matches!(error, StoreError::Conflict));
         self.0.metrics.store_operation(op, begun.elapsed(), failed.is_none());
         if let Some(error) = failed {
@@ -339,13 +347,13 @@ impl TokenManager {
         self.0.users.read().unwrap_or_else(PoisonError::into_inner).get(user).cloned()
     }
 
-    /// Entries are never removed: a flight that ends after a logout and a new login must find the same one.
+    /// Entries are never removed: a refresh task that ends after a logout and a new login must find the same one.
     fn entry_or_new(&self, user: &UserId) -> Arc<UserState> {
         let mut users = self.0.users.write().unwrap_or_else(PoisonError::into_inner);
         users.entry(user.clone()).or_insert_with(|| Arc::new(self.blank(user))).clone()
     }
 
-    /// The entry of a user of whom nothing is known.
+    /// An empty entry for an unknown user.
     fn blank(&self, user: &UserId) -> UserState {
         UserState::new(user.clone(), None, self.0.clock.moment(), Duration::ZERO)
     }
@@ -356,7 +364,7 @@ impl TokenManager {
 }
 
 impl Background {
-    /// Renews tokens before anybody needs them, for as long as it runs, and notices when a store that failed works again.
+    /// Refreshes tokens before callers need them, and notices when a failed store works again. Runs until dropped.
     pub async fn run(self) {
         if self.keeper.0.store.shared().is_some() {
             tokio::join!(self.scheduler.run(&self.keeper), self.keeper.follow());

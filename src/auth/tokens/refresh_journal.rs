@@ -1,6 +1,6 @@
-//! What was begun and may have been lost. Login with Amazon gives back the same refresh token today; should it hand out a new
-//! one, a process that dies between that answer and the disk has lost the grant. So it is written down that a user's renewal
-//! begins, and such a loss is reported, never silent.
+//! The refresh journal. Login with Amazon returns the same refresh token today; if it issues a new one, a process that
+//! dies between receiving and storing the response loses the grant. So each refresh is recorded before it begins, and
+//! such a loss is reported, never silent.
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -8,8 +8,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use super::TokenManager;
 use crate::domain::account::UserId;
 
-/// The note that holds them: `{"<user>": <generation>}`. One that stands there after its renewal was stored is void, since
-/// the stored generation is higher; so a good end needs no write.
+/// The store note that holds the journal: `{"<user>": <generation>}`. An entry is void once its refresh is stored,
+/// since the stored generation is higher; so a successful refresh needs no second write.
 const NOTE: &str = "renewals_begun";
 
 type Note = BTreeMap<UserId, u64>;
@@ -17,24 +17,25 @@ type Note = BTreeMap<UserId, u64>;
 #[derive(Debug, Default)]
 pub(super) struct RefreshJournal {
     begun: Mutex<BTreeMap<UserId, Begun>>,
-    /// What the note says; `None` before it was read. GrantState while it is written.
+    /// The note as last read or written; `None` before the first read. Locked while the note is written.
     written: tokio::sync::Mutex<Option<Note>>,
 }
 
 #[derive(Clone, Copy, Debug)]
 struct Begun {
     generation: u64,
-    /// Whether an answer to it may have been lost.
+    /// Whether a response to this refresh may have been lost.
     lost: bool,
 }
 
 impl RefreshJournal {
-    /// An answer that would have renewed `generation` may have been lost.
+    /// Records that the response to a refresh of `generation` may have been lost.
     pub(super) fn lost(&self, user: &UserId, generation: u64) {
         self.begun().insert(user.clone(), Begun { generation, lost: true });
     }
 
-    /// The renewal has come to an end that is known. Returns whether the answer to an earlier one may have been lost.
+    /// Records that the refresh ended with a known outcome. Returns whether the response to an earlier one may have
+    /// been lost.
     pub(super) fn end(&self, user: &UserId) -> bool {
         self.begun().remove(user).is_some_and(|begun| begun.lost)
     }
@@ -49,7 +50,7 @@ impl RefreshJournal {
 }
 
 impl TokenManager {
-    /// Writes down that a renewal of `generation` begins. Where the store does not take it, the renewal goes on all the same.
+    /// Records in the journal that a refresh of `generation` begins. The refresh continues even if the store fails.
     pub(super) async fn intend(&self, user: &UserId, generation: u64) {
         fail_point!("intents_none", |_| ());
         let journal = &self.0.journal;
@@ -67,13 +68,14 @@ impl TokenManager {
         }
     }
 
-    /// Looks, at the start, for renewals that the end of the process before has interrupted.
+    /// At startup, looks for refreshes that the end of the previous process interrupted.
     pub(super) async fn look_for_interrupted(&self) {
         let mut written = self.0.journal.written.lock().await;
         self.read_intents(&mut written).await;
     }
 
-    /// Takes back what is written down and has ended since, so that the next process suspects nothing.
+    /// Removes finished refreshes from the stored journal, so that the next process does not report them as
+    /// interrupted.
     pub(super) async fn settle_intents(&self) {
         let mut written = self.0.journal.written.lock().await;
         if written.as_ref().is_some_and(|written| *written != self.0.journal.note()) {
@@ -89,7 +91,7 @@ impl TokenManager {
         let note: Note = note.and_then(|text| serde_json::from_str(&text).ok()).unwrap_or_default();
         for (user, generation) in &note {
             if self.entry(user).is_some_and(|entry| entry.held().is_of(*generation)) {
-                tracing::warn!(%user, "a renewal was interrupted by the end of the process before; the stored grant is tried");
+                tracing::warn!(%user, "the previous process ended during a refresh; adsidecar tries the stored grant");
                 self.0.journal.lost(user, *generation);
             }
         }

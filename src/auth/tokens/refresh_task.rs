@@ -1,4 +1,4 @@
-//! One renewal, from the decision to the disk: a task of its own that no caller can cancel.
+//! One refresh, from the decision to the stored result: a task of its own that no caller can cancel.
 
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
@@ -16,23 +16,23 @@ use crate::domain::clock_reading::ClockReading;
 use crate::domain::grant::{Failure, Grant, LiveGrant, Outcome, RefreshToken, Remedy, Tokens};
 use crate::store::StoreError;
 
-/// While a grant is newer in memory than on disk, or the store has failed, it is tried again this often.
+/// Interval between attempts to store a grant that is newer in memory than on disk.
 const STORE_RETRY: Duration = Duration::from_secs(1);
 
-/// Who wants a renewal.
+/// RefreshReason a refresh was requested.
 #[derive(Clone, Debug)]
 pub(super) enum RefreshReason {
-    /// The background, because it is due.
+    /// The background schedule: the refresh is due.
     Due,
-    /// A caller, because little or nothing is left of the token's life.
+    /// A caller needs a token, and the current one expires within the margin or has expired.
     OnDemand,
-    /// Amazon refused this token.
+    /// Amazon rejected this token.
     Distrusted(HeaderValue),
     /// Somebody asked for it.
     Manual,
 }
 
-/// Ends the flight however it ends and wakes those who wait for it.
+/// A running refresh task. Dropping it marks the task as finished and wakes all waiters.
 pub(super) struct Flight {
     pub(super) keeper: TokenManager,
     pub(super) entry: Arc<UserState>,
@@ -45,7 +45,7 @@ impl Drop for Flight {
 }
 
 impl TokenManager {
-    /// Renews in the background, unless that is happening already.
+    /// Spawns a refresh task, unless one is running for this user.
     pub(super) fn fly(&self, entry: &Arc<UserState>, why: RefreshReason) {
         if entry.take_off() {
             let flight = Flight { keeper: self.clone(), entry: entry.clone() };
@@ -53,7 +53,7 @@ impl TokenManager {
         }
     }
 
-    /// As [`fly`](Self::fly), and returns when the flight is over, also one that was under way.
+    /// As [`fly`](Self::fly), but waits until the refresh task has finished, including one that was already running.
     pub(super) async fn fly_and_wait(&self, entry: &Arc<UserState>, why: RefreshReason) {
         let changed = entry.changed();
         if entry.take_off() {
@@ -63,9 +63,9 @@ impl TokenManager {
         }
     }
 
-    /// Stores `grant` before anybody sees it. Where the disk does not take it, storing it is tried until it succeeds; the
-    /// grant is used meanwhile, since losing it helps nobody. `false`: it is not to be used, since another process stored
-    /// another one.
+    /// Stores `grant` before it is published. If the store fails, a task retries until it succeeds, and the grant is
+    /// used meanwhile, since losing it helps nobody. Returns `false` if another process stored a different grant: then
+    /// this one must not be used.
     pub(super) async fn store(
         &self,
         entry: &Arc<UserState>,
@@ -84,12 +84,13 @@ impl TokenManager {
             }
             Err(StoreError::Conflict) if shared && expected.is_some() => return false,
             Err(error) => {
-                tracing::error!(%user, %error, "token_not_persisted: the grant is in memory only, storing it is tried again");
+                tracing::error!(%user, %error, "token_not_persisted: the grant is in memory only; adsidecar keeps \
+                    trying to store it");
             }
         }
         entry.set_unsaved(true);
         self.0.unsaved.fetch_add(1, Relaxed);
-        // Where nobody else writes this user's record, what is stored is what was stored before, or this grant.
+        // Without other processes, the stored record is either the previous one or this grant: no comparison needed.
         let expected = expected.filter(|_| shared);
         self.0.flights.spawn(keep_storing(self.clone(), entry.clone(), grant.clone(), expected));
         true
@@ -97,10 +98,10 @@ impl TokenManager {
 }
 
 impl Flight {
-    /// Whatever happens in it, the flight lands, and nobody waits for it for ever.
+    /// Runs the refresh. A panic is caught and recorded as a failure, so that no waiter waits forever.
     async fn run(self, why: RefreshReason) {
         if AssertUnwindSafe(self.renew(why)).catch_unwind().await.is_err() {
-            // A bug of ours. Those who wait must not fly again at once, into the same panic.
+            // A bug of ours. The recorded failure backs off, so that waiters do not retry at once into the same panic.
             let failure = Failure { code: "internal", remedy: Remedy::Time };
             self.keeper.0.metrics.token_refresh.with_label_values(&["failure", failure.code]).inc();
             self.fail(failure).await;
@@ -135,13 +136,13 @@ impl Flight {
         };
         let outcome = match answer {
             Ok((tokens, asked)) => {
-                // The life began when LWA made the token, which was not before it was asked.
+                // The token's lifetime began when LWA issued it, which was not before the request.
                 let mut renewed = grant.renewed(tokens, asked.wall);
                 renewed.used_at = Some(asked.wall_at(self.entry.used()));
                 renewed.generation = write.next_generation();
                 if renewed.previous.is_some() && grant.previous.as_ref() != Some(&renewed.refresh_token) {
                     self.keeper.0.metrics.token_rotations.inc();
-                    tracing::info!(%user, "Login with Amazon gave out another refresh token");
+                    tracing::info!(%user, "Login with Amazon issued a new refresh token");
                 }
                 if !self.keeper.store(&self.entry, &write, &mut renewed, Some(grant.generation)).await {
                     self.dropped();
@@ -156,7 +157,8 @@ impl Flight {
         let refused = matches!(outcome, Outcome::Refused(_));
         let next = held.next(outcome, self.keeper.0.clock.moment(), jitter());
         self.log(&held, &next);
-        // Those who wait are woken by the landing: were it now, who then asks anew would join a flight that is over.
+        // Waiters are woken when this task is dropped: if woken now, a retry would join a task that has nothing left to
+        // do.
         self.keeper.publish(&self.entry, &write, next);
         drop(write);
         if refused {
@@ -168,21 +170,23 @@ impl Flight {
         let user = &self.entry.user;
         self.keeper.0.journal.end(user);
         self.keeper.0.metrics.refresh_dropped.inc();
-        tracing::info!(%user, "renewal dropped: the grant was replaced or logged out meanwhile");
+        tracing::info!(%user, "refresh result dropped: the grant was replaced or logged out meanwhile");
     }
 
-    /// Asks LWA with the grant's refresh token. Where that is refused and has never renewed anything, the one before is asked
-    /// for: a rotation may have been lost on LWA's side.
+    /// Refreshes with the grant's refresh token. If LWA refuses it and it has never been used successfully, tries the
+    /// previous one: a rotation may have been lost on LWA's side.
     async fn ask_twice(&self, grant: &LiveGrant) -> Result<(Tokens, ClockReading), Outcome> {
         let answer = self.ask(grant, &grant.refresh_token).await;
         let (Err(Outcome::Refused(_)), Some(previous)) = (&answer, &grant.previous) else { return answer };
         let (tokens, asked) = self.ask(grant, previous).await?;
-        tracing::warn!(user = %self.entry.user, "Login with Amazon refuses the refresh token that it gave out last, and takes the one before");
+        tracing::warn!(user = %self.entry.user, "Login with Amazon refuses the refresh token it issued last, but \
+            accepts the previous one");
         let refresh = tokens.refresh.or_else(|| Some(previous.clone()));
         Ok((Tokens { refresh, ..tokens }, asked))
     }
 
-    /// Asks LWA, unless it has just refused our client. What it answered, and when it was asked.
+    /// Sends one token request to LWA, unless LWA has just refused our client. Returns the tokens and the time of the
+    /// request.
     async fn ask(&self, grant: &LiveGrant, refresh_token: &RefreshToken) -> Result<(Tokens, ClockReading), Outcome> {
         let TokenManager(inner) = &self.keeper;
         let turn = inner.circuit.turn().await;
@@ -221,8 +225,8 @@ impl Flight {
         }
     }
 
-    /// A renewal came to a known end. Where the answer to an earlier one may have been lost, that is told, with what became
-    /// of the grant.
+    /// Records that a refresh ended with a known outcome. If the response to an earlier refresh may have been lost,
+    /// counts and logs what became of the grant: `end` is `recovered` or `lost`.
     fn end_intent(&self, end: &str) {
         let user = &self.entry.user;
         if !self.keeper.0.journal.end(user) {
@@ -230,31 +234,33 @@ impl Flight {
         }
         self.keeper.0.metrics.refresh_interrupted.with_label_values(&[end]).inc();
         if end == "lost" {
-            tracing::error!(%user, "the answer to an earlier renewal was lost, and Login with Amazon refuses the grant now: if it had handed out a new refresh token, that one is lost; the user has to log in again");
+            tracing::error!(%user, "the response to an earlier refresh was lost, and Login with Amazon now refuses the \
+                grant: if that response held a new refresh token, it is lost; the user has to log in again");
         } else {
-            tracing::info!(%user, "the answer to an earlier renewal was lost; the grant is well");
+            tracing::info!(%user, "the response to an earlier refresh was lost; the grant still works");
         }
     }
 
     async fn after_refusal(&self) {
         self.end_intent("lost");
         self.keeper.settle_intents().await;
-        // Whether the stored grant is dead was not known at the start: amazon.refresh_token may have come to replace it.
+        // At startup the stored grant's validity was unknown: amazon.refresh_token may be there to replace it.
         if self.entry.user == UserId::default()
             && let Err(error) = self.keeper.adopt_configured().await
         {
-            tracing::error!(%error, "amazon.refresh_token could not be stored, and is tried again at the next start");
+            tracing::error!(%error, "amazon.refresh_token could not be stored; adsidecar tries again at the next \
+                start");
         }
     }
 
-    /// The grant to renew, if renewal is still wanted: a wake-up is a hint, and what it hinted at may be done.
+    /// The grant to refresh, if `why` still holds: a wake-up is only a hint, and the refresh may have happened since.
     pub(super) fn wanted(&self, why: &RefreshReason) -> Option<Arc<LiveGrant>> {
         let held = self.entry.held();
         let (now, policy) = (self.keeper.0.clock.moment(), self.keeper.policy());
         let wanted = match why {
             RefreshReason::Due => self.entry.due(policy, now).is_some_and(|due| due <= now.uptime),
             RefreshReason::OnDemand => held.expiring(policy, now),
-            // The refused token may have ended meanwhile.
+            // The rejected token may have expired meanwhile.
             RefreshReason::Distrusted(bearer) => held.living(now).is_none_or(|access| access.bearer() == bearer),
             RefreshReason::Manual => true,
         };
@@ -270,22 +276,24 @@ impl Flight {
         };
         self.keeper.0.metrics.token_refresh.with_label_values(&[result, reason]).inc();
         if let Err(error) = answer {
-            tracing::debug!(user = %self.entry.user, %error, "renewal failed");
+            tracing::debug!(user = %self.entry.user, %error, "refresh failed");
         }
     }
 
-    /// One line per change of state.
+    /// Logs a change of state; a repeated failure is logged once.
     fn log(&self, before: &GrantState, after: &GrantState) {
         let user = &self.entry.user;
         match (before, after) {
-            (GrantState::Fresh(_), GrantState::Fresh(_)) => tracing::debug!(%user, "token renewed"),
-            (_, GrantState::Fresh(_)) => tracing::info!(%user, "token renewed, trouble is over"),
+            (GrantState::Fresh(_), GrantState::Fresh(_)) => tracing::debug!(%user, "token refreshed"),
+            (_, GrantState::Fresh(_)) => tracing::info!(%user, "token refreshed; the user has recovered"),
             (GrantState::Failing { failure: old, .. }, GrantState::Failing { failure, .. }) if old == failure => {}
             (_, GrantState::Failing { failure, .. }) if failure.remedy == Remedy::Operator => {
-                tracing::error!(%user, code = failure.code, "Login with Amazon refuses the client: check amazon.client_id and amazon.client_secret");
+                tracing::error!(%user, code = failure.code, "Login with Amazon refuses the client: check \
+                    amazon.client_id and amazon.client_secret");
             }
             (_, GrantState::Failing { failure, .. }) => {
-                tracing::warn!(%user, code = failure.code, "renewal failed, it is tried again; the token of before is served while it lives");
+                tracing::warn!(%user, code = failure.code, "refresh failed and will be retried; the previous token is \
+                    used until it expires");
             }
             (GrantState::LoginRequired { .. }, GrantState::LoginRequired { .. }) => {}
             (_, GrantState::LoginRequired { reason, .. }) => {
@@ -296,7 +304,7 @@ impl Flight {
     }
 }
 
-/// Until the store has taken `grant`, or it is not the user's grant any more.
+/// Retries until `grant` is stored or superseded.
 async fn keep_storing(keeper: TokenManager, entry: Arc<UserState>, mut grant: Grant, expected: Option<u64>) {
     loop {
         tokio::time::sleep(STORE_RETRY).await;
@@ -306,7 +314,7 @@ async fn keep_storing(keeper: TokenManager, entry: Arc<UserState>, mut grant: Gr
         }
         match keeper.store_again(&entry, &write, &mut grant, expected).await {
             Ok(()) => {
-                tracing::info!(user = %entry.user, "what is in memory is on disk now");
+                tracing::info!(user = %entry.user, "the grant that was in memory only is now stored");
                 break;
             }
             Err(StoreError::Closed) => break,
@@ -328,8 +336,8 @@ fn outcome(error: LwaError) -> Outcome {
     }
 }
 
-/// In `0.0..1.0`.
+/// Random jitter in `0.0..1.0`.
 fn jitter() -> f64 {
-    // Without randomness there is no jitter, which is no reason to fail.
+    // Without randomness there is no jitter; a constant is good enough.
     getrandom::u64().map_or(0.5, |bits| (bits >> 11) as f64 / (1u64 << 53) as f64)
 }

@@ -1,4 +1,4 @@
-//! When which user is renewed in the background.
+//! Schedules the background refresh of each user.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
@@ -12,11 +12,12 @@ use super::refresh_task::RefreshReason;
 use super::user_state::UserState;
 use crate::domain::clock_reading::ClockReading;
 
-/// How often the clocks are compared. A step of the wall clock and a sleep of the machine wake nobody by themselves.
+/// Interval for comparing wall clock and monotonic clock: a clock step or a suspend of the machine wakes no task by
+/// itself.
 const LOOK_EVERY: SignedDuration = SignedDuration::from_secs(20);
 
-/// A heap of plans. A plan is void once its user has another; the sweep plans everybody anew, so that a lost one is
-/// found again.
+/// A heap of planned refreshes. A plan is void once its user has another; the sweep reschedules every user, so that a
+/// lost plan is replaced.
 #[derive(Debug)]
 pub(super) struct Scheduler {
     changes: mpsc::UnboundedReceiver<Arc<UserState>>,
@@ -25,7 +26,7 @@ pub(super) struct Scheduler {
 
 #[derive(Debug)]
 struct Plan {
-    /// Uptime.
+    /// The uptime at which the refresh is due.
     due: SignedDuration,
     entry: Arc<UserState>,
 }
@@ -35,6 +36,7 @@ impl Scheduler {
         Self { changes, plans: BinaryHeap::new() }
     }
 
+    /// Runs due refreshes, at most `refresh.concurrency` at once, until all senders of changes are gone.
     pub(super) async fn run(mut self, keeper: &TokenManager) {
         let mut concurrency = 0;
         let mut permits = Arc::new(Semaphore::new(concurrency));
@@ -65,12 +67,12 @@ impl Scheduler {
                 () = moves.next() => {}
                 () = clock.sleep_until(wake) => {
                     let Some(entry) = self.pop(clock.uptime()) else { continue };
-                    // Closed never.
+                    // The semaphore is never closed.
                     let Ok(permit) = permits.clone().acquire_owned().await else { return };
                     let keeper = keeper.clone();
                     keeper.0.flights.clone().spawn(async move {
                         keeper.fly_and_wait(&entry, RefreshReason::Due).await;
-                        // Where it flew already, or was not wanted, nothing else plans it again.
+                        // If a refresh was already running or not needed, nothing else reschedules this user.
                         let _ = keeper.0.scheduler.send(entry);
                         drop(permit);
                     });
@@ -79,7 +81,7 @@ impl Scheduler {
         }
     }
 
-    /// Plans everybody anew, and tells of consents that are about to end.
+    /// Reschedules every user, and logs consents that are about to expire.
     fn sweep(&mut self, keeper: &TokenManager, now: ClockReading) {
         for entry in keeper.entries() {
             keeper.tell_of_consent(&entry, now);
@@ -97,7 +99,7 @@ impl Scheduler {
         }
     }
 
-    /// The user whose plan is due, if it still is one.
+    /// Removes the next plan if it is due, and returns its user if the plan is still valid.
     fn pop(&mut self, uptime: SignedDuration) -> Option<Arc<UserState>> {
         if self.plans.peek().is_none_or(|Reverse(plan)| plan.due > uptime) {
             return None;

@@ -1,4 +1,4 @@
-//! What is told about users: to the status endpoint and to the metrics.
+//! The status of users, for the status endpoint and the metrics.
 
 use jiff::Timestamp;
 
@@ -9,31 +9,31 @@ use crate::domain::clock_reading::ClockReading;
 use crate::domain::grant::{ConsentAge, GrantState, State};
 use crate::telemetry::metrics::UserHealth;
 
-/// What the status endpoint tells about a user; never a token.
+/// A user's status as the status endpoint returns it; never contains a token.
 #[derive(Clone, Debug, serde::Serialize)]
 pub struct Status {
-    /// Who.
+    /// The user id.
     pub user_id: UserId,
-    /// In which state.
+    /// The state of the user's grant.
     pub state: State,
-    /// When the access token ends.
+    /// When the access token expires.
     pub expires_at: Option<Timestamp>,
     /// When the tokens last changed.
     pub updated_at: Option<Timestamp>,
-    /// When a person consented, where that is known.
+    /// When a person consented, if known.
     pub consented_at: Option<Timestamp>,
-    /// When that consent ends.
+    /// When that consent expires.
     pub consent_expires_at: Option<Timestamp>,
-    /// Whether that is soon: a renewal does not extend a consent.
+    /// Whether the consent is valid, about to expire or expired; a refresh does not extend it.
     pub consent: Option<ConsentAge>,
-    /// RefreshReason the last renewal failed.
+    /// Error code of the last refresh, if it failed.
     pub last_error: Option<&'static str>,
-    /// When the next renewal is due in the background.
+    /// When the next background refresh is due.
     pub next_refresh_at: Option<Timestamp>,
 }
 
 impl TokenManager {
-    /// The status of `user`, who may be unknown.
+    /// The status of `user`; an unknown user has the state `none`.
     pub fn status(&self, user: &UserId) -> Status {
         match self.entry(user) {
             Some(entry) => self.tell(&entry),
@@ -41,7 +41,7 @@ impl TokenManager {
         }
     }
 
-    /// The status of every user with a grant, by name.
+    /// The status of every user with a grant, sorted by user id.
     pub fn statuses(&self) -> Vec<Status> {
         let mut statuses: Vec<_> = self.entries().iter().map(|entry| self.tell(entry)).collect();
         statuses.retain(|status| status.state != State::None);
@@ -73,7 +73,7 @@ impl TokenManager {
         known.collect()
     }
 
-    /// Says once in the log that a consent is about to end.
+    /// Logs once per consent that it is about to expire or has expired.
     pub(super) fn tell_of_consent(&self, entry: &UserState, now: ClockReading) {
         let held = entry.held();
         let Some(grant) = held.grant() else { return };
@@ -81,10 +81,12 @@ impl TokenManager {
         if let (Some(ConsentAge::Ending | ConsentAge::Ended), Some(expires_at)) = (age, expires_at)
             && entry.first_told()
         {
-            tracing::warn!(user = %entry.user, %expires_at, "the consent ends, and no renewal extends it: the user has to log in again before");
+            tracing::warn!(user = %entry.user, %expires_at, "the consent ends, and no refresh extends it: the user has \
+                to log in again before it expires");
         }
     }
 
+    /// Computes the status from the current state of `entry`.
     pub(super) fn tell(&self, entry: &UserState) -> Status {
         let held = entry.held();
         let grant = held.grant();

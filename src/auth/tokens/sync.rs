@@ -1,5 +1,5 @@
-//! The primitives that a user's [`UserState`](super::user_state::UserState) stands on. The model checker reads the same `entry.rs` with its
-//! own in their place (`tests/model/`), so nothing else may be used there to share state.
+//! The synchronization primitives of [`UserState`](super::user_state::UserState). The model checker (`tests/model/`) compiles the
+//! same `entry.rs` with its own primitives, so `entry.rs` may share state only through these.
 
 pub(super) use std::sync::atomic::{AtomicBool, AtomicI64, Ordering::SeqCst};
 pub(super) use std::sync::{Mutex, PoisonError};

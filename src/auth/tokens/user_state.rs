@@ -1,4 +1,4 @@
-//! One user's place in the keeper.
+//! The state of one user in the token manager.
 
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
@@ -12,52 +12,54 @@ use crate::domain::account::UserId;
 use crate::domain::clock_reading::ClockReading;
 use crate::domain::grant::{Grant, GrantState, LiveGrant, RefreshPolicy, Remedy, STORE_UNAVAILABLE};
 
-/// What is known about one user, and who works on it.
+/// One user's grant state, schedule, and refresh task flag.
 #[derive(Debug)]
 pub(super) struct UserState {
     pub(super) user: UserId,
     held: ArcSwap<GrantState>,
-    /// Counts what waiters wait for: each change of `held` and each end of a flight.
+    /// Incremented for waiters on each published change of `held` and at the end of each refresh task.
     version: watch::Sender<u64>,
-    /// The uptime at which a caller last used it, in seconds; negative before the process began.
+    /// The uptime, in seconds, at which a caller last used the grant; negative if before this process started.
     used: AtomicI64,
+    /// Whether a refresh task is running.
     flying: AtomicBool,
+    /// The uptime of the last forced refresh.
     forced_at: Mutex<Option<SignedDuration>>,
-    /// For when the scheduler has this user planned; any other plan of it is void.
+    /// The uptime for which the scheduler has planned this user; any other plan for the user is void.
     pub(super) planned: Mutex<Option<SignedDuration>>,
-    /// The background does nothing before this uptime.
+    /// The scheduler does not refresh this user before this uptime.
     not_before: SignedDuration,
-    /// Whether the log has been told that the consent is ending.
+    /// Whether the end of the current consent has been logged.
     consent_told: AtomicBool,
-    /// The highest generation that was ever used, which outlives a logout.
+    /// The highest generation ever used; a logout does not reset it.
     generation: Mutex<u64>,
-    /// The highest generation that is known to have been stored, a logout's among them.
+    /// The highest generation known to be stored, including those of logouts.
     stored: Mutex<u64>,
-    /// Whether the grant is in memory alone, and is still being stored.
+    /// Whether the grant is in memory only, while a task retries to store it.
     unsaved: AtomicBool,
     write: WriteLock<()>,
 }
 
-/// The right to change one user's grant, on disk and in memory. Never held while LWA is asked.
+/// The write lock on one user's grant, in the store and in memory. Never held during a call to LWA.
 #[derive(Debug)]
 pub(super) struct Writing<'a> {
     entry: &'a UserState,
     _lock: WriteGuard<'a, ()>,
 }
 
-/// Waits for the next change after the instant it was made.
+/// Waits for the next change after its creation.
 #[derive(Debug)]
 pub(super) struct Changed(watch::Receiver<u64>);
 
 impl Changed {
     pub(super) async fn wait(mut self) {
-        // The sender is gone only with the entry itself.
+        // The sender lives as long as the entry.
         let _ = self.0.changed().await;
     }
 }
 
 impl UserState {
-    /// `spread`: over how long after the start the background's first renewals are spread.
+    /// `spread`: the time after startup over which the first background refreshes are spread.
     pub(super) fn new(user: UserId, grant: Option<Grant>, now: ClockReading, spread: Duration) -> Self {
         let used_at = grant.as_ref().map(|grant| now.uptime_at(grant.used_at.unwrap_or(grant.updated_at)));
         let wait = SignedDuration::try_from(spread.mul_f64(jitter(&user, None))).unwrap_or_default();
@@ -89,7 +91,7 @@ impl UserState {
         self.version.send_modify(|version| *version += 1);
     }
 
-    /// Take this before looking at [`held`](Self::held), or a change in between is missed.
+    /// Subscribes to changes. Call it before reading [`held`](Self::held), or a change in between is missed.
     pub(super) fn changed(&self) -> Changed {
         Changed(self.version.subscribe())
     }
@@ -100,7 +102,7 @@ impl UserState {
         }
     }
 
-    /// Another process knows of a later use than this one.
+    /// Records a use reported by another process, if it is later than the known one.
     pub(super) fn mark_used_at(&self, uptime: SignedDuration) {
         if uptime > self.used() {
             self.used.store(uptime.as_secs(), SeqCst);
@@ -111,7 +113,7 @@ impl UserState {
         SignedDuration::from_secs(self.used.load(SeqCst))
     }
 
-    /// The uptime at which the background should renew next.
+    /// The uptime at which the scheduler should refresh next.
     pub(super) fn due(&self, policy: RefreshPolicy, now: ClockReading) -> Option<SignedDuration> {
         let held = self.held();
         let jitter = jitter(&self.user, held.grant().map(|grant| grant.generation));
@@ -119,17 +121,18 @@ impl UserState {
         Some(due.max(self.not_before))
     }
 
-    /// Waits for its turn to change the grant.
+    /// Acquires the write lock on the grant.
     pub(super) async fn write(&self) -> Writing<'_> {
         Writing { _lock: self.write.lock().await, entry: self }
     }
 
-    /// Begins a flight, unless one is under way.
+    /// Marks a refresh task as running. Returns `false` if one already is.
     pub(super) fn take_off(&self) -> bool {
         fail_point!("flights_many", |_| true);
         !self.flying.swap(true, SeqCst)
     }
 
+    /// Marks the refresh task as finished and wakes all waiters.
     pub(super) fn land(&self) {
         self.flying.store(false, SeqCst);
         self.wake();
@@ -139,8 +142,9 @@ impl UserState {
         self.flying.load(SeqCst)
     }
 
-    /// Begins a forced refresh by `fly`, unless one was made less than `spacing` ago. Returns whether a flight is under
-    /// way now: looking, counting and beginning are one step, so that whoever comes beside it joins it.
+    /// Starts a forced refresh with `fly`, unless the last one was less than `spacing` ago. Returns whether a refresh
+    /// task is running now. Check, timestamp and start happen under one lock, so that concurrent callers join the same
+    /// task.
     pub(super) fn force(&self, now: ClockReading, spacing: SignedDuration, fly: impl FnOnce()) -> bool {
         let mut forced_at = self.forced_at.lock().unwrap_or_else(PoisonError::into_inner);
         let may = forced_at.is_none_or(|at| now.uptime >= at.saturating_add(spacing));
@@ -159,7 +163,7 @@ impl UserState {
         self.unsaved.store(unsaved, SeqCst);
     }
 
-    /// Ends the wait behind a failure that the operator or the store cures: perhaps that has happened.
+    /// Ends the backoff after a failure that the operator or the store resolves, since that may have happened.
     pub(super) fn try_again(&self, now: ClockReading) {
         self.held.rcu(|held| match &**held {
             GrantState::Failing { grant, failure, .. }
@@ -172,34 +176,35 @@ impl UserState {
         });
     }
 
-    /// Whether this is the first time that the end of the present consent is to be told.
+    /// Returns `true` once per consent: its end has not been logged yet.
     pub(super) fn first_told(&self) -> bool {
         !self.consent_told.swap(true, SeqCst)
     }
 }
 
 impl Writing<'_> {
-    /// What a renewal of `generation` may replace; `None` where the grant was replaced or logged out since it was asked for.
+    /// The state that a refresh of `generation` may replace; `None` if the grant was replaced or logged out since the
+    /// refresh began.
     pub(super) fn of(&self, generation: u64) -> Option<Arc<GrantState>> {
-        // Wrong on purpose, so that the model and the races can show that they would see it.
+        // Deliberately wrong: it proves that the model checker and the race tests detect this bug.
         fail_point!("renewal_blind", |_| Some(self.entry.held.load_full()));
         let held = self.entry.held.load_full();
         held.is_of(generation).then_some(held)
     }
 
-    /// One above any generation used before, also before a logout.
+    /// One more than any generation used before, including those before a logout.
     pub(super) fn next_generation(&self) -> u64 {
         let mut generation = self.entry.generation.lock().unwrap_or_else(PoisonError::into_inner);
         *generation = generation.max(self.entry.held().grant().map_or(0, |grant| grant.generation)) + 1;
         *generation
     }
 
-    /// The highest generation that is known to have been stored.
+    /// The highest generation known to be stored.
     pub(super) fn stored(&self) -> u64 {
         *self.entry.stored.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// This generation is stored, by whomever.
+    /// Records that this generation is stored, by this process or another.
     pub(super) fn note_stored(&self, generation: u64) {
         for known in [&self.entry.stored, &self.entry.generation] {
             let mut known = known.lock().unwrap_or_else(PoisonError::into_inner);
@@ -207,8 +212,8 @@ impl Writing<'_> {
         }
     }
 
-    /// Makes `held` what everybody sees. Whoever does [wakes](UserState::wake) those who wait, too: at once, or at the end of the
-    /// flight.
+    /// Makes `held` the current state. The caller must also [wake](UserState::wake) the waiters: at once, or at the end of
+    /// the refresh task.
     pub(super) fn publish(&self, held: GrantState) {
         let consent = |held: &GrantState| held.grant().and_then(|grant| grant.consented_at);
         if consent(&held) != consent(&self.entry.held()) {
@@ -218,7 +223,7 @@ impl Writing<'_> {
     }
 }
 
-/// Jitter in `0.0..1.0` that stays the same for one token of one user, so that a plan computed twice is the same plan.
+/// Jitter in `0.0..1.0`, deterministic per user and generation, so that computing a plan twice gives the same plan.
 fn jitter(user: &UserId, generation: Option<u64>) -> f64 {
     let mut hasher = DefaultHasher::new();
     user.as_str().hash(&mut hasher);
