@@ -42,7 +42,7 @@ const fn secret(name: &'static str, variable: Option<&'static str>) -> Key {
     Key { name, guide: variable, secret: true }
 }
 
-/// All keys but those of an account, in the order of the contract.
+/// All keys but those of an account, in the order of the manual.
 pub(super) const KEYS: &[Key] = &[
     guide("environment", "ENVIRONMENT"),
     guide("amazon.client_id", "AMAZON_CLIENT_ID"),
@@ -108,7 +108,7 @@ pub(super) const KEYS: &[Key] = &[
 /// The name of the list of accounts, which only the file can give.
 pub(super) const ACCOUNT: &str = "account";
 
-/// The keys of one `[[account]]`, in the order of the contract.
+/// The keys of one `[[account]]`, in the order of the manual.
 pub(super) const ACCOUNT_KEYS: &[&str] = &[
     "name",
     "user",

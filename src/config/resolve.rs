@@ -94,7 +94,7 @@ pub(super) fn resolve(merged: &Merged, problems: Vec<ConfigError>) -> Result<Con
     }
 }
 
-// The parts, in the order of the contract.
+// The parts, in the order of the manual.
 
 fn lwa(read: &mut Reader<'_>, environment: Environment) -> lwa::Settings {
     const REDIRECT_URI: &str = "http://localhost:8001/api/auth/amazon/callback";

@@ -870,7 +870,7 @@ fn a_shared_store_is_told_without_its_url_and_needs_a_key_that_all_can_have() {
 }
 
 #[test]
-fn the_defaults_are_those_of_the_contract() {
+fn the_defaults_are_those_of_the_manual() {
     let config = Given::required().config();
     let seconds = Duration::from_secs;
     assert_eq!(config.environment, Environment::Production);

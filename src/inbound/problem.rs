@@ -15,7 +15,7 @@ use crate::domain::headers::ERROR;
 use crate::inbound::admission::Refusal;
 use crate::inbound::destination::BadTarget;
 
-/// Why adsidecar itself answers; the contract's table, section 4.
+/// Error codes of the responses that adsidecar makes itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[allow(missing_docs, reason = "each variant is the code of its name")]
 pub enum Code {
@@ -253,7 +253,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_document_has_every_member_of_the_contract() {
+    fn the_document_has_every_member_of_rfc_9457() {
         let problem = Problem::new(Code::TokenUnavailable, "why", "what to do");
         let document: serde_json::Value = serde_json::from_slice(&problem.document("r-1")).unwrap();
         assert_eq!(

@@ -1,4 +1,4 @@
-//! How a grant lies in the store: one JSON object per user (contract, section 9).
+//! The stored form of a grant: one JSON object per user.
 //!
 //! Each token is a Fernet token of its own whose plaintext is the token and nothing else, so that any Fernet
 //! implementation opens it. Fernet knows no associated data: without more, whoever can write to the store could put one
@@ -372,7 +372,7 @@ mod tests {
 
     #[test]
     // Covers: threat 28.
-    fn the_stored_fields_are_those_of_the_contract_and_tokens_are_encrypted_alone() {
+    fn the_stored_fields_are_the_documented_ones_and_tokens_are_encrypted_alone() {
         let json = value(&StoredGrant::seal(&grant(), &user("anna"), &ring()));
         let names: Vec<_> = json.as_object().unwrap().keys().map(String::as_str).collect();
         let mut expected = ["access_token", "refresh_token", "token_type", "expires_at", "updated_at"].to_vec();

@@ -141,7 +141,7 @@ impl Upstream {
         })
     }
 
-    /// The value of `OriginPool` for a call to `region`.
+    /// The value of the `Host` header for a call to `region`.
     pub fn authority(&self, region: Region) -> &HeaderValue {
         &self.hosts[region as usize].authority
     }

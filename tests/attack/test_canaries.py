@@ -1,4 +1,4 @@
-"""Secrets are nowhere but where the contract has them."""
+"""Secrets are nowhere but where they belong."""
 
 import canary
 import world

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "soak"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "campaigns"))
 from world import ENVIRONMENT, Sandbox, Sidecar, binary, free_port, until, workspace  # noqa: E402, F401
 
 REQUEST = b"GET /v2/profiles HTTP/1.1\r\nHost: localhost\r\nAccept: application/json\r\n\r\n"

@@ -84,7 +84,7 @@ def test_every_endpoint_and_every_reference_is_there(described, repository):
     text = (repository / "config" / "openapi.yaml").read_text()
     for reference in re.findall(r'\$ref: "(#/[^"]+)"', text):
         assert resolved(described, {"$ref": reference}), reference
-    source = (repository / "src" / "login_door" / "endpoint.rs").read_text() + (repository / "src" / "admin.rs").read_text()
+    source = (repository / "src" / "inbound" / "oauth" / "endpoint.rs").read_text() + (repository / "src" / "inbound" / "admin" / "mod.rs").read_text()
     known = set(re.findall(r'"(/(?:api/auth/amazon/|auth/o2/)?[a-z]+)"', source)) | {"/"}
     paths = {path for path in described["paths"] if "{" not in path}
     assert known <= paths, known - paths

@@ -60,7 +60,7 @@ def curl_lines(readme: str) -> list[str]:
 def test_the_two_commands_stand_at_the_top_word_for_word(readme, repository):
     top = readme.partition("\n## ")[0]
     assert [line for line in "".join(FENCED_BLOCK.findall(top)).splitlines() if line] == list(COMMANDS)
-    assert '[[bin]]\nname = "adsidecar-sandbox"' in (repository / "Cargo.toml").read_text()
+    assert '[[bin]]\nname = "adsidecar-sandbox"' in (repository / "tests" / "sandbox" / "Cargo.toml").read_text()
     assert (repository / "tests" / "run").is_file()
 
 
@@ -100,7 +100,7 @@ def test_every_curl_line_gives_200_when_it_is_pasted(readme, sandbox):
 
 
 def test_the_lines_that_the_sandbox_prints_are_in_the_readme_and_the_reverse(readme, repository):
-    source = (repository / "src" / "cli" / "sandbox.rs").read_text()
+    source = (repository / "tests" / "sandbox" / "src" / "command.rs").read_text()
     doors = {"proxy": "http://localhost:8001", "admin": "http://localhost:9464", "control": "http://127.0.0.1:8450"}
     printed = []
     for line in re.findall(r"^ *(curl \{.*?)(?:\\n)+\\$", source, re.MULTILINE):
@@ -143,7 +143,7 @@ def test_the_table_of_names_in_the_environment_is_complete(readme, repository):
 
 
 def test_the_table_of_headers_names_the_paths_and_ids_of_each_family(readme, repository):
-    source = (repository / "src" / "families.rs").read_text().partition("static TABLE")[2].partition("\n];")[0]
+    source = (repository / "src" / "domain" / "api_families.rs").read_text().partition("static TABLE")[2].partition("\n];")[0]
     ids = {
         "Scope": "profile_id",
         "Marketplace": "marketplace_id",
@@ -167,7 +167,7 @@ def test_the_table_of_headers_names_the_paths_and_ids_of_each_family(readme, rep
 
 
 def test_the_table_of_error_codes_is_that_of_the_code(readme, repository):
-    source = (repository / "src" / "problem.rs").read_text()
+    source = (repository / "src" / "inbound" / "problem.rs").read_text()
     facts = re.findall(r'\(StatusCode::(\w+), "(\w+)", (?:true|false)\)', source)
     in_code = {(HTTPStatus[PYTHON_NAMES.get(name, name)].value, code) for name, code in facts}
     assert len(in_code) > 15

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-SOAK = Path(__file__).resolve().parents[1] / "soak"
+SOAK = Path(__file__).resolve().parents[1] / "campaigns"
 sys.path.insert(0, str(SOAK))
 
 import world  # noqa: E402

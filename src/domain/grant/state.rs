@@ -415,7 +415,7 @@ mod tests {
     }
 
     #[test]
-    fn the_states_are_those_of_the_contract() {
+    fn the_states_are_the_documented_ones() {
         let state = |held: &GrantState, now| held.state(POLICY, secs(0), at(now)).as_str();
         let fresh = GrantState::Fresh(grant(3600));
         assert_eq!(state(&GrantState::Nothing, 0), "none");
@@ -436,7 +436,7 @@ mod tests {
     }
 
     #[test]
-    fn failures_back_off_as_the_contract_says() {
+    fn failures_back_off_from_half_a_second_to_the_cap() {
         let wait = |held: &GrantState| held.retry_at().unwrap().as_secs_f64();
         let mut living = GrantState::Fresh(grant(100_000));
         let mut dead = GrantState::Fresh(grant(-1));

@@ -15,7 +15,7 @@ const USERS: &str = "/api/auth/amazon/users/";
 
 /// Everything under `/api/auth/` and `/auth/o2/`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[allow(missing_docs, reason = "each variant is the endpoint of its name in the contract, section 3")]
+#[allow(missing_docs, reason = "each variant is the endpoint of its name in the manual")]
 pub enum Endpoint {
     Login,
     Callback,

@@ -21,7 +21,7 @@ pub struct Body {
 enum Source {
     Own(Full<Bytes>),
     Amazon(UpstreamBody),
-    /// What was read of Amazon's answer to handle_rejection it, then the rest, or how it broke off.
+    /// What was read of Amazon's answer to understand it, then the rest, or how it broke off.
     Read(Option<Bytes>, Option<Result<UpstreamBody, hyper::Error>>),
 }
 

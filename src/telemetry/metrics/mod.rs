@@ -51,7 +51,7 @@ const REFRESH_FAILURES: [&str; 12] = [
 
 /// All metrics. Those about users are set anew at each scrape, so that none can be stale.
 #[derive(Debug)]
-#[allow(missing_docs, reason = "each field is the metric of its name in the contract, section 7")]
+#[allow(missing_docs, reason = "each field is the metric of its name in the table of metrics in README.md")]
 pub struct Metrics {
     registry: Registry,
     max_user_series: AtomicUsize,
