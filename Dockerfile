@@ -18,14 +18,14 @@ RUN --mount=type=cache,id=cargo-registry-${TARGETARCH},target=/usr/local/cargo/r
     mkdir -p src tests/sandbox/src/bin \
     && echo 'fn main() {}' | tee src/main.rs > tests/sandbox/src/bin/adsidecar-sandbox.rs \
     && touch src/lib.rs tests/sandbox/src/lib.rs \
-    && cargo build --release --locked --bin adsidecar
+    && cargo build --profile dist --locked --bin adsidecar
 
 # COPY keeps the files' dates, which lie before those of the empty sources' build: without the touch cargo would take
 # the empty program for up to date and ship it.
 COPY src ./src
 RUN --mount=type=cache,id=cargo-registry-${TARGETARCH},target=/usr/local/cargo/registry \
     touch src/lib.rs src/main.rs \
-    && cargo build --release --locked --bin adsidecar \
+    && cargo build --profile dist --locked --bin adsidecar \
     && mkdir -p /out/data
 
 # libc, libm and libgcc_s are all that the binary needs; tests/packaging/dockerfile_test.py holds it to that.
@@ -34,7 +34,7 @@ LABEL org.opencontainers.image.title="adsidecar" \
       org.opencontainers.image.description="Plain HTTP to localhost in, an authenticated Amazon Ads call out" \
       org.opencontainers.image.licenses="Apache-2.0"
 
-COPY --from=build /build/target/release/adsidecar /adsidecar
+COPY --from=build /build/target/dist/adsidecar /adsidecar
 # The store (store.path is data/adsidecar.sled, below the working directory). It holds the grants: mount a volume here.
 COPY --from=build --chown=65532:65532 /out/data /data
 WORKDIR /

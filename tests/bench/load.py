@@ -11,7 +11,11 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "campaigns"))
+import world  # noqa: E402
 from world import ENVIRONMENT, Sandbox, Sidecar, binary, free_port, until, workspace  # noqa: E402, F401
+
+# What ships is what is measured.
+world.PROFILE = "dist"
 
 REQUEST = b"GET /v2/profiles HTTP/1.1\r\nHost: localhost\r\nAccept: application/json\r\n\r\n"
 LENGTH = re.compile(rb"^content-length: (\d+)\r$", re.MULTILINE)

@@ -21,6 +21,9 @@ CLIENT_ID = "amzn1.application-oa2-client.sandbox"
 CLIENT_SECRET = "amzn1.oa2-cs.v1.sandbox-secret"
 FERNET_KEY = "cw_0x689RpI-jtRR7oE8h_eQsKImvJapLeSbXpwF4e4="
 
+# The build whose binaries are used: cargo's profile, and the directory that it builds into. tests/bench sets it to `dist`.
+PROFILE = "release"
+
 # Neither the machine's proxies nor its AMAZON_* variables.
 ENVIRONMENT = {"PATH": os.environ["PATH"]}
 # Without the machine's own proxies.
@@ -30,9 +33,9 @@ DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 def binary(name: str) -> str:
     variable = name.upper().replace("-", "_") + "_BIN"
     target = Path(os.environ.get("CARGO_TARGET_DIR", REPOSITORY / "target"))
-    path = Path(os.environ.get(variable, target / "release" / name))
+    path = Path(os.environ.get(variable, target / PROFILE / name))
     if not path.is_file():
-        raise SystemExit(f"no {name} at {path}: run `cargo build --release --bins` or set {variable}")
+        raise SystemExit(f"no {name} at {path}: run `cargo build --profile {PROFILE} --bins` or set {variable}")
     return str(path.resolve())
 
 

@@ -22,9 +22,9 @@ def target_directory() -> Path:
 
 @pytest.fixture(scope="session")
 def adsidecar(target_directory) -> Path:
-    """The built binary: ADSIDECAR_BIN, else the release build, else the debug build."""
+    """The built binary: ADSIDECAR_BIN, else the dist build, else the release build, else the debug build."""
     named = os.environ.get("ADSIDECAR_BIN")
-    built = [target_directory / profile / "adsidecar" for profile in ("release", "debug")]
+    built = [target_directory / profile / "adsidecar" for profile in ("dist", "release", "debug")]
     candidates = [Path(named)] if named else built
     for candidate in candidates:
         if candidate.is_file():

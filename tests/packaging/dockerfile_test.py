@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-BUILD_COMMAND = "cargo build --release --locked --bin adsidecar"
+BUILD_COMMAND = "cargo build --profile dist --locked --bin adsidecar"
 
 # What gcr.io/distroless/cc-debian12 brings: the packages libc6 and libgcc-s1. (It has libstdc++ too; we have no C++.)
 FINAL_STAGE_LIBRARIES = {
@@ -115,7 +115,7 @@ def test_the_final_stage_copies_only_what_the_build_stage_makes(stages):
     assert build.name == "build"
     copies = [(c, without_flags(c).split()) for c in final.all("COPY")]
     assert [words for _, words in copies] == [
-        ["/build/target/release/adsidecar", "/adsidecar"],
+        ["/build/target/dist/adsidecar", "/adsidecar"],
         ["/out/data", "/data"],
     ]
     assert all("--from=build" in c for c, _ in copies)
@@ -156,7 +156,7 @@ def test_the_dependencies_are_built_before_the_sources_come(stages):
 
 
 def test_the_build_stage_works_with_nothing_but_what_is_copied(stages, repository, target_directory, tmp_path):
-    """Replays COPY and RUN in order, with `cargo check` in place of the release build, which takes minutes.
+    """Replays COPY and RUN in order, with `cargo check` in place of the dist build, which takes minutes.
 
     The copies keep their dates, as Docker's do, so this also shows that the second build does not take the empty
     program of the first for up to date.
@@ -203,7 +203,7 @@ def test_every_library_of_the_binary_is_found_and_none_brings_another(adsidecar)
 @pytest.fixture
 def final_root(stages, adsidecar, tmp_path) -> Path:
     """The final stage's file system: what its COPY lines bring, and of the base only the libraries that the binary loads."""
-    root, made = tmp_path / "root", {"/build/target/release/adsidecar": adsidecar}
+    root, made = tmp_path / "root", {"/build/target/dist/adsidecar": adsidecar}
     root.mkdir()
     for arguments in stages[-1].all("COPY"):
         source, destination = without_flags(arguments).split()
