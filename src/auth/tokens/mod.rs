@@ -98,7 +98,7 @@ struct Inner {
     listen_at: AtomicI64,
 }
 
-/// RefreshReason there is no token for a caller.
+/// Why there is no token for a caller.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum TokenError {
     /// The user has no usable grant.
@@ -108,7 +108,7 @@ pub enum TokenError {
     },
     /// There is a grant, but no valid access token could be obtained.
     Unavailable {
-        /// RefreshReason the last refresh failed.
+        /// Why the last refresh failed.
         code: &'static str,
         /// Whether time or the operator resolves it.
         remedy: Remedy,

@@ -19,7 +19,7 @@ use crate::store::StoreError;
 /// Interval between attempts to store a grant that is newer in memory than on disk.
 const STORE_RETRY: Duration = Duration::from_secs(1);
 
-/// RefreshReason a refresh was requested.
+/// Why a refresh was requested.
 #[derive(Clone, Debug)]
 pub(super) enum RefreshReason {
     /// The background schedule: the refresh is due.
