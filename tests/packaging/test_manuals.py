@@ -1,0 +1,476 @@
+"""The manuals are true: their commands and samples are run, and their tables are compared with the code and with a running
+sidecar.
+
+A comment above each fenced block says what the tests do with it:
+
+- `<!-- sandbox -->`: against a running sandbox; each curl line of a shell block, or a whole sample in Python, Node or Java;
+- `<!-- shell -->`: a script in an empty directory, with adsidecar in PATH and a configuration in the environment;
+- `<!-- config -->`: a configuration file, by `adsidecar check`;
+- `<!-- job -->`, `<!-- systemd -->`: by a test of its own;
+- `<!-- not run: REASON -->`: not at all.
+
+Blocks of text and pictures have no comment.
+"""
+
+import base64
+import configparser
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import tomllib
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from http import HTTPStatus
+from pathlib import Path
+
+import pytest
+
+# The two commands that a newcomer sees first.
+COMMANDS = ("cargo run --release --bin adsidecar-sandbox", "tests/run")
+
+MANUALS = (
+    "README.md",
+    "config/README.md",
+    "deploy/README.md",
+    "deploy/RUNBOOK.md",
+    "deploy/RECIPES.md",
+    "tests/README.md",
+    ".github/CONTRIBUTING.md",
+    ".github/SECURITY.md",
+)
+README_LINES = 200
+
+# An optional comment, then a fenced block; both may be indented, as in a list.
+BLOCK = re.compile(r"(?:^ *<!-- (?P<mark>[^\n]*?) -->\n)?^(?P<indent> *)```(?P<kind>\w*)\n(?P<text>.*?)^ *```$", re.MULTILINE | re.DOTALL)
+MARKS = ("sandbox", "shell", "config", "job", "systemd")
+
+# What runs a sample, and the file that it expects.
+SAMPLES = {
+    "python": (["python3"], "profiles.py"),
+    "js": (["node"], "profiles.mjs"),
+    "java": (["java"], "Profiles.java"),
+}
+
+# No response of the sandbox takes longer.
+CURL_SECONDS = 30
+# A Java compiler starts slowly on a busy machine.
+SAMPLE_SECONDS = 120
+
+# The http crate's names of status codes that have another name in Python.
+PYTHON_NAMES = {
+    "PAYLOAD_TOO_LARGE": "REQUEST_ENTITY_TOO_LARGE",
+    "URI_TOO_LONG": "REQUEST_URI_TOO_LONG",
+}
+
+
+@dataclass
+class Block:
+    """A fenced block of a manual."""
+
+    manual: str
+    mark: str
+    kind: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.manual}: {self.text.splitlines()[0]}"
+
+
+def blocks_of(manual: str, text: str) -> list[Block]:
+    found = []
+    for match in BLOCK.finditer(text):
+        indent = match["indent"]
+        lines = [line.removeprefix(indent) for line in match["text"].splitlines()]
+        found.append(Block(manual, match["mark"] or "", match["kind"], "\n".join(lines) + "\n"))
+    return found
+
+
+@pytest.fixture(scope="module")
+def manuals(repository) -> dict[str, str]:
+    return {name: (repository / name).read_text() for name in MANUALS}
+
+
+@pytest.fixture(scope="module")
+def blocks(manuals) -> list[Block]:
+    return [block for name, text in manuals.items() for block in blocks_of(name, text)]
+
+
+@pytest.fixture(scope="module")
+def readme(manuals) -> str:
+    return manuals["README.md"]
+
+
+def generated(manuals, name: str) -> str:
+    """The text between the markers of a table, in whichever manual it is."""
+    found = [table for text in manuals.values() for table in re.findall(rf"^<!-- generated: {name} -->\n(.*?)^<!-- end -->$", text, re.MULTILINE | re.DOTALL)]
+    assert len(found) == 1, f"{len(found)} tables called {name}"
+    return found[0]
+
+
+def section(text: str, title: str) -> str:
+    """The text below a heading, until the next one of its level."""
+    _, _, rest = text.partition(f"\n## {title}\n")
+    assert rest, f"no section {title}"
+    return rest.partition("\n## ")[0]
+
+
+def rows(text: str) -> list[list[str]]:
+    """The cells of all tables in a text, without their heads."""
+    lines = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("|")]
+    cells = [[cell.strip() for cell in line] for line in lines]
+    heads = {index - 1 for index, row in enumerate(cells) if set("".join(row)) == {"-"}}
+    return [row for index, row in enumerate(cells) if index not in heads and index - 1 not in heads]
+
+
+def in_backticks(text: str) -> list[str]:
+    return re.findall(r"`([^`]+)`", text)
+
+
+def curl_lines(blocks: list[Block]) -> list[str]:
+    shell = [block for block in blocks if block.mark == "sandbox" and block.kind == "sh"]
+    return [line for block in shell for line in block.text.splitlines()]
+
+
+def at_sandbox(text: str, sandbox) -> str:
+    """A command or sample with the addresses of a sandbox on free ports."""
+    for printed, real in (
+        ("http://localhost:8001", sandbox.proxy),
+        ("http://localhost:9464", sandbox.admin),
+        ("http://127.0.0.1:8450", sandbox.control),
+    ):
+        text = text.replace(printed, real)
+    return text
+
+
+def test_the_two_commands_are_at_the_top_word_for_word(readme, repository):
+    top = blocks_of("README.md", readme.partition("\n## ")[0])
+    assert [line for block in top for line in block.text.splitlines()] == list(COMMANDS)
+    assert '[[bin]]\nname = "adsidecar-sandbox"' in (repository / "tests" / "sandbox" / "Cargo.toml").read_text()
+    assert (repository / "tests" / "run").is_file()
+
+
+def test_the_readme_is_short_enough_to_be_read(readme):
+    assert len(readme.splitlines()) <= README_LINES
+
+
+def test_every_page_is_one_of_the_manuals(repository):
+    listing = subprocess.run(["git", "ls-files", "*.md"], cwd=repository, check=True, capture_output=True, text=True)
+    assert set(listing.stdout.split()) - set(MANUALS) == {"CHANGELOG.md", "tests/RESULTS.md"}
+
+
+def anchors_of(text: str) -> set[str]:
+    """GitHub's anchors of the headings outside of blocks."""
+    titles = re.findall(r"^#+ (.+)$", BLOCK.sub("", text), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_every_link_leads_somewhere(manuals, repository):
+    wrong = []
+    for name, text in manuals.items():
+        for target in re.findall(r"\]\(([^)]+)\)", BLOCK.sub("", text)):
+            if target.startswith("https://"):
+                continue
+            path, _, anchor = target.partition("#")
+            page = ((repository / name).parent / path if path else repository / name).resolve()
+            if not page.exists() or not page.is_relative_to(repository):
+                wrong.append(f"{name}: {target}")
+            elif anchor and anchor not in anchors_of(page.read_text()):
+                wrong.append(f"{name}: {target}")
+    assert wrong == []
+
+
+def test_every_block_says_how_it_is_tested(blocks):
+    wrong = [str(block) for block in blocks if block.kind != "text" and block.mark not in MARKS and not re.match(r"not run: \S", block.mark)]
+    assert wrong == []
+
+
+def test_a_curl_line_in_a_block_is_run(blocks):
+    elsewhere = [block for block in blocks if block.mark.startswith("not run") and re.search(r"^curl ", block.text, re.MULTILINE)]
+    assert [block.text.split()[-1] for block in elsewhere] == ["http://localhost:8001/api/auth/amazon/login"], "run by a test below"
+    assert all(line.startswith("curl ") for line in curl_lines(blocks))
+
+
+def test_every_curl_line_succeeds_when_it_is_pasted(blocks, sandbox):
+    lines = curl_lines(blocks)
+    assert len(lines) > 20
+    failed = []
+    for line in lines:
+        command = at_sandbox(line, sandbox)
+        assert command != line, f"goes to no listener of the sandbox: {line}"
+        command += " --silent --show-error --output /dev/null --write-out '%{http_code}'"
+        run = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=CURL_SECONDS)
+        if run.returncode != 0 or not run.stdout.startswith("2"):
+            failed.append(f"{run.stdout} {run.stderr}: {line}")
+    assert failed == []
+
+
+@pytest.mark.parametrize("kind", SAMPLES)
+def test_the_sample_in_each_language_prints_the_profiles(blocks, sandbox, tmp_path, kind):
+    [sample] = [block for block in blocks if block.kind == kind and block.mark == "sandbox"]
+    command, name = SAMPLES[kind]
+    assert shutil.which(command[0]), f"tests/run installs {command[0]}"
+    (tmp_path / name).write_text(at_sandbox(sample.text, sandbox))
+    run = subprocess.run([*command, name], cwd=tmp_path, capture_output=True, text=True, timeout=SAMPLE_SECONDS)
+    assert run.returncode == 0, run.stderr
+    assert sandbox.profile_id in run.stdout
+
+
+@pytest.mark.parametrize("kind", SAMPLES)
+def test_the_sample_in_each_language_says_that_a_login_is_needed(blocks, sandbox, tmp_path, kind):
+    [sample] = [block for block in blocks if block.kind == kind and block.mark == "sandbox"]
+    command, name = SAMPLES[kind]
+    # The same request for a user who never logged in.
+    text = at_sandbox(sample.text, sandbox).replace('"X-Ads-User": "default"', '"X-Ads-User": "nobody"')
+    if text == at_sandbox(sample.text, sandbox):
+        url = f'"{sandbox.proxy}/v2/profiles"'
+        assert url in text
+        with_user = {"python": f'urllib.request.Request({url}, headers={{"X-Ads-User": "nobody"}})', "java": url}[kind]
+        text = text.replace(url, with_user).replace(".build();", '.header("X-Ads-User", "nobody").build();')
+    (tmp_path / name).write_text(text)
+    run = subprocess.run([*command, name], cwd=tmp_path, capture_output=True, text=True, timeout=SAMPLE_SECONDS)
+    assert run.returncode != 0
+    assert "login_required" in run.stderr or "in a browser and consent" in run.stdout
+
+
+@pytest.fixture
+def standalone(adsidecar, tmp_path) -> dict[str, str]:
+    """An environment in which adsidecar is in PATH, configured, and has a store of the test's own."""
+    adsidecar = Path(adsidecar).resolve()
+    return {
+        "PATH": f"{adsidecar.parent}:{os.environ['PATH']}",
+        "HOME": str(tmp_path),
+        "AMAZON_CLIENT_ID": "amzn1.application-oa2-client.0123",
+        "AMAZON_CLIENT_SECRET": "unused",
+        "FERNET_KEY": base64.urlsafe_b64encode(bytes(range(32))).decode(),
+    }
+
+
+def test_every_shell_script_runs(blocks, standalone, tmp_path):
+    scripts = [block for block in blocks if block.mark == "shell"]
+    assert len(scripts) >= 3
+    for number, script in enumerate(scripts):
+        directory = tmp_path / str(number)
+        directory.mkdir()
+        command = ["bash", "-euo", "pipefail", "-c", script.text]
+        run = subprocess.run(command, cwd=directory, env=standalone, capture_output=True, text=True, timeout=CURL_SECONDS)
+        assert run.returncode == 0, f"{script}: {run.stdout}{run.stderr}"
+
+
+def test_pythons_key_is_one_for_adsidecar(blocks, standalone, tmp_path):
+    [script] = [block for block in blocks if block.mark == "shell" and "urlsafe_b64encode" in block.text]
+    key = subprocess.run(["bash", "-c", script.text], capture_output=True, text=True, check=True).stdout.strip()
+    environment = {**standalone, "FERNET_KEY": key}
+    run = subprocess.run(["adsidecar", "store", "dump"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=CURL_SECONDS)
+    assert (run.returncode, json.loads(run.stdout or "null")) == (0, {}), run.stderr
+
+
+def test_every_configuration_is_accepted(blocks, standalone, tmp_path):
+    files = [block for block in blocks if block.mark == "config"]
+    assert len(files) >= 2
+    for block in files:
+        (tmp_path / "adsidecar.toml").write_text(block.text)
+        command = ["adsidecar", "--config", "adsidecar.toml", "check"]
+        run = subprocess.run(command, cwd=tmp_path, env=standalone, capture_output=True, text=True, timeout=CURL_SECONDS)
+        assert run.returncode == 0, f"{block}: {run.stderr}"
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def test_a_login_through_a_published_port(adsidecar, standalone, tmp_path):
+    """Docker Desktop's login: the listener on every address, a caller token, and a callback that needs none."""
+    port, admin = free_port(), free_port()
+    environment = {
+        **standalone,
+        "ADSIDECAR_PROXY__LISTEN": f"0.0.0.0:{port}",
+        "ADSIDECAR_PROXY__ALLOW_REMOTE": "true",
+        "ADSIDECAR_PROXY__CALLER_TOKEN": "a-caller-token-of-the-test-0123456789",
+        "ADSIDECAR_ADMIN__LISTEN": f"127.0.0.1:{admin}",
+    }
+    base = f"http://localhost:{port}/api/auth/amazon"
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen([adsidecar], cwd=tmp_path, env=environment, stderr=log)
+    try:
+        subprocess.run([adsidecar, "wait"], cwd=tmp_path, env=environment, check=True, timeout=70)
+        assert status_of(f"{base}/login") == 407
+        assert status_of(f"{base}/login", **{"X-Ads-Sidecar-Token": "a-caller-token-of-the-test-0123456789"}) == 200
+        assert status_of(f"{base}/callback?code=any&state=any") == 400, "state_invalid: the callback itself needs no token"
+    finally:
+        process.terminate()
+        assert process.wait(30) == 0, (tmp_path / "log").read_text()
+
+
+def test_the_systemd_unit_is_valid_and_gives_it_time_to_end(blocks, adsidecar, tmp_path):
+    [unit] = [block for block in blocks if block.mark == "systemd"]
+    read = configparser.RawConfigParser(strict=False)
+    read.optionxform = str
+    read.read_string(unit.text)
+    # Accept and drain by default, and the deadline of a refresh.
+    assert int(read["Service"]["TimeoutStopSec"]) >= 0 + 25 + 12
+    assert read["Service"]["ExecStart"].split()[1] == "--config"
+    if shutil.which("systemd-analyze"):
+        service = tmp_path / "adsidecar.service"
+        service.write_text(unit.text.replace("/usr/local/bin/adsidecar", str(Path(adsidecar).resolve())))
+        run = subprocess.run(["systemd-analyze", "verify", "--man=no", service], capture_output=True, text=True, timeout=CURL_SECONDS)
+        said = [line for line in run.stderr.splitlines() if "adsidecar.service" in line]
+        assert said == []
+
+
+def test_the_lines_that_the_sandbox_prints_are_in_the_manuals(blocks, repository):
+    source = (repository / "tests" / "sandbox" / "src" / "command.rs").read_text()
+    listeners = {"proxy": "http://localhost:8001", "admin": "http://localhost:9464", "control": "http://127.0.0.1:8450"}
+    printed = []
+    for line in re.findall(r"^ *(curl \{.*?)(?:\\n)+\\$", source, re.MULTILINE):
+        for listener, url in listeners.items():
+            line = line.replace(f"{{{listener}}}", url)
+        printed.append(line.replace("{{}}", "{}"))
+    assert printed and set(printed) <= set(curl_lines(blocks))
+
+
+def test_the_sandboxs_faults_are_those_of_the_code(manuals, repository):
+    source = (repository / "tests" / "sandbox" / "src" / "fault.rs").read_text()
+    known = set(re.findall(r'Self::\w+(?: \{ \.\. \})? => "(\w+)"', source))
+    assert "rotate_refresh_token" in known
+    table = section(manuals["config/README.md"], "The sandbox").partition("| `trouble` |")[2]
+    shown = {re.match(r'[{"]*(\w+)', text)[1] for row in rows(table) for text in in_backticks(row[0])}
+    assert shown == known
+
+
+def test_every_fault_is_accepted_by_the_sandbox(manuals, sandbox):
+    table = section(manuals["config/README.md"], "The sandbox").partition("| `trouble` |")[2]
+    for fault in (text for row in rows(table) for text in in_backticks(row[0])):
+        # No request meets it: nothing has this path.
+        rule = {"trouble": json.loads(fault), "path": "/nothing", "when": "always"}
+        assert status_of(f"{sandbox.control}/trouble", "POST", rule) == 201, fault
+    assert status_of(f"{sandbox.control}/trouble", "DELETE") == 204
+
+
+def keys_of(example: str) -> dict[str, bool]:
+    """The keys of config/example.toml, and whether each stands there with its default."""
+    keys, section_name = {}, ""
+    for line in example.splitlines():
+        if header := re.match(r"#?\[\[?(\w+)\]\]?$", line):
+            section_name = header[1] + "."
+        elif key := re.match(r"(#?)(\w+) = ", line):
+            keys[section_name + key[2]] = not key[1]
+    return keys
+
+
+def test_the_table_of_keys_is_complete_and_has_the_defaults(manuals, repository):
+    example = (repository / "config" / "example.toml").read_text()
+    keys = keys_of(example)
+    table = {row[0].strip("`"): row[1] for row in rows(generated(manuals, "keys"))}
+    assert sorted(table) == sorted(keys)
+    values = tomllib.loads(example)
+    for key in (key for key, is_default in keys.items() if is_default):
+        name, _, rest = key.partition(".")
+        value = values[name][rest] if rest else values[name]
+        shown = value if isinstance(value, str) else json.dumps(value)
+        assert in_backticks(table[key]) == [shown], f"the default of {key}"
+
+
+def test_the_table_of_names_in_the_environment_is_complete(manuals, repository):
+    source = (repository / "src" / "config" / "keys.rs").read_text()
+    known = re.findall(r'^    (?:guide\("[\w.]+", |secret\("[\w.]+", Some\()"(\w+)"', source, re.MULTILINE)
+    assert "FERNET_KEY" in known and "ENVIRONMENT" in known
+    text = section(manuals["config/README.md"], "Configuration")
+    assert [name for name in known if f"`{name}`" not in text] == []
+
+
+def test_the_table_of_headers_names_the_paths_and_ids_of_each_family(manuals, repository):
+    source = (repository / "src" / "domain" / "api_families.rs").read_text().partition("static TABLE")[2].partition("\n];")[0]
+    ids = {
+        "Scope": "profile_id",
+        "Marketplace": "marketplace_id",
+        "Advertiser": "advertiser_id",
+        "Entity": "entity_id",
+        "Account": "account_id",
+        "StreamAccount": "account_id",
+        "DspAdvertiser": "dsp_advertiser_id",
+        "AmcInstance": "amc_instance_id",
+        "Manager": "manager_account_id",
+        "AdmManager": "manager_account_id",
+        "PartnerManager": "manager_account_id",
+    }
+    in_code = {}
+    for paths, context in re.findall(r"paths: &\[(.*?)\],.*?context: &\[(.*?)\]", source, re.DOTALL):
+        for path in re.findall(r'"([^"]+)"', paths):
+            in_code[path] = {ids[name] for name in re.findall(r"\w+", context)}
+    table = rows(generated(manuals, "families"))
+    shown = {path: set(in_backticks(row[1])) for row in table for path in in_backticks(row[0])}
+    assert shown == in_code
+
+
+def test_the_table_of_error_codes_is_that_of_the_code(manuals, repository):
+    source = (repository / "src" / "inbound" / "problem.rs").read_text()
+    facts = re.findall(r'\(StatusCode::(\w+), "(\w+)", (?:true|false)\)', source)
+    in_code = {(HTTPStatus[PYTHON_NAMES.get(name, name)].value, code) for name, code in facts}
+    assert len(in_code) > 15
+    shown = {(int(row[0]), row[1].strip("`")) for row in rows(generated(manuals, "errors"))}
+    assert shown == in_code
+
+
+def commands_of(run_adsidecar, *group: str) -> set[str]:
+    """The commands that --help lists, those of a group by their full name."""
+    told = run_adsidecar(*group, "--help").stdout.partition("Commands:\n")[2].partition("\n\n")[0]
+    return {" ".join([*group, line.split()[0]]) for line in told.splitlines()}
+
+
+def test_the_commands_are_those_of_the_program(manuals, run_adsidecar):
+    groups = {"users", "key", "store"}
+    told = commands_of(run_adsidecar)
+    assert groups <= told
+    told = (told - groups).union(*(commands_of(run_adsidecar, group) for group in groups))
+    table = [in_backticks(row[0]) for row in rows(generated(manuals, "commands"))]
+    shown = {command.removeprefix("adsidecar").strip() for cell in table for command in cell}
+    # Without its arguments, and without `adsidecar` alone, which serves.
+    names = [re.match(r"(?:(?:users|key|store) )?[a-z]+", command) for command in shown]
+    assert {name[0] for name in names if name} == told
+
+
+def status_of(url: str, method: str = "GET", data: object = None, **headers: str) -> int:
+    body = None if data is None else json.dumps(data).encode()
+    request = urllib.request.Request(url, method=method, data=body, headers=headers)
+    try:
+        with urllib.request.urlopen(request, timeout=CURL_SECONDS) as answer:
+            return answer.status
+    except urllib.error.HTTPError as refused:
+        return refused.code
+
+
+def exported(sandbox) -> set[str]:
+    with urllib.request.urlopen(f"{sandbox.admin}/metrics", timeout=CURL_SECONDS) as answer:
+        return set(re.findall(r"^# TYPE (\w+) ", answer.read().decode(), re.MULTILINE))
+
+
+def stir(sandbox) -> None:
+    """Makes happen what each metric with labels waits for."""
+    calls = f"{sandbox.proxy}/v2/profiles"
+    assert status_of(f"{sandbox.proxy}/api/auth/amazon/refresh", "POST") == 200
+    assert status_of(calls, Origin="http://elsewhere.test") == 403
+    rule = {"trouble": {"status": {"code": 401}}, "door": "na", "when": {"next": 1}}
+    assert status_of(f"{sandbox.control}/trouble", "POST", rule) == 201
+    assert status_of(calls) == 200, "the 401 was cured by a new token"
+    # The store cannot delete a user's second copy while a directory stands in its place.
+    copies = Path(f"{sandbox.store}.copies").glob("*.json")
+    (copy,) = (copy for copy in copies if copy.name != "notes.json")
+    copy.unlink()
+    copy.mkdir()
+    try:
+        assert status_of(f"{sandbox.proxy}/api/auth/amazon/logout?user_id=default", "POST") == 503
+    finally:
+        copy.rmdir()
+
+
+def test_the_table_of_metrics_is_what_a_running_sidecar_exports(manuals, sandbox):
+    stir(sandbox)
+    shown = [in_backticks(row[0])[0].partition("{")[0] for row in rows(generated(manuals, "metrics"))]
+    seen = {name for name in exported(sandbox) if not name.startswith("adsidecar_process_")}
+    assert sorted(shown) == sorted(seen)
