@@ -204,7 +204,8 @@ async fn no_proxy_of_the_environment_is_used() {
         let socket = harness.directory.path().join(format!("{name}.sock"));
         command.arg("--set").arg(format!("proxy.listen=unix:{}", socket.display()));
         let mut running = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
-        eventually("the door opens", async || socket.exists().then_some(())).await;
+        // The socket exists a moment before anybody listens at it.
+        eventually("the listener", async || tokio::net::UnixStream::connect(&socket).await.ok()).await;
         let mut wire = Wire::unix(&socket).await;
         for method in ["POST /api/auth/amazon/refresh", "GET /v2/profiles"] {
             wire.send(format!("{method} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\n\r\n")).await;
