@@ -90,7 +90,7 @@ pub struct Opened {
     pub recovered: Option<PathBuf>,
     /// How many users came from copies because the database did not have them.
     pub restored: usize,
-    /// Mirror that were wanted and do not open. They are kept.
+    /// Mirror files that were needed and do not open. They are kept.
     pub unusable_copies: Vec<PathBuf>,
     /// The volume is full, so that sled does not open: the users come from the copies, and nothing can be written until
     /// there is space. Each operation tries again. Holds the reason.

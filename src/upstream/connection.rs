@@ -26,6 +26,6 @@ pub(super) enum Connection {
     Http2(H2Connection),
 }
 
-/// So many calls share one HTTP/2 connection. Servers take at least 100 at once (RFC 9113, section 6.5.2), and what goes
-/// beyond their number waits for others to end: a hundred slow uploads would hold everybody up.
+/// Calls that share one HTTP/2 connection, at most. Servers accept at least 100 at once (RFC 9113, section 6.5.2); a call
+/// beyond that waits for another to end, so a hundred slow uploads would delay every other call.
 pub(super) const MAX_SHARED: usize = 100;

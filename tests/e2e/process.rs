@@ -11,7 +11,7 @@ use tokio::net::TcpStream;
 use world::{CLIENT_SECRET, Fault, Rule};
 
 use crate::commands::{BINARY, Serving, command, stopped};
-use crate::harness::{FERNET_KEY, Harness, eventually};
+use crate::harness::{FERNET_KEY, Harness, code, eventually};
 
 /// A user without any right, `nobody` on most systems.
 const NOBODY: u32 = 65534;
@@ -418,6 +418,28 @@ async fn the_audit_log_has_one_line_for_each_call_and_nothing_that_is_secret() {
     assert_eq!(said(1), "brand default na POST sponsored_products sidecar policy_denied caller");
     assert_eq!(said(2), "brand default na POST sponsored_products sidecar upstream_reset amazon");
     assert_eq!(said(3), "   GET  sidecar cross_site caller");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_refused_client_and_a_missing_login_are_audited_as_the_operators_fault() {
+    let harness = stopped().await;
+    let store = format!("store.path={}", harness.directory.path().join("other").display());
+    let sets = ["log.audit=true", "log.level=error", "log.format=json", "amazon.client_secret=not-the-secret"];
+    let sets = sets.into_iter().chain(["amazon.refresh_token=Atzr|a-refresh-token", &store]);
+    let sets: Vec<_> = sets.flat_map(|set| ["--set", set]).collect();
+    let serving = audited(&harness, &sets).await;
+    let get = || harness.client.get(serving.url("/v2/profiles"));
+    assert_eq!(code(&get().send().await.unwrap()), "token_unavailable");
+    assert_eq!(code(&get().header("X-Ads-User", "nobody").send().await.unwrap()), "login_required");
+    eventually("two lines", async || {
+        (serving.log.lock().unwrap().matches("adsidecar::audit").count() >= 2).then_some(())
+    })
+    .await;
+    let log = serving.log.lock().unwrap().clone();
+    let lines = log.lines().filter(|line| line.contains("adsidecar::audit"));
+    let lines: Vec<Value> = lines.map(|line| serde_json::from_str(line).unwrap()).collect();
+    let said: Vec<_> = lines.iter().map(|line| (line["code"].as_str(), line["fault"].as_str())).collect();
+    assert_eq!(said, [(Some("token_unavailable"), Some("operator")), (Some("login_required"), Some("operator"))]);
 }
 
 /// At level `error` nobody says that it serves, so its doors are known before.

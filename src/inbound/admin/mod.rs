@@ -193,7 +193,7 @@ impl Admin {
             _ => Err(Problem::new(
                 Code::NotFound,
                 "The admin door has no such page.",
-                "See the admin door in adsidecar's README.",
+                "See the admin listener in deploy/README.md.",
             )),
         }
     }

@@ -304,7 +304,7 @@ impl LoginError {
             Self::NotFound => Problem::new(
                 Code::NotFound,
                 "There is no such endpoint under /api/auth/ or /auth/o2/, which are adsidecar's own.",
-                "See the endpoints in adsidecar's README.",
+                "See the endpoints in config/README.md.",
             ),
             Self::Method(allow) => {
                 Problem::new(Code::MethodNotAllowed, "The endpoint has another method.", format!("Use {allow}."))
