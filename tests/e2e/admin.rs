@@ -73,7 +73,7 @@ async fn ready_and_alive_are_about_us_and_not_about_amazon_or_logins() {
     let readyz = async |harness: &Harness| at_door(harness, Method::GET, "/readyz", &[]).await.status().as_u16();
     assert_eq!(readyz(&harness).await, 200, "nobody is logged in");
     harness.log_in("default").await;
-    harness.sandbox.set_trouble(Rule::from(Fault::status(500)).always());
+    harness.sandbox.set_fault(Rule::from(Fault::status(500)).always());
     harness.advance(3600);
     assert_eq!(harness.post("/api/auth/amazon/refresh").await.status(), 200);
     assert_eq!(harness.status_of("default").await["state"], "failing");
@@ -81,7 +81,7 @@ async fn ready_and_alive_are_about_us_and_not_about_amazon_or_logins() {
 
     harness.sandbox.clear_trouble();
     harness.advance(60);
-    let gate = harness.sandbox.set_trouble(Rule::from(Fault::Gate).at(Door::Na));
+    let gate = harness.sandbox.set_fault(Rule::from(Fault::Gate).at(Door::Na));
     let caller = tokio::spawn(harness.request(Method::GET, "/v2/profiles").send());
     gate.reached(1).await;
     let (ready, live) = (harness.admin_url("/readyz"), harness.admin_url("/livez"));
@@ -147,7 +147,7 @@ async fn the_metrics_tell_what_happened() {
     assert_eq!(harness.get("/sandbox/status/207").await.status(), 207);
     assert_eq!(value("unknown_family_total").await, 1.0);
 
-    harness.sandbox.set_trouble(Rule::from(Fault::status(500)).at(Door::Lwa));
+    harness.sandbox.set_fault(Rule::from(Fault::status(500)).at(Door::Lwa));
     harness.post("/api/auth/amazon/refresh").await;
     assert_eq!(value("token_refresh_total{reason=\"server_error\",result=\"failure\"}").await, 1.0);
     assert_eq!(value("token_refresh_duration_seconds_count").await, 1.0);

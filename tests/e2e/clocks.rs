@@ -130,7 +130,7 @@ async fn no_pause_is_longer_because_the_clock_was_set_back() {
     let apart = Apart::start(IDLE, 0).await;
     apart.harness.log_in("default").await;
     // Behind a failure.
-    apart.harness.sandbox.set_trouble(Rule::from(Fault::too_many(Some(30))).at(Door::Lwa));
+    apart.harness.sandbox.set_fault(Rule::from(Fault::too_many(Some(30))).at(Door::Lwa));
     assert_eq!(json(apart.harness.post(REFRESH).await).await["state"], "failing");
     apart.set(-864_000);
     apart.pass(30);
@@ -150,7 +150,7 @@ async fn no_pause_is_longer_because_the_clock_was_set_back() {
     assert_eq!(apart.get("default").await, 200);
     assert_eq!(apart.harness.sandbox.refreshes(), 1);
     // Behind a refusal.
-    apart.harness.sandbox.set_trouble(Fault::InvalidGrant);
+    apart.harness.sandbox.set_fault(Fault::InvalidGrant);
     assert_eq!(code(&apart.harness.post(REFRESH).await), "login_required");
     apart.set(-864_000);
     apart.pass(3600);
@@ -235,7 +235,7 @@ async fn a_wrong_date_of_the_ads_api_makes_no_storm() {
     apart.harness.sandbox.clear_history();
     for date in ["Thu, 01 Jan 2099 00:00:00 GMT", "Thu, 01 Jan 1970 00:00:00 GMT", "tomorrow"] {
         let answer = Fault::Status { code: 200, headers: vec![("date".into(), date.into())], body: "{}".into() };
-        apart.harness.sandbox.set_trouble(Rule::from(answer).at(Door::Na).next(5));
+        apart.harness.sandbox.set_fault(Rule::from(answer).at(Door::Na).next(5));
         for _ in 0..5 {
             apart.pass(10);
             assert_eq!(apart.get("default").await, 200);

@@ -541,7 +541,7 @@ async fn health_and_wait_ask_the_admin_door() {
     assert_eq!((ready.code, ready.out.as_str()), (DONE, "ready\n"), "{}", ready.err);
 
     // A sidecar that drains lives and is not ready.
-    let gate = harness.sandbox.set_trouble(Rule::from(Fault::Gate).at(Door::Na));
+    let gate = harness.sandbox.set_fault(Rule::from(Fault::Gate).at(Door::Na));
     let _caller = serving.call("/v2/profiles").await;
     gate.reached(1).await;
     serving.signal("TERM");
@@ -559,7 +559,7 @@ async fn sigterm_lets_what_is_in_flight_finish_and_then_ends_at_once() {
     let harness = stopped().await;
     for signal in ["TERM", "INT"] {
         let mut serving = Serving::start(&harness, &[]).await;
-        let gate = harness.sandbox.set_trouble(Rule::from(Fault::Gate).at(Door::Na));
+        let gate = harness.sandbox.set_fault(Rule::from(Fault::Gate).at(Door::Na));
         let mut caller = serving.call("/sandbox/bytes/300000").await;
         let _idle = TcpStream::connect(&serving.proxy).await.unwrap();
         gate.reached(1).await;
@@ -586,7 +586,7 @@ async fn sigterm_lets_what_is_in_flight_finish_and_then_ends_at_once() {
 // Covers: failure 97.
 async fn a_second_signal_and_the_end_of_the_drain_break_off_what_hangs() {
     let harness = stopped().await;
-    harness.sandbox.set_trouble(Rule::from(Fault::Hang).at(Door::Na).always());
+    harness.sandbox.set_fault(Rule::from(Fault::Hang).at(Door::Na).always());
     let mut impatient = Serving::start(&harness, &[]).await;
     let _caller = impatient.call("/v2/profiles").await;
     eventually("the call to hang", async || (!harness.sandbox.calls(Door::Na).is_empty()).then_some(())).await;
@@ -623,9 +623,9 @@ async fn a_grant_survives_kill_nine_and_no_log_holds_a_secret() {
         let callback = harness.consent(begun["auth_url"].as_str().unwrap()).await;
         assert_eq!(get(&callback).await.status(), 200);
         assert_eq!(get("/v2/profiles").await.status(), 200);
-        harness.sandbox.set_trouble(Fault::InvalidGrant);
+        harness.sandbox.set_fault(Fault::InvalidGrant);
         post("/api/auth/amazon/refresh").await;
-        harness.sandbox.set_trouble(Fault::BadJson);
+        harness.sandbox.set_fault(Fault::BadJson);
         assert_eq!(get(&callback).await.status(), 400);
         serving.signal("KILL");
         assert_eq!(serving.ended().await.0, None);

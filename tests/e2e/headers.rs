@@ -170,7 +170,7 @@ async fn a_request_id_is_taken_or_made_and_on_every_answer() {
 #[tokio::test(flavor = "multi_thread")]
 async fn every_answer_of_our_own_is_a_whole_problem() {
     let harness = Harness::set(&[("proxy.max_body", "10B")]).await;
-    harness.sandbox.set_trouble(world::Fault::Reset);
+    harness.sandbox.set_fault(world::Fault::Reset);
     for (call, status, code, retryable) in [
         ("POST /reset HTTP/1.1\r\nHost: localhost\r\n", 502, "upstream_reset", true),
         ("GET /x HTTP/1.1\r\nHost: localhost\r\nX-Ads-User: nobody\r\n", 401, "login_required", false),

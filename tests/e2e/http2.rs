@@ -27,7 +27,7 @@ fn connections(harness: &Harness) -> Vec<u64> {
 
 /// So many calls that are all held by Amazon at once.
 async fn at_once(harness: &Harness, count: usize) {
-    let gate = harness.sandbox.set_trouble(Rule::from(Fault::Gate).next(count as u32));
+    let gate = harness.sandbox.set_fault(Rule::from(Fault::Gate).next(count as u32));
     let mut calls = JoinSet::new();
     for number in 0..count {
         calls.spawn(harness.request(reqwest::Method::POST, "/sandbox/echo").body(number.to_string()).send());
@@ -136,7 +136,7 @@ async fn bytes_pass_as_over_http1() {
 async fn an_answer_that_breaks_off_over_http2_is_never_ended_cleanly() {
     let harness = harness("auto").await;
     for query in ["", "?chunked=1"] {
-        harness.sandbox.set_trouble(Fault::CloseMidBody);
+        harness.sandbox.set_fault(Fault::CloseMidBody);
         let mut wire = harness.dial().await;
         let request =
             format!("GET /sandbox/bytes/100000{query} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");

@@ -42,7 +42,7 @@ async fn a_slow_head_is_refused() {
 async fn an_idle_connection_is_closed_and_a_busy_one_is_not() {
     let harness = Harness::set(&[("proxy.idle_timeout", "150ms"), ("proxy.header_timeout", "50ms")]).await;
     let (mut fresh, mut used, mut busy) = (harness.dial().await, harness.dial().await, harness.dial().await);
-    let gate = harness.sandbox.set_trouble(Fault::Gate);
+    let gate = harness.sandbox.set_fault(Fault::Gate);
     busy.send(CALL).await;
     gate.reached(1).await;
     used.send(CALL).await;
@@ -85,7 +85,7 @@ async fn at_the_cap_the_connection_that_idled_longest_makes_room() {
 #[tokio::test(flavor = "multi_thread")]
 async fn while_all_are_busy_a_new_connection_waits() {
     let harness = Harness::set(&[("proxy.max_connections", "2")]).await;
-    let gate = harness.sandbox.set_trouble(Rule::from(Fault::Gate).next(2));
+    let gate = harness.sandbox.set_fault(Rule::from(Fault::Gate).next(2));
     let mut one = harness.dial().await;
     one.send(CALL).await;
     gate.reached(1).await;
@@ -103,7 +103,7 @@ async fn while_all_are_busy_a_new_connection_waits() {
 #[tokio::test(flavor = "multi_thread")]
 async fn who_finds_no_room_is_told_so_and_finds_some_later() {
     let harness = Harness::set(&[("proxy.max_connections", "1")]).await;
-    let gate = harness.sandbox.set_trouble(Rule::from(Fault::Gate).at(Door::Na));
+    let gate = harness.sandbox.set_fault(Rule::from(Fault::Gate).at(Door::Na));
     let mut busy = harness.dial().await;
     busy.send(CALL).await;
     gate.reached(1).await;

@@ -412,7 +412,7 @@ async fn a_code_that_lwa_does_not_exchange_stores_nothing() {
     ] {
         let callback = callback_of(&harness, "default").await;
         let before = harness.sandbox.calls(Door::Lwa).len();
-        harness.sandbox.set_trouble(trouble);
+        harness.sandbox.set_fault(trouble);
         refused(&harness.get(&callback).await, 502, "exchange_failed");
         refused(&harness.get(&callback).await, 400, "state_invalid");
         assert_eq!(harness.sandbox.calls(Door::Lwa).len(), before + 1, "a code is sent once");
@@ -801,6 +801,6 @@ async fn another_amazon_identity_takes_a_users_place_only_when_that_is_said() {
 async fn a_region_that_cannot_be_asked_makes_no_identity_another() {
     let harness = Harness::start().await;
     assert_eq!(log_in_as(&harness, "amzn1.account.SANDBOXTOOLS", "").await.status(), 200);
-    harness.sandbox.set_trouble(Rule::from(Fault::status(503)).at(Door::Fe).always());
+    harness.sandbox.set_fault(Rule::from(Fault::status(503)).at(Door::Fe).always());
     assert_eq!(log_in_as(&harness, "amzn1.account.SANDBOXBOOKS", "").await.status(), 200);
 }

@@ -122,7 +122,7 @@ async fn killed_while_comparing(harness: &mut Harness, advertiser: &str) -> Serv
     let mut serving = Serving::start(harness, &[]).await;
     let begun = json(harness.client.get(serving.url(LOGIN)).send().await.unwrap()).await;
     let callback = harness.consent(&format!("{}&advertiser={advertiser}", begun["auth_url"].as_str().unwrap())).await;
-    let gate = harness.sandbox.set_trouble(Rule::from(Fault::Gate).at(Door::Eu));
+    let gate = harness.sandbox.set_fault(Rule::from(Fault::Gate).at(Door::Eu));
     let lost = tokio::spawn(harness.client.get(serving.url(&callback)).send());
     gate.reached(1).await;
     assert_eq!(waiting(harness).len(), 1, "the new grant is on disk before anybody is asked about it");

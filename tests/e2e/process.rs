@@ -263,7 +263,7 @@ async fn a_process_that_gets_no_time_loses_no_call_and_is_alive_after_it() {
         Serving::start(&harness, &["--set", "proxy.header_timeout=500ms", "--set", "upstream.response_timeout=2s"])
             .await;
     for _ in 0..3 {
-        let gate = harness.sandbox.set_trouble(Fault::Gate);
+        let gate = harness.sandbox.set_fault(Fault::Gate);
         let mut stream = TcpStream::connect(&serving.proxy).await.unwrap();
         stream.write_all(b"GET /sandbox/echo HTTP/1.1\r\nHost: localhost\r\n\r\n").await.unwrap();
         gate.reached(1).await;
@@ -337,7 +337,7 @@ async fn no_log_line_holds_a_secret_not_even_at_trace_and_of_a_panic() {
         call(path).send().await.unwrap();
     }
     for trouble in [Fault::Reset, Fault::BadJson, Fault::Html, Fault::CloseMidBody] {
-        harness.sandbox.set_trouble(Rule::from(trouble).always());
+        harness.sandbox.set_fault(Rule::from(trouble).always());
         let _ = call("/sandbox/bytes/1000").send().await.map(|answer| answer.text());
         call("/api/auth/amazon/refresh").send().await.unwrap();
         harness.sandbox.clear_trouble();
@@ -386,7 +386,7 @@ async fn the_audit_log_has_one_line_for_each_call_and_nothing_that_is_secret() {
     let denied =
         harness.client.post(serving.url("/sp/campaigns/canary-path")).body("canary-body").send().await.unwrap();
     assert_eq!(denied.status(), 403);
-    harness.sandbox.set_trouble(Fault::Reset);
+    harness.sandbox.set_fault(Fault::Reset);
     assert_eq!(harness.client.post(serving.url("/a/brand/sp/x/list")).send().await.unwrap().status(), 502);
     let refused = get("/v2/profiles").header("Origin", "https://canary-origin.example").send().await.unwrap();
     assert_eq!(refused.status(), 403);

@@ -56,7 +56,7 @@ async fn a_redirect_is_passed_on_and_never_followed() {
     assert_eq!(harness.ads_calls().len(), 1);
     for code in [301, 302, 303, 308] {
         let elsewhere = format!("{}/sandbox/echo", harness.sandbox.origin(Door::Eu));
-        harness.sandbox.set_trouble(Fault::Status {
+        harness.sandbox.set_fault(Fault::Status {
             code,
             headers: vec![("location".into(), elsewhere.clone())],
             body: String::new(),
@@ -130,7 +130,7 @@ async fn events_arrive_one_by_one() {
 async fn an_event_stream_may_be_silent_before_its_head() {
     let harness = Harness::set(&[("upstream.response_timeout", "50ms")]).await;
     for accept in ["text/event-stream", "application/json, text/event-stream"] {
-        harness.sandbox.set_trouble(Fault::Delay { ms: 300 });
+        harness.sandbox.set_fault(Fault::Delay { ms: 300 });
         let call = harness.request(Method::GET, "/sandbox/echo").header("Accept", accept);
         assert_eq!(call.send().await.unwrap().status(), 200, "{accept}");
     }
@@ -342,7 +342,7 @@ async fn sequential_calls_share_one_connection_to_amazon() {
 async fn an_answer_that_breaks_off_is_never_ended_cleanly() {
     let harness = Harness::set(&[("proxy.replay_limit", "1B")]).await;
     for query in ["", "?chunked=1"] {
-        harness.sandbox.set_trouble(Fault::CloseMidBody);
+        harness.sandbox.set_fault(Fault::CloseMidBody);
         let mut wire = harness.dial().await;
         wire.send(format!("GET /sandbox/bytes/100000{query} HTTP/1.1\r\nHost: localhost\r\n\r\n")).await;
         let answer = wire.reply().await;
@@ -352,7 +352,7 @@ async fn an_answer_that_breaks_off_is_never_ended_cleanly() {
         assert!(wire.closes().await);
     }
     // A refusal, which is read before it passes, breaks off as well. (What was sent was too large for a replay.)
-    harness.sandbox.set_trouble(Rule::from(Fault::CloseMidBody).on("/sandbox/status/401"));
+    harness.sandbox.set_fault(Rule::from(Fault::CloseMidBody).on("/sandbox/status/401"));
     let call = "POST /sandbox/status/401 HTTP/1.1\r\nHost: localhost\r\nContent-Length: 3\r\n\r\nabc";
     let came = harness.raw(call.as_bytes(), None).await;
     assert!(!came.ends_with(b"401}"), "{}", String::from_utf8_lossy(&came));

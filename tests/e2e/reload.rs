@@ -163,7 +163,7 @@ async fn a_login_that_has_begun_survives_a_reload() {
 async fn a_call_in_flight_survives_a_reload() {
     let harness = Harness::start().await;
     harness.log_in("default").await;
-    let gate = harness.sandbox.set_trouble(Fault::Gate);
+    let gate = harness.sandbox.set_fault(Fault::Gate);
     let call = tokio::spawn(harness.client.get(harness.proxy_url("/v2/profiles")).send());
     gate.reached(1).await;
     assert_eq!(reload(&harness).await.status(), 200);

@@ -44,7 +44,7 @@ async fn a_browser_that_goes_away_during_the_exchange_loses_no_grant() {
     let harness = Harness::start().await;
     let begun = json(harness.get("/api/auth/amazon/login").await).await;
     let callback = harness.consent(begun["auth_url"].as_str().unwrap()).await;
-    let gate = harness.sandbox.set_trouble(Rule::from(Fault::Gate).at(Door::Lwa));
+    let gate = harness.sandbox.set_fault(Rule::from(Fault::Gate).at(Door::Lwa));
     let mut browser = TcpStream::connect(harness.proxy_address()).await.unwrap();
     browser.write_all(format!("GET {callback} HTTP/1.1\r\nHost: localhost\r\n\r\n").as_bytes()).await.unwrap();
     gate.reached(1).await;
@@ -63,7 +63,7 @@ async fn a_401_for_a_token_that_ended_on_the_way_is_cured_too() {
     // So that the background does not renew it first.
     let harness = Harness::with("[refresh]\nidle_after = \"1m\"\n").await;
     harness.log_in("default").await;
-    let gate = harness.sandbox.set_trouble(Rule::from(Fault::Gate).at(Door::Na));
+    let gate = harness.sandbox.set_fault(Rule::from(Fault::Gate).at(Door::Na));
     let call = tokio::spawn(harness.request(Method::GET, "/v2/profiles").send());
     gate.reached(1).await;
     harness.sandbox.world(|world| world.expire_access_tokens());
@@ -154,7 +154,7 @@ async fn who_takes_an_event_stream_among_others_waits_for_it() {
     let harness = Harness::start().await;
     harness.log_in("default").await;
     let proxy = sidecar_beside(&harness, &[("upstream.response_timeout", "200ms")]).await;
-    harness.sandbox.set_trouble(Rule::from(Fault::Delay { ms: 800 }).on("/mcp").next(2));
+    harness.sandbox.set_fault(Rule::from(Fault::Delay { ms: 800 }).on("/mcp").next(2));
     let url = format!("http://{proxy}/mcp");
     let late = harness.client.post(&url).header("accept", "application/json").send().await.unwrap();
     assert_eq!((late.status().as_u16(), code(&late)), (504, "upstream_timeout"));
@@ -279,7 +279,7 @@ async fn protocols_are_not_switched() {
     let harness = Harness::start().await;
     harness.log_in("default").await;
     let switched = Fault::Status { code: 101, headers: vec![("upgrade".into(), "x".into())], body: String::new() };
-    harness.sandbox.set_trouble(Rule::from(switched).at(Door::Na));
+    harness.sandbox.set_fault(Rule::from(switched).at(Door::Na));
     let answer = harness.get("/v2/profiles").await;
     assert_eq!((answer.status().as_u16(), code(&answer)), (502, "upstream_reset"));
 }

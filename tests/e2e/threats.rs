@@ -288,7 +288,7 @@ async fn no_answer_shows_a_token() {
         let answer = harness.request(Method::from_bytes(method.as_bytes()).unwrap(), "/v2/profiles").send().await;
         answers.extend(answer.ok());
     }
-    harness.sandbox.set_trouble(Fault::Status { code: 401, headers: Vec::new(), body: "{}".into() });
+    harness.sandbox.set_fault(Fault::Status { code: 401, headers: Vec::new(), body: "{}".into() });
     answers.push(harness.get("/v2/profiles").await);
     for answer in answers {
         let shown = format!("{:?}", answer.headers());
@@ -489,7 +489,7 @@ async fn no_junk_at_the_admin_door_changes_anything() {
 async fn who_hangs_up_while_waiting_leaves_nothing_in_flight_and_no_refresh_undone() {
     let harness = Harness::start().await;
     harness.log_in("default").await;
-    let gate = harness.sandbox.set_trouble(Rule::from(Fault::Gate).at(Door::Na));
+    let gate = harness.sandbox.set_fault(Rule::from(Fault::Gate).at(Door::Na));
     let mut wire = harness.dial().await;
     wire.send("GET /sandbox/echo HTTP/1.1\r\nHost: localhost\r\n\r\n").await;
     gate.reached(1).await;
@@ -510,7 +510,7 @@ async fn who_hangs_up_while_waiting_leaves_nothing_in_flight_and_no_refresh_undo
     gate.release();
     // The same while a token is fetched for the caller: the refresh goes on.
     harness.advance(3601);
-    let gate = harness.sandbox.set_trouble(Rule::from(Fault::Gate).at(Door::Lwa));
+    let gate = harness.sandbox.set_fault(Rule::from(Fault::Gate).at(Door::Lwa));
     let before = harness.sandbox.refreshes();
     let mut wire = harness.dial().await;
     wire.send("GET /sandbox/echo HTTP/1.1\r\nHost: localhost\r\n\r\n").await;

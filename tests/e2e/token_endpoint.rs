@@ -170,10 +170,10 @@ async fn a_server_error_of_lwa_is_a_503_and_is_tried_again() {
     harness.log_in("default").await;
     harness.sandbox.clear_history();
     for status in [500, 502, 503, 504, 408, 425] {
-        harness.sandbox.set_trouble(Rule::from(Fault::status(status)).at(Door::Lwa));
+        harness.sandbox.set_fault(Rule::from(Fault::status(status)).at(Door::Lwa));
         fails(&harness, "server_error").await;
     }
-    harness.sandbox.set_trouble(Rule::from(Fault::status(503)).at(Door::Lwa).always());
+    harness.sandbox.set_fault(Rule::from(Fault::status(503)).at(Door::Lwa).always());
     is_survived(&harness, "server_error").await;
 }
 
@@ -182,7 +182,7 @@ async fn a_server_error_of_lwa_is_a_503_and_is_tried_again() {
 async fn a_429_of_lwa_is_one_call_for_each_pause_that_it_asks_for() {
     let harness = Harness::start().await;
     harness.log_in("default").await;
-    let armed = harness.sandbox.set_trouble(Rule::from(Fault::too_many(Some(20))).at(Door::Lwa).always());
+    let armed = harness.sandbox.set_fault(Rule::from(Fault::too_many(Some(20))).at(Door::Lwa).always());
     harness.advance(3600);
     for windows in 1..=5 {
         for _ in 0..20 {
@@ -243,7 +243,7 @@ async fn an_answer_that_was_lost_and_a_grant_that_is_refused_after_it_are_told_a
     assert_eq!(harness.metric(lost).await, 0.0, "a grant that was taken back is not lost");
 
     harness.log_in("default").await;
-    harness.sandbox.set_trouble(Fault::CloseMidBody);
+    harness.sandbox.set_fault(Fault::CloseMidBody);
     fails(&harness, "bad_answer").await;
     harness.sandbox.world(|world| world.revoke_all());
     harness.advance(61);
@@ -257,7 +257,7 @@ async fn an_answer_without_a_refresh_token_keeps_the_old_one() {
     let mut harness = Harness::start().await;
     harness.log_in("default").await;
     for _ in 0..2 {
-        harness.sandbox.set_trouble(Fault::NoRefreshToken);
+        harness.sandbox.set_fault(Fault::NoRefreshToken);
         assert_eq!(harness.post(REFRESH).await.status(), 200);
         harness.stop_sidecar().await;
         harness.start_sidecar().await;
@@ -399,7 +399,7 @@ async fn a_refused_client_is_one_problem_of_all_users_and_no_storm() {
         })
         .await;
     };
-    let armed = harness.sandbox.set_trouble(Rule::from(Fault::InvalidClient).at(Door::Lwa).always());
+    let armed = harness.sandbox.set_fault(Rule::from(Fault::InvalidClient).at(Door::Lwa).always());
     harness.advance(3600);
     all_are("failing", "invalid_client".into()).await;
     assert!(armed.met() <= 10, "those who asked side by side before anybody knew: {}", armed.met());
@@ -441,7 +441,7 @@ async fn a_grant_of_another_client_or_scope_needs_a_login_and_says_why() {
     for (trouble, reason) in [(Fault::UnauthorizedClient, "unauthorized_client"), (scope, "invalid_scope")] {
         let harness = Harness::start().await;
         harness.log_in("default").await;
-        harness.sandbox.set_trouble(Rule::from(trouble).at(Door::Lwa).always());
+        harness.sandbox.set_fault(Rule::from(trouble).at(Door::Lwa).always());
         harness.advance(3600);
         for _ in 0..10 {
             let answer = harness.get("/v2/profiles").await;

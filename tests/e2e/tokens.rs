@@ -161,7 +161,7 @@ async fn a_token_with_under_five_minutes_left_is_renewed_by_who_asks() {
 async fn a_thousand_callers_at_expiry_make_one_refresh() {
     let harness = Harness::start().await;
     harness.log_in("default").await;
-    let gate = harness.sandbox.set_trouble(Rule::from(Fault::Gate).at(Door::Lwa).always());
+    let gate = harness.sandbox.set_fault(Rule::from(Fault::Gate).at(Door::Lwa).always());
     harness.advance(3600);
     let callers: Vec<_> =
         (0..1000).map(|_| tokio::spawn(harness.request(Method::GET, "/sandbox/echo").send())).collect();
@@ -182,7 +182,7 @@ async fn a_caller_that_hangs_up_takes_no_refresh_down() {
     let harness = Harness::with(IDLE).await;
     harness.log_in("default").await;
     harness.advance(3600);
-    let gate = harness.sandbox.set_trouble(Rule::from(Fault::Gate).at(Door::Lwa));
+    let gate = harness.sandbox.set_fault(Rule::from(Fault::Gate).at(Door::Lwa));
     let mut caller = TcpStream::connect(harness.proxy_address()).await.unwrap();
     caller.write_all(b"GET /v2/profiles HTTP/1.1\r\nHost: localhost\r\n\r\n").await.unwrap();
     gate.reached(1).await;
@@ -213,7 +213,7 @@ async fn a_token_that_lives_is_served_whatever_lwa_does() {
     ] {
         let harness = Harness::start().await;
         harness.log_in("default").await;
-        harness.sandbox.set_trouble(Rule::from(trouble).at(Door::Lwa).always());
+        harness.sandbox.set_fault(Rule::from(trouble).at(Door::Lwa).always());
         harness.advance(3600 - 60);
         for _ in 0..20 {
             assert_eq!(harness.get("/v2/profiles").await.status(), 200, "{error}");
@@ -234,7 +234,7 @@ async fn a_token_that_lives_is_served_whatever_lwa_does() {
 async fn while_the_token_lives_callers_wait_a_second_at_most() {
     let harness = Harness::start().await;
     harness.log_in("default").await;
-    harness.sandbox.set_trouble(Rule::from(Fault::Hang).at(Door::Lwa).always());
+    harness.sandbox.set_fault(Rule::from(Fault::Hang).at(Door::Lwa).always());
     harness.advance(3600 - 60);
     let begun = Instant::now();
     let callers: Vec<_> = (0..20).map(|_| tokio::spawn(harness.request(Method::GET, "/v2/profiles").send())).collect();
@@ -251,7 +251,7 @@ async fn without_a_living_token_an_outage_of_lwa_is_a_503_and_few_calls() {
     let harness = Harness::start().await;
     harness.log_in("default").await;
     let down = Fault::Status { code: 503, headers: vec![("retry-after".into(), "7".into())], body: String::new() };
-    harness.sandbox.set_trouble(Rule::from(down).at(Door::Lwa).always());
+    harness.sandbox.set_fault(Rule::from(down).at(Door::Lwa).always());
     harness.advance(3600);
     for _ in 0..50 {
         let answer = harness.get("/v2/profiles").await;
@@ -273,7 +273,7 @@ async fn callers_of_an_outage_are_told_soon_and_recover_by_themselves() {
         let operator = trouble == Fault::InvalidClient;
         let harness = Harness::with_running_clock("").await;
         harness.log_in("default").await;
-        let armed = harness.sandbox.set_trouble(Rule::from(trouble).at(Door::Lwa).always());
+        let armed = harness.sandbox.set_fault(Rule::from(trouble).at(Door::Lwa).always());
         harness.advance(3600);
         let begun = Instant::now();
         let callers: Vec<_> =
@@ -303,7 +303,7 @@ async fn callers_of_an_outage_are_told_soon_and_recover_by_themselves() {
 async fn an_lwa_that_never_answers_keeps_nobody_waiting_for_ever() {
     let harness = Harness::with_running_clock("").await;
     harness.log_in("default").await;
-    harness.sandbox.set_trouble(Rule::from(Fault::Hang).at(Door::Lwa).always());
+    harness.sandbox.set_fault(Rule::from(Fault::Hang).at(Door::Lwa).always());
     harness.advance(3600);
     let begun = Instant::now();
     let answer = harness.get("/v2/profiles").await;
@@ -360,7 +360,7 @@ async fn a_rotated_refresh_token_is_on_disk_before_it_is_needed() {
     let mut harness = Harness::start().await;
     harness.log_in("default").await;
     for _ in 0..2 {
-        harness.sandbox.set_trouble(Fault::RotateRefreshToken);
+        harness.sandbox.set_fault(Fault::RotateRefreshToken);
         assert_eq!(harness.post(REFRESH).await.status(), 200);
         harness.stop_sidecar().await;
         harness.start_sidecar().await;
@@ -374,7 +374,7 @@ async fn a_rotated_refresh_token_is_on_disk_before_it_is_needed() {
 async fn a_new_refresh_token_that_is_refused_gives_way_to_the_one_before() {
     let mut harness = Harness::start().await;
     harness.log_in("default").await;
-    harness.sandbox.set_trouble(Fault::RotateRefreshToken);
+    harness.sandbox.set_fault(Fault::RotateRefreshToken);
     assert_eq!(harness.post(REFRESH).await.status(), 200);
     assert_eq!(harness.metric("adsidecar_token_rotations_total").await, 1.0);
     // LWA takes its rotation back: the new token is dead, the one before lives.
@@ -420,7 +420,7 @@ async fn a_refused_token_is_replaced_and_the_call_sent_once_more() {
 async fn a_refusal_that_a_fresh_token_does_not_cure_passes_and_never_loops() {
     let harness = Harness::start().await;
     harness.log_in("default").await;
-    harness.sandbox.set_trouble(Rule::from(Fault::TokenUnauthorized).always());
+    harness.sandbox.set_fault(Rule::from(Fault::TokenUnauthorized).always());
     let passes = async |calls: usize, refreshes: u64| {
         harness.sandbox.clear_history();
         let answer = harness.get("/v2/profiles").await;
@@ -501,7 +501,7 @@ async fn a_403_passes_and_on_an_amc_path_alone_near_the_end_of_the_token_it_is_r
     };
     harness.sandbox.clear_history();
     for path in ["/v2/profiles", "/amc/instances", "/sp/campaigns?x=/amc/"] {
-        harness.sandbox.set_trouble(forbidden());
+        harness.sandbox.set_fault(forbidden());
         let answer = harness.get(path).await;
         assert_eq!(
             (answer.status().as_u16(), code(&answer)),
@@ -514,8 +514,8 @@ async fn a_403_passes_and_on_an_amc_path_alone_near_the_end_of_the_token_it_is_r
     for (path, status, calls) in [("/v2/profiles", 403, 1), ("/amc/accounts", 200, 2)] {
         harness.advance(3600 - 200);
         harness.sandbox.clear_history();
-        let gate = harness.sandbox.set_trouble(Rule::from(Fault::Gate).at(Door::Lwa));
-        harness.sandbox.set_trouble(forbidden());
+        let gate = harness.sandbox.set_fault(Rule::from(Fault::Gate).at(Door::Lwa));
+        harness.sandbox.set_fault(forbidden());
         let call = tokio::spawn(harness.request(Method::GET, path).send());
         eventually("Amazon's 403", async || {
             harness.sandbox.calls(Door::Na).first().is_some_and(|call| call.status.is_some()).then_some(())
@@ -537,7 +537,7 @@ async fn an_asked_for_refresh_is_made_at_once_and_shared() {
     assert_eq!((refused.status().as_u16(), code(&refused)), (401, "login_required"));
     harness.log_in("default").await;
     harness.advance(10);
-    let gate = harness.sandbox.set_trouble(Rule::from(Fault::Gate).at(Door::Lwa).always());
+    let gate = harness.sandbox.set_fault(Rule::from(Fault::Gate).at(Door::Lwa).always());
     let asked: Vec<_> = (0..20).map(|_| tokio::spawn(harness.request(Method::POST, REFRESH).send())).collect();
     eventually("all of them wait", async || {
         (harness.metric("adsidecar_requests_in_flight").await >= 20.0).then_some(())
@@ -554,7 +554,7 @@ async fn an_asked_for_refresh_is_made_at_once_and_shared() {
         assert_eq!(harness.post(REFRESH).await.status(), 200);
         assert_eq!(harness.sandbox.refreshes(), made, "the next one is made again, however soon");
     }
-    harness.sandbox.set_trouble(Fault::too_many(Some(30)));
+    harness.sandbox.set_fault(Fault::too_many(Some(30)));
     let failed = json(harness.post(REFRESH).await).await;
     assert_eq!((&failed["state"], &failed["last_error"]), (&"failing".into(), &"throttled".into()));
 }
@@ -563,7 +563,7 @@ async fn an_asked_for_refresh_is_made_at_once_and_shared() {
 async fn an_asked_for_refresh_waits_for_the_failure_backoff_alone() {
     let harness = Harness::with_running_clock("").await;
     harness.log_in("default").await;
-    harness.sandbox.set_trouble(Rule::from(Fault::status(500)).at(Door::Lwa));
+    harness.sandbox.set_fault(Rule::from(Fault::status(500)).at(Door::Lwa));
     assert_eq!(json(harness.post(REFRESH).await).await["last_error"], "server_error");
     let healed = json(harness.post(REFRESH).await).await;
     assert_eq!((&healed["state"], &healed["last_error"]), (&"fresh".into(), &Value::Null));
@@ -584,7 +584,7 @@ async fn while_a_secret_is_rotated_the_old_and_the_new_are_tried_in_order() {
 async fn a_logout_beats_a_running_refresh() {
     let mut harness = Harness::start().await;
     harness.log_in("default").await;
-    let gate = harness.sandbox.set_trouble(Rule::from(Fault::Gate).at(Door::Lwa));
+    let gate = harness.sandbox.set_fault(Rule::from(Fault::Gate).at(Door::Lwa));
     let asked = tokio::spawn(harness.request(Method::POST, REFRESH).send());
     gate.reached(1).await;
     assert_eq!(harness.post(LOGOUT).await.status(), 204);
@@ -607,7 +607,7 @@ async fn a_new_login_beats_an_old_refresh() {
     let harness = Harness::start().await;
     harness.log_in("default").await;
     for refused in [false, true] {
-        let gate = harness.sandbox.set_trouble(Rule::from(Fault::Gate).at(Door::Lwa));
+        let gate = harness.sandbox.set_fault(Rule::from(Fault::Gate).at(Door::Lwa));
         let asked = tokio::spawn(harness.request(Method::POST, REFRESH).send());
         gate.reached(1).await;
         if refused {
@@ -665,7 +665,7 @@ async fn who_is_not_used_is_not_renewed_and_has_no_series() {
 #[tokio::test(flavor = "multi_thread")]
 async fn short_lives_make_no_storm() {
     let harness = Harness::start().await;
-    harness.sandbox.set_trouble(Rule::from(Fault::ShortLife { seconds: 120 }).always());
+    harness.sandbox.set_fault(Rule::from(Fault::ShortLife { seconds: 120 }).always());
     harness.log_in("default").await;
     for _ in 0..60 {
         harness.advance(5);
@@ -692,7 +692,7 @@ async fn short_lives_make_no_storm() {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_expired_token_is_renewed_however_short_its_life_was() {
     let harness = Harness::start().await;
-    harness.sandbox.set_trouble(Rule::from(Fault::ShortLife { seconds: 5 }).always());
+    harness.sandbox.set_fault(Rule::from(Fault::ShortLife { seconds: 5 }).always());
     harness.log_in("default").await;
     for renewals in 1..=5 {
         harness.advance(5);
@@ -706,7 +706,7 @@ async fn a_refresh_that_runs_at_the_end_of_the_process_is_not_lost() {
     let mut harness = Harness::start().await;
     harness.log_in("default").await;
     harness.advance(10);
-    let gate = harness.sandbox.set_trouble(Rule::from(Fault::Gate).at(Door::Lwa));
+    let gate = harness.sandbox.set_fault(Rule::from(Fault::Gate).at(Door::Lwa));
     let mut caller = TcpStream::connect(harness.proxy_address()).await.unwrap();
     caller.write_all(b"POST /api/auth/amazon/refresh HTTP/1.1\r\nHost: localhost\r\n\r\n").await.unwrap();
     gate.reached(1).await;

@@ -48,7 +48,7 @@ async fn a_host_that_does_not_answer_is_given_up_and_never_asked_twice() {
     let harness = Harness::set(&[("upstream.response_timeout", "100ms")]).await;
     for method in [Method::GET, Method::POST] {
         harness.sandbox.clear_history();
-        harness.sandbox.set_trouble(Fault::Hang);
+        harness.sandbox.set_fault(Fault::Hang);
         assert_eq!(said(&harness, method, "/sandbox/echo", "b").await, (504, "upstream_timeout".into()));
         assert_eq!(harness.ads_calls().len(), 1, "it is not repeated: it may have been processed");
     }
@@ -64,7 +64,7 @@ async fn a_host_that_does_not_answer_is_given_up_and_never_asked_twice() {
 async fn a_reset_call_is_repeated_only_if_that_is_harmless() {
     let harness = Harness::set(&[]).await;
     // On a fresh connection nobody was about to close it: no repetition, whatever the method.
-    harness.sandbox.set_trouble(Fault::Reset);
+    harness.sandbox.set_fault(Fault::Reset);
     assert_eq!(said(&harness, Method::GET, "/sandbox/echo", "").await, (502, "upstream_reset".into()));
     assert_eq!(harness.ads_calls().len(), 1);
     for (method, status, times) in [
@@ -76,7 +76,7 @@ async fn a_reset_call_is_repeated_only_if_that_is_harmless() {
     ] {
         assert_eq!(harness.get("/v2/profiles").await.status(), 200);
         harness.sandbox.clear_history();
-        harness.sandbox.set_trouble(Rule::from(Fault::Reset).on("/sandbox/echo"));
+        harness.sandbox.set_fault(Rule::from(Fault::Reset).on("/sandbox/echo"));
         let (got, code) = said(&harness, method.clone(), "/sandbox/echo", "").await;
         assert_eq!((got, code.is_empty()), (status, status == 200), "{method}");
         let calls = harness.ads_calls();
@@ -88,7 +88,7 @@ async fn a_reset_call_is_repeated_only_if_that_is_harmless() {
     // And never more than once.
     assert_eq!(harness.get("/v2/profiles").await.status(), 200);
     harness.sandbox.clear_history();
-    harness.sandbox.set_trouble(Rule::from(Fault::Reset).always());
+    harness.sandbox.set_fault(Rule::from(Fault::Reset).always());
     assert_eq!(said(&harness, Method::GET, "/sandbox/echo", "").await, (502, "upstream_reset".into()));
     assert_eq!(harness.ads_calls().len(), 2);
 }
@@ -191,7 +191,7 @@ async fn passes_as_it_is(refusals: &[(u16, Option<&str>)]) {
         harness.sandbox.clear_history();
         let headers =
             [("content-type", "text/html")].into_iter().chain(retry_after.map(|after| ("retry-after", after)));
-        harness.sandbox.set_trouble(Fault::Status {
+        harness.sandbox.set_fault(Fault::Status {
             code: status,
             headers: headers.map(|(name, value)| (name.to_owned(), value.to_owned())).collect(),
             body: "<p>no".into(),

@@ -13,11 +13,11 @@
 //! ```no_run
 //! # async fn example() -> Result<(), Box<dyn std::error::Error>> {
 //! use adsidecar::domain::clock::Clock;
-//! use adsidecar::sandbox::{Door, Options, Sandbox, Fault};
+//! use world::{Door, Fault, Options, Sandbox};
 //!
 //! let clock = Clock::frozen("2026-08-01T00:00:00Z".parse()?);
 //! let sandbox = Sandbox::start(Options::calm(clock.clone())).await?;
-//! sandbox.set_trouble(Fault::status(503));
+//! sandbox.set_fault(Fault::status(503));
 //! let user = sandbox.grant();
 //! // … knock at the front door with `user`, then:
 //! assert_eq!(sandbox.refreshes(), 1);
@@ -301,7 +301,7 @@ impl Sandbox {
     }
 
     /// Sets a rule of trouble: a [`Fault`] alone strikes the next call.
-    pub fn set_trouble(&self, rule: impl Into<Rule>) -> FaultHandle {
+    pub fn set_fault(&self, rule: impl Into<Rule>) -> FaultHandle {
         self.shared.world().troubles.add(rule.into(), 0)
     }
 

@@ -517,8 +517,8 @@ async fn the_same_report_twice_is_too_early_and_an_old_download_redirects() {
 #[tokio::test]
 async fn trouble_counts_down_and_strikes_only_where_it_was_set() {
     let stage = Stage::set().await;
-    let rule = stage.sandbox.set_trouble(Rule::from(Fault::too_many(None)).at(Door::Na).on("/v2/").next(2));
-    stage.sandbox.set_trouble(Fault::InvalidGrant);
+    let rule = stage.sandbox.set_fault(Rule::from(Fault::too_many(None)).at(Door::Na).on("/v2/").next(2));
+    stage.sandbox.set_fault(Fault::InvalidGrant);
     let profiles = || stage.get(stage.api(Door::Na, "GET", "/v2/profiles"));
     let struck = profiles().await;
     assert!(struck.status == 429 && !struck.headers.contains_key("retry-after"));
@@ -534,7 +534,7 @@ async fn trouble_counts_down_and_strikes_only_where_it_was_set() {
     assert_eq!(stage.refresh(&grant.refresh_token).await.status, 200);
     assert_eq!(stage.sandbox.last().unwrap().trouble, None);
 
-    stage.sandbox.set_trouble(Rule::from(Fault::TokenUnauthorized).percent(50));
+    stage.sandbox.set_fault(Rule::from(Fault::TokenUnauthorized).percent(50));
     let mut statuses = Vec::new();
     for _ in 0..4 {
         statuses.push(profiles().await.status.as_u16());
@@ -547,7 +547,7 @@ async fn token_answers_can_be_bent() {
     let stage = Stage::set().await;
     let grant = stage.grant();
     let bent = |trouble: Fault| {
-        stage.sandbox.set_trouble(trouble);
+        stage.sandbox.set_fault(trouble);
         stage.refresh(&grant.refresh_token)
     };
     assert_eq!(bent(Fault::ExpiresIn { value: json!("3600") }).await.json()["expires_in"], "3600");
@@ -575,13 +575,13 @@ async fn a_reset_and_a_broken_body_are_seen_as_errors() {
         let request = stage.api(Door::Na, "GET", "/v2/profiles").body(Full::default()).unwrap();
         stage.try_send(Door::Na, request)
     };
-    stage.sandbox.set_trouble(Fault::Reset);
+    stage.sandbox.set_fault(Fault::Reset);
     let error = profiles().await.unwrap_err();
     let reset = std::error::Error::source(&error).and_then(|source| source.downcast_ref::<io::Error>());
     assert_eq!(reset.map(io::Error::kind), Some(io::ErrorKind::ConnectionReset), "{error:?}");
     assert_eq!(stage.sandbox.last().unwrap().status, None);
 
-    stage.sandbox.set_trouble(Fault::CloseMidBody);
+    stage.sandbox.set_fault(Fault::CloseMidBody);
     let stream = stage.tls(Door::Na, b"http/1.1").await;
     let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.unwrap();
     tokio::spawn(connection);
@@ -599,7 +599,7 @@ async fn a_reset_and_a_broken_body_are_seen_as_errors() {
 #[tokio::test]
 async fn a_hanging_call_is_in_the_history_and_never_answered() {
     let stage = Arc::new(Stage::set().await);
-    let hang = stage.sandbox.set_trouble(Fault::Hang);
+    let hang = stage.sandbox.set_fault(Fault::Hang);
     let call = tokio::spawn({
         let stage = stage.clone();
         async move { stage.get(stage.api(Door::Na, "GET", "/v2/profiles")).await }
@@ -614,7 +614,7 @@ async fn a_hanging_call_is_in_the_history_and_never_answered() {
 #[tokio::test]
 async fn a_gate_holds_calls_until_it_is_released() {
     let stage = Arc::new(Stage::set().await);
-    let gate = stage.sandbox.set_trouble(Rule::from(Fault::Gate).at(Door::Lwa).always());
+    let gate = stage.sandbox.set_fault(Rule::from(Fault::Gate).at(Door::Lwa).always());
     let grant = stage.grant();
     let calls: Vec<_> = (0..2)
         .map(|_| {
