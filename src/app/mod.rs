@@ -270,7 +270,7 @@ async fn adopt_configured(tokens: TokenManager) {
 }
 
 async fn serve_login(services: Arc<Services>, request: Request<Incoming>, peer: Peer) -> Response<Full<Bytes>> {
-    services.login.serve_callback(&services.login_guard, request, peer).await
+    services.login.serve_callback(request, peer).await
 }
 
 async fn serve_admin(services: Arc<Services>, request: Request<Incoming>, peer: Peer) -> Response<Full<Bytes>> {

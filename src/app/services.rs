@@ -29,7 +29,6 @@ use crate::upstream::Upstream;
 pub(super) struct Services {
     pub(super) proxy: Arc<Proxy>,
     pub(super) login: OauthEndpoints,
-    pub(super) login_guard: Admission,
     pub(super) admin: Admin,
     pub(super) upstream: Arc<Upstream>,
     pub(super) shutdown: Shutdown,
@@ -69,23 +68,26 @@ impl Services {
             process.clock.clone(),
             process.desk.clone(),
         );
-        let guard = Admission::new(config.guard.clone());
-        let admin_guard = Admission::new(with_host_of(config.guard.clone(), config.admin.public_url.as_ref()));
-        // Browsers come to the login door by the redirect URI.
-        let login_guard = Admission::new(with_host_of(config.guard, config.lwa.redirect_uri.parse().ok().as_ref()));
+        let proxy_admission = Admission::new(config.admission.clone());
+        let public_url = config.admin.public_url.as_ref();
+        let admin_admission = Admission::new(with_host_of(config.admission.clone(), public_url));
+        // Amazon redirects browsers to the host of the redirect URI.
+        let redirect_uri = config.lwa.redirect_uri.parse().ok();
+        let login_admission = Admission::new(with_host_of(config.admission, redirect_uri.as_ref()));
         let own_authority = process.proxy.map(authority);
         let authority = own_authority.clone().unwrap_or_else(|| "localhost:8001".to_owned());
-        let oauth = |guard: &Admission| OauthEndpoints {
+        let oauth = |admission: &Admission| OauthEndpoints {
             login: login.clone(),
             tokens: tokens.clone(),
-            guard: guard.clone(),
+            admission: admission.clone(),
+            metrics: metrics.clone(),
             region: config.proxy.region,
             token_shim: config.proxy.token_shim,
             authority: authority.clone(),
             request_ids: request_ids.clone(),
         };
         let admin = Admin {
-            guard: admin_guard,
+            admission: admin_admission,
             tokens: tokens.clone(),
             metrics: metrics.clone(),
             stage: process.stage.subscribe(),
@@ -100,15 +102,14 @@ impl Services {
             reloader: process.reloader.clone(),
             quit: process.quit.clone(),
         };
-        let login_of_proxy = oauth(&guard);
+        let login_of_proxy = oauth(&proxy_admission);
         Ok(Self {
-            login: oauth(&login_guard),
-            login_guard,
+            login: oauth(&login_admission),
             admin,
             proxy: Arc::new(Proxy::new(
                 config.proxy,
                 client_id,
-                guard,
+                proxy_admission,
                 tokens.clone(),
                 upstream.clone(),
                 login_of_proxy,
@@ -128,8 +129,8 @@ fn authority(proxy: SocketAddr) -> String {
     if ip.is_loopback() || ip.is_unspecified() { format!("localhost:{}", proxy.port()) } else { proxy.to_string() }
 }
 
-/// As `guard`, and the host of `url` is allowed.
-fn with_host_of(mut guard: admission::Settings, url: Option<&Url>) -> admission::Settings {
-    guard.allowed_hosts.extend(url.and_then(Url::host_str).map(str::to_lowercase));
-    guard
+/// `settings`, with the host of `url` allowed too.
+fn with_host_of(mut settings: admission::Settings, url: Option<&Url>) -> admission::Settings {
+    settings.allowed_hosts.extend(url.and_then(Url::host_str).map(str::to_lowercase));
+    settings
 }

@@ -63,7 +63,7 @@ where
 
 /// The caller token as a header, where callers have to show one.
 pub(super) fn caller_token(config: &Config) -> Vec<(&'static str, &str)> {
-    config.guard.caller_tokens.first().map(|token| ("x-ads-sidecar-token", token.expose())).into_iter().collect()
+    config.admission.caller_tokens.first().map(|token| ("x-ads-sidecar-token", token.expose())).into_iter().collect()
 }
 
 /// Where a door that listens everywhere is reached from here.

@@ -60,8 +60,8 @@ pub struct Config {
     pub admin: admin::Settings,
     /// For the spine, with the accounts.
     pub proxy: proxy::Settings,
-    /// For the guard.
-    pub guard: admission::Settings,
+    /// The checks before a request is served.
+    pub admission: admission::Settings,
     /// For logins.
     pub login: login::Settings,
     /// For Login with Amazon.

@@ -67,9 +67,9 @@ impl Config {
         page.listen(&self.proxy_listen, self.proxy_listen_default);
         page.pair("allow_remote", self.allow_remote);
         page.pair("socket_mode", quoted(&format!("{:04o}", self.socket_mode)));
-        page.pair("peer_uids", list(self.guard.peer_uids.iter().map(ToString::to_string)));
-        page.pair("allowed_hosts", list(self.guard.allowed_hosts.iter().map(|host| quoted(host))));
-        page.secrets("caller_token", &self.guard.caller_tokens);
+        page.pair("peer_uids", list(self.admission.peer_uids.iter().map(ToString::to_string)));
+        page.pair("allowed_hosts", list(self.admission.allowed_hosts.iter().map(|host| quoted(host))));
+        page.secrets("caller_token", &self.admission.caller_tokens);
         page.pair("token_shim", self.proxy.token_shim);
         let selection = match self.proxy.selection {
             Selection::Header => "header",

@@ -55,7 +55,7 @@ pub(super) fn resolve(merged: &Merged, problems: Vec<ConfigError>) -> Result<Con
     let login_listen = oauth(read);
     let (admin_listen, admin_listen_default) = door(read, "admin.listen", &ADMIN_LISTEN);
     let (login, frontend_origin) = login(read, environment, !login_listen.is_empty());
-    let guard = guard(read, frontend_origin);
+    let admission = admission_settings(read, frontend_origin);
     let allow_remote = read.flag("proxy.allow_remote", false);
     remote_is_meant(read, &proxy_listen, allow_remote);
     doors_are_apart(
@@ -74,7 +74,7 @@ pub(super) fn resolve(merged: &Merged, problems: Vec<ConfigError>) -> Result<Con
         admin_listen_default,
         admin: admin::Settings { public_url: read.parsed("admin.public_url", checks::web_url) },
         proxy,
-        guard,
+        admission,
         login,
         lwa,
         upstream: upstream(read),
@@ -181,7 +181,7 @@ fn login(read: &mut Reader<'_>, environment: Environment, door: bool) -> (login:
     (settings, origin)
 }
 
-fn guard(read: &mut Reader<'_>, frontend_origin: Option<String>) -> admission::Settings {
+fn admission_settings(read: &mut Reader<'_>, frontend_origin: Option<String>) -> admission::Settings {
     let mut allowed_hosts = Vec::new();
     for text in read.list("proxy.allowed_hosts").unwrap_or_default() {
         match checks::host(&text) {

@@ -461,7 +461,7 @@ fn each_name_of_the_guide_works_and_so_does_its_file() {
     assert_eq!(config.tokens.adopt, Some(RefreshToken::new(Secret::new("Atzr|x,y")).unwrap()));
     assert_eq!(config.fernet_keys, FernetKeys::Given(vec![Secret::new(FERNET_KEY)]));
     assert_eq!(config.login.frontend_url.as_ref().unwrap().as_str(), "https://app.example:8443/home?x=1");
-    assert_eq!(config.guard.frontend_origin.as_deref(), Some("https://app.example:8443"));
+    assert_eq!(config.admission.frontend_origin.as_deref(), Some("https://app.example:8443"));
 
     let mut files = Given::nothing();
     for (name, value) in values {
@@ -488,7 +488,7 @@ fn a_higher_layer_replaces_a_lower_one() {
 
 #[test]
 fn a_higher_layers_secret_replaces_a_lower_layers_in_either_form() {
-    let secrets = |given: &Given| given.config().guard.caller_tokens;
+    let secrets = |given: &Given| given.config().admission.caller_tokens;
     let given = Given::required().toml("[proxy]\ncaller_token = ['low', 'lower']");
     let path = given.write("token", "high\n");
     let file_over_value = given.env(&[("ADSIDECAR_PROXY__CALLER_TOKEN_FILE", &path)]);
@@ -535,7 +535,7 @@ fn several_secrets_come_by_comma_by_list_and_by_line() {
         Given::required().toml("[proxy]\ncaller_token = 'a,b,c'"),
         given.set(&[("proxy.caller_token_file", &path)]),
     ] {
-        assert_eq!(given.config().guard.caller_tokens, expected);
+        assert_eq!(given.config().admission.caller_tokens, expected);
     }
 }
 
@@ -690,8 +690,8 @@ fn an_account_is_read_whole() {
 fn values_are_read_by_their_type_in_every_layer() {
     let check = |given: Given| {
         let config = given.config();
-        assert_eq!(config.guard.allowed_hosts, ["app.internal", "[fd00::1]"]);
-        assert_eq!((config.socket_mode, config.guard.peer_uids.as_slice()), (0o660, &[1000, 2000][..]));
+        assert_eq!(config.admission.allowed_hosts, ["app.internal", "[fd00::1]"]);
+        assert_eq!((config.socket_mode, config.admission.peer_uids.as_slice()), (0o660, &[1000, 2000][..]));
         assert_eq!(config.proxy.replay_limit, 1024);
         assert_eq!(config.proxy.max_body, Some(8 << 20));
         assert!(!config.proxy.token_shim);
@@ -882,11 +882,13 @@ fn the_defaults_are_those_of_the_manual() {
     assert_eq!(config.lwa.scope, "advertising::campaign_management");
     assert_eq!((config.lwa.region, config.proxy.region), (Region::Na, Region::Na));
     assert!(config.lwa.authorize_url.is_none() && config.lwa.token_url.is_none() && config.tokens.adopt.is_none());
-    assert!(config.guard.allowed_hosts.is_empty() && config.guard.caller_tokens.is_empty() && !config.allow_remote);
+    assert!(
+        config.admission.allowed_hosts.is_empty() && config.admission.caller_tokens.is_empty() && !config.allow_remote
+    );
     assert_eq!((config.proxy.token_shim, config.proxy.selection), (true, proxy::Selection::Header));
     assert_eq!((config.proxy.replay_limit, config.proxy.max_body), (262_144, None));
     let limits = config.limits;
-    assert_eq!((config.socket_mode, config.guard.peer_uids.len()), (0o600, 0));
+    assert_eq!((config.socket_mode, config.admission.peer_uids.len()), (0o600, 0));
     assert_eq!((config.proxy.body_timeout, limits.write_timeout), (seconds(30), seconds(30)));
     assert_eq!((limits.max_connections, limits.header_timeout, limits.idle_timeout), (4096, seconds(10), seconds(600)));
     assert!(config.proxy.policy.rules.is_empty() && config.proxy.policy.mode == crate::domain::policy::Mode::Enforce);

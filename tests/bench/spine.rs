@@ -45,8 +45,8 @@ fn find_the_family(path: &str) -> &'static str {
 
 #[divan::bench]
 fn admit(bencher: Bencher<'_, '_>) {
-    let (guard, call) = (Admission::new(Settings::default()), call());
-    bencher.bench_local(|| guard.admit(black_box(&call), Peer::Unix(None)).is_ok());
+    let (admission, call) = (Admission::new(Settings::default()), call());
+    bencher.bench_local(|| admission.proxy(black_box(&call), Peer::Unix(None)).is_ok());
 }
 
 #[divan::bench]

@@ -16,7 +16,7 @@ const JUMP: SignedDuration = SignedDuration::from_secs(1);
 
 impl TokenManager {
     /// Measures the clock skew from the headers of an Ads API response, at most every `LISTEN_EVERY` seconds.
-    pub fn heard(&self, headers: &HeaderMap) {
+    pub fn observe_amazons_clock(&self, headers: &HeaderMap) {
         let uptime = self.0.clock.uptime().as_secs();
         if uptime < self.0.listen_at.load(Relaxed) {
             return;

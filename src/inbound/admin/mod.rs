@@ -5,7 +5,7 @@ mod page;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use http::header::{ALLOW, CACHE_CONTROL, CONTENT_TYPE, HeaderMap, HeaderValue, ORIGIN};
+use http::header::{ALLOW, CACHE_CONTROL, CONTENT_TYPE, HeaderValue};
 use http::request::Parts;
 use http::{Method, Request, Response, StatusCode};
 use http_body_util::{BodyExt, Full, Limited};
@@ -16,7 +16,7 @@ use url::Url;
 
 use crate::auth::tokens::TokenManager;
 use crate::domain::clock::Clock;
-use crate::inbound::admission::{Admission, Navigable, Refusal};
+use crate::inbound::admission::{AdminAccess, Admission, Refusal};
 use crate::inbound::problem::{Code, Problem};
 use crate::inbound::request_id::{REQUEST_ID, RequestIds};
 use crate::server::Peer;
@@ -49,7 +49,7 @@ pub enum Stage {
 
 /// Serves the admin door.
 pub struct Admin {
-    pub(crate) guard: Admission,
+    pub(crate) admission: Admission,
     pub(crate) tokens: TokenManager,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) stage: tokio::sync::watch::Receiver<Stage>,
@@ -139,33 +139,26 @@ impl Admin {
     }
 
     async fn answer(&self, parts: &Parts, body: Incoming, peer: Peer) -> Result<Answer, Problem> {
-        let path = parts.uri.path();
-        let page = path == "/" && parts.method == Method::GET;
-        self.no_web_page(&parts.headers, page).map_err(|refusal| self.refused(refusal))?;
-        // Probes and scrapers come by the pod's address, and learn nothing that a label does not say.
-        let open = matches!(path, "/livez" | "/readyz" | "/startupz" | "/metrics");
-        let admitted = if open && parts.method == Method::GET {
-            self.guard.admit_any_host(parts)
-        } else {
-            self.guard.admit(parts, peer).map(drop)
+        let (path, method) = (parts.uri.path(), &parts.method);
+        let access = match (path, method) {
+            ("/livez" | "/readyz" | "/startupz" | "/metrics", &Method::GET) => AdminAccess::Probe,
+            ("/", &Method::GET) => AdminAccess::Page,
+            ("/quitquitquit" | "/reload" | "/rotate", &Method::POST) => AdminAccess::Operator,
+            ("/log", &Method::PUT) | ("/rotate", &Method::GET) => AdminAccess::Operator,
+            _ => AdminAccess::Anyone,
         };
-        admitted.map_err(|refusal| self.refused(refusal))?;
-        match (path, &parts.method) {
+        self.admission.admin(parts, peer, access).map_err(|refusal| self.refused(refusal))?;
+        match (path, method) {
             ("/livez", &Method::GET) => Ok(say(StatusCode::OK, "alive\n")),
             ("/readyz", &Method::GET) => Ok(self.ready()),
             ("/startupz", &Method::GET) => Ok(self.started()),
             ("/metrics", &Method::GET) => self.metrics(),
-            ("/", &Method::GET) => {
-                self.operator(parts, peer)?;
-                Ok(self.page(&parts.headers))
-            }
+            ("/", &Method::GET) => Ok(self.page(&parts.headers)),
             ("/quitquitquit", &Method::POST) => {
-                self.operator(parts, peer)?;
                 self.quit.cancel();
                 Ok(say(StatusCode::OK, "draining\n"))
             }
             ("/reload", &Method::POST) => {
-                self.operator(parts, peer)?;
                 let refused =
                     |problems| Problem::new(Code::BadRequest, problems, "Mend the configuration, then reload again.");
                 self.reloader.reload().await.map_err(refused)?;
@@ -174,22 +167,13 @@ impl Admin {
             ("/log", &Method::GET) => {
                 Ok(say(StatusCode::OK, self.log.as_ref().map_or("off", |log| log.level().as_str())))
             }
-            ("/log", &Method::PUT) => {
-                self.operator(parts, peer)?;
-                self.set_level(body).await
-            }
-            ("/rotate", &Method::GET) => {
-                self.operator(parts, peer)?;
-                Ok(self.rotation())
-            }
-            ("/rotate", &Method::POST) => {
-                self.operator(parts, peer)?;
-                self.rotate(parts.uri.query().unwrap_or_default()).await
-            }
-            ("/" | "/livez" | "/readyz" | "/startupz" | "/metrics", _) => Err(method("GET")),
-            ("/quitquitquit" | "/reload", _) => Err(method("POST")),
-            ("/log", _) => Err(method("GET, PUT")),
-            ("/rotate", _) => Err(method("GET, POST")),
+            ("/log", &Method::PUT) => self.set_level(body).await,
+            ("/rotate", &Method::GET) => Ok(self.rotation()),
+            ("/rotate", &Method::POST) => self.rotate(parts.uri.query().unwrap_or_default()).await,
+            ("/" | "/livez" | "/readyz" | "/startupz" | "/metrics", _) => Err(other_method("GET")),
+            ("/quitquitquit" | "/reload", _) => Err(other_method("POST")),
+            ("/log", _) => Err(other_method("GET, PUT")),
+            ("/rotate", _) => Err(other_method("GET, POST")),
             _ => Err(Problem::new(
                 Code::NotFound,
                 "The admin door has no such page.",
@@ -281,22 +265,6 @@ impl Admin {
         answer
     }
 
-    /// No web page drives this door. A person's browser may open the status page: by its address or a bookmark (`none`),
-    /// or once more from the page itself.
-    fn no_web_page(&self, headers: &HeaderMap, page: bool) -> Result<(), Refusal> {
-        if page && !headers.contains_key(ORIGIN) {
-            self.guard.browser(headers, Navigable::Never).map(drop)
-        } else {
-            self.guard.no_browser(headers)
-        }
-    }
-
-    /// Lets through who is on this machine, or knows the caller token.
-    fn operator(&self, parts: &Parts, peer: Peer) -> Result<(), Problem> {
-        let known = self.guard.asks_for_token() && self.guard.caller(&parts.headers).is_ok();
-        if known || self.guard.is_local(&parts.headers, peer) { Ok(()) } else { Err(self.refused(Refusal::Caller)) }
-    }
-
     fn refused(&self, refusal: Refusal) -> Problem {
         self.metrics.guard_denied.with_label_values(&[refusal.reason()]).inc();
         refusal.into()
@@ -310,7 +278,7 @@ fn say(status: StatusCode, text: &'static str) -> Answer {
     answer
 }
 
-fn method(allow: &'static str) -> Problem {
+fn other_method(allow: &'static str) -> Problem {
     Problem::new(Code::MethodNotAllowed, "The page has another method.", format!("Use {allow}."))
         .header(ALLOW, HeaderValue::from_static(allow))
 }

@@ -84,7 +84,7 @@ impl Admin {
         let host = headers.get(http::header::HOST).and_then(|host| host.to_str().ok()).unwrap_or_default();
         let name = host.rsplit_once(':').map_or(host, |(name, _)| name);
         html! {
-            @if self.guard.asks_for_token() {
+            @if self.admission.needs_caller_token() {
                 p { "A caller token is set, which a browser cannot send: let your app fetch the login's address." }
             } @else if !name.eq_ignore_ascii_case("localhost") {
                 p { "The login links work where this page was opened as " code { "http://localhost" } "." }

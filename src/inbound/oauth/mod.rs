@@ -1,8 +1,8 @@
 //! The OAuth endpoints, `/api/auth/amazon/*`, and the token shim, as HTTP.
 
 mod responses;
-mod endpoint;
 mod pages;
+mod query;
 mod token_endpoint;
 
 use std::sync::Arc;
@@ -22,15 +22,16 @@ use crate::domain::account::{Region, UserId};
 use crate::domain::grant::STORE_UNAVAILABLE;
 use crate::domain::headers::ERROR;
 use crate::domain::secret::Secret;
-use crate::inbound::admission::{Admission, Refusal};
-use crate::inbound::destination::Destination;
+use crate::inbound::admission::{Admission, Admitted, Refusal};
+use crate::inbound::endpoint::{Endpoint, LOGIN};
 use crate::inbound::problem::{Code, Problem};
 use crate::inbound::request_id::{REQUEST_ID, RequestIds};
 use crate::server::Peer;
 use crate::store::StoreError;
-pub use endpoint::Endpoint;
-use endpoint::{Query, Users};
-use responses::{cookie_of, cors, json, prefers_html, preflight, private, redirect};
+use crate::telemetry::metrics::Metrics;
+use query::{Query, Users};
+pub use responses::add_private_headers;
+use responses::{allow_origin, cookie_of, json, prefers_html, preflight, redirect};
 
 type Answer = Response<Full<Bytes>>;
 
@@ -47,7 +48,8 @@ const PAGE: usize = 1000;
 pub struct OauthEndpoints {
     pub(crate) login: Login,
     pub(crate) tokens: TokenManager,
-    pub(crate) guard: Admission,
+    pub(crate) admission: Admission,
+    pub(crate) metrics: Arc<Metrics>,
     /// Whose consent page is shown, where the login does not say.
     pub(crate) region: Region,
     pub(crate) token_shim: bool,
@@ -59,7 +61,7 @@ pub struct OauthEndpoints {
 /// Why an endpoint refuses.
 #[derive(Debug)]
 pub enum LoginError {
-    /// The guard.
+    /// The request shows no caller token.
     Refused(Refusal),
     /// No such endpoint.
     NotFound,
@@ -86,60 +88,55 @@ impl From<Refusal> for LoginError {
 }
 
 impl OauthEndpoints {
-    /// Answers a request on the login door, where there is the callback and nothing else.
-    pub async fn serve_callback(&self, guard: &Admission, request: Request<Incoming>, peer: Peer) -> Answer {
+    /// Answers a request on the login listener.
+    pub async fn serve_callback(&self, request: Request<Incoming>, peer: Peer) -> Answer {
         let (parts, body) = request.into_parts();
-        let answer = async {
-            let target = guard.admit(&parts, peer)?;
-            match Endpoint::of(target.path()) {
-                Some(Endpoint::Callback) if target.of == Destination::Local && target.account.is_none() => {
-                    Box::pin(self.answer(Endpoint::Callback, &parts, body)).await
-                }
-                _ => Err(LoginError::NotFound),
-            }
-        };
-        let answer = answer.await;
         let id = self.request_ids.of(&parts.headers);
-        let mut answer = answer.unwrap_or_else(|error| {
-            error.problem(|user| self.login_url(&parts.headers, user)).respond(id.to_str().unwrap_or_default())
-        });
+        let request_id = id.to_str().unwrap_or_default();
+        let mut answer = match self.admission.login(&parts, peer) {
+            Ok(Admitted::Own { endpoint, cors }) => {
+                Box::pin(self.answer(endpoint, cors, &parts, body, request_id)).await
+            }
+            Ok(Admitted::Upstream(_)) => LoginError::NotFound.problem(|_| String::new()).respond(request_id),
+            Err(rejected) => Problem::from(rejected.refusal).respond(request_id),
+        };
+        add_private_headers(answer.headers_mut());
         answer.headers_mut().insert(REQUEST_ID, id);
-        self.add_common_headers(Endpoint::Callback, &parts.headers, answer.headers_mut());
         answer
     }
 
-    /// Gives an answer of `endpoint`, a refusal too, the headers that all of them carry: without the CORS headers a page
-    /// could not read why it was refused.
-    pub fn add_common_headers(&self, endpoint: Endpoint, request: &HeaderMap, answer: &mut HeaderMap) {
-        if let Ok(Some(origin)) = self.guard.browser(request, endpoint.navigable()) {
-            cors(answer, origin);
-        }
-        private(answer);
-    }
-
-    /// Answers a request to `endpoint`. Its caller [dresses](Self::add_common_headers) the answer.
-    pub async fn answer(&self, endpoint: Endpoint, parts: &Parts, body: Incoming) -> Result<Answer, LoginError> {
-        let origin = self.guard.browser(&parts.headers, endpoint.navigable())?;
-        if endpoint != Endpoint::Callback && endpoint != Endpoint::Shim {
-            self.guard.caller(&parts.headers)?;
-        }
-        match (parts.method.clone(), origin) {
-            (Method::OPTIONS, Some(_)) if endpoint != Endpoint::Unknown => Ok(preflight()),
-            (method, _) => self.endpoint(endpoint, method, parts, body).await,
-        }
-    }
-
-    async fn endpoint(
+    /// Answers an admitted request to `endpoint`. If `cors` is an origin, its pages may read the answer, even if it
+    /// reports an error.
+    pub async fn answer(
         &self,
         endpoint: Endpoint,
-        method: Method,
+        cors: Option<HeaderValue>,
         parts: &Parts,
         body: Incoming,
-    ) -> Result<Answer, LoginError> {
+        request_id: &str,
+    ) -> Answer {
+        let answered = match (&parts.method, &cors) {
+            (&Method::OPTIONS, Some(_)) if endpoint != Endpoint::Unknown => Ok(preflight()),
+            _ => self.endpoint(endpoint, parts, body).await,
+        };
+        let mut answer = answered.unwrap_or_else(|error| {
+            if let LoginError::Refused(refusal) = &error {
+                self.metrics.guard_denied.with_label_values(&[refusal.reason()]).inc();
+            }
+            error.problem(|user| self.login_url(&parts.headers, user)).respond(request_id)
+        });
+        if let Some(origin) = cors {
+            allow_origin(answer.headers_mut(), origin);
+        }
+        add_private_headers(answer.headers_mut());
+        answer
+    }
+
+    async fn endpoint(&self, endpoint: Endpoint, parts: &Parts, body: Incoming) -> Result<Answer, LoginError> {
         if endpoint == Endpoint::Unknown || (endpoint == Endpoint::Shim && !self.token_shim) {
             return Err(LoginError::NotFound);
         }
-        if method != endpoint.method() {
+        if parts.method != endpoint.method() {
             return Err(LoginError::Method(endpoint.allow()));
         }
         let query = Query::read(parts.uri.query().unwrap_or_default())?;
@@ -149,9 +146,9 @@ impl OauthEndpoints {
             Endpoint::Status => self.status(&query, &parts.headers).await,
             Endpoint::Refresh => self.refresh(&query, &parts.headers).await,
             Endpoint::Logout => self.logout(&query.user()?).await,
-            Endpoint::User => self.logout(&endpoint::user_in(parts.uri.path())?).await,
+            Endpoint::User => self.logout(&query::user_in(parts.uri.path())?).await,
             Endpoint::Confirm => self.confirm(&query, &parts.headers).await,
-            Endpoint::Shim => token_endpoint::answer(&self.guard, &parts.headers, &query, body).await,
+            Endpoint::Shim => token_endpoint::answer(&self.admission, &parts.headers, &query, body).await,
             Endpoint::Unknown => Err(LoginError::NotFound),
         }
     }
@@ -285,14 +282,14 @@ impl OauthEndpoints {
 
     /// Where `user` logs in, under the authority that the caller knows us by.
     pub fn login_url(&self, headers: &HeaderMap, user: &UserId) -> String {
-        let authority = self.guard.own_authority(headers).unwrap_or(&self.authority);
+        let authority = self.admission.own_authority(headers).unwrap_or(&self.authority);
         let user: String = url::form_urlencoded::byte_serialize(user.as_str().as_bytes()).collect();
         Self::login_base(authority) + &user
     }
 
     /// Where a user logs in whose name is put behind it.
     pub fn login_base(authority: &str) -> String {
-        format!("http://{authority}{}?user_id=", endpoint::LOGIN)
+        format!("http://{authority}{}?user_id=", LOGIN)
     }
 }
 

@@ -49,14 +49,14 @@ pub(super) fn preflight() -> Answer {
     answer
 }
 
-pub(super) fn cors(headers: &mut HeaderMap, origin: HeaderValue) {
+pub(super) fn allow_origin(headers: &mut HeaderMap, origin: HeaderValue) {
     headers.insert(ACCESS_CONTROL_ALLOW_ORIGIN, origin);
     headers.insert(ACCESS_CONTROL_ALLOW_CREDENTIALS, HeaderValue::from_static("true"));
     headers.insert(VARY, HeaderValue::from_static("origin"));
 }
 
-/// What every answer of these endpoints carries.
-pub(super) fn private(headers: &mut HeaderMap) {
+/// Adds the headers that every response of these endpoints carries.
+pub fn add_private_headers(headers: &mut HeaderMap) {
     let fixed: [(HeaderName, &str); 3] =
         [(CACHE_CONTROL, "no-store"), (REFERRER_POLICY, "no-referrer"), (X_CONTENT_TYPE_OPTIONS, "nosniff")];
     for (name, value) in fixed {

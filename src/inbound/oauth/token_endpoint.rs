@@ -23,7 +23,7 @@ const PLACEHOLDER: &str = "adsidecar-attaches-the-real-token";
 /// as on every other call (HTTP Basic among them: its password is the client secret, RFC 6749, section 2.3.1). It comes
 /// back as the placeholder, so that the SDK's next calls carry it as their bearer.
 pub(super) async fn answer(
-    guard: &Admission,
+    admission: &Admission,
     headers: &HeaderMap,
     query: &Query,
     body: Incoming,
@@ -32,10 +32,10 @@ pub(super) async fn answer(
     let body =
         body.map_err(|_| LoginError::Parameter("The token request's body did not come within 10 seconds.".into()))?;
     let body = body.map_err(|_| LoginError::Parameter("A token request is at most 64 KiB.".into()))?.to_bytes();
-    let token = if guard.asks_for_token() {
+    let token = if admission.needs_caller_token() {
         let secrets = [client_secret(headers, &body), query.get("client_secret").map(str::to_owned)];
-        let known = secrets.into_iter().flatten().find(|secret| guard.knows(secret.as_bytes()));
-        let shown = || guard.shown(headers).and_then(|token| String::from_utf8(token).ok());
+        let known = secrets.into_iter().flatten().find(|secret| admission.is_caller_token(secret.as_bytes()));
+        let shown = || admission.shown_token(headers).and_then(|token| String::from_utf8(token).ok());
         known.or_else(shown).ok_or(LoginError::Refused(Refusal::Caller))?
     } else {
         PLACEHOLDER.to_owned()

@@ -1,4 +1,4 @@
-//! What Amazon means by a 401: a token that it does not take, or a scope that the token does not reach.
+//! What Amazon means by a 401: it rejects the access token, or the token has no access to the requested scope.
 
 use std::io::Read;
 use std::time::Duration;
@@ -14,27 +14,27 @@ use tokio::time::timeout;
 use super::Body;
 use crate::upstream::UpstreamBody;
 
-/// How much of a refusal is read; what is beyond it passes unread.
+/// How much of a rejection is read, in bytes; the rest is passed on unread.
 const MAX_READ: usize = 64 << 10;
 
-/// How long a refusal's next bytes are waited for before what is here has to do.
+/// How long to wait for the next bytes of a rejection before judging it by what has arrived.
 const MAX_WAIT: Duration = Duration::from_secs(5);
 
-/// A refusal whose body was read.
+/// A rejection, with what was read of its body.
 #[derive(Debug)]
-pub(super) struct Refused {
+pub(super) struct Rejection {
     head: Parts,
     read: Bytes,
-    /// What was not read, or how it broke off.
+    /// The part that was not read, or the error that ended the body.
     rest: Option<Result<UpstreamBody, hyper::Error>>,
 }
 
-/// What a refusal means.
+/// What a rejection means.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Verdict {
-    /// The token.
+    /// Amazon rejects the access token.
     Token,
-    /// The scope: refreshing would cure nothing. Holds the hint for the caller.
+    /// The token has no access to the scope: refreshing it would not help. Holds the hint for the caller.
     Scope(&'static str),
 }
 
@@ -48,7 +48,7 @@ impl Verdict {
     }
 }
 
-/// Amazon's texts ("Common errors", Amazon Ads API; and what integrators report), in lower case.
+/// Amazon's texts ("Common errors", Amazon Ads API, and integrators' reports), in lower case.
 const SCOPE_FAILURES: [(&str, &str); 5] = [
     ("not authorized to access scope", "scope_not_authorized"),
     ("no matching advertiser found for scope", "scope_unknown"),
@@ -57,7 +57,7 @@ const SCOPE_FAILURES: [(&str, &str); 5] = [
     ("invalid scope", "scope_unknown"),
 ];
 
-impl Refused {
+impl Rejection {
     /// Reads at most 64 KiB of the body.
     pub(super) async fn read(answer: Response<UpstreamBody>) -> Self {
         let (head, mut rest) = answer.into_parts();
@@ -66,7 +66,7 @@ impl Refused {
             let Ok(frame) = timeout(MAX_WAIT, rest.frame()).await else { break };
             match frame {
                 Some(Ok(frame)) => read.extend(frame.into_data().ok()),
-                // What broke off here breaks off at the caller too.
+                // The caller's body ends with the same error.
                 Some(Err(error)) => return Self { head, read: read.freeze(), rest: Some(Err(error)) },
                 None => return Self { head, read: read.freeze(), rest: None },
             }
@@ -74,7 +74,7 @@ impl Refused {
         Self { head, read: read.freeze(), rest: Some(Ok(rest)) }
     }
 
-    /// What it means, by its text.
+    /// What the rejection means, according to its text.
     pub(super) fn verdict(&self) -> Verdict {
         let text = inflated(self.head.headers.get(CONTENT_ENCODING).map(|coding| coding.as_bytes()), &self.read);
         let text = String::from_utf8_lossy(&text).to_ascii_lowercase();
@@ -82,17 +82,17 @@ impl Refused {
         scope.map_or(Verdict::Token, |(_, hint)| Verdict::Scope(hint))
     }
 
-    /// The refusal as Amazon sent it.
+    /// The response as Amazon sent it.
     pub(super) fn pass_on(self) -> Response<Body> {
         Response::from_parts(self.head, Body::read(self.read, self.rest))
     }
 }
 
-/// The text for reading only: the caller gets the bytes as they came.
+/// The decoded text, for [`Rejection::verdict`] only: the caller gets the bytes as they came.
 fn inflated(coding: Option<&[u8]>, bytes: &[u8]) -> Vec<u8> {
     let mut text = Vec::new();
     let limit = 4 * MAX_READ as u64;
-    // What does not inflate to its end is read as far as it went.
+    // If decoding fails halfway, the text so far is used.
     let _ = match coding.map(<[u8]>::to_ascii_lowercase).as_deref() {
         Some(b"gzip" | b"x-gzip") => MultiGzDecoder::new(bytes).take(limit).read_to_end(&mut text),
         Some(b"deflate") => {
@@ -122,7 +122,7 @@ mod tests {
         if let Some(coding) = coding {
             answer.headers_mut().insert(CONTENT_ENCODING, coding.parse().unwrap());
         }
-        Refused { head: answer.into_parts().0, read: Bytes::copy_from_slice(body), rest: None }.verdict()
+        Rejection { head: answer.into_parts().0, read: Bytes::copy_from_slice(body), rest: None }.verdict()
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! How the spine's errors are told to a caller.
+//! Turns the spine's errors into problem documents for callers, and says whose fault they are.
 
 use super::ProxyError;
 use super::route::RouteError;
@@ -6,7 +6,6 @@ use crate::auth::tokens::TokenError;
 use crate::domain::grant::{Remedy, STORE_UNAVAILABLE};
 use crate::domain::policy::Denied;
 use crate::inbound::admission::Refusal;
-use crate::inbound::oauth::LoginError;
 use crate::inbound::problem::{Code, Problem};
 use crate::telemetry::audit::Fault;
 use crate::upstream::{BodyError, ErrorKind};
@@ -15,7 +14,7 @@ impl ProxyError {
     /// Whose fault it is.
     pub(super) fn fault(&self) -> Fault {
         match self {
-            Self::Refused(_) | Self::Login(_) | Self::Unroutable(_) | Self::Denied(_) | Self::TooLarge => Fault::Caller,
+            Self::Refused(_) | Self::Unroutable(_) | Self::Denied(_) | Self::TooLarge => Fault::Caller,
             // A person has to consent, or the client's credentials or the database need a hand.
             Self::NoToken(TokenError::LoginRequired { .. }, _)
             | Self::NoToken(TokenError::Unavailable { remedy: Remedy::Operator, .. }, _)
@@ -35,12 +34,6 @@ impl ProxyError {
 impl From<Refusal> for ProxyError {
     fn from(refusal: Refusal) -> Self {
         Self::Refused(refusal)
-    }
-}
-
-impl From<LoginError> for ProxyError {
-    fn from(error: LoginError) -> Self {
-        Self::Login(error)
     }
 }
 

@@ -1,13 +1,15 @@
-//! The spine: what happens to a call, from its head to its answer.
+//! The spine: what happens to a request, from its head to the response.
 //!
-//! [`Proxy::serve`] always answers; `Proxy::forward` reads as the list of steps and is a column of `?`.
+//! [`Proxy::serve`] always responds. `Proxy::answer` decides who serves the request, and `Proxy::forward` lists the steps
+//! of a request to Amazon, each one call that may fail.
 
-mod body;
-mod upstream_request;
-mod error_mapping;
-mod route;
-mod request_telemetry;
 mod auth_rejection;
+mod body;
+mod error_mapping;
+mod request_telemetry;
+mod retry;
+mod route;
+mod upstream_request;
 
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
@@ -25,20 +27,21 @@ use crate::auth::tokens::{TokenError, TokenManager};
 use crate::domain::account::{Account, Region, UserId};
 use crate::domain::headers::{self, HINT, UpstreamHeaders};
 use crate::domain::policy::{self, Denied, Mode};
-use crate::inbound::admission::{Admission, Refusal};
-use crate::inbound::destination::{Destination, Target};
-use crate::inbound::oauth::{Endpoint, LoginError, OauthEndpoints, token_problem};
+use crate::inbound::admission::{Admission, Admitted, Refusal};
+use crate::inbound::destination::Target;
+use crate::inbound::oauth::{OauthEndpoints, add_private_headers, token_problem};
 use crate::inbound::problem::Problem;
 use crate::inbound::request_id::RequestIds;
 use crate::server::Peer;
 use crate::telemetry::metrics::Metrics;
 use crate::upstream::{ReplayBudget, ReplayBuffer, RequestBody, Reuse, SendError, Upstream, UpstreamBody};
-use auth_rejection::{Refused, Verdict};
+use auth_rejection::{Rejection, Verdict};
 use request_telemetry::RequestTelemetry;
+use retry::Retry;
 use route::{Accounts, RouteError, RoutedRequest};
 use upstream_request::UpstreamRequest;
 
-/// How callers select accounts, and what is held for a replay.
+/// How callers select accounts, and how much of a request body is kept for a retry.
 #[derive(Clone, Debug)]
 pub struct Settings {
     /// `amazon.client_id`.
@@ -49,11 +52,11 @@ pub struct Settings {
     pub accounts: Vec<Account>,
     /// `proxy.selection`.
     pub selection: Selection,
-    /// `proxy.replay_limit`, bytes of a request body that are held for one replay after a 401.
+    /// `proxy.replay_limit`, bytes of a request body that are kept for one retry.
     pub replay_limit: usize,
-    /// `proxy.max_body`, bytes; `None`: bodies stream without a limit.
+    /// `proxy.max_body`, bytes; `None`: no limit.
     pub max_body: Option<u64>,
-    /// `proxy.body_timeout`: how long nothing may come of a request's body.
+    /// `proxy.body_timeout`: the longest pause in a request body.
     pub body_timeout: Duration,
     /// `proxy.token_shim`.
     pub token_shim: bool,
@@ -61,29 +64,29 @@ pub struct Settings {
     pub policy: policy::Settings,
 }
 
-/// Whether callers choose their account.
+/// `proxy.selection`: whether callers select their account.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Selection {
     /// By path prefix or header.
     #[default]
     Header,
-    /// What callers say is ignored.
+    /// Always the default account; the callers' selection is ignored.
     Fixed,
 }
 
-/// Serves the proxy door.
+/// Serves the proxy listener.
 #[derive(Debug)]
 pub struct Proxy {
     accounts: Accounts,
     client_id: HeaderValue,
     replay_limit: usize,
-    /// For what is held of bodies for a replay.
-    room: Arc<ReplayBudget>,
+    /// Shared by the replay buffers of all requests.
+    replay_budget: Arc<ReplayBudget>,
     max_body: Option<u64>,
     body_timeout: Duration,
     policy_mode: Mode,
-    guard: Admission,
+    admission: Admission,
     tokens: TokenManager,
     upstream: Arc<Upstream>,
     oauth: OauthEndpoints,
@@ -91,51 +94,49 @@ pub struct Proxy {
     request_ids: Arc<RequestIds>,
 }
 
-/// Why a call gets no answer of Amazon's.
+/// Why adsidecar answers a request itself instead of passing on Amazon's response.
 #[derive(Debug)]
 pub enum ProxyError {
-    /// It may not come in.
+    /// The request failed a check of [`Admission`].
     Refused(Refusal),
-    /// An OAuth endpoint refuses it.
-    Login(LoginError),
-    /// It names no account of ours.
+    /// The request names no account, or not a legal one.
     Unroutable(RouteError),
     /// The policy forbids it.
     Denied(Denied),
-    /// There is no token for its user.
+    /// There is no access token for the user.
     NoToken(TokenError, UserId),
-    /// It names a body larger than `proxy.max_body`.
+    /// `Content-Length` is larger than `proxy.max_body`.
     TooLarge,
-    /// Amazon could not be reached, or gave no answer.
+    /// Amazon could not be reached, or did not respond.
     Send(SendError),
-    /// A step panicked, which is a bug of ours; the process and the connection live on.
+    /// A step panicked, which is a bug in adsidecar; the process and the connection go on.
     Panicked,
 }
 
 impl Proxy {
-    /// The spine, with all that it calls.
+    /// The handler of the proxy listener.
     #[allow(clippy::too_many_arguments, reason = "the one place that holds the spine together")]
     pub fn new(
         settings: Settings,
         client_id: HeaderValue,
-        guard: Admission,
+        admission: Admission,
         tokens: TokenManager,
         upstream: Arc<Upstream>,
         oauth: OauthEndpoints,
         metrics: Arc<Metrics>,
         request_ids: Arc<RequestIds>,
     ) -> Self {
-        // There from the start, so that an alert can tell "nothing was denied" from "nobody looks".
+        // The series exists from the start, so that an alert can tell "nothing was denied" from "no data".
         metrics.policy_denied.with_label_values(&["", settings.policy.mode.as_str()]);
         Self {
             client_id,
             replay_limit: settings.replay_limit,
-            room: Arc::default(),
+            replay_budget: Arc::default(),
             max_body: settings.max_body,
             body_timeout: settings.body_timeout,
             accounts: Accounts::new(settings.accounts, settings.region, settings.selection, settings.policy.rules),
             policy_mode: settings.policy.mode,
-            guard,
+            admission,
             tokens,
             upstream,
             oauth,
@@ -144,8 +145,8 @@ impl Proxy {
         }
     }
 
-    /// One answer and one record, whatever happens.
-    // Not `async`: the request would be held beside its parts by every call that waits.
+    /// Responds exactly once, and counts the request exactly once, whatever happens.
+    // Not `async`: the future of every waiting request would hold the request beside its parts.
     pub fn serve(
         self: Arc<Self>,
         request: Request<Incoming>,
@@ -155,9 +156,9 @@ impl Proxy {
         async move {
             let mut telemetry =
                 RequestTelemetry::begin(&self.metrics, &parts.method, self.request_ids.of(&parts.headers));
-            let forwarded = AssertUnwindSafe(self.forward(&parts, incoming, peer, &mut telemetry)).catch_unwind().await;
-            let answer = match forwarded.unwrap_or(Err(ProxyError::Panicked)) {
-                Ok(answer) => answer,
+            let answered = AssertUnwindSafe(self.answer(&parts, incoming, peer, &mut telemetry)).catch_unwind().await;
+            let response = match answered.unwrap_or(Err(ProxyError::Panicked)) {
+                Ok(response) => response,
                 Err(error) => {
                     telemetry.fails(&error);
                     let problem = self.problem(error, &parts);
@@ -165,52 +166,66 @@ impl Proxy {
                     problem.respond(telemetry.request_id()).map(Body::own)
                 }
             };
-            telemetry.end(answer)
+            telemetry.end(response)
         }
     }
 
-    async fn forward<'a>(
+    /// Decides who serves the request: adsidecar's own endpoints, or Amazon.
+    async fn answer<'a>(
         &'a self,
         parts: &Parts,
         incoming: Incoming,
         peer: Peer,
         telemetry: &mut RequestTelemetry<'a>,
     ) -> Result<Response<Body>, ProxyError> {
-        self.guard.peer(peer)?;
-        let target = self.guard.admit(parts, peer)?;
-        if let Some(endpoint) = endpoint(&target) {
-            telemetry.is_ours();
-            // Boxed, as what is rare on this path must not make every call's future large.
-            let answer = Box::pin(self.oauth.answer(endpoint, parts, incoming)).await;
-            let mut answer =
-                answer.unwrap_or_else(|error| self.problem(error.into(), parts).respond(telemetry.request_id()));
-            self.oauth.add_common_headers(endpoint, &parts.headers, answer.headers_mut());
-            return Ok(answer.map(Body::own));
+        match self.admission.proxy(parts, peer) {
+            Ok(Admitted::Upstream(target)) => self.forward(parts, incoming, &target, telemetry).await,
+            Ok(Admitted::Own { endpoint, cors }) => {
+                telemetry.is_ours();
+                let id = telemetry.request_id();
+                // Boxed: rare requests must not make the future of every request large.
+                Ok(Box::pin(self.oauth.answer(endpoint, cors, parts, incoming, id)).await.map(Body::own))
+            }
+            Err(rejected) if rejected.endpoint.is_some() => {
+                telemetry.is_ours();
+                let mut response = self.problem(rejected.refusal.into(), parts).respond(telemetry.request_id());
+                add_private_headers(response.headers_mut());
+                Ok(response.map(Body::own))
+            }
+            Err(rejected) => Err(rejected.refusal.into()),
         }
-        self.guard.no_browser(&parts.headers)?;
-        self.guard.caller(&parts.headers)?;
-        let call = self.accounts.select(&target, &parts.headers)?;
+    }
+
+    /// The steps of a request to Amazon.
+    async fn forward<'a>(
+        &'a self,
+        parts: &Parts,
+        incoming: Incoming,
+        target: &Target,
+        telemetry: &mut RequestTelemetry<'a>,
+    ) -> Result<Response<Body>, ProxyError> {
+        let call = self.accounts.select(target, &parts.headers)?;
         telemetry.is_for(&call);
-        self.enforce_policy(&call, parts, &target, telemetry)?;
+        self.enforce_policy(&call, parts, target, telemetry)?;
         if call.family.is_unknown() {
             self.metrics.unknown_family.inc();
         }
         fail_point!("spine");
         let body = self.body(parts, incoming)?;
         let bearer = self.access_token(&call.user).await?;
-        let request = UpstreamRequest { call: &call, parts, target: &target, bearer: &bearer };
-        let (answer, sent) = self.send(request, body, telemetry).await?;
-        self.tokens.heard(answer.headers());
-        let answer = match answer.status() {
+        let request = UpstreamRequest { call: &call, parts, target, bearer: &bearer };
+        let (response, sent) = self.send(request, body, telemetry).await?;
+        self.tokens.observe_amazons_clock(response.headers());
+        let response = match response.status() {
             StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => {
-                Box::pin(self.handle_rejection(answer, request, sent, telemetry)).await?
+                Box::pin(self.handle_rejection(response, request, sent, telemetry)).await?
             }
-            _ => answer.map(Body::amazon),
+            _ => response.map(Body::amazon),
         };
-        Ok(to_caller(answer, &call, telemetry))
+        Ok(to_caller(response, &call, telemetry))
     }
 
-    /// Judges the call by the policy. Where that only observes, a call that it would refuse is counted and leaves.
+    /// Refuses what the policy forbids. In observe mode, counts such a request and lets it pass.
     fn enforce_policy(
         &self,
         call: &RoutedRequest<'_>,
@@ -229,12 +244,18 @@ impl Proxy {
         }
     }
 
-    /// The caller's body, to be streamed.
+    /// The caller's body, as a stream.
     fn body(&self, parts: &Parts, incoming: Incoming) -> Result<RequestBody, ProxyError> {
         let length = parts.headers.get(CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse::<u64>().ok());
         match (length, self.max_body) {
             (Some(length), Some(max)) if length > max => Err(ProxyError::TooLarge),
-            _ => Ok(RequestBody::caller(incoming, self.replay_limit, &self.room, self.max_body, self.body_timeout)),
+            _ => Ok(RequestBody::caller(
+                incoming,
+                self.replay_limit,
+                &self.replay_budget,
+                self.max_body,
+                self.body_timeout,
+            )),
         }
     }
 
@@ -242,9 +263,8 @@ impl Proxy {
         self.tokens.bearer(user).await.map_err(|error| ProxyError::NoToken(error, user.clone()))
     }
 
-    /// Sends the call, and once more on a fresh connection where nothing of it can have been processed: its connection
-    /// never carried it, or it is idempotent and broke on a pooled connection before any byte of an answer (RFC 9110,
-    /// section 9.2.2). Beside the answer comes what was held of the body; `None` where there was none to hold.
+    /// Sends the request, and once more if [`Retry`] says so. Returns the response with the replay buffer of the body;
+    /// `None` if the body was empty.
     async fn send(
         &self,
         request: UpstreamRequest<'_>,
@@ -252,21 +272,20 @@ impl Proxy {
         telemetry: &mut RequestTelemetry<'_>,
     ) -> Result<(Response<UpstreamBody>, Option<Arc<ReplayBuffer>>), ProxyError> {
         let region = request.call.region;
-        let held = body.progress();
+        let buffer = body.progress();
         let begun = Instant::now();
         let mut sent = self.attempt(request, body, Reuse::Allowed).await;
-        let once_more = sent.as_mut().err().and_then(|error| {
-            let safe = error.stale && request.is_idempotent();
-            error.unsent.take().or_else(|| if safe { again(&held) } else { None })
-        });
-        if let Some(body) = once_more {
-            // Boxed, as what is rare on this path must not make every call's future large.
+        if let Err(error) = &mut sent
+            && let Some((_, body)) = Retry::after_error(error, request, &buffer)
+        {
+            // On a fresh connection, as others in the pool may be stale too. Boxed: rare requests must not make the
+            // future of every request large.
             sent = Box::pin(self.attempt(request, body, Reuse::Fresh)).await;
         }
         telemetry.amazon_took(region, begun.elapsed());
-        let answer = sent.map_err(ProxyError::Send)?;
-        telemetry.amazon_said(region, answer.status(), answer.headers());
-        Ok((answer, held))
+        let response = sent.map_err(ProxyError::Send)?;
+        telemetry.amazon_said(region, response.status(), response.headers());
+        Ok((response, buffer))
     }
 
     async fn attempt(
@@ -276,7 +295,7 @@ impl Proxy {
         reuse: Reuse,
     ) -> Result<Response<UpstreamBody>, SendError> {
         match self.upstream.checkout(request.call.region, reuse).await {
-            Ok(reserved) => reserved.send(self.to_amazon(request, body), request.accepts_event_stream()).await,
+            Ok(checkout) => checkout.send(self.to_amazon(request, body), request.accepts_event_stream()).await,
             Err(kind) => Err(kind.unsent(body)),
         }
     }
@@ -298,49 +317,42 @@ impl Proxy {
         request
     }
 
-    /// Reads a refusal of Amazon's: one that a fresh token may cure is tried once more with one, all others stand.
+    /// Reads a 401 or 403 of Amazon's. Retries with a new access token if the token was rejected, and passes on any
+    /// other rejection.
     async fn handle_rejection(
         &self,
-        answer: Response<UpstreamBody>,
+        response: Response<UpstreamBody>,
         request: UpstreamRequest<'_>,
         sent: Option<Arc<ReplayBuffer>>,
         telemetry: &mut RequestTelemetry<'_>,
     ) -> Result<Response<Body>, ProxyError> {
         let user = &request.call.user;
-        if answer.status() == StatusCode::FORBIDDEN && !(is_amc(request.target) && self.tokens.near_expiry(user)) {
-            return Ok(answer.map(Body::amazon));
+        if response.status() == StatusCode::FORBIDDEN && !(is_amc(request.target) && self.tokens.near_expiry(user)) {
+            return Ok(response.map(Body::amazon));
         }
-        let refused = Refused::read(answer).await;
-        let verdict = refused.verdict();
+        let rejection = Rejection::read(response).await;
+        let verdict = rejection.verdict();
         self.metrics.upstream_unauthorized.with_label_values(&[verdict.cause()]).inc();
-        match verdict {
-            Verdict::Scope(hint) => {
-                telemetry.hint(hint);
-                Ok(refused.pass_on())
-            }
-            Verdict::Token => {
-                let other = self.tokens.invalidate(user, request.bearer).await;
-                match (other, again(&sent)) {
-                    (Some(other), Some(body)) => {
-                        self.metrics.replays.inc();
-                        let (answer, _) =
-                            self.send(UpstreamRequest { bearer: &other, ..request }, body, telemetry).await?;
-                        Ok(answer.map(Body::amazon))
-                    }
-                    _ => Ok(refused.pass_on()),
-                }
-            }
+        if let Verdict::Scope(hint) = verdict {
+            telemetry.hint(hint);
+            return Ok(rejection.pass_on());
         }
+        let new_token = self.tokens.invalidate(user, request.bearer).await;
+        let Some((Retry::NewToken(bearer), body)) = Retry::after_rejection(new_token, &sent) else {
+            return Ok(rejection.pass_on());
+        };
+        self.metrics.replays.inc();
+        let (response, _) = self.send(UpstreamRequest { bearer: &bearer, ..request }, body, telemetry).await?;
+        Ok(response.map(Body::amazon))
     }
 
     fn problem(&self, error: ProxyError, parts: &Parts) -> Problem {
         let login_url = |user: &UserId| self.oauth.login_url(&parts.headers, user);
         match error {
-            ProxyError::Refused(refusal) | ProxyError::Login(LoginError::Refused(refusal)) => {
+            ProxyError::Refused(refusal) => {
                 self.metrics.guard_denied.with_label_values(&[refusal.reason()]).inc();
                 refusal.into()
             }
-            ProxyError::Login(error) => error.problem(login_url),
             ProxyError::Unroutable(error) => error.into(),
             ProxyError::Denied(denied) => {
                 self.metrics.guard_denied.with_label_values(&["policy"]).inc();
@@ -354,41 +366,22 @@ impl Proxy {
     }
 }
 
-/// The OAuth endpoint that a target names. Those paths are never forwarded, whoever's host is named: of Amazon's hosts
-/// only the token endpoint is served, by the shim.
-fn endpoint(target: &Target) -> Option<Endpoint> {
-    let endpoint = Endpoint::of(target.path());
-    match target.of {
-        Destination::Local if target.account.is_some() => endpoint.filter(|endpoint| *endpoint == Endpoint::Shim),
-        Destination::Local => endpoint,
-        Destination::Ads(_) => endpoint.map(|_| Endpoint::Unknown),
-        Destination::Lwa => Some(endpoint.filter(|endpoint| *endpoint == Endpoint::Shim).unwrap_or(Endpoint::Unknown)),
-    }
-}
-
-/// The body once more: where there was none, or it passed whole and was held.
-fn again(held: &Option<Arc<ReplayBuffer>>) -> Option<RequestBody> {
-    match held {
-        None => Some(RequestBody::nothing()),
-        Some(held) => held.again(),
-    }
-}
-
-/// AMC answers expired credentials with 403 ("Make your first call", Amazon Marketing Cloud).
+/// AMC responds to expired credentials with 403 ("Make your first call", Amazon Marketing Cloud).
 fn is_amc(target: &Target) -> bool {
     target.path().split('/').find(|segment| !segment.is_empty()) == Some("amc")
 }
 
+/// Amazon's response as the caller gets it: without hop-by-hop headers, and with a hint if adsidecar knows better.
 fn to_caller(
-    mut answer: Response<Body>,
+    mut response: Response<Body>,
     call: &RoutedRequest<'_>,
     telemetry: &mut RequestTelemetry<'_>,
 ) -> Response<Body> {
-    telemetry.answered_by_amazon(answer.status());
-    *answer.version_mut() = http::Version::HTTP_11;
-    headers::to_caller(answer.headers_mut());
+    telemetry.answered_by_amazon(response.status());
+    *response.version_mut() = http::Version::HTTP_11;
+    headers::to_caller(response.headers_mut());
     if let Some(hint) = telemetry.take_hint().or_else(|| call.hint()) {
-        answer.headers_mut().insert(HINT, HeaderValue::from_static(hint));
+        response.headers_mut().insert(HINT, HeaderValue::from_static(hint));
     }
-    answer
+    response
 }
