@@ -1,5 +1,5 @@
-//! The house as a whole: [`App::build`] opens the store and binds every door, [`App::run`] serves until it is told to
-//! stop. `main`, the sandbox and the tests all come in through here.
+//! The whole application: [`App::build`] opens the store and binds every listener, [`App::run`] starts, serves and drains.
+//! `main`, the sandbox and the tests all use it.
 
 mod services;
 mod keys;
@@ -40,14 +40,14 @@ use reload::{ControlLoop, RestartOnly, Watched};
 use rotation::Rotations;
 use services::{ProcessState, Services};
 
-/// The admin door serves a kubelet, a scraper and a person, and none of them for long.
+/// Enough for the short requests of a kubelet, a scraper and an operator.
 const ADMIN_CONNECTIONS: usize = 256;
-/// The file mode of a Unix socket of the login and the admin door: for the user that adsidecar runs as.
+/// The file mode of the Unix sockets of the login and admin listeners: for the user that adsidecar runs as.
 const OWN_SOCKET: u32 = 0o600;
-/// How long a shutdown waits for token calls that are in flight: their own deadline and a little more.
+/// How long a shutdown waits for token calls in flight: their own timeout, and a little more.
 const SETTLE: Duration = Duration::from_secs(12);
 
-/// adsidecar, bound and not serving yet.
+/// adsidecar with its listeners bound; it does not serve yet.
 pub struct App {
     addresses: Addresses,
     doors: [Door; 3],
@@ -61,44 +61,47 @@ pub struct App {
     asked: mpsc::Receiver<Asked>,
 }
 
-/// Where the doors listen. Empty for a door that is off, or listens at Unix sockets alone.
+/// The TCP addresses of the listeners. Empty for a listener that is off, or that uses Unix sockets only.
 #[derive(Clone, Debug, Default)]
 pub struct Addresses {
-    /// The proxy door.
+    /// The proxy listener.
     pub proxy: Vec<SocketAddr>,
-    /// The login door.
+    /// The login listener.
     pub login: Vec<SocketAddr>,
-    /// The admin door.
+    /// The admin listener.
     pub admin: Vec<SocketAddr>,
 }
 
-/// Why it does not start.
+/// Why adsidecar does not start.
 #[derive(Debug, thiserror::Error)]
 pub enum BuildError {
-    /// A Fernet key cannot be used.
+    /// A Fernet key is unusable.
     #[error(transparent)]
     Key(#[from] KeyError),
-    /// The key file of development cannot be made or read.
+    /// The key file for development cannot be created or read.
     #[error("{}: {source}; make the directory writable, or set FERNET_KEY", .path.display())]
     KeyFile {
-        /// Which file.
+        /// The key file.
         path: PathBuf,
-        /// Why.
+        /// What the file system said.
         source: std::io::Error,
     },
-    /// The store does not open.
+    /// The store cannot be opened.
     #[error(transparent)]
     Store(#[from] StoreError),
-    /// A door cannot be bound.
+    /// A listener cannot be bound.
     #[error("{0}")]
     Bind(#[from] std::io::Error),
-    /// A setting that nothing could check before.
+    /// A setting that turns out to be unusable only when it is applied.
     #[error("{0}")]
     Setting(String),
 }
 
 impl App {
-    /// Opens the store and binds every door. Nobody is served before [`run`](Self::run).
+    /// Opens the store and binds every listener; [`run`](Self::run) serves them.
+    ///
+    /// # Errors
+    /// [`BuildError`] if a key, the store, an address or a setting is unusable.
     pub async fn build(config: Config, clock: Clock, log: Option<LogHandle>) -> Result<Self, BuildError> {
         let setting = |error: &dyn std::fmt::Display| BuildError::Setting(error.to_string());
         let keyring = Arc::new(keyring(&config)?);
@@ -128,7 +131,7 @@ impl App {
             rotation: rotations.watch(),
             metrics,
             clock,
-            desk: Arc::new(PendingLogins::open(store.clone()).await),
+            pending_logins: Arc::new(PendingLogins::open(store.clone()).await),
             log,
             stage: watch::Sender::new(Stage::Starting),
             quit: CancellationToken::new(),
@@ -147,84 +150,116 @@ impl App {
         Ok(Self { addresses, doors, limits, services, process, background, fixed, rotations, watched: None, asked })
     }
 
-    /// Makes it read `sources` again when it is asked to, and when one of their files changes.
+    /// Reloads the configuration from `sources` on request, and whenever one of their files changes.
     #[must_use]
     pub fn reloading(self, sources: Sources) -> Self {
         Self { watched: Some(Watched::new(sources)), ..self }
     }
 
-    /// Asks it, once it runs, to read its configuration again.
+    /// A handle that asks the running process to reload its configuration.
     pub fn reloader(&self) -> Reloader {
         self.process.reloader.clone()
     }
 
-    /// Where the doors listen.
+    /// The TCP addresses of the listeners.
     pub fn addresses(&self) -> &Addresses {
         &self.addresses
     }
 
-    /// Serves until `stop`, then drains: not ready at once, new connections for `shutdown.accept`, what is in flight for
-    /// at most `shutdown.drain`; then every token call and every write comes to its end.
+    /// Serves until `stop`, or until an operator asks the process to quit; then drains: it reports itself as not ready,
+    /// accepts new connections for `shutdown.accept`, waits up to `shutdown.drain` for requests in flight, and then for
+    /// token calls and writes.
+    ///
+    /// # Errors
+    /// [`StoreError`] if the store cannot be closed cleanly.
     pub async fn run(self, stop: impl Future<Output = ()>) -> Result<(), StoreError> {
+        let (mut control, running) = self.start().await;
+        tokio::select! {
+            () = stop => {}
+            () = control.run() => {}
+        }
+        running.drain(&control.process).await
+    }
+
+    /// Starts the background tasks and the listeners.
+    async fn start(self) -> (ControlLoop, Running) {
         let Self { addresses, doors: [proxy, login, admin], limits, services, process, background, .. } = self;
         let Self { fixed, mut rotations, watched, asked, .. } = self;
-        let mut helpers = JoinSet::new();
-        // Before anybody can ask for it; where there is a grant to be tried first, callers have that one meanwhile.
+        let mut tasks = JoinSet::new();
+
+        // amazon.refresh_token is adopted before the first request. If there is a grant already, that one is tried
+        // first, and requests use it meanwhile.
         let adopting = adopt_configured(process.tokens.clone());
         match process.tokens.status(&UserId::default()).state {
             State::None => adopting.await,
-            _ => drop(helpers.spawn(adopting)),
+            _ => drop(tasks.spawn(adopting)),
         }
-        helpers.spawn(background.run());
-        helpers.spawn(finish_leftover_logins(services.clone()));
-        let (desk, clock) = (process.desk.clone(), process.clock.clone());
-        helpers.spawn(async move { desk.keep(&clock).await });
-        helpers.spawn(tend(services.clone()));
+
+        tasks.spawn(background.run());
+        tasks.spawn(finish_leftover_logins(services.clone()));
+        let (pending_logins, clock) = (process.pending_logins.clone(), process.clock.clone());
+        tasks.spawn(async move { pending_logins.keep(&clock).await });
+        tasks.spawn(close_idle_connections(services.clone()));
+
         let (phase, admin_phase) = (watch::Sender::new(Phase::Open), watch::Sender::new(Phase::Open));
-        let mut served = JoinSet::new();
-        let inside = services.clone();
-        served
-            .spawn(proxy.run(move |request, peer| inside.load().proxy.clone().serve(request, peer), phase.subscribe()));
-        let inside = services.clone();
-        served.spawn(login.run(move |request, peer| serve_login(inside.load_full(), request, peer), phase.subscribe()));
-        let inside = services.clone();
-        helpers.spawn(
-            admin.run(move |request, peer| serve_admin(inside.load_full(), request, peer), admin_phase.subscribe()),
-        );
+        let mut listeners = JoinSet::new();
+        let current = services.clone();
+        let serve_proxy = move |request, peer| current.load().proxy.clone().serve(request, peer);
+        listeners.spawn(proxy.run(serve_proxy, phase.subscribe()));
+        let current = services.clone();
+        let serve_login = move |request, peer| serve_login(current.load_full(), request, peer);
+        listeners.spawn(login.run(serve_login, phase.subscribe()));
+        let current = services.clone();
+        let serve_admin = move |request, peer| serve_admin(current.load_full(), request, peer);
+        tasks.spawn(admin.run(serve_admin, admin_phase.subscribe()));
         process.stage.send_replace(Stage::Serving);
         let Addresses { proxy, login, admin } = &addresses;
         tracing::info!(?proxy, ?login, ?admin, version = env!("CARGO_PKG_VERSION"), "serving");
 
         rotations.resume().await;
-        let (inside, told) = (services.clone(), Dropped::default());
-        let mut reloads = ControlLoop { watched, asked, fixed, rotations, services: inside, limits, process, told };
-        tokio::select! {
-            () = stop => {}
-            () = reloads.run() => {}
-        }
-        let process = reloads.process;
+        let running = Running { listeners, phase, tasks, _admin_phase: admin_phase, services: services.clone() };
+        let told = Dropped::default();
+        (ControlLoop { watched, asked, fixed, rotations, services, limits, process, told }, running)
+    }
+}
+
+/// What runs beside the [`ControlLoop`], and ends with a shutdown.
+struct Running {
+    /// The proxy and login listeners.
+    listeners: JoinSet<()>,
+    phase: watch::Sender<Phase>,
+    /// Background tasks, and the admin listener, which answers until the end.
+    tasks: JoinSet<()>,
+    _admin_phase: watch::Sender<Phase>,
+    services: Arc<ArcSwap<Services>>,
+}
+
+impl Running {
+    async fn drain(mut self, process: &ProcessState) -> Result<(), StoreError> {
         tracing::info!("draining");
         process.stage.send_replace(Stage::Draining);
-        phase.send_replace(Phase::Draining);
-        let shutdown = services.load().shutdown;
+        self.phase.send_replace(Phase::Draining);
+        let shutdown = self.services.load().shutdown;
         tokio::time::sleep(shutdown.accept).await;
-        phase.send_replace(Phase::Closed);
-        let drained = async { while served.join_next().await.is_some() {} };
-        if tokio::time::timeout(shutdown.drain, drained).await.is_err() {
-            tracing::warn!("calls were still in flight after shutdown.drain and are broken off");
+
+        self.phase.send_replace(Phase::Closed);
+        let requests = async { while self.listeners.join_next().await.is_some() {} };
+        if tokio::time::timeout(shutdown.drain, requests).await.is_err() {
+            tracing::warn!("requests were still in flight after shutdown.drain; their connections are closed");
         }
+
         if tokio::time::timeout(SETTLE, process.tokens.settle()).await.is_err() {
-            tracing::error!("a token call or a write was still in flight and is given up");
+            tracing::error!("a token call or a write was still in flight and is abandoned");
         }
-        helpers.shutdown().await;
-        process.desk.write_begun().await;
+        self.tasks.shutdown().await;
+        process.pending_logins.write_begun().await;
         let closed = process.store.close().await;
         tracing::info!("stopped");
         closed
     }
 }
 
-/// The proxy door, the login door, the admin door.
+/// Binds the proxy, login and admin listeners.
 async fn bind(config: &Config) -> Result<[Door; 3], BuildError> {
     let late =
         Problem::new(Code::RequestTimeout, "The head of the request did not come in time.", "Send it at once.").raw();
@@ -233,28 +268,29 @@ async fn bind(config: &Config) -> Result<[Door; 3], BuildError> {
         "Every connection that proxy.max_connections allows is busy.",
         "Try again after the time in Retry-After, keep connections open, or raise proxy.max_connections.",
     );
-    let words = CannedResponses { late, overloaded: overloaded.retry_after(Duration::from_secs(1)).raw() };
-    let [proxy, login, admin] = limits_of_doors(config.limits);
+    let canned = CannedResponses { late, overloaded: overloaded.retry_after(Duration::from_secs(1)).raw() };
+    let [proxy, login, admin] = listener_limits(config.limits);
     Ok([
-        Door::bind(&config.proxy_listen, config.proxy_listen_default, config.socket_mode, proxy, words.clone()).await?,
-        Door::bind(&config.login_listen, false, OWN_SOCKET, login, words.clone()).await?,
-        Door::bind(&config.admin_listen, config.admin_listen_default, OWN_SOCKET, admin, words).await?,
+        Door::bind(&config.proxy_listen, config.proxy_listen_default, config.socket_mode, proxy, canned.clone())
+            .await?,
+        Door::bind(&config.login_listen, false, OWN_SOCKET, login, canned.clone()).await?,
+        Door::bind(&config.admin_listen, config.admin_listen_default, OWN_SOCKET, admin, canned).await?,
     ])
 }
 
-fn limits_of_doors(limits: Limits) -> [Limits; 3] {
+fn listener_limits(limits: Limits) -> [Limits; 3] {
     [limits, limits, Limits { max_connections: ADMIN_CONNECTIONS, ..limits }]
 }
 
-/// Closes connections to Amazon that have idled too long, for as long as it runs.
-async fn tend(services: Arc<ArcSwap<Services>>) {
+/// Closes connections to Amazon that have been idle for `upstream.idle_timeout`. Runs until dropped.
+async fn close_idle_connections(services: Arc<ArcSwap<Services>>) {
     loop {
         let upstream = services.load().upstream.clone();
         tokio::time::sleep(upstream.prune()).await;
     }
 }
 
-/// Finishes logins that other processes left, each time with the login settings that are in force then.
+/// Finishes logins that other processes left behind, with the login settings in force at that time. Runs until dropped.
 async fn finish_leftover_logins(services: Arc<ArcSwap<Services>>) {
     loop {
         let login = services.load().login.login.clone();
@@ -277,7 +313,7 @@ async fn serve_admin(services: Arc<Services>, request: Request<Incoming>, peer: 
     services.admin.serve(request, peer).await
 }
 
-/// Says what was found in the store.
+/// Logs what was wrong with the store.
 fn report(opened: &Opened) {
     if let Some(moved) = &opened.recovered {
         tracing::warn!(moved_to = %moved.display(), restored = opened.restored, "the store was damaged: it was moved aside and filled from its copies");

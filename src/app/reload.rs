@@ -1,4 +1,4 @@
-//! Reading the configuration again: when somebody asks, and when one of its files changed.
+//! Reloads the configuration: on request, and when one of its files has changed.
 
 use std::fs::Metadata;
 use std::os::unix::fs::MetadataExt;
@@ -11,18 +11,18 @@ use tokio::sync::mpsc;
 
 use super::rotation::Rotations;
 use super::services::{ProcessState, Services};
-use super::{adopt_configured, keyring, limits_of_doors};
+use super::{adopt_configured, keyring, listener_limits};
 use crate::auth::lwa::Lwa;
 use crate::config::{self, Config, Sources};
 use crate::inbound::admin::Asked;
 use crate::server::Limits;
 use crate::telemetry::log::{Dropped, LogHandle};
 
-/// How often the files are looked at. A look is one `stat` per file, which follows the links that the kubelet swaps when a
-/// Secret changes; watching directories instead would have to follow them by itself.
+/// Interval for checking the files. A check is one `stat` per file, which follows the symlinks that the kubelet replaces
+/// when a Secret changes; a directory watch would have to follow them itself.
 const LOOK_EVERY: Duration = Duration::from_secs(2);
 
-/// What reads the configuration again while the doors serve.
+/// Reloads the configuration and rotates keys while the listeners serve.
 pub(super) struct ControlLoop {
     pub(super) watched: Option<Watched>,
     pub(super) asked: mpsc::Receiver<Asked>,
@@ -31,18 +31,18 @@ pub(super) struct ControlLoop {
     pub(super) services: Arc<ArcSwap<Services>>,
     pub(super) limits: [Arc<ArcSwap<Limits>>; 3],
     pub(super) process: ProcessState,
-    /// Missing lines that the log has told of.
+    /// The number of dropped log lines that the log has reported.
     pub(super) told: Dropped,
 }
 
 impl ControlLoop {
-    /// Returns when somebody asks the process to quit.
+    /// Returns when an operator asks the process to quit.
     pub(super) async fn run(&mut self) {
         let mut look = tokio::time::interval(LOOK_EVERY);
         loop {
             tokio::select! {
                 () = self.process.quit.cancelled() => return,
-                // Whoever asked may have gone meanwhile.
+                // Sending the answer fails if the requester has gone.
                 Some(asked) = self.asked.recv() => match asked {
                     Asked::Reload(answer) => drop(answer.send(self.reload())),
                     Asked::Rotate(key, answer) => drop(answer.send(self.rotate(&key).await)),
@@ -51,7 +51,7 @@ impl ControlLoop {
                     self.tell_dropped();
                     if self.watched.as_ref().is_some_and(Watched::changed) {
                         tracing::info!("a file of the configuration changed");
-                        // What comes of it is logged, and a metric.
+                        // The result is logged and counted.
                         let _ = self.reload();
                     }
                 }
@@ -59,13 +59,13 @@ impl ControlLoop {
         }
     }
 
-    /// Says in the log, once it can, that lines are missing from it.
+    /// Logs how many lines were dropped since it last did.
     fn tell_dropped(&mut self) {
         let dropped = self.process.log.as_ref().map(LogHandle::dropped).unwrap_or_default();
         if dropped != self.told {
             let (flood, sink) = (dropped.flood - self.told.flood, dropped.sink - self.told.sink);
             self.told = dropped;
-            tracing::warn!(flood, sink, "lines are missing here: too many of one kind came, or nobody read them");
+            tracing::warn!(flood, sink, "log lines were dropped: there were too many of one kind, or nobody read them");
         }
     }
 
@@ -74,16 +74,16 @@ impl ControlLoop {
         let now = self.process.clock.now().as_duration().as_secs_f64();
         self.process.metrics.reloaded(now, reloaded.is_ok());
         match &reloaded {
-            Ok(()) => tracing::info!("the configuration was read again and is in use"),
-            Err(error) => tracing::error!(%error, "the configuration was read again and refused: all of the old stays"),
+            Ok(()) => tracing::info!("the configuration was reloaded"),
+            Err(error) => tracing::error!(%error, "the reload was refused; the previous configuration stays in use"),
         }
         reloaded
     }
 
-    /// Takes the keys of the configuration into use, and begins to seal everything with the first. Its fingerprint has to
-    /// be `key`: who asks may read another configuration than this process.
+    /// Loads the keys from the configuration, and begins to reseal every record with the first one. Its fingerprint must
+    /// be `key`: the requester may read another configuration than this process.
     async fn rotate(&mut self, key: &str) -> Result<(), String> {
-        let watched = self.watched.as_mut().ok_or("this process was not told where its configuration lies")?;
+        let watched = self.watched.as_mut().ok_or("this process was started without configuration sources")?;
         let config = watched.read()?;
         let keyring = Arc::new(keyring(&config).map_err(|error| error.to_string())?);
         let first = keyring.first();
@@ -96,13 +96,13 @@ impl ControlLoop {
         self.process.store.rekey(keyring).await.map_err(|error| error.to_string())?;
         self.fixed.takes_keys_of(&config);
         self.rotations.begin(first).await.map_err(|error| error.to_string())?;
-        // With the old keys it was refused whole. What comes of it is logged, and a metric.
+        // A reload was refused as long as this process had the old keys. The result is logged and counted.
         let _ = self.reload();
         Ok(())
     }
 
     fn take_over(&mut self) -> Result<(), String> {
-        let watched = self.watched.as_mut().ok_or("this process was not told where its configuration lies")?;
+        let watched = self.watched.as_mut().ok_or("this process was started without configuration sources")?;
         let config = watched.read()?;
         needs_restart(&self.fixed, &config)?;
         let lwa = Lwa::new(config.lwa.clone())?;
@@ -110,7 +110,7 @@ impl ControlLoop {
         let services = Services::new(config, lwa.clone(), &self.process).map_err(|error| error.to_string())?;
         // Nothing fails from here on.
         self.services.store(Arc::new(services));
-        for (door, limits) in self.limits.iter().zip(limits_of_doors(limits)) {
+        for (door, limits) in self.limits.iter().zip(listener_limits(limits)) {
             door.store(Arc::new(limits));
         }
         if let Some(running) = &self.process.log {
@@ -129,7 +129,7 @@ pub(super) struct Watched {
     seen: Vec<(PathBuf, Option<FileVersion>)>,
 }
 
-/// Which file a path leads to, and which content, without reading it.
+/// Device, inode, modification time and size: they identify a file's content without reading it.
 type FileVersion = (u64, u64, i64, i64, u64);
 
 impl Watched {
@@ -141,12 +141,12 @@ impl Watched {
 
     /// Reads the configuration, and remembers the files as they are now.
     fn read(&mut self) -> Result<Config, String> {
-        // Looked at first: what changes while it is read is a change the next time.
+        // Noted before reading: a change during the read counts as a change at the next check.
         self.look();
         config::load(&self.sources).map_err(|problems| problems.to_string())
     }
 
-    /// Whether a file is another than when the configuration was last read.
+    /// Whether a file has changed since the configuration was last read.
     fn changed(&self) -> bool {
         self.seen.iter().any(|(path, stamp)| stamp_of(path) != *stamp)
     }
@@ -162,7 +162,7 @@ fn stamp_of(path: &PathBuf) -> Option<FileVersion> {
     std::fs::metadata(path).ok().map(stamp)
 }
 
-/// The keys of `new` that need a restart to differ from those of `old`.
+/// Refuses a configuration that changes a key which needs a restart.
 fn needs_restart(old: &RestartOnly, new: &Config) -> Result<(), String> {
     let new = RestartOnly::of(new);
     let differing: Vec<_> =
@@ -179,7 +179,8 @@ fn needs_restart(old: &RestartOnly, new: &Config) -> Result<(), String> {
 
 const KEYS: &str = "store.fernet_keys";
 
-/// What cannot change while the process runs. The keys are compared by a hash, so that no second copy of them is kept.
+/// Settings that cannot change while the process runs. The Fernet keys are compared by their hash, so that no second
+/// copy of them is kept.
 pub(super) struct RestartOnly([(&'static str, String); 8]);
 
 impl RestartOnly {
@@ -196,9 +197,9 @@ impl RestartOnly {
         ])
     }
 
-    /// After a rotation: the keys of `config` are those in use.
+    /// Notes after a rotation that the keys of `config` are in use.
     pub(super) fn takes_keys_of(&mut self, config: &Config) {
-        let keys = self.0.iter_mut().find(|(key, _)| *key == KEYS).expect("it is in the list");
+        let keys = self.0.iter_mut().find(|(key, _)| *key == KEYS).expect("RestartOnly::of lists the key");
         keys.1 = config.fernet_keys.fingerprint();
     }
 }

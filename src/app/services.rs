@@ -1,4 +1,4 @@
-//! What a configuration decides anew: everything between the bound sockets and what lasts as long as the process.
+//! What a reload replaces ([`Services`]) and what lasts as long as the process ([`ProcessState`]).
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -25,7 +25,7 @@ use crate::telemetry::log::LogHandle;
 use crate::telemetry::metrics::Metrics;
 use crate::upstream::Upstream;
 
-/// The doors' insides. A reload makes new ones; calls in flight keep theirs.
+/// The handlers of the listeners. A reload creates new ones; requests in flight keep theirs.
 pub(super) struct Services {
     pub(super) proxy: Arc<Proxy>,
     pub(super) login: OauthEndpoints,
@@ -34,27 +34,30 @@ pub(super) struct Services {
     pub(super) shutdown: Shutdown,
 }
 
-/// What outlives every reload.
+/// What a reload keeps.
 pub(super) struct ProcessState {
     pub(super) tokens: TokenManager,
     pub(super) store: TokenStore,
     pub(super) rotation: watch::Receiver<Rotation>,
     pub(super) metrics: Arc<Metrics>,
     pub(super) clock: Clock,
-    pub(super) desk: Arc<PendingLogins>,
+    pub(super) pending_logins: Arc<PendingLogins>,
     pub(super) log: Option<LogHandle>,
     pub(super) stage: watch::Sender<Stage>,
     pub(super) quit: CancellationToken,
     pub(super) reloader: Reloader,
     pub(super) connections: Arc<[(&'static str, Count)]>,
     pub(super) request_ids: Arc<RequestIds>,
-    /// Where the proxy door is bound.
+    /// The proxy listener's TCP address.
     pub(super) proxy: Option<SocketAddr>,
 }
 
 impl Services {
-    /// The insides that `config` asks for, over what lasts.
-    // Longer than the house likes: it is the list of who gets what, and reads best whole.
+    /// Creates the handlers for `config`.
+    ///
+    /// # Errors
+    /// [`BuildError::Setting`] if a setting turns out to be unusable.
+    // More than 60 lines: a list of which handler gets what, which reads best whole.
     pub(super) fn new(config: Config, lwa: Lwa, process: &ProcessState) -> Result<Self, BuildError> {
         let setting = |error: &dyn std::fmt::Display| BuildError::Setting(error.to_string());
         let upstream = Arc::new(Upstream::new(&config.upstream).map_err(|error| setting(&error))?);
@@ -66,7 +69,7 @@ impl Services {
             tokens.clone(),
             Identity::new(upstream.clone(), client_id.clone()),
             process.clock.clone(),
-            process.desk.clone(),
+            process.pending_logins.clone(),
         );
         let proxy_admission = Admission::new(config.admission.clone());
         let public_url = config.admin.public_url.as_ref();
@@ -122,8 +125,8 @@ impl Services {
     }
 }
 
-/// What a browser on this machine calls the proxy door. `localhost` and no number where it listens on loopback: that is the
-/// name in the redirect URI, and the cookie of a login belongs to the name under which it began.
+/// The authority under which a browser on this machine reaches the proxy listener. On loopback it is `localhost`, not an
+/// address: that is the name in the redirect URI, and a login's cookie belongs to the name under which the login began.
 fn authority(proxy: SocketAddr) -> String {
     let ip = proxy.ip();
     if ip.is_loopback() || ip.is_unspecified() { format!("localhost:{}", proxy.port()) } else { proxy.to_string() }

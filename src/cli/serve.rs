@@ -45,7 +45,7 @@ async fn serve(config: Config, sources: Sources, log: LogHandle) -> Result<(), F
             let _ = reloader.reload().await;
         }
     });
-    app.run(stop).await?;
+    Box::pin(app.run(stop)).await?;
     Ok(())
 }
 

@@ -62,7 +62,7 @@ async fn a_flood_of_failures_is_sampled_and_the_log_says_that_lines_are_missing(
     for _ in 0..60 {
         assert_eq!(harness.client.get(serving.url("/v2/profiles")).send().await.unwrap().status(), 500);
     }
-    let told = serving.says("lines are missing").await;
+    let told = serving.says("log lines were dropped").await;
     assert!(told.contains("flood=40"), "{told}");
     let log = serving.log.lock().unwrap();
     assert_eq!(log.lines().filter(|line| line.contains("call failed")).count(), 20);
@@ -111,7 +111,7 @@ async fn the_log_level_follows_the_configuration_without_a_restart() {
     .await;
     fs::write(harness.config_file(), format!("{text}\n[log]\nlevel = \"loud\"\n")).unwrap();
     serving.signal("HUP");
-    serving.says("refused: all of the old stays").await;
+    serving.says("the reload was refused").await;
     serving.says("log.level").await;
     assert_eq!(harness.client.get(&level).send().await.unwrap().text().await.unwrap(), "debug");
 }

@@ -144,7 +144,7 @@ async fn sighup_reads_the_configuration_again() {
     harness.stop_sidecar().await;
     let mut serving = Serving::start(&harness, &[]).await;
     serving.signal("HUP");
-    serving.says("was read again and is in use").await;
+    serving.says("the configuration was reloaded").await;
     serving.signal("TERM");
     assert_eq!(serving.ended().await.0, Some(0));
     assert!(!serving.log.lock().unwrap().contains("a file of the configuration changed"), "the signal alone did it");

@@ -99,7 +99,7 @@ fn name(grant: &Grant) -> String {
 
 /// `Flight::renew`, with an LWA that rotates: whoever's answer is dropped has a dead grant, so nothing may use it.
 async fn renew(world: &World) {
-    if !world.entry.take_off() {
+    if !world.entry.try_begin_refresh() {
         return;
     }
     let base = world.entry.held().grant().cloned();
@@ -118,7 +118,7 @@ async fn renew(world: &World) {
             write.publish(held.next(outcome, now(), 0.5));
         }
     }
-    world.entry.land();
+    world.entry.end_refresh();
 }
 
 /// `TokenManager::forget_now`.

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use super::coordination::Coordination;
 use super::{Status, TokenManager};
 use crate::domain::account::UserId;
 use crate::domain::grant::{Grant, GrantState, LiveGrant};
@@ -14,7 +15,7 @@ impl TokenManager {
     /// # Panics
     /// If `work` panics.
     pub async fn uninterrupted<T: Send + 'static>(&self, work: impl Future<Output = T> + Send + 'static) -> T {
-        match self.0.flights.spawn(work).await {
+        match self.0.tasks.spawn(work).await {
             Ok(done) => done,
             // The task is never aborted, so it panicked: propagate the panic to the caller.
             Err(error) => std::panic::resume_unwind(error.into_panic()),
@@ -24,8 +25,8 @@ impl TokenManager {
     /// Replaces the grant of `user` with `grant`. Returns once it is stored or the store has failed: then it is used
     /// from memory, since its code is spent and nobody else has it, and a task retries until it is stored.
     pub async fn adopt(&self, user: &UserId, grant: Grant) -> Status {
-        let (keeper, user) = (self.clone(), user.clone());
-        self.uninterrupted(async move { keeper.adopt_now(&user, grant).await }).await
+        let (manager, user) = (self.clone(), user.clone());
+        self.uninterrupted(async move { manager.adopt_now(&user, grant).await }).await
     }
 
     async fn adopt_now(&self, user: &UserId, mut grant: Grant) -> Status {
@@ -52,8 +53,8 @@ impl TokenManager {
     /// # Errors
     /// [`StoreError`] if the store fails; then the grant stays in use.
     pub async fn forget(&self, user: &UserId) -> Result<bool, StoreError> {
-        let (keeper, user) = (self.clone(), user.clone());
-        self.uninterrupted(async move { keeper.forget_now(&user).await }).await
+        let (manager, user) = (self.clone(), user.clone());
+        self.uninterrupted(async move { manager.forget_now(&user).await }).await
     }
 
     async fn forget_now(&self, user: &UserId) -> Result<bool, StoreError> {
@@ -63,7 +64,7 @@ impl TokenManager {
         };
         let write = entry.write().await;
         let erased = self.timed("erase", self.0.store.erase(user)).await?;
-        if erased && self.0.store.shared().is_some() {
+        if erased && let Coordination::Shared(_) = self.0.coordination {
             // In a shared store a logout has its own generation.
             write.note_stored(write.stored() + 1);
         }

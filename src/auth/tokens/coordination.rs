@@ -1,7 +1,8 @@
-//! Coordination with other processes that share the store ([`Postgres`](crate::store::Postgres)).
+//! Coordination of refreshes: within one process, or with other processes that share the store
+//! ([`Postgres`](crate::store::Postgres)).
 //!
-//! The stored record is authoritative: a process reads it before each refresh, and polls for changes every second. A
-//! lease lets one process at a time refresh a user's token; the others wait and use the token it stored.
+//! In a shared store the stored record is authoritative: a process reads it before each refresh, and polls for changes
+//! every second. A lease lets one process at a time refresh a user's token; the others wait and use the token it stored.
 //!
 //! Generations never decrease. If a stored generation is lower than the one this process knows, the database lost data
 //! (for example, failover to a lagging standby), and this process restores what it knows.
@@ -11,13 +12,14 @@ use std::time::Duration;
 
 use tokio::time::{Instant, sleep};
 
-use super::refresh_task::{Flight, RefreshReason};
+use super::refresh_journal::RefreshJournal;
+use super::refresh_task::{RefreshReason, RefreshTask};
 use super::user_state::{UserState, Writing};
 use super::{FORCED_SPACING, TokenError, TokenManager};
 use crate::domain::account::UserId;
 use crate::domain::clock_reading::ClockReading;
 use crate::domain::grant::{Failure, Grant, GrantState, LiveGrant, Remedy, STORE_UNAVAILABLE};
-use crate::store::{Lease, StoreError, Stored};
+use crate::store::{Lease, Postgres, StoreError, Stored, TokenStore};
 
 /// Interval for polling changes made by other processes.
 const POLL: Duration = Duration::from_secs(1);
@@ -30,11 +32,58 @@ const STORE_DOWN: Failure = Failure { code: STORE_UNAVAILABLE, remedy: Remedy::T
 const UNREADABLE: Failure = Failure { code: "record_unreadable", remedy: Remedy::Time };
 const BUSY: Failure = Failure { code: "renewed_elsewhere", remedy: Remedy::Time };
 
+/// Whether other processes refresh the same grants, and what prevents a lost or a duplicate refresh.
+#[derive(Debug)]
+pub(super) enum Coordination {
+    /// One process. The journal lets the next process report a refresh that a crash interrupted.
+    Local(RefreshJournal),
+    /// Several processes on one database. A lease per user lets one of them refresh at a time.
+    Shared(Postgres),
+}
+
+impl Coordination {
+    pub(super) fn new(store: &TokenStore) -> Self {
+        match store.shared() {
+            Some(shared) => Self::Shared(shared.clone()),
+            None => Self::Local(RefreshJournal::default()),
+        }
+    }
+
+    /// The generation that a write must find in the store. A single process compares nothing: the stored record is
+    /// either the previous one or the one it writes.
+    pub(super) fn expected(&self, generation: Option<u64>) -> Option<u64> {
+        match self {
+            Self::Local(_) => None,
+            Self::Shared(_) => generation,
+        }
+    }
+}
+
 impl TokenManager {
-    /// Polls for and adopts changes made by other processes, and notices when a failed store works again. Runs until
+    /// Notices when a failed store works again; in a shared store, adopts changes made by other processes. Runs until
     /// dropped.
-    pub(super) async fn follow(&self) {
-        let Some(shared) = self.0.store.shared() else { return };
+    pub(super) async fn follow_store(&self) {
+        match &self.0.coordination {
+            Coordination::Local(_) => self.watch_store().await,
+            Coordination::Shared(shared) => self.follow(shared).await,
+        }
+    }
+
+    /// At startup, reports refreshes that the end of the previous process interrupted.
+    pub(super) async fn look_for_interrupted(&self) {
+        if let Coordination::Local(journal) = &self.0.coordination {
+            self.report_interrupted(journal).await;
+        }
+    }
+
+    /// Writes down that no refresh is running.
+    pub(super) async fn settle_journal(&self) {
+        if let Coordination::Local(journal) = &self.0.coordination {
+            self.clear_finished(journal).await;
+        }
+    }
+
+    async fn follow(&self, shared: &Postgres) {
         loop {
             sleep(POLL).await;
             let was_up = self.0.store.health().up;
@@ -58,7 +107,7 @@ impl TokenManager {
     /// # Errors
     /// [`StoreError`] if the store cannot be read, or if a record that the database lost cannot be restored.
     pub async fn look(&self, user: &UserId) -> Result<(), StoreError> {
-        let Some(shared) = self.0.store.shared() else { return Ok(()) };
+        let Coordination::Shared(shared) = &self.0.coordination else { return Ok(()) };
         if self.entry(user).is_none() {
             match self.timed("get", shared.look(user)).await? {
                 Stored::Gone { .. } => return Ok(()),
@@ -91,12 +140,15 @@ impl TokenManager {
     pub(super) async fn logged_in_elsewhere(&self, entry: &Arc<UserState>) -> bool {
         let before = entry.held().grant().map(|grant| grant.generation);
         let looked = Box::pin(self.look(&entry.user)).await.is_ok();
-        looked && self.0.store.shared().is_some() && entry.held().grant().map(|grant| grant.generation) != before
+        looked && entry.held().grant().map(|grant| grant.generation) != before
     }
 
     /// Adopts the stored record. Returns `false` if the record is unusable, `true` if it is a grant or there is none.
     async fn catch_up(&self, entry: &Arc<UserState>, write: &Writing<'_>) -> Result<bool, StoreError> {
-        let Some(shared) = self.0.store.shared().filter(|_| !entry.is_unsaved()) else { return Ok(true) };
+        let Coordination::Shared(shared) = &self.0.coordination else { return Ok(true) };
+        if entry.is_unsaved() {
+            return Ok(true);
+        }
         let user = &entry.user;
         let stored = self.timed("get", shared.look(user)).await?;
         let held = entry.held().clone();
@@ -159,8 +211,8 @@ impl TokenManager {
         expected: Option<u64>,
     ) -> Result<(), StoreError> {
         let (user, made) = (&entry.user, grant.consented_at.unwrap_or(grant.updated_at));
-        let later = match (self.0.store.shared(), expected) {
-            (Some(shared), None) => match self.timed("get", shared.look(user)).await? {
+        let later = match (&self.0.coordination, expected) {
+            (Coordination::Shared(shared), None) => match self.timed("get", shared.look(user)).await? {
                 Stored::Grant(stored) => stored.consented_at.unwrap_or(stored.updated_at) > made,
                 Stored::Gone { since, .. } => since.is_some_and(|since| since > made),
                 Stored::Unusable(_) => false,
@@ -180,7 +232,7 @@ impl TokenManager {
                 let kept = LiveGrant::loaded(grant.clone(), self.0.clock.moment());
                 self.publish(entry, write, GrantState::Fresh(Arc::new(kept)));
             }
-            Err(StoreError::Conflict) if self.0.store.shared().is_some() => {
+            Err(StoreError::Conflict) => {
                 tracing::info!(%user, "a later login or logout, or another process's refresh, superseded a grant that \
                     was not stored");
                 self.overtaken(entry, write).await;
@@ -191,32 +243,32 @@ impl TokenManager {
     }
 }
 
-impl Flight {
+impl RefreshTask {
     /// Waits for the lease and returns the grant to refresh; `None` if no refresh is needed any more.
-    pub(super) async fn turn(&self, why: &RefreshReason) -> Result<Option<Arc<LiveGrant>>, Failure> {
-        let Self { keeper, entry } = self;
-        let Some(shared) = keeper.0.store.shared() else { return Ok(self.wanted(why)) };
+    pub(super) async fn acquire(&self, why: &RefreshReason) -> Result<Option<Arc<LiveGrant>>, Failure> {
+        let Self { manager, entry } = self;
+        let Coordination::Shared(shared) = &manager.0.coordination else { return Ok(self.wanted(why)) };
         let (until, mut begun) = (Instant::now() + TURN, None);
         loop {
             let write = entry.write().await;
-            let usable = keeper.catch_up(entry, &write).await.map_err(|_| STORE_DOWN)?;
+            let usable = manager.catch_up(entry, &write).await.map_err(|_| STORE_DOWN)?;
             drop(write);
             if !usable {
                 return Err(UNREADABLE);
             }
-            let forced = matches!(why, RefreshReason::Distrusted(_));
-            let wanted = self.wanted(why).filter(|grant| !forced || !is_new(grant, keeper.0.clock.moment()));
+            let forced = matches!(why, RefreshReason::Rejected(_));
+            let wanted = self.wanted(why).filter(|grant| !forced || !is_new(grant, manager.0.clock.moment()));
             let Some(grant) = wanted else { return Ok(None) };
             // Another process has refreshed the grant meanwhile: its result serves this process too.
             if *begun.get_or_insert(grant.generation) != grant.generation {
                 return Ok(None);
             }
-            match keeper.timed("lease", shared.lease(&entry.user, grant.generation)).await.map_err(|_| STORE_DOWN)? {
+            match manager.timed("lease", shared.lease(&entry.user, grant.generation)).await.map_err(|_| STORE_DOWN)? {
                 Lease::Ours { interrupted } => {
                     if interrupted {
                         tracing::warn!(user = %entry.user, "another process ended during a refresh; adsidecar tries \
                             the stored grant");
-                        keeper.0.journal.lost(&entry.user, grant.generation);
+                        manager.0.interrupted.lost(&entry.user, grant.generation);
                     }
                     return Ok(Some(grant));
                 }
@@ -226,26 +278,28 @@ impl Flight {
         }
     }
 
-    /// Extends this process's lease for the duration of a token call; without a shared store, writes the refresh to the
-    /// journal. Fails if another process holds the lease or the store fails.
-    pub(super) async fn may_ask(&self, generation: u64) -> Result<(), Failure> {
-        let (keeper, user) = (&self.keeper, &self.entry.user);
-        let Some(shared) = keeper.0.store.shared() else {
-            keeper.intend(user, generation).await;
-            return Ok(());
-        };
-        match keeper.timed("lease", shared.lease(user, generation)).await {
-            Ok(Lease::Ours { .. }) => Ok(()),
-            Ok(Lease::Refused) => Err(BUSY),
-            Err(_) => Err(STORE_DOWN),
+    /// Prepares a token call: extends this process's lease for its duration, or writes the refresh to the journal.
+    ///
+    /// # Errors
+    /// The failure to record if another process holds the lease, or if the shared store fails.
+    pub(super) async fn prepare(&self, generation: u64) -> Result<(), Failure> {
+        let (manager, user) = (&self.manager, &self.entry.user);
+        match &manager.0.coordination {
+            Coordination::Local(journal) => manager.record_refresh(journal, user, generation).await,
+            Coordination::Shared(shared) => match manager.timed("lease", shared.lease(user, generation)).await {
+                Ok(Lease::Ours { .. }) => {}
+                Ok(Lease::Refused) => return Err(BUSY),
+                Err(_) => return Err(STORE_DOWN),
+            },
         }
+        Ok(())
     }
 
     /// Releases the lease after a failed refresh, so that another process may try.
-    pub(super) async fn give_way(&self) {
-        if let Some(shared) = self.keeper.0.store.shared() {
+    pub(super) async fn release(&self) {
+        if let Coordination::Shared(shared) = &self.manager.0.coordination {
             // If this fails, the lease expires by itself.
-            let _ = self.keeper.timed("lease", shared.release(&self.entry.user)).await;
+            let _ = self.manager.timed("lease", shared.release(&self.entry.user)).await;
         }
     }
 }

@@ -1,6 +1,6 @@
 //! Keeps each user's access token fresh.
 //!
-//! Callers wait, tasks work: each refresh is a task of its own (`Flight` in the code), at most one per user, and
+//! Callers wait, tasks work: each refresh is a task of its own (`RefreshTask` in the code), at most one per user, and
 //! callers subscribe to its result. A caller that hangs up cancels nothing. The decision is pure
 //! ([`GrantState::next`]); the result is stored before it is published, and dropped if the grant changed meanwhile
 //! (logout, a new login).
@@ -39,7 +39,8 @@ use crate::store::{StoreError, TokenStore};
 use crate::telemetry::metrics::Metrics;
 use bootstrap::ADOPTED;
 use client_circuit::ClientCircuit;
-use refresh_journal::RefreshJournal;
+use coordination::Coordination;
+use refresh_journal::Interrupted;
 use refresh_task::RefreshReason;
 use scheduler::Scheduler;
 pub use status::Status;
@@ -89,11 +90,12 @@ struct Inner {
     /// Sends users whose schedule changed to the background scheduler.
     scheduler: mpsc::UnboundedSender<Arc<UserState>>,
     /// Refresh tasks and other work that a shutdown waits for.
-    flights: TaskTracker,
+    tasks: TaskTracker,
     /// Number of grants that are newer in memory than in the store.
     unsaved: AtomicUsize,
     circuit: ClientCircuit,
-    journal: RefreshJournal,
+    coordination: Coordination,
+    interrupted: Interrupted,
     /// Uptime in seconds from which the `Date` of the next Ads API response is read.
     listen_at: AtomicI64,
 }
@@ -120,7 +122,7 @@ pub enum TokenError {
 /// The background scheduler: run it beside the listeners.
 #[derive(Debug)]
 pub struct Background {
-    keeper: TokenManager,
+    manager: TokenManager,
     scheduler: Scheduler,
 }
 
@@ -141,22 +143,23 @@ impl TokenManager {
         let (now, spread) = (clock.moment(), SPREAD_EACH.saturating_mul(others).min(SPREAD_MAX));
         let entry =
             |(user, grant): (UserId, _)| (user.clone(), Arc::new(UserState::new(user, Some(grant), now, spread)));
-        let keeper = Self(Arc::new(Inner {
+        let manager = Self(Arc::new(Inner {
             users: RwLock::new(grants.into_iter().map(entry).collect()),
             settings: ArcSwap::from_pointee(settings),
+            coordination: Coordination::new(&store),
             store,
             lwa: ArcSwap::from_pointee(lwa),
             clock,
             metrics,
             scheduler,
-            flights: TaskTracker::new(),
+            tasks: TaskTracker::new(),
             unsaved: AtomicUsize::new(0),
             circuit: ClientCircuit::default(),
-            journal: RefreshJournal::default(),
+            interrupted: Interrupted::default(),
             listen_at: AtomicI64::new(i64::MIN),
         }));
         let scheduler = Scheduler::new(changes);
-        (keeper.clone(), Background { keeper, scheduler })
+        (manager.clone(), Background { manager, scheduler })
     }
 
     /// Returns `Bearer <token>` for a request on behalf of `user`, refreshing the token first if necessary.
@@ -173,12 +176,12 @@ impl TokenManager {
         let held = entry.held();
         match held.living(now) {
             Some(access) if !held.expiring(self.policy(), now) => Ok(access.bearer().clone()),
-            _ => Box::pin(self.renewed_bearer(&entry)).await,
+            _ => Box::pin(self.refreshed_bearer(&entry)).await,
         }
     }
 
     /// The slow path of [`bearer`](Self::bearer): the token expires within the margin or has expired.
-    async fn renewed_bearer(&self, entry: &Arc<UserState>) -> Result<HeaderValue, TokenError> {
+    async fn refreshed_bearer(&self, entry: &Arc<UserState>) -> Result<HeaderValue, TokenError> {
         let begun = Instant::now();
         let mut looked = false;
         loop {
@@ -190,7 +193,7 @@ impl TokenManager {
                 if enough || begun.elapsed() >= WAIT_LIVING {
                     return Ok(access.bearer().clone());
                 }
-                self.fly(entry, RefreshReason::OnDemand);
+                self.start_refresh(entry, RefreshReason::OnDemand);
                 let _ = timeout_at(begun + WAIT_LIVING, changed.wait()).await;
                 continue;
             }
@@ -213,7 +216,7 @@ impl TokenManager {
                     }
                 }
                 _ => {
-                    self.fly(entry, RefreshReason::OnDemand);
+                    self.start_refresh(entry, RefreshReason::OnDemand);
                     if timeout_at(begun + WAIT_DEAD, changed.wait()).await.is_err() {
                         return Err(TokenError::Unavailable {
                             code: "timeout",
@@ -236,9 +239,9 @@ impl TokenManager {
             if let Some(other) = self.other_than(&entry, bearer) {
                 return Some(other);
             }
-            let fly = || self.fly(&entry, RefreshReason::Distrusted(bearer.clone()));
+            let start_refresh = || self.start_refresh(&entry, RefreshReason::Rejected(bearer.clone()));
             // A refresh task that was already running may end without a token call: then this caller forces one.
-            if !entry.force(self.0.clock.moment(), FORCED_SPACING, fly)
+            if !entry.force(self.0.clock.moment(), FORCED_SPACING, start_refresh)
                 || timeout_at(until, changed.wait()).await.is_err()
             {
                 return None;
@@ -271,7 +274,7 @@ impl TokenManager {
         }
         let changed = entry.changed();
         if !entry.held().backs_off(self.0.clock.moment()) {
-            self.fly(&entry, RefreshReason::Manual);
+            self.start_refresh(&entry, RefreshReason::Manual);
             let _ = timeout(WAIT_DEAD, changed.wait()).await;
         }
         match &**entry.held() {
@@ -311,9 +314,9 @@ impl TokenManager {
 
     /// Waits for in-flight token calls and writes, so that no response from LWA is lost.
     pub async fn settle(&self) {
-        self.0.flights.close();
-        self.0.flights.wait().await;
-        self.settle_intents().await;
+        self.0.tasks.close();
+        self.0.tasks.wait().await;
+        self.settle_journal().await;
     }
 
     /// Publishes `held` and schedules the next refresh. Does not wake waiters: see [`Writing::publish`].
@@ -366,11 +369,7 @@ impl TokenManager {
 impl Background {
     /// Refreshes tokens before callers need them, and notices when a failed store works again. Runs until dropped.
     pub async fn run(self) {
-        if self.keeper.0.store.shared().is_some() {
-            tokio::join!(self.scheduler.run(&self.keeper), self.keeper.follow());
-        } else {
-            self.keeper.look_for_interrupted().await;
-            tokio::join!(self.scheduler.run(&self.keeper), self.keeper.watch_store());
-        }
+        self.manager.look_for_interrupted().await;
+        tokio::join!(self.scheduler.run(&self.manager), self.manager.follow_store());
     }
 }

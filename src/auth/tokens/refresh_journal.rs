@@ -14,11 +14,17 @@ const NOTE: &str = "renewals_begun";
 
 type Note = BTreeMap<UserId, u64>;
 
+/// The journal of the only process that uses the store.
 #[derive(Debug, Default)]
 pub(super) struct RefreshJournal {
-    begun: Mutex<BTreeMap<UserId, Begun>>,
     /// The note as last read or written; `None` before the first read. Locked while the note is written.
     written: tokio::sync::Mutex<Option<Note>>,
+}
+
+/// The refreshes of this process that have begun and have no known outcome, and those whose response may be lost.
+#[derive(Debug, Default)]
+pub(super) struct Interrupted {
+    begun: Mutex<BTreeMap<UserId, Begun>>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -28,7 +34,7 @@ struct Begun {
     lost: bool,
 }
 
-impl RefreshJournal {
+impl Interrupted {
     /// Records that the response to a refresh of `generation` may have been lost.
     pub(super) fn lost(&self, user: &UserId, generation: u64) {
         self.begun().insert(user.clone(), Begun { generation, lost: true });
@@ -38,6 +44,13 @@ impl RefreshJournal {
     /// been lost.
     pub(super) fn end(&self, user: &UserId) -> bool {
         self.begun().remove(user).is_some_and(|begun| begun.lost)
+    }
+
+    fn begin(&self, user: &UserId, generation: u64) {
+        let mut begun = self.begun();
+        if begun.get(user).is_none_or(|begun| begun.generation != generation) {
+            begun.insert(user.clone(), Begun { generation, lost: false });
+        }
     }
 
     fn begun(&self) -> MutexGuard<'_, BTreeMap<UserId, Begun>> {
@@ -51,39 +64,32 @@ impl RefreshJournal {
 
 impl TokenManager {
     /// Records in the journal that a refresh of `generation` begins. The refresh continues even if the store fails.
-    pub(super) async fn intend(&self, user: &UserId, generation: u64) {
+    pub(super) async fn record_refresh(&self, journal: &RefreshJournal, user: &UserId, generation: u64) {
         fail_point!("intents_none", |_| ());
-        let journal = &self.0.journal;
         let mut written = journal.written.lock().await;
-        self.read_intents(&mut written).await;
-        {
-            let mut begun = journal.begun();
-            if begun.get(user).is_none_or(|begun| begun.generation != generation) {
-                begun.insert(user.clone(), Begun { generation, lost: false });
-            }
-        }
+        self.read_journal(&mut written).await;
+        self.0.interrupted.begin(user, generation);
         let there = written.as_ref().is_some_and(|note| note.get(user) == Some(&generation));
         if !there && self.0.store.health().up {
-            self.write_intents(&mut written).await;
+            self.write_journal(&mut written).await;
         }
     }
 
     /// At startup, looks for refreshes that the end of the previous process interrupted.
-    pub(super) async fn look_for_interrupted(&self) {
-        let mut written = self.0.journal.written.lock().await;
-        self.read_intents(&mut written).await;
+    pub(super) async fn report_interrupted(&self, journal: &RefreshJournal) {
+        self.read_journal(&mut *journal.written.lock().await).await;
     }
 
     /// Removes finished refreshes from the stored journal, so that the next process does not report them as
     /// interrupted.
-    pub(super) async fn settle_intents(&self) {
-        let mut written = self.0.journal.written.lock().await;
-        if written.as_ref().is_some_and(|written| *written != self.0.journal.note()) {
-            self.write_intents(&mut written).await;
+    pub(super) async fn clear_finished(&self, journal: &RefreshJournal) {
+        let mut written = journal.written.lock().await;
+        if written.as_ref().is_some_and(|written| *written != self.0.interrupted.note()) {
+            self.write_journal(&mut written).await;
         }
     }
 
-    async fn read_intents(&self, written: &mut Option<Note>) {
+    async fn read_journal(&self, written: &mut Option<Note>) {
         if written.is_some() {
             return;
         }
@@ -92,14 +98,14 @@ impl TokenManager {
         for (user, generation) in &note {
             if self.entry(user).is_some_and(|entry| entry.held().is_of(*generation)) {
                 tracing::warn!(%user, "the previous process ended during a refresh; adsidecar tries the stored grant");
-                self.0.journal.lost(user, *generation);
+                self.0.interrupted.lost(user, *generation);
             }
         }
         *written = Some(note);
     }
 
-    async fn write_intents(&self, written: &mut Option<Note>) {
-        let note = self.0.journal.note();
+    async fn write_journal(&self, written: &mut Option<Note>) {
+        let note = self.0.interrupted.note();
         let text = serde_json::to_string(&note).expect("names and numbers are JSON");
         if self.timed("note", self.0.store.set_note(NOTE, text)).await.is_ok() {
             *written = Some(note);

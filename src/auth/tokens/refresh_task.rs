@@ -27,37 +27,37 @@ pub(super) enum RefreshReason {
     /// A caller needs a token, and the current one expires within the margin or has expired.
     OnDemand,
     /// Amazon rejected this token.
-    Distrusted(HeaderValue),
+    Rejected(HeaderValue),
     /// Somebody asked for it.
     Manual,
 }
 
 /// A running refresh task. Dropping it marks the task as finished and wakes all waiters.
-pub(super) struct Flight {
-    pub(super) keeper: TokenManager,
+pub(super) struct RefreshTask {
+    pub(super) manager: TokenManager,
     pub(super) entry: Arc<UserState>,
 }
 
-impl Drop for Flight {
+impl Drop for RefreshTask {
     fn drop(&mut self) {
-        self.entry.land();
+        self.entry.end_refresh();
     }
 }
 
 impl TokenManager {
     /// Spawns a refresh task, unless one is running for this user.
-    pub(super) fn fly(&self, entry: &Arc<UserState>, why: RefreshReason) {
-        if entry.take_off() {
-            let flight = Flight { keeper: self.clone(), entry: entry.clone() };
-            self.0.flights.spawn(flight.run(why));
+    pub(super) fn start_refresh(&self, entry: &Arc<UserState>, why: RefreshReason) {
+        if entry.try_begin_refresh() {
+            let task = RefreshTask { manager: self.clone(), entry: entry.clone() };
+            self.0.tasks.spawn(task.run(why));
         }
     }
 
-    /// As [`fly`](Self::fly), but waits until the refresh task has finished, including one that was already running.
-    pub(super) async fn fly_and_wait(&self, entry: &Arc<UserState>, why: RefreshReason) {
+    /// As [`start_refresh`](Self::start_refresh), but waits until the refresh task has finished, including one that was already running.
+    pub(super) async fn refresh_and_wait(&self, entry: &Arc<UserState>, why: RefreshReason) {
         let changed = entry.changed();
-        if entry.take_off() {
-            Flight { keeper: self.clone(), entry: entry.clone() }.run(why).await;
+        if entry.try_begin_refresh() {
+            RefreshTask { manager: self.clone(), entry: entry.clone() }.run(why).await;
         } else {
             changed.wait().await;
         }
@@ -74,7 +74,7 @@ impl TokenManager {
         expected: Option<u64>,
     ) -> bool {
         let user = &entry.user;
-        let shared = self.0.store.shared().is_some();
+        let expected = self.0.coordination.expected(expected);
         match self.timed("put", self.0.store.save(user, grant, expected)).await {
             Ok(generation) => {
                 grant.generation = generation;
@@ -82,7 +82,7 @@ impl TokenManager {
                 entry.set_unsaved(false);
                 return true;
             }
-            Err(StoreError::Conflict) if shared && expected.is_some() => return false,
+            Err(StoreError::Conflict) if expected.is_some() => return false,
             Err(error) => {
                 tracing::error!(%user, %error, "token_not_persisted: the grant is in memory only; adsidecar keeps \
                     trying to store it");
@@ -90,43 +90,41 @@ impl TokenManager {
         }
         entry.set_unsaved(true);
         self.0.unsaved.fetch_add(1, Relaxed);
-        // Without other processes, the stored record is either the previous one or this grant: no comparison needed.
-        let expected = expected.filter(|_| shared);
-        self.0.flights.spawn(keep_storing(self.clone(), entry.clone(), grant.clone(), expected));
+        self.0.tasks.spawn(keep_storing(self.clone(), entry.clone(), grant.clone(), expected));
         true
     }
 }
 
-impl Flight {
+impl RefreshTask {
     /// Runs the refresh. A panic is caught and recorded as a failure, so that no waiter waits forever.
     async fn run(self, why: RefreshReason) {
-        if AssertUnwindSafe(self.renew(why)).catch_unwind().await.is_err() {
+        if AssertUnwindSafe(self.refresh(why)).catch_unwind().await.is_err() {
             // A bug of ours. The recorded failure backs off, so that waiters do not retry at once into the same panic.
             let failure = Failure { code: "internal", remedy: Remedy::Time };
-            self.keeper.0.metrics.token_refresh.with_label_values(&["failure", failure.code]).inc();
+            self.manager.0.metrics.token_refresh.with_label_values(&["failure", failure.code]).inc();
             self.fail(failure).await;
         }
     }
 
     async fn fail(&self, failure: Failure) {
         let write = self.entry.write().await;
-        let (held, now) = (self.entry.held().clone(), self.keeper.0.clock.moment());
+        let (held, now) = (self.entry.held().clone(), self.manager.0.clock.moment());
         let next = held.next(Outcome::Failed { failure, retry_after: None }, now, jitter());
         self.log(&held, &next);
-        self.keeper.publish(&self.entry, &write, next);
+        self.manager.publish(&self.entry, &write, next);
     }
 
-    async fn renew(&self, why: RefreshReason) {
-        let grant = match self.turn(&why).await {
+    async fn refresh(&self, why: RefreshReason) {
+        let grant = match self.acquire(&why).await {
             Ok(Some(grant)) => grant,
             Ok(None) => return,
             Err(failure) => return self.fail(failure).await,
         };
         fail_point!("renewal_begun");
-        let answer = self.ask_twice(&grant).await;
+        let answer = self.refresh_with_fallback(&grant).await;
         fail_point!("renewal_answered", |_| std::process::abort());
         if answer.is_err() {
-            self.give_way().await;
+            self.release().await;
         }
 
         let user = &self.entry.user;
@@ -141,25 +139,25 @@ impl Flight {
                 renewed.used_at = Some(asked.wall_at(self.entry.used()));
                 renewed.generation = write.next_generation();
                 if renewed.previous.is_some() && grant.previous.as_ref() != Some(&renewed.refresh_token) {
-                    self.keeper.0.metrics.token_rotations.inc();
+                    self.manager.0.metrics.token_rotations.inc();
                     tracing::info!(%user, "Login with Amazon issued a new refresh token");
                 }
-                if !self.keeper.store(&self.entry, &write, &mut renewed, Some(grant.generation)).await {
+                if !self.manager.store(&self.entry, &write, &mut renewed, Some(grant.generation)).await {
                     self.dropped();
-                    return self.keeper.overtaken(&self.entry, &write).await;
+                    return self.manager.overtaken(&self.entry, &write).await;
                 }
                 fail_point!("renewal_stored", |_| std::process::abort());
-                self.end_intent("recovered");
+                self.end_refresh_with("recovered");
                 Outcome::Renewed(Arc::new(LiveGrant::issued(renewed, asked)))
             }
             Err(outcome) => outcome,
         };
         let refused = matches!(outcome, Outcome::Refused(_));
-        let next = held.next(outcome, self.keeper.0.clock.moment(), jitter());
+        let next = held.next(outcome, self.manager.0.clock.moment(), jitter());
         self.log(&held, &next);
         // Waiters are woken when this task is dropped: if woken now, a retry would join a task that has nothing left to
         // do.
-        self.keeper.publish(&self.entry, &write, next);
+        self.manager.publish(&self.entry, &write, next);
         drop(write);
         if refused {
             self.after_refusal().await;
@@ -168,17 +166,17 @@ impl Flight {
 
     fn dropped(&self) {
         let user = &self.entry.user;
-        self.keeper.0.journal.end(user);
-        self.keeper.0.metrics.refresh_dropped.inc();
+        self.manager.0.interrupted.end(user);
+        self.manager.0.metrics.refresh_dropped.inc();
         tracing::info!(%user, "refresh result dropped: the grant was replaced or logged out meanwhile");
     }
 
     /// Refreshes with the grant's refresh token. If LWA refuses it and it has never been used successfully, tries the
     /// previous one: a rotation may have been lost on LWA's side.
-    async fn ask_twice(&self, grant: &LiveGrant) -> Result<(Tokens, ClockReading), Outcome> {
-        let answer = self.ask(grant, &grant.refresh_token).await;
+    async fn refresh_with_fallback(&self, grant: &LiveGrant) -> Result<(Tokens, ClockReading), Outcome> {
+        let answer = self.token_call(grant, &grant.refresh_token).await;
         let (Err(Outcome::Refused(_)), Some(previous)) = (&answer, &grant.previous) else { return answer };
-        let (tokens, asked) = self.ask(grant, previous).await?;
+        let (tokens, asked) = self.token_call(grant, previous).await?;
         tracing::warn!(user = %self.entry.user, "Login with Amazon refuses the refresh token it issued last, but \
             accepts the previous one");
         let refresh = tokens.refresh.or_else(|| Some(previous.clone()));
@@ -187,8 +185,12 @@ impl Flight {
 
     /// Sends one token request to LWA, unless LWA has just refused our client. Returns the tokens and the time of the
     /// request.
-    async fn ask(&self, grant: &LiveGrant, refresh_token: &RefreshToken) -> Result<(Tokens, ClockReading), Outcome> {
-        let TokenManager(inner) = &self.keeper;
+    async fn token_call(
+        &self,
+        grant: &LiveGrant,
+        refresh_token: &RefreshToken,
+    ) -> Result<(Tokens, ClockReading), Outcome> {
+        let TokenManager(inner) = &self.manager;
         let turn = inner.circuit.turn().await;
         if let Some((code, wait)) = inner.circuit.holds(inner.clock.moment()) {
             return Err(Outcome::Failed {
@@ -197,7 +199,7 @@ impl Flight {
             });
         }
         let user = &self.entry.user;
-        self.may_ask(grant.generation).await.map_err(|failure| Outcome::Failed { failure, retry_after: None })?;
+        self.prepare(grant.generation).await.map_err(|failure| Outcome::Failed { failure, retry_after: None })?;
         let asked = inner.clock.moment();
         let begun = std::time::Instant::now();
         let answer = inner.lwa.load_full().refresh(refresh_token).await;
@@ -212,13 +214,13 @@ impl Flight {
                     .iter()
                     .for_each(|kind| inner.metrics.token_answer_oddities.with_label_values(&[kind]).inc());
                 if let Some(server_time) = tokens.server_time {
-                    self.keeper.amazon_says(server_time);
+                    self.manager.observe_server_time(server_time);
                 }
                 Ok((tokens, asked))
             }
             Err(error) => {
                 if matches!(error, LwaError::TryLater { taken: true, .. }) {
-                    inner.journal.lost(user, grant.generation);
+                    inner.interrupted.lost(user, grant.generation);
                 }
                 Err(outcome(error))
             }
@@ -227,12 +229,12 @@ impl Flight {
 
     /// Records that a refresh ended with a known outcome. If the response to an earlier refresh may have been lost,
     /// counts and logs what became of the grant: `end` is `recovered` or `lost`.
-    fn end_intent(&self, end: &str) {
+    fn end_refresh_with(&self, end: &str) {
         let user = &self.entry.user;
-        if !self.keeper.0.journal.end(user) {
+        if !self.manager.0.interrupted.end(user) {
             return;
         }
-        self.keeper.0.metrics.refresh_interrupted.with_label_values(&[end]).inc();
+        self.manager.0.metrics.refresh_interrupted.with_label_values(&[end]).inc();
         if end == "lost" {
             tracing::error!(%user, "the response to an earlier refresh was lost, and Login with Amazon now refuses the \
                 grant: if that response held a new refresh token, it is lost; the user has to log in again");
@@ -242,11 +244,11 @@ impl Flight {
     }
 
     async fn after_refusal(&self) {
-        self.end_intent("lost");
-        self.keeper.settle_intents().await;
+        self.end_refresh_with("lost");
+        self.manager.settle_journal().await;
         // At startup the stored grant's validity was unknown: amazon.refresh_token may be there to replace it.
         if self.entry.user == UserId::default()
-            && let Err(error) = self.keeper.adopt_configured().await
+            && let Err(error) = self.manager.adopt_configured().await
         {
             tracing::error!(%error, "amazon.refresh_token could not be stored; adsidecar tries again at the next \
                 start");
@@ -256,12 +258,12 @@ impl Flight {
     /// The grant to refresh, if `why` still holds: a wake-up is only a hint, and the refresh may have happened since.
     pub(super) fn wanted(&self, why: &RefreshReason) -> Option<Arc<LiveGrant>> {
         let held = self.entry.held();
-        let (now, policy) = (self.keeper.0.clock.moment(), self.keeper.policy());
+        let (now, policy) = (self.manager.0.clock.moment(), self.manager.policy());
         let wanted = match why {
             RefreshReason::Due => self.entry.due(policy, now).is_some_and(|due| due <= now.uptime),
             RefreshReason::OnDemand => held.expiring(policy, now),
             // The rejected token may have expired meanwhile.
-            RefreshReason::Distrusted(bearer) => held.living(now).is_none_or(|access| access.bearer() == bearer),
+            RefreshReason::Rejected(bearer) => held.living(now).is_none_or(|access| access.bearer() == bearer),
             RefreshReason::Manual => true,
         };
         held.grant().filter(|_| wanted && !held.backs_off(now)).cloned()
@@ -274,7 +276,7 @@ impl Flight {
                 ("failure", *code)
             }
         };
-        self.keeper.0.metrics.token_refresh.with_label_values(&[result, reason]).inc();
+        self.manager.0.metrics.token_refresh.with_label_values(&[result, reason]).inc();
         if let Err(error) = answer {
             tracing::debug!(user = %self.entry.user, %error, "refresh failed");
         }
@@ -305,14 +307,14 @@ impl Flight {
 }
 
 /// Retries until `grant` is stored or superseded.
-async fn keep_storing(keeper: TokenManager, entry: Arc<UserState>, mut grant: Grant, expected: Option<u64>) {
+async fn keep_storing(manager: TokenManager, entry: Arc<UserState>, mut grant: Grant, expected: Option<u64>) {
     loop {
         tokio::time::sleep(STORE_RETRY).await;
         let write = entry.write().await;
         if write.of(grant.generation).is_none() {
             break;
         }
-        match keeper.store_again(&entry, &write, &mut grant, expected).await {
+        match manager.store_again(&entry, &write, &mut grant, expected).await {
             Ok(()) => {
                 tracing::info!(user = %entry.user, "the grant that was in memory only is now stored");
                 break;
@@ -321,7 +323,7 @@ async fn keep_storing(keeper: TokenManager, entry: Arc<UserState>, mut grant: Gr
             Err(_) => {}
         }
     }
-    keeper.0.unsaved.fetch_sub(1, Relaxed);
+    manager.0.unsaved.fetch_sub(1, Relaxed);
 }
 
 fn outcome(error: LwaError) -> Outcome {

@@ -37,31 +37,31 @@ impl Scheduler {
     }
 
     /// Runs due refreshes, at most `refresh.concurrency` at once, until all senders of changes are gone.
-    pub(super) async fn run(mut self, keeper: &TokenManager) {
+    pub(super) async fn run(mut self, manager: &TokenManager) {
         let mut concurrency = 0;
         let mut permits = Arc::new(Semaphore::new(concurrency));
-        let clock = keeper.0.clock.clone();
+        let clock = manager.0.clock.clone();
         let mut moves = clock.moves();
         let mut looked = clock.moment();
         let mut next_sweep = looked.uptime;
         loop {
-            let settings = keeper.0.settings.load_full();
+            let settings = manager.0.settings.load_full();
             if settings.concurrency != concurrency {
                 concurrency = settings.concurrency;
                 permits = Arc::new(Semaphore::new(concurrency));
             }
             let now = clock.moment();
-            let jumped = keeper.look_for_jump(looked, now);
+            let jumped = manager.look_for_jump(looked, now);
             looked = now;
             if jumped || now.uptime >= next_sweep {
-                self.sweep(keeper, now);
+                self.sweep(manager, now);
                 next_sweep = now.uptime.saturating_add(SignedDuration::try_from(settings.sweep).unwrap_or_default());
             }
             let next = next_sweep.min(now.uptime + LOOK_EVERY);
             let wake = self.plans.peek().map_or(next, |Reverse(plan)| plan.due.min(next));
             tokio::select! {
                 changed = self.changes.recv() => match changed {
-                    Some(entry) => self.plan(keeper, entry, clock.moment()),
+                    Some(entry) => self.plan(manager, entry, clock.moment()),
                     None => return,
                 },
                 () = moves.next() => {}
@@ -69,11 +69,11 @@ impl Scheduler {
                     let Some(entry) = self.pop(clock.uptime()) else { continue };
                     // The semaphore is never closed.
                     let Ok(permit) = permits.clone().acquire_owned().await else { return };
-                    let keeper = keeper.clone();
-                    keeper.0.flights.clone().spawn(async move {
-                        keeper.fly_and_wait(&entry, RefreshReason::Due).await;
+                    let manager = manager.clone();
+                    manager.0.tasks.clone().spawn(async move {
+                        manager.refresh_and_wait(&entry, RefreshReason::Due).await;
                         // If a refresh was already running or not needed, nothing else reschedules this user.
-                        let _ = keeper.0.scheduler.send(entry);
+                        let _ = manager.0.scheduler.send(entry);
                         drop(permit);
                     });
                 }
@@ -82,15 +82,15 @@ impl Scheduler {
     }
 
     /// Reschedules every user, and logs consents that are about to expire.
-    fn sweep(&mut self, keeper: &TokenManager, now: ClockReading) {
-        for entry in keeper.entries() {
-            keeper.tell_of_consent(&entry, now);
-            self.plan(keeper, entry, now);
+    fn sweep(&mut self, manager: &TokenManager, now: ClockReading) {
+        for entry in manager.entries() {
+            manager.tell_of_consent(&entry, now);
+            self.plan(manager, entry, now);
         }
     }
 
-    fn plan(&mut self, keeper: &TokenManager, entry: Arc<UserState>, now: ClockReading) {
-        let due = entry.due(keeper.policy(), now);
+    fn plan(&mut self, manager: &TokenManager, entry: Arc<UserState>, now: ClockReading) {
+        let due = entry.due(manager.policy(), now);
         let mut planned = entry.planned.lock().unwrap_or_else(PoisonError::into_inner);
         if *planned != due {
             *planned = due;

@@ -127,13 +127,13 @@ impl UserState {
     }
 
     /// Marks a refresh task as running. Returns `false` if one already is.
-    pub(super) fn take_off(&self) -> bool {
+    pub(super) fn try_begin_refresh(&self) -> bool {
         fail_point!("flights_many", |_| true);
         !self.flying.swap(true, SeqCst)
     }
 
     /// Marks the refresh task as finished and wakes all waiters.
-    pub(super) fn land(&self) {
+    pub(super) fn end_refresh(&self) {
         self.flying.store(false, SeqCst);
         self.wake();
     }
@@ -142,15 +142,15 @@ impl UserState {
         self.flying.load(SeqCst)
     }
 
-    /// Starts a forced refresh with `fly`, unless the last one was less than `spacing` ago. Returns whether a refresh
+    /// Starts a forced refresh with `start_refresh` unless the last one was less than `spacing` ago. Returns whether a refresh
     /// task is running now. Check, timestamp and start happen under one lock, so that concurrent callers join the same
     /// task.
-    pub(super) fn force(&self, now: ClockReading, spacing: SignedDuration, fly: impl FnOnce()) -> bool {
+    pub(super) fn force(&self, now: ClockReading, spacing: SignedDuration, start_refresh: impl FnOnce()) -> bool {
         let mut forced_at = self.forced_at.lock().unwrap_or_else(PoisonError::into_inner);
         let may = forced_at.is_none_or(|at| now.uptime >= at.saturating_add(spacing));
         if may && !self.is_flying() && !self.held().backs_off(now) {
             *forced_at = Some(now.uptime);
-            fly();
+            start_refresh();
         }
         self.is_flying()
     }

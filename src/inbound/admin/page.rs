@@ -73,7 +73,7 @@ impl Admin {
             p class=(class) { (text) }
             @if !self.metrics.reload_went_well() {
                 p class="bad" {
-                    "The configuration was read again and refused, all of the old is in use. The log says what is wrong."
+                    "The last reload of the configuration was refused; the previous configuration stays in use. The log says what is wrong."
                 }
             }
         }
