@@ -88,7 +88,7 @@ impl Clock {
     }
 
     /// This instant by every clock.
-    pub fn moment(&self) -> ClockReading {
+    pub fn reading(&self) -> ClockReading {
         let uptime = self.uptime();
         let amazon = match self.0.amazon.load(Relaxed) {
             UNKNOWN => None,
@@ -101,7 +101,7 @@ impl Clock {
     }
 
     /// Notes what Amazon's clock said just now, and returns by how much the wall clock is ahead of it.
-    pub fn amazon_says(&self, time: Timestamp) -> SignedDuration {
+    pub fn set_amazon_time(&self, time: Timestamp) -> SignedDuration {
         let uptime = i64::try_from(self.uptime().as_millis()).unwrap_or(i64::MAX);
         self.0.amazon.store(time.as_millisecond().saturating_sub(uptime), Relaxed);
         self.now().duration_since(time)
@@ -197,12 +197,12 @@ mod tests {
     #[test]
     fn amazons_time_is_reckoned_by_uptime_whatever_the_wall_clock_does() {
         let clock = Clock::frozen(start());
-        assert_eq!(clock.moment().amazon, None);
+        assert_eq!(clock.reading().amazon, None);
         let theirs = start() - SignedDuration::from_secs(90);
-        assert_eq!(clock.amazon_says(theirs), SignedDuration::from_secs(90));
+        assert_eq!(clock.set_amazon_time(theirs), SignedDuration::from_secs(90));
         clock.step(SignedDuration::from_hours(-240));
         clock.advance(SignedDuration::from_secs(60));
-        assert_eq!(clock.moment().amazon, Some(theirs + SignedDuration::from_secs(60)));
+        assert_eq!(clock.reading().amazon, Some(theirs + SignedDuration::from_secs(60)));
     }
 
     #[test]

@@ -23,12 +23,12 @@ impl TokenManager {
         }
         self.0.listen_at.store(uptime.saturating_add(LISTEN_EVERY), Relaxed);
         if let Some(time) = date_of(headers) {
-            self.amazon_says(time);
+            self.set_amazon_time(time);
         }
     }
 
-    pub(super) fn amazon_says(&self, time: Timestamp) {
-        let skew = self.0.clock.amazon_says(time).as_secs_f64();
+    pub(super) fn set_amazon_time(&self, time: Timestamp) {
+        let skew = self.0.clock.set_amazon_time(time).as_secs_f64();
         // A `Date` is truncated to the whole second.
         self.0.metrics.clock_skew.set(skew.floor());
     }

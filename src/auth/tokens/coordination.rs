@@ -42,7 +42,7 @@ impl TokenManager {
             if !was_up {
                 tracing::info!("the store works again");
                 for entry in self.entries() {
-                    entry.try_again(self.0.clock.moment());
+                    entry.try_again(self.0.clock.reading());
                     // Sending fails only during shutdown, when the scheduler is gone.
                     let _ = self.0.scheduler.send(entry);
                 }
@@ -117,7 +117,7 @@ impl TokenManager {
                 let mut grant = Grant::clone(held);
                 grant.generation = self.timed("put", self.0.store.save(user, &grant, None)).await?;
                 write.note_stored(grant.generation);
-                let now = self.0.clock.moment();
+                let now = self.0.clock.reading();
                 self.publish(entry, write, GrantState::Fresh(Arc::new(LiveGrant::loaded(grant, now))));
             }
             (None, Some(_)) if generation < write.stored() => {
@@ -126,7 +126,7 @@ impl TokenManager {
             }
             (_, Some(grant)) => {
                 write.note_stored(generation);
-                let now = self.0.clock.moment();
+                let now = self.0.clock.reading();
                 entry.mark_used_at(now.uptime_at(grant.used_at.unwrap_or(grant.updated_at)));
                 self.publish(entry, write, GrantState::Fresh(Arc::new(LiveGrant::loaded(grant, now))));
                 entry.wake();
@@ -177,7 +177,7 @@ impl TokenManager {
                 entry.set_unsaved(false);
                 write.note_stored(generation);
                 grant.generation = generation;
-                let kept = LiveGrant::loaded(grant.clone(), self.0.clock.moment());
+                let kept = LiveGrant::loaded(grant.clone(), self.0.clock.reading());
                 self.publish(entry, write, GrantState::Fresh(Arc::new(kept)));
             }
             Err(StoreError::Conflict) if self.0.store.shared().is_some() => {
@@ -205,7 +205,7 @@ impl Flight {
                 return Err(UNREADABLE);
             }
             let forced = matches!(why, RefreshReason::Distrusted(_));
-            let wanted = self.wanted(why).filter(|grant| !forced || !is_new(grant, keeper.0.clock.moment()));
+            let wanted = self.wanted(why).filter(|grant| !forced || !is_new(grant, keeper.0.clock.reading()));
             let Some(grant) = wanted else { return Ok(None) };
             // Another process has refreshed the grant meanwhile: its result serves this process too.
             if *begun.get_or_insert(grant.generation) != grant.generation {
@@ -262,5 +262,5 @@ fn is_same(held: &Grant, stored: &Grant) -> bool {
 
 /// Whether another process obtained this token within the last `FORCED_SPACING`, which applies across all processes.
 fn is_new(grant: &LiveGrant, now: ClockReading) -> bool {
-    grant.age_elsewhere(now).is_some_and(|age| age < FORCED_SPACING)
+    grant.age_if_foreign(now).is_some_and(|age| age < FORCED_SPACING)
 }

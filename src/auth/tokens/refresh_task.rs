@@ -110,7 +110,7 @@ impl Flight {
 
     async fn fail(&self, failure: Failure) {
         let write = self.entry.write().await;
-        let (held, now) = (self.entry.held().clone(), self.keeper.0.clock.moment());
+        let (held, now) = (self.entry.held().clone(), self.keeper.0.clock.reading());
         let next = held.next(Outcome::Failed { failure, retry_after: None }, now, jitter());
         self.log(&held, &next);
         self.keeper.publish(&self.entry, &write, next);
@@ -137,7 +137,7 @@ impl Flight {
         let outcome = match answer {
             Ok((tokens, asked)) => {
                 // The token's lifetime began when LWA issued it, which was not before the request.
-                let mut renewed = grant.renewed(tokens, asked.wall);
+                let mut renewed = grant.refreshed(tokens, asked.wall);
                 renewed.used_at = Some(asked.wall_at(self.entry.used()));
                 renewed.generation = write.next_generation();
                 if renewed.previous.is_some() && grant.previous.as_ref() != Some(&renewed.refresh_token) {
@@ -150,12 +150,12 @@ impl Flight {
                 }
                 fail_point!("renewal_stored", |_| std::process::abort());
                 self.end_intent("recovered");
-                Outcome::Renewed(Arc::new(LiveGrant::issued(renewed, asked)))
+                Outcome::Refreshed(Arc::new(LiveGrant::issued(renewed, asked)))
             }
             Err(outcome) => outcome,
         };
-        let refused = matches!(outcome, Outcome::Refused(_));
-        let next = held.next(outcome, self.keeper.0.clock.moment(), jitter());
+        let refused = matches!(outcome, Outcome::Rejected(_));
+        let next = held.next(outcome, self.keeper.0.clock.reading(), jitter());
         self.log(&held, &next);
         // Waiters are woken when this task is dropped: if woken now, a retry would join a task that has nothing left to
         // do.
@@ -177,7 +177,7 @@ impl Flight {
     /// previous one: a rotation may have been lost on LWA's side.
     async fn ask_twice(&self, grant: &LiveGrant) -> Result<(Tokens, ClockReading), Outcome> {
         let answer = self.ask(grant, &grant.refresh_token).await;
-        let (Err(Outcome::Refused(_)), Some(previous)) = (&answer, &grant.previous) else { return answer };
+        let (Err(Outcome::Rejected(_)), Some(previous)) = (&answer, &grant.previous) else { return answer };
         let (tokens, asked) = self.ask(grant, previous).await?;
         tracing::warn!(user = %self.entry.user, "Login with Amazon refuses the refresh token it issued last, but \
             accepts the previous one");
@@ -190,7 +190,7 @@ impl Flight {
     async fn ask(&self, grant: &LiveGrant, refresh_token: &RefreshToken) -> Result<(Tokens, ClockReading), Outcome> {
         let TokenManager(inner) = &self.keeper;
         let turn = inner.circuit.turn().await;
-        if let Some((code, wait)) = inner.circuit.holds(inner.clock.moment()) {
+        if let Some((code, wait)) = inner.circuit.holds(inner.clock.reading()) {
             return Err(Outcome::Failed {
                 failure: Failure { code, remedy: Remedy::Operator },
                 retry_after: Some(wait),
@@ -198,11 +198,11 @@ impl Flight {
         }
         let user = &self.entry.user;
         self.may_ask(grant.generation).await.map_err(|failure| Outcome::Failed { failure, retry_after: None })?;
-        let asked = inner.clock.moment();
+        let asked = inner.clock.reading();
         let begun = std::time::Instant::now();
         let answer = inner.lwa.load_full().refresh(refresh_token).await;
         inner.metrics.token_refresh_duration.observe(begun.elapsed().as_secs_f64());
-        inner.circuit.learn(&answer, asked, inner.clock.moment(), jitter());
+        inner.circuit.learn(&answer, asked, inner.clock.reading(), jitter());
         drop(turn);
         self.count(&answer);
         match answer {
@@ -212,7 +212,7 @@ impl Flight {
                     .iter()
                     .for_each(|kind| inner.metrics.token_answer_oddities.with_label_values(&[kind]).inc());
                 if let Some(server_time) = tokens.server_time {
-                    self.keeper.amazon_says(server_time);
+                    self.keeper.set_amazon_time(server_time);
                 }
                 Ok((tokens, asked))
             }
@@ -256,12 +256,12 @@ impl Flight {
     /// The grant to refresh, if `why` still holds: a wake-up is only a hint, and the refresh may have happened since.
     pub(super) fn wanted(&self, why: &RefreshReason) -> Option<Arc<LiveGrant>> {
         let held = self.entry.held();
-        let (now, policy) = (self.keeper.0.clock.moment(), self.keeper.policy());
+        let (now, policy) = (self.keeper.0.clock.reading(), self.keeper.policy());
         let wanted = match why {
             RefreshReason::Due => self.entry.due(policy, now).is_some_and(|due| due <= now.uptime),
             RefreshReason::OnDemand => held.expiring(policy, now),
             // The rejected token may have expired meanwhile.
-            RefreshReason::Distrusted(bearer) => held.living(now).is_none_or(|access| access.bearer() == bearer),
+            RefreshReason::Distrusted(bearer) => held.valid_token(now).is_none_or(|access| access.bearer() == bearer),
             RefreshReason::Manual => true,
         };
         held.grant().filter(|_| wanted && !held.backs_off(now)).cloned()
@@ -332,7 +332,7 @@ fn outcome(error: LwaError) -> Outcome {
         LwaError::Operator { code } => {
             Outcome::Failed { failure: Failure { code, remedy: Remedy::Operator }, retry_after: None }
         }
-        LwaError::Refused { code } => Outcome::Refused(code),
+        LwaError::Refused { code } => Outcome::Rejected(code),
     }
 }
 
