@@ -3,7 +3,8 @@
 use jiff::{SignedDuration, Timestamp};
 
 /// One instant by every available clock. No single clock can decide whether a token is valid: the wall clock can be
-/// stepped, and the monotonic clock stops while the machine sleeps and does not cover the time before the process started.
+/// stepped, and the monotonic clock stops while the machine sleeps and does not cover the time before the process
+/// started.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ClockReading {
     /// The wall-clock time.

@@ -78,8 +78,8 @@ pub fn to_amazon(caller: &HeaderMap, attach: UpstreamHeaders<'_>) -> HeaderMap {
     out
 }
 
-/// Removes from Amazon's response headers those that apply only to the connection between adsidecar and Amazon, and those
-/// that only adsidecar may set ([`ERROR`], [`HINT`]).
+/// Removes from Amazon's response headers those that apply only to the connection between adsidecar and Amazon, and
+/// those that only adsidecar may set ([`ERROR`], [`HINT`]).
 pub fn to_caller(headers: &mut HeaderMap) {
     let options = ConnectionOptions::of(headers);
     for name in options.0 {

@@ -1,5 +1,5 @@
-//! TLS client settings for Amazon and PostgreSQL: rustls, TLS 1.2 or newer, Mozilla's root certificates and any that the
-//! operator adds.
+//! TLS client settings for Amazon and PostgreSQL: rustls, TLS 1.2 or newer, Mozilla's root certificates and any that
+//! the operator adds.
 
 use std::sync::Arc;
 

@@ -120,16 +120,16 @@ pub struct Grant {
 }
 
 impl Grant {
-    /// Lifetime of a consent. A grant made on or after 2026-07-30 expires 365 days after the consent, and a refresh does
-    /// not extend it ("Refresh tokens", Amazon Ads API).
+    /// Lifetime of a consent. A grant made on or after 2026-07-30 expires 365 days after the consent, and a refresh
+    /// does not extend it ("Refresh tokens", Amazon Ads API).
     pub const CONSENT: SignedDuration = SignedDuration::from_hours(365 * 24);
     /// Consents given at or after this time (2026-07-30T00:00:00Z) expire; earlier ones do not.
     const CONSENT_EXPIRES_SINCE: Timestamp = Timestamp::constant(1_785_369_600, 0);
     /// How long before its expiry a consent is reported as ending: enough time to ask the person for a new one.
     pub const CONSENT_NOTICE: SignedDuration = SignedDuration::from_hours(30 * 24);
 
-    /// Returns this grant after a refresh at `now` that returned `tokens`. If the response contains no refresh token, the
-    /// current one stays in use (RFC 6749, section 6).
+    /// Returns this grant after a refresh at `now` that returned `tokens`. If the response contains no refresh token,
+    /// the current one stays in use (RFC 6749, section 6).
     pub fn refreshed(&self, tokens: Tokens, now: Timestamp) -> Self {
         let rotated = tokens.refresh.filter(|new| *new != self.refresh_token);
         Self {

@@ -1,7 +1,8 @@
 //! The in-memory state of one user's grant, and its transitions.
 //!
-//! Every clock that says something about a token limits its lifetime ([`LiveGrant::left`]). All pacing (backoff, spacing,
-//! idleness) uses the monotonic clock, so a step of the wall clock neither delays refreshes nor causes a burst of them.
+//! Every clock that says something about a token limits its lifetime ([`LiveGrant::remaining`]). All pacing (backoff,
+//! spacing, idleness) uses the monotonic clock, so a step of the wall clock neither delays refreshes nor causes a burst
+//! of them.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,8 +15,8 @@ use crate::domain::clock_reading::ClockReading;
 /// Shortest time between two background refreshes of one user, however short a lifetime Amazon issues.
 const REFRESH_SPACING: SignedDuration = SignedDuration::from_secs(30);
 
-/// Time until a rejected grant is tried again. It is tried again at all because LWA has returned `invalid_grant` for good
-/// grants during an outage.
+/// Time until a rejected grant is tried again. It is tried again at all because LWA has returned `invalid_grant` for
+/// good grants during an outage.
 const REJECTED_RETRY: SignedDuration = SignedDuration::from_hours(1);
 
 /// Longest wait after the first failed refresh; it doubles with each further failure.
@@ -36,7 +37,8 @@ pub struct RefreshPolicy {
     pub idle_after: Duration,
 }
 
-/// A grant held in memory. Besides the wall-clock expiry that [`Grant`] has, it limits the token by the monotonic clock.
+/// A grant held in memory. Besides the wall-clock expiry that [`Grant`] has, it limits the token by the monotonic
+/// clock.
 #[derive(Clone, Debug)]
 pub struct LiveGrant {
     grant: Grant,
@@ -44,8 +46,8 @@ pub struct LiveGrant {
     since: SignedDuration,
     /// The token is not sent at or after this uptime, whatever the wall clock says.
     until: SignedDuration,
-    /// Whether the token was issued to this process. Any other token's expiry was computed by a clock that may have been
-    /// wrong, or is read by one that is wrong now.
+    /// Whether the token was issued to this process. Any other token's expiry was computed by a clock that may have
+    /// been wrong, or is read by one that is wrong now.
     ours: bool,
 }
 
@@ -67,12 +69,12 @@ impl LiveGrant {
         Self { since: requested.uptime, until, ours: true, grant }
     }
 
-    /// Returns the token's remaining lifetime by the clock that allows the least; negative once it has expired, `None` if
-    /// the grant has no access token.
+    /// Returns the token's remaining lifetime by the clock that allows the least; negative once it has expired, `None`
+    /// if the grant has no access token.
     ///
     /// Each clock covers what another misses: the wall clock advances while the machine sleeps, the monotonic clock
     /// advances when the wall clock is set back, and Amazon's clock is the one that decides.
-    pub fn left(&self, now: ClockReading) -> Option<SignedDuration> {
+    pub fn remaining(&self, now: ClockReading) -> Option<SignedDuration> {
         let expires_at = self.grant.access.as_ref()?.expires_at;
         fail_point!("clock_wall_alone", |_| Some(expires_at.duration_since(now.wall)));
         let left = expires_at.duration_since(now.wall).min(self.until.saturating_sub(now.uptime));
@@ -87,16 +89,16 @@ impl LiveGrant {
 
     /// Returns the access token if it is still valid, and so may be sent.
     pub fn valid_token(&self, now: ClockReading) -> Option<&AccessToken> {
-        self.left(now).filter(|left| left.is_positive())?;
+        self.remaining(now).filter(|remaining| remaining.is_positive())?;
         self.grant.access.as_ref().map(|access| &access.token)
     }
 
     /// Returns the wall-clock time at which the token expires, assuming that the clock is not stepped until then.
     pub fn expires_at(&self, now: ClockReading) -> Option<Timestamp> {
         let stored = self.grant.access.as_ref()?.expires_at;
-        let computed = now.wall_at(now.uptime.saturating_add(self.left(now)?));
-        // Prefer the stored time unless it has become wrong. The tolerance is needed because two clocks are never read at
-        // exactly the same instant.
+        let computed = now.wall_at(now.uptime.saturating_add(self.remaining(now)?));
+        // Prefer the stored time unless it has become wrong. The tolerance is needed because two clocks are never read
+        // at exactly the same instant.
         let wrong = stored.duration_since(computed) > SignedDuration::from_secs(1);
         Some(if wrong { computed } else { stored })
     }
@@ -151,8 +153,8 @@ pub enum GrantState {
 /// Why a refresh failed for a reason other than the grant itself.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Failure {
-    /// A code from a fixed list, such as `unreachable`, `server_error`, `bad_answer`, `invalid_client`. It is a metric label
-    /// and the `last_error` of the status endpoint.
+    /// A code from a fixed list, such as `unreachable`, `server_error`, `bad_answer`, `invalid_client`. It is a metric
+    /// label and the `last_error` of the status endpoint.
     pub code: &'static str,
     /// What has to happen before a refresh can succeed.
     pub remedy: Remedy,
@@ -249,8 +251,8 @@ impl GrantState {
         self.retry_at().is_some_and(|at| now.uptime < at)
     }
 
-    /// Whether the state holds `generation` of the grant. A result computed for another generation is dropped, so a logout
-    /// or a new login wins over a running refresh.
+    /// Whether the state holds `generation` of the grant. A result computed for another generation is dropped, so a
+    /// logout or a new login wins over a running refresh.
     pub fn is_of(&self, generation: u64) -> bool {
         self.grant().is_some_and(|grant| grant.generation == generation)
     }
@@ -273,9 +275,9 @@ impl GrantState {
         }
     }
 
-    /// Returns the uptime at which the background should refresh next, or `None` if the user is idle and is refreshed on
-    /// demand only. `used` is the uptime at which a caller last used the grant. `jitter`, random in `0.0..1.0`, spreads
-    /// users whose tokens expire together.
+    /// Returns the uptime at which the background should refresh next, or `None` if the user is idle and is refreshed
+    /// on demand only. `used` is the uptime at which a caller last used the grant. `jitter`, random in `0.0..1.0`,
+    /// spreads users whose tokens expire together.
     pub fn due(
         &self,
         policy: RefreshPolicy,
@@ -284,7 +286,7 @@ impl GrantState {
         jitter: f64,
     ) -> Option<SignedDuration> {
         let grant = self.grant()?;
-        let wanted = match grant.left(now) {
+        let wanted = match grant.remaining(now) {
             // Refresh earlier than `ahead` by up to a fifth of it.
             Some(left) => {
                 let ahead = policy.ahead + policy.ahead.mul_f64(0.2 * jitter);
@@ -306,19 +308,21 @@ impl GrantState {
             Self::Nothing => State::None,
             Self::LoginRequired { .. } => State::LoginRequired,
             Self::Failing { .. } => State::Failing,
-            Self::Fresh(grant) => match grant.left(now).filter(|left| left.is_positive()) {
-                Some(left) if left > signed(policy.margin) => State::Fresh,
+            Self::Fresh(grant) => match grant.remaining(now).filter(|remaining| remaining.is_positive()) {
+                Some(remaining) if remaining > signed(policy.margin) => State::Fresh,
                 None if now.uptime > used.saturating_add(signed(policy.idle_after)) => State::Idle,
                 _ => State::Expiring,
             },
         }
     }
 
-    /// Whether a request should trigger a refresh: the token has expired, or at most `policy.margin` remains. A refresh is
-    /// not repeated within [`REFRESH_SPACING`] while its token is valid, however short the token's lifetime is.
+    /// Whether a request should trigger a refresh: the token has expired, or at most `policy.margin` remains. A refresh
+    /// is not repeated within [`REFRESH_SPACING`] while its token is valid, however short the token's lifetime is.
     pub fn expiring(&self, policy: RefreshPolicy, now: ClockReading) -> bool {
-        self.grant().is_some_and(|grant| match grant.left(now).filter(|left| left.is_positive()) {
-            Some(left) => left <= signed(policy.margin) && now.uptime >= grant.since.saturating_add(REFRESH_SPACING),
+        self.grant().is_some_and(|grant| match grant.remaining(now).filter(|remaining| remaining.is_positive()) {
+            Some(remaining) => {
+                remaining <= signed(policy.margin) && now.uptime >= grant.since.saturating_add(REFRESH_SPACING)
+            }
             None => true,
         })
     }
@@ -329,8 +333,8 @@ impl GrantState {
     }
 }
 
-/// Exponential backoff with full jitter: `jitter`, random in `0.0..1.0`, scales the whole wait. `has_token` tells whether a
-/// valid token can be used while waiting.
+/// Exponential backoff with full jitter: `jitter`, random in `0.0..1.0`, scales the whole wait. `has_token` tells
+/// whether a valid token can be used while waiting.
 pub(crate) fn backoff(attempts: u32, has_token: bool, jitter: f64) -> Duration {
     let cap = if has_token { BACKOFF_WITH_TOKEN } else { BACKOFF_WITHOUT_TOKEN };
     let ceiling = BACKOFF_FIRST.saturating_mul(1 << attempts.saturating_sub(1).min(10)).min(cap);
@@ -400,13 +404,13 @@ mod tests {
     fn the_clock_that_allows_the_least_lifetime_decides() {
         let fresh = grant(3600);
         let reading = |wall_: i64, uptime| ClockReading { wall: wall(wall_), uptime: secs(uptime), amazon: None };
-        assert_eq!(fresh.left(reading(600, 600)), Some(secs(3000)));
+        assert_eq!(fresh.remaining(reading(600, 600)), Some(secs(3000)));
         assert_eq!(
-            fresh.left(reading(7200, 600)),
+            fresh.remaining(reading(7200, 600)),
             Some(secs(-3600)),
             "the clock was stepped forward, or the machine slept"
         );
-        assert_eq!(fresh.left(reading(-864_000, 3500)), Some(secs(100)), "the clock was set back by days");
+        assert_eq!(fresh.remaining(reading(-864_000, 3500)), Some(secs(100)), "the clock was set back by days");
         assert_eq!(fresh.expires_at(reading(-864_000, 3500)), Some(wall(-864_000 + 100)));
         assert_eq!(fresh.expires_at(at(600)), Some(wall(3600)));
     }
@@ -415,16 +419,16 @@ mod tests {
     fn a_stored_token_outlives_neither_its_lifetime_nor_amazons_clock() {
         // Stored under a clock that was ten days ahead, or loaded under one that is ten days behind.
         let loaded = LiveGrant::loaded(stored(864_000, 867_600), at(0));
-        assert_eq!(loaded.left(at(0)), Some(secs(3600)));
+        assert_eq!(loaded.remaining(at(0)), Some(secs(3600)));
         assert!(loaded.valid_token(at(3600)).is_none());
         // Loaded under a clock that is half an hour behind: the `Date` of Amazon's next response reveals it.
         let loaded = LiveGrant::loaded(stored(0, 3600), at(1800));
         let dated = |amazon| ClockReading { amazon: Some(wall(amazon)), ..at(1800) };
-        assert_eq!(loaded.left(at(1800)), Some(secs(1800)));
-        assert_eq!(loaded.left(dated(3600)), Some(secs(0)));
-        assert_eq!(loaded.left(dated(0)), Some(secs(1800)), "Amazon's clock never extends a lifetime");
+        assert_eq!(loaded.remaining(at(1800)), Some(secs(1800)));
+        assert_eq!(loaded.remaining(dated(3600)), Some(secs(0)));
+        assert_eq!(loaded.remaining(dated(0)), Some(secs(1800)), "Amazon's clock never extends a lifetime");
         // A token issued to this process is limited by its own clocks: a wrong `Date` causes no burst of refreshes.
-        assert_eq!(grant(3600).left(dated(900_000)), Some(secs(1800)));
+        assert_eq!(grant(3600).remaining(dated(900_000)), Some(secs(1800)));
     }
 
     #[test]
@@ -581,8 +585,8 @@ mod tests {
             prop_assert!(due >= secs(30));
         }
 
-        /// No step of the wall clock extends a token beyond the lifetime that Amazon issued, and none delays the background
-        /// refresh.
+        /// No step of the wall clock extends a token beyond the lifetime that Amazon issued, and none delays the
+        /// background refresh.
         #[test]
         fn no_step_of_the_wall_clock_extends_a_token_or_delays_its_refresh(
             life in 1i64..90_000, uptime in 0i64..100_000, step in stepped(), jitter in 0.0f64..1.0
@@ -599,7 +603,8 @@ mod tests {
             prop_assert!(due(now).is_some() && due(now) <= due(unstepped));
         }
 
-        /// Whatever the wall clock reads when a stored token is loaded, the token is used for at most its lifetime from then.
+        /// Whatever the wall clock reads when a stored token is loaded, the token is used for at most its lifetime from
+        /// then.
         #[test]
         fn no_clock_error_at_load_extends_a_stored_token(
             life in 1i64..90_000, updated in stepped(), loaded_at in stepped(), later in 0i64..100_000
