@@ -198,7 +198,8 @@ impl std::str::FromStr for Allow {
         let method = METHODS.into_iter().find(|known| known == method);
         if method.is_none() && !text.trim_start().starts_with("* ") {
             return Err(BadAllow(
-                "does not begin with a method: write GET, HEAD, POST, PUT, PATCH, DELETE or OPTIONS in capitals, or * for any",
+                "does not begin with a method: write GET, HEAD, POST, PUT, PATCH, DELETE or OPTIONS in capitals, \
+                 or * for any",
             ));
         }
         if !glob.starts_with('/') {
@@ -206,7 +207,8 @@ impl std::str::FromStr for Allow {
         }
         if glob.contains('?') || is_ambiguous(glob) {
             return Err(BadAllow(
-                "has a path that can match no request: write it without query, //, dot segments, `;` and encoded slashes",
+                "has a path that can match no request: write it without query, //, dot segments, `;` and encoded \
+                 slashes",
             ));
         }
         if glob.split('/').any(|segment| segment.contains("**") && segment != "**") {
@@ -508,7 +510,9 @@ mod tests {
         }
 
         #[test]
-        fn a_glob_without_stars_matches_only_itself(path in "(/[a-z0-9.:]{1,8}){1,6}", other in "(/[a-z0-9.:]{1,8}){1,6}") {
+        fn a_glob_without_stars_matches_only_itself(
+            path in "(/[a-z0-9.:]{1,8}){1,6}", other in "(/[a-z0-9.:]{1,8}){1,6}"
+        ) {
             prop_assert!(glob_matches(&path, &path));
             prop_assert_eq!(glob_matches(&path, &other), path == other);
         }

@@ -609,7 +609,8 @@ mod tests {
         fn no_clock_error_at_load_extends_a_stored_token(
             life in 1i64..90_000, updated in stepped(), loaded_at in stepped(), later in 0i64..100_000
         ) {
-            let loaded = LiveGrant::loaded(stored(updated, updated + life), ClockReading { wall: wall(loaded_at), ..at(0) });
+            let at_load = ClockReading { wall: wall(loaded_at), ..at(0) };
+            let loaded = LiveGrant::loaded(stored(updated, updated + life), at_load);
             let now = ClockReading { wall: wall(loaded_at), ..at(later) };
             prop_assert!(loaded.valid_token(now).is_none() || later < life);
             prop_assert!(loaded.since <= secs(0));

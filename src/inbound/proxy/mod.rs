@@ -369,8 +369,8 @@ fn endpoint(target: &Target) -> Option<Endpoint> {
 /// The body once more: where there was none, or it passed whole and was held.
 fn again(held: &Option<Arc<ReplayBuffer>>) -> Option<RequestBody> {
     match held {
-        None => Some(RequestBody::nothing()),
-        Some(held) => held.again(),
+        None => Some(RequestBody::empty()),
+        Some(held) => held.replay(),
     }
 }
 
