@@ -30,7 +30,7 @@ use crate::domain::clock::Clock;
 use crate::domain::grant::State;
 use crate::inbound::admin::{Asked, Count, Reloader, Stage};
 use crate::inbound::problem::{Code, Problem};
-use crate::server::{CannedResponses, Door, Limits, Peer, Phase};
+use crate::server::{CannedResponses, Limits, Listener, Peer, Phase};
 use crate::store::keyring::KeyError;
 use crate::store::{Opened, StoreError, TokenStore};
 use crate::telemetry::log::{Dropped, LogHandle};
@@ -50,7 +50,7 @@ const SETTLE: Duration = Duration::from_secs(12);
 /// adsidecar, bound and not serving yet.
 pub struct App {
     addresses: Addresses,
-    doors: [Door; 3],
+    doors: [Listener; 3],
     limits: [Arc<ArcSwap<Limits>>; 3],
     services: Arc<ArcSwap<Services>>,
     process: ProcessState,
@@ -225,7 +225,7 @@ impl App {
 }
 
 /// The proxy door, the login door, the admin door.
-async fn bind(config: &Config) -> Result<[Door; 3], BuildError> {
+async fn bind(config: &Config) -> Result<[Listener; 3], BuildError> {
     let late =
         Problem::new(Code::RequestTimeout, "The head of the request did not come in time.", "Send it at once.").raw();
     let overloaded = Problem::new(
@@ -233,12 +233,14 @@ async fn bind(config: &Config) -> Result<[Door; 3], BuildError> {
         "Every connection that proxy.max_connections allows is busy.",
         "Try again after the time in Retry-After, keep connections open, or raise proxy.max_connections.",
     );
-    let words = CannedResponses { late, overloaded: overloaded.retry_after(Duration::from_secs(1)).raw() };
+    let words =
+        CannedResponses { head_timeout: late, overloaded: overloaded.retry_after(Duration::from_secs(1)).raw() };
     let [proxy, login, admin] = limits_of_doors(config.limits);
     Ok([
-        Door::bind(&config.proxy_listen, config.proxy_listen_default, config.socket_mode, proxy, words.clone()).await?,
-        Door::bind(&config.login_listen, false, OWN_SOCKET, login, words.clone()).await?,
-        Door::bind(&config.admin_listen, config.admin_listen_default, OWN_SOCKET, admin, words).await?,
+        Listener::bind(&config.proxy_listen, config.proxy_listen_default, config.socket_mode, proxy, words.clone())
+            .await?,
+        Listener::bind(&config.login_listen, false, OWN_SOCKET, login, words.clone()).await?,
+        Listener::bind(&config.admin_listen, config.admin_listen_default, OWN_SOCKET, admin, words).await?,
     ])
 }
 
