@@ -30,7 +30,7 @@ use crate::domain::clock::Clock;
 use crate::domain::grant::State;
 use crate::inbound::admin::{Asked, Count, Reloader, Stage};
 use crate::inbound::problem::{Code, Problem};
-use crate::server::{CannedResponses, Door, Limits, Peer, Phase};
+use crate::server::{CannedResponses, Limits, Listener, Peer, Phase};
 use crate::store::keyring::KeyError;
 use crate::store::{Opened, StoreError, TokenStore};
 use crate::telemetry::log::{Dropped, LogHandle};
@@ -50,7 +50,7 @@ const SETTLE: Duration = Duration::from_secs(12);
 /// adsidecar with its listeners bound; it does not serve yet.
 pub struct App {
     addresses: Addresses,
-    doors: [Door; 3],
+    doors: [Listener; 3],
     limits: [Arc<ArcSwap<Limits>>; 3],
     services: Arc<ArcSwap<Services>>,
     process: ProcessState,

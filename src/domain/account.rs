@@ -1,4 +1,4 @@
-//! Who a call is for: users, accounts, regions.
+//! Users, accounts and regions: what a request is sent on behalf of.
 
 use std::fmt;
 use std::str::FromStr;
@@ -9,22 +9,22 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::domain::policy::Rules;
 
-/// The name of one Amazon grant: 1 to 128 of `A-Z a-z 0-9 . _ @ : | + -`, but not `.` or `..`.
+/// The key of one Amazon grant: 1 to 128 of `A-Z a-z 0-9 . _ @ : | + -`, but not `.` or `..`.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct UserId(Arc<str>);
 
-/// A name that is not a legal [`UserId`] or account name. The text says what is.
+/// The text is not a legal [`UserId`] or account name. The message states which names are legal.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("a name is 1 to 128 of A-Z a-z 0-9 . _ @ : | + - and not . or ..")]
 pub struct BadName;
 
 impl UserId {
-    /// The user of whom a caller who says nothing speaks.
+    /// The user of a request that names neither user nor account.
     pub const DEFAULT: &'static str = "default";
-    /// What a name may look like, for messages.
+    /// The rule for legal names, for use in messages.
     pub const LEGAL: &'static str = "1 to 128 of A-Z a-z 0-9 . _ @ : | + - and not . or ..";
 
-    /// The name as text.
+    /// Returns the user id as text.
     pub fn as_str(&self) -> &str {
         &self.0
     }
@@ -44,7 +44,10 @@ impl FromStr for UserId {
     }
 }
 
-/// Checks `text` against the alphabet that user and account names share.
+/// Checks `text` against the rule that user ids and account names share ([`UserId::LEGAL`]).
+///
+/// # Errors
+/// Returns [`BadName`] if `text` is not a legal name.
 pub fn check_name(text: &str) -> Result<&str, BadName> {
     let legal = |b: u8| b.is_ascii_alphanumeric() || b"._@:|+-".contains(&b);
     if (1..=128).contains(&text.len()) && text.bytes().all(legal) && text != "." && text != ".." {
@@ -98,10 +101,10 @@ pub enum Region {
 }
 
 impl Region {
-    /// All regions, in the order of their discriminants.
+    /// Every region, in the order of the discriminants.
     pub const ALL: [Self; 3] = [Self::Na, Self::Eu, Self::Fe];
 
-    /// `na`, `eu` or `fe`.
+    /// Returns `na`, `eu` or `fe`.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Na => "na",
@@ -110,7 +113,7 @@ impl Region {
         }
     }
 
-    /// The host of the Ads API ("API endpoints", Amazon Ads API overview).
+    /// Returns the host of the Ads API ("API endpoints", Amazon Ads API overview).
     pub fn ads_host(self) -> &'static str {
         match self {
             Self::Na => "advertising-api.amazon.com",
@@ -119,7 +122,8 @@ impl Region {
         }
     }
 
-    /// Where a browser is sent for consent ("Authorization grants", Amazon Ads API).
+    /// Returns the authorization endpoint, to which a browser is sent for consent ("Authorization grants", Amazon Ads
+    /// API).
     pub fn authorize_url(self) -> &'static str {
         match self {
             Self::Na => "https://www.amazon.com/ap/oa",
@@ -128,7 +132,7 @@ impl Region {
         }
     }
 
-    /// The token endpoint ("Access tokens", Amazon Ads API).
+    /// Returns the token endpoint ("Access tokens", Amazon Ads API).
     pub fn token_url(self) -> &'static str {
         match self {
             Self::Na => "https://api.amazon.com/auth/o2/token",
@@ -146,7 +150,7 @@ impl FromStr for Region {
     }
 }
 
-/// Text that names no region.
+/// The text is not the name of a region.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("a region is na, eu or fe")]
 pub struct BadRegion;
@@ -157,8 +161,8 @@ impl fmt::Display for Region {
     }
 }
 
-/// What an id of an account says to Amazon. Each has one key in the configuration and, by path family, one of several
-/// header spellings (the table in `families`).
+/// The meaning of an account's id. Each has one configuration key and, depending on the API family, one of several
+/// header spellings (the table in [`api_families`](crate::domain::api_families)).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Context {
     /// `profile_id`: the advertising profile, a number.
@@ -180,7 +184,7 @@ pub enum Context {
 }
 
 impl Context {
-    /// All of them, in the order of their discriminants.
+    /// Every context, in the order of the discriminants.
     pub const ALL: [Self; 8] = [
         Self::Scope,
         Self::Marketplace,
@@ -193,34 +197,37 @@ impl Context {
     ];
 }
 
-/// A name for "this user, this region, these context headers".
+/// A configured account: a name for one combination of user, region and ids.
 #[derive(Clone, Debug)]
 pub struct Account {
-    /// What callers select it by; the same alphabet as a user id.
+    /// The name by which callers select the account; the rule for legal names is that of a user id.
     pub name: Arc<str>,
-    /// Whose grant pays for the call.
+    /// The user whose grant authorizes the account's requests.
     pub user: UserId,
-    /// Where the account's data lives; `None`: `amazon.region`.
+    /// The region that holds the account's data; `None` stands for `amazon.region`.
     pub region: Option<Region>,
-    /// The ids the account defines.
+    /// The ids that the account defines.
     pub ids: Ids,
-    /// Headers that are always sent, whatever the path.
+    /// Headers that are sent with every request, whatever its path.
     pub headers: Vec<(HeaderName, HeaderValue)>,
-    /// What its calls have to keep to, beside `[policy]`.
+    /// Policy rules for the account's requests, in addition to `[policy]`.
     pub rules: Rules,
 }
 
-/// The ids of one account, by [`Context`], ready to be sent.
+/// The ids of one account by [`Context`], as header values.
 #[derive(Clone, Debug, Default)]
 pub struct Ids([Option<HeaderValue>; 8]);
 
 impl Ids {
-    /// The id for `context`, where the account defines one.
+    /// Returns the id for `context`, or `None` if the account does not define it.
     pub fn get(&self, context: Context) -> Option<&HeaderValue> {
         self.0[context as usize].as_ref()
     }
 
-    /// Sets the id for `context`. Legal are 1 to 64 of `A-Z a-z 0-9 . _ : -`, so that no id can split a header.
+    /// Sets the id for `context`: 1 to 64 of `A-Z a-z 0-9 . _ : -`, so that an id cannot split a header.
+    ///
+    /// # Errors
+    /// Returns [`BadId`] if `id` is not legal.
     pub fn set(&mut self, context: Context, id: &str) -> Result<(), BadId> {
         let legal = |b: u8| b.is_ascii_alphanumeric() || b"._:-".contains(&b);
         if !(1..=64).contains(&id.len()) || !id.bytes().all(legal) {
@@ -231,7 +238,7 @@ impl Ids {
     }
 }
 
-/// Text that cannot be an id of an account.
+/// The text cannot be an id of an account.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("an id is 1 to 64 of A-Z a-z 0-9 . _ : -")]
 pub struct BadId;

@@ -1,23 +1,23 @@
-//! Which path family of the Amazon Ads API takes which client-id and context headers: data, in this one place.
+//! The API families of the Amazon Ads API: which paths take which client-id and context headers, as one table.
 //!
-//! The table restates the "Parameters" of Amazon's OpenAPI specifications (advertising.amazon.com/API/docs) per path.
-//! A header stands here where an operation of the family requires it or lists it as optional.
+//! The table restates, per path, the "Parameters" of Amazon's OpenAPI specifications (advertising.amazon.com/API/docs).
+//! It lists a header for a family if an operation of the family requires the header or accepts it as optional.
 
 use http::HeaderName;
 
 use crate::domain::account::Context;
 
-/// Under which name the client id goes.
+/// The header that carries the client id.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ClientId {
-    /// `Amazon-Advertising-API-ClientId`: the older APIs, and where nobody says otherwise.
+    /// `Amazon-Advertising-API-ClientId`: the older APIs, and the default.
     Api,
     /// `Amazon-Ads-ClientId`: the Ads API v1 and the MCP server.
     Ads,
 }
 
 impl ClientId {
-    /// Its name on the wire.
+    /// Returns the header's name.
     pub const fn name(self) -> HeaderName {
         match self {
             Self::Api => HeaderName::from_static("amazon-advertising-api-clientid"),
@@ -26,7 +26,7 @@ impl ClientId {
     }
 }
 
-/// A context header, in one of the spellings that Amazon's paths ask for.
+/// A context header in one of the spellings that Amazon's APIs use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Header {
     /// `amazon-advertising-api-scope`
@@ -59,7 +59,7 @@ use Header::{
 };
 
 impl Header {
-    /// Its name on the wire.
+    /// Returns the header's name.
     pub const fn name(self) -> HeaderName {
         match self {
             Scope => HeaderName::from_static("amazon-advertising-api-scope"),
@@ -76,7 +76,7 @@ impl Header {
         }
     }
 
-    /// Which id of an account it carries.
+    /// Returns which id of an account the header carries.
     pub const fn context(self) -> Context {
         match self {
             Scope => Context::Scope,
@@ -91,30 +91,31 @@ impl Header {
     }
 }
 
-/// One row: these paths take these headers.
+/// One row of the table: a group of paths that take the same headers.
 #[derive(Debug)]
 pub struct Family {
-    /// A short name, for metrics and the log.
+    /// The family's name in metrics and the log.
     pub name: &'static str,
-    /// `/a/*/b` matches that path and all below it; `*` is any one segment.
+    /// Path prefixes: `/a/*/b` matches that path and every path below it; `*` matches any one segment.
     paths: &'static [&'static str],
-    /// Under which name the client id goes.
+    /// The header that carries the client id.
     pub client_id: ClientId,
-    /// The context headers, those that win an exclusion first.
+    /// The context headers; of two that exclude each other, the preferred one comes first.
     pub context: &'static [Header],
 }
 
-/// Two ids that Amazon never takes together: the first wins where a caller sent neither. Reporting v3 for DSP: "Scope or
-/// AccountId, not both" (DSP reporting migration guide); traffic events: the Advertiser-Id or the EntityId, not both
-/// (Traffic events, getting started).
+/// Pairs of ids that Amazon does not accept together. If the caller sent neither, the first is attached.
+///
+/// Reporting v3 for DSP: "Scope or AccountId, not both" (DSP reporting migration guide). Traffic events: the
+/// Advertiser-Id or the EntityId, not both (Traffic events, getting started).
 pub const EXCLUSIVE: [(Context, Context); 2] =
     [(Context::Scope, Context::Account), (Context::Entity, Context::DspAdvertiser)];
 
-/// What a path of no known family gets.
+/// The family of every path that no row of the table matches.
 static UNKNOWN: Family =
     Family { name: "unknown", paths: &[], client_id: ClientId::Api, context: &[Scope, Marketplace, Advertiser] };
 
-/// All rows; the first that matches a path decides, so the narrower stand before the wider.
+/// Every known family. The first row that matches a path applies, so narrower rows come before wider ones.
 static TABLE: &[Family] = &[
     Family { name: "profiles", paths: &["/v2/profiles"], client_id: ClientId::Api, context: &[] },
     Family {
@@ -154,7 +155,7 @@ static TABLE: &[Family] = &[
         context: &[Scope, Account],
     },
     Family { name: "dsp", paths: &["/dsp"], client_id: ClientId::Api, context: &[Scope] },
-    // The account stands in the path.
+    // The path carries the account.
     Family { name: "dsp_reports", paths: &["/accounts/*/dsp/reports"], client_id: ClientId::Api, context: &[] },
     Family { name: "streams", paths: &["/streams"], client_id: ClientId::Api, context: &[Scope, Account] },
     Family { name: "data_provider", paths: &["/v2/dp", "/dp"], client_id: ClientId::Api, context: &[] },
@@ -201,7 +202,7 @@ static TABLE: &[Family] = &[
         client_id: ClientId::Api,
         context: &[Advertiser, Marketplace, Scope],
     },
-    // Production instances demand the account id too, though the specification does not say so.
+    // Production instances also require the account id, although the specification does not list it.
     Family {
         name: "amc_advertiser_data",
         paths: &["/amc/advertiserData"],
@@ -230,12 +231,12 @@ static TABLE: &[Family] = &[
     Family { name: "ads_data_manager", paths: &["/adm"], client_id: ClientId::Api, context: &[AdmManager, Account] },
 ];
 
-/// The family of `path`, as it leaves for Amazon and without its query; the unknown family where no row matches. Empty segments
-/// are overlooked, since Amazon's own samples hold `//sp/campaigns/list`.
+/// Returns the family of `path`, which is the path sent upstream, without its query. If no row matches, returns the
+/// unknown family. Empty segments are ignored, because Amazon's own samples contain `//sp/campaigns/list`.
 pub fn family(path: &str) -> &'static Family {
     let path = path.trim_start_matches('/');
-    let begins = path.bytes().next().map_or(0, usize::from);
-    let mut rows = BEGIN_WITH.get(begins).copied().unwrap_or(ANY_BEGIN);
+    let first = path.bytes().next().map_or(0, usize::from);
+    let mut rows = ROWS_BY_FIRST_LETTER.get(first).copied().unwrap_or(WILDCARD_ROWS);
     while rows != 0 {
         let family = &TABLE[rows.trailing_zeros() as usize];
         if family.paths.iter().any(|pattern| covers(pattern, path)) {
@@ -246,22 +247,23 @@ pub fn family(path: &str) -> &'static Family {
     &UNKNOWN
 }
 
-/// For each first letter of a path the rows that may match it, bit 0 for the first row. Every call passes by here, and most rows
-/// would be read into the processor's cache for nothing.
-static BEGIN_WITH: [u64; 128] = {
-    let mut rows = [ANY_BEGIN; 128];
+/// For each first letter of a path, the rows that can match it as a bit set; bit 0 is the first row. [`family`] runs
+/// for every request, and without this index it would load most rows into the processor's cache for nothing.
+static ROWS_BY_FIRST_LETTER: [u64; 128] = {
+    let mut rows = [WILDCARD_ROWS; 128];
     let mut letter = 0;
     while letter < rows.len() {
-        rows[letter] |= begin_with(letter as u8);
+        rows[letter] |= rows_with_first(letter as u8);
         letter += 1;
     }
     rows
 };
 
-/// The rows that match whatever the path begins with.
-const ANY_BEGIN: u64 = begin_with(b'*');
+/// The rows with a pattern that starts with `*`, which can match any first letter.
+const WILDCARD_ROWS: u64 = rows_with_first(b'*');
 
-const fn begin_with(letter: u8) -> u64 {
+/// The rows with a pattern whose first segment starts with `letter`, as a bit set.
+const fn rows_with_first(letter: u8) -> u64 {
     let (mut rows, mut row) = (0, 0);
     while row < TABLE.len() {
         let mut path = 0;
@@ -277,13 +279,14 @@ const fn begin_with(letter: u8) -> u64 {
 }
 
 impl Family {
-    /// Whether no row of the table knew the path.
+    /// Whether this is the family of paths that no row matches.
     pub fn is_unknown(&self) -> bool {
         self.paths.is_empty()
     }
 }
 
-/// What a context header in any spelling in use says, or `None` for any other header. `name` is lower case.
+/// Returns the context that the header `name` (in lower case) carries in any known spelling, or `None` if it is not a
+/// context header.
 pub fn context_of(name: &str) -> Option<Context> {
     Some(match name {
         "amazon-advertising-api-scope" => Context::Scope,
@@ -300,6 +303,7 @@ pub fn context_of(name: &str) -> Option<Context> {
     })
 }
 
+/// Whether `pattern` matches `path` or a path above it.
 fn covers(pattern: &str, path: &str) -> bool {
     let mut segments = path.split('/').filter(|segment| !segment.is_empty());
     pattern[1..].split('/').all(|wanted| segments.next().is_some_and(|segment| wanted == "*" || wanted == segment))
@@ -314,7 +318,7 @@ mod tests {
     }
 
     #[test]
-    fn a_path_of_no_row_is_unknown() {
+    fn a_path_that_no_row_matches_is_unknown() {
         for path in ["/", "/small", "/spx", "/v2", "/amc", "/amc/audiences", "/sp2/x", "/profiles"] {
             assert!(family(path).is_unknown(), "{path}");
         }
@@ -329,18 +333,18 @@ mod tests {
     }
 
     #[test]
-    fn every_row_is_reached_by_its_own_paths() {
+    fn every_row_matches_its_own_paths() {
         for row in TABLE {
             for pattern in row.paths {
                 let path = format!("{}/x", pattern.replace('*', "id"));
                 assert_eq!(family(&path).name, row.name, "{path}");
-                assert_eq!(family(&format!("/{path}")).name, row.name, "empty segments are overlooked");
+                assert_eq!(family(&format!("/{path}")).name, row.name, "empty segments are ignored");
             }
         }
     }
 
     #[test]
-    fn every_header_of_the_table_is_known_by_its_meaning() {
+    fn context_of_knows_every_header_of_the_table() {
         for row in TABLE {
             for header in row.context {
                 assert_eq!(context_of(header.name().as_str()), Some(header.context()), "{}: {header:?}", row.name);
@@ -349,7 +353,7 @@ mod tests {
     }
 
     #[test]
-    fn the_families_that_take_nothing_take_nothing() {
+    fn families_without_context_headers_get_none() {
         for path in
             ["/v2/profiles", "/v2/profiles/1", "/amc/accounts", "/amc/audiences/records/1", "/dp/records/hashed"]
         {
@@ -358,14 +362,14 @@ mod tests {
     }
 
     #[test]
-    fn the_client_id_has_the_name_of_the_family() {
+    fn the_family_decides_the_client_id_header() {
         assert_eq!(family("/adsApi/v1/query/campaigns").client_id, ClientId::Ads);
         assert_eq!(family("/mcp").client_id, ClientId::Ads);
         assert_eq!(family("/sp/campaigns/list").client_id, ClientId::Api);
     }
 
     #[test]
-    fn dsp_streams_spell_the_account_with_a_hyphen() {
+    fn dsp_streams_use_the_account_id_header_with_a_hyphen() {
         assert_eq!(headers("/dsp/streams/subscriptions"), ["amazon-ads-account-id"]);
     }
 }

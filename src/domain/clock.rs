@@ -1,4 +1,5 @@
-//! The clocks: wall time, monotonic time, and what is known of Amazon's. The one seam that tests replace.
+//! The clock: wall-clock time, monotonic time, and Amazon's time as far as its responses reveal it. Tests replace only
+//! this type to control time.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering::Relaxed};
@@ -11,48 +12,49 @@ use tokio::sync::watch;
 
 use crate::domain::clock_reading::ClockReading;
 
-/// Amazon's time before any answer told.
+/// Stands for Amazon's time before the first response with a `Date`.
 const UNKNOWN: i64 = i64::MIN;
 
-/// Tells the time. Cloning gives another handle to the same clock.
+/// A source of time. A clone is another handle to the same clock.
 #[derive(Clone, Debug)]
 pub struct Clock(Arc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
-    /// `None`: the machine's clocks run underneath. `Some`: both stand still, the wall clock at this instant.
+    /// `None`: the time comes from the machine's clocks. `Some`: both clocks stand still, the wall clock at this time.
     frozen: Option<Timestamp>,
-    begun: Instant,
-    /// By how much the wall clock and the monotonic clock were moved, in nanoseconds.
+    started: Instant,
+    /// Offset of the wall clock in nanoseconds, from `advance` and `step`.
     wall_moved: AtomicI64,
+    /// Offset of the monotonic clock in nanoseconds, from `advance`.
     uptime_moved: AtomicI64,
-    /// Amazon's time in milliseconds since 1970 less the uptime then. Reckoned by uptime, so that no step of our wall clock
-    /// changes it.
+    /// Amazon's time in milliseconds since 1970, minus the uptime at which it was received. It is based on uptime so
+    /// that a step of our wall clock does not change it.
     amazon: AtomicI64,
     moves: watch::Sender<()>,
 }
 
-/// Notices that time was moved by [`Clock::advance`] or [`Clock::step`].
+/// A subscription to changes of the time by [`Clock::advance`] or [`Clock::step`].
 #[derive(Debug)]
 pub struct Moves(watch::Receiver<()>);
 
 impl Moves {
-    /// Returns at the next move after the last that was noticed.
+    /// Waits for the next change. Changes between two calls count as one, and none is missed.
     pub async fn next(&mut self) {
         if self.0.changed().await.is_err() {
-            // The clock is gone, and moves no more.
+            // The clock was dropped, so no change can follow.
             std::future::pending().await
         }
     }
 }
 
 impl Clock {
-    /// The machine's clocks.
+    /// A clock that reads the machine's clocks.
     pub fn system() -> Self {
         Self::over(None)
     }
 
-    /// A clock that stands still at `start` until it is moved: for tests.
+    /// A clock that stands still at `start` until `advance` or `step` moves it; for tests.
     pub fn frozen(start: Timestamp) -> Self {
         Self::over(Some(start))
     }
@@ -60,7 +62,7 @@ impl Clock {
     fn over(frozen: Option<Timestamp>) -> Self {
         Self(Arc::new(Inner {
             frozen,
-            begun: Instant::now(),
+            started: Instant::now(),
             wall_moved: AtomicI64::new(0),
             uptime_moved: AtomicI64::new(0),
             amazon: AtomicI64::new(UNKNOWN),
@@ -68,7 +70,7 @@ impl Clock {
         }))
     }
 
-    /// The wall time now.
+    /// Returns the current wall-clock time.
     pub fn now(&self) -> Timestamp {
         let base = self.0.frozen.unwrap_or_else(Timestamp::now);
         let moved = SignedDuration::from_nanos(self.0.wall_moved.load(Relaxed));
@@ -76,19 +78,19 @@ impl Clock {
         base.checked_add(moved).unwrap_or(end)
     }
 
-    /// Monotonic time since this clock was made. It stands still while the machine is suspended.
+    /// Returns the monotonic time since this clock was created. It does not advance while the machine is suspended.
     pub fn uptime(&self) -> SignedDuration {
         let moved = SignedDuration::from_nanos(self.0.uptime_moved.load(Relaxed));
         match self.0.frozen {
             Some(_) => moved,
             None => {
-                SignedDuration::try_from(self.0.begun.elapsed()).unwrap_or(SignedDuration::MAX).saturating_add(moved)
+                SignedDuration::try_from(self.0.started.elapsed()).unwrap_or(SignedDuration::MAX).saturating_add(moved)
             }
         }
     }
 
-    /// This instant by every clock.
-    pub fn moment(&self) -> ClockReading {
+    /// Reads every clock.
+    pub fn reading(&self) -> ClockReading {
         let uptime = self.uptime();
         let amazon = match self.0.amazon.load(Relaxed) {
             UNKNOWN => None,
@@ -100,15 +102,16 @@ impl Clock {
         ClockReading { wall: self.now(), uptime, amazon }
     }
 
-    /// Notes what Amazon's clock said just now, and returns by how much the wall clock is ahead of it.
-    pub fn amazon_says(&self, time: Timestamp) -> SignedDuration {
+    /// Records Amazon's time as of now, and returns how far the wall clock is ahead of it (negative: behind).
+    pub fn set_amazon_time(&self, time: Timestamp) -> SignedDuration {
         let uptime = i64::try_from(self.uptime().as_millis()).unwrap_or(i64::MAX);
         self.0.amazon.store(time.as_millisecond().saturating_sub(uptime), Relaxed);
         self.now().duration_since(time)
     }
 
-    /// Moves this clock and all its handles, and wakes those who sleep on it: time passes, or (backward, where the monotonic
-    /// clock cannot follow) the wall clock alone is set. The sandbox and the tests move time; nothing in production does.
+    /// Moves this clock for all its handles and wakes everything that sleeps on it. A positive `by` moves both clocks;
+    /// a negative one sets back only the wall clock, because the monotonic clock cannot go backward. Only the sandbox
+    /// and the tests move time.
     pub fn advance(&self, by: SignedDuration) {
         if by.is_positive() {
             add(&self.0.uptime_moved, by);
@@ -116,18 +119,18 @@ impl Clock {
         self.step(by);
     }
 
-    /// Moves the wall clock alone: somebody sets it, or (forward) the machine slept.
+    /// Moves only the wall clock, as when an operator sets it or (forward) when the machine slept.
     pub fn step(&self, by: SignedDuration) {
         add(&self.0.wall_moved, by);
         self.0.moves.send_replace(());
     }
 
-    /// Tells of moves from now on.
+    /// Subscribes to changes from now on.
     pub fn moves(&self) -> Moves {
         Moves(self.0.moves.subscribe())
     }
 
-    /// Returns once the uptime is at or past `deadline`.
+    /// Waits until the uptime reaches `deadline`.
     pub async fn sleep_until(&self, deadline: SignedDuration) {
         let mut moves = self.moves();
         loop {
@@ -148,7 +151,8 @@ impl Clock {
     }
 }
 
-/// The time of an answer's `Date` (RFC 9110, section 6.6.1). An answer that a cache kept tells the time of another day.
+/// Returns the time in a response's `Date` header (RFC 9110, section 6.6.1), or `None` if it is missing or invalid, or
+/// if the response came from a cache (`Age`) and so carries an old date.
 pub fn date_of(headers: &HeaderMap) -> Option<Timestamp> {
     if headers.contains_key(AGE) {
         return None;
@@ -157,6 +161,7 @@ pub fn date_of(headers: &HeaderMap) -> Option<Timestamp> {
     jiff::fmt::rfc2822::parse(date).ok().map(|date| date.timestamp())
 }
 
+/// Adds `by` to an offset, saturating.
 fn add(moved: &AtomicI64, by: SignedDuration) {
     let nanos = i64::try_from(by.as_nanos()).unwrap_or(if by.is_negative() { i64::MIN } else { i64::MAX });
     let _ = moved.fetch_update(Relaxed, Relaxed, |moved| Some(moved.saturating_add(nanos)));
@@ -171,7 +176,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_frozen_clock_moves_only_when_told_and_wakes_its_sleepers() {
+    async fn a_frozen_clock_moves_only_by_advance_and_wakes_its_sleepers() {
         let clock = Clock::frozen(start());
         let sleeper = tokio::spawn({
             let clock = clock.clone();
@@ -187,7 +192,7 @@ mod tests {
     }
 
     #[test]
-    fn a_step_moves_the_wall_clock_alone_and_nothing_moves_the_uptime_back() {
+    fn a_step_moves_only_the_wall_clock_and_uptime_never_goes_back() {
         let clock = Clock::frozen(start());
         clock.step(SignedDuration::from_hours(48));
         clock.advance(SignedDuration::from_hours(-1));
@@ -195,18 +200,18 @@ mod tests {
     }
 
     #[test]
-    fn amazons_time_is_reckoned_by_uptime_whatever_the_wall_clock_does() {
+    fn amazons_time_advances_with_uptime_whatever_the_wall_clock_does() {
         let clock = Clock::frozen(start());
-        assert_eq!(clock.moment().amazon, None);
+        assert_eq!(clock.reading().amazon, None);
         let theirs = start() - SignedDuration::from_secs(90);
-        assert_eq!(clock.amazon_says(theirs), SignedDuration::from_secs(90));
+        assert_eq!(clock.set_amazon_time(theirs), SignedDuration::from_secs(90));
         clock.step(SignedDuration::from_hours(-240));
         clock.advance(SignedDuration::from_secs(60));
-        assert_eq!(clock.moment().amazon, Some(theirs + SignedDuration::from_secs(60)));
+        assert_eq!(clock.reading().amazon, Some(theirs + SignedDuration::from_secs(60)));
     }
 
     #[test]
-    fn a_cached_answer_tells_no_time() {
+    fn a_cached_response_gives_no_time() {
         let mut headers = HeaderMap::new();
         assert_eq!(date_of(&headers), None);
         headers.insert(DATE, "Thu, 01 Jan 2026 00:00:00 GMT".parse().unwrap());

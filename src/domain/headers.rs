@@ -1,8 +1,8 @@
-//! What leaves for Amazon and what comes back: which headers are dropped, which stay, which are attached.
+//! Header rules for both directions: which headers are dropped, which are forwarded, and which are attached.
 //!
-//! The request's headers are built from nothing: what the caller sent is copied where it may leave, ours are attached
-//! last. So nothing that a caller names in `Connection` can strip a credential (RFC 9110, section 7.6.1), and no twin
-//! of a managed header survives beside ours.
+//! The upstream request's header map starts empty. Permitted caller headers are copied into it first, and the headers
+//! that adsidecar manages are attached last. A caller therefore cannot strip a credential by naming it in `Connection`
+//! (RFC 9110, section 7.6.1), and no duplicate of a managed header survives beside ours.
 
 use http::header::{
     AUTHORIZATION, CONNECTION, CONTENT_LENGTH, HOST, HeaderMap, HeaderName, HeaderValue, TRANSFER_ENCODING,
@@ -11,34 +11,37 @@ use http::header::{
 use crate::domain::account::{Context, Ids};
 use crate::domain::api_families::{ClientId, EXCLUSIVE, Family, context_of};
 
-/// What is attached to a call.
+/// The headers that adsidecar attaches to one upstream request.
 #[derive(Clone, Copy, Debug)]
 pub struct UpstreamHeaders<'a> {
-    /// The path's family.
+    /// The API family of the request path.
     pub family: &'static Family,
-    /// The host that is called; `None` where the protocol carries it elsewhere (HTTP/2's `:authority`).
+    /// The value of `Host`; `None` where the protocol carries the host elsewhere (HTTP/2's `:authority`).
     pub host: Option<&'a HeaderValue>,
     /// `Bearer <access token>`.
     pub bearer: &'a HeaderValue,
     /// The LWA client id.
     pub client_id: &'a HeaderValue,
-    /// The account's ids, unless the call goes to a region that is not the account's.
+    /// The account's ids; `None` where the request goes to a region other than the account's.
     pub ids: Option<&'a Ids>,
-    /// The account's fixed headers.
+    /// Headers that the account's configuration adds to every request.
     pub fixed: &'a [(HeaderName, HeaderValue)],
 }
 
-/// The headers that Amazon sees, from those that the caller sent.
+/// Builds the headers of the upstream request from the headers that the caller sent and those in `attach`.
+///
+/// Ids and fixed headers come first, credentials and `Host` last, so that a managed header has exactly one value.
 pub fn to_amazon(caller: &HeaderMap, attach: UpstreamHeaders<'_>) -> HeaderMap {
     let mut out = HeaderMap::with_capacity(caller.len() + 8);
-    let named = NamedByConnection::of(caller);
+    // 1. Copy what the caller may send, and note which contexts and which spelling of the client id it used.
+    let options = ConnectionOptions::of(caller);
     let mut present = Contexts::default();
-    let mut caller_names_client_id = None;
+    let mut caller_spelling = None;
     for (name, value) in caller {
-        match fate(name.as_str()) {
+        match action_for(name.as_str()) {
             HeaderAction::Drop => continue,
-            HeaderAction::ClientId(spelling) => caller_names_client_id = Some(spelling),
-            _ if named.holds(name) => continue,
+            HeaderAction::ClientId(spelling) => caller_spelling = Some(spelling),
+            _ if options.contains(name) => continue,
             HeaderAction::Context(context) => {
                 present.insert(context);
                 out.append(name, value.clone());
@@ -48,9 +51,11 @@ pub fn to_amazon(caller: &HeaderMap, attach: UpstreamHeaders<'_>) -> HeaderMap {
             }
         }
     }
+    // 2. Keep `Content-Length` unless the body is chunked.
     if let Some(length) = caller.get(CONTENT_LENGTH).filter(|_| !caller.contains_key(TRANSFER_ENCODING)) {
         out.insert(CONTENT_LENGTH, length.clone());
     }
+    // 3. Attach the account's headers and ids; a context that is already present wins.
     for (name, value) in attach.fixed {
         if let Some(context) = context_of(name.as_str()) {
             present.insert(context);
@@ -60,7 +65,8 @@ pub fn to_amazon(caller: &HeaderMap, attach: UpstreamHeaders<'_>) -> HeaderMap {
     if let Some(ids) = attach.ids {
         attach_ids(&mut out, attach.family, ids, present);
     }
-    let spelling = match caller_names_client_id {
+    // 4. Attach the client id, the access token and the host.
+    let spelling = match caller_spelling {
         Some(used) if attach.family.is_unknown() => used,
         _ => attach.family.client_id,
     };
@@ -72,31 +78,32 @@ pub fn to_amazon(caller: &HeaderMap, attach: UpstreamHeaders<'_>) -> HeaderMap {
     out
 }
 
-/// Takes from Amazon's headers what belongs to our connection with Amazon alone, and names that only adsidecar gives.
+/// Removes from Amazon's response headers those that apply only to the connection between adsidecar and Amazon, and
+/// those that only adsidecar may set ([`ERROR`], [`HINT`]).
 pub fn to_caller(headers: &mut HeaderMap) {
-    let named = NamedByConnection::of(headers);
-    for name in named.0 {
+    let options = ConnectionOptions::of(headers);
+    for name in options.0 {
         headers.remove(name);
     }
     if headers.contains_key(TRANSFER_ENCODING) {
-        // The body was read as chunked, so this length is not its own (RFC 9112, section 6.3).
+        // The body is chunked, so `Content-Length` does not describe it (RFC 9112, section 6.3).
         headers.remove(CONTENT_LENGTH);
     }
-    // Looked for all at once: an answer has most often none of them.
-    let gone: Vec<_> = headers.keys().filter(|name| stays_behind(name.as_str())).cloned().collect();
-    for name in gone {
+    // One pass over the names present: most responses carry none of these headers.
+    let dropped: Vec<_> = headers.keys().filter(|name| is_dropped_from_response(name.as_str())).cloned().collect();
+    for name in dropped {
         headers.remove(name);
     }
 }
 
-/// Marks an answer as adsidecar's own; holds its code.
+/// Marks a response that adsidecar itself generated. The value is the error code.
 pub const ERROR: HeaderName = HeaderName::from_static("x-adsidecar-error");
-/// Explains an answer of Amazon's; holds a code.
+/// Explains a response that came from Amazon. The value is a hint code.
 pub const HINT: HeaderName = HeaderName::from_static("x-adsidecar-hint");
 
-/// What does not reach the caller: hop-by-hop headers (RFC 9110, section 7.6.1, and the older names that are treated like
-/// them in the field), and what only we say.
-fn stays_behind(name: &str) -> bool {
+/// Whether a response header is withheld from the caller: hop-by-hop headers (RFC 9110, section 7.6.1, and older names
+/// that proxies commonly treat the same way) and the headers that only adsidecar sets.
+fn is_dropped_from_response(name: &str) -> bool {
     matches!(
         name,
         "connection"
@@ -113,19 +120,24 @@ fn stays_behind(name: &str) -> bool {
         || name == HINT.as_str()
 }
 
-/// What happens to a header of the caller.
+/// What [`to_amazon`] does with one header of the caller.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum HeaderAction {
+    /// Copies the header.
     Pass,
+    /// Drops the header.
     Drop,
+    /// Copies the header, which sets this context and so suppresses the account's own id.
     Context(Context),
+    /// Replaces the header's value with our client id, in this spelling where the family is unknown.
     ClientId(ClientId),
 }
 
-fn fate(name: &str) -> HeaderAction {
+/// Decides what happens to the caller's header `name`, given in lower case.
+fn action_for(name: &str) -> HeaderAction {
     if name.contains('_') {
-        // Some servers read `_` as `-`, so a twin of a managed header would speak for it.
-        return match fate(&name.replace('_', "-")) {
+        // Some servers treat `_` as `-`, so the `_` spelling of a managed header could override it.
+        return match action_for(&name.replace('_', "-")) {
             HeaderAction::Pass => HeaderAction::Pass,
             _ => HeaderAction::Drop,
         };
@@ -134,7 +146,7 @@ fn fate(name: &str) -> HeaderAction {
         "connection" | "keep-alive" | "te" | "trailer" | "transfer-encoding" | "upgrade" | "http2-settings" => {
             HeaderAction::Drop
         }
-        // `Proxy` is the header that CGI turns into the variable HTTP_PROXY.
+        // CGI turns the `Proxy` header into the environment variable HTTP_PROXY ("httpoxy").
         "proxy" | "host" | "content-length" | "expect" | "authorization" => HeaderAction::Drop,
         "cookie" | "origin" | "referer" | "forwarded" => HeaderAction::Drop,
         "amazon-advertising-api-clientid" => HeaderAction::ClientId(ClientId::Api),
@@ -146,11 +158,13 @@ fn fate(name: &str) -> HeaderAction {
     }
 }
 
+/// Attaches the account's ids that `family` takes, except where the caller or a fixed header already sent that context
+/// or one that excludes it.
 fn attach_ids(out: &mut HeaderMap, family: &Family, ids: &Ids, mut present: Contexts) {
     for header in family.context {
         let context = header.context();
         let Some(id) = ids.get(context) else { continue };
-        if present.holds(context) || present.excludes(context) {
+        if present.contains(context) || present.excludes(context) {
             continue;
         }
         present.insert(context);
@@ -158,10 +172,10 @@ fn attach_ids(out: &mut HeaderMap, family: &Family, ids: &Ids, mut present: Cont
     }
 }
 
-/// The header names listed in any `Connection` line.
-struct NamedByConnection(Vec<HeaderName>);
+/// The header names that any `Connection` line lists (connection options, RFC 9110, section 7.6.1).
+struct ConnectionOptions(Vec<HeaderName>);
 
-impl NamedByConnection {
+impl ConnectionOptions {
     fn of(headers: &HeaderMap) -> Self {
         let lines = headers.get_all(CONNECTION).iter();
         let tokens = lines.filter_map(|line| line.to_str().ok()).flat_map(|line| line.split(','));
@@ -171,12 +185,12 @@ impl NamedByConnection {
         Self(named.filter_map(|token| token.parse().ok()).collect())
     }
 
-    fn holds(&self, name: &HeaderName) -> bool {
+    fn contains(&self, name: &HeaderName) -> bool {
         self.0.contains(name)
     }
 }
 
-/// A set of contexts.
+/// A set of contexts, one bit for each.
 #[derive(Clone, Copy, Default)]
 struct Contexts(u8);
 
@@ -185,15 +199,15 @@ impl Contexts {
         self.0 |= 1 << context as u8;
     }
 
-    fn holds(self, context: Context) -> bool {
+    fn contains(self, context: Context) -> bool {
         self.0 & (1 << context as u8) != 0
     }
 
-    /// Whether something in the set forbids `context`.
+    /// Whether a member of the set rules out `context` ([`EXCLUSIVE`]).
     fn excludes(self, context: Context) -> bool {
         EXCLUSIVE
             .iter()
-            .any(|&(one, other)| (one == context && self.holds(other)) || (other == context && self.holds(one)))
+            .any(|&(one, other)| (one == context && self.contains(other)) || (other == context && self.contains(one)))
     }
 }
 
@@ -220,7 +234,7 @@ mod tests {
         ids
     }
 
-    /// What Amazon sees, as `name: value` lines, without those that are always ours.
+    /// The upstream headers as sorted `name: value` lines, without the credentials and `Host`.
     fn seen(path: &str, caller: &[(&str, &str)], account: &[(Context, &str)]) -> Vec<String> {
         let out = full(path, caller, account);
         let ours = ["authorization", "host"];
@@ -260,7 +274,7 @@ mod tests {
     ];
 
     #[test]
-    fn what_may_not_leave_does_not_leave() {
+    fn hop_by_hop_browser_and_adsidecar_headers_are_not_forwarded() {
         let caller = [
             ("cookie", "a=b"),
             ("origin", "http://x"),
@@ -319,12 +333,12 @@ mod tests {
     }
 
     #[test]
-    fn an_underscore_alone_makes_no_twin() {
+    fn an_underscore_alone_does_not_drop_a_header() {
         assert_eq!(seen("/v2/profiles", &[("x_own", "1")], &[]), ["x_own: 1"]);
     }
 
     #[test]
-    fn what_connection_says_of_itself_names_no_header() {
+    fn close_and_keep_alive_in_connection_strip_no_header() {
         assert_eq!(seen("/v2/profiles", &[("connection", "close, keep-alive"), ("close", "1")], &[]), ["close: 1"]);
     }
 
@@ -342,7 +356,7 @@ mod tests {
     }
 
     #[test]
-    fn context_that_the_caller_sent_stays_and_decides_exclusions() {
+    fn a_context_header_of_the_caller_is_kept_and_decides_exclusions() {
         assert_eq!(
             seen("/reporting/reports", &[("amazon-ads-accountid", "theirs")], ALL),
             ["amazon-ads-accountid: theirs"]
@@ -418,14 +432,14 @@ mod tests {
     }
 
     #[test]
-    fn a_length_beside_chunked_framing_is_not_sent_on() {
+    fn content_length_beside_chunked_is_not_forwarded() {
         let framed = [("content-length", "3"), ("transfer-encoding", "chunked")];
         assert!(!full("/x", &framed, &[]).contains_key(CONTENT_LENGTH));
         assert_eq!(full("/x", &[("content-length", "3")], &[])[CONTENT_LENGTH], "3");
     }
 
     #[test]
-    fn an_answer_loses_what_belongs_to_our_connection_and_what_only_we_say() {
+    fn a_response_loses_hop_by_hop_headers_and_forged_adsidecar_headers() {
         let mut headers = map(&[
             ("connection", "x-private, close"),
             ("x-private", "1"),
@@ -441,16 +455,16 @@ mod tests {
     }
 
     #[test]
-    fn a_length_beside_chunked_framing_is_not_passed_back() {
+    fn content_length_beside_chunked_is_not_returned() {
         let mut headers = map(&[("content-length", "2"), ("transfer-encoding", "chunked")]);
         to_caller(&mut headers);
         assert_eq!(headers, map(&[]));
     }
 
     proptest! {
-        /// Whatever the caller sends, Amazon sees one Authorization, one client id, one Host: ours.
+        /// Whatever the caller sends, the upstream request has one `Authorization`, one client id and one `Host`: ours.
         #[test]
-        fn exactly_one_value_of_each_managed_header_leaves(
+        fn each_managed_header_has_exactly_one_value(
             spelled in proptest::collection::vec((0usize..6, any::<u32>(), any::<bool>()), 0..12)
         ) {
             let managed = ["authorization", "amazon-ads-clientid", "amazon-advertising-api-clientid", "host",

@@ -1,4 +1,4 @@
-//! The pure floor: types and decisions without any I/O.
+//! Pure types and decisions: nothing in this module does I/O.
 
 pub mod headers;
 pub mod api_families;

@@ -1,14 +1,15 @@
-//! Which calls may leave for Amazon. Amazon's scope is all or nothing: who may read may also spend. This is the one
-//! switch that gives less.
+//! The policy: which requests may be sent to Amazon. Amazon's scope is all or nothing: a grant that can read can also
+//! spend. The policy is the only way to allow less.
 //!
-//! A call that a rule speaks about is judged by the path that leaves, byte for byte. So a path that a server behind us
-//! could read as another one (dot segments, encoded slashes …) passes no rule. Where no rule is set nothing is judged.
+//! Rules are checked against the path that is sent upstream, byte for byte. A path that an upstream server could
+//! interpret as a different one (dot segments, encoded slashes …) therefore satisfies no rule. Without rules every
+//! request passes.
 
 use std::borrow::Cow;
 
 use http::{HeaderMap, Method};
 
-/// `[policy]`: what holds for every call.
+/// `[policy]`: the policy for every request.
 #[derive(Clone, Debug, Default)]
 pub struct Settings {
     /// `policy.mode`.
@@ -17,19 +18,19 @@ pub struct Settings {
     pub rules: Rules,
 }
 
-/// What happens to a call that may not leave.
+/// What happens to a request that violates the policy.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Mode {
-    /// It is refused.
+    /// The request is rejected.
     #[default]
     Enforce,
-    /// It is counted, and leaves.
+    /// The request is counted and sent.
     Observe,
 }
 
 impl Mode {
-    /// The mode as configured.
+    /// Returns the mode's name in the configuration.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Enforce => "enforce",
@@ -38,43 +39,44 @@ impl Mode {
     }
 }
 
-/// What a call has to keep to; nothing by default.
+/// The rules that a request has to satisfy; none by default.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Rules {
     read_only: bool,
-    /// Each list has to hold an entry that fits.
+    /// Allow-lists. A request has to match an entry of each list.
     allow: Vec<Vec<Allow>>,
 }
 
-/// `METHOD /path/glob`: one kind of call that may leave.
+/// `METHOD /path/glob`: one entry of an allow-list.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Allow {
-    /// `None`: any.
+    /// `None` matches any method.
     method: Option<Method>,
     glob: String,
 }
 
-/// Why a call may not leave.
+/// Why a request violates the policy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Denied {
-    /// Its path can be read in two ways, so no rule can speak about it.
+    /// Servers could disagree about the request's path or method, so no rule can be applied.
     Ambiguous,
-    /// It may change something, and the policy is read-only.
+    /// The request may change something, and the policy is read-only.
     Changes,
-    /// It is not on the list.
+    /// The request matches no entry of an allow-list.
     NotAllowed,
 }
 
-/// Text that is no entry of an allow-list; says why.
+/// The text is not a valid allow-list entry. The message says why.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
 pub struct BadAllow(&'static str);
 
-/// The POST paths that only read; `*` is one segment, `**` any number of them. Amazon's OpenAPI specifications
-/// (advertising.amazon.com/API/docs, as of 2026-11) and the guides of Reporting v3, Exports and AMC reporting: their
-/// operations that list, search, count, estimate, recommend, preview or forecast, and those that make a report, an export
-/// or a snapshot of what there is. An operation that the table does not know counts as one that changes something, and
-/// so does MCP, where one path carries both kinds.
+/// The paths on which a POST only reads; `*` matches one segment, `**` any number of segments.
+///
+/// Sources: Amazon's OpenAPI specifications (advertising.amazon.com/API/docs, as of 2026-11) and the guides for
+/// Reporting v3, Exports and AMC reporting. The table lists operations that list, search, count, estimate, recommend,
+/// preview or forecast, and operations that create a report, an export or a snapshot of existing data. Any operation
+/// that is not listed counts as one that may change something. So does MCP, which reads and writes on the same path.
 const READING_POSTS: &[&str] = &[
     // "List …" of Sponsored Products v3, Sponsored Brands v4, portfolios, product metadata, accounts, DSP and AMC.
     "/*/**/list",
@@ -123,60 +125,63 @@ const READING_POSTS: &[&str] = &[
     "/sd/targets/bid/recommendations",
     "/benchmarks/brandsAndCategories",
     "/benchmarks/brands/*/categories/*",
-    // AMC reporting: a run of a workflow is a query, and its result a report.
+    // AMC reporting: a workflow execution is a query, and its result is a report.
     "/amc/reporting/*/workflowExecutions",
 ];
 
-/// Headers by which some frameworks take another method than the request line's, in lower case and with `-`.
+/// Headers by which some frameworks override the method of the request line, in lower case and with `-`.
 const METHOD_OVERRIDES: [&str; 3] = ["x-http-method-override", "x-http-method", "x-method-override"];
 
 impl Rules {
-    /// `read_only` and `allow` as configured; an empty list allows everything.
+    /// Creates rules from `read_only` and `allow` as configured. An empty list allows everything.
     pub fn new(read_only: bool, allow: Vec<Allow>) -> Self {
         Self { read_only, allow: Some(allow).filter(|list| !list.is_empty()).into_iter().collect() }
     }
 
-    /// These rules and those of `other`: what either forbids is forbidden.
+    /// Combines these rules with those of `other`: a request has to satisfy both.
     #[must_use]
     pub fn and(&self, other: &Self) -> Self {
         Self { read_only: self.read_only || other.read_only, allow: [&self.allow[..], &other.allow].concat() }
     }
 
-    /// Whether nothing is set, so that nothing is judged.
+    /// Whether there are no rules, so that every request passes.
     pub fn is_empty(&self) -> bool {
         !self.read_only && self.allow.is_empty()
     }
 
-    /// Whether only what reads may leave.
+    /// Whether only requests that read are allowed.
     pub fn read_only(&self) -> bool {
         self.read_only
     }
 
-    /// The entries of the lists, as configured.
+    /// Returns the entries of all allow-lists, as configured.
     pub fn allow(&self) -> impl Iterator<Item = &Allow> {
         self.allow.iter().flatten()
     }
 
-    /// Whether a call may leave. `path` is the one that leaves, without its query.
-    pub fn judge(&self, method: &Method, path: &str, headers: &HeaderMap) -> Result<(), Denied> {
+    /// Checks a request against the rules. `path` is the path sent upstream, without its query.
+    ///
+    /// # Errors
+    /// Returns why the request violates a rule.
+    pub fn check(&self, method: &Method, path: &str, headers: &HeaderMap) -> Result<(), Denied> {
         if self.is_empty() {
             return Ok(());
         }
-        let path = &one_slash_each(path);
+        let path = &merge_slashes(path);
         if is_ambiguous(path) || headers.keys().any(|name| overrides_method(name.as_str())) {
             return Err(Denied::Ambiguous);
         }
-        if self.read_only && !reads(method, path) {
+        if self.read_only && !is_read(method, path) {
             return Err(Denied::Changes);
         }
-        let listed = |list: &Vec<Allow>| list.iter().any(|allow| allow.fits(method, path));
+        let listed = |list: &Vec<Allow>| list.iter().any(|allow| allow.matches(method, path));
         if self.allow.iter().all(listed) { Ok(()) } else { Err(Denied::NotAllowed) }
     }
 }
 
 impl Allow {
-    fn fits(&self, method: &Method, path: &str) -> bool {
-        self.method.as_ref().is_none_or(|allowed| allowed == method) && fits(&self.glob, path)
+    fn matches(&self, method: &Method, path: &str) -> bool {
+        self.method.as_ref().is_none_or(|allowed| allowed == method) && glob_matches(&self.glob, path)
     }
 }
 
@@ -188,25 +193,26 @@ impl std::str::FromStr for Allow {
             [Method::GET, Method::HEAD, Method::POST, Method::PUT, Method::PATCH, Method::DELETE, Method::OPTIONS];
         let mut words = text.split_ascii_whitespace();
         let (Some(method), Some(glob), None) = (words.next(), words.next(), words.next()) else {
-            return Err(BadAllow("is no METHOD and a path: write such as \"POST /sp/campaigns/list\""));
+            return Err(BadAllow("is not a METHOD and a path: write, for example, \"POST /sp/campaigns/list\""));
         };
         let method = METHODS.into_iter().find(|known| known == method);
         if method.is_none() && !text.trim_start().starts_with("* ") {
             return Err(BadAllow(
-                "begins with no method: write GET, HEAD, POST, PUT, PATCH, DELETE or OPTIONS in capitals, or * for any",
+                "does not begin with a method: write GET, HEAD, POST, PUT, PATCH, DELETE or OPTIONS in capitals, \
+                 or * for any",
             ));
         }
         if !glob.starts_with('/') {
-            return Err(BadAllow("holds a path that does not begin with /: write such as \"GET /v2/profiles\""));
+            return Err(BadAllow("has a path that does not begin with /: write, for example, \"GET /v2/profiles\""));
         }
         if glob.contains('?') || is_ambiguous(glob) {
             return Err(BadAllow(
-                "holds a path that no call is judged by: write it without query, //, dot segments, `;` and encoded \
+                "has a path that can match no request: write it without query, //, dot segments, `;` and encoded \
                  slashes",
             ));
         }
         if glob.split('/').any(|segment| segment.contains("**") && segment != "**") {
-            return Err(BadAllow("has ** beside other letters: ** stands for whole segments, * for a part of one"));
+            return Err(BadAllow("has ** beside other characters: ** matches whole segments, * matches part of one"));
         }
         Ok(Self { method, glob: glob.to_owned() })
     }
@@ -218,23 +224,24 @@ impl std::fmt::Display for Allow {
     }
 }
 
-/// Safe methods (RFC 9110, section 9.2.1), and the POSTs of the table.
-fn reads(method: &Method, path: &str) -> bool {
-    method.is_safe() || (method == Method::POST && READING_POSTS.iter().any(|glob| fits(glob, path)))
+/// Whether the request only reads: its method is safe (RFC 9110, section 9.2.1), or it is a listed POST.
+fn is_read(method: &Method, path: &str) -> bool {
+    method.is_safe() || (method == Method::POST && READING_POSTS.iter().any(|glob| glob_matches(glob, path)))
 }
 
-/// Whether `path` is one that `glob` stands for: `*` is any part of one segment, `**` any number of segments.
-fn fits(glob: &str, path: &str) -> bool {
+/// Whether `glob` matches `path`: `*` matches any part of one segment, `**` any number of segments.
+fn glob_matches(glob: &str, path: &str) -> bool {
     let (glob, path): (Vec<_>, Vec<_>) = (glob.split('/').collect(), path.split('/').collect());
-    wildcard(&glob, &path, |part| *part == "**", |part, segment| segment_fits(part, segment))
+    wildcard(&glob, &path, |part| *part == "**", |part, segment| segment_matches(part, segment))
 }
 
-fn segment_fits(glob: &str, segment: &str) -> bool {
+/// Whether `glob` matches one path segment: `*` matches any number of bytes.
+fn segment_matches(glob: &str, segment: &str) -> bool {
     wildcard(glob.as_bytes(), segment.as_bytes(), |part| *part == b'*', |part, byte| part == byte)
 }
 
-/// The usual wildcard match: a star takes as little as it can, and where that leads nowhere the last star takes one more.
-/// So no path, however long, takes more than its length times the pattern's.
+/// Wildcard matching with backtracking to the last star only: a star first matches as little as possible, and one item
+/// more after each mismatch. The cost is at most the length of the text times the length of the pattern.
 fn wildcard<P, T>(pattern: &[P], text: &[T], star: impl Fn(&P) -> bool, fits: impl Fn(&P, &T) -> bool) -> bool {
     let (mut at, mut next, mut last_star) = (0, 0, None);
     while next < text.len() {
@@ -245,17 +252,17 @@ fn wildcard<P, T>(pattern: &[P], text: &[T], star: impl Fn(&P) -> bool, fits: im
             }
             Some(part) if fits(part, &text[next]) => (at, next) = (at + 1, next + 1),
             _ => {
-                let Some((behind, taken)) = last_star else { return false };
-                (at, next, last_star) = (behind, taken + 1, Some((behind, taken + 1)));
+                let Some((after_star, matched)) = last_star else { return false };
+                (at, next, last_star) = (after_star, matched + 1, Some((after_star, matched + 1)));
             }
         }
     }
     pattern[at..].iter().all(star)
 }
 
-/// `//` counts as `/`, as Amazon's own samples have it (`//sp/campaigns/list`): who reads it so is judged rightly, and to
-/// who does not it is a path that does not exist.
-fn one_slash_each(path: &str) -> Cow<'_, str> {
+/// Replaces each run of slashes by one. Amazon's own samples contain `//sp/campaigns/list`: for a server that merges
+/// slashes the check is correct, and for one that does not the path does not exist.
+fn merge_slashes(path: &str) -> Cow<'_, str> {
     if !path.contains("//") {
         return path.into();
     }
@@ -268,8 +275,8 @@ fn one_slash_each(path: &str) -> Cow<'_, str> {
     once.into()
 }
 
-/// Whether some server reads `path` as another one than is written there: a dot segment, an empty one, a separator or a
-/// control character behind up to two rounds of percent-encoding, a backslash, a path parameter.
+/// Whether some server could interpret `path` as a different path: it contains a dot segment, an empty segment, a
+/// separator or control character hidden by up to two rounds of percent-encoding, a backslash or a path parameter.
 fn is_ambiguous(path: &str) -> bool {
     let twice = decoded(&decoded(path.as_bytes()));
     let separates = |byte: &u8| matches!(byte, b'/' | b'\\' | b'?' | b'#' | b';') || byte.is_ascii_control();
@@ -281,11 +288,12 @@ fn is_ambiguous(path: &str) -> bool {
     }) || twice.iter().filter(|byte| separates(byte)).count() != path.bytes().filter(|byte| *byte == b'/').count()
 }
 
-/// One round of percent-decoding; what is no escape stays.
+/// Percent-decodes `bytes` once. Anything that is not a valid escape is kept.
 fn decoded(bytes: &[u8]) -> Vec<u8> {
     percent_encoding::percent_decode(bytes).collect()
 }
 
+/// Whether the header `name` (in lower case) overrides the method, also when spelled with `_`.
 fn overrides_method(name: &str) -> bool {
     METHOD_OVERRIDES.contains(&name.replace('_', "-").as_str())
 }
@@ -300,13 +308,13 @@ mod tests {
         Rules::new(false, list.iter().map(|text| text.parse().unwrap()).collect())
     }
 
-    fn judge(rules: &Rules, line: &str) -> Result<(), Denied> {
+    fn check(rules: &Rules, line: &str) -> Result<(), Denied> {
         let (method, path) = line.split_once(' ').unwrap();
-        rules.judge(&method.parse().unwrap(), path, &HeaderMap::new())
+        rules.check(&method.parse().unwrap(), path, &HeaderMap::new())
     }
 
     #[test]
-    fn read_only_lets_nothing_pass_that_changes_something() {
+    fn read_only_rejects_every_request_that_may_change_something() {
         let rules = Rules::new(true, Vec::new());
         for line in [
             "POST /sp/campaigns",
@@ -330,7 +338,7 @@ mod tests {
             "POST /new",
             "POST /",
         ] {
-            assert_eq!(judge(&rules, line), Err(Denied::Changes), "{line}");
+            assert_eq!(check(&rules, line), Err(Denied::Changes), "{line}");
         }
         for line in [
             "GET /v2/profiles",
@@ -348,12 +356,12 @@ mod tests {
             "POST /sb/recommendations/targets/category",
             "POST /amc/reporting/amc1/workflowExecutions",
         ] {
-            assert_eq!(judge(&rules, line), Ok(()), "{line}");
+            assert_eq!(check(&rules, line), Ok(()), "{line}");
         }
     }
 
     #[test]
-    fn what_is_not_on_the_list_does_not_leave() {
+    fn a_request_that_matches_no_allow_entry_is_rejected() {
         let rules = allow(&["GET /v2/*", "POST /sp/**", "* /x", "GET /y/**/z", "PUT /sb/v*/ads"]);
         for line in [
             "GET /v2",
@@ -369,7 +377,7 @@ mod tests {
             "PUT /sb/v4/ads/1",
             "GET /",
         ] {
-            assert_eq!(judge(&rules, line), Err(Denied::NotAllowed), "{line}");
+            assert_eq!(check(&rules, line), Err(Denied::NotAllowed), "{line}");
         }
         for line in [
             "GET /v2/profiles",
@@ -380,12 +388,12 @@ mod tests {
             "GET /y/a/b/z",
             "PUT /sb/v4/ads",
         ] {
-            assert_eq!(judge(&rules, line), Ok(()), "{line}");
+            assert_eq!(check(&rules, line), Ok(()), "{line}");
         }
     }
 
     #[test]
-    fn what_a_server_could_read_as_another_path_passes_no_rule() {
+    fn an_ambiguous_path_satisfies_no_rule() {
         for rules in [Rules::new(true, Vec::new()), allow(&["* /**"])] {
             for path in [
                 "/sp/campaigns/../x/list",
@@ -409,75 +417,75 @@ mod tests {
                 "/sp/campaigns%3b/list",
             ] {
                 for method in ["GET", "POST"] {
-                    assert_eq!(judge(&rules, &format!("{method} {path}")), Err(Denied::Ambiguous), "{method} {path}");
+                    assert_eq!(check(&rules, &format!("{method} {path}")), Err(Denied::Ambiguous), "{method} {path}");
                 }
             }
             for path in ["/", "/x/", "/a.b/...", "/x%20y/%41", "/caf\u{e9}", "/x:y/{z}", "/100%"] {
-                assert_eq!(judge(&rules, &format!("GET {path}")), Ok(()), "{path}");
+                assert_eq!(check(&rules, &format!("GET {path}")), Ok(()), "{path}");
             }
         }
     }
 
     #[test]
-    fn slashes_in_a_row_count_as_one() {
+    fn repeated_slashes_count_as_one() {
         let reading = Rules::new(true, Vec::new());
-        assert_eq!(judge(&reading, "POST //sp/campaigns/list"), Ok(()));
-        assert_eq!(judge(&reading, "POST //sp//campaigns"), Err(Denied::Changes));
-        assert_eq!(judge(&reading, "POST //list"), Err(Denied::Changes), "no segment is before it");
+        assert_eq!(check(&reading, "POST //sp/campaigns/list"), Ok(()));
+        assert_eq!(check(&reading, "POST //sp//campaigns"), Err(Denied::Changes));
+        assert_eq!(check(&reading, "POST //list"), Err(Denied::Changes), "no segment comes before it");
         let one = allow(&["GET /*/profiles"]);
-        assert_eq!(judge(&one, "GET //v2/profiles"), Ok(()));
-        assert_eq!(judge(&one, "GET //profiles"), Err(Denied::NotAllowed));
-        assert_eq!(judge(&one, "GET /v2/%2f/profiles"), Err(Denied::Ambiguous));
+        assert_eq!(check(&one, "GET //v2/profiles"), Ok(()));
+        assert_eq!(check(&one, "GET //profiles"), Err(Denied::NotAllowed));
+        assert_eq!(check(&one, "GET /v2/%2f/profiles"), Err(Denied::Ambiguous));
     }
 
     #[test]
-    fn no_header_changes_the_method_behind_the_rule() {
+    fn method_override_headers_are_rejected() {
         for name in ["X-HTTP-Method-Override", "x-http-method", "X_Method_Override", "x-http_method-override"] {
             let mut headers = HeaderMap::new();
             headers.insert(name.parse::<http::HeaderName>().unwrap(), "DELETE".parse().unwrap());
             let rules = Rules::new(true, Vec::new());
-            assert_eq!(rules.judge(&Method::GET, "/x", &headers), Err(Denied::Ambiguous), "{name}");
-            assert_eq!(Rules::default().judge(&Method::GET, "/x", &headers), Ok(()), "nothing is set");
+            assert_eq!(rules.check(&Method::GET, "/x", &headers), Err(Denied::Ambiguous), "{name}");
+            assert_eq!(Rules::default().check(&Method::GET, "/x", &headers), Ok(()), "there are no rules");
         }
     }
 
     #[test]
-    fn without_rules_nothing_is_judged() {
+    fn without_rules_every_request_passes() {
         for line in ["DELETE /../%2f//", "POST /sp/campaigns"] {
-            assert_eq!(judge(&Rules::default(), line), Ok(()), "{line}");
-            assert_eq!(judge(&Rules::new(false, Vec::new()), line), Ok(()), "{line}");
+            assert_eq!(check(&Rules::default(), line), Ok(()), "{line}");
+            assert_eq!(check(&Rules::new(false, Vec::new()), line), Ok(()), "{line}");
         }
     }
 
     #[test]
-    fn what_either_forbids_is_forbidden() {
+    fn combined_rules_must_all_be_satisfied() {
         let both = Rules::new(true, Vec::new()).and(&allow(&["POST /sp/**"])).and(&allow(&["POST /*/campaigns/**"]));
-        assert_eq!(judge(&both, "POST /sp/campaigns"), Err(Denied::Changes));
-        assert_eq!(judge(&both, "GET /v2/profiles"), Err(Denied::NotAllowed));
-        assert_eq!(judge(&both, "POST /sp/keywords/list"), Err(Denied::NotAllowed));
-        assert_eq!(judge(&both, "POST /sp/campaigns/list"), Ok(()));
+        assert_eq!(check(&both, "POST /sp/campaigns"), Err(Denied::Changes));
+        assert_eq!(check(&both, "GET /v2/profiles"), Err(Denied::NotAllowed));
+        assert_eq!(check(&both, "POST /sp/keywords/list"), Err(Denied::NotAllowed));
+        assert_eq!(check(&both, "POST /sp/campaigns/list"), Ok(()));
     }
 
     #[test]
-    fn an_entry_that_says_nothing_clear_is_refused_with_its_cure() {
-        for (text, cure) in [
+    fn an_invalid_allow_entry_is_rejected_with_its_fix() {
+        for (text, fix) in [
             ("", "METHOD and a path"),
             ("GET", "METHOD and a path"),
             ("/v2/profiles", "METHOD and a path"),
             ("GET /a /b", "METHOD and a path"),
             ("get /v2/profiles", "in capitals"),
-            ("TRACE /x", "begins with no method"),
-            ("** /x", "begins with no method"),
-            ("GET v2/profiles", "begin with /"),
-            ("GET https://x/y", "begin with /"),
+            ("TRACE /x", "does not begin with a method"),
+            ("** /x", "does not begin with a method"),
+            ("GET v2/profiles", "not begin with /"),
+            ("GET https://x/y", "not begin with /"),
             ("GET /x?y=1", "without query"),
             ("GET //x", "without query, //"),
             ("GET /x/../y", "dot segments"),
             ("GET /x%2fy", "encoded slashes"),
-            ("GET /x/a**", "** beside other letters"),
+            ("GET /x/a**", "** beside other characters"),
         ] {
             let error = text.parse::<Allow>().unwrap_err();
-            assert!(error.0.contains(cure), "{text:?}: {error}");
+            assert!(error.0.contains(fix), "{text:?}: {error}");
         }
         for text in ["GET /v2/profiles", "* /**", "POST /sp/*/list", "DELETE /"] {
             assert_eq!(text.parse::<Allow>().unwrap().to_string(), text);
@@ -485,7 +493,7 @@ mod tests {
     }
 
     #[test]
-    fn the_table_holds_no_path_that_a_policy_would_refuse() {
+    fn every_reading_post_is_a_valid_unambiguous_glob() {
         for glob in READING_POSTS {
             assert!(!is_ambiguous(glob), "{glob}");
             assert!(format!("POST {glob}").parse::<Allow>().is_ok(), "{glob}");
@@ -493,18 +501,20 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever comes, a read-only policy lets no method pass that changes something.
+        /// For any path, a read-only policy rejects the methods that change something.
         #[test]
-        fn no_path_makes_a_changing_method_pass(path in "/[ -~]{0,40}") {
+        fn no_path_lets_an_unsafe_method_pass(path in "/[ -~]{0,40}") {
             for method in [Method::PUT, Method::PATCH, Method::DELETE] {
-                prop_assert!(Rules::new(true, Vec::new()).judge(&method, &path, &HeaderMap::new()).is_err());
+                prop_assert!(Rules::new(true, Vec::new()).check(&method, &path, &HeaderMap::new()).is_err());
             }
         }
 
         #[test]
-        fn a_path_without_stars_fits_itself_alone(path in "(/[a-z0-9.:]{1,8}){1,6}", other in "(/[a-z0-9.:]{1,8}){1,6}") {
-            prop_assert!(fits(&path, &path));
-            prop_assert_eq!(fits(&path, &other), path == other);
+        fn a_glob_without_stars_matches_only_itself(
+            path in "(/[a-z0-9.:]{1,8}){1,6}", other in "(/[a-z0-9.:]{1,8}){1,6}"
+        ) {
+            prop_assert!(glob_matches(&path, &path));
+            prop_assert_eq!(glob_matches(&path, &other), path == other);
         }
     }
 }

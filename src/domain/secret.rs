@@ -1,4 +1,4 @@
-//! A secret: zeroed when dropped, printed as `…`, never serialised.
+//! A string that holds a secret: zeroed on drop, printed as `…`, never serialized.
 
 use std::fmt;
 
@@ -7,24 +7,24 @@ use sha2::{Digest, Sha256};
 use subtle::ConstantTimeEq;
 use zeroize::Zeroizing;
 
-/// Text that must not be seen: a token, a client secret, a Fernet key.
+/// Text that must not appear in output: a token, a client secret, a Fernet key.
 ///
-/// [`expose`](Self::expose) is the one way to its text, so that each place that reads it can be found.
+/// [`expose`](Self::expose) is the only way to read the text, so every reader can be found by searching for it.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Secret(Zeroizing<String>);
 
 impl Secret {
-    /// Takes the text into custody.
+    /// Wraps `text`.
     pub fn new(text: impl Into<String>) -> Self {
         Self(Zeroizing::new(text.into()))
     }
 
-    /// The text itself. Each caller of this is worth a look in review.
+    /// Returns the text. Review every call site: from here on nothing redacts or zeroes copies.
     pub fn expose(&self) -> &str {
         &self.0
     }
 
-    /// `<scheme> <secret>` as a header value marked sensitive, or `None` where the text is not legal in a header.
+    /// Returns `<scheme> <secret>` as a header value marked sensitive, or `None` if the text is not legal in a header.
     pub fn header(&self, scheme: &str) -> Option<HeaderValue> {
         let line = Zeroizing::new(format!("{scheme} {}", self.expose()));
         let mut value = HeaderValue::from_str(&line).ok()?;
@@ -32,7 +32,7 @@ impl Secret {
         Some(value)
     }
 
-    /// Compares in time that does not depend on where the texts differ, nor on their lengths.
+    /// Compares in constant time: the duration depends neither on where the texts differ nor on the secret's length.
     pub fn matches(&self, candidate: &[u8]) -> bool {
         let ours = Sha256::digest(self.expose().as_bytes());
         Sha256::digest(candidate).ct_eq(&ours).into()
@@ -56,12 +56,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn debug_output_never_holds_the_text() {
+    fn debug_output_never_contains_the_text() {
         assert_eq!(format!("{:?}", Secret::new("Atzr|canary")), "…");
     }
 
     #[test]
-    fn a_header_made_of_it_is_sensitive() {
+    fn a_header_made_from_a_secret_is_sensitive() {
         let value = Secret::new("Atza|x").header("Bearer").unwrap();
         assert!(value.is_sensitive());
         assert_eq!(value, "Bearer Atza|x");
@@ -69,7 +69,7 @@ mod tests {
     }
 
     #[test]
-    fn text_that_would_split_a_header_makes_none() {
+    fn text_that_would_split_a_header_yields_none() {
         assert!(Secret::new("a\r\nb: c").header("Bearer").is_none());
     }
 

@@ -1,7 +1,7 @@
 //! One connection, from accept to close.
 //!
-//! hyper holds two buffers of 8 KiB for a connection, and more beside them. So where there are many, it is given one only while
-//! that is used: at rest, a connection is a socket and a waker.
+//! hyper holds two buffers of 8 KiB per connection, and other state. When many connections are open, hyper therefore
+//! gets a connection only while it is in use. An idle connection is then parked: it consists of a socket and a waker.
 
 use std::convert::Infallible;
 use std::future::poll_fn;
@@ -23,21 +23,21 @@ use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpStream, UnixStream};
 
-use super::io::{Guarded, Watched};
+use super::io::{BusyBody, MonitoredSocket};
 use super::registry::{Command, Slot};
-use super::{Host, Peer, head};
+use super::{Peer, head};
 
-/// Largest head of a request, exact (the size of the read buffer alone is a soft bound).
+/// Largest request head, in bytes. The limit is exact; the size of the read buffer alone would be approximate.
 const MAX_HEAD: usize = 32 << 10;
-/// Read buffer of one connection, at most.
+/// Largest read buffer of one connection, in bytes.
 const MAX_BUFFER: usize = 64 << 10;
-/// How long a caller may go on sending a body that was refused. A socket that is closed with bytes unread resets the
-/// connection, and the caller would never see the answer (RFC 9112, section 9.6).
+/// How long a caller may continue to send a body after it was rejected. Closing a socket with unread bytes resets the
+/// connection, and the caller would never see the response (RFC 9112, section 9.6).
 const LINGER: Duration = Duration::from_secs(2);
 
-/// What a connection is made of.
+/// The stream of a connection: TCP or Unix.
 pub(super) trait Socket: AsyncRead + AsyncWrite + AsFd + Unpin + Send + 'static {
-    /// Whether there is something to read, or an end, told without a buffer to read it into.
+    /// Ready when there is data to read or the peer closed the stream. It needs no read buffer.
     fn poll_readable(&self, cx: &mut Context<'_>) -> Poll<Result<()>>;
 }
 
@@ -53,19 +53,20 @@ impl Socket for UnixStream {
     }
 }
 
-/// Where a conversation has come to.
-enum Turn<S, V> {
-    /// It pauses.
-    Pause(Watched<S>, V),
-    /// A head did not come to its end.
-    Late(S),
-    /// It is over.
-    Over(S),
-    /// There is nobody to say anything to.
+/// Why [`serve_http`] returned.
+enum Served<S, V> {
+    /// The connection is idle and may be parked.
+    Idle(MonitoredSocket<S>, V),
+    /// A request head was not complete in time.
+    HeadTimeout(S),
+    /// HTTP on the connection has ended; the socket has to be closed.
+    Ended(S),
+    /// The caller does not read; the socket was reset.
     Reset,
 }
 
-pub(super) async fn converse<S, H, F, B>(stream: S, peer: Peer, seat: Slot, host: Host<H>)
+/// Serves one connection until it is closed.
+pub(super) async fn run<S, H, F, B>(stream: S, peer: Peer, slot: Slot, shared: super::ListenerContext<H>)
 where
     S: Socket,
     H: Fn(Request<Incoming>, Peer) -> F + Clone + Send + Sync + 'static,
@@ -73,53 +74,57 @@ where
     B: Body<Data = Bytes> + Send + Unpin + 'static,
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
-    let Host { handler, words, .. } = host;
+    let super::ListenerContext { handler, canned, .. } = shared;
+    // Whether the current request has a body.
     let uploads = AtomicBool::new(false);
     let mut service = service_fn(|request: Request<Incoming>| {
-        let busy = seat.begin();
+        let busy = slot.begin_request();
         uploads.store(!request.is_end_stream(), Relaxed);
-        let request = head::copied(request);
-        let (handler, seat) = (&handler, &seat);
-        // Boxed, so that an idle connection does not hold the room of a busy one; and called in the box, as what is called
-        // before it would be moved there, with all its room.
+        let request = head::detach(request);
+        let (handler, slot) = (&handler, &slot);
+        // Boxed, so that an idle connection does not take the memory of a busy one. The handler is called inside the
+        // box: a future created outside would first exist, at full size, in this one.
         Box::pin(async move {
-            let mut response = handler(request, peer).await.map(|body| Guarded::new(body, busy));
-            if seat.leaving() {
+            let mut response = handler(request, peer).await.map(|body| BusyBody::new(body, busy));
+            if slot.draining() {
                 response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
             }
             Ok::<_, Infallible>(response)
         })
     });
-    let mut socket = Watched::new(stream, seat.activity());
-    let mut leaving = false;
-    // Boxed for the same reason as the answer.
-    let (socket, last_words) = loop {
-        let turn = Box::pin(talk(socket, service, &seat, &uploads, &mut leaving)).await;
-        (socket, service) = match turn {
-            Turn::Pause(socket, service) => (socket, service),
-            Turn::Late(socket) => break (socket, Some(words.late)),
-            Turn::Over(socket) => break (socket, None),
-            Turn::Reset => {
-                tracing::debug!(?peer, "a caller takes nothing of its answer: its connection is reset");
+    let mut socket = MonitoredSocket::new(stream, slot.activity());
+    let mut closing = false;
+    // Alternate between serving and parking until the connection ends. The futures are boxed for the same reason.
+    let (socket, response) = loop {
+        let served = Box::pin(serve_http(socket, service, &slot, &uploads, &mut closing)).await;
+        (socket, service) = match served {
+            Served::Idle(socket, service) => (socket, service),
+            Served::HeadTimeout(socket) => break (socket, Some(canned.head_timeout)),
+            Served::Ended(socket) => break (socket, None),
+            Served::Reset => {
+                tracing::debug!(?peer, "reset a connection whose caller does not read its response");
                 return;
             }
         };
-        if !socket.has_unread() && !rest(&socket, &seat).await {
+        if !socket.has_unread() && !park(&socket, &slot).await {
             break (socket.into_inner(), None);
         }
     };
-    Box::pin(end(socket, last_words, uploads.into_inner() && !leaving)).await;
+    Box::pin(close(socket, response, uploads.into_inner() && !closing)).await;
 }
 
-/// Has hyper serve the connection until that ends, or may rest. Long because it is one loop over what a connection can be told,
-/// all of whose ends take the socket back out of hyper.
-async fn talk<S, V, B>(
-    socket: Watched<S>,
+/// Lets hyper serve the connection until it ends or may be parked. `closing` is set once the connection was told to
+/// close.
+///
+/// The function is long because it is one loop over every command that a connection can get, and each exit has to take
+/// the socket back from hyper.
+async fn serve_http<S, V, B>(
+    socket: MonitoredSocket<S>,
     service: V,
-    seat: &Slot,
+    slot: &Slot,
     uploads: &AtomicBool,
-    leaving: &mut bool,
-) -> Turn<S, V>
+    closing: &mut bool,
+) -> Served<S, V>
 where
     S: Socket,
     V: HttpService<Incoming, ResBody = B> + Unpin,
@@ -127,17 +132,18 @@ where
     B: Body + 'static,
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
-    let _awake = seat.wake();
+    let _active = slot.activate();
     let mut builder = http1::Builder::new();
     builder.half_close(false).auto_date_header(false).max_header_size(MAX_HEAD).max_buf_size(MAX_BUFFER);
     let mut connection = builder.serve_connection(TokioIo::new(socket), service);
-    let into_socket = |parts: http1::Parts<TokioIo<Watched<S>>, V>| parts.io.into_inner().into_inner();
+    let into_socket = |parts: http1::Parts<TokioIo<MonitoredSocket<S>>, V>| parts.io.into_inner().into_inner();
     loop {
+        // Drive hyper until the connection ends or may be parked, or until a command arrives.
         let served = poll_fn(|cx| match connection.poll_without_shutdown(cx) {
             Poll::Ready(ended) => Poll::Ready(Some(ended)),
-            // hyper has just been asked, so that what it was given is written. It may still be reading a body whose request
-            // is answered already, and is not interrupted in that.
-            Poll::Pending if seat.may_rest() && !uploads.load(Relaxed) && !*leaving => Poll::Ready(None),
+            // hyper was just polled, so it has written everything it was given. It may still be reading the body of a
+            // request that already has its response; do not interrupt that.
+            Poll::Pending if slot.may_park() && !uploads.load(Relaxed) && !*closing => Poll::Ready(None),
             Poll::Pending => Poll::Pending,
         });
         let command = tokio::select! {
@@ -146,59 +152,62 @@ where
                 None => {
                     let parts = connection.into_parts();
                     let mut socket = parts.io.into_inner();
-                    // The beginning of a head that came together with the one before it.
+                    // hyper may have read the start of the next head together with the previous one.
                     socket.unread(&parts.read_buf);
-                    return Turn::Pause(socket, parts.service);
+                    return Served::Idle(socket, parts.service);
                 }
                 Some(ended) => {
                     if let Err(error) = ended {
                         tracing::debug!(%error, "connection ended");
                     }
-                    return Turn::Over(into_socket(connection.into_parts()));
+                    return Served::Ended(into_socket(connection.into_parts()));
                 }
             },
-            command = seat.command() => command,
+            command = slot.command() => command,
         };
         match command {
-            // A head that has begun may still come to its end, in its time.
-            Command::Leave => {
-                *leaving = true;
+            // A request head that has started may still be completed, within its timeout.
+            Command::Close => {
+                *closing = true;
                 Pin::new(&mut connection).graceful_shutdown();
             }
-            // hyper has written nothing yet for the head that did not come.
-            Command::HeadTimeout if seat.is_in_head() => return Turn::Late(into_socket(connection.into_parts())),
-            // It came to its end just now.
+            // hyper has written nothing for an incomplete head, so the canned response can be sent.
+            Command::HeadTimeout if slot.is_in_head() => {
+                return Served::HeadTimeout(into_socket(connection.into_parts()));
+            }
+            // The head was completed in the meantime.
             Command::HeadTimeout => {}
-            Command::Abandon => {
-                // What it did not take is not kept for it, neither here nor by the kernel.
+            Command::Reset => {
+                // A linger time of zero makes the kernel discard unsent data and send a reset.
                 let socket = into_socket(connection.into_parts());
                 let _ = rustix::net::sockopt::set_socket_linger(&socket, Some(Duration::ZERO));
-                return Turn::Reset;
+                return Served::Reset;
             }
         }
     }
 }
 
-/// Waits until there is something to read; `false` where the connection is told to go before that.
-async fn rest<S: Socket>(socket: &Watched<S>, seat: &Slot) -> bool {
+/// Parks the connection until there is data to read. Returns `false` if the connection is told to close before that.
+async fn park<S: Socket>(socket: &MonitoredSocket<S>, slot: &Slot) -> bool {
     loop {
         tokio::select! {
             biased;
-            // Whatever is wrong with it is found when it is read.
+            // A socket error is found by the next read.
             _ = poll_fn(|cx| socket.get_ref().poll_readable(cx)) => return true,
-            command = seat.command() => match command {
-                Command::Leave => return false,
-                Command::HeadTimeout | Command::Abandon => {}
+            command = slot.command() => match command {
+                Command::Close => return false,
+                Command::HeadTimeout | Command::Reset => {}
             },
         }
     }
 }
 
-/// Says the last words and closes; with `linger` after what still comes has been read for a moment.
-pub(super) async fn end(mut socket: impl AsyncRead + AsyncWrite + Unpin, last_words: Option<Bytes>, linger: bool) {
-    if let Some(last_words) = last_words {
-        // Who reads nothing at all does not hear it.
-        let _ = tokio::time::timeout(LINGER, socket.write_all(&last_words)).await;
+/// Sends `response`, if any, and closes the socket. With `linger`, reads and discards what the caller still sends, for
+/// at most [`LINGER`].
+pub(super) async fn close(mut socket: impl AsyncRead + AsyncWrite + Unpin, response: Option<Bytes>, linger: bool) {
+    if let Some(response) = response {
+        // A caller that does not read at all does not get it.
+        let _ = tokio::time::timeout(LINGER, socket.write_all(&response)).await;
     }
     let _ = socket.shutdown().await;
     if linger {
@@ -216,128 +225,128 @@ mod tests {
     use tokio::io::AsyncReadExt;
 
     use super::super::CannedResponses;
-    use super::super::registry::{Connections, MOST_AWAKE};
+    use super::super::registry::{MAX_ACTIVE, Registry};
     use super::*;
 
     const REQUEST: &[u8] = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n";
-    const ANSWER: &[u8] = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nhi";
+    const RESPONSE: &[u8] = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nhi";
 
-    /// A conversation, and the caller's end of it.
+    /// A connection that is being served, and the caller's end of it.
     struct Scene {
-        connections: Arc<Connections>,
+        registry: Arc<Registry>,
         caller: UnixStream,
-        calls: Arc<AtomicUsize>,
+        requests: Arc<AtomicUsize>,
     }
 
     impl Scene {
-        fn begin(crowded: bool) -> Self {
+        fn start(crowded: bool) -> Self {
             let (stream, caller) = UnixStream::pair().unwrap();
-            let (connections, calls) = (Arc::<Connections>::default(), Arc::<AtomicUsize>::default());
+            let (registry, requests) = (Arc::<Registry>::default(), Arc::<AtomicUsize>::default());
             if crowded {
-                connections.crowd();
+                registry.simulate_crowd();
             }
-            let counted = calls.clone();
+            let counted = requests.clone();
             let handler = move |request: Request<Incoming>, _: Peer| {
                 counted.fetch_add(1, Relaxed);
-                // Read on behind the answer.
+                // Continue to read the body after the response.
                 tokio::spawn(request.into_body().collect());
                 async { Response::new(Full::from("hi")) }
             };
-            let words = CannedResponses { late: Bytes::from_static(b"late"), overloaded: Bytes::new() };
-            let host = Host { handler, connections: connections.clone(), words };
-            let conversation = converse(stream, Peer::Unix(None), connections.sit(), host);
-            // Ten thousand of them are held beside an app.
-            let size = std::mem::size_of_val(&conversation);
+            let canned = CannedResponses { head_timeout: Bytes::from_static(b"late"), overloaded: Bytes::new() };
+            let context = super::super::ListenerContext { handler, registry: registry.clone(), canned };
+            let connection = run(stream, Peer::Unix(None), registry.register(), context);
+            // An app may keep ten thousand idle connections open, so the future has to be small.
+            let size = std::mem::size_of_val(&connection);
             assert!(size <= 800, "{size} bytes");
-            tokio::spawn(conversation);
-            Self { connections, caller, calls }
+            tokio::spawn(connection);
+            Self { registry, caller, requests }
         }
 
-        async fn say(&mut self, words: &[u8]) {
-            self.caller.write_all(words).await.unwrap();
+        async fn send(&mut self, bytes: &[u8]) {
+            self.caller.write_all(bytes).await.unwrap();
         }
 
-        async fn hear(&mut self, words: &[u8]) {
-            let mut heard = vec![0; words.len()];
-            self.caller.read_exact(&mut heard).await.unwrap();
-            assert_eq!(heard, words);
+        async fn expect(&mut self, bytes: &[u8]) {
+            let mut received = vec![0; bytes.len()];
+            self.caller.read_exact(&mut received).await.unwrap();
+            assert_eq!(received, bytes);
         }
 
-        async fn hear_the_end(&mut self) {
+        async fn expect_close(&mut self) {
             assert_eq!(self.caller.read(&mut [0]).await.unwrap(), 0);
         }
 
-        async fn until(&self, what: &str, look: impl Fn(&Connections) -> bool) {
+        async fn until(&self, what: &str, condition: impl Fn(&Registry) -> bool) {
             let deadline = Instant::now() + Duration::from_secs(20);
-            while !look(&self.connections) {
-                assert!(Instant::now() < deadline, "{what}: it did not come");
+            while !condition(&self.registry) {
+                assert!(Instant::now() < deadline, "timed out waiting for: {what}");
                 tokio::task::yield_now().await;
             }
         }
 
-        async fn comes_to_rest(&self) {
-            self.until("rest", |connections| connections.awake() == MOST_AWAKE).await;
+        async fn until_parked(&self) {
+            self.until("parked", |registry| registry.active() == MAX_ACTIVE).await;
         }
     }
 
     #[tokio::test]
-    async fn a_connection_at_rest_answers_the_next_request() {
-        let mut scene = Scene::begin(true);
+    async fn a_parked_connection_serves_the_next_request() {
+        let mut scene = Scene::start(true);
         for _ in 0..3 {
-            scene.comes_to_rest().await;
-            scene.say(REQUEST).await;
-            scene.hear(ANSWER).await;
+            scene.until_parked().await;
+            scene.send(REQUEST).await;
+            scene.expect(RESPONSE).await;
         }
     }
 
     #[tokio::test]
-    async fn few_connections_stay_awake() {
-        let mut scene = Scene::begin(false);
-        scene.say(REQUEST).await;
-        scene.hear(ANSWER).await;
-        assert_eq!(scene.connections.awake(), 1);
+    async fn connections_are_not_parked_while_few_are_active() {
+        let mut scene = Scene::start(false);
+        scene.send(REQUEST).await;
+        scene.expect(RESPONSE).await;
+        assert_eq!(scene.registry.active(), 1);
     }
 
     #[tokio::test]
-    async fn what_came_of_the_next_head_is_not_lost_to_a_rest() {
-        let mut scene = Scene::begin(true);
-        let (begun, rest) = REQUEST.split_at(9);
-        scene.say(&[REQUEST, REQUEST, begun].concat()).await;
-        scene.hear(ANSWER).await;
-        scene.hear(ANSWER).await;
-        scene.until("a head", Connections::any_in_head).await;
-        scene.say(rest).await;
-        scene.hear(ANSWER).await;
-        scene.comes_to_rest().await;
+    async fn a_partial_next_head_survives_parking() {
+        let mut scene = Scene::start(true);
+        let (start, rest) = REQUEST.split_at(9);
+        scene.send(&[REQUEST, REQUEST, start].concat()).await;
+        scene.expect(RESPONSE).await;
+        scene.expect(RESPONSE).await;
+        scene.until("a head", Registry::any_in_head).await;
+        scene.send(rest).await;
+        scene.expect(RESPONSE).await;
+        scene.until_parked().await;
     }
 
     #[tokio::test]
-    async fn a_connection_whose_body_may_still_come_does_not_rest() {
-        let mut scene = Scene::begin(true);
-        scene.comes_to_rest().await;
-        scene.say(b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 4\r\n\r\nGET").await;
-        // It is answered before its body has come, whose end is no head.
-        scene.hear(ANSWER).await;
-        assert_eq!(scene.connections.awake(), MOST_AWAKE + 1);
-        scene.say(b" ").await;
-        scene.say(REQUEST).await;
-        scene.hear(ANSWER).await;
-        assert_eq!(scene.calls.load(Relaxed), 2);
+    async fn a_connection_with_an_unread_request_body_is_not_parked() {
+        let mut scene = Scene::start(true);
+        scene.until_parked().await;
+        scene.send(b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 4\r\n\r\nGET").await;
+        // The response comes before the end of the body, and the rest of the body is not a request head.
+        scene.expect(RESPONSE).await;
+        assert_eq!(scene.registry.active(), MAX_ACTIVE + 1);
+        scene.send(b" ").await;
+        scene.send(REQUEST).await;
+        scene.expect(RESPONSE).await;
+        assert_eq!(scene.requests.load(Relaxed), 2);
     }
 
     #[tokio::test]
-    async fn a_caller_that_goes_at_rest_is_let_go() {
-        let mut scene = Scene::begin(true);
-        scene.comes_to_rest().await;
+    async fn a_parked_connection_ends_when_the_caller_disconnects() {
+        let mut scene = Scene::start(true);
+        scene.until_parked().await;
         scene.caller.shutdown().await.unwrap();
-        scene.until("the end", |connections| connections.len() == 0).await;
+        scene.until("the end", |registry| registry.len() == 0).await;
     }
 
     #[tokio::test]
-    async fn a_connection_at_rest_is_closed_when_everybody_leaves() {
-        let mut scene = Scene::begin(true);
-        scene.comes_to_rest().await;
-        let connections = scene.connections.clone();
-        tokio::join!(connections.emptied(), scene.hear_the_end());
+    async fn a_parked_connection_is_closed_at_shutdown() {
+        let mut scene = Scene::start(true);
+        scene.until_parked().await;
+        let registry = scene.registry.clone();
+        tokio::join!(registry.close_all(), scene.expect_close());
     }
 }

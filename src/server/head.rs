@@ -1,13 +1,13 @@
-//! A request's head, apart from the buffer that it was read into.
+//! Copies a request head out of the buffer that it was read into.
 //!
-//! hyper's header values and targets are slices of that buffer. Each would hold its 8 KiB for as long as the call takes, and
-//! hyper would take another 8 KiB for what comes next on the connection.
+//! hyper's header values and targets are slices of that buffer. They would keep its 8 KiB alive for as long as the
+//! request takes, and hyper would allocate another 8 KiB for the next data on the connection.
 
 use bytes::{Bytes, BytesMut};
 use http::{HeaderValue, Request, Uri};
 
-/// The same request, its head in a piece of memory that is as large as the head.
-pub(super) fn copied<B>(request: Request<B>) -> Request<B> {
+/// Returns the same request, with its head in one allocation that is exactly as large as needed.
+pub(super) fn detach<B>(request: Request<B>) -> Request<B> {
     let (mut parts, body) = request.into_parts();
     let target = origin_form(&parts.uri);
     let lengths = parts.headers.values().map(HeaderValue::len).sum::<usize>();
@@ -18,7 +18,7 @@ pub(super) fn copied<B>(request: Request<B>) -> Request<B> {
     text.extend_from_slice(target.unwrap_or_default().as_bytes());
     let has_target = target.is_some();
     let mut text = text.freeze();
-    // What was valid is valid: nothing is replaced by anything else.
+    // A copy of a valid value is valid, so no value keeps its old slice.
     for value in parts.headers.values_mut() {
         if let Ok(copy) = HeaderValue::from_maybe_shared(text.split_to(value.len())) {
             *value = copy;
@@ -30,7 +30,7 @@ pub(super) fn copied<B>(request: Request<B>) -> Request<B> {
     Request::from_parts(parts, body)
 }
 
-/// The target as it came, in the one form whose text is that of its parts.
+/// Returns the target if it is in origin-form, the only form that `path_and_query` reproduces byte for byte.
 fn origin_form(uri: &Uri) -> Option<&str> {
     let target = uri.path_and_query()?.as_str();
     (uri.authority().is_none() && target.starts_with('/')).then_some(target)
@@ -53,11 +53,11 @@ mod tests {
     }
 
     #[test]
-    fn a_copy_says_the_same_and_does_not_hold_the_buffer() {
+    fn a_detached_head_is_equal_and_does_not_keep_the_buffer_alive() {
         for target in ["/", "//x%2Fy?min=2023-10-01T00:00:00&b=%2B+c", "/a/%7Bid%7D?", "/x/../y"] {
             let values: &[&[u8]] = &[b"one", b"", b"caf\xe9\tau lait", b"one"];
             let (buffer, request) = read(target, values);
-            let copy = copied(request);
+            let copy = detach(request);
             assert!(buffer.is_unique(), "{target}");
             assert_eq!(copy.uri().path_and_query().unwrap().as_str(), target);
             let copied: Vec<_> = copy.headers().get_all("x-any").iter().map(HeaderValue::as_bytes).collect();
@@ -66,11 +66,11 @@ mod tests {
     }
 
     #[test]
-    fn a_target_of_another_form_stays_as_it_came() {
+    fn a_target_in_another_form_is_unchanged() {
         for target in ["*", "http://advertising-api.amazon.com?x=1", "http://advertising-api.amazon.com/v2/profiles"] {
             let (_buffer, request) = read(target, &[]);
             let before = request.uri().clone();
-            assert_eq!(copied(request).into_parts().0.uri, before, "{target}");
+            assert_eq!(detach(request).into_parts().0.uri, before, "{target}");
         }
     }
 }

@@ -1,4 +1,4 @@
-//! The two places where a connection tells what it is doing: its socket and its answers' bodies.
+//! The socket and the response bodies of a connection, which record its activity in the registry.
 
 use std::io::{IoSlice, Result};
 use std::pin::Pin;
@@ -11,24 +11,25 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use super::registry::{Activity, Busy};
 
-/// A socket that tells when bytes come, and when it takes none.
+/// A socket that records when data arrives and when it accepts no more data.
 #[derive(Debug)]
-pub(super) struct Watched<S> {
+pub(super) struct MonitoredSocket<S> {
     socket: S,
     activity: Arc<Activity>,
-    sticks: bool,
-    /// What was read, given back, and is to be read again.
+    /// Whether the last write was blocked.
+    blocked: bool,
+    /// Bytes that hyper read but did not use; the next read returns them.
     unread: Bytes,
 }
 
-impl<S> Watched<S> {
+impl<S> MonitoredSocket<S> {
     pub(super) fn new(socket: S, activity: Arc<Activity>) -> Self {
-        Self { socket, activity, sticks: false, unread: Bytes::new() }
+        Self { socket, activity, blocked: false, unread: Bytes::new() }
     }
 
-    /// Makes `bytes` what is read next.
+    /// Lets the next read return `bytes`.
     pub(super) fn unread(&mut self, bytes: &[u8]) {
-        // Copied, as even where there are none they lie in a buffer of hyper's.
+        // Copied, because even an empty slice would keep hyper's buffer alive.
         self.unread = Bytes::copy_from_slice(bytes);
     }
 
@@ -44,17 +45,17 @@ impl<S> Watched<S> {
         self.socket
     }
 
-    /// Tells only of changes, so that an answer that flows costs nothing.
-    fn told(&mut self, written: Poll<Result<usize>>) -> Poll<Result<usize>> {
-        if written.is_pending() != self.sticks {
-            self.sticks = written.is_pending();
-            self.activity.sticks(self.sticks);
+    /// Records whether a write was blocked. It records changes only, so an uninterrupted response costs nothing.
+    fn record(&mut self, written: Poll<Result<usize>>) -> Poll<Result<usize>> {
+        if written.is_pending() != self.blocked {
+            self.blocked = written.is_pending();
+            self.activity.write_blocked(self.blocked);
         }
         written
     }
 }
 
-impl<S: AsyncRead + Unpin> AsyncRead for Watched<S> {
+impl<S: AsyncRead + Unpin> AsyncRead for MonitoredSocket<S> {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<Result<()>> {
         let before = buf.filled().len();
         let read = if self.unread.is_empty() {
@@ -65,16 +66,16 @@ impl<S: AsyncRead + Unpin> AsyncRead for Watched<S> {
             Poll::Ready(Ok(()))
         };
         if buf.filled().len() > before {
-            self.activity.bytes_came();
+            self.activity.bytes_received();
         }
         read
     }
 }
 
-impl<S: AsyncWrite + Unpin> AsyncWrite for Watched<S> {
+impl<S: AsyncWrite + Unpin> AsyncWrite for MonitoredSocket<S> {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<Result<usize>> {
         let written = Pin::new(&mut self.socket).poll_write(cx, bytes);
-        self.told(written)
+        self.record(written)
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<()>> {
@@ -91,7 +92,7 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Watched<S> {
         parts: &[IoSlice<'_>],
     ) -> Poll<Result<usize>> {
         let written = Pin::new(&mut self.socket).poll_write_vectored(cx, parts);
-        self.told(written)
+        self.record(written)
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -99,21 +100,21 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Watched<S> {
     }
 }
 
-/// An answer's body that keeps its connection marked busy until it has passed. Nothing more is taken of it while the socket
-/// takes nothing: hyper would hold 64 KiB for each caller who does not read.
+/// A response body that marks its connection as busy until it was sent. While the socket accepts no data, the body is
+/// not polled; otherwise hyper would buffer 64 KiB for each caller that does not read.
 #[derive(Debug)]
-pub(super) struct Guarded<B> {
+pub(super) struct BusyBody<B> {
     body: B,
     busy: Busy,
 }
 
-impl<B> Guarded<B> {
+impl<B> BusyBody<B> {
     pub(super) fn new(body: B, busy: Busy) -> Self {
         Self { body, busy }
     }
 }
 
-impl<B: Body + Unpin> Body for Guarded<B> {
+impl<B: Body + Unpin> Body for BusyBody<B> {
     type Data = B::Data;
     type Error = B::Error;
 
@@ -121,7 +122,7 @@ impl<B: Body + Unpin> Body for Guarded<B> {
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<std::result::Result<Frame<B::Data>, B::Error>>> {
-        ready!(self.busy.poll_takes(cx));
+        ready!(self.busy.poll_writable(cx));
         Pin::new(&mut self.body).poll_frame(cx)
     }
 
@@ -140,7 +141,7 @@ mod tests {
     use futures_util::task::{ArcWake, waker};
     use http_body_util::Full;
 
-    use super::super::registry::Connections;
+    use super::super::registry::Registry;
     use super::*;
 
     struct Woken(std::sync::atomic::AtomicBool);
@@ -153,18 +154,18 @@ mod tests {
 
     #[test]
     // Covers: threat 25.
-    fn nothing_more_is_taken_of_an_answer_whose_caller_takes_nothing() {
-        let connections = Arc::<Connections>::default();
-        let seat = connections.sit();
-        let mut body = Guarded::new(Full::new(Bytes::from_static(b"answer")), seat.begin());
+    fn a_response_body_is_not_polled_while_the_caller_does_not_read() {
+        let registry = Arc::<Registry>::default();
+        let slot = registry.register();
+        let mut body = BusyBody::new(Full::new(Bytes::from_static(b"response")), slot.begin_request());
         let woken = Arc::new(Woken(false.into()));
         let waker = waker(woken.clone());
         let cx = &mut Context::from_waker(&waker);
-        seat.activity().sticks(true);
+        slot.activity().write_blocked(true);
         assert!(Pin::new(&mut body).poll_frame(cx).is_pending());
         assert!(!woken.0.load(std::sync::atomic::Ordering::Relaxed));
-        seat.activity().sticks(false);
-        assert!(woken.0.load(std::sync::atomic::Ordering::Relaxed), "whoever waits is told");
+        slot.activity().write_blocked(false);
+        assert!(woken.0.load(std::sync::atomic::Ordering::Relaxed), "the waiting task is woken");
         assert!(matches!(Pin::new(&mut body).poll_frame(cx), Poll::Ready(Some(Ok(_)))));
     }
 }

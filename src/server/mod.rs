@@ -1,9 +1,14 @@
-//! Accept loop, limits, graceful drain: used by all doors.
+//! Accept loop, connection limits and graceful drain, used by every listener.
 //!
-//! hyper's own header timeout starts when a connection turns idle, and costs a timer per request. So each connection
-//! tells here what it is doing, and one watchman per door looks at all of them: a head that does not
-//! come to its end is answered with 408, a connection that has idled too long is closed, one whose caller takes nothing of
-//! its answer is reset, and at the cap on connections the one that has idled longest makes room.
+//! hyper's own header timeout starts when a connection becomes idle, and costs a timer per request. Instead, each
+//! connection records its activity in the listener's registry, and one task per listener, the reaper, enforces the
+//! limits:
+//!
+//! - A request head that is not complete in time gets a 408.
+//! - A connection that is idle for too long is closed.
+//! - A connection whose caller does not read its response is reset.
+//!
+//! When a listener is at its connection limit, the connection that has been idle longest is closed for a new one.
 
 mod registry;
 mod connection;
@@ -25,15 +30,15 @@ use hyper::body::Incoming;
 use tokio::net::{TcpListener, UnixListener, UnixSocket};
 use tokio::sync::watch;
 
-use connection::{converse, end};
-use registry::Connections;
+use connection::close;
+use registry::Registry;
 
-/// Where a door listens.
+/// An address that a listener binds.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Listen {
-    /// `host:port`; the host is an address or `localhost`.
+    /// `host:port`, where the host is an IP address or `localhost`.
     Tcp(String),
-    /// `unix:/path`.
+    /// `unix:/path`: a Unix socket.
     Unix(PathBuf),
 }
 
@@ -46,118 +51,125 @@ impl std::fmt::Display for Listen {
     }
 }
 
-/// What one door allows.
+/// The limits of one listener.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
-    /// `proxy.max_connections`; at the cap the connection that has idled longest is closed first.
+    /// `proxy.max_connections`: most open connections. At the limit the connection that has been idle longest is
+    /// closed.
     pub max_connections: usize,
-    /// `proxy.header_timeout`: a request's head, from its first byte.
+    /// `proxy.header_timeout`: longest time from the first byte of a request head to its end.
     pub header_timeout: Duration,
-    /// `proxy.idle_timeout`: a keep-alive connection without a request.
+    /// `proxy.idle_timeout`: longest time that a keep-alive connection stays open without a request.
     pub idle_timeout: Duration,
-    /// `proxy.write_timeout`: a caller that takes nothing of its answer.
+    /// `proxy.write_timeout`: longest time that a caller may read nothing of its response.
     pub write_timeout: Duration,
 }
 
-/// Connections that wait to be accepted at a Unix socket; tokio's own number for TCP.
+/// Backlog of a Unix socket: connections that wait to be accepted. tokio uses the same number for TCP.
 const BACKLOG: u32 = 1024;
-/// How long the accept loop rests when the process is out of descriptors: existing work goes on and frees some.
-const ACCEPT_REST: Duration = Duration::from_millis(100);
-/// How long somebody waits for room while every connection at the cap is busy.
-const PATIENCE: Duration = Duration::from_secs(1);
+/// Pause of the accept loop after an error, such as too many open file descriptors. Requests in progress continue and
+/// free some.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+/// Longest wait of a new connection while the listener is at its limit and every connection is busy.
+const ADMIT_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Who is at the other end.
+/// The other end of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Peer {
     /// A TCP peer's address.
     Tcp(SocketAddr),
-    /// A local process at a Unix socket, and the user that it runs as, where the system tells.
+    /// A local process on a Unix socket, with its user id if the operating system reports it.
     Unix(Option<u32>),
 }
 
-/// What is said to who gets no answer of a request's own, as HTTP/1.1.
+/// Canned HTTP/1.1 responses for connections that are rejected before a request was read.
 #[derive(Clone, Debug)]
 pub struct CannedResponses {
-    /// The head did not come to its end in time.
-    pub late: Bytes,
-    /// There is no room for one more connection.
+    /// The request head was not complete in time.
+    pub head_timeout: Bytes,
+    /// The listener is at its connection limit.
     pub overloaded: Bytes,
 }
 
-/// A door whose sockets are bound and that serves nobody yet.
+/// A listener (proxy, login or admin) whose sockets are bound. It serves once [`run`](Self::run) is called.
 #[derive(Debug)]
-pub struct Door {
-    listeners: Vec<Listener>,
+pub struct Listener {
+    sockets: Vec<BoundSocket>,
     limits: Arc<ArcSwap<Limits>>,
-    words: CannedResponses,
-    connections: Arc<Connections>,
+    canned: CannedResponses,
+    registry: Arc<Registry>,
 }
 
+/// A socket that accepts connections. A Unix socket's file is removed on drop.
 #[derive(Debug)]
-enum Listener {
+enum BoundSocket {
     Tcp(TcpListener),
     Unix(UnixListener, PathBuf),
 }
 
-/// What a door is told at the end: first to drain, which lets what is in flight come to its end and takes no new request
-/// on idle connections, then to stop accepting.
+/// The phases of a listener's life, in order. Shutdown first drains the listener and then closes it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Phase {
-    /// Business as usual.
+    /// The listener serves normally.
     #[default]
     Open,
-    /// New connections are still taken, but each answer says `Connection: close`.
+    /// New connections are still accepted, but each response carries `Connection: close`.
     Draining,
-    /// No new connections.
+    /// No new connections are accepted. Requests in flight complete, and idle connections are closed.
     Closed,
 }
 
-impl Door {
-    /// Binds every address of `listen`; with `ipv6_if_any`, one of IPv6 only where the machine has it. Port 0 takes any
-    /// free port; see [`addresses`](Self::addresses). A Unix socket gets the file mode `socket_mode`.
+impl Listener {
+    /// Binds every address of `listen`. With `ipv6_if_any`, an IPv6 address that cannot be bound is skipped, unless it
+    /// is in use. Port 0 selects a free port; see [`addresses`](Self::addresses). A Unix socket gets the file mode
+    /// `socket_mode`.
+    ///
+    /// # Errors
+    /// Fails if an address cannot be bound. The message names the address.
     pub async fn bind(
         listen: &[Listen],
         ipv6_if_any: bool,
         socket_mode: u32,
         limits: Limits,
-        words: CannedResponses,
+        canned: CannedResponses,
     ) -> Result<Self> {
-        let mut listeners = Vec::new();
+        let mut sockets = Vec::new();
         for address in listen {
             match address {
-                Listen::Unix(path) => listeners.push(unix(path, socket_mode)?),
+                Listen::Unix(path) => sockets.push(unix(path, socket_mode)?),
                 Listen::Tcp(address) => match tcp(address).await {
-                    Ok(listener) => listeners.push(Listener::Tcp(listener)),
+                    Ok(socket) => sockets.push(BoundSocket::Tcp(socket)),
                     Err(error) if ipv6_if_any && address.starts_with('[') && error.kind() != ErrorKind::AddrInUse => {}
                     Err(error) => return Err(error),
                 },
             }
         }
         let limits = Arc::new(ArcSwap::from_pointee(limits));
-        Ok(Self { listeners, limits, words, connections: Arc::default() })
+        Ok(Self { sockets, limits, canned, registry: Arc::default() })
     }
 
-    /// The TCP addresses bound, in the order asked for.
+    /// Returns the bound TCP addresses, in the order of `listen`.
     pub fn addresses(&self) -> Vec<SocketAddr> {
-        let tcp = self.listeners.iter().filter_map(|listener| match listener {
-            Listener::Tcp(listener) => listener.local_addr().ok(),
-            Listener::Unix(..) => None,
+        let tcp = self.sockets.iter().filter_map(|socket| match socket {
+            BoundSocket::Tcp(socket) => socket.local_addr().ok(),
+            BoundSocket::Unix(..) => None,
         });
         tcp.collect()
     }
 
-    /// The limits, which may be replaced while the door serves.
+    /// Returns the limits, which may be replaced while the listener serves.
     pub fn limits(&self) -> Arc<ArcSwap<Limits>> {
         self.limits.clone()
     }
 
-    /// How many connections are open, for a metric.
+    /// Returns a function that counts the open connections, for a metric.
     pub fn count(&self) -> impl Fn() -> usize + Send + Sync + use<> {
-        let connections = self.connections.clone();
-        move || connections.len()
+        let registry = self.registry.clone();
+        move || registry.len()
     }
 
-    /// Serves until `phase` says [`Phase::Closed`] and nothing is in flight any more.
+    /// Serves until `phase` is [`Phase::Closed`] and every connection is closed. A dropped sender counts as
+    /// [`Phase::Closed`].
     pub async fn run<H, F, B>(self, handler: H, mut phase: watch::Receiver<Phase>)
     where
         H: Fn(Request<Incoming>, Peer) -> F + Clone + Send + Sync + 'static,
@@ -165,49 +177,52 @@ impl Door {
         B: http_body::Body<Data = Bytes> + Send + Unpin + 'static,
         B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
     {
-        let Self { listeners, limits, words, connections } = self;
-        let host = Host { handler, connections: connections.clone(), words };
-        let watchman = tokio::spawn(connections.clone().watch(limits.clone()));
+        let Self { sockets, limits, canned, registry } = self;
+        let context = ListenerContext { handler, registry: registry.clone(), canned };
+        let reaper = tokio::spawn(registry.clone().enforce(limits.clone()));
         let mut tasks = tokio::task::JoinSet::new();
-        for listener in listeners {
-            tasks.spawn(accept(listener, limits.clone(), host.clone(), phase.clone()));
+        for socket in sockets {
+            tasks.spawn(accept(socket, limits.clone(), context.clone(), phase.clone()));
         }
-        // The sender going away means the same as being told to close.
+        // `wait_for` also returns when the sender is dropped, which counts as `Closed`.
         let _ = phase.wait_for(|phase| *phase >= Phase::Draining).await;
-        connections.leave();
+        registry.drain();
         let _ = phase.wait_for(|phase| *phase == Phase::Closed).await;
         while tasks.join_next().await.is_some() {}
-        connections.emptied().await;
-        watchman.abort();
+        registry.close_all().await;
+        reaper.abort();
     }
 }
 
+/// Binds a TCP address.
 async fn tcp(address: &str) -> Result<TcpListener> {
     TcpListener::bind(address)
         .await
         .map_err(|error| Error::new(error.kind(), format!("cannot listen on {address}: {error}")))
 }
 
-/// A socket file left over from a process that is gone is replaced; one that answers is somebody else's.
-fn unix(path: &PathBuf, mode: u32) -> Result<Listener> {
-    let say = |error: Error| Error::new(error.kind(), format!("cannot listen on unix:{}: {error}", path.display()));
+/// Binds a Unix socket with the file mode `mode`. A socket file that a dead process left behind is replaced; one that
+/// accepts connections belongs to a running process and is an error.
+fn unix(path: &PathBuf, mode: u32) -> Result<BoundSocket> {
+    let context = |error: Error| Error::new(error.kind(), format!("cannot listen on unix:{}: {error}", path.display()));
     if std::os::unix::net::UnixStream::connect(path).is_ok() {
-        return Err(say(ErrorKind::AddrInUse.into()));
+        return Err(context(ErrorKind::AddrInUse.into()));
     }
     if std::fs::symlink_metadata(path).is_ok_and(|meta| std::os::unix::fs::FileTypeExt::is_socket(&meta.file_type())) {
-        std::fs::remove_file(path).map_err(say)?;
+        std::fs::remove_file(path).map_err(context)?;
     }
-    // Nobody can connect before it listens, and by then the mode is set.
-    let socket = UnixSocket::new_stream().map_err(say)?;
-    socket.bind(path).map_err(say)?;
-    std::fs::set_permissions(path, Permissions::from_mode(mode)).map_err(say)?;
-    Ok(Listener::Unix(socket.listen(BACKLOG).map_err(say)?, path.clone()))
+    // Set the mode before `listen`: until then no process can connect.
+    let socket = UnixSocket::new_stream().map_err(context)?;
+    socket.bind(path).map_err(context)?;
+    std::fs::set_permissions(path, Permissions::from_mode(mode)).map_err(context)?;
+    Ok(BoundSocket::Unix(socket.listen(BACKLOG).map_err(context)?, path.clone()))
 }
 
+/// Accepts connections until `phase` is [`Phase::Closed`], and spawns a task for each.
 async fn accept<H, F, B>(
-    listener: Listener,
+    socket: BoundSocket,
     limits: Arc<ArcSwap<Limits>>,
-    host: Host<H>,
+    context: ListenerContext<H>,
     mut phase: watch::Receiver<Phase>,
 ) where
     H: Fn(Request<Incoming>, Peer) -> F + Clone + Send + Sync + 'static,
@@ -215,77 +230,80 @@ async fn accept<H, F, B>(
     B: http_body::Body<Data = Bytes> + Send + Unpin + 'static,
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
-    // Since when nobody who came has found room.
+    // When the first of the connections that found no room arrived.
     let mut full_since = None;
     loop {
-        let taken = tokio::select! {
+        // 1. Accept a connection.
+        let accepted = tokio::select! {
             biased;
             _ = phase.wait_for(|phase| *phase == Phase::Closed) => return,
-            taken = listener.accept() => taken,
+            accepted = socket.accept() => accepted,
         };
-        let stream = match taken {
+        let stream = match accepted {
             Ok(stream) => stream,
             Err(error) => {
                 tracing::warn!(%error, "cannot accept a connection");
-                tokio::time::sleep(ACCEPT_REST).await;
+                tokio::time::sleep(ACCEPT_PAUSE).await;
                 continue;
             }
         };
-        // Not before somebody came: an idle connection is closed for another one, and not for nobody.
-        let until = *full_since.get_or_insert_with(Instant::now) + PATIENCE;
+        // 2. Make room for it. This happens only after a connection was accepted, so that no idle connection is closed
+        // without need.
+        let until = *full_since.get_or_insert_with(Instant::now) + ADMIT_TIMEOUT;
         let room = tokio::select! {
             biased;
             _ = phase.wait_for(|phase| *phase == Phase::Closed) => return,
-            room = host.connections.room(&limits, until) => room,
+            room = context.registry.wait_for_room(&limits, until) => room,
         };
         if !room {
             tracing::warn!("overloaded: every connection that proxy.max_connections allows is busy");
-            let words = host.words.overloaded.clone();
+            let response = context.canned.overloaded.clone();
             match stream {
-                Stream::Tcp(stream, _) => drop(tokio::spawn(end(stream, Some(words), true))),
-                Stream::Unix(stream) => drop(tokio::spawn(end(stream, Some(words), true))),
+                Stream::Tcp(stream, _) => drop(tokio::spawn(close(stream, Some(response), true))),
+                Stream::Unix(stream) => drop(tokio::spawn(close(stream, Some(response), true))),
             }
             continue;
         }
         full_since = None;
-        // Taken here and not in the task, so that neither the cap nor the end overlooks it.
-        let seat = host.connections.sit();
+        // 3. Register it before its task starts, so that neither the limit nor the shutdown misses it.
+        let slot = context.registry.register();
         match stream {
             Stream::Tcp(stream, peer) => {
                 let _ = stream.set_nodelay(true);
-                tokio::spawn(converse(stream, Peer::Tcp(peer), seat, host.clone()));
+                tokio::spawn(connection::run(stream, Peer::Tcp(peer), slot, context.clone()));
             }
             Stream::Unix(stream) => {
                 let uid = stream.peer_cred().ok().map(|peer| peer.uid());
-                tokio::spawn(converse(stream, Peer::Unix(uid), seat, host.clone()));
+                tokio::spawn(connection::run(stream, Peer::Unix(uid), slot, context.clone()));
             }
         }
     }
 }
 
-/// What every connection of a door shares.
+/// What all connections of a listener share.
 #[derive(Clone)]
-struct Host<H> {
+struct ListenerContext<H> {
     handler: H,
-    connections: Arc<Connections>,
-    words: CannedResponses,
+    registry: Arc<Registry>,
+    canned: CannedResponses,
 }
 
+/// An accepted connection.
 enum Stream {
     Tcp(tokio::net::TcpStream, SocketAddr),
     Unix(tokio::net::UnixStream),
 }
 
-impl Listener {
+impl BoundSocket {
     async fn accept(&self) -> Result<Stream> {
         match self {
-            Self::Tcp(listener) => listener.accept().await.map(|(stream, peer)| Stream::Tcp(stream, peer)),
-            Self::Unix(listener, _) => listener.accept().await.map(|(stream, _)| Stream::Unix(stream)),
+            Self::Tcp(socket) => socket.accept().await.map(|(stream, peer)| Stream::Tcp(stream, peer)),
+            Self::Unix(socket, _) => socket.accept().await.map(|(stream, _)| Stream::Unix(stream)),
         }
     }
 }
 
-impl Drop for Listener {
+impl Drop for BoundSocket {
     fn drop(&mut self) {
         if let Self::Unix(_, path) = self {
             let _ = std::fs::remove_file(path);

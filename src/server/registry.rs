@@ -1,4 +1,4 @@
-//! What each connection of one door is doing, and who has to go.
+//! The registry of a listener's connections: what each is doing, and which have to be closed.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering::Relaxed};
@@ -12,49 +12,59 @@ use tokio::sync::Notify;
 
 use super::Limits;
 
-/// All connections of one door.
+/// All connections of one listener.
 #[derive(Debug, Default)]
-pub(super) struct Connections {
-    seats: Mutex<Seats>,
-    leaving: AtomicBool,
-    /// Connections that are not at rest.
-    awake: AtomicUsize,
+pub(super) struct Registry {
+    slots: Mutex<Slots>,
+    draining: AtomicBool,
+    /// The number of connections that are not parked.
+    active: AtomicUsize,
+    /// Notified whenever a connection ends.
     freed: Notify,
 }
 
+/// The activity of each open connection, by a number that is never reused.
 #[derive(Debug, Default)]
-struct Seats {
+struct Slots {
     next: u64,
-    taken: HashMap<u64, Arc<Activity>>,
+    open: HashMap<u64, Arc<Activity>>,
 }
 
-/// One connection's place among them, for as long as it is open.
+/// The registration of one connection; dropping it removes the connection.
 #[derive(Debug)]
 pub(super) struct Slot {
-    connections: Arc<Connections>,
+    registry: Arc<Registry>,
     key: u64,
     activity: Arc<Activity>,
 }
 
-/// What one connection is doing, since when.
+/// What one connection is doing, and since when.
 #[derive(Debug)]
 pub(super) struct Activity {
-    born: Instant,
-    /// Microseconds since `born`, shifted by two, and a [`Doing`] in the low bits.
+    accepted: Instant,
+    /// A [`Doing`] in the two low bits; above them, when it started, in microseconds since `accepted`.
     state: AtomicU64,
-    /// Microseconds since `born` at which its socket took no more of an answer, plus one; 0: it takes what there is.
-    stuck: AtomicU64,
-    /// Waits until it takes more.
-    held_back: AtomicWaker,
+    /// When the socket stopped accepting response data, in microseconds since `accepted`, plus one; 0 while it accepts
+    /// data.
+    blocked_since: AtomicU64,
+    /// Wakes the response body once the socket accepts data again.
+    writable: AtomicWaker,
+    /// The latest command that was not executed yet; 0 for none.
     command: AtomicU8,
+    /// Notified whenever `command` is set.
     commanded: Notify,
 }
 
+/// What a connection is doing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Doing {
+    /// It waits for a request.
     Idle = 0,
+    /// It receives a request head.
     Head = 1,
+    /// It serves a request.
     Busy = 2,
+    /// It was told to close to make room.
     Closing = 3,
 }
 
@@ -69,63 +79,64 @@ impl Doing {
     }
 }
 
-/// What a connection is told to do.
+/// A command to a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Command {
-    /// Finish what is in flight, then close.
-    Leave,
-    /// Refuse the head that does not come to its end.
+    /// Complete the request in flight, then close.
+    Close,
+    /// Reject the request head that was not complete in time.
     HeadTimeout,
-    /// Reset the connection, whose caller takes nothing of its answer.
-    Abandon,
+    /// Reset the connection, because the caller does not read its response.
+    Reset,
 }
 
-/// A request is being served, until this is dropped.
+/// Marks the connection as busy with a request until it is dropped.
 #[derive(Debug)]
 pub(super) struct Busy(Arc<Activity>);
 
-/// A connection is awake, until this is dropped.
+/// Counts a connection as active, that is, not parked, until it is dropped.
 #[derive(Debug)]
-pub(super) struct Active<'a>(&'a Connections);
+pub(super) struct Active<'a>(&'a Registry);
 
-/// So many connections stay awake between two requests, which holds 1 MiB and spares the work of waking them. What more
-/// there are rest whenever they idle.
-pub(super) const MOST_AWAKE: usize = 64;
+/// Up to this number of connections stay active between two requests, which takes 1 MiB of memory and saves the cost of
+/// resuming them. Further connections are parked whenever they are idle.
+pub(super) const MAX_ACTIVE: usize = 64;
 
-/// While every connection at the cap is busy, the accept loop looks again this often.
-const LOOK_AGAIN: Duration = Duration::from_millis(50);
+/// Interval at which a new connection checks for room while the listener is at its limit and every connection is busy.
+const ROOM_CHECK: Duration = Duration::from_millis(50);
 
-impl Connections {
-    /// Takes a place for a connection that was just accepted.
-    pub(super) fn sit(self: &Arc<Self>) -> Slot {
+impl Registry {
+    /// Registers a connection that was just accepted.
+    pub(super) fn register(self: &Arc<Self>) -> Slot {
         let activity = Arc::new(Activity {
-            born: Instant::now(),
+            accepted: Instant::now(),
             state: AtomicU64::new(Doing::Idle as u64),
-            stuck: AtomicU64::new(0),
-            held_back: AtomicWaker::new(),
+            blocked_since: AtomicU64::new(0),
+            writable: AtomicWaker::new(),
             command: AtomicU8::new(0),
             commanded: Notify::new(),
         });
-        let mut seats = self.lock();
-        let key = seats.next;
-        seats.next += 1;
-        seats.taken.insert(key, activity.clone());
-        Slot { connections: self.clone(), key, activity }
+        let mut slots = self.lock();
+        let key = slots.next;
+        slots.next += 1;
+        slots.open.insert(key, activity.clone());
+        Slot { registry: self.clone(), key, activity }
     }
 
+    /// Returns the number of open connections.
     pub(super) fn len(&self) -> usize {
-        self.lock().taken.len()
+        self.lock().open.len()
     }
 
-    /// From now on each answer says `Connection: close`.
-    pub(super) fn leave(&self) {
-        self.leaving.store(true, Relaxed);
+    /// Starts draining: from now on each response carries `Connection: close`.
+    pub(super) fn drain(&self) {
+        self.draining.store(true, Relaxed);
     }
 
-    /// Closes what is idle and what becomes idle; returns when nobody is left.
-    pub(super) async fn emptied(&self) {
-        for activity in self.lock().taken.values() {
-            activity.order(Command::Leave);
+    /// Closes idle connections now and busy ones after their request. Returns when every connection is closed.
+    pub(super) async fn close_all(&self) {
+        for activity in self.lock().open.values() {
+            activity.send(Command::Close);
         }
         loop {
             let freed = self.freed.notified();
@@ -136,9 +147,9 @@ impl Connections {
         }
     }
 
-    /// Whether there is room for a connection that was accepted, at the latest at `until`: at the cap the one that has
-    /// idled longest is closed for it.
-    pub(super) async fn room(&self, limits: &ArcSwap<Limits>, until: Instant) -> bool {
+    /// Waits until there is room for an accepted connection; at the limit, closes the connection that has been idle
+    /// longest. Returns `false` if there is still no room at `until`.
+    pub(super) async fn wait_for_room(&self, limits: &ArcSwap<Limits>, until: Instant) -> bool {
         loop {
             let freed = self.freed.notified();
             if self.make_room(limits.load().max_connections) {
@@ -147,17 +158,19 @@ impl Connections {
             if Instant::now() >= until {
                 return false;
             }
-            let _ = tokio::time::timeout(LOOK_AGAIN, freed).await;
+            let _ = tokio::time::timeout(ROOM_CHECK, freed).await;
         }
     }
 
+    /// Whether fewer than `max` connections are open or remain after those that are closing. If not, tells the
+    /// connection that has been idle longest to close; `false` if none is idle.
     fn make_room(&self, max: usize) -> bool {
-        let seats = self.lock();
-        if seats.taken.len() < max {
+        let slots = self.lock();
+        if slots.open.len() < max {
             return true;
         }
         let (mut staying, mut longest) = (0, None);
-        for activity in seats.taken.values() {
+        for activity in slots.open.values() {
             let (doing, since) = activity.doing();
             staying += usize::from(doing != Doing::Closing);
             if doing == Doing::Idle && longest.is_none_or(|(most, _)| since > most) {
@@ -165,98 +178,100 @@ impl Connections {
             }
         }
         if staying < max {
-            // One is about to go already.
+            // A connection is closing already.
             return true;
         }
         longest.is_some_and(|(_, activity)| {
             activity.set(Doing::Closing);
-            activity.order(Command::Leave);
+            activity.send(Command::Close);
             true
         })
     }
 
-    /// Ends connections that exceed `limits`, for as long as it runs.
-    pub(super) async fn watch(self: Arc<Self>, limits: Arc<ArcSwap<Limits>>) {
+    /// The reaper: periodically ends connections that exceed `limits`. It never returns.
+    pub(super) async fn enforce(self: Arc<Self>, limits: Arc<ArcSwap<Limits>>) {
         loop {
             let limits = **limits.load();
             let shortest = limits.header_timeout.min(limits.idle_timeout).min(limits.write_timeout);
             let period = (shortest / 4).clamp(Duration::from_millis(20), Duration::from_secs(1));
             tokio::time::sleep(period).await;
-            for activity in self.lock().taken.values() {
+            for activity in self.lock().open.values() {
                 match activity.doing() {
-                    _ if activity.stuck_for() >= limits.write_timeout => activity.order(Command::Abandon),
-                    (Doing::Head, since) if since >= limits.header_timeout => activity.order(Command::HeadTimeout),
-                    (Doing::Idle, since) if since >= limits.idle_timeout => activity.order(Command::Leave),
+                    _ if activity.blocked_for() >= limits.write_timeout => activity.send(Command::Reset),
+                    (Doing::Head, since) if since >= limits.header_timeout => activity.send(Command::HeadTimeout),
+                    (Doing::Idle, since) if since >= limits.idle_timeout => activity.send(Command::Close),
                     _ => {}
                 }
             }
         }
     }
 
-    /// As if many others were awake.
+    /// Counts as many other connections as active as may be, so that idle ones are parked.
     #[cfg(test)]
-    pub(super) fn crowd(&self) {
-        self.awake.fetch_add(MOST_AWAKE, Relaxed);
+    pub(super) fn simulate_crowd(&self) {
+        self.active.fetch_add(MAX_ACTIVE, Relaxed);
     }
 
     #[cfg(test)]
-    pub(super) fn awake(&self) -> usize {
-        self.awake.load(Relaxed)
+    pub(super) fn active(&self) -> usize {
+        self.active.load(Relaxed)
     }
 
-    /// Whether a head has begun and not come to its end.
+    /// Whether any connection has received part of a request head.
     #[cfg(test)]
     pub(super) fn any_in_head(&self) -> bool {
-        self.lock().taken.values().any(|activity| activity.doing().0 == Doing::Head)
+        self.lock().open.values().any(|activity| activity.doing().0 == Doing::Head)
     }
 
-    fn lock(&self) -> MutexGuard<'_, Seats> {
-        self.seats.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, Slots> {
+        self.slots.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Slot {
+    /// Returns the connection's activity record.
     pub(super) fn activity(&self) -> Arc<Activity> {
         self.activity.clone()
     }
 
-    /// A request's head is here.
-    pub(super) fn begin(&self) -> Busy {
+    /// Records that a request head is complete. The connection is busy until the guard is dropped.
+    pub(super) fn begin_request(&self) -> Busy {
         self.activity.set(Doing::Busy);
         Busy(self.activity.clone())
     }
 
-    /// Whether a request's head has begun and not come to its end.
+    /// Whether part of a request head was received.
     pub(super) fn is_in_head(&self) -> bool {
         self.activity.doing().0 == Doing::Head
     }
 
-    /// It is awake from now on.
-    pub(super) fn wake(&self) -> Active<'_> {
-        self.connections.awake.fetch_add(1, Relaxed);
-        Active(&self.connections)
+    /// Counts the connection as active until the guard is dropped.
+    pub(super) fn activate(&self) -> Active<'_> {
+        self.registry.active.fetch_add(1, Relaxed);
+        Active(&self.registry)
     }
 
-    /// Whether it idles, its socket has taken all there was, and enough others are awake.
-    pub(super) fn may_rest(&self) -> bool {
-        self.connections.awake.load(Relaxed) > MOST_AWAKE
+    /// Whether the connection may be parked: it is idle, everything was written, and more than [`MAX_ACTIVE`]
+    /// connections are active.
+    pub(super) fn may_park(&self) -> bool {
+        self.registry.active.load(Relaxed) > MAX_ACTIVE
             && self.activity.doing().0 == Doing::Idle
-            && self.activity.stuck.load(Relaxed) == 0
+            && self.activity.blocked_since.load(Relaxed) == 0
     }
 
-    /// Whether answers say `Connection: close` by now.
-    pub(super) fn leaving(&self) -> bool {
-        self.connections.leaving.load(Relaxed)
+    /// Whether the listener is draining, so that responses carry `Connection: close`.
+    pub(super) fn draining(&self) -> bool {
+        self.registry.draining.load(Relaxed)
     }
 
-    /// The next command for this connection.
+    /// Waits for the next command to this connection.
     pub(super) async fn command(&self) -> Command {
         loop {
             let commanded = self.activity.commanded.notified();
             match self.activity.command.swap(0, Relaxed) {
-                1 => return Command::Leave,
+                1 => return Command::Close,
                 2 => return Command::HeadTimeout,
-                3 => return Command::Abandon,
+                3 => return Command::Reset,
                 _ => commanded.await,
             }
         }
@@ -265,55 +280,57 @@ impl Slot {
 
 impl Drop for Slot {
     fn drop(&mut self) {
-        self.connections.lock().taken.remove(&self.key);
-        self.connections.freed.notify_waiters();
+        self.registry.lock().open.remove(&self.key);
+        self.registry.freed.notify_waiters();
     }
 }
 
 impl Activity {
-    /// The first byte after idleness begins a head.
-    pub(super) fn bytes_came(&self) {
+    /// Records that data arrived: on an idle connection it starts a request head.
+    pub(super) fn bytes_received(&self) {
         if Doing::of(self.state.load(Relaxed)) == Doing::Idle {
             self.set(Doing::Head);
         }
     }
 
-    /// Its socket takes no more of an answer, or takes it again.
-    pub(super) fn sticks(&self, sticks: bool) {
-        self.stuck.store(if sticks { self.age() + 1 } else { 0 }, Relaxed);
-        if !sticks {
-            self.held_back.wake();
+    /// Records that the socket stopped (`true`) or resumed (`false`) accepting response data.
+    pub(super) fn write_blocked(&self, blocked: bool) {
+        self.blocked_since.store(if blocked { self.age() + 1 } else { 0 }, Relaxed);
+        if !blocked {
+            self.writable.wake();
         }
     }
 
-    /// For how long its socket has taken nothing of what there is.
-    fn stuck_for(&self) -> Duration {
-        match self.stuck.load(Relaxed) {
+    /// Returns for how long the socket has accepted no response data.
+    fn blocked_for(&self) -> Duration {
+        match self.blocked_since.load(Relaxed) {
             0 => Duration::ZERO,
-            since => self.born.elapsed().saturating_sub(Duration::from_micros(since - 1)),
+            since => self.accepted.elapsed().saturating_sub(Duration::from_micros(since - 1)),
         }
     }
 
-    /// Microseconds since it was accepted.
+    /// Returns the microseconds since the connection was accepted.
     fn age(&self) -> u64 {
-        u64::try_from(self.born.elapsed().as_micros()).unwrap_or(u64::MAX)
+        u64::try_from(self.accepted.elapsed().as_micros()).unwrap_or(u64::MAX)
     }
 
+    /// Records what the connection does from now on.
     fn set(&self, doing: Doing) {
         self.state.store(self.age() << 2 | doing as u64, Relaxed);
     }
 
-    /// What it does, and for how long already.
+    /// Returns what the connection is doing, and for how long.
     fn doing(&self) -> (Doing, Duration) {
         let state = self.state.load(Relaxed);
-        (Doing::of(state), self.born.elapsed().saturating_sub(Duration::from_micros(state >> 2)))
+        (Doing::of(state), self.accepted.elapsed().saturating_sub(Duration::from_micros(state >> 2)))
     }
 
-    fn order(&self, command: Command) {
+    /// Sends a command to the connection, in place of one that was not executed yet.
+    fn send(&self, command: Command) {
         let number = match command {
-            Command::Leave => 1,
+            Command::Close => 1,
             Command::HeadTimeout => 2,
-            Command::Abandon => 3,
+            Command::Reset => 3,
         };
         self.command.store(number, Relaxed);
         self.commanded.notify_one();
@@ -322,18 +339,19 @@ impl Activity {
 
 impl Drop for Active<'_> {
     fn drop(&mut self) {
-        self.0.awake.fetch_sub(1, Relaxed);
+        self.0.active.fetch_sub(1, Relaxed);
     }
 }
 
 impl Busy {
-    /// Ready while the connection's socket takes what there is.
-    pub(super) fn poll_takes(&self, cx: &mut Context<'_>) -> Poll<()> {
-        if self.0.stuck.load(Relaxed) == 0 {
+    /// Ready while the connection's socket accepts data.
+    pub(super) fn poll_writable(&self, cx: &mut Context<'_>) -> Poll<()> {
+        if self.0.blocked_since.load(Relaxed) == 0 {
             return Poll::Ready(());
         }
-        // The socket is written to by the task that asks here, so nothing changes in between.
-        self.0.held_back.register(cx.waker());
+        // The task that polls here also writes to the socket, so the state cannot change before the waker is
+        // registered.
+        self.0.writable.register(cx.waker());
         Poll::Pending
     }
 }

@@ -1,11 +1,15 @@
 //! Pooled TLS connections to the Ads hosts.
 //!
-//! Each region has a stack of idle HTTP/1.1 connections, the one used last on top, and where the server offers HTTP/2 one
-//! such connection that all share. HTTP/2 wins where many call at once; few who go on calling are given HTTP/1.1
-//! connections beside the shared one (`sharing`). An HTTP/1.1 connection goes back when both its request and its answer have
-//! passed whole; whatever else happens to it closes it. The pool never repeats a request by itself: it says whether a repetition would be safe
-//! ([`SendError::unsent`], [`SendError::stale`]), and the spine, which still has the caller's request, repeats it on a
-//! [`Reuse::Fresh`] connection.
+//! Each region has a stack of idle HTTP/1.1 connections, most recently used on top. If the server offers HTTP/2, the
+//! region also has one HTTP/2 connection that all requests share. HTTP/2 is cheaper at high concurrency; at low
+//! concurrency, steady traffic moves to HTTP/1.1 connections that are opened beside the shared one (`protocol_choice`).
+//!
+//! An HTTP/1.1 connection returns to the pool only after both its request and its response have been transferred
+//! completely. In every other case it is closed.
+//!
+//! The pool never retries a request. It reports whether a retry would be safe ([`SendError::unsent`],
+//! [`SendError::stale`]), and `inbound::proxy`, which still has the caller's request, retries on a [`Reuse::Fresh`]
+//! connection.
 
 mod read_ahead;
 mod upstream_body;
@@ -34,43 +38,43 @@ use crate::domain::account::Region;
 use crate::domain::tls;
 use connection::{Connection, H2Connection};
 use pool::OriginPool;
-use protocol_choice::Counted;
+use protocol_choice::CountGuard;
 
-/// Where the Ads hosts are and how long they are waited for.
+/// The addresses of the Ads hosts, and the timeouts for requests to them.
 #[derive(Clone, Debug)]
 pub struct Settings {
-    /// `upstream.na`, `upstream.eu`, `upstream.fe`: `https` origins without a path, by [`Region`].
+    /// `upstream.na`, `upstream.eu`, `upstream.fe`: `https` origins without a path, indexed by [`Region`].
     pub origins: [Url; 3],
-    /// `upstream.ca_file`: extra trust roots.
+    /// `upstream.ca_file`: additional trust roots.
     pub extra_roots: Vec<CertificateDer<'static>>,
-    /// `upstream.http2`.
+    /// `upstream.http2`: which HTTP versions are offered.
     pub http2: Http2,
-    /// `upstream.connect_timeout`: DNS, TCP and TLS together.
+    /// `upstream.connect_timeout`: limit for DNS, TCP and TLS together.
     pub connect_timeout: Duration,
-    /// `upstream.response_timeout`: from the end of the request to the first byte of the answer.
+    /// `upstream.response_timeout`: from the end of the request to the end of the response's head.
     pub response_timeout: Duration,
-    /// `upstream.idle_timeout`: how long an unused connection stays in the pool. Below the server's own, or a request
-    /// meets a connection that is just being closed.
+    /// `upstream.idle_timeout`: how long an unused connection stays in the pool. It should be shorter than the server's
+    /// own idle timeout; otherwise a request can meet a connection that the server is just closing.
     pub idle_timeout: Duration,
 }
 
-/// Whether HTTP/2 is spoken to Amazon.
+/// Which HTTP versions adsidecar offers to Amazon.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Http2 {
-    /// Where the server offers it by ALPN.
+    /// HTTP/2 if the server selects it by ALPN, else HTTP/1.1.
     #[default]
     Auto,
-    /// HTTP/1.1 only.
+    /// Only HTTP/1.1.
     Never,
-    /// HTTP/2 or no connection.
+    /// Only HTTP/2. A server without it causes an error.
     Always,
 }
 
-/// The way to the three Ads hosts.
+/// The connection pools for the three Ads hosts.
 #[derive(Debug)]
 pub struct Upstream {
-    hosts: [Arc<OriginPool>; 3],
+    pools: [Arc<OriginPool>; 3],
     response_timeout: Duration,
     idle_timeout: Duration,
 }
@@ -78,145 +82,157 @@ pub struct Upstream {
 /// Whether a pooled connection may carry the request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reuse {
-    /// One from the pool, if there is one.
+    /// Use a pooled connection if one is available.
     Allowed,
-    /// A fresh one, for a repetition.
+    /// Open a new connection, for a retry.
     Fresh,
 }
 
-/// Why no answer came.
+/// No response was received.
 #[derive(Debug)]
 pub struct SendError {
-    /// What happened.
+    /// The cause.
     pub kind: ErrorKind,
-    /// The body, where no byte of the request was written: it may be repeated whatever it is.
+    /// The request body, if no byte of the request was written. The request may then be retried whatever its method.
     pub unsent: Option<RequestBody>,
-    /// It broke on a connection from the pool before any byte of an answer: the server may have been about to close it.
+    /// A connection from the pool broke before any byte of a response arrived: the server had probably just closed it.
     pub stale: bool,
 }
 
-/// What can go wrong on the way to an answer's head.
+/// Failures up to the head of the response.
 #[derive(Debug, thiserror::Error)]
 pub enum ErrorKind {
-    /// No TCP connection: DNS, refused, no route.
+    /// No TCP connection could be opened: DNS failed, the port refused, or there is no route.
     #[error("cannot connect: {0}")]
     Unreachable(Box<dyn std::error::Error + Send + Sync>),
     /// The TLS handshake failed.
     #[error("TLS handshake failed: {0}")]
     Tls(std::io::Error),
-    /// The connection broke, or what came was no HTTP.
+    /// The connection broke, or the server did not send HTTP.
     #[error("connection broke: {0}")]
     Reset(hyper::Error),
-    /// 101, which nobody asked for: what follows on the connection is no HTTP.
-    #[error("the server switched protocols unasked")]
+    /// The server sent 101 although no upgrade was requested; the bytes that follow are not HTTP.
+    #[error("the server switched protocols without being asked to")]
     Switched,
-    /// No connection within `connect_timeout`.
+    /// No connection was established within `connect_timeout`.
     #[error("no connection within {0:?}")]
     ConnectTimeout(Duration),
-    /// No answer within `response_timeout`.
-    #[error("no answer within {0:?}")]
+    /// No response arrived within `response_timeout`.
+    #[error("no response within {0:?}")]
     ResponseTimeout(Duration),
-    /// The caller's body did not come whole; Amazon is not to blame.
+    /// The caller's body did not arrive completely; Amazon is not at fault.
     #[error("request body: {0}")]
     Body(BodyError),
 }
 
 impl ErrorKind {
-    /// The request that this kept from being sent keeps its body.
+    /// Turns a failure that occurred before the request was sent into a [`SendError`] that returns its body.
     pub fn unsent(self, body: RequestBody) -> SendError {
         SendError { kind: self, unsent: Some(body), stale: false }
     }
 }
 
 impl Upstream {
-    /// Prepares the pools; connects to nothing yet.
+    /// Creates the pools, without connecting.
+    ///
+    /// # Errors
+    /// Fails if an origin has no usable host or a trust root is invalid.
     pub fn new(settings: &Settings) -> Result<Self, rustls::Error> {
-        // One for all: the trust roots are large.
+        // One configuration for all pools, because the trust roots are large.
         let tls = tls::client_config(&settings.extra_roots, &[])?;
-        let host = |region: Region| OriginPool::new(&settings.origins[region as usize], settings, &tls).map(Arc::new);
+        let pool = |region: Region| OriginPool::new(&settings.origins[region as usize], settings, &tls).map(Arc::new);
         Ok(Self {
-            hosts: [host(Region::Na)?, host(Region::Eu)?, host(Region::Fe)?],
+            pools: [pool(Region::Na)?, pool(Region::Eu)?, pool(Region::Fe)?],
             response_timeout: settings.response_timeout,
             idle_timeout: settings.idle_timeout,
         })
     }
 
-    /// The value of the `Host` header for a call to `region`.
+    /// Returns the `Host` value for requests to `region`.
     pub fn authority(&self, region: Region) -> &HeaderValue {
-        &self.hosts[region as usize].authority
+        &self.pools[region as usize].authority
     }
 
-    /// A connection for one call to `region`: one from the pool, or a new one.
+    /// Checks out a connection for one request to `region`: from the pool, or a new one.
+    ///
+    /// # Errors
+    /// Fails if a new connection is needed and cannot be opened within `connect_timeout`.
     pub async fn checkout(&self, region: Region, reuse: Reuse) -> Result<Checkout, ErrorKind> {
-        let host = &self.hosts[region as usize];
-        let (call, few) = host.sharing.enter();
-        let way = match host.connection(reuse, few, self.idle_timeout).await? {
+        let pool = &self.pools[region as usize];
+        let (in_flight, low_concurrency) = pool.protocol_choice.enter();
+        let transport = match pool.connection(reuse, low_concurrency, self.idle_timeout).await? {
             Connection::Http1 { sender, reused } => Transport::Http1 { sender, reused },
-            Connection::Http2(H2Connection { sender, calls }) => {
-                let (share, others) = Counted::among(&calls);
-                if host.sharing.ends_row(few, self.idle_timeout) {
-                    host.add_http1(others + 1);
+            Connection::Http2(H2Connection { sender, streams }) => {
+                let (share, others) = CountGuard::increment(&streams);
+                // Steady traffic at low concurrency: one HTTP/1.1 connection for each request now in flight.
+                if pool.protocol_choice.should_add_http1(low_concurrency, self.idle_timeout) {
+                    pool.add_http1(others + 1);
                 }
                 Transport::Http2 { sender, share }
             }
         };
-        Ok(Checkout { host: host.clone(), call, way, response_timeout: self.response_timeout })
+        Ok(Checkout { pool: pool.clone(), in_flight, transport, response_timeout: self.response_timeout })
     }
 
-    /// Closes connections that have idled too long, and says when to do it again.
+    /// Closes connections that have been idle for too long. Returns the time until the next call should be made.
     pub fn prune(&self) -> Duration {
-        for host in &self.hosts {
-            host.prune(self.idle_timeout);
+        for pool in &self.pools {
+            pool.prune(self.idle_timeout);
         }
         (self.idle_timeout / 2).max(Duration::from_millis(100))
     }
 }
 
-/// A connection that waits for its one request.
+/// A connection that was checked out for one request.
 #[derive(Debug)]
 pub struct Checkout {
-    host: Arc<OriginPool>,
-    call: Counted,
-    way: Transport,
+    pool: Arc<OriginPool>,
+    in_flight: CountGuard,
+    transport: Transport,
     response_timeout: Duration,
 }
 
 #[derive(Debug)]
 enum Transport {
     Http1 { sender: http1::SendRequest<RequestBody>, reused: bool },
-    Http2 { sender: http2::SendRequest<RequestBody>, share: Counted },
+    Http2 { sender: http2::SendRequest<RequestBody>, share: CountGuard },
 }
 
 impl Checkout {
-    /// Sends `request` (origin-form target, our headers) and returns the answer as soon as its head is here. `patient`
-    /// calls wait for it without a limit, as an event stream may be silent for long.
-    // Not `async`, and what hyper makes of the request in a box: it would be held four times over by every call that waits.
+    /// Sends `request`, which has an origin-form target and our headers. Returns the response once its head has
+    /// arrived. With `unlimited_wait` the response timeout does not apply, because an event stream may stay silent for
+    /// a long time.
+    ///
+    /// # Errors
+    /// The future resolves to a [`SendError`] if no response head arrives.
+    // Not an `async fn`, and hyper's future is boxed: otherwise every waiting request would hold the request four
+    // times.
     pub fn send(
         self,
         mut request: Request<RequestBody>,
-        patient: bool,
+        unlimited_wait: bool,
     ) -> impl Future<Output = Result<Response<UpstreamBody>, SendError>> + Send {
-        let Self { host, call, mut way, response_timeout } = self;
+        let Self { pool, in_flight, mut transport, response_timeout } = self;
         let progress = request.body().progress();
-        let sent: Pin<Box<dyn Future<Output = Sent> + Send>> = match &mut way {
+        let sent: Pin<Box<dyn Future<Output = Sent> + Send>> = match &mut transport {
             Transport::Http1 { sender, .. } => {
                 frame(&mut request);
                 Box::pin(sender.try_send_request(request))
             }
-            Transport::Http2 { sender, .. } => Box::pin(sender.try_send_request(host.with_authority(request))),
+            Transport::Http2 { sender, .. } => Box::pin(sender.try_send_request(pool.with_authority(request))),
         };
         async move {
-            let response = awaited(sent, &progress, (!patient).then_some(response_timeout)).await;
-            let response = response.map_err(|error| error.on(way.reused()))?;
-            match way {
+            let response = response_head(sent, &progress, (!unlimited_wait).then_some(response_timeout)).await;
+            let response = response.map_err(|error| error.into_send_error(transport.reused()))?;
+            match transport {
                 Transport::Http1 { .. } if response.status() == StatusCode::SWITCHING_PROTOCOLS => {
                     Err(SendError { kind: ErrorKind::Switched, unsent: None, stale: false })
                 }
                 Transport::Http1 { sender, .. } => {
-                    Ok(response.map(|incoming| UpstreamBody::http1(incoming, call, host, sender, progress)))
+                    Ok(response.map(|incoming| UpstreamBody::http1(incoming, in_flight, pool, sender, progress)))
                 }
                 Transport::Http2 { share, .. } => {
-                    Ok(response.map(|incoming| UpstreamBody::http2(incoming, call, share)))
+                    Ok(response.map(|incoming| UpstreamBody::http2(incoming, in_flight, share)))
                 }
             }
         }
@@ -224,7 +240,7 @@ impl Checkout {
 }
 
 impl Transport {
-    /// Whether it may have been used before.
+    /// Whether the connection may have carried an earlier request.
     fn reused(&self) -> bool {
         match self {
             Self::Http1 { reused, .. } => *reused,
@@ -233,55 +249,59 @@ impl Transport {
     }
 }
 
-/// What hyper says of a request that it was given.
+/// hyper's result for one request.
 type Sent = Result<Response<Incoming>, TrySendError<Request<RequestBody>>>;
 
-/// Says how a body without a length is framed: hyper leaves the body of a GET or HEAD out where nothing does.
+/// Sets `Transfer-Encoding: chunked` for a body without a length. Without a framing header hyper drops the body of a
+/// GET or HEAD.
 fn frame(request: &mut Request<RequestBody>) {
     if !request.body().is_end_stream() && !request.headers().contains_key(CONTENT_LENGTH) {
         request.headers_mut().insert(TRANSFER_ENCODING, HeaderValue::from_static("chunked"));
     }
 }
 
-/// What `sent` gives, within `wait` after the last byte of the request body was taken.
-async fn awaited(
+/// Waits for the response head, for at most `wait` after hyper took the last byte of the request body; without a limit
+/// if `wait` is `None`.
+async fn response_head(
     mut sent: Pin<Box<dyn Future<Output = Sent> + Send>>,
     progress: &Option<Arc<ReplayBuffer>>,
     wait: Option<Duration>,
-) -> Result<Response<Incoming>, Broken> {
-    let Some(wait) = wait else { return sent.await.map_err(Broken::from) };
+) -> Result<Response<Incoming>, NoHead> {
+    let Some(wait) = wait else { return sent.await.map_err(NoHead::from) };
     loop {
-        let before = progress.as_ref().map(|held| held.taken());
+        let before = progress.as_ref().map(|buffer| buffer.taken());
         match tokio::time::timeout(wait, &mut sent).await {
-            Ok(result) => return result.map_err(Broken::from),
-            // The body still moves: the time for the answer has not begun.
-            Err(_) if progress.as_ref().map(|held| held.taken()) != before => {}
-            Err(_) => return Err(Broken::Late(wait)),
+            Ok(result) => return result.map_err(NoHead::from),
+            // The request body is still being sent, so the response timeout has not started.
+            Err(_) if progress.as_ref().map(|buffer| buffer.taken()) != before => {}
+            Err(_) => return Err(NoHead::TimedOut(wait)),
         }
     }
 }
 
-/// A request that got no answer's head.
-enum Broken {
+/// Why no response head arrived.
+enum NoHead {
     Error { error: hyper::Error, unsent: Option<RequestBody> },
-    Late(Duration),
+    TimedOut(Duration),
 }
 
-impl From<TrySendError<Request<RequestBody>>> for Broken {
+impl From<TrySendError<Request<RequestBody>>> for NoHead {
     fn from(mut error: TrySendError<Request<RequestBody>>) -> Self {
         let unsent = error.take_message().map(Request::into_body);
         Self::Error { error: error.into_error(), unsent }
     }
 }
 
-impl Broken {
-    fn on(self, reused: bool) -> SendError {
+impl NoHead {
+    /// Adds whether a retry would be safe; `reused` tells whether the connection came from the pool.
+    fn into_send_error(self, reused: bool) -> SendError {
         match self {
-            Self::Late(wait) => SendError { kind: ErrorKind::ResponseTimeout(wait), unsent: None, stale: false },
+            Self::TimedOut(wait) => SendError { kind: ErrorKind::ResponseTimeout(wait), unsent: None, stale: false },
             Self::Error { error, unsent } => match BodyError::within(&error) {
                 Some(body) => SendError { kind: ErrorKind::Body(body), unsent: None, stale: false },
                 None => {
-                    // Anything but a broken connection (an answer that is no HTTP, say) came from the server.
+                    // Any other error, such as a response that is not HTTP, came from the server, so the connection was
+                    // not stale.
                     let stale = reused && (error.is_incomplete_message() || error.is_canceled() || is_io(&error));
                     SendError { kind: ErrorKind::Reset(error), unsent, stale }
                 }
@@ -294,7 +314,7 @@ fn is_io(error: &hyper::Error) -> bool {
     std::error::Error::source(error).is_some_and(|source| source.is::<std::io::Error>())
 }
 
-/// A poisoned lock is taken all the same: the pools hold no invariant that a panic could have broken.
+/// Locks `mutex` even if it is poisoned: the pools have no invariant that a panic could have broken.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

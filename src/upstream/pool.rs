@@ -1,4 +1,4 @@
-//! One regional host and its connections.
+//! The connection pool of one regional origin.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
@@ -11,37 +11,41 @@ use hyper::client::conn::http1;
 use url::Url;
 
 use super::connect::{Alpn, Connector};
-use super::connection::{Connection, H2Connection, MAX_SHARED};
-use super::protocol_choice::Sharing;
+use super::connection::{Connection, H2Connection, MAX_STREAMS};
+use super::protocol_choice::ProtocolChoice;
 use super::{ErrorKind, Http2, RequestBody, Reuse, Settings, lock};
 
+/// The connections to one origin: idle HTTP/1.1 connections, and at most two HTTP/2 connections for new requests.
 #[derive(Debug)]
 pub(super) struct OriginPool {
     connector: Connector,
     /// The value of the `Host` header: the origin's authority.
     pub(super) authority: HeaderValue,
-    /// What HTTP/2 sends as `:scheme` and `:authority`.
+    /// The scheme and authority that HTTP/2 sends as `:scheme` and `:authority`.
     origin: http::uri::Parts,
+    /// Idle HTTP/1.1 connections, oldest first.
     idle: Mutex<VecDeque<Idle>>,
-    /// The connection that calls share, and the one for those that it has no place for.
+    /// The HTTP/2 connection that requests share, and the one that takes requests while the first is full.
     shared: Mutex<[Option<H2Connection>; 2]>,
-    pub(super) sharing: Sharing,
-    /// Whether the last connection spoke HTTP/1.1, so that each call needs one of its own.
-    one_call_each: AtomicBool,
-    /// Locked by the caller that connects while the new connection may come to be shared, so that a burst opens one.
+    pub(super) protocol_choice: ProtocolChoice,
+    /// Whether the last new connection used HTTP/1.1, so that each request needs its own connection.
+    http1_only: AtomicBool,
+    /// Held while a connection that may become shared is opened, so that a burst of requests opens only one.
     connecting: tokio::sync::Mutex<()>,
 }
 
+/// An idle HTTP/1.1 connection, and when it became idle.
 #[derive(Debug)]
 struct Idle {
     sender: http1::SendRequest<RequestBody>,
     since: Instant,
 }
 
-/// More idle connections than this are closed: a burst of callers must not hold descriptors for long.
+/// Most idle connections; a connection released beyond that is closed, so that a burst does not hold file descriptors.
 const MAX_IDLE: usize = 1024;
-/// A pooled connection whose server answered before it had read the whole request is not ready until it has, which may
-/// be never. A ready one says so within microseconds.
+/// Longest wait for a pooled connection to become ready. If the server responded before it had read the whole request,
+/// the connection becomes ready only after the server has read the rest, which may never happen. A usable connection is
+/// ready within microseconds.
 const READY: Duration = Duration::from_millis(100);
 
 impl OriginPool {
@@ -51,7 +55,7 @@ impl OriginPool {
             Some(port) => format!("{}:{port}", origin.host_str().unwrap_or_default()),
             None => origin.host_str().unwrap_or_default().to_owned(),
         };
-        let bad = |_| rustls::Error::General(format!("{origin} is no origin"));
+        let bad = |_| rustls::Error::General(format!("{origin} is not an origin"));
         let authority = HeaderValue::from_str(&text).map_err(|error| bad(error.to_string()))?;
         let mut parts = http::uri::Parts::default();
         parts.scheme = Some(http::uri::Scheme::HTTPS);
@@ -62,26 +66,29 @@ impl OriginPool {
             origin: parts,
             idle: Mutex::default(),
             shared: Mutex::default(),
-            sharing: Sharing::default(),
-            one_call_each: AtomicBool::new(settings.http2 == Http2::Never),
+            protocol_choice: ProtocolChoice::default(),
+            http1_only: AtomicBool::new(settings.http2 == Http2::Never),
             connecting: tokio::sync::Mutex::default(),
         })
     }
 
+    /// Returns a connection for one request: from the pool if `reuse` allows it and one is available, else a new one.
+    /// `low_concurrency` prefers an idle HTTP/1.1 connection to the shared one.
     pub(super) async fn connection(
         &self,
         reuse: Reuse,
-        few: bool,
+        low_concurrency: bool,
         idle_timeout: Duration,
     ) -> Result<Connection, ErrorKind> {
         if reuse == Reuse::Allowed {
-            if let Some(connection) = self.pooled(few, idle_timeout).await {
+            if let Some(connection) = self.pooled(low_concurrency, idle_timeout).await {
                 return Ok(connection);
             }
-            if !self.one_call_each.load(Relaxed) {
-                // Waits no longer than a connection may take: behind one that fails, the next connects by itself.
+            if !self.http1_only.load(Relaxed) {
+                // Wait for a connection that another request is opening, for at most the connect timeout; after that
+                // this request opens its own.
                 let _one = tokio::time::timeout(self.connector.timeout(), self.connecting.lock()).await;
-                return match self.pooled(few, idle_timeout).await {
+                return match self.pooled(low_concurrency, idle_timeout).await {
                     Some(connection) => Ok(connection),
                     None => self.connect().await,
                 };
@@ -90,12 +97,13 @@ impl OriginPool {
         self.connect().await
     }
 
-    async fn pooled(&self, few: bool, idle_timeout: Duration) -> Option<Connection> {
-        if !few && let Some(shared) = self.shared().await {
+    /// Takes a connection from the pool, and drops expired and closed ones on the way.
+    async fn pooled(&self, low_concurrency: bool, idle_timeout: Duration) -> Option<Connection> {
+        if !low_concurrency && let Some(shared) = self.shared().await {
             return Some(shared);
         }
         while let Some(Idle { mut sender, since }) = self.pop() {
-            // Most often it is ready at once, which needs no timer.
+            // Usually the connection is ready at once, which needs no timer.
             if since.elapsed() < idle_timeout
                 && (sender.is_ready() || matches!(tokio::time::timeout(READY, sender.ready()).await, Ok(Ok(()))))
             {
@@ -105,6 +113,7 @@ impl OriginPool {
         self.shared().await
     }
 
+    /// Returns an HTTP/2 connection that has room for another request.
     async fn shared(&self) -> Option<Connection> {
         let both = lock(&self.shared).clone();
         for mut shared in both.into_iter().flatten().filter(|shared| !shared.is_full()) {
@@ -115,33 +124,36 @@ impl OriginPool {
         None
     }
 
+    /// Opens a connection. An HTTP/2 connection becomes the shared one, or the overflow if the shared one is full.
     async fn connect(&self) -> Result<Connection, ErrorKind> {
-        let crowd = lock(&self.shared)[0].as_ref().is_some_and(|shared| shared.is_full() && !shared.sender.is_closed());
-        let hundreds = self.sharing.at_once() / MAX_SHARED;
-        let offer = if crowd { Alpn::Crowd { hundreds } } else { Alpn::Configured };
-        // Boxed: connecting is rare, and its future is large.
-        let connection = Box::pin(self.connector.connect(offer)).await?;
-        self.one_call_each.store(matches!(connection, Connection::Http1 { .. }), Relaxed);
+        let overflow =
+            lock(&self.shared)[0].as_ref().is_some_and(|shared| shared.is_full() && !shared.sender.is_closed());
+        let hundreds = self.protocol_choice.in_flight() / MAX_STREAMS;
+        let alpn = if overflow { Alpn::Overflow { hundreds } } else { Alpn::Configured };
+        // Boxed, because connecting is rare and its future is large.
+        let connection = Box::pin(self.connector.connect(alpn)).await?;
+        self.http1_only.store(matches!(connection, Connection::Http1 { .. }), Relaxed);
         if let Connection::Http2(shared) = &connection {
-            // One that is full ends with its last call.
-            lock(&self.shared)[usize::from(crowd)] = Some(shared.clone());
+            // A full overflow connection that is replaced here closes after its last request.
+            lock(&self.shared)[usize::from(overflow)] = Some(shared.clone());
         }
         Ok(connection)
     }
 
-    /// Puts `count` HTTP/1.1 connections into the pool, one after the other, beside the shared one.
+    /// Starts a task that opens `count` HTTP/1.1 connections, one after the other, and puts them into the pool. It does
+    /// nothing if HTTP/1.1 is not allowed or such a task is already running.
     pub(super) fn add_http1(self: &Arc<Self>, count: usize) {
-        if !self.connector.may_speak_http1() || self.sharing.adding.swap(true, Relaxed) {
+        if !self.connector.may_speak_http1() || self.protocol_choice.adding.swap(true, Relaxed) {
             return;
         }
-        let host = self.clone();
+        let pool = self.clone();
         tokio::spawn(async move {
             for _ in 0..count {
-                // Without it all goes on as before.
-                let Ok(Connection::Http1 { sender, .. }) = host.connector.connect(Alpn::Http1).await else { break };
-                host.release(sender);
+                // On failure requests continue to use the shared connection.
+                let Ok(Connection::Http1 { sender, .. }) = pool.connector.connect(Alpn::Http1).await else { break };
+                pool.release(sender);
             }
-            host.sharing.adding.store(false, Relaxed);
+            pool.protocol_choice.adding.store(false, Relaxed);
         });
     }
 
@@ -149,6 +161,7 @@ impl OriginPool {
         lock(&self.idle).pop_back()
     }
 
+    /// Returns a connection to the pool, or closes it if the pool is full.
     pub(super) fn release(&self, sender: http1::SendRequest<RequestBody>) {
         let mut idle = lock(&self.idle);
         if idle.len() < MAX_IDLE && !sender.is_closed() {
@@ -156,15 +169,16 @@ impl OriginPool {
         }
     }
 
-    /// The oldest stand in front.
+    /// Closes connections that have been idle for `idle_timeout` or were closed by the server.
     pub(super) fn prune(&self, idle_timeout: Duration) {
         let mut idle = lock(&self.idle);
+        // The oldest connections come first.
         let old = idle.iter().take_while(|idle| idle.since.elapsed() >= idle_timeout).count();
         idle.drain(..old);
         idle.retain(|idle| !idle.sender.is_closed());
     }
 
-    /// HTTP/2 wants the authority in the target and not in `Host` (RFC 9113, section 8.3.1).
+    /// Moves the authority from `Host` to the target, as HTTP/2 requires (RFC 9113, section 8.3.1).
     pub(super) fn with_authority(&self, mut request: Request<RequestBody>) -> Request<RequestBody> {
         request.headers_mut().remove(HOST);
         let mut parts = http::uri::Parts::default();

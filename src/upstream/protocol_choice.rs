@@ -1,9 +1,12 @@
-//! Whether a call shares an HTTP/2 connection, or has an HTTP/1.1 connection to itself.
+//! Chooses whether a request uses the shared HTTP/2 connection or an HTTP/1.1 connection of its own.
 //!
-//! Many calls at once make HTTP/2 cheap: their frames fill one TLS record and one system call. Few have none of that, and
-//! pay for frames, HPACK and two tasks more: measured, 5 to 25 % more CPU than over HTTP/1.1 for up to eight at once, and
-//! 5 to 10 % less for sixteen and more. Only callers who go on calling are worth more connections; the shared one stays for
-//! everybody who comes rarely, and for the moment when many come.
+//! At high concurrency HTTP/2 is cheap, because the frames of several requests share one TLS record and one system
+//! call. At low concurrency that advantage is missing, but framing, HPACK and two more tasks still cost CPU. Measured,
+//! HTTP/2 takes 5 to 25 % more CPU than HTTP/1.1 for up to eight concurrent requests, and 5 to 10 % less for sixteen
+//! and more.
+//!
+//! Only steady traffic justifies additional connections. The shared connection stays open for occasional requests and
+//! for bursts.
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
@@ -11,75 +14,77 @@ use std::time::{Duration, Instant};
 
 use super::lock;
 
-/// So many calls at once are few.
-const FEW: usize = 12;
-/// So many calls on the shared connection, one after the other, each among few, are worth HTTP/1.1 connections for all who
-/// call: a handshake costs as much CPU as some dozens of calls.
-const ROW: u32 = 64;
+/// Below this concurrency HTTP/1.1 costs less CPU.
+const LOW_CONCURRENCY: usize = 12;
+/// After this many consecutive requests at low concurrency on the shared connection, HTTP/1.1 connections are opened. A
+/// TLS handshake costs as much CPU as a few dozen requests.
+const ADD_HTTP1_AFTER: u32 = 64;
 
+/// The concurrency of requests to one origin, and how steady it is.
 #[derive(Debug, Default)]
-pub(super) struct Sharing {
-    at_once: Arc<AtomicUsize>,
-    row: Mutex<Row>,
-    /// Whether HTTP/1.1 connections are being made.
+pub(super) struct ProtocolChoice {
+    in_flight: Arc<AtomicUsize>,
+    run: Mutex<Run>,
+    /// Whether a task is opening HTTP/1.1 connections.
     pub(super) adding: AtomicBool,
 }
 
-/// Calls that shared a connection with few others.
+/// A run of consecutive requests at low concurrency on the shared connection.
 #[derive(Debug, Default)]
-struct Row {
+struct Run {
     since: Option<Instant>,
-    calls: u32,
+    requests: u32,
 }
 
-/// Something that is counted for as long as it lasts.
+/// Keeps a counter incremented until it is dropped.
 #[derive(Debug)]
-pub(super) struct Counted(Arc<AtomicUsize>);
+pub(super) struct CountGuard(Arc<AtomicUsize>);
 
-impl Counted {
-    /// Counts one more, and says how many there were before.
-    pub(super) fn among(count: &Arc<AtomicUsize>) -> (Self, usize) {
+impl CountGuard {
+    /// Increments `count`, and returns the guard and the value before.
+    pub(super) fn increment(count: &Arc<AtomicUsize>) -> (Self, usize) {
         let others = count.fetch_add(1, Relaxed);
         (Self(count.clone()), others)
     }
 }
 
-impl Drop for Counted {
+impl Drop for CountGuard {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Relaxed);
     }
 }
 
-impl Sharing {
-    /// Counts a call until its answer has passed, and says whether it is among few.
-    pub(super) fn enter(&self) -> (Counted, bool) {
-        let (call, others) = Counted::among(&self.at_once);
-        (call, others < FEW)
+impl ProtocolChoice {
+    /// Counts a request as in flight while the guard exists, and returns whether concurrency is low.
+    pub(super) fn enter(&self) -> (CountGuard, bool) {
+        let (guard, others) = CountGuard::increment(&self.in_flight);
+        (guard, others < LOW_CONCURRENCY)
     }
 
-    /// How many calls are under way.
-    pub(super) fn at_once(&self) -> usize {
-        self.at_once.load(Relaxed)
+    /// Returns the number of requests in flight.
+    pub(super) fn in_flight(&self) -> usize {
+        self.in_flight.load(Relaxed)
     }
 
-    /// A call is sent on the shared connection; `true` where it ends a row of [`ROW`] calls that were few, all within `period`.
-    pub(super) fn ends_row(&self, few: bool, period: Duration) -> bool {
-        let mut row = lock(&self.row);
-        if !few {
-            *row = Row::default();
+    /// Records a request on the shared connection. Returns `true` if it completes a run of [`ADD_HTTP1_AFTER`] requests
+    /// at low concurrency within `period`, so that HTTP/1.1 connections should be opened.
+    pub(super) fn should_add_http1(&self, low_concurrency: bool, period: Duration) -> bool {
+        let mut run = lock(&self.run);
+        if !low_concurrency {
+            *run = Run::default();
             return false;
         }
         let now = Instant::now();
-        let since = row.since.filter(|since| now.duration_since(*since) < period).unwrap_or_else(|| {
-            row.calls = 0;
+        let since = run.since.filter(|since| now.duration_since(*since) < period).unwrap_or_else(|| {
+            run.requests = 0;
             now
         });
-        *row = Row { since: Some(since), calls: row.calls + 1 };
-        let ends = row.calls == ROW;
-        if ends {
-            *row = Row::default();
+        *run = Run { since: Some(since), requests: run.requests + 1 };
+        let complete = run.requests == ADD_HTTP1_AFTER;
+        if complete {
+            *run = Run::default();
         }
-        ends
+        complete
     }
 }
 
@@ -90,34 +95,34 @@ mod tests {
     const PERIOD: Duration = Duration::from_secs(60);
 
     #[test]
-    fn a_call_is_among_few_until_more_are_under_way() {
-        let sharing = Sharing::default();
-        let calls: Vec<_> = (0..=FEW).map(|_| sharing.enter()).collect();
-        let few: Vec<_> = calls.iter().map(|(_, few)| *few).collect();
-        assert!(few[..FEW].iter().all(|few| *few) && !few[FEW]);
-        drop(calls);
-        assert!(sharing.enter().1, "what is over does not count");
+    fn concurrency_is_low_until_more_requests_are_in_flight() {
+        let choice = ProtocolChoice::default();
+        let requests: Vec<_> = (0..=LOW_CONCURRENCY).map(|_| choice.enter()).collect();
+        let low: Vec<_> = requests.iter().map(|(_, low)| *low).collect();
+        assert!(low[..LOW_CONCURRENCY].iter().all(|low| *low) && !low[LOW_CONCURRENCY]);
+        drop(requests);
+        assert!(choice.enter().1, "completed requests do not count");
     }
 
     #[test]
-    fn who_calls_rarely_ends_no_row() {
-        let sharing = Sharing::default();
-        assert!((0..3 * ROW).all(|_| !sharing.ends_row(true, Duration::ZERO)));
+    fn occasional_requests_complete_no_run() {
+        let choice = ProtocolChoice::default();
+        assert!((0..3 * ADD_HTTP1_AFTER).all(|_| !choice.should_add_http1(true, Duration::ZERO)));
     }
 
     #[test]
-    fn each_row_of_calls_that_were_few_ends_once() {
-        let sharing = Sharing::default();
-        let ends: Vec<_> = (1..=2 * ROW).filter(|_| sharing.ends_row(true, PERIOD)).collect();
-        assert_eq!(ends, [ROW, 2 * ROW]);
+    fn each_run_at_low_concurrency_completes_once() {
+        let choice = ProtocolChoice::default();
+        let completed: Vec<_> = (1..=2 * ADD_HTTP1_AFTER).filter(|_| choice.should_add_http1(true, PERIOD)).collect();
+        assert_eq!(completed, [ADD_HTTP1_AFTER, 2 * ADD_HTTP1_AFTER]);
     }
 
     #[test]
-    fn a_call_among_many_makes_the_row_begin_anew() {
-        let sharing = Sharing::default();
-        assert!((1..ROW).all(|_| !sharing.ends_row(true, PERIOD)));
-        assert!(!sharing.ends_row(false, PERIOD));
-        assert!((1..ROW).all(|_| !sharing.ends_row(true, PERIOD)));
-        assert!(sharing.ends_row(true, PERIOD));
+    fn high_concurrency_restarts_the_run() {
+        let choice = ProtocolChoice::default();
+        assert!((1..ADD_HTTP1_AFTER).all(|_| !choice.should_add_http1(true, PERIOD)));
+        assert!(!choice.should_add_http1(false, PERIOD));
+        assert!((1..ADD_HTTP1_AFTER).all(|_| !choice.should_add_http1(true, PERIOD)));
+        assert!(choice.should_add_http1(true, PERIOD));
     }
 }

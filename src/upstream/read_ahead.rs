@@ -1,8 +1,8 @@
-//! A socket that is read far ahead while much comes.
+//! A socket wrapper that reads ahead during large transfers.
 //!
-//! rustls asks for 4 KiB at a time: four system calls for one TLS record of a download. So where a read came back full the
-//! next one takes all that the kernel has, up to [`AHEAD`]. Small answers pass straight through, and an idle connection
-//! holds no buffer.
+//! rustls reads 4 KiB at a time, which costs four system calls per TLS record of a download. After a read that filled
+//! its buffer, the next one therefore reads everything that the kernel has, up to [`READ_AHEAD`]. Small responses are
+//! not buffered, and an idle connection holds no buffer.
 
 use std::io::{IoSlice, Result};
 use std::pin::Pin;
@@ -13,50 +13,54 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::task::coop::poll_proceed;
 use tokio_util::io::poll_read_buf;
 
-/// Four TLS records: more saves few system calls, and pushes other things out of the processor's cache.
-const AHEAD: usize = 64 << 10;
+/// Largest read, in bytes: four TLS records. Larger reads save few system calls and evict other data from the
+/// processor's cache.
+const READ_AHEAD: usize = 64 << 10;
 
+/// A socket that is read ahead of its consumer during large transfers.
 #[derive(Debug)]
-pub(super) struct Ahead<S> {
+pub(super) struct ReadAhead<S> {
     socket: S,
-    /// Was read and not asked for yet.
+    /// Bytes that were read but not requested yet.
     ahead: BytesMut,
-    much: bool,
-    /// Whether others had their turn since the last piece.
+    /// Whether the last read filled its buffer, so that a large transfer is likely.
+    bulk: bool,
+    /// Whether this task yielded to others since the last large read.
     yielded: bool,
 }
 
-impl<S> Ahead<S> {
+impl<S> ReadAhead<S> {
     pub(super) fn new(socket: S) -> Self {
-        Self { socket, ahead: BytesMut::new(), much: false, yielded: false }
+        Self { socket, ahead: BytesMut::new(), bulk: false, yielded: false }
     }
 }
 
-impl<S: AsyncRead + Unpin> AsyncRead for Ahead<S> {
+impl<S: AsyncRead + Unpin> AsyncRead for ReadAhead<S> {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, into: &mut ReadBuf<'_>) -> Poll<Result<()>> {
-        let Self { socket, ahead, much, yielded } = &mut *self;
+        let Self { socket, ahead, bulk, yielded } = &mut *self;
         let mut socket = Pin::new(socket);
         if ahead.is_empty() {
-            if !*much {
+            if !*bulk {
                 ready!(socket.as_mut().poll_read(cx, into))?;
-                *much = into.remaining() == 0;
+                *bulk = into.remaining() == 0;
                 return Poll::Ready(Ok(()));
             }
-            // Whoever waits for the piece before passes it on while it is still in the processor's cache.
+            // Yield first, so that the previous piece is forwarded while it is still in the processor's cache.
             if !std::mem::replace(yielded, true) {
                 cx.waker().wake_by_ref();
                 return Poll::Pending;
             }
             *yielded = false;
-            ahead.reserve(AHEAD);
+            ahead.reserve(READ_AHEAD);
             let read = poll_read_buf(socket, cx, ahead);
             if read.is_pending() {
                 *ahead = BytesMut::new();
-                *much = false;
+                *bulk = false;
             }
             ready!(read)?;
         }
-        // What is handed out from memory counts like a read: a host that floods us would hold the thread otherwise.
+        // Count data from memory against tokio's budget like a read; otherwise a host that sends without pause would
+        // occupy the thread.
         ready!(poll_proceed(cx)).made_progress();
         let part = ahead.len().min(into.remaining());
         into.put_slice(&ahead[..part]);
@@ -65,7 +69,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for Ahead<S> {
     }
 }
 
-impl<S: AsyncWrite + Unpin> AsyncWrite for Ahead<S> {
+impl<S: AsyncWrite + Unpin> AsyncWrite for ReadAhead<S> {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<Result<usize>> {
         Pin::new(&mut self.socket).poll_write(cx, bytes)
     }
@@ -97,10 +101,10 @@ mod tests {
 
     use super::*;
 
-    /// A socket in which so many bytes lie, and that counts how often it is read.
-    struct Lying(Vec<u8>, usize);
+    /// A socket with these bytes available, and the number of reads so far.
+    struct Available(Vec<u8>, usize);
 
-    impl AsyncRead for Lying {
+    impl AsyncRead for Available {
         fn poll_read(mut self: Pin<&mut Self>, _: &mut Context<'_>, into: &mut ReadBuf<'_>) -> Poll<Result<()>> {
             self.1 += 1;
             if self.0.is_empty() {
@@ -112,13 +116,13 @@ mod tests {
         }
     }
 
-    fn lying(bytes: usize) -> (Vec<u8>, Ahead<Lying>) {
+    fn available(bytes: usize) -> (Vec<u8>, ReadAhead<Available>) {
         let bytes: Vec<u8> = (0..bytes).map(|at| (at / 7) as u8).collect();
-        (bytes.clone(), Ahead::new(Lying(bytes, 0)))
+        (bytes.clone(), ReadAhead::new(Available(bytes, 0)))
     }
 
-    /// What comes in pieces of 4 KiB until nothing does, not even at the next turn.
-    async fn drained(socket: &mut Ahead<Lying>) -> Vec<u8> {
+    /// Reads pieces of 4 KiB until two consecutive polls return nothing.
+    async fn drained(socket: &mut ReadAhead<Available>) -> Vec<u8> {
         let (mut all, mut piece, mut pauses) = (Vec::new(), [0; 4096], 0);
         while pauses < 2 {
             match futures_util::poll!(std::pin::pin!(socket.read(&mut piece))) {
@@ -133,16 +137,16 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_download_is_read_in_few_pieces_and_comes_whole() {
-        let (sent, mut socket) = lying(4096 + AHEAD + 5000);
+    async fn a_download_is_read_in_few_large_reads_and_completely() {
+        let (sent, mut socket) = available(4096 + READ_AHEAD + 5000);
         assert_eq!(drained(&mut socket).await, sent);
-        assert_eq!(socket.socket.1, 4, "the first piece, all that fits, the rest, and nothing");
+        assert_eq!(socket.socket.1, 4, "the first piece, a full buffer, the rest, and a read that finds nothing");
         assert_eq!(socket.ahead.capacity(), 0, "an idle connection holds no buffer");
     }
 
     #[tokio::test]
-    async fn who_reads_without_end_is_made_to_yield() {
-        let (_, mut socket) = lying(4 << 20);
+    async fn a_continuous_download_yields_to_other_tasks() {
+        let (_, mut socket) = available(4 << 20);
         let (mut read, mut piece) = (0, [0; 4096]);
         while let Poll::Ready(part) = futures_util::poll!(std::pin::pin!(socket.read(&mut piece))) {
             read += part.unwrap();
@@ -151,10 +155,10 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_small_answer_passes_straight_through() {
-        let (sent, mut socket) = lying(1500);
+    async fn a_small_response_is_not_buffered() {
+        let (sent, mut socket) = available(1500);
         assert_eq!(drained(&mut socket).await, sent);
-        assert_eq!(socket.socket.1, 3, "the answer, and nothing, twice");
+        assert_eq!(socket.socket.1, 3, "the response, and two reads that find nothing");
         assert_eq!(socket.ahead.capacity(), 0);
     }
 }

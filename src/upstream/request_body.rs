@@ -1,4 +1,4 @@
-//! The body of a request on its way to Amazon.
+//! The body of an upstream request, and the replay buffer that allows one retry.
 
 use std::collections::VecDeque;
 use std::pin::Pin;
@@ -14,8 +14,8 @@ use tokio::time::{Sleep, sleep};
 
 use super::lock;
 
-/// A request body: nothing, what was held of an earlier attempt, or the caller's bytes as they come. Trailers are
-/// dropped (RFC 9110, section 6.5.1).
+/// A request body: empty, replayed from an earlier attempt, or streamed from the caller. Trailers are dropped (RFC
+/// 9110, section 6.5.1).
 #[derive(Debug)]
 pub struct RequestBody(Source);
 
@@ -28,29 +28,29 @@ enum Source {
     },
     Caller {
         incoming: Incoming,
-        held: Arc<ReplayBuffer>,
+        buffer: Arc<ReplayBuffer>,
         limit: u64,
-        patience: Duration,
-        stall: Option<Pin<Box<Sleep>>>,
+        timeout: Duration,
+        stalled: Option<Pin<Box<Sleep>>>,
     },
 }
 
-/// Why a caller's body did not come whole.
+/// Why a caller's body did not arrive completely.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BodyError {
-    /// The caller broke off or framed it badly.
-    #[error("the caller broke off")]
+    /// The caller disconnected, or the body is not framed correctly.
+    #[error("the caller disconnected or framed the body incorrectly")]
     Broken,
-    /// More than `proxy.max_body`.
+    /// The body is larger than `proxy.max_body`.
     #[error("larger than proxy.max_body")]
     TooLarge,
-    /// Nothing came for `proxy.body_timeout`.
-    #[error("nothing came for proxy.body_timeout")]
+    /// No data arrived for `proxy.body_timeout`.
+    #[error("no data arrived for proxy.body_timeout")]
     Stalled,
 }
 
 impl BodyError {
-    /// The body's error inside one of hyper's.
+    /// Finds the body error among the sources of a hyper error.
     pub fn within(error: &hyper::Error) -> Option<Self> {
         let mut source = std::error::Error::source(error);
         while let Some(error) = source {
@@ -63,29 +63,30 @@ impl BodyError {
     }
 }
 
-/// What has passed of a caller's body: held for a repetition while it is small enough, and while not too much is held of
-/// all bodies together.
+/// A copy of the part of a caller's body that was sent so far, kept for one retry. It is given up once the body exceeds
+/// its own limit or all buffers together exceed the [`ReplayBudget`].
 #[derive(Debug)]
 pub struct ReplayBuffer {
     limit: usize,
-    room: Arc<ReplayBudget>,
-    state: Mutex<State>,
+    budget: Arc<ReplayBudget>,
+    state: Mutex<Progress>,
 }
 
-/// How many bytes are held of all bodies together.
+/// The number of bytes in all replay buffers together.
 #[derive(Debug, Default)]
 pub struct ReplayBudget(AtomicUsize);
 
-/// The most that is held at once. Without it a thousand callers that upload slowly would hold `proxy.replay_limit` each,
-/// which is more memory than a sidecar is given. A body that finds no room passes, and is not repeated after a 401.
-const MOST_HELD: usize = 16 << 20;
+/// Limit for all replay buffers together, in bytes. Without it a thousand slow uploads would each hold
+/// `proxy.replay_limit`, more memory than a sidecar is given. A body that exceeds the budget is still sent, but is not
+/// retried after a 401.
+const REPLAY_BUDGET: usize = 16 << 20;
 
 impl ReplayBudget {
     fn take(&self, bytes: usize) -> bool {
-        self.0.fetch_update(Relaxed, Relaxed, |held| Some(held + bytes).filter(|sum| *sum <= MOST_HELD)).is_ok()
+        self.0.fetch_update(Relaxed, Relaxed, |buffer| Some(buffer + bytes).filter(|sum| *sum <= REPLAY_BUDGET)).is_ok()
     }
 
-    fn give_back(&self, bytes: usize) {
+    fn release(&self, bytes: usize) {
         self.0.fetch_sub(bytes, Relaxed);
     }
 }
@@ -93,19 +94,20 @@ impl ReplayBudget {
 impl Drop for ReplayBuffer {
     fn drop(&mut self) {
         let reserved = lock(&self.state).reserved;
-        self.room.give_back(reserved);
+        self.budget.release(reserved);
     }
 }
 
-/// What passed of a body, in its order. A large piece is held as it came. Small ones are copied together: each would pin the
-/// whole buffer that it was read into, 4 KiB for a caller who sends a byte at a time.
+/// The buffered pieces of a body, in order. A large piece is kept as received. Small pieces are copied together,
+/// because each would keep alive the whole buffer it was read into: 4 KiB per byte for a caller that sends single
+/// bytes.
 #[derive(Debug, Default)]
 struct Pieces {
     whole: VecDeque<Bytes>,
     small: BytesMut,
 }
 
-/// From here on a piece is large.
+/// Smallest piece, in bytes, that is kept as received.
 const LARGE: usize = 4 << 10;
 
 impl Pieces {
@@ -130,67 +132,70 @@ impl Pieces {
 }
 
 #[derive(Debug, Default)]
-struct State {
-    /// `None` once more than the limit has passed.
+struct Progress {
+    /// `None` once a limit was exceeded.
     pieces: Option<Pieces>,
-    /// Bytes of the common room that they take.
+    /// Bytes of the budget that `pieces` uses.
     reserved: usize,
+    /// Bytes of the body that hyper took so far.
     taken: u64,
+    /// Whether hyper took the whole body.
     ended: bool,
 }
 
 impl RequestBody {
-    /// No body.
-    pub fn nothing() -> Self {
+    /// An empty body.
+    pub fn empty() -> Self {
         Self(Source::Nothing)
     }
 
-    /// The caller's body as it comes, at most `max` bytes of it; the first `hold` bytes are held for a repetition. It is
-    /// given up where nothing comes for as long as `patience`.
+    /// Streams the caller's body, of at most `max` bytes. A body of at most `replay_limit` bytes is buffered for a
+    /// retry if `budget` allows it. The body fails with [`BodyError::Stalled`] if no data arrives for `timeout`.
     pub fn caller(
         incoming: Incoming,
-        hold: usize,
-        room: &Arc<ReplayBudget>,
+        replay_limit: usize,
+        budget: &Arc<ReplayBudget>,
         max: Option<u64>,
-        patience: Duration,
+        timeout: Duration,
     ) -> Self {
         if incoming.is_end_stream() {
-            return Self::nothing();
+            return Self::empty();
         }
-        let state = State { pieces: Some(Pieces::default()), ..State::default() };
-        let held = Arc::new(ReplayBuffer { limit: hold, room: room.clone(), state: Mutex::new(state) });
-        Self(Source::Caller { incoming, held, limit: max.unwrap_or(u64::MAX), patience, stall: None })
+        let state = Progress { pieces: Some(Pieces::default()), ..Progress::default() };
+        let buffer = Arc::new(ReplayBuffer { limit: replay_limit, budget: budget.clone(), state: Mutex::new(state) });
+        Self(Source::Caller { incoming, buffer, limit: max.unwrap_or(u64::MAX), timeout, stalled: None })
     }
 
-    /// What is being held of this body; `None` where there is no body to come.
+    /// Returns the replay buffer of this body, or `None` if the body does not come from a caller or is empty.
     pub fn progress(&self) -> Option<Arc<ReplayBuffer>> {
         match &self.0 {
-            Source::Caller { held, .. } => Some(held.clone()),
+            Source::Caller { buffer, .. } => Some(buffer.clone()),
             Source::Nothing | Source::ReplayBuffer { .. } => None,
         }
     }
 }
 
 impl ReplayBuffer {
-    /// The same body once more, if it passed whole and was small enough.
-    pub fn again(&self) -> Option<RequestBody> {
+    /// Returns the same body for a retry, if it was sent completely and no limit was exceeded.
+    pub fn replay(&self) -> Option<RequestBody> {
         let state = lock(&self.state);
         let chunks = state.pieces.as_ref().filter(|_| state.ended)?.all();
         Some(RequestBody(Source::ReplayBuffer { chunks, left: state.taken }))
     }
 
-    /// Whether the whole body was taken.
+    /// Whether hyper took the whole body.
     pub(super) fn ended(&self) -> bool {
         lock(&self.state).ended
     }
 
-    /// Bytes taken so far, and whether that was all.
+    /// Returns the number of bytes that hyper took so far, and whether that is the whole body.
     pub(super) fn taken(&self) -> (u64, bool) {
         let state = lock(&self.state);
         (state.taken, state.ended)
     }
 
-    fn pass(&self, data: &Bytes, limit: u64, last: bool) -> Result<(), BodyError> {
+    /// Records `data` as sent, and buffers it while the limits allow.
+    fn record(&self, data: &Bytes, limit: u64, last: bool) -> Result<(), BodyError> {
         let mut state = lock(&self.state);
         state.taken += data.len() as u64;
         state.ended = last;
@@ -198,12 +203,12 @@ impl ReplayBuffer {
             return Err(BodyError::TooLarge);
         }
         if state.pieces.is_some() {
-            if state.taken <= self.limit as u64 && self.room.take(data.len()) {
+            if state.taken <= self.limit as u64 && self.budget.take(data.len()) {
                 state.reserved += data.len();
                 state.pieces.get_or_insert_default().push(data);
             } else {
                 state.pieces = None;
-                self.room.give_back(std::mem::take(&mut state.reserved));
+                self.budget.release(std::mem::take(&mut state.reserved));
             }
         }
         Ok(())
@@ -222,20 +227,20 @@ impl Body for RequestBody {
                 *left -= chunk.as_ref().map_or(0, |chunk| chunk.len() as u64);
                 Poll::Ready(chunk.map(|chunk| Ok(Frame::data(chunk))))
             }
-            Source::Caller { incoming, held, limit, patience, stall } => {
+            Source::Caller { incoming, buffer, limit, timeout, stalled } => {
                 let Poll::Ready(frame) = Pin::new(&mut *incoming).poll_frame(cx) else {
-                    ready!(stall.get_or_insert_with(|| Box::pin(sleep(*patience))).as_mut().poll(cx));
+                    ready!(stalled.get_or_insert_with(|| Box::pin(sleep(*timeout))).as_mut().poll(cx));
                     return Poll::Ready(Some(Err(BodyError::Stalled)));
                 };
-                *stall = None;
+                *stalled = None;
                 let data = match frame {
                     Some(Err(_)) => return Poll::Ready(Some(Err(BodyError::Broken))),
-                    // Anything but data is a trailer, and the last frame.
+                    // A frame that is not data carries trailers and is the last one.
                     Some(Ok(frame)) => frame.into_data().unwrap_or_default(),
                     None => Bytes::new(),
                 };
                 let last = data.is_empty() || incoming.is_end_stream();
-                Poll::Ready(match held.pass(&data, *limit, last) {
+                Poll::Ready(match buffer.record(&data, *limit, last) {
                     Err(error) => Some(Err(error)),
                     Ok(()) if data.is_empty() => None,
                     Ok(()) => Some(Ok(Frame::data(data))),
@@ -265,69 +270,71 @@ impl Body for RequestBody {
 mod tests {
     use super::*;
 
-    fn held(limit: usize) -> ReplayBuffer {
-        held_in(limit, &Arc::default())
+    fn buffer(limit: usize) -> ReplayBuffer {
+        buffer_in(limit, &Arc::default())
     }
 
-    fn held_in(limit: usize, room: &Arc<ReplayBudget>) -> ReplayBuffer {
-        let state = State { pieces: Some(Pieces::default()), ..State::default() };
-        ReplayBuffer { limit, room: room.clone(), state: Mutex::new(state) }
+    fn buffer_in(limit: usize, budget: &Arc<ReplayBudget>) -> ReplayBuffer {
+        let state = Progress { pieces: Some(Pieces::default()), ..Progress::default() };
+        ReplayBuffer { limit, budget: budget.clone(), state: Mutex::new(state) }
     }
 
     #[test]
-    fn a_body_that_did_not_pass_whole_is_never_sent_again() {
-        let held = held(100);
-        held.pass(&Bytes::from_static(b"half"), u64::MAX, false).unwrap();
-        assert!(held.again().is_none());
-        held.pass(&Bytes::from_static(b" and half"), u64::MAX, true).unwrap();
-        assert_eq!(held.again().unwrap().size_hint().exact(), Some(13));
+    fn a_body_that_was_not_sent_completely_is_not_replayed() {
+        let buffer = buffer(100);
+        buffer.record(&Bytes::from_static(b"half"), u64::MAX, false).unwrap();
+        assert!(buffer.replay().is_none());
+        buffer.record(&Bytes::from_static(b" and half"), u64::MAX, true).unwrap();
+        assert_eq!(buffer.replay().unwrap().size_hint().exact(), Some(13));
     }
 
     #[test]
     // Covers: failure 101.
-    fn together_no_more_is_held_than_there_is_room() {
-        let room = Arc::<ReplayBudget>::default();
+    fn all_replay_buffers_together_stay_within_the_budget() {
+        let budget = Arc::<ReplayBudget>::default();
         let mebibyte = Bytes::from(vec![b'x'; 1 << 20]);
         let upload = || {
-            let held = held_in(usize::MAX, &room);
-            held.pass(&mebibyte, u64::MAX, true).unwrap();
-            held
+            let buffer = buffer_in(usize::MAX, &budget);
+            buffer.record(&mebibyte, u64::MAX, true).unwrap();
+            buffer
         };
         let uploads: Vec<_> = (0..20).map(|_| upload()).collect();
-        assert_eq!(uploads.iter().filter(|held| held.again().is_some()).count(), MOST_HELD >> 20);
-        assert_eq!(room.0.load(Relaxed), MOST_HELD);
-        // What found no room passed all the same, and what is over gives its room back.
-        assert!(uploads.iter().all(|held| held.taken() == (1 << 20, true)));
+        assert_eq!(uploads.iter().filter(|buffer| buffer.replay().is_some()).count(), REPLAY_BUDGET >> 20);
+        assert_eq!(budget.0.load(Relaxed), REPLAY_BUDGET);
+        // Bodies beyond the budget were still sent, and a dropped buffer releases its share.
+        assert!(uploads.iter().all(|buffer| buffer.taken() == (1 << 20, true)));
         drop(uploads);
-        assert_eq!(room.0.load(Relaxed), 0);
-        let too_large = held_in(3, &room);
-        too_large.pass(&Bytes::from_static(b"abc"), u64::MAX, false).unwrap();
-        assert_eq!(room.0.load(Relaxed), 3);
-        too_large.pass(&Bytes::from_static(b"d"), u64::MAX, true).unwrap();
-        assert_eq!((room.0.load(Relaxed), too_large.again().is_none()), (0, true));
+        assert_eq!(budget.0.load(Relaxed), 0);
+        let too_large = buffer_in(3, &budget);
+        too_large.record(&Bytes::from_static(b"abc"), u64::MAX, false).unwrap();
+        assert_eq!(budget.0.load(Relaxed), 3);
+        too_large.record(&Bytes::from_static(b"d"), u64::MAX, true).unwrap();
+        assert_eq!((budget.0.load(Relaxed), too_large.replay().is_none()), (0, true));
     }
 
     #[test]
     // Covers: threat 25.
-    fn a_small_piece_does_not_pin_the_buffer_that_it_was_read_into() {
-        let held = held(usize::MAX);
+    fn a_small_piece_does_not_keep_its_read_buffer_alive() {
+        let buffer = buffer(usize::MAX);
         let pieces: Vec<_> =
             [3, 1, LARGE, 2, LARGE + 1, LARGE - 1, 5].map(|length| Bytes::from(vec![length as u8; length])).into();
         for (number, piece) in pieces.iter().enumerate() {
-            held.pass(piece, u64::MAX, number + 1 == pieces.len()).unwrap();
+            buffer.record(piece, u64::MAX, number + 1 == pieces.len()).unwrap();
         }
         assert!(pieces.iter().all(|piece| piece.is_unique() == (piece.len() < LARGE)));
-        let Some(RequestBody(Source::ReplayBuffer { chunks, left })) = held.again() else { panic!("it passed whole") };
-        let again: Vec<u8> = chunks.iter().flatten().copied().collect();
-        assert_eq!((again.as_slice(), left), (pieces.concat().as_slice(), again.len() as u64));
+        let Some(RequestBody(Source::ReplayBuffer { chunks, left })) = buffer.replay() else {
+            panic!("the body was sent completely")
+        };
+        let replayed: Vec<u8> = chunks.iter().flatten().copied().collect();
+        assert_eq!((replayed.as_slice(), left), (pieces.concat().as_slice(), replayed.len() as u64));
         assert_eq!(chunks.len(), 5);
     }
 
     #[test]
-    fn a_body_beyond_the_limit_is_not_held() {
-        let held = held(3);
-        held.pass(&Bytes::from_static(b"four"), u64::MAX, true).unwrap();
-        assert!(held.again().is_none());
-        assert_eq!(held.pass(&Bytes::from_static(b"x"), 4, true), Err(BodyError::TooLarge));
+    fn a_body_beyond_the_limit_is_not_buffered() {
+        let buffer = buffer(3);
+        buffer.record(&Bytes::from_static(b"four"), u64::MAX, true).unwrap();
+        assert!(buffer.replay().is_none());
+        assert_eq!(buffer.record(&Bytes::from_static(b"x"), 4, true), Err(BodyError::TooLarge));
     }
 }

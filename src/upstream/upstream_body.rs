@@ -1,4 +1,4 @@
-//! The body of an answer on its way to the caller.
+//! The body of an upstream response.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -9,58 +9,63 @@ use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 use hyper::client::conn::http1;
 
-use super::protocol_choice::Counted;
+use super::protocol_choice::CountGuard;
 use super::{OriginPool, ReplayBuffer, RequestBody};
 
-/// Amazon's bytes as they come. When the last one has passed, the connection goes back to the pool; an answer that is
-/// dropped earlier, or breaks off, closes it.
+/// A response body, streamed from Amazon. After its last byte the connection returns to the pool. If the body fails or
+/// is dropped before that, the connection is closed.
 #[derive(Debug)]
 pub struct UpstreamBody {
     incoming: Incoming,
-    lease: Option<Lease>,
-    _call: Counted,
-    /// On an HTTP/2 connection: this call's part of it.
-    _share: Option<Counted>,
+    /// The HTTP/1.1 connection, until it is released or closed.
+    exchange: Option<Exchange>,
+    /// Counts the request as in flight to its origin.
+    _in_flight: CountGuard,
+    /// Counts the request on its HTTP/2 connection.
+    _share: Option<CountGuard>,
 }
 
-/// An HTTP/1.1 connection that is busy with one exchange.
+/// An HTTP/1.1 connection that is in use for one request and its response.
 #[derive(Debug)]
-struct Lease {
-    host: Arc<OriginPool>,
+struct Exchange {
+    pool: Arc<OriginPool>,
     sender: http1::SendRequest<RequestBody>,
+    /// Tells whether the request body was sent completely; `None` if there is none.
     request: Option<Arc<ReplayBuffer>>,
 }
 
 impl UpstreamBody {
     pub(super) fn http1(
         incoming: Incoming,
-        call: Counted,
-        host: Arc<OriginPool>,
+        in_flight: CountGuard,
+        pool: Arc<OriginPool>,
         sender: http1::SendRequest<RequestBody>,
         request: Option<Arc<ReplayBuffer>>,
     ) -> Self {
-        let lease = Some(Lease { host, sender, request });
-        let mut answer = Self { incoming, lease, _call: call, _share: None };
-        answer.give_back_at_end();
-        answer
+        let exchange = Some(Exchange { pool, sender, request });
+        let mut body = Self { incoming, exchange, _in_flight: in_flight, _share: None };
+        body.release_at_end();
+        body
     }
 
-    pub(super) fn http2(incoming: Incoming, call: Counted, share: Counted) -> Self {
-        Self { incoming, lease: None, _call: call, _share: Some(share) }
+    pub(super) fn http2(incoming: Incoming, in_flight: CountGuard, share: CountGuard) -> Self {
+        Self { incoming, exchange: None, _in_flight: in_flight, _share: Some(share) }
     }
 
-    fn give_back_at_end(&mut self) {
+    /// Releases the connection if the body has ended.
+    fn release_at_end(&mut self) {
         if self.incoming.is_end_stream() {
-            self.give_back();
+            self.release();
         }
     }
 
-    fn give_back(&mut self) {
-        if let Some(Lease { host, sender, request }) = self.lease.take()
-            // An answer before the end of its request leaves the connection in the middle of that request.
+    /// Returns the connection to the pool, or closes it if the request was not sent completely.
+    fn release(&mut self) {
+        if let Some(Exchange { pool, sender, request }) = self.exchange.take()
+            // After an early response the connection is still in the middle of the request.
             && request.is_none_or(|request| request.ended())
         {
-            host.release(sender);
+            pool.release(sender);
         }
     }
 }
@@ -72,9 +77,9 @@ impl Body for UpstreamBody {
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
         let frame = ready!(Pin::new(&mut self.incoming).poll_frame(cx));
         match &frame {
-            None => self.give_back(),
-            Some(Ok(_)) => self.give_back_at_end(),
-            Some(Err(_)) => self.lease = None,
+            None => self.release(),
+            Some(Ok(_)) => self.release_at_end(),
+            Some(Err(_)) => self.exchange = None,
         }
         Poll::Ready(frame)
     }

@@ -114,7 +114,7 @@ async fn renew(world: &World) {
                 // As `keep_storing`: what the disk did not take is written over whatever is there.
                 world.disk.save(&renewed, None);
             }
-            let outcome = Outcome::Renewed(Arc::new(LiveGrant::issued(renewed, now())));
+            let outcome = Outcome::Refreshed(Arc::new(LiveGrant::issued(renewed, now())));
             write.publish(held.next(outcome, now(), 0.5));
         }
     }

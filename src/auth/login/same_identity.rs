@@ -69,7 +69,7 @@ impl Identity {
             ids: None,
             fixed: &[],
         };
-        let mut request = Request::new(RequestBody::nothing());
+        let mut request = Request::new(RequestBody::empty());
         *request.uri_mut() = Uri::from_static(PROFILES);
         *request.headers_mut() = to_amazon(&HeaderMap::new(), attach);
         let answer = self.upstream.checkout(region, Reuse::Fresh).await.ok()?.send(request, false).await.ok()?;

@@ -35,7 +35,7 @@ impl TokenManager {
         grant.generation = write.next_generation();
         grant.used_at = Some(self.0.clock.now());
         self.store(&entry, &write, &mut grant, None).await;
-        let now = self.0.clock.moment();
+        let now = self.0.clock.reading();
         entry.mark_used(now);
         self.publish(&entry, &write, GrantState::Fresh(Arc::new(LiveGrant::loaded(grant, now))));
         entry.wake();

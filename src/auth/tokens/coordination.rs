@@ -91,7 +91,7 @@ impl TokenManager {
             if !was_up {
                 tracing::info!("the store works again");
                 for entry in self.entries() {
-                    entry.try_again(self.0.clock.moment());
+                    entry.try_again(self.0.clock.reading());
                     // Sending fails only during shutdown, when the scheduler is gone.
                     let _ = self.0.scheduler.send(entry);
                 }
@@ -169,7 +169,7 @@ impl TokenManager {
                 let mut grant = Grant::clone(held);
                 grant.generation = self.timed("put", self.0.store.save(user, &grant, None)).await?;
                 write.note_stored(grant.generation);
-                let now = self.0.clock.moment();
+                let now = self.0.clock.reading();
                 self.publish(entry, write, GrantState::Fresh(Arc::new(LiveGrant::loaded(grant, now))));
             }
             (None, Some(_)) if generation < write.stored() => {
@@ -178,7 +178,7 @@ impl TokenManager {
             }
             (_, Some(grant)) => {
                 write.note_stored(generation);
-                let now = self.0.clock.moment();
+                let now = self.0.clock.reading();
                 entry.mark_used_at(now.uptime_at(grant.used_at.unwrap_or(grant.updated_at)));
                 self.publish(entry, write, GrantState::Fresh(Arc::new(LiveGrant::loaded(grant, now))));
                 entry.wake();
@@ -229,7 +229,7 @@ impl TokenManager {
                 entry.set_unsaved(false);
                 write.note_stored(generation);
                 grant.generation = generation;
-                let kept = LiveGrant::loaded(grant.clone(), self.0.clock.moment());
+                let kept = LiveGrant::loaded(grant.clone(), self.0.clock.reading());
                 self.publish(entry, write, GrantState::Fresh(Arc::new(kept)));
             }
             Err(StoreError::Conflict) => {
@@ -316,5 +316,5 @@ fn is_same(held: &Grant, stored: &Grant) -> bool {
 
 /// Whether another process obtained this token within the last `FORCED_SPACING`, which applies across all processes.
 fn is_new(grant: &LiveGrant, now: ClockReading) -> bool {
-    grant.age_elsewhere(now).is_some_and(|age| age < FORCED_SPACING)
+    grant.age_if_foreign(now).is_some_and(|age| age < FORCED_SPACING)
 }

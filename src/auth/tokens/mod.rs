@@ -140,7 +140,7 @@ impl TokenManager {
         let grants: Vec<_> = grants.into_iter().collect();
         // A single user is refreshed at once; a thousand users must not all call Login with Amazon at the same time.
         let others = u32::try_from(grants.len().saturating_sub(1)).unwrap_or(u32::MAX);
-        let (now, spread) = (clock.moment(), SPREAD_EACH.saturating_mul(others).min(SPREAD_MAX));
+        let (now, spread) = (clock.reading(), SPREAD_EACH.saturating_mul(others).min(SPREAD_MAX));
         let entry =
             |(user, grant): (UserId, _)| (user.clone(), Arc::new(UserState::new(user, Some(grant), now, spread)));
         let manager = Self(Arc::new(Inner {
@@ -171,10 +171,10 @@ impl TokenManager {
             Some(entry) => entry,
             None => self.find(user).await?,
         };
-        let now = self.0.clock.moment();
+        let now = self.0.clock.reading();
         entry.mark_used(now);
         let held = entry.held();
-        match held.living(now) {
+        match held.valid_token(now) {
             Some(access) if !held.expiring(self.policy(), now) => Ok(access.bearer().clone()),
             _ => Box::pin(self.refreshed_bearer(&entry)).await,
         }
@@ -187,8 +187,8 @@ impl TokenManager {
         loop {
             let changed = entry.changed();
             let held = entry.held().clone();
-            let now = self.0.clock.moment();
-            if let Some(access) = held.living(now) {
+            let now = self.0.clock.reading();
+            if let Some(access) = held.valid_token(now) {
                 let enough = !held.expiring(self.policy(), now) || held.backs_off(now);
                 if enough || begun.elapsed() >= WAIT_LIVING {
                     return Ok(access.bearer().clone());
@@ -251,13 +251,13 @@ impl TokenManager {
 
     fn other_than(&self, entry: &UserState, bearer: &HeaderValue) -> Option<HeaderValue> {
         let held = entry.held();
-        let access = held.living(self.0.clock.moment())?;
+        let access = held.valid_token(self.0.clock.reading())?;
         Some(access.bearer()).filter(|living| *living != bearer).cloned()
     }
 
     /// Whether the access token of `user` expires within the margin or has expired.
     pub fn near_expiry(&self, user: &UserId) -> bool {
-        self.entry(user).is_some_and(|entry| entry.held().expiring(self.policy(), self.0.clock.moment()))
+        self.entry(user).is_some_and(|entry| entry.held().expiring(self.policy(), self.0.clock.reading()))
     }
 
     /// Refreshes the token of `user` now, even if it is still valid, or joins the running refresh.
@@ -306,7 +306,7 @@ impl TokenManager {
         // The new settings may have corrected the client secret.
         self.0.circuit.forget();
         for entry in self.entries() {
-            entry.try_again(self.0.clock.moment());
+            entry.try_again(self.0.clock.reading());
             // Sending fails only during shutdown, when the scheduler is gone.
             let _ = self.0.scheduler.send(entry);
         }
@@ -358,7 +358,7 @@ impl TokenManager {
 
     /// An empty entry for an unknown user.
     fn blank(&self, user: &UserId) -> UserState {
-        UserState::new(user.clone(), None, self.0.clock.moment(), Duration::ZERO)
+        UserState::new(user.clone(), None, self.0.clock.reading(), Duration::ZERO)
     }
 
     fn entries(&self) -> Vec<Arc<UserState>> {

@@ -135,7 +135,7 @@ impl RefreshTask {
         let outcome = match answer {
             Ok((tokens, asked)) => {
                 // The token's lifetime began when LWA issued it, which was not before the request.
-                let mut renewed = grant.renewed(tokens, asked.wall);
+                let mut renewed = grant.refreshed(tokens, asked.wall);
                 renewed.used_at = Some(asked.wall_at(self.entry.used()));
                 renewed.generation = write.next_generation();
                 if renewed.previous.is_some() && grant.previous.as_ref() != Some(&renewed.refresh_token) {
@@ -192,7 +192,7 @@ impl RefreshTask {
     ) -> Result<(Tokens, ClockReading), Outcome> {
         let TokenManager(inner) = &self.manager;
         let turn = inner.circuit.turn().await;
-        if let Some((code, wait)) = inner.circuit.holds(inner.clock.moment()) {
+        if let Some((code, wait)) = inner.circuit.holds(inner.clock.reading()) {
             return Err(Outcome::Failed {
                 failure: Failure { code, remedy: Remedy::Operator },
                 retry_after: Some(wait),
@@ -204,7 +204,7 @@ impl RefreshTask {
         let begun = std::time::Instant::now();
         let answer = inner.lwa.load_full().refresh(refresh_token).await;
         inner.metrics.token_refresh_duration.observe(begun.elapsed().as_secs_f64());
-        inner.circuit.learn(&answer, asked, inner.clock.moment(), jitter());
+        inner.circuit.learn(&answer, asked, inner.clock.reading(), jitter());
         drop(turn);
         self.count(&answer);
         match answer {
@@ -334,7 +334,7 @@ fn outcome(error: LwaError) -> Outcome {
         LwaError::Operator { code } => {
             Outcome::Failed { failure: Failure { code, remedy: Remedy::Operator }, retry_after: None }
         }
-        LwaError::Refused { code } => Outcome::Refused(code),
+        LwaError::Refused { code } => Outcome::Rejected(code),
     }
 }
 

@@ -42,7 +42,7 @@ impl Scheduler {
         let mut permits = Arc::new(Semaphore::new(concurrency));
         let clock = manager.0.clock.clone();
         let mut moves = clock.moves();
-        let mut looked = clock.moment();
+        let mut looked = clock.reading();
         let mut next_sweep = looked.uptime;
         loop {
             let settings = manager.0.settings.load_full();

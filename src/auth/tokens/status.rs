@@ -90,7 +90,7 @@ impl TokenManager {
     pub(super) fn tell(&self, entry: &UserState) -> Status {
         let held = entry.held();
         let grant = held.grant();
-        let (policy, used, now) = (self.policy(), entry.used(), self.0.clock.moment());
+        let (policy, used, now) = (self.policy(), entry.used(), self.0.clock.reading());
         Status {
             user_id: entry.user.clone(),
             state: held.state(policy, used, now),

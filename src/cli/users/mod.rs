@@ -194,7 +194,7 @@ fn take(
             let grant = match &lwa {
                 None => grant,
                 Some(lwa) => match lwa.refresh(&grant.refresh_token).await {
-                    Ok(tokens) => grant.renewed(tokens, Timestamp::now()),
+                    Ok(tokens) => grant.refreshed(tokens, Timestamp::now()),
                     Err(error) => {
                         problems += &format!("{user}: {error}; say --offline to keep it unverified\n");
                         continue;

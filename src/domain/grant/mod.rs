@@ -1,5 +1,5 @@
-//! Tokens and what is known about one user's grant. Everything that decides about time is pure: [`GrantState::next`],
-//! [`GrantState::due`], [`GrantState::state`].
+//! Tokens, and the state of one user's grant. Every decision that depends on time is a pure function:
+//! [`GrantState::next`], [`GrantState::due`], [`GrantState::state`].
 
 mod state;
 
@@ -12,50 +12,57 @@ use crate::domain::secret::Secret;
 pub(crate) use state::backoff;
 pub use state::{Failure, GrantState, LiveGrant, Outcome, RefreshPolicy, Remedy, STORE_UNAVAILABLE, State};
 
-/// Longest token accepted, in bytes. LWA's access tokens are at most 2,048 ("Access tokens", Login with Amazon).
+/// Longest accepted token, in bytes. LWA documents at most 2,048 bytes for an access token ("Access tokens", Login with
+/// Amazon).
 const MAX_TOKEN: usize = 4096;
 
-/// An access token, as the header value that carries it.
+/// An access token (RFC 6749, section 1.4), stored as the `Authorization` value that carries it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct AccessToken {
     bearer: HeaderValue,
 }
 
-/// A refresh token.
+/// A refresh token (RFC 6749, section 1.5).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RefreshToken(Secret);
 
-/// Text that cannot be a token: it is empty, too long, or would not survive a header.
+/// The text cannot be a token: it is empty, too long, or has characters that a header value cannot carry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("a token is 1 to {MAX_TOKEN} visible ASCII characters")]
 pub struct BadToken;
 
 impl AccessToken {
-    /// Takes a token of 1 to 4,096 visible ASCII characters.
+    /// Accepts a token of 1 to 4,096 visible ASCII characters.
+    ///
+    /// # Errors
+    /// Returns [`BadToken`] for any other text.
     pub fn new(text: impl Into<Secret>) -> Result<Self, BadToken> {
         let bearer = visible(text.into())?.header("Bearer").ok_or(BadToken)?;
         Ok(Self { bearer })
     }
 
-    /// The token itself, for the store.
+    /// Returns the token's text, for the store.
     pub fn expose(&self) -> &str {
         let line = self.bearer.to_str().expect("a token is ASCII");
-        line.strip_prefix("Bearer ").expect("made so")
+        line.strip_prefix("Bearer ").expect("`new` put the scheme before the token")
     }
 
-    /// `Bearer <token>`, built once and cheap to clone.
+    /// Returns `Bearer <token>`, which is built once and cheap to clone.
     pub fn bearer(&self) -> &HeaderValue {
         &self.bearer
     }
 }
 
 impl RefreshToken {
-    /// Takes a token of 1 to 4,096 visible ASCII characters.
+    /// Accepts a token of 1 to 4,096 visible ASCII characters.
+    ///
+    /// # Errors
+    /// Returns [`BadToken`] for any other text.
     pub fn new(text: impl Into<Secret>) -> Result<Self, BadToken> {
         visible(text.into()).map(Self)
     }
 
-    /// The token itself, for LWA and the store.
+    /// Returns the token's text, for LWA and the store.
     pub fn secret(&self) -> &Secret {
         &self.0
     }
@@ -67,61 +74,63 @@ fn visible(text: Secret) -> Result<Secret, BadToken> {
     if legal { Ok(text) } else { Err(BadToken) }
 }
 
-/// What LWA answered to an exchange or a refresh.
+/// The tokens in LWA's response to a code exchange or a refresh.
 #[derive(Clone, Debug)]
 pub struct Tokens {
     /// The new access token.
     pub access: AccessToken,
-    /// The refresh token, where the answer held one.
+    /// The refresh token, if the response contains one.
     pub refresh: Option<RefreshToken>,
-    /// How long the access token lives.
+    /// Lifetime of the access token (`expires_in`).
     pub lifetime: Duration,
-    /// What LWA's clock said, to the second.
+    /// LWA's time from the response's `Date` header, in whole seconds.
     pub server_time: Option<Timestamp>,
-    /// What was odd about the answer and was put up with: names of a fixed list, for a metric.
+    /// Tolerated deviations in the token response, from a fixed list of names; a metric counts them.
     pub oddities: Vec<&'static str>,
 }
 
-/// An access token and the wall time of its end.
+/// An access token and the wall-clock time at which it expires.
 #[derive(Clone, Debug)]
 pub struct Access {
-    /// The token.
+    /// The access token.
     pub token: AccessToken,
-    /// From this instant on it is never sent.
+    /// The token is not sent at or after this time.
     pub expires_at: Timestamp,
 }
 
-/// All that is known of one Amazon grant; what the store keeps.
+/// One Amazon grant as the store keeps it: what one consent gave, and when.
 #[derive(Clone, Debug)]
 pub struct Grant {
-    /// What renews it.
+    /// The current refresh token.
     pub refresh_token: RefreshToken,
-    /// The refresh token before, until the one that replaced it has renewed once.
+    /// The previous refresh token, kept until its replacement has completed one refresh.
     pub previous: Option<RefreshToken>,
-    /// The latest access token; absent for a grant that was given to us as a refresh token alone.
+    /// The latest access token; `None` for a grant that was imported as a refresh token only.
     pub access: Option<Access>,
-    /// When the tokens last changed.
+    /// When a token last changed.
     pub updated_at: Timestamp,
-    /// When a person consented; unknown for grants not made here.
+    /// When the person consented; `None` for a grant that adsidecar did not obtain itself.
     pub consented_at: Option<Timestamp>,
-    /// When a caller last used it, as far as it was written down.
+    /// When a caller last used the grant, as of the last write to the store.
     pub used_at: Option<Timestamp>,
-    /// What was consented to, as the callback said; separated by spaces.
+    /// The scopes that the person consented to, as reported by the callback; separated by spaces.
     pub scope: Option<String>,
-    /// Rises with each stored change.
+    /// Incremented by each stored change.
     pub generation: u64,
 }
 
 impl Grant {
-    /// How long a consent lasts, and since when: grants made on or after 2026-07-30 end 365 days after it, and a refresh does
-    /// not extend them ("Refresh tokens", Amazon Ads API).
+    /// Lifetime of a consent. A grant made on or after 2026-07-30 expires 365 days after the consent, and a refresh
+    /// does not extend it ("Refresh tokens", Amazon Ads API).
     pub const CONSENT: SignedDuration = SignedDuration::from_hours(365 * 24);
-    const CONSENT_ENDS_SINCE: Timestamp = Timestamp::constant(1_785_369_600, 0);
-    /// This long before its end a consent is told to be ending: time enough to ask a person.
+    /// Consents given at or after this time (2026-07-30T00:00:00Z) expire; earlier ones do not.
+    const CONSENT_EXPIRES_SINCE: Timestamp = Timestamp::constant(1_785_369_600, 0);
+    /// How long before its expiry a consent is reported as ending: enough time to ask the person for a new one.
     pub const CONSENT_NOTICE: SignedDuration = SignedDuration::from_hours(30 * 24);
 
-    /// This grant after a renewal. A missing refresh token keeps the old one (RFC 6749, section 6).
-    pub fn renewed(&self, tokens: Tokens, now: Timestamp) -> Self {
+    /// Returns this grant after a refresh at `now` that returned `tokens`. If the response contains no refresh token,
+    /// the current one stays in use (RFC 6749, section 6).
+    pub fn refreshed(&self, tokens: Tokens, now: Timestamp) -> Self {
         let rotated = tokens.refresh.filter(|new| *new != self.refresh_token);
         Self {
             previous: rotated.is_some().then(|| self.refresh_token.clone()),
@@ -133,13 +142,13 @@ impl Grant {
         }
     }
 
-    /// When the consent ends, where its date is known and it ends at all.
+    /// Returns when the consent expires, or `None` if its date is unknown or it does not expire.
     pub fn consent_expires_at(&self) -> Option<Timestamp> {
-        let ends = self.consented_at.filter(|at| *at >= Self::CONSENT_ENDS_SINCE);
-        ends.and_then(|at| at.checked_add(Self::CONSENT).ok())
+        let expires = self.consented_at.filter(|at| *at >= Self::CONSENT_EXPIRES_SINCE);
+        expires.and_then(|at| at.checked_add(Self::CONSENT).ok())
     }
 
-    /// How old the consent is, where it ends at all.
+    /// Returns how close the consent is to its expiry, or `None` if its date is unknown or it does not expire.
     pub fn consent(&self, now: Timestamp) -> Option<ConsentAge> {
         let left = self.consent_expires_at()?.duration_since(now);
         Some(match () {
@@ -150,18 +159,19 @@ impl Grant {
     }
 }
 
-/// Whether a consent is about to end. What is left of it cannot be renewed: the person has to consent again.
+/// How close a consent is to its expiry. A refresh does not extend a consent: the person has to consent again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ConsentAge {
-    /// More than 30 days are left.
+    /// More than 30 days remain.
     Valid,
-    /// Less is left: a new login now costs nobody an outage.
+    /// At most 30 days remain. A new login before the expiry causes no outage.
     Ending,
-    /// The 365 days are over. Login with Amazon refuses the grant from its next renewal on.
+    /// The 365 days have passed. Login with Amazon rejects the grant at its next refresh.
     Ended,
 }
 
+/// `at + by`, or the latest representable time if that overflows.
 fn later(at: Timestamp, by: Duration) -> Timestamp {
     at.saturating_add(by).unwrap_or(Timestamp::MAX)
 }
@@ -198,7 +208,7 @@ mod tests {
     }
 
     #[test]
-    fn text_that_would_not_survive_a_header_is_no_token() {
+    fn text_that_a_header_cannot_carry_is_rejected_as_a_token() {
         for bad in ["", "a b", "a\r\n", "é", &"x".repeat(MAX_TOKEN + 1)] {
             assert!(AccessToken::new(bad.to_owned()).is_err(), "{bad:?}");
             assert!(RefreshToken::new(bad.to_owned()).is_err(), "{bad:?}");
@@ -209,25 +219,25 @@ mod tests {
     #[test]
     fn a_missing_refresh_token_keeps_the_old_one() {
         let before = grant(Some(at(0)));
-        let kept = before.renewed(tokens(None), at(50));
+        let kept = before.refreshed(tokens(None), at(50));
         assert_eq!(kept.refresh_token, before.refresh_token);
         assert_eq!((kept.generation, kept.updated_at, kept.consented_at), (2, at(50), before.consented_at));
         assert_eq!(kept.access.unwrap().expires_at, at(3650));
     }
 
     #[test]
-    fn a_replaced_refresh_token_is_kept_until_the_new_one_has_renewed_once() {
+    fn a_replaced_refresh_token_is_kept_until_the_new_one_has_refreshed_once() {
         let before = grant(Some(at(0)));
-        let rotated = before.renewed(tokens(Some("Atzr|n")), at(50));
+        let rotated = before.refreshed(tokens(Some("Atzr|n")), at(50));
         assert_eq!(rotated.refresh_token.secret().expose(), "Atzr|n");
         assert_eq!(rotated.previous, Some(before.refresh_token));
         for same in [None, Some("Atzr|n")] {
-            assert_eq!(rotated.renewed(tokens(same), at(60)).previous, None);
+            assert_eq!(rotated.refreshed(tokens(same), at(60)).previous, None);
         }
     }
 
     #[test]
-    fn a_consent_ends_after_a_year_and_says_so_a_month_before() {
+    fn a_consent_expires_after_365_days_and_is_ending_30_days_earlier() {
         let day = SignedDuration::from_hours(24);
         let consented = at(0);
         let age = |days: i32| grant(Some(consented)).consent(consented + day * days);
@@ -238,7 +248,7 @@ mod tests {
     }
 
     #[test]
-    fn a_consent_of_before_amazon_set_an_end_has_none() {
+    fn a_consent_given_before_2026_07_30_does_not_expire() {
         let first: Timestamp = "2026-07-30T00:00:00Z".parse().unwrap();
         let ends = |at| grant(Some(at)).consent_expires_at().map(|at| at.to_string());
         assert_eq!(ends(first).as_deref(), Some("2027-07-30T00:00:00Z"));

@@ -233,7 +233,7 @@ impl Proxy {
         target: &Target,
         telemetry: &mut RequestTelemetry<'_>,
     ) -> Result<(), ProxyError> {
-        let Err(denied) = call.rules.judge(&parts.method, target.path(), &parts.headers) else { return Ok(()) };
+        let Err(denied) = call.rules.check(&parts.method, target.path(), &parts.headers) else { return Ok(()) };
         self.metrics.policy_denied.with_label_values(&[call.account_name(), self.policy_mode.as_str()]).inc();
         match self.policy_mode {
             Mode::Enforce => Err(ProxyError::Denied(denied)),
