@@ -260,7 +260,7 @@ impl Running {
 }
 
 /// Binds the proxy, login and admin listeners.
-async fn bind(config: &Config) -> Result<[Door; 3], BuildError> {
+async fn bind(config: &Config) -> Result<[Listener; 3], BuildError> {
     let late =
         Problem::new(Code::RequestTimeout, "The head of the request did not come in time.", "Send it at once.").raw();
     let overloaded = Problem::new(
@@ -268,13 +268,14 @@ async fn bind(config: &Config) -> Result<[Door; 3], BuildError> {
         "Every connection that proxy.max_connections allows is busy.",
         "Try again after the time in Retry-After, keep connections open, or raise proxy.max_connections.",
     );
-    let canned = CannedResponses { late, overloaded: overloaded.retry_after(Duration::from_secs(1)).raw() };
+    let canned =
+        CannedResponses { head_timeout: late, overloaded: overloaded.retry_after(Duration::from_secs(1)).raw() };
     let [proxy, login, admin] = listener_limits(config.limits);
     Ok([
-        Door::bind(&config.proxy_listen, config.proxy_listen_default, config.socket_mode, proxy, canned.clone())
+        Listener::bind(&config.proxy_listen, config.proxy_listen_default, config.socket_mode, proxy, canned.clone())
             .await?,
-        Door::bind(&config.login_listen, false, OWN_SOCKET, login, canned.clone()).await?,
-        Door::bind(&config.admin_listen, config.admin_listen_default, OWN_SOCKET, admin, canned).await?,
+        Listener::bind(&config.login_listen, false, OWN_SOCKET, login, canned.clone()).await?,
+        Listener::bind(&config.admin_listen, config.admin_listen_default, OWN_SOCKET, admin, canned).await?,
     ])
 }
 

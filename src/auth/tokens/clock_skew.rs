@@ -28,7 +28,7 @@ impl TokenManager {
     }
 
     pub(super) fn observe_server_time(&self, time: Timestamp) {
-        let skew = self.0.clock.amazon_says(time).as_secs_f64();
+        let skew = self.0.clock.set_amazon_time(time).as_secs_f64();
         // A `Date` is truncated to the whole second.
         self.0.metrics.clock_skew.set(skew.floor());
     }

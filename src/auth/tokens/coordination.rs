@@ -257,7 +257,7 @@ impl RefreshTask {
                 return Err(UNREADABLE);
             }
             let forced = matches!(why, RefreshReason::Rejected(_));
-            let wanted = self.wanted(why).filter(|grant| !forced || !is_new(grant, manager.0.clock.moment()));
+            let wanted = self.wanted(why).filter(|grant| !forced || !is_new(grant, manager.0.clock.reading()));
             let Some(grant) = wanted else { return Ok(None) };
             // Another process has refreshed the grant meanwhile: its result serves this process too.
             if *begun.get_or_insert(grant.generation) != grant.generation {

@@ -241,7 +241,7 @@ impl TokenManager {
             }
             let start_refresh = || self.start_refresh(&entry, RefreshReason::Rejected(bearer.clone()));
             // A refresh task that was already running may end without a token call: then this caller forces one.
-            if !entry.force(self.0.clock.moment(), FORCED_SPACING, start_refresh)
+            if !entry.force(self.0.clock.reading(), FORCED_SPACING, start_refresh)
                 || timeout_at(until, changed.wait()).await.is_err()
             {
                 return None;
@@ -273,7 +273,7 @@ impl TokenManager {
             let _ = timeout(PATIENCE, self.0.clock.sleep_until(*retry_at)).await;
         }
         let changed = entry.changed();
-        if !entry.held().backs_off(self.0.clock.moment()) {
+        if !entry.held().backs_off(self.0.clock.reading()) {
             self.start_refresh(&entry, RefreshReason::Manual);
             let _ = timeout(WAIT_DEAD, changed.wait()).await;
         }

@@ -108,7 +108,7 @@ impl RefreshTask {
 
     async fn fail(&self, failure: Failure) {
         let write = self.entry.write().await;
-        let (held, now) = (self.entry.held().clone(), self.manager.0.clock.moment());
+        let (held, now) = (self.entry.held().clone(), self.manager.0.clock.reading());
         let next = held.next(Outcome::Failed { failure, retry_after: None }, now, jitter());
         self.log(&held, &next);
         self.manager.publish(&self.entry, &write, next);
@@ -135,25 +135,25 @@ impl RefreshTask {
         let outcome = match answer {
             Ok((tokens, asked)) => {
                 // The token's lifetime began when LWA issued it, which was not before the request.
-                let mut renewed = grant.refreshed(tokens, asked.wall);
-                renewed.used_at = Some(asked.wall_at(self.entry.used()));
-                renewed.generation = write.next_generation();
-                if renewed.previous.is_some() && grant.previous.as_ref() != Some(&renewed.refresh_token) {
+                let mut refreshed = grant.refreshed(tokens, asked.wall);
+                refreshed.used_at = Some(asked.wall_at(self.entry.used()));
+                refreshed.generation = write.next_generation();
+                if refreshed.previous.is_some() && grant.previous.as_ref() != Some(&refreshed.refresh_token) {
                     self.manager.0.metrics.token_rotations.inc();
                     tracing::info!(%user, "Login with Amazon issued a new refresh token");
                 }
-                if !self.manager.store(&self.entry, &write, &mut renewed, Some(grant.generation)).await {
+                if !self.manager.store(&self.entry, &write, &mut refreshed, Some(grant.generation)).await {
                     self.dropped();
                     return self.manager.overtaken(&self.entry, &write).await;
                 }
                 fail_point!("renewal_stored", |_| std::process::abort());
                 self.end_refresh_with("recovered");
-                Outcome::Renewed(Arc::new(LiveGrant::issued(renewed, asked)))
+                Outcome::Refreshed(Arc::new(LiveGrant::issued(refreshed, asked)))
             }
             Err(outcome) => outcome,
         };
-        let refused = matches!(outcome, Outcome::Refused(_));
-        let next = held.next(outcome, self.manager.0.clock.moment(), jitter());
+        let refused = matches!(outcome, Outcome::Rejected(_));
+        let next = held.next(outcome, self.manager.0.clock.reading(), jitter());
         self.log(&held, &next);
         // Waiters are woken when this task is dropped: if woken now, a retry would join a task that has nothing left to
         // do.
@@ -175,7 +175,7 @@ impl RefreshTask {
     /// previous one: a rotation may have been lost on LWA's side.
     async fn refresh_with_fallback(&self, grant: &LiveGrant) -> Result<(Tokens, ClockReading), Outcome> {
         let answer = self.token_call(grant, &grant.refresh_token).await;
-        let (Err(Outcome::Refused(_)), Some(previous)) = (&answer, &grant.previous) else { return answer };
+        let (Err(Outcome::Rejected(_)), Some(previous)) = (&answer, &grant.previous) else { return answer };
         let (tokens, asked) = self.token_call(grant, previous).await?;
         tracing::warn!(user = %self.entry.user, "Login with Amazon refuses the refresh token it issued last, but \
             accepts the previous one");
@@ -200,7 +200,7 @@ impl RefreshTask {
         }
         let user = &self.entry.user;
         self.prepare(grant.generation).await.map_err(|failure| Outcome::Failed { failure, retry_after: None })?;
-        let asked = inner.clock.moment();
+        let asked = inner.clock.reading();
         let begun = std::time::Instant::now();
         let answer = inner.lwa.load_full().refresh(refresh_token).await;
         inner.metrics.token_refresh_duration.observe(begun.elapsed().as_secs_f64());
@@ -258,12 +258,12 @@ impl RefreshTask {
     /// The grant to refresh, if `why` still holds: a wake-up is only a hint, and the refresh may have happened since.
     pub(super) fn wanted(&self, why: &RefreshReason) -> Option<Arc<LiveGrant>> {
         let held = self.entry.held();
-        let (now, policy) = (self.manager.0.clock.moment(), self.manager.policy());
+        let (now, policy) = (self.manager.0.clock.reading(), self.manager.policy());
         let wanted = match why {
             RefreshReason::Due => self.entry.due(policy, now).is_some_and(|due| due <= now.uptime),
             RefreshReason::OnDemand => held.expiring(policy, now),
             // The rejected token may have expired meanwhile.
-            RefreshReason::Rejected(bearer) => held.living(now).is_none_or(|access| access.bearer() == bearer),
+            RefreshReason::Rejected(bearer) => held.valid_token(now).is_none_or(|access| access.bearer() == bearer),
             RefreshReason::Manual => true,
         };
         held.grant().filter(|_| wanted && !held.backs_off(now)).cloned()

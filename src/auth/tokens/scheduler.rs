@@ -50,7 +50,7 @@ impl Scheduler {
                 concurrency = settings.concurrency;
                 permits = Arc::new(Semaphore::new(concurrency));
             }
-            let now = clock.moment();
+            let now = clock.reading();
             let jumped = manager.look_for_jump(looked, now);
             looked = now;
             if jumped || now.uptime >= next_sweep {
@@ -61,7 +61,7 @@ impl Scheduler {
             let wake = self.plans.peek().map_or(next, |Reverse(plan)| plan.due.min(next));
             tokio::select! {
                 changed = self.changes.recv() => match changed {
-                    Some(entry) => self.plan(manager, entry, clock.moment()),
+                    Some(entry) => self.plan(manager, entry, clock.reading()),
                     None => return,
                 },
                 () = moves.next() => {}

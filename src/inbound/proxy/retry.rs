@@ -45,7 +45,7 @@ impl Retry {
 /// The body once more: if there was none, or if the replay buffer holds all of it.
 fn body_again(sent: &Option<Arc<ReplayBuffer>>) -> Option<RequestBody> {
     match sent {
-        None => Some(RequestBody::nothing()),
-        Some(buffer) => buffer.again(),
+        None => Some(RequestBody::empty()),
+        Some(buffer) => buffer.replay(),
     }
 }
