@@ -86,9 +86,9 @@ impl Keyring {
         Secret::new(Fernet::generate_key())
     }
 
-    /// The key in the file at `path`, which is made there, readable by its owner alone, where it does not exist yet. Says
-    /// whether it was made.
-    pub fn read_or_make(path: &Path) -> io::Result<(Secret, bool)> {
+    /// The key in the file at `path`, which is made there, readable by its owner alone, where it does not exist yet.
+    /// Says whether it was made.
+    pub fn read_or_create(path: &Path) -> io::Result<(Secret, bool)> {
         if let Some(directory) = path.parent() {
             fs::create_dir_all(directory)?;
         }

@@ -59,8 +59,8 @@ impl Place {
     }
 
     /// The database as sled sees it, past our store.
-    fn raw(&self) -> sled::Db {
-        let config = sled::Config::new().path(self.path()).segment_size(512 << 10).flush_every_ms(None);
+    fn raw(&self) -> ::sled::Db {
+        let config = ::sled::Config::new().path(self.path()).segment_size(512 << 10).flush_every_ms(None);
         config.open().unwrap()
     }
 
@@ -203,9 +203,9 @@ async fn a_second_opening_is_told_who_holds_it_and_disturbs_nothing() {
     let (store, _) = place.open();
     store.save(&user("anna"), &grant("anna", 1), None).await.unwrap();
     let error = place.try_open().unwrap_err();
-    assert!(matches!(error, StoreError::Held { .. }), "{error}");
+    assert!(matches!(error, StoreError::Locked { .. }), "{error}");
     let message = error.to_string();
-    assert!(message.contains("another adsidecar holds") && message.contains("adsidecar.sled"), "{message}");
+    assert!(message.contains("another adsidecar uses") && message.contains("adsidecar.sled"), "{message}");
     assert!(message.contains("store.path"), "{message}");
     store.save(&user("anna"), &grant("anna", 2), Some(1)).await.unwrap();
     store.close().await.unwrap();
@@ -216,7 +216,7 @@ async fn a_second_opening_is_told_who_holds_it_and_disturbs_nothing() {
 async fn a_database_that_something_else_holds_is_told_as_held() {
     let place = Place::filled(&["anna"]).await;
     let holder = place.raw();
-    assert!(matches!(place.try_open().unwrap_err(), StoreError::Held { .. }));
+    assert!(matches!(place.try_open().unwrap_err(), StoreError::Locked { .. }));
     drop(holder);
     assert_eq!(told(&place.open().1.users), expected(&["anna"], 1));
 }
@@ -224,9 +224,9 @@ async fn a_database_that_something_else_holds_is_told_as_held() {
 #[test]
 fn a_database_of_other_make_is_refused_and_stays_where_it_is() {
     let place = Place::new();
-    drop(sled::Config::new().path(place.path()).segment_size(64 << 10).open().unwrap());
+    drop(::sled::Config::new().path(place.path()).segment_size(64 << 10).open().unwrap());
     let error = place.try_open().unwrap_err();
-    assert!(matches!(error, StoreError::Engine { .. }), "{error}");
+    assert!(matches!(error, StoreError::UnusableDatabase { .. }), "{error}");
     assert!(error.to_string().contains("give store.path a directory of its own"));
     assert!(place.path().join("db").exists());
 }
@@ -241,10 +241,10 @@ fn trouble_with_the_file_system_names_the_path_and_the_cure() {
     assert!(error.to_string().contains(&*place.dir.path().to_string_lossy()), "{error}");
 
     let process = fs::metadata("/proc/self").map(|process| std::os::unix::fs::MetadataExt::uid(&process));
-    let who = process.map_or_else(|_| "this user".to_owned(), |uid| format!("uid {uid}"));
+    let this_user = process.map_or_else(|_| "this user".to_owned(), |uid| format!("uid {uid}"));
     for (kind, cure) in [
-        (io::ErrorKind::PermissionDenied, format!("let {who} read and write it")),
-        (io::ErrorKind::ReadOnlyFilesystem, format!("mount the volume writable for {who}")),
+        (io::ErrorKind::PermissionDenied, format!("give {this_user} read and write access to it")),
+        (io::ErrorKind::ReadOnlyFilesystem, format!("mount the volume writable for {this_user}")),
         (io::ErrorKind::StorageFull, "free space on its volume".into()),
     ] {
         let message = files::io_error(&place.path(), kind.into()).to_string();
@@ -300,7 +300,7 @@ async fn records_swapped_between_users_are_refused_and_kept() {
     assert_eq!(told(&opened.users), [tampered("anna"), tampered("bob")].into());
     assert_eq!(told(&store.scan().await.unwrap()), told(&opened.users));
     let load = store.load(&user("anna")).await;
-    assert!(matches!(load, Err(StoreError::Record(StoredGrantError::Tampered))));
+    assert!(matches!(load, Err(StoreError::Unreadable(StoredGrantError::Tampered))));
     assert_eq!(store.reseal().await.unwrap(), Reseal { resealed: 0, unreadable: 2 });
     store.close().await.unwrap();
     let kept: Vec<_> = place.raw().open_tree("grants").unwrap().iter().map(Result::unwrap).collect();
@@ -420,7 +420,7 @@ async fn a_panic_in_the_store_is_an_error_and_the_next_operation_works() {
     let (store, _) = place.open();
     let TokenStore::Sled(worker) = &store else { panic!("it is sled") };
     let result = worker.call::<()>(|_| panic!("as sled might")).await;
-    assert!(matches!(result, Err(StoreError::Engine { .. })));
+    assert!(matches!(result, Err(StoreError::UnusableDatabase { .. })));
     assert!(!store.health().up);
     assert_eq!(told(&store.scan().await.unwrap()), expected(&["anna"], 1));
     assert!(store.health().up);
@@ -582,7 +582,7 @@ async fn on_a_full_volume_the_copies_tell_the_users_and_why_nothing_more_is_poss
     let TokenStore::Sled(worker) = &store else { panic!("it is sled") };
     let full = files::io_error(&place.path(), io::ErrorKind::StorageFull.into());
     assert!(files::is_full(&full));
-    let opened = worker.call(move |engine| engine.copies_alone(&full)).await.unwrap();
+    let opened = worker.call(move |engine| engine.read_mirror_only(&full)).await.unwrap();
     assert_eq!(told(&opened.users), expected(&["anna", "bob"], 1));
     assert!(opened.degraded.unwrap().contains("free space on its volume"));
 }
@@ -592,7 +592,7 @@ async fn a_damaged_copy_is_written_anew_where_the_database_is_well() {
     let place = Place::filled(&["anna"]).await;
     fs::write(place.copy_of("anna"), "{").unwrap();
     let (store, opened) = place.open();
-    assert!(opened.unusable_copies.is_empty());
+    assert!(opened.unreadable_mirror_files.is_empty());
     store.close().await.unwrap();
     fs::remove_dir_all(place.path()).unwrap();
     assert_eq!(told(&place.open().1.users), expected(&["anna"], 1));
@@ -649,7 +649,7 @@ async fn copies_whose_seal_does_not_fit_are_skipped_kept_and_reported() {
     fs::remove_dir_all(place.path()).unwrap();
     let (store, opened) = place.open();
     assert_eq!(told(&opened.users), expected(&["anna"], 1));
-    let mut unusable = opened.unusable_copies;
+    let mut unusable = opened.unreadable_mirror_files;
     unusable.sort();
     let mut both = vec![place.copy_of("bob"), place.copy_of("carl")];
     both.sort();
@@ -733,7 +733,7 @@ async fn damage_that_shows_while_running_is_repaired_at_the_next_operation() {
     let (store, _) = place.open();
     let TokenStore::Sled(worker) = &store else { panic!("it is sled") };
     let path = place.path();
-    let damaged = move |_: &mut engine::Engine| {
+    let damaged = move |_: &mut super::sled::Engine| {
         fs::write(path.join("db"), vec![0xAA; 4096]).unwrap();
         Err::<(), _>(StoreError::Damaged { path, reason: "as sled says on a bad read".into() })
     };

@@ -17,7 +17,7 @@ use super::{FORCED_SPACING, TokenError, TokenManager};
 use crate::domain::account::UserId;
 use crate::domain::clock_reading::ClockReading;
 use crate::domain::grant::{Failure, Grant, GrantState, LiveGrant, Remedy, STORE_UNAVAILABLE};
-use crate::store::{Lease, StoreError, Stored};
+use crate::store::{Lease, Lookup, StoreError};
 
 /// Interval for polling changes made by other processes.
 const POLL: Duration = Duration::from_secs(1);
@@ -38,7 +38,7 @@ impl TokenManager {
         loop {
             sleep(POLL).await;
             let was_up = self.0.store.health().up;
-            let Ok(changed) = self.timed("poll", shared.changes()).await else { continue };
+            let Ok(changed) = self.timed("poll", shared.changed_users()).await else { continue };
             if !was_up {
                 tracing::info!("the store works again");
                 for entry in self.entries() {
@@ -60,14 +60,14 @@ impl TokenManager {
     pub async fn look(&self, user: &UserId) -> Result<(), StoreError> {
         let Some(shared) = self.0.store.shared() else { return Ok(()) };
         if self.entry(user).is_none() {
-            match self.timed("get", shared.look(user)).await? {
-                Stored::Gone { .. } => return Ok(()),
-                Stored::Unusable(error) => {
+            match self.timed("get", shared.lookup(user)).await? {
+                Lookup::Absent { .. } => return Ok(()),
+                Lookup::Unreadable(error) => {
                     tracing::error!(%user, %error, "a stored grant is unusable; the record is kept");
                     return Ok(());
                 }
                 // Read again below, under the write lock.
-                Stored::Grant(_) => {}
+                Lookup::Grant(_) => {}
             }
         }
         let entry = self.entry_or_new(user);
@@ -98,15 +98,15 @@ impl TokenManager {
     async fn catch_up(&self, entry: &Arc<UserState>, write: &Writing<'_>) -> Result<bool, StoreError> {
         let Some(shared) = self.0.store.shared().filter(|_| !entry.is_unsaved()) else { return Ok(true) };
         let user = &entry.user;
-        let stored = self.timed("get", shared.look(user)).await?;
+        let stored = self.timed("get", shared.lookup(user)).await?;
         let held = entry.held().clone();
         let (generation, grant) = match stored {
-            Stored::Unusable(error) => {
+            Lookup::Unreadable(error) => {
                 tracing::error!(%user, %error, "a stored grant is unusable; the record is kept");
                 return Ok(false);
             }
-            Stored::Grant(grant) => (grant.generation, Some(*grant)),
-            Stored::Gone { generation, .. } => (generation, None),
+            Lookup::Grant(grant) => (grant.generation, Some(*grant)),
+            Lookup::Absent { generation, .. } => (generation, None),
         };
         match (held.grant(), grant) {
             (Some(held), Some(grant)) if is_same(held, &grant) => {}
@@ -160,10 +160,10 @@ impl TokenManager {
     ) -> Result<(), StoreError> {
         let (user, made) = (&entry.user, grant.consented_at.unwrap_or(grant.updated_at));
         let later = match (self.0.store.shared(), expected) {
-            (Some(shared), None) => match self.timed("get", shared.look(user)).await? {
-                Stored::Grant(stored) => stored.consented_at.unwrap_or(stored.updated_at) > made,
-                Stored::Gone { since, .. } => since.is_some_and(|since| since > made),
-                Stored::Unusable(_) => false,
+            (Some(shared), None) => match self.timed("get", shared.lookup(user)).await? {
+                Lookup::Grant(stored) => stored.consented_at.unwrap_or(stored.updated_at) > made,
+                Lookup::Absent { since, .. } => since.is_some_and(|since| since > made),
+                Lookup::Unreadable(_) => false,
             },
             _ => false,
         };
@@ -211,8 +211,12 @@ impl Flight {
             if *begun.get_or_insert(grant.generation) != grant.generation {
                 return Ok(None);
             }
-            match keeper.timed("lease", shared.lease(&entry.user, grant.generation)).await.map_err(|_| STORE_DOWN)? {
-                Lease::Ours { interrupted } => {
+            match keeper
+                .timed("lease", shared.acquire_lease(&entry.user, grant.generation))
+                .await
+                .map_err(|_| STORE_DOWN)?
+            {
+                Lease::Acquired { interrupted } => {
                     if interrupted {
                         tracing::warn!(user = %entry.user, "another process ended during a refresh; adsidecar tries \
                             the stored grant");
@@ -220,8 +224,8 @@ impl Flight {
                     }
                     return Ok(Some(grant));
                 }
-                Lease::Refused if Instant::now() >= until => return Err(BUSY),
-                Lease::Refused => sleep(LOOK).await,
+                Lease::Denied if Instant::now() >= until => return Err(BUSY),
+                Lease::Denied => sleep(LOOK).await,
             }
         }
     }
@@ -234,9 +238,9 @@ impl Flight {
             keeper.intend(user, generation).await;
             return Ok(());
         };
-        match keeper.timed("lease", shared.lease(user, generation)).await {
-            Ok(Lease::Ours { .. }) => Ok(()),
-            Ok(Lease::Refused) => Err(BUSY),
+        match keeper.timed("lease", shared.acquire_lease(user, generation)).await {
+            Ok(Lease::Acquired { .. }) => Ok(()),
+            Ok(Lease::Denied) => Err(BUSY),
             Err(_) => Err(STORE_DOWN),
         }
     }
@@ -245,7 +249,7 @@ impl Flight {
     pub(super) async fn give_way(&self) {
         if let Some(shared) = self.keeper.0.store.shared() {
             // If this fails, the lease expires by itself.
-            let _ = self.keeper.timed("lease", shared.release(&self.entry.user)).await;
+            let _ = self.keeper.timed("lease", shared.release_lease(&self.entry.user)).await;
         }
     }
 }

@@ -11,7 +11,8 @@ use super::{PAGE, Postgres, column, first, locked};
 use crate::domain::account::UserId;
 use crate::store::StoreError;
 
-/// What changed is asked for with this overlap, in seconds: a row becomes visible a moment after the time that it carries.
+/// What changed is asked for with this overlap, in seconds: a row becomes visible a moment after the time that it
+/// carries.
 const OVERLAP: f64 = 30.0;
 /// All rows are compared this often, and after each new connection: so what was changed past us is seen too.
 const COMPARE_EVERY: Duration = Duration::from_secs(60);
@@ -27,7 +28,7 @@ pub(super) struct Compared {
 
 impl Postgres {
     /// Users whose row is another than the one that is known here.
-    pub async fn changes(&self) -> Result<Vec<UserId>, StoreError> {
+    pub async fn changed_users(&self) -> Result<Vec<UserId>, StoreError> {
         const SINCE: &str = "SELECT extract(epoch FROM clock_timestamp())::float8, g.user_id, g.generation, \
                              sha256(convert_to(g.record, 'UTF8')) FROM (SELECT 1) AS one LEFT JOIN adsidecar_grants AS g \
                              ON g.changed_at > to_timestamp($1)";

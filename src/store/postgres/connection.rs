@@ -1,8 +1,8 @@
-//! The one connection to PostgreSQL, on which statements follow each other without waiting for answers; opened anew where it
-//! broke.
+//! The one connection to PostgreSQL, on which statements follow each other without waiting for answers; opened anew
+//! where it broke.
 //!
-//! Each statement stands for itself: it is one transaction, is never prepared under a name, and nothing of the session is
-//! relied on. So a PgBouncer in transaction mode may stand in between.
+//! Each statement stands for itself: it is one transaction, is never prepared under a name, and nothing of the session
+//! is relied on. So a PgBouncer in transaction mode may stand in between.
 
 use std::error::Error;
 use std::sync::Arc;
@@ -15,7 +15,7 @@ use tokio_postgres::error::SqlState;
 use tokio_postgres::types::{ToSql, Type};
 use tokio_postgres::{Client, Row};
 
-use super::Address;
+use super::ConnectionUrl;
 use crate::store::StoreError;
 
 /// How long an operation may take, a new connection for it included; memory goes on serving meanwhile.
@@ -39,7 +39,7 @@ pub(super) enum Again {
 }
 
 pub(super) struct PgConnection {
-    address: Address,
+    address: ConnectionUrl,
     state: Mutex<State>,
     /// Rises with each new connection.
     connects: AtomicU64,
@@ -55,7 +55,7 @@ struct State {
 }
 
 impl PgConnection {
-    pub(super) fn new(address: Address) -> Self {
+    pub(super) fn new(address: ConnectionUrl) -> Self {
         Self { address, state: Mutex::default(), connects: AtomicU64::new(0) }
     }
 
@@ -93,8 +93,8 @@ impl PgConnection {
         }
     }
 
-    /// Makes what `statements` make, as one transaction. `false`: somebody else made it at the same instant, which PostgreSQL
-    /// tells as an error even where it was said that this is no error.
+    /// Makes what `statements` make, as one transaction. `false`: somebody else made it at the same instant, which
+    /// PostgreSQL tells as an error even where it was said that this is no error.
     pub(super) async fn make(&self, statements: &str) -> Result<bool, StoreError> {
         let until = Instant::now() + DEADLINE;
         let client = timeout_at(until, self.client()).await.map_err(|_| late())??;
@@ -144,7 +144,7 @@ impl PgConnection {
     }
 
     async fn connect(&self) -> Result<Arc<Client>, String> {
-        let Address { config, tls, .. } = &self.address;
+        let ConnectionUrl { config, tls, .. } = &self.address;
         let connected = timeout(CONNECT, config.connect(tls.clone())).await;
         let connected = connected.map_err(|_| format!("no connection within {CONNECT:?}; {REACH}"))?;
         let (client, connection) = connected.map_err(|error| told(&error))?;
@@ -167,7 +167,8 @@ impl PgConnection {
 const MADE_MEANWHILE: [&SqlState; 3] =
     [&SqlState::UNIQUE_VIOLATION, &SqlState::DUPLICATE_TABLE, &SqlState::DUPLICATE_OBJECT];
 
-/// Whether the connection is of no use any more: it broke, the server ends, or it became a standby, which takes no writes.
+/// Whether the connection is of no use any more: it broke, the server ends, or it became a standby, which takes no
+/// writes.
 fn is_broken(error: &tokio_postgres::Error) -> bool {
     let ended = [
         SqlState::ADMIN_SHUTDOWN,

@@ -16,18 +16,19 @@ use crate::domain::tls;
 
 /// A checked connection URL. Prints without the user, the password and the options.
 #[derive(Clone)]
-pub struct Address {
+pub struct ConnectionUrl {
     pub(super) config: Config,
     pub(super) tls: Tls,
     fingerprint: String,
 }
 
-impl Address {
-    /// Reads a URL of the form `postgres://user:password@host:5432/database?sslmode=verify-full`, as libpq does. What is
-    /// wrong with it is told without quoting it.
+impl ConnectionUrl {
+    /// Reads a URL of the form `postgres://user:password@host:5432/database?sslmode=verify-full`, as libpq does. What
+    /// is wrong with it is told without quoting it.
     ///
-    /// Where TLS is used, chain and name are checked, whatever `sslmode` says. Without an `sslmode` that decides, TLS is
-    /// used to any host that is not this machine: the password never leaves it in the clear unless `disable` was said.
+    /// Where TLS is used, chain and name are checked, whatever `sslmode` says. Without an `sslmode` that decides, TLS
+    /// is used to any host that is not this machine: the password never leaves it in the clear unless `disable` was
+    /// said.
     pub fn parse(url: &str) -> Result<Self, String> {
         if !url.starts_with("postgres://") && !url.starts_with("postgresql://") {
             return Err("is no PostgreSQL URL: write postgres://user:password@host:5432/database".into());
@@ -73,9 +74,9 @@ impl Address {
     }
 }
 
-impl fmt::Debug for Address {
+impl fmt::Debug for ConnectionUrl {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Address").field("hosts", &self.config.get_hosts()).finish_non_exhaustive()
+        f.debug_struct("ConnectionUrl").field("hosts", &self.config.get_hosts()).finish_non_exhaustive()
     }
 }
 
@@ -140,7 +141,7 @@ mod tests {
     use super::*;
 
     fn encrypted(url: &str) -> bool {
-        match Address::parse(url).unwrap_or_else(|error| panic!("{url}: {error}")).config.get_ssl_mode() {
+        match ConnectionUrl::parse(url).unwrap_or_else(|error| panic!("{url}: {error}")).config.get_ssl_mode() {
             SslMode::Require => true,
             SslMode::Disable => false,
             other => panic!("{url}: {other:?}"),
@@ -161,7 +162,7 @@ mod tests {
             ("postgres://u:canary@db/d?sslrootcert=/dev/null", "without a certificate"),
             ("postgres://u:canary@db,%2Frun%2Fcanary/d", "name one kind"),
         ] {
-            let error = Address::parse(url).unwrap_err();
+            let error = ConnectionUrl::parse(url).unwrap_err();
             assert!(error.contains(part) && !error.contains("canary"), "{url}: {error}");
         }
     }
@@ -186,10 +187,10 @@ mod tests {
 
     #[test]
     fn it_is_printed_without_what_is_secret_and_told_apart_from_another() {
-        let one = Address::parse("postgres://anna:canary@db/d").unwrap();
+        let one = ConnectionUrl::parse("postgres://anna:canary@db/d").unwrap();
         let text = format!("{one:?}");
         assert!(text.contains("db") && !text.contains("canary") && !text.contains("anna"), "{text}");
-        let other = Address::parse("postgres://anna:canary2@db/d").unwrap();
+        let other = ConnectionUrl::parse("postgres://anna:canary2@db/d").unwrap();
         assert_ne!(one.fingerprint(), other.fingerprint());
     }
 }

@@ -1,12 +1,12 @@
 //! Grants in a PostgreSQL that several processes share.
 //!
-//! The database is what counts: each process has a picture of it in memory, which it compares every second, and looks at the
-//! row itself before it asks for a token. Nothing is locked while Login with Amazon is asked; instead:
+//! The database is what counts: each process has a picture of it in memory, which it compares every second, and looks
+//! at the row itself before it asks for a token. Nothing is locked while Login with Amazon is asked; instead:
 //!
-//! - A user's row carries a *generation*, which rises with each change, over logouts too (the row stays, without its record).
-//!   A write that was based on an older one finds no row and is [`Conflict`](StoreError::Conflict).
-//! - Who is about to ask for a token takes the row's *lease* first, for 15 s by the database's clock. Whoever dies with it
-//!   delays the others by that.
+//! - A user's row carries a *generation*, which rises with each change, over logouts too (the row stays, without its
+//!   record). A write that was based on an older one finds no row and is [`Conflict`](StoreError::Conflict).
+//! - Who is about to ask for a token takes the row's *lease* first, for 15 s by the database's clock. Whoever dies with
+//!   it delays the others by that.
 //!
 //! Long because each operation stands beside its statement: what is atomic is seen in one place.
 //!
@@ -18,7 +18,7 @@ mod changes;
 mod connection;
 mod tls;
 mod maintenance;
-mod waiting;
+mod pending;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -30,15 +30,14 @@ use sha2::{Digest, Sha256};
 use tokio_postgres::Row;
 use tokio_postgres::types::{FromSql, Type};
 
-use super::engine::{holds, open};
 use super::{Health, Opened, Sealed, StoreError, Users};
 use crate::domain::account::UserId;
 use crate::domain::grant::Grant;
 use crate::store::keyring::{Fingerprint, Keyring};
-use crate::store::stored_grant::{StoredGrant, StoredGrantError};
+use crate::store::stored_grant::{StoredGrant, StoredGrantError, is_same_grant, open_record};
 use changes::Compared;
 use connection::{Again, Parameters, PgConnection};
-pub use connection_url::Address;
+pub use connection_url::ConnectionUrl;
 
 const SCHEMA: &str = include_str!("schema.sql");
 
@@ -77,30 +76,30 @@ struct Known {
 
 /// What is stored for a user.
 #[derive(Debug)]
-pub enum Stored {
+pub enum Lookup {
     /// A grant.
     Grant(Box<Grant>),
     /// None: logged out under this generation, or never there (0).
-    Gone {
+    Absent {
         /// The generation of the logout.
         generation: u64,
         /// When that was, by the database's clock.
         since: Option<Timestamp>,
     },
     /// A record that yields no grant.
-    Unusable(StoredGrantError),
+    Unreadable(StoredGrantError),
 }
 
 /// Whether this process may ask for a token.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Lease {
     /// It may, and nobody else does.
-    Ours {
+    Acquired {
         /// Somebody had asked for the same generation before, and never said what came of it.
         interrupted: bool,
     },
     /// Somebody else asks, or the grant is another by now.
-    Refused,
+    Denied,
 }
 
 /// A row with a record.
@@ -111,8 +110,9 @@ struct StoredRow {
 }
 
 impl Postgres {
-    /// Connects, makes the tables where they are missing, checks the key, and reads everything. Blocks until that is done.
-    pub(super) fn open(address: Address, keyring: Arc<Keyring>) -> Result<(Self, Opened), StoreError> {
+    /// Connects, makes the tables where they are missing, checks the key, and reads everything. Blocks until that is
+    /// done.
+    pub(super) fn open(address: ConnectionUrl, keyring: Arc<Keyring>) -> Result<(Self, Opened), StoreError> {
         let open = move || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
             let runtime = runtime.map_err(|error| StoreError::Postgres { reason: error.to_string() })?;
@@ -130,7 +130,7 @@ impl Postgres {
         opened.unwrap_or_else(|_| Err(StoreError::Postgres { reason: "it panicked while it opened".into() }))
     }
 
-    fn new(address: Address, keyring: Arc<Keyring>) -> Self {
+    fn new(address: ConnectionUrl, keyring: Arc<Keyring>) -> Self {
         // Two processes with the same name would take each other's leases for their own.
         let random = getrandom::u64().and_then(|one| Ok((one, getrandom::u64()?)));
         let (one, other) = random.expect("the operating system gives random bytes");
@@ -149,7 +149,7 @@ impl Postgres {
         match self.note(SCHEMA_NOTE).await? {
             None => self.set_note(SCHEMA_NOTE, SCHEMA_VERSION).await?,
             Some(version) if version == SCHEMA_VERSION => {}
-            Some(version) => return Err(StoreError::Schema { version }),
+            Some(version) => return Err(StoreError::UnsupportedSchema { version }),
         }
         let found = self.note(KEY).await?;
         let (ring, key) =
@@ -180,8 +180,8 @@ impl Postgres {
         Err(StoreError::Postgres { reason: "its tables are not where its search_path leads".into() })
     }
 
-    /// Writes down which key seals from now on, unless somebody else did so since `found` was read, with a key that is not
-    /// ours.
+    /// Writes down which key seals from now on, unless somebody else did so since `found` was read, with a key that is
+    /// not ours.
     async fn set_key(&self, found: Option<&str>, ring: &Keyring) -> Result<(), StoreError> {
         const SET: &str = "INSERT INTO adsidecar_notes AS n (name, value) VALUES ($1, $2) ON CONFLICT (name) DO UPDATE \
                            SET value = excluded.value WHERE n.value = $3 RETURNING value";
@@ -221,7 +221,7 @@ impl Postgres {
         let parameters: &Parameters<'_> =
             &[(&name, Type::TEXT), (&json, Type::TEXT), (&generation, Type::INT8), (&expected, Type::INT8)];
         let done = !self.ask(REPLACE, parameters, Again::Yes).await?.is_empty();
-        let is_there = |held: StoredRow| holds(&held.record(), user, grant, &ring);
+        let is_there = |held: StoredRow| is_same_grant(&held.record(), user, grant, &ring);
         if !done && !self.row(user).await?.0.is_some_and(is_there) {
             return Err(StoreError::Conflict);
         }
@@ -270,21 +270,21 @@ impl Postgres {
     }
 
     /// What is stored for `user` right now. From then on it is known, and no [change](Self::changes).
-    pub async fn look(&self, user: &UserId) -> Result<Stored, StoreError> {
+    pub async fn lookup(&self, user: &UserId) -> Result<Lookup, StoreError> {
         let ring = self.0.keyring.load_full();
         let (held, generation, since) = self.row(user).await?;
         let Some(held) = held else {
             locked(&self.0.known).remove(user);
             let since = since.and_then(|seconds| Timestamp::from_microsecond((seconds * 1e6) as i64).ok());
-            return Ok(Stored::Gone { generation: generation.unsigned_abs(), since });
+            return Ok(Lookup::Absent { generation: generation.unsigned_abs(), since });
         };
         let (grant, sealed) = held.open(&ring);
         self.learn(user, &held.json, generation, sealed);
-        Ok(grant.map_or_else(Stored::Unusable, |grant| Stored::Grant(Box::new(grant))))
+        Ok(grant.map_or_else(Lookup::Unreadable, |grant| Lookup::Grant(Box::new(grant))))
     }
 
     /// Takes the right to ask for a token with the grant of this generation, or prolongs it.
-    pub async fn lease(&self, user: &UserId, generation: u64) -> Result<Lease, StoreError> {
+    pub async fn acquire_lease(&self, user: &UserId, generation: u64) -> Result<Lease, StoreError> {
         const LEASE: &str = "UPDATE adsidecar_grants AS g SET lease_owner = $2, \
                              lease_until = clock_timestamp() + interval '15 seconds' \
                              FROM (SELECT user_id, lease_owner FROM adsidecar_grants WHERE user_id = $1 FOR UPDATE) AS old \
@@ -294,11 +294,11 @@ impl Postgres {
         let (name, owner, generation) = (user.as_str(), &self.0.owner, number(generation));
         let parameters: &Parameters<'_> = &[(&name, Type::TEXT), (owner, Type::TEXT), (&generation, Type::INT8)];
         let rows = self.ask(LEASE, parameters, Again::Yes).await?;
-        if rows.is_empty() { Ok(Lease::Refused) } else { Ok(Lease::Ours { interrupted: first(&rows, 0)? }) }
+        if rows.is_empty() { Ok(Lease::Denied) } else { Ok(Lease::Acquired { interrupted: first(&rows, 0)? }) }
     }
 
     /// Gives the right back, where no change was stored.
-    pub async fn release(&self, user: &UserId) -> Result<(), StoreError> {
+    pub async fn release_lease(&self, user: &UserId) -> Result<(), StoreError> {
         const RELEASE: &str = "UPDATE adsidecar_grants SET lease_owner = NULL, lease_until = NULL \
                                WHERE user_id = $1 AND lease_owner = $2 RETURNING generation";
         let name = user.as_str();
@@ -365,8 +365,8 @@ impl Postgres {
         Ok(())
     }
 
-    /// Some rows with a record, and where the next ones begin. A row whose name is no user id was not written by us, and is
-    /// left alone.
+    /// Some rows with a record, and where the next ones begin. A row whose name is no user id was not written by us,
+    /// and is left alone.
     async fn page(&self, after: &str) -> Result<(Vec<StoredRow>, Option<String>), StoreError> {
         const ROWS: &str = "SELECT user_id, record, generation FROM adsidecar_grants \
                             WHERE record IS NOT NULL AND user_id > $1 ORDER BY user_id LIMIT $2";
@@ -406,7 +406,7 @@ impl StoredRow {
 
     /// The grant in it, and what seals it.
     fn open(&self, ring: &Keyring) -> (Result<Grant, StoredGrantError>, Sealed) {
-        open(&self.user, &self.record(), ring)
+        open_record(&self.user, &self.record(), ring)
     }
 }
 

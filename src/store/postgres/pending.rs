@@ -9,11 +9,11 @@ use super::connection::{Again, Parameters};
 use super::{Postgres, column};
 use crate::domain::secret::Secret;
 use crate::store::keyring::Keyring;
-use crate::store::{StoreError, Waiting};
+use crate::store::{PendingGrant, StoreError};
 
 impl Postgres {
     /// Takes in a login that has begun, by the hash of its state.
-    pub async fn begin_login(&self, state: &str, plain: &Secret) -> Result<(), StoreError> {
+    pub async fn save_pending_login(&self, state: &str, plain: &Secret) -> Result<(), StoreError> {
         const BEGIN: &str = "INSERT INTO adsidecar_logins (state, sealed, since) VALUES ($1, $2, clock_timestamp()) \
                              ON CONFLICT (state) DO UPDATE SET sealed = excluded.sealed RETURNING state";
         let sealed = self.0.keyring.load().seal(plain.expose().as_bytes());
@@ -21,7 +21,7 @@ impl Postgres {
     }
 
     /// Takes a login out: of all who ask for it, one gets it.
-    pub async fn take_login(&self, state: &str) -> Result<Option<Secret>, StoreError> {
+    pub async fn take_pending_login(&self, state: &str) -> Result<Option<Secret>, StoreError> {
         const TAKE: &str = "DELETE FROM adsidecar_logins WHERE state = $1 RETURNING sealed";
         let rows = self.ask(TAKE, &[(&state, Type::TEXT)], Again::No).await?;
         let sealed = rows.first().map(|row| column::<String>(row, 0)).transpose()?;
@@ -30,13 +30,13 @@ impl Postgres {
     }
 
     /// Takes out logins that began long ago and that nobody finished.
-    pub async fn sweep_logins(&self) -> Result<(), StoreError> {
+    pub async fn delete_expired_logins(&self) -> Result<(), StoreError> {
         const SWEEP: &str = "DELETE FROM adsidecar_logins WHERE since < clock_timestamp() - interval '15 minutes'";
         self.ask(SWEEP, &[], Again::Yes).await.map(drop)
     }
 
     /// Stores a grant that waits. Who does so works on it: for a minute nobody else claims it.
-    pub(in crate::store) async fn keep_waiting(&self, waiting: &Waiting) -> Result<(), StoreError> {
+    pub(in crate::store) async fn save_pending_grant(&self, waiting: &PendingGrant) -> Result<(), StoreError> {
         const KEEP: &str = "INSERT INTO adsidecar_waiting (id, user_id, sealed, claimed_until) \
                             VALUES ($1, $2, $3, clock_timestamp() + interval '1 minute') \
                             ON CONFLICT (id) DO UPDATE SET sealed = excluded.sealed RETURNING id";
@@ -45,13 +45,13 @@ impl Postgres {
         self.ask(KEEP, parameters, Again::Yes).await.map(drop)
     }
 
-    pub(in crate::store) async fn drop_waiting(&self, id: &str) -> Result<(), StoreError> {
+    pub(in crate::store) async fn delete_pending_grant(&self, id: &str) -> Result<(), StoreError> {
         const DROP: &str = "DELETE FROM adsidecar_waiting WHERE id = $1";
         self.ask(DROP, &[(&id, Type::TEXT)], Again::Yes).await.map(drop)
     }
 
     /// The grants that wait and that nobody works on: who did has ended. Each is the caller's for a minute.
-    pub(in crate::store) async fn claim_waiting(&self) -> Result<Vec<Waiting>, StoreError> {
+    pub(in crate::store) async fn claim_pending_grants(&self) -> Result<Vec<PendingGrant>, StoreError> {
         const CLAIM: &str = "UPDATE adsidecar_waiting SET claimed_until = clock_timestamp() + interval '1 minute' \
                              WHERE claimed_until < clock_timestamp() RETURNING id, sealed";
         let rows = self.ask(CLAIM, &[], Again::No).await?;
@@ -60,13 +60,14 @@ impl Postgres {
         Ok(opened.into_iter().flatten().collect())
     }
 
-    /// Takes a grant that waits for its confirmation, if it is `good` still: of all who confirm, one gets it. It stays stored,
-    /// as one that needs no confirmation any more, until it is in use: should this process end, another goes on.
-    pub async fn confirm_waiting(
+    /// Takes a grant that waits for its confirmation, if it is `good` still: of all who confirm, one gets it. It stays
+    /// stored, as one that needs no confirmation any more, until it is in use: should this process end, another goes
+    /// on.
+    pub async fn confirm_pending_grant(
         &self,
         id: &str,
-        good: impl FnOnce(&Waiting) -> bool,
-    ) -> Result<Option<Waiting>, StoreError> {
+        good: impl FnOnce(&PendingGrant) -> bool,
+    ) -> Result<Option<PendingGrant>, StoreError> {
         const FIND: &str = "SELECT id, sealed FROM adsidecar_waiting WHERE id = $1";
         const TAKE: &str = "UPDATE adsidecar_waiting SET sealed = $2, claimed_until = clock_timestamp() + interval '1 minute' \
                             WHERE id = $1 AND sealed = $3 RETURNING id";
@@ -74,7 +75,7 @@ impl Postgres {
         let Some(row) = rows.first() else { return Ok(None) };
         let (ring, before) = (self.0.keyring.load_full(), column::<String>(row, 1)?);
         let found = opened(row, &ring)?.filter(|waiting| waiting.confirm && good(waiting));
-        let Some(waiting) = found.map(|waiting| Waiting { confirm: false, ..waiting }) else { return Ok(None) };
+        let Some(waiting) = found.map(|waiting| PendingGrant { confirm: false, ..waiting }) else { return Ok(None) };
         let sealed = waiting.seal(&ring);
         let parameters: &Parameters<'_> = &[(&id, Type::TEXT), (&sealed, Type::TEXT), (&before, Type::TEXT)];
         let taken = !self.ask(TAKE, parameters, Again::No).await?.is_empty();
@@ -91,7 +92,7 @@ impl Postgres {
             "SELECT state, sealed FROM adsidecar_logins",
             "UPDATE adsidecar_logins SET sealed = $2 WHERE state = $1 AND sealed = $3",
         ];
-        let waiting = |text: &str| Waiting::open(text, ring).map(|waiting| waiting.seal(ring));
+        let waiting = |text: &str| PendingGrant::open(text, ring).map(|waiting| waiting.seal(ring));
         let login = |text: &str| ring.open(text).map(|opened| ring.seal(&opened.plain));
         self.reseal_table(WAITING, waiting).await?;
         self.reseal_table(LOGINS, login).await
@@ -114,9 +115,9 @@ impl Postgres {
 }
 
 /// What does not open is kept, and said.
-fn opened(row: &Row, ring: &Keyring) -> Result<Option<Waiting>, StoreError> {
+fn opened(row: &Row, ring: &Keyring) -> Result<Option<PendingGrant>, StoreError> {
     let (id, sealed): (String, String) = (column(row, 0)?, column(row, 1)?);
-    let waiting = Waiting::open(&sealed, ring).filter(|waiting| waiting.id == id);
+    let waiting = PendingGrant::open(&sealed, ring).filter(|waiting| waiting.id == id);
     if waiting.is_none() {
         tracing::error!(id, "a grant that waits does not open and is kept");
     }
