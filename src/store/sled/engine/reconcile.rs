@@ -158,8 +158,8 @@ impl Engine {
             if is_stored {
                 tracing::error!(
                     %user,
-                    "the stored grant is older than its mirror: something other than adsidecar restored an old record; the \
-                     mirrored grant is used"
+                    "the stored grant is older than its mirror: something other than adsidecar restored an old record; \
+                     the mirrored grant is used"
                 );
             }
             database.put(user, &record)?;
