@@ -32,7 +32,6 @@ impl ConnectionUrl {
     /// # Errors
     ///
     /// A description of the problem and its remedy, which never quotes the URL.
-
     pub fn parse(url: &str) -> Result<Self, String> {
         if !url.starts_with("postgres://") && !url.starts_with("postgresql://") {
             return Err("is not a PostgreSQL URL: write postgres://user:password@host:5432/database".into());

@@ -82,7 +82,6 @@ impl Postgres {
     /// # Errors
     ///
     /// [`StoreError::Postgres`] if the database cannot be read or written.
-
     pub async fn confirm_pending_grant(
         &self,
         id: &str,
