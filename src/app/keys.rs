@@ -25,7 +25,7 @@ pub fn key_file(config: &Config) -> PathBuf {
 
 fn development_key(config: &Config) -> Result<Secret, BuildError> {
     let path = key_file(config);
-    let made = Keyring::read_or_make(&path);
+    let made = Keyring::read_or_create(&path);
     let (key, made) = made.map_err(|source| BuildError::KeyFile { path: path.clone(), source })?;
     if made {
         let path = path.display();

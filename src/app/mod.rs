@@ -322,7 +322,7 @@ fn report(opened: &Opened) {
     if let Some(reason) = &opened.degraded {
         tracing::error!(reason, "the store cannot be written: grants are served from its copies until there is space");
     }
-    for copy in &opened.unusable_copies {
+    for copy in &opened.unreadable_mirror_files {
         tracing::error!(copy = %copy.display(), "a copy of a grant does not open and is kept");
     }
     for (user, grant) in &opened.users {

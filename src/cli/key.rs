@@ -37,7 +37,7 @@ fn rotate(config: &Config) -> Result<(), Failed> {
     let keyring = Arc::new(app::keyring(config)?);
     let first = keyring.first();
     let (resealed, unreadable) = match TokenStore::open(&config.store, keyring) {
-        Err(StoreError::Held { .. }) => block_on(rotate_running(config, &first.to_string()))??,
+        Err(StoreError::Locked { .. }) => block_on(rotate_running(config, &first.to_string()))??,
         opened => {
             let (store, _) = opened?;
             let done = block_on(async {

@@ -197,8 +197,8 @@ impl From<ConfigErrors> for Failed {
 impl From<StoreError> for Failed {
     fn from(error: StoreError) -> Self {
         let exit = match error {
-            StoreError::Held { .. } => Exit::Held,
-            StoreError::WrongKey { .. } | StoreError::Schema { .. } => Exit::Config,
+            StoreError::Locked { .. } => Exit::Held,
+            StoreError::WrongKey { .. } | StoreError::UnsupportedSchema { .. } => Exit::Config,
             _ => Exit::Failed,
         };
         Self { exit, message: error.to_string() }

@@ -216,7 +216,7 @@ fn store(read: &mut Reader<'_>) -> store::Settings {
         (false, false) => None,
     };
     let postgres = url.and_then(|url| {
-        let address = store::Address::parse(url.expose());
+        let address = store::ConnectionUrl::parse(url.expose());
         address.map_err(|message| read.wrong("store.postgres_url", message)).ok()
     });
     store::Settings { path, postgres }

@@ -248,7 +248,7 @@ const BAD_FILES: &[(&str, &str, &str)] = &[
     ("[store]\nkind = 'postgres'", "store.kind", "store.postgres_url_file"),
     ("[store]\npostgres_url = 'postgres://u:canary-9f3a@db'", "store.postgres_url", "of no use to sled"),
     ("[store]\npostgres_url_file = 'canary-9f3a'", "store.postgres_url", "of no use to sled"),
-    ("[store]\nkind = 'postgres'\npostgres_url = 'canary-9f3a'", "store.postgres_url", "no PostgreSQL URL"),
+    ("[store]\nkind = 'postgres'\npostgres_url = 'canary-9f3a'", "store.postgres_url", "not a PostgreSQL URL"),
     ("[store]\nkind = 'postgres'\npostgres_url = 'postgres://u:canary-9f3a@db?a=b'", "store.postgres_url", "sslmode"),
     // What is not built yet.
     ("[policy]\nread_only = 'canary-9f3a'", "policy.read_only", "`true` or `false`"),

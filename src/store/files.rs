@@ -1,4 +1,4 @@
-//! Files that survive a power cut.
+//! Durable file operations: what they wrote survives a power failure.
 
 use std::ffi::OsString;
 use std::fs::{self, DirBuilder, File, OpenOptions};
@@ -8,37 +8,37 @@ use std::path::{Path, PathBuf};
 
 use super::StoreError;
 
-/// Turns what the operating system says about `path` into our error.
+/// Converts an operating system error about `path`.
 pub(super) fn io_error(path: &Path, source: io::Error) -> StoreError {
     StoreError::Io { path: path.to_owned(), uid: uid(), source }
 }
 
 /// What an operator can do about `error`.
-pub(super) fn cure(error: &io::Error, uid: Option<u32>) -> String {
-    let who = uid.map_or_else(|| "this user".into(), |uid| format!("uid {uid}"));
+pub(super) fn remedy(error: &io::Error, uid: Option<u32>) -> String {
+    let this_user = uid.map_or_else(|| "this user".into(), |uid| format!("uid {uid}"));
     match error.kind() {
-        ErrorKind::PermissionDenied => format!("let {who} read and write it, or set store.path"),
-        ErrorKind::ReadOnlyFilesystem => format!("mount the volume writable for {who}, or set store.path"),
+        ErrorKind::PermissionDenied => format!("give {this_user} read and write access to it, or set store.path"),
+        ErrorKind::ReadOnlyFilesystem => format!("mount the volume writable for {this_user}, or set store.path"),
         ErrorKind::StorageFull | ErrorKind::QuotaExceeded => "free space on its volume".into(),
         _ => "check its volume".into(),
     }
 }
 
-/// Whether `error` ends as soon as somebody frees space.
+/// Whether freeing space on the volume resolves `error`.
 pub(super) fn is_full(error: &StoreError) -> bool {
     let StoreError::Io { source, .. } = error else { return false };
     matches!(source.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded)
 }
 
-/// The path beside `path` whose name ends in `suffix`.
-pub(super) fn beside(path: &Path, suffix: &str) -> PathBuf {
-    // Through the components, because a trailing slash would put it inside.
+/// The path of the sibling of `path` whose name has `suffix` appended.
+pub(super) fn sibling(path: &Path, suffix: &str) -> PathBuf {
+    // `components` drops a trailing slash, which would put the result inside the directory.
     let mut name = OsString::from(path.components().as_path());
     name.push(suffix);
     name.into()
 }
 
-/// Makes a directory and its missing parents, for the owner alone, and puts each on disk.
+/// Creates a directory and its missing parents, accessible to the owner alone, and syncs each.
 pub(super) fn create_private_dir(path: &Path) -> Result<(), StoreError> {
     if path.is_dir() {
         return Ok(());
@@ -51,26 +51,26 @@ pub(super) fn create_private_dir(path: &Path) -> Result<(), StoreError> {
     }
 }
 
-/// The directory that `path` lies in.
+/// The directory that contains `path`.
 pub(super) fn parent(path: &Path) -> &Path {
     path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
-/// Puts the names in a directory on disk.
+/// Makes the entries of a directory durable.
 pub(super) fn sync_dir(path: &Path) -> Result<(), StoreError> {
     match File::open(path).and_then(|dir| dir.sync_all()) {
-        // Some network file systems cannot do that for a directory, and write names at once instead.
+        // Some network file systems cannot sync a directory; they write its entries at once.
         Err(error) if matches!(error.kind(), ErrorKind::InvalidInput | ErrorKind::Unsupported) => Ok(()),
         other => other.map_err(|error| io_error(path, error)),
     }
 }
 
-/// Puts the content of a file on disk.
+/// Makes the content of a file durable.
 pub(super) fn sync_file(path: &Path) -> Result<(), StoreError> {
     File::open(path).and_then(|file| file.sync_all()).map_err(|error| io_error(path, error))
 }
 
-/// Writes a file, for the owner alone, so that after a crash it holds either all of the new content or all of the old.
+/// Replaces a file atomically, readable by the owner alone: after a crash it has either the old content or the new.
 pub(super) fn replace(path: &Path, content: &[u8]) -> Result<(), StoreError> {
     let temporary = temporary(path);
     let write = || {
@@ -83,22 +83,22 @@ pub(super) fn replace(path: &Path, content: &[u8]) -> Result<(), StoreError> {
     sync_dir(parent(path))
 }
 
-/// Deletes a file and what a crash may have left of writing it; `false` where there was none.
+/// Deletes a file, and the temporary file that a crash may have left. Returns `false` if there was no file.
 pub(super) fn remove(path: &Path) -> Result<bool, StoreError> {
     let delete = |path: &Path| match fs::remove_file(path) {
         Ok(()) => Ok(true),
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(false),
         Err(error) => Err(io_error(path, error)),
     };
-    let half_written = delete(&temporary(path))?;
+    let had_temporary = delete(&temporary(path))?;
     let existed = delete(path)?;
-    if half_written || existed {
+    if had_temporary || existed {
         sync_dir(parent(path))?;
     }
     Ok(existed)
 }
 
-/// A file's content; `None` where there is no such file.
+/// Reads a file; `None` if it does not exist.
 pub(super) fn read(path: &Path) -> Result<Option<Vec<u8>>, StoreError> {
     match fs::read(path) {
         Ok(content) => Ok(Some(content)),
@@ -111,7 +111,7 @@ fn temporary(path: &Path) -> PathBuf {
     path.with_extension("tmp")
 }
 
-/// The effective user id. The standard library does not tell it, and a call of our own would need `unsafe`.
+/// The effective user id. The standard library does not offer it, and calling libc would need `unsafe`.
 fn uid() -> Option<u32> {
     let status = fs::read_to_string("/proc/self/status").ok()?;
     status.lines().find_map(|line| line.strip_prefix("Uid:"))?.split_whitespace().nth(1)?.parse().ok()

@@ -1,7 +1,7 @@
-//! The Fernet keys: the first seals, any of them opens.
+//! The Fernet keys: the first key encrypts, and each of them decrypts.
 //!
-//! A token's own timestamp is never looked at. It says when a token was sealed, and a clock that is stepped back would
-//! turn every stored grant into an undecryptable one; how long a token lives is said by the record around it.
+//! The timestamp in a Fernet token is ignored. It is the time of encryption, and if it counted, a clock that is stepped
+//! back would make every stored grant undecryptable. The record around a token states its expiry.
 
 use std::fmt;
 use std::fs;
@@ -20,14 +20,14 @@ use zeroize::Zeroizing;
 
 use crate::domain::secret::Secret;
 
-/// Bytes of a Fernet key ("Key format", Fernet specification): 16 to sign, 16 to encrypt.
+/// Length of a Fernet key in bytes ("Key Format", Fernet specification): 16 to sign, 16 to encrypt.
 const KEY_BYTES: usize = 32;
 
-/// The instant that tokens are opened at: as late as the library's arithmetic allows (it adds 60 to it), so that no
-/// timestamp is ever "in the future".
+/// The time that is passed to the library as the current time: the latest that its arithmetic allows (it adds 60 s of
+/// clock skew), so that no timestamp is "in the future".
 const END_OF_TIME: u64 = u64::MAX - 60;
 
-/// Reads what Python's `urlsafe_b64decode` reads: keys written by hand may end in stray bits.
+/// Accepts what Python's `urlsafe_b64decode` accepts: handwritten keys may have trailing bits.
 const BASE64: GeneralPurpose = GeneralPurpose::new(
     &alphabet::URL_SAFE,
     GeneralPurposeConfig::new()
@@ -35,7 +35,7 @@ const BASE64: GeneralPurpose = GeneralPurpose::new(
         .with_decode_padding_mode(DecodePaddingMode::Indifferent),
 );
 
-/// One or more Fernet keys in the order of their use.
+/// One or more Fernet keys in order of precedence: the first one seals.
 pub struct Keyring(Vec<Key>);
 
 struct Key {
@@ -43,27 +43,27 @@ struct Key {
     fingerprint: Fingerprint,
 }
 
-/// What a token held, and which key opened it.
-pub struct Opened {
+/// The content of a Fernet token, and the key that opened it.
+pub struct Unsealed {
     /// The plaintext, zeroed when dropped.
     pub plain: Zeroizing<Vec<u8>>,
-    /// The place of the key in the ring; 0 is the key that seals.
+    /// The index of the key in the keyring; 0 is the key that seals.
     pub key_index: usize,
 }
 
-/// Text that makes no keyring. Never holds the key.
+/// Why a keyring cannot be built. The messages never contain a key.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum KeyError {
-    /// No key at all.
-    #[error("no Fernet key: set store.fernet_keys or FERNET_KEY; `adsidecar key new` makes one")]
-    None,
-    /// One of the keys is none.
+    /// No key is given.
+    #[error("no Fernet key: set store.fernet_keys or FERNET_KEY; `adsidecar key new` creates one")]
+    Missing,
+    /// One of the keys is not a Fernet key.
     #[error(
-        "Fernet key {position} is not one: {flaw}. A Fernet key is 32 random bytes in URL-safe base64, 44 characters \
-         that end in `=`; `adsidecar key new` makes one"
+        "Fernet key {position} is invalid: {flaw}. A Fernet key is 32 random bytes in URL-safe base64, 44 characters \
+         that end in `=`; `adsidecar key new` creates one"
     )]
-    Bad {
-        /// Which key, counted from 1.
+    Invalid {
+        /// The position of the key, counted from 1.
         position: usize,
         /// What is wrong with it.
         flaw: &'static str,
@@ -71,24 +71,33 @@ pub enum KeyError {
 }
 
 impl Keyring {
-    /// Takes the keys in the order of their use. White space around a key is ignored, as files end in a newline.
+    /// Builds a keyring whose first key seals. White space around a key is ignored, because files end in a newline.
+    ///
+    /// # Errors
+    ///
+    /// [`KeyError`] if there is no key, or one of them is not a Fernet key.
     pub fn new(keys: &[Secret]) -> Result<Self, KeyError> {
         if keys.is_empty() {
-            return Err(KeyError::None);
+            return Err(KeyError::Missing);
         }
-        let read =
-            |(index, key): (usize, &Secret)| Key::read(key).map_err(|flaw| KeyError::Bad { position: index + 1, flaw });
+        let read = |(index, key): (usize, &Secret)| {
+            Key::read(key).map_err(|flaw| KeyError::Invalid { position: index + 1, flaw })
+        };
         keys.iter().enumerate().map(read).collect::<Result<_, _>>().map(Self)
     }
 
-    /// A new random key.
+    /// Generates a random key.
     pub fn generate_key() -> Secret {
         Secret::new(Fernet::generate_key())
     }
 
-    /// The key in the file at `path`, which is made there, readable by its owner alone, where it does not exist yet. Says
-    /// whether it was made.
-    pub fn read_or_make(path: &Path) -> io::Result<(Secret, bool)> {
+    /// Reads the key in the file at `path`. If the file does not exist, creates it with a new key, readable by its
+    /// owner alone. Also returns whether it was created.
+    ///
+    /// # Errors
+    ///
+    /// [`io::Error`] if the file can be neither read nor created.
+    pub fn read_or_create(path: &Path) -> io::Result<(Secret, bool)> {
         if let Some(directory) = path.parent() {
             fs::create_dir_all(directory)?;
         }
@@ -106,18 +115,18 @@ impl Keyring {
         }
     }
 
-    /// Seals with the first key.
+    /// Encrypts with the first key, and returns a Fernet token.
     pub fn seal(&self, plain: &[u8]) -> String {
-        // The library's own `encrypt` panics where the clock stands before 1970.
+        // The library's `encrypt` panics if the clock is before 1970.
         let now = u64::try_from(Timestamp::now().as_second()).unwrap_or(0);
         self.0[0].fernet.encrypt_at_time(plain, now)
     }
 
-    /// Opens with the first key that fits; `None` where no key does.
-    pub fn open(&self, token: &str) -> Option<Opened> {
+    /// Decrypts a Fernet token with the first key that opens it; `None` if none does.
+    pub fn open(&self, token: &str) -> Option<Unsealed> {
         self.0.iter().enumerate().find_map(|(key_index, key)| {
             let plain = key.fernet.decrypt_at_time(token, None, END_OF_TIME).ok()?;
-            Some(Opened { plain: Zeroizing::new(plain), key_index })
+            Some(Unsealed { plain: Zeroizing::new(plain), key_index })
         })
     }
 
@@ -126,7 +135,7 @@ impl Keyring {
         self.0[0].fingerprint
     }
 
-    /// The fingerprints of all keys, in the order of their use.
+    /// The fingerprints of all keys, in order of precedence.
     pub fn fingerprints(&self) -> Vec<Fingerprint> {
         self.0.iter().map(|key| key.fingerprint).collect()
     }
@@ -145,9 +154,9 @@ impl Key {
             return Err("it is empty");
         }
         if text.starts_with(['"', '\'']) || text.ends_with(['"', '\'']) {
-            return Err("it stands in quotes, which do not belong to it");
+            return Err("it is in quotes; remove them");
         }
-        // `openssl rand -base64 32` writes the other alphabet, and Python takes both.
+        // `openssl rand -base64 32` uses the standard alphabet, and Python accepts both.
         let text = Zeroizing::new(text.replace('+', "-").replace('/', "_"));
         let bytes = Zeroizing::new(BASE64.decode(text.as_bytes()).map_err(|_| "it is not base64")?);
         if bytes.len() != KEY_BYTES {
@@ -159,7 +168,7 @@ impl Key {
     }
 }
 
-/// Names a key without telling it: the first 8 hexadecimal digits of the SHA-256 of its 32 bytes.
+/// Identifies a key without revealing it: the first 8 hexadecimal digits of the SHA-256 of its 32 bytes.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Fingerprint([u8; 4]);
 
@@ -182,7 +191,7 @@ impl fmt::Debug for Fingerprint {
     }
 }
 
-/// Text that is not 8 hexadecimal digits.
+/// A text is not a fingerprint.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("a fingerprint is 8 hexadecimal digits")]
 pub struct BadFingerprint;
@@ -210,13 +219,13 @@ mod tests {
         Keyring::new(&keys).unwrap()
     }
 
-    fn text(opened: Opened) -> String {
+    fn text(opened: Unsealed) -> String {
         String::from_utf8(opened.plain.to_vec()).unwrap()
     }
 
     #[test]
     // Covers: failure 44.
-    fn what_is_no_key_is_refused_with_the_cure_and_without_the_key() {
+    fn an_invalid_key_is_refused_with_the_remedy_and_without_quoting_it() {
         let (quoted, single) = (format!("\"{KEY}\""), format!("'{KEY}'"));
         let (long, pair) = (format!("{}AAAA=", &KEY[..43]), format!("{KEY},{KEY}"));
         let garbage = format!("{}$", &KEY[..43]);
@@ -238,7 +247,7 @@ mod tests {
             "\u{feff}cw_0x689RpI-jtRR7oE8h_eQsKImvJapLeSbXpwF4e4=",
         ] {
             let error = Keyring::new(&[Secret::new(KEY), Secret::new(bad)]).unwrap_err();
-            let KeyError::Bad { position: 2, .. } = error else { panic!("{bad:?}: {error}") };
+            let KeyError::Invalid { position: 2, .. } = error else { panic!("{bad:?}: {error}") };
             let message = error.to_string();
             assert!(message.contains("44 characters") && message.contains("adsidecar key new"), "{message}");
             assert!(bad.trim().is_empty() || !message.contains(bad.trim()), "{message}");
@@ -248,10 +257,10 @@ mod tests {
     }
 
     #[test]
-    fn a_token_of_a_strange_key_or_no_token_at_all_does_not_open() {
-        let strange = Keyring::new(&[Keyring::generate_key()]).unwrap();
+    fn a_token_of_another_key_and_a_malformed_token_do_not_open() {
+        let other = Keyring::new(&[Keyring::generate_key()]).unwrap();
         let token = ring(&[KEY]).seal(b"Atzr|x");
-        assert!(strange.open(&token).is_none());
+        assert!(other.open(&token).is_none());
         for bad in ["", "gAAA", "ü", &token[..token.len() - 4], &format!("{token}\n")] {
             assert!(ring(&[KEY]).open(bad).is_none(), "{bad:?}");
         }
@@ -259,7 +268,7 @@ mod tests {
 
     #[test]
     // Covers: failure 44.
-    fn a_key_is_taken_as_files_and_other_tools_write_it() {
+    fn a_key_is_accepted_as_files_and_other_tools_write_it() {
         let token = ring(&[KEY]).seal(b"x");
         let newline = format!(" {KEY}\r\n");
         let other_alphabet = KEY.replace('-', "+").replace('_', "/");
@@ -286,7 +295,7 @@ mod tests {
     }
 
     #[test]
-    fn debug_output_holds_fingerprints_only() {
+    fn debug_output_contains_fingerprints_only() {
         let ring = ring(&[KEY]);
         // echo cw_0x689RpI-jtRR7oE8h_eQsKImvJapLeSbXpwF4e4= | tr _- /+ | base64 -d | sha256sum | cut -c1-8
         assert_eq!(format!("{ring:?}"), "Keyring([cbeb362f])");
@@ -317,14 +326,14 @@ mod tests {
     const VERIFY: &str = include_str!("../../tests/fixtures/fernet/verify.json");
     const INVALID: &str = include_str!("../../tests/fixtures/fernet/invalid.json");
 
-    /// The time that the token itself says.
+    /// The timestamp in the token.
     fn sealed_at(token: &str) -> i64 {
         let bytes = URL_SAFE.decode(token).unwrap();
         i64::from_be_bytes(bytes[1..9].try_into().unwrap())
     }
 
     #[test]
-    fn six_vectors_of_the_specification_are_refused() {
+    fn the_six_malformed_vectors_of_the_specification_are_refused() {
         let invalid = vectors(INVALID);
         let refused: Vec<_> = invalid
             .iter()
@@ -350,7 +359,7 @@ mod tests {
         for vector in vectors(GENERATE).into_iter().chain(vectors(VERIFY)) {
             let ring = ring(&[&vector.secret]);
             assert_eq!(text(ring.open(&vector.token).unwrap()), vector.src);
-            // The IV is ours to choose, so our token differs from the vector's in everything but its form.
+            // We choose the IV, so our token has only its form in common with the vector's.
             let ours = ring.seal(vector.src.as_bytes());
             assert_eq!(ours.len(), vector.token.len());
             assert_eq!(URL_SAFE.decode(&ours).unwrap()[0], 0x80);
@@ -359,12 +368,12 @@ mod tests {
         }
     }
 
-    /// The specification lets a token end by its timestamp. Ours are kept for a year and are opened on machines whose
-    /// clocks get stepped: a grant must not become undecryptable because the clock went back by two minutes after it
-    /// was sealed ("far-future TS"), nor because time passed ("expired TTL"). When an access token ends is said by the
-    /// record, under its seal.
+    /// The specification lets a token expire by its timestamp. Ours are kept for a year and are opened on machines
+    /// whose clocks are stepped: a grant must not become undecryptable because the clock went back by two minutes after
+    /// it was sealed ("far-future TS"), nor because time passed ("expired TTL"). The record states the access token's
+    /// expiry, under its seal.
     #[test]
-    fn the_two_vectors_about_time_open_by_design() {
+    fn tokens_open_whatever_their_timestamp() {
         let invalid = vectors(INVALID);
         let about_time: Vec<_> = invalid
             .iter()
@@ -376,7 +385,7 @@ mod tests {
             .collect();
         assert_eq!(about_time.len(), 2);
         for vector in about_time {
-            // The vectors name no plaintext; theirs is empty.
+            // These vectors give no plaintext; it is empty.
             assert_eq!(text(ring(&[&vector.secret]).open(&vector.token).unwrap()), "", "{}", vector.desc);
         }
     }

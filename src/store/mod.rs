@@ -1,35 +1,11 @@
-//! Grants on disk, for one process (sled), or in a database that several share ([`Postgres`]). What follows is about sled.
+//! Storage of grants: on the local disk for one process (sled), or in a database that several processes share
+//! ([`Postgres`]).
 //!
-//! Two stores in one: a sled database, and beside it, in `<path>.copies/`, one small file per user. Every acknowledged
-//! write is in both, on disk. sled 0.34 has lost and refused whole databases; the copies hold what cannot be had again,
-//! the refresh tokens.
+//! [`TokenStore`] is the handle to either. A user's grant is stored as one encrypted JSON record ([`stored_grant`]);
+//! [`keyring`] holds the Fernet keys. Pending grants, pending logins and notes are stored beside the grants. The two
+//! backends live in `sled/` and `postgres/`; each describes there how it keeps its promises.
 //!
-//! # Which of the two is right
-//!
-//! Commits are numbered. A save commits to sled first and then writes the copy with the commit's number; an erasure
-//! deletes the copy, commits to sled, and then writes the number down beside the copies. So whatever instant a process
-//! dies at, sled's number is at least that of the copies, and each copy has its record: sled is right, and copies that
-//! were not written any more are written at the next start.
-//!
-//! Where sled's number is *lower*, or sled does not open, it has lost something: a bit that flips in its log ends the
-//! log there, without a word. Then it is moved aside, never deleted, and a new one is filled from the copies. A logout
-//! that was acknowledged has deleted its copy, on disk, so nothing brings its grant back: not the copies, which do not
-//! have it, and not an older state of sled, whose number is too low.
-//!
-//! A record that is older than its copy was put back past this store, and the copy's is used.
-//!
-//! # What is under way
-//!
-//! Grants that are exchanged and not in use yet lie beside the copies, in a file each; logins that have begun lie there
-//! together, in one. Both are sealed as a whole, and neither is in the database: they are over within ten minutes.
-//!
-//! Long because every operation and every error that both kinds of store share has its meaning written down here, once.
-//!
-//! # The key
-//!
-//! `<path>.copies/key` holds the fingerprint of the key that sealed last, twice. It is compared before sled is opened, because
-//! sled writes to its directory whenever it opens: with a wrong key nothing is touched. A fingerprint, and not a sealed
-//! text, so that the error can name the key that is wanted.
+//! This file is long because it documents every operation and every error that both backends share, in one place.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -42,105 +18,83 @@ use crate::domain::secret::Secret;
 use crate::store::keyring::{Fingerprint, Keyring};
 use crate::store::stored_grant::StoredGrantError;
 
-mod mirror;
-pub mod keyring;
-pub mod stored_grant;
-mod database;
-mod engine;
 mod files;
+pub mod keyring;
+mod pending_grant;
 mod postgres;
-mod waiting;
-mod worker;
+mod sled;
+pub mod stored_grant;
 
-use engine::Resealed;
-pub use postgres::{Address, Lease, Postgres, Stored};
-pub use waiting::Waiting;
-use worker::Worker;
+pub use self::pending_grant::PendingGrant;
+pub use self::postgres::{ConnectionUrl, Lease, Lookup, Postgres};
+use self::sled::{ResealOutcome, Worker};
+pub use self::stored_grant::Sealed;
 
-/// Where grants are kept.
+/// Where grants are stored.
 #[derive(Clone, Debug)]
 pub struct Settings {
-    /// `store.path`: the directory of the sled database. Beside it lie `<path>.copies/`, the second copy per user.
+    /// `store.path`: the directory of the sled database. The mirror, `<path>.copies/`, lies beside it.
     pub path: PathBuf,
-    /// `store.postgres_url`, where `store.kind` is `postgres`: all is there, and nothing at the path.
-    pub postgres: Option<Address>,
+    /// `store.postgres_url`, set if `store.kind` is `postgres`. Then everything is stored there and nothing at `path`.
+    pub postgres: Option<ConnectionUrl>,
 }
 
-/// The store of all grants. Cloning gives another handle to the same store.
+/// The store of all grants. A clone is another handle to the same store.
 ///
-/// Each operation answers within 2 s or fails (what reads everything from PostgreSQL does so page by page, each of which
-/// answers in that time). A write that timed out may still be done later; repeating the same [`save`](Self::save) is always right.
+/// Each operation completes or fails within 2 s. Operations that read everything from PostgreSQL do so page by page,
+/// and the limit holds for each page. A write that timed out may still be applied later; repeating the same
+/// [`save`](Self::save) is always safe.
 #[derive(Clone, Debug)]
 pub enum TokenStore {
-    /// A directory of its own, for one process.
+    /// A local directory, used by one process.
     Sled(Worker),
     /// A database that several processes share.
     Postgres(Postgres),
 }
 
-/// All users, in the order of their names. A record that yields no grant is kept as it is, and said to be so here.
+/// All users with their grants, ordered by user id. A record that yields no grant is kept as it is and is listed here
+/// with its error.
 pub type Users = Vec<(UserId, Result<Grant, StoredGrantError>)>;
 
-/// What was found when the store was opened.
+/// What the store found when it was opened.
 #[derive(Debug, Default)]
 pub struct Opened {
-    /// Everybody who is known.
+    /// All known users.
     pub users: Users,
-    /// The database was damaged: it was moved here, and a new one was filled from the copies.
+    /// Where the damaged database was moved to, if a new one had to be filled from the mirror.
     pub recovered: Option<PathBuf>,
-    /// How many users came from copies because the database did not have them.
+    /// Number of users restored from the mirror because the database had lost them.
     pub restored: usize,
-    /// Mirror files that were needed and do not open. They are kept.
-    pub unusable_copies: Vec<PathBuf>,
-    /// The volume is full, so that sled does not open: the users come from the copies, and nothing can be written until
-    /// there is space. Each operation tries again. Holds the reason.
+    /// Mirror files that were needed but cannot be opened. They are kept.
+    pub unreadable_mirror_files: Vec<PathBuf>,
+    /// Why sled could not be opened, if the volume is full. The users then come from the mirror, and nothing can be
+    /// written until space is freed. Each operation tries again.
     pub degraded: Option<String>,
 }
 
-/// How the store does, for `store_up` and the logs.
+/// The state of the store, for `store_up` and the logs.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Health {
-    /// Whether the last operation reached the disk.
+    /// Whether the last operation reached the disk or the database server.
     pub up: bool,
-    /// Why the last failing operation failed, even if others went well since.
+    /// Why the most recent failed operation failed, even if later operations succeeded.
     pub last_error: Option<String>,
-    /// How often a damaged database was replaced, or filled again, since the start.
+    /// How often a damaged database was replaced or refilled since the process started.
     pub recoveries: u64,
-    /// How many records there are of each kind.
+    /// Number of records, by what they are sealed with.
     pub records: BTreeMap<Sealed, usize>,
 }
 
 impl Health {
-    /// Records that are sealed with another key of the ring than `first`.
+    /// Number of records sealed with a key of the keyring other than `first`.
     pub fn under_other_keys(&self, first: Fingerprint) -> usize {
         let others = self.records.iter().filter(|(sealed, _)| matches!(sealed, Sealed::By(key) if *key != first));
         others.map(|(_, count)| count).sum()
     }
 
-    /// Records that yield no grant. They are kept.
+    /// Number of records that yield no grant. They are kept.
     pub fn unreadable(&self) -> usize {
         self.records.iter().filter(|(sealed, _)| !matches!(sealed, Sealed::By(_))).map(|(_, count)| count).sum()
-    }
-}
-
-/// What a record is sealed with.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Sealed {
-    /// This key of the ring.
-    By(Fingerprint),
-    /// A key that is not in the ring.
-    ByUnknownKey,
-    /// It is malformed, or its seal does not fit.
-    Damaged,
-}
-
-impl std::fmt::Display for Sealed {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Self::By(key) => key.fmt(f),
-            Self::ByUnknownKey => f.write_str("unknown"),
-            Self::Damaged => f.write_str("damaged"),
-        }
     }
 }
 
@@ -149,77 +103,80 @@ impl std::fmt::Display for Sealed {
 pub struct Reseal {
     /// Records that were sealed with another key and are now sealed with the first.
     pub resealed: usize,
-    /// Records that no key opens; they are kept as they are.
+    /// Records that no key opens. They are kept unchanged.
     pub unreadable: usize,
 }
 
-/// Why the store did not do as asked. Names the cure where there is one.
+/// Why a store operation failed. The message names the remedy where there is one.
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
-    /// Another process has it open.
-    #[error("another adsidecar holds {}: stop it, or give this one a store.path of its own", .path.display())]
-    Held {
+    /// Another process has locked the store.
+    #[error("another adsidecar uses {}: stop it, or set a different store.path for this one", .path.display())]
+    Locked {
         /// `store.path`.
         path: PathBuf,
     },
-    /// What is stored was sealed with a key that is not in the ring. Nothing was written.
+    /// The store was sealed with a key that is not in the keyring. Nothing was written.
     #[error("{}", wrong_key(*.expected, .have))]
     WrongKey {
-        /// The key that sealed last, where that is known.
+        /// The key that sealed last, if known.
         expected: Option<Fingerprint>,
-        /// The keys of the ring.
+        /// The keys of the keyring.
         have: Vec<Fingerprint>,
     },
-    /// Another generation is stored than the caller based its change on, or none.
-    #[error("the stored grant was changed meanwhile: read it again")]
+    /// The stored generation is not the one that the change was based on, or no grant is stored.
+    #[error("the stored grant has changed since it was read: read it again")]
     Conflict,
-    /// No answer in time. A write may still be done.
+    /// The store's thread did not finish in time. A write may still be applied.
     #[error("the store did not answer in time: check its volume")]
     Timeout,
-    /// The store was closed.
+    /// The store has been closed.
     #[error("the store is closed")]
     Closed,
-    /// The record is there and yields no grant.
+    /// A record is stored but yields no grant.
     #[error(transparent)]
-    Record(#[from] StoredGrantError),
-    /// The operating system refused. A write is not stored, or not for sure.
-    #[error("store: {}: {source}; {}", .path.display(), files::cure(.source, *.uid))]
+    Unreadable(#[from] StoredGrantError),
+    /// The operating system reported an error. A write is not stored, or not certain to be.
+    #[error("store: {}: {source}; {}", .path.display(), files::remedy(.source, *.uid))]
     Io {
-        /// What was being read or written.
+        /// The file or directory that was read or written.
         path: PathBuf,
-        /// Whom this process runs as, where that is known.
+        /// The effective user id of this process, if known.
         uid: Option<u32>,
-        /// What was said.
+        /// The operating system's error.
         source: io::Error,
     },
-    /// The database is damaged. The next operation moves it aside and fills a new one from the copies.
-    #[error("the database in {} is damaged ({reason}): it is replaced from its copies at the next operation", .path.display())]
+    /// The database is damaged. The next operation moves it aside and fills a new one from the mirror.
+    #[error(
+        "the database in {} is damaged ({reason}): the next operation replaces it from its mirror", .path.display()
+    )]
     Damaged {
         /// `store.path`.
         path: PathBuf,
-        /// What sled said.
+        /// sled's description of the damage.
         reason: String,
     },
-    /// PostgreSQL did not do as asked, or did not say so in time. A write may still be done.
+    /// PostgreSQL reported an error or did not answer in time. A write may still be applied.
     #[error("PostgreSQL: {reason}")]
     Postgres {
-        /// What was said, and its cure.
+        /// What failed, and the remedy.
         reason: String,
     },
-    /// The tables in PostgreSQL are those of another version of adsidecar. Nothing was written.
+    /// The tables in PostgreSQL have a schema version that this program does not support. Nothing was written.
     #[error(
-        "PostgreSQL: its tables are of version {version}, which this adsidecar does not know: use the adsidecar that made them, or a newer one"
+        "PostgreSQL: the tables have schema version {version}, which this adsidecar does not support: use the version \
+         of adsidecar that created them, or a newer one"
     )]
-    Schema {
-        /// Which.
+    UnsupportedSchema {
+        /// The schema version of the tables.
         version: String,
     },
-    /// The directory holds a database that is not ours, or the engine failed in itself.
+    /// The directory holds a database that adsidecar did not create, or sled failed internally.
     #[error("the database in {} cannot be used: {reason}; give store.path a directory of its own", .path.display())]
-    Engine {
+    UnusableDatabase {
         /// `store.path`.
         path: PathBuf,
-        /// What sled said.
+        /// sled's description of the failure.
         reason: String,
     },
 }
@@ -231,24 +188,28 @@ fn wrong_key(expected: Option<Fingerprint>, have: &[Fingerprint]) -> String {
         None => "a key that is not configured".into(),
     };
     format!(
-        "the store was sealed with {wanted}, and store.fernet_keys has {}: add the key it was sealed with, behind the \
-         new one if there is a new one; nothing was changed",
+        "the store was sealed with {wanted}, but store.fernet_keys has {}: add the key it was sealed with, after the \
+         new key if there is one; nothing was changed",
         have.join(", ")
     )
 }
 
 impl TokenStore {
-    /// Opens the store, or makes it. Blocks until that is done: call it before serving.
+    /// Opens the store, and creates it if it does not exist. Blocks until the store is open: call it before serving.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError`] if the store is locked, was sealed with another key, or cannot be read or written.
     pub fn open(settings: &Settings, keyring: Arc<Keyring>) -> Result<(Self, Opened), StoreError> {
-        if let Some(address) = &settings.postgres {
-            let (store, opened) = Postgres::open(address.clone(), keyring)?;
+        if let Some(url) = &settings.postgres {
+            let (store, opened) = Postgres::open(url.clone(), keyring)?;
             return Ok((Self::Postgres(store), opened));
         }
         let (worker, opened) = Worker::start(settings.path.clone(), keyring)?;
         Ok((Self::Sled(worker), opened))
     }
 
-    /// The database that other processes work on too, where it is one.
+    /// The PostgreSQL store, which other processes may use too; `None` for sled.
     pub fn shared(&self) -> Option<&Postgres> {
         match self {
             Self::Sled(_) => None,
@@ -256,12 +217,16 @@ impl TokenStore {
         }
     }
 
-    /// Stores `grant` for `user`, and gives the generation under which it is stored. Returns once it is on disk, in sled's
-    /// case twice.
+    /// Stores `grant` for `user` and returns the generation it is stored under. Returns once the grant is durable; with
+    /// sled, once it is in the database and in the mirror.
     ///
-    /// With `expected`, only where that generation is the stored one, or where `grant` itself is stored already;
-    /// otherwise [`StoreError::Conflict`]. Without, over whatever is there; in a shared store the generation is then raised
-    /// above all that the user ever had.
+    /// With `expected`, the grant is stored only if that generation is the stored one. Without it, whatever is stored
+    /// is replaced; a shared store then raises the generation above every generation that the user ever had.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError::Conflict`] if the stored generation is not `expected`, unless `grant` itself is already stored;
+    /// any other [`StoreError`] if the store cannot be read or written.
     pub async fn save(&self, user: &UserId, grant: &Grant, expected: Option<u64>) -> Result<u64, StoreError> {
         match self {
             Self::Sled(worker) => {
@@ -272,9 +237,15 @@ impl TokenStore {
         }
     }
 
-    /// Deletes the grant of `user`, and returns once that is on disk; `false` where there was none. Old ciphertext stays
-    /// in sled's log until that is overwritten, in databases that were moved aside, and in PostgreSQL's log and backups: only
-    /// throwing the key away makes it worthless.
+    /// Deletes the grant of `user` together with its pending grants, and returns once that is durable. Returns `false`
+    /// if there was no grant.
+    ///
+    /// Old ciphertext remains in sled's log until it is overwritten, in databases that were moved aside, and in
+    /// PostgreSQL's write-ahead log and backups. Only destroying the key makes it worthless.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError`] if the store cannot be written. Repeating the call is safe.
     pub async fn erase(&self, user: &UserId) -> Result<bool, StoreError> {
         match self {
             Self::Sled(worker) => {
@@ -285,7 +256,11 @@ impl TokenStore {
         }
     }
 
-    /// The grant of `user`.
+    /// Reads the grant of `user`; `None` if there is none.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError::Unreadable`] if the record yields no grant; any other [`StoreError`] if the store cannot be read.
     pub async fn load(&self, user: &UserId) -> Result<Option<Grant>, StoreError> {
         match self {
             Self::Sled(worker) => {
@@ -296,7 +271,11 @@ impl TokenStore {
         }
     }
 
-    /// All users and their grants.
+    /// Reads all users with their grants.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError`] if the store cannot be read. A single unreadable record is no error: it is listed with its own.
     pub async fn scan(&self) -> Result<Users, StoreError> {
         match self {
             Self::Sled(worker) => worker.call(|engine| engine.scan()).await,
@@ -304,8 +283,12 @@ impl TokenStore {
         }
     }
 
-    /// The records as they are stored: what `store dump` prints and [`StoredGrant::import`](crate::store::stored_grant::StoredGrant::import)
-    /// reads.
+    /// Reads the records as they are stored. `store dump` prints them, and
+    /// [`StoredGrant::import`](crate::store::stored_grant::StoredGrant::import) reads them.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError`] if the store cannot be read.
     pub async fn dump(&self) -> Result<BTreeMap<UserId, serde_json::Value>, StoreError> {
         match self {
             Self::Sled(worker) => worker.call(|engine| engine.dump()).await,
@@ -313,55 +296,81 @@ impl TokenStore {
         }
     }
 
-    /// Puts a grant that waits on disk, before anything else is done with it. An erasure of its user deletes it.
-    pub async fn keep_waiting(&self, waiting: &Waiting) -> Result<(), StoreError> {
+    /// Stores a pending grant. Callers do this before anything else, because the authorization code is already spent.
+    /// [`erase`](Self::erase) of the same user deletes it.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError`] if the store cannot be written.
+    pub async fn save_pending_grant(&self, pending: &PendingGrant) -> Result<(), StoreError> {
         match self {
             Self::Sled(worker) => {
-                let waiting = waiting.clone();
-                worker.call(move |engine| engine.keep_waiting(&waiting)).await
+                let pending = pending.clone();
+                worker.call(move |engine| engine.save_pending_grant(&pending)).await
             }
-            Self::Postgres(store) => store.keep_waiting(waiting).await,
+            Self::Postgres(store) => store.save_pending_grant(pending).await,
         }
     }
 
-    /// Deletes a grant that waits, by its id.
-    pub async fn drop_waiting(&self, id: &str) -> Result<(), StoreError> {
+    /// Deletes the pending grant with this id, if there is one.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError`] if the store cannot be written.
+    pub async fn delete_pending_grant(&self, id: &str) -> Result<(), StoreError> {
         match self {
             Self::Sled(worker) => {
                 let id = id.to_owned();
-                worker.call(move |engine| engine.drop_waiting(&id)).await
+                worker.call(move |engine| engine.delete_pending_grant(&id)).await
             }
-            Self::Postgres(store) => store.drop_waiting(id).await,
+            Self::Postgres(store) => store.delete_pending_grant(id).await,
         }
     }
 
-    /// All grants that wait, with those that the last process left; in a shared store those that nobody works on, each of
-    /// which is the caller's for a minute.
-    pub async fn waiting(&self) -> Result<Vec<Waiting>, StoreError> {
+    /// Returns the pending grants, those that the previous process left included. A shared store returns only those
+    /// that no process has claimed, and claims each of them for this process for one minute.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError`] if the store cannot be read. A pending grant that cannot be opened is logged and kept.
+    pub async fn claim_pending_grants(&self) -> Result<Vec<PendingGrant>, StoreError> {
         match self {
-            Self::Sled(worker) => worker.call(|engine| engine.waiting()).await,
-            Self::Postgres(store) => store.claim_waiting().await,
+            Self::Sled(worker) => worker.call(|engine| engine.pending_grants()).await,
+            Self::Postgres(store) => store.claim_pending_grants().await,
         }
     }
 
-    /// Puts the logins that have begun on disk, sealed: one text, which replaces the one of before. A shared store has
-    /// [another way](Postgres::begin_login), and ignores this.
-    pub async fn keep_logins(&self, plain: Secret) -> Result<(), StoreError> {
+    /// Stores all pending logins, sealed, as one text that replaces the previous one. A shared store ignores this and
+    /// stores each login [on its own](Postgres::save_pending_login).
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError`] if the store cannot be written.
+    pub async fn save_pending_logins(&self, plain: Secret) -> Result<(), StoreError> {
         match self {
-            Self::Sled(worker) => worker.call(move |engine| engine.keep_logins(plain.expose())).await,
+            Self::Sled(worker) => worker.call(move |engine| engine.save_pending_logins(plain.expose())).await,
             Self::Postgres(_) => Ok(()),
         }
     }
 
-    /// The logins that had begun when the last process ended.
-    pub async fn logins(&self) -> Result<Option<Secret>, StoreError> {
+    /// Returns the text that [`save_pending_logins`](Self::save_pending_logins) stored last; always `None` for a shared
+    /// store.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError`] if the store cannot be read.
+    pub async fn pending_logins(&self) -> Result<Option<Secret>, StoreError> {
         match self {
-            Self::Sled(worker) => worker.call(|engine| Ok(engine.logins()?.map(Secret::new))).await,
+            Self::Sled(worker) => worker.call(|engine| Ok(engine.pending_logins()?.map(Secret::new))).await,
             Self::Postgres(_) => Ok(None),
         }
     }
 
-    /// A small fact that outlives users and restarts.
+    /// Reads a note: a small fact that outlives users and restarts.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError`] if the store cannot be read.
     pub async fn note(&self, key: &'static str) -> Result<Option<String>, StoreError> {
         match self {
             Self::Sled(worker) => worker.call(move |engine| engine.note(key)).await,
@@ -369,7 +378,11 @@ impl TokenStore {
         }
     }
 
-    /// Writes a small fact down. It is not encrypted: never a secret.
+    /// Writes a note. Notes are not encrypted: never store a secret in one.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError`] if the store cannot be written.
     pub async fn set_note(&self, key: &'static str, value: impl Into<String>) -> Result<(), StoreError> {
         let value = value.into();
         match self {
@@ -378,8 +391,13 @@ impl TokenStore {
         }
     }
 
-    /// Takes other keys into use: the first seals from now on. They have to include the key that sealed last, or nothing
-    /// changes and it is [`StoreError::WrongKey`].
+    /// Replaces the keyring: its first key seals from now on. Stored records keep their seal until
+    /// [`reseal`](Self::reseal).
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError::WrongKey`] if `keyring` lacks the key that sealed last; then nothing changes. Any other
+    /// [`StoreError`] if the store cannot be read or written.
     pub async fn rekey(&self, keyring: Arc<Keyring>) -> Result<(), StoreError> {
         match self {
             Self::Sled(worker) => worker.call(move |engine| engine.rekey(keyring)).await,
@@ -387,8 +405,12 @@ impl TokenStore {
         }
     }
 
-    /// Seals every record, and its copy, with the first key. Where it is interrupted, the next call goes on; other
-    /// operations are served in between.
+    /// Seals every record, and its mirror file, with the first key. After an interruption the next call continues with
+    /// the records that are left. Other operations run in between.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError`] if the store cannot be read or written.
     pub async fn reseal(&self) -> Result<Reseal, StoreError> {
         let worker = match self {
             Self::Sled(worker) => worker,
@@ -397,16 +419,16 @@ impl TokenStore {
         let mut done = Reseal::default();
         for user in worker.call(|engine| engine.users()).await? {
             match worker.call(move |engine| engine.reseal(&user)).await? {
-                Resealed::Done => done.resealed += 1,
-                Resealed::Unreadable => done.unreadable += 1,
-                Resealed::NothingToDo => {}
+                ResealOutcome::Resealed => done.resealed += 1,
+                ResealOutcome::Unreadable => done.unreadable += 1,
+                ResealOutcome::NothingToDo => {}
             }
         }
-        worker.call(|engine| engine.reseal_waiting()).await?;
+        worker.call(|engine| engine.reseal_pending()).await?;
         Ok(done)
     }
 
-    /// How the store does. Never waits.
+    /// Returns the state of the store without waiting for it.
     pub fn health(&self) -> Health {
         match self {
             Self::Sled(worker) => worker.health(),
@@ -414,7 +436,12 @@ impl TokenStore {
         }
     }
 
-    /// Ends what was begun, and gives the directory, or the connection, free. All handles are dead from then on.
+    /// Finishes queued operations and releases the directory or the connection. Every handle fails with
+    /// [`StoreError::Closed`] from then on; closing again does nothing.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError::Timeout`] if the store's thread does not finish in time.
     pub async fn close(&self) -> Result<(), StoreError> {
         match self {
             Self::Sled(worker) => worker.close().await,

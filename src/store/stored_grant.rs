@@ -1,8 +1,9 @@
 //! The stored form of a grant: one JSON object per user.
 //!
-//! Each token is a Fernet token of its own whose plaintext is the token and nothing else, so that any Fernet
-//! implementation opens it. Fernet knows no associated data: without more, whoever can write to the store could put one
-//! user's tokens under another's name, or change an expiry. The `seal`, one more Fernet token, binds them together.
+//! Each token is encrypted as its own Fernet token whose plaintext is the token and nothing else, so that any Fernet
+//! implementation can decrypt it. Fernet has no associated data: with these alone, an attacker with write access to the
+//! store could move one user's tokens to another user or change an expiry. The `seal`, one more Fernet token,
+//! authenticates the fields together.
 
 use std::fmt;
 
@@ -15,22 +16,23 @@ use zeroize::Zeroizing;
 
 use crate::domain::account::UserId;
 use crate::domain::grant::{Access, AccessToken, Grant, RefreshToken};
-use crate::store::keyring::Keyring;
+use crate::store::keyring::{Fingerprint, Keyring};
 
-/// One user's grant, encrypted. Fields it does not know are not kept.
+/// One user's grant, encrypted. Unknown JSON fields are dropped.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StoredGrant {
-    /// The access token as a Fernet token; absent where only the refresh token is known.
+    /// The access token as a Fernet token; absent if only the refresh token is known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     access_token: Option<String>,
     /// The refresh token as a Fernet token.
     refresh_token: String,
-    /// The refresh token before, as a Fernet token; only behind a rotation that has not proved itself yet.
+    /// The previous refresh token as a Fernet token; present only until a rotated refresh token has been used
+    /// successfully.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     previous_refresh_token: Option<String>,
     #[serde(default = "bearer")]
     token_type: String,
-    /// When the access token ends.
+    /// When the access token expires.
     #[serde(default, deserialize_with = "optional_time", skip_serializing_if = "Option::is_none")]
     expires_at: Option<Timestamp>,
     #[serde(deserialize_with = "time")]
@@ -43,45 +45,69 @@ pub struct StoredGrant {
     scope: Option<String>,
     #[serde(default)]
     generation: u64,
-    /// A Fernet token over a [`Binding`].
+    /// A Fernet token whose plaintext is a [`Binding`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     seal: Option<String>,
 }
 
-/// What the seal holds.
+/// The plaintext of the seal: the fields that it authenticates.
 #[derive(PartialEq, Eq, Serialize, Deserialize)]
 struct Binding {
     user: UserId,
     generation: u64,
     expires_at: Option<Timestamp>,
     consented_at: Option<Timestamp>,
-    /// SHA-256, in hexadecimal digits, of the JSON array `[refresh_token, access_token]` of both ciphertexts, with the
-    /// previous refresh token's behind them where there is one.
+    /// SHA-256, in hexadecimal digits, of the JSON array `[refresh_token, access_token]` of both ciphertexts, followed
+    /// by the previous refresh token's if there is one.
     digest: String,
 }
 
-/// Why a record yields no grant. It is kept all the same: only a logout or an operator deletes.
+/// Why a record yields no grant. The record is kept: only a logout or an operator deletes it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum StoredGrantError {
-    /// No key of the ring opens it.
+    /// No key of the keyring opens it.
     #[error("no configured Fernet key opens the record: add the key it was sealed with to store.fernet_keys")]
     Undecryptable,
-    /// Its parts do not belong together, or not to this user.
-    #[error("the record's seal does not fit its content: it was changed or moved outside adsidecar; log in again")]
+    /// Its fields do not belong together, or belong to another user.
+    #[error("the record's seal does not match its content: it was changed or moved outside adsidecar; log in again")]
     Tampered,
-    /// It is not the JSON it should be.
+    /// It is not JSON of the documented form.
     #[error("the record is malformed: {0}")]
     Malformed(&'static str),
 }
 
-/// Says what a record needs. The parser's own message would quote values, and those may be tokens.
-const SHAPE: StoredGrantError = StoredGrantError::Malformed(
-    "it is an object with at least refresh_token (Fernet) and updated_at, and usually access_token (Fernet), \
-     token_type and expires_at; times are RFC 3339, in UTC where they name no zone",
+/// Describes the required form. The parser's own message would quote values, which may be tokens.
+const BAD_FORM: StoredGrantError = StoredGrantError::Malformed(
+    "it must be an object with at least refresh_token (Fernet) and updated_at, and usually access_token (Fernet), \
+     token_type and expires_at; times are RFC 3339, in UTC if they have no offset",
 );
 
+/// A stored record as parsed, or why it does not parse.
+pub(super) type ParsedRecord = Result<StoredGrant, StoredGrantError>;
+
+/// What a record is sealed with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Sealed {
+    /// This key of the keyring.
+    By(Fingerprint),
+    /// A key that is not in the keyring.
+    ByUnknownKey,
+    /// The record is malformed, or its seal does not match.
+    Damaged,
+}
+
+impl fmt::Display for Sealed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::By(key) => key.fmt(f),
+            Self::ByUnknownKey => f.write_str("unknown"),
+            Self::Damaged => f.write_str("damaged"),
+        }
+    }
+}
+
 impl StoredGrant {
-    /// Encrypts `grant` for `user` with the first key.
+    /// Encrypts `grant` for `user` with the first key of the keyring.
     pub fn seal(grant: &Grant, user: &UserId, keyring: &Keyring) -> Self {
         let encrypt = |text: &str| keyring.seal(text.as_bytes());
         let mut record = Self {
@@ -102,11 +128,16 @@ impl StoredGrant {
         record
     }
 
-    /// Checks the seal and decrypts. A record without a seal is refused: only [`import`](Self::import) takes those.
+    /// Checks the seal and decrypts the record.
+    ///
+    /// # Errors
+    ///
+    /// [`StoredGrantError`] if the record yields no grant. A record without a seal counts as tampered with: only
+    /// [`import`](Self::import) accepts those.
     pub fn open(&self, user: &UserId, keyring: &Keyring) -> Result<Grant, StoredGrantError> {
         let seal = self.seal.as_deref().ok_or(StoredGrantError::Tampered)?;
         let Some(binding) = keyring.open(seal) else {
-            // With no key for the tokens either, it is the key that is missing; otherwise the seal was changed.
+            // If no key opens the tokens either, the key is missing; otherwise the seal was changed.
             let readable = keyring.open(&self.refresh_token).is_some();
             return Err(if readable { StoredGrantError::Tampered } else { StoredGrantError::Undecryptable });
         };
@@ -117,24 +148,31 @@ impl StoredGrant {
         self.decrypt(keyring)
     }
 
-    /// Reads a record that another program, or `store dump`, wrote. The seal may be missing; where there is one, it must
-    /// fit.
+    /// Decrypts a record that another program or `store dump` wrote. The seal is optional, but must match if present.
+    ///
+    /// # Errors
+    ///
+    /// [`StoredGrantError`] if the record yields no grant.
     pub fn import(json: serde_json::Value, user: &UserId, keyring: &Keyring) -> Result<Grant, StoredGrantError> {
-        let record: Self = serde_json::from_value(json).map_err(|_| SHAPE)?;
+        let record: Self = serde_json::from_value(json).map_err(|_| BAD_FORM)?;
         if record.seal.is_some() { record.open(user, keyring) } else { record.decrypt(keyring) }
     }
 
-    /// Reads stored JSON, without opening it.
+    /// Parses stored JSON without decrypting it.
+    ///
+    /// # Errors
+    ///
+    /// [`StoredGrantError::Malformed`] if `json` does not have the documented form.
     pub fn parse(json: &[u8]) -> Result<Self, StoredGrantError> {
-        serde_json::from_slice(json).map_err(|_| SHAPE)
+        serde_json::from_slice(json).map_err(|_| BAD_FORM)
     }
 
-    /// The JSON to store.
+    /// Serializes the record as the JSON to store.
     pub fn to_json(&self) -> Vec<u8> {
         serde_json::to_vec(self).expect("text, numbers and times are JSON")
     }
 
-    /// Rises with each stored change. Trustworthy only after [`open`](Self::open).
+    /// The generation of the grant, which rises with each stored change. Trustworthy only after [`open`](Self::open).
     pub fn generation(&self) -> u64 {
         self.generation
     }
@@ -144,13 +182,13 @@ impl StoredGrant {
         self.updated_at
     }
 
-    /// The place in the ring of the key that opens it; of several the last, which a rotation is still to replace. `None`
-    /// where a part opens with no key.
+    /// The index in the keyring of the key that opens the record. If its parts need several keys, the highest index: a
+    /// rotation still has to replace that key. `None` if no key opens some part.
     pub fn key_index(&self, keyring: &Keyring) -> Option<usize> {
         let optional = [&self.access_token, &self.previous_refresh_token, &self.seal];
         let parts = [Some(&self.refresh_token)].into_iter().chain(optional.map(Option::as_ref));
-        let places = parts.flatten().map(|token| Some(keyring.open(token)?.key_index));
-        places.collect::<Option<Vec<_>>>()?.into_iter().max()
+        let indexes = parts.flatten().map(|token| Some(keyring.open(token)?.key_index));
+        indexes.collect::<Option<Vec<_>>>()?.into_iter().max()
     }
 
     fn binding(&self, user: &UserId) -> Binding {
@@ -168,7 +206,7 @@ impl StoredGrant {
 
     fn decrypt(&self, keyring: &Keyring) -> Result<Grant, StoredGrantError> {
         let refresh_token = RefreshToken::new(plaintext(&self.refresh_token, keyring)?).map_err(|_| NO_TOKEN)?;
-        // An access token whose end is unknown is not used: the refresh token brings another.
+        // An access token without an expiry is not used: a refresh gets another.
         let access = match (&self.access_token, self.expires_at) {
             (Some(sealed), Some(expires_at)) => {
                 let token = AccessToken::new(plaintext(sealed, keyring)?).map_err(|_| NO_TOKEN)?;
@@ -197,7 +235,33 @@ impl fmt::Debug for StoredGrant {
     }
 }
 
-const NO_TOKEN: StoredGrantError = StoredGrantError::Malformed("what was encrypted is not a token");
+const NO_TOKEN: StoredGrantError = StoredGrantError::Malformed("the encrypted text is not a token");
+
+/// Decrypts a parsed record, and says what it is sealed with.
+pub(super) fn open_record(
+    user: &UserId,
+    record: &ParsedRecord,
+    keyring: &Keyring,
+) -> (Result<Grant, StoredGrantError>, Sealed) {
+    let record = record.as_ref().map_err(|error| *error);
+    let grant = record.and_then(|record| record.open(user, keyring));
+    let sealed = match grant.as_ref().and(record.as_ref()).map(|record| record.key_index(keyring)) {
+        Ok(Some(index)) => Sealed::By(keyring.fingerprints()[index]),
+        Ok(None) | Err(StoredGrantError::Undecryptable) => Sealed::ByUnknownKey,
+        Err(StoredGrantError::Tampered | StoredGrantError::Malformed(_)) => Sealed::Damaged,
+    };
+    (grant, sealed)
+}
+
+/// Whether `record` already holds `grant`: then this save repeats a write that timed out but was applied.
+pub(super) fn is_same_grant(record: &ParsedRecord, user: &UserId, grant: &Grant, keyring: &Keyring) -> bool {
+    let access = |grant: &Grant| grant.access.as_ref().map(|access| access.token.clone());
+    record.clone().and_then(|record| record.open(user, keyring)).is_ok_and(|stored| {
+        stored.generation == grant.generation
+            && stored.refresh_token == grant.refresh_token
+            && access(&stored) == access(grant)
+    })
+}
 
 fn plaintext(sealed: &str, keyring: &Keyring) -> Result<String, StoredGrantError> {
     let mut plain: Zeroizing<Vec<u8>> = keyring.open(sealed).ok_or(StoredGrantError::Undecryptable)?.plain;
@@ -212,7 +276,7 @@ fn time<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Timestamp, D::Erro
     optional_time(deserializer)?.ok_or_else(|| serde::de::Error::custom("a time is missing"))
 }
 
-/// RFC 3339, or the same without a zone, as Python's `datetime.utcnow().isoformat()` writes it.
+/// Parses RFC 3339, or the same without an offset, as Python's `datetime.utcnow().isoformat()` writes it.
 fn optional_time<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Timestamp>, D::Error> {
     let Some(text) = Option::<String>::deserialize(deserializer)? else { return Ok(None) };
     let zoneless = || text.parse::<DateTime>().and_then(|time| time.to_zoned(TimeZone::UTC)).map(|at| at.timestamp());
@@ -254,7 +318,7 @@ mod tests {
         }
     }
 
-    /// What can be compared of a grant.
+    /// The comparable facts of a grant, secrets included.
     fn facts(grant: &Grant) -> impl PartialEq + fmt::Debug + use<> {
         (
             grant.refresh_token.secret().expose().to_owned(),
@@ -278,14 +342,14 @@ mod tests {
 
     #[test]
     // Covers: threat 27.
-    fn a_record_under_another_users_name_is_refused() {
+    fn a_record_stored_under_another_user_is_refused() {
         let record = StoredGrant::seal(&grant(), &user("anna"), &ring());
         assert_eq!(record.open(&user("bob"), &ring()).unwrap_err(), StoredGrantError::Tampered);
     }
 
     #[test]
     // Covers: threat 29.
-    fn each_changed_field_under_the_seal_is_refused() {
+    fn a_change_to_any_sealed_field_is_refused() {
         let (ring, anna) = (ring(), user("anna"));
         let record = StoredGrant::seal(&grant(), &anna, &ring);
         let other = value(&StoredGrant::seal(&grant(), &anna, &ring));
@@ -311,7 +375,7 @@ mod tests {
     }
 
     #[test]
-    fn tokens_exchanged_between_the_fields_are_refused() {
+    fn swapping_access_and_refresh_token_is_refused() {
         let (ring, anna) = (ring(), user("anna"));
         let record = StoredGrant::seal(&grant(), &anna, &ring);
         let json = value(&record);
@@ -321,18 +385,18 @@ mod tests {
     }
 
     #[test]
-    fn a_record_of_another_key_is_undecryptable() {
+    fn a_record_sealed_with_another_key_is_undecryptable() {
         let record = StoredGrant::seal(&grant(), &user("anna"), &ring());
-        let strange = Keyring::new(&[Keyring::generate_key()]).unwrap();
-        assert_eq!(record.open(&user("anna"), &strange).unwrap_err(), StoredGrantError::Undecryptable);
+        let other_ring = Keyring::new(&[Keyring::generate_key()]).unwrap();
+        assert_eq!(record.open(&user("anna"), &other_ring).unwrap_err(), StoredGrantError::Undecryptable);
         assert_eq!(
-            StoredGrant::import(value(&record), &user("anna"), &strange).unwrap_err(),
+            StoredGrant::import(value(&record), &user("anna"), &other_ring).unwrap_err(),
             StoredGrantError::Undecryptable
         );
     }
 
     #[test]
-    fn what_is_no_record_is_malformed_and_its_values_are_not_told() {
+    fn a_malformed_record_is_refused_without_quoting_its_values() {
         let sealed = ring().seal(b"Atzr|x");
         for bad in [
             json!(null),
@@ -356,14 +420,14 @@ mod tests {
     }
 
     #[test]
-    fn plain_tokens_are_not_taken_for_encrypted_ones() {
+    fn an_unencrypted_token_is_refused() {
         let json = json!({"refresh_token": "Atzr|canary", "updated_at": "2026-01-01T00:00:00Z"});
         let error = StoredGrant::import(json, &user("anna"), &ring()).unwrap_err();
         assert_eq!(error, StoredGrantError::Undecryptable);
     }
 
     #[test]
-    fn neither_json_nor_debug_output_holds_a_token() {
+    fn neither_json_nor_debug_output_contains_a_token() {
         let record = StoredGrant::seal(&grant(), &user("anna"), &ring());
         assert!(!value(&record).to_string().contains("canary"));
         let debug = format!("{record:?}");
@@ -372,7 +436,7 @@ mod tests {
 
     #[test]
     // Covers: threat 28.
-    fn the_stored_fields_are_the_documented_ones_and_tokens_are_encrypted_alone() {
+    fn a_record_has_the_documented_fields_and_each_token_is_encrypted_by_itself() {
         let json = value(&StoredGrant::seal(&grant(), &user("anna"), &ring()));
         let names: Vec<_> = json.as_object().unwrap().keys().map(String::as_str).collect();
         let mut expected = ["access_token", "refresh_token", "token_type", "expires_at", "updated_at"].to_vec();
@@ -386,7 +450,7 @@ mod tests {
     }
 
     #[test]
-    fn the_five_fields_of_other_services_are_imported_with_zoneless_times_as_utc() {
+    fn a_five_field_record_of_another_program_is_imported_and_times_without_offset_are_utc() {
         let json = json!({
             "access_token": ring().seal(b"Atza|x"),
             "refresh_token": ring().seal(b"Atzr|x"),
@@ -405,7 +469,7 @@ mod tests {
     }
 
     #[test]
-    fn a_grant_without_a_known_access_token_is_imported() {
+    fn a_record_without_a_usable_access_token_is_imported() {
         for json in [
             json!({"refresh_token": ring().seal(b"Atzr|x"), "updated_at": "2026-01-01T13:00:00+02:00"}),
             json!({"refresh_token": ring().seal(b"Atzr|x"), "updated_at": "2026-01-01T11:00:00",
@@ -418,14 +482,14 @@ mod tests {
     }
 
     #[test]
-    fn an_import_with_a_seal_must_fit_it() {
+    fn an_imported_seal_must_match() {
         let json = value(&StoredGrant::seal(&grant(), &user("anna"), &ring()));
         assert_eq!(facts(&StoredGrant::import(json.clone(), &user("anna"), &ring()).unwrap()), facts(&grant()));
         assert_eq!(StoredGrant::import(json, &user("bob"), &ring()).unwrap_err(), StoredGrantError::Tampered);
     }
 
     #[test]
-    fn whether_a_rotation_has_work_to_do_is_known() {
+    fn key_index_tells_whether_a_rotation_has_to_reseal_the_record() {
         let (old, new) = (Keyring::generate_key(), Keyring::generate_key());
         let before = Keyring::new(std::slice::from_ref(&old)).unwrap();
         let during = Keyring::new(&[new, old]).unwrap();
@@ -468,7 +532,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_grant_survives_its_record(grant in grants(), name in "[A-Za-z0-9_@:|+-]{1,128}") {
+        fn sealing_and_opening_returns_the_same_grant(grant in grants(), name in "[A-Za-z0-9_@:|+-]{1,128}") {
             let ring = ring();
             let record = StoredGrant::seal(&grant, &user(&name), &ring);
             let again = StoredGrant::parse(&record.to_json()).unwrap();
@@ -477,7 +541,7 @@ mod tests {
         }
 
         #[test]
-        fn no_bytes_make_the_parser_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
+        fn the_parser_never_panics(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
             let _ = StoredGrant::parse(&bytes).and_then(|record| record.open(&user("anna"), &ring()));
         }
     }

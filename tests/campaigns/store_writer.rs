@@ -59,7 +59,7 @@ fn open(path: &str) -> TokenStore {
                 .map(|(user, grant)| (user.to_string(), grant.as_ref().ok().map(token).into()))
                 .collect();
             let recovered = opened.recovered.is_some();
-            let unusable = opened.unusable_copies.len();
+            let unusable = opened.unreadable_mirror_files.len();
             let degraded = opened.degraded.is_some();
             say(&format!(
                 "open {}",

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use adsidecar::domain::grant::{Grant, RefreshToken};
 use adsidecar::domain::secret::Secret;
 use adsidecar::store::keyring::Keyring;
-use adsidecar::store::{Settings, TokenStore, Waiting};
+use adsidecar::store::{PendingGrant, Settings, TokenStore};
 use reqwest::{Method, Response};
 use serde_json::Value;
 use world::{Door, Fault, Rule, SCOPE};
@@ -178,8 +178,8 @@ async fn a_login_that_was_killed_is_finished_however_late_the_next_start_is() {
             generation: 0,
         };
         let (id, user) = (user.repeat(16), user.parse().unwrap());
-        let waiting = Waiting { id, user, since: harness.clock.now(), replace: false, confirm, grant };
-        store.keep_waiting(&waiting).await.unwrap();
+        let waiting = PendingGrant { id, user, since: harness.clock.now(), replace: false, confirm, grant };
+        store.save_pending_grant(&waiting).await.unwrap();
     }
     store.close().await.unwrap();
     harness.advance(3600);

@@ -6,7 +6,7 @@ use adsidecar::domain::account::UserId;
 use adsidecar::domain::grant::{Access, AccessToken, Grant, RefreshToken};
 use adsidecar::domain::secret::Secret;
 use adsidecar::store::keyring::Keyring;
-use adsidecar::store::{Address, Opened, Sealed, Settings, StoreError, TokenStore, Waiting};
+use adsidecar::store::{ConnectionUrl, Opened, PendingGrant, Sealed, Settings, StoreError, TokenStore};
 use jiff::{SignedDuration, Timestamp};
 use tempfile::TempDir;
 
@@ -66,7 +66,7 @@ impl Stores {
         self.cluster.connect().await.run(&format!("DROP TABLE IF EXISTS {tables}")).await;
         let settings = |url: Option<String>| Settings {
             path: self.directory.path().join("store"),
-            postgres: url.map(|url| Address::parse(&url).unwrap()),
+            postgres: url.map(|url| ConnectionUrl::parse(&url).unwrap()),
         };
         let behind = settings(Some(self.bouncer.url()));
         vec![("sled", settings(None)), ("postgres", settings(Some(self.cluster.url()))), ("pgbouncer", behind)]
@@ -159,7 +159,7 @@ async fn each_store_keeps_grants_that_wait_until_they_are_dropped_or_their_user_
     for at in 0..3 {
         let (kind, settings) = stores.empty().await.swap_remove(at);
         let (store, _) = open(&settings, &ring(&[&key])).unwrap();
-        let waiting = |id: &str, name: &str| Waiting {
+        let waiting = |id: &str, name: &str| PendingGrant {
             id: id.to_owned(),
             user: user(name),
             since: Timestamp::now(),
@@ -168,15 +168,18 @@ async fn each_store_keeps_grants_that_wait_until_they_are_dropped_or_their_user_
             grant: grant(name, 0),
         };
         for (id, name) in [("1", "anna"), ("2", "anna"), ("3", "bob"), ("4", "bob")] {
-            store.keep_waiting(&waiting(id, name)).await.unwrap();
+            store.save_pending_grant(&waiting(id, name)).await.unwrap();
         }
         store.erase(&user("anna")).await.unwrap();
-        store.drop_waiting("3").await.unwrap();
+        store.delete_pending_grant("3").await.unwrap();
         if store.shared().is_some() {
-            assert!(store.waiting().await.unwrap().is_empty(), "{kind}: who stored them works on them still");
+            assert!(
+                store.claim_pending_grants().await.unwrap().is_empty(),
+                "{kind}: who stored them works on them still"
+            );
             stores.cluster.connect().await.run("UPDATE adsidecar_waiting SET claimed_until = now()").await;
         }
-        let left = store.waiting().await.unwrap();
+        let left = store.claim_pending_grants().await.unwrap();
         let left: Vec<_> = left.iter().map(|waiting| (waiting.id.as_str(), waiting.user.as_str())).collect();
         assert_eq!(left, [("4", "bob")], "{kind}");
         store.close().await.unwrap();

@@ -23,7 +23,7 @@ use crate::domain::account::{Region, UserId};
 use crate::domain::clock::Clock;
 use crate::domain::grant::{Access, Grant, Tokens};
 use crate::domain::secret::Secret;
-use crate::store::{StoreError, Waiting};
+use crate::store::{PendingGrant, StoreError};
 use pending_logins::{Begun, hash};
 pub use pending_logins::{PendingLogins, TEN_MINUTES};
 
@@ -248,7 +248,7 @@ impl Login {
         })?;
         self.warn_of_missing_scopes(&user, &grant);
         let (id, confirm) = (random(), cookie.is_none() && self.0.settings.confirm);
-        let waiting = Waiting { id: hash(&id), user, since: self.0.clock.now(), replace, confirm, grant };
+        let waiting = PendingGrant { id: hash(&id), user, since: self.0.clock.now(), replace, confirm, grant };
         self.0.desk.put_down(&waiting).await;
         match self.conclude(waiting).await? {
             Some(status) => Ok(LoginOutcome::Stored(Box::new(status))),
@@ -257,7 +257,7 @@ impl Login {
     }
 
     /// Decides on a stored pending grant: rejects it (other identity), keeps it for confirmation, or takes it into use.
-    async fn conclude(&self, waiting: Waiting) -> Result<Option<Status>, LoginFailure> {
+    async fn conclude(&self, waiting: PendingGrant) -> Result<Option<Status>, LoginFailure> {
         if !waiting.replace && self.is_of_another(&waiting).await {
             self.0.desk.clear(&waiting.id).await;
             tracing::warn!(user = %waiting.user, "login rejected: the grant belongs to a different Amazon identity \
@@ -271,7 +271,7 @@ impl Login {
         Ok(Some(self.take_into_use(waiting).await))
     }
 
-    async fn take_into_use(&self, waiting: Waiting) -> Status {
+    async fn take_into_use(&self, waiting: PendingGrant) -> Status {
         let status = self.0.tokens.adopt(&waiting.user, waiting.grant).await;
         // The pending copy is kept until the user's grant is stored; `finish_left` then finds that it is in use.
         if self.0.tokens.is_stored(&waiting.user) {
@@ -281,7 +281,7 @@ impl Login {
     }
 
     /// Whether a new grant certainly belongs to a different Amazon identity than the user's current grant.
-    async fn is_of_another(&self, new: &Waiting) -> bool {
+    async fn is_of_another(&self, new: &PendingGrant) -> bool {
         let Some(access) = &new.grant.access else { return false };
         match self.0.tokens.bearer(&new.user).await {
             Ok(current) => Box::pin(self.0.identity.differs(&current, access.token.bearer())).await,

@@ -20,7 +20,7 @@ use super::BeginError;
 use crate::domain::account::UserId;
 use crate::domain::clock::Clock;
 use crate::domain::secret::Secret;
-use crate::store::{StoreError, TokenStore, Waiting};
+use crate::store::{PendingGrant, StoreError, TokenStore};
 
 /// Lifetime of a state and of a grant that waits for confirmation.
 pub const TEN_MINUTES: Duration = Duration::from_secs(600);
@@ -41,7 +41,7 @@ pub struct PendingLogins {
     begun: Mutex<ExpiringMap<Begun>>,
     pace: Mutex<RateLimiter>,
     /// Grants that wait for confirmation, by the hash of their one-time id.
-    waiting: Mutex<ExpiringMap<Waiting>>,
+    waiting: Mutex<ExpiringMap<PendingGrant>>,
     store: TokenStore,
     changed: Notify,
     /// Held while pending logins are written, so that an older list never overwrites a newer one.
@@ -64,7 +64,7 @@ pub(super) struct Begun {
 impl PendingLogins {
     /// Opens the desk over `store`, with the pending logins of the previous process. `left` returns its pending grants.
     pub async fn open(store: TokenStore) -> Self {
-        let begun = match store.logins().await {
+        let begun = match store.pending_logins().await {
             Ok(text) => text.and_then(|text| serde_json::from_str(text.expose()).ok()).unwrap_or_default(),
             Err(error) => {
                 tracing::error!(%error, "pending logins cannot be read: users must restart them");
@@ -87,7 +87,7 @@ impl PendingLogins {
         let (state, now) = (hash(state), clock.now());
         if let Some(shared) = self.store.shared() {
             let text = serde_json::to_string(&(&state, now, begun)).expect("names, times and texts are JSON");
-            return shared.begin_login(&state, &Secret::new(text)).await.map_err(BeginError::Store);
+            return shared.save_pending_login(&state, &Secret::new(text)).await.map_err(BeginError::Store);
         }
         lock(&self.begun).insert(state, begun, now);
         self.changed.notify_one();
@@ -98,7 +98,7 @@ impl PendingLogins {
     pub(super) async fn take_begun(&self, state: &str, now: Timestamp) -> Result<Option<Begun>, StoreError> {
         let state = hash(state);
         if let Some(shared) = self.store.shared() {
-            let text = shared.take_login(&state).await?;
+            let text = shared.take_pending_login(&state).await?;
             let login = text.and_then(|text| serde_json::from_str::<(String, Timestamp, Begun)>(text.expose()).ok());
             // The state's hash is encrypted with the login, so that nobody with database access can swap two logins.
             let good = login.filter(|(name, since, _)| *name == state && lives(*since, now));
@@ -121,7 +121,7 @@ impl PendingLogins {
             }
             if let Some(shared) = self.store.shared() {
                 // If this fails, the next round deletes the expired logins.
-                let _ = shared.sweep_logins().await;
+                let _ = shared.delete_expired_logins().await;
             }
             tokio::time::sleep(PAUSE).await;
         }
@@ -131,14 +131,14 @@ impl PendingLogins {
     pub async fn write_begun(&self) {
         let _writing = self.writing.lock().await;
         let text = serde_json::to_string(&*lock(&self.begun)).expect("names, times and texts are JSON");
-        if let Err(error) = self.store.keep_logins(Secret::new(text)).await {
+        if let Err(error) = self.store.save_pending_logins(Secret::new(text)).await {
             tracing::error!(%error, "pending logins could not be stored: after a restart users must restart them");
         }
     }
 
     /// Stores a grant before anything else happens to it. If the store fails, the grant stays in memory only.
-    pub(super) async fn put_down(&self, waiting: &Waiting) {
-        if let Err(error) = self.store.keep_waiting(waiting).await {
+    pub(super) async fn put_down(&self, waiting: &PendingGrant) {
+        if let Err(error) = self.store.save_pending_grant(waiting).await {
             tracing::error!(user = %waiting.user, %error, "a new grant could not be stored; it is in memory only until \
                 it is in use");
             if self.store.shared().is_some() && waiting.confirm {
@@ -150,13 +150,13 @@ impl PendingLogins {
 
     /// Deletes a pending grant that is in use or will never be.
     pub(super) async fn clear(&self, id: &str) {
-        if let Err(error) = self.store.drop_waiting(id).await {
+        if let Err(error) = self.store.delete_pending_grant(id).await {
             tracing::error!(%error, "a pending grant that is no longer needed could not be deleted from the store");
         }
     }
 
     /// Keeps a pending grant until the app confirms it. With a shared store the stored copy is enough.
-    pub(super) async fn wait(&self, waiting: Waiting, now: Timestamp) {
+    pub(super) async fn wait(&self, waiting: PendingGrant, now: Timestamp) {
         if self.store.shared().is_some() {
             return;
         }
@@ -168,11 +168,13 @@ impl PendingLogins {
     }
 
     /// Removes and returns the pending grant with the one-time `id`, unless it has expired.
-    pub(super) async fn take_waiting(&self, id: &str, now: Timestamp) -> Result<Option<Waiting>, StoreError> {
+    pub(super) async fn take_waiting(&self, id: &str, now: Timestamp) -> Result<Option<PendingGrant>, StoreError> {
         let id = hash(id);
         let here = lock(&self.waiting).take(&id, now);
         match self.store.shared() {
-            Some(shared) if here.is_none() => shared.confirm_waiting(&id, |waiting| lives(waiting.since, now)).await,
+            Some(shared) if here.is_none() => {
+                shared.confirm_pending_grant(&id, |waiting| lives(waiting.since, now)).await
+            }
             _ => Ok(here),
         }
     }
@@ -189,8 +191,8 @@ impl PendingLogins {
 
     /// The pending grants that the previous process left. Expired ones that needed confirmation are deleted; the others
     /// are returned whatever their age, because nobody else has them.
-    pub(super) async fn left(&self, now: Timestamp) -> Vec<Waiting> {
-        let all = self.store.waiting().await.unwrap_or_else(|error| {
+    pub(super) async fn left(&self, now: Timestamp) -> Vec<PendingGrant> {
+        let all = self.store.claim_pending_grants().await.unwrap_or_else(|error| {
             tracing::error!(%error, "pending grants cannot be read");
             Vec::new()
         });

@@ -25,7 +25,7 @@ impl TokenManager {
         if self.0.store.note(ADOPTED).await?.as_ref() == Some(&hash) {
             return Ok(());
         }
-        if let Err(StoreError::Record(error)) = self.0.store.load(&user).await {
+        if let Err(StoreError::Unreadable(error)) = self.0.store.load(&user).await {
             tracing::error!(%user, %error, "amazon.refresh_token is not adopted: it would overwrite a stored grant \
                 that cannot be read");
             return Ok(());

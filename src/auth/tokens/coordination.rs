@@ -87,7 +87,7 @@ impl TokenManager {
         loop {
             sleep(POLL).await;
             let was_up = self.0.store.health().up;
-            let Ok(changed) = self.timed("poll", shared.changes()).await else { continue };
+            let Ok(changed) = self.timed("poll", shared.changed_users()).await else { continue };
             if !was_up {
                 tracing::info!("the store works again");
                 for entry in self.entries() {
@@ -109,14 +109,14 @@ impl TokenManager {
     pub async fn look(&self, user: &UserId) -> Result<(), StoreError> {
         let Coordination::Shared(shared) = &self.0.coordination else { return Ok(()) };
         if self.entry(user).is_none() {
-            match self.timed("get", shared.look(user)).await? {
-                Stored::Gone { .. } => return Ok(()),
-                Stored::Unusable(error) => {
+            match self.timed("get", shared.lookup(user)).await? {
+                Lookup::Absent { .. } => return Ok(()),
+                Lookup::Unreadable(error) => {
                     tracing::error!(%user, %error, "a stored grant is unusable; the record is kept");
                     return Ok(());
                 }
                 // Read again below, under the write lock.
-                Stored::Grant(_) => {}
+                Lookup::Grant(_) => {}
             }
         }
         let entry = self.entry_or_new(user);
@@ -150,15 +150,15 @@ impl TokenManager {
             return Ok(true);
         }
         let user = &entry.user;
-        let stored = self.timed("get", shared.look(user)).await?;
+        let stored = self.timed("get", shared.lookup(user)).await?;
         let held = entry.held().clone();
         let (generation, grant) = match stored {
-            Stored::Unusable(error) => {
+            Lookup::Unreadable(error) => {
                 tracing::error!(%user, %error, "a stored grant is unusable; the record is kept");
                 return Ok(false);
             }
-            Stored::Grant(grant) => (grant.generation, Some(*grant)),
-            Stored::Gone { generation, .. } => (generation, None),
+            Lookup::Grant(grant) => (grant.generation, Some(*grant)),
+            Lookup::Absent { generation, .. } => (generation, None),
         };
         match (held.grant(), grant) {
             (Some(held), Some(grant)) if is_same(held, &grant) => {}
@@ -272,8 +272,8 @@ impl RefreshTask {
                     }
                     return Ok(Some(grant));
                 }
-                Lease::Refused if Instant::now() >= until => return Err(BUSY),
-                Lease::Refused => sleep(LOOK).await,
+                Lease::Denied if Instant::now() >= until => return Err(BUSY),
+                Lease::Denied => sleep(LOOK).await,
             }
         }
     }

@@ -1,8 +1,7 @@
-//! The one connection to PostgreSQL, on which statements follow each other without waiting for answers; opened anew where it
-//! broke.
+//! The connection to PostgreSQL. Statements are pipelined on it, and it is reopened after it breaks.
 //!
-//! Each statement stands for itself: it is one transaction, is never prepared under a name, and nothing of the session is
-//! relied on. So a PgBouncer in transaction mode may stand in between.
+//! Each statement is a transaction of its own, is never a named prepared statement, and does not depend on session
+//! state. So PgBouncer in transaction mode is supported.
 
 use std::error::Error;
 use std::sync::Arc;
@@ -15,33 +14,34 @@ use tokio_postgres::error::SqlState;
 use tokio_postgres::types::{ToSql, Type};
 use tokio_postgres::{Client, Row};
 
-use super::Address;
+use super::ConnectionUrl;
 use crate::store::StoreError;
 
-/// How long an operation may take, a new connection for it included; memory goes on serving meanwhile.
+/// Time limit of one statement, including a new connection for it. Requests are served from memory meanwhile.
 const DEADLINE: Duration = Duration::from_secs(2);
-/// How long a new connection may take, so that it is known before an operation ends why there is none.
-const CONNECT: Duration = Duration::from_millis(1500);
-/// Between two tries to connect: this long after the first failure, doubling.
+/// Time limit of connecting. Shorter than [`DEADLINE`], so that a statement can report why there is no connection.
+const CONNECT_TIMEOUT: Duration = Duration::from_millis(1500);
+/// Pause before the next attempt to connect after the first failure; doubles up to [`PAUSE_MAX`].
 const PAUSE_FIRST: Duration = Duration::from_millis(100);
 const PAUSE_MAX: Duration = Duration::from_secs(2);
 
-/// What a statement's parameters are.
+/// The parameters of a statement, with their PostgreSQL types.
 pub(super) type Parameters<'a> = [(&'a (dyn ToSql + Sync), Type)];
 
-/// Whether a statement may be sent again where the connection broke before its answer came.
+/// Whether a statement may be sent again if the connection breaks before its result arrives.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Again {
-    /// Doing it twice is doing it once.
-    Yes,
-    /// What the first did would be taken for somebody else's.
-    No,
+pub(super) enum OnDisconnect {
+    /// Resend: the statement is idempotent.
+    Resend,
+    /// Fail: a second execution would mistake the effect of the first for another process's.
+    Fail,
 }
 
+/// The connection to PostgreSQL, which is opened when a statement needs it.
 pub(super) struct PgConnection {
-    address: Address,
+    url: ConnectionUrl,
     state: Mutex<State>,
-    /// Rises with each new connection.
+    /// Number of connections opened so far.
     connects: AtomicU64,
 }
 
@@ -49,74 +49,79 @@ pub(super) struct PgConnection {
 struct State {
     client: Option<Arc<Client>>,
     failures: u32,
-    /// Before this instant no new connection is tried; says why the last try failed.
+    /// Until when no connection is attempted, and why the last attempt failed.
     pause: Option<(Instant, String)>,
     closed: bool,
 }
 
 impl PgConnection {
-    pub(super) fn new(address: Address) -> Self {
-        Self { address, state: Mutex::default(), connects: AtomicU64::new(0) }
+    pub(super) fn new(url: ConnectionUrl) -> Self {
+        Self { url, state: Mutex::default(), connects: AtomicU64::new(0) }
     }
 
-    /// How often it was connected.
+    /// Returns the number of connections opened so far, which identifies the current one.
     pub(super) fn connects(&self) -> u64 {
         self.connects.load(Relaxed)
     }
 
-    /// Sends one statement, and gives the rows that it returns.
-    pub(super) async fn ask(
+    /// Runs one statement and returns its rows.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError::Postgres`] if there is no connection, the statement fails, or the deadline passes;
+    /// [`StoreError::Closed`] after [`close`](Self::close).
+    pub(super) async fn query(
         &self,
         statement: &str,
         parameters: &Parameters<'_>,
-        again: Again,
+        on_disconnect: OnDisconnect,
     ) -> Result<Vec<Row>, StoreError> {
         let until = Instant::now() + DEADLINE;
-        let mut repeated = again == Again::No;
+        let mut may_resend = on_disconnect == OnDisconnect::Resend;
         loop {
-            let client = timeout_at(until, self.client()).await.map_err(|_| late())??;
+            let client = timeout_at(until, self.client()).await.map_err(|_| timed_out())??;
             match timeout_at(until, client.query_typed(statement, parameters)).await {
                 Ok(Ok(rows)) => return Ok(rows),
                 Ok(Err(error)) if is_broken(&error) => {
-                    self.hang_up(&client).await;
-                    if std::mem::replace(&mut repeated, true) {
-                        return Err(fault(&error));
+                    self.discard(&client).await;
+                    if !std::mem::take(&mut may_resend) {
+                        return Err(postgres_error(&error));
                     }
                 }
-                Ok(Err(error)) => return Err(fault(&error)),
-                // Whatever it waits for, the next statement must not wait behind it.
+                Ok(Err(error)) => return Err(postgres_error(&error)),
+                // The next statement must not queue behind this one, whatever it is blocked on.
                 Err(_) => {
-                    self.hang_up(&client).await;
-                    return Err(late());
+                    self.discard(&client).await;
+                    return Err(timed_out());
                 }
             }
         }
     }
 
-    /// Makes what `statements` make, as one transaction. `false`: somebody else made it at the same instant, which PostgreSQL
-    /// tells as an error even where it was said that this is no error.
-    pub(super) async fn make(&self, statements: &str) -> Result<bool, StoreError> {
+    /// Runs `statements` that create tables, as one transaction. Returns `false` if another process created them at the
+    /// same moment, which PostgreSQL reports as an error despite `IF NOT EXISTS`.
+    pub(super) async fn create(&self, statements: &str) -> Result<bool, StoreError> {
         let until = Instant::now() + DEADLINE;
-        let client = timeout_at(until, self.client()).await.map_err(|_| late())??;
-        match timeout_at(until, client.batch_execute(statements)).await.map_err(|_| late())? {
+        let client = timeout_at(until, self.client()).await.map_err(|_| timed_out())??;
+        match timeout_at(until, client.batch_execute(statements)).await.map_err(|_| timed_out())? {
             Ok(()) => Ok(true),
-            Err(error) if error.code().is_some_and(|code| MADE_MEANWHILE.contains(&code)) => Ok(false),
-            Err(error) => Err(fault(&error)),
+            Err(error) if error.code().is_some_and(|code| CREATED_CONCURRENTLY.contains(&code)) => Ok(false),
+            Err(error) => Err(postgres_error(&error)),
         }
     }
 
-    /// Ends the connection. The next statement opens another.
-    pub(super) async fn rest(&self) {
+    /// Drops the connection. The next statement opens another.
+    pub(super) async fn disconnect(&self) {
         self.state.lock().await.client = None;
     }
 
-    /// Ends the connection, and opens none any more.
+    /// Drops the connection for good: every later statement fails with [`StoreError::Closed`].
     pub(super) async fn close(&self) {
         let mut state = self.state.lock().await;
         (state.client, state.closed) = (None, true);
     }
 
-    /// The connection, opened where there is none.
+    /// Returns the connection, and opens one if there is none.
     async fn client(&self) -> Result<Arc<Client>, StoreError> {
         let mut state = self.state.lock().await;
         if state.closed {
@@ -144,71 +149,76 @@ impl PgConnection {
     }
 
     async fn connect(&self) -> Result<Arc<Client>, String> {
-        let Address { config, tls, .. } = &self.address;
-        let connected = timeout(CONNECT, config.connect(tls.clone())).await;
-        let connected = connected.map_err(|_| format!("no connection within {CONNECT:?}; {REACH}"))?;
-        let (client, connection) = connected.map_err(|error| told(&error))?;
-        // It ends with the connection, or with the last handle to the client. Whoever waits for an answer is told why.
+        let ConnectionUrl { config, tls, .. } = &self.url;
+        let connected = timeout(CONNECT_TIMEOUT, config.connect(tls.clone())).await;
+        let connected = connected.map_err(|_| format!("no connection within {CONNECT_TIMEOUT:?}; {CHECK_SERVER}"))?;
+        let (client, connection) = connected.map_err(|error| describe(&error))?;
+        // This task ends with the connection, or with the last handle to the client. Statements in flight then fail
+        // with the reason.
         tokio::spawn(async move {
             if let Err(error) = connection.await {
-                tracing::debug!(error = told(&error), "the connection to PostgreSQL ended");
+                tracing::debug!(error = describe(&error), "the connection to PostgreSQL broke");
             }
         });
         Ok(Arc::new(client))
     }
 
-    /// Takes a broken connection away, unless there is another one already.
-    async fn hang_up(&self, broken: &Arc<Client>) {
+    /// Discards a broken connection, unless it has been replaced already.
+    async fn discard(&self, broken: &Arc<Client>) {
         let mut state = self.state.lock().await;
         state.client.take_if(|client| Arc::ptr_eq(client, broken));
     }
 }
 
-const MADE_MEANWHILE: [&SqlState; 3] =
+/// The errors of statements that create what another process creates at the same moment.
+const CREATED_CONCURRENTLY: [&SqlState; 3] =
     [&SqlState::UNIQUE_VIOLATION, &SqlState::DUPLICATE_TABLE, &SqlState::DUPLICATE_OBJECT];
 
-/// Whether the connection is of no use any more: it broke, the server ends, or it became a standby, which takes no writes.
+/// Whether the connection is no longer usable: it broke, the server shuts down, or the server became a read-only
+/// standby.
 fn is_broken(error: &tokio_postgres::Error) -> bool {
-    let ended = [
+    let fatal = [
         SqlState::ADMIN_SHUTDOWN,
         SqlState::CRASH_SHUTDOWN,
         SqlState::CANNOT_CONNECT_NOW,
         SqlState::READ_ONLY_SQL_TRANSACTION,
     ];
     match error.code() {
-        Some(code) => ended.contains(code) || code.code().starts_with("08"),
+        Some(code) => fatal.contains(code) || code.code().starts_with("08"),
         None => true,
     }
 }
 
-fn late() -> StoreError {
-    StoreError::Postgres { reason: format!("no answer within {DEADLINE:?}; {REACH}") }
+fn timed_out() -> StoreError {
+    StoreError::Postgres { reason: format!("no answer within {DEADLINE:?}; {CHECK_SERVER}") }
 }
 
-fn fault(error: &tokio_postgres::Error) -> StoreError {
-    StoreError::Postgres { reason: told(error) }
+fn postgres_error(error: &tokio_postgres::Error) -> StoreError {
+    StoreError::Postgres { reason: describe(error) }
 }
 
-const REACH: &str = "check that PostgreSQL runs and that store.postgres_url leads to it";
+/// The remedy for errors that have none of their own.
+const CHECK_SERVER: &str = "check that PostgreSQL runs and that store.postgres_url is right";
 
-/// What happened, and what cures it. Never the server's details: those quote values.
-fn told(error: &tokio_postgres::Error) -> String {
+/// Describes an error together with its remedy. Omits the server's `DETAIL`, which quotes values.
+fn describe(error: &tokio_postgres::Error) -> String {
     if let Some(error) = error.as_db_error() {
-        let cure = match *error.code() {
+        let remedy = match *error.code() {
             SqlState::INVALID_PASSWORD | SqlState::INVALID_AUTHORIZATION_SPECIFICATION => {
                 "check the user and the password in store.postgres_url, and pg_hba.conf"
             }
-            SqlState::INVALID_CATALOG_NAME => "make the database, or name another one in store.postgres_url",
+            SqlState::INVALID_CATALOG_NAME => "create the database, or name another one in store.postgres_url",
             SqlState::INSUFFICIENT_PRIVILEGE => {
-                "let the role make tables, or make them for it and grant it SELECT, INSERT, UPDATE and DELETE on them"
+                "let the role create tables, or create them for it and grant it SELECT, INSERT, UPDATE and DELETE on \
+                 them"
             }
             SqlState::UNDEFINED_COLUMN => {
-                "its tables are not those of this version: give adsidecar a database of its own"
+                "the tables do not have the schema of this version: give adsidecar a database of its own"
             }
-            SqlState::UNDEFINED_TABLE => "start adsidecar once, which makes its tables",
-            _ => REACH,
+            SqlState::UNDEFINED_TABLE => "start adsidecar once, which creates its tables",
+            _ => CHECK_SERVER,
         };
-        return format!("{} ({}); {cure}", error.message(), error.code().code());
+        return format!("{} ({}); {remedy}", error.message(), error.code().code());
     }
     let mut text = error.to_string();
     let mut cause = error.source();
@@ -216,11 +226,11 @@ fn told(error: &tokio_postgres::Error) -> String {
         text += &format!(": {inner}");
         cause = inner.source();
     }
-    let cure = if text.contains("TLS") || text.contains("certificate") {
-        "check sslmode and sslrootcert in store.postgres_url: the server's certificate has to be of a trusted authority and \
-         to carry the host's name"
+    let remedy = if text.contains("TLS") || text.contains("certificate") {
+        "check sslmode and sslrootcert in store.postgres_url: a trusted authority must have issued the server's \
+         certificate, and it must be valid for the host's name"
     } else {
-        REACH
+        CHECK_SERVER
     };
-    format!("{text}; {cure}")
+    format!("{text}; {remedy}")
 }

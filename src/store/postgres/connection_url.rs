@@ -1,4 +1,4 @@
-//! `store.postgres_url`: where the database is, and how it is spoken to.
+//! `store.postgres_url`: parses the connection URL and decides about TLS.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -14,28 +14,32 @@ use tokio_postgres::config::{Host, SslMode, SslNegotiation, TargetSessionAttrs};
 use super::tls::Tls;
 use crate::domain::tls;
 
-/// A checked connection URL. Prints without the user, the password and the options.
+/// A validated connection URL. Its `Debug` output shows the hosts only, never user, password or options.
 #[derive(Clone)]
-pub struct Address {
+pub struct ConnectionUrl {
     pub(super) config: Config,
     pub(super) tls: Tls,
     fingerprint: String,
 }
 
-impl Address {
-    /// Reads a URL of the form `postgres://user:password@host:5432/database?sslmode=verify-full`, as libpq does. What is
-    /// wrong with it is told without quoting it.
+impl ConnectionUrl {
+    /// Parses a URL of the form `postgres://user:password@host:5432/database?sslmode=verify-full`, as libpq does.
     ///
-    /// Where TLS is used, chain and name are checked, whatever `sslmode` says. Without an `sslmode` that decides, TLS is
-    /// used to any host that is not this machine: the password never leaves it in the clear unless `disable` was said.
+    /// With TLS, the certificate chain and the host name are always verified, whatever `sslmode` says. If `sslmode`
+    /// leaves the choice open, TLS is used for every host that is not local: the password never leaves this machine
+    /// unencrypted unless `sslmode` is `disable`.
+    ///
+    /// # Errors
+    ///
+    /// A description of the problem and its remedy, which never quotes the URL.
     pub fn parse(url: &str) -> Result<Self, String> {
         if !url.starts_with("postgres://") && !url.starts_with("postgresql://") {
-            return Err("is no PostgreSQL URL: write postgres://user:password@host:5432/database".into());
+            return Err("is not a PostgreSQL URL: write postgres://user:password@host:5432/database".into());
         }
-        let (url_alone, ssl) = without_ssl(url)?;
-        let mut config: Config = url_alone.parse().map_err(|_| {
-            "cannot be read: write postgres://user:password@host:5432/database, with reserved characters of the user and \
-             the password percent-encoded, and options that are known here (sslmode, sslrootcert, sslnegotiation, \
+        let (plain_url, tls_options) = split_tls_options(url)?;
+        let mut config: Config = plain_url.parse().map_err(|_| {
+            "cannot be parsed: write postgres://user:password@host:5432/database, with reserved characters in user and \
+             password percent-encoded, and only supported options (sslmode, sslrootcert, sslnegotiation, \
              application_name, options)"
         })?;
         if config.get_hosts().is_empty() && config.get_hostaddrs().is_empty() {
@@ -45,47 +49,49 @@ impl Address {
         let (sockets, all) =
             (config.get_hosts().iter().filter(|host| is_socket(host)).count(), config.get_hosts().len());
         let on_sockets = sockets > 0 && sockets == all;
-        let encrypted = match ssl.mode.as_deref() {
+        let encrypted = match tls_options.mode.as_deref() {
             Some("disable") => false,
             Some("require" | "verify-ca" | "verify-full") => !on_sockets,
             None | Some("allow" | "prefer") => !is_local(&config),
-            Some(_) => return Err("has an sslmode that there is not: write verify-full, or disable".into()),
+            Some(_) => return Err("has an unknown sslmode: use verify-full or disable".into()),
         };
         if encrypted && sockets > 0 {
-            return Err("names Unix sockets and hosts that need TLS: name one kind of them".into());
+            return Err("names both Unix sockets and hosts that need TLS: use only one of the two".into());
         }
         config.ssl_mode(if encrypted { SslMode::Require } else { SslMode::Disable });
-        // Behind a name that leads to several servers only the one that takes writes is of use.
+        // If the URL names several servers, connect to the one that accepts writes.
         config.target_session_attrs(TargetSessionAttrs::ReadWrite);
         if config.get_application_name().is_none() {
             config.application_name("adsidecar");
         }
-        // What a server is asked for that is to speak TLS from the first byte on.
+        // With direct TLS negotiation PostgreSQL requires this ALPN protocol.
         let alpn: &[&[u8]] =
             if config.get_ssl_negotiation() == SslNegotiation::Direct { &[b"postgresql"] } else { &[] };
-        let tls = tls::client_config_of(ssl.roots, alpn).map_err(|error| format!("cannot be used: {error}"))?;
+        let tls = tls::client_config_of(tls_options.roots, alpn).map_err(|error| format!("cannot be used: {error}"))?;
         Ok(Self { config, tls: Tls::new(tls), fingerprint: format!("{:x}", Sha256::digest(url)) })
     }
 
-    /// Tells whether two are the same, without showing either.
+    /// SHA-256 of the URL in hexadecimal digits: compares two URLs without revealing either.
     pub fn fingerprint(&self) -> &str {
         &self.fingerprint
     }
 }
 
-impl fmt::Debug for Address {
+impl fmt::Debug for ConnectionUrl {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Address").field("hosts", &self.config.get_hosts()).finish_non_exhaustive()
+        f.debug_struct("ConnectionUrl").field("hosts", &self.config.get_hosts()).finish_non_exhaustive()
     }
 }
 
-/// What a URL says about TLS. The library knows fewer words for it than libpq, so it is taken out.
-struct Ssl {
+/// The TLS options of a URL. They are removed before the URL is parsed, because tokio-postgres supports fewer of them
+/// than libpq.
+struct TlsOptions {
     mode: Option<String>,
     roots: RootCertStore,
 }
 
-fn without_ssl(url: &str) -> Result<(String, Ssl), String> {
+/// Splits a URL into the URL without its TLS options, and those options.
+fn split_tls_options(url: &str) -> Result<(String, TlsOptions), String> {
     let (mut mode, mut roots) = (None, None);
     let (base, query) = url.split_once('?').unwrap_or((url, ""));
     let mut others = Vec::new();
@@ -100,13 +106,13 @@ fn without_ssl(url: &str) -> Result<(String, Ssl), String> {
         }
     }
     let url = if others.is_empty() { base.to_owned() } else { format!("{base}?{}", others.join("&")) };
-    Ok((url, Ssl { mode, roots: roots.unwrap_or_else(tls::mozillas_roots) }))
+    Ok((url, TlsOptions { mode, roots: roots.unwrap_or_else(tls::mozillas_roots) }))
 }
 
-/// As in libpq, these are all that is trusted then.
+/// Reads the certificates of `sslrootcert`. As in libpq, they replace the default authorities.
 fn read_roots(path: &PathBuf) -> Result<RootCertStore, String> {
     let pem = std::fs::read(path).map_err(|error| {
-        format!("names an sslrootcert that cannot be read ({}): check the path and its rights", error.kind())
+        format!("names an sslrootcert that cannot be read ({}): check the path and its permissions", error.kind())
     })?;
     let mut roots = RootCertStore::empty();
     for certificate in CertificateDer::pem_slice_iter(&pem) {
@@ -121,7 +127,7 @@ fn read_roots(path: &PathBuf) -> Result<RootCertStore, String> {
     Ok(roots)
 }
 
-/// Whether all of it is on this machine.
+/// Whether all hosts are on this machine.
 fn is_local(config: &Config) -> bool {
     let host = |host: &Host| match host {
         Host::Unix(_) => true,
@@ -140,7 +146,7 @@ mod tests {
     use super::*;
 
     fn encrypted(url: &str) -> bool {
-        match Address::parse(url).unwrap_or_else(|error| panic!("{url}: {error}")).config.get_ssl_mode() {
+        match ConnectionUrl::parse(url).unwrap_or_else(|error| panic!("{url}: {error}")).config.get_ssl_mode() {
             SslMode::Require => true,
             SslMode::Disable => false,
             other => panic!("{url}: {other:?}"),
@@ -148,26 +154,26 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_usable_url_is_refused_without_being_quoted() {
+    fn an_unusable_url_is_refused_without_being_quoted() {
         for (url, part) in [
-            ("canary", "no PostgreSQL URL"),
-            ("host=db password=canary", "no PostgreSQL URL"),
-            ("mysql://u:canary@db/d", "no PostgreSQL URL"),
+            ("canary", "not a PostgreSQL URL"),
+            ("host=db password=canary", "not a PostgreSQL URL"),
+            ("mysql://u:canary@db/d", "not a PostgreSQL URL"),
             ("postgres://", "names no host"),
-            ("postgres://u:canary@db:port/d", "cannot be read"),
-            ("postgres://u:canary@db/d?sslcert=canary.pem", "cannot be read"),
-            ("postgres://u:canary@db/d?sslmode=canary", "sslmode that there is not"),
+            ("postgres://u:canary@db:port/d", "cannot be parsed"),
+            ("postgres://u:canary@db/d?sslcert=canary.pem", "cannot be parsed"),
+            ("postgres://u:canary@db/d?sslmode=canary", "unknown sslmode"),
             ("postgres://u:canary@db/d?sslrootcert=/canary/there-is-none", "sslrootcert that cannot be read"),
             ("postgres://u:canary@db/d?sslrootcert=/dev/null", "without a certificate"),
-            ("postgres://u:canary@db,%2Frun%2Fcanary/d", "name one kind"),
+            ("postgres://u:canary@db,%2Frun%2Fcanary/d", "only one of the two"),
         ] {
-            let error = Address::parse(url).unwrap_err();
+            let error = ConnectionUrl::parse(url).unwrap_err();
             assert!(error.contains(part) && !error.contains("canary"), "{url}: {error}");
         }
     }
 
     #[test]
-    fn the_password_leaves_this_machine_by_tls_unless_disable_was_said() {
+    fn the_password_leaves_this_machine_over_tls_only_unless_sslmode_is_disable() {
         for remote in ["db", "db.example.com:6432", "10.1.2.3", "[fd00::1]", "db,localhost", "LOCALHOST.example"] {
             for mode in ["", "?sslmode=prefer", "?sslmode=allow", "?sslmode=require", "?sslmode=verify-full"] {
                 assert!(encrypted(&format!("postgres://u:p@{remote}/d{mode}")), "{remote}{mode}");
@@ -185,11 +191,11 @@ mod tests {
     }
 
     #[test]
-    fn it_is_printed_without_what_is_secret_and_told_apart_from_another() {
-        let one = Address::parse("postgres://anna:canary@db/d").unwrap();
+    fn debug_output_has_no_secrets_and_fingerprints_distinguish_urls() {
+        let one = ConnectionUrl::parse("postgres://anna:canary@db/d").unwrap();
         let text = format!("{one:?}");
         assert!(text.contains("db") && !text.contains("canary") && !text.contains("anna"), "{text}");
-        let other = Address::parse("postgres://anna:canary2@db/d").unwrap();
+        let other = ConnectionUrl::parse("postgres://anna:canary2@db/d").unwrap();
         assert_ne!(one.fingerprint(), other.fingerprint());
     }
 }

@@ -1,48 +1,51 @@
-//! What operators do: look at everything, and take other keys into use.
+//! Operators' tasks: listing and dumping all records, and rotating keys.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use tokio_postgres::types::Type;
 
-use super::connection::{Again, Parameters};
-use super::{KEY, Postgres, StoredRow, digest, json, locked};
+use super::connection::{OnDisconnect, Parameters};
+use super::{KEY_NOTE, Postgres, StoredRow, digest, locked, sealed_json};
 use crate::domain::account::UserId;
 use crate::domain::grant::Grant;
 use crate::store::keyring::Keyring;
 use crate::store::{Reseal, Sealed, StoreError, Users};
 
 impl Postgres {
+    /// See [`TokenStore::scan`](crate::store::TokenStore::scan).
     pub(in crate::store) async fn scan(&self) -> Result<Users, StoreError> {
         let ring = self.0.keyring.load_full();
         let mut users = Users::new();
-        self.each(|held| users.push((held.user.clone(), held.open(&ring).0))).await?;
+        self.for_each_row(|row| users.push((row.user.clone(), row.open(&ring).0))).await?;
         Ok(users)
     }
 
+    /// See [`TokenStore::dump`](crate::store::TokenStore::dump).
     pub(in crate::store) async fn dump(&self) -> Result<BTreeMap<UserId, serde_json::Value>, StoreError> {
-        let value = |held: StoredRow| {
-            let value = serde_json::from_str(&held.json).unwrap_or(serde_json::Value::String(held.json));
-            (held.user, value)
+        let value = |row: StoredRow| {
+            let value = serde_json::from_str(&row.json).unwrap_or(serde_json::Value::String(row.json));
+            (row.user, value)
         };
         let mut all = BTreeMap::new();
-        self.each(|held| all.extend([value(held)])).await?;
+        self.for_each_row(|row| all.extend([value(row)])).await?;
         Ok(all)
     }
 
+    /// See [`TokenStore::rekey`](crate::store::TokenStore::rekey).
     pub(in crate::store) async fn rekey(&self, keyring: Arc<Keyring>) -> Result<(), StoreError> {
-        let found = self.note(KEY).await?;
+        let found = self.note(KEY_NOTE).await?;
         let last = found.as_deref().and_then(|key| key.parse().ok()).unwrap_or(self.0.keyring.load().first());
         if !keyring.fingerprints().contains(&last) {
             return Err(StoreError::WrongKey { expected: Some(last), have: keyring.fingerprints() });
         }
         self.set_key(found.as_deref(), &keyring).await?;
         self.0.keyring.store(keyring.clone());
-        self.each(|held| {
-            let (_, sealed) = held.open(&keyring);
-            // What changed meanwhile is still to be looked at.
+        self.for_each_row(|row| {
+            let (_, sealed) = row.open(&keyring);
+            // A row that has changed since it was remembered will be reported as changed, and read then.
             let mut known = locked(&self.0.known);
-            let known = known.get_mut(&held.user).filter(|known| known.digest == digest(&held.json));
+            let known = known.get_mut(&row.user).filter(|known| known.digest == digest(&row.json));
             if let Some(known) = known {
                 known.sealed = sealed;
             }
@@ -50,49 +53,52 @@ impl Postgres {
         .await
     }
 
+    /// See [`TokenStore::reseal`](crate::store::TokenStore::reseal).
     pub(in crate::store) async fn reseal(&self) -> Result<Reseal, StoreError> {
         let ring = self.0.keyring.load_full();
         let mut done = Reseal::default();
         let mut after = Some(String::new());
         while let Some(last) = after {
             let (rows, next) = self.page(&last).await?;
-            for held in rows {
-                self.reseal_row(held, &ring, &mut done).await?;
+            for row in rows {
+                self.reseal_row(row, &ring, &mut done).await?;
             }
             after = next;
         }
-        self.reseal_waiting(&ring).await?;
+        self.reseal_pending(&ring).await?;
         Ok(done)
     }
 
-    async fn reseal_row(&self, held: StoredRow, ring: &Keyring, done: &mut Reseal) -> Result<(), StoreError> {
-        let mut next = Some(held);
-        // Again where it was changed meanwhile.
-        while let Some(held) = next {
-            let (Ok(record), (Ok(grant), _)) = (held.record(), held.open(ring)) else {
+    /// Seals one row with the first key, unless it already is, and counts the result in `done`.
+    async fn reseal_row(&self, row: StoredRow, ring: &Keyring, done: &mut Reseal) -> Result<(), StoreError> {
+        let mut next = Some(row);
+        // Try again if another process changed the row meanwhile.
+        while let Some(row) = next {
+            let (Ok(record), (Ok(grant), _)) = (row.record(), row.open(ring)) else {
                 done.unreadable += 1;
                 break;
             };
             if record.key_index(ring) == Some(0) {
                 break;
             }
-            if self.reseal_one(&held, &grant, ring).await? {
+            if self.reseal_unchanged(&row, &grant, ring).await? {
                 done.resealed += 1;
                 break;
             }
-            next = self.row(&held.user).await?.0;
+            next = self.row(&row.user).await?.0;
         }
         Ok(())
     }
 
-    async fn reseal_one(&self, held: &StoredRow, grant: &Grant, ring: &Keyring) -> Result<bool, StoreError> {
+    /// Seals one row with the first key. Returns `false` if the row has changed since `row` was read.
+    async fn reseal_unchanged(&self, row: &StoredRow, grant: &Grant, ring: &Keyring) -> Result<bool, StoreError> {
         const RESEAL: &str = "UPDATE adsidecar_grants SET record = $2, changed_at = clock_timestamp() \
                               WHERE user_id = $1 AND record = $3 RETURNING generation";
-        let (name, json) = (held.user.as_str(), json(grant, &held.user, ring));
-        let parameters: &Parameters<'_> = &[(&name, Type::TEXT), (&json, Type::TEXT), (&held.json, Type::TEXT)];
-        let done = !self.ask(RESEAL, parameters, Again::Yes).await?.is_empty();
+        let (name, json) = (row.user.as_str(), sealed_json(grant, &row.user, ring));
+        let parameters: &Parameters<'_> = &[(&name, Type::TEXT), (&json, Type::TEXT), (&row.json, Type::TEXT)];
+        let done = !self.query(RESEAL, parameters, OnDisconnect::Resend).await?.is_empty();
         if done {
-            self.learn(&held.user, &json, held.generation, Sealed::By(ring.first()));
+            self.remember(&row.user, &json, row.generation, Sealed::By(ring.first()));
         }
         Ok(done)
     }

@@ -1,8 +1,8 @@
--- What adsidecar makes at its start where it is not there. A role that may not make it needs SELECT, INSERT, UPDATE and
--- DELETE on these four tables.
+-- adsidecar creates these tables at startup if one is missing. A role that may not create tables needs SELECT, INSERT,
+-- UPDATE and DELETE on all four.
 
--- One row per user, kept without its record after a logout: the generation of a user never goes back, so that no late
--- write finds the one that it expects.
+-- One row per user. A logout removes the record but keeps the row: the user's generation never decreases, so that a write
+-- based on an earlier generation cannot succeed.
 CREATE TABLE IF NOT EXISTS adsidecar_grants (
     user_id text COLLATE "C" PRIMARY KEY,
     record text,
@@ -13,14 +13,14 @@ CREATE TABLE IF NOT EXISTS adsidecar_grants (
 );
 CREATE INDEX IF NOT EXISTS adsidecar_grants_changed_at ON adsidecar_grants (changed_at);
 
--- Logins that have begun, by the hash of their state.
+-- Pending logins, by the hash of their state.
 CREATE TABLE IF NOT EXISTS adsidecar_logins (
     state text PRIMARY KEY,
     sealed text NOT NULL,
     since timestamptz NOT NULL
 );
 
--- Grants that are exchanged and not in use yet, by the hash of their one-time id.
+-- Pending grants, by the hash of their one-time id.
 CREATE TABLE IF NOT EXISTS adsidecar_waiting (
     id text PRIMARY KEY,
     user_id text COLLATE "C" NOT NULL,

@@ -1,4 +1,4 @@
-//! What the client library wants to know of rustls.
+//! Connects tokio-postgres to rustls.
 
 use std::future::Future;
 use std::io;
@@ -14,18 +14,18 @@ use tokio_postgres::tls::{ChannelBinding, MakeTlsConnect, TlsConnect, TlsStream}
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client;
 
-/// TLS to PostgreSQL, with the server's chain and name checked.
+/// Makes TLS connectors that verify the server's certificate chain and name.
 #[derive(Clone)]
 pub(super) struct Tls(Arc<ClientConfig>);
 
-/// The same to one host.
-pub(super) struct ToHost {
+/// A TLS connector for one host.
+pub(super) struct HostConnector {
     connector: TlsConnector,
     name: ServerName<'static>,
 }
 
-/// An encrypted connection.
-pub(super) struct Encrypted(Box<client::TlsStream<Socket>>);
+/// A TLS stream to the server.
+pub(super) struct EncryptedStream(Box<client::TlsStream<Socket>>);
 
 impl Tls {
     pub(super) fn new(config: ClientConfig) -> Self {
@@ -34,43 +34,43 @@ impl Tls {
 }
 
 impl MakeTlsConnect<Socket> for Tls {
-    type Stream = Encrypted;
-    type TlsConnect = ToHost;
+    type Stream = EncryptedStream;
+    type TlsConnect = HostConnector;
     type Error = rustls::pki_types::InvalidDnsNameError;
 
-    fn make_tls_connect(&mut self, host: &str) -> Result<ToHost, Self::Error> {
-        // Without TLS it is made too, and for a Unix socket there is no name.
+    fn make_tls_connect(&mut self, host: &str) -> Result<HostConnector, Self::Error> {
+        // The library also calls this without TLS, and a Unix socket has no host name.
         let host = if host.is_empty() { "localhost" } else { host };
         let name = ServerName::try_from(host.to_owned())?;
-        Ok(ToHost { connector: TlsConnector::from(self.0.clone()), name })
+        Ok(HostConnector { connector: TlsConnector::from(self.0.clone()), name })
     }
 }
 
-impl TlsConnect<Socket> for ToHost {
-    type Stream = Encrypted;
+impl TlsConnect<Socket> for HostConnector {
+    type Stream = EncryptedStream;
     type Error = io::Error;
-    type Future = Pin<Box<dyn Future<Output = io::Result<Encrypted>> + Send>>;
+    type Future = Pin<Box<dyn Future<Output = io::Result<EncryptedStream>> + Send>>;
 
     fn connect(self, socket: Socket) -> Self::Future {
         let Self { connector, name } = self;
-        Box::pin(async move { Ok(Encrypted(Box::new(connector.connect(name, socket).await?))) })
+        Box::pin(async move { Ok(EncryptedStream(Box::new(connector.connect(name, socket).await?))) })
     }
 }
 
-impl TlsStream for Encrypted {
+impl TlsStream for EncryptedStream {
     fn channel_binding(&self) -> ChannelBinding {
-        // It guards against a certificate that was issued to somebody else, which the check of chain and name does too.
+        // Channel binding protects against a certificate issued to someone else; verifying chain and name does so too.
         ChannelBinding::none()
     }
 }
 
-impl AsyncRead for Encrypted {
+impl AsyncRead for EncryptedStream {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.0).poll_read(cx, buffer)
     }
 }
 
-impl AsyncWrite for Encrypted {
+impl AsyncWrite for EncryptedStream {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         Pin::new(&mut self.0).poll_write(cx, bytes)
     }

@@ -164,7 +164,7 @@ fn key_of(config: &Config) -> String {
     match &config.fernet_keys {
         FernetKeys::Given(keys) => keys.first().map(|key| key.expose().to_owned()).unwrap_or_default(),
         FernetKeys::MakeBesideStore => {
-            let made = Keyring::read_or_make(&adsidecar::app::key_file(config));
+            let made = Keyring::read_or_create(&adsidecar::app::key_file(config));
             made.map(|(key, _)| key.expose().to_owned()).unwrap_or_default()
         }
     }

@@ -1,4 +1,4 @@
-//! The second copy of each grant: one small file per user, which needs no database to be read.
+//! The mirror: a second copy of each grant in one small file per user, readable without the database.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions, TryLockError};
@@ -10,30 +10,30 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use super::{StoreError, files};
 use crate::domain::account::UserId;
 use crate::store::keyring::Fingerprint;
 use crate::store::stored_grant::StoredGrant;
+use crate::store::{StoreError, files};
 
-/// The directory `<path>.copies/`. While this lives, no other process has the store.
+/// The directory `<path>.copies/`. This value holds the lock of the whole store.
 pub(super) struct Mirror {
     pub(super) dir: PathBuf,
     _lock: File,
 }
 
-/// What lies in the directory.
-pub(super) struct Found {
-    /// The copies that parse.
-    pub(super) marks: BTreeMap<UserId, MirrorDigest>,
-    /// The notes; empty where their file is missing or does not parse.
+/// The content of the mirror, without the records themselves.
+pub(super) struct MirrorContents {
+    /// A digest of each mirrored record that parses.
+    pub(super) digests: BTreeMap<UserId, MirrorDigest>,
+    /// The notes; empty if their file is missing or does not parse.
     pub(super) notes: BTreeMap<String, String>,
-    /// The highest number of a commit that any file here knows of.
+    /// The highest commit number that any file of the mirror contains.
     pub(super) sequence: u64,
-    /// Files that should be copies and are not.
-    pub(super) unusable: Vec<PathBuf>,
+    /// Files that are named like mirrored records but do not parse.
+    pub(super) unreadable: Vec<PathBuf>,
 }
 
-/// What a record can be compared with its copy by, without either being kept: a twentieth of it.
+/// Identifies a mirrored record, at a twentieth of its size, so that the database can be compared with it.
 pub(super) struct MirrorDigest {
     generation: u64,
     updated_at: Timestamp,
@@ -41,33 +41,34 @@ pub(super) struct MirrorDigest {
 }
 
 impl MirrorDigest {
-    fn of(copy: &StoredGrant) -> Self {
-        let digest = Sha256::digest(copy.to_json()).into();
-        Self { generation: copy.generation(), updated_at: copy.updated_at(), digest }
+    fn of(record: &StoredGrant) -> Self {
+        let digest = Sha256::digest(record.to_json()).into();
+        Self { generation: record.generation(), updated_at: record.updated_at(), digest }
     }
 
-    /// Whether `record` is what was copied, to the letter.
-    pub(super) fn is_of(&self, record: &StoredGrant) -> bool {
+    /// Whether `record` is byte for byte the mirrored one.
+    pub(super) fn matches(&self, record: &StoredGrant) -> bool {
         self.digest == <[u8; 32]>::from(Sha256::digest(record.to_json()))
     }
 
-    /// Whether `record` is older than its copy, which is written after it: then it was put there past this store. Both the
-    /// number and the time, as a login after a logout counts generations anew.
+    /// Whether `record` is older than the mirrored one. Mirror files are written after the database, so something other
+    /// than adsidecar put such a record there. Generation and time are both compared, because a login after a logout
+    /// restarts the generations.
     pub(super) fn is_newer_than(&self, record: &StoredGrant) -> bool {
         record.generation() < self.generation && record.updated_at() <= self.updated_at
     }
 }
 
-/// A copy as it lies on disk.
+/// The content of one user's mirror file.
 #[derive(Serialize, Deserialize)]
-struct Copy {
+struct MirrorFile {
     user: UserId,
-    /// The number of the commit.
+    /// The number of the commit that stored the record.
     sequence: u64,
     record: StoredGrant,
 }
 
-/// The copy of the notes as it lies on disk.
+/// The content of the notes' mirror file.
 #[derive(Default, Serialize, Deserialize)]
 struct Notes {
     sequence: u64,
@@ -75,10 +76,10 @@ struct Notes {
 }
 
 impl Mirror {
-    /// Makes the directory where it is missing, and takes the lock of the whole store. sled has a lock of its own, but
-    /// gives it up before a damaged database could be moved aside.
+    /// Creates the directory if it is missing, and takes the lock of the whole store. sled's own lock is not enough: it
+    /// is released before a damaged database can be moved aside.
     pub(super) fn open(store: &Path) -> Result<Self, StoreError> {
-        let dir = files::beside(store, ".copies");
+        let dir = files::sibling(store, ".copies");
         files::create_private_dir(&dir)?;
         let path = dir.join("lock");
         let mut options = OpenOptions::new();
@@ -86,70 +87,71 @@ impl Mirror {
         let lock = options.open(&path).map_err(|error| files::io_error(&path, error))?;
         match lock.try_lock() {
             Ok(()) => Ok(Self { dir, _lock: lock }),
-            Err(TryLockError::WouldBlock) => Err(StoreError::Held { path: store.to_owned() }),
+            Err(TryLockError::WouldBlock) => Err(StoreError::Locked { path: store.to_owned() }),
             Err(TryLockError::Error(error)) => Err(files::io_error(&path, error)),
         }
     }
 
-    /// The key that sealed last; `None` for a new store, or where the file holds something else.
+    /// Reads which key sealed last; `None` for a new store, or if the file's content is damaged.
     pub(super) fn key(&self) -> Result<Option<Fingerprint>, StoreError> {
         let content = files::read(&self.dir.join("key"))?.and_then(|content| String::from_utf8(content).ok());
         let twice = content.as_deref().and_then(|text| text.trim_end().split_once(' '));
         Ok(twice.filter(|(one, other)| one == other).and_then(|(key, _)| key.parse().ok()))
     }
 
-    /// Writes down which key seals: twice, because with a bit flipped it would be another key's fingerprint, and the right
-    /// key would be refused.
+    /// Records which key seals from now on. The fingerprint is written twice: a flipped bit in a single one would name
+    /// another key, and the right key would be refused.
     pub(super) fn set_key(&self, key: Fingerprint) -> Result<(), StoreError> {
         files::replace(&self.dir.join("key"), format!("{key} {key}\n").as_bytes())
     }
 
-    /// Reads all of it, and shows each copy to `look` in passing: in no order, and none is kept.
-    pub(super) fn read(&self, mut look: impl FnMut(&UserId, &StoredGrant)) -> Result<Found, StoreError> {
+    /// Reads the whole mirror. Calls `visit` with each record, in no particular order, and keeps only its digest.
+    pub(super) fn read(&self, mut visit: impl FnMut(&UserId, &StoredGrant)) -> Result<MirrorContents, StoreError> {
         let notes: Notes = self.parse("notes.json")?.unwrap_or_default();
-        let alone: u64 = self.parse("sequence")?.unwrap_or(0);
-        let sequence = notes.sequence.max(alone);
-        let mut found = Found { marks: BTreeMap::new(), notes: notes.notes, sequence, unusable: Vec::new() };
+        let last_erasure: u64 = self.parse("sequence")?.unwrap_or(0);
+        let sequence = notes.sequence.max(last_erasure);
+        let mut contents =
+            MirrorContents { digests: BTreeMap::new(), notes: notes.notes, sequence, unreadable: Vec::new() };
         for entry in fs::read_dir(&self.dir).map_err(|error| files::io_error(&self.dir, error))? {
             let path = entry.map_err(|error| files::io_error(&self.dir, error))?.path();
-            if !is_named_as_a_copy(&path) {
+            if !has_mirror_file_name(&path) {
                 continue;
             }
-            match read_copy(&path) {
-                Some(copy) if self.path(&copy.user) == path => {
-                    found.sequence = found.sequence.max(copy.sequence);
-                    look(&copy.user, &copy.record);
-                    found.marks.insert(copy.user, MirrorDigest::of(&copy.record));
+            match read_file(&path) {
+                Some(file) if self.path(&file.user) == path => {
+                    contents.sequence = contents.sequence.max(file.sequence);
+                    visit(&file.user, &file.record);
+                    contents.digests.insert(file.user, MirrorDigest::of(&file.record));
                 }
-                _ => found.unusable.push(path),
+                _ => contents.unreadable.push(path),
             }
         }
-        Ok(found)
+        Ok(contents)
     }
 
-    /// The copy of `user`, where there is one that parses.
+    /// Reads the mirrored record of `user`; `None` if there is none or it does not parse.
     pub(super) fn get(&self, user: &UserId) -> Option<StoredGrant> {
-        read_copy(&self.path(user)).filter(|copy| copy.user == *user).map(|copy| copy.record)
+        read_file(&self.path(user)).filter(|file| file.user == *user).map(|file| file.record)
     }
 
-    /// Writes the copy of `user`, as of the commit with the number `sequence`.
+    /// Writes the mirror file of `user` for the commit with the number `sequence`.
     pub(super) fn write(&self, user: &UserId, record: &StoredGrant, sequence: u64) -> Result<(), StoreError> {
-        let copy = Copy { user: user.clone(), sequence, record: record.clone() };
-        let json = serde_json::to_vec(&copy).expect("text, numbers and times are JSON");
+        let file = MirrorFile { user: user.clone(), sequence, record: record.clone() };
+        let json = serde_json::to_vec(&file).expect("text, numbers and times are JSON");
         files::replace(&self.path(user), &json)
     }
 
-    /// Deletes the copy of `user`; `false` where there was none.
+    /// Deletes the mirror file of `user`. Returns `false` if there was none.
     pub(super) fn remove(&self, user: &UserId) -> Result<bool, StoreError> {
         files::remove(&self.path(user))
     }
 
-    /// Writes down a commit that no copy tells of, such as an erasure.
+    /// Records the number of a commit that no mirror file contains, such as that of an erasure.
     pub(super) fn set_sequence(&self, sequence: u64) -> Result<(), StoreError> {
         files::replace(&self.dir.join("sequence"), sequence.to_string().as_bytes())
     }
 
-    /// Writes the copy of all notes.
+    /// Writes all notes to the mirror.
     pub(super) fn set_notes(&self, notes: &BTreeMap<String, String>, sequence: u64) -> Result<(), StoreError> {
         let notes = Notes { sequence, notes: notes.clone() };
         let json = serde_json::to_vec(&notes).expect("texts and a number are JSON");
@@ -161,18 +163,18 @@ impl Mirror {
         Ok(content.and_then(|json| serde_json::from_slice(&json).ok()))
     }
 
-    /// The file of `user`, named by a hash: user ids hold characters that not every file system takes, and may be
-    /// people's addresses.
+    /// The path of the mirror file of `user`. The name is a hash, because user ids may be e-mail addresses and may
+    /// contain characters that some file systems reject.
     pub(super) fn path(&self, user: &UserId) -> PathBuf {
         self.dir.join(format!("{:x}.json", Sha256::digest(user.as_str())))
     }
 }
 
-fn read_copy(path: &Path) -> Option<Copy> {
+fn read_file(path: &Path) -> Option<MirrorFile> {
     fs::read(path).ok().and_then(|json| serde_json::from_slice(&json).ok())
 }
 
-fn is_named_as_a_copy(path: &Path) -> bool {
+fn has_mirror_file_name(path: &Path) -> bool {
     let name = path.file_name().and_then(|name| name.to_str()).and_then(|name| name.strip_suffix(".json"));
     name.is_some_and(|name| name.len() == 64 && name.bytes().all(|b| b.is_ascii_hexdigit()))
 }

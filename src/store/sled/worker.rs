@@ -1,7 +1,7 @@
-//! The thread that owns the store, and how it is asked.
+//! The thread that owns the store, and the handle that sends operations to it.
 //!
-//! sled blocks, and has been seen to dead-lock under concurrent use: one thread of its own does all of it, so that
-//! neither ever stops the tasks that serve requests.
+//! sled blocks, and has been seen to deadlock under concurrent use. A dedicated thread runs all operations one after
+//! the other, so that sled never blocks a task that serves requests.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -13,24 +13,24 @@ use std::time::Duration;
 use tokio::sync::oneshot;
 
 use super::engine::Engine;
-use super::{Health, Opened, StoreError, files};
 use crate::store::keyring::Keyring;
+use crate::store::{Health, Opened, StoreError, files};
 
-/// How long an operation may take. A healthy one takes a millisecond; a volume that takes longer than this hangs, and
-/// memory goes on serving meanwhile.
+/// Time limit of one operation. A healthy one takes a millisecond; a volume that needs longer than this hangs, and
+/// requests are served from memory meanwhile.
 const DEADLINE: Duration = Duration::from_secs(2);
 
-/// Operations that wait for the thread. More wait only when it hangs, and those would time out anyway.
-const QUEUE: usize = 1024;
+/// Capacity of the queue of operations. It fills up only if the thread hangs, and then they would time out anyway.
+const QUEUE_CAPACITY: usize = 1024;
 
 /// A handle to the store's thread.
 #[derive(Clone)]
 pub struct Worker {
-    shared: Arc<Shared>,
+    inner: Arc<Inner>,
     deadline: Duration,
 }
 
-struct Shared {
+struct Inner {
     jobs: SyncSender<Job>,
     health: Arc<Mutex<Health>>,
     thread: Mutex<Option<JoinHandle<()>>>,
@@ -42,56 +42,61 @@ enum Job {
 }
 
 impl Worker {
-    /// Starts the thread and waits until the store is open.
-    pub(super) fn start(path: PathBuf, keyring: Arc<Keyring>) -> Result<(Self, Opened), StoreError> {
-        let (jobs, queue) = mpsc::sync_channel(QUEUE);
-        let (answer, answered) = mpsc::sync_channel(1);
+    /// Starts the thread and blocks until the store is open.
+    pub(in crate::store) fn start(path: PathBuf, keyring: Arc<Keyring>) -> Result<(Self, Opened), StoreError> {
+        let (jobs, queue) = mpsc::sync_channel(QUEUE_CAPACITY);
+        let (result, opening) = mpsc::sync_channel(1);
         let run = {
             let path = path.clone();
             move || match Engine::open(path, keyring) {
                 Ok((engine, opened)) => {
-                    let _ = answer.send(Ok((opened, engine.health())));
-                    serve(engine, &queue);
+                    let _ = result.send(Ok((opened, engine.health())));
+                    run_jobs(engine, &queue);
                 }
-                Err(error) => drop(answer.send(Err(error))),
+                Err(error) => drop(result.send(Err(error))),
             }
         };
         let builder = thread::Builder::new().name("store".into());
         let thread = builder.spawn(run).map_err(|error| files::io_error(&path, error))?;
-        match answered.recv() {
+        match opening.recv() {
             Ok(Ok((opened, health))) => {
                 let (health, thread) = (Arc::new(Mutex::new(health)), Mutex::new(Some(thread)));
-                Ok((Self { shared: Arc::new(Shared { jobs, health, thread }), deadline: DEADLINE }, opened))
+                Ok((Self { inner: Arc::new(Inner { jobs, health, thread }), deadline: DEADLINE }, opened))
             }
             Ok(Err(error)) => {
-                // So that who tries again does not find the lock still held.
+                // A caller that tries again must not find the lock still taken.
                 let _ = thread.join();
                 Err(error)
             }
-            Err(_) => Err(StoreError::Engine { path, reason: "it panicked while it opened".into() }),
+            Err(_) => Err(StoreError::UnusableDatabase { path, reason: "sled panicked while it opened".into() }),
         }
     }
 
-    /// Has the thread do `op`, and waits for it until the deadline.
-    pub(super) async fn call<T: Send + 'static>(
+    /// Runs `op` on the thread, and waits for its result until the deadline.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError::Timeout`] past the deadline: the thread may still run `op`. [`StoreError::Closed`] after
+    /// [`close`](Self::close). Otherwise the error of `op`.
+    pub(in crate::store) async fn call<T: Send + 'static>(
         &self,
         op: impl FnOnce(&mut Engine) -> Result<T, StoreError> + Send + 'static,
     ) -> Result<T, StoreError> {
-        let (answer, answered) = oneshot::channel();
-        let health = Arc::clone(&self.shared.health);
+        let (sender, receiver) = oneshot::channel();
+        let health = Arc::clone(&self.inner.health);
         self.send(Job::Run(Box::new(move |engine| {
             let result = engine.run(op);
             *locked(&health) = engine.health();
-            let _ = answer.send(result);
+            let _ = sender.send(result);
         })))?;
-        match tokio::time::timeout(self.deadline, answered).await {
-            Ok(answer) => answer.unwrap_or(Err(StoreError::Closed)),
+        match tokio::time::timeout(self.deadline, receiver).await {
+            Ok(received) => received.unwrap_or(Err(StoreError::Closed)),
             Err(_) => Err(self.timed_out()),
         }
     }
 
-    /// Stops the thread once it has done what was asked before.
-    pub(super) async fn close(&self) -> Result<(), StoreError> {
+    /// Stops the thread after the operations that are already queued.
+    pub(in crate::store) async fn close(&self) -> Result<(), StoreError> {
         let (stopped, ended) = oneshot::channel();
         match self.send(Job::Stop(stopped)) {
             Err(StoreError::Closed) => return Ok(()),
@@ -100,31 +105,31 @@ impl Worker {
         if tokio::time::timeout(self.deadline, ended).await.is_err() {
             return Err(self.timed_out());
         }
-        if let Some(thread) = locked(&self.shared.thread).take() {
+        if let Some(thread) = locked(&self.inner.thread).take() {
             let _ = thread.join();
         }
         Ok(())
     }
 
-    pub(super) fn health(&self) -> Health {
-        locked(&self.shared.health).clone()
+    pub(in crate::store) fn health(&self) -> Health {
+        locked(&self.inner.health).clone()
     }
 
-    /// The same worker for a caller in more of a hurry.
+    /// Another handle to the same thread, with its own deadline.
     #[cfg(test)]
-    pub(super) fn with_deadline(&self, deadline: Duration) -> Self {
+    pub(in crate::store) fn with_deadline(&self, deadline: Duration) -> Self {
         Self { deadline, ..self.clone() }
     }
 
     fn send(&self, job: Job) -> Result<(), StoreError> {
-        self.shared.jobs.try_send(job).map_err(|error| match error {
+        self.inner.jobs.try_send(job).map_err(|error| match error {
             TrySendError::Full(_) => self.timed_out(),
             TrySendError::Disconnected(_) => StoreError::Closed,
         })
     }
 
     fn timed_out(&self) -> StoreError {
-        let mut health = locked(&self.shared.health);
+        let mut health = locked(&self.inner.health);
         health.up = false;
         health.last_error = Some(StoreError::Timeout.to_string());
         StoreError::Timeout
@@ -137,8 +142,8 @@ impl fmt::Debug for Worker {
     }
 }
 
-/// Does jobs until it is told to stop, or until the last handle is gone.
-fn serve(mut engine: Engine, queue: &Receiver<Job>) {
+/// Runs jobs until one of them is `Stop` or the last handle is dropped.
+fn run_jobs(mut engine: Engine, queue: &Receiver<Job>) {
     for job in queue {
         match job {
             Job::Run(op) => op(&mut engine),
@@ -151,7 +156,7 @@ fn serve(mut engine: Engine, queue: &Receiver<Job>) {
     }
 }
 
-/// A panic while it was held left plain data, so a poisoned lock is as good as any.
+/// Locks the mutex and ignores poisoning: it guards plain data, which a panic leaves valid.
 fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
