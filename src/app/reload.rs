@@ -179,26 +179,21 @@ fn needs_restart(old: &RestartOnly, new: &Config) -> Result<(), String> {
 
 const KEYS: &str = "store.fernet_keys";
 
-/// What cannot change while the process runs. The keys are compared by a hash, so that no second copy of them is kept.
-pub(super) struct RestartOnly([(&'static str, String); 8]);
+/// The values that cannot change while the process runs, by key. Secrets are compared by a hash, so that no second copy of
+/// them is kept.
+pub(super) struct RestartOnly(Vec<(&'static str, String)>);
 
 impl RestartOnly {
     pub(super) fn of(config: &Config) -> Self {
-        Self([
-            ("proxy.listen", format!("{:?}", config.proxy_listen)),
-            ("proxy.socket_mode", format!("{:o}", config.socket_mode)),
-            ("login.listen", format!("{:?}", config.login_listen)),
-            ("admin.listen", format!("{:?}", config.admin_listen)),
-            ("store.kind", (if config.store.postgres.is_some() { "postgres" } else { "sled" }).to_owned()),
-            ("store.path", config.store.path.display().to_string()),
-            ("store.postgres_url", config.store.postgres.as_ref().map_or("", |url| url.fingerprint()).to_owned()),
-            (KEYS, config.fernet_keys.fingerprint()),
-        ])
+        Self(config.restart_only())
     }
 
     /// After a rotation: the keys of `config` are those in use.
     pub(super) fn takes_keys_of(&mut self, config: &Config) {
-        let keys = self.0.iter_mut().find(|(key, _)| *key == KEYS).expect("it is in the list");
-        keys.1 = config.fernet_keys.fingerprint();
+        for (own, new) in self.0.iter_mut().zip(config.restart_only()) {
+            if own.0 == KEYS {
+                *own = new;
+            }
+        }
     }
 }
