@@ -185,16 +185,7 @@ pub(super) struct RestartOnly([(&'static str, String); 8]);
 
 impl RestartOnly {
     pub(super) fn of(config: &Config) -> Self {
-        Self([
-            ("proxy.listen", format!("{:?}", config.proxy_listen)),
-            ("proxy.socket_mode", format!("{:o}", config.socket_mode)),
-            ("login.listen", format!("{:?}", config.login_listen)),
-            ("admin.listen", format!("{:?}", config.admin_listen)),
-            ("store.kind", (if config.store.postgres.is_some() { "postgres" } else { "sled" }).to_owned()),
-            ("store.path", config.store.path.display().to_string()),
-            ("store.postgres_url", config.store.postgres.as_ref().map_or("", |url| url.fingerprint()).to_owned()),
-            (KEYS, config.fernet_keys.fingerprint()),
-        ])
+        Self(config.restart_only())
     }
 
     /// Notes after a rotation that the keys of `config` are in use.

@@ -3,25 +3,14 @@
 use figment::value::{Dict, Value};
 use http::{HeaderName, HeaderValue};
 
-use super::keys;
+use super::keys::{ACCOUNT, ACCOUNT_KEYS, Kind};
+use super::names;
 use super::reader::{Reader, scalar};
-use crate::domain::account::{Account, Context, Ids, Region, UserId, check_name};
+use crate::domain::account::{Account, Ids, Region, UserId, check_name};
 use crate::domain::policy::{Allow, Rules};
 
 /// Longest value of a header that an account always sends, in bytes. The longest one that Amazon documents is an id.
 const MAX_HEADER: usize = 1024;
-
-/// The keys that hold an id.
-pub(super) const IDS: [(&str, Context); 8] = [
-    ("profile_id", Context::Scope),
-    ("marketplace_id", Context::Marketplace),
-    ("advertiser_id", Context::Advertiser),
-    ("entity_id", Context::Entity),
-    ("account_id", Context::Account),
-    ("dsp_advertiser_id", Context::DspAdvertiser),
-    ("amc_instance_id", Context::AmcInstance),
-    ("manager_account_id", Context::Manager),
-];
 
 /// Headers that an account cannot set: ours, those of the connection, and those that never leave.
 const MANAGED: [&str; 21] = [
@@ -53,10 +42,10 @@ const MANAGED_PREFIXES: [&str; 4] = ["x-ads-", "x-adsidecar-", "x-forwarded-", "
 
 /// All accounts. What is wrong with one is written down.
 pub(super) fn accounts(read: &mut Reader<'_>) -> Vec<Account> {
-    let Some(Value::Array(_, values)) = read.raw(keys::ACCOUNT) else { return Vec::new() };
+    let Some(Value::Array(_, values)) = read.raw(ACCOUNT) else { return Vec::new() };
     let tables = values.iter().map(Value::as_dict).collect::<Option<Vec<_>>>();
     let Some(tables) = tables else {
-        read.wrong(keys::ACCOUNT, "is no list of tables: begin each account with [[account]]");
+        read.wrong(ACCOUNT, "is no list of tables: begin each account with [[account]]");
         return Vec::new();
     };
     let mut accounts: Vec<Account> = Vec::new();
@@ -64,7 +53,7 @@ pub(super) fn accounts(read: &mut Reader<'_>) -> Vec<Account> {
         let account = account(&mut Table { read, place: format!("[[account]] number {}", index + 1), dict: table });
         if accounts.iter().any(|earlier| earlier.name == account.name) && !account.name.is_empty() {
             let key = format!("[[account]] number {}: name", index + 1);
-            read.wrong_at(keys::ACCOUNT, &key, "is the name of an earlier account too: give each its own");
+            read.wrong_at(ACCOUNT, &key, "is the name of an earlier account too: give each its own");
         }
         accounts.push(account);
     }
@@ -81,7 +70,7 @@ struct Table<'t, 'a> {
 impl Table<'_, '_> {
     fn wrong(&mut self, key: &str, message: impl Into<String>) {
         let key = format!("{}: {key}", self.place);
-        self.read.wrong_at(keys::ACCOUNT, &key, message);
+        self.read.wrong_at(ACCOUNT, &key, message);
     }
 
     fn parsed<T>(&mut self, key: &str, parse: impl FnOnce(&str) -> Result<T, String>) -> Option<T> {
@@ -96,12 +85,12 @@ impl Table<'_, '_> {
 }
 
 fn account(table: &mut Table<'_, '_>) -> Account {
-    for name in table.dict.keys().filter(|name| !keys::ACCOUNT_KEYS.contains(&name.as_str())) {
-        let cure = match keys::likely_account_key(name) {
+    for name in table.dict.keys().filter(|name| !ACCOUNT_KEYS.iter().any(|key| key.name == name.as_str())) {
+        let cure = match names::likely_account_key(name) {
             Some(likely) => format!("is no key of an account: did you mean {likely}?"),
             None => "is no key of an account: remove it".to_owned(),
         };
-        table.wrong(&keys::printable(name), cure);
+        table.wrong(&names::printable(name), cure);
     }
     if !table.dict.contains_key("name") {
         table.wrong("name", "is missing: give the account the name by which callers select it");
@@ -123,8 +112,10 @@ fn account(table: &mut Table<'_, '_>) -> Account {
 
 fn ids(table: &mut Table<'_, '_>) -> Ids {
     let mut ids = Ids::default();
-    for (key, context) in IDS {
-        table.parsed(key, |id| ids.set(context, id).map_err(|error| format!("is refused: {error}")));
+    for key in ACCOUNT_KEYS {
+        if let Kind::Id(context) = key.kind {
+            table.parsed(key.name, |id| ids.set(context, id).map_err(|error| format!("is refused: {error}")));
+        }
     }
     ids
 }
@@ -140,7 +131,7 @@ fn headers(table: &mut Table<'_, '_>) -> Vec<(HeaderName, HeaderValue)> {
     };
     let mut headers: Vec<(HeaderName, HeaderValue)> = Vec::new();
     for (name, value) in given {
-        let key = format!("headers.{}", keys::printable(name));
+        let key = format!("headers.{}", names::printable(name));
         match header(name, value) {
             Err(message) => table.wrong(&key, message),
             Ok((name, _)) if headers.iter().any(|(earlier, _)| *earlier == name) => {

@@ -11,10 +11,6 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use base64::Engine;
-use base64::prelude::BASE64_STANDARD;
-use sha2::{Digest, Sha256};
-
 use crate::auth::{login, lwa, tokens};
 use crate::domain::secret::Secret;
 use crate::inbound::{admin, admission, proxy};
@@ -25,7 +21,8 @@ use crate::{server, store, upstream};
 mod accounts;
 mod checks;
 mod files;
-mod keys;
+pub mod keys;
+mod names;
 mod print;
 mod errors;
 mod reader;
@@ -33,6 +30,7 @@ mod resolve;
 mod sources;
 
 pub use errors::{ConfigError, ConfigErrors};
+use print::Effective;
 pub use sources::Sources;
 
 /// All that adsidecar is told, sorted by who needs it.
@@ -80,6 +78,8 @@ pub struct Config {
     pub log: log::Settings,
     /// `[shutdown]`.
     pub shutdown: Shutdown,
+    /// The value of each key, for `adsidecar check` and for [`restart_only`](Self::restart_only).
+    effective: Effective,
 }
 
 /// Where this runs.
@@ -120,23 +120,6 @@ pub fn load(sources: &Sources) -> Result<Config, ConfigErrors> {
 pub fn files(sources: &Sources) -> Vec<PathBuf> {
     let merged = sources::merge(sources, &mut Vec::new());
     sources::toml_file(sources).into_iter().chain(merged.files()).collect()
-}
-
-impl FernetKeys {
-    /// Tells whether two sets of keys are the same, in the same order, without showing one.
-    pub fn fingerprint(&self) -> String {
-        match self {
-            Self::MakeBesideStore => "made beside the store".to_owned(),
-            Self::Given(keys) => {
-                let mut hash = Sha256::new();
-                for key in keys {
-                    hash.update(key.expose().trim());
-                    hash.update(b"\n");
-                }
-                BASE64_STANDARD.encode(hash.finalize())
-            }
-        }
-    }
 }
 
 #[cfg(test)]

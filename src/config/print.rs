@@ -1,66 +1,104 @@
-//! A configuration as TOML, its secrets left out: what `adsidecar check` shows.
+//! The effective configuration: the value of each key after defaults and derived values are applied, its secrets left
+//! out. `adsidecar check` prints it, and a reload compares it.
 
-use std::fmt::{Display, Write};
+use std::collections::BTreeMap;
+use std::fmt::Display;
 use std::time::Duration;
 
-use super::accounts::IDS;
-use super::{Config, Environment, FernetKeys};
-use crate::domain::account::{Account, Region};
+use sha2::{Digest, Sha256};
+
+use super::Config;
+use super::keys::{ACCOUNT_KEYS, KEYS, Kind};
+use crate::domain::account::Account;
 use crate::domain::policy::Rules;
 use crate::domain::secret::Secret;
-use crate::inbound::proxy::Selection;
-use crate::server::Listen;
-use crate::upstream::Http2;
 
-/// Stands in the place of a secret.
+/// Replaces a secret.
 const HIDDEN: &str = "\"…\"";
 
-impl Config {
-    /// The resolved configuration as TOML, each secret as `…`. With its secrets put back it means the same.
-    pub fn redacted_toml(&self) -> String {
-        let mut page = Page(String::new());
-        page.pair("environment", quoted(self.environment.as_str()));
-        self.print_amazon(&mut page);
-        self.print_doors(&mut page);
-        self.print_keeping(&mut page);
-        self.print_upstream(&mut page);
-        let policy = &self.proxy.policy;
-        page.section("policy");
-        print_rules(&mut page, &policy.rules);
-        page.pair("mode", quoted(policy.mode.as_str()));
-        page.section("metrics");
-        page.pair("max_user_series", self.metrics.max_user_series);
-        page.section("log");
-        let format = match self.log.format {
-            crate::telemetry::log::Format::Text => "text",
-            crate::telemetry::log::Format::Json => "json",
-        };
-        page.pair("format", quoted(format));
-        page.pair("level", quoted(self.log.level.as_str()));
-        page.pair("audit", self.log.audit);
-        page.section("shutdown");
-        page.pair("accept", duration(self.shutdown.accept));
-        page.pair("drain", duration(self.shutdown.drain));
-        self.proxy.accounts.iter().for_each(|account| print_account(&mut page, account));
-        page.0
+/// The effective value of each key that was read.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Effective(BTreeMap<&'static str, Shown>);
+
+#[derive(Clone, Debug)]
+struct Shown {
+    /// The line that `adsidecar check` prints. `None`: the key has no effect, so it is not printed.
+    line: Option<String>,
+    /// Equal if and only if the values are: the value as TOML, or a hash of secrets.
+    identity: String,
+}
+
+impl Effective {
+    /// Records the value of `key`, written as TOML.
+    pub(super) fn set(&mut self, key: &'static str, toml: impl Display) {
+        self.0.insert(key, Shown { line: Some(format!("{} = {toml}", last_part(key))), identity: toml.to_string() });
     }
 
-    fn print_amazon(&self, page: &mut Page) {
-        let lwa = &self.lwa;
-        page.section("amazon");
-        page.pair("client_id", quoted(&lwa.client_id));
-        page.secrets("client_secret", &lwa.client_secrets);
-        page.pair("redirect_uri", quoted(&lwa.redirect_uri));
-        page.pair("scope", quoted(&lwa.scope));
-        page.pair("region", quoted(lwa.region.as_str()));
-        if self.tokens.adopt.is_some() {
-            page.pair("refresh_token", HIDDEN);
+    /// Records secrets by their hash. They are printed as `…`.
+    pub(super) fn set_secrets(&mut self, key: &'static str, secrets: &[Secret]) {
+        let shown = match secrets.len() {
+            0 => return,
+            1 => HIDDEN.to_owned(),
+            _ => list(secrets.iter().map(|_| HIDDEN.to_owned())),
+        };
+        let mut hash = Sha256::new();
+        for secret in secrets {
+            hash.update(secret.expose());
+            hash.update(b"\n");
         }
-        let own = |url: &Option<url::Url>, region: &str| quoted(url.as_ref().map_or(region, url::Url::as_str));
-        page.pair("authorize_url", own(&lwa.authorize_url, lwa.region.authorize_url()));
-        page.pair("token_url", own(&lwa.token_url, lwa.region.token_url()));
-        page.roots(lwa.extra_roots.len());
+        let line = format!("{} = {shown}", last_part(key));
+        self.0.insert(key, Shown { line: Some(line), identity: format!("{:x}", hash.finalize()) });
     }
+
+    /// Prints `text` as a comment in place of the value of `key`.
+    pub(super) fn remark(&mut self, key: &'static str, text: impl Display) {
+        let line = Some(format!("# {text}"));
+        match self.0.get_mut(key) {
+            Some(shown) => shown.line = line,
+            None => drop(self.0.insert(key, Shown { line, identity: String::new() })),
+        }
+    }
+
+    /// Prints the value of `key` as a comment, with a `remark`: written as a value it would mean something else.
+    pub(super) fn comment_out(&mut self, key: &'static str, remark: &str) {
+        if let Some(Shown { line: Some(line), .. }) = self.0.get_mut(key) {
+            *line = format!("# {line}, {remark}");
+        }
+    }
+
+    /// Does not print `key`, which has no effect beside the other values.
+    pub(super) fn hide(&mut self, key: &'static str) {
+        if let Some(shown) = self.0.get_mut(key) {
+            shown.line = None;
+        }
+    }
+}
+
+impl Config {
+    /// The effective configuration as TOML, each secret as `…`. With its secrets put back it means the same.
+    pub fn redacted_toml(&self) -> String {
+        let (mut page, mut section) = (String::new(), "");
+        for key in KEYS {
+            let Some(line) = self.effective.0.get(key.name).and_then(|shown| shown.line.as_ref()) else { continue };
+            let of_key = key.name.split_once('.').map_or("", |(section, _)| section);
+            if section != of_key {
+                section = of_key;
+                page.push_str(&format!("\n[{section}]\n"));
+            }
+            page.push_str(line);
+            page.push('\n');
+        }
+        self.proxy.accounts.iter().for_each(|account| print_account(&mut page, account));
+        page
+    }
+
+    /// The keys that only a restart can change, each with a text that is equal if and only if its value is. The text of
+    /// a secret is a hash.
+    pub fn restart_only(&self) -> Vec<(&'static str, String)> {
+        let identity = |name| self.effective.0.get(name).map(|shown| shown.identity.clone()).unwrap_or_default();
+        KEYS.iter().filter(|key| key.restart).map(|key| (key.name, identity(key.name))).collect()
+    }
+}
 
     fn print_doors(&self, page: &mut Page) {
         page.section("proxy");
@@ -107,133 +145,42 @@ impl Config {
                 page.pair("kind", quoted("sled"));
                 page.pair("path", quoted(&self.store.path.to_string_lossy()));
             }
-            Some(_) => {
-                page.pair("kind", quoted("postgres"));
-                page.pair("postgres_url", HIDDEN);
-            }
-        }
-        match &self.fernet_keys {
-            FernetKeys::Given(keys) => page.secrets("fernet_keys", keys),
-            FernetKeys::MakeBesideStore => page.remark("fernet_keys: none given, one is kept beside the store"),
-        }
-        page.section("refresh");
-        page.pair("margin", duration(self.tokens.policy.margin));
-        page.pair("ahead", duration(self.tokens.policy.ahead));
-        page.pair("sweep", duration(self.tokens.sweep));
-        page.pair("idle_after", duration(self.tokens.policy.idle_after));
-        page.pair("concurrency", self.tokens.concurrency);
-    }
-
-    fn print_upstream(&self, page: &mut Page) {
-        page.section("upstream");
-        for (region, origin) in Region::ALL.iter().zip(&self.upstream.origins) {
-            page.pair(region.as_str(), quoted(origin.as_str().trim_end_matches('/')));
-        }
-        page.roots(self.upstream.extra_roots.len());
-        let http2 = match self.upstream.http2 {
-            Http2::Auto => "auto",
-            Http2::Never => "never",
-            Http2::Always => "always",
+            _ => None,
         };
-        page.pair("http2", quoted(http2));
-        page.pair("connect_timeout", duration(self.upstream.connect_timeout));
-        page.pair("response_timeout", duration(self.upstream.response_timeout));
-        page.pair("idle_timeout", duration(self.upstream.idle_timeout));
-    }
-}
-
-impl Environment {
-    fn as_str(self) -> &'static str {
-        match self {
-            Self::Production => "production",
-            Self::Development => "development",
+        if let Some(value) = value {
+            page.push_str(&format!("{} = {value}\n", key.name));
         }
     }
 }
 
-fn print_account(page: &mut Page, account: &Account) {
-    page.0.push_str("\n[[account]]\n");
-    page.pair("name", quoted(&account.name));
-    page.pair("user", quoted(account.user.as_str()));
-    if let Some(region) = account.region {
-        page.pair("region", quoted(region.as_str()));
-    }
-    for (key, context) in IDS {
-        if let Some(id) = account.ids.get(context) {
-            page.pair(key, quoted(&String::from_utf8_lossy(id.as_bytes())));
-        }
-    }
-    if !account.headers.is_empty() {
-        let headers: Vec<_> =
-            account.headers.iter().map(|(name, _)| format!("{} = {HIDDEN}", quoted(name.as_str()))).collect();
-        page.pair("headers", format!("{{ {} }}", headers.join(", ")));
-    }
-    if !account.rules.is_empty() {
-        print_rules(page, &account.rules);
-    }
+/// The headers of an account, whose values may be secrets.
+fn headers(account: &Account) -> Option<String> {
+    let headers: Vec<_> =
+        account.headers.iter().map(|(name, _)| format!("{} = {HIDDEN}", quoted(name.as_str()))).collect();
+    (!headers.is_empty()).then(|| format!("{{ {} }}", headers.join(", ")))
 }
 
-fn print_rules(page: &mut Page, rules: &Rules) {
-    page.pair("read_only", rules.read_only());
-    page.pair("allow", list(rules.allow().map(|entry| quoted(&entry.to_string()))));
+/// The rules of an account that has any.
+fn rules(account: &Account) -> Option<&Rules> {
+    Some(&account.rules).filter(|rules| !rules.is_empty())
 }
 
-struct Page(String);
-
-impl Page {
-    fn section(&mut self, name: &str) {
-        self.line(format_args!("\n[{name}]"));
-    }
-
-    fn pair(&mut self, key: &str, value: impl Display) {
-        self.line(format_args!("{key} = {value}"));
-    }
-
-    fn remark(&mut self, text: impl Display) {
-        self.line(format_args!("# {text}"));
-    }
-
-    fn secrets(&mut self, key: &str, secrets: &[Secret]) {
-        match secrets.len() {
-            0 => {}
-            1 => self.pair(key, HIDDEN),
-            _ => self.pair(key, list(secrets.iter().map(|_| HIDDEN.to_owned()))),
-        }
-    }
-
-    fn listen(&mut self, listen: &[Listen], default: bool) {
-        let addresses = list(listen.iter().map(|listen| match listen {
-            Listen::Tcp(address) => quoted(address),
-            Listen::Unix(path) => quoted(&format!("unix:{}", path.display())),
-        }));
-        if default {
-            self.remark(format_args!("listen = {addresses}, [::1] only where the machine has IPv6"));
-        } else {
-            self.pair("listen", addresses);
-        }
-    }
-
-    fn roots(&mut self, count: usize) {
-        if count > 0 {
-            self.remark(format_args!("ca_file: {count} certificates read"));
-        }
-    }
-
-    fn line(&mut self, line: std::fmt::Arguments<'_>) {
-        writeln!(self.0, "{line}").expect("a String takes all that is written to it");
-    }
+fn last_part(key: &str) -> &str {
+    key.rsplit('.').next().unwrap_or(key)
 }
 
-fn duration(duration: Duration) -> String {
+/// A duration as TOML.
+pub(super) fn duration(duration: Duration) -> String {
     quoted(&humantime::format_duration(duration).to_string())
 }
 
-fn list(items: impl Iterator<Item = String>) -> String {
+/// An array of TOML values.
+pub(super) fn list(items: impl Iterator<Item = String>) -> String {
     format!("[{}]", items.collect::<Vec<_>>().join(", "))
 }
 
 /// A basic string of TOML.
-fn quoted(text: &str) -> String {
+pub(super) fn quoted(text: &str) -> String {
     let mut quoted = String::with_capacity(text.len() + 2);
     quoted.push('"');
     for c in text.chars() {

@@ -1,7 +1,7 @@
-//! Reads single keys by their type. What does not fit is written down, and the default stands in until all are read.
+//! Reads single keys by the type that the table gives them, and records each effective value. An invalid value is
+//! recorded as a problem and replaced by the default, so that all problems are found.
 
 use std::fmt::Display;
-use std::ops::RangeInclusive;
 use std::path::Path;
 use std::time::Duration;
 
@@ -12,22 +12,26 @@ use rustls::pki_types::pem::PemObject;
 
 use super::errors::ConfigError;
 use super::files;
+use super::keys::Kind;
+use super::names;
+use super::print::{Effective, duration, list, quoted};
 use super::sources::{Given, Merged, WHOLE_FILE};
 use crate::domain::secret::Secret;
 
 /// Longest single text, in bytes: a URL, an id, a token. Amazon's tokens have at most 2,048.
 const MAX_TEXT: usize = 4096;
 
-/// Reads keys and collects problems.
+/// Reads keys, and collects problems and effective values.
 pub(super) struct Reader<'a> {
     merged: &'a Merged,
     problems: Vec<ConfigError>,
+    effective: Effective,
 }
 
 impl<'a> Reader<'a> {
-    /// Reads from `merged`, on top of the problems that its sources had.
+    /// Reads from `merged`, in addition to the `problems` of its sources.
     pub(super) fn new(merged: &'a Merged, problems: Vec<ConfigError>) -> Self {
-        Self { merged, problems }
+        Self { merged, problems, effective: Effective::default() }
     }
 
     /// All problems, once everything is read; none are left.
@@ -35,31 +39,49 @@ impl<'a> Reader<'a> {
         std::mem::take(&mut self.problems)
     }
 
-    /// Writes down what is wrong with `key`, which was given somewhere or is a default.
+    /// The effective values, once everything is read; none are left.
+    pub(super) fn take_effective(&mut self) -> Effective {
+        std::mem::take(&mut self.effective)
+    }
+
+    /// The effective values so far, for those that are derived from other keys.
+    pub(super) fn effective(&mut self) -> &mut Effective {
+        &mut self.effective
+    }
+
+    /// Records a problem with `key`, whose value was given or is the default.
     pub(super) fn wrong(&mut self, key: &str, message: impl Into<String>) {
         self.wrong_at(key, key, message);
     }
 
-    /// Writes down what is wrong within the value of `key`, at what is called `place`.
+    /// Records a problem at `place`, within the value of `key`.
     pub(super) fn wrong_at(&mut self, key: &str, place: &str, message: impl Into<String>) {
         let source = self.merged.get(key).map_or_else(|| "the default".to_owned(), |(_, source)| source);
         self.problems.push(ConfigError { key: place.to_owned(), source: Some(source), message: message.into() });
     }
 
-    /// Writes down that nobody gave `key`. The message names it.
+    /// Records that no source gives `key`. The message names it.
     pub(super) fn missing(&mut self, key: &str, message: &str) {
-        // Somebody gave it and had that refused already, or gave it in a file that cannot be read: once is enough.
+        // One problem is enough for a key that was given and refused, or that an unreadable file may give.
         if !self.problems.iter().any(|problem| problem.key == key || problem.key == WHOLE_FILE) {
             self.problems.push(ConfigError { key: key.to_owned(), source: None, message: message.to_owned() });
         }
     }
 
-    /// Whether somebody gave `key`.
+    /// Whether a source gives `key`.
     pub(super) fn is_given(&self, key: &str) -> bool {
         self.merged.get(key).is_some()
     }
 
-    /// The value of `key` as it stands in the file, for what is not a single value.
+    /// Whether `word` is the value of `key`, given or by default.
+    pub(super) fn says(&self, key: &str, word: &str) -> bool {
+        match self.is_given(key) {
+            true => self.raw(key).and_then(Value::as_str) == Some(word),
+            false => names::row(key).default_text() == Some(word),
+        }
+    }
+
+    /// The given value of `key` as it stands in the file, for a value that is not a single text.
     pub(super) fn raw(&self, key: &str) -> Option<&'a Value> {
         match self.merged.get(key)? {
             (Given::Value(value), _) => Some(value),
@@ -67,106 +89,142 @@ impl<'a> Reader<'a> {
         }
     }
 
-    /// The text of `key`, read by `parse`.
-    pub(super) fn parsed<T, E: Display>(&mut self, key: &str, parse: impl FnOnce(&str) -> Result<T, E>) -> Option<T> {
-        let text = self.text(key)?;
-        match parse(&text) {
-            Ok(value) => Some(value),
-            Err(error) => {
-                self.wrong(key, error.to_string());
-                None
-            }
-        }
+    /// The value of `key`, read by `parse`: given, else the default of the table. `None`: neither.
+    pub(super) fn parsed<T: Display, E: Display>(
+        &mut self,
+        key: &str,
+        parse: impl Fn(&str) -> Result<T, E>,
+    ) -> Option<T> {
+        self.shown(key, parse, |value| quoted(&value.to_string()))
     }
 
-    /// One of a few words.
-    pub(super) fn choice<T: Copy>(&mut self, key: &str, default: T, words: &[(&str, T)]) -> T {
+    /// The value of a key that is a plain text, or a path.
+    pub(super) fn text(&mut self, key: &str) -> Option<String> {
+        self.parsed(key, |text| Ok::<_, String>(text.to_owned()))
+    }
+
+    /// One of the words of the table.
+    pub(super) fn word(&mut self, key: &str) -> Option<&'static str> {
+        let Kind::Word(words) = names::row(key).kind else { unreachable!("{key} has another type in the table") };
         self.parsed(key, |text| {
-            let found = words.iter().find(|(word, _)| text.eq_ignore_ascii_case(word));
-            found.map(|(_, value)| *value).ok_or_else(|| {
-                let words: Vec<_> = words.iter().map(|(word, _)| format!("`{word}`")).collect();
-                format!("is none of its words: write {}", words.join(" or "))
-            })
+            words.iter().copied().find(|word| text.eq_ignore_ascii_case(word)).ok_or_else(|| no_word(words))
         })
-        .unwrap_or(default)
     }
 
     /// `true` or `false`.
-    pub(super) fn flag(&mut self, key: &str, default: bool) -> bool {
-        match self.raw(key) {
-            Some(Value::Bool(_, flag)) => *flag,
-            _ => self.choice(key, default, &[("true", true), ("false", false)]),
+    pub(super) fn flag(&mut self, key: &str) -> Option<bool> {
+        if let Some(Value::Bool(_, flag)) = self.raw(key) {
+            self.record(key, flag.to_string());
+            return Some(*flag);
         }
+        let parse = |text: &str| match text.to_ascii_lowercase().as_str() {
+            "true" => Ok(true),
+            "false" => Ok(false),
+            _ => Err(no_word(&["true", "false"])),
+        };
+        self.shown(key, parse, bool::to_string)
     }
 
-    /// A whole number within `range`.
-    pub(super) fn count(&mut self, key: &str, default: usize, range: RangeInclusive<usize>) -> usize {
-        let (least, most) = (range.start(), range.end());
-        self.parsed(key, |text| {
-            let number = text.parse::<usize>().ok().filter(|number| range.contains(number));
+    /// A whole number within the bounds of the table.
+    pub(super) fn count(&mut self, key: &str) -> usize {
+        let Kind::Count(least, most) = names::row(key).kind else {
+            unreachable!("{key} has another type in the table")
+        };
+        let parse = |text: &str| {
+            let number = text.parse::<usize>().ok().filter(|number| (least..=most).contains(number));
             number.ok_or_else(|| format!("is not a whole number from {least} to {most}: write it without unit"))
-        })
-        .unwrap_or(default)
+        };
+        self.shown(key, parse, usize::to_string).unwrap_or_default()
     }
 
-    /// A duration within `range`.
-    pub(super) fn duration(&mut self, key: &str, default: Duration, range: RangeInclusive<Duration>) -> Duration {
-        let (least, most) = (*range.start(), *range.end());
-        self.parsed(key, |text| match humantime::parse_duration(text) {
+    /// A duration within the bounds of the table.
+    pub(super) fn duration(&mut self, key: &str) -> Duration {
+        let Kind::Duration(least, most) = names::row(key).kind else {
+            unreachable!("{key} has another type in the table")
+        };
+        let bound = |text| humantime::parse_duration(text).expect("the bounds of the table are durations");
+        let (least, most) = (bound(least), bound(most));
+        let parse = |text: &str| match humantime::parse_duration(text) {
             Err(_) => Err("is not a duration: write a number and its unit, such as 30s, 5m or 7d".to_owned()),
-            Ok(duration) if !range.contains(&duration) => {
+            Ok(duration) if !(least..=most).contains(&duration) => {
                 let (least, most) = (humantime::format_duration(least), humantime::format_duration(most));
                 Err(format!("is out of bounds: write a duration from {least} to {most}"))
             }
             Ok(duration) => Ok(duration),
-        })
-        .unwrap_or(default)
+        };
+        self.shown(key, parse, |value| duration(*value)).unwrap_or_default()
     }
 
-    /// A number of bytes, at most `most`.
-    pub(super) fn size(&mut self, key: &str, default: u64, most: u64) -> u64 {
-        self.parsed(key, |text| parse_size(text, most)).unwrap_or(default)
+    /// A number of bytes, up to the bound of the table.
+    pub(super) fn size(&mut self, key: &str) -> u64 {
+        let Kind::Size(most) = names::row(key).kind else { unreachable!("{key} has another type in the table") };
+        let most = parse_size(most, u64::MAX).expect("the bounds of the table are sizes");
+        self.shown(key, |text| parse_size(text, most), |bytes| quoted(&format!("{bytes}B"))).unwrap_or_default()
     }
 
-    /// A list of texts: a list in the file, or one text with commas. `None` where nobody gave it.
-    pub(super) fn list(&mut self, key: &str) -> Option<Vec<String>> {
-        match self.raw(key) {
-            Some(Value::Array(_, values)) => {
-                let texts: Option<Vec<_>> = values.iter().map(|value| value.as_str().map(str::to_owned)).collect();
-                if texts.is_none() {
-                    self.wrong(key, "its list holds something that is not a text: put each entry in quotes");
-                }
-                texts
-            }
-            _ => Some(parts(&self.text(key)?)),
+    /// A number of bytes; `None` for the word `none`.
+    pub(super) fn size_or_none(&mut self, key: &str) -> Option<u64> {
+        let parse = |text: &str| match text {
+            "none" => Ok(None),
+            _ => parse_size(text, u64::MAX).map(Some),
+        };
+        let show = |size: &Option<u64>| quoted(&size.map_or_else(|| "none".to_owned(), |bytes| format!("{bytes}B")));
+        self.shown(key, parse, show).flatten()
+    }
+
+    /// The entries of a list, each read by `parse`. Invalid ones are left out.
+    pub(super) fn entries<T: Display, E: Display>(
+        &mut self,
+        key: &str,
+        parse: impl Fn(&str) -> Result<T, E>,
+    ) -> Vec<T> {
+        let mut entries = Vec::new();
+        let Some(texts) = self.list(key) else { return entries };
+        if texts.is_empty() && names::row(key).kind == Kind::Addresses {
+            self.wrong(key, "is empty: name an address, or remove it");
         }
+        for text in texts {
+            match parse(&text) {
+                Ok(entry) => entries.push(entry),
+                Err(error) => self.wrong(key, error.to_string()),
+            }
+        }
+        self.record(key, list(entries.iter().map(|entry| quoted(&entry.to_string()))));
+        entries
     }
 
-    /// A list of whole numbers, in the file with or without quotes; none where nobody gave any.
+    /// A list of whole numbers, in the file with or without quotes.
     pub(super) fn numbers(&mut self, key: &str) -> Vec<u32> {
         let texts = match self.raw(key) {
             Some(Value::Array(_, values)) => values.iter().map(scalar).collect(),
             _ => Ok(self.list(key).unwrap_or_default()),
         };
-        let texts = texts.map(|texts| texts.iter().map(|text| text.trim().parse()).collect());
-        match texts {
+        let numbers = texts.map(|texts| texts.iter().map(|text| text.trim().parse()).collect());
+        let numbers: Vec<u32> = match numbers {
             Ok(Ok(numbers)) => numbers,
             Ok(Err::<_, std::num::ParseIntError>(_)) | Err(_) => {
-                self.wrong(key, "holds something that is no whole number: write numbers such as 1000, and no names");
+                self.wrong(key, "holds something that is not a whole number: write numbers such as 1000, and no names");
                 Vec::new()
             }
-        }
+        };
+        self.record(key, list(numbers.iter().map(u32::to_string)));
+        numbers
     }
 
     /// One secret of visible ASCII characters.
     pub(super) fn secret(&mut self, key: &str) -> Option<Secret> {
-        self.parsed(key, |text| checked_secret(text.trim()))
+        let secret = self.value(key, |text| checked_secret(text.trim()));
+        self.effective.set_secrets(names::row(key).name, secret.as_slice());
+        secret
     }
 
-    /// One or more secrets; none where nobody gave any.
+    /// One or more secrets; empty if no source gives any.
     pub(super) fn secrets(&mut self, key: &str) -> Vec<Secret> {
+        if !self.is_given(key) {
+            return Vec::new();
+        }
         let Some(texts) = self.list(key) else { return Vec::new() };
-        match texts.iter().map(|text| checked_secret(text)).collect::<Result<Vec<_>, _>>() {
+        let secrets = match texts.iter().map(|text| checked_secret(text)).collect::<Result<Vec<_>, _>>() {
             Ok(secrets) if secrets.is_empty() => {
                 self.wrong(key, "is empty: give it a value, or remove it");
                 Vec::new()
@@ -176,17 +234,70 @@ impl<'a> Reader<'a> {
                 self.wrong(key, message);
                 Vec::new()
             }
-        }
+        };
+        self.effective.set_secrets(names::row(key).name, &secrets);
+        secrets
     }
 
     /// The certificates in the PEM file that `key` names.
     pub(super) fn certificates(&mut self, key: &str) -> Vec<CertificateDer<'static>> {
-        self.parsed(key, |path| files::read(Path::new(path)).and_then(|pem| parse_certificates(&pem)))
-            .unwrap_or_default()
+        let certificates = self
+            .value(key, |path| files::read(Path::new(path)).and_then(|pem| parse_certificates(&pem)))
+            .unwrap_or_default();
+        if !certificates.is_empty() {
+            let remark = format!("ca_file: {} certificates read", certificates.len());
+            self.effective.remark(names::row(key).name, remark);
+        }
+        certificates
     }
 
-    /// The text of a key that has one value, wherever that stands; never blank. A bare integer is taken as its digits.
-    pub(super) fn text(&mut self, key: &str) -> Option<String> {
+    /// Records `toml` as the effective value of `key`.
+    pub(super) fn record(&mut self, key: &str, toml: impl Display) {
+        self.effective.set(names::row(key).name, toml);
+    }
+
+    /// As `parsed`, with the effective value written by `show`.
+    fn shown<T, E: Display>(
+        &mut self,
+        key: &str,
+        parse: impl Fn(&str) -> Result<T, E>,
+        show: impl Fn(&T) -> String,
+    ) -> Option<T> {
+        let value = self.value(key, parse)?;
+        self.record(key, show(&value));
+        Some(value)
+    }
+
+    /// As `parsed`, without an effective value.
+    fn value<T, E: Display>(&mut self, key: &str, parse: impl Fn(&str) -> Result<T, E>) -> Option<T> {
+        if let Some(text) = self.given_text(key) {
+            match parse(&text) {
+                Ok(value) => return Some(value),
+                Err(error) => self.wrong(key, error.to_string()),
+            }
+        }
+        names::row(key).default_text().and_then(|text| parse(text).ok())
+    }
+
+    /// The texts of a list: a list in the file, or one text with commas; the default if no source gives any. `None`: the
+    /// value is no such list, which is recorded.
+    fn list(&mut self, key: &str) -> Option<Vec<String>> {
+        match self.raw(key) {
+            Some(Value::Array(_, values)) => {
+                let texts: Option<Vec<_>> = values.iter().map(|value| value.as_str().map(str::to_owned)).collect();
+                if texts.is_none() {
+                    self.wrong(key, "its list holds something that is not a text: put each entry in quotes");
+                }
+                texts
+            }
+            _ if self.is_given(key) => self.given_text(key).map(|text| parts(&text)),
+            _ => Some(parts(names::row(key).default_text().unwrap_or_default())),
+        }
+    }
+
+    /// The given text of a key that has one value, from its file if it is given as one; never blank. An integer is
+    /// taken as its digits.
+    fn given_text(&mut self, key: &str) -> Option<String> {
         let text = match self.merged.get(key)?.0 {
             Given::File(path) => files::value(Path::new(path)),
             Given::Value(value) => scalar(value).and_then(|text| match text.trim() {
@@ -198,7 +309,17 @@ impl<'a> Reader<'a> {
     }
 }
 
+/// Refuses a text that is none of `words`.
+pub(super) fn no_word(words: &[&str]) -> String {
+    let words: Vec<_> = words.iter().map(|word| format!("`{word}`")).collect();
+    format!("is not a known value: write {}", words.join(" or "))
+}
+
 /// The text of a text, and the digits of an integer.
+///
+/// # Errors
+///
+/// For any other value, with a message that does not repeat it.
 pub(super) fn scalar(value: &Value) -> Result<String, String> {
     match value {
         Value::String(_, text) => Ok(text.clone()),

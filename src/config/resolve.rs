@@ -1,15 +1,16 @@
-//! From the layers to a [`Config`]: every key is read here once, with its default.
+//! From the layers to a [`Config`]: each key of the table is read here once, into the field that uses it.
 
-use std::ops::RangeInclusive;
 use std::path::PathBuf;
-use std::time::Duration;
 
 use url::Url;
 
 use super::accounts::accounts;
 use super::checks;
 use super::errors::{ConfigError, ConfigErrors};
-use super::reader::Reader;
+use super::keys::{KEYS, Kind};
+use super::names;
+use super::print::quoted;
+use super::reader::{Reader, no_word};
 use super::sources::Merged;
 use super::{Config, Environment, FernetKeys, Shutdown};
 use crate::auth::{login, lwa, tokens};
@@ -21,23 +22,6 @@ use crate::server::Listen;
 use crate::telemetry::{log, metrics};
 use crate::{server, store, upstream};
 
-const SECOND: Duration = Duration::from_secs(1);
-const MINUTE: Duration = Duration::from_secs(60);
-const HOUR: Duration = Duration::from_secs(3600);
-const DAY: Duration = Duration::from_secs(86_400);
-
-/// What a timeout can be: below 10 ms nothing ever succeeds, and who waits longer than an hour waits for nothing.
-const TIMEOUT: RangeInclusive<Duration> = Duration::from_millis(10)..=HOUR;
-
-/// Most bytes of a request body that are held for a replay: they are held for each request that is in flight.
-const MAX_REPLAY: u64 = 64 * 1024 * 1024;
-
-/// Where the proxy door listens unless told otherwise.
-const PROXY_LISTEN: [&str; 2] = ["127.0.0.1:8001", "[::1]:8001"];
-
-/// Where the admin door listens unless told otherwise.
-const ADMIN_LISTEN: [&str; 2] = ["127.0.0.1:9464", "[::1]:9464"];
-
 const FERNET_CURE: &str = "missing Fernet key: set store.fernet_keys or store.fernet_keys_file (environment: FERNET_KEY); \
                            `adsidecar key new` makes one";
 
@@ -45,20 +29,22 @@ const FERNET_CURE: &str = "missing Fernet key: set store.fernet_keys or store.fe
 pub(super) fn resolve(merged: &Merged, problems: Vec<ConfigError>) -> Result<Config, ConfigErrors> {
     let mut read = Reader::new(merged, problems);
     let read = &mut read;
-    let words = [("production", Environment::Production), ("development", Environment::Development)];
-    let environment = read.choice("environment", Environment::Production, &words);
+    let environment = match read.word("environment") {
+        Some("development") => Environment::Development,
+        _ => Environment::Production,
+    };
     not_built_yet(read);
 
     let lwa = lwa(read, environment);
     let proxy = proxy(read, &lwa);
-    let (proxy_listen, proxy_listen_default) = door(read, "proxy.listen", &PROXY_LISTEN);
-    let login_listen = oauth(read);
-    let (admin_listen, admin_listen_default) = door(read, "admin.listen", &ADMIN_LISTEN);
+    let (proxy_listen, proxy_listen_default) = listener(read, "proxy.listen");
+    let (login_listen, _) = listener(read, "login.listen");
+    let (admin_listen, admin_listen_default) = listener(read, "admin.listen");
     let (login, frontend_origin) = login(read, environment, !login_listen.is_empty());
     let admission = admission_settings(read, frontend_origin);
     let allow_remote = read.flag("proxy.allow_remote", false);
     remote_is_meant(read, &proxy_listen, allow_remote);
-    doors_are_apart(
+    listeners_are_apart(
         read,
         &[("proxy.listen", &proxy_listen), ("login.listen", &login_listen), ("admin.listen", &admin_listen)],
     );
@@ -67,7 +53,7 @@ pub(super) fn resolve(merged: &Merged, problems: Vec<ConfigError>) -> Result<Con
         proxy_listen,
         proxy_listen_default,
         allow_remote,
-        socket_mode: read.parsed("proxy.socket_mode", checks::socket_mode).unwrap_or(0o600),
+        socket_mode: socket_mode(read),
         limits: limits(read),
         login_listen,
         admin_listen,
@@ -81,12 +67,10 @@ pub(super) fn resolve(merged: &Merged, problems: Vec<ConfigError>) -> Result<Con
         tokens: tokens(read),
         store: store(read),
         fernet_keys: fernet_keys(read, environment),
-        metrics: metrics::Settings { max_user_series: read.count("metrics.max_user_series", 1000, 0..=1_000_000) },
+        metrics: metrics::Settings { max_user_series: read.count("metrics.max_user_series") },
         log: log(read, environment),
-        shutdown: Shutdown {
-            accept: read.duration("shutdown.accept", Duration::ZERO, Duration::ZERO..=HOUR),
-            drain: read.duration("shutdown.drain", 25 * SECOND, Duration::ZERO..=HOUR),
-        },
+        shutdown: Shutdown { accept: read.duration("shutdown.accept"), drain: read.duration("shutdown.drain") },
+        effective: read.take_effective(),
     };
     match read.take_problems() {
         problems if problems.is_empty() => Ok(config),
@@ -97,8 +81,6 @@ pub(super) fn resolve(merged: &Merged, problems: Vec<ConfigError>) -> Result<Con
 // The parts, in the order of the manual.
 
 fn lwa(read: &mut Reader<'_>, environment: Environment) -> lwa::Settings {
-    const REDIRECT_URI: &str = "http://localhost:8001/api/auth/amazon/callback";
-    const SCOPE: &str = "advertising::campaign_management";
     if !read.is_given("amazon.client_id") {
         read.missing("amazon.client_id", "missing client id: set amazon.client_id (environment: AMAZON_CLIENT_ID)");
     }
@@ -110,75 +92,79 @@ fn lwa(read: &mut Reader<'_>, environment: Environment) -> lwa::Settings {
         );
     }
     let production = environment == Environment::Production;
-    let redirect_uri = read.parsed("amazon.redirect_uri", |text| checks::redirect_uri(text, production));
-    lwa::Settings {
+    let settings = lwa::Settings {
         client_id: read.parsed("amazon.client_id", checks::client_id).unwrap_or_default(),
         client_secrets: read.secrets("amazon.client_secret"),
-        redirect_uri: redirect_uri.unwrap_or_else(|| REDIRECT_URI.to_owned()),
-        scope: read.parsed("amazon.scope", checks::scope).unwrap_or_else(|| SCOPE.to_owned()),
+        redirect_uri: read
+            .parsed("amazon.redirect_uri", |text| checks::redirect_uri(text, production))
+            .unwrap_or_default(),
+        scope: read.parsed("amazon.scope", checks::scope).unwrap_or_default(),
         region: read
             .parsed("amazon.region", |text| text.parse::<Region>().map_err(|error| format!("is refused: {error}")))
             .unwrap_or_default(),
         authorize_url: read.parsed("amazon.authorize_url", checks::https_or_local_url),
         token_url: read.parsed("amazon.token_url", checks::https_url),
         extra_roots: read.certificates("amazon.ca_file"),
+    };
+    if settings.authorize_url.is_none() {
+        read.record("amazon.authorize_url", quoted(settings.region.authorize_url()));
     }
+    if settings.token_url.is_none() {
+        read.record("amazon.token_url", quoted(settings.region.token_url()));
+    }
+    settings
 }
 
 fn proxy(read: &mut Reader<'_>, lwa: &lwa::Settings) -> proxy::Settings {
-    let selections = [("header", proxy::Selection::Header), ("fixed", proxy::Selection::Fixed)];
     proxy::Settings {
         client_id: lwa.client_id.clone(),
         region: lwa.region,
         accounts: accounts(read),
-        selection: read.choice("proxy.selection", proxy::Selection::Header, &selections),
-        replay_limit: usize::try_from(read.size("proxy.replay_limit", 256 * 1024, MAX_REPLAY))
-            .expect("64 MiB, the most that is read, fit into the memory of any machine that runs this"),
-        max_body: unless(read, "proxy.max_body", "none").then(|| read.size("proxy.max_body", 0, u64::MAX)),
-        body_timeout: read.duration("proxy.body_timeout", 30 * SECOND, TIMEOUT),
-        token_shim: read.flag("proxy.token_shim", true),
+        selection: match read.word("proxy.selection") {
+            Some("fixed") => proxy::Selection::Fixed,
+            _ => proxy::Selection::Header,
+        },
+        replay_limit: usize::try_from(read.size("proxy.replay_limit"))
+            .expect("the table bounds it at 64 MiB, which fit into the memory of any machine"),
+        max_body: read.size_or_none("proxy.max_body"),
+        body_timeout: read.duration("proxy.body_timeout"),
+        token_shim: read.flag("proxy.token_shim").unwrap_or_default(),
         policy: policy(read),
     }
 }
 
-fn policy(read: &mut Reader<'_>) -> policy::Settings {
-    let mut allow = Vec::new();
-    for text in read.list("policy.allow").unwrap_or_default() {
-        match text.parse::<Allow>() {
-            Ok(entry) => allow.push(entry),
-            Err(error) => read.wrong("policy.allow", format!("entry {error}")),
-        }
-    }
-    let modes = [Mode::Enforce, Mode::Observe].map(|mode| (mode.as_str(), mode));
-    policy::Settings {
-        mode: read.choice("policy.mode", Mode::Enforce, &modes),
-        rules: Rules::new(read.flag("policy.read_only", false), allow),
-    }
+fn socket_mode(read: &mut Reader<'_>) -> u32 {
+    let mode = read.parsed("proxy.socket_mode", checks::socket_mode).unwrap_or_default();
+    read.record("proxy.socket_mode", quoted(&format!("{mode:04o}")));
+    mode
 }
 
-/// Whether `key` is given, and as something else than the word that stands for nothing.
-fn unless(read: &Reader<'_>, key: &str, nothing: &str) -> bool {
-    read.is_given(key) && read.raw(key).and_then(figment::value::Value::as_str) != Some(nothing)
+fn policy(read: &mut Reader<'_>) -> policy::Settings {
+    let allow = read.entries("policy.allow", |text| text.parse::<Allow>().map_err(|error| format!("entry {error}")));
+    policy::Settings {
+        mode: match read.word("policy.mode") {
+            Some("observe") => Mode::Observe,
+            _ => Mode::Enforce,
+        },
+        rules: Rules::new(read.flag("policy.read_only").unwrap_or_default(), allow),
+    }
 }
 
 fn limits(read: &mut Reader<'_>) -> server::Limits {
     server::Limits {
-        max_connections: read.count("proxy.max_connections", 4096, 1..=1_000_000),
-        header_timeout: read.duration("proxy.header_timeout", 10 * SECOND, TIMEOUT),
-        idle_timeout: read.duration("proxy.idle_timeout", 10 * MINUTE, *TIMEOUT.start()..=DAY),
-        write_timeout: read.duration("proxy.write_timeout", 30 * SECOND, TIMEOUT),
+        max_connections: read.count("proxy.max_connections"),
+        header_timeout: read.duration("proxy.header_timeout"),
+        idle_timeout: read.duration("proxy.idle_timeout"),
+        write_timeout: read.duration("proxy.write_timeout"),
     }
 }
 
-fn login(read: &mut Reader<'_>, environment: Environment, door: bool) -> (login::Settings, Option<String>) {
+fn login(read: &mut Reader<'_>, environment: Environment, has_listener: bool) -> (login::Settings, Option<String>) {
     let frontend_url = read.parsed("login.frontend_url", checks::web_url);
     let origin = frontend_url.as_ref().map(|url| url.origin().ascii_serialization());
-    let settings = login::Settings {
-        frontend_url,
-        confirm: read.flag("login.confirm", door),
-        secure_cookies: environment == Environment::Production,
-    };
-    (settings, origin)
+    let confirm = read.flag("login.confirm").unwrap_or(has_listener);
+    read.record("login.confirm", confirm);
+    (login::Settings { frontend_url, confirm, secure_cookies: environment == Environment::Production }, origin)
 }
 
 fn admission_settings(read: &mut Reader<'_>, frontend_origin: Option<String>) -> admission::Settings {
@@ -190,7 +176,7 @@ fn admission_settings(read: &mut Reader<'_>, frontend_origin: Option<String>) ->
         }
     }
     admission::Settings {
-        allowed_hosts,
+        allowed_hosts: read.entries("proxy.allowed_hosts", checks::host),
         caller_tokens: read.secrets("proxy.caller_token"),
         frontend_origin,
         peer_uids: read.numbers("proxy.peer_uids"),
@@ -198,8 +184,8 @@ fn admission_settings(read: &mut Reader<'_>, frontend_origin: Option<String>) ->
 }
 
 fn store(read: &mut Reader<'_>) -> store::Settings {
-    let path = PathBuf::from(read.text("store.path").unwrap_or_else(|| "data/adsidecar.sled".to_owned()));
-    let shared = read.choice("store.kind", false, &[("sled", false), ("postgres", true)]);
+    let path = PathBuf::from(read.text("store.path").unwrap_or_default());
+    let shared = read.word("store.kind") == Some("postgres");
     let url = match (shared, read.is_given("store.postgres_url")) {
         (true, true) => read.secret("store.postgres_url"),
         (true, false) => {
@@ -215,6 +201,9 @@ fn store(read: &mut Reader<'_>) -> store::Settings {
         }
         (false, false) => None,
     };
+    if shared {
+        read.effective().hide("store.path");
+    }
     let postgres = url.and_then(|url| {
         let address = store::ConnectionUrl::parse(url.expose());
         address.map_err(|message| read.wrong("store.postgres_url", message)).ok()
@@ -228,13 +217,14 @@ fn fernet_keys(read: &mut Reader<'_>, environment: Environment) -> FernetKeys {
         if environment == Environment::Production || read.is_given("store.postgres_url") {
             read.missing("store.fernet_keys", FERNET_CURE);
         }
+        read.effective().remark("store.fernet_keys", "fernet_keys: none given, one is kept beside the store");
         return FernetKeys::MakeBesideStore;
     }
     let keys = read.secrets("store.fernet_keys");
     if keys.iter().any(|key| fernet::Fernet::new(key.expose()).is_none()) {
         read.wrong(
             "store.fernet_keys",
-            "is no Fernet key: a key has 32 bytes in URL-safe base64, 44 characters without quotes; `adsidecar key \
+            "is not a Fernet key: a key has 32 bytes in URL-safe base64, 44 characters without quotes; `adsidecar key \
              new` makes one",
         );
     }
@@ -243,79 +233,78 @@ fn fernet_keys(read: &mut Reader<'_>, environment: Environment) -> FernetKeys {
 
 fn tokens(read: &mut Reader<'_>) -> tokens::Settings {
     let adopt = read.secret("amazon.refresh_token").and_then(|secret| RefreshToken::new(secret).ok());
-    // Amazon's access tokens live for an hour: who renews them 50 minutes ahead already renews without a pause.
+    // An access token of Amazon's lives for an hour, so `refresh.ahead` has to stay well below that.
     let policy = RefreshPolicy {
-        margin: read.duration("refresh.margin", 5 * MINUTE, 10 * SECOND..=30 * MINUTE),
-        ahead: read.duration("refresh.ahead", 15 * MINUTE, 10 * SECOND..=50 * MINUTE),
-        idle_after: read.duration("refresh.idle_after", 7 * DAY, MINUTE..=365 * DAY),
+        margin: read.duration("refresh.margin"),
+        ahead: read.duration("refresh.ahead"),
+        idle_after: read.duration("refresh.idle_after"),
     };
     if policy.ahead < policy.margin {
         let key = if read.is_given("refresh.ahead") { "refresh.ahead" } else { "refresh.margin" };
-        read.wrong(key, "leaves callers to wait for renewals: make refresh.ahead at least refresh.margin");
+        read.wrong(key, "makes callers wait for refreshes: make refresh.ahead at least refresh.margin");
     }
     tokens::Settings {
         policy,
-        sweep: read.duration("refresh.sweep", 10 * MINUTE, SECOND..=HOUR),
-        concurrency: read.count("refresh.concurrency", 8, 1..=256),
+        sweep: read.duration("refresh.sweep"),
+        concurrency: read.count("refresh.concurrency"),
         adopt,
     }
 }
 
 fn upstream(read: &mut Reader<'_>) -> upstream::Settings {
     use upstream::Http2;
-    let words = [("auto", Http2::Auto), ("never", Http2::Never), ("always", Http2::Always)];
-    let origins = Region::ALL.map(|region| {
-        read.parsed(&format!("upstream.{region}"), checks::https_origin).unwrap_or_else(|| {
-            Url::parse(&format!("https://{}", region.ads_host())).expect("Amazon's hosts are constants and parse")
-        })
-    });
     upstream::Settings {
-        origins,
+        origins: Region::ALL.map(|region| origin(read, region)),
         extra_roots: read.certificates("upstream.ca_file"),
-        http2: read.choice("upstream.http2", Http2::Auto, &words),
-        connect_timeout: read.duration("upstream.connect_timeout", 5 * SECOND, TIMEOUT),
-        response_timeout: read.duration("upstream.response_timeout", 120 * SECOND, TIMEOUT),
-        idle_timeout: read.duration("upstream.idle_timeout", 4 * SECOND, TIMEOUT),
+        http2: match read.word("upstream.http2") {
+            Some("never") => Http2::Never,
+            Some("always") => Http2::Always,
+            _ => Http2::Auto,
+        },
+        connect_timeout: read.duration("upstream.connect_timeout"),
+        response_timeout: read.duration("upstream.response_timeout"),
+        idle_timeout: read.duration("upstream.idle_timeout"),
     }
+}
+
+fn origin(read: &mut Reader<'_>, region: Region) -> Url {
+    let key = format!("upstream.{region}");
+    let origin = read.parsed(&key, checks::https_origin).expect("the table has an origin for each region");
+    read.record(&key, quoted(origin.as_str().trim_end_matches('/')));
+    origin
 }
 
 fn log(read: &mut Reader<'_>, environment: Environment) -> log::Settings {
-    let format = match environment {
-        Environment::Production => log::Format::Json,
-        Environment::Development => log::Format::Text,
+    let format = match (read.word("log.format"), environment) {
+        (Some("text"), _) | (None, Environment::Development) => log::Format::Text,
+        _ => log::Format::Json,
     };
-    let levels = log::Level::ALL.map(|level| (level.as_str(), level));
+    read.record("log.format", quoted(if format == log::Format::Text { "text" } else { "json" }));
+    let level = read.word("log.level");
     log::Settings {
-        format: read.choice("log.format", format, &[("text", log::Format::Text), ("json", log::Format::Json)]),
-        level: read.choice("log.level", log::Level::Info, &levels),
-        audit: read.flag("log.audit", false),
+        format,
+        level: log::Level::ALL.into_iter().find(|each| level == Some(each.as_str())).unwrap_or(log::Level::Info),
+        audit: read.flag("log.audit").unwrap_or_default(),
     }
 }
 
-// The doors.
+// The listeners.
 
-/// Where a door listens, and whether that is the default.
-fn door(read: &mut Reader<'_>, key: &str, default: &[&str]) -> (Vec<Listen>, bool) {
-    let given = read.is_given(key);
-    let texts = read.list(key).unwrap_or_else(|| default.iter().map(|&text| text.to_owned()).collect());
-    if texts.is_empty() {
-        read.wrong(key, "is empty: name an address, or remove it");
+/// The addresses of a listener, and whether they are the default. None if it is off.
+fn listener(read: &mut Reader<'_>, key: &str) -> (Vec<Listen>, bool) {
+    if read.says(key, "off") {
+        read.record(key, quoted("off"));
+        return (Vec::new(), false);
     }
-    let mut listens = Vec::new();
-    for text in texts {
-        match checks::listen(&text) {
-            Ok(listen) => listens.push(listen),
-            Err(message) => read.wrong(key, message),
-        }
+    let addresses = read.entries(key, checks::listen);
+    let is_default = !read.is_given(key);
+    if is_default {
+        read.effective().comment_out(names::row(key).name, "[::1] only where the machine has IPv6");
     }
-    (listens, !given)
+    (addresses, is_default)
 }
 
-fn oauth(read: &mut Reader<'_>) -> Vec<Listen> {
-    if unless(read, "login.listen", "off") { door(read, "login.listen", &[]).0 } else { Vec::new() }
-}
-
-/// The proxy door hands out Amazon's data: another machine reaches it only where somebody meant that, with a token.
+/// Refuses a proxy listener that other machines reach, unless it is allowed to and callers need a token.
 fn remote_is_meant(read: &mut Reader<'_>, listens: &[Listen], allowed: bool) {
     if !listens.iter().any(checks::is_remote) {
         return;
@@ -332,14 +321,15 @@ fn remote_is_meant(read: &mut Reader<'_>, listens: &[Listen], allowed: bool) {
     read.wrong("proxy.listen", format!("can be reached by other machines: {cure}"));
 }
 
-fn doors_are_apart(read: &mut Reader<'_>, doors: &[(&str, &Vec<Listen>)]) {
+/// Refuses two listeners at one address.
+fn listeners_are_apart(read: &mut Reader<'_>, listeners: &[(&str, &Vec<Listen>)]) {
     let all: Vec<_> =
-        doors.iter().flat_map(|(key, listens)| listens.iter().map(move |listen| (*key, listen))).collect();
+        listeners.iter().flat_map(|(key, listens)| listens.iter().map(move |listen| (*key, listen))).collect();
     for (index, (key, listen)) in all.iter().enumerate() {
         let Some((other, _)) = all[..index].iter().find(|(_, earlier)| checks::clash(earlier, listen)) else {
             continue;
         };
-        // The one that somebody gave is the one to change.
+        // The one that was given is the one to change.
         let (key, other) = if read.is_given(key) { (key, other) } else { (other, key) };
         read.wrong(key, format!("names an address that {other} has already: choose another port"));
     }
@@ -347,32 +337,21 @@ fn doors_are_apart(read: &mut Reader<'_>, doors: &[(&str, &Vec<Listen>)]) {
 
 // What this version cannot do.
 
-/// Keys whose feature does not exist yet, with the one value that they may have until then.
-const NOT_BUILT: [(&str, &[&str], &str); 3] = [
-    ("throttle.mode", &["off", "observe", "enforce", "queue"], "the throttle is not built yet: write off"),
-    ("throttle.queue_timeout", &["30s"], "the throttle is not built yet: remove it"),
-    ("upstream.proxy", &["none"], "an outgoing proxy is not built yet: remove it"),
-];
-
-/// Refuses what this version cannot do, rather than letting somebody rely on it.
+/// Refuses a value that needs a feature which does not exist yet, so that nobody relies on it.
 fn not_built_yet(read: &mut Reader<'_>) {
     use figment::value::Value;
-    for (key, words, reason) in NOT_BUILT {
-        let text = match read.raw(key) {
-            None if !read.is_given(key) => continue,
+    for key in KEYS {
+        let Some(reason) = key.not_built.filter(|_| read.is_given(key.name)) else { continue };
+        let text = match read.raw(key.name) {
             Some(Value::Bool(_, flag)) => Some(flag.to_string()),
             Some(Value::String(_, text)) => Some(text.clone()),
             _ => None,
         };
-        let position =
-            words.iter().position(|word| text.as_deref().is_some_and(|text| text.eq_ignore_ascii_case(word)));
-        match position {
-            Some(0) => {}
-            None if words.len() > 1 => {
-                let words: Vec<_> = words.iter().map(|word| format!("`{word}`")).collect();
-                read.wrong(key, format!("is none of its words: write {}", words.join(" or ")));
-            }
-            _ => read.wrong(key, reason),
+        let is = |word: &str| text.as_deref().is_some_and(|text| text.eq_ignore_ascii_case(word));
+        match key.kind {
+            _ if key.default_text().is_some_and(is) => {}
+            Kind::Word(words) if !words.iter().any(|word| is(word)) => read.wrong(key.name, no_word(words)),
+            _ => read.wrong(key.name, reason),
         }
     }
 }

@@ -9,7 +9,8 @@ use figment::{Figment, Metadata, Profile, Provider};
 
 use super::errors::ConfigError;
 use super::files;
-use super::keys::{self, Form, Key};
+use super::keys::{ACCOUNT, KEYS, Key, Kind};
+use super::names::{self, Form};
 
 /// Under this name the path of a file that holds a value is kept, in the place of the value. So a higher layer's value
 /// replaces a lower layer's file, and the other way around. In no layer can a user write that.
@@ -43,11 +44,11 @@ impl Sources {
 
 /// Whether a variable means something to us, be it a mistake.
 fn is_ours(name: &str) -> bool {
-    name == keys::CONFIG_VARIABLE || keys::by_guide_name(name).is_some() || is_prefixed(name)
+    name == names::CONFIG_VARIABLE || names::by_guide_name(name).is_some() || is_prefixed(name)
 }
 
 fn is_prefixed(name: &str) -> bool {
-    name.starts_with(keys::PREFIX) && name.contains("__")
+    name.starts_with(names::PREFIX) && name.contains("__")
 }
 
 /// All layers in one, with the origin of each value.
@@ -77,9 +78,9 @@ impl Merged {
 
     /// Each file that a key names, whether it can be read or not.
     pub(super) fn files(&self) -> Vec<PathBuf> {
-        let named = keys::KEYS.iter().filter_map(|key| match self.get(key.name)?.0 {
+        let named = KEYS.iter().filter_map(|key| match self.get(key.name)?.0 {
             Given::File(path) => Some(PathBuf::from(path)),
-            Given::Value(value) if key.name.ends_with(".ca_file") => value.as_str().map(PathBuf::from),
+            Given::Value(value) if key.kind == Kind::Certificates => value.as_str().map(PathBuf::from),
             Given::Value(_) => None,
         });
         named.collect()
@@ -93,7 +94,7 @@ impl Merged {
 
 /// The TOML file, and who asked for it.
 fn asked_for(sources: &Sources) -> Option<(&Path, &str)> {
-    let variable = sources.env.iter().find(|(name, value)| name == keys::CONFIG_VARIABLE && !value.is_empty());
+    let variable = sources.env.iter().find(|(name, value)| name == names::CONFIG_VARIABLE && !value.is_empty());
     match (&sources.file, variable) {
         (Some(path), _) => Some((path, "--config")),
         (None, Some((name, path))) => Some((Path::new(path), name)),
@@ -214,33 +215,33 @@ fn file_entries(dict: Dict, source: &str, problems: &mut Vec<ConfigError>) -> Ve
     let mut entries = Vec::new();
     for (section, value) in dict {
         match value {
-            value @ Value::Array(..) if section == keys::ACCOUNT => {
-                entries.push(Entry { name: keys::ACCOUNT, form: Form::Value, value, source: source.to_owned() });
+            value @ Value::Array(..) if section == ACCOUNT => {
+                entries.push(Entry { name: ACCOUNT, form: Form::Value, value, source: source.to_owned() });
             }
-            _ if section == keys::ACCOUNT => {
-                problem(problems, keys::ACCOUNT, source, "is no list: begin each account with [[account]]");
+            _ if section == ACCOUNT => {
+                problem(problems, ACCOUNT, source, "is no list: begin each account with [[account]]");
             }
-            Value::Dict(_, dict) if keys::is_section(&section) => {
+            Value::Dict(_, dict) if names::is_section(&section) => {
                 for (key, value) in dict {
                     file_entry(format!("{section}.{key}"), value, source, &mut entries, problems);
                 }
             }
-            _ if keys::is_section(&section) => {
+            _ if names::is_section(&section) => {
                 problem(problems, &section, source, format!("is a section: write [{section}], its keys below"));
             }
             // A key in quotes may hold a dot, and is then no key of a section.
-            value if !section.contains('.') && keys::by_name(&section).is_some() => {
+            value if !section.contains('.') && names::by_name(&section).is_some() => {
                 file_entry(section, value, source, &mut entries, problems);
             }
-            _ => unknown(problems, &section, source, keys::likely_section(&section)),
+            _ => unknown(problems, &section, source, names::likely_section(&section)),
         }
     }
     entries
 }
 
 fn file_entry(name: String, value: Value, source: &str, entries: &mut Vec<Entry>, problems: &mut Vec<ConfigError>) {
-    match keys::by_name(&name) {
-        None => unknown(problems, &name, source, keys::likely_name(&name)),
+    match names::by_name(&name) {
+        None => unknown(problems, &name, source, names::likely_name(&name)),
         Some((key, _)) if matches!(value, Value::Dict(..)) => {
             problem(problems, key.name, source, "is a table: give a value, and a secret's file as <key>_file");
         }
@@ -256,7 +257,7 @@ fn unknown(problems: &mut Vec<ConfigError>, name: &str, source: &str, likely: Op
         Some(likely) => format!("is no key: did you mean {likely}?"),
         None => "is no key: remove it, or see config/example.toml for all there are".to_owned(),
     };
-    problem(problems, &keys::printable(name), source, cure);
+    problem(problems, &names::printable(name), source, cure);
 }
 
 // The environment and the flags: text, parsed later by the key's type.
@@ -264,7 +265,7 @@ fn unknown(problems: &mut Vec<ConfigError>, name: &str, source: &str, likely: Op
 fn env_layer(env: &[(String, String)], problems: &mut Vec<ConfigError>) -> Vec<Entry> {
     let mut entries = Vec::new();
     for (name, value) in env {
-        if let Some((key, form)) = keys::by_guide_name(name) {
+        if let Some((key, form)) = names::by_guide_name(name) {
             // Compose files and manifests pass on such names with an empty value where nobody has set them.
             if !value.trim().is_empty() {
                 entries.push(Entry::new(key, form, text(value), name));
@@ -277,19 +278,19 @@ fn env_layer(env: &[(String, String)], problems: &mut Vec<ConfigError>) -> Vec<E
 }
 
 fn env_entry(name: &str, value: &str, entries: &mut Vec<Entry>, problems: &mut Vec<ConfigError>) {
-    match keys::by_variable(name) {
+    match names::by_variable(name) {
         Some((key, _)) if value.trim().is_empty() => {
             // Not ignored: an empty caller token that counts as none would open a door that somebody meant to close.
             problem(problems, key.name, name, "is empty: give it a value, or remove the variable");
         }
         Some((key, form)) => entries.push(Entry::new(key, form, text(value), name)),
         None if name.starts_with("ADSIDECAR_ACCOUNT__") => {
-            problem(problems, keys::ACCOUNT, &keys::printable(name), ACCOUNTS_IN_FILE);
+            problem(problems, ACCOUNT, &names::printable(name), ACCOUNTS_IN_FILE);
         }
         None if name == "ADSIDECAR__ENVIRONMENT" => {
             problem(problems, "environment", name, "is no key: the variable is ENVIRONMENT alone");
         }
-        None => unknown(problems, name, "the environment", keys::likely_variable(name)),
+        None => unknown(problems, name, "the environment", names::likely_variable(name)),
     }
 }
 
@@ -299,7 +300,7 @@ fn set_layer(sets: &[(String, String)], problems: &mut Vec<ConfigError>) -> Vec<
     const SOURCE: &str = "--set";
     let mut entries: Vec<Entry> = Vec::new();
     for (name, value) in sets {
-        match keys::by_name(name) {
+        match names::by_name(name) {
             Some((key, _)) if value.trim().is_empty() => {
                 problem(problems, key.name, SOURCE, "is empty: give it a value, or leave the flag away");
             }
@@ -307,10 +308,10 @@ fn set_layer(sets: &[(String, String)], problems: &mut Vec<ConfigError>) -> Vec<
                 entries.retain(|earlier| (earlier.name, earlier.form) != (key.name, form));
                 entries.push(Entry::new(key, form, text(value), SOURCE));
             }
-            None if name == keys::ACCOUNT || name.starts_with("account.") || name.starts_with("account[") => {
-                problem(problems, keys::ACCOUNT, SOURCE, ACCOUNTS_IN_FILE);
+            None if name == ACCOUNT || name.starts_with("account.") || name.starts_with("account[") => {
+                problem(problems, ACCOUNT, SOURCE, ACCOUNTS_IN_FILE);
             }
-            None => unknown(problems, name, SOURCE, keys::likely_name(name)),
+            None => unknown(problems, name, SOURCE, names::likely_name(name)),
         }
     }
     entries

@@ -1,6 +1,5 @@
 //! The configuration as a whole: layers, refusals, the files that ship.
 
-use std::collections::BTreeSet;
 use std::path::Path;
 
 use proptest::prelude::*;
@@ -309,7 +308,7 @@ fn the_same_single_values_are_refused_in_the_environment_and_in_flags() {
         let Some((section, pair)) = text.strip_prefix('[').and_then(|rest| rest.split_once("]\n")) else { continue };
         let Some((name, value)) = pair.split_once(" = '").filter(|(_, value)| !value.contains('\n')) else { continue };
         let (name, value) = (format!("{section}.{name}"), value.trim_end_matches('\''));
-        if super::keys::by_name(&name).is_none() || value.is_empty() {
+        if super::names::by_name(&name).is_none() || value.is_empty() {
             continue;
         }
         let variable = format!("ADSIDECAR_{}", name.replace('.', "__").to_ascii_uppercase());
@@ -357,10 +356,10 @@ fn each_key_is_read_by_its_name() {
             Some((section, key)) => format!("[{section}]\n{key} = [[1]]"),
             None => format!("{} = [[1]]", key.name),
         };
-        let shown = Given::required().without(key.guide.unwrap_or_default()).toml(&text).refused();
+        let shown = Given::required().without(key.guide_name.unwrap_or_default()).toml(&text).refused();
         assert!(shown.contains(&format!("- {} (from ", key.name)), "{}: {shown}", key.name);
     }
-    for key in ACCOUNT_KEYS {
+    for key in ACCOUNT_KEYS.iter().map(|key| key.name) {
         let shown = Given::required().toml(&format!("[[account]]\n{key} = [[1]]")).refused();
         assert!(shown.contains(&format!("[[account]] number 1: {key} ")), "{key}: {shown}");
     }
@@ -820,19 +819,42 @@ fn the_example_holds_the_defaults() {
 }
 
 #[test]
-fn the_example_holds_every_key() {
-    let (mut section, mut found) = (String::new(), BTreeSet::new());
-    for line in shipped("example.toml").lines() {
-        let line = line.strip_prefix('#').unwrap_or(line);
-        if line.starts_with('[') {
-            section = format!("{}.", line.trim_matches(['[', ']']));
-        } else if let Some((key, _)) = line.split_once(" = ").filter(|(key, _)| !key.contains(' ')) {
-            assert!(found.insert(format!("{section}{key}")), "{section}{key} stands there twice");
+fn each_default_of_the_table_is_a_value_of_its_key() {
+    let shown = |given: Given| given.config().redacted_toml().replace(", [::1] only where the machine has IPv6", "");
+    let default = shown(Given::required()).replace("# listen", "listen");
+    for key in KEYS {
+        if let Some(text) = key.default_text().filter(|text| !text.is_empty()) {
+            let given = shown(Given::required().set(&[(key.name, text)])).replace("# listen", "listen");
+            assert_eq!(given, default, "{}", key.name);
         }
     }
-    let accounts = ACCOUNT_KEYS.iter().map(|key| format!("account.{key}"));
-    let all: BTreeSet<_> = KEYS.iter().map(|key| key.name.to_owned()).chain(accounts).collect();
-    assert_eq!(found, all);
+}
+
+#[test]
+fn a_change_of_a_value_that_needs_a_restart_is_noticed() {
+    let postgres = Given::required().set(&[("store.kind", "postgres"), ("store.postgres_url", "postgres://u:a@db/d")]);
+    let (sled, postgres) = (Given::required().config(), postgres.config());
+    let changed = |old: &Config, sets: &[(&str, &str)]| {
+        let kind = [("store.kind", "postgres")];
+        let given = Given::required().without("FERNET_KEY").set(if old.store.postgres.is_some() { &kind } else { &[] });
+        let new = given.set(&[("store.fernet_keys", FERNET_KEY)]).set(sets).config().restart_only();
+        let pairs = old.restart_only().into_iter().zip(new);
+        pairs.filter(|(old, new)| old != new).map(|(old, _)| old.0).collect::<Vec<_>>()
+    };
+    for (key, value) in [
+        ("proxy.listen", "127.0.0.1:1"),
+        ("proxy.socket_mode", "0660"),
+        ("login.listen", "127.0.0.1:1"),
+        ("admin.listen", "127.0.0.1:1"),
+        ("store.path", "elsewhere"),
+        ("store.fernet_keys", "IsKC66kDxjTi9bOkVjBqJPzSn8ThfWpVS_YQxSgvPBA="),
+    ] {
+        assert_eq!(changed(&sled, &[(key, value)]), [key]);
+    }
+    assert_eq!(changed(&postgres, &[("store.postgres_url", "postgres://u:b@db/d")]), ["store.postgres_url"]);
+    assert_eq!(changed(&postgres, &[("store.postgres_url", "postgres://u:a@db/d")]), [""; 0]);
+    // The default listener, given explicitly, is the same listener.
+    assert_eq!(changed(&sled, &[("admin.listen", "127.0.0.1:9464,[::1]:9464")]), [""; 0]);
 }
 
 #[test]

@@ -7,7 +7,6 @@ use percent_encoding::percent_decode_str;
 use rustls::RootCertStore;
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
-use sha2::{Digest, Sha256};
 use tokio_postgres::Config;
 use tokio_postgres::config::{Host, SslMode, SslNegotiation, TargetSessionAttrs};
 
@@ -19,7 +18,6 @@ use crate::domain::tls;
 pub struct ConnectionUrl {
     pub(super) config: Config,
     pub(super) tls: Tls,
-    fingerprint: String,
 }
 
 impl ConnectionUrl {
