@@ -179,9 +179,9 @@ fn needs_restart(old: &RestartOnly, new: &Config) -> Result<(), String> {
 
 const KEYS: &str = "store.fernet_keys";
 
-/// Settings that cannot change while the process runs. The Fernet keys are compared by their hash, so that no second
-/// copy of them is kept.
-pub(super) struct RestartOnly([(&'static str, String); 8]);
+/// The values that cannot change while the process runs, by key. Secrets are compared by a hash, so that no second copy
+/// of them is kept.
+pub(super) struct RestartOnly(Vec<(&'static str, String)>);
 
 impl RestartOnly {
     pub(super) fn of(config: &Config) -> Self {
@@ -190,7 +190,10 @@ impl RestartOnly {
 
     /// Notes after a rotation that the keys of `config` are in use.
     pub(super) fn takes_keys_of(&mut self, config: &Config) {
-        let keys = self.0.iter_mut().find(|(key, _)| *key == KEYS).expect("RestartOnly::of lists the key");
-        keys.1 = config.fernet_keys.fingerprint();
+        for (own, new) in self.0.iter_mut().zip(config.restart_only()) {
+            if own.0 == KEYS {
+                *own = new;
+            }
+        }
     }
 }

@@ -100,50 +100,18 @@ impl Config {
     }
 }
 
-    fn print_doors(&self, page: &mut Page) {
-        page.section("proxy");
-        page.listen(&self.proxy_listen, self.proxy_listen_default);
-        page.pair("allow_remote", self.allow_remote);
-        page.pair("socket_mode", quoted(&format!("{:04o}", self.socket_mode)));
-        page.pair("peer_uids", list(self.admission.peer_uids.iter().map(ToString::to_string)));
-        page.pair("allowed_hosts", list(self.admission.allowed_hosts.iter().map(|host| quoted(host))));
-        page.secrets("caller_token", &self.admission.caller_tokens);
-        page.pair("token_shim", self.proxy.token_shim);
-        let selection = match self.proxy.selection {
-            Selection::Header => "header",
-            Selection::Fixed => "fixed",
-        };
-        page.pair("selection", quoted(selection));
-        page.pair("replay_limit", quoted(&format!("{}B", self.proxy.replay_limit)));
-        let max_body = self.proxy.max_body.map_or_else(|| "none".to_owned(), |bytes| format!("{bytes}B"));
-        page.pair("max_body", quoted(&max_body));
-        page.pair("max_connections", self.limits.max_connections);
-        page.pair("header_timeout", duration(self.limits.header_timeout));
-        page.pair("idle_timeout", duration(self.limits.idle_timeout));
-        page.pair("body_timeout", duration(self.proxy.body_timeout));
-        page.pair("write_timeout", duration(self.limits.write_timeout));
-        page.section("login");
-        match self.login_listen.as_slice() {
-            [] => page.pair("listen", quoted("off")),
-            listen => page.listen(listen, false),
-        }
-        if let Some(url) = &self.login.frontend_url {
-            page.pair("frontend_url", quoted(url.as_str()));
-        }
-        page.pair("confirm", self.login.confirm);
-        page.section("admin");
-        page.listen(&self.admin_listen, self.admin_listen_default);
-        if let Some(url) = &self.admin.public_url {
-            page.pair("public_url", quoted(url.as_str()));
-        }
-    }
-
-    fn print_keeping(&self, page: &mut Page) {
-        page.section("store");
-        match &self.store.postgres {
-            None => {
-                page.pair("kind", quoted("sled"));
-                page.pair("path", quoted(&self.store.path.to_string_lossy()));
+fn print_account(page: &mut String, account: &Account) {
+    page.push_str("\n[[account]]\n");
+    for key in ACCOUNT_KEYS {
+        let value = match (key.name, &key.kind) {
+            ("name", _) => Some(quoted(&account.name)),
+            ("user", _) => Some(quoted(account.user.as_str())),
+            ("region", _) => account.region.map(|region| quoted(region.as_str())),
+            ("headers", _) => headers(account),
+            ("read_only", _) => rules(account).map(|rules| rules.read_only().to_string()),
+            ("allow", _) => rules(account).map(|rules| list(rules.allow().map(|entry| quoted(&entry.to_string())))),
+            (_, Kind::Id(context)) => {
+                account.ids.get(*context).map(|id| quoted(&String::from_utf8_lossy(id.as_bytes())))
             }
             _ => None,
         };

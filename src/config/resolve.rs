@@ -42,7 +42,7 @@ pub(super) fn resolve(merged: &Merged, problems: Vec<ConfigError>) -> Result<Con
     let (admin_listen, admin_listen_default) = listener(read, "admin.listen");
     let (login, frontend_origin) = login(read, environment, !login_listen.is_empty());
     let admission = admission_settings(read, frontend_origin);
-    let allow_remote = read.flag("proxy.allow_remote", false);
+    let allow_remote = read.flag("proxy.allow_remote").unwrap_or_default();
     remote_is_meant(read, &proxy_listen, allow_remote);
     listeners_are_apart(
         read,
@@ -168,13 +168,6 @@ fn login(read: &mut Reader<'_>, environment: Environment, has_listener: bool) ->
 }
 
 fn admission_settings(read: &mut Reader<'_>, frontend_origin: Option<String>) -> admission::Settings {
-    let mut allowed_hosts = Vec::new();
-    for text in read.list("proxy.allowed_hosts").unwrap_or_default() {
-        match checks::host(&text) {
-            Ok(host) => allowed_hosts.push(host),
-            Err(message) => read.wrong("proxy.allowed_hosts", message),
-        }
-    }
     admission::Settings {
         allowed_hosts: read.entries("proxy.allowed_hosts", checks::host),
         caller_tokens: read.secrets("proxy.caller_token"),

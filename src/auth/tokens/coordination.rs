@@ -19,7 +19,7 @@ use super::{FORCED_SPACING, TokenError, TokenManager};
 use crate::domain::account::UserId;
 use crate::domain::clock_reading::ClockReading;
 use crate::domain::grant::{Failure, Grant, GrantState, LiveGrant, Remedy, STORE_UNAVAILABLE};
-use crate::store::{Lease, Postgres, StoreError, Stored, TokenStore};
+use crate::store::{Lease, Lookup, Postgres, StoreError, TokenStore};
 
 /// Interval for polling changes made by other processes.
 const POLL: Duration = Duration::from_secs(1);
@@ -212,10 +212,10 @@ impl TokenManager {
     ) -> Result<(), StoreError> {
         let (user, made) = (&entry.user, grant.consented_at.unwrap_or(grant.updated_at));
         let later = match (&self.0.coordination, expected) {
-            (Coordination::Shared(shared), None) => match self.timed("get", shared.look(user)).await? {
-                Stored::Grant(stored) => stored.consented_at.unwrap_or(stored.updated_at) > made,
-                Stored::Gone { since, .. } => since.is_some_and(|since| since > made),
-                Stored::Unusable(_) => false,
+            (Coordination::Shared(shared), None) => match self.timed("get", shared.lookup(user)).await? {
+                Lookup::Grant(stored) => stored.consented_at.unwrap_or(stored.updated_at) > made,
+                Lookup::Absent { since, .. } => since.is_some_and(|since| since > made),
+                Lookup::Unreadable(_) => false,
             },
             _ => false,
         };
@@ -263,8 +263,12 @@ impl RefreshTask {
             if *begun.get_or_insert(grant.generation) != grant.generation {
                 return Ok(None);
             }
-            match manager.timed("lease", shared.lease(&entry.user, grant.generation)).await.map_err(|_| STORE_DOWN)? {
-                Lease::Ours { interrupted } => {
+            match manager
+                .timed("lease", shared.acquire_lease(&entry.user, grant.generation))
+                .await
+                .map_err(|_| STORE_DOWN)?
+            {
+                Lease::Acquired { interrupted } => {
                     if interrupted {
                         tracing::warn!(user = %entry.user, "another process ended during a refresh; adsidecar tries \
                             the stored grant");
@@ -286,11 +290,13 @@ impl RefreshTask {
         let (manager, user) = (&self.manager, &self.entry.user);
         match &manager.0.coordination {
             Coordination::Local(journal) => manager.record_refresh(journal, user, generation).await,
-            Coordination::Shared(shared) => match manager.timed("lease", shared.lease(user, generation)).await {
-                Ok(Lease::Ours { .. }) => {}
-                Ok(Lease::Refused) => return Err(BUSY),
-                Err(_) => return Err(STORE_DOWN),
-            },
+            Coordination::Shared(shared) => {
+                match manager.timed("lease", shared.acquire_lease(user, generation)).await {
+                    Ok(Lease::Acquired { .. }) => {}
+                    Ok(Lease::Denied) => return Err(BUSY),
+                    Err(_) => return Err(STORE_DOWN),
+                }
+            }
         }
         Ok(())
     }
@@ -299,7 +305,7 @@ impl RefreshTask {
     pub(super) async fn release(&self) {
         if let Coordination::Shared(shared) = &self.manager.0.coordination {
             // If this fails, the lease expires by itself.
-            let _ = self.manager.timed("lease", shared.release(&self.entry.user)).await;
+            let _ = self.manager.timed("lease", shared.release_lease(&self.entry.user)).await;
         }
     }
 }
