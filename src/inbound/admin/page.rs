@@ -71,7 +71,7 @@ impl Admin {
         };
         html! {
             p class=(class) { (text) }
-            @if !self.metrics.reload_went_well() {
+            @if !self.metrics.reload_succeeded() {
                 p class="bad" {
                     "The configuration was read again and refused, all of the old is in use. The log says what is wrong."
                 }
