@@ -185,12 +185,13 @@ impl Metrics {
             store_errors: r.counters("store_errors_total", "Failed store operations", &["op"])?,
             store_records: r.gauges(
                 "store_records",
-                "Stored grants, by the fingerprint of the key that encrypts them; unknown: no configured key; damaged: unreadable",
+                "Stored grants by encryption key fingerprint; unknown: no configured key; damaged: unreadable",
                 &["key"],
             )?,
             store_recoveries: r
                 .counter("store_recoveries_total", "Recoveries of a damaged database from its mirror")?,
-            clock_skew: r.float("clock_skew_seconds", "How far the local clock is ahead of Amazon's, in whole seconds")?,
+            clock_skew: r
+                .float("clock_skew_seconds", "How far the local clock is ahead of Amazon's, in whole seconds")?,
             clock_jumps: r.counter("clock_jumps_total", "Jumps of the wall clock: it was set, or the machine slept")?,
             token_answer_oddities: r.counters(
                 "token_answer_oddities_total",
@@ -221,18 +222,22 @@ impl Metrics {
                 &["account", "mode"],
             )?,
             guard_denied: r.counters("guard_denied_total", "Requests rejected by admission, by reason", &["reason"])?,
-            token_expiry: r.floats("token_expiry_timestamp_seconds", "When the access token expires, in seconds since 1970", &["user"])?,
+            token_expiry: r.floats(
+                "token_expiry_timestamp_seconds",
+                "When the access token expires, in seconds since 1970",
+                &["user"],
+            )?,
             token_last_refresh: r.floats(
                 "token_last_refresh_timestamp_seconds",
                 "When a token last changed, in seconds since 1970",
                 &["user"],
             )?,
-            consent_expiry: r.floats("consent_expiry_timestamp_seconds", "When the consent expires, in seconds since 1970", &["user"])?,
-            consent_ending: r.gauges(
-                "consent_ending",
-                "Whether the consent expires within 30 days",
+            consent_expiry: r.floats(
+                "consent_expiry_timestamp_seconds",
+                "When the consent expires, in seconds since 1970",
                 &["user"],
             )?,
+            consent_ending: r.gauges("consent_ending", "Whether the consent expires within 30 days", &["user"])?,
             login_required: r.gauges("login_required", "Whether the user has to log in again", &["user", "reason"])?,
             users: r.gauges("users", "Users by state", &["state"])?,
             registry: r.into_registry(),
