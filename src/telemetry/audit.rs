@@ -1,5 +1,6 @@
-//! The audit log (`log.audit`): one line for each call to Amazon, answered or refused. It holds no path, no query and no
-//! secret. What a caller can invent (the request id, the names of account and user) is in it only after it was checked.
+//! The audit log (`log.audit`): one line for each request to Amazon, whether it was sent or rejected. A line contains
+//! no path, no query and no secret. Values that a caller chooses (the request id, the names of account and user) are
+//! validated before they are written.
 
 use std::time::Duration;
 
@@ -7,21 +8,21 @@ use http::StatusCode;
 
 use super::log::AUDIT_TARGET;
 
-/// Whose fault it is that a call did not succeed.
+/// Who caused a request to fail.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fault {
-    /// The caller's: the request is wrong, forbidden, or was abandoned.
+    /// The caller: the request is invalid or forbidden, or the caller disconnected.
     Caller,
-    /// The operator's: configuration, credentials, database, network policy, or a user who has to log in.
+    /// The operator: configuration, credentials, database, network policy, or a user who has to log in.
     Operator,
-    /// Ours: a bug or an internal limit.
+    /// adsidecar: a bug or an internal limit.
     Sidecar,
-    /// Amazon's: its hosts cannot be reached, or fail.
+    /// Amazon: its hosts cannot be reached, or return errors.
     Amazon,
 }
 
 impl Fault {
-    /// As written in the log.
+    /// Returns the value of the field `fault`.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Caller => "caller",
@@ -31,7 +32,8 @@ impl Fault {
         }
     }
 
-    /// Whose fault a response of Amazon's reports (RFC 9110, sections 15.5 and 15.6); `None` where nothing failed.
+    /// Returns who is at fault according to the status of Amazon's response (RFC 9110, sections 15.5 and 15.6), or
+    /// `None` for success.
     pub fn of_amazons_response(status: StatusCode) -> Option<Self> {
         match status.as_u16() {
             ..400 => None,
@@ -41,52 +43,52 @@ impl Fault {
     }
 }
 
-/// What the audit log says about one call. Filled while the call is served, written once.
+/// The audit record of one request. It is filled while the request is served, and written once.
 #[derive(Debug, Default)]
 pub struct AuditEvent {
-    /// Account name; empty where the call named none.
+    /// Account name; empty if the request names no account.
     pub account: String,
-    /// User id of the grant that authorizes the call.
+    /// The user whose grant authorizes the request.
     pub user: String,
-    /// `na`, `eu` or `fe`.
+    /// Region: `na`, `eu` or `fe`.
     pub region: &'static str,
-    /// API family.
+    /// Name of the API family.
     pub family: &'static str,
-    /// Time spent on Amazon, over all attempts.
+    /// Time spent waiting for Amazon, summed over all attempts.
     pub upstream_time: Option<Duration>,
-    /// Our error code; empty for Amazon's responses.
+    /// Our error code; empty if the response came from Amazon.
     pub code: &'static str,
-    /// The policy only observes, and would have denied the call.
+    /// Whether the policy would have denied the request if it did not only observe.
     pub would_be_denied: bool,
 }
 
-/// How a call ended.
+/// How a request ended.
 #[derive(Debug)]
-pub struct Outcome<'a> {
+pub struct AuditOutcome<'a> {
     /// The id in `X-Request-Id`.
     pub request_id: &'a str,
-    /// Amazon's own id of the request.
+    /// Amazon's id of the request (`x-amzn-requestid` or `x-amz-request-id`), if it sent one.
     pub amazon_request_id: Option<&'a str>,
     /// HTTP method, or `other`.
     pub method: &'static str,
-    /// HTTP status that the caller got; 499 where the caller hung up first.
+    /// HTTP status that the caller received; 499 if the caller disconnected first.
     pub status: u16,
-    /// `amazon` or `sidecar`.
+    /// Origin of the response: `amazon` or `sidecar`.
     pub source: &'static str,
-    /// `None` where nothing failed.
+    /// Who caused the failure; `None` if the request succeeded.
     pub fault: Option<Fault>,
-    /// From the request's head to the response's head.
+    /// Time from the request head to the response head.
     pub took: Duration,
 }
 
 impl AuditEvent {
-    /// An event to be filled, or `None` where the audit log is off.
+    /// Creates an empty event, or returns `None` if the audit log is off.
     pub fn begin() -> Option<Box<Self>> {
         tracing::event_enabled!(target: AUDIT_TARGET, tracing::Level::INFO).then(Box::default)
     }
 
-    /// Writes the line.
-    pub fn write(&self, outcome: &Outcome<'_>) {
+    /// Writes the audit line.
+    pub fn write(&self, outcome: &AuditOutcome<'_>) {
         let milliseconds = |time: Duration| time.as_micros() as f64 / 1000.0;
         tracing::info!(
             target: AUDIT_TARGET,
@@ -114,7 +116,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_fault_of_amazons_responses_follows_their_status() {
+    fn the_status_of_amazons_response_decides_the_fault() {
         for (status, fault) in [
             (200, None),
             (307, None),

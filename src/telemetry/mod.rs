@@ -1,4 +1,4 @@
-//! What operators see: log lines, the audit log and metrics.
+//! Observability: the log, the audit log and metrics.
 
 pub mod metrics;
 pub mod audit;

@@ -317,7 +317,7 @@ impl GrantState {
     }
 
     /// Whether a request should trigger a refresh: the token has expired, or at most `policy.margin` remains. A refresh
-    /// is not repeated within [`REFRESH_SPACING`] while its token is valid, however short the token's lifetime is.
+    /// is not repeated within 30 s of the previous one while its token is valid, however short the token's lifetime is.
     pub fn expiring(&self, policy: RefreshPolicy, now: ClockReading) -> bool {
         self.grant().is_some_and(|grant| match grant.remaining(now).filter(|remaining| remaining.is_positive()) {
             Some(remaining) => {

@@ -207,7 +207,7 @@ impl Admin {
         self.metrics.store_up.set(i64::from(self.tokens.stored()));
         let store = self.store.health();
         let records = store.records.iter().map(|(sealed, count)| (sealed.to_string(), *count));
-        self.metrics.store_holds(records, store.unreadable(), store.recoveries);
+        self.metrics.set_store_contents(records, store.unreadable(), store.recoveries);
         if let Some(log) = &self.log {
             self.metrics.log_lines(log.dropped());
         }

@@ -71,7 +71,7 @@ impl Admin {
         };
         html! {
             p class=(class) { (text) }
-            @if !self.metrics.reload_went_well() {
+            @if !self.metrics.reload_succeeded() {
                 p class="bad" {
                     "The last reload of the configuration was refused; the previous configuration stays in use. The log says what is wrong."
                 }

@@ -12,7 +12,7 @@ use crate::auth::tokens::TokenError;
 use crate::domain::account::Region;
 use crate::inbound::problem::Code;
 use crate::inbound::request_id::REQUEST_ID;
-use crate::telemetry::audit::{AuditEvent, Fault, Outcome};
+use crate::telemetry::audit::{AuditEvent, AuditOutcome, Fault};
 use crate::telemetry::metrics::Metrics;
 
 /// Counted for a caller that hung up before its answer, as nginx does.
@@ -161,7 +161,7 @@ impl<'a> RequestTelemetry<'a> {
         self.metrics.requests.with_label_values(&labels).inc();
         self.metrics.request_duration.with_label_values(&[self.source]).observe(took.as_secs_f64());
         if let Some(audit) = &self.audit {
-            audit.write(&Outcome {
+            audit.write(&AuditOutcome {
                 request_id: self.request_id(),
                 amazon_request_id: self.amazon_id(),
                 method: self.method,

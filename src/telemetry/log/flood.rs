@@ -1,5 +1,4 @@
-//! A line that comes in a flood is sampled: a failure that happens a thousand times a second is told, not written a
-//! thousand times.
+//! Samples repeated log lines: a failure that occurs a thousand times a second is reported, but not a thousand times.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -13,36 +12,37 @@ use tracing_subscriber::layer::Context;
 
 use super::AUDIT_TARGET;
 
-/// So many lines of one kind are written within [`WINDOW`]: enough to see what happens and to whom, few enough that a
-/// disk or a bill does not notice.
+/// Most lines of one kind that are written within [`WINDOW`]: enough to see what happens and to whom, and too few to
+/// matter for disk space or logging costs.
 const BURST: u32 = 20;
-/// After this long a kind may be written again.
+/// Length of the window in which lines of one kind are counted.
 const WINDOW: Duration = Duration::from_secs(10);
 
-/// Samples lines by their kind, which is the place in the code that says them. `debug`, `trace` and the audit log are not
-/// sampled: who asks for each step gets each step. Cloning gives another handle to the same counts.
+/// A layer that samples lines by kind. A kind is one log statement in the code. `debug`, `trace` and the audit log are
+/// never sampled, because their readers want every line. A clone is another handle to the same counts.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Floods(Arc<Inner>);
+pub(super) struct FloodSampler(Arc<Inner>);
 
 #[derive(Debug, Default)]
 struct Inner {
     kinds: Mutex<HashMap<Identifier, Kind>>,
-    held_back: AtomicU64,
+    suppressed: AtomicU64,
 }
 
-/// One kind of line: when its window began, and how many came in it.
+/// The current window of one kind: when it started, and the number of lines in it.
 #[derive(Clone, Copy, Debug)]
 struct Kind {
     since: Instant,
     lines: u32,
 }
 
-impl Floods {
-    /// How many lines were left out since the start.
-    pub(super) fn held_back(&self) -> u64 {
-        self.0.held_back.load(Relaxed)
+impl FloodSampler {
+    /// Returns the number of lines suppressed since the start.
+    pub(super) fn suppressed(&self) -> u64 {
+        self.0.suppressed.load(Relaxed)
     }
 
+    /// Counts a line of `kind` at `now`, and returns whether it is written.
     fn passes(&self, kind: Identifier, now: Instant) -> bool {
         let mut kinds = self.0.kinds.lock().unwrap_or_else(PoisonError::into_inner);
         let kind = kinds.entry(kind).or_insert(Kind { since: now, lines: 0 });
@@ -54,14 +54,14 @@ impl Floods {
     }
 }
 
-impl<S: Subscriber> Layer<S> for Floods {
+impl<S: Subscriber> Layer<S> for FloodSampler {
     fn event_enabled(&self, event: &Event<'_>, _: Context<'_, S>) -> bool {
         let line = event.metadata();
         if *line.level() > Level::INFO || line.target() == AUDIT_TARGET || self.passes(line.callsite(), Instant::now())
         {
             return true;
         }
-        self.0.held_back.fetch_add(1, Relaxed);
+        self.0.suppressed.fetch_add(1, Relaxed);
         false
     }
 }
@@ -72,41 +72,41 @@ mod tests {
 
     use super::*;
 
-    /// What `lines` has a log of this layer alone count as left out.
-    fn held_back(lines: impl FnOnce()) -> u64 {
-        let floods = Floods::default();
-        tracing::subscriber::with_default(tracing_subscriber::registry().with(floods.clone()), lines);
-        floods.held_back()
+    /// Returns how many of the lines that `lines` logs are suppressed.
+    fn suppressed(lines: impl FnOnce()) -> u64 {
+        let sampler = FloodSampler::default();
+        tracing::subscriber::with_default(tracing_subscriber::registry().with(sampler.clone()), lines);
+        sampler.suppressed()
     }
 
     #[test]
-    fn a_flood_of_one_line_is_sampled_and_other_lines_are_not_its_victims() {
-        let lost = held_back(|| {
+    fn a_flood_of_one_line_is_sampled_and_other_lines_are_unaffected() {
+        let count = suppressed(|| {
             for n in 0..1000 {
-                tracing::warn!(n, "no answer from Amazon");
+                tracing::warn!(n, "no response from Amazon");
             }
             tracing::warn!("the store failed");
         });
-        assert_eq!(lost, 1000 - u64::from(BURST));
+        assert_eq!(count, 1000 - u64::from(BURST));
     }
 
     #[test]
-    fn no_line_of_the_audit_log_is_left_out() {
-        let lost = held_back(|| (0..1000).for_each(|n| tracing::info!(target: AUDIT_TARGET, n, "call")));
-        assert_eq!(lost, 0);
+    fn the_audit_log_is_never_sampled() {
+        let count = suppressed(|| (0..1000).for_each(|n| tracing::info!(target: AUDIT_TARGET, n, "call")));
+        assert_eq!(count, 0);
     }
 
     #[test]
-    fn who_asks_for_each_step_gets_each_step() {
-        assert_eq!(held_back(|| (0..1000).for_each(|n| tracing::debug!(n, "call"))), 0);
+    fn debug_lines_are_never_sampled() {
+        assert_eq!(suppressed(|| (0..1000).for_each(|n| tracing::debug!(n, "call"))), 0);
     }
 
     #[test]
-    fn a_kind_that_was_quiet_for_a_while_is_written_again() {
-        let floods = Floods::default();
+    fn a_kind_is_written_again_in_the_next_window() {
+        let sampler = FloodSampler::default();
         let kind = tracing::callsite::Identifier(&SITE);
-        let begun = Instant::now();
-        let passed = |at: Duration| (0..100).filter(|_| floods.passes(kind.clone(), begun + at)).count();
+        let start = Instant::now();
+        let passed = |at: Duration| (0..100).filter(|_| sampler.passes(kind.clone(), start + at)).count();
         assert_eq!(passed(Duration::ZERO), BURST as usize);
         assert_eq!(passed(WINDOW - Duration::from_millis(1)), 0);
         assert_eq!(passed(WINDOW), BURST as usize);
@@ -119,7 +119,7 @@ mod tests {
         fn set_interest(&self, _: tracing::subscriber::Interest) {}
 
         fn metadata(&self) -> &tracing::Metadata<'_> {
-            unreachable!("only its address is asked for")
+            unreachable!("only the address of the callsite is used")
         }
     }
 }

@@ -1,10 +1,11 @@
-//! Log lines on standard error.
+//! The log, written to standard error.
 //!
-//! Only adsidecar's own lines follow the level that is asked for. The libraries below it never say more than `warn`:
-//! at `trace` and `debug` an HTTP, HTTP/2 or TLS library prints headers and bodies, which are tokens here.
+//! The configured level applies only to adsidecar's own lines. Libraries log at most at `warn`: at `trace` and `debug`,
+//! HTTP, HTTP/2 and TLS libraries print headers and bodies, which contain tokens.
 //!
-//! Whoever logs never waits: lines go through a bounded queue to a thread that writes them. Where standard error is a pipe
-//! that nobody reads, the queue fills and lines are dropped and counted; so are lines of one kind that come in a flood.
+//! Logging never blocks: lines go through a bounded queue to a thread that writes them. If standard error is a pipe
+//! that no process reads, the queue fills, and further lines are dropped and counted. Repeated lines are sampled
+//! (`flood`).
 
 mod flood;
 
@@ -21,38 +22,38 @@ use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{Layer, Registry, reload};
 
-use flood::Floods;
+use flood::FloodSampler;
 
-/// Every target of ours begins with this, in the library and in both binaries.
+/// Prefix of every target of our own, in the library and in both binaries.
 const OWN_TARGET: &str = "adsidecar";
 
-/// The target of the audit log, which is on or off whatever the level is.
+/// The target of the audit log, which is switched on and off independently of the level.
 pub const AUDIT_TARGET: &str = "adsidecar::audit";
 
-/// The most that the libraries below us may say, whatever is asked for.
+/// Most verbose level of the libraries, whatever level is configured.
 const LIBRARIES: LevelFilter = LevelFilter::WARN;
 
-/// Lines that wait to be written, at most: about a MiB.
+/// Most lines that wait to be written: about one MiB.
 const QUEUE_LINES: usize = 4096;
 
-/// How the log looks.
+/// Format and content of the log.
 #[derive(Clone, Copy, Debug)]
 pub struct Settings {
     /// `log.format`; default `json` in production, `text` in development.
     pub format: Format,
-    /// `log.level`.
+    /// `log.level`: the least important level that is written.
     pub level: Level,
-    /// `log.audit`: a line for each call to Amazon.
+    /// `log.audit`: whether to write one line for each request to Amazon.
     pub audit: bool,
 }
 
-/// One line as text or as a JSON object.
+/// The format of a log line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Format {
-    /// For people.
+    /// Plain text, for people.
     Text,
-    /// For collectors.
+    /// One JSON object per line, for log collectors.
     Json,
 }
 
@@ -60,92 +61,94 @@ pub enum Format {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Level {
-    /// Something failed that a person must look at.
+    /// A failure that needs a person's attention.
     Error,
-    /// Something failed that heals by itself.
+    /// A failure that is expected to resolve without intervention.
     Warn,
-    /// A state changed.
+    /// A change of state.
     #[default]
     Info,
-    /// Each step.
+    /// Each step of the processing.
     Debug,
-    /// Everything.
+    /// Every available detail.
     Trace,
 }
 
-/// Changes the level of a running log. Cloning gives another handle to the same log.
+/// A handle to the running log, which can change its level. A clone is another handle to the same log.
 #[derive(Clone, Debug)]
 pub struct LogHandle {
     filter: reload::Handle<Targets, Registry>,
-    /// The least important level, and whether there is an audit log.
-    now: Arc<Mutex<(Level, bool)>>,
-    floods: Floods,
-    unwritten: Option<ErrorCounter>,
+    /// The level, and whether the audit log is on.
+    current: Arc<Mutex<(Level, bool)>>,
+    sampler: FloodSampler,
+    /// Counts the lines that the writer's queue dropped.
+    queue_drops: Option<ErrorCounter>,
+    /// Stops the writer thread when dropped.
     writer: Arc<Mutex<Option<WorkerGuard>>>,
 }
 
-/// How many lines were not written since the start.
+/// The number of lines that were not written since the start, by reason.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Dropped {
-    /// Too many of one kind came at once.
+    /// Lines that were suppressed because too many of one kind occurred.
     pub flood: u64,
-    /// Nobody read standard error.
+    /// Lines that were dropped because no process read standard error.
     pub sink: u64,
 }
 
 /// Starts the process's log on standard error.
 ///
-/// Where the process has a log already (a test harness, a second sidecar in one process), that one stays and the
-/// handle moves nothing.
+/// If the process already has a log (a test harness, or a second sidecar in one process), that log stays in place and
+/// the returned handle has no effect.
 pub fn init(settings: Settings) -> LogHandle {
     let queue = NonBlockingBuilder::default().lossy(true).buffered_lines_limit(QUEUE_LINES);
     let (writer, thread) = queue.finish(std::io::stderr());
-    let unwritten = writer.error_counter();
+    let queue_drops = writer.error_counter();
     let (subscriber, handle) = build(settings, writer, std::io::stderr().is_terminal());
     let _ = subscriber.try_init();
-    LogHandle { unwritten: Some(unwritten), writer: Arc::new(Mutex::new(Some(thread))), ..handle }
+    LogHandle { queue_drops: Some(queue_drops), writer: Arc::new(Mutex::new(Some(thread))), ..handle }
 }
 
 impl LogHandle {
-    /// How many lines were not written since the start.
+    /// Returns the number of lines that were not written since the start.
     pub fn dropped(&self) -> Dropped {
-        let sink = self.unwritten.as_ref().map_or(0, |unwritten| unwritten.dropped_lines() as u64);
-        Dropped { flood: self.floods.held_back(), sink }
+        let sink = self.queue_drops.as_ref().map_or(0, |drops| drops.dropped_lines() as u64);
+        Dropped { flood: self.sampler.suppressed(), sink }
     }
 
-    /// Writes what still waits, for about a second at most, and nothing any more from then on: for the end.
+    /// Writes the queued lines, for about one second at most, and stops the log. Call it just before the process exits.
     pub fn close(&self) {
         drop(self.writer.lock().unwrap_or_else(PoisonError::into_inner).take());
     }
 
-    /// From now on lines of `level` and above are written.
+    /// Sets the least important level that is written.
     pub fn set_level(&self, level: Level) {
-        self.change(|now| now.0 = level);
+        self.change(|current| current.0 = level);
     }
 
-    /// Takes the level and the audit log of `settings` into use; the format stays.
+    /// Applies the level and the audit switch of `settings`. The format cannot change while the process runs.
     pub fn reconfigure(&self, settings: Settings) {
-        self.change(|now| *now = (settings.level, settings.audit));
+        self.change(|current| *current = (settings.level, settings.audit));
     }
 
-    /// The least important level that is written now.
+    /// Returns the current level.
     pub fn level(&self) -> Level {
-        self.now.lock().unwrap_or_else(PoisonError::into_inner).0
+        self.current.lock().unwrap_or_else(PoisonError::into_inner).0
     }
 
     fn change(&self, change: impl FnOnce(&mut (Level, bool))) {
-        let mut now = self.now.lock().unwrap_or_else(PoisonError::into_inner);
-        change(&mut now);
-        // This fails only where the log is gone, and then there is nothing to change.
-        let _ = self.filter.reload(filter(now.0, now.1));
+        let mut current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
+        change(&mut current);
+        // Fails only after the log was dropped, when there is nothing to change.
+        let _ = self.filter.reload(filter(current.0, current.1));
     }
 }
 
 impl Level {
-    /// All levels, from the quietest.
+    /// Every level, from least to most verbose.
     pub const ALL: [Self; 5] = [Self::Error, Self::Warn, Self::Info, Self::Debug, Self::Trace];
 
-    /// The level as configured: `error`, `warn`, `info`, `debug` or `trace`.
+    /// Returns the level's name in the configuration: `error`, `warn`, `info`, `debug` or `trace`.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Error => "error",
@@ -163,7 +166,7 @@ impl fmt::Display for Level {
     }
 }
 
-/// Text that names no level.
+/// The text is not the name of a level.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("a level is error, warn, info, debug or trace")]
 pub struct BadLevel;
@@ -176,11 +179,12 @@ impl FromStr for Level {
     }
 }
 
+/// Builds the subscriber and its handle; `colours` applies to the text format.
 fn build<W>(settings: Settings, writer: W, colours: bool) -> (impl Subscriber + Send + Sync, LogHandle)
 where
     W: for<'w> MakeWriter<'w> + Send + Sync + 'static,
 {
-    // A line that cannot be written is dropped: reporting that would go to standard error too, and panic there.
+    // A line that cannot be written is dropped. Reporting the failure would also go to standard error, and panic there.
     let lines = tracing_subscriber::fmt::layer().with_writer(writer).log_internal_errors(false);
     let lines = match settings.format {
         Format::Text => lines.with_ansi(colours).boxed(),
@@ -189,12 +193,14 @@ where
         }
     };
     let (filter, handle) = reload::Layer::new(filter(settings.level, settings.audit));
-    let now = Arc::new(Mutex::new((settings.level, settings.audit)));
-    let floods = Floods::default();
-    let handle = LogHandle { filter: handle, now, floods: floods.clone(), unwritten: None, writer: Arc::default() };
-    (Registry::default().with(filter).with(floods).with(lines), handle)
+    let current = Arc::new(Mutex::new((settings.level, settings.audit)));
+    let sampler = FloodSampler::default();
+    let handle =
+        LogHandle { filter: handle, current, sampler: sampler.clone(), queue_drops: None, writer: Arc::default() };
+    (Registry::default().with(filter).with(sampler).with(lines), handle)
 }
 
+/// The filter for `level`, with our own lines, library lines and the audit log treated separately.
 fn filter(level: Level, audit: bool) -> Targets {
     let ours = match level {
         Level::Error => LevelFilter::ERROR,
@@ -216,9 +222,9 @@ mod tests {
     use super::*;
 
     #[derive(Clone, Default)]
-    struct Paper(Arc<Mutex<Vec<u8>>>);
+    struct Output(Arc<Mutex<Vec<u8>>>);
 
-    impl Write for Paper {
+    impl Write for Output {
         fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
             self.0.lock().unwrap().extend_from_slice(bytes);
             Ok(bytes.len())
@@ -229,18 +235,18 @@ mod tests {
         }
     }
 
-    /// What is written while `lines` runs.
+    /// Returns what the log writes while `lines` runs.
     fn written(format: Format, level: Level, lines: impl FnOnce(&LogHandle)) -> String {
-        let paper = Paper::default();
-        let pen = paper.clone();
-        let (subscriber, handle) = build(Settings { format, level, audit: false }, move || pen.clone(), false);
+        let output = Output::default();
+        let writer = output.clone();
+        let (subscriber, handle) = build(Settings { format, level, audit: false }, move || writer.clone(), false);
         tracing::subscriber::with_default(subscriber, || lines(&handle));
-        let bytes = paper.0.lock().unwrap().clone();
+        let bytes = output.0.lock().unwrap().clone();
         String::from_utf8(bytes).unwrap()
     }
 
     #[test]
-    fn a_library_never_says_more_than_warn() {
+    fn libraries_log_at_most_at_warn() {
         for format in [Format::Text, Format::Json] {
             let text = written(format, Level::Trace, |_| {
                 tracing::trace!(target: "hyper::proto", "canary-header");
@@ -255,10 +261,10 @@ mod tests {
     }
 
     #[test]
-    fn a_quiet_log_quiets_the_libraries_too() {
+    fn the_level_error_also_applies_to_libraries() {
         let text = written(Format::Text, Level::Error, |_| {
             tracing::warn!(target: "h2", "connection lost");
-            tracing::warn!("renewal failed");
+            tracing::warn!("refresh failed");
             tracing::error!("no store");
         });
         assert_eq!(text.lines().count(), 1, "{text}");
@@ -266,7 +272,7 @@ mod tests {
     }
 
     #[test]
-    fn the_level_can_be_changed_while_it_runs() {
+    fn the_level_can_be_changed_while_the_log_runs() {
         let text = written(Format::Text, Level::Info, |handle| {
             tracing::debug!("before");
             handle.set_level(Level::Debug);
@@ -280,10 +286,13 @@ mod tests {
     }
 
     #[test]
-    fn the_audit_log_is_on_or_off_whatever_the_level() {
+    fn the_audit_log_is_independent_of_the_level() {
         let text = written(Format::Text, Level::Trace, |handle| {
             tracing::info!(target: AUDIT_TARGET, "off");
-            assert!(!tracing::event_enabled!(target: AUDIT_TARGET, tracing::Level::INFO), "so it costs nothing");
+            assert!(
+                !tracing::event_enabled!(target: AUDIT_TARGET, tracing::Level::INFO),
+                "a disabled audit log costs nothing"
+            );
             handle.reconfigure(Settings { format: Format::Text, level: Level::Error, audit: true });
             tracing::info!(target: AUDIT_TARGET, "on");
             handle.set_level(Level::Warn);
@@ -306,7 +315,7 @@ mod tests {
     }
 
     #[test]
-    fn levels_are_read_as_they_are_written() {
+    fn every_level_parses_from_its_own_name() {
         assert_eq!("loud".parse::<Level>(), Err(BadLevel));
         for level in Level::ALL {
             assert_eq!(level.to_string().parse(), Ok(level));

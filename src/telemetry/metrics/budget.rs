@@ -1,34 +1,37 @@
-//! What rendering may cost: a storm of scrapes must not take the app's CPU away.
+//! A CPU budget for rendering metrics, so that very frequent scrapes do not take CPU from the app.
 
 use std::time::{Duration, Instant};
 
-/// The most that rendering takes of one core when scrapers storm: a tenth.
+/// Rendering takes at most one part in this many of one core's time: a tenth.
 const SHARE: u32 = 10;
-/// What may be saved up: ordinary scrapers, of which a pod has a few every 15 s, never come near it.
-const SAVINGS: Duration = Duration::from_millis(500);
+/// Largest credit that accumulates. A few ordinary scrapers, each every 15 s, never use it up.
+const MAX_CREDIT: Duration = Duration::from_millis(500);
 
-/// Time to render with, which comes by itself and is spent by rendering. Where a render took more than there was, the
-/// debt is waited out.
+/// A credit of rendering time, which grows with time and is spent by rendering. If a render takes longer than the
+/// credit, the credit becomes negative, and no render is allowed until it is positive again.
 #[derive(Debug)]
 pub(super) struct Budget {
-    /// Nanoseconds.
+    /// Credit in nanoseconds.
     credit: i64,
-    seen: Instant,
+    /// When `credit` was last updated.
+    updated: Instant,
 }
 
 impl Budget {
+    /// Creates a budget with the largest credit.
     pub(super) fn new(now: Instant) -> Self {
-        Self { credit: nanoseconds(SAVINGS), seen: now }
+        Self { credit: nanoseconds(MAX_CREDIT), updated: now }
     }
 
-    /// Whether there is time to render at `now`.
+    /// Whether a render is allowed at `now`.
     pub(super) fn allows(&mut self, now: Instant) -> bool {
-        let earned = nanoseconds(now.saturating_duration_since(self.seen) / SHARE);
-        self.seen = now;
-        self.credit = self.credit.saturating_add(earned).min(nanoseconds(SAVINGS));
+        let earned = nanoseconds(now.saturating_duration_since(self.updated) / SHARE);
+        self.updated = now;
+        self.credit = self.credit.saturating_add(earned).min(nanoseconds(MAX_CREDIT));
         self.credit > 0
     }
 
+    /// Deducts the duration of a render.
     pub(super) fn spend(&mut self, took: Duration) {
         self.credit = self.credit.saturating_sub(nanoseconds(took));
     }
@@ -44,29 +47,29 @@ mod tests {
 
     #[test]
     // Covers: failure 109.
-    fn in_a_storm_of_scrapes_rendering_takes_a_tenth_of_the_time() {
-        let begun = Instant::now();
-        let mut budget = Budget::new(begun);
-        let (render, storm) = (Duration::from_millis(5), Duration::from_secs(60));
+    fn frequent_scrapes_cost_at_most_a_tenth_of_the_time() {
+        let start = Instant::now();
+        let mut budget = Budget::new(start);
+        let (render, duration) = (Duration::from_millis(5), Duration::from_secs(60));
         let mut spent = Duration::ZERO;
-        // A scrape each millisecond for a minute.
-        for at in 0..storm.as_millis() as u64 {
-            if budget.allows(begun + Duration::from_millis(at)) {
+        // One scrape per millisecond for a minute.
+        for at in 0..duration.as_millis() as u64 {
+            if budget.allows(start + Duration::from_millis(at)) {
                 budget.spend(render);
                 spent += render;
             }
         }
-        let most = storm / SHARE + SAVINGS + render;
+        let most = duration / SHARE + MAX_CREDIT + render;
         assert!(spent <= most, "{spent:?} of at most {most:?}");
-        assert!(spent >= storm / SHARE, "the share is used: {spent:?}");
+        assert!(spent >= duration / SHARE, "the whole share is used: {spent:?}");
     }
 
     #[test]
     fn an_ordinary_scraper_always_gets_a_fresh_page() {
-        let begun = Instant::now();
-        let mut budget = Budget::new(begun);
+        let start = Instant::now();
+        let mut budget = Budget::new(start);
         for scrape in 0..1000 {
-            assert!(budget.allows(begun + Duration::from_secs(15) * scrape));
+            assert!(budget.allows(start + Duration::from_secs(15) * scrape));
             budget.spend(Duration::from_millis(50));
         }
     }

@@ -1,4 +1,4 @@
-//! What Prometheus scrapes. Nothing that a caller can invent (a path, a query, a header) becomes a label.
+//! The Prometheus metrics. No text that a caller chooses freely (a path, a query, a header) becomes a label.
 
 mod budget;
 mod register;
@@ -18,22 +18,22 @@ use crate::telemetry::log::Dropped;
 use budget::Budget;
 use register::Register;
 
-/// Bounds on what is exported.
+/// Limits of the exported metrics.
 #[derive(Clone, Copy, Debug)]
 pub struct Settings {
-    /// `metrics.max_user_series`: beyond it users fold into `other`.
+    /// `metrics.max_user_series`: most users with series of their own. Further users share the series `other`.
     pub max_user_series: usize,
 }
 
-/// Seconds; from what a local cache could answer to the default response timeout.
+/// Buckets of request durations, in seconds: from a very fast response to the default response timeout.
 const DURATIONS: &[f64] = &[0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0];
-/// Seconds; a sled commit takes about a millisecond.
+/// Buckets of store operations, in seconds. A sled commit takes about a millisecond.
 const STORE_DURATIONS: &[f64] = &[0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 2.0];
-/// The user under which all beyond `max_user_series` are counted.
+/// The value of the label `user` for all users beyond `max_user_series`.
 const OTHER: &str = "other";
 
-/// Why renewals fail, as far as that is known beforehand. These series exist from the start: Prometheus cannot see the
-/// rise of a counter whose first value is not 0.
+/// Reasons for failed refreshes that are known in advance. Their series exist from the start, because Prometheus cannot
+/// see the increase of a counter whose first value is not 0.
 const REFRESH_FAILURES: [&str; 12] = [
     "bad_answer",
     "dns",
@@ -49,7 +49,7 @@ const REFRESH_FAILURES: [&str; 12] = [
     "unreachable",
 ];
 
-/// All metrics. Those about users are set anew at each scrape, so that none can be stale.
+/// All metrics. Those about users are rebuilt at each scrape, so that none can be stale.
 #[derive(Debug)]
 #[allow(missing_docs, reason = "each field is the metric of its name in the table of metrics in README.md")]
 pub struct Metrics {
@@ -92,35 +92,38 @@ pub struct Metrics {
     users: IntGaugeVec,
 }
 
-/// The page of the last scrape.
+/// The rendered metrics of the last scrape.
 #[derive(Debug)]
 struct Page {
     budget: Budget,
     text: Bytes,
 }
 
-/// One user's health at the instant of a scrape. Times are seconds since 1970.
+/// One user's health at the time of a scrape. Times are in seconds since 1970.
 #[derive(Clone, Debug)]
 pub struct UserHealth {
-    /// Who.
+    /// User id.
     pub user: String,
-    /// In which state.
+    /// Reported state of the user.
     pub state: State,
-    /// When the token ends; absent for idle users.
+    /// When the access token expires; `None` for idle users.
     pub token_expiry: Option<f64>,
-    /// When it was renewed; absent for idle users.
+    /// When the token was last refreshed; `None` for idle users.
     pub last_refresh: Option<f64>,
-    /// When the consent ends, where its date is known.
+    /// When the consent expires; `None` if that is not known or it does not expire.
     pub consent_expiry: Option<f64>,
-    /// Whether that is in less than 30 days, or past; absent where it is not known.
+    /// Whether the consent expires within 30 days or has expired; `None` if that is not known or it does not expire.
     pub consent_ending: Option<bool>,
-    /// Why the user has to log in again, if so.
+    /// Why the user has to log in again; `None` if no login is required.
     pub login_reason: Option<&'static str>,
 }
 
 impl Metrics {
-    /// Registers everything. `started_at` is seconds since 1970.
-    // Longer than the house likes: it is a list, one entry per metric, and reads best whole.
+    /// Creates and registers every metric. `started_at` is in seconds since 1970.
+    ///
+    /// # Errors
+    /// Fails if a metric's name or labels are invalid.
+    // The function is long because it is one list with an entry per metric.
     pub fn new(settings: Settings, started_at: f64) -> Result<Self, prometheus::Error> {
         let r = Register::new()?;
         let build = r.gauges("build_info", "The running version; always 1", &["version"])?;
@@ -128,7 +131,7 @@ impl Metrics {
         let reloaded = "When the configuration was last read, in seconds since 1970";
         let reload_timestamp = r.float("config_reload_timestamp_seconds", reloaded)?;
         let reload_success =
-            r.gauge("config_reload_success", "Whether the last reading of the configuration went well")?;
+            r.gauge("config_reload_success", "Whether the configuration was read successfully the last time")?;
         #[cfg(target_os = "linux")]
         let process = prometheus::process_collector::ProcessCollector::for_self();
         let metrics = Self {
@@ -138,98 +141,103 @@ impl Metrics {
             page: Mutex::new(Page { budget: Budget::new(Instant::now()), text: Bytes::new() }),
             requests: r.counters(
                 "requests_total",
-                "Calls on the proxy door, by who answered",
+                "Requests to the proxy listener, by the source of the response",
                 &["account", "region", "method", "status", "source"],
             )?,
             request_duration: r.histograms(
                 "request_duration_seconds",
-                "From a call's head to its answer's head",
+                "Time from the request head to the response head",
                 &["source"],
                 DURATIONS,
             )?,
             upstream_duration: r.histograms(
                 "upstream_duration_seconds",
-                "From sending a call to the head of Amazon's answer",
+                "Time from sending a request to the head of Amazon's response",
                 &["region"],
                 DURATIONS,
             )?,
-            in_flight: r.gauge("requests_in_flight", "Calls whose answer has not passed whole")?,
+            in_flight: r.gauge("requests_in_flight", "Requests whose response is not complete")?,
             connections: r.gauges("connections", "Open connections", &["door"])?,
-            replays: r.counter("replays_total", "Calls sent once more with a new token")?,
+            replays: r.counter("replays_total", "Requests retried with a new token")?,
             upstream_unauthorized: r.counters(
                 "upstream_unauthorized_total",
-                "401 from Amazon, by what it meant",
+                "Responses with status 401 from Amazon, by cause",
                 &["cause"],
             )?,
-            unknown_family: r.counter("unknown_family_total", "Calls to a path of no known family")?,
+            unknown_family: r.counter("unknown_family_total", "Requests to a path of no known API family")?,
             token_refresh: r.counters(
                 "token_refresh_total",
-                "Token calls for renewal, by result and reason",
+                "Token refreshes, by result and reason",
                 &["result", "reason"],
             )?,
             token_refresh_duration: r.histogram(
                 "token_refresh_duration_seconds",
-                "Token calls for renewal",
+                "Duration of token refreshes",
                 DURATIONS,
             )?,
             store_up: r.gauge("store_up", "Whether the store works")?,
             store_operation_duration: r.histograms(
                 "store_operation_duration_seconds",
-                "Operations of the store",
+                "Duration of store operations",
                 &["op"],
                 STORE_DURATIONS,
             )?,
-            store_errors: r.counters("store_errors_total", "Failed operations of the store", &["op"])?,
+            store_errors: r.counters("store_errors_total", "Failed store operations", &["op"])?,
             store_records: r.gauges(
                 "store_records",
-                "Stored grants by the fingerprint of the key that seals them; unknown: no key opens them; damaged",
+                "Stored grants by encryption key fingerprint; unknown: no configured key; damaged: unreadable",
                 &["key"],
             )?,
             store_recoveries: r
-                .counter("store_recoveries_total", "How often a damaged database was filled from its copies")?,
-            clock_skew: r.float("clock_skew_seconds", "How far our clock is ahead of Amazon's, to the second")?,
-            clock_jumps: r.counter("clock_jumps_total", "How often the clock was set, or the machine slept")?,
+                .counter("store_recoveries_total", "Recoveries of a damaged database from its mirror")?,
+            clock_skew: r
+                .float("clock_skew_seconds", "How far the local clock is ahead of Amazon's, in whole seconds")?,
+            clock_jumps: r.counter("clock_jumps_total", "Jumps of the wall clock: it was set, or the machine slept")?,
             token_answer_oddities: r.counters(
                 "token_answer_oddities_total",
-                "What was odd about token answers and was put up with",
+                "Tolerated deviations in token responses, by kind",
                 &["kind"],
             )?,
             refresh_dropped: r.counter(
                 "token_refresh_dropped_total",
-                "Renewals dropped because the grant was replaced or logged out meanwhile",
+                "Refreshes dropped because the grant was replaced or logged out in the meantime",
             )?,
-            token_rotations: r.counter("token_rotations_total", "Renewals that brought another refresh token")?,
+            token_rotations: r.counter("token_rotations_total", "Refreshes that returned a new refresh token")?,
             refresh_interrupted: r.counters(
                 "token_refresh_interrupted_total",
-                "Renewals whose answer may have been lost, by what became of the grant",
+                "Refreshes whose response may have been lost, by the fate of the grant",
                 &["outcome"],
             )?,
             throttled: r.counters(
                 "throttled_total",
-                "Answers 429, by whose limit: amazon's own, or the sidecar's",
+                "Responses with status 429, by whose limit: amazon or sidecar",
                 &["region", "by"],
             )?,
             undecryptable_records: r
-                .gauge("undecryptable_records", "Stored grants that cannot be read, and are kept")?,
+                .gauge("undecryptable_records", "Stored grants that cannot be decrypted or parsed; they are kept")?,
             log_dropped: r.counters("log_dropped_total", "Log lines that were not written", &["reason"])?,
             policy_denied: r.counters(
                 "policy_denied_total",
-                "Calls that the policy refused (enforce) or would have (observe)",
+                "Requests that the policy rejected (enforce) or would have rejected (observe)",
                 &["account", "mode"],
             )?,
-            guard_denied: r.counters("guard_denied_total", "Requests refused at a door", &["reason"])?,
-            token_expiry: r.floats("token_expiry_timestamp_seconds", "When the access token ends", &["user"])?,
+            guard_denied: r.counters("guard_denied_total", "Requests rejected by admission, by reason", &["reason"])?,
+            token_expiry: r.floats(
+                "token_expiry_timestamp_seconds",
+                "When the access token expires, in seconds since 1970",
+                &["user"],
+            )?,
             token_last_refresh: r.floats(
                 "token_last_refresh_timestamp_seconds",
-                "When the tokens last changed",
+                "When a token last changed, in seconds since 1970",
                 &["user"],
             )?,
-            consent_expiry: r.floats("consent_expiry_timestamp_seconds", "When the consent ends", &["user"])?,
-            consent_ending: r.gauges(
-                "consent_ending",
-                "Whether less than 30 days of the consent are left",
+            consent_expiry: r.floats(
+                "consent_expiry_timestamp_seconds",
+                "When the consent expires, in seconds since 1970",
                 &["user"],
             )?,
+            consent_ending: r.gauges("consent_ending", "Whether the consent expires within 30 days", &["user"])?,
             login_required: r.gauges("login_required", "Whether the user has to log in again", &["user", "reason"])?,
             users: r.gauges("users", "Users by state", &["state"])?,
             registry: r.into_registry(),
@@ -237,12 +245,18 @@ impl Metrics {
         #[cfg(target_os = "linux")]
         metrics.registry.register(Box::new(process))?;
         metrics.reloaded(started_at, true);
-        metrics.begin_series();
+        metrics.create_series();
         Ok(metrics)
     }
 
-    /// What the store says of itself at the instant of a scrape.
-    pub fn store_holds(&self, records: impl IntoIterator<Item = (String, usize)>, unreadable: usize, recoveries: u64) {
+    /// Sets the metrics about the store's contents: the records by key fingerprint, the number of unreadable records,
+    /// and the number of recoveries since the start.
+    pub fn set_store_contents(
+        &self,
+        records: impl IntoIterator<Item = (String, usize)>,
+        unreadable: usize,
+        recoveries: u64,
+    ) {
         self.undecryptable_records.set(i64::try_from(unreadable).unwrap_or(i64::MAX));
         self.store_records.reset();
         for (key, count) in records {
@@ -251,8 +265,8 @@ impl Metrics {
         self.store_recoveries.inc_by(recoveries.saturating_sub(self.store_recoveries.get()));
     }
 
-    /// Makes the series that an alert or a `rate()` asks for before their first event.
-    fn begin_series(&self) {
+    /// Creates the series that alerts and `rate()` need to exist before their first event.
+    fn create_series(&self) {
         self.refresh_interrupted.with_label_values(&["lost"]);
         self.token_refresh.with_label_values(&["success", ""]);
         for reason in REFRESH_FAILURES {
@@ -282,19 +296,23 @@ impl Metrics {
         self.log_lines(Dropped::default());
     }
 
-    /// The text format, with `users` as they are now. When scrapers storm, rendering takes a bounded share of the time
-    /// and the page of a moment ago is given out in between.
+    /// Returns the metrics in the Prometheus text format, with the current state of `users`. Under very frequent
+    /// scrapes, rendering takes a limited share of the time, and the previous page is returned in between.
+    ///
+    /// # Errors
+    /// Fails if a metric cannot be encoded.
     pub fn page(&self, users: impl FnOnce() -> Vec<UserHealth>) -> Result<Bytes, prometheus::Error> {
-        // One scrape at a time: the series of users are taken down and set up again.
+        // One scrape at a time, because rendering removes and recreates the series of users.
         let mut page = self.page.lock().unwrap_or_else(PoisonError::into_inner);
-        let begun = Instant::now();
-        if page.text.is_empty() || page.budget.allows(begun) {
+        let start = Instant::now();
+        if page.text.is_empty() || page.budget.allows(start) {
             page.text = self.render(users())?.into();
-            page.budget.spend(begun.elapsed());
+            page.budget.spend(start.elapsed());
         }
         Ok(page.text.clone())
     }
 
+    /// Rebuilds the series about users and encodes every metric.
     fn render(&self, mut users: Vec<UserHealth>) -> Result<String, prometheus::Error> {
         for gauges in [&self.token_expiry, &self.token_last_refresh, &self.consent_expiry] {
             gauges.reset();
@@ -308,15 +326,16 @@ impl Metrics {
         users.sort_by(|a, b| a.user.cmp(&b.user));
         let shown = users.len().min(self.max_user_series.load(Relaxed));
         for user in &users[..shown] {
-            self.show(&user.user, user);
+            self.set_user(&user.user, user);
         }
         if let Some(worst) = worst(&users[shown..]) {
-            self.show(OTHER, &worst);
+            self.set_user(OTHER, &worst);
         }
         TextEncoder::new().encode_to_string(&self.registry.gather())
     }
 
-    fn show(&self, label: &str, user: &UserHealth) {
+    /// Sets the series of one user under the label `label`.
+    fn set_user(&self, label: &str, user: &UserHealth) {
         let times = [
             (&self.token_expiry, user.token_expiry),
             (&self.token_last_refresh, user.last_refresh),
@@ -334,16 +353,16 @@ impl Metrics {
         self.login_required.with_label_values(&[label, user.login_reason.unwrap_or_default()]).set(required);
     }
 
-    /// The configuration was read at `now`, in seconds since 1970. Where it was refused, the time stays that of the one
-    /// in use.
-    pub fn reloaded(&self, now: f64, went_well: bool) {
-        self.reload_success.set(i64::from(went_well));
-        if went_well {
+    /// Records that the configuration was read at `now`, in seconds since 1970. If it was invalid, the timestamp
+    /// remains that of the configuration in use.
+    pub fn reloaded(&self, now: f64, success: bool) {
+        self.reload_success.set(i64::from(success));
+        if success {
             self.reload_timestamp.set(now);
         }
     }
 
-    /// How many lines the log has not written since the start.
+    /// Sets the number of log lines that were not written since the start.
     pub fn log_lines(&self, dropped: Dropped) {
         for (reason, lines) in [("flood", dropped.flood), ("sink", dropped.sink)] {
             let counter = self.log_dropped.with_label_values(&[reason]);
@@ -351,26 +370,27 @@ impl Metrics {
         }
     }
 
-    /// Whether the last reading of the configuration went well.
-    pub fn reload_went_well(&self) -> bool {
+    /// Whether the configuration was read successfully the last time.
+    pub fn reload_succeeded(&self) -> bool {
         self.reload_success.get() == 1
     }
 
-    /// Takes other bounds into use.
+    /// Applies new limits.
     pub fn reconfigure(&self, settings: Settings) {
         self.max_user_series.store(settings.max_user_series, Relaxed);
     }
 
-    /// Counts one operation of the store.
-    pub fn store_operation(&self, op: &str, took: Duration, went_well: bool) {
+    /// Records one store operation.
+    pub fn store_operation(&self, op: &str, took: Duration, success: bool) {
         self.store_operation_duration.with_label_values(&[op]).observe(took.as_secs_f64());
-        if !went_well {
+        if !success {
             self.store_errors.with_label_values(&[op]).inc();
         }
     }
 }
 
-/// The earliest times and any reason to log in among `users`, for the series that stands for all of them.
+/// Merges `users` into one record for the shared series: the earliest times, and any reason to log in. `None` if there
+/// are no users.
 fn worst(users: &[UserHealth]) -> Option<UserHealth> {
     let earliest = |time: fn(&UserHealth) -> Option<f64>| users.iter().filter_map(time).reduce(f64::min);
     let first = users.first()?;
@@ -402,7 +422,7 @@ mod tests {
     }
 
     #[test]
-    fn users_beyond_the_bound_fold_into_one_series_that_tells_the_worst() {
+    fn users_beyond_the_limit_share_one_series_that_reports_the_worst() {
         let metrics = Metrics::new(Settings { max_user_series: 2 }, 0.0).unwrap();
         let users = vec![
             user("d", 3000.0, Some("invalid_grant")),
@@ -422,7 +442,7 @@ mod tests {
     }
 
     #[test]
-    fn a_user_who_is_gone_leaves_no_series() {
+    fn a_removed_user_leaves_no_series() {
         let metrics = Metrics::new(Settings { max_user_series: 10 }, 0.0).unwrap();
         metrics.render(vec![user("a", 1.0, None)]).unwrap();
         let text = metrics.render(Vec::new()).unwrap();

@@ -1,4 +1,4 @@
-//! Makes metrics and registers them.
+//! Creates and registers metrics.
 
 use prometheus::core::Collector;
 use prometheus::{
@@ -6,10 +6,12 @@ use prometheus::{
     Opts, Registry,
 };
 
-/// A registry in the making. Each method makes one metric; the plurals have labels.
+/// A registry under construction. Each method creates and registers one metric; the methods with a plural name create
+/// metrics with labels. They fail if the name is invalid or already registered.
 pub(super) struct Register(Registry);
 
 impl Register {
+    /// Creates an empty registry whose metric names start with `adsidecar_`.
     pub(super) fn new() -> Result<Self, Error> {
         Registry::new_custom(Some("adsidecar".into()), None).map(Self)
     }
