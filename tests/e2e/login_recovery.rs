@@ -27,7 +27,7 @@ fn refused(answer: &Response) {
     assert_eq!((answer.status().as_u16(), code(answer)), (400, "state_invalid"));
 }
 
-/// The files of the grants that wait.
+/// The files of the pending grants.
 fn waiting(harness: &Harness) -> Vec<PathBuf> {
     let copies = std::fs::read_dir(format!("{}.copies", harness.store_path().display())).unwrap();
     let paths = copies.map(|entry| entry.unwrap().path());

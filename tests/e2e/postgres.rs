@@ -154,8 +154,8 @@ async fn a_database_that_cannot_be_used_ends_the_start_at_once_with_its_cure() {
         (cluster.url_of("postgres", "127.0.0.1", "nowhere", ""), "3D000", "create the database"),
         (cluster.url_of("weak", "127.0.0.1", "postgres", ""), "42501", "let the role create tables"),
         // The certificate is for `localhost`, of an authority that nobody knows.
-        (of("127.0.0.1", &format!("?sslmode=verify-full&{ca}")), "certificate", "carry the host's name"),
-        (of("127.0.0.1", &format!("?sslmode=require&{ca}")), "certificate", "carry the host's name"),
+        (of("127.0.0.1", &format!("?sslmode=verify-full&{ca}")), "certificate", "valid for the host's name"),
+        (of("127.0.0.1", &format!("?sslmode=require&{ca}")), "certificate", "valid for the host's name"),
         (of("localhost", "?sslmode=require"), "certificate", "check sslmode and sslrootcert"),
         (of("localhost", "?sslmode=verify-ca&sslrootcert=system"), "certificate", "check sslmode and sslrootcert"),
     ];

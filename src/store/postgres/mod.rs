@@ -13,7 +13,7 @@
 //! place.
 //!
 //! Write access to the database suffices to delete a record or to restore an older one, but not to forge one: see
-//! [`StoredGrant`](crate::store::stored_grant::StoredGrant).
+//! [`StoredGrant`].
 
 mod changes;
 mod connection;
