@@ -97,7 +97,7 @@ pub struct Family {
     /// A short name, for metrics and the log.
     pub name: &'static str,
     /// `/a/*/b` matches that path and all below it; `*` is any one segment.
-    paths: &'static [&'static str],
+    pub paths: &'static [&'static str],
     /// Under which name the client id goes.
     pub client_id: ClientId,
     /// The context headers, those that win an exclusion first.
@@ -229,6 +229,11 @@ static TABLE: &[Family] = &[
     },
     Family { name: "ads_data_manager", paths: &["/adm"], client_id: ClientId::Api, context: &[AdmManager, Account] },
 ];
+
+/// All families, in the order in which they are tried; last the one of a path that no other matches.
+pub fn families() -> impl Iterator<Item = &'static Family> {
+    TABLE.iter().chain([&UNKNOWN])
+}
 
 /// The family of `path`, as it leaves for Amazon and without its query; the unknown family where no row matches. Empty segments
 /// are overlooked, since Amazon's own samples hold `//sp/campaigns/list`.

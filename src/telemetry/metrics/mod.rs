@@ -8,6 +8,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use prometheus::core::Desc;
 use prometheus::{
     Gauge, GaugeVec, Histogram, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Registry, TextEncoder,
 };
@@ -54,6 +55,7 @@ const REFRESH_FAILURES: [&str; 12] = [
 #[allow(missing_docs, reason = "each field is the metric of its name in the table of metrics in README.md")]
 pub struct Metrics {
     registry: Registry,
+    descriptions: Vec<Desc>,
     max_user_series: AtomicUsize,
     page: Mutex<Page>,
     pub requests: IntCounterVec,
@@ -123,12 +125,11 @@ impl Metrics {
     // Longer than the house likes: it is a list, one entry per metric, and reads best whole.
     pub fn new(settings: Settings, started_at: f64) -> Result<Self, prometheus::Error> {
         let r = Register::new()?;
-        let build = r.gauges("build_info", "The running version; always 1", &["version"])?;
+        let build = r.gauges("build_info", "Always 1", &["version"])?;
         build.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
-        let reloaded = "When the configuration was last read, in seconds since 1970";
-        let reload_timestamp = r.float("config_reload_timestamp_seconds", reloaded)?;
+        let reload_timestamp = r.float("config_reload_timestamp_seconds", "When the configuration was last read")?;
         let reload_success =
-            r.gauge("config_reload_success", "Whether the last reading of the configuration went well")?;
+            r.gauge("config_reload_success", "0: the last reload was refused, the previous configuration is in use")?;
         #[cfg(target_os = "linux")]
         let process = prometheus::process_collector::ProcessCollector::for_self();
         let metrics = Self {
@@ -138,100 +139,128 @@ impl Metrics {
             page: Mutex::new(Page { budget: Budget::new(Instant::now()), text: Bytes::new() }),
             requests: r.counters(
                 "requests_total",
-                "Calls on the proxy door, by who answered",
+                "Requests to the proxy listener; source tells whether amazon or the sidecar responded. \
+                     Status 499: the caller closed the connection",
                 &["account", "region", "method", "status", "source"],
             )?,
             request_duration: r.histograms(
                 "request_duration_seconds",
-                "From a call's head to its answer's head",
+                "Time to the response head",
                 &["source"],
                 DURATIONS,
             )?,
             upstream_duration: r.histograms(
                 "upstream_duration_seconds",
-                "From sending a call to the head of Amazon's answer",
+                "Amazon's share of that time",
                 &["region"],
                 DURATIONS,
             )?,
-            in_flight: r.gauge("requests_in_flight", "Calls whose answer has not passed whole")?,
+            in_flight: r.gauge("requests_in_flight", "Requests whose response is not complete")?,
             connections: r.gauges("connections", "Open connections", &["door"])?,
-            replays: r.counter("replays_total", "Calls sent once more with a new token")?,
+            replays: r.counter("replays_total", "Requests repeated with a new access token")?,
             upstream_unauthorized: r.counters(
                 "upstream_unauthorized_total",
-                "401 from Amazon, by what it meant",
+                "401 from Amazon: token, or a hint such as scope_missing",
                 &["cause"],
             )?,
-            unknown_family: r.counter("unknown_family_total", "Calls to a path of no known family")?,
+            unknown_family: r
+                .counter("unknown_family_total", "Requests to a path that is not in the table of API families")?,
             token_refresh: r.counters(
                 "token_refresh_total",
-                "Token calls for renewal, by result and reason",
+                "Refreshes, by success or failure",
                 &["result", "reason"],
             )?,
             token_refresh_duration: r.histogram(
                 "token_refresh_duration_seconds",
-                "Token calls for renewal",
+                "Duration of refreshes",
                 DURATIONS,
             )?,
-            store_up: r.gauge("store_up", "Whether the store works")?,
+            store_up: r.gauge("store_up", "0: the store fails, or a change is not on disk yet")?,
             store_operation_duration: r.histograms(
                 "store_operation_duration_seconds",
-                "Operations of the store",
+                "Duration of store operations",
                 &["op"],
                 STORE_DURATIONS,
             )?,
-            store_errors: r.counters("store_errors_total", "Failed operations of the store", &["op"])?,
+            store_errors: r.counters("store_errors_total", "Failed store operations", &["op"])?,
             store_records: r.gauges(
                 "store_records",
-                "Stored grants by the fingerprint of the key that seals them; unknown: no key opens them; damaged",
+                "Stored grants by the fingerprint of the Fernet key that encrypts them; unknown: no \
+                     configured key decrypts them, damaged: changed outside adsidecar",
                 &["key"],
             )?,
             store_recoveries: r
-                .counter("store_recoveries_total", "How often a damaged database was filled from its copies")?,
-            clock_skew: r.float("clock_skew_seconds", "How far our clock is ahead of Amazon's, to the second")?,
-            clock_jumps: r.counter("clock_jumps_total", "How often the clock was set, or the machine slept")?,
+                .counter("store_recoveries_total", "How often a damaged database was restored from its mirror")?,
+            clock_skew: r.float(
+                "clock_skew_seconds",
+                "How far this machine's clock is ahead of Amazon's, in whole seconds; measured at each \
+                     refresh, and every 10 seconds from an Ads API response",
+            )?,
+            clock_jumps: r.counter("clock_jumps_total", "How often the clock was set or the machine was suspended")?,
             token_answer_oddities: r.counters(
                 "token_answer_oddities_total",
-                "What was odd about token answers and was put up with",
+                "Tolerated deviations in token responses, such as expires_in_missing",
                 &["kind"],
             )?,
             refresh_dropped: r.counter(
                 "token_refresh_dropped_total",
-                "Renewals dropped because the grant was replaced or logged out meanwhile",
+                "Refreshes dropped because the user logged out or logged in again meanwhile",
             )?,
-            token_rotations: r.counter("token_rotations_total", "Renewals that brought another refresh token")?,
+            token_rotations: r.counter(
+                "token_rotations_total",
+                "Refreshes that returned a new refresh token. Amazon returns the same one today",
+            )?,
             refresh_interrupted: r.counters(
                 "token_refresh_interrupted_total",
-                "Renewals whose answer may have been lost, by what became of the grant",
+                "Refreshes whose response may have been lost, by the fate of the grant: recovered or lost",
                 &["outcome"],
             )?,
-            throttled: r.counters(
-                "throttled_total",
-                "Answers 429, by whose limit: amazon's own, or the sidecar's",
-                &["region", "by"],
+            throttled: r.counters("throttled_total", "429 responses from Amazon (by=\"amazon\")", &["region", "by"])?,
+            undecryptable_records: r.gauge(
+                "undecryptable_records",
+                "Stored grants that cannot be read, for example because their key was removed; they are \
+                     kept",
             )?,
-            undecryptable_records: r
-                .gauge("undecryptable_records", "Stored grants that cannot be read, and are kept")?,
-            log_dropped: r.counters("log_dropped_total", "Log lines that were not written", &["reason"])?,
+            log_dropped: r.counters(
+                "log_dropped_total",
+                "Log lines that were not written: flood (too many of one kind), sink (standard error was \
+                     not read)",
+                &["reason"],
+            )?,
             policy_denied: r.counters(
                 "policy_denied_total",
-                "Calls that the policy refused (enforce) or would have (observe)",
+                "Requests that the policy refused (enforce) or would have refused (observe)",
                 &["account", "mode"],
             )?,
-            guard_denied: r.counters("guard_denied_total", "Requests refused at a door", &["reason"])?,
-            token_expiry: r.floats("token_expiry_timestamp_seconds", "When the access token ends", &["user"])?,
+            guard_denied: r.counters("guard_denied_total", "Requests refused by admission", &["reason"])?,
+            token_expiry: r.floats(
+                "token_expiry_timestamp_seconds",
+                "When the access token expires; absent for idle users",
+                &["user"],
+            )?,
             token_last_refresh: r.floats(
                 "token_last_refresh_timestamp_seconds",
-                "When the tokens last changed",
+                "When the tokens last changed; absent for idle users",
                 &["user"],
             )?,
-            consent_expiry: r.floats("consent_expiry_timestamp_seconds", "When the consent ends", &["user"])?,
-            consent_ending: r.gauges(
-                "consent_ending",
-                "Whether less than 30 days of the consent are left",
+            consent_expiry: r.floats(
+                "consent_expiry_timestamp_seconds",
+                "When the consent expires, for logins made here",
                 &["user"],
             )?,
-            login_required: r.gauges("login_required", "Whether the user has to log in again", &["user", "reason"])?,
-            users: r.gauges("users", "Users by state", &["state"])?,
+            consent_ending: r.gauges("consent_ending", "1: the consent expires in less than 30 days", &["user"])?,
+            login_required: r.gauges(
+                "login_required",
+                "1 with a reason: the user must log in again",
+                &["user", "reason"],
+            )?,
+            users: r.gauges(
+                "users",
+                "Users by state. Processes that share a PostgreSQL each report all users: use max over \
+                     them, not sum",
+                &["state"],
+            )?,
+            descriptions: r.descriptions(),
             registry: r.into_registry(),
         };
         #[cfg(target_os = "linux")]
@@ -239,6 +268,12 @@ impl Metrics {
         metrics.reloaded(started_at, true);
         metrics.begin_series();
         Ok(metrics)
+    }
+
+    /// The name (without `adsidecar_`), labels and help text of each metric, in the order of the manual. Those of the
+    /// process itself are not among them.
+    pub fn descriptions(&self) -> &[Desc] {
+        &self.descriptions
     }
 
     /// What the store says of itself at the instant of a scrape.
