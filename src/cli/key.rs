@@ -21,7 +21,7 @@ const PERIOD: Duration = Duration::from_millis(200);
 pub(super) enum Key {
     /// Print a new Fernet key
     New,
-    /// Seal every stored grant with the first of store.fernet_keys
+    /// Start to use the configured Fernet keys, and encrypt every stored grant with the first
     Rotate,
 }
 

@@ -26,10 +26,10 @@ use crate::store::StoreError;
 #[derive(Debug, Parser)]
 #[command(name = "adsidecar", version, disable_help_subcommand = true)]
 struct Arguments {
-    /// The TOML file; ADSIDECAR_CONFIG names it otherwise
+    /// The configuration file (TOML); without it, ADSIDECAR_CONFIG names the file
     #[arg(long, global = true, value_name = "FILE")]
     config: Option<PathBuf>,
-    /// One key of the configuration, over the file and the environment; repeatable
+    /// Set one configuration key, overriding the file and the environment; repeatable
     #[arg(long, global = true, value_name = "SECTION.KEY=VALUE")]
     set: Vec<String>,
     #[command(subcommand)]
@@ -38,29 +38,31 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Serve until SIGTERM (the default)
+    /// Serve until SIGTERM (the default command)
+    ///
+    /// SIGHUP reloads the configuration
     Serve,
-    /// Read the configuration, print it without secrets, and exit
+    /// Print the configuration without its secrets, or every problem in it
     Check,
-    /// The users and their grants
+    /// List, show, import, export and delete users
     #[command(subcommand)]
     Users(users::Users),
-    /// Fernet keys
+    /// Create and rotate Fernet keys
     #[command(subcommand)]
     Key(key::Key),
-    /// The store as a whole
+    /// Back up and restore the store
     #[command(subcommand)]
     Store(store::Store),
-    /// Ask the running sidecar whether it lives, for an exec probe
+    /// Check that the running sidecar is alive: an exec probe that needs no shell
     Health {
-        /// Ask whether it is ready instead
+        /// Check that it is ready instead
         #[arg(long)]
         ready: bool,
     },
-    /// Wait until the sidecar is ready
+    /// Wait until the sidecar is ready, 60 seconds by default
     Wait {
         /// Give up after this long
-        #[arg(long, default_value = "60s", value_parser = humantime::parse_duration)]
+        #[arg(long, value_name = "DURATION", default_value = "60s", value_parser = humantime::parse_duration)]
         timeout: Duration,
     },
     /// Print the version
@@ -119,6 +121,11 @@ pub fn misused(error: &clap::Error) -> Exit {
     // Nothing is left to say where the output is closed.
     let _ = error.print();
     if error.use_stderr() { Exit::Usage } else { Exit::Done }
+}
+
+/// The commands with their arguments and help texts.
+pub fn command() -> clap::Command {
+    Arguments::command()
 }
 
 fn dispatch(arguments: Arguments) -> Result<(), Failed> {

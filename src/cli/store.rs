@@ -12,13 +12,15 @@ use crate::store::TokenStore;
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Store {
-    /// Print every record as it is stored: tokens stay encrypted
+    /// Print all records; the tokens stay encrypted
     Dump,
-    /// Take the records of a dump; those of users who have a grant already only with --replace
+    /// Import a dump, from standard input if FILE is missing
+    ///
+    /// A user who already has a grant is refused without --replace
     Restore {
-        /// The dump; standard input where it is absent or -
+        /// The dump; - is standard input
         file: Option<PathBuf>,
-        /// Replace the grants of users who have one
+        /// Replace the grants of users who already have one
         #[arg(long)]
         replace: bool,
     },

@@ -162,14 +162,15 @@ pub const KEYS: &[Key] = &[
         name: "amazon.authorize_url",
         kind: Url,
         default: Described { text: "by region", example: "https://www.amazon.com/ap/oa" },
-        help: "The consent page: `https`, or `http` on loopback. The example is that of region `na`",
+        help: "The consent page, `https://www.amazon.com/ap/oa` in region `na`: `https`, or `http` on loopback",
         ..KEY
     },
     Key {
         name: "amazon.token_url",
         kind: Url,
         default: Described { text: "by region", example: "https://api.amazon.com/auth/o2/token" },
-        help: "The token endpoint of Login with Amazon: `https` only. The example is that of region `na`",
+        help: "The token endpoint of Login with Amazon, `https://api.amazon.com/auth/o2/token` in region `na`: only \
+               `https`",
         ..KEY
     },
     Key {
@@ -562,9 +563,9 @@ pub const KEYS: &[Key] = &[
 pub const ACCOUNT: &str = "account";
 
 /// What an account is, in Markdown.
-pub const ACCOUNT_HELP: &str = "Accounts are names for \"this user, this region, these ids\", selected by the path prefix \
-                                `/a/<name>/` or the header `X-Ads-Account`. Only this file can define them. Each needs a \
-                                name alone; an id is sent as the header beside it";
+pub const ACCOUNT_HELP: &str = "Accounts are names for \"this user, this region, these ids\", selected by the path \
+                                prefix `/a/<name>/` or the header `X-Ads-Account`. Only this file can define them. Only \
+                                `name` is required. Each id is sent in the header that its comment names";
 
 /// The keys of one `[[account]]`, in the order of the manual.
 pub const ACCOUNT_KEYS: &[Key] = &[

@@ -280,7 +280,7 @@ impl<'a> Reader<'a> {
     }
 
     /// The texts of a list: a list in the file, or one text with commas; the default if no source gives any. `None`: the
-    /// value is no such list, which is recorded.
+    /// value is invalid, and the problem recorded.
     fn list(&mut self, key: &str) -> Option<Vec<String>> {
         match self.raw(key) {
             Some(Value::Array(_, values)) => {

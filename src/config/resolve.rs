@@ -22,8 +22,8 @@ use crate::server::Listen;
 use crate::telemetry::{log, metrics};
 use crate::{server, store, upstream};
 
-const FERNET_CURE: &str = "missing Fernet key: set store.fernet_keys or store.fernet_keys_file (environment: FERNET_KEY); \
-                           `adsidecar key new` makes one";
+const FERNET_CURE: &str = "missing Fernet key: set store.fernet_keys or store.fernet_keys_file (environment: \
+                           FERNET_KEY); `adsidecar key new` makes one";
 
 /// The configuration that `merged` gives, or all that is wrong with it, on top of the `problems` of its sources.
 pub(super) fn resolve(merged: &Merged, problems: Vec<ConfigError>) -> Result<Config, ConfigErrors> {

@@ -87,7 +87,117 @@ impl Code {
             Self::UpstreamTimeout => (StatusCode::GATEWAY_TIMEOUT, "upstream_timeout", true),
         }
     }
+
+    /// All codes, by status.
+    pub const ALL: [Self; 23] = [
+        Self::BadRequest,
+        Self::StateInvalid,
+        Self::LoginRequired,
+        Self::HostNotAllowed,
+        Self::CrossSite,
+        Self::PolicyDenied,
+        Self::UnknownAccount,
+        Self::NotFound,
+        Self::MethodNotAllowed,
+        Self::CallerUnauthorized,
+        Self::RequestTimeout,
+        Self::IdentityChanged,
+        Self::BodyTooLarge,
+        Self::UriTooLong,
+        Self::Throttled,
+        Self::Internal,
+        Self::UpstreamUnreachable,
+        Self::UpstreamReset,
+        Self::UpstreamTls,
+        Self::TokenUnavailable,
+        Self::Overloaded,
+        Self::StoreUnavailable,
+        Self::UpstreamTimeout,
+    ];
+
+    /// What the reference in `config/README.md` says, in Markdown: the meaning of the code, and what to do.
+    pub const fn reference(self) -> (&'static str, &'static str) {
+        match self {
+            Self::BadRequest => (
+                "The request line, a header, a parameter or the framing of the body is invalid",
+                "Correct what `detail` names",
+            ),
+            Self::StateInvalid => (
+                "The login has expired, was started in another browser, or the pending grant no longer exists",
+                "Start the login again",
+            ),
+            Self::LoginRequired => {
+                ("The user has no grant, or Amazon rejects it", "Open the URL in `next_step` and consent")
+            }
+            Self::HostNotAllowed => (
+                "`Host` is not loopback, or an absolute URL names a host that is not Amazon's",
+                "Call `localhost`, or add the name to `proxy.allowed_hosts`",
+            ),
+            Self::CrossSite => (
+                "A web page sent the request",
+                "Call adsidecar from a server; only `login.frontend_url` may use the OAuth endpoints",
+            ),
+            Self::PolicyDenied => (
+                "The [policy](#policy) forbids this request; nothing was sent",
+                "Use an account that is allowed to, or change the policy",
+            ),
+            Self::UnknownAccount => ("No such account is configured", "Check the name and the `[[account]]` sections"),
+            Self::NotFound => {
+                ("No such endpoint under `/api/auth/` or `/auth/o2/`, or on the admin listener", "Check the path")
+            }
+            Self::MethodNotAllowed => (
+                "`CONNECT`, `TRACE`, or a method that the endpoint does not have",
+                "See `Allow`; with a proxy setting use `http://` URLs",
+            ),
+            Self::CallerUnauthorized => {
+                ("The caller token is missing or wrong", "Send `X-Ads-Sidecar-Token`, or `Proxy-Authorization: Bearer`")
+            }
+            Self::RequestTimeout => {
+                ("The head or the body of the request did not arrive in time", "Send it without pauses")
+            }
+            Self::IdentityChanged => (
+                "The person signed in to Amazon as a different user: no profile is the same. Your earlier connection \
+                 is unchanged",
+                "Sign in as the same user, or start the login with `replace=true`",
+            ),
+            Self::BodyTooLarge => ("The body is larger than `proxy.max_body`", "Send less, or raise the limit"),
+            Self::UriTooLong => ("The target is longer than 8 KiB", "Send long lists in a body"),
+            Self::Throttled => (
+                "Too many logins were started (2,000 at once, then 20 per second). A 429 from Amazon does not carry \
+                 this header",
+                "Start one login per person; wait for `Retry-After`",
+            ),
+            Self::Internal => ("A defect in adsidecar", "Check its log, and report it"),
+            Self::UpstreamUnreachable => ("No connection to Amazon's host", "Check DNS and egress rules, then retry"),
+            Self::UpstreamReset => (
+                "The connection broke before a response arrived",
+                "The request may have been processed: check before you repeat one that changes something",
+            ),
+            Self::UpstreamTls => (
+                "The TLS handshake with Amazon's host failed",
+                "If your network intercepts TLS, set its CA as `upstream.ca_file`",
+            ),
+            Self::TokenUnavailable => (
+                "The access token has expired and cannot be refreshed now",
+                "Wait for `Retry-After`; with `invalid_client` in `detail` check client id and secret",
+            ),
+            Self::Overloaded => (
+                "All `proxy.max_connections` connections have been busy for a second",
+                "Wait for `Retry-After`; reuse connections; raise the limit",
+            ),
+            Self::StoreUnavailable => (
+                "The store rejected the change; or PostgreSQL does not respond and the access token has expired",
+                "Check the log and the volume of `store.path`, or PostgreSQL",
+            ),
+            Self::UpstreamTimeout => (
+                "Amazon did not accept a connection or did not respond in time",
+                "See `upstream_reset`; `upstream.response_timeout` is the limit",
+            ),
+        }
+    }
 }
+
+const _: () = assert!(Code::ALL.len() == Code::UpstreamTimeout as usize + 1, "every code is listed");
 
 /// One answer of our own.
 #[derive(Clone, Debug)]

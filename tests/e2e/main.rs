@@ -21,6 +21,7 @@ mod keys;
 mod limits;
 mod login;
 mod login_attacks;
+mod manuals;
 mod observability;
 mod policy;
 mod process;

@@ -1,5 +1,5 @@
-"""The manuals are true: their commands and samples are run, and their tables are compared with the code and with a running
-sidecar.
+"""The manuals are true: their commands and samples are run. Their tables are made from the code, which tests/e2e/manuals.rs
+checks.
 
 A comment above each fenced block says what the tests do with it:
 
@@ -20,11 +20,9 @@ import re
 import shutil
 import socket
 import subprocess
-import tomllib
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
-from http import HTTPStatus
 from pathlib import Path
 
 import pytest
@@ -59,13 +57,6 @@ SAMPLES = {
 CURL_SECONDS = 30
 # A Java compiler starts slowly on a busy machine.
 SAMPLE_SECONDS = 120
-
-# The http crate's names of status codes that have another name in Python.
-PYTHON_NAMES = {
-    "PAYLOAD_TOO_LARGE": "REQUEST_ENTITY_TOO_LARGE",
-    "URI_TOO_LONG": "REQUEST_URI_TOO_LONG",
-}
-
 
 @dataclass
 class Block:
@@ -102,13 +93,6 @@ def blocks(manuals) -> list[Block]:
 @pytest.fixture(scope="module")
 def readme(manuals) -> str:
     return manuals["README.md"]
-
-
-def generated(manuals, name: str) -> str:
-    """The text between the markers of a table, in whichever manual it is."""
-    found = [table for text in manuals.values() for table in re.findall(rf"^<!-- generated: {name} -->\n(.*?)^<!-- end -->$", text, re.MULTILINE | re.DOTALL)]
-    assert len(found) == 1, f"{len(found)} tables called {name}"
-    return found[0]
 
 
 def section(text: str, title: str) -> str:
@@ -352,89 +336,6 @@ def test_every_fault_is_accepted_by_the_sandbox(manuals, sandbox):
     assert status_of(f"{sandbox.control}/trouble", "DELETE") == 204
 
 
-def keys_of(example: str) -> dict[str, bool]:
-    """The keys of config/example.toml, and whether each stands there with its default."""
-    keys, section_name = {}, ""
-    for line in example.splitlines():
-        if header := re.match(r"#?\[\[?(\w+)\]\]?$", line):
-            section_name = header[1] + "."
-        elif key := re.match(r"(#?)(\w+) = ", line):
-            keys[section_name + key[2]] = not key[1]
-    return keys
-
-
-def test_the_table_of_keys_is_complete_and_has_the_defaults(manuals, repository):
-    example = (repository / "config" / "example.toml").read_text()
-    keys = keys_of(example)
-    table = {row[0].strip("`"): row[1] for row in rows(generated(manuals, "keys"))}
-    assert sorted(table) == sorted(keys)
-    values = tomllib.loads(example)
-    for key in (key for key, is_default in keys.items() if is_default):
-        name, _, rest = key.partition(".")
-        value = values[name][rest] if rest else values[name]
-        shown = value if isinstance(value, str) else json.dumps(value)
-        assert in_backticks(table[key]) == [shown], f"the default of {key}"
-
-
-def test_the_table_of_names_in_the_environment_is_complete(manuals, repository):
-    source = (repository / "src" / "config" / "keys.rs").read_text()
-    known = re.findall(r'^    (?:guide\("[\w.]+", |secret\("[\w.]+", Some\()"(\w+)"', source, re.MULTILINE)
-    assert "FERNET_KEY" in known and "ENVIRONMENT" in known
-    text = section(manuals["config/README.md"], "Configuration")
-    assert [name for name in known if f"`{name}`" not in text] == []
-
-
-def test_the_table_of_headers_names_the_paths_and_ids_of_each_family(manuals, repository):
-    source = (repository / "src" / "domain" / "api_families.rs").read_text().partition("static TABLE")[2].partition("\n];")[0]
-    ids = {
-        "Scope": "profile_id",
-        "Marketplace": "marketplace_id",
-        "Advertiser": "advertiser_id",
-        "Entity": "entity_id",
-        "Account": "account_id",
-        "StreamAccount": "account_id",
-        "DspAdvertiser": "dsp_advertiser_id",
-        "AmcInstance": "amc_instance_id",
-        "Manager": "manager_account_id",
-        "AdmManager": "manager_account_id",
-        "PartnerManager": "manager_account_id",
-    }
-    in_code = {}
-    for paths, context in re.findall(r"paths: &\[(.*?)\],.*?context: &\[(.*?)\]", source, re.DOTALL):
-        for path in re.findall(r'"([^"]+)"', paths):
-            in_code[path] = {ids[name] for name in re.findall(r"\w+", context)}
-    table = rows(generated(manuals, "families"))
-    shown = {path: set(in_backticks(row[1])) for row in table for path in in_backticks(row[0])}
-    assert shown == in_code
-
-
-def test_the_table_of_error_codes_is_that_of_the_code(manuals, repository):
-    source = (repository / "src" / "inbound" / "problem.rs").read_text()
-    facts = re.findall(r'\(StatusCode::(\w+), "(\w+)", (?:true|false)\)', source)
-    in_code = {(HTTPStatus[PYTHON_NAMES.get(name, name)].value, code) for name, code in facts}
-    assert len(in_code) > 15
-    shown = {(int(row[0]), row[1].strip("`")) for row in rows(generated(manuals, "errors"))}
-    assert shown == in_code
-
-
-def commands_of(run_adsidecar, *group: str) -> set[str]:
-    """The commands that --help lists, those of a group by their full name."""
-    told = run_adsidecar(*group, "--help").stdout.partition("Commands:\n")[2].partition("\n\n")[0]
-    return {" ".join([*group, line.split()[0]]) for line in told.splitlines()}
-
-
-def test_the_commands_are_those_of_the_program(manuals, run_adsidecar):
-    groups = {"users", "key", "store"}
-    told = commands_of(run_adsidecar)
-    assert groups <= told
-    told = (told - groups).union(*(commands_of(run_adsidecar, group) for group in groups))
-    table = [in_backticks(row[0]) for row in rows(generated(manuals, "commands"))]
-    shown = {command.removeprefix("adsidecar").strip() for cell in table for command in cell}
-    # Without its arguments, and without `adsidecar` alone, which serves.
-    names = [re.match(r"(?:(?:users|key|store) )?[a-z]+", command) for command in shown]
-    assert {name[0] for name in names if name} == told
-
-
 def status_of(url: str, method: str = "GET", data: object = None, **headers: str) -> int:
     body = None if data is None else json.dumps(data).encode()
     request = urllib.request.Request(url, method=method, data=body, headers=headers)
@@ -443,34 +344,3 @@ def status_of(url: str, method: str = "GET", data: object = None, **headers: str
             return answer.status
     except urllib.error.HTTPError as refused:
         return refused.code
-
-
-def exported(sandbox) -> set[str]:
-    with urllib.request.urlopen(f"{sandbox.admin}/metrics", timeout=CURL_SECONDS) as answer:
-        return set(re.findall(r"^# TYPE (\w+) ", answer.read().decode(), re.MULTILINE))
-
-
-def stir(sandbox) -> None:
-    """Makes happen what each metric with labels waits for."""
-    calls = f"{sandbox.proxy}/v2/profiles"
-    assert status_of(f"{sandbox.proxy}/api/auth/amazon/refresh", "POST") == 200
-    assert status_of(calls, Origin="http://elsewhere.test") == 403
-    rule = {"trouble": {"status": {"code": 401}}, "door": "na", "when": {"next": 1}}
-    assert status_of(f"{sandbox.control}/trouble", "POST", rule) == 201
-    assert status_of(calls) == 200, "the 401 was cured by a new token"
-    # The store cannot delete a user's second copy while a directory stands in its place.
-    copies = Path(f"{sandbox.store}.copies").glob("*.json")
-    (copy,) = (copy for copy in copies if copy.name != "notes.json")
-    copy.unlink()
-    copy.mkdir()
-    try:
-        assert status_of(f"{sandbox.proxy}/api/auth/amazon/logout?user_id=default", "POST") == 503
-    finally:
-        copy.rmdir()
-
-
-def test_the_table_of_metrics_is_what_a_running_sidecar_exports(manuals, sandbox):
-    stir(sandbox)
-    shown = [in_backticks(row[0])[0].partition("{")[0] for row in rows(generated(manuals, "metrics"))]
-    seen = {name for name in exported(sandbox) if not name.startswith("adsidecar_process_")}
-    assert sorted(shown) == sorted(seen)

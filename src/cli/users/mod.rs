@@ -23,38 +23,43 @@ use crate::store::{Opened, StoreError, TokenStore};
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Users {
-    /// List the users and the state of their grants
+    /// List users, their state and when the access token expires
     List,
-    /// Print what is known about one user, never a token
+    /// Show the status of one user; never a token
     Show {
-        /// Whom
+        /// User id, as shown by adsidecar users list
         user: UserId,
     },
-    /// Print the refresh token of one user in the clear, to move it elsewhere
+    /// Print the refresh token of one user in clear text, to move it elsewhere
+    ///
+    /// With --records, print the encrypted record, for `users import --records`
     Export {
-        /// Whose
+        /// User id, as shown by adsidecar users list
         user: UserId,
-        /// Print the record as it is stored instead: tokens stay encrypted
+        /// Print the encrypted record instead, as it is stored
         #[arg(long)]
         records: bool,
     },
-    /// Wipe the tokens of one user
+    /// Delete the tokens of one user
     Forget {
-        /// Whose
+        /// User id, as shown by adsidecar users list
         user: UserId,
     },
-    /// Take a refresh token from standard input, or with --records the records of another service
+    /// Read a refresh token from standard input and verify it with a refresh
+    ///
+    /// With --records, import the records of another service that follows Amazon's guide, or of a dump:
+    /// `{"<user_id>": {…}}`, encrypted with one of the Fernet keys
     Import {
-        /// For whom; not with --records
+        /// User id, which you choose; not with --records
         #[arg(long, default_value = UserId::DEFAULT, conflicts_with = "records")]
         user: UserId,
         /// A JSON object of records by user id; - is standard input
         #[arg(long, value_name = "FILE")]
         records: Option<PathBuf>,
-        /// Keep the grants unverified until they are first used
+        /// Do not verify the grants; they are verified when they are first used
         #[arg(long)]
         offline: bool,
-        /// Replace the grants of users who have one
+        /// Replace the grants of users who already have one
         #[arg(long)]
         replace: bool,
     },

@@ -8,6 +8,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use prometheus::core::Desc;
 use prometheus::{
     Gauge, GaugeVec, Histogram, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Registry, TextEncoder,
 };
@@ -54,6 +55,7 @@ const REFRESH_FAILURES: [&str; 12] = [
 #[allow(missing_docs, reason = "each field is the metric of its name in the table of metrics in README.md")]
 pub struct Metrics {
     registry: Registry,
+    descriptions: Vec<Desc>,
     max_user_series: AtomicUsize,
     page: Mutex<Page>,
     pub requests: IntCounterVec,
@@ -126,10 +128,9 @@ impl Metrics {
     // The function is long because it is one list with an entry per metric.
     pub fn new(settings: Settings, started_at: f64) -> Result<Self, prometheus::Error> {
         let r = Register::new()?;
-        let build = r.gauges("build_info", "The running version; always 1", &["version"])?;
+        let build = r.gauges("build_info", "Always 1", &["version"])?;
         build.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
-        let reloaded = "When the configuration was last read, in seconds since 1970";
-        let reload_timestamp = r.float("config_reload_timestamp_seconds", reloaded)?;
+        let reload_timestamp = r.float("config_reload_timestamp_seconds", "When the configuration was last read")?;
         let reload_success =
             r.gauge("config_reload_success", "Whether the configuration was read successfully the last time")?;
         #[cfg(target_os = "linux")]
@@ -175,7 +176,7 @@ impl Metrics {
                 "Duration of token refreshes",
                 DURATIONS,
             )?,
-            store_up: r.gauge("store_up", "Whether the store works")?,
+            store_up: r.gauge("store_up", "0: the store fails, or a change is not on disk yet")?,
             store_operation_duration: r.histograms(
                 "store_operation_duration_seconds",
                 "Duration of store operations",

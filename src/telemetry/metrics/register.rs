@@ -1,6 +1,8 @@
 //! Creates and registers metrics.
 
-use prometheus::core::Collector;
+use std::cell::RefCell;
+
+use prometheus::core::{Collector, Desc};
 use prometheus::{
     Error, Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec,
     Opts, Registry,
@@ -13,11 +15,17 @@ pub(super) struct Register(Registry);
 impl Register {
     /// Creates an empty registry whose metric names start with `adsidecar_`.
     pub(super) fn new() -> Result<Self, Error> {
-        Registry::new_custom(Some("adsidecar".into()), None).map(Self)
+        let registry = Registry::new_custom(Some("adsidecar".into()), None)?;
+        Ok(Self { registry, descriptions: RefCell::default() })
+    }
+
+    /// What was registered, in that order.
+    pub(super) fn descriptions(&self) -> Vec<Desc> {
+        self.descriptions.borrow().clone()
     }
 
     pub(super) fn into_registry(self) -> Registry {
-        self.0
+        self.registry
     }
 
     pub(super) fn counter(&self, name: &str, help: &str) -> Result<IntCounter, Error> {
@@ -59,7 +67,8 @@ impl Register {
     }
 
     fn add<C: Collector + Clone + 'static>(&self, collector: C) -> Result<C, Error> {
-        self.0.register(Box::new(collector.clone()))?;
+        self.registry.register(Box::new(collector.clone()))?;
+        self.descriptions.borrow_mut().extend(collector.desc().into_iter().cloned());
         Ok(collector)
     }
 }
