@@ -97,7 +97,7 @@ pub struct Family {
     /// The family's name in metrics and the log.
     pub name: &'static str,
     /// Path prefixes: `/a/*/b` matches that path and every path below it; `*` matches any one segment.
-    paths: &'static [&'static str],
+    pub paths: &'static [&'static str],
     /// The header that carries the client id.
     pub client_id: ClientId,
     /// The context headers; of two that exclude each other, the preferred one comes first.
@@ -230,6 +230,11 @@ static TABLE: &[Family] = &[
     },
     Family { name: "ads_data_manager", paths: &["/adm"], client_id: ClientId::Api, context: &[AdmManager, Account] },
 ];
+
+/// All families in the order in which they are tried, the family of unmatched paths last.
+pub fn families() -> impl Iterator<Item = &'static Family> {
+    TABLE.iter().chain([&UNKNOWN])
+}
 
 /// Returns the family of `path`, which is the path sent upstream, without its query. If no row matches, returns the
 /// unknown family. Empty segments are ignored, because Amazon's own samples contain `//sp/campaigns/list`.

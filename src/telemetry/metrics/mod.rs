@@ -142,38 +142,40 @@ impl Metrics {
             page: Mutex::new(Page { budget: Budget::new(Instant::now()), text: Bytes::new() }),
             requests: r.counters(
                 "requests_total",
-                "Requests to the proxy listener, by the source of the response",
+                "Requests to the proxy listener; source tells whether amazon or the sidecar responded. \
+                     Status 499: the caller closed the connection",
                 &["account", "region", "method", "status", "source"],
             )?,
             request_duration: r.histograms(
                 "request_duration_seconds",
-                "Time from the request head to the response head",
+                "Time to the response head",
                 &["source"],
                 DURATIONS,
             )?,
             upstream_duration: r.histograms(
                 "upstream_duration_seconds",
-                "Time from sending a request to the head of Amazon's response",
+                "Amazon's share of that time",
                 &["region"],
                 DURATIONS,
             )?,
             in_flight: r.gauge("requests_in_flight", "Requests whose response is not complete")?,
             connections: r.gauges("connections", "Open connections", &["door"])?,
-            replays: r.counter("replays_total", "Requests retried with a new token")?,
+            replays: r.counter("replays_total", "Requests repeated with a new access token")?,
             upstream_unauthorized: r.counters(
                 "upstream_unauthorized_total",
-                "Responses with status 401 from Amazon, by cause",
+                "401 from Amazon: token, or a hint such as scope_missing",
                 &["cause"],
             )?,
-            unknown_family: r.counter("unknown_family_total", "Requests to a path of no known API family")?,
+            unknown_family: r
+                .counter("unknown_family_total", "Requests to a path that is not in the table of API families")?,
             token_refresh: r.counters(
                 "token_refresh_total",
-                "Token refreshes, by result and reason",
+                "Refreshes, by success or failure",
                 &["result", "reason"],
             )?,
             token_refresh_duration: r.histogram(
                 "token_refresh_duration_seconds",
-                "Duration of token refreshes",
+                "Duration of refreshes",
                 DURATIONS,
             )?,
             store_up: r.gauge("store_up", "0: the store fails, or a change is not on disk yet")?,
@@ -186,61 +188,82 @@ impl Metrics {
             store_errors: r.counters("store_errors_total", "Failed store operations", &["op"])?,
             store_records: r.gauges(
                 "store_records",
-                "Stored grants by encryption key fingerprint; unknown: no configured key; damaged: unreadable",
+                "Stored grants by the fingerprint of the Fernet key that encrypts them; unknown: no \
+                     configured key decrypts them, damaged: changed outside adsidecar",
                 &["key"],
             )?,
             store_recoveries: r
-                .counter("store_recoveries_total", "Recoveries of a damaged database from its mirror")?,
-            clock_skew: r
-                .float("clock_skew_seconds", "How far the local clock is ahead of Amazon's, in whole seconds")?,
-            clock_jumps: r.counter("clock_jumps_total", "Jumps of the wall clock: it was set, or the machine slept")?,
+                .counter("store_recoveries_total", "How often a damaged database was restored from its mirror")?,
+            clock_skew: r.float(
+                "clock_skew_seconds",
+                "How far this machine's clock is ahead of Amazon's, in whole seconds; measured at each \
+                     refresh, and every 10 seconds from an Ads API response",
+            )?,
+            clock_jumps: r.counter("clock_jumps_total", "How often the clock was set or the machine was suspended")?,
             token_answer_oddities: r.counters(
                 "token_answer_oddities_total",
-                "Tolerated deviations in token responses, by kind",
+                "Tolerated deviations in token responses, such as expires_in_missing",
                 &["kind"],
             )?,
             refresh_dropped: r.counter(
                 "token_refresh_dropped_total",
-                "Refreshes dropped because the grant was replaced or logged out in the meantime",
+                "Refreshes dropped because the user logged out or logged in again meanwhile",
             )?,
-            token_rotations: r.counter("token_rotations_total", "Refreshes that returned a new refresh token")?,
+            token_rotations: r.counter(
+                "token_rotations_total",
+                "Refreshes that returned a new refresh token. Amazon returns the same one today",
+            )?,
             refresh_interrupted: r.counters(
                 "token_refresh_interrupted_total",
-                "Refreshes whose response may have been lost, by the fate of the grant",
+                "Refreshes whose response may have been lost, by the fate of the grant: recovered or lost",
                 &["outcome"],
             )?,
-            throttled: r.counters(
-                "throttled_total",
-                "Responses with status 429, by whose limit: amazon or sidecar",
-                &["region", "by"],
+            throttled: r.counters("throttled_total", "429 responses from Amazon (by=\"amazon\")", &["region", "by"])?,
+            undecryptable_records: r.gauge(
+                "undecryptable_records",
+                "Stored grants that cannot be read, for example because their key was removed; they are \
+                     kept",
             )?,
-            undecryptable_records: r
-                .gauge("undecryptable_records", "Stored grants that cannot be decrypted or parsed; they are kept")?,
-            log_dropped: r.counters("log_dropped_total", "Log lines that were not written", &["reason"])?,
+            log_dropped: r.counters(
+                "log_dropped_total",
+                "Log lines that were not written: flood (too many of one kind), sink (standard error was \
+                     not read)",
+                &["reason"],
+            )?,
             policy_denied: r.counters(
                 "policy_denied_total",
-                "Requests that the policy rejected (enforce) or would have rejected (observe)",
+                "Requests that the policy refused (enforce) or would have refused (observe)",
                 &["account", "mode"],
             )?,
-            guard_denied: r.counters("guard_denied_total", "Requests rejected by admission, by reason", &["reason"])?,
+            guard_denied: r.counters("guard_denied_total", "Requests refused by admission", &["reason"])?,
             token_expiry: r.floats(
                 "token_expiry_timestamp_seconds",
-                "When the access token expires, in seconds since 1970",
+                "When the access token expires; absent for idle users",
                 &["user"],
             )?,
             token_last_refresh: r.floats(
                 "token_last_refresh_timestamp_seconds",
-                "When a token last changed, in seconds since 1970",
+                "When the tokens last changed; absent for idle users",
                 &["user"],
             )?,
             consent_expiry: r.floats(
                 "consent_expiry_timestamp_seconds",
-                "When the consent expires, in seconds since 1970",
+                "When the consent expires, for logins made here",
                 &["user"],
             )?,
-            consent_ending: r.gauges("consent_ending", "Whether the consent expires within 30 days", &["user"])?,
-            login_required: r.gauges("login_required", "Whether the user has to log in again", &["user", "reason"])?,
-            users: r.gauges("users", "Users by state", &["state"])?,
+            consent_ending: r.gauges("consent_ending", "1: the consent expires in less than 30 days", &["user"])?,
+            login_required: r.gauges(
+                "login_required",
+                "1 with a reason: the user must log in again",
+                &["user", "reason"],
+            )?,
+            users: r.gauges(
+                "users",
+                "Users by state. Processes that share a PostgreSQL each report all users: use max over \
+                     them, not sum",
+                &["state"],
+            )?,
+            descriptions: r.descriptions(),
             registry: r.into_registry(),
         };
         #[cfg(target_os = "linux")]
@@ -248,6 +271,12 @@ impl Metrics {
         metrics.reloaded(started_at, true);
         metrics.create_series();
         Ok(metrics)
+    }
+
+    /// The name (without `adsidecar_`), labels and help text of each metric, in the order of the manual, without those of
+    /// the process itself.
+    pub fn descriptions(&self) -> &[Desc] {
+        &self.descriptions
     }
 
     /// Sets the metrics about the store's contents: the records by key fingerprint, the number of unreadable records,

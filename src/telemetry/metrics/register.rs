@@ -10,7 +10,10 @@ use prometheus::{
 
 /// A registry under construction. Each method creates and registers one metric; the methods with a plural name create
 /// metrics with labels. They fail if the name is invalid or already registered.
-pub(super) struct Register(Registry);
+pub(super) struct Register {
+    registry: Registry,
+    descriptions: RefCell<Vec<Desc>>,
+}
 
 impl Register {
     /// Creates an empty registry whose metric names start with `adsidecar_`.
@@ -19,7 +22,7 @@ impl Register {
         Ok(Self { registry, descriptions: RefCell::default() })
     }
 
-    /// What was registered, in that order.
+    /// The registered metrics, in the order of registration.
     pub(super) fn descriptions(&self) -> Vec<Desc> {
         self.descriptions.borrow().clone()
     }
