@@ -18,7 +18,7 @@ use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::runtime::Runtime;
-use world::{CLIENT_ID, CLIENT_SECRET, Door, Options, Sandbox};
+use world::{CLIENT_ID, CLIENT_SECRET, Listener, Options, Sandbox};
 
 fn main() {
     divan::main();
@@ -116,7 +116,7 @@ impl House {
                  [upstream]\nna = {:?}\nca_file = {ca:?}\nhttp2 = {http2:?}\n",
                 sandbox.token_url(),
                 directory.path().join("store"),
-                sandbox.origin(Door::Na),
+                sandbox.origin(Listener::Na),
             );
             std::fs::write(&file, config).unwrap();
             let sources = Sources { file: Some(file), env: Vec::new(), sets: Vec::new() };

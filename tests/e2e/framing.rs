@@ -1,16 +1,17 @@
-//! Framing: what can be read in two ways, or in none, ends the connection, and nothing behind it is ever served.
+//! Framing: ambiguous or invalid framing closes the connection, and no bytes after it are served.
 
 use crate::harness::Harness;
 use crate::raw_http::eventually;
 
 const SMUGGLED: &str = "GET /smuggled HTTP/1.1\r\nHost: localhost\r\n\r\n";
 
-/// Sends the bytes with a call behind them. The answer's status and code; the connection has to close after it.
+/// Sends the bytes followed by another request. Returns the status and code of the response; the connection must close
+/// after it.
 async fn refused(harness: &Harness, bytes: &str) -> (u16, String) {
     let mut wire = harness.dial().await;
     wire.send(format!("{bytes}{SMUGGLED}")).await;
     let answer = wire.reply().await;
-    assert!(wire.closes().await, "the connection stays open, or more is answered: {bytes:?}");
+    assert!(wire.closes().await, "the connection stays open, or there is a second response: {bytes:?}");
     let (status, code) = answer.said();
     (status, code.to_owned())
 }
@@ -90,7 +91,7 @@ async fn a_length_beside_chunked_is_read_as_chunked_and_the_last_of_its_connecti
         assert_eq!((seen.target.as_str(), seen.text().as_str()), ("/sandbox/echo", "abcde"));
         assert_eq!((seen.header("content-length"), seen.header("transfer-encoding")), (None, Some("chunked")));
     }
-    // Two equal lengths say one thing.
+    // Two equal lengths are not ambiguous.
     let equal = harness.knock(posted("Content-Length: 3\r\nContent-Length: 3") + "abc").await;
     assert_eq!(equal.status, 200);
     assert_eq!(harness.seen().header_all("content-length").collect::<Vec<_>>(), ["3"]);
@@ -119,11 +120,11 @@ async fn a_badly_framed_body_is_never_a_complete_call() {
             harness.sandbox.clear_history();
             let mut wire = harness.dial().await;
             wire.send(format!("{}{first}{body}{SMUGGLED}", posted("Transfer-Encoding: chunked"))).await;
-            // An answer, if there is one, says so; either way it is the last.
+            // A response, if there is one, announces the close; in any case it is the last one.
             let came = wire.everything().await;
             assert!(came.is_empty() || came.starts_with("HTTP/1.1 400 "), "{body:?} {came}");
             assert_eq!(came.matches("HTTP/1.1").count(), usize::from(!came.is_empty()), "{body:?} {came}");
-            eventually("nothing is in flight", || harness.ads_calls().iter().all(|call| call.status.is_none())).await;
+            eventually("no request in flight", || harness.ads_calls().iter().all(|call| call.status.is_none())).await;
             assert!(
                 harness.ads_calls().iter().all(|call| !call.complete && call.target == "/sandbox/echo"),
                 "{body:?}"

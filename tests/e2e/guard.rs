@@ -1,13 +1,13 @@
-//! Who may come in, at the proxy door and at the admin door.
+//! Admission: which requests the proxy listener and the admin listener accept.
 
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
-use world::{Door, Options};
+use world::{Listener, Options};
 
 use crate::harness::{Harness, json};
 use crate::raw_http::{Reply, Wire};
 
-/// One call to an Ads path, one to an OAuth endpoint.
+/// A request to an Ads path and one to an OAuth endpoint.
 const PATHS: [&str; 2] = ["/sandbox/echo", "/api/auth/amazon/status?user_id=default"];
 
 async fn get(harness: &Harness, path: &str, lines: &str) -> Reply {
@@ -109,7 +109,7 @@ async fn no_web_page_drives_the_proxy() {
                      Access-Control-Request-Method: POST\r\nAccess-Control-Request-Private-Network: true\r\n\r\n";
     assert_eq!(harness.knock(preflight).await.said(), (403, "cross_site"));
     assert!(harness.ads_calls().is_empty());
-    // Node's fetch() sends the mode alone.
+    // Node's fetch() sends only Sec-Fetch-Mode.
     for mode in ["cors", "navigate"] {
         let lines = format!("Host: localhost\r\nSec-Fetch-Mode: {mode}\r\n");
         assert_eq!(get(&harness, "/sandbox/echo", &lines).await.status, 200, "{mode}");
@@ -131,7 +131,7 @@ async fn only_the_frontends_origin_fetches_the_oauth_endpoints() {
     assert_eq!(answer.header("access-control-allow-private-network"), None);
 }
 
-/// A sidecar with two caller tokens, its user logged in with the first.
+/// A sidecar with two caller tokens, whose user is logged in with the first.
 async fn guarded() -> Harness {
     let clock = adsidecar::domain::clock::Clock::frozen("2026-08-01T12:00:00Z".parse().unwrap());
     let harness = Harness::built(Options::calm(clock), "", &[("proxy.caller_token", "token-one,token-two")]).await;
@@ -139,7 +139,7 @@ async fn guarded() -> Harness {
         harness.request(reqwest::Method::GET, "/api/auth/amazon/login").header("X-Ads-Sidecar-Token", "token-one");
     let begun = json(begun.send().await.unwrap()).await;
     let callback = harness.consent(begun["auth_url"].as_str().unwrap()).await;
-    // The callback is the one path that asks for no token: a browser brings it.
+    // The callback is the only path without a caller token: a browser requests it.
     assert_eq!(harness.get(&callback).await.status(), 200);
     harness.sandbox.clear_history();
     harness
@@ -232,7 +232,7 @@ async fn probes_answer_under_any_host_and_nothing_else_does() {
     }
     assert_eq!(ask("GET /nothing", "Host: localhost\r\n").await.said(), (404, "not_found"));
     assert_eq!(ask("PUT /log", "Host: localhost\r\n").await.said(), (400, "bad_request"), "an empty level");
-    assert_eq!(harness.get("/v2/profiles").await.status(), 200, "it still runs");
+    assert_eq!(harness.get("/v2/profiles").await.status(), 200, "it is still running");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -243,7 +243,7 @@ async fn an_operator_is_local_or_knows_the_token() {
         wire.send(format!("{line} HTTP/1.1\r\n{headers}Content-Length: {}\r\n\r\n{body}", body.len())).await;
         wire.reply().await
     };
-    // A Host that is allowed and not loopback is not local.
+    // An allowed Host that is not loopback does not count as local.
     for line in ["PUT /log", "POST /quitquitquit"] {
         assert_eq!(ask(line, "Host: ads.internal\r\n", "info").await.said(), (407, "caller_unauthorized"), "{line}");
     }
@@ -259,5 +259,5 @@ async fn an_operator_is_local_or_knows_the_token() {
     )
     .await;
     assert_eq!(wire.reply().await.status, 200);
-    assert_eq!(harness.sandbox.calls(Door::Na).len(), 0);
+    assert_eq!(harness.sandbox.calls(Listener::Na).len(), 0);
 }

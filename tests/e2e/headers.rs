@@ -1,13 +1,13 @@
-//! The headers that are ours: whatever a caller sends, Amazon sees exactly one value, and it is not the caller's.
+//! Managed headers: whatever a caller sends, Amazon receives exactly one value, which is not the caller's.
 
-use world::{CLIENT_ID, Door};
+use world::{CLIENT_ID, Listener};
 
 use crate::harness::Harness;
 use crate::raw_http::Scripted;
 
 const NA: &str = "3012345678901234561";
 
-/// Sends these header lines as they are, and gives what Amazon saw.
+/// Sends these header lines unchanged and returns the request that Amazon received.
 async fn sent(harness: &Harness, path: &str, lines: &[&str]) -> world::Call {
     harness.sandbox.clear_history();
     let lines: String = lines.iter().map(|line| format!("{line}\r\n")).collect();
@@ -21,7 +21,7 @@ async fn sent(harness: &Harness, path: &str, lines: &[&str]) -> world::Call {
 async fn no_spelling_of_a_managed_header_survives() {
     let harness = Harness::with(&format!("[[account]]\nname = \"a\"\nprofile_id = \"{NA}\"\n")).await;
     harness.log_in("default").await;
-    let host = harness.sandbox.origin(Door::Na).strip_prefix("https://").unwrap().to_owned();
+    let host = harness.sandbox.origin(Listener::Na).strip_prefix("https://").unwrap().to_owned();
     for name in ["Authorization", "Amazon-Advertising-API-ClientId", "Amazon-Ads-ClientId", "Host"] {
         for spelling in [name.to_owned(), name.to_lowercase(), name.to_uppercase(), name.replace('-', "_")] {
             if spelling.eq_ignore_ascii_case("host") {
@@ -75,7 +75,7 @@ async fn no_connection_line_strips_what_we_attach() {
             ["amazon-advertising-api-clientid", "amazon-advertising-api-scope", "authorization", "host", "x-team"];
         assert_eq!(names, attached, "{lines:?}");
     }
-    // A context header that the caller sent, and lists, goes; the account's takes its place.
+    // A context header that the caller sent and also listed in Connection is dropped; the account's value replaces it.
     let seen =
         sent(&harness, "/sp/x", &["Amazon-Advertising-API-Scope: 7", "Connection: Amazon-Advertising-API-Scope"]).await;
     assert_eq!(seen.header_all("amazon-advertising-api-scope").collect::<Vec<_>>(), [NA]);

@@ -6,7 +6,7 @@ use reqwest::header::{HeaderMap, LOCATION};
 use reqwest::{Method, Response};
 use serde_json::Value;
 use url::Url;
-use world::{CLIENT_ID, Door, Fault, RETURN_URL, Rule, SCOPE};
+use world::{CLIENT_ID, Fault, Listener, RETURN_URL, Rule, SCOPE};
 
 use crate::harness::{Harness, code, header, json};
 
@@ -411,11 +411,11 @@ async fn a_code_that_lwa_does_not_exchange_stores_nothing() {
         Fault::NoRefreshToken,
     ] {
         let callback = callback_of(&harness, "default").await;
-        let before = harness.sandbox.calls(Door::Lwa).len();
+        let before = harness.sandbox.calls(Listener::Lwa).len();
         harness.sandbox.set_fault(trouble);
         refused(&harness.get(&callback).await, 502, "exchange_failed");
         refused(&harness.get(&callback).await, 400, "state_invalid");
-        assert_eq!(harness.sandbox.calls(Door::Lwa).len(), before + 1, "a code is sent once");
+        assert_eq!(harness.sandbox.calls(Listener::Lwa).len(), before + 1, "a code is sent once");
         assert_eq!(harness.status_of("default").await["state"], "none");
     }
     let callback = callback_of(&harness, "default").await;
@@ -768,7 +768,7 @@ async fn the_whole_flow_from_login_to_logout() {
     harness.stop_sidecar().await;
     harness.start_sidecar().await;
     assert_eq!(harness.status_of("default").await["state"], "none", "a restart brings nothing back");
-    assert_eq!(harness.sandbox.calls(Door::Na).len(), 2);
+    assert_eq!(harness.sandbox.calls(Listener::Na).len(), 2);
 }
 
 /// A login of the default user in which `advertiser` signs in at Amazon; the answer of the callback.
@@ -801,6 +801,6 @@ async fn another_amazon_identity_takes_a_users_place_only_when_that_is_said() {
 async fn a_region_that_cannot_be_asked_makes_no_identity_another() {
     let harness = Harness::start().await;
     assert_eq!(log_in_as(&harness, "amzn1.account.SANDBOXTOOLS", "").await.status(), 200);
-    harness.sandbox.set_fault(Rule::from(Fault::status(503)).at(Door::Fe).always());
+    harness.sandbox.set_fault(Rule::from(Fault::status(503)).at(Listener::Fe).always());
     assert_eq!(log_in_as(&harness, "amzn1.account.SANDBOXBOOKS", "").await.status(), 200);
 }

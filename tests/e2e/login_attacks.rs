@@ -3,7 +3,7 @@
 
 use reqwest::Method;
 use url::Url;
-use world::Door;
+use world::Listener;
 
 use crate::harness::{Harness, header, json};
 
@@ -298,7 +298,7 @@ async fn no_injected_parameter_or_header_changes_where_a_callback_leads_or_whose
             assert_eq!((ended.status().as_u16(), header(&ended, "location")), (400, ""), "{twice}");
         }
     }
-    assert!(harness.sandbox.calls(Door::Lwa).is_empty());
+    assert!(harness.sandbox.calls(Listener::Lwa).is_empty());
     assert_eq!(state_of(&harness, "attacker").await, "none");
     assert_eq!(state_of(&harness, "twice").await, "none");
 }

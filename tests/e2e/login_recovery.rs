@@ -8,7 +8,7 @@ use adsidecar::store::keyring::Keyring;
 use adsidecar::store::{Settings, TokenStore, Waiting};
 use reqwest::{Method, Response};
 use serde_json::Value;
-use world::{Door, Fault, Rule, SCOPE};
+use world::{Fault, Listener, Rule, SCOPE};
 
 use crate::commands::{Serving, run};
 use crate::harness::{FERNET_KEY, Harness, code, eventually, json};
@@ -122,14 +122,14 @@ async fn killed_while_comparing(harness: &mut Harness, advertiser: &str) -> Serv
     let mut serving = Serving::start(harness, &[]).await;
     let begun = json(harness.client.get(serving.url(LOGIN)).send().await.unwrap()).await;
     let callback = harness.consent(&format!("{}&advertiser={advertiser}", begun["auth_url"].as_str().unwrap())).await;
-    let gate = harness.sandbox.set_fault(Rule::from(Fault::Gate).at(Door::Eu));
+    let gate = harness.sandbox.set_fault(Rule::from(Fault::Gate).at(Listener::Eu));
     let lost = tokio::spawn(harness.client.get(serving.url(&callback)).send());
     gate.reached(1).await;
     assert_eq!(waiting(harness).len(), 1, "the new grant is on disk before anybody is asked about it");
     serving.signal("KILL");
     serving.ended().await;
     assert!(lost.await.unwrap().is_err());
-    harness.sandbox.clear_trouble();
+    harness.sandbox.clear_faults();
     let serving = Serving::start(harness, &[]).await;
     eventually("nothing waits", async || waiting(harness).is_empty().then_some(())).await;
     serving

@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use reqwest::{Response, StatusCode};
-use world::{Door, Fault, Rule};
+use world::{Fault, Listener, Rule};
 
 use crate::commands::{Serving, command, stopped};
 use crate::harness::{FERNET_KEY, Harness, code, eventually, header};
@@ -57,7 +57,7 @@ async fn a_log_that_nobody_reads_loses_lines_and_no_call() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_flood_of_failures_is_sampled_and_the_log_says_that_lines_are_missing() {
     let harness = stopped().await;
-    harness.sandbox.set_fault(Rule::from(Fault::status(500)).at(Door::Na).always());
+    harness.sandbox.set_fault(Rule::from(Fault::status(500)).at(Listener::Na).always());
     let serving = Serving::start(&harness, &[]).await;
     for _ in 0..60 {
         assert_eq!(harness.client.get(serving.url("/v2/profiles")).send().await.unwrap().status(), 500);
@@ -74,7 +74,7 @@ async fn a_failure_is_one_line_with_our_request_id_and_amazons() {
     let serving = Serving::start(&harness, &[]).await;
     let busy =
         Fault::Status { code: 503, headers: vec![("x-amzn-requestid".into(), "amzn-9".into())], body: "".into() };
-    harness.sandbox.set_fault(Rule::from(busy).at(Door::Na).next(1));
+    harness.sandbox.set_fault(Rule::from(busy).at(Listener::Na).next(1));
     let trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
     let call = harness.client.get(serving.url("/v2/profiles?secret=canary"));
     let answer = call.header("x-request-id", "mine-7").header("traceparent", trace).send().await.unwrap();
@@ -88,7 +88,7 @@ async fn a_failure_is_one_line_with_our_request_id_and_amazons() {
     assert_eq!(sent("traceparent"), Some(trace));
     assert_eq!(sent("x-request-id"), Some("mine-7"));
 
-    harness.sandbox.set_fault(Rule::from(Fault::Reset).at(Door::Na).always());
+    harness.sandbox.set_fault(Rule::from(Fault::Reset).at(Listener::Na).always());
     let broken = harness.client.get(serving.url("/v2/profiles")).send().await.unwrap();
     assert_eq!(code(&broken), "upstream_reset");
     let line = serving.says("status=502").await;
@@ -177,7 +177,7 @@ async fn a_429_of_amazons_is_counted_as_amazons() {
     for region in ["na", "eu", "fe"] {
         assert!(text.contains(&format!("{} 0", series(region))), "from the start, so that a rise is seen: {region}");
     }
-    harness.sandbox.set_fault(Rule::from(Fault::too_many(Some(3))).at(Door::Na).next(2));
+    harness.sandbox.set_fault(Rule::from(Fault::too_many(Some(3))).at(Listener::Na).next(2));
     for _ in 0..2 {
         let answer = harness.get("/v2/profiles").await;
         assert_eq!((answer.status().as_u16(), header(&answer, "retry-after"), code(&answer)), (429, "3", ""));
@@ -270,7 +270,7 @@ async fn the_status_page_shows_each_user_and_where_to_log_in_and_runs_nothing() 
 
     harness.log_in("a|nna").await;
     harness.log_in("zoe").await;
-    harness.sandbox.set_fault(Rule::from(Fault::InvalidGrant).at(Door::Lwa));
+    harness.sandbox.set_fault(Rule::from(Fault::InvalidGrant).at(Listener::Lwa));
     harness.post("/api/auth/amazon/refresh?user_id=zoe").await;
     let answer = page(&harness, &[]).await;
     assert_eq!(header(&answer, "content-type"), "text/html; charset=utf-8");

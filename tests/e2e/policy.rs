@@ -1,6 +1,6 @@
 //! The policy: what may leave for Amazon, and that nothing else does, not a byte.
 
-use world::Door;
+use world::Listener;
 
 use crate::harness::Harness;
 use crate::raw_http::Reply;
@@ -139,7 +139,7 @@ async fn observing_counts_what_enforcing_would_refuse_and_lets_it_leave() {
     for line in ["POST /sp/campaigns", "GET /sp/x", "GET /v2/..", "GET /v2/profiles"] {
         assert_eq!(ask(&harness, line, "").await.header("x-adsidecar-error"), None, "{line}");
     }
-    assert_eq!(harness.sandbox.calls(Door::Na).len(), 4);
+    assert_eq!(harness.sandbox.calls(Listener::Na).len(), 4);
     assert_eq!(harness.metric("adsidecar_policy_denied_total{account=\"\",mode=\"observe\"}").await, 3.0);
     assert_eq!(harness.metric("adsidecar_guard_denied_total{reason=\"policy\"}").await, 0.0, "nobody was refused");
 }

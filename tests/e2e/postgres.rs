@@ -11,7 +11,7 @@ use reqwest::{Method, Response};
 use serde_json::{Value, json as object};
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
-use world::{Door, Fault, Options, Rule};
+use world::{Fault, Listener, Options, Rule};
 
 use crate::commands::{CONFIG, DONE, FAILED, OTHER_KEY, Serving, run};
 use crate::harness::{FERNET_KEY, Harness, code, eventually, json};
@@ -330,7 +330,7 @@ async fn fifty_callers_at_two_replicas_at_expiry_make_one_token_call() {
     assert_eq!(pair.b.get("/v2/profiles").await.status(), 200);
     for round in 1..=3 {
         pair.a.sandbox.clear_history();
-        let gate = pair.a.sandbox.set_fault(Rule::from(Fault::Gate).at(Door::Lwa));
+        let gate = pair.a.sandbox.set_fault(Rule::from(Fault::Gate).at(Listener::Lwa));
         // The background of both wants to renew it too.
         pair.a.advance(3600);
         let (here, there) = (pair.a.proxy_url("/v2/profiles"), format!("http://{}/v2/profiles", pair.b.proxy));
@@ -369,13 +369,13 @@ async fn a_refused_token_that_another_replica_has_replaced_already_costs_no_toke
         assert!(world.access(token, pair.a.clock.now()).is_some());
     });
     pair.a.sandbox.clear_history();
-    pair.a.sandbox.set_fault(Rule::from(Fault::TokenUnauthorized).at(Door::Na));
+    pair.a.sandbox.set_fault(Rule::from(Fault::TokenUnauthorized).at(Listener::Na));
     let answer = pair.b.get("/v2/profiles").await;
     assert_eq!(answer.status(), 200, "{answer:?}");
     assert_eq!(pair.a.sandbox.refreshes(), 0);
     assert_ne!(bearer(&pair.a), old);
     // Were the new one refused too, no replica forces another one so soon.
-    pair.a.sandbox.set_fault(Rule::from(Fault::TokenUnauthorized).at(Door::Na).always());
+    pair.a.sandbox.set_fault(Rule::from(Fault::TokenUnauthorized).at(Listener::Na).always());
     assert_eq!(pair.b.get("/v2/profiles").await.status(), 401);
     assert_eq!(pair.a.sandbox.refreshes(), 0);
 }
@@ -389,7 +389,7 @@ async fn who_is_killed_with_the_lease_delays_the_others_by_the_lease_alone() {
     pair.a.log_in("default").await;
     assert_eq!(pair.b.get("/v2/profiles").await.status(), 200);
     pair.a.sandbox.clear_history();
-    let gate = pair.a.sandbox.set_fault(Rule::from(Fault::Gate).at(Door::Lwa));
+    let gate = pair.a.sandbox.set_fault(Rule::from(Fault::Gate).at(Listener::Lwa));
     let set = format!("store.postgres_url={url}");
     let mut doomed =
         Serving::start(&pair.a, &["--set", "store.kind=postgres", "--set", &set, "--set", "proxy.listen=127.0.0.1:0"])
@@ -425,7 +425,7 @@ async fn replicas_whose_clocks_differ_by_ten_minutes_still_make_one_token_call()
     pair.b = Replica::with_clock(&pair.a, &[], ahead.clone()).await;
     for _ in 0..3 {
         pair.a.sandbox.clear_history();
-        let gate = pair.a.sandbox.set_fault(Rule::from(Fault::Gate).at(Door::Lwa));
+        let gate = pair.a.sandbox.set_fault(Rule::from(Fault::Gate).at(Listener::Lwa));
         pair.a.advance(3600);
         ahead.advance(jiff::SignedDuration::from_secs(3600));
         let urls = [pair.a.proxy_url("/v2/profiles"), format!("http://{}/v2/profiles", pair.b.proxy)];
@@ -472,7 +472,7 @@ async fn a_logout_here_beats_a_renewal_that_is_under_way_there() {
     let pair = Pair::start().await;
     pair.a.log_in("anna").await;
     assert_eq!(pair.b.call("anna").await.status(), 200);
-    let gate = pair.a.sandbox.set_fault(Rule::from(Fault::Gate).at(Door::Lwa));
+    let gate = pair.a.sandbox.set_fault(Rule::from(Fault::Gate).at(Listener::Lwa));
     let refresh = {
         let url = format!("http://{}{REFRESH}?user_id=anna", pair.b.proxy);
         tokio::spawn(pair.a.client.post(url).send())
@@ -641,7 +641,7 @@ async fn a_connection_that_breaks_during_a_renewal_costs_neither_the_token_nor_a
     assert_eq!(pair.b.get("/v2/profiles").await.status(), 200);
     pair.a.sandbox.clear_history();
     // Between the lease and the save.
-    let gate = pair.a.sandbox.set_fault(Rule::from(Fault::Gate).at(Door::Lwa));
+    let gate = pair.a.sandbox.set_fault(Rule::from(Fault::Gate).at(Listener::Lwa));
     let refresh = tokio::spawn(pair.a.client.post(pair.a.proxy_url(REFRESH)).send());
     gate.reached(1).await;
     pair.sql.run("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'adsidecar'").await;
@@ -652,7 +652,7 @@ async fn a_connection_that_breaks_during_a_renewal_costs_neither_the_token_nor_a
 
     // The whole database goes in between, and is back within the lease: what was renewed is used, and stored later.
     pair.a.sandbox.clear_history();
-    let gate = pair.a.sandbox.set_fault(Rule::from(Fault::Gate).at(Door::Lwa));
+    let gate = pair.a.sandbox.set_fault(Rule::from(Fault::Gate).at(Listener::Lwa));
     let refresh = tokio::spawn(pair.a.client.post(pair.a.proxy_url(REFRESH)).send());
     gate.reached(1).await;
     pair.cluster.crash();
@@ -677,7 +677,7 @@ async fn a_login_while_the_database_is_down_is_used_and_stored_unless_a_later_on
     pair.a.log_in("anna").await;
     let begun = json(pair.a.get("/api/auth/amazon/login?user_id=anna").await).await;
     let callback = pair.a.consent(begun["auth_url"].as_str().unwrap()).await;
-    let gate = pair.a.sandbox.set_fault(Rule::from(Fault::Gate).at(Door::Lwa));
+    let gate = pair.a.sandbox.set_fault(Rule::from(Fault::Gate).at(Listener::Lwa));
     let login = tokio::spawn(pair.a.client.get(pair.a.proxy_url(&callback)).send());
     gate.reached(1).await;
     pair.cluster.crash();

@@ -340,7 +340,7 @@ async fn no_log_line_holds_a_secret_not_even_at_trace_and_of_a_panic() {
         harness.sandbox.set_fault(Rule::from(trouble).always());
         let _ = call("/sandbox/bytes/1000").send().await.map(|answer| answer.text());
         call("/api/auth/amazon/refresh").send().await.unwrap();
-        harness.sandbox.clear_trouble();
+        harness.sandbox.clear_faults();
     }
     let wrong = harness
         .client

@@ -5,7 +5,7 @@ use std::io::Read;
 use flate2::read::GzDecoder;
 use reqwest::Method;
 use sha2::{Digest, Sha256};
-use world::{Door, Fault, Rule, pseudo_random_bytes};
+use world::{Fault, Listener, Rule, pseudo_random_bytes};
 
 use crate::harness::{Harness, json};
 use crate::raw_http::{Scripted, Wire, eventually};
@@ -55,7 +55,7 @@ async fn a_redirect_is_passed_on_and_never_followed() {
     assert!(location.contains("X-Amz-Credential=SANDBOX%2F20261122%2Fus-east-1"), "{location}");
     assert_eq!(harness.ads_calls().len(), 1);
     for code in [301, 302, 303, 308] {
-        let elsewhere = format!("{}/sandbox/echo", harness.sandbox.origin(Door::Eu));
+        let elsewhere = format!("{}/sandbox/echo", harness.sandbox.origin(Listener::Eu));
         harness.sandbox.set_fault(Fault::Status {
             code,
             headers: vec![("location".into(), elsewhere.clone())],
@@ -64,7 +64,7 @@ async fn a_redirect_is_passed_on_and_never_followed() {
         let answer = harness.get("/sandbox/echo").await;
         assert_eq!((answer.status().as_u16(), answer.headers()["location"].to_str().unwrap()), (code, &*elsewhere));
     }
-    assert!(harness.sandbox.calls(Door::Eu).is_empty());
+    assert!(harness.sandbox.calls(Listener::Eu).is_empty());
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -116,7 +116,7 @@ async fn events_arrive_one_by_one() {
     let head = wire.reply_head().await;
     assert_eq!((head.status, head.header("content-type")), (200, Some("text/event-stream")));
     for number in 1..=3 {
-        harness.sandbox.let_events(1);
+        harness.sandbox.release_events(1);
         let event = wire.until("\n\n").await.unwrap();
         assert!(
             event.ends_with(&format!("id: {number}\nevent: message\ndata: {{\"number\":{number}}}\n\n")),

@@ -10,7 +10,7 @@ use adsidecar::store::keyring::Keyring;
 use adsidecar::store::{Settings, TokenStore};
 use reqwest::Method;
 use serde_json::Value;
-use world::{Door, Fault, Rule};
+use world::{Fault, Listener, Rule};
 
 use crate::harness::{FERNET_KEY, Harness, code, eventually, json};
 
@@ -44,7 +44,7 @@ async fn a_crash_around_a_renewal_loses_nothing_that_is_not_told() {
             harness.stop_sidecar().await;
             harness.sandbox.clear_history();
             if rotating {
-                harness.sandbox.set_fault(Rule::from(Fault::RotateRefreshToken).at(Door::Lwa));
+                harness.sandbox.set_fault(Rule::from(Fault::RotateRefreshToken).at(Listener::Lwa));
             }
             dies_at(&harness, point).await;
             assert_eq!(harness.sandbox.refreshes(), 1, "{point}: it asked once");
@@ -71,7 +71,7 @@ async fn a_renewal_that_the_disk_does_not_take_is_served_and_stored_as_soon_as_i
     let mut harness = Harness::start().await;
     harness.log_in("default").await;
     fail::cfg("save_refused", "return").unwrap();
-    harness.sandbox.set_fault(Rule::from(Fault::RotateRefreshToken).at(Door::Lwa));
+    harness.sandbox.set_fault(Rule::from(Fault::RotateRefreshToken).at(Listener::Lwa));
     harness.advance(3600);
     assert_eq!(harness.get("/v2/profiles").await.status(), 200, "served from memory");
     assert_eq!(harness.status_of("default").await["state"], "fresh");
@@ -116,7 +116,7 @@ async fn a_renewal_that_panics_frees_its_place_and_is_tried_again() {
 async fn background_and_caller_renew_once() {
     let harness = Harness::start().await;
     harness.log_in("default").await;
-    let gate = harness.sandbox.set_fault(Rule::from(Fault::Gate).at(Door::Lwa).always());
+    let gate = harness.sandbox.set_fault(Rule::from(Fault::Gate).at(Listener::Lwa).always());
     // The background begins, and the token dies under it.
     harness.advance(3000);
     gate.reached(1).await;
@@ -160,14 +160,14 @@ async fn a_thousand_users_at_start_are_renewed_over_a_minute_and_few_at_once() {
     let mut harness = Harness::start().await;
     harness.stop_sidecar().await;
     stored_users(&harness, 1000).await;
-    let gate = harness.sandbox.set_fault(Rule::from(Fault::Gate).at(Door::Lwa).always());
+    let gate = harness.sandbox.set_fault(Rule::from(Fault::Gate).at(Listener::Lwa).always());
     harness.start_sidecar().await;
     harness.advance(6);
     gate.reached(8).await;
     // One that nobody waits for is not among those eight, and its caller waits for no turn.
     let caller = tokio::spawn(harness.request(Method::GET, "/v2/profiles").header("x-ads-user", "user-999").send());
     gate.reached(9).await;
-    assert!(gate.met() <= 9, "refresh.concurrency is 8: {}", gate.met());
+    assert!(gate.hits() <= 9, "refresh.concurrency is 8: {}", gate.hits());
     gate.release();
     assert_eq!(caller.await.unwrap().unwrap().status(), 200);
     // How many have been renewed, once all that are due have been.
@@ -190,7 +190,7 @@ async fn a_logout_beats_a_refresh_at_whatever_instant_it_comes() {
     for point in ["renewal_begun", "renewal_answered"] {
         let mut harness = Harness::start().await;
         harness.log_in("default").await;
-        harness.sandbox.set_fault(Rule::from(Fault::RotateRefreshToken).at(Door::Lwa));
+        harness.sandbox.set_fault(Rule::from(Fault::RotateRefreshToken).at(Listener::Lwa));
         let release = hold(point);
         let asked = tokio::spawn(harness.request(Method::POST, REFRESH).send());
         if point == "renewal_answered" {
@@ -225,7 +225,7 @@ fn hold(point: &str) -> std::sync::mpsc::Sender<()> {
 async fn a_login_right_behind_a_logout_is_the_one_that_stays() {
     let mut harness = Harness::start().await;
     harness.log_in("default").await;
-    let gate = harness.sandbox.set_fault(Rule::from(Fault::Gate).at(Door::Lwa));
+    let gate = harness.sandbox.set_fault(Rule::from(Fault::Gate).at(Listener::Lwa));
     let asked = tokio::spawn(harness.request(Method::POST, REFRESH).send());
     gate.reached(1).await;
     assert_eq!(harness.post(LOGOUT).await.status(), 204);
@@ -244,7 +244,7 @@ async fn a_login_right_behind_a_logout_is_the_one_that_stays() {
     let status = harness.status_of("default").await;
     assert_eq!((&status["state"], &status["consented_at"]), (&"fresh".into(), &adopted["consented_at"]));
     assert_eq!(harness.post(REFRESH).await.status(), 200);
-    let form = harness.sandbox.calls(Door::Lwa).pop().unwrap().text();
+    let form = harness.sandbox.calls(Listener::Lwa).pop().unwrap().text();
     let mut form = url::form_urlencoded::parse(form.as_bytes());
     assert!(form.any(|(name, value)| name == "refresh_token" && value == newest), "the new login's");
 }
@@ -254,7 +254,7 @@ async fn a_login_right_behind_a_logout_is_the_one_that_stays() {
 async fn a_call_in_flight_at_logout_ends_well_and_the_next_does_not_begin() {
     let harness = Harness::start().await;
     harness.log_in("default").await;
-    let gate = harness.sandbox.set_fault(Rule::from(Fault::Gate).at(Door::Na));
+    let gate = harness.sandbox.set_fault(Rule::from(Fault::Gate).at(Listener::Na));
     let call = tokio::spawn(harness.request(Method::GET, "/v2/profiles").send());
     gate.reached(1).await;
     assert_eq!(harness.post(LOGOUT).await.status(), 204);

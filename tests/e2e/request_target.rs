@@ -1,6 +1,6 @@
 //! The forms of a target: whom a caller can mean, and that nothing here is an open proxy.
 
-use world::{CLIENT_ID, Door};
+use world::{CLIENT_ID, Listener};
 
 use crate::harness::Harness;
 
@@ -72,9 +72,9 @@ async fn tunnels_are_refused_with_a_hint() {
 async fn the_absolute_form_names_a_region() {
     let harness = Harness::set(&[]).await;
     for (authority, door) in [
-        ("advertising-api.amazon.com", Door::Na),
-        ("advertising-api-eu.amazon.com", Door::Eu),
-        ("ADVERTISING-API-FE.Amazon.Com", Door::Fe),
+        ("advertising-api.amazon.com", Listener::Na),
+        ("advertising-api-eu.amazon.com", Listener::Eu),
+        ("ADVERTISING-API-FE.Amazon.Com", Listener::Fe),
     ] {
         for scheme in ["http", "https"] {
             for port in ["", ":80", ":443"] {
@@ -84,7 +84,7 @@ async fn the_absolute_form_names_a_region() {
                 for host in [format!("{authority}{port}"), "localhost:8001".to_owned()] {
                     assert_eq!(harness.knock(get(&target, &host)).await.status, 200, "{target} {host}");
                     let seen = harness.seen();
-                    assert_eq!((seen.door, seen.target.as_str()), (door, "/sandbox/echo?x=%2F"));
+                    assert_eq!((seen.listener, seen.target.as_str()), (door, "/sandbox/echo?x=%2F"));
                     assert_eq!(seen.header("host"), harness.sandbox.origin(door).strip_prefix("https://"));
                 }
             }

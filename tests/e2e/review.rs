@@ -10,7 +10,7 @@ use adsidecar::config::{self, Sources};
 use reqwest::Method;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
-use world::{Door, Fault, Rule};
+use world::{Fault, Listener, Rule};
 
 use crate::harness::{Harness, code, eventually, json};
 
@@ -44,7 +44,7 @@ async fn a_browser_that_goes_away_during_the_exchange_loses_no_grant() {
     let harness = Harness::start().await;
     let begun = json(harness.get("/api/auth/amazon/login").await).await;
     let callback = harness.consent(begun["auth_url"].as_str().unwrap()).await;
-    let gate = harness.sandbox.set_fault(Rule::from(Fault::Gate).at(Door::Lwa));
+    let gate = harness.sandbox.set_fault(Rule::from(Fault::Gate).at(Listener::Lwa));
     let mut browser = TcpStream::connect(harness.proxy_address()).await.unwrap();
     browser.write_all(format!("GET {callback} HTTP/1.1\r\nHost: localhost\r\n\r\n").as_bytes()).await.unwrap();
     gate.reached(1).await;
@@ -63,7 +63,7 @@ async fn a_401_for_a_token_that_ended_on_the_way_is_cured_too() {
     // So that the background does not renew it first.
     let harness = Harness::with("[refresh]\nidle_after = \"1m\"\n").await;
     harness.log_in("default").await;
-    let gate = harness.sandbox.set_fault(Rule::from(Fault::Gate).at(Door::Na));
+    let gate = harness.sandbox.set_fault(Rule::from(Fault::Gate).at(Listener::Na));
     let call = tokio::spawn(harness.request(Method::GET, "/v2/profiles").send());
     gate.reached(1).await;
     harness.sandbox.world(|world| world.expire_access_tokens());
@@ -237,7 +237,7 @@ async fn the_frontend_can_read_why_an_endpoint_refused() {
 async fn a_post_that_never_left_is_sent_on_another_connection() {
     let harness = Harness::start().await;
     let front = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let origin = harness.sandbox.origin(Door::Na);
+    let origin = harness.sandbox.origin(Listener::Na);
     let (host, port) = origin.strip_prefix("https://").unwrap().rsplit_once(':').unwrap();
     let na = format!("https://{host}:{}", front.local_addr().unwrap().port());
     let amazon = format!("127.0.0.1:{port}");
@@ -279,7 +279,7 @@ async fn protocols_are_not_switched() {
     let harness = Harness::start().await;
     harness.log_in("default").await;
     let switched = Fault::Status { code: 101, headers: vec![("upgrade".into(), "x".into())], body: String::new() };
-    harness.sandbox.set_fault(Rule::from(switched).at(Door::Na));
+    harness.sandbox.set_fault(Rule::from(switched).at(Listener::Na));
     let answer = harness.get("/v2/profiles").await;
     assert_eq!((answer.status().as_u16(), code(&answer)), (502, "upstream_reset"));
 }

@@ -1,7 +1,7 @@
 //! For which account, user and region a call is, and which headers Amazon then sees.
 
 use reqwest::Response;
-use world::{CLIENT_ID, Call, Door};
+use world::{CLIENT_ID, Call, Listener};
 
 use crate::harness::{Harness, code, json};
 
@@ -75,19 +75,19 @@ async fn a_user_without_a_grant_is_sent_to_log_in() {
 async fn the_first_that_applies_selects() {
     let harness = harness("").await;
     for (path, headers, door, expected) in [
-        ("/a/uk/sandbox/echo", &[("X-Ads-Account", "us"), ("X-Ads-User", "default")][..], Door::Eu, Some(EU)),
-        ("/sandbox/echo", &[("X-Ads-Account", "uk"), ("X-Ads-User", "default")], Door::Eu, Some(EU)),
-        ("/sandbox/echo", &[("X-Ads-Account", "us")], Door::Na, Some(NA)),
-        ("/sandbox/echo", &[("X-Ads-User", "europe")], Door::Na, None),
-        ("/sandbox/echo", &[("X-Ads-User", "europe"), ("X-Ads-Region", "fe")], Door::Fe, None),
-        ("/sandbox/echo", &[("X-Ads-Region", "EU")], Door::Eu, None),
-        ("/sandbox/echo", &[], Door::Na, None),
+        ("/a/uk/sandbox/echo", &[("X-Ads-Account", "us"), ("X-Ads-User", "default")][..], Listener::Eu, Some(EU)),
+        ("/sandbox/echo", &[("X-Ads-Account", "uk"), ("X-Ads-User", "default")], Listener::Eu, Some(EU)),
+        ("/sandbox/echo", &[("X-Ads-Account", "us")], Listener::Na, Some(NA)),
+        ("/sandbox/echo", &[("X-Ads-User", "europe")], Listener::Na, None),
+        ("/sandbox/echo", &[("X-Ads-User", "europe"), ("X-Ads-Region", "fe")], Listener::Fe, None),
+        ("/sandbox/echo", &[("X-Ads-Region", "EU")], Listener::Eu, None),
+        ("/sandbox/echo", &[], Listener::Na, None),
     ] {
         let answer = call(&harness, path, headers).await;
         assert_eq!(answer.status(), 200, "{headers:?}");
         assert!(!answer.headers().contains_key("x-adsidecar-hint"), "{headers:?}");
         let seen = harness.seen();
-        assert_eq!((seen.door, scope(&seen)), (door, expected), "{path} {headers:?}");
+        assert_eq!((seen.listener, scope(&seen)), (door, expected), "{path} {headers:?}");
         assert!(seen.headers.iter().all(|(name, _)| !name.starts_with("x-ads")), "{seen:?}");
         assert_eq!(seen.header("x-team").is_some(), expected == Some(EU));
     }
@@ -116,7 +116,7 @@ async fn the_account_named_default_and_the_only_account_need_no_name() {
             .await;
     only.log_in("u").await;
     call(&only, "/sandbox/echo", &[]).await;
-    assert_eq!((only.seen().door, scope(&only.seen())), (Door::Eu, Some(EU)));
+    assert_eq!((only.seen().listener, scope(&only.seen())), (Listener::Eu, Some(EU)));
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -124,7 +124,7 @@ async fn in_another_region_no_id_is_attached_and_a_hint_says_so() {
     let harness = harness("").await;
     let answer = call(&harness, "/a/uk/sandbox/echo", &[("X-Ads-Region", "na")]).await;
     assert_eq!(answer.headers()["x-adsidecar-hint"], "region_mismatch");
-    assert_eq!((harness.seen().door, scope(&harness.seen())), (Door::Na, None));
+    assert_eq!((harness.seen().listener, scope(&harness.seen())), (Listener::Na, None));
     // What the caller itself sent stays.
     call(&harness, "/a/uk/sandbox/echo", &[("X-Ads-Region", "na"), ("Amazon-Advertising-API-Scope", NA)]).await;
     assert_eq!(scope(&harness.seen()), Some(NA));
@@ -132,7 +132,7 @@ async fn in_another_region_no_id_is_attached_and_a_hint_says_so() {
     let absolute = "GET http://advertising-api-fe.amazon.com/sandbox/echo HTTP/1.1\r\nHost: localhost\r\n\
                     X-Ads-Account: uk\r\nX-Ads-Region: eu\r\n\r\n";
     let answer = harness.knock(absolute).await;
-    assert_eq!((harness.seen().door, answer.header("x-adsidecar-hint")), (Door::Fe, Some("region_mismatch")));
+    assert_eq!((harness.seen().listener, answer.header("x-adsidecar-hint")), (Listener::Fe, Some("region_mismatch")));
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -147,7 +147,11 @@ async fn fixed_selection_ignores_what_callers_say() {
     for path in ["/sandbox/echo", "/a/uk/sandbox/echo", "/a/no-such/sandbox/echo"] {
         assert_eq!(call(&harness, path, &said).await.status(), 200, "{path}");
         let seen = harness.seen();
-        assert_eq!((seen.door, scope(&seen), seen.target.as_str()), (Door::Na, Some(NA), "/sandbox/echo"), "{path}");
+        assert_eq!(
+            (seen.listener, scope(&seen), seen.target.as_str()),
+            (Listener::Na, Some(NA), "/sandbox/echo"),
+            "{path}"
+        );
         assert!(seen.headers.iter().all(|(name, _)| !name.starts_with("x-ads")));
     }
 }

@@ -8,7 +8,7 @@ use adsidecar::config::{self, Sources};
 use adsidecar::domain::clock::Clock;
 use adsidecar::store::StoreError;
 use reqwest::Method;
-use world::{Door, Fault, Rule};
+use world::{Fault, Listener, Rule};
 
 use crate::harness::{FERNET_KEY, Harness, code, json};
 use crate::raw_http::eventually;
@@ -93,12 +93,12 @@ async fn a_used_state_is_refused_without_a_token_call() {
     let begun = json(harness.get("/api/auth/amazon/login").await).await;
     let callback = harness.consent(begun["auth_url"].as_str().unwrap()).await;
     assert_eq!(harness.get(&callback).await.status(), 200);
-    let before = harness.sandbox.calls(Door::Lwa).len();
+    let before = harness.sandbox.calls(Listener::Lwa).len();
     for _ in 0..3 {
         let again = harness.get(&callback).await;
         assert_eq!((again.status().as_u16(), code(&again)), (400, "state_invalid"));
     }
-    assert_eq!(harness.sandbox.calls(Door::Lwa).len(), before);
+    assert_eq!(harness.sandbox.calls(Listener::Lwa).len(), before);
     assert_eq!(harness.status_of("default").await["state"], "fresh", "the first is unaffected");
 }
 
@@ -489,7 +489,7 @@ async fn no_junk_at_the_admin_door_changes_anything() {
 async fn who_hangs_up_while_waiting_leaves_nothing_in_flight_and_no_refresh_undone() {
     let harness = Harness::start().await;
     harness.log_in("default").await;
-    let gate = harness.sandbox.set_fault(Rule::from(Fault::Gate).at(Door::Na));
+    let gate = harness.sandbox.set_fault(Rule::from(Fault::Gate).at(Listener::Na));
     let mut wire = harness.dial().await;
     wire.send("GET /sandbox/echo HTTP/1.1\r\nHost: localhost\r\n\r\n").await;
     gate.reached(1).await;
@@ -510,7 +510,7 @@ async fn who_hangs_up_while_waiting_leaves_nothing_in_flight_and_no_refresh_undo
     gate.release();
     // The same while a token is fetched for the caller: the refresh goes on.
     harness.advance(3601);
-    let gate = harness.sandbox.set_fault(Rule::from(Fault::Gate).at(Door::Lwa));
+    let gate = harness.sandbox.set_fault(Rule::from(Fault::Gate).at(Listener::Lwa));
     let before = harness.sandbox.refreshes();
     let mut wire = harness.dial().await;
     wire.send("GET /sandbox/echo HTTP/1.1\r\nHost: localhost\r\n\r\n").await;

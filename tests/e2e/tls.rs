@@ -17,7 +17,7 @@ use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
 use tokio_rustls::TlsAcceptor;
-use world::Door;
+use world::Listener;
 
 use crate::harness::{Harness, code, eventually, json};
 use crate::raw_http::{Reply, Wire};
@@ -214,7 +214,7 @@ async fn no_proxy_of_the_environment_is_used() {
         }
         running.kill().unwrap();
         running.wait().unwrap();
-        assert_eq!((harness.sandbox.refreshes(), harness.sandbox.calls(Door::Na).len()), (1, 1), "{name}");
+        assert_eq!((harness.sandbox.refreshes(), harness.sandbox.calls(Listener::Na).len()), (1, 1), "{name}");
     }
     assert_eq!(caught.load(Ordering::SeqCst), 0);
 }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use reqwest::Method;
 use serde_json::Value;
 use tokio::net::TcpListener;
-use world::{CLIENT_SECRET, Door, Fault, Rule};
+use world::{CLIENT_SECRET, Fault, Listener, Rule};
 
 use crate::harness::{Harness, code, eventually, header, json};
 use crate::raw_http::{Scripted, Wire};
@@ -170,10 +170,10 @@ async fn a_server_error_of_lwa_is_a_503_and_is_tried_again() {
     harness.log_in("default").await;
     harness.sandbox.clear_history();
     for status in [500, 502, 503, 504, 408, 425] {
-        harness.sandbox.set_fault(Rule::from(Fault::status(status)).at(Door::Lwa));
+        harness.sandbox.set_fault(Rule::from(Fault::status(status)).at(Listener::Lwa));
         fails(&harness, "server_error").await;
     }
-    harness.sandbox.set_fault(Rule::from(Fault::status(503)).at(Door::Lwa).always());
+    harness.sandbox.set_fault(Rule::from(Fault::status(503)).at(Listener::Lwa).always());
     is_survived(&harness, "server_error").await;
 }
 
@@ -182,7 +182,7 @@ async fn a_server_error_of_lwa_is_a_503_and_is_tried_again() {
 async fn a_429_of_lwa_is_one_call_for_each_pause_that_it_asks_for() {
     let harness = Harness::start().await;
     harness.log_in("default").await;
-    let armed = harness.sandbox.set_fault(Rule::from(Fault::too_many(Some(20))).at(Door::Lwa).always());
+    let armed = harness.sandbox.set_fault(Rule::from(Fault::too_many(Some(20))).at(Listener::Lwa).always());
     harness.advance(3600);
     for windows in 1..=5 {
         for _ in 0..20 {
@@ -190,7 +190,7 @@ async fn a_429_of_lwa_is_one_call_for_each_pause_that_it_asks_for() {
             assert_eq!((answer.status().as_u16(), code(&answer)), (503, "token_unavailable"));
             assert_eq!(header(&answer, "retry-after"), "20");
         }
-        assert_eq!(armed.met(), windows);
+        assert_eq!(armed.hits(), windows);
         assert_eq!(harness.status_of("default").await["last_error"], "throttled");
         harness.advance(20);
     }
@@ -399,21 +399,21 @@ async fn a_refused_client_is_one_problem_of_all_users_and_no_storm() {
         })
         .await;
     };
-    let armed = harness.sandbox.set_fault(Rule::from(Fault::InvalidClient).at(Door::Lwa).always());
+    let armed = harness.sandbox.set_fault(Rule::from(Fault::InvalidClient).at(Listener::Lwa).always());
     harness.advance(3600);
     all_are("failing", "invalid_client".into()).await;
-    assert!(armed.met() <= 10, "those who asked side by side before anybody knew: {}", armed.met());
+    assert!(armed.hits() <= 10, "those who asked side by side before anybody knew: {}", armed.hits());
     for _ in 0..10 {
-        let before = armed.met();
+        let before = armed.hits();
         harness.advance(6);
         all_are("failing", "invalid_client".into()).await;
-        assert_eq!(armed.met() - before, 1, "one asks for all, at most every few seconds");
+        assert_eq!(armed.hits() - before, 1, "one asks for all, at most every few seconds");
     }
     assert_eq!(harness.metric("adsidecar_users{state=\"failing\"}").await, 40.0);
     assert_eq!(harness.metric("adsidecar_users{state=\"login_required\"}").await, 0.0, "nobody is sent to log in");
     let ready = harness.client.get(harness.admin_url("/readyz")).send().await.unwrap();
     assert_eq!(ready.status(), 200, "readiness is about us");
-    harness.sandbox.clear_trouble();
+    harness.sandbox.clear_faults();
     harness.advance(6);
     all_are("fresh", Value::Null).await;
 }
@@ -441,7 +441,7 @@ async fn a_grant_of_another_client_or_scope_needs_a_login_and_says_why() {
     for (trouble, reason) in [(Fault::UnauthorizedClient, "unauthorized_client"), (scope, "invalid_scope")] {
         let harness = Harness::start().await;
         harness.log_in("default").await;
-        harness.sandbox.set_fault(Rule::from(trouble).at(Door::Lwa).always());
+        harness.sandbox.set_fault(Rule::from(trouble).at(Listener::Lwa).always());
         harness.advance(3600);
         for _ in 0..10 {
             let answer = harness.get("/v2/profiles").await;
@@ -452,7 +452,7 @@ async fn a_grant_of_another_client_or_scope_needs_a_login_and_says_why() {
         assert_eq!(harness.status_of("default").await["last_error"], reason);
         let series = format!("adsidecar_login_required{{reason=\"{reason}\",user=\"default\"}}");
         assert_eq!(harness.metric(&series).await, 1.0);
-        harness.sandbox.clear_trouble();
+        harness.sandbox.clear_faults();
         harness.advance(3600);
         assert_eq!(harness.get("/v2/profiles").await.status(), 200);
     }

@@ -11,7 +11,7 @@ use serde_json::{Value, json as object};
 use sha2::{Digest, Sha256};
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
-use world::{CLIENT_SECRET, Door, Fault, Rule, pseudo_random_bytes};
+use world::{CLIENT_SECRET, Fault, Listener, Rule, pseudo_random_bytes};
 
 use crate::harness::{Harness, code, eventually, header, json};
 
@@ -161,7 +161,7 @@ async fn a_token_with_under_five_minutes_left_is_renewed_by_who_asks() {
 async fn a_thousand_callers_at_expiry_make_one_refresh() {
     let harness = Harness::start().await;
     harness.log_in("default").await;
-    let gate = harness.sandbox.set_fault(Rule::from(Fault::Gate).at(Door::Lwa).always());
+    let gate = harness.sandbox.set_fault(Rule::from(Fault::Gate).at(Listener::Lwa).always());
     harness.advance(3600);
     let callers: Vec<_> =
         (0..1000).map(|_| tokio::spawn(harness.request(Method::GET, "/sandbox/echo").send())).collect();
@@ -182,7 +182,7 @@ async fn a_caller_that_hangs_up_takes_no_refresh_down() {
     let harness = Harness::with(IDLE).await;
     harness.log_in("default").await;
     harness.advance(3600);
-    let gate = harness.sandbox.set_fault(Rule::from(Fault::Gate).at(Door::Lwa));
+    let gate = harness.sandbox.set_fault(Rule::from(Fault::Gate).at(Listener::Lwa));
     let mut caller = TcpStream::connect(harness.proxy_address()).await.unwrap();
     caller.write_all(b"GET /v2/profiles HTTP/1.1\r\nHost: localhost\r\n\r\n").await.unwrap();
     gate.reached(1).await;
@@ -213,7 +213,7 @@ async fn a_token_that_lives_is_served_whatever_lwa_does() {
     ] {
         let harness = Harness::start().await;
         harness.log_in("default").await;
-        harness.sandbox.set_fault(Rule::from(trouble).at(Door::Lwa).always());
+        harness.sandbox.set_fault(Rule::from(trouble).at(Listener::Lwa).always());
         harness.advance(3600 - 60);
         for _ in 0..20 {
             assert_eq!(harness.get("/v2/profiles").await.status(), 200, "{error}");
@@ -234,7 +234,7 @@ async fn a_token_that_lives_is_served_whatever_lwa_does() {
 async fn while_the_token_lives_callers_wait_a_second_at_most() {
     let harness = Harness::start().await;
     harness.log_in("default").await;
-    harness.sandbox.set_fault(Rule::from(Fault::Hang).at(Door::Lwa).always());
+    harness.sandbox.set_fault(Rule::from(Fault::Hang).at(Listener::Lwa).always());
     harness.advance(3600 - 60);
     let begun = Instant::now();
     let callers: Vec<_> = (0..20).map(|_| tokio::spawn(harness.request(Method::GET, "/v2/profiles").send())).collect();
@@ -251,7 +251,7 @@ async fn without_a_living_token_an_outage_of_lwa_is_a_503_and_few_calls() {
     let harness = Harness::start().await;
     harness.log_in("default").await;
     let down = Fault::Status { code: 503, headers: vec![("retry-after".into(), "7".into())], body: String::new() };
-    harness.sandbox.set_fault(Rule::from(down).at(Door::Lwa).always());
+    harness.sandbox.set_fault(Rule::from(down).at(Listener::Lwa).always());
     harness.advance(3600);
     for _ in 0..50 {
         let answer = harness.get("/v2/profiles").await;
@@ -260,8 +260,8 @@ async fn without_a_living_token_an_outage_of_lwa_is_a_503_and_few_calls() {
         assert_eq!(json(answer).await["retryable"], true);
     }
     assert_eq!(harness.sandbox.refreshes(), 1, "LWA's Retry-After is obeyed");
-    assert!(harness.sandbox.calls(Door::Na).is_empty(), "an expired token is never sent");
-    harness.sandbox.clear_trouble();
+    assert!(harness.sandbox.calls(Listener::Na).is_empty(), "an expired token is never sent");
+    harness.sandbox.clear_faults();
     harness.advance(7);
     assert_eq!(harness.get("/v2/profiles").await.status(), 200);
     assert_eq!(harness.status_of("default").await["last_error"], Value::Null);
@@ -273,7 +273,7 @@ async fn callers_of_an_outage_are_told_soon_and_recover_by_themselves() {
         let operator = trouble == Fault::InvalidClient;
         let harness = Harness::with_running_clock("").await;
         harness.log_in("default").await;
-        let armed = harness.sandbox.set_fault(Rule::from(trouble).at(Door::Lwa).always());
+        let armed = harness.sandbox.set_fault(Rule::from(trouble).at(Listener::Lwa).always());
         harness.advance(3600);
         let begun = Instant::now();
         let callers: Vec<_> =
@@ -287,12 +287,12 @@ async fn callers_of_an_outage_are_told_soon_and_recover_by_themselves() {
             assert_eq!(next_step.contains("amazon.client_secret"), operator, "{next_step}");
         }
         assert!(begun.elapsed() < Duration::from_secs(6), "{:?}", begun.elapsed());
-        assert!(armed.met() <= 12, "{} calls", armed.met());
+        assert!(armed.hits() <= 12, "{} calls", armed.hits());
         let status = harness.status_of("default").await;
         assert_eq!(status["state"], "failing", "nobody is sent to log in");
         assert_eq!(harness.metric("adsidecar_login_required{reason=\"\",user=\"default\"}").await, 0.0);
         assert_eq!(harness.metric("adsidecar_users{state=\"failing\"}").await, 1.0);
-        harness.sandbox.clear_trouble();
+        harness.sandbox.clear_faults();
         harness.advance(60);
         eventually("the recovery", async || (harness.get("/v2/profiles").await.status() == 200).then_some(())).await;
     }
@@ -303,7 +303,7 @@ async fn callers_of_an_outage_are_told_soon_and_recover_by_themselves() {
 async fn an_lwa_that_never_answers_keeps_nobody_waiting_for_ever() {
     let harness = Harness::with_running_clock("").await;
     harness.log_in("default").await;
-    harness.sandbox.set_fault(Rule::from(Fault::Hang).at(Door::Lwa).always());
+    harness.sandbox.set_fault(Rule::from(Fault::Hang).at(Listener::Lwa).always());
     harness.advance(3600);
     let begun = Instant::now();
     let answer = harness.get("/v2/profiles").await;
@@ -407,7 +407,7 @@ async fn a_refused_token_is_replaced_and_the_call_sent_once_more() {
     let echo = json(answer).await;
     assert_eq!(echo["body_sha256"], format!("{:x}", Sha256::digest(&body)));
     assert_eq!((&echo["method"], &echo["target"]), (&Value::from("POST"), &Value::from("/sandbox/echo?x=1")));
-    let calls = harness.sandbox.calls(Door::Na);
+    let calls = harness.sandbox.calls(Listener::Na);
     assert_eq!(calls.len(), 2);
     assert_ne!(calls[0].header("authorization"), calls[1].header("authorization"));
     assert_eq!(harness.sandbox.refreshes(), 1);
@@ -426,7 +426,7 @@ async fn a_refusal_that_a_fresh_token_does_not_cure_passes_and_never_loops() {
         let answer = harness.get("/v2/profiles").await;
         assert_eq!((answer.status().as_u16(), code(&answer)), (401, ""));
         assert_eq!(answer.text().await.unwrap(), "{\"message\":\"Unauthorized\"}");
-        assert_eq!((harness.sandbox.calls(Door::Na).len(), harness.sandbox.refreshes()), (calls, refreshes));
+        assert_eq!((harness.sandbox.calls(Listener::Na).len(), harness.sandbox.refreshes()), (calls, refreshes));
     };
     passes(2, 1).await;
     passes(1, 0).await;
@@ -437,7 +437,7 @@ async fn a_refusal_that_a_fresh_token_does_not_cure_passes_and_never_loops() {
 
     // The limit between forced refreshes holds nobody back who asks for one.
     assert_eq!(harness.post(REFRESH).await.status(), 200);
-    harness.sandbox.clear_trouble();
+    harness.sandbox.clear_faults();
     assert_eq!(harness.get("/v2/profiles").await.status(), 200);
 }
 
@@ -451,7 +451,7 @@ async fn a_body_that_is_not_held_is_not_sent_again() {
         harness.sandbox.world(|world| world.expire_access_tokens());
         let answer = harness.request(Method::POST, "/sandbox/echo").body(vec![b'x'; size]).send().await.unwrap();
         assert_eq!(answer.status(), if calls == 2 { 200 } else { 401 });
-        assert_eq!(harness.sandbox.calls(Door::Na).len(), calls);
+        assert_eq!(harness.sandbox.calls(Listener::Na).len(), calls);
         assert_eq!(harness.sandbox.refreshes(), 1, "the next call has a token that works");
         assert_eq!(harness.get("/v2/profiles").await.status(), 200);
     }
@@ -476,7 +476,7 @@ async fn a_scope_failure_passes_with_a_hint_and_refreshes_nothing() {
     harness.log_in("default").await;
     let other = harness.sandbox.world(|world| {
         let mine = world.catalogue.advertisers[0].id.clone();
-        let other = world.catalogue.profiles.iter().find(|one| one.advertiser != mine && one.region == Door::Na);
+        let other = world.catalogue.profiles.iter().find(|one| one.advertiser != mine && one.region == Listener::Na);
         other.unwrap().id.to_string()
     });
     for (scope, hint) in [("1", "scope_unknown"), (other.as_str(), "scope_not_authorized")] {
@@ -487,7 +487,7 @@ async fn a_scope_failure_passes_with_a_hint_and_refreshes_nothing() {
         assert_eq!(harness.metric(&format!("adsidecar_upstream_unauthorized_total{{cause=\"{hint}\"}}")).await, 1.0);
     }
     assert_eq!(harness.sandbox.refreshes(), 0);
-    assert_eq!(harness.sandbox.calls(Door::Na).len(), 2);
+    assert_eq!(harness.sandbox.calls(Listener::Na).len(), 2);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -497,7 +497,7 @@ async fn a_403_passes_and_on_an_amc_path_alone_near_the_end_of_the_token_it_is_r
     harness.log_in("default").await;
     let forbidden = || {
         let body = "{\"message\":\"Forbidden\"}".into();
-        Rule::from(Fault::Status { code: 403, headers: Vec::new(), body }).at(Door::Na)
+        Rule::from(Fault::Status { code: 403, headers: Vec::new(), body }).at(Listener::Na)
     };
     harness.sandbox.clear_history();
     for path in ["/v2/profiles", "/amc/instances", "/sp/campaigns?x=/amc/"] {
@@ -514,11 +514,11 @@ async fn a_403_passes_and_on_an_amc_path_alone_near_the_end_of_the_token_it_is_r
     for (path, status, calls) in [("/v2/profiles", 403, 1), ("/amc/accounts", 200, 2)] {
         harness.advance(3600 - 200);
         harness.sandbox.clear_history();
-        let gate = harness.sandbox.set_fault(Rule::from(Fault::Gate).at(Door::Lwa));
+        let gate = harness.sandbox.set_fault(Rule::from(Fault::Gate).at(Listener::Lwa));
         harness.sandbox.set_fault(forbidden());
         let call = tokio::spawn(harness.request(Method::GET, path).send());
         eventually("Amazon's 403", async || {
-            harness.sandbox.calls(Door::Na).first().is_some_and(|call| call.status.is_some()).then_some(())
+            harness.sandbox.calls(Listener::Na).first().is_some_and(|call| call.status.is_some()).then_some(())
         })
         .await;
         gate.release();
@@ -537,7 +537,7 @@ async fn an_asked_for_refresh_is_made_at_once_and_shared() {
     assert_eq!((refused.status().as_u16(), code(&refused)), (401, "login_required"));
     harness.log_in("default").await;
     harness.advance(10);
-    let gate = harness.sandbox.set_fault(Rule::from(Fault::Gate).at(Door::Lwa).always());
+    let gate = harness.sandbox.set_fault(Rule::from(Fault::Gate).at(Listener::Lwa).always());
     let asked: Vec<_> = (0..20).map(|_| tokio::spawn(harness.request(Method::POST, REFRESH).send())).collect();
     eventually("all of them wait", async || {
         (harness.metric("adsidecar_requests_in_flight").await >= 20.0).then_some(())
@@ -549,7 +549,7 @@ async fn an_asked_for_refresh_is_made_at_once_and_shared() {
         assert_eq!((&status["state"], &status["expires_at"]), (&"fresh".into(), &"2026-08-01T13:00:10Z".into()));
     }
     assert_eq!(harness.sandbox.refreshes(), 1);
-    harness.sandbox.clear_trouble();
+    harness.sandbox.clear_faults();
     for made in 2..=50 {
         assert_eq!(harness.post(REFRESH).await.status(), 200);
         assert_eq!(harness.sandbox.refreshes(), made, "the next one is made again, however soon");
@@ -563,7 +563,7 @@ async fn an_asked_for_refresh_is_made_at_once_and_shared() {
 async fn an_asked_for_refresh_waits_for_the_failure_backoff_alone() {
     let harness = Harness::with_running_clock("").await;
     harness.log_in("default").await;
-    harness.sandbox.set_fault(Rule::from(Fault::status(500)).at(Door::Lwa));
+    harness.sandbox.set_fault(Rule::from(Fault::status(500)).at(Listener::Lwa));
     assert_eq!(json(harness.post(REFRESH).await).await["last_error"], "server_error");
     let healed = json(harness.post(REFRESH).await).await;
     assert_eq!((&healed["state"], &healed["last_error"]), (&"fresh".into(), &Value::Null));
@@ -584,7 +584,7 @@ async fn while_a_secret_is_rotated_the_old_and_the_new_are_tried_in_order() {
 async fn a_logout_beats_a_running_refresh() {
     let mut harness = Harness::start().await;
     harness.log_in("default").await;
-    let gate = harness.sandbox.set_fault(Rule::from(Fault::Gate).at(Door::Lwa));
+    let gate = harness.sandbox.set_fault(Rule::from(Fault::Gate).at(Listener::Lwa));
     let asked = tokio::spawn(harness.request(Method::POST, REFRESH).send());
     gate.reached(1).await;
     assert_eq!(harness.post(LOGOUT).await.status(), 204);
@@ -599,7 +599,7 @@ async fn a_logout_beats_a_running_refresh() {
     harness.start_sidecar().await;
     assert_eq!(harness.status_of("default").await["state"], "none");
     assert_eq!(code(&harness.get("/v2/profiles").await), "login_required");
-    assert!(harness.sandbox.calls(Door::Na).is_empty());
+    assert!(harness.sandbox.calls(Listener::Na).is_empty());
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -607,7 +607,7 @@ async fn a_new_login_beats_an_old_refresh() {
     let harness = Harness::start().await;
     harness.log_in("default").await;
     for refused in [false, true] {
-        let gate = harness.sandbox.set_fault(Rule::from(Fault::Gate).at(Door::Lwa));
+        let gate = harness.sandbox.set_fault(Rule::from(Fault::Gate).at(Listener::Lwa));
         let asked = tokio::spawn(harness.request(Method::POST, REFRESH).send());
         gate.reached(1).await;
         if refused {
@@ -625,7 +625,7 @@ async fn a_new_login_beats_an_old_refresh() {
         // The entry is free for the next refresh once the old one has landed.
         eventually("a refresh of the new grant", async || {
             assert_eq!(harness.post(REFRESH).await.status(), 200);
-            let body = harness.sandbox.calls(Door::Lwa).last().unwrap().text();
+            let body = harness.sandbox.calls(Listener::Lwa).last().unwrap().text();
             let mut form = url::form_urlencoded::parse(body.as_bytes());
             form.any(|(name, value)| name == "refresh_token" && value == newest).then_some(())
         })
@@ -680,7 +680,7 @@ async fn short_lives_make_no_storm() {
     }
     let at: Vec<Timestamp> = harness
         .sandbox
-        .calls(Door::Lwa)
+        .calls(Listener::Lwa)
         .iter()
         .filter(|call| call.grant_type.as_deref() == Some("refresh_token"))
         .map(|call| call.at)
@@ -706,7 +706,7 @@ async fn a_refresh_that_runs_at_the_end_of_the_process_is_not_lost() {
     let mut harness = Harness::start().await;
     harness.log_in("default").await;
     harness.advance(10);
-    let gate = harness.sandbox.set_fault(Rule::from(Fault::Gate).at(Door::Lwa));
+    let gate = harness.sandbox.set_fault(Rule::from(Fault::Gate).at(Listener::Lwa));
     let mut caller = TcpStream::connect(harness.proxy_address()).await.unwrap();
     caller.write_all(b"POST /api/auth/amazon/refresh HTTP/1.1\r\nHost: localhost\r\n\r\n").await.unwrap();
     gate.reached(1).await;

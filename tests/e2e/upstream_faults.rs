@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use reqwest::Method;
 use tokio::net::TcpListener;
-use world::{Door, Fault, Rule};
+use world::{Fault, Listener, Rule};
 
 use crate::harness::{Harness, code};
 use crate::raw_http::{Scripted, Wire};
@@ -199,6 +199,6 @@ async fn passes_as_it_is(refusals: &[(u16, Option<&str>)]) {
         let answer = harness.knock("GET /sandbox/echo HTTP/1.1\r\nHost: localhost\r\n\r\n").await;
         assert_eq!((answer.said(), answer.text().as_str()), ((status, ""), "<p>no"));
         assert_eq!((answer.header("retry-after"), answer.header("content-type")), (retry_after, Some("text/html")));
-        assert_eq!((harness.ads_calls().len(), harness.sandbox.calls(Door::Lwa).len()), (1, 0));
+        assert_eq!((harness.ads_calls().len(), harness.sandbox.calls(Listener::Lwa).len()), (1, 0));
     }
 }
