@@ -1,7 +1,7 @@
-"""Backends of other makers behind TLS, for the campaigns that look at what an HTTP server makes of our calls.
+"""Other HTTP servers behind TLS, for the campaigns that check how a server parses our requests.
 
-Installs what is missing: nginx and HAProxy from Debian (as root), h11, aiohttp and waitress from PyPI into environments
-of their own. HAProxy ends TLS before those that speak plain HTTP. Node and openssl have to be there.
+Installs what is missing: nginx and HAProxy from Debian (as root), h11, aiohttp and waitress from PyPI into separate
+environments. HAProxy terminates TLS for those that speak plain HTTP. Node and openssl must be installed.
 """
 
 import json

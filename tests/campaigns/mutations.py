@@ -1,7 +1,7 @@
-"""Requests that one parser might end elsewhere than another: generated from a seed, each with a canary inside and one behind.
+"""Requests whose end parsers may disagree about: generated from a seed, each with a hidden request inside and one after it.
 
-Every request line and every `X-Request-Id` bears what it is, its number and a checksum, by which a mutated name is none:
-`m-7-…` the mutated request, `s-7-…` the one that is hidden in its body or behind it, `c-7-…` the good one that follows.
+Every request line and every `X-Request-Id` contains the kind, the number and a checksum, so that a mutated name is invalid:
+`m-7-…` the mutated request, `s-7-…` the one hidden in its body or after it, `c-7-…` the good one that follows.
 """
 
 import random

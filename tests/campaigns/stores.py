@@ -1,6 +1,6 @@
-"""What the campaigns of the store share: the program that writes into one, and the book of what it acknowledged.
+"""What the store campaigns share: the writer program, and the record of its acknowledged writes.
 
-Only the standard library. The program is that of the variable ADSIDECAR_STORE_WRITER, else the release build:
+Only the standard library. The program is that of the variable ADSIDECAR_STORE_WRITER, or the release build:
 `cargo build --release --example store-writer`.
 """
 

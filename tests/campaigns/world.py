@@ -1,6 +1,6 @@
-"""What the campaigns share: a sandbox (the stand-in for Amazon) and, as a process of its own, the adsidecar that is tried.
+"""What the campaigns share: a sandbox (the stand-in for Amazon), and the adsidecar under test as a separate process.
 
-Only the standard library. The binaries are those of the variables ADSIDECAR_BIN and ADSIDECAR_SANDBOX_BIN, else the
+Only the standard library. The binaries are those of the variables ADSIDECAR_BIN and ADSIDECAR_SANDBOX_BIN, or the
 release build: `cargo build --release --bins`.
 """
 

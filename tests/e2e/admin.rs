@@ -14,7 +14,7 @@ async fn at_door(harness: &Harness, method: Method, path: &str, headers: &[(&str
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_admin_door_is_for_this_machine_and_for_no_web_page() {
+async fn the_admin_listener_serves_this_machine_and_no_web_page() {
     let harness = Harness::start().await;
     for path in ["/livez", "/readyz", "/startupz", "/metrics", "/quitquitquit", "/log", "/"] {
         for browser in [("origin", "https://evil.test"), ("origin", "null"), ("sec-fetch-site", "cross-site")] {
@@ -53,7 +53,7 @@ async fn the_admin_door_is_for_this_machine_and_for_no_web_page() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn probes_and_scrapers_come_by_any_name() {
+async fn probes_and_scrapers_may_use_any_host() {
     let harness = Harness::start().await;
     for path in ["/livez", "/readyz", "/startupz", "/metrics"] {
         let answer = eventually("adsidecar to start", async || {
@@ -68,7 +68,7 @@ async fn probes_and_scrapers_come_by_any_name() {
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 110.
-async fn ready_and_alive_are_about_us_and_not_about_amazon_or_logins() {
+async fn readiness_and_liveness_do_not_depend_on_amazon_or_logins() {
     let mut harness = Harness::start().await;
     let readyz = async |harness: &Harness| at_door(harness, Method::GET, "/readyz", &[]).await.status().as_u16();
     assert_eq!(readyz(&harness).await, 200, "ready although no user is logged in");
@@ -95,7 +95,7 @@ async fn ready_and_alive_are_about_us_and_not_about_amazon_or_logins() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn quitting_by_request_is_an_orderly_end() {
+async fn a_quit_request_shuts_down_gracefully() {
     let mut harness = Harness::start().await;
     harness.log_in("default").await;
     let quit = harness.client.post(harness.admin_url("/quitquitquit")).send().await.unwrap();
@@ -106,7 +106,7 @@ async fn quitting_by_request_is_an_orderly_end() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_metrics_tell_what_happened() {
+async fn the_metrics_reflect_requests_and_refreshes() {
     let harness = Harness::with("[[account]]\nname = \"shop\"\nregion = \"eu\"\n").await;
     let value = async |series: &str| harness.metric(&format!("adsidecar_{series}")).await;
     let noon = "2026-08-01T12:00:00Z".parse::<jiff::Timestamp>().unwrap().as_second() as f64;
@@ -170,7 +170,7 @@ async fn the_metrics_tell_what_happened() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn while_new_connections_are_still_taken_each_answer_says_that_it_is_the_last() {
+async fn during_the_drain_each_response_closes_its_connection() {
     let mut harness = Harness::with("[shutdown]\naccept = \"3s\"\n").await;
     harness.log_in("default").await;
     let url = harness.proxy_url("/v2/profiles");

@@ -179,7 +179,7 @@ const BEGIN: &str = "<!-- catalogue -->\n";
 const END: &str = "<!-- end -->";
 
 #[test]
-fn each_failure_and_each_threat_is_covered_by_a_test_and_the_manual_names_it() {
+fn each_failure_and_threat_is_covered_by_a_test_and_listed_in_the_manual() {
     let covered = covered();
     let threats = (1..).zip(THREATS).map(|(number, text)| ("threat", number, text));
     let rows = FAILURES.iter().map(|(number, text)| ("failure", *number, *text)).chain(threats);

@@ -68,7 +68,7 @@ impl Apart {
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 29.
-async fn a_clock_that_jumps_ahead_costs_each_user_one_renewal() {
+async fn a_clock_jump_forward_costs_each_user_one_refresh() {
     for hours in [2, 240] {
         let apart = Apart::start("", 0).await;
         for user in ["a", "b", "c"] {
@@ -98,7 +98,7 @@ async fn a_clock_that_jumps_ahead_costs_each_user_one_renewal() {
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 30.
-async fn a_clock_that_is_set_back_neither_sends_an_expired_token_nor_stalls() {
+async fn a_clock_set_back_neither_sends_an_expired_token_nor_stalls_refreshes() {
     for back in [-60, -7200, -864_000] {
         for extra in ["", IDLE] {
             let mut apart = Apart::start(extra, 0).await;
@@ -126,7 +126,7 @@ async fn a_clock_that_is_set_back_neither_sends_an_expired_token_nor_stalls() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn no_pause_is_longer_because_the_clock_was_set_back() {
+async fn a_clock_set_back_extends_no_backoff() {
     let apart = Apart::start(IDLE, 0).await;
     apart.harness.log_in("default").await;
     // After a failure.
@@ -159,7 +159,7 @@ async fn no_pause_is_longer_because_the_clock_was_set_back() {
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 31.
-async fn a_clock_of_1970_or_before_is_put_up_with() {
+async fn a_clock_at_or_before_1970_is_tolerated() {
     for year in ["1970-01-01T00:00:00Z", "1960-06-01T00:00:00Z"] {
         let wrong = year.parse::<Timestamp>().unwrap().duration_since(start()).as_secs();
         let mut apart = Apart::start("", wrong).await;
@@ -181,7 +181,7 @@ async fn a_clock_of_1970_or_before_is_put_up_with() {
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 32.
-async fn after_a_sleep_the_first_call_renews() {
+async fn after_a_suspend_the_first_request_refreshes() {
     let apart = Apart::start("", 0).await;
     apart.harness.log_in("default").await;
     apart.harness.sandbox.clear_history();
@@ -194,7 +194,7 @@ async fn after_a_sleep_the_first_call_renews() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_machine_that_wakes_with_a_wrong_clock_learns_from_amazons_next_answer() {
+async fn after_a_suspend_with_a_wrong_clock_amazons_next_response_corrects_it() {
     let mut apart = Apart::start(IDLE, 0).await;
     for user in ["a", "b"] {
         apart.harness.log_in(user).await;
@@ -214,7 +214,7 @@ async fn a_machine_that_wakes_with_a_wrong_clock_learns_from_amazons_next_answer
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_skew_is_told_by_answers_of_the_ads_api_and_not_by_each_of_them() {
+async fn the_clock_skew_is_measured_from_some_ads_api_responses() {
     let apart = Apart::start("", 0).await;
     apart.harness.log_in("default").await;
     let skew = async || apart.harness.metric("adsidecar_clock_skew_seconds").await;
@@ -228,7 +228,7 @@ async fn the_skew_is_told_by_answers_of_the_ads_api_and_not_by_each_of_them() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_wrong_date_of_the_ads_api_makes_no_storm() {
+async fn a_wrong_date_from_the_ads_api_causes_no_refresh_storm() {
     let apart = Apart::start("", 0).await;
     apart.harness.log_in("default").await;
     assert_eq!(apart.harness.post(REFRESH).await.status(), 200);
@@ -265,7 +265,7 @@ fn logged() -> Arc<Mutex<String>> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_consent_that_is_about_to_end_is_told_well_before_and_logged_once() {
+async fn an_expiring_consent_is_reported_early_and_logged_once() {
     let log = logged();
     let harness = Harness::start().await;
     harness.log_in("anna").await;

@@ -80,9 +80,9 @@ pub async fn run(harness: &Harness, arguments: &[&str], input: &str) -> Ran {
 
 /// As above, beside the sidecar that runs in this process.
 pub async fn beside(harness: &Harness, arguments: &[&str]) -> Ran {
-    let doors =
+    let listeners =
         [format!("proxy.listen={}", harness.proxy_address()), format!("admin.listen={}", harness.admin_address())];
-    run(harness, &[arguments, &["--set", &doors[0], "--set", &doors[1]]].concat(), "").await
+    run(harness, &[arguments, &["--set", &listeners[0], "--set", &listeners[1]]].concat(), "").await
 }
 
 /// A sidecar in a separate process.
@@ -103,8 +103,8 @@ impl Serving {
     pub async fn spawn(mut command: Command) -> Self {
         let mut serving = Self::told(command.spawn().unwrap(), String::new(), String::new());
         let line = serving.says(" serving ").await;
-        let address = |door: &str| {
-            let (_, rest) = line.split_once(&format!("{door}=[")).unwrap();
+        let address = |listener: &str| {
+            let (_, rest) = line.split_once(&format!("{listener}=[")).unwrap();
             rest.split(']').next().unwrap().to_owned()
         };
         (serving.proxy, serving.admin) = (address("proxy"), address("admin"));
@@ -197,7 +197,7 @@ pub fn opened(token: &Value) -> String {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_command_line_that_cannot_be_read_is_64() {
+async fn an_invalid_command_line_exits_with_64() {
     for arguments in [
         &["frobnicate"][..],
         &["serve", "--nope"],
@@ -217,7 +217,7 @@ async fn a_command_line_that_cannot_be_read_is_64() {
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 104.
-async fn a_wrong_configuration_is_78_with_every_problem_and_no_secret() {
+async fn an_invalid_configuration_exits_with_78_and_lists_every_problem_without_secrets() {
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("wrong.toml");
     let text = "[amazon]\nclient_secret = \"can ary\"\nredirect_uri = \"http://app.example.com/cb\"\n\
@@ -249,7 +249,7 @@ async fn a_wrong_configuration_is_78_with_every_problem_and_no_secret() {
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 43.
-async fn a_wrong_fernet_key_is_78_and_changes_nothing() {
+async fn a_wrong_fernet_key_exits_with_78_and_changes_nothing() {
     let harness = stopped().await;
     let before = files(harness.directory.path());
     let wanted = Keyring::new(&[Secret::new(FERNET_KEY)]).unwrap().first().to_string();
@@ -267,7 +267,7 @@ async fn a_wrong_fernet_key_is_78_and_changes_nothing() {
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 38.
-async fn a_second_process_is_75() {
+async fn a_second_process_exits_with_75() {
     let harness = Harness::with_running_clock("").await;
     harness.log_in("default").await;
     for arguments in [&["serve"][..], &["users", "import"], &["store", "dump"], &["store", "restore"]] {
@@ -279,7 +279,7 @@ async fn a_second_process_is_75() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_check_prints_what_holds_without_secrets() {
+async fn check_prints_the_effective_configuration_without_secrets() {
     let harness = stopped().await;
     let ran = run(&harness, &["check", "--set", "proxy.caller_token=canary-token"], "").await;
     assert_eq!((ran.code, ran.err.as_str()), (DONE, ""));
@@ -292,7 +292,7 @@ async fn a_check_prints_what_holds_without_secrets() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn small_commands_answer() {
+async fn version_and_key_commands_work() {
     let version = bare(&["version"], "").await;
     assert_eq!((version.code, version.out), (DONE, format!("adsidecar {}\n", env!("CARGO_PKG_VERSION"))));
     let help = bare(&["--help"], "").await;
@@ -329,7 +329,7 @@ async fn the_users_are_listed_alone_and_beside_a_running_sidecar() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_command_beside_a_running_sidecar_shows_the_caller_token() {
+async fn a_command_beside_a_running_sidecar_sends_the_caller_token() {
     let harness = Harness::with("[proxy]\nlisten = \"127.0.0.1:0\"\ncaller_token = \"one-token\"\n").await;
     let listed = beside(&harness, &["users", "list"]).await;
     assert_eq!((listed.code, listed.out.as_str()), (DONE, ""), "{}", listed.err);
@@ -339,7 +339,7 @@ async fn a_command_beside_a_running_sidecar_shows_the_caller_token() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_names_of_amazons_guide_are_enough_to_start() {
+async fn the_variable_names_of_amazons_guide_suffice_to_start() {
     let harness = stopped().await;
     let token = harness.sandbox.grant().refresh_token;
     let store = harness.directory.path().join("other").display().to_string();
@@ -374,7 +374,7 @@ async fn the_names_of_amazons_guide_are_enough_to_start() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn without_a_key_development_makes_one_and_production_refuses() {
+async fn without_a_key_development_creates_one_and_production_does_not_start() {
     let harness = stopped().await;
     let text = std::fs::read_to_string(harness.config_file()).unwrap();
     let keyless: String =
@@ -399,7 +399,7 @@ async fn without_a_key_development_makes_one_and_production_refuses() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_refresh_token_is_imported_once_it_was_verified() {
+async fn a_refresh_token_is_imported_after_verification() {
     let mut harness = stopped().await;
     let token = harness.sandbox.grant().refresh_token;
     for (input, user) in [("Atzr|unknown", "shop"), ("", "shop"), ("two words", "shop"), (token.as_str(), "default")] {
@@ -490,7 +490,7 @@ async fn the_records_of_another_service_are_imported() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_dump_is_restored_elsewhere() {
+async fn a_dump_is_restored_into_another_store() {
     let mut harness = stopped().await;
     let dump = run(&harness, &["store", "dump"], "").await;
     assert_eq!(dump.code, DONE, "{}", dump.err);
@@ -531,7 +531,7 @@ async fn a_dump_is_restored_elsewhere() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn health_and_wait_ask_the_admin_door() {
+async fn health_and_wait_use_the_admin_listener() {
     let harness = stopped().await;
     let socket = format!("admin.listen=unix:{}", harness.directory.path().join("admin.sock").display());
     for arguments in [&["health"][..], &["health", "--ready"], &["wait", "--timeout", "150ms"]] {
@@ -563,7 +563,7 @@ async fn health_and_wait_ask_the_admin_door() {
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 96.
-async fn sigterm_lets_what_is_in_flight_finish_and_then_ends_at_once() {
+async fn sigterm_drains_requests_in_flight_and_then_exits_immediately() {
     let harness = stopped().await;
     for signal in ["TERM", "INT"] {
         let mut serving = Serving::start(&harness, &[]).await;
@@ -592,7 +592,7 @@ async fn sigterm_lets_what_is_in_flight_finish_and_then_ends_at_once() {
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 97.
-async fn a_second_signal_and_the_end_of_the_drain_break_off_what_hangs() {
+async fn a_second_signal_and_the_end_of_the_drain_abort_hanging_requests() {
     let harness = stopped().await;
     harness.sandbox.set_fault(Rule::from(Fault::Hang).at(Listener::Na).always());
     let mut impatient = Serving::start(&harness, &[]).await;
@@ -622,7 +622,7 @@ async fn a_second_signal_and_the_end_of_the_drain_break_off_what_hangs() {
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 98.
-async fn a_grant_survives_kill_nine_and_no_log_holds_a_secret() {
+async fn a_grant_survives_sigkill_and_no_log_contains_a_secret() {
     let mut harness = Harness::with_running_clock("").await;
     harness.stop_sidecar().await;
     let log = {

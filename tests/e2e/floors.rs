@@ -16,7 +16,7 @@ const TOP_LEVEL: [&str; 9] =
     ["CHANGELOG.md", "Cargo.lock", "Cargo.toml", "Dockerfile", "LICENSE", "README.md", "config", "deploy", "src"];
 
 #[test]
-fn the_rooms_of_the_source_are_those_of_the_house() {
+fn the_top_level_modules_are_the_listed_ones() {
     let library = fs::read_to_string(source().join("lib.rs")).unwrap();
     let listed: Vec<_> = library.lines().filter_map(|line| line.strip_prefix("pub mod ")?.strip_suffix(';')).collect();
     assert_eq!(listed, ROOMS);
@@ -25,7 +25,7 @@ fn the_rooms_of_the_source_are_those_of_the_house() {
 }
 
 #[test]
-fn the_top_level_is_the_list_that_the_user_fixed() {
+fn the_top_level_folder_contains_the_fixed_list() {
     let names: BTreeSet<_> = tracked("HEAD").into_iter().filter(|name| !name.starts_with('.')).collect();
     assert_eq!(names, TOP_LEVEL.iter().copied().chain(["tests"]).map(str::to_owned).collect());
 }
@@ -39,7 +39,7 @@ fn tracked(tree: &str) -> Vec<String> {
 }
 
 #[test]
-fn a_room_uses_only_rooms_listed_below_it() {
+fn a_top_level_module_uses_only_modules_listed_below_it() {
     let modules = read(&source());
     assert!(modules.len() > 60, "found too few source files");
     let upward: Vec<_> = uses(&modules)
@@ -51,7 +51,7 @@ fn a_room_uses_only_rooms_listed_below_it() {
 }
 
 #[test]
-fn no_two_modules_use_each_other_at_any_depth() {
+fn modules_have_no_circular_dependencies_at_any_depth() {
     let sandbox = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/sandbox/src");
     for (sources, least) in [(source(), 60), (sandbox, 10)] {
         let modules = read(&sources);
@@ -62,7 +62,7 @@ fn no_two_modules_use_each_other_at_any_depth() {
 
 /// Known-bad: the checks above must find these planted violations.
 #[test]
-fn a_planted_circle_and_a_planted_upward_use_are_found() {
+fn a_planted_cycle_and_a_planted_upward_dependency_are_found() {
     let files = [
         ("a", "mod x; mod y;"),
         ("a::x", "use super::y::{self, deep::{Thing, Other}};"),

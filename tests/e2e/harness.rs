@@ -170,9 +170,9 @@ impl Harness {
     fn write_config(&self) -> PathBuf {
         let path = |path: &Path| format!("{:?}", path.to_str().unwrap());
         let (ca, store) = (path(&self.directory.path().join("ca.pem")), path(&self.store_path()));
-        let doors = if self.extra.contains("[proxy]") { "" } else { "[proxy]\nlisten = \"127.0.0.1:0\"\n" };
+        let listeners = if self.extra.contains("[proxy]") { "" } else { "[proxy]\nlisten = \"127.0.0.1:0\"\n" };
         let text = format!(
-            "environment = \"development\"\n{doors}\n[admin]\nlisten = \"127.0.0.1:0\"\n[amazon]\nclient_id = \"{CLIENT_ID}\"\n\
+            "environment = \"development\"\n{listeners}\n[admin]\nlisten = \"127.0.0.1:0\"\n[amazon]\nclient_id = \"{CLIENT_ID}\"\n\
              client_secret = \"{CLIENT_SECRET}\"\nredirect_uri = \"{RETURN_URL}\"\nauthorize_url = \"{}\"\n\
              token_url = \"{}\"\nca_file = {ca}\n[store]\npath = {store}\nfernet_keys = \"{FERNET_KEY}\"\n[upstream]\n\
              na = \"{}\"\neu = \"{}\"\nfe = \"{}\"\nca_file = {ca}\n{}\n",
@@ -205,7 +205,7 @@ impl Harness {
     }
 
     /// Sends bytes to the proxy listener on a new connection and returns the first response.
-    pub async fn knock(&self, bytes: impl AsRef<[u8]>) -> Reply {
+    pub async fn send_raw(&self, bytes: impl AsRef<[u8]>) -> Reply {
         let mut wire = self.dial().await;
         wire.send(bytes).await;
         wire.reply().await
@@ -230,7 +230,7 @@ impl Harness {
         format!("http://{}{path}", self.running().admin)
     }
 
-    pub fn login_door_url(&self, path: &str) -> String {
+    pub fn login_listener_url(&self, path: &str) -> String {
         format!("http://{}{path}", self.running().login.expect("the login listener is enabled"))
     }
 

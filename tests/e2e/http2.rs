@@ -41,7 +41,7 @@ async fn at_once(harness: &Harness, count: usize) {
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: threat 24.
-async fn calls_that_hold_a_shared_connection_full_hold_nobody_up() {
+async fn requests_that_fill_a_shared_connection_delay_no_other_caller() {
     let harness = harness("auto").await;
     // This server accepts two hundred streams per connection; further ones would wait.
     at_once(&harness, 450).await;
@@ -50,7 +50,7 @@ async fn calls_that_hold_a_shared_connection_full_hold_nobody_up() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn never_means_never() {
+async fn http2_never_uses_http1_only() {
     let harness = harness("never").await;
     harness.get("/v2/profiles").await.bytes().await.unwrap();
     at_once(&harness, 5).await;
@@ -59,7 +59,7 @@ async fn never_means_never() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn always_does_without_nothing_else() {
+async fn http2_always_falls_back_to_http1() {
     let clock = Clock::frozen("2026-08-01T12:00:00Z".parse().unwrap());
     let harness = Harness::built(Options::calm(clock), "", &[("upstream.http2", "always")]).await;
     harness.log_in("default").await;
@@ -68,7 +68,7 @@ async fn always_does_without_nothing_else() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn concurrent_calls_share_one_connection() {
+async fn concurrent_requests_share_one_http2_connection() {
     for mode in ["auto", "always"] {
         let harness = harness(mode).await;
         assert_eq!(harness.get("/v2/profiles").await.status(), 200);
@@ -79,7 +79,7 @@ async fn concurrent_calls_share_one_connection() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn few_who_go_on_calling_get_connections_of_http1() {
+async fn a_few_continuous_callers_get_http1_connections() {
     for (mode, callers, most) in [("auto", 1, 2), ("auto", 3, 4), ("always", 3, 1)] {
         let harness = harness(mode).await;
         let round = async || {
@@ -103,13 +103,13 @@ async fn few_who_go_on_calling_get_connections_of_http1() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn bytes_pass_as_over_http1() {
+async fn bytes_pass_over_http2_as_over_http1() {
     let harness = harness("auto").await;
     for target in ["//x%2Fy?min=2023-10-01T00:00:00&b=%2B+c", "/sandbox/echo?", "/amc/%7Bid%7D/a|b?c|d", "/x/../y"] {
         let call = format!(
             "GET {target} HTTP/1.1\r\nHost: localhost\r\nConnection: keep-alive, x-a\r\nX-A: 1\r\nTE: trailers\r\n\r\n"
         );
-        assert_eq!(harness.knock(call).await.header("x-adsidecar-error"), None);
+        assert_eq!(harness.send_raw(call).await.header("x-adsidecar-error"), None);
         assert_eq!(harness.seen().target, target);
         let seen = harness.seen();
         let mut names = seen.header_names();
@@ -136,7 +136,7 @@ async fn bytes_pass_as_over_http1() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_answer_that_breaks_off_over_http2_is_never_ended_cleanly() {
+async fn a_truncated_http2_response_never_ends_cleanly() {
     let harness = harness("auto").await;
     for query in ["", "?chunked=1"] {
         harness.sandbox.set_fault(Fault::CloseMidBody);
@@ -160,7 +160,7 @@ fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 67.
-async fn a_server_that_floods_or_resets_costs_a_call_and_nothing_more() {
+async fn an_http2_server_that_floods_or_resets_affects_only_its_request() {
     const DATA: u8 = 0;
     const HEADERS: u8 = 1;
     const RST_STREAM: u8 = 3;
@@ -220,7 +220,7 @@ async fn a_server_that_floods_or_resets_costs_a_call_and_nothing_more() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn callers_that_do_not_read_their_answers_hold_up_nobody_who_shares_their_connection() {
+async fn callers_that_do_not_read_delay_no_other_caller_on_a_shared_connection() {
     let harness = harness("auto").await;
     let mut slow = Vec::new();
     for _ in 0..12 {

@@ -10,7 +10,7 @@ use crate::commands::{CONFIG, DONE, FAILED, OTHER_KEY, Serving, bare_with, besid
 use crate::harness::{FERNET_KEY, Harness, code, eventually, json};
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_rotation_seals_everything_with_the_first_key() {
+async fn a_key_rotation_reseals_all_records_with_the_first_key() {
     let mut harness = stopped().await;
     let both = format!("store.fernet_keys={OTHER_KEY},{FERNET_KEY}");
     let rotated = run(&harness, &["key", "rotate", "--set", &both], "").await;
@@ -45,7 +45,7 @@ async fn with_key_file(keys: &str) -> (Harness, String) {
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 45.
-async fn a_running_sidecar_takes_new_keys_by_a_rotation_and_by_nothing_else() {
+async fn a_running_sidecar_adopts_new_keys_only_through_a_rotation() {
     let (mut harness, set) = with_key_file(FERNET_KEY).await;
     let keys = set.split('=').nth(1).unwrap().to_owned();
     let reload = async || harness.client.post(harness.admin_url("/reload")).send().await.unwrap();
@@ -86,7 +86,7 @@ async fn a_running_sidecar_takes_new_keys_by_a_rotation_and_by_nothing_else() {
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 45.
-async fn a_rotation_that_was_killed_goes_on_by_itself() {
+async fn a_killed_rotation_resumes_after_the_restart() {
     let mut harness = Harness::with_running_clock("").await;
     harness.stop_sidecar().await;
     let record = |name: u32| {
@@ -140,7 +140,7 @@ async fn a_rotation_that_was_killed_goes_on_by_itself() {
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 46.
-async fn an_old_key_removed_too_early_costs_its_users_a_login_until_it_is_back() {
+async fn a_key_removed_too_early_requires_logins_until_it_is_restored() {
     let (mut harness, set) = with_key_file(FERNET_KEY).await;
     let keys = set.split('=').nth(1).unwrap().to_owned();
     harness.log_in("anna").await;
@@ -174,7 +174,7 @@ async fn an_old_key_removed_too_early_costs_its_users_a_login_until_it_is_back()
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 44.
-async fn a_key_is_taken_as_files_hold_it_and_anything_else_is_78() {
+async fn a_key_is_accepted_with_file_whitespace_and_anything_else_exits_with_78() {
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("key");
     let required = [("AMAZON_CLIENT_ID", CLIENT_ID), ("AMAZON_CLIENT_SECRET", CLIENT_SECRET)];
@@ -228,7 +228,7 @@ async fn a_key_is_taken_as_files_hold_it_and_anything_else_is_78() {
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 53.
-async fn a_volume_that_cannot_be_written_is_told_with_its_path_and_the_user() {
+async fn a_read_only_volume_is_reported_with_its_path_and_the_user() {
     let harness = stopped().await;
     // No user, not even root, can create directories there.
     let ran = run(&harness, &["serve", "--set", "store.path=/sys/adsidecar/store"], "").await;
@@ -239,7 +239,7 @@ async fn a_volume_that_cannot_be_written_is_told_with_its_path_and_the_user() {
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 39.
-async fn a_damaged_database_is_replaced_and_said_and_no_call_fails() {
+async fn a_damaged_database_is_rebuilt_and_reported_and_no_request_fails() {
     let mut harness = Harness::start().await;
     harness.log_in("default").await;
     assert_eq!(harness.metric("adsidecar_store_recoveries_total").await, 0.0);

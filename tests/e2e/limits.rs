@@ -11,7 +11,7 @@ const CALL: &str = "GET /sandbox/echo HTTP/1.1\r\nHost: localhost\r\n\r\n";
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: threat 24.
-async fn a_slow_head_is_refused() {
+async fn a_slow_request_head_is_rejected() {
     let harness = Harness::set(&[("proxy.header_timeout", "150ms")]).await;
     for used in [false, true] {
         let mut wire = harness.dial().await;
@@ -56,7 +56,7 @@ async fn an_idle_connection_is_closed_and_a_busy_one_is_not() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn at_the_cap_the_connection_that_idled_longest_makes_room() {
+async fn at_the_connection_limit_the_longest_idle_connection_is_closed() {
     let harness = Harness::set(&[("proxy.max_connections", "3")]).await;
     // The harness's own client holds a connection, which is the oldest.
     let mut wires = Vec::new();
@@ -83,7 +83,7 @@ async fn at_the_cap_the_connection_that_idled_longest_makes_room() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn while_all_are_busy_a_new_connection_waits() {
+async fn at_the_connection_limit_a_new_connection_waits_while_all_are_busy() {
     let harness = Harness::set(&[("proxy.max_connections", "2")]).await;
     let gate = harness.sandbox.set_fault(Rule::from(Fault::Gate).next(2));
     let mut one = harness.dial().await;
@@ -101,7 +101,7 @@ async fn while_all_are_busy_a_new_connection_waits() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn who_finds_no_room_is_told_so_and_finds_some_later() {
+async fn a_connection_over_the_limit_gets_a_503_and_later_ones_are_served() {
     let harness = Harness::set(&[("proxy.max_connections", "1")]).await;
     let gate = harness.sandbox.set_fault(Rule::from(Fault::Gate).at(Listener::Na));
     let mut busy = harness.dial().await;
@@ -124,7 +124,7 @@ async fn who_finds_no_room_is_told_so_and_finds_some_later() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_body_over_the_limit_is_refused() {
+async fn a_body_over_the_limit_is_rejected() {
     let harness = Harness::set(&[("proxy.max_body", "1KiB")]).await;
     let (fits, big) = ("x".repeat(1024), "x".repeat(1025));
     let plain = |body: &str, length: usize| {
@@ -154,13 +154,13 @@ async fn a_body_over_the_limit_is_refused() {
     assert!(harness.ads_calls().iter().all(|call| call.method == "POST" && call.status.is_none()));
     harness.sandbox.clear_history();
     for call in [plain(&fits, 1024), chunked(&fits)] {
-        assert_eq!(harness.knock(call).await.status, 200);
+        assert_eq!(harness.send_raw(call).await.status, 200);
         assert_eq!(harness.seen().body_len, 1024);
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_refused_upload_still_learns_why() {
+async fn a_rejected_upload_gets_the_error_response() {
     let harness = Harness::set(&[("proxy.max_body", "1KiB")]).await;
     for _ in 0..20 {
         let upload = harness.request(reqwest::Method::POST, "/sandbox/echo").body(vec![b'x'; 4 << 20]);
@@ -172,7 +172,7 @@ async fn a_refused_upload_still_learns_why() {
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 70.
-async fn a_caller_that_takes_nothing_of_its_answer_is_cut_off_and_amazon_with_it() {
+async fn a_caller_that_does_not_read_its_response_is_disconnected_from_amazon_too() {
     const MIB: u64 = 1 << 20;
     let harness = Harness::set(&[("proxy.write_timeout", "200ms")]).await;
     let mut wire = harness.dial().await;
@@ -199,7 +199,7 @@ async fn a_caller_that_takes_nothing_of_its_answer_is_cut_off_and_amazon_with_it
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: threat 24.
-async fn a_body_that_does_not_go_on_is_given_up_and_never_a_complete_call() {
+async fn a_stalled_body_is_aborted_and_never_a_complete_request() {
     let harness = Harness::set(&[("proxy.body_timeout", "150ms")]).await;
     for framing in ["Content-Length: 100", "Transfer-Encoding: chunked"] {
         harness.sandbox.clear_history();
@@ -223,7 +223,7 @@ async fn a_body_that_does_not_go_on_is_given_up_and_never_a_complete_call() {
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 64.
-async fn the_head_of_an_answer_has_a_limit() {
+async fn the_response_head_has_a_limit() {
     let head = |bytes: usize| {
         let big = "x".repeat(bytes);
         format!("HTTP/1.1 200 OK\r\nContent-Length: 0\r\nX-Big: {big}\r\n\r\n").leak()
@@ -232,6 +232,6 @@ async fn the_head_of_an_answer_has_a_limit() {
     for (bytes, said) in [(40 << 10, (200, "")), (200 << 10, (502, "upstream_reset"))] {
         let amazon = Scripted::saying(head(bytes)).await;
         let harness = Harness::before(&amazon, &[]).await;
-        assert_eq!(harness.knock("GET /x HTTP/1.1\r\nHost: localhost\r\n\r\n").await.said(), said, "{bytes}");
+        assert_eq!(harness.send_raw("GET /x HTTP/1.1\r\nHost: localhost\r\n\r\n").await.said(), said, "{bytes}");
     }
 }
