@@ -1,5 +1,4 @@
-"""Secrets that are looked for where none may be: in whatever encoding somebody may have written them.
-"""
+"""Searches for secrets where none may be, in every likely encoding."""
 
 import base64
 import http.client
@@ -134,7 +133,7 @@ class Run:
         self.sidecar.start(*self.before, RUST_LOG="trace", RUST_BACKTRACE="full")
         assert self.ask("a call", "/sandbox/status/200", Authorization=f"Bearer {self.theirs}")[0] == 200
         self.ask("Amazon's refusal", "/v2/profiles", X_Ads_User="nobody")
-        self.sandbox.trouble("token_unauthorized", door="na")
+        self.sandbox.set_fault("token_unauthorized", door="na")
         self.ask("a replay", "/sandbox/status/200")
         for trouble in (
             "invalid_grant",
@@ -144,7 +143,7 @@ class Run:
             "reset",
             {"status": {"code": 500, "headers": [], "body": "x"}},
         ):
-            self.sandbox.trouble(trouble, door="lwa")
+            self.sandbox.set_fault(trouble, door="lwa")
             self.ask(f"refresh: {trouble}", "/api/auth/amazon/refresh", "POST")
         self.sandbox.calm()
         self.ask("refresh", "/api/auth/amazon/refresh", "POST")

@@ -1,5 +1,4 @@
-"""Mutated requests to a door, and what the two ends of it make of them: where they disagree, there is a desync.
-"""
+"""Mutated requests to a listener, and how both sides parse them: a disagreement is a desync."""
 
 import asyncio
 import json

@@ -1,5 +1,4 @@
-"""Spellings of the headers that adsidecar manages, as an app or an attacker might send them.
-"""
+"""Variant spellings of the headers that adsidecar manages."""
 
 import itertools
 import re

@@ -73,8 +73,8 @@ class Sandbox:
     def __init__(self, directory: Path, *words: str):
         self.directory = directory / "amazon"
         self.directory.mkdir(parents=True, exist_ok=True)
-        doors = [word for door in ("proxy", "admin", "amazon", "control") for word in (f"--{door}", "127.0.0.1:0")]
-        command = [binary("adsidecar-sandbox"), "--calm", "--no-login", "--json", *doors]
+        listeners = [word for door in ("proxy", "admin", "amazon", "control") for word in (f"--{door}", "127.0.0.1:0")]
+        command = [binary("adsidecar-sandbox"), "--calm", "--no-login", "--json", *listeners]
         command += ["--data", str(self.directory), *words]
         self.log = (self.directory / "sandbox.log").open("w")
         self.process = subprocess.Popen(
@@ -95,7 +95,7 @@ class Sandbox:
         """A new refresh token."""
         return self.order("POST", "/consent", {"want": "grant"})["refresh_token"]
 
-    def trouble(self, trouble, **rule) -> None:
+    def set_fault(self, trouble, **rule) -> None:
         self.order("POST", "/trouble", {"trouble": trouble, **rule})
 
     def calm(self) -> None:
@@ -125,9 +125,9 @@ class Sidecar:
         self.log = directory / "adsidecar.log"
         self.process: subprocess.Popen | None = None
         ca = json.dumps(str(sandbox.ca_file))
-        doors = "" if "[proxy]" in extra else f'[proxy]\nlisten = "127.0.0.1:{self.port}"\n'
+        listeners = "" if "[proxy]" in extra else f'[proxy]\nlisten = "127.0.0.1:{self.port}"\n'
         self.config.write_text(
-            f'environment = "production"\n{doors}[admin]\nlisten = "127.0.0.1:{self.admin_port}"\n'
+            f'environment = "production"\n{listeners}[admin]\nlisten = "127.0.0.1:{self.admin_port}"\n'
             f'[amazon]\nclient_id = "{CLIENT_ID}"\nclient_secret = "{CLIENT_SECRET}"\n'
             f'token_url = "https://{sandbox.lwa}/auth/o2/token"\nca_file = {ca}\n'
             f'[store]\npath = {json.dumps(str(self.store))}\nfernet_keys = "{FERNET_KEY}"\n'

@@ -1,4 +1,4 @@
-"""config/openapi.yaml describes what a running sidecar answers: its endpoints are called, their answers held to its schemas."""
+"""config/openapi.yaml matches a running sidecar: calls its endpoints and validates their responses against its schemas."""
 
 import json
 import re
