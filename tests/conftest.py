@@ -57,7 +57,7 @@ class Sandbox:
 
 
 def start_sandbox(directory: Path) -> Sandbox:
-    listeners = [word for door in ("proxy", "admin", "amazon", "control") for word in (f"--{door}", "127.0.0.1:0")]
+    listeners = [word for listener in ("proxy", "admin", "amazon", "control") for word in (f"--{listener}", "127.0.0.1:0")]
     command = [binary("ADSIDECAR_SANDBOX_BIN", "adsidecar-sandbox"), "--calm", "--json", *listeners]
     command += ["--data", str(directory / "data")]
     log = directory / "sandbox.log"

@@ -39,10 +39,10 @@ def evil(sandbox):
             head = self.connection.recv(65536, socket.MSG_PEEK)
             if head.startswith((b"GET /page", b"GET /favicon")) or not head:
                 return super().handle()
-            with socket.create_connection(("127.0.0.1", port)) as door:
-                answers = threading.Thread(target=relay, args=(door, self.connection))
+            with socket.create_connection(("127.0.0.1", port)) as listener:
+                answers = threading.Thread(target=relay, args=(listener, self.connection))
                 answers.start()
-                relay(self.connection, door)
+                relay(self.connection, listener)
                 answers.join()
 
     servers = [ThreadingHTTPServer(("127.0.0.1", 0), Handler), ThreadingHTTPServer(("127.0.0.2", port), Rebound)]

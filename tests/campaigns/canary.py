@@ -135,7 +135,7 @@ class Run:
         self.ask("Amazon's refusal", "/v2/profiles", X_Ads_User="nobody")
         self.sandbox.set_fault("token_unauthorized", door="na")
         self.ask("a replay", "/sandbox/status/200")
-        for trouble in (
+        for fault in (
             "invalid_grant",
             "invalid_client",
             "bad_json",
@@ -143,8 +143,8 @@ class Run:
             "reset",
             {"status": {"code": 500, "headers": [], "body": "x"}},
         ):
-            self.sandbox.set_fault(trouble, door="lwa")
-            self.ask(f"refresh: {trouble}", "/api/auth/amazon/refresh", "POST")
+            self.sandbox.set_fault(fault, door="lwa")
+            self.ask(f"refresh: {fault}", "/api/auth/amazon/refresh", "POST")
         self.sandbox.calm()
         self.ask("refresh", "/api/auth/amazon/refresh", "POST")
         for headers in ({"X_Ads_Sidecar_Token": self.theirs}, {"Proxy_Authorization": f"Bearer {self.theirs}"}):

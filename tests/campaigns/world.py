@@ -73,7 +73,7 @@ class Sandbox:
     def __init__(self, directory: Path, *words: str):
         self.directory = directory / "amazon"
         self.directory.mkdir(parents=True, exist_ok=True)
-        listeners = [word for door in ("proxy", "admin", "amazon", "control") for word in (f"--{door}", "127.0.0.1:0")]
+        listeners = [word for listener in ("proxy", "admin", "amazon", "control") for word in (f"--{listener}", "127.0.0.1:0")]
         command = [binary("adsidecar-sandbox"), "--calm", "--no-login", "--json", *listeners]
         command += ["--data", str(self.directory), *words]
         self.log = (self.directory / "sandbox.log").open("w")
@@ -82,7 +82,7 @@ class Sandbox:
         )
         self.control = json.loads(self.process.stdout.readline())["control"]
         overview = self.order("GET", "/")
-        self.lwa, self.na, self.eu, self.fe = (overview["addresses"][door] for door in ("lwa", "na", "eu", "fe"))
+        self.lwa, self.na, self.eu, self.fe = (overview["addresses"][listener] for listener in ("lwa", "na", "eu", "fe"))
         self.ca_file = self.directory / "ca.pem"
 
     def order(self, method: str, path: str, body=None):
@@ -95,8 +95,8 @@ class Sandbox:
         """A new refresh token."""
         return self.order("POST", "/consent", {"want": "grant"})["refresh_token"]
 
-    def set_fault(self, trouble, **rule) -> None:
-        self.order("POST", "/trouble", {"trouble": trouble, **rule})
+    def set_fault(self, fault, **rule) -> None:
+        self.order("POST", "/trouble", {"trouble": fault, **rule})
 
     def calm(self) -> None:
         self.order("DELETE", "/trouble")

@@ -89,7 +89,7 @@ async fn a_clock_jump_forward_costs_each_user_one_refresh() {
         for _ in 0..4 {
             apart.pass(45 * 60);
             assert_eq!(apart.get("a").await, 200);
-            eventually("renewal", async || (apart.harness.status_of("a").await["state"] == "fresh").then_some(()))
+            eventually("the refresh", async || (apart.harness.status_of("a").await["state"] == "fresh").then_some(()))
                 .await;
         }
         assert!(apart.said().iter().all(|status| *status == 200));

@@ -1,6 +1,6 @@
 //! Logout against refresh against a new login, in every order that a scheduler finds.
 //!
-//! The deciding code is the product's own: `src/keeper/user_state.rs` is compiled here a second time, over shuttle's
+//! The deciding code is the product's own: `src/auth/tokens/user_state.rs` is compiled here a second time, over shuttle's
 //! primitives in place of tokio's, and with it `GrantState` and `LiveGrant`. Around it are minimal models of the disk and
 //! of the three operations on a grant, in the token manager's order: lock, check, write the disk, publish. `SCHEDULES` is
 //! the number of schedules (few by default), `SEED` starts the random ones; `KNOWN_BAD=1` skips the generation check, which
@@ -98,7 +98,7 @@ fn name(grant: &Grant) -> String {
 }
 
 /// `Flight::renew`, with an LWA that rotates: if a response is dropped, its grant is invalid and must not be used.
-async fn renew(world: &World) {
+async fn refresh(world: &World) {
     if !world.entry.take_off() {
         return;
     }
@@ -108,13 +108,13 @@ async fn renew(world: &World) {
         thread::yield_now();
         let write = world.entry.write().await;
         if let Some(held) = write.of(base.generation) {
-            let mut renewed = grant(&format!("{}'", name(&base)));
-            renewed.generation = write.next_generation();
-            if !world.disk.save(&renewed, Some(base.generation)) {
+            let mut refreshed = grant(&format!("{}'", name(&base)));
+            refreshed.generation = write.next_generation();
+            if !world.disk.save(&refreshed, Some(base.generation)) {
                 // As `keep_storing`: a failed write is repeated over the current record.
-                world.disk.save(&renewed, None);
+                world.disk.save(&refreshed, None);
             }
-            let outcome = Outcome::Renewed(Arc::new(LiveGrant::issued(renewed, now())));
+            let outcome = Outcome::Renewed(Arc::new(LiveGrant::issued(refreshed, now())));
             write.publish(held.next(outcome, now(), 0.5));
         }
     }
@@ -152,8 +152,8 @@ fn race() {
         thread::spawn(move || work(&world))
     };
     let workers = [
-        run(|world| block_on(renew(world))),
-        run(|world| block_on(renew(world))),
+        run(|world| block_on(refresh(world))),
+        run(|world| block_on(refresh(world))),
         run(|world| block_on(log_out(world))),
         run(|world| block_on(log_in(world, "new"))),
     ];
@@ -161,7 +161,7 @@ fn race() {
         worker.join().unwrap();
     }
     // And once more afterwards, as the background would.
-    block_on(renew(&world));
+    block_on(refresh(&world));
     let wanted = world.wanted.lock().unwrap().clone();
     let held = world.entry.held().grant().map(|grant| name(grant));
     let rooted = |name: &Option<String>| name.as_ref().map(|name| name.trim_end_matches('\'').to_owned());
