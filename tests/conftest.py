@@ -1,4 +1,4 @@
-"""Starts a sandbox world (a stand-in for Amazon with an adsidecar in front of it) for whoever is tried on it."""
+"""Fixtures that start a sandbox (a stand-in for Amazon with an adsidecar in front of it)."""
 
 import json
 import os
@@ -30,13 +30,13 @@ def binary(variable: str, name: str) -> str:
 
 
 def bare_environment(**variables: str) -> dict[str, str]:
-    """Nothing of the caller's configuration: neither AMAZON_* nor a proxy for whatever machine this is."""
+    """An environment without the caller's configuration: neither AMAZON_* nor proxy settings."""
     return {"PATH": os.environ["PATH"], **variables}
 
 
 @dataclass
 class Sandbox:
-    """A running world; what it said about itself when it was up."""
+    """A running sandbox, with the addresses that it printed at startup."""
 
     process: subprocess.Popen
     proxy: str
@@ -50,15 +50,15 @@ class Sandbox:
     profile_id: str
 
     def stop(self) -> int:
-        """Ends it as Kubernetes would, and gives its exit code."""
+        """Stops it like Kubernetes. Returns the exit code."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
         return self.process.wait(timeout=STOP_SECONDS)
 
 
 def start_sandbox(directory: Path) -> Sandbox:
-    doors = [word for door in ("proxy", "admin", "amazon", "control") for word in (f"--{door}", "127.0.0.1:0")]
-    command = [binary("ADSIDECAR_SANDBOX_BIN", "adsidecar-sandbox"), "--calm", "--json", *doors]
+    listeners = [word for listener in ("proxy", "admin", "amazon", "control") for word in (f"--{listener}", "127.0.0.1:0")]
+    command = [binary("ADSIDECAR_SANDBOX_BIN", "adsidecar-sandbox"), "--calm", "--json", *listeners]
     command += ["--data", str(directory / "data")]
     log = directory / "sandbox.log"
     with log.open("w") as stderr:
@@ -104,15 +104,15 @@ def run_adsidecar(adsidecar):
 
 @pytest.fixture(scope="module")
 def sandbox(tmp_path_factory):
-    """A world of this module's own. A test may stop it; the last to do so sees that it ended well."""
+    """A sandbox for one test module. A test may stop it; the teardown checks the exit code."""
     running = start_sandbox(tmp_path_factory.mktemp("sandbox"))
     yield running
-    assert running.stop() == 0, "SIGTERM is a clean end"
+    assert running.stop() == 0, "the sandbox must exit with 0 after SIGTERM"
 
 
 @pytest.fixture
 def sandbox_of_its_own(tmp_path):
-    """A world of one test's own, which may end it as it likes."""
+    """A sandbox for one test, which may stop it."""
     running = start_sandbox(tmp_path)
     yield running
     running.stop()

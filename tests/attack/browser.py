@@ -1,4 +1,4 @@
-"""The real browser: Chromium, driven through chromedriver's own protocol (W3C WebDriver), with the standard library."""
+"""A real browser: Chromium, controlled through chromedriver's protocol (W3C WebDriver), with the standard library."""
 
 import json
 import subprocess
@@ -27,7 +27,7 @@ ELEMENT = "element-6066-11e4-a52e-4f735466cecf"
 
 
 class Browser:
-    """A Chromium of its own, with a profile of its own."""
+    """A new Chromium process with a new profile."""
 
     def __init__(self, directory: Path, *more_flags: str):
         port = world.free_port()
@@ -57,7 +57,7 @@ class Browser:
         return self.order("GET", "/url")
 
     def run(self, script: str):
-        """Runs a script whose last argument is what to call with its result."""
+        """Runs a script whose last argument is the callback for its result."""
         return self.order("POST", "/execute/async", {"script": script, "args": []})
 
     def text(self) -> str:
@@ -73,7 +73,7 @@ class Browser:
             if seen := look():
                 return seen
             time.sleep(0.05)
-        raise AssertionError(f"it did not come: {what}; at {self.url()}: {self.text()[:300]}")
+        raise AssertionError(f"timed out: {what}; at {self.url()}: {self.text()[:300]}")
 
     def stop(self) -> None:
         try:

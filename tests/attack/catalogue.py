@@ -1,8 +1,7 @@
-"""Bad requests, and unusual ones that are legal: what is sent, and what has to come of it.
+"""Bad requests, and unusual legal ones: the bytes sent, and the expected outcome.
 
-An own list after RFC 9112 and RFC 9110, with the tiers of the crate http_desync_guardian and the ideas of public lists
-of request-smuggling finds, written anew. `MARK` stands where the case's own header goes, by which its calls are found
-again at Amazon.
+Compiled from RFC 9112 and RFC 9110, with the tiers of the crate http_desync_guardian and the ideas of public lists of
+request-smuggling findings. `MARK` is replaced by the case's own header, which identifies its requests at Amazon.
 """
 
 from dataclasses import dataclass
@@ -13,9 +12,9 @@ ECHO = "/sandbox/echo"
 
 @dataclass(frozen=True)
 class Outcome:
-    """`status` 0: no answer at all is right as well. `reaches` is what Amazon gets: method, target and body, or `None`
-    where no whole call may reach it; its answer passes, whatever its status. `kept`: what follows on the connection is
-    served too."""
+    """`status` 0: no response at all is also correct. `reaches` is the request that Amazon gets: method, target and body, or
+    `None` if no complete request may reach it; its response passes, whatever its status. `kept`: the next request on the
+    connection is served too."""
 
     status: int
     code: str = ""
@@ -29,19 +28,19 @@ class Case:
     name: str
     raw: bytes
     outcome: Outcome
-    # The caller sends no more, and says so.
+    # The caller closes its sending side.
     ends: bool = False
 
 
-# The parser's own refusal, without a body, and the end of the connection.
+# The parser's own rejection, without a body; the connection closes.
 BARE = Outcome(400)
 BARE_TOO_LARGE = Outcome(431)
 REFUSED = Outcome(400, "bad_request")
-# Refused, and the connection goes on: the framing was clear.
+# Rejected, but the connection stays open: the framing was clear.
 REFUSED_KEPT = Outcome(400, "bad_request", kept=True)
 WRONG_HOST = Outcome(403, "host_not_allowed", kept=True)
 NO_METHOD = Outcome(405, "method_not_allowed")
-# The head was fine, the body was not: at most a 400, and never a whole call.
+# The head was valid, the body was not: at most a 400, and never a complete request.
 NEVER_WHOLE = Outcome(0, "bad_request")
 
 
@@ -100,14 +99,14 @@ def transfer_encodings():
                                                             "Content-Length: 60"],
                   ["Transfer-Encoding: Chunked", "Content-Length: 0"], ["Content-Length: 5",
                                                             "Transfer-Encoding: CHUNKED"]]:
-        # RFC 9112, section 6.3: read as chunked, and nothing behind it.
+        # RFC 9112, section 6.3: read as chunked, and nothing after it is served.
         yield " beside ".join(lines), posted(*lines, body=chunked), passes(body="abcde", kept=False)
     for line in ["Transfer-Encoding: chunked", "transfer-encoding:chunked", "TRANSFER-ENCODING:  CHUNKED  ",
                  "Transfer-Encoding:\tchunked\t", "tRANSFER-eNCODING: cHuNkEd"]:
         yield repr(line), posted(line, body=chunked), passes(body="abcde")
     for line in ["Transfer_Encoding: chunked", "X-Transfer-Encoding: chunked", "Content-Encoding: chunked",
                  "Transfer-Encoding-: chunked", "Transfer.Encoding: chunked", "Transfer-Encodin: chunked"]:
-        # Another header altogether: the length counts.
+        # A different header: the length applies.
         yield f"{line}, which is none", posted("Content-Length: 3", line, body="abc"), passes(body="abc")
 
 
@@ -131,7 +130,7 @@ def content_lengths():
                  "\x0bContent-Length: 3", "Content-Length\xa0: 3"]:
         yield repr(line), posted(line, body="abc"), BARE
     for length in ["18446744073709551615", "18446744073709551614"]:
-        # hyper's own limit; the status is odd, nothing passes.
+        # hyper's own limit; the status is unusual, but nothing passes.
         yield length, posted(f"Content-Length: {length}", body="abc"), BARE_TOO_LARGE
     for length in ["18446744073709551616", "99999999999999999999999", "184467440737095516150"]:
         yield length, posted(f"Content-Length: {length}", body="abc"), BARE
@@ -233,7 +232,7 @@ def methods():
 
 
 def hosts():
-    """RFC 9112, section 3.2, and the guard's list."""
+    """RFC 9112, section 3.2, and the allowed hosts."""
     for host in ["evil.test", "evil.test:8001", "localhost.", "localhost.:80", "127.1", "127.0.1", "127.0.0.2",
                  "127.0.0.1.", "0x7f.1", "0x7f000001", "017700000001",
                  "2130706433", "[::ffff:127.0.0.1]", "[::ffff:7f00:1]", "[0:0:0:0:0:0:0:1]", "[::01]", "[::1%25lo]",
@@ -290,7 +289,7 @@ def header_lines():
 
 
 def targets():
-    """RFC 9112, section 3.2: nobody else's host, nothing but our forms; whatever passes, passes as it came."""
+    """RFC 9112, section 3.2: only Amazon's hosts, only the supported forms; a target that passes is unchanged."""
     for target in ["http://evil.test/", "http://evil.test/sandbox/echo", "https://evil.test",
                    "http://localhost.evil.test/x", "http://advertising-api.amazon.com.evil.test/x",
                    "http://advertising-api.amazon.com:8443/x", "http://u@advertising-api.amazon.com/x",
@@ -331,7 +330,7 @@ def targets():
 
 
 def connections():
-    """What would switch protocols, name our headers as hop-by-hop, or ask for more."""
+    """Protocol switches, managed headers listed as hop-by-hop, and expectations."""
     for lines in [["Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Key: x", "Sec-WebSocket-Version: 13"],
                   ["Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AAMAAABkAAQAAP__"],
                   ["Upgrade: TLS/1.0"], ["Connection: authorization, amazon-advertising-api-clientid, host"],
@@ -350,7 +349,7 @@ def connections():
 
 
 def browsers():
-    """No web page drives the proxy."""
+    """No web page can use the proxy."""
     for line in ["Origin: null", "Origin:", "Origin: https://evil.test", "Origin: http://localhost",
                  "Origin: http://127.0.0.1:8001", "Origin: file://", "origin: x", "Sec-Fetch-Site: cross-site",
                  "Sec-Fetch-Site: same-origin",
@@ -361,7 +360,7 @@ def browsers():
 
 
 def broken_off():
-    """The caller goes away in the middle."""
+    """The caller disconnects in the middle."""
     whole = posted("Content-Length: 9", body="abc")
     for name, raw in [("a body of 3 of 9", whole), ("a head", whole[: whole.index(b"Content")]), ("a request line",
                                                             b"GET /sand"), ("a chunk",
@@ -376,5 +375,5 @@ def catalogue() -> list[Case]:
     groups = [transfer_encodings, content_lengths, chunked_bodies, request_lines, methods, hosts, header_lines,
               targets, connections, browsers, broken_off]
     cases = [Case(group.__name__, *case, ends=group is broken_off) for group in groups for case in group()]
-    assert len({(case.group, case.name) for case in cases}) == len(cases), "a case stands twice"
+    assert len({(case.group, case.name) for case in cases}) == len(cases), "duplicate case"
     return cases

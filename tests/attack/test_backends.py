@@ -1,4 +1,4 @@
-"""What HTTP servers of other makers understand of what adsidecar passes on. The campaigns do the same with more of them."""
+"""How other HTTP servers parse the requests that adsidecar forwards. The campaigns do the same with more servers."""
 
 import asyncio
 
@@ -13,7 +13,7 @@ MUTATIONS = 600
 
 @pytest.fixture
 def before(tmp_path):
-    """Starts an adsidecar before a backend of a kind."""
+    """Starts an adsidecar in front of a backend of a kind."""
     started = []
 
     def start(kind: str) -> tuple[world.Sidecar, backends.Simple]:
@@ -31,25 +31,25 @@ def before(tmp_path):
 
 
 # Covers: failure 80.
-def test_whatever_the_spelling_a_wsgi_backend_sees_one_value_of_each_managed_header_and_that_is_ours(before):
+def test_for_every_spelling_a_wsgi_backend_gets_exactly_one_value_of_each_managed_header(before):
     assert len(spellings.all_spellings()) >= 500
     sidecar, backend = before("wsgiref")
     passed, refused, wrong = spellings.try_all(sidecar, backend.seen, f"127.0.0.1:{backend.port}")
     assert not wrong, "\n".join(wrong)
-    assert passed > 200 and refused > 100, "the spellings are of both kinds"
+    assert passed > 200 and refused > 100, "some spellings must pass and some be rejected"
 
 
 # Covers: threat 16.
-def test_no_mutated_request_is_understood_in_two_ways(before):
+def test_no_mutated_request_is_parsed_differently_by_the_backend(before):
     sidecar, backend = before("aiohttp")
     told = asyncio.run(desync.attack(sidecar.port, range(MUTATIONS), seed=1))
     found = desync.desyncs(told, backend.seen())
     assert not found, "\n".join(found)
     passed = [reply for replies in told.values() for reply in replies if reply[3]]
-    assert len(passed) > MUTATIONS / 2, "enough of them come through to say something"
+    assert len(passed) > MUTATIONS / 2, "enough mutations must pass to be meaningful"
 
 
-def test_a_desync_would_be_seen():
+def test_the_harness_detects_a_desync():
     told = {7: [(200, "", "c-7-87bd7d4c", "/sandbox/echo?c-7-87bd7d4c")]}
     seen = [{"target": "/sandbox/echo?c-7-87bd7d4c", "headers": []}]
     assert desync.desyncs(told, seen) == []

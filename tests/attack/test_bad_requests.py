@@ -1,4 +1,4 @@
-"""The catalogue of bad requests, sent raw to a running adsidecar: status, code, what follows, what Amazon got."""
+"""The catalogue of bad requests, sent raw to a running adsidecar: status, code, next request, requests at Amazon."""
 
 import json
 import re
@@ -15,7 +15,7 @@ AT_LEAST = 300
 
 
 def send(address: tuple[str, int], case: Case, number: int) -> bytes:
-    """All that comes back for the case and for a good call behind it, which asks to be the last."""
+    """Everything received for the case and a good request after it, which closes the connection."""
     raw = case.raw.replace(MARK.encode(), f"X-Case: {number}\r\n".encode())
     behind = f"GET /sandbox/echo?behind HTTP/1.1\r\nHost: localhost\r\nX-Case: {number}\r\nConnection: close\r\n\r\n"
     with socket.create_connection(address, timeout=PATIENCE_SECONDS) as stream:
@@ -35,11 +35,11 @@ def send(address: tuple[str, int], case: Case, number: int) -> bytes:
 
 
 def answers(came: bytes) -> list[tuple[int, str]]:
-    """Status and code of each answer, each cut off by its length or its chunks."""
+    """Status and code of each response, delimited by length or chunks."""
     seen = []
     while came:
         head, end, came = came.partition(b"\r\n\r\n")
-        assert end, f"no whole head: {head!r}"
+        assert end, f"incomplete head: {head!r}"
         fields = dict(re.findall(rb"(?m)^([^:\r\n]+): *([^\r\n]*)", head.lower()))
         status = int(head.split(b" ")[1])
         if status != 100:
@@ -56,7 +56,7 @@ def answers(came: bytes) -> list[tuple[int, str]]:
 
 
 def whole_calls(sandbox) -> dict[str, list[tuple[str, str, str]]]:
-    """What came to Amazon whole, by the case that it bears."""
+    """The complete requests that Amazon received, by case."""
     with urllib.request.urlopen(f"{sandbox.control}/history?door=na") as answer:
         calls = json.load(answer)["calls"]
     by_case: dict[str, list[tuple[str, str, str]]] = {}
@@ -68,7 +68,7 @@ def whole_calls(sandbox) -> dict[str, list[tuple[str, str, str]]]:
 
 
 def wrong_with(outcome: Outcome, seen: list[tuple[int, str]], reached: list[tuple[str, str, str]]) -> str:
-    """How a case came out otherwise than it has to; nothing where it did not."""
+    """The deviation from the expected outcome; empty if there is none."""
     behind = ("GET", "/sandbox/echo?behind", "")
     follows = seen[-1:] == [(200, "")] and reached[-1:] == [behind]
     first = seen[0] if seen else None
@@ -81,22 +81,22 @@ def wrong_with(outcome: Outcome, seen: list[tuple[int, str]], reached: list[tupl
     if not right:
         return "another answer"
     if len(seen) != (first is not None) + outcome.kept:
-        return "the connection goes on" if not outcome.kept else "the connection does not go on"
+        return "the connection stays open" if not outcome.kept else "the connection does not stay open"
     if outcome.kept and not follows:
-        return "what follows was not served as it is"
+        return "the next request was not served unchanged"
     expected = [outcome.reaches] if outcome.reaches else []
     if reached != expected + [behind] * outcome.kept:
         return "something else reached Amazon"
     return ""
 
 
-def test_every_case_of_the_catalogue_comes_out_as_it_has_to(sandbox):
+def test_every_case_of_the_catalogue_has_the_expected_outcome(sandbox):
     cases = catalogue()
     assert len(cases) >= AT_LEAST
     address = urlsplit(sandbox.proxy)
     urllib.request.urlopen(urllib.request.Request(f"{sandbox.control}/history", method="DELETE")).close()
     seen = {str(n): answers(send((address.hostname, address.port), case, n)) for n, case in enumerate(cases)}
-    # The last call has been answered, so all before it have come; those broken off never become whole.
+    # The last request got its response, so all earlier ones have arrived; aborted ones never become complete.
     deadline = time.monotonic() + PATIENCE_SECONDS
     while True:
         reached = whole_calls(sandbox)
@@ -109,14 +109,14 @@ def test_every_case_of_the_catalogue_comes_out_as_it_has_to(sandbox):
             break
         time.sleep(0.5)
     assert not wrong, "\n" + "\n".join(wrong)
-    assert set(reached) <= set(seen), "a call that bears no case was smuggled"
+    assert set(reached) <= set(seen), "a request without a case was smuggled"
 
 
-def test_a_harness_that_cannot_see_a_smuggled_call_would_be_worthless():
-    """What a proxy does that serves what follows bad framing: each of its marks has to be found."""
+def test_the_harness_detects_a_smuggled_request():
+    """The behavior of a proxy that serves data after bad framing: the harness must find each sign of it."""
     behind, refused = ("GET", "/sandbox/echo?behind", ""), Outcome(400, "bad_request")
     assert wrong_with(refused, [(400, "bad_request")], []) == ""
-    assert wrong_with(refused, [(400, "bad_request"), (200, "")], [behind]) == "the connection goes on"
+    assert wrong_with(refused, [(400, "bad_request"), (200, "")], [behind]) == "the connection stays open"
     assert wrong_with(refused, [(400, "bad_request")], [behind]) == "something else reached Amazon"
     assert wrong_with(refused, [(200, "")], [("POST", "/sandbox/echo", "abc")]) == "another answer"
     passed = Outcome(200, reaches=("POST", "/sandbox/echo", "abc"))

@@ -1,4 +1,4 @@
-"""A page in a real Chromium that tries to drive the proxy; and a person who logs in with the same browser."""
+"""A page in a real Chromium that tries to use the proxy; and a user who logs in with the same browser."""
 
 import json
 import re
@@ -18,8 +18,8 @@ PAGE = (Path(__file__).parent / "page.html").read_bytes()
 
 @pytest.fixture(scope="module")
 def evil(sandbox):
-    """The attacker's server: on a port of its own, and, at another address, on that of the proxy door. There it gives its
-    page out, and afterwards leads to the proxy door whoever comes: what a rebound name does."""
+    """The attacker's server: on its own port and, on another address, on the port of the proxy listener. There it serves its
+    page, and afterwards forwards connections to the proxy listener, like a rebound name."""
     port = urlsplit(sandbox.proxy).port
 
     class Handler(BaseHTTPRequestHandler):
@@ -39,10 +39,10 @@ def evil(sandbox):
             head = self.connection.recv(65536, socket.MSG_PEEK)
             if head.startswith((b"GET /page", b"GET /favicon")) or not head:
                 return super().handle()
-            with socket.create_connection(("127.0.0.1", port)) as door:
-                answers = threading.Thread(target=relay, args=(door, self.connection))
+            with socket.create_connection(("127.0.0.1", port)) as listener:
+                answers = threading.Thread(target=relay, args=(listener, self.connection))
                 answers.start()
-                relay(self.connection, door)
+                relay(self.connection, listener)
                 answers.join()
 
     servers = [ThreadingHTTPServer(("127.0.0.1", 0), Handler), ThreadingHTTPServer(("127.0.0.2", port), Rebound)]
@@ -78,18 +78,18 @@ def get(url: str, method: str = "GET") -> str:
 
 
 def amazon(sandbox) -> list[dict]:
-    """Every call that reached Amazon, at any door."""
+    """Every request that reached Amazon, on any listener."""
     return json.loads(get(f"{sandbox.control}/history"))["calls"]
 
 
 def denied(sandbox) -> dict[str, int]:
-    """How many requests the guard refused, by its reason."""
+    """How many requests admission rejected, by reason."""
     series = re.findall(r'adsidecar_guard_denied_total\{reason="(\w+)"\} (\d+)', get(f"{sandbox.admin}/metrics"))
     return {reason: int(count) for reason, count in series}
 
 
 # Covers: threat 1.
-def test_and_02_no_page_of_a_real_browser_drives_the_proxy(sandbox, evil, browser):
+def test_no_page_in_a_real_browser_can_use_the_proxy(sandbox, evil, browser):
     port = urlsplit(sandbox.proxy).port
     foreign, rebound = evil
     get(f"{sandbox.control}/history", "DELETE")
@@ -98,13 +98,13 @@ def test_and_02_no_page_of_a_real_browser_drives_the_proxy(sandbox, evil, browse
     browser.go(foreign)
     bases = [f"http://localhost:{port}", f"http://127.0.0.1:{port}"]
     read = browser.run(f"attack({json.dumps(bases)}).then(arguments[0])")
-    assert read == [], "a page of another origin reads nothing"
+    assert read == [], "a page of another origin can read nothing"
     crossed = denied(sandbox).get("cross_site", 0) - before.get("cross_site", 0)
-    assert crossed >= 40, f"the requests did come, and the guard refused them: {crossed}"
+    assert crossed >= 40, f"the requests must arrive and be rejected: {crossed}"
 
     browser.go(rebound)
     read = browser.run(f"attack({json.dumps([f'http://rebound.test:{port}'])}).then(arguments[0])")
-    assert read, "a rebound page is of the same origin and reads what it is told"
+    assert read, "a rebound page has the same origin and can read the responses"
     assert {(entry.get("status"), json.loads(entry["text"])["code"]) for entry in read} == {(403, "host_not_allowed")}
     assert denied(sandbox).get("host", 0) - before.get("host", 0) >= 20
 
@@ -112,16 +112,16 @@ def test_and_02_no_page_of_a_real_browser_drives_the_proxy(sandbox, evil, browse
         browser.go(f"{url}/sandbox/echo?typed")
         assert '"code":"cross_site"' in browser.text().replace(" ", "")
 
-    assert amazon(sandbox) == [], "nothing reached Amazon, neither the Ads doors nor the token endpoint"
+    assert amazon(sandbox) == [], "nothing may reach Amazon, neither the Ads listeners nor the token endpoint"
     status = json.loads(get(f"{sandbox.proxy}/api/auth/amazon/status"))
-    assert [user["user_id"] for user in status["users"]] == ["default"], "nobody was logged out, nobody was added"
+    assert [user["user_id"] for user in status["users"]] == ["default"], "no user was logged out or added"
     assert json.loads(get(f"{sandbox.proxy}/sandbox/echo?own"))["target"] == "/sandbox/echo?own"
     assert [call["target"] for call in amazon(sandbox)] == ["/sandbox/echo?own"], (
-        "the harness does see what gets through"
+        "the harness must see requests that do reach Amazon"
     )
 
 
-def test_a_person_logs_in_with_the_same_browser(sandbox, evil, browser):
+def test_a_user_logs_in_with_the_same_browser(sandbox, evil, browser):
     browser.go(f"{sandbox.proxy}/api/auth/amazon/login?user_id=person")
     assert urlsplit(browser.url()).path == "/ap/oa", "at Amazon's consent page"
     browser.click("button, input[type=submit], a.allow")
@@ -131,7 +131,7 @@ def test_a_person_logs_in_with_the_same_browser(sandbox, evil, browser):
     assert "person" in text
     status = json.loads(get(f"{sandbox.proxy}/api/auth/amazon/status?user_id=person"))
     assert status["state"] == "fresh"
-    # A page elsewhere can neither begin a login in this browser, nor end one that it began itself.
+    # A page of another origin can neither start a login in this browser, nor complete one that it started itself.
     foreign, _ = evil
     begun = json.loads(get(f"{sandbox.proxy}/api/auth/amazon/login?user_id=victim"))
     browser.go(foreign)

@@ -1,4 +1,4 @@
-"""Secrets are nowhere but where they belong."""
+"""Secrets appear only where they belong."""
 
 import canary
 import world
@@ -17,7 +17,7 @@ def test_no_secret_is_in_a_log_a_metric_a_page_an_error_or_a_file_in_any_of_six_
         sandbox.stop()
     places = run.places()
     assert len(run.canaries) >= 12
-    assert sum(len(content) for content in places.values()) > 100_000, "there was something to look through"
+    assert sum(len(content) for content in places.values()) > 100_000, "too little output was searched"
     assert canary.hits(run.canaries, places) == []
 
 

@@ -1,4 +1,4 @@
-"""What the measurements share: calls over kept connections, and a store full of users. Standard library only."""
+"""What the benchmarks share: requests on persistent connections, and a store full of users. Standard library only."""
 
 import json
 import re
@@ -68,7 +68,7 @@ def calls(port: int, connections: int, each: int) -> None:
 
 
 def many_descriptors(count: int) -> None:
-    """Allows this process and those that it starts so many."""
+    """Raises the limit of file descriptors to `count` for this process and its children."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     if most < count:
         raise SystemExit(f"the limit on descriptors is {most}, and {count} are needed: ulimit -Hn {count}, as root")
@@ -76,8 +76,8 @@ def many_descriptors(count: int) -> None:
 
 
 def fill(sidecar: Sidecar, users: int, life: timedelta, unused: timedelta = timedelta()) -> None:
-    """Gives so many users, u0 and on, a grant whose access token ends after `life`, and that was last used so long ago. All
-    share one grant of the sandbox's."""
+    """Gives `users` users (u0, u1, …) a grant whose access token expires after `life`, and that was last used the given time
+    ago. All share one grant of the sandbox's."""
     sidecar.import_grant("seed")
     sidecar.start()
     status, _, text = sidecar.get("/v2/profiles", **{"X-Ads-User": "seed"})

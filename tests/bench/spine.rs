@@ -1,6 +1,6 @@
-//! What the steps of a call cost, and a whole call through real sockets: `cargo bench --bench spine`.
+//! The cost of the steps of a request, and of a whole request through real sockets: `cargo bench --bench spine`.
 //!
-//! Times depend on the machine; `tests/bench/instructions` counts what does not.
+//! Times depend on the machine; the instruction counts of `tests/bench/instructions` do not.
 
 use adsidecar::app::App;
 use adsidecar::config::{self, Sources};
@@ -18,13 +18,13 @@ use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::runtime::Runtime;
-use world::{CLIENT_ID, CLIENT_SECRET, Door, Options, Sandbox};
+use world::{CLIENT_ID, CLIENT_SECRET, Listener, Options, Sandbox};
 
 fn main() {
     divan::main();
 }
 
-/// What an SDK sends.
+/// The headers of an SDK.
 fn call() -> Parts {
     let call = Request::post("/sp/campaigns/list?count=100")
         .header("host", "localhost:8001")
@@ -88,7 +88,7 @@ fn headers_for_the_caller(bencher: Bencher<'_, '_>) {
     bencher.with_inputs(|| answer.clone()).bench_local_refs(to_caller);
 }
 
-/// A sandbox, an adsidecar before it, and one connection to that.
+/// A sandbox, an adsidecar in front of it, and one connection to adsidecar.
 struct House {
     runtime: Runtime,
     connection: TcpStream,
@@ -116,7 +116,7 @@ impl House {
                  [upstream]\nna = {:?}\nca_file = {ca:?}\nhttp2 = {http2:?}\n",
                 sandbox.token_url(),
                 directory.path().join("store"),
-                sandbox.origin(Door::Na),
+                sandbox.origin(Listener::Na),
             );
             std::fs::write(&file, config).unwrap();
             let sources = Sources { file: Some(file), env: Vec::new(), sets: Vec::new() };
@@ -150,7 +150,7 @@ impl House {
     }
 }
 
-/// With the stand-in for Amazon in the same process: its part is in the figure.
+/// The stand-in for Amazon runs in the same process, so the figure includes its cost.
 #[divan::bench(args = ["never", "always"])]
 fn a_call_of_1_kib(bencher: Bencher<'_, '_>, http2: &str) {
     let mut house = House::new(http2);

@@ -1,7 +1,7 @@
-"""Backends of other makers behind TLS, for the campaigns that look at what an HTTP server makes of our calls.
+"""Other HTTP servers behind TLS, for the campaigns that check how a server parses our requests.
 
-Installs what is missing: nginx and HAProxy from Debian (as root), h11, aiohttp and waitress from PyPI into environments
-of their own. HAProxy ends TLS before those that speak plain HTTP. Node and openssl have to be there.
+Installs what is missing: nginx and HAProxy from Debian (as root), h11, aiohttp and waitress from PyPI into separate
+environments. HAProxy terminates TLS for those that speak plain HTTP. Node and openssl must be installed.
 """
 
 import json
@@ -40,7 +40,7 @@ def install() -> None:
 
 
 def python_with(kind: str) -> str:
-    """A Python that has the package of this kind."""
+    """A Python with the package of this kind."""
     target = Path(os.environ.get("CARGO_TARGET_DIR", world.REPOSITORY / "target")).resolve()
     environment = target / "soak-venv" / kind
     python = environment / "bin" / "python"
@@ -52,7 +52,7 @@ def python_with(kind: str) -> str:
 
 
 def certificate(directory: Path) -> Path:
-    """A certificate of its own for 127.0.0.1 and its key, in one file."""
+    """A separate certificate for 127.0.0.1 and its key, in one file."""
     path = directory / "server.pem"
     subprocess.run(
         [
@@ -85,7 +85,7 @@ def certificate(directory: Path) -> Path:
 
 
 class Simple:
-    """A kind that this Python can run and that speaks TLS itself: for quick tests."""
+    """A backend that this Python can run and that speaks TLS itself, for quick tests."""
 
     def __init__(self, kind: str, directory: Path):
         self.directory, self.port, self.log = directory, world.free_port(), directory / "requests.log"
@@ -94,7 +94,7 @@ class Simple:
         world.until(kind, lambda: listens(self.port))
 
     def before(self, sandbox: world.Sandbox) -> dict[str, str]:
-        """What leads a sidecar here."""
+        """The configuration that makes a sidecar use this backend."""
         trusted = str(trust(sandbox, self.directory))
         return {"ADSIDECAR_UPSTREAM__NA": f"https://127.0.0.1:{self.port}", "ADSIDECAR_UPSTREAM__CA_FILE": trusted}
 
@@ -115,7 +115,7 @@ def listens(port: int) -> bool:
 
 
 class Backend:
-    """One server of another maker. `origin` is where adsidecar finds it, by TLS."""
+    """One other HTTP server. `origin` is its TLS address for adsidecar."""
 
     KINDS = ("nginx", "haproxy", "node", "node-insecure", "h11", "aiohttp", "waitress")
 
@@ -158,7 +158,7 @@ class Backend:
                 client_body_temp_path {self.directory}/body; proxy_temp_path {self.directory}/proxy;
                 fastcgi_temp_path {self.directory}/fastcgi; uwsgi_temp_path {self.directory}/uwsgi; scgi_temp_path {self.directory}/scgi;
                 keepalive_requests 1000000;
-                # The outer one reads a request whole before it passes it on to the inner one, which notes it.
+                # The outer server reads a whole request before it forwards it to the inner one, which logs it.
                 server {{ listen 127.0.0.1:{self.plain} backlog=4096;
                           location / {{ proxy_pass http://unix:{self.directory}/inner; }} }}
                 server {{ listen unix:{self.directory}/inner; access_log {self.log} seen;
@@ -167,7 +167,7 @@ class Backend:
         self.spawn("nginx", "-p", str(self.directory), "-c", str(configuration))
 
     def haproxy(self, pem: Path) -> None:
-        """Ends TLS; the kind `haproxy` reads and writes HTTP as well, the others get the bytes as they are."""
+        """Terminates TLS; the kind `haproxy` also parses HTTP, the others get the bytes unchanged."""
         mode = "http" if self.kind == "haproxy" else "tcp"
         configuration = self.directory / "haproxy.cfg"
         configuration.write_text(
@@ -178,7 +178,7 @@ class Backend:
         self.spawn("haproxy", "-db", "-f", str(configuration))
 
     def seen(self) -> list[dict]:
-        """What it understood so far: whole requests, in their order."""
+        """The complete requests that it has parsed so far, in order."""
         return entries(self.log)
 
     def stop(self) -> None:
@@ -189,13 +189,13 @@ class Backend:
 
 
 def entries(log: Path) -> list[dict]:
-    """The whole requests of a backend's log."""
+    """The complete requests in a backend's log."""
     read = (json.loads(line) for line in log.read_text("latin-1").split("\n") if line)
     return [entry for entry in read if entry.get("status", 200) == 200]
 
 
 def header(entry: dict, name: str) -> list[str]:
-    """Every value that the backend has under a name, as its kind spells names: WSGI folds `_` and `-`."""
+    """Every value that the backend has under a name; WSGI does not distinguish `_` and `-`."""
 
     def plain(spelled: str) -> str:
         return re.sub("^http-", "", spelled.lower().replace("_", "-"))

@@ -1,4 +1,4 @@
-"""Secrets that are looked for where none may be: in whatever encoding somebody may have written them."""
+"""Searches for secrets where none may be, in every likely encoding."""
 
 import base64
 import http.client
@@ -15,7 +15,7 @@ ENCODINGS = ("plain", "url", "base64", "base64url", "hex", "json")
 
 
 def encoded(secret: bytes) -> dict[str, list[bytes]]:
-    """What to look for, by encoding. Base64 in the middle of a text depends on where it begins: all three ways."""
+    """The needles by encoding. Base64 inside a longer text has three alignments."""
     text = secret.decode()
     aligned = [base64.b64encode(b"\0" * shift + secret)[4 if shift else 0 : -4] for shift in range(3)]
     return {
@@ -29,14 +29,14 @@ def encoded(secret: bytes) -> dict[str, list[bytes]]:
 
 
 def halves(secret: str) -> list[bytes]:
-    """A leak may be cut: either half of a secret is one."""
+    """A leak may be truncated: either half of a secret counts."""
     middle = len(secret) // 2
-    assert middle >= 10, "a half has to be long enough not to stand anywhere by chance"
+    assert middle >= 10, "each half must be long enough not to occur by chance"
     return [secret[:middle].encode(), secret[middle:].encode()]
 
 
 def hits(canaries: dict[str, str], places: dict[str, bytes]) -> list[tuple[str, str, str]]:
-    """Canary, encoding and place of each find."""
+    """Canary, encoding and place of each match."""
     found = []
     for name, secret in canaries.items():
         needles = [
@@ -53,15 +53,15 @@ def files(directory: Path) -> dict[str, bytes]:
 
 
 def secret(name: str) -> str:
-    """Long, and with characters that each encoding has to say in its own way."""
+    """A long secret with characters that each encoding represents differently."""
     return f"cnry-{name}/+?&=%\u0022|{os.urandom(12).hex()}-{name[::-1]}"
 
 
 class Run:
-    """One life of an adsidecar, with everything that was seen of it."""
+    """One run of an adsidecar, with all output that was seen."""
 
     def __init__(self, sandbox: world.Sandbox, directory: Path, log_format: str, before: tuple[str, ...] = ()):
-        """`before` are the words by which it is started as somebody else."""
+        """`before` is the command prefix that starts it as another user."""
         self.sandbox, self.directory, self.before, self.answers = sandbox, directory, before, {}
         directory.mkdir()
         spell = {
@@ -72,7 +72,7 @@ class Run:
         self.imported = sandbox.grant()
         self.canaries = {
             "old client secret": spell["old-client-secret"],
-            # Each half is what tells it from other secrets.
+            # Each half distinguishes it from other secrets.
             "client secret": world.CLIENT_SECRET[-14:] * 2,
             "Fernet key": self.keys[0],
             "other Fernet key": self.keys[1],
@@ -80,7 +80,7 @@ class Run:
             "other caller token": spell["other-caller"],
             "imported refresh token": self.imported.partition("|")[2],
             "the caller's own bearer": spell["theirs"],
-            "secret sent to the shim": spell["shim-body"],
+            "secret sent to the token endpoint": spell["shim-body"],
         }
         self.callers, self.theirs = [spell["caller"], spell["other-caller"]], spell["theirs"]
         self.sidecar = world.Sidecar(
@@ -125,7 +125,7 @@ class Run:
         return status, got, text
 
     def live(self) -> None:
-        """All that an app, its users and its attackers do."""
+        """Everything that an app, its users and its attackers do."""
         self.sidecar.import_grant(token=self.imported)
         if self.before:
             for path in (self.directory, *self.directory.rglob("*")):
@@ -133,9 +133,9 @@ class Run:
         self.sidecar.start(*self.before, RUST_LOG="trace", RUST_BACKTRACE="full")
         assert self.ask("a call", "/sandbox/status/200", Authorization=f"Bearer {self.theirs}")[0] == 200
         self.ask("Amazon's refusal", "/v2/profiles", X_Ads_User="nobody")
-        self.sandbox.trouble("token_unauthorized", door="na")
+        self.sandbox.set_fault("token_unauthorized", door="na")
         self.ask("a replay", "/sandbox/status/200")
-        for trouble in (
+        for fault in (
             "invalid_grant",
             "invalid_client",
             "bad_json",
@@ -143,8 +143,8 @@ class Run:
             "reset",
             {"status": {"code": 500, "headers": [], "body": "x"}},
         ):
-            self.sandbox.trouble(trouble, door="lwa")
-            self.ask(f"refresh: {trouble}", "/api/auth/amazon/refresh", "POST")
+            self.sandbox.set_fault(fault, door="lwa")
+            self.ask(f"refresh: {fault}", "/api/auth/amazon/refresh", "POST")
         self.sandbox.calm()
         self.ask("refresh", "/api/auth/amazon/refresh", "POST")
         for headers in ({"X_Ads_Sidecar_Token": self.theirs}, {"Proxy_Authorization": f"Bearer {self.theirs}"}):
@@ -154,7 +154,7 @@ class Run:
         form = urllib.parse.urlencode(
             {
                 "client_id": "x",
-                "client_secret": self.canaries["secret sent to the shim"],
+                "client_secret": self.canaries["secret sent to the token endpoint"],
                 "refresh_token": self.imported,
             }
         ).encode()
@@ -181,7 +181,7 @@ class Run:
         self.canaries["access token"] = max(bearers, key=len).partition("|")[2]
 
     def log_in(self, how: str, user: str, **headers: str) -> None:
-        """A whole login. Its first answer and the id in the last one are told to whom they concern, by contract."""
+        """A whole login. Its first response and the id in the last one contain secrets by design."""
         _, got, text = self.ask(f"login {how}", f"/api/auth/amazon/login?user_id={user}", keep=False, **headers)
         url = got.get("Location") or json.loads(text)["auth_url"]
         query = dict(urllib.parse.parse_qsl(urllib.parse.urlsplit(url).query))
@@ -224,5 +224,5 @@ class Run:
             self.answers[f"bad {key}"] = (ended.stdout + ended.stderr).encode()
 
     def places(self) -> dict[str, bytes]:
-        """Where to look, once it has ended."""
+        """The places to search, after it has stopped."""
         return {**self.answers, "log": self.sidecar.log.read_bytes(), **files(self.sidecar.store.parent)}

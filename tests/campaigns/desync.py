@@ -1,4 +1,4 @@
-"""Mutated requests to a door, and what the two ends of it make of them: where they disagree, there is a desync."""
+"""Mutated requests to a listener, and how both sides parse them: a disagreement is a desync."""
 
 import asyncio
 import json
@@ -10,9 +10,9 @@ import backends
 import mutations
 
 CONCURRENT = 64
-# A door that has said nothing for so long wants more of a body: the caller then goes away.
+# A listener that is silent for this long waits for more of a body: the caller then disconnects.
 QUIET_SECONDS = 2
-# Behind what came, where the caller went away before the door did.
+# Marks data after which the caller disconnected before the listener did.
 GAVE_UP = b"HTTP/1.1 000 gave up\r\n\r\n"
 
 
@@ -33,7 +33,7 @@ async def converse(port: int, raw: bytes) -> bytes:
 
 
 def answers(came: bytes) -> list[tuple[int, str, str, str]]:
-    """Status, code, request id and what the backend says that it understood, of each whole answer."""
+    """Status, code, request id and the backend's echo, for each complete response."""
     seen = []
     while came:
         head, end, came = came.partition(b"\r\n\r\n")
@@ -51,7 +51,7 @@ def answers(came: bytes) -> list[tuple[int, str, str, str]]:
                     break
         elif not (fields.get(b"x-request-id", "").startswith("m-") and len(came) < 9):
             length = int(fields.get(b"content-length", 0))
-            # An answer to HEAD has a length and no body.
+            # A response to HEAD has a length but no body.
             if not came[:5] == b"HTTP/":
                 body, came = came[:length], came[length:]
         echo = fields.get(b"x-echo", "")
@@ -77,15 +77,15 @@ async def attack(port: int, numbers: range, seed: int) -> dict[int, list[tuple[i
 
 
 def desyncs(told: dict, seen: list[dict]) -> list[str]:
-    """What cannot be where both ends agree on every request."""
+    """The contradictions that show a disagreement between both sides."""
     found, answered, nameless, understood = [], Counter(), Counter(), Counter()
     for number, replies in told.items():
         for _, code, name, echo in replies:
-            # Not every mutated head keeps its name; adsidecar then gives one of its own.
+            # Not every mutated head keeps its name; adsidecar then assigns a new request id.
             if mutations.is_name(name) and mutations.is_name(echo.rpartition("?")[2]) and not echo.endswith(name):
-                found.append(f"{number}: the answer to {name} is that to {echo}")
+                found.append(f"{number}: the response to {name} is that to {echo}")
             if not code:
-                # hyper's backend says in the body what it understood, and there is none for HEAD.
+                # hyper's backend echoes in the body, and a response to HEAD has none.
                 answered[echo or f"{mutations.ECHO}?{name}"] += 1
                 nameless[str(number)] += not echo and not mutations.is_name(name)
     for entry in seen:
@@ -93,13 +93,13 @@ def desyncs(told: dict, seen: list[dict]) -> list[str]:
         for name in backends.header(entry, "x-request-id"):
             understood_name = entry["target"].rpartition("?")[2]
             if mutations.is_name(name) and mutations.is_name(understood_name) and understood_name != name:
-                found.append(f"{entry['target']} came with the headers of {name}")
+                found.append(f"{entry['target']} arrived with the headers of {name}")
     gave_up = {str(number) for number, replies in told.items() if replies and replies[-1][0] == 0}
     for target, times in understood.items():
         kind, _, rest = target.rpartition("?")[2].partition("-")
-        # Who goes away misses the answer to what was under way: never to a hidden request.
+        # A caller that disconnects misses the response to its last request, but never to a hidden one.
         number = rest.partition("-")[0]
         excused = kind != "s" and number in gave_up
         if times > answered[target] + nameless[number] and not excused:
-            found.append(f"{target} was understood {times} times and answered {answered[target]} times")
+            found.append(f"{target} was parsed {times} times and got {answered[target]} responses")
     return found

@@ -1,7 +1,9 @@
-"""Requests that one parser might end elsewhere than another: generated from a seed, each with a canary inside and one behind.
+"""Requests whose end parsers may disagree about: generated from a seed, each with a hidden request inside and one
+after it.
 
-Every request line and every `X-Request-Id` bears what it is, its number and a checksum, by which a mutated name is none:
-`m-7-…` the mutated request, `s-7-…` the one that is hidden in its body or behind it, `c-7-…` the good one that follows.
+Every request line and every `X-Request-Id` contains the kind, the number and a checksum, so that a mutated name is
+invalid: `m-7-…` the mutated request, `s-7-…` the one hidden in its body or after it, `c-7-…` the good one that
+follows.
 """
 
 import random
@@ -54,7 +56,7 @@ def call(kind: str, number: int, method: str = "GET", *lines: str) -> str:
 
 
 def mutated(number: int, chance: random.Random) -> bytes:
-    """The mutated request, without the good one behind it."""
+    """The mutated request, without the good one after it."""
     hidden = call("s", number)
     content = chance.choice(["abcde", hidden, "0\r\n\r\n" + hidden, "abc\r\n" + hidden, "0\r\n\r\n", ""])
     method = chance.choice(["POST", "POST", "POST", "PUT", "GET", "DELETE", "HEAD", "OPTIONS", "PATCH"])
@@ -80,7 +82,7 @@ def mutated(number: int, chance: random.Random) -> bytes:
     head = [f"{method} {ECHO}?{named('m', number)} {version}", "Host: localhost",
             f"X-Request-Id: {named('m', number)}", *lines, "", ""]
     raw = bytearray((end.join(head) + body).encode("latin-1", "replace"))
-    # Behind the request line, by which the request is known.
+    # After the request line, which identifies the request.
     start = raw.index(b"Host:")
     if chance.random() < 0.2:
         for _ in range(chance.choice([1, 1, 1, 2, 3])):
@@ -93,12 +95,12 @@ def mutated(number: int, chance: random.Random) -> bytes:
 
 
 def chunks(content: str, hidden: str, chance: random.Random) -> str:
-    """`content` in chunks, one of them perhaps spelled as not every parser reads it."""
+    """`content` in chunks, possibly with one that parsers read differently."""
     pieces = [content] if chance.random() < 0.6 or len(content) < 2 else [content[: len(content) // 2],
                                                             content[len(content) // 2 :]]
     odd = chance.random() < 0.5
     if odd and chance.random() < 0.15:
-        # Two bytes that are not the end of a line behind the data: one parser skips them, another the line.
+        # Two bytes after the data that are no line end: one parser skips them, another skips the line.
         inner = "0\r\n\r\n" + hidden
         return f"5\r\nabcdeXX2\r\n{len(inner):02x}\r\n{inner}\r\n0\r\n\r\n"
     body = ""

@@ -1,4 +1,4 @@
-"""Spellings of the headers that adsidecar manages, as an app or an attacker might send them."""
+"""Variant spellings of the headers that adsidecar manages."""
 
 import itertools
 import re
@@ -7,7 +7,7 @@ import socket
 import backends
 import world
 
-# What a caller may send under any spelling, and what Amazon has to see under the name: our value, once, or none.
+# What a caller may send in any spelling, and what Amazon must get under the name: our value, once, or none.
 MANAGED = [
     "Authorization",
     "Amazon-Advertising-API-ClientId",
@@ -33,7 +33,7 @@ THEIRS = "theirs"
 
 
 def spellings(name: str):
-    """The name in other cases, with `_`, and as lines that some parser takes for it."""
+    """The name in other cases, with `_`, and as lines that some parsers accept as it."""
     words = name.split("-")
     separators = list(itertools.product("-_", repeat=len(words) - 1))
     for separator in separators:
@@ -60,13 +60,13 @@ def spellings(name: str):
 
 
 def all_spellings() -> list[tuple[str, str]]:
-    """The header that is meant, and what is sent for it; each once."""
+    """Each header with each line sent for it, without duplicates."""
     pairs = [(name, line) for name in MANAGED for line in spellings(name)]
     return list(dict.fromkeys(pairs))
 
 
 def send(port: int, number: int, line: str) -> int:
-    """The status of the answer to a call with this line in its head; 0 where none came."""
+    """The status of the response to a request with this header line; 0 without a response."""
     raw = f"GET /sandbox/echo?spelling-{number} HTTP/1.1\r\nHost: localhost\r\n{line}\r\nConnection: close\r\n\r\n"
     with socket.create_connection(("127.0.0.1", port), timeout=30) as stream:
         stream.sendall(raw.encode("latin-1"))
@@ -75,7 +75,7 @@ def send(port: int, number: int, line: str) -> int:
 
 
 def wrong_with(entry: dict, bearer: str, authority: str) -> list[str]:
-    """What the backend sees under a managed header that is not our one value."""
+    """The managed headers for which the backend got anything but our one value."""
 
     def seen(name: str) -> list[str]:
         return [value.strip() for value in backends.header(entry, name.lower())]
@@ -87,18 +87,18 @@ def wrong_with(entry: dict, bearer: str, authority: str) -> list[str]:
 
 
 def try_all(sidecar: world.Sidecar, seen, authority: str) -> tuple[int, int, list[str]]:
-    """Sends every spelling to a running sidecar; `seen` gives what its backend saw. How many passed, how many were
-    refused, and what is wrong."""
+    """Sends every spelling to a running sidecar; `seen` returns what its backend got. Returns how many passed, how many
+    were rejected, and the violations."""
     sidecar.get("/sandbox/echo?spelling-good")
     lines = all_spellings()
     statuses = [send(sidecar.port, number, line) for number, (_, line) in enumerate(lines)]
     entries = {entry["target"].partition("spelling-")[2]: entry for entry in seen()}
     bearer = "".join(backends.header(entries["good"], "authorization"))
-    wrong = [] if re.fullmatch(r"Bearer Atza\|\S+", bearer) else ["no bearer of ours at all"]
+    wrong = [] if re.fullmatch(r"Bearer Atza\|\S+", bearer) else ["no bearer token of ours"]
     for number, ((_, line), status) in enumerate(zip(lines, statuses)):
         entry = entries.get(str(number))
         if (status == 200) != (entry is not None):
-            wrong.append(f"{line!r}: answered {status}, and the backend saw {entry}")
+            wrong.append(f"{line!r}: got {status}, and the backend got {entry}")
         elif entry:
             wrong += [f"{line!r}: {problem}" for problem in wrong_with(entry, bearer, authority)]
     return statuses.count(200), len(lines) - statuses.count(200), wrong

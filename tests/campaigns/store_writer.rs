@@ -1,9 +1,9 @@
-//! Writes grants into a store and says on standard output what it tries and what was acknowledged: what the campaigns
-//! kill, cut from power, and give a disk that fails.
+//! Writes grants into a store and prints attempted and acknowledged writes on standard output. The campaigns kill it, cut
+//! its power, and make its disk fail.
 //!
-//! `store-writer PATH check` opens the store, says what is in it, saves one grant and closes it.
-//! `store-writer PATH write SEED FIRST COUNT` says what is in it, then saves and erases grants that are numbered from
-//! FIRST on, so that no token is ever written twice; COUNT times, or with 0 until it is killed. With a further word
+//! `store-writer PATH check` opens the store, prints its contents, saves one grant and closes it.
+//! `store-writer PATH write SEED FIRST COUNT` prints its contents, then saves and erases grants numbered from
+//! FIRST on, so that no token is ever written twice; COUNT times, or until it is killed if 0. With the additional argument
 //! `early` it acknowledges before it writes: the known-bad variant, which a campaign has to notice.
 
 use std::fs::File;
@@ -21,12 +21,12 @@ use jiff::{SignedDuration, Timestamp};
 
 const KEY: &str = "cw_0x689RpI-jtRR7oE8h_eQsKImvJapLeSbXpwF4e4=";
 const USERS: u64 = 8;
-/// A fault strikes once, so a write that failed succeeds when it is repeated. The sidecar repeats it for ever.
+/// A fault applies once, so a failed write succeeds when retried. The sidecar retries without limit.
 const TRIES: u32 = 50;
 const PAUSE: Duration = Duration::from_millis(20);
 
 fn main() {
-    // Without a driver for sockets, which wakes by writing to a file: a campaign takes such a write for the store's.
+    // Without an I/O driver, whose wakeups write to a file: a campaign would mistake such a write for the store's.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().expect("a runtime");
     runtime.block_on(run());
 }
@@ -47,7 +47,7 @@ async fn run() {
     }
 }
 
-/// Opens the store, and says what is in it: each user with the refresh token, `null` where the record does not open.
+/// Opens the store and prints its contents: each user with the refresh token, `null` if the record cannot be opened.
 fn open(path: &str) -> TokenStore {
     let keyring = Arc::new(Keyring::new(&[Secret::new(KEY)]).expect("a key"));
     match TokenStore::open(&Settings { path: path.into(), postgres: None }, keyring) {
@@ -80,7 +80,7 @@ async fn check(store: TokenStore) {
         say(&format!("failed {error}"));
         std::process::exit(1);
     }
-    store.close().await.expect("it closes");
+    store.close().await.expect("the store closes");
     say("closed");
 }
 
@@ -128,7 +128,7 @@ fn grant(user: &UserId, number: u64) -> Grant {
     Grant {
         refresh_token: RefreshToken::new(format!("Atzr|{user}-{number}")).expect("a token"),
         previous: None,
-        // As long as Amazon's are.
+        // The length of Amazon's tokens.
         access: Some(Access {
             token: AccessToken::new(format!("Atza|{}{number}", "x".repeat(350))).expect("a token"),
             expires_at: now + SignedDuration::from_hours(1),

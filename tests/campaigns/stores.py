@@ -1,6 +1,6 @@
-"""What the campaigns of the store share: the program that writes into one, and the book of what it acknowledged.
+"""What the store campaigns share: the writer program, and the record of its acknowledged writes.
 
-Only the standard library. The program is that of the variable ADSIDECAR_STORE_WRITER, else the release build:
+Only the standard library. The program is that of the variable ADSIDECAR_STORE_WRITER, or the release build:
 `cargo build --release --example store-writer`.
 """
 
@@ -25,11 +25,11 @@ def writer() -> str:
 
 
 class Violation(Exception):
-    """Something that must never be: a lost write, an older token, a store that does not open."""
+    """A violation: a lost write, an older token, a store that does not open."""
 
 
 class Book:
-    """What a store has to hold: for each user the write that was acknowledged last, or one that was tried after it."""
+    """What a store must contain: for each user the last acknowledged write, or one attempted after it."""
 
     def __init__(self):
         self.acknowledged: dict[str, str] = {}
@@ -38,7 +38,7 @@ class Book:
         self.next = 1
 
     def read(self, lines: list[str]) -> None:
-        """Enters what a writer said: `open …` is compared with the book, the rest is written into it."""
+        """Processes a writer's output: compares `open …` with the record, and adds the rest to it."""
         for line in lines:
             word, _, rest = line.partition(" ")
             if word == "open":
@@ -71,15 +71,15 @@ class Book:
 
 
 def lines_of(text: bytes) -> list[str]:
-    """The whole lines: a kill may have come in the middle of one."""
+    """The complete lines: a kill may have truncated the last one."""
     return text.decode("utf-8", "replace").split("\n")[:-1]
 
 
 def start(store: Path, *words: str, before: tuple[str, ...] = ()) -> subprocess.Popen:
-    """Starts the writer, behind the words of `before`, in a process group of its own: `end` reaches both."""
+    """Starts the writer, with the command prefix `before`, in a new process group: `end` reaches both."""
     command = [*before, writer(), str(store), *words]
     pipe = subprocess.PIPE
-    # Unbuffered, so that a campaign may read a line and leave the rest to communicate().
+    # Unbuffered, so that a campaign can read a line and leave the rest to communicate().
     return subprocess.Popen(command, bufsize=0, stdout=pipe, stderr=pipe, env=ENVIRONMENT, start_new_session=True)
 
 
@@ -88,14 +88,14 @@ def end(process: subprocess.Popen, how: int = signal.SIGKILL) -> None:
 
 
 def check(book: Book, store: Path, seconds: float = 30) -> dict:
-    """Opens the store in a fresh process and compares it with the book, saves one grant, and closes it. What it told."""
+    """Opens the store in a new process, compares it with the record, saves one grant, and closes it. Returns the output."""
     process = start(store, "check")
     try:
         out, errors = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
         end(process)
         process.communicate()
-        raise Violation(f"it hangs: no answer within {seconds} s") from None
+        raise Violation(f"it hangs: no output within {seconds} s") from None
     if b"panicked" in errors:
         raise Violation(f"it panics: {errors.decode()[-500:]}")
     lines = lines_of(out)
@@ -106,25 +106,25 @@ def check(book: Book, store: Path, seconds: float = 30) -> dict:
 
 
 def write(book: Book, store: Path, seed: int, count: int) -> None:
-    """Writes `count` times in good order."""
+    """Writes `count` times without faults."""
     out, _ = start(store, "write", str(seed), str(book.next), str(count)).communicate(timeout=60)
     book.read(lines_of(out))
 
 
 def arguments(description: str, only: tuple[str, ...] = (), **defaults: int) -> argparse.Namespace:
-    """`--seed`, `--known-bad`, a count per name, and a text for each of `only`, which narrows what is tried."""
+    """`--seed`, `--known-bad`, a count per name, and a filter for each of `only`."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--known-bad", action="store_true", help="a store that must fail: the harness has to see it")
+    parser.add_argument("--known-bad", action="store_true", help="use a broken store, which the harness must notice")
     for name, default in defaults.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     for name in only:
-        parser.add_argument(f"--{name}", help="try this alone")
+        parser.add_argument(f"--{name}", help="try only this")
     return parser.parse_args()
 
 
 class Tally:
-    """Counts rounds and violations, and says so."""
+    """Counts and prints rounds and violations."""
 
     def __init__(self, name: str, rounds: int):
         self.name, self.rounds, self.done, self.violations = name, rounds, 0, 0
@@ -145,24 +145,24 @@ class Tally:
         took = time.monotonic() - self.begun
         print(f"{self.name}: {self.done} rounds, {more}, {self.violations} violations, {took:.0f} s", flush=True)
         if known_bad:
-            print("known-bad variant: " + ("noticed, as it has to be" if self.violations else "NOT NOTICED"))
+            print("known-bad variant: " + ("noticed, as expected" if self.violations else "NOT NOTICED"))
             return 0 if self.violations else 1
         return 1 if self.violations else 0
 
 
 def workspace(name: str) -> tempfile.TemporaryDirectory:
-    """A directory that goes away at the end; in memory, unless TMPDIR says where."""
+    """A directory that is removed at the end; in memory, unless TMPDIR is set."""
     memory = "/dev/shm" if "TMPDIR" not in os.environ and os.access("/dev/shm", os.W_OK) else None
     return tempfile.TemporaryDirectory(prefix=f"adsidecar-{name}-", dir=memory)
 
 
 def needs_root() -> None:
     if os.geteuid() != 0:
-        raise SystemExit("mounting takes root: run it as root, on a machine with loop devices")
+        raise SystemExit("mounting needs root: run it as root, on a machine with loop devices")
 
 
 class Volume:
-    """A small ext4 in a file, mounted. The file lies in memory, so that a copy of it is taken at an instant."""
+    """A small mounted ext4 volume in a file. The file is in memory, so that copying it is fast."""
 
     def __init__(self, directory: Path, megabytes: int, image: Path | None = None):
         self.image, self.place = image or directory / "volume.ext4", directory / "mounted"
@@ -177,7 +177,7 @@ class Volume:
         return self
 
     def __exit__(self, *_):
-        # A process that was killed a moment ago may still hold it.
+        # A process killed a moment ago may still use it.
         for _ in range(100):
             if subprocess.run(["umount", str(self.place)], capture_output=True).returncode == 0:
                 return

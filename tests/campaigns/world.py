@@ -1,6 +1,6 @@
-"""What the campaigns share: a sandbox (the stand-in for Amazon) and, as a process of its own, the adsidecar that is tried.
+"""What the campaigns share: a sandbox (the stand-in for Amazon), and the adsidecar under test as a separate process.
 
-Only the standard library. The binaries are those of the variables ADSIDECAR_BIN and ADSIDECAR_SANDBOX_BIN, else the
+Only the standard library. The binaries are those of the variables ADSIDECAR_BIN and ADSIDECAR_SANDBOX_BIN, or the
 release build: `cargo build --release --bins`.
 """
 
@@ -21,10 +21,10 @@ CLIENT_ID = "amzn1.application-oa2-client.sandbox"
 CLIENT_SECRET = "amzn1.oa2-cs.v1.sandbox-secret"
 FERNET_KEY = "cw_0x689RpI-jtRR7oE8h_eQsKImvJapLeSbXpwF4e4="
 
-# The build whose binaries are used: cargo's profile, and the directory that it builds into. tests/bench sets it to `dist`.
+# The build to use: cargo's profile, and its output directory. tests/bench sets it to `dist`.
 PROFILE = "release"
 
-# Neither the machine's proxies nor its AMAZON_* variables.
+# Without the machine's proxies and AMAZON_* variables.
 ENVIRONMENT = {"PATH": os.environ["PATH"]}
 # Without the machine's own proxies.
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -46,17 +46,17 @@ def free_port() -> int:
 
 
 def until(what: str, look, seconds: float = 20, period: float = 0.01):
-    """Looks until there is something to see."""
+    """Polls until `look` returns a true value."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if seen := look():
             return seen
         time.sleep(period)
-    raise SystemExit(f"it did not come within {seconds} s: {what}")
+    raise SystemExit(f"not within {seconds} s: {what}")
 
 
 def ask(url: str, method: str = "GET", body=None, timeout: float = 30, headers=None):
-    """Status, headers and text of an answer, whatever its status."""
+    """Status, headers and text of a response, whatever its status."""
     data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
     request = urllib.request.Request(url, data=data, method=method, headers=headers or {})
     try:
@@ -68,13 +68,13 @@ def ask(url: str, method: str = "GET", body=None, timeout: float = 30, headers=N
 
 
 class Sandbox:
-    """The stand-in for Amazon. The adsidecar that comes with it idles; the one that is tried is a Sidecar."""
+    """The stand-in for Amazon. The adsidecar that it starts is unused; the one under test is a Sidecar."""
 
     def __init__(self, directory: Path, *words: str):
         self.directory = directory / "amazon"
         self.directory.mkdir(parents=True, exist_ok=True)
-        doors = [word for door in ("proxy", "admin", "amazon", "control") for word in (f"--{door}", "127.0.0.1:0")]
-        command = [binary("adsidecar-sandbox"), "--calm", "--no-login", "--json", *doors]
+        listeners = [word for listener in ("proxy", "admin", "amazon", "control") for word in (f"--{listener}", "127.0.0.1:0")]
+        command = [binary("adsidecar-sandbox"), "--calm", "--no-login", "--json", *listeners]
         command += ["--data", str(self.directory), *words]
         self.log = (self.directory / "sandbox.log").open("w")
         self.process = subprocess.Popen(
@@ -82,7 +82,7 @@ class Sandbox:
         )
         self.control = json.loads(self.process.stdout.readline())["control"]
         overview = self.order("GET", "/")
-        self.lwa, self.na, self.eu, self.fe = (overview["addresses"][door] for door in ("lwa", "na", "eu", "fe"))
+        self.lwa, self.na, self.eu, self.fe = (overview["addresses"][listener] for listener in ("lwa", "na", "eu", "fe"))
         self.ca_file = self.directory / "ca.pem"
 
     def order(self, method: str, path: str, body=None):
@@ -95,14 +95,14 @@ class Sandbox:
         """A new refresh token."""
         return self.order("POST", "/consent", {"want": "grant"})["refresh_token"]
 
-    def trouble(self, trouble, **rule) -> None:
-        self.order("POST", "/trouble", {"trouble": trouble, **rule})
+    def set_fault(self, fault, **rule) -> None:
+        self.order("POST", "/trouble", {"trouble": fault, **rule})
 
     def calm(self) -> None:
         self.order("DELETE", "/trouble")
 
     def refreshes(self) -> int:
-        """Token calls with a refresh token, granted or not, since the history was last cleared."""
+        """Token calls with a refresh token, successful or not, since the history was last cleared."""
         return self.order("GET", "/history?door=lwa")["lwa"]["refreshes"]
 
     def stop(self) -> None:
@@ -112,7 +112,7 @@ class Sandbox:
 
 
 class Sidecar:
-    """The adsidecar that is tried: its configuration, its store, and its process while it runs."""
+    """The adsidecar under test: its configuration, its store, and its process while it runs."""
 
     def __init__(self, sandbox: Sandbox, directory: Path, extra: str = "", store: Path | None = None):
         directory.mkdir(parents=True, exist_ok=True)
@@ -125,9 +125,9 @@ class Sidecar:
         self.log = directory / "adsidecar.log"
         self.process: subprocess.Popen | None = None
         ca = json.dumps(str(sandbox.ca_file))
-        doors = "" if "[proxy]" in extra else f'[proxy]\nlisten = "127.0.0.1:{self.port}"\n'
+        listeners = "" if "[proxy]" in extra else f'[proxy]\nlisten = "127.0.0.1:{self.port}"\n'
         self.config.write_text(
-            f'environment = "production"\n{doors}[admin]\nlisten = "127.0.0.1:{self.admin_port}"\n'
+            f'environment = "production"\n{listeners}[admin]\nlisten = "127.0.0.1:{self.admin_port}"\n'
             f'[amazon]\nclient_id = "{CLIENT_ID}"\nclient_secret = "{CLIENT_SECRET}"\n'
             f'token_url = "https://{sandbox.lwa}/auth/o2/token"\nca_file = {ca}\n'
             f'[store]\npath = {json.dumps(str(self.store))}\nfernet_keys = "{FERNET_KEY}"\n'
@@ -136,7 +136,7 @@ class Sidecar:
         )
 
     def command(self, *words: str, stdin: str = "", check: bool = True, **environment: str):
-        """Runs an adsidecar command to its end."""
+        """Runs an adsidecar command and waits for it."""
         ended = subprocess.run(
             [binary("adsidecar"), "--config", str(self.config), *words],
             input=stdin, text=True, capture_output=True, env={**ENVIRONMENT, **environment}, timeout=120,
@@ -146,14 +146,14 @@ class Sidecar:
         return ended
 
     def import_grant(self, user: str = "default", token: str | None = None) -> str:
-        """Gives a user a grant, while the process does not run."""
+        """Gives a user a grant, while the process is stopped."""
         token = token or self.sandbox.grant()
         self.command("users", "import", "--user", user, "--offline", "--replace", stdin=token)
         return token
 
     def spawn(self, *before: str, **environment: str) -> subprocess.Popen:
-        """Starts it, behind the words of `before` (strace, faketime, setpriv …), and does not wait."""
-        assert self.process is None or self.process.poll() is not None, "it runs already"
+        """Starts it with the command prefix `before` (strace, faketime, setpriv …), without waiting."""
+        assert self.process is None or self.process.poll() is not None, "it is already running"
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
                 [*before, binary("adsidecar"), "--config", str(self.config)],
@@ -169,7 +169,7 @@ class Sidecar:
     def died(self) -> bool:
         if self.process.poll() is None:
             return False
-        raise SystemExit(f"adsidecar ended with {self.process.returncode}:\n{self.log.read_text()[-3000:]}")
+        raise SystemExit(f"adsidecar exited with {self.process.returncode}:\n{self.log.read_text()[-3000:]}")
 
     def is_ready(self) -> bool:
         try:
@@ -187,7 +187,7 @@ class Sidecar:
         return json.loads(self.get(f"/api/auth/amazon/status?user_id={user}")[2])
 
     def metric(self, series: str) -> float:
-        """A metric by its name and labels as Prometheus prints them; 0 where it does not stand there."""
+        """A metric by its name and labels as Prometheus prints them; 0 if absent."""
         for line in ask(self.admin + "/metrics")[2].splitlines():
             if line.startswith(series + " "):
                 return float(line.rsplit(" ", 1)[1])
@@ -205,17 +205,17 @@ class Sidecar:
         self.process.wait()
 
     def end(self) -> None:
-        """Ends it at once, if it runs at all: for what has to happen whatever happened before."""
+        """Kills it, if it is running: for cleanup."""
         if self.process and self.process.poll() is None:
             self.kill()
 
     def stop(self, seconds: float = 60) -> int:
-        """Ends it as Kubernetes would; its exit code."""
+        """Stops it like Kubernetes. Returns the exit code."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
         return self.process.wait(seconds)
 
 
 def workspace(name: str) -> tempfile.TemporaryDirectory:
-    """A directory that goes away at the end."""
+    """A directory that is removed at the end."""
     return tempfile.TemporaryDirectory(prefix=f"adsidecar-{name}-")

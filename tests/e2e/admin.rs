@@ -1,7 +1,7 @@
-//! The admin door: who may use it, and what it tells.
+//! The admin listener: access control and responses.
 
 use reqwest::{Method, Response};
-use world::{Door, Fault, Rule};
+use world::{Fault, Listener, Rule};
 
 use crate::harness::{Harness, code, eventually};
 
@@ -14,7 +14,7 @@ async fn at_door(harness: &Harness, method: Method, path: &str, headers: &[(&str
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_admin_door_is_for_this_machine_and_for_no_web_page() {
+async fn the_admin_listener_serves_this_machine_and_no_web_page() {
     let harness = Harness::start().await;
     for path in ["/livez", "/readyz", "/startupz", "/metrics", "/quitquitquit", "/log", "/"] {
         for browser in [("origin", "https://evil.test"), ("origin", "null"), ("sec-fetch-site", "cross-site")] {
@@ -53,10 +53,10 @@ async fn the_admin_door_is_for_this_machine_and_for_no_web_page() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn probes_and_scrapers_come_by_any_name() {
+async fn probes_and_scrapers_may_use_any_host() {
     let harness = Harness::start().await;
     for path in ["/livez", "/readyz", "/startupz", "/metrics"] {
-        let answer = eventually("the start", async || {
+        let answer = eventually("adsidecar to start", async || {
             let answer = at_door(&harness, Method::GET, path, &[("host", "10.0.0.7:9464")]).await;
             (answer.status() == 200).then_some(answer)
         })
@@ -68,34 +68,34 @@ async fn probes_and_scrapers_come_by_any_name() {
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 110.
-async fn ready_and_alive_are_about_us_and_not_about_amazon_or_logins() {
+async fn readiness_and_liveness_do_not_depend_on_amazon_or_logins() {
     let mut harness = Harness::start().await;
     let readyz = async |harness: &Harness| at_door(harness, Method::GET, "/readyz", &[]).await.status().as_u16();
-    assert_eq!(readyz(&harness).await, 200, "nobody is logged in");
+    assert_eq!(readyz(&harness).await, 200, "ready although no user is logged in");
     harness.log_in("default").await;
     harness.sandbox.set_fault(Rule::from(Fault::status(500)).always());
     harness.advance(3600);
     assert_eq!(harness.post("/api/auth/amazon/refresh").await.status(), 200);
     assert_eq!(harness.status_of("default").await["state"], "failing");
-    assert_eq!(readyz(&harness).await, 200, "Amazon is down");
+    assert_eq!(readyz(&harness).await, 200, "ready although Amazon is down");
 
-    harness.sandbox.clear_trouble();
+    harness.sandbox.clear_faults();
     harness.advance(60);
-    let gate = harness.sandbox.set_fault(Rule::from(Fault::Gate).at(Door::Na));
+    let gate = harness.sandbox.set_fault(Rule::from(Fault::Gate).at(Listener::Na));
     let caller = tokio::spawn(harness.request(Method::GET, "/v2/profiles").send());
     gate.reached(1).await;
     let (ready, live) = (harness.admin_url("/readyz"), harness.admin_url("/livez"));
     let stopped = harness.begin_stop();
-    eventually("the drain", async || (harness.client.get(&ready).send().await.unwrap().status() == 503).then_some(()))
+    eventually("draining", async || (harness.client.get(&ready).send().await.unwrap().status() == 503).then_some(()))
         .await;
     assert_eq!(harness.client.get(&live).send().await.unwrap().status(), 200);
     gate.release();
-    assert_eq!(caller.await.unwrap().unwrap().status(), 200, "what is in flight is answered");
+    assert_eq!(caller.await.unwrap().unwrap().status(), 200, "the request in flight completes");
     stopped.await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn quitting_by_request_is_an_orderly_end() {
+async fn a_quit_request_shuts_down_gracefully() {
     let mut harness = Harness::start().await;
     harness.log_in("default").await;
     let quit = harness.client.post(harness.admin_url("/quitquitquit")).send().await.unwrap();
@@ -106,7 +106,7 @@ async fn quitting_by_request_is_an_orderly_end() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_metrics_tell_what_happened() {
+async fn the_metrics_reflect_requests_and_refreshes() {
     let harness = Harness::with("[[account]]\nname = \"shop\"\nregion = \"eu\"\n").await;
     let value = async |series: &str| harness.metric(&format!("adsidecar_{series}")).await;
     let noon = "2026-08-01T12:00:00Z".parse::<jiff::Timestamp>().unwrap().as_second() as f64;
@@ -147,30 +147,37 @@ async fn the_metrics_tell_what_happened() {
     assert_eq!(harness.get("/sandbox/status/207").await.status(), 207);
     assert_eq!(value("unknown_family_total").await, 1.0);
 
-    harness.sandbox.set_fault(Rule::from(Fault::status(500)).at(Door::Lwa));
+    harness.sandbox.set_fault(Rule::from(Fault::status(500)).at(Listener::Lwa));
     harness.post("/api/auth/amazon/refresh").await;
     assert_eq!(value("token_refresh_total{reason=\"server_error\",result=\"failure\"}").await, 1.0);
     assert_eq!(value("token_refresh_duration_seconds_count").await, 1.0);
     assert_eq!(value("users{state=\"failing\"}").await, 1.0);
     assert_eq!(value("login_required{reason=\"\",user=\"default\"}").await, 0.0);
-    assert_eq!(value("token_expiry_timestamp_seconds{user=\"default\"}").await, noon + 3600.0, "the old one is served");
+    assert_eq!(
+        value("token_expiry_timestamp_seconds{user=\"default\"}").await,
+        noon + 3600.0,
+        "the previous token is used"
+    );
 
     let text = harness.client.get(harness.admin_url("/metrics")).send().await.unwrap().text().await.unwrap();
-    assert!(text.contains("adsidecar_login_required{reason=\"\",user=\"default\"} 0"), "known users have a series");
+    assert!(
+        text.contains("adsidecar_login_required{reason=\"\",user=\"default\"} 0"),
+        "known users have a series from the start"
+    );
     for leak in ["canary", "profiles", "Atz", "evil"] {
-        assert!(!text.contains(leak), "{leak} became a label");
+        assert!(!text.contains(leak), "{leak} must not be a label");
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn while_new_connections_are_still_taken_each_answer_says_that_it_is_the_last() {
+async fn during_the_drain_each_response_closes_its_connection() {
     let mut harness = Harness::with("[shutdown]\naccept = \"3s\"\n").await;
     harness.log_in("default").await;
     let url = harness.proxy_url("/v2/profiles");
     let before = harness.client.get(&url).send().await.unwrap();
     assert!(!before.headers().contains_key("connection"));
     let ended = harness.begin_stop();
-    eventually("an answer that closes", async || {
+    eventually("a response with Connection: close", async || {
         let answer = harness.client.get(&url).send().await.unwrap();
         assert_eq!(answer.status(), 200);
         answer.headers().get("connection").is_some_and(|value| value == "close").then_some(())

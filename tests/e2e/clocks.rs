@@ -1,4 +1,4 @@
-//! Clocks that are set, wrong, or stand still, and consents that grow old: rows 29 to 32 of what can go wrong.
+//! Clocks that are set, wrong, or stopped, and consents close to their end: failures 29 to 32 of the catalogue.
 
 use std::io::Write;
 use std::sync::{Arc, Mutex};
@@ -6,12 +6,12 @@ use std::sync::{Arc, Mutex};
 use adsidecar::domain::clock::Clock;
 use jiff::{SignedDuration, Timestamp};
 use serde_json::Value;
-use world::{Door, Fault, Options, Rule};
+use world::{Fault, Listener, Options, Rule};
 
 use crate::harness::{Harness, code, eventually, json};
 
 const REFRESH: &str = "/api/auth/amazon/refresh";
-/// Users fall idle so early that the background leaves the renewal to callers.
+/// Users become idle so early that the background leaves refreshes to callers.
 const IDLE: &str = "[refresh]\nidle_after = \"1m\"\nsweep = \"1h\"\n";
 
 fn start() -> Timestamp {
@@ -22,7 +22,7 @@ fn secs(seconds: i64) -> SignedDuration {
     SignedDuration::from_secs(seconds)
 }
 
-/// An Amazon with a clock of its own, which is right, before a sidecar whose wall clock differs by so much.
+/// An Amazon with its own, correct clock, and a sidecar whose wall clock differs.
 struct Apart {
     harness: Harness,
     amazons: Clock,
@@ -38,26 +38,26 @@ impl Apart {
         apart
     }
 
-    /// Starts the sidecar, again, on a machine whose clock is ahead of Amazon's.
+    /// Starts or restarts the sidecar on a machine whose clock is ahead of Amazon's.
     async fn restart(&mut self, ahead: i64) {
         self.harness.clock = Clock::frozen(self.amazons.now() + secs(ahead));
         self.harness.start_sidecar().await;
     }
 
-    /// Time passes, for both.
+    /// Advances the time of both.
     fn pass(&self, seconds: i64) {
         self.amazons.advance(secs(seconds));
         self.harness.advance(seconds);
     }
 
-    /// The sidecar's clock is set.
+    /// Sets the sidecar's clock.
     fn set(&self, seconds: i64) {
         self.harness.clock.step(secs(seconds));
     }
 
-    /// What Amazon said to the calls that came.
+    /// The statuses with which Amazon responded to the calls.
     fn said(&self) -> Vec<u16> {
-        self.harness.sandbox.calls(Door::Na).iter().filter_map(|call| call.status).collect()
+        self.harness.sandbox.calls(Listener::Na).iter().filter_map(|call| call.status).collect()
     }
 
     async fn get(&self, user: &str) -> u16 {
@@ -68,7 +68,7 @@ impl Apart {
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 29.
-async fn a_clock_that_jumps_ahead_costs_each_user_one_renewal() {
+async fn a_clock_jump_forward_costs_each_user_one_refresh() {
     for hours in [2, 240] {
         let apart = Apart::start("", 0).await;
         for user in ["a", "b", "c"] {
@@ -81,15 +81,15 @@ async fn a_clock_that_jumps_ahead_costs_each_user_one_renewal() {
                 assert_eq!(apart.get(user).await, 200);
             }
         }
-        assert_eq!(apart.harness.sandbox.refreshes(), 3, "one each, then calm");
+        assert_eq!(apart.harness.sandbox.refreshes(), 3, "one refresh per user, then none");
         assert!(apart.said().iter().all(|status| *status == 200));
         let jumps = "adsidecar_clock_jumps_total";
-        eventually("the jump is told", async || (apart.harness.metric(jumps).await == 1.0).then_some(())).await;
-        // By its own clock the machine is ahead from now on, and renewal goes on in time.
+        eventually("the jump to be reported", async || (apart.harness.metric(jumps).await == 1.0).then_some(())).await;
+        // The machine's clock is ahead from now on, and refreshes still happen on time.
         for _ in 0..4 {
             apart.pass(45 * 60);
             assert_eq!(apart.get("a").await, 200);
-            eventually("renewal", async || (apart.harness.status_of("a").await["state"] == "fresh").then_some(()))
+            eventually("the refresh", async || (apart.harness.status_of("a").await["state"] == "fresh").then_some(()))
                 .await;
         }
         assert!(apart.said().iter().all(|status| *status == 200));
@@ -98,7 +98,7 @@ async fn a_clock_that_jumps_ahead_costs_each_user_one_renewal() {
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 30.
-async fn a_clock_that_is_set_back_neither_sends_an_expired_token_nor_stalls() {
+async fn a_clock_set_back_neither_sends_an_expired_token_nor_stalls_refreshes() {
     for back in [-60, -7200, -864_000] {
         for extra in ["", IDLE] {
             let mut apart = Apart::start(extra, 0).await;
@@ -106,18 +106,18 @@ async fn a_clock_that_is_set_back_neither_sends_an_expired_token_nor_stalls() {
             apart.harness.sandbox.clear_history();
             apart.set(back);
             assert_eq!(apart.get("default").await, 200);
-            assert_eq!(apart.harness.sandbox.refreshes(), 0, "the token lives");
+            assert_eq!(apart.harness.sandbox.refreshes(), 0, "the token has not expired");
             if extra.is_empty() {
                 apart.pass(3000);
-                eventually("the background's renewal", async || (apart.harness.sandbox.refreshes() == 1).then_some(()))
+                eventually("the background refresh", async || (apart.harness.sandbox.refreshes() == 1).then_some(()))
                     .await;
             } else {
                 apart.pass(3600);
                 assert_eq!(apart.get("default").await, 200);
-                assert_eq!(apart.harness.sandbox.refreshes(), 1, "dead, whatever the wall clock says");
+                assert_eq!(apart.harness.sandbox.refreshes(), 1, "expired, regardless of the wall clock");
             }
-            assert!(apart.said().iter().all(|status| *status == 200), "no dead token was sent");
-            // What is stored is readable, though it was sealed in the future.
+            assert!(apart.said().iter().all(|status| *status == 200), "no expired token was sent");
+            // The record is readable, although its Fernet timestamp is in the future.
             apart.harness.stop_sidecar().await;
             apart.restart(back).await;
             assert_eq!(apart.get("default").await, 200);
@@ -126,11 +126,11 @@ async fn a_clock_that_is_set_back_neither_sends_an_expired_token_nor_stalls() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn no_pause_is_longer_because_the_clock_was_set_back() {
+async fn a_clock_set_back_extends_no_backoff() {
     let apart = Apart::start(IDLE, 0).await;
     apart.harness.log_in("default").await;
-    // Behind a failure.
-    apart.harness.sandbox.set_fault(Rule::from(Fault::too_many(Some(30))).at(Door::Lwa));
+    // After a failure.
+    apart.harness.sandbox.set_fault(Rule::from(Fault::too_many(Some(30))).at(Listener::Lwa));
     assert_eq!(json(apart.harness.post(REFRESH).await).await["state"], "failing");
     apart.set(-864_000);
     apart.pass(30);
@@ -142,14 +142,14 @@ async fn no_pause_is_longer_because_the_clock_was_set_back() {
     apart.pass(30);
     apart.harness.sandbox.world(|world| world.expire_access_tokens());
     assert_eq!(apart.get("default").await, 200);
-    // Behind a renewal, before the next one.
+    // After a refresh, before the next one.
     apart.pass(3400);
     assert_eq!(apart.harness.status_of("default").await["state"], "expiring");
     apart.set(-864_000);
     apart.harness.sandbox.clear_history();
     assert_eq!(apart.get("default").await, 200);
     assert_eq!(apart.harness.sandbox.refreshes(), 1);
-    // Behind a refusal.
+    // After a rejection.
     apart.harness.sandbox.set_fault(Fault::InvalidGrant);
     assert_eq!(code(&apart.harness.post(REFRESH).await), "login_required");
     apart.set(-864_000);
@@ -159,7 +159,7 @@ async fn no_pause_is_longer_because_the_clock_was_set_back() {
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 31.
-async fn a_clock_of_1970_or_before_is_put_up_with() {
+async fn a_clock_at_or_before_1970_is_tolerated() {
     for year in ["1970-01-01T00:00:00Z", "1960-06-01T00:00:00Z"] {
         let wrong = year.parse::<Timestamp>().unwrap().duration_since(start()).as_secs();
         let mut apart = Apart::start("", wrong).await;
@@ -167,13 +167,13 @@ async fn a_clock_of_1970_or_before_is_put_up_with() {
         assert_eq!(apart.get("default").await, 200);
         apart.pass(3600);
         assert_eq!(apart.get("default").await, 200);
-        assert_eq!(apart.harness.metric("adsidecar_clock_skew_seconds").await, wrong as f64, "and told");
+        assert_eq!(apart.harness.metric("adsidecar_clock_skew_seconds").await, wrong as f64, "the skew is reported");
         apart.harness.stop_sidecar().await;
         apart.restart(wrong).await;
         assert_eq!(apart.get("default").await, 200);
         apart.harness.stop_sidecar().await;
         apart.restart(0).await;
-        assert_eq!(apart.get("default").await, 200, "and when it is right again");
+        assert_eq!(apart.get("default").await, 200, "works again once the clock is correct");
         apart.pass(3600);
         assert_eq!(apart.get("default").await, 200);
     }
@@ -181,61 +181,61 @@ async fn a_clock_of_1970_or_before_is_put_up_with() {
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 32.
-async fn after_a_sleep_the_first_call_renews() {
+async fn after_a_suspend_the_first_request_refreshes() {
     let apart = Apart::start("", 0).await;
     apart.harness.log_in("default").await;
     apart.harness.sandbox.clear_history();
-    // The wall clocks go on, and the monotonic one stands still.
+    // The wall clocks advance, but the monotonic clock does not.
     apart.amazons.advance(secs(3600));
     apart.set(3600);
     assert_eq!(apart.get("default").await, 200);
     assert_eq!(apart.harness.sandbox.refreshes(), 1);
-    assert_eq!(apart.said(), [200], "the dead token was not sent");
+    assert_eq!(apart.said(), [200], "the expired token was not sent");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_machine_that_wakes_with_a_wrong_clock_learns_from_amazons_next_answer() {
+async fn after_a_suspend_with_a_wrong_clock_amazons_next_response_corrects_it() {
     let mut apart = Apart::start(IDLE, 0).await;
     for user in ["a", "b"] {
         apart.harness.log_in(user).await;
     }
     apart.harness.stop_sidecar().await;
     apart.amazons.advance(secs(7200));
-    // It believes that no time has passed, so that both tokens live.
+    // The sidecar sees no time pass, so both tokens appear valid to it.
     apart.restart(-7200).await;
     apart.harness.sandbox.clear_history();
     assert_eq!(apart.harness.status_of("b").await["state"], "fresh");
     assert_eq!(apart.get("a").await, 200);
-    assert_eq!(apart.said(), [401, 200], "Amazon's word, and the same call with another token");
+    assert_eq!(apart.said(), [401, 200], "Amazon rejects the token, and the call is retried with another");
     assert_eq!(apart.harness.metric("adsidecar_clock_skew_seconds").await, -7200.0);
     assert_eq!(apart.get("b").await, 200);
-    assert_eq!(apart.said(), [401, 200, 200], "no dead token is sent from then on");
+    assert_eq!(apart.said(), [401, 200, 200], "no expired token is sent from then on");
     assert_eq!(apart.harness.sandbox.refreshes(), 2);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_skew_is_told_by_answers_of_the_ads_api_and_not_by_each_of_them() {
+async fn the_clock_skew_is_measured_from_some_ads_api_responses() {
     let apart = Apart::start("", 0).await;
     apart.harness.log_in("default").await;
     let skew = async || apart.harness.metric("adsidecar_clock_skew_seconds").await;
     apart.pass(10);
     assert_eq!((apart.get("default").await, skew().await), (200, 0.0));
     apart.set(90);
-    assert_eq!((apart.get("default").await, skew().await), (200, 0.0), "not each call is asked");
+    assert_eq!((apart.get("default").await, skew().await), (200, 0.0), "the skew is not measured on every call");
     apart.pass(10);
     assert_eq!((apart.get("default").await, skew().await), (200, 90.0));
     assert_eq!(apart.harness.sandbox.refreshes(), 0);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_wrong_date_of_the_ads_api_makes_no_storm() {
+async fn a_wrong_date_from_the_ads_api_causes_no_refresh_storm() {
     let apart = Apart::start("", 0).await;
     apart.harness.log_in("default").await;
     assert_eq!(apart.harness.post(REFRESH).await.status(), 200);
     apart.harness.sandbox.clear_history();
     for date in ["Thu, 01 Jan 2099 00:00:00 GMT", "Thu, 01 Jan 1970 00:00:00 GMT", "tomorrow"] {
         let answer = Fault::Status { code: 200, headers: vec![("date".into(), date.into())], body: "{}".into() };
-        apart.harness.sandbox.set_fault(Rule::from(answer).at(Door::Na).next(5));
+        apart.harness.sandbox.set_fault(Rule::from(answer).at(Listener::Na).next(5));
         for _ in 0..5 {
             apart.pass(10);
             assert_eq!(apart.get("default").await, 200);
@@ -244,7 +244,7 @@ async fn a_wrong_date_of_the_ads_api_makes_no_storm() {
     assert_eq!(apart.harness.sandbox.refreshes(), 0);
 }
 
-/// What is logged in this process, which runs this test alone.
+/// Captures the log of this process, which runs only this test.
 fn logged() -> Arc<Mutex<String>> {
     #[derive(Clone, Default)]
     struct Lines(Arc<Mutex<String>>);
@@ -265,7 +265,7 @@ fn logged() -> Arc<Mutex<String>> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_consent_that_is_about_to_end_is_told_well_before_and_logged_once() {
+async fn an_expiring_consent_is_reported_early_and_logged_once() {
     let log = logged();
     let harness = Harness::start().await;
     harness.log_in("anna").await;
@@ -280,21 +280,21 @@ async fn a_consent_that_is_about_to_end_is_told_well_before_and_logged_once() {
     assert_eq!((told().await, lines()), (("valid".into(), 0.0), 0));
     harness.advance(day);
     assert_eq!(told().await, ("ending".into(), 1.0));
-    eventually("a line in the log", async || (lines() == 1).then_some(())).await;
+    eventually("a log line", async || (lines() == 1).then_some(())).await;
     for _ in 0..5 {
         harness.advance(5 * day);
     }
     assert_eq!(told().await, ("ending".into(), 1.0));
     harness.advance(5 * day);
     assert_eq!(told().await, ("ended".into(), 1.0));
-    assert_eq!(lines(), 1, "once for each consent");
-    // A new consent is a new year.
+    assert_eq!(lines(), 1, "one line for each consent");
+    // A new consent is valid for another year.
     harness.log_in("anna").await;
     assert_eq!(told().await, ("valid".into(), 0.0));
     harness.advance(340 * day);
-    eventually("a line for the new one", async || (lines() == 2).then_some(())).await;
+    eventually("a log line for the new consent", async || (lines() == 2).then_some(())).await;
 
-    // Of a grant that was not made here nothing is known.
+    // For a grant that was not made here, the end of the consent is unknown.
     let imported = harness.status_of("nobody").await;
     assert_eq!(imported["consent"], Value::Null);
 }

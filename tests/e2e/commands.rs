@@ -1,4 +1,4 @@
-//! The commands, run as the binary that ships.
+//! The commands, run from the shipped binary.
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Write};
@@ -13,27 +13,27 @@ use fernet::Fernet;
 use serde_json::{Value, json as object};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
-use world::{CLIENT_ID, CLIENT_SECRET, Door, Fault, RETURN_URL, Rule, SCOPE};
+use world::{CLIENT_ID, CLIENT_SECRET, Fault, Listener, RETURN_URL, Rule, SCOPE};
 
 use crate::harness::{FERNET_KEY, Harness, eventually, json};
 
 pub const BINARY: &str = env!("CARGO_BIN_EXE_adsidecar");
 pub const OTHER_KEY: &str = "AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8=";
-/// How a command ends (sysexits.h).
+/// Exit codes (sysexits.h).
 pub const DONE: i32 = 0;
 pub const FAILED: i32 = 1;
 const USAGE: i32 = 64;
 pub const HELD: i32 = 75;
 pub const CONFIG: i32 = 78;
 
-/// What a command said.
+/// The output of a command.
 pub struct Ran {
     pub code: i32,
     pub out: String,
     pub err: String,
 }
 
-/// A world with a clock that runs, whose sidecar is stopped: the commands come to its store.
+/// A setup with a running clock and a stopped sidecar, so that commands can open its store.
 pub async fn stopped() -> Harness {
     let mut harness = Harness::with_running_clock("").await;
     harness.log_in("default").await;
@@ -47,12 +47,12 @@ pub fn command(arguments: &[&str]) -> Command {
     command
 }
 
-/// Runs a command to its end.
+/// Runs a command and waits for it.
 async fn bare(arguments: &[&str], input: &str) -> Ran {
     ended(command(arguments), input).await
 }
 
-/// The same with these variables in its environment.
+/// As above, with these variables in its environment.
 pub async fn bare_with(arguments: &[&str], variables: &[(&str, &str)]) -> Ran {
     let mut command = command(arguments);
     command.envs(variables.iter().copied());
@@ -63,7 +63,7 @@ async fn ended(mut command: Command, input: &str) -> Ran {
     let input = input.to_owned();
     let ran = tokio::task::spawn_blocking(move || {
         let mut child = command.spawn().unwrap();
-        // A command that reads nothing may be gone already.
+        // A command that reads no input may have exited already.
         let _ = child.stdin.take().unwrap().write_all(input.as_bytes());
         child.wait_with_output().unwrap()
     });
@@ -72,20 +72,20 @@ async fn ended(mut command: Command, input: &str) -> Ran {
     Ran { code: ran.status.code().unwrap(), out: text(ran.stdout), err: text(ran.stderr) }
 }
 
-/// Runs a command with the world's configuration.
+/// Runs a command with the configuration of the harness.
 pub async fn run(harness: &Harness, arguments: &[&str], input: &str) -> Ran {
     let file = harness.config_file();
     bare(&[&["--config", file.to_str().unwrap()], arguments].concat(), input).await
 }
 
-/// The same, beside the sidecar that runs in this process.
+/// As above, beside the sidecar that runs in this process.
 pub async fn beside(harness: &Harness, arguments: &[&str]) -> Ran {
-    let doors =
+    let listeners =
         [format!("proxy.listen={}", harness.proxy_address()), format!("admin.listen={}", harness.admin_address())];
-    run(harness, &[arguments, &["--set", &doors[0], "--set", &doors[1]]].concat(), "").await
+    run(harness, &[arguments, &["--set", &listeners[0], "--set", &listeners[1]]].concat(), "").await
 }
 
-/// A sidecar in a process of its own.
+/// A sidecar in a separate process.
 pub struct Serving {
     pub child: Child,
     pub log: Arc<Mutex<String>>,
@@ -103,15 +103,15 @@ impl Serving {
     pub async fn spawn(mut command: Command) -> Self {
         let mut serving = Self::told(command.spawn().unwrap(), String::new(), String::new());
         let line = serving.says(" serving ").await;
-        let address = |door: &str| {
-            let (_, rest) = line.split_once(&format!("{door}=[")).unwrap();
+        let address = |listener: &str| {
+            let (_, rest) = line.split_once(&format!("{listener}=[")).unwrap();
             rest.split(']').next().unwrap().to_owned()
         };
         (serving.proxy, serving.admin) = (address("proxy"), address("admin"));
         serving
     }
 
-    /// One that was started, and whose doors are known; its log is read.
+    /// A process that was started with known addresses; collects its log.
     pub fn told(mut child: Child, proxy: String, admin: String) -> Self {
         let log = Arc::new(Mutex::new(String::new()));
         let (lines, kept) = (BufReader::new(child.stderr.take().unwrap()).lines(), log.clone());
@@ -137,13 +137,17 @@ impl Serving {
         assert!(sent.success());
     }
 
-    /// Its exit code, and how long it took to come.
+    /// The exit code, and the time until the exit.
     pub async fn ended(&mut self) -> (Option<i32>, Duration) {
         let begun = Instant::now();
         let child = &mut self.child;
         let mut code = None;
         while code.is_none() {
-            assert!(begun.elapsed() < Duration::from_secs(15), "it does not end: {}", self.log.lock().unwrap());
+            assert!(
+                begun.elapsed() < Duration::from_secs(15),
+                "the process does not exit: {}",
+                self.log.lock().unwrap()
+            );
             code = child.try_wait().unwrap();
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
@@ -154,7 +158,7 @@ impl Serving {
         format!("http://{}{path}", self.proxy)
     }
 
-    /// Begins a call and leaves the connection open.
+    /// Starts a request and leaves the connection open.
     pub async fn call(&self, path: &str) -> TcpStream {
         let mut stream = TcpStream::connect(&self.proxy).await.unwrap();
         let head = format!("GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n");
@@ -170,7 +174,7 @@ impl Drop for Serving {
     }
 }
 
-/// Every file under a directory, with its bytes.
+/// Every file under a directory, with its contents.
 fn files(root: &Path) -> BTreeMap<String, Vec<u8>> {
     let mut all = BTreeMap::new();
     for entry in std::fs::read_dir(root).unwrap() {
@@ -193,7 +197,7 @@ pub fn opened(token: &Value) -> String {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_command_line_that_cannot_be_read_is_64() {
+async fn an_invalid_command_line_exits_with_64() {
     for arguments in [
         &["frobnicate"][..],
         &["serve", "--nope"],
@@ -207,13 +211,13 @@ async fn a_command_line_that_cannot_be_read_is_64() {
         let ran = bare(arguments, "").await;
         assert_eq!((ran.code, ran.out.as_str()), (USAGE, ""), "{arguments:?}");
         assert!(!ran.err.is_empty());
-        assert!(!ran.err.contains("canary"), "what may be a secret is not quoted");
+        assert!(!ran.err.contains("canary"), "a possible secret is not quoted");
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 104.
-async fn a_wrong_configuration_is_78_with_every_problem_and_no_secret() {
+async fn an_invalid_configuration_exits_with_78_and_lists_every_problem_without_secrets() {
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("wrong.toml");
     let text = "[amazon]\nclient_secret = \"can ary\"\nredirect_uri = \"http://app.example.com/cb\"\n\
@@ -245,7 +249,7 @@ async fn a_wrong_configuration_is_78_with_every_problem_and_no_secret() {
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 43.
-async fn a_wrong_fernet_key_is_78_and_changes_nothing() {
+async fn a_wrong_fernet_key_exits_with_78_and_changes_nothing() {
     let harness = stopped().await;
     let before = files(harness.directory.path());
     let wanted = Keyring::new(&[Secret::new(FERNET_KEY)]).unwrap().first().to_string();
@@ -258,12 +262,12 @@ async fn a_wrong_fernet_key_is_78_and_changes_nothing() {
         assert!(!ran.err.contains(FERNET_KEY) && !ran.err.contains(OTHER_KEY));
         assert_eq!(files(harness.directory.path()), before, "{arguments:?}");
     }
-    assert_eq!(run(&harness, &["users", "list"], "").await.code, DONE, "with the right key all is there");
+    assert_eq!(run(&harness, &["users", "list"], "").await.code, DONE, "with the right key, all users are there");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 38.
-async fn a_second_process_is_75() {
+async fn a_second_process_exits_with_75() {
     let harness = Harness::with_running_clock("").await;
     harness.log_in("default").await;
     for arguments in [&["serve"][..], &["users", "import"], &["store", "dump"], &["store", "restore"]] {
@@ -271,11 +275,11 @@ async fn a_second_process_is_75() {
         assert_eq!((ran.code, ran.out.as_str()), (HELD, ""), "{arguments:?}: {}", ran.err);
         assert!(ran.err.contains(harness.store_path().to_str().unwrap()), "{}", ran.err);
     }
-    assert_eq!(harness.get("/v2/profiles").await.status(), 200, "the first is not disturbed");
+    assert_eq!(harness.get("/v2/profiles").await.status(), 200, "the first process is not affected");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_check_prints_what_holds_without_secrets() {
+async fn check_prints_the_effective_configuration_without_secrets() {
     let harness = stopped().await;
     let ran = run(&harness, &["check", "--set", "proxy.caller_token=canary-token"], "").await;
     assert_eq!((ran.code, ran.err.as_str()), (DONE, ""));
@@ -288,7 +292,7 @@ async fn a_check_prints_what_holds_without_secrets() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn small_commands_answer() {
+async fn version_and_key_commands_work() {
     let version = bare(&["version"], "").await;
     assert_eq!((version.code, version.out), (DONE, format!("adsidecar {}\n", env!("CARGO_PKG_VERSION"))));
     let help = bare(&["--help"], "").await;
@@ -325,7 +329,7 @@ async fn the_users_are_listed_alone_and_beside_a_running_sidecar() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_command_beside_a_running_sidecar_shows_the_caller_token() {
+async fn a_command_beside_a_running_sidecar_sends_the_caller_token() {
     let harness = Harness::with("[proxy]\nlisten = \"127.0.0.1:0\"\ncaller_token = \"one-token\"\n").await;
     let listed = beside(&harness, &["users", "list"]).await;
     assert_eq!((listed.code, listed.out.as_str()), (DONE, ""), "{}", listed.err);
@@ -335,7 +339,7 @@ async fn a_command_beside_a_running_sidecar_shows_the_caller_token() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_names_of_amazons_guide_are_enough_to_start() {
+async fn the_variable_names_of_amazons_guide_suffice_to_start() {
     let harness = stopped().await;
     let token = harness.sandbox.grant().refresh_token;
     let store = harness.directory.path().join("other").display().to_string();
@@ -351,7 +355,7 @@ async fn the_names_of_amazons_guide_are_enough_to_start() {
         ("ENVIRONMENT", "production".to_owned()),
         ("ADSIDECAR_AMAZON__TOKEN_URL", harness.sandbox.token_url()),
         ("ADSIDECAR_AMAZON__CA_FILE", ca.clone()),
-        ("ADSIDECAR_UPSTREAM__NA", harness.sandbox.origin(Door::Na)),
+        ("ADSIDECAR_UPSTREAM__NA", harness.sandbox.origin(Listener::Na)),
         ("ADSIDECAR_UPSTREAM__CA_FILE", ca),
         ("ADSIDECAR_STORE__PATH", store),
         ("ADSIDECAR_PROXY__LISTEN", "127.0.0.1:0".to_owned()),
@@ -370,7 +374,7 @@ async fn the_names_of_amazons_guide_are_enough_to_start() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn without_a_key_development_makes_one_and_production_refuses() {
+async fn without_a_key_development_creates_one_and_production_does_not_start() {
     let harness = stopped().await;
     let text = std::fs::read_to_string(harness.config_file()).unwrap();
     let keyless: String =
@@ -395,7 +399,7 @@ async fn without_a_key_development_makes_one_and_production_refuses() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_refresh_token_is_imported_once_it_was_verified() {
+async fn a_refresh_token_is_imported_after_verification() {
     let mut harness = stopped().await;
     let token = harness.sandbox.grant().refresh_token;
     for (input, user) in [("Atzr|unknown", "shop"), ("", "shop"), ("two words", "shop"), (token.as_str(), "default")] {
@@ -455,12 +459,12 @@ async fn the_records_of_another_service_are_imported() {
         assert_eq!(ran.code, FAILED, "{bad}");
         assert!(!ran.err.contains("canary") && !ran.err.contains("gAAAA"), "{}", ran.err);
     }
-    assert_eq!(run(&harness, &["users", "list"], "").await.out.lines().count(), 1, "all or nothing");
+    assert_eq!(run(&harness, &["users", "list"], "").await.out.lines().count(), 1, "an import is all or nothing");
 
     std::fs::write(&file, records.to_string()).unwrap();
     let taken = run(&harness, &["users", "import", "--records", &path, "--offline"], "").await;
     assert_eq!((taken.code, taken.out.as_str()), (DONE, "2 grants imported\n"), "{}", taken.err);
-    assert_eq!(harness.sandbox.refreshes(), 0, "unverified until first used");
+    assert_eq!(harness.sandbox.refreshes(), 0, "not verified until first use");
     harness.start_sidecar().await;
     let call = async |user: &str| {
         let call =
@@ -468,7 +472,11 @@ async fn the_records_of_another_service_are_imported() {
         assert_eq!(call.status(), 200, "{user}");
         harness.seen().header("authorization").unwrap().to_owned()
     };
-    assert_eq!(call("living").await, format!("Bearer {}", one.access_token), "the token that lives is used");
+    assert_eq!(
+        call("living").await,
+        format!("Bearer {}", one.access_token),
+        "the access token that has not expired is used"
+    );
     assert_ne!(call("expired").await, format!("Bearer {}", two.access_token));
 
     let mut verified = stopped().await;
@@ -482,7 +490,7 @@ async fn the_records_of_another_service_are_imported() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_dump_is_restored_elsewhere() {
+async fn a_dump_is_restored_into_another_store() {
     let mut harness = stopped().await;
     let dump = run(&harness, &["store", "dump"], "").await;
     assert_eq!(dump.code, DONE, "{}", dump.err);
@@ -506,7 +514,7 @@ async fn a_dump_is_restored_elsewhere() {
     let restored = run(&harness, &["store", "restore", "--set", &set], &dump.out).await;
     assert_eq!((restored.code, restored.out.as_str()), (DONE, "1 grants imported\n"), "{}", restored.err);
     let again = run(&harness, &["store", "restore", "--set", &set], &dump.out).await;
-    assert_eq!(again.code, FAILED, "nothing is replaced unless that is said");
+    assert_eq!(again.code, FAILED, "nothing is replaced without --replace");
     assert_eq!(run(&harness, &["store", "restore", "--replace", "--set", &set], &dump.out).await.code, DONE);
 
     let copied: Value = serde_json::from_str(&run(&harness, &["store", "dump", "--set", &set], "").await.out).unwrap();
@@ -523,7 +531,7 @@ async fn a_dump_is_restored_elsewhere() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn health_and_wait_ask_the_admin_door() {
+async fn health_and_wait_use_the_admin_listener() {
     let harness = stopped().await;
     let socket = format!("admin.listen=unix:{}", harness.directory.path().join("admin.sock").display());
     for arguments in [&["health"][..], &["health", "--ready"], &["wait", "--timeout", "150ms"]] {
@@ -540,8 +548,8 @@ async fn health_and_wait_ask_the_admin_door() {
     let ready = run(&harness, &["health", "--ready", "--set", &socket], "").await;
     assert_eq!((ready.code, ready.out.as_str()), (DONE, "ready\n"), "{}", ready.err);
 
-    // A sidecar that drains lives and is not ready.
-    let gate = harness.sandbox.set_fault(Rule::from(Fault::Gate).at(Door::Na));
+    // A draining sidecar is live but not ready.
+    let gate = harness.sandbox.set_fault(Rule::from(Fault::Gate).at(Listener::Na));
     let _caller = serving.call("/v2/profiles").await;
     gate.reached(1).await;
     serving.signal("TERM");
@@ -555,18 +563,18 @@ async fn health_and_wait_ask_the_admin_door() {
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 96.
-async fn sigterm_lets_what_is_in_flight_finish_and_then_ends_at_once() {
+async fn sigterm_drains_requests_in_flight_and_then_exits_immediately() {
     let harness = stopped().await;
     for signal in ["TERM", "INT"] {
         let mut serving = Serving::start(&harness, &[]).await;
-        let gate = harness.sandbox.set_fault(Rule::from(Fault::Gate).at(Door::Na));
+        let gate = harness.sandbox.set_fault(Rule::from(Fault::Gate).at(Listener::Na));
         let mut caller = serving.call("/sandbox/bytes/300000").await;
         let _idle = TcpStream::connect(&serving.proxy).await.unwrap();
         gate.reached(1).await;
         serving.signal(signal);
         serving.says("draining").await;
-        eventually("the door to close", async || TcpStream::connect(&serving.proxy).await.err()).await;
-        assert!(serving.child.try_wait().unwrap().is_none(), "it waits for the call");
+        eventually("the listener to close", async || TcpStream::connect(&serving.proxy).await.err()).await;
+        assert!(serving.child.try_wait().unwrap().is_none(), "it waits for the request in flight");
         gate.release();
         let mut answer = Vec::new();
         caller.read_to_end(&mut answer).await.unwrap();
@@ -575,7 +583,7 @@ async fn sigterm_lets_what_is_in_flight_finish_and_then_ends_at_once() {
         assert!(answer.len() > 300_000);
         let (code, took) = serving.ended().await;
         assert_eq!(code, Some(DONE));
-        assert!(took < Duration::from_secs(3), "{took:?}: the drain is at most, not at least");
+        assert!(took < Duration::from_secs(3), "{took:?}: shutdown.drain is a maximum, not a minimum");
     }
     let mut idle = Serving::start(&harness, &[]).await;
     idle.signal("TERM");
@@ -584,22 +592,24 @@ async fn sigterm_lets_what_is_in_flight_finish_and_then_ends_at_once() {
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 97.
-async fn a_second_signal_and_the_end_of_the_drain_break_off_what_hangs() {
+async fn a_second_signal_and_the_end_of_the_drain_abort_hanging_requests() {
     let harness = stopped().await;
-    harness.sandbox.set_fault(Rule::from(Fault::Hang).at(Door::Na).always());
+    harness.sandbox.set_fault(Rule::from(Fault::Hang).at(Listener::Na).always());
     let mut impatient = Serving::start(&harness, &[]).await;
     let _caller = impatient.call("/v2/profiles").await;
-    eventually("the call to hang", async || (!harness.sandbox.calls(Door::Na).is_empty()).then_some(())).await;
+    eventually("the call to reach Amazon", async || (!harness.sandbox.calls(Listener::Na).is_empty()).then_some(()))
+        .await;
     impatient.signal("TERM");
     impatient.says("draining").await;
     impatient.signal("TERM");
     let (code, took) = impatient.ended().await;
-    assert_eq!(code, Some(FAILED), "it was not an orderly end");
+    assert_eq!(code, Some(FAILED), "the shutdown was not graceful");
     assert!(took < Duration::from_secs(3), "{took:?}");
 
     let mut limited = Serving::start(&harness, &["--set", "shutdown.drain=200ms"]).await;
     let mut caller = limited.call("/v2/profiles").await;
-    eventually("the call to hang", async || (harness.sandbox.calls(Door::Na).len() == 2).then_some(())).await;
+    eventually("the call to reach Amazon", async || (harness.sandbox.calls(Listener::Na).len() == 2).then_some(()))
+        .await;
     limited.signal("TERM");
     let (code, took) = limited.ended().await;
     assert_eq!(code, Some(DONE));
@@ -607,12 +617,12 @@ async fn a_second_signal_and_the_end_of_the_drain_break_off_what_hangs() {
     assert!(limited.log.lock().unwrap().contains("still in flight after shutdown.drain"));
     let mut answer = Vec::new();
     let _ = caller.read_to_end(&mut answer).await;
-    assert!(answer.is_empty(), "never ended cleanly");
+    assert!(answer.is_empty(), "the response must not end cleanly");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 98.
-async fn a_grant_survives_kill_nine_and_no_log_holds_a_secret() {
+async fn a_grant_survives_sigkill_and_no_log_contains_a_secret() {
     let mut harness = Harness::with_running_clock("").await;
     harness.stop_sidecar().await;
     let log = {
@@ -640,7 +650,7 @@ async fn a_grant_survives_kill_nine_and_no_log_holds_a_secret() {
     for secret in ["Atza|", "Atzr|", CLIENT_SECRET, FERNET_KEY, "gAAAA"] {
         assert!(!log.contains(secret), "{secret} is in the log");
     }
-    harness.sandbox.clear_trouble();
+    harness.sandbox.clear_faults();
     harness.start_sidecar().await;
     assert_eq!(harness.get("/v2/profiles").await.status(), 200);
 }

@@ -1,5 +1,5 @@
-//! The law of the house: a room uses only rooms listed below it in `src/lib.rs`, and inside every folder, at every depth,
-//! no two modules use each other, neither directly nor in a circle.
+//! The module structure: a top-level module uses only modules below it in the list of `src/lib.rs`, and inside every
+//! folder, at every depth, there are no circular dependencies between modules.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -7,16 +7,16 @@ use std::path::{Path, PathBuf};
 
 type Module = Vec<String>;
 
-/// The rooms, top floor first.
+/// The top-level modules, from the top down.
 const ROOMS: [&str; 10] =
     ["cli", "app", "config", "inbound", "auth", "upstream", "store", "server", "telemetry", "domain"];
 
-/// What the user fixed, and what stands beside it. Names that begin with a dot are free.
+/// The fixed list of files and folders at the top level. Names that begin with a dot are exempt.
 const TOP_LEVEL: [&str; 9] =
     ["CHANGELOG.md", "Cargo.lock", "Cargo.toml", "Dockerfile", "LICENSE", "README.md", "config", "deploy", "src"];
 
 #[test]
-fn the_rooms_of_the_source_are_those_of_the_house() {
+fn the_top_level_modules_are_the_listed_ones() {
     let library = fs::read_to_string(source().join("lib.rs")).unwrap();
     let listed: Vec<_> = library.lines().filter_map(|line| line.strip_prefix("pub mod ")?.strip_suffix(';')).collect();
     assert_eq!(listed, ROOMS);
@@ -25,7 +25,7 @@ fn the_rooms_of_the_source_are_those_of_the_house() {
 }
 
 #[test]
-fn the_top_level_is_the_list_that_the_user_fixed() {
+fn the_top_level_folder_contains_the_fixed_list() {
     let names: BTreeSet<_> = tracked("HEAD").into_iter().filter(|name| !name.starts_with('.')).collect();
     assert_eq!(names, TOP_LEVEL.iter().copied().chain(["tests"]).map(str::to_owned).collect());
 }
@@ -34,14 +34,14 @@ fn the_top_level_is_the_list_that_the_user_fixed() {
 fn tracked(tree: &str) -> Vec<String> {
     let mut git = std::process::Command::new("git");
     let listing = git.args(["ls-tree", "--name-only", tree]).current_dir(env!("CARGO_MANIFEST_DIR")).output().unwrap();
-    assert!(listing.status.success(), "git is needed, and a checkout");
+    assert!(listing.status.success(), "this test needs git and a checkout");
     String::from_utf8(listing.stdout).unwrap().lines().map(str::to_owned).collect()
 }
 
 #[test]
-fn a_room_uses_only_rooms_listed_below_it() {
+fn a_top_level_module_uses_only_modules_listed_below_it() {
     let modules = read(&source());
-    assert!(modules.len() > 60, "the sources were not found");
+    assert!(modules.len() > 60, "found too few source files");
     let upward: Vec<_> = uses(&modules)
         .into_iter()
         .filter(|(from, to)| !from.is_empty() && !to.is_empty() && floor(&to[0]) < floor(&from[0]))
@@ -51,18 +51,18 @@ fn a_room_uses_only_rooms_listed_below_it() {
 }
 
 #[test]
-fn no_two_modules_use_each_other_at_any_depth() {
+fn modules_have_no_circular_dependencies_at_any_depth() {
     let sandbox = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/sandbox/src");
     for (sources, least) in [(source(), 60), (sandbox, 10)] {
         let modules = read(&sources);
-        assert!(modules.len() > least, "the sources were not found");
+        assert!(modules.len() > least, "found too few source files");
         assert_eq!(circles(&uses(&modules)), Vec::<String>::new());
     }
 }
 
-/// Known-bad: the checks above have to find what is planted here.
+/// Known-bad: the checks above must find these planted violations.
 #[test]
-fn a_planted_circle_and_a_planted_upward_use_are_found() {
+fn a_planted_cycle_and_a_planted_upward_dependency_are_found() {
     let files = [
         ("a", "mod x; mod y;"),
         ("a::x", "use super::y::{self, deep::{Thing, Other}};"),
@@ -75,7 +75,7 @@ fn a_planted_circle_and_a_planted_upward_use_are_found() {
     assert_eq!(circles(&uses), ["a: x -> y -> x"]);
     let path = |name: &str| -> Module { name.split("::").map(str::to_owned).collect() };
     assert!(uses.contains(&(path("a::x"), path("a::y::deep"))));
-    assert!(!uses.iter().any(|(from, _)| from == &path("b")), "a comment is no use");
+    assert!(!uses.iter().any(|(from, _)| from == &path("b")), "a comment does not count as a use");
 }
 
 fn source() -> PathBuf {
@@ -86,7 +86,7 @@ fn floor(room: &str) -> usize {
     ROOMS.iter().position(|name| *name == room).unwrap_or(usize::MAX)
 }
 
-/// Every module with its text, but for tests.
+/// Every module with its text, without tests.
 fn read(source: &Path) -> BTreeMap<Module, String> {
     let modules = rust_files(source).into_iter().map(|file| {
         let inside = file.strip_prefix(source).unwrap().with_extension("");
@@ -101,7 +101,8 @@ fn read(source: &Path) -> BTreeMap<Module, String> {
     modules.filter(|(module, _)| module.last().is_none_or(|name| name != "tests")).collect()
 }
 
-/// Which module uses which, by every path that begins with `crate`, `super`, `self` or the name of a child.
+/// The dependencies between modules, from every path that begins with `crate`, `super`, `self` or the name of a child
+/// module.
 fn uses(modules: &BTreeMap<Module, String>) -> BTreeSet<(Module, Module)> {
     let mut found = BTreeSet::new();
     for (module, text) in modules {
@@ -131,12 +132,12 @@ fn uses(modules: &BTreeMap<Module, String>) -> BTreeSet<(Module, Module)> {
     found
 }
 
-/// Every `a::b::{c, d::e}` of the code, written out.
+/// Every `a::b::{c, d::e}` of the code, expanded.
 fn paths(code: &str) -> Vec<Vec<String>> {
     let mut found = Vec::new();
     let starts = code.match_indices("::").filter_map(|(at, _)| {
         let name = code[..at].rfind(|c: char| !is_name(c)).map_or(0, |before| before + 1);
-        // The middle of a longer path begins behind `::`.
+        // The middle of a longer path follows `::`.
         (name < at && !code[..name].ends_with("::")).then_some(name)
     });
     for start in starts {
@@ -145,7 +146,7 @@ fn paths(code: &str) -> Vec<Vec<String>> {
     found
 }
 
-/// Reads one path, or each path of a list in braces, and returns what follows it.
+/// Parses one path, or each path of a list in braces, and returns the remaining text.
 fn expand<'a>(text: &'a str, prefix: &[String], found: &mut Vec<Vec<String>>) -> &'a str {
     let text = text.trim_start();
     if let Some(mut list) = text.strip_prefix('{') {
@@ -168,7 +169,7 @@ fn expand<'a>(text: &'a str, prefix: &[String], found: &mut Vec<Vec<String>>) ->
             if path.len() > 1 {
                 found.push(path);
             }
-            // Past `as name` and the like, to the end of the list's entry.
+            // Skip `as name` and the like, up to the end of the list's entry.
             text[end..].trim_start_matches(|c: char| c != ',' && c != '}' && c != ';')
         }
     }
@@ -178,7 +179,7 @@ fn is_name(c: char) -> bool {
     c.is_alphanumeric() || c == '_'
 }
 
-/// The circles among the modules of each folder, one of each.
+/// The cycles among the modules of each folder, each reported once.
 fn circles(uses: &BTreeSet<(Module, Module)>) -> Vec<String> {
     let mut siblings: BTreeMap<Module, BTreeMap<String, BTreeSet<String>>> = BTreeMap::new();
     for (from, to) in uses {
@@ -200,7 +201,7 @@ fn circles(uses: &BTreeSet<(Module, Module)>) -> Vec<String> {
     found
 }
 
-/// A circle that `way` runs into, depth first; a module that was walked once is not walked again.
+/// A cycle reachable from `way`, found depth-first; visited modules are skipped.
 fn walk(
     edges: &BTreeMap<String, BTreeSet<String>>,
     way: &mut Vec<String>,

@@ -1,16 +1,17 @@
-//! Framing: what can be read in two ways, or in none, ends the connection, and nothing behind it is ever served.
+//! Framing: ambiguous or invalid framing closes the connection, and no bytes after it are served.
 
 use crate::harness::Harness;
 use crate::raw_http::eventually;
 
 const SMUGGLED: &str = "GET /smuggled HTTP/1.1\r\nHost: localhost\r\n\r\n";
 
-/// Sends the bytes with a call behind them. The answer's status and code; the connection has to close after it.
+/// Sends the bytes followed by another request. Returns the status and code of the response; the connection must close
+/// after it.
 async fn refused(harness: &Harness, bytes: &str) -> (u16, String) {
     let mut wire = harness.dial().await;
     wire.send(format!("{bytes}{SMUGGLED}")).await;
     let answer = wire.reply().await;
-    assert!(wire.closes().await, "the connection stays open, or more is answered: {bytes:?}");
+    assert!(wire.closes().await, "the connection stays open, or there is a second response: {bytes:?}");
     let (status, code) = answer.said();
     (status, code.to_owned())
 }
@@ -21,7 +22,7 @@ fn posted(headers: &str) -> String {
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: threat 16.
-async fn codings_that_can_be_read_in_two_ways_are_refused() {
+async fn ambiguous_transfer_codings_are_rejected() {
     let harness = Harness::set(&[]).await;
     for codings in [
         "Transfer-Encoding: gzip, chunked",
@@ -40,7 +41,7 @@ async fn codings_that_can_be_read_in_two_ways_are_refused() {
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 78.
-async fn what_never_was_a_request_is_refused_bare() {
+async fn malformed_requests_get_a_bare_rejection() {
     let harness = Harness::set(&[]).await;
     for headers in [
         "Transfer-Encoding: xchunked",
@@ -79,7 +80,7 @@ async fn what_never_was_a_request_is_refused_bare() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_length_beside_chunked_is_read_as_chunked_and_the_last_of_its_connection() {
+async fn a_request_with_length_and_chunked_is_read_as_chunked_and_closes_the_connection() {
     let harness = Harness::set(&[]).await;
     for headers in
         ["Content-Length: 3\r\nTransfer-Encoding: chunked", "Transfer-Encoding: Chunked\r\nContent-Length: 60"]
@@ -90,14 +91,14 @@ async fn a_length_beside_chunked_is_read_as_chunked_and_the_last_of_its_connecti
         assert_eq!((seen.target.as_str(), seen.text().as_str()), ("/sandbox/echo", "abcde"));
         assert_eq!((seen.header("content-length"), seen.header("transfer-encoding")), (None, Some("chunked")));
     }
-    // Two equal lengths say one thing.
-    let equal = harness.knock(posted("Content-Length: 3\r\nContent-Length: 3") + "abc").await;
+    // Two equal lengths are not ambiguous.
+    let equal = harness.send_raw(posted("Content-Length: 3\r\nContent-Length: 3") + "abc").await;
     assert_eq!(equal.status, 200);
     assert_eq!(harness.seen().header_all("content-length").collect::<Vec<_>>(), ["3"]);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_badly_framed_body_is_never_a_complete_call() {
+async fn a_badly_framed_body_never_reaches_amazon_as_a_complete_request() {
     let harness = Harness::set(&[]).await;
     let extension = format!("5;{}\r\nabcde\r\n0\r\n\r\n", "x".repeat(20 << 10));
     for body in [
@@ -119,11 +120,11 @@ async fn a_badly_framed_body_is_never_a_complete_call() {
             harness.sandbox.clear_history();
             let mut wire = harness.dial().await;
             wire.send(format!("{}{first}{body}{SMUGGLED}", posted("Transfer-Encoding: chunked"))).await;
-            // An answer, if there is one, says so; either way it is the last.
+            // A response, if there is one, announces the close; in any case it is the last one.
             let came = wire.everything().await;
             assert!(came.is_empty() || came.starts_with("HTTP/1.1 400 "), "{body:?} {came}");
             assert_eq!(came.matches("HTTP/1.1").count(), usize::from(!came.is_empty()), "{body:?} {came}");
-            eventually("nothing is in flight", || harness.ads_calls().iter().all(|call| call.status.is_none())).await;
+            eventually("no request in flight", || harness.ads_calls().iter().all(|call| call.status.is_none())).await;
             assert!(
                 harness.ads_calls().iter().all(|call| !call.complete && call.target == "/sandbox/echo"),
                 "{body:?}"
@@ -140,7 +141,7 @@ async fn heads_and_targets_have_a_limit() {
     let harness = Harness::set(&[]).await;
     let head =
         |bytes: usize| format!("GET /sandbox/echo HTTP/1.1\r\nHost: localhost\r\nX-Big: {}\r\n\r\n", "x".repeat(bytes));
-    assert_eq!(harness.knock(head(20 << 10)).await.status, 200);
+    assert_eq!(harness.send_raw(head(20 << 10)).await.status, 200);
     assert_eq!(refused(&harness, &head(33 << 10)).await, (431, String::new()));
     let many = format!("GET /x HTTP/1.1\r\nHost: localhost\r\n{}\r\n", "X: y\r\n".repeat(101));
     assert_eq!(refused(&harness, &many).await, (431, String::new()));
@@ -148,20 +149,21 @@ async fn heads_and_targets_have_a_limit() {
 
     let target = |bytes: usize| format!("GET /sandbox/echo?{} HTTP/1.1\r\nHost: localhost\r\n\r\n", "x".repeat(bytes));
     let room = (8 << 10) - "/sandbox/echo?".len();
-    assert_eq!(harness.knock(target(room)).await.status, 200);
-    assert_eq!(harness.knock(target(room + 1)).await.said(), (414, "uri_too_long"));
+    assert_eq!(harness.send_raw(target(room)).await.status, 200);
+    assert_eq!(harness.send_raw(target(room + 1)).await.said(), (414, "uri_too_long"));
     assert_eq!(harness.ads_calls().len(), 2);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: threat 18.
-async fn an_upgrade_stays_plain_http() {
+async fn an_upgrade_request_is_served_as_plain_http() {
     let harness = Harness::set(&[]).await;
     for headers in [
         "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Key: x\r\nSec-WebSocket-Version: 13",
         "Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQAAP__",
     ] {
-        let answer = harness.knock(format!("GET /sandbox/echo HTTP/1.1\r\nHost: localhost\r\n{headers}\r\n\r\n")).await;
+        let answer =
+            harness.send_raw(format!("GET /sandbox/echo HTTP/1.1\r\nHost: localhost\r\n{headers}\r\n\r\n")).await;
         assert_eq!(answer.status, 200, "{headers}");
     }
     let mut preface = harness.dial().await;

@@ -1,22 +1,22 @@
-//! Who may come in, at the proxy door and at the admin door.
+//! Admission: which requests the proxy listener and the admin listener accept.
 
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
-use world::{Door, Options};
+use world::{Listener, Options};
 
 use crate::harness::{Harness, json};
 use crate::raw_http::{Reply, Wire};
 
-/// One call to an Ads path, one to an OAuth endpoint.
+/// A request to an Ads path and one to an OAuth endpoint.
 const PATHS: [&str; 2] = ["/sandbox/echo", "/api/auth/amazon/status?user_id=default"];
 
 async fn get(harness: &Harness, path: &str, lines: &str) -> Reply {
-    harness.knock(format!("GET {path} HTTP/1.1\r\n{lines}\r\n")).await
+    harness.send_raw(format!("GET {path} HTTP/1.1\r\n{lines}\r\n")).await
 }
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: threat 1.
-async fn no_other_host_passes() {
+async fn requests_for_other_hosts_are_rejected() {
     let harness = Harness::set(&[("proxy.allowed_hosts", "ads.internal")]).await;
     for path in PATHS {
         for host in [
@@ -69,7 +69,7 @@ async fn no_other_host_passes() {
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 79.
-async fn a_request_has_one_host_and_nothing_behind_another_is_served() {
+async fn a_request_needs_exactly_one_host_and_nothing_after_a_bad_one_is_served() {
     let harness = Harness::set(&[]).await;
     for path in PATHS {
         for lines in
@@ -87,14 +87,14 @@ async fn a_request_has_one_host_and_nothing_behind_another_is_served() {
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: threat 2.
-async fn no_web_page_drives_the_proxy() {
+async fn no_web_page_can_use_the_proxy() {
     let harness = Harness::set(&[("login.frontend_url", "https://app.example.com/")]).await;
     let own = format!("http://{}", harness.proxy_address());
     let origins = ["null", "https://evil.test", "http://localhost", "https://app.example.com", own.as_str(), ""];
     for origin in origins {
         for method in ["GET", "POST", "OPTIONS"] {
             let call = format!("{method} /sandbox/echo HTTP/1.1\r\nHost: localhost\r\nOrigin: {origin}\r\n\r\n");
-            let answer = harness.knock(call).await;
+            let answer = harness.send_raw(call).await;
             assert_eq!(answer.said(), (403, "cross_site"), "{origin}");
             assert!(answer.names().iter().all(|name| !name.starts_with("access-control-")), "{answer:?}");
         }
@@ -107,9 +107,9 @@ async fn no_web_page_drives_the_proxy() {
     }
     let preflight = "OPTIONS /sandbox/echo HTTP/1.1\r\nHost: localhost\r\nOrigin: https://evil.test\r\n\
                      Access-Control-Request-Method: POST\r\nAccess-Control-Request-Private-Network: true\r\n\r\n";
-    assert_eq!(harness.knock(preflight).await.said(), (403, "cross_site"));
+    assert_eq!(harness.send_raw(preflight).await.said(), (403, "cross_site"));
     assert!(harness.ads_calls().is_empty());
-    // Node's fetch() sends the mode alone.
+    // Node's fetch() sends only Sec-Fetch-Mode.
     for mode in ["cors", "navigate"] {
         let lines = format!("Host: localhost\r\nSec-Fetch-Mode: {mode}\r\n");
         assert_eq!(get(&harness, "/sandbox/echo", &lines).await.status, 200, "{mode}");
@@ -118,7 +118,7 @@ async fn no_web_page_drives_the_proxy() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn only_the_frontends_origin_fetches_the_oauth_endpoints() {
+async fn only_the_frontends_origin_can_fetch_the_oauth_endpoints() {
     let harness = Harness::set(&[("login.frontend_url", "https://app.example.com/")]).await;
     for origin in ["null", "https://evil.test", "https://app.example.com.evil.test", "http://app.example.com"] {
         let answer = get(&harness, PATHS[1], &format!("Host: localhost\r\nOrigin: {origin}\r\n")).await;
@@ -131,7 +131,7 @@ async fn only_the_frontends_origin_fetches_the_oauth_endpoints() {
     assert_eq!(answer.header("access-control-allow-private-network"), None);
 }
 
-/// A sidecar with two caller tokens, its user logged in with the first.
+/// A sidecar with two caller tokens, whose user is logged in with the first.
 async fn guarded() -> Harness {
     let clock = adsidecar::domain::clock::Clock::frozen("2026-08-01T12:00:00Z".parse().unwrap());
     let harness = Harness::built(Options::calm(clock), "", &[("proxy.caller_token", "token-one,token-two")]).await;
@@ -139,7 +139,7 @@ async fn guarded() -> Harness {
         harness.request(reqwest::Method::GET, "/api/auth/amazon/login").header("X-Ads-Sidecar-Token", "token-one");
     let begun = json(begun.send().await.unwrap()).await;
     let callback = harness.consent(begun["auth_url"].as_str().unwrap()).await;
-    // The callback is the one path that asks for no token: a browser brings it.
+    // The callback is the only path without a caller token: a browser requests it.
     assert_eq!(harness.get(&callback).await.status(), 200);
     harness.sandbox.clear_history();
     harness
@@ -147,7 +147,7 @@ async fn guarded() -> Harness {
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: threat 4.
-async fn without_the_caller_token_nothing_but_the_callback_answers() {
+async fn without_the_caller_token_only_the_callback_is_served() {
     let harness = guarded().await;
     let basic = BASE64_STANDARD.encode("ads:wrong");
     for line in [
@@ -173,7 +173,7 @@ async fn without_the_caller_token_nothing_but_the_callback_answers() {
             "Authorization: token-one\r\n".into(),
             format!("Proxy-Authorization: Basic {basic}\r\n"),
         ] {
-            let answer = harness.knock(format!("{line} HTTP/1.1\r\nHost: localhost\r\n{token}\r\n")).await;
+            let answer = harness.send_raw(format!("{line} HTTP/1.1\r\nHost: localhost\r\n{token}\r\n")).await;
             assert_eq!(answer.said(), (407, "caller_unauthorized"), "{line} {token}");
             assert_eq!(answer.header("proxy-authenticate"), Some("Bearer"));
         }
@@ -184,7 +184,7 @@ async fn without_the_caller_token_nothing_but_the_callback_answers() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_caller_token_is_taken_in_four_ways_and_never_leaves() {
+async fn the_caller_token_is_accepted_in_four_headers_and_never_forwarded() {
     let harness = guarded().await;
     let basic = BASE64_STANDARD.encode("ads:token-two");
     for token in [
@@ -202,12 +202,12 @@ async fn the_caller_token_is_taken_in_four_ways_and_never_leaves() {
     let body = "grant_type=refresh_token&client_secret=token-two";
     let shim =
         format!("POST /auth/o2/token HTTP/1.1\r\nHost: localhost\r\nContent-Length: {}\r\n\r\n{body}", body.len());
-    let answer = harness.knock(shim).await;
+    let answer = harness.send_raw(shim).await;
     assert_eq!((answer.status, &answer.json()["access_token"]), (200, &"token-two".into()));
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn probes_answer_under_any_host_and_nothing_else_does() {
+async fn only_probes_are_served_under_any_host() {
     let harness = Harness::set(&[]).await;
     let ask = async |line: &str, headers: &str| {
         let mut wire = Wire::dial(harness.admin_address()).await;
@@ -232,18 +232,18 @@ async fn probes_answer_under_any_host_and_nothing_else_does() {
     }
     assert_eq!(ask("GET /nothing", "Host: localhost\r\n").await.said(), (404, "not_found"));
     assert_eq!(ask("PUT /log", "Host: localhost\r\n").await.said(), (400, "bad_request"), "an empty level");
-    assert_eq!(harness.get("/v2/profiles").await.status(), 200, "it still runs");
+    assert_eq!(harness.get("/v2/profiles").await.status(), 200, "it is still running");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_operator_is_local_or_knows_the_token() {
+async fn admin_operations_need_a_local_caller_or_the_token() {
     let mut harness = Harness::set(&[("proxy.allowed_hosts", "ads.internal")]).await;
     let ask = async |line: &str, headers: &str, body: &str| {
         let mut wire = Wire::dial(harness.admin_address()).await;
         wire.send(format!("{line} HTTP/1.1\r\n{headers}Content-Length: {}\r\n\r\n{body}", body.len())).await;
         wire.reply().await
     };
-    // A Host that is allowed and not loopback is not local.
+    // An allowed Host that is not loopback does not count as local.
     for line in ["PUT /log", "POST /quitquitquit"] {
         assert_eq!(ask(line, "Host: ads.internal\r\n", "info").await.said(), (407, "caller_unauthorized"), "{line}");
     }
@@ -259,5 +259,5 @@ async fn an_operator_is_local_or_knows_the_token() {
     )
     .await;
     assert_eq!(wire.reply().await.status, 200);
-    assert_eq!(harness.sandbox.calls(Door::Na).len(), 0);
+    assert_eq!(harness.sandbox.calls(Listener::Na).len(), 0);
 }

@@ -1,4 +1,5 @@
-//! A sandbox, an adsidecar before it, one frozen clock for both, and ways to knock at the doors.
+//! The test harness: a sandbox, an adsidecar in front of it, one clock for both (frozen by default), and clients for
+//! every listener.
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -18,19 +19,19 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
-use world::{CLIENT_ID, CLIENT_SECRET, Call, Door, Options, RETURN_URL, Sandbox};
+use world::{CLIENT_ID, CLIENT_SECRET, Call, Listener, Options, RETURN_URL, Sandbox};
 
 use crate::raw_http::{Reply, Scripted, Wire};
 
 pub const FERNET_KEY: &str = "cw_0x689RpI-jtRR7oE8h_eQsKImvJapLeSbXpwF4e4=";
 
-/// A running world.
+/// A running sandbox and sidecar.
 pub struct Harness {
     pub sandbox: Sandbox,
     pub clock: Clock,
     pub client: Client,
     pub directory: TempDir,
-    /// Keys over the file's, as `--set` gives them; read at the next start.
+    /// Keys that override those of the file, as with `--set`; read at the next start.
     pub sets: Vec<(String, String)>,
     extra: String,
     running: Option<Running>,
@@ -45,28 +46,28 @@ struct Running {
 }
 
 impl Harness {
-    /// A world in which nobody is logged in.
+    /// A setup in which no user is logged in.
     pub async fn start() -> Self {
         Self::with("").await
     }
 
-    /// The same with more configuration: TOML sections other than `[amazon]`, `[store]` and `[upstream]`.
+    /// As above, with more configuration: TOML sections other than `[amazon]`, `[store]` and `[upstream]`.
     pub async fn with(extra: &str) -> Self {
         let clock = Clock::frozen("2026-08-01T12:00:00Z".parse().unwrap());
         Self::over(Options::calm(clock), extra).await
     }
 
-    /// The same with a clock that runs, for what waits by itself. It can be moved all the same.
+    /// As above, with a running clock, for tests of timers. The test can still move the clock.
     pub async fn with_running_clock(extra: &str) -> Self {
         Self::over(Options::calm(Clock::system()), extra).await
     }
 
-    /// The same over a sandbox of its own making.
+    /// As above, with a sandbox that the test started.
     pub async fn over(options: Options, extra: &str) -> Self {
         Self::built(options, extra, &[]).await
     }
 
-    /// A world in which user `default` is logged in, with these keys set as by `--set`.
+    /// A setup in which user `default` is logged in, with these keys set as with `--set`.
     pub async fn set(sets: &[(&str, &str)]) -> Self {
         let clock = Clock::frozen("2026-08-01T12:00:00Z".parse().unwrap());
         let harness = Self::built(Options::calm(clock), "", sets).await;
@@ -75,14 +76,14 @@ impl Harness {
         harness
     }
 
-    /// The same before an Amazon (North America) that is scripted.
+    /// As above, in front of a scripted Amazon (North America).
     pub async fn before(amazon: &Scripted, sets: &[(&str, &str)]) -> Self {
         let ca = amazon.ca_file();
         let own = [("upstream.na", amazon.origin.as_str()), ("upstream.ca_file", ca.to_str().unwrap())];
         Self::set(&[&own, sets].concat()).await
     }
 
-    /// A world with all that can be chosen.
+    /// A setup with every option.
     pub async fn built(options: Options, extra: &str, sets: &[(&str, &str)]) -> Self {
         let clock = options.clock.clone();
         let sandbox = Sandbox::start(options).await.unwrap();
@@ -111,9 +112,9 @@ impl Harness {
         self.directory.path().join("store")
     }
 
-    /// Starts the sidecar on the store that is there.
+    /// Starts the sidecar on the existing store.
     pub async fn start_sidecar(&mut self) {
-        assert!(self.running.is_none(), "it runs already");
+        assert!(self.running.is_none(), "the sidecar is already running");
         let config = self.write_config();
         let sources = Sources { file: Some(config), env: Vec::new(), sets: self.sets.clone() };
         let config = config::load(&sources).unwrap_or_else(|problems| panic!("{problems}"));
@@ -129,26 +130,26 @@ impl Harness {
         });
         let (proxy, admin, login) = (addresses.proxy[0], addresses.admin[0], addresses.login.first().copied());
         self.running = Some(Running { proxy, admin, login, stop, ended });
-        // Answered as soon as the doors are open.
+        // The request is answered once the listeners are open.
         let started = self.client.get(self.admin_url("/startupz")).send().await.unwrap();
         assert!(started.status() == 200 || started.status() == 503);
     }
 
-    /// Stops the sidecar in good order.
+    /// Stops the sidecar gracefully.
     pub async fn stop_sidecar(&mut self) {
-        let running = self.running.take().expect("it runs");
+        let running = self.running.take().expect("the sidecar is running");
         running.stop.send(()).unwrap();
         running.ended.await.unwrap();
     }
 
-    /// Waits for a sidecar that stops by itself.
+    /// Waits until the sidecar stops without a request from the harness.
     pub async fn quit(&mut self) {
-        self.running.take().expect("it runs").ended.await.unwrap();
+        self.running.take().expect("the sidecar is running").ended.await.unwrap();
     }
 
-    /// Asks the sidecar to stop, and gives what completes when it has.
+    /// Requests a shutdown and returns a future that completes when the sidecar has stopped.
     pub fn begin_stop(&mut self) -> JoinHandle<()> {
-        let running = self.running.take().expect("it runs");
+        let running = self.running.take().expect("the sidecar is running");
         running.stop.send(()).unwrap();
         running.ended
     }
@@ -161,25 +162,25 @@ impl Harness {
         self.start_sidecar().await;
     }
 
-    /// Returns when the sidecar has ended by itself.
+    /// Returns when the sidecar has stopped without a request from the harness.
     pub async fn ended(&mut self) {
-        self.running.take().expect("it runs").ended.await.unwrap();
+        self.running.take().expect("the sidecar is running").ended.await.unwrap();
     }
 
     fn write_config(&self) -> PathBuf {
         let path = |path: &Path| format!("{:?}", path.to_str().unwrap());
         let (ca, store) = (path(&self.directory.path().join("ca.pem")), path(&self.store_path()));
-        let doors = if self.extra.contains("[proxy]") { "" } else { "[proxy]\nlisten = \"127.0.0.1:0\"\n" };
+        let listeners = if self.extra.contains("[proxy]") { "" } else { "[proxy]\nlisten = \"127.0.0.1:0\"\n" };
         let text = format!(
-            "environment = \"development\"\n{doors}\n[admin]\nlisten = \"127.0.0.1:0\"\n[amazon]\nclient_id = \"{CLIENT_ID}\"\n\
+            "environment = \"development\"\n{listeners}\n[admin]\nlisten = \"127.0.0.1:0\"\n[amazon]\nclient_id = \"{CLIENT_ID}\"\n\
              client_secret = \"{CLIENT_SECRET}\"\nredirect_uri = \"{RETURN_URL}\"\nauthorize_url = \"{}\"\n\
              token_url = \"{}\"\nca_file = {ca}\n[store]\npath = {store}\nfernet_keys = \"{FERNET_KEY}\"\n[upstream]\n\
              na = \"{}\"\neu = \"{}\"\nfe = \"{}\"\nca_file = {ca}\n{}\n",
             self.sandbox.authorize_url(),
             self.sandbox.token_url(),
-            self.sandbox.origin(Door::Na),
-            self.sandbox.origin(Door::Eu),
-            self.sandbox.origin(Door::Fe),
+            self.sandbox.origin(Listener::Na),
+            self.sandbox.origin(Listener::Eu),
+            self.sandbox.origin(Listener::Fe),
             self.extra,
         );
         std::fs::write(self.config_file(), text).unwrap();
@@ -187,7 +188,7 @@ impl Harness {
     }
 
     fn running(&self) -> &Running {
-        self.running.as_ref().expect("it runs")
+        self.running.as_ref().expect("the sidecar is running")
     }
 
     pub fn proxy_address(&self) -> SocketAddr {
@@ -198,27 +199,27 @@ impl Harness {
         self.running().admin
     }
 
-    /// A connection to the proxy door.
+    /// A connection to the proxy listener.
     pub async fn dial(&self) -> Wire {
         Wire::dial(self.running().proxy).await
     }
 
-    /// Sends bytes to the proxy door on a connection of their own, and gives the first answer.
-    pub async fn knock(&self, bytes: impl AsRef<[u8]>) -> Reply {
+    /// Sends bytes to the proxy listener on a new connection and returns the first response.
+    pub async fn send_raw(&self, bytes: impl AsRef<[u8]>) -> Reply {
         let mut wire = self.dial().await;
         wire.send(bytes).await;
         wire.reply().await
     }
 
-    /// The last call that came to an Ads door.
+    /// The last call that an Ads listener received.
     pub fn seen(&self) -> Call {
         let mut calls = self.ads_calls();
-        calls.pop().expect("Amazon saw a call")
+        calls.pop().expect("Amazon received a call")
     }
 
-    /// Every call that came to an Ads door.
+    /// Every call that the Ads listeners received.
     pub fn ads_calls(&self) -> Vec<Call> {
-        self.sandbox.history().into_iter().filter(|call| call.door != Door::Lwa).collect()
+        self.sandbox.history().into_iter().filter(|call| call.listener != Listener::Lwa).collect()
     }
 
     pub fn proxy_url(&self, path: &str) -> String {
@@ -229,8 +230,8 @@ impl Harness {
         format!("http://{}{path}", self.running().admin)
     }
 
-    pub fn login_door_url(&self, path: &str) -> String {
-        format!("http://{}{path}", self.running().login.expect("the login door is on"))
+    pub fn login_listener_url(&self, path: &str) -> String {
+        format!("http://{}{path}", self.running().login.expect("the login listener is enabled"))
     }
 
     pub fn request(&self, method: Method, path: &str) -> RequestBuilder {
@@ -249,14 +250,14 @@ impl Harness {
         json(self.get(&format!("/api/auth/amazon/status?user_id={user}")).await).await
     }
 
-    /// The value of a metric, by its name and labels as Prometheus prints them; 0 where it does not stand there.
+    /// The value of a metric by its name and labels, as Prometheus prints them; 0 if it is absent.
     pub async fn metric(&self, series: &str) -> f64 {
         let text = self.client.get(self.admin_url("/metrics")).send().await.unwrap().text().await.unwrap();
         let line = text.lines().find_map(|line| line.strip_prefix(series)?.strip_prefix(' ').map(str::to_owned));
         line.map_or(0.0, |value| value.parse().unwrap())
     }
 
-    /// A whole login of `user`, as an app without a browser does it.
+    /// Performs the whole login of `user`, as an app without a browser does.
     pub async fn log_in(&self, user: &str) {
         let begun = json(self.get(&format!("/api/auth/amazon/login?user_id={user}")).await).await;
         let callback = self.consent(begun["auth_url"].as_str().unwrap()).await;
@@ -266,7 +267,7 @@ impl Harness {
         assert!(success, "{ended:?}");
     }
 
-    /// What a person does at the consent page: the path and query of the callback that Amazon then sends them to.
+    /// Consents as a user does. Returns the path and query of the callback to which Amazon redirects.
     pub async fn consent(&self, auth_url: &str) -> String {
         let answer = self.client.get(auth_url).send().await.unwrap();
         let location = answer.headers()["location"].to_str().unwrap().to_owned();
@@ -274,13 +275,13 @@ impl Harness {
         location[path..].to_owned()
     }
 
-    /// Moves the clock of both worlds.
+    /// Advances the clock of both programs.
     pub fn advance(&self, seconds: i64) {
         self.clock.advance(SignedDuration::from_secs(seconds));
     }
 
-    /// Sends bytes to the proxy door as they are, and gives all that comes back until the door closes, or until `end`
-    /// has come back.
+    /// Sends raw bytes to the proxy listener. Returns everything received until the listener closes the connection, or
+    /// until `end` was received.
     pub async fn raw(&self, bytes: &[u8], end: Option<&[u8]>) -> Vec<u8> {
         let mut stream = TcpStream::connect(self.running().proxy).await.unwrap();
         stream.write_all(bytes).await.unwrap();
@@ -297,14 +298,14 @@ impl Harness {
     }
 }
 
-/// Looks until there is something to see; ten seconds are for a machine that is busy with other things.
+/// Polls until `look` returns a value. The limit of ten seconds allows for a busy machine.
 pub async fn eventually<T, F: Future<Output = Option<T>>>(what: &str, mut look: impl FnMut() -> F) -> T {
     let deadline = Instant::now() + Duration::from_secs(10);
     loop {
         if let Some(seen) = look().await {
             return seen;
         }
-        assert!(Instant::now() < deadline, "it did not come: {what}");
+        assert!(Instant::now() < deadline, "timed out: {what}");
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
 }
@@ -314,12 +315,12 @@ pub async fn json(response: Response) -> Value {
     serde_json::from_str(&text).unwrap_or_else(|_| panic!("no JSON: {text}"))
 }
 
-/// The code of an answer of adsidecar's own; empty for one of Amazon's.
+/// The error code of adsidecar's own response; empty for a response of Amazon's.
 pub fn code(response: &Response) -> &str {
     response.headers().get("x-adsidecar-error").map_or("", |code| code.to_str().unwrap())
 }
 
-/// A header of an answer as text; empty where it is not there.
+/// A response header as text; empty if absent.
 pub fn header<'a>(answer: &'a Response, name: &str) -> &'a str {
     answer.headers().get(name).map_or("", |value| value.to_str().unwrap())
 }

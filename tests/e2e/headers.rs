@@ -1,17 +1,17 @@
-//! The headers that are ours: whatever a caller sends, Amazon sees exactly one value, and it is not the caller's.
+//! Managed headers: whatever a caller sends, Amazon receives exactly one value, which is not the caller's.
 
-use world::{CLIENT_ID, Door};
+use world::{CLIENT_ID, Listener};
 
 use crate::harness::Harness;
 use crate::raw_http::Scripted;
 
 const NA: &str = "3012345678901234561";
 
-/// Sends these header lines as they are, and gives what Amazon saw.
+/// Sends these header lines unchanged and returns the request that Amazon received.
 async fn sent(harness: &Harness, path: &str, lines: &[&str]) -> world::Call {
     harness.sandbox.clear_history();
     let lines: String = lines.iter().map(|line| format!("{line}\r\n")).collect();
-    let answer = harness.knock(format!("GET {path} HTTP/1.1\r\nHost: localhost\r\n{lines}\r\n")).await;
+    let answer = harness.send_raw(format!("GET {path} HTTP/1.1\r\nHost: localhost\r\n{lines}\r\n")).await;
     assert_eq!(answer.header("x-adsidecar-error"), None, "{lines} {answer:?}");
     harness.seen()
 }
@@ -21,7 +21,7 @@ async fn sent(harness: &Harness, path: &str, lines: &[&str]) -> world::Call {
 async fn no_spelling_of_a_managed_header_survives() {
     let harness = Harness::with(&format!("[[account]]\nname = \"a\"\nprofile_id = \"{NA}\"\n")).await;
     harness.log_in("default").await;
-    let host = harness.sandbox.origin(Door::Na).strip_prefix("https://").unwrap().to_owned();
+    let host = harness.sandbox.origin(Listener::Na).strip_prefix("https://").unwrap().to_owned();
     for name in ["Authorization", "Amazon-Advertising-API-ClientId", "Amazon-Ads-ClientId", "Host"] {
         for spelling in [name.to_owned(), name.to_lowercase(), name.to_uppercase(), name.replace('-', "_")] {
             if spelling.eq_ignore_ascii_case("host") {
@@ -56,7 +56,7 @@ async fn no_spelling_of_a_managed_header_survives() {
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: threat 15.
-async fn no_connection_line_strips_what_we_attach() {
+async fn no_connection_header_strips_attached_headers() {
     let harness = Harness::with(&format!(
         "[[account]]\nname = \"a\"\nprofile_id = \"{NA}\"\nheaders = {{ X-Team = \"blue\" }}\n"
     ))
@@ -75,7 +75,7 @@ async fn no_connection_line_strips_what_we_attach() {
             ["amazon-advertising-api-clientid", "amazon-advertising-api-scope", "authorization", "host", "x-team"];
         assert_eq!(names, attached, "{lines:?}");
     }
-    // A context header that the caller sent, and lists, goes; the account's takes its place.
+    // A context header that the caller sent and also listed in Connection is dropped; the account's value replaces it.
     let seen =
         sent(&harness, "/sp/x", &["Amazon-Advertising-API-Scope: 7", "Connection: Amazon-Advertising-API-Scope"]).await;
     assert_eq!(seen.header_all("amazon-advertising-api-scope").collect::<Vec<_>>(), [NA]);
@@ -84,7 +84,7 @@ async fn no_connection_line_strips_what_we_attach() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_speaks_of_the_caller_stays_here() {
+async fn headers_about_the_caller_are_not_forwarded() {
     let harness = Harness::set(&[]).await;
     let seen = sent(
         &harness,
@@ -127,7 +127,7 @@ async fn what_speaks_of_the_caller_stays_here() {
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 64.
-async fn an_answers_hop_by_hop_headers_stay_here_and_its_cookies_pass() {
+async fn response_hop_by_hop_headers_are_dropped_and_cookies_pass() {
     let amazon = Scripted::saying(
         "HTTP/1.1 200 OK\r\nConnection: keep-alive, X-Private\r\nKeep-Alive: timeout=5\r\nX-Private: 1\r\n\
          Proxy-Authenticate: Basic\r\nUpgrade: h2c\r\nTrailer: X-T\r\nX-Adsidecar-Error: forged\r\n\
@@ -136,7 +136,7 @@ async fn an_answers_hop_by_hop_headers_stay_here_and_its_cookies_pass() {
     )
     .await;
     let harness = Harness::before(&amazon, &[]).await;
-    let answer = harness.knock("GET /x HTTP/1.1\r\nHost: localhost\r\n\r\n").await;
+    let answer = harness.send_raw("GET /x HTTP/1.1\r\nHost: localhost\r\n\r\n").await;
     let mut names = answer.names();
     names.sort_unstable();
     assert_eq!(names, ["server", "transfer-encoding", "via", "x-request-id"]);
@@ -145,18 +145,18 @@ async fn an_answers_hop_by_hop_headers_stay_here_and_its_cookies_pass() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_request_id_is_taken_or_made_and_on_every_answer() {
+async fn every_response_carries_the_callers_or_a_new_request_id() {
     let harness = Harness::set(&[]).await;
     let mut made = Vec::new();
     for path in ["/sandbox/echo", "/api/auth/amazon/status", "/a//x"] {
         let own =
-            harness.knock(format!("GET {path} HTTP/1.1\r\nHost: localhost\r\nX-Request-Id: r-1.2_3\r\n\r\n")).await;
+            harness.send_raw(format!("GET {path} HTTP/1.1\r\nHost: localhost\r\nX-Request-Id: r-1.2_3\r\n\r\n")).await;
         assert_eq!(own.header("x-request-id"), Some("r-1.2_3"), "{path}");
-        let bare = harness.knock(format!("GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n")).await;
+        let bare = harness.send_raw(format!("GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n")).await;
         made.push(bare.header("x-request-id").unwrap().to_owned());
         let odd = format!("X-Request-Id: {}", "x".repeat(129));
         for bad in [odd.as_str(), "X-Request-Id: a b", "X-Request-Id:"] {
-            let answer = harness.knock(format!("GET {path} HTTP/1.1\r\nHost: localhost\r\n{bad}\r\n\r\n")).await;
+            let answer = harness.send_raw(format!("GET {path} HTTP/1.1\r\nHost: localhost\r\n{bad}\r\n\r\n")).await;
             made.push(answer.header("x-request-id").unwrap().to_owned());
         }
     }
@@ -168,7 +168,7 @@ async fn a_request_id_is_taken_or_made_and_on_every_answer() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn every_answer_of_our_own_is_a_whole_problem() {
+async fn every_error_of_adsidecar_is_a_complete_problem_document() {
     let harness = Harness::set(&[("proxy.max_body", "10B")]).await;
     harness.sandbox.set_fault(world::Fault::Reset);
     for (call, status, code, retryable) in [
@@ -183,7 +183,7 @@ async fn every_answer_of_our_own_is_a_whole_problem() {
         ("TRACE /x HTTP/1.1\r\nHost: localhost\r\n", 405, "method_not_allowed", false),
         ("POST /x HTTP/1.1\r\nHost: localhost\r\nContent-Length: 11\r\n", 413, "body_too_large", false),
     ] {
-        let answer = harness.knock(format!("{call}X-Request-Id: r-7\r\n\r\n")).await;
+        let answer = harness.send_raw(format!("{call}X-Request-Id: r-7\r\n\r\n")).await;
         assert_eq!(answer.said(), (status, code), "{call}");
         assert_eq!(answer.header("content-type"), Some("application/problem+json"));
         assert_eq!(answer.header("cache-control"), Some("no-store"));

@@ -1,4 +1,4 @@
-//! HTTP/2 to Amazon, where Amazon offers it.
+//! HTTP/2 to Amazon, if Amazon offers it.
 
 use adsidecar::domain::clock::Clock;
 use sha2::{Digest, Sha256};
@@ -17,7 +17,7 @@ async fn harness(http2: &str) -> Harness {
     harness
 }
 
-/// The connections of the calls that Amazon saw.
+/// The connections of the calls that Amazon received.
 fn connections(harness: &Harness) -> Vec<u64> {
     let mut connections: Vec<_> = harness.ads_calls().iter().map(|call| call.connection).collect();
     connections.sort_unstable();
@@ -25,7 +25,7 @@ fn connections(harness: &Harness) -> Vec<u64> {
     connections
 }
 
-/// So many calls that are all held by Amazon at once.
+/// Sends `count` calls that Amazon holds at the same time.
 async fn at_once(harness: &Harness, count: usize) {
     let gate = harness.sandbox.set_fault(Rule::from(Fault::Gate).next(count as u32));
     let mut calls = JoinSet::new();
@@ -41,25 +41,25 @@ async fn at_once(harness: &Harness, count: usize) {
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: threat 24.
-async fn calls_that_hold_a_shared_connection_full_hold_nobody_up() {
+async fn requests_that_fill_a_shared_connection_delay_no_other_caller() {
     let harness = harness("auto").await;
-    // Two hundred at once is what this server takes on one connection; the others would wait for them to end.
+    // This server accepts two hundred streams per connection; further ones would wait.
     at_once(&harness, 450).await;
     let connections = connections(&harness).len();
     assert!((3..=10).contains(&connections), "{connections}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn never_means_never() {
+async fn http2_never_uses_http1_only() {
     let harness = harness("never").await;
     harness.get("/v2/profiles").await.bytes().await.unwrap();
     at_once(&harness, 5).await;
-    assert_eq!(connections(&harness).len(), 5, "HTTP/1.1 carries one call at a time");
+    assert_eq!(connections(&harness).len(), 5, "HTTP/1.1 carries one request at a time");
     assert!(harness.seen().header("host").is_some());
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn always_does_without_nothing_else() {
+async fn http2_always_falls_back_to_http1() {
     let clock = Clock::frozen("2026-08-01T12:00:00Z".parse().unwrap());
     let harness = Harness::built(Options::calm(clock), "", &[("upstream.http2", "always")]).await;
     harness.log_in("default").await;
@@ -68,7 +68,7 @@ async fn always_does_without_nothing_else() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn concurrent_calls_share_one_connection() {
+async fn concurrent_requests_share_one_http2_connection() {
     for mode in ["auto", "always"] {
         let harness = harness(mode).await;
         assert_eq!(harness.get("/v2/profiles").await.status(), 200);
@@ -79,7 +79,7 @@ async fn concurrent_calls_share_one_connection() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn few_who_go_on_calling_get_connections_of_http1() {
+async fn a_few_continuous_callers_get_http1_connections() {
     for (mode, callers, most) in [("auto", 1, 2), ("auto", 3, 4), ("always", 3, 1)] {
         let harness = harness(mode).await;
         let round = async || {
@@ -89,8 +89,11 @@ async fn few_who_go_on_calling_get_connections_of_http1() {
         for _ in 0..100 {
             round().await;
         }
-        eventually("one for each caller, beside the shared one", async || (round().await == most).then_some(())).await;
-        // The few do not take more, and many share the one that is there.
+        eventually("one connection for each caller, and the shared one", async || {
+            (round().await == most).then_some(())
+        })
+        .await;
+        // Few callers open no further connections, and many callers share the existing one.
         for _ in 0..100 {
             round().await;
         }
@@ -100,13 +103,13 @@ async fn few_who_go_on_calling_get_connections_of_http1() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn bytes_pass_as_over_http1() {
+async fn bytes_pass_over_http2_as_over_http1() {
     let harness = harness("auto").await;
     for target in ["//x%2Fy?min=2023-10-01T00:00:00&b=%2B+c", "/sandbox/echo?", "/amc/%7Bid%7D/a|b?c|d", "/x/../y"] {
         let call = format!(
             "GET {target} HTTP/1.1\r\nHost: localhost\r\nConnection: keep-alive, x-a\r\nX-A: 1\r\nTE: trailers\r\n\r\n"
         );
-        assert_eq!(harness.knock(call).await.header("x-adsidecar-error"), None);
+        assert_eq!(harness.send_raw(call).await.header("x-adsidecar-error"), None);
         assert_eq!(harness.seen().target, target);
         let seen = harness.seen();
         let mut names = seen.header_names();
@@ -133,7 +136,7 @@ async fn bytes_pass_as_over_http1() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_answer_that_breaks_off_over_http2_is_never_ended_cleanly() {
+async fn a_truncated_http2_response_never_ends_cleanly() {
     let harness = harness("auto").await;
     for query in ["", "?chunked=1"] {
         harness.sandbox.set_fault(Fault::CloseMidBody);
@@ -141,7 +144,8 @@ async fn an_answer_that_breaks_off_over_http2_is_never_ended_cleanly() {
         let request =
             format!("GET /sandbox/bytes/100000{query} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
         wire.send(request).await;
-        // Where all of it came at once the head may be lost with the rest, or the reset comes first and is told as a 502.
+        // If the whole response arrives at once, its head may be lost with it, or the reset arrives first and becomes a
+        // 502.
         let came = wire.everything().await;
         assert!(came.len() < 100_000 && !came.ends_with("\r\n0\r\n\r\n"), "{query}");
     }
@@ -156,7 +160,7 @@ fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 67.
-async fn a_server_that_floods_or_resets_costs_a_call_and_nothing_more() {
+async fn an_http2_server_that_floods_or_resets_affects_only_its_request() {
     const DATA: u8 = 0;
     const HEADERS: u8 = 1;
     const RST_STREAM: u8 = 3;
@@ -172,7 +176,7 @@ async fn a_server_that_floods_or_resets_costs_a_call_and_nothing_more() {
         ("goes away within", [frame(HEADERS, 4, 1, &[OK]), frame(GOAWAY, 0, 0, &[0, 0, 0, 0, 0, 0, 0, 2])].concat()),
         ("empty DATA", [frame(HEADERS, 4, 1, &[OK]), frame(DATA, 0, 1, &[]).repeat(200_000)].concat()),
         ("CONTINUATION", {
-            // Headers without an end, each new; none of them may be collected for ever.
+            // Endless headers, each new; they must not accumulate without limit.
             let junk = frame(CONTINUATION, 0, 1, &[0, 1, b'a', 1, b'b'].repeat(1000));
             [frame(HEADERS, 0, 1, &[OK]), junk.repeat(2000)].concat()
         }),
@@ -206,19 +210,22 @@ async fn a_server_that_floods_or_resets_costs_a_call_and_nothing_more() {
         let mut wire = harness.dial().await;
         wire.send("POST /x HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\nConnection: close\r\n\r\n").await;
         let came = wire.everything().await;
-        assert!(came.starts_with("HTTP/1.1 502") || !came.ends_with("0\r\n\r\n"), "{name}: never a clean end: {came}");
+        assert!(
+            came.starts_with("HTTP/1.1 502") || !came.ends_with("0\r\n\r\n"),
+            "{name}: the response must not end cleanly: {came}"
+        );
         assert!(amazon.connections() <= 2, "{name}: {} connections", amazon.connections());
         assert_eq!(harness.metric("adsidecar_requests_in_flight").await, 0.0, "{name}");
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn callers_that_do_not_read_their_answers_hold_up_nobody_who_shares_their_connection() {
+async fn callers_that_do_not_read_delay_no_other_caller_on_a_shared_connection() {
     let harness = harness("auto").await;
     let mut slow = Vec::new();
     for _ in 0..12 {
         let mut wire = harness.dial().await;
-        // More than every buffer between Amazon and this socket together.
+        // More than all buffers between Amazon and this socket together.
         wire.send("GET /sandbox/bytes/33554432 HTTP/1.1\r\nHost: localhost\r\n\r\n").await;
         assert_eq!(wire.reply_head().await.status, 200);
         slow.push(wire);
@@ -227,6 +234,6 @@ async fn callers_that_do_not_read_their_answers_hold_up_nobody_who_shares_their_
         let call = tokio::time::timeout(std::time::Duration::from_secs(10), async {
             harness.get("/sandbox/bytes/100000").await.bytes().await.unwrap().len()
         });
-        assert_eq!(call.await.expect("a call beside slow ones is answered"), 100_000);
+        assert_eq!(call.await.expect("a call beside slow ones completes"), 100_000);
     }
 }

@@ -1,4 +1,4 @@
-//! Fernet keys: wrong ones, odd spellings, rotation, and what else a store needs to open.
+//! Fernet keys: wrong keys, unusual encodings, rotation, and other requirements for opening a store.
 
 use adsidecar::domain::secret::Secret;
 use adsidecar::store::keyring::Keyring;
@@ -10,7 +10,7 @@ use crate::commands::{CONFIG, DONE, FAILED, OTHER_KEY, Serving, bare_with, besid
 use crate::harness::{FERNET_KEY, Harness, code, eventually, json};
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_rotation_seals_everything_with_the_first_key() {
+async fn a_key_rotation_reseals_all_records_with_the_first_key() {
     let mut harness = stopped().await;
     let both = format!("store.fernet_keys={OTHER_KEY},{FERNET_KEY}");
     let rotated = run(&harness, &["key", "rotate", "--set", &both], "").await;
@@ -18,7 +18,7 @@ async fn a_rotation_seals_everything_with_the_first_key() {
     assert!(rotated.out.starts_with("1 grants sealed anew"), "{}", rotated.out);
     let again = run(&harness, &["key", "rotate", "--set", &both], "").await;
     assert!(again.out.starts_with("0 grants"), "{}", again.out);
-    assert_eq!(run(&harness, &["users", "list"], "").await.code, CONFIG, "the old key alone opens nothing any more");
+    assert_eq!(run(&harness, &["users", "list"], "").await.code, CONFIG, "the old key alone opens nothing");
     harness.sets.push(("store.fernet_keys".into(), OTHER_KEY.into()));
     harness.start_sidecar().await;
     assert_eq!(harness.get("/v2/profiles").await.status(), 200);
@@ -28,12 +28,12 @@ fn fingerprint(key: &str) -> String {
     Keyring::new(&[Secret::new(key)]).unwrap().first().to_string()
 }
 
-/// How many records are sealed with `key`, as the metrics tell.
+/// The number of records sealed with `key`, from the metrics.
 async fn sealed_with(harness: &Harness, key: &str) -> f64 {
     harness.metric(&format!("adsidecar_store_records{{key=\"{key}\"}}")).await
 }
 
-/// A world whose keys lie in a file, which holds `keys`.
+/// A setup whose keys are in a file that contains `keys`.
 async fn with_key_file(keys: &str) -> (Harness, String) {
     let mut harness = Harness::with_running_clock("").await;
     let file = harness.directory.path().join("keys").display().to_string();
@@ -45,14 +45,14 @@ async fn with_key_file(keys: &str) -> (Harness, String) {
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 45.
-async fn a_running_sidecar_takes_new_keys_by_a_rotation_and_by_nothing_else() {
+async fn a_running_sidecar_adopts_new_keys_only_through_a_rotation() {
     let (mut harness, set) = with_key_file(FERNET_KEY).await;
     let keys = set.split('=').nth(1).unwrap().to_owned();
     let reload = async || harness.client.post(harness.admin_url("/reload")).send().await.unwrap();
     let (old, new) = (fingerprint(FERNET_KEY), fingerprint(OTHER_KEY));
     assert_eq!((sealed_with(&harness, &old).await, sealed_with(&harness, &new).await), (1.0, 0.0));
 
-    // Keys that cannot open what is stored are refused, and so is a command that reads others than the sidecar.
+    // Keys that cannot open the stored records are rejected, and so is a command with other keys than the sidecar's.
     std::fs::write(&keys, OTHER_KEY).unwrap();
     let refused = beside(&harness, &["key", "rotate", "--set", &set]).await;
     assert_eq!((refused.code, refused.out.as_str()), (CONFIG, ""), "{}", refused.err);
@@ -65,7 +65,7 @@ async fn a_running_sidecar_takes_new_keys_by_a_rotation_and_by_nothing_else() {
     assert_eq!(answer.status(), 400, "a reload does not change keys");
     let detail = json(answer).await["detail"].to_string();
     assert!(detail.contains("store.fernet_keys") && detail.contains("adsidecar key rotate"), "{detail}");
-    assert_eq!(sealed_with(&harness, &old).await, 1.0, "nothing was taken");
+    assert_eq!(sealed_with(&harness, &old).await, 1.0, "the new key was not adopted");
 
     let rotated = beside(&harness, &["key", "rotate", "--set", &set]).await;
     assert_eq!(rotated.code, DONE, "{}", rotated.err);
@@ -78,7 +78,7 @@ async fn a_running_sidecar_takes_new_keys_by_a_rotation_and_by_nothing_else() {
 
     std::fs::write(&keys, OTHER_KEY).unwrap();
     let dropped = beside(&harness, &["key", "rotate", "--set", &set]).await;
-    assert_eq!(dropped.code, DONE, "the old key goes the same way: {}", dropped.err);
+    assert_eq!(dropped.code, DONE, "the old key is removed in the same way: {}", dropped.err);
     harness.stop_sidecar().await;
     harness.start_sidecar().await;
     assert_eq!(harness.get("/v2/profiles").await.status(), 200);
@@ -86,7 +86,7 @@ async fn a_running_sidecar_takes_new_keys_by_a_rotation_and_by_nothing_else() {
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 45.
-async fn a_rotation_that_was_killed_goes_on_by_itself() {
+async fn a_killed_rotation_resumes_after_the_restart() {
     let mut harness = Harness::with_running_clock("").await;
     harness.stop_sidecar().await;
     let record = |name: u32| {
@@ -111,23 +111,23 @@ async fn a_rotation_that_was_killed_goes_on_by_itself() {
         };
         (count(&old), count(&new))
     };
-    // They are long idle, so that nothing but the rotation writes.
+    // The users have been idle for long, so that nothing but the rotation writes.
     let arguments = ["--set", &set];
     let mut serving = Serving::start(&harness, &arguments).await;
-    assert_eq!(counts(&serving).await, (100, 0), "keys alone rotate nothing");
+    assert_eq!(counts(&serving).await, (100, 0), "new keys alone do not start a rotation");
     let asked = harness.client.post(format!("http://{}/rotate?key={new}", serving.admin)).send().await.unwrap();
     assert_eq!(json(asked).await["running"], true);
-    let (left, _) = eventually("the middle of it", async || {
+    let (left, _) = eventually("the rotation to be half done", async || {
         let (left, done) = counts(&serving).await;
         (done > 0).then_some((left, done))
     })
     .await;
-    assert!(left > 0, "it was killed in the middle");
+    assert!(left > 0, "the process was killed in the middle of the rotation");
     serving.signal("KILL");
     serving.ended().await;
 
     let serving = Serving::start(&harness, &arguments).await;
-    eventually("its end", async || (counts(&serving).await == (0, 100)).then_some(())).await;
+    eventually("the end of the rotation", async || (counts(&serving).await == (0, 100)).then_some(())).await;
     let told = harness.client.get(format!("http://{}/rotate", serving.admin)).send().await.unwrap();
     let told = json(told).await;
     assert_eq!((&told["left"], &told["unreadable"], &told["error"]), (&0.into(), &0.into(), &Value::Null));
@@ -140,7 +140,7 @@ async fn a_rotation_that_was_killed_goes_on_by_itself() {
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 46.
-async fn an_old_key_removed_too_early_costs_its_users_a_login_until_it_is_back() {
+async fn a_key_removed_too_early_requires_logins_until_it_is_restored() {
     let (mut harness, set) = with_key_file(FERNET_KEY).await;
     let keys = set.split('=').nth(1).unwrap().to_owned();
     harness.log_in("anna").await;
@@ -158,10 +158,10 @@ async fn an_old_key_removed_too_early_costs_its_users_a_login_until_it_is_back()
     };
     assert_eq!(call(&harness, "anna").await, (200, String::new()));
     assert_eq!(call(&harness, "bob").await, (401, "login_required".to_owned()));
-    assert_eq!(sealed_with(&harness, "unknown").await, 2.0, "bob's and the default user's");
+    assert_eq!(sealed_with(&harness, "unknown").await, 2.0, "the records of bob and the default user");
     assert_eq!(harness.metric("adsidecar_undecryptable_records").await, 2.0);
     let rotated = beside(&harness, &["key", "rotate", "--set", &set]).await;
-    assert_eq!(rotated.code, FAILED, "a rotation says that it is not whole");
+    assert_eq!(rotated.code, FAILED, "an incomplete rotation fails");
     assert!(rotated.err.contains("keep the old keys"), "{}", rotated.err);
 
     harness.stop_sidecar().await;
@@ -174,7 +174,7 @@ async fn an_old_key_removed_too_early_costs_its_users_a_login_until_it_is_back()
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 44.
-async fn a_key_is_taken_as_files_hold_it_and_anything_else_is_78() {
+async fn a_key_is_accepted_with_file_whitespace_and_anything_else_exits_with_78() {
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("key");
     let required = [("AMAZON_CLIENT_ID", CLIENT_ID), ("AMAZON_CLIENT_SECRET", CLIENT_SECRET)];
@@ -202,8 +202,8 @@ async fn a_key_is_taken_as_files_hold_it_and_anything_else_is_78() {
         for given in [("FERNET_KEY", key), ("FERNET_KEY_FILE", file.to_str().unwrap())] {
             let ran = check(given).await;
             assert_eq!((ran.code, ran.out.as_str()), (CONFIG, ""), "{key:?} by {}", given.0);
-            let cure = ran.err.contains("adsidecar key new") || ran.err.contains("copy it once more");
-            assert!(ran.err.contains("store.fernet_keys") && cure, "{}", ran.err);
+            let remedy = ran.err.contains("adsidecar key new") || ran.err.contains("copy it once more");
+            assert!(ran.err.contains("store.fernet_keys") && remedy, "{}", ran.err);
             assert!(key == "=" || !ran.err.contains(key), "{}", ran.err);
         }
     }
@@ -228,18 +228,18 @@ async fn a_key_is_taken_as_files_hold_it_and_anything_else_is_78() {
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 53.
-async fn a_volume_that_cannot_be_written_is_told_with_its_path_and_the_user() {
+async fn a_read_only_volume_is_reported_with_its_path_and_the_user() {
     let harness = stopped().await;
-    // Nobody can make directories there, root neither.
+    // No user, not even root, can create directories there.
     let ran = run(&harness, &["serve", "--set", "store.path=/sys/adsidecar/store"], "").await;
     assert_eq!((ran.code, ran.out.as_str()), (FAILED, ""));
     assert!(ran.err.contains("/sys/adsidecar") && ran.err.contains("uid "), "{}", ran.err);
-    assert!(ran.err.contains("store.path"), "the cure: {}", ran.err);
+    assert!(ran.err.contains("store.path"), "the message names the setting: {}", ran.err);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 39.
-async fn a_damaged_database_is_replaced_and_said_and_no_call_fails() {
+async fn a_damaged_database_is_rebuilt_and_reported_and_no_request_fails() {
     let mut harness = Harness::start().await;
     harness.log_in("default").await;
     assert_eq!(harness.metric("adsidecar_store_recoveries_total").await, 0.0);

@@ -1,8 +1,8 @@
-//! Limits of the door: time, connections, size.
+//! Limits of the listener: time, connections, size.
 
 use std::time::{Duration, Instant};
 
-use world::{Door, Fault, Rule};
+use world::{Fault, Listener, Rule};
 
 use crate::harness::Harness;
 use crate::raw_http::{Scripted, eventually};
@@ -11,7 +11,7 @@ const CALL: &str = "GET /sandbox/echo HTTP/1.1\r\nHost: localhost\r\n\r\n";
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: threat 24.
-async fn a_slow_head_is_refused() {
+async fn a_slow_request_head_is_rejected() {
     let harness = Harness::set(&[("proxy.header_timeout", "150ms")]).await;
     for used in [false, true] {
         let mut wire = harness.dial().await;
@@ -21,7 +21,7 @@ async fn a_slow_head_is_refused() {
         }
         let begun = Instant::now();
         wire.send("GET /x HTTP/1.1\r\nX-Slow: ").await;
-        // A byte now and then does not help.
+        // Occasional bytes do not extend the limit.
         let answer = loop {
             match tokio::time::timeout(Duration::from_millis(20), wire.reply()).await {
                 Ok(answer) => break answer,
@@ -56,9 +56,9 @@ async fn an_idle_connection_is_closed_and_a_busy_one_is_not() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn at_the_cap_the_connection_that_idled_longest_makes_room() {
+async fn at_the_connection_limit_the_longest_idle_connection_is_closed() {
     let harness = Harness::set(&[("proxy.max_connections", "3")]).await;
-    // The harness's own client holds a connection, which is older than all of these.
+    // The harness's own client holds a connection, which is the oldest.
     let mut wires = Vec::new();
     for _ in 0..3 {
         let mut wire = harness.dial().await;
@@ -66,7 +66,7 @@ async fn at_the_cap_the_connection_that_idled_longest_makes_room() {
         assert_eq!(wire.reply().await.status, 200);
         wires.push(wire);
     }
-    // All three are served: nobody is closed before somebody needs the room.
+    // All three are served: no connection is closed until its slot is needed.
     for wire in &mut wires {
         wire.send(CALL).await;
         assert_eq!(wire.reply().await.status, 200);
@@ -83,7 +83,7 @@ async fn at_the_cap_the_connection_that_idled_longest_makes_room() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn while_all_are_busy_a_new_connection_waits() {
+async fn at_the_connection_limit_a_new_connection_waits_while_all_are_busy() {
     let harness = Harness::set(&[("proxy.max_connections", "2")]).await;
     let gate = harness.sandbox.set_fault(Rule::from(Fault::Gate).next(2));
     let mut one = harness.dial().await;
@@ -101,9 +101,9 @@ async fn while_all_are_busy_a_new_connection_waits() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn who_finds_no_room_is_told_so_and_finds_some_later() {
+async fn a_connection_over_the_limit_gets_a_503_and_later_ones_are_served() {
     let harness = Harness::set(&[("proxy.max_connections", "1")]).await;
-    let gate = harness.sandbox.set_fault(Rule::from(Fault::Gate).at(Door::Na));
+    let gate = harness.sandbox.set_fault(Rule::from(Fault::Gate).at(Listener::Na));
     let mut busy = harness.dial().await;
     busy.send(CALL).await;
     gate.reached(1).await;
@@ -124,7 +124,7 @@ async fn who_finds_no_room_is_told_so_and_finds_some_later() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_body_over_the_limit_is_refused() {
+async fn a_body_over_the_limit_is_rejected() {
     let harness = Harness::set(&[("proxy.max_body", "1KiB")]).await;
     let (fits, big) = ("x".repeat(1024), "x".repeat(1025));
     let plain = |body: &str, length: usize| {
@@ -145,26 +145,26 @@ async fn a_body_over_the_limit_is_refused() {
         assert_eq!(wire.reply().await.said(), (413, "body_too_large"));
         assert!(wire.closes().await);
     }
-    assert!(harness.ads_calls().is_empty(), "what says that it is too large is not begun");
+    assert!(harness.ads_calls().is_empty(), "a request with a too large Content-Length is not forwarded");
     let mut wire = harness.dial().await;
     wire.send(chunked(&big) + CALL).await;
     assert_eq!(wire.reply().await.said(), (413, "body_too_large"));
     assert!(wire.closes().await);
-    eventually("Amazon sees it broken off", || harness.ads_calls().iter().all(|call| !call.complete)).await;
+    eventually("Amazon to see the request aborted", || harness.ads_calls().iter().all(|call| !call.complete)).await;
     assert!(harness.ads_calls().iter().all(|call| call.method == "POST" && call.status.is_none()));
     harness.sandbox.clear_history();
     for call in [plain(&fits, 1024), chunked(&fits)] {
-        assert_eq!(harness.knock(call).await.status, 200);
+        assert_eq!(harness.send_raw(call).await.status, 200);
         assert_eq!(harness.seen().body_len, 1024);
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_refused_upload_still_learns_why() {
+async fn a_rejected_upload_gets_the_error_response() {
     let harness = Harness::set(&[("proxy.max_body", "1KiB")]).await;
     for _ in 0..20 {
         let upload = harness.request(reqwest::Method::POST, "/sandbox/echo").body(vec![b'x'; 4 << 20]);
-        let answer = upload.send().await.expect("an answer, and no reset connection");
+        let answer = upload.send().await.expect("a response, not a reset connection");
         assert_eq!((answer.status().as_u16(), crate::harness::code(&answer)), (413, "body_too_large"));
         assert_eq!(crate::harness::json(answer).await["code"], "body_too_large");
     }
@@ -172,20 +172,20 @@ async fn a_refused_upload_still_learns_why() {
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 70.
-async fn a_caller_that_takes_nothing_of_its_answer_is_cut_off_and_amazon_with_it() {
+async fn a_caller_that_does_not_read_its_response_is_disconnected_from_amazon_too() {
     const MIB: u64 = 1 << 20;
     let harness = Harness::set(&[("proxy.write_timeout", "200ms")]).await;
     let mut wire = harness.dial().await;
     wire.send(format!("GET /sandbox/bytes/{} HTTP/1.1\r\nHost: localhost\r\n\r\n", 256 * MIB)).await;
     assert_eq!(wire.reply_head().await.status, 200);
-    // Until then Amazon was held back as well: what it sent beyond the sockets' buffers was not taken.
-    crate::harness::eventually("the answer to be given up", async || {
+    // Until then, backpressure reached Amazon: data beyond the sockets' buffers was not read.
+    crate::harness::eventually("the response to be aborted", async || {
         (harness.metric("adsidecar_requests_in_flight").await == 0.0).then_some(())
     })
     .await;
     let came = wire.take(256 * MIB as usize).await.len() as u64;
-    assert!(came < 64 * MIB, "{came} bytes came of an answer that nobody read");
-    // Who reads slowly, and does read, gets all of it.
+    assert!(came < 64 * MIB, "{came} bytes arrived of a response that was not read");
+    // A slow reader that keeps reading gets the whole response.
     let mut patient = harness.dial().await;
     patient.send(format!("GET /sandbox/bytes/{} HTTP/1.1\r\nHost: localhost\r\n\r\n", 8 * MIB)).await;
     assert_eq!(patient.reply_head().await.status, 200);
@@ -199,7 +199,7 @@ async fn a_caller_that_takes_nothing_of_its_answer_is_cut_off_and_amazon_with_it
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: threat 24.
-async fn a_body_that_does_not_go_on_is_given_up_and_never_a_complete_call() {
+async fn a_stalled_body_is_aborted_and_never_a_complete_request() {
     let harness = Harness::set(&[("proxy.body_timeout", "150ms")]).await;
     for framing in ["Content-Length: 100", "Transfer-Encoding: chunked"] {
         harness.sandbox.clear_history();
@@ -213,25 +213,25 @@ async fn a_body_that_does_not_go_on_is_given_up_and_never_a_complete_call() {
             "{:?}",
             begun.elapsed()
         );
-        eventually("Amazon sees the end", || {
+        eventually("Amazon to see the end", || {
             harness.ads_calls().iter().all(|call| call.status.is_none() && !call.complete)
         })
         .await;
-        assert_eq!(harness.ads_calls().len(), 1, "it is not repeated");
+        assert_eq!(harness.ads_calls().len(), 1, "the request is not retried");
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 64.
-async fn the_head_of_an_answer_has_a_limit() {
+async fn the_response_head_has_a_limit() {
     let head = |bytes: usize| {
         let big = "x".repeat(bytes);
         format!("HTTP/1.1 200 OK\r\nContent-Length: 0\r\nX-Big: {big}\r\n\r\n").leak()
     };
-    // The read buffer is the limit, and the last read may go beyond it: up to twice its 64 KiB may pass.
+    // The read buffer is the limit, and the last read may exceed it: up to twice its 64 KiB may pass.
     for (bytes, said) in [(40 << 10, (200, "")), (200 << 10, (502, "upstream_reset"))] {
         let amazon = Scripted::saying(head(bytes)).await;
         let harness = Harness::before(&amazon, &[]).await;
-        assert_eq!(harness.knock("GET /x HTTP/1.1\r\nHost: localhost\r\n\r\n").await.said(), said, "{bytes}");
+        assert_eq!(harness.send_raw("GET /x HTTP/1.1\r\nHost: localhost\r\n\r\n").await.said(), said, "{bytes}");
     }
 }

@@ -1,4 +1,4 @@
-//! The OAuth endpoints: from `login` to a proxied call to `logout`, and everything that is refused on the way.
+//! The OAuth endpoints: from `login` through a proxied request to `logout`, and every rejection in between.
 
 use std::collections::HashSet;
 
@@ -6,7 +6,7 @@ use reqwest::header::{HeaderMap, LOCATION};
 use reqwest::{Method, Response};
 use serde_json::Value;
 use url::Url;
-use world::{CLIENT_ID, Door, Fault, RETURN_URL, Rule, SCOPE};
+use world::{CLIENT_ID, Fault, Listener, RETURN_URL, Rule, SCOPE};
 
 use crate::harness::{Harness, code, header, json};
 
@@ -14,7 +14,7 @@ const FRONTEND: &str = "[login]\nfrontend_url = \"https://app.example.com/connec
 const ORIGIN: &str = "https://app.example.com";
 const LOGIN: &str = "/api/auth/amazon/login";
 const STATUS: &str = "/api/auth/amazon/status";
-/// What a page must never give back.
+/// Input that a page must never echo.
 const SCRIPTS: [&str; 3] = ["<script>alert(1)</script>", "\"><img src=x onerror=alert(1)>", "javascript:alert(1)"];
 
 fn location(answer: &Response) -> Url {
@@ -43,13 +43,13 @@ fn refused(answer: &Response, status: u16, name: &str) {
     is_private(answer);
 }
 
-/// Begins a login as a server does, and consents: the callback's path and query.
+/// Starts a login as a server does, and consents. Returns the callback's path and query.
 async fn callback_of(harness: &Harness, user: &str) -> String {
     let begun = json(harness.get(&format!("{LOGIN}?user_id={user}")).await).await;
     harness.consent(begun["auth_url"].as_str().unwrap()).await
 }
 
-/// Begins a login as a browser does, and consents: the callback, and the cookie.
+/// Starts a login as a browser does, and consents. Returns the callback and the cookie.
 async fn browsed(harness: &Harness, user: &str) -> (String, String) {
     let begun =
         harness.request(Method::GET, &format!("{LOGIN}?user_id={user}")).header("accept", "text/html,*/*;q=0.8");
@@ -60,7 +60,7 @@ async fn browsed(harness: &Harness, user: &str) -> (String, String) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn nothing_under_our_roots_is_forwarded() {
+async fn requests_under_local_paths_are_never_forwarded() {
     let harness = Harness::start().await;
     harness.log_in("default").await;
     harness.sandbox.clear_history();
@@ -106,11 +106,11 @@ async fn nothing_under_our_roots_is_forwarded() {
         let answer = harness.raw(request.as_bytes(), None).await;
         assert!(answer.starts_with(b"HTTP/1.1 404 "), "{}", String::from_utf8_lossy(&answer));
     }
-    assert_eq!(harness.sandbox.history().len(), 0, "nothing of it left");
+    assert_eq!(harness.sandbox.history().len(), 0, "no request reached Amazon");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_bad_parameter_is_refused() {
+async fn an_invalid_parameter_is_rejected() {
     let harness = Harness::with(FRONTEND).await;
     let long = "x".repeat(129);
     for user in ["", "a b", "..", ".", "a/b", "<script>", "é", "a\0b", long.as_str()] {
@@ -147,7 +147,7 @@ async fn a_bad_parameter_is_refused() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn return_to_leads_nowhere_but_to_the_frontend() {
+async fn return_to_leads_only_to_the_frontend() {
     let harness = Harness::with(FRONTEND).await;
     for attack in [
         "//evil.test",
@@ -176,7 +176,7 @@ async fn return_to_leads_nowhere_but_to_the_frontend() {
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 83.
-async fn a_callback_that_amazon_would_not_send_is_refused_and_costs_nothing() {
+async fn a_malformed_callback_is_rejected_without_side_effects() {
     let harness = Harness::start().await;
     let callback = callback_of(&harness, "default").await;
     for bad in [
@@ -191,13 +191,13 @@ async fn a_callback_that_amazon_would_not_send_is_refused_and_costs_nothing() {
     for doubled in ["code=x", "state=x", "scope=x"] {
         refused(&harness.get(&format!("{callback}&{doubled}")).await, 400, "bad_request");
     }
-    assert_eq!(harness.sandbox.lwa_calls().exchanges, 0, "no code left before its state was good");
-    assert_eq!(harness.get(&callback).await.status(), 200, "a bad callback beside it does not spoil a login");
+    assert_eq!(harness.sandbox.lwa_calls().exchanges, 0, "no code is exchanged before its state was checked");
+    assert_eq!(harness.get(&callback).await.status(), 200, "a bad callback does not affect another login");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 84.
-async fn a_state_is_good_once_and_for_ten_minutes() {
+async fn a_login_state_is_valid_once_and_for_ten_minutes() {
     let harness = Harness::start().await;
     for unknown in ["unknown", "", "a%00b"] {
         let callback = format!("/api/auth/amazon/callback?code=x&state={unknown}");
@@ -217,7 +217,7 @@ async fn a_state_is_good_once_and_for_ten_minutes() {
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 85.
-async fn two_hundred_callbacks_at_once_exchange_the_code_once() {
+async fn two_hundred_concurrent_callbacks_exchange_the_code_once() {
     let harness = Harness::start().await;
     let callback = callback_of(&harness, "default").await;
     let all = (0..200).map(|_| tokio::spawn(harness.request(Method::GET, &callback).send()));
@@ -232,7 +232,7 @@ async fn two_hundred_callbacks_at_once_exchange_the_code_once() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_login_begun_by_a_browser_ends_in_that_browser_alone() {
+async fn a_login_started_by_a_browser_completes_only_in_that_browser() {
     let harness = Harness::start().await;
     let (callback, _) = browsed(&harness, "default").await;
     refused(&harness.get(&callback).await, 400, "state_invalid");
@@ -251,12 +251,12 @@ async fn a_login_begun_by_a_browser_ends_in_that_browser_alone() {
     let jar = format!("theme=dark; {first_cookie}; {second_cookie}");
     for callback in [first, second] {
         let answer = harness.request(Method::GET, &callback).header("cookie", &jar).send().await.unwrap();
-        assert_eq!(answer.status(), 200, "two logins of one browser do not undo each other");
+        assert_eq!(answer.status(), 200, "two logins of one browser are independent");
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn no_foreign_page_drives_the_oauth_endpoints() {
+async fn no_page_of_another_origin_can_use_the_oauth_endpoints() {
     let harness = Harness::with(FRONTEND).await;
     assert_eq!(harness.get(&callback_of(&harness, "default").await).await.status(), 302);
     for (name, value) in [
@@ -292,11 +292,11 @@ async fn no_foreign_page_drives_the_oauth_endpoints() {
     assert!(!navigation.headers().contains_key("set-cookie"));
     let same_site = harness.request(Method::POST, "/api/auth/amazon/logout").header("sec-fetch-site", "same-site");
     refused(&same_site.send().await.unwrap(), 403, "cross_site");
-    assert_eq!(harness.status_of("default").await["state"], "fresh", "nobody was logged out");
+    assert_eq!(harness.status_of("default").await["state"], "fresh", "no user was logged out");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_frontend_may_fetch_and_read_even_refusals() {
+async fn the_frontend_can_fetch_and_read_rejections_too() {
     let harness = Harness::with(FRONTEND).await;
     let fetch = |method: Method, path: &str| harness.request(method, path).header("origin", ORIGIN).send();
     let readable = |headers: &HeaderMap| {
@@ -329,10 +329,14 @@ async fn the_frontend_may_fetch_and_read_even_refusals() {
     let cookie = header(&begun, "set-cookie").split(';').next().unwrap().to_owned();
     let callback = harness.consent(json(begun).await["auth_url"].as_str().unwrap()).await;
     let stranger = harness.get(&callback).await;
-    assert_eq!(parameter(&location(&stranger), "error").as_deref(), Some("state_invalid"), "it is bound by its cookie");
+    assert_eq!(
+        parameter(&location(&stranger), "error").as_deref(),
+        Some("state_invalid"),
+        "the login is bound to its cookie"
+    );
     assert!(cookie.starts_with("adsidecar_login_"));
 
-    // No web page drives the proxy, not even this one.
+    // No web page can use the proxy, not even the frontend.
     assert_eq!(harness.get(&callback_of(&harness, "default").await).await.status(), 302);
     let call = fetch(Method::GET, "/v2/profiles").await.unwrap();
     assert_eq!((call.status().as_u16(), code(&call)), (403, "cross_site"));
@@ -340,7 +344,7 @@ async fn the_frontend_may_fetch_and_read_even_refusals() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn where_a_caller_token_is_set_no_page_fetches_and_only_the_callback_is_open() {
+async fn with_a_caller_token_only_the_callback_is_open_to_browsers() {
     let extra = format!("[proxy]\nlisten = \"127.0.0.1:0\"\ncaller_token = \"one-token\"\n{FRONTEND}");
     let harness = Harness::with(&extra).await;
     for (method, path) in [
@@ -365,7 +369,7 @@ async fn where_a_caller_token_is_set_no_page_fetches_and_only_the_callback_is_op
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 82.
-async fn what_amazon_says_no_with_is_mapped_and_never_echoed() {
+async fn amazons_callback_errors_are_mapped_and_never_echoed() {
     let harness = Harness::start().await;
     for (error, told) in [
         ("access_denied", "access_denied"),
@@ -400,9 +404,9 @@ async fn what_amazon_says_no_with_is_mapped_and_never_echoed() {
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 88.
-async fn a_code_that_lwa_does_not_exchange_stores_nothing() {
+async fn a_failed_code_exchange_stores_nothing() {
     let harness = Harness::start().await;
-    for trouble in [
+    for fault in [
         Fault::status(500),
         Fault::InvalidGrant,
         Fault::InvalidClient,
@@ -411,11 +415,11 @@ async fn a_code_that_lwa_does_not_exchange_stores_nothing() {
         Fault::NoRefreshToken,
     ] {
         let callback = callback_of(&harness, "default").await;
-        let before = harness.sandbox.calls(Door::Lwa).len();
-        harness.sandbox.set_fault(trouble);
+        let before = harness.sandbox.calls(Listener::Lwa).len();
+        harness.sandbox.set_fault(fault);
         refused(&harness.get(&callback).await, 502, "exchange_failed");
         refused(&harness.get(&callback).await, 400, "state_invalid");
-        assert_eq!(harness.sandbox.calls(Door::Lwa).len(), before + 1, "a code is sent once");
+        assert_eq!(harness.sandbox.calls(Listener::Lwa).len(), before + 1, "a code is exchanged once");
         assert_eq!(harness.status_of("default").await["state"], "none");
     }
     let callback = callback_of(&harness, "default").await;
@@ -424,7 +428,7 @@ async fn a_code_that_lwa_does_not_exchange_stores_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_server_gets_the_url_as_json_with_a_state_of_our_own_and_pkce() {
+async fn a_server_gets_the_login_url_as_json_with_state_and_pkce() {
     let harness = Harness::start().await;
     let mut seen = HashSet::new();
     for _ in 0..2 {
@@ -433,7 +437,7 @@ async fn a_server_gets_the_url_as_json_with_a_state_of_our_own_and_pkce() {
             .await;
         assert_eq!(answer.status(), 200);
         is_private(&answer);
-        assert!(!answer.headers().contains_key("set-cookie"), "a server keeps no cookies");
+        assert!(!answer.headers().contains_key("set-cookie"), "a server-started login sets no cookie");
         let begun = json(answer).await;
         assert_eq!(begun.as_object().unwrap().len(), 2);
         let url: Url = begun["auth_url"].as_str().unwrap().parse().unwrap();
@@ -460,7 +464,7 @@ async fn a_server_gets_the_url_as_json_with_a_state_of_our_own_and_pkce() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_redirect_uri_goes_out_byte_for_byte() {
+async fn the_redirect_uri_is_sent_byte_for_byte() {
     let mut harness = Harness::start().await;
     let odd = "http://LOCALHOST:8001/api/auth/amazon/callback?a=%7e&b=x+y&c=%2F";
     harness.sandbox.world(|world| world.allow_return_url(odd));
@@ -469,11 +473,11 @@ async fn the_redirect_uri_goes_out_byte_for_byte() {
     let url: Url = begun["auth_url"].as_str().unwrap().parse().unwrap();
     assert_eq!(parameter(&url, "redirect_uri").as_deref(), Some(odd));
     let callback = harness.consent(url.as_str()).await;
-    assert_eq!(harness.get(&callback).await.status(), 200, "the exchange names the same");
+    assert_eq!(harness.get(&callback).await.status(), 200, "the exchange sends the same URI");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_browser_is_sent_to_the_consent_page_with_a_cookie() {
+async fn a_browser_is_redirected_to_the_consent_page_with_a_cookie() {
     let mut harness = Harness::start().await;
     for (name, value) in [("accept", "text/html,application/xhtml+xml,*/*;q=0.8"), ("sec-fetch-mode", "navigate")] {
         let answer = harness.request(Method::GET, LOGIN).header(name, value).send().await.unwrap();
@@ -524,7 +528,7 @@ async fn a_browser_without_a_frontend_sees_a_page() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_frontend_is_told_how_it_ended() {
+async fn the_frontend_gets_the_result_of_the_login() {
     let harness = Harness::with(FRONTEND).await;
     let ended = harness.get(&callback_of(&harness, "shop|1").await).await;
     assert_eq!(ended.status(), 302);
@@ -553,7 +557,7 @@ async fn the_frontend_is_told_how_it_ended() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_server_begun_login_waits_for_its_confirmation() {
+async fn a_server_started_login_is_pending_until_confirmed() {
     let harness = Harness::with(&format!("{FRONTEND}confirm = true\n")).await;
     refused(&harness.post("/api/auth/amazon/confirm?grant=unknown").await, 400, "state_invalid");
 
@@ -562,7 +566,7 @@ async fn a_server_begun_login_waits_for_its_confirmation() {
     assert_eq!(parameter(&url, "status").as_deref(), Some("pending"));
     let grant = parameter(&url, "grant").unwrap();
     assert_eq!(parameter(&url, "user_id"), None);
-    assert_eq!(harness.status_of("default").await["state"], "none", "pending is not in use");
+    assert_eq!(harness.status_of("default").await["state"], "none", "a pending grant is not used");
     refused_call(&harness).await;
     let confirmed = harness.post(&format!("/api/auth/amazon/confirm?grant={grant}")).await;
     assert_eq!(confirmed.status(), 200);
@@ -576,7 +580,7 @@ async fn a_server_begun_login_waits_for_its_confirmation() {
     refused(&harness.post(&format!("/api/auth/amazon/confirm?grant={grant}")).await, 400, "state_invalid");
     assert_eq!(harness.status_of("late").await["state"], "none");
 
-    // A browser's login is bound by its cookie and needs no more.
+    // A browser's login is bound to its cookie and needs no confirmation.
     let (callback, cookie) = browsed(&harness, "browser").await;
     let ended = harness.request(Method::GET, &callback).header("cookie", cookie).send().await.unwrap();
     assert_eq!(parameter(&location(&ended), "status").as_deref(), Some("success"));
@@ -588,9 +592,9 @@ async fn refused_call(harness: &Harness) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_login_door_serves_the_callback_alone() {
+async fn the_login_listener_serves_only_the_callback() {
     let harness = Harness::with("[login]\nlisten = \"127.0.0.1:0\"\n").await;
-    let at_door = |method: Method, path: &str| harness.client.request(method, harness.login_door_url(path)).send();
+    let at_door = |method: Method, path: &str| harness.client.request(method, harness.login_listener_url(path)).send();
     for (method, path) in [
         (Method::GET, LOGIN),
         (Method::GET, STATUS),
@@ -608,20 +612,21 @@ async fn the_login_door_serves_the_callback_alone() {
     }
     refused(&at_door(Method::POST, "/api/auth/amazon/callback").await.unwrap(), 405, "method_not_allowed");
     refused(&at_door(Method::GET, "/api/auth/amazon/callback?code=x&state=y").await.unwrap(), 400, "state_invalid");
-    let foreign = harness.client.get(harness.login_door_url("/api/auth/amazon/callback")).header("host", "evil.test");
+    let foreign =
+        harness.client.get(harness.login_listener_url("/api/auth/amazon/callback")).header("host", "evil.test");
     refused(&foreign.send().await.unwrap(), 403, "host_not_allowed");
     assert_eq!(harness.sandbox.history().len(), 0);
 
     let callback = callback_of(&harness, "default").await;
     let ended = json(at_door(Method::GET, &callback).await.unwrap()).await;
-    assert_eq!(ended["status"], "pending", "where the login door is on, a server's login is confirmed");
+    assert_eq!(ended["status"], "pending", "with a login listener, a server-started login needs a confirmation");
     let grant = ended["grant"].as_str().unwrap();
     assert_eq!(harness.post(&format!("/api/auth/amazon/confirm?grant={grant}")).await.status(), 200);
     assert_eq!(harness.get("/v2/profiles").await.status(), 200);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn logging_out_is_always_done_and_names_amazons_page() {
+async fn a_logout_always_succeeds_and_links_to_amazons_page() {
     let harness = Harness::start().await;
     for user in ["default", "shop|1", "a@b.example"] {
         harness.log_in(&encoded(user)).await;
@@ -645,7 +650,7 @@ async fn logging_out_is_always_done_and_names_amazons_page() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_status_tells_all_about_each_user_page_by_page() {
+async fn the_status_describes_each_user_page_by_page() {
     let harness = Harness::start().await;
     let none = harness.status_of("nobody").await;
     assert_eq!(none["state"], "none");
@@ -718,7 +723,7 @@ async fn users_are_kept_apart() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn no_answer_holds_a_token() {
+async fn no_oauth_response_contains_a_token() {
     let harness = Harness::start().await;
     let mut told = String::new();
     let callback = callback_of(&harness, "default").await;
@@ -767,11 +772,11 @@ async fn the_whole_flow_from_login_to_logout() {
 
     harness.stop_sidecar().await;
     harness.start_sidecar().await;
-    assert_eq!(harness.status_of("default").await["state"], "none", "a restart brings nothing back");
-    assert_eq!(harness.sandbox.calls(Door::Na).len(), 2);
+    assert_eq!(harness.status_of("default").await["state"], "none", "a restart does not restore the grant");
+    assert_eq!(harness.sandbox.calls(Listener::Na).len(), 2);
 }
 
-/// A login of the default user in which `advertiser` signs in at Amazon; the answer of the callback.
+/// Logs the default user in, with `advertiser` signing in at Amazon. Returns the response of the callback.
 async fn log_in_as(harness: &Harness, advertiser: &str, more: &str) -> reqwest::Response {
     let begun = json(harness.get(&format!("/api/auth/amazon/login?{more}")).await).await;
     let auth_url = format!("{}&advertiser={advertiser}", begun["auth_url"].as_str().unwrap());
@@ -781,7 +786,7 @@ async fn log_in_as(harness: &Harness, advertiser: &str, more: &str) -> reqwest::
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 90.
-async fn another_amazon_identity_takes_a_users_place_only_when_that_is_said() {
+async fn another_amazon_identity_replaces_a_grant_only_on_explicit_request() {
     let (tools, books) = ("amzn1.account.SANDBOXTOOLS", "amzn1.account.SANDBOXBOOKS");
     let harness = Harness::start().await;
     assert_eq!(log_in_as(&harness, tools, "").await.status(), 200);
@@ -789,18 +794,18 @@ async fn another_amazon_identity_takes_a_users_place_only_when_that_is_said() {
 
     let refused = log_in_as(&harness, books, "").await;
     assert_eq!((refused.status().as_u16(), code(&refused)), (409, "identity_changed"));
-    assert_eq!(harness.get("/v2/profiles").await.text().await.unwrap(), before, "the grant of before stays");
+    assert_eq!(harness.get("/v2/profiles").await.text().await.unwrap(), before, "the previous grant is unchanged");
 
-    assert_eq!(log_in_as(&harness, tools, "").await.status(), 200, "the same identity may come again");
+    assert_eq!(log_in_as(&harness, tools, "").await.status(), 200, "the same identity may log in again");
     assert_eq!(log_in_as(&harness, books, "replace=true").await.status(), 200);
     assert_ne!(harness.get("/v2/profiles").await.text().await.unwrap(), before);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 90.
-async fn a_region_that_cannot_be_asked_makes_no_identity_another() {
+async fn an_unreachable_region_does_not_count_as_another_identity() {
     let harness = Harness::start().await;
     assert_eq!(log_in_as(&harness, "amzn1.account.SANDBOXTOOLS", "").await.status(), 200);
-    harness.sandbox.set_fault(Rule::from(Fault::status(503)).at(Door::Fe).always());
+    harness.sandbox.set_fault(Rule::from(Fault::status(503)).at(Listener::Fe).always());
     assert_eq!(log_in_as(&harness, "amzn1.account.SANDBOXBOOKS", "").await.status(), 200);
 }

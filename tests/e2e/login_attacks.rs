@@ -1,9 +1,9 @@
-//! Attacks on a login, each possible combination of them: exactly the one good one stores a grant, and no target leads
-//! anywhere but to the frontend.
+//! Attacks on a login, in every combination: only the one legitimate combination stores a grant, and no redirect target
+//! leads away from the frontend.
 
 use reqwest::Method;
 use url::Url;
-use world::Door;
+use world::Listener;
 
 use crate::harness::{Harness, header, json};
 
@@ -11,7 +11,7 @@ const FRONTEND: &str = "[login]\nfrontend_url = \"https://app.example.com/connec
 const LOGIN: &str = "/api/auth/amazon/login";
 const CALLBACK: &str = "/api/auth/amazon/callback";
 
-/// A login that a browser began, and to which its user consented.
+/// A login that a browser started and its user consented to.
 struct Begun {
     state: String,
     code: String,
@@ -64,7 +64,7 @@ enum Cookie {
     Empty,
 }
 
-/// Whose code, and so for whose verifier: Amazon holds a code to the PKCE challenge that it was given out for.
+/// The owner of a code, and so of its verifier: Amazon binds a code to the PKCE challenge of its consent.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Code {
     Own,
@@ -95,14 +95,14 @@ const CODES: [Code; 4] = [Code::Own, Code::AnotherLogins, Code::WithoutChallenge
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: threat 6.
-async fn of_every_state_cookie_and_code_exactly_the_own_ones_together_store_a_grant() {
+async fn only_the_matching_state_cookie_and_code_store_a_grant() {
     let harness = Harness::start().await;
     let mut stored = Vec::new();
     for (number, (state, cookie, code)) in cells().enumerate() {
         let (victim, attacker) = (format!("victim{number}"), format!("attacker{number}"));
         let (own, other) = (begin(&harness, &victim).await, begin(&harness, &attacker).await);
         if state == State::Used {
-            // Its own browser came back without a code: that ends the login.
+            // The login's own browser returned without a code, which ends the login.
             let ended = call_back(&harness, Some(&own.state), "made-up", &own.cookie).await;
             assert_ne!(ended.status(), 200);
         }
@@ -131,7 +131,7 @@ async fn of_every_state_cookie_and_code_exactly_the_own_ones_together_store_a_gr
         let sent_code = match code {
             Code::Own => own.code,
             Code::AnotherLogins => other.code,
-            // Given out where no challenge was sent: the attacker's own begin, past adsidecar.
+            // A code issued without a challenge: the attacker started that consent without adsidecar.
             Code::WithoutChallenge => harness.sandbox.world(|world| {
                 let consent = world.usual_consent();
                 world.consent(consent, harness.clock.now())
@@ -153,7 +153,7 @@ fn cells() -> impl Iterator<Item = (State, Cookie, Code)> {
     pairs.flat_map(|(state, cookie)| CODES.map(|code| (state, cookie, code)))
 }
 
-/// Redirect targets that are not a path of the frontend's, or pretend to be none.
+/// Redirect targets that are not paths of the frontend, or are disguised paths.
 fn targets() -> Vec<String> {
     let mut targets = Vec::new();
     let places = ["evil.test", "evil.test/", "evil.test:443", "u@evil.test", "app.example.com@evil.test", "[::1]"];
@@ -220,7 +220,7 @@ fn targets() -> Vec<String> {
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: threat 10.
-async fn of_three_hundred_redirect_targets_none_leads_off_the_frontends_origin() {
+async fn none_of_three_hundred_redirect_targets_leaves_the_frontends_origin() {
     let harness = Harness::with(FRONTEND).await;
     let targets = targets();
     assert!(targets.len() >= 300, "{}", targets.len());
@@ -234,18 +234,18 @@ async fn of_three_hundred_redirect_targets_none_leads_off_the_frontends_origin()
         }
         accepted += 1;
         let auth_url = json(begun).await["auth_url"].as_str().unwrap().to_owned();
-        assert!(!auth_url.contains("evil"), "it is kept here and never sent to Amazon: {auth_url}");
+        assert!(!auth_url.contains("evil"), "it is kept by adsidecar and never sent to Amazon: {auth_url}");
         let ended = harness.get(&harness.consent(&auth_url).await).await;
         let location = header(&ended, "location").to_owned();
         assert!(location.starts_with("https://app.example.com/"), "{target:?} leads to {location}");
         assert_eq!(Url::parse(&location).unwrap().origin().ascii_serialization(), "https://app.example.com");
     }
-    assert!(accepted < targets.len() / 5, "{accepted} are legal paths of an odd look");
+    assert!(accepted < targets.len() / 5, "{accepted} are unusual but legal paths");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: threat 10.
-async fn no_injected_parameter_or_header_changes_where_a_callback_leads_or_whose_grant_it_is() {
+async fn no_injected_parameter_or_header_changes_the_target_or_user_of_a_callback() {
     let harness = Harness::with(FRONTEND).await;
     for (number, injected) in [
         "redirect_uri=https://evil.test/",
@@ -286,7 +286,7 @@ async fn no_injected_parameter_or_header_changes_where_a_callback_leads_or_whose
         assert_eq!(header(&ended, "location"), expected, "{injected}");
         assert_eq!(state_of(&harness, &user).await, "fresh", "{injected}");
     }
-    // What stands twice is refused, whichever comes first, and the code is not spent.
+    // A duplicate parameter is rejected in either order, and the code is not consumed.
     let begun = begin(&harness, "twice").await;
     harness.sandbox.clear_history();
     for twice in ["code=attacker", "state=attacker", "c%6fde=attacker", "scope=a&scope=b"] {
@@ -298,7 +298,7 @@ async fn no_injected_parameter_or_header_changes_where_a_callback_leads_or_whose
             assert_eq!((ended.status().as_u16(), header(&ended, "location")), (400, ""), "{twice}");
         }
     }
-    assert!(harness.sandbox.calls(Door::Lwa).is_empty());
+    assert!(harness.sandbox.calls(Listener::Lwa).is_empty());
     assert_eq!(state_of(&harness, "attacker").await, "none");
     assert_eq!(state_of(&harness, "twice").await, "none");
 }

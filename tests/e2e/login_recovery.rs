@@ -1,4 +1,4 @@
-//! Logins that are under way when something happens: a restart, a kill, a logout, another login, a flood of them.
+//! Logins interrupted by a restart, a kill, a logout, another login, or a flood of logins.
 
 use std::path::PathBuf;
 
@@ -8,7 +8,7 @@ use adsidecar::store::keyring::Keyring;
 use adsidecar::store::{PendingGrant, Settings, TokenStore};
 use reqwest::{Method, Response};
 use serde_json::Value;
-use world::{Door, Fault, Rule, SCOPE};
+use world::{Fault, Listener, Rule, SCOPE};
 
 use crate::commands::{Serving, run};
 use crate::harness::{FERNET_KEY, Harness, code, eventually, json};
@@ -18,7 +18,7 @@ const CONFIRMED: &str = "[login]\nconfirm = true\n";
 const TOOLS: &str = "amzn1.account.SANDBOXTOOLS";
 const BOOKS: &str = "amzn1.account.SANDBOXBOOKS";
 
-/// Begins a login as a server does: the consent page's address.
+/// Starts a login as a server does. Returns the URL of the consent page.
 async fn begun(harness: &Harness, query: &str) -> String {
     json(harness.get(&format!("{LOGIN}?{query}")).await).await["auth_url"].as_str().unwrap().to_owned()
 }
@@ -41,14 +41,14 @@ async fn restart(harness: &mut Harness) {
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 87.
-async fn a_login_goes_on_after_a_restart_and_its_state_is_good_once() {
+async fn a_pending_login_survives_a_restart_and_its_state_is_valid_once() {
     let mut harness = Harness::start().await;
     let callback = harness.consent(&begun(&harness, "user_id=shop").await).await;
     let late = begun(&harness, "user_id=late").await;
     restart(&mut harness).await;
     for file in std::fs::read_dir(format!("{}.copies", harness.store_path().display())).unwrap() {
         let text = String::from_utf8_lossy(&std::fs::read(file.unwrap().path()).unwrap()).into_owned();
-        assert!(!text.contains("verifier") && !text.contains("shop"), "what has begun is sealed: {text}");
+        assert!(!text.contains("verifier") && !text.contains("shop"), "the file of pending logins is sealed: {text}");
     }
     assert_eq!(json(harness.get(&callback).await).await["user_id"], "shop");
     restart(&mut harness).await;
@@ -62,13 +62,13 @@ async fn a_login_goes_on_after_a_restart_and_its_state_is_good_once() {
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 87.
-async fn a_login_goes_on_after_a_kill() {
+async fn a_pending_login_survives_a_kill() {
     let mut harness = Harness::with_running_clock("").await;
     harness.stop_sidecar().await;
     let mut serving = Serving::start(&harness, &[]).await;
     let begun = json(harness.client.get(serving.url(LOGIN)).send().await.unwrap()).await;
     let file = PathBuf::from(format!("{}.copies/logins", harness.store_path().display()));
-    eventually("the login on disk", async || std::fs::metadata(&file).ok().filter(|file| file.len() > 300)).await;
+    eventually("the login to be on disk", async || std::fs::metadata(&file).ok().filter(|file| file.len() > 300)).await;
     serving.signal("KILL");
     serving.ended().await;
     let serving = Serving::start(&harness, &[]).await;
@@ -79,7 +79,7 @@ async fn a_login_goes_on_after_a_kill() {
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 87.
-async fn a_grant_that_waits_for_its_confirmation_survives_a_restart_and_dies_after_ten_minutes() {
+async fn a_pending_grant_survives_a_restart_and_expires_after_ten_minutes() {
     let mut harness = Harness::with(CONFIRMED).await;
     let pending = async |harness: &Harness, user: &str| -> String {
         let auth_url = begun(harness, &format!("user_id={user}")).await;
@@ -90,15 +90,15 @@ async fn a_grant_that_waits_for_its_confirmation_survives_a_restart_and_dies_aft
         (pending(&harness, "kept").await, pending(&harness, "late").await, pending(&harness, "out").await);
     assert_eq!(waiting(&harness).len(), 3);
     for path in waiting(&harness) {
-        assert!(std::fs::read(path).unwrap().starts_with(b"gAAAA"), "it is sealed as a whole");
+        assert!(std::fs::read(path).unwrap().starts_with(b"gAAAA"), "the file is sealed as a whole");
     }
     assert_eq!(harness.post("/api/auth/amazon/logout?user_id=out").await.status(), 204);
-    assert_eq!(waiting(&harness).len(), 2, "a logout wipes what waits too");
+    assert_eq!(waiting(&harness).len(), 2, "a logout also deletes pending grants");
     refused(&harness.post(&out).await);
 
     restart(&mut harness).await;
-    assert_eq!(harness.status_of("kept").await["state"], "none", "it waits on");
-    eventually("the grants of before", async || (harness.post(&kept).await.status() == 200).then_some(())).await;
+    assert_eq!(harness.status_of("kept").await["state"], "none", "it is still pending");
+    eventually("the previous grants", async || (harness.post(&kept).await.status() == 200).then_some(())).await;
     assert_eq!(harness.status_of("kept").await["state"], "fresh");
     refused(&harness.post(&kept).await);
     assert_eq!(waiting(&harness).len(), 1);
@@ -106,32 +106,32 @@ async fn a_grant_that_waits_for_its_confirmation_survives_a_restart_and_dies_aft
     harness.advance(600);
     refused(&harness.post(&late).await);
     pending(&harness, "next").await;
-    assert_eq!(waiting(&harness).len(), 1, "the next one; the late one is off the disk");
+    assert_eq!(waiting(&harness).len(), 1, "only the new pending grant; the expired one is deleted");
 
     harness.advance(600);
     restart(&mut harness).await;
     refused(&harness.post(&late).await);
-    eventually("nothing waits", async || waiting(&harness).is_empty().then_some(())).await;
+    eventually("no pending grants", async || waiting(&harness).is_empty().then_some(())).await;
     assert_eq!(harness.status_of("late").await["state"], "none");
     assert_eq!(harness.sandbox.lwa_calls().exchanges, 4);
 }
 
-/// Kills the sidecar after a code was exchanged, while the identities are compared, and starts it again.
+/// Kills the sidecar after the code exchange, while it compares identities, and starts it again.
 async fn killed_while_comparing(harness: &mut Harness, advertiser: &str) -> Serving {
     harness.stop_sidecar().await;
     let mut serving = Serving::start(harness, &[]).await;
     let begun = json(harness.client.get(serving.url(LOGIN)).send().await.unwrap()).await;
     let callback = harness.consent(&format!("{}&advertiser={advertiser}", begun["auth_url"].as_str().unwrap())).await;
-    let gate = harness.sandbox.set_fault(Rule::from(Fault::Gate).at(Door::Eu));
+    let gate = harness.sandbox.set_fault(Rule::from(Fault::Gate).at(Listener::Eu));
     let lost = tokio::spawn(harness.client.get(serving.url(&callback)).send());
     gate.reached(1).await;
-    assert_eq!(waiting(harness).len(), 1, "the new grant is on disk before anybody is asked about it");
+    assert_eq!(waiting(harness).len(), 1, "the new grant is on disk before its identity is checked");
     serving.signal("KILL");
     serving.ended().await;
     assert!(lost.await.unwrap().is_err());
-    harness.sandbox.clear_trouble();
+    harness.sandbox.clear_faults();
     let serving = Serving::start(harness, &[]).await;
-    eventually("nothing waits", async || waiting(harness).is_empty().then_some(())).await;
+    eventually("no pending grants", async || waiting(harness).is_empty().then_some(())).await;
     serving
 }
 
@@ -146,7 +146,7 @@ async fn log_in_as(harness: &Harness, advertiser: &str) {
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 90.
-async fn a_login_that_was_killed_after_its_exchange_is_finished_by_the_next_start() {
+async fn a_login_killed_after_its_exchange_is_completed_by_the_next_start() {
     let mut harness = Harness::with_running_clock("").await;
     log_in_as(&harness, TOOLS).await;
     let before = harness.status_of("default").await["consented_at"].clone();
@@ -160,7 +160,7 @@ async fn a_login_that_was_killed_after_its_exchange_is_finished_by_the_next_star
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 90.
-async fn a_login_that_was_killed_is_finished_however_late_the_next_start_is() {
+async fn a_killed_login_is_completed_by_an_arbitrarily_late_start() {
     let mut harness = Harness::start().await;
     harness.stop_sidecar().await;
     let keyring = Keyring::new(&[Secret::new(FERNET_KEY)]).unwrap();
@@ -186,13 +186,13 @@ async fn a_login_that_was_killed_is_finished_however_late_the_next_start_is() {
     harness.start_sidecar().await;
     eventually("the end of the login", async || waiting(&harness).is_empty().then_some(())).await;
     let call = harness.request(Method::GET, "/v2/profiles").header("x-ads-user", "anna").send().await.unwrap();
-    assert_eq!(call.status(), 200, "nobody else has this grant");
-    assert_eq!(harness.status_of("bob").await["state"], "none", "an app that has to confirm has ten minutes");
+    assert_eq!(call.status(), 200, "the grant is in use");
+    assert_eq!(harness.status_of("bob").await["state"], "none", "an app has ten minutes to confirm");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 90.
-async fn another_identity_is_refused_after_a_kill_too() {
+async fn another_identity_is_rejected_after_a_kill_too() {
     let mut harness = Harness::with_running_clock("").await;
     log_in_as(&harness, TOOLS).await;
     let before = harness.get("/v2/profiles").await.text().await.unwrap();
@@ -200,12 +200,12 @@ async fn another_identity_is_refused_after_a_kill_too() {
     let serving = killed_while_comparing(&mut harness, BOOKS).await;
     assert_eq!(status(&harness, &serving).await["consented_at"], consented_at);
     let after = harness.client.get(serving.url("/v2/profiles")).send().await.unwrap().text().await.unwrap();
-    assert_eq!(after, before, "the grant of before stays");
+    assert_eq!(after, before, "the previous grant is unchanged");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 90.
-async fn a_grant_that_reaches_no_profile_makes_no_identity_another() {
+async fn a_grant_without_profiles_does_not_count_as_another_identity() {
     let harness = Harness::start().await;
     log_in_as(&harness, TOOLS).await;
     harness.sandbox.world(|world| world.catalogue.profiles.retain(|profile| profile.advertiser != BOOKS));
@@ -215,7 +215,7 @@ async fn a_grant_that_reaches_no_profile_makes_no_identity_another() {
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 86.
-async fn of_two_logins_at_once_both_are_good_and_the_one_that_ends_last_counts() {
+async fn of_two_concurrent_logins_the_last_to_complete_wins() {
     let harness = Harness::start().await;
     let (first, second) = (begun(&harness, "user_id=shop").await, begun(&harness, "user_id=shop").await);
     let (first, second) = (harness.consent(&first).await, harness.consent(&second).await);
@@ -230,7 +230,7 @@ async fn of_two_logins_at_once_both_are_good_and_the_one_that_ends_last_counts()
     assert_eq!(harness.get(&first).await.status(), 200);
     let later = bearer().await;
     assert_ne!(earlier, later);
-    assert_eq!(later, bearer().await, "the one of before is not used again");
+    assert_eq!(later, bearer().await, "the earlier grant is not used again");
     let users = json(harness.get("/api/auth/amazon/status").await).await;
     assert_eq!(users["users"].as_array().unwrap().len(), 1);
     assert_eq!(users["users"][0]["consented_at"], "2026-08-01T12:01:00Z");
@@ -238,7 +238,7 @@ async fn of_two_logins_at_once_both_are_good_and_the_one_that_ends_last_counts()
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 92.
-async fn in_a_flood_of_logins_the_oldest_make_room() {
+async fn in_a_flood_of_logins_the_oldest_pending_logins_are_dropped() {
     let harness = Harness::start().await;
     let oldest = begun(&harness, "user_id=oldest").await;
     let mut youngest = String::new();
@@ -251,7 +251,7 @@ async fn in_a_flood_of_logins_the_oldest_make_room() {
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 92.
-async fn a_flood_of_logins_is_throttled_and_pushes_no_more_out() {
+async fn a_flood_of_logins_is_throttled_and_drops_no_more_pending_logins() {
     let harness = Harness::start().await;
     for _ in 0..1999 {
         begun(&harness, "user_id=flood").await;
@@ -269,7 +269,7 @@ async fn a_flood_of_logins_is_throttled_and_pushes_no_more_out() {
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 89.
-async fn a_scope_that_was_granted_only_in_part_is_stored_as_it_is_and_said() {
+async fn a_partially_granted_scope_is_stored_and_reported() {
     let mut harness = Harness::with_running_clock("").await;
     harness.stop_sidecar().await;
     let both = format!("amazon.scope={SCOPE} advertising::audiences");
@@ -279,7 +279,7 @@ async fn a_scope_that_was_granted_only_in_part_is_stored_as_it_is_and_said() {
     let (before, scope) = callback.split_once("scope=").unwrap();
     let rest = scope.find('&').map_or("", |end| &scope[end..]);
     let partly = format!("{before}scope=advertising%3A%3Acampaign_management{rest}");
-    assert_ne!(partly, callback, "Amazon granted both");
+    assert_ne!(partly, callback, "Amazon granted both scopes");
     let ended = harness.client.get(serving.url(&partly)).send().await.unwrap();
     assert_eq!(json(ended).await["status"], "success");
     let line = serving.says("less was consented to").await;

@@ -1,6 +1,6 @@
-//! The promises, tested through the wire: a real adsidecar between real sockets and the sandbox's Amazon.
+//! End-to-end tests of the documented behavior: a real adsidecar on real sockets in front of the sandbox's Amazon.
 
-#![allow(unreachable_pub, dead_code, reason = "the harness has more ways to knock than each file uses")]
+#![allow(unreachable_pub, dead_code, reason = "no single file uses all helpers of the harness")]
 
 mod postgres_server;
 mod harness;

@@ -1,6 +1,6 @@
-//! The policy: what may leave for Amazon, and that nothing else does, not a byte.
+//! The policy: which requests may reach Amazon, and that no byte of any other request does.
 
-use world::Door;
+use world::Listener;
 
 use crate::harness::Harness;
 use crate::raw_http::Reply;
@@ -13,11 +13,11 @@ async fn logged_in(toml: &str) -> Harness {
 }
 
 async fn ask(harness: &Harness, line: &str, headers: &str) -> Reply {
-    harness.knock(format!("{line} HTTP/1.1\r\nHost: localhost\r\n{headers}Content-Length: 2\r\n\r\n{{}}")).await
+    harness.send_raw(format!("{line} HTTP/1.1\r\nHost: localhost\r\n{headers}Content-Length: 2\r\n\r\n{{}}")).await
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn read_only_lets_nothing_leave_that_changes_something() {
+async fn read_only_forwards_no_request_that_changes_data() {
     let harness = logged_in("[policy]\nread_only = true\n").await;
     let changing = [
         "POST /sp/campaigns",
@@ -35,7 +35,7 @@ async fn read_only_lets_nothing_leave_that_changes_something() {
         assert_eq!(answer.said(), (403, "policy_denied"), "{line}");
         assert!(answer.json()["detail"].as_str().unwrap().contains("read-only"), "{answer:?}");
     }
-    assert!(harness.sandbox.history().is_empty(), "not a byte leaves, to no host: {:?}", harness.sandbox.history());
+    assert!(harness.sandbox.history().is_empty(), "no byte may reach any host: {:?}", harness.sandbox.history());
     let denied = changing.len() as f64;
     assert_eq!(harness.metric("adsidecar_policy_denied_total{account=\"\",mode=\"enforce\"}").await, denied);
     assert_eq!(harness.metric("adsidecar_guard_denied_total{reason=\"policy\"}").await, denied);
@@ -45,7 +45,7 @@ async fn read_only_lets_nothing_leave_that_changes_something() {
         assert_eq!(wire.reply_head().await.header("x-adsidecar-error"), None, "{line}");
     }
     assert_eq!(harness.ads_calls().len(), 4);
-    // The OAuth endpoints are adsidecar's own: a logout changes nothing at Amazon.
+    // The OAuth endpoints belong to adsidecar: a logout changes nothing at Amazon.
     assert_eq!(harness.post("/api/auth/amazon/refresh").await.status(), 200);
     assert_eq!(harness.post("/auth/o2/token").await.status(), 200);
     assert_eq!(harness.post("/api/auth/amazon/logout").await.status(), 204);
@@ -56,7 +56,7 @@ const ACCOUNTS: &str = "[[account]]\nname = \"reader\"\nread_only = true\n\
     [[account]]\nname = \"free\"\n";
 
 #[tokio::test(flavor = "multi_thread")]
-async fn each_account_keeps_to_its_own_rules() {
+async fn each_account_has_its_own_policy() {
     let harness = logged_in(ACCOUNTS).await;
     harness.log_in("other").await;
     harness.sandbox.clear_history();
@@ -66,10 +66,10 @@ async fn each_account_keeps_to_its_own_rules() {
         ("POST /a/narrow/sp/campaigns", ""),
         ("GET /a/narrow/sp/campaigns", ""),
         ("HEAD /a/narrow/v2/profiles", ""),
-        // The path that leaves counts, not the one that came.
+        // The policy applies to the path that is forwarded, not to the path of the request.
         ("POST /a/narrow/a/reader/sp/campaigns/list", ""),
         ("POST /a/narrow/api/auth/amazon/logout", ""),
-        // Nor is a user the way round its account.
+        // Nor can a caller bypass the account by naming a user.
         ("POST /sp/campaigns", "X-Ads-User: default\r\n"),
         ("GET /sp/campaigns", "X-Ads-User: other\r\n"),
     ] {
@@ -95,7 +95,7 @@ async fn each_account_keeps_to_its_own_rules() {
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 81.
-async fn a_path_that_can_be_read_in_two_ways_passes_no_policy_and_unchanged_without_one() {
+async fn an_ambiguous_path_is_denied_by_any_policy_and_unchanged_without_one() {
     let harness = logged_in(
         "[[account]]\nname = \"bound\"\nread_only = true\n[[account]]\nname = \"free\"\nuser = \"default\"\n",
     )
@@ -121,8 +121,8 @@ async fn a_path_that_can_be_read_in_two_ways_passes_no_policy_and_unchanged_with
         }
     }
     let sample = ask(&harness, "POST /a/bound//sp/campaigns/list", "").await;
-    assert_eq!(sample.header("x-adsidecar-error"), None, "as Amazon's own samples have it");
-    assert_eq!(harness.seen().target, "//sp/campaigns/list", "and it leaves byte for byte");
+    assert_eq!(sample.header("x-adsidecar-error"), None, "as in Amazon's own samples");
+    assert_eq!(harness.seen().target, "//sp/campaigns/list", "and it is forwarded byte for byte");
     harness.sandbox.clear_history();
     let overridden = ask(&harness, "GET /a/bound/sp/campaigns", "X-HTTP-Method-Override: DELETE\r\n").await;
     assert_eq!(overridden.said(), (403, "policy_denied"));
@@ -134,18 +134,18 @@ async fn a_path_that_can_be_read_in_two_ways_passes_no_policy_and_unchanged_with
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn observing_counts_what_enforcing_would_refuse_and_lets_it_leave() {
+async fn observe_mode_counts_denials_and_forwards_the_requests() {
     let harness = logged_in("[policy]\nread_only = true\nallow = [\"GET /v2/*\"]\nmode = \"observe\"\n").await;
     for line in ["POST /sp/campaigns", "GET /sp/x", "GET /v2/..", "GET /v2/profiles"] {
         assert_eq!(ask(&harness, line, "").await.header("x-adsidecar-error"), None, "{line}");
     }
-    assert_eq!(harness.sandbox.calls(Door::Na).len(), 4);
+    assert_eq!(harness.sandbox.calls(Listener::Na).len(), 4);
     assert_eq!(harness.metric("adsidecar_policy_denied_total{account=\"\",mode=\"observe\"}").await, 3.0);
-    assert_eq!(harness.metric("adsidecar_guard_denied_total{reason=\"policy\"}").await, 0.0, "nobody was refused");
+    assert_eq!(harness.metric("adsidecar_guard_denied_total{reason=\"policy\"}").await, 0.0, "no request was rejected");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_policy_is_taken_up_by_a_reload() {
+async fn a_reload_applies_a_new_policy() {
     let harness = logged_in("").await;
     assert_eq!(ask(&harness, "POST /sp/campaigns", "").await.header("x-adsidecar-error"), None);
     let text = std::fs::read_to_string(harness.config_file()).unwrap();

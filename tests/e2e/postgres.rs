@@ -1,4 +1,5 @@
-//! Several adsidecars on one PostgreSQL: they renew once, see each other's logins and logouts, and outlive the database.
+//! Several adsidecars on one PostgreSQL: each token is refreshed once, all replicas see each other's logins and
+//! logouts, and they survive a database outage.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -11,7 +12,7 @@ use reqwest::{Method, Response};
 use serde_json::{Value, json as object};
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
-use world::{Door, Fault, Options, Rule};
+use world::{Fault, Listener, Options, Rule};
 
 use crate::commands::{CONFIG, DONE, FAILED, OTHER_KEY, Serving, run};
 use crate::harness::{FERNET_KEY, Harness, code, eventually, json};
@@ -20,7 +21,7 @@ use crate::postgres_server::{Bouncer, Cluster, PASSWORD, Sql};
 const REFRESH: &str = "/api/auth/amazon/refresh";
 const LOGOUT: &str = "/api/auth/amazon/logout";
 
-/// A database, a sandbox, and two adsidecars on both.
+/// A database, a sandbox, and two adsidecars that use both.
 struct Pair {
     a: Harness,
     b: Replica,
@@ -29,7 +30,7 @@ struct Pair {
 }
 
 impl Pair {
-    /// Nobody is logged in, and the clock stands still.
+    /// No user is logged in, and the clock is frozen.
     async fn start() -> Self {
         Self::with("").await
     }
@@ -48,11 +49,11 @@ impl Pair {
         Self { a, b, cluster, sql }
     }
 
-    /// The generation and whether there is a record.
+    /// The generation, and whether there is a record.
     async fn row(&self, user: &str) -> (i64, bool) {
         let row =
             format!("SELECT generation || ' ' || (record IS NOT NULL) FROM adsidecar_grants WHERE user_id = '{user}'");
-        let text = self.sql.one(&row).await.expect("there is a row");
+        let text = self.sql.one(&row).await.expect("the user has a row");
         let (generation, there) = text.split_once(' ').unwrap();
         (generation.parse().unwrap(), there == "true")
     }
@@ -63,7 +64,7 @@ impl Pair {
     }
 }
 
-/// One more adsidecar in this process, with the same configuration and clock.
+/// Another adsidecar in this process, with the same configuration and clock.
 struct Replica {
     client: reqwest::Client,
     proxy: SocketAddr,
@@ -87,7 +88,7 @@ impl Replica {
         let (stop, stopped) = oneshot::channel::<()>();
         let ended = tokio::spawn(async move { app.run(async { drop(stopped.await) }).await.unwrap() });
         let replica = Self { client: harness.client.clone(), proxy, admin, stop: Some(stop), ended: Some(ended) };
-        eventually("it is ready", async || (replica.admin("/readyz").await.0 == 200).then_some(())).await;
+        eventually("the replica to be ready", async || (replica.admin("/readyz").await.0 == 200).then_some(())).await;
         replica
     }
 
@@ -138,10 +139,10 @@ fn bearer(harness: &Harness) -> String {
     harness.seen().header("authorization").unwrap().to_owned()
 }
 
-// Refusals.
+// Rejections.
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_database_that_cannot_be_used_ends_the_start_at_once_with_its_cure() {
+async fn an_unusable_database_fails_the_start_immediately_with_the_remedy() {
     let mut harness = Harness::with_running_clock("").await;
     harness.stop_sidecar().await;
     let mut cluster = Cluster::start();
@@ -151,11 +152,11 @@ async fn a_database_that_cannot_be_used_ends_the_start_at_once_with_its_cure() {
     let of = |host: &str, query: &str| cluster.url_of("postgres", host, "postgres", query);
     let refused = [
         (wrong_password, "28P01", "check the user and the password"),
-        (cluster.url_of("postgres", "127.0.0.1", "nowhere", ""), "3D000", "create the database"),
-        (cluster.url_of("weak", "127.0.0.1", "postgres", ""), "42501", "let the role create tables"),
-        // The certificate is for `localhost`, of an authority that nobody knows.
-        (of("127.0.0.1", &format!("?sslmode=verify-full&{ca}")), "certificate", "valid for the host's name"),
-        (of("127.0.0.1", &format!("?sslmode=require&{ca}")), "certificate", "valid for the host's name"),
+        (cluster.url_of("postgres", "127.0.0.1", "nowhere", ""), "3D000", "make the database"),
+        (cluster.url_of("weak", "127.0.0.1", "postgres", ""), "42501", "let the role make tables"),
+        // The certificate names only `localhost` and has an unknown authority.
+        (of("127.0.0.1", &format!("?sslmode=verify-full&{ca}")), "certificate", "carry the host's name"),
+        (of("127.0.0.1", &format!("?sslmode=require&{ca}")), "certificate", "carry the host's name"),
         (of("localhost", "?sslmode=require"), "certificate", "check sslmode and sslrootcert"),
         (of("localhost", "?sslmode=verify-ca&sslrootcert=system"), "certificate", "check sslmode and sslrootcert"),
     ];
@@ -184,12 +185,12 @@ async fn a_database_that_cannot_be_used_ends_the_start_at_once_with_its_cure() {
             .await;
     assert_eq!(serving.code, FAILED);
     assert!(serving.err.contains("check that PostgreSQL runs") && !serving.err.contains("canary"), "{}", serving.err);
-    assert!(begun.elapsed() < Duration::from_secs(5), "at once");
+    assert!(begun.elapsed() < Duration::from_secs(5), "the process exits immediately");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 43.
-async fn a_wrong_key_is_78_with_the_fingerprint_and_changes_nothing_of_a_shared_store() {
+async fn a_wrong_key_exits_with_78_and_the_fingerprint_and_leaves_a_shared_store_unchanged() {
     let pair = Pair::start().await;
     pair.a.log_in("anna").await;
     let before = pair.records().await;
@@ -208,7 +209,7 @@ async fn a_wrong_key_is_78_with_the_fingerprint_and_changes_nothing_of_a_shared_
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 52.
-async fn tables_of_another_version_are_refused_with_78_and_left_alone() {
+async fn tables_of_another_version_exit_with_78_and_stay_unchanged() {
     let pair = Pair::start().await;
     pair.a.log_in("anna").await;
     let before = pair.records().await;
@@ -220,7 +221,7 @@ async fn tables_of_another_version_are_refused_with_78_and_left_alone() {
     assert_eq!(ran.code, CONFIG, "{}", ran.err);
     assert!(ran.err.contains("of version 2") && ran.err.contains("a newer one"), "{}", ran.err);
     assert_eq!(pair.records().await, before);
-    // And tables of these names that are somebody else's.
+    // Also tables of these names that belong to another program.
     pair.sql.run("UPDATE adsidecar_notes SET value = '1' WHERE name = 'schema'").await;
     pair.sql.run("ALTER TABLE adsidecar_grants RENAME COLUMN generation TO number").await;
     let ran = list().await;
@@ -230,23 +231,24 @@ async fn tables_of_another_version_are_refused_with_78_and_left_alone() {
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 47.
-async fn replicas_with_different_keys_report_what_they_cannot_open_and_overwrite_nothing() {
+async fn replicas_with_different_keys_report_unreadable_records_and_overwrite_nothing() {
     let mut pair = Pair::start().await;
     for user in ["anna", "bob"] {
         pair.a.log_in(user).await;
         assert_eq!(pair.b.call(user).await.status(), 200);
     }
     pair.b.stop().await;
-    // As in the middle of a roll-out in the wrong order: this one seals with a key that the other does not have.
+    // As in the middle of a roll-out in the wrong order: this replica seals with a key that the other does not have.
     let keys = format!("{OTHER_KEY},{FERNET_KEY}");
     let newer = Replica::beside(&pair.a, &[("store.fernet_keys", &keys)]).await;
     assert_eq!(newer.post(&format!("{REFRESH}?user_id=anna")).await.status(), 200);
     let sealed_anew = pair.records().await;
     let unknown = "adsidecar_undecryptable_records";
-    eventually("it is reported", async || (pair.a.metric(unknown).await == 1.0).then_some(())).await;
+    eventually("the unreadable record to be reported", async || (pair.a.metric(unknown).await == 1.0).then_some(()))
+        .await;
     assert_eq!(pair.a.metric("adsidecar_store_records{key=\"unknown\"}").await, 1.0);
     assert_eq!(newer.metric(unknown).await, 0.0);
-    // The token that it has still lives; what it cannot read it does not renew, nor write over.
+    // The replica's own access token has not expired; it does not refresh or overwrite a record that it cannot read.
     assert_eq!(call(&pair.a, "anna").await.status(), 200);
     pair.a.sandbox.clear_history();
     pair.a.post(&format!("{REFRESH}?user_id=anna")).await;
@@ -254,18 +256,18 @@ async fn replicas_with_different_keys_report_what_they_cannot_open_and_overwrite
     assert_eq!(pair.a.sandbox.refreshes(), 0);
     assert_eq!(pair.records().await, sealed_anew);
     assert_eq!(call(&pair.a, "bob").await.status(), 200);
-    // One with the old key alone is told so, and does not come up.
+    // A replica with only the old key is told about the missing key and does not start.
     let older = Sources { file: Some(pair.a.config_file()), env: Vec::new(), sets: pair.a.sets.clone() };
     let refused = App::build(config::load(&older).unwrap(), pair.a.clock.clone(), None).await.err().unwrap();
     assert!(refused.to_string().contains("add the key it was sealed with"), "{refused}");
-    // With both keys it is whole again.
+    // With both keys it works normally again.
     pair.a.restart_with("store.fernet_keys", &keys).await;
     assert_eq!((pair.a.metric(unknown).await, call(&pair.a, "anna").await.status().as_u16()), (0.0, 200));
 }
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: threat 29.
-async fn a_row_that_somebody_else_wrote_is_not_served_but_counted_and_kept() {
+async fn a_forged_row_is_counted_and_kept_but_not_used() {
     let cluster = Cluster::start();
     let url = cluster.url();
     let mut pair = Pair::over(cluster, &url, "", Clock::system()).await;
@@ -277,7 +279,7 @@ async fn a_row_that_somebody_else_wrote_is_not_served_but_counted_and_kept() {
         let query = format!("SELECT record FROM adsidecar_grants WHERE user_id = '{user}'");
         serde_json::from_str::<Value>(&pair.sql.one(&query).await.unwrap()).unwrap()
     };
-    // A later expiry, another user's record, a raised generation, and what is no record.
+    // A later expiry, another user's record, a raised generation, and an invalid record.
     let mut later = record("anna").await;
     later["expires_at"] = object!("2036-01-01T00:00:00Z");
     let write = async |user: &str, json: &str, more: &str| {
@@ -291,8 +293,8 @@ async fn a_row_that_somebody_else_wrote_is_not_served_but_counted_and_kept() {
     write("carol", &carols, ", generation = generation + 7, changed_at = now()").await;
     write("dave", "Atza|x", "").await;
     let forged = pair.records().await;
-    // One that runs sees it within a second where the row says that it was changed; its own token is served on.
-    eventually("they are reported", async || {
+    // A running replica notices within a second, because the row's generation changed; it keeps serving its own token.
+    eventually("the forged records to be reported", async || {
         (pair.a.metric("adsidecar_undecryptable_records").await >= 2.0).then_some(())
     })
     .await;
@@ -305,23 +307,24 @@ async fn a_row_that_somebody_else_wrote_is_not_served_but_counted_and_kept() {
         assert_eq!((refused.status().as_u16(), code(&refused)), (401, "login_required"), "{user}");
         pair.a.post(&format!("{REFRESH}?user_id={user}")).await;
     }
-    assert!(pair.a.sandbox.history().is_empty(), "nobody is asked with a forged grant");
-    assert_eq!(pair.records().await, forged, "it is kept");
-    // The other one has good tokens in memory; where they end, it writes nothing over a row that it cannot vouch for.
+    assert!(pair.a.sandbox.history().is_empty(), "no forged grant is used");
+    assert_eq!(pair.records().await, forged, "the row is kept");
+    // The other replica has valid tokens in memory; when they expire, it does not overwrite a row that it cannot
+    // verify.
     pair.a.advance(3600);
     let refused = pair.b.call("anna").await;
     assert_eq!(code(&refused), "token_unavailable");
     assert_eq!((pair.a.sandbox.refreshes(), pair.records().await), (0, forged));
-    // A login is a new grant.
+    // A login creates a new grant.
     pair.a.log_in("anna").await;
     assert_eq!(call(&pair.a, "anna").await.status(), 200);
 }
 
-// One renewal.
+// One refresh per token.
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 22.
-async fn fifty_callers_at_two_replicas_at_expiry_make_one_token_call() {
+async fn fifty_callers_of_two_replicas_at_expiry_cause_one_token_call() {
     let cluster = Cluster::start();
     let bouncer = Bouncer::before(&cluster, 3);
     let frozen = Clock::frozen("2026-08-01T12:00:00Z".parse().unwrap());
@@ -330,8 +333,8 @@ async fn fifty_callers_at_two_replicas_at_expiry_make_one_token_call() {
     assert_eq!(pair.b.get("/v2/profiles").await.status(), 200);
     for round in 1..=3 {
         pair.a.sandbox.clear_history();
-        let gate = pair.a.sandbox.set_fault(Rule::from(Fault::Gate).at(Door::Lwa));
-        // The background of both wants to renew it too.
+        let gate = pair.a.sandbox.set_fault(Rule::from(Fault::Gate).at(Listener::Lwa));
+        // The background tasks of both replicas want to refresh it too.
         pair.a.advance(3600);
         let (here, there) = (pair.a.proxy_url("/v2/profiles"), format!("http://{}/v2/profiles", pair.b.proxy));
         let callers: Vec<_> = (0..50)
@@ -345,7 +348,7 @@ async fn fifty_callers_at_two_replicas_at_expiry_make_one_token_call() {
         assert_eq!(pair.a.sandbox.refreshes(), 1, "round {round}");
         let bearers: std::collections::BTreeSet<_> =
             pair.a.ads_calls().iter().map(|call| call.header("authorization").unwrap().to_owned()).collect();
-        assert_eq!(bearers.len(), 1, "all have the winner's token");
+        assert_eq!(bearers.len(), 1, "all callers get the same token");
         assert_eq!(pair.row("default").await, (round + 1, true));
     }
     assert_eq!(pair.b.metric("adsidecar_users{state=\"fresh\"}").await, 1.0);
@@ -354,14 +357,14 @@ async fn fifty_callers_at_two_replicas_at_expiry_make_one_token_call() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_refused_token_that_another_replica_has_replaced_already_costs_no_token_call() {
+async fn a_rejected_token_already_replaced_by_another_replica_costs_no_token_call() {
     let pair = Pair::start().await;
     pair.a.log_in("default").await;
     assert_eq!(pair.b.get("/v2/profiles").await.status(), 200);
-    // The other one renews; Amazon takes the old token back; this one has not looked since.
+    // The other replica refreshes; Amazon revokes the old token; this replica has not polled since.
     let polls = async || pair.b.metric("adsidecar_store_operation_duration_seconds_count{op=\"poll\"}").await;
     let before = polls().await;
-    eventually("it has just looked", async || (polls().await > before).then_some(())).await;
+    eventually("the next poll", async || (polls().await > before).then_some(())).await;
     let old = bearer(&pair.a);
     assert_eq!(pair.a.post(REFRESH).await.status(), 200);
     pair.a.sandbox.world(|world| {
@@ -369,27 +372,27 @@ async fn a_refused_token_that_another_replica_has_replaced_already_costs_no_toke
         assert!(world.access(token, pair.a.clock.now()).is_some());
     });
     pair.a.sandbox.clear_history();
-    pair.a.sandbox.set_fault(Rule::from(Fault::TokenUnauthorized).at(Door::Na));
+    pair.a.sandbox.set_fault(Rule::from(Fault::TokenUnauthorized).at(Listener::Na));
     let answer = pair.b.get("/v2/profiles").await;
     assert_eq!(answer.status(), 200, "{answer:?}");
     assert_eq!(pair.a.sandbox.refreshes(), 0);
     assert_ne!(bearer(&pair.a), old);
-    // Were the new one refused too, no replica forces another one so soon.
-    pair.a.sandbox.set_fault(Rule::from(Fault::TokenUnauthorized).at(Door::Na).always());
+    // If Amazon rejected the new token too, no replica would force another refresh this soon.
+    pair.a.sandbox.set_fault(Rule::from(Fault::TokenUnauthorized).at(Listener::Na).always());
     assert_eq!(pair.b.get("/v2/profiles").await.status(), 401);
     assert_eq!(pair.a.sandbox.refreshes(), 0);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 98.
-async fn who_is_killed_with_the_lease_delays_the_others_by_the_lease_alone() {
+async fn a_replica_killed_with_the_lease_delays_others_only_until_the_lease_expires() {
     let cluster = Cluster::start();
     let url = cluster.url();
     let pair = Pair::over(cluster, &url, "", Clock::system()).await;
     pair.a.log_in("default").await;
     assert_eq!(pair.b.get("/v2/profiles").await.status(), 200);
     pair.a.sandbox.clear_history();
-    let gate = pair.a.sandbox.set_fault(Rule::from(Fault::Gate).at(Door::Lwa));
+    let gate = pair.a.sandbox.set_fault(Rule::from(Fault::Gate).at(Listener::Lwa));
     let set = format!("store.postgres_url={url}");
     let mut doomed =
         Serving::start(&pair.a, &["--set", "store.kind=postgres", "--set", &set, "--set", "proxy.listen=127.0.0.1:0"])
@@ -401,23 +404,23 @@ async fn who_is_killed_with_the_lease_delays_the_others_by_the_lease_alone() {
     doomed.ended().await;
     assert!(asked.await.unwrap().is_err());
     let killed = Instant::now();
-    // The others have a token that lives; a renewal of theirs waits for the lease's end, and comes.
+    // The others have a valid access token; their refresh waits for the end of the lease.
     assert_eq!(pair.b.get("/v2/profiles").await.status(), 200);
     let interrupted = "adsidecar_token_refresh_interrupted_total{outcome=\"recovered\"}";
-    let mut renewed = false;
-    while killed.elapsed() < Duration::from_secs(25) && !renewed {
+    let mut refreshed = false;
+    while killed.elapsed() < Duration::from_secs(25) && !refreshed {
         pair.b.post(REFRESH).await;
-        renewed = pair.sql.one("SELECT generation FROM adsidecar_grants").await.unwrap() == "2";
+        refreshed = pair.sql.one("SELECT generation FROM adsidecar_grants").await.unwrap() == "2";
     }
-    assert!(renewed, "it is renewed after the lease");
-    assert!(killed.elapsed() > Duration::from_secs(10), "and not beside it: {:?}", killed.elapsed());
-    assert_eq!(pair.a.sandbox.lwa_calls().refreshes, 2, "the one that was lost, and this one");
-    assert_eq!(pair.b.metric(interrupted).await, 1.0, "never silent");
+    assert!(refreshed, "the token is refreshed after the lease");
+    assert!(killed.elapsed() > Duration::from_secs(10), "and not before: {:?}", killed.elapsed());
+    assert_eq!(pair.a.sandbox.lwa_calls().refreshes, 2, "the lost refresh and this one");
+    assert_eq!(pair.b.metric(interrupted).await, 1.0, "the lost refresh is reported");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 33.
-async fn replicas_whose_clocks_differ_by_ten_minutes_still_make_one_token_call() {
+async fn replicas_with_clocks_ten_minutes_apart_make_one_token_call() {
     let mut pair = Pair::start().await;
     pair.a.log_in("default").await;
     pair.b.stop().await;
@@ -425,7 +428,7 @@ async fn replicas_whose_clocks_differ_by_ten_minutes_still_make_one_token_call()
     pair.b = Replica::with_clock(&pair.a, &[], ahead.clone()).await;
     for _ in 0..3 {
         pair.a.sandbox.clear_history();
-        let gate = pair.a.sandbox.set_fault(Rule::from(Fault::Gate).at(Door::Lwa));
+        let gate = pair.a.sandbox.set_fault(Rule::from(Fault::Gate).at(Listener::Lwa));
         pair.a.advance(3600);
         ahead.advance(jiff::SignedDuration::from_secs(3600));
         let urls = [pair.a.proxy_url("/v2/profiles"), format!("http://{}/v2/profiles", pair.b.proxy)];
@@ -441,7 +444,7 @@ async fn replicas_whose_clocks_differ_by_ten_minutes_still_make_one_token_call()
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 51.
-async fn a_hundred_renewals_through_a_pool_of_one_connection_all_come_to_their_end() {
+async fn a_hundred_refreshes_through_a_pool_of_one_connection_all_complete() {
     let cluster = Cluster::start();
     let bouncer = Bouncer::before(&cluster, 1);
     let pair = Pair::over(cluster, &bouncer.url(), "", Clock::system()).await;
@@ -451,28 +454,30 @@ async fn a_hundred_renewals_through_a_pool_of_one_connection_all_come_to_their_e
     }
     pair.a.sandbox.clear_history();
     let urls = [pair.a.proxy_url(REFRESH), format!("http://{}{REFRESH}", pair.b.proxy)];
-    let renewals: Vec<_> = (users.iter().enumerate())
+    let refreshes: Vec<_> = (users.iter().enumerate())
         .map(|(at, user)| tokio::spawn(pair.a.client.post(format!("{}?user_id={user}", urls[at % 2])).send()))
         .collect();
-    for renewal in renewals {
-        assert_eq!(renewal.await.unwrap().unwrap().status(), 200);
+    for refresh in refreshes {
+        assert_eq!(refresh.await.unwrap().unwrap().status(), 200);
     }
     assert_eq!(pair.a.sandbox.refreshes(), 100);
     let stored = "SELECT count(*) FROM adsidecar_grants WHERE generation = 2 AND lease_owner IS NULL";
-    // A write that gets no turn on that one connection within its two seconds is tried again, and its caller has the token
-    // meanwhile. Once 99 were stored at the last answer; that this was the reason is likely and was not seen.
-    eventually("all are stored", async || (pair.sql.one(stored).await? == "100").then_some(())).await;
+    // A write that gets no connection within its two seconds is retried, and its caller has the token meanwhile. Once,
+    // only 99 records were stored at the time of the last response; this is the likely reason, but it was not
+    // confirmed.
+    eventually("all refreshed grants to be stored", async || (pair.sql.one(stored).await? == "100").then_some(()))
+        .await;
 }
 
 // Logins and logouts.
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 93.
-async fn a_logout_here_beats_a_renewal_that_is_under_way_there() {
+async fn a_logout_at_one_replica_beats_a_running_refresh_at_another() {
     let pair = Pair::start().await;
     pair.a.log_in("anna").await;
     assert_eq!(pair.b.call("anna").await.status(), 200);
-    let gate = pair.a.sandbox.set_fault(Rule::from(Fault::Gate).at(Door::Lwa));
+    let gate = pair.a.sandbox.set_fault(Rule::from(Fault::Gate).at(Listener::Lwa));
     let refresh = {
         let url = format!("http://{}{REFRESH}?user_id=anna", pair.b.proxy);
         tokio::spawn(pair.a.client.post(url).send())
@@ -484,20 +489,20 @@ async fn a_logout_here_beats_a_renewal_that_is_under_way_there() {
     gate.release();
     let answer = refresh.await.unwrap().unwrap();
     assert_eq!(code(&answer), "login_required");
-    assert_eq!(pair.row("anna").await, logged_out, "nothing brings it back");
+    assert_eq!(pair.row("anna").await, logged_out, "the grant does not return");
     for state in [pair.a.status_of("anna").await["state"].as_str().unwrap(), &pair.b.state_of("anna").await] {
         assert_eq!(state, "none");
     }
     assert_eq!(code(&pair.b.call("anna").await), "login_required");
     assert_eq!(pair.b.metric("adsidecar_token_refresh_dropped_total").await, 1.0);
-    // A new login counts above all that was.
+    // A new login supersedes everything before.
     pair.a.log_in("anna").await;
     assert_eq!(pair.row("anna").await, (logged_out.0 + 1, true));
-    assert_eq!(pair.b.call("anna").await.status(), 200, "at once, though it had seen the logout");
+    assert_eq!(pair.b.call("anna").await.status(), 200, "immediately, although this replica had seen the logout");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn logins_and_logouts_are_seen_by_all_within_two_seconds() {
+async fn all_replicas_see_logins_and_logouts_within_two_seconds() {
     let pair = Pair::start().await;
     pair.a.log_in("anna").await;
     pair.a.log_in("bob").await;
@@ -506,37 +511,41 @@ async fn logins_and_logouts_are_seen_by_all_within_two_seconds() {
         all["users"].as_array().unwrap().iter().map(|user| user["user_id"].to_string()).collect::<Vec<_>>().join(",")
     };
     let within = Instant::now();
-    eventually("both are there", async || (users().await == "\"anna\",\"bob\"").then_some(())).await;
+    eventually("both users", async || (users().await == "\"anna\",\"bob\"").then_some(())).await;
     assert_eq!(pair.a.post(&format!("{LOGOUT}?user_id=anna")).await.status(), 204);
-    eventually("one is gone", async || (users().await == "\"bob\"").then_some(())).await;
+    eventually("one user", async || (users().await == "\"bob\"").then_some(())).await;
     assert!(within.elapsed() < Duration::from_secs(4), "{:?}", within.elapsed());
     assert_eq!(code(&pair.b.call("anna").await), "login_required");
     assert_eq!(pair.b.metric("adsidecar_users{state=\"fresh\"}").await, 1.0);
-    // A logout of somebody who is unknown there.
+    // A logout of a user who is unknown to this replica.
     pair.a.log_in("carol").await;
     assert_eq!(pair.b.post(&format!("{LOGOUT}?user_id=carol")).await.status(), 204);
-    eventually("it is seen", async || (code(&call(&pair.a, "carol").await) == "login_required").then_some(())).await;
+    eventually("the logout to be seen", async || {
+        (code(&call(&pair.a, "carol").await) == "login_required").then_some(())
+    })
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 84.
-async fn a_login_that_began_here_ends_there_and_is_confirmed_here_once() {
+async fn a_login_started_at_one_replica_completes_at_another_and_is_confirmed_once() {
     let pair = Pair::with("[login]\nlisten = \"127.0.0.1:0\"\nfrontend_url = \"http://localhost:3000/app\"").await;
     let begun = json(pair.a.get("/api/auth/amazon/login?user_id=anna").await).await;
     let callback = pair.a.consent(begun["auth_url"].as_str().unwrap()).await;
-    // Two replicas are asked at once, as a browser that reloads behind a load balancer does: one of them is given it.
+    // Two replicas get the same callback concurrently, as from a browser that reloads behind a load balancer: one of
+    // them accepts it.
     let (here, there) = tokio::join!(pair.a.get(&callback), pair.b.get(&callback));
     let ends: Vec<_> = [here, there].iter().map(|end| end.headers()["location"].to_str().unwrap().to_owned()).collect();
     let (good, bad): (Vec<_>, Vec<_>) = ends.iter().partition(|end| end.contains("status=pending"));
     assert_eq!((good.len(), bad.len()), (1, 1), "{ends:?}");
     assert!(bad[0].contains("error=state_invalid"), "{bad:?}");
     let (_, grant) = good[0].split_once("grant=").unwrap();
-    assert_eq!(pair.b.state_of("anna").await, "none", "it waits");
+    assert_eq!(pair.b.state_of("anna").await, "none", "it is pending");
     let confirm = format!("/api/auth/amazon/confirm?grant={grant}");
     let (here, there) = tokio::join!(pair.a.post(&confirm), pair.b.post(&confirm));
     let mut codes = [code(&here).to_owned(), code(&there).to_owned()];
     codes.sort();
-    assert_eq!(codes, ["", "state_invalid"], "it is good once");
+    assert_eq!(codes, ["", "state_invalid"], "the confirmation is accepted once");
     assert_eq!(
         (call(&pair.a, "anna").await.status().as_u16(), pair.b.call("anna").await.status().as_u16()),
         (200, 200)
@@ -544,7 +553,7 @@ async fn a_login_that_began_here_ends_there_and_is_confirmed_here_once() {
     assert_eq!(pair.sql.one("SELECT count(*) FROM adsidecar_waiting").await.as_deref(), Some("0"));
     assert_eq!(pair.sql.one("SELECT count(*) FROM adsidecar_logins").await.as_deref(), Some("0"));
 
-    // Ten minutes, and what was moved to another state or id is worth nothing.
+    // They expire after ten minutes, and a row moved to another state or id is rejected.
     let begun = json(pair.b.get("/api/auth/amazon/login?user_id=bob").await).await;
     let other = json(pair.b.get("/api/auth/amazon/login?user_id=carol").await).await;
     let callback = pair.a.consent(begun["auth_url"].as_str().unwrap()).await;
@@ -552,7 +561,7 @@ async fn a_login_that_began_here_ends_there_and_is_confirmed_here_once() {
     pair.sql.run("UPDATE adsidecar_logins SET sealed = (SELECT max(sealed) FROM adsidecar_logins)").await;
     let ends = [pair.a.get(&callback).await, pair.a.get(&swapped).await];
     let good = ends.iter().filter(|end| end.headers()["location"].to_str().unwrap().contains("status=pending")).count();
-    assert_eq!(good, 1, "each login is good under its own state alone");
+    assert_eq!(good, 1, "each login is valid only under its own state");
     let begun = json(pair.b.get("/api/auth/amazon/login?user_id=dave").await).await;
     let callback = pair.a.consent(begun["auth_url"].as_str().unwrap()).await;
     pair.a.advance(601);
@@ -561,11 +570,11 @@ async fn a_login_that_began_here_ends_there_and_is_confirmed_here_once() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_confirmed_grant_whose_replica_dies_before_it_is_stored_is_finished_by_another() {
+async fn a_confirmed_grant_of_a_killed_replica_is_stored_by_another() {
     let cluster = Cluster::start();
     let url = cluster.url();
-    let door = "[login]\nlisten = \"127.0.0.1:0\"\nfrontend_url = \"http://localhost:3000/app\"";
-    let mut pair = Pair::over(cluster, &url, door, Clock::system()).await;
+    let listener = "[login]\nlisten = \"127.0.0.1:0\"\nfrontend_url = \"http://localhost:3000/app\"";
+    let mut pair = Pair::over(cluster, &url, listener, Clock::system()).await;
     let begun = json(pair.a.get("/api/auth/amazon/login?user_id=anna").await).await;
     let callback = pair.a.consent(begun["auth_url"].as_str().unwrap()).await;
     let end = pair.a.get(&callback).await.headers()["location"].to_str().unwrap().to_owned();
@@ -573,7 +582,7 @@ async fn a_confirmed_grant_whose_replica_dies_before_it_is_stored_is_finished_by
     pair.b.stop().await;
     let set = format!("store.postgres_url={url}");
     let mut doomed = Serving::start(&pair.a, &["--set", "store.kind=postgres", "--set", &set]).await;
-    // It confirms, and cannot store the user's grant.
+    // It confirms the grant but cannot store it as the user's grant.
     pair.sql.run("ALTER TABLE adsidecar_grants RENAME TO away").await;
     let confirm = format!("http://{}/api/auth/amazon/confirm?grant={grant}", doomed.proxy);
     assert_eq!(pair.a.client.post(confirm).send().await.unwrap().status(), 200);
@@ -584,19 +593,24 @@ async fn a_confirmed_grant_whose_replica_dies_before_it_is_stored_is_finished_by
     let count = async |table: &str| pair.sql.one(&format!("SELECT count(*) FROM {table}")).await.unwrap();
     assert_eq!((count("adsidecar_grants").await, count("adsidecar_waiting").await), ("0".to_owned(), "1".to_owned()));
     let third = Replica::beside(&pair.a, &[]).await;
-    assert_eq!(code(&third.call("anna").await), "login_required", "whoever confirmed it may still be at it");
+    assert_eq!(
+        code(&third.call("anna").await),
+        "login_required",
+        "the replica that confirmed it may still be storing it"
+    );
     pair.sql.run("UPDATE adsidecar_waiting SET claimed_until = now()").await;
     let fourth = Replica::beside(&pair.a, &[]).await;
-    eventually("it is in use", async || (fourth.call("anna").await.status() == 200).then_some(())).await;
+    eventually("the grant to be in use", async || (fourth.call("anna").await.status() == 200).then_some(())).await;
     assert_eq!(call(&pair.a, "anna").await.status(), 200);
-    eventually("it waits no more", async || (count("adsidecar_waiting").await == "0").then_some(())).await;
+    eventually("the pending grant to be deleted", async || (count("adsidecar_waiting").await == "0").then_some(()))
+        .await;
 }
 
-// Fault with the database.
+// Database failures.
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 49.
-async fn while_the_database_is_down_living_tokens_are_served_and_nothing_is_renewed() {
+async fn during_a_database_outage_valid_tokens_are_used_and_nothing_is_refreshed() {
     let cluster = Cluster::start();
     let url = cluster.url();
     let mut pair = Pair::over(cluster, &url, "", Clock::system()).await;
@@ -604,14 +618,14 @@ async fn while_the_database_is_down_living_tokens_are_served_and_nothing_is_rene
     assert_eq!(pair.b.get("/v2/profiles").await.status(), 200);
     assert_eq!((pair.b.admin("/readyz").await.0, pair.b.metric("adsidecar_store_up").await), (200, 1.0));
     pair.cluster.crash();
-    eventually("it is noticed", async || (pair.b.admin("/readyz").await.0 == 503).then_some(())).await;
+    eventually("the outage to be noticed", async || (pair.b.admin("/readyz").await.0 == 503).then_some(())).await;
     assert_eq!(pair.b.metric("adsidecar_store_up").await, 0.0);
     assert_eq!(pair.b.admin("/livez").await.0, 200);
     pair.a.sandbox.clear_history();
-    assert_eq!(pair.b.get("/v2/profiles").await.status(), 200, "it lives");
+    assert_eq!(pair.b.get("/v2/profiles").await.status(), 200, "the access token has not expired");
     pair.a.advance(3500);
     let begun = Instant::now();
-    assert_eq!(pair.b.get("/v2/profiles").await.status(), 200, "to its last second");
+    assert_eq!(pair.b.get("/v2/profiles").await.status(), 200, "until its last second");
     assert!(begun.elapsed() < Duration::from_secs(2), "callers wait a second at most: {:?}", begun.elapsed());
     pair.a.advance(100);
     let refused = pair.b.get("/v2/profiles").await;
@@ -621,27 +635,30 @@ async fn while_the_database_is_down_living_tokens_are_served_and_nothing_is_rene
         assert_eq!(code(&pair.b.get(path).await), wanted, "{path}");
     }
     assert_eq!(code(&pair.b.post(&format!("{LOGOUT}?user_id=default")).await), "store_unavailable");
-    assert_eq!(code(&pair.b.call("stranger").await), "store_unavailable", "who knows whether there is a grant");
-    assert_eq!(pair.a.sandbox.refreshes(), 0, "without the database nobody knows who else renews");
+    assert_eq!(code(&pair.b.call("stranger").await), "store_unavailable", "it is unknown whether there is a grant");
+    assert_eq!(pair.a.sandbox.refreshes(), 0, "without the database, replicas cannot coordinate refreshes");
     assert!(pair.b.metric("adsidecar_store_errors_total{op=\"get\"}").await > 0.0);
     pair.cluster.run();
-    eventually("it recovers by itself", async || (pair.b.get("/v2/profiles").await.status() == 200).then_some(()))
+    eventually("recovery without intervention", async || {
+        (pair.b.get("/v2/profiles").await.status() == 200).then_some(())
+    })
+    .await;
+    eventually("recovery of both replicas", async || (pair.a.get("/v2/profiles").await.status() == 200).then_some(()))
         .await;
-    eventually("both do", async || (pair.a.get("/v2/profiles").await.status() == 200).then_some(())).await;
-    eventually("it is ready", async || (pair.b.admin("/readyz").await.0 == 200).then_some(())).await;
+    eventually("readiness", async || (pair.b.admin("/readyz").await.0 == 200).then_some(())).await;
     assert_eq!(pair.b.metric("adsidecar_store_up").await, 1.0);
-    assert_eq!(pair.a.sandbox.refreshes(), 1, "one of the two renewed");
+    assert_eq!(pair.a.sandbox.refreshes(), 1, "one of the two refreshed");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 50.
-async fn a_connection_that_breaks_during_a_renewal_costs_neither_the_token_nor_a_second_call() {
+async fn a_connection_lost_during_a_refresh_costs_neither_the_token_nor_a_second_call() {
     let mut pair = Pair::start().await;
     pair.a.log_in("default").await;
     assert_eq!(pair.b.get("/v2/profiles").await.status(), 200);
     pair.a.sandbox.clear_history();
-    // Between the lease and the save.
-    let gate = pair.a.sandbox.set_fault(Rule::from(Fault::Gate).at(Door::Lwa));
+    // Between acquiring the lease and saving.
+    let gate = pair.a.sandbox.set_fault(Rule::from(Fault::Gate).at(Listener::Lwa));
     let refresh = tokio::spawn(pair.a.client.post(pair.a.proxy_url(REFRESH)).send());
     gate.reached(1).await;
     pair.sql.run("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'adsidecar'").await;
@@ -650,51 +667,52 @@ async fn a_connection_that_breaks_during_a_renewal_costs_neither_the_token_nor_a
     assert_eq!(pair.row("default").await, (2, true));
     assert_eq!(pair.a.sandbox.refreshes(), 1);
 
-    // The whole database goes in between, and is back within the lease: what was renewed is used, and stored later.
+    // The whole database goes down in between and is back within the lease: the refreshed token is used, and stored
+    // later.
     pair.a.sandbox.clear_history();
-    let gate = pair.a.sandbox.set_fault(Rule::from(Fault::Gate).at(Door::Lwa));
+    let gate = pair.a.sandbox.set_fault(Rule::from(Fault::Gate).at(Listener::Lwa));
     let refresh = tokio::spawn(pair.a.client.post(pair.a.proxy_url(REFRESH)).send());
     gate.reached(1).await;
     pair.cluster.crash();
     gate.release();
-    assert_eq!(refresh.await.unwrap().unwrap().status(), 200, "it is used from memory");
+    assert_eq!(refresh.await.unwrap().unwrap().status(), 200, "the token is used from memory");
     assert_eq!(pair.a.metric("adsidecar_store_up").await, 0.0);
     assert_eq!(pair.a.get("/v2/profiles").await.status(), 200);
-    let renewed = bearer(&pair.a);
+    let refreshed = bearer(&pair.a);
     pair.cluster.run();
     pair.sql = pair.cluster.connect().await;
-    eventually("it is stored", async || (pair.row("default").await == (3, true)).then_some(())).await;
-    eventually("the other one has it", async || {
-        (pair.b.get("/v2/profiles").await.status() == 200 && bearer(&pair.a) == renewed).then_some(())
+    eventually("the token to be stored", async || (pair.row("default").await == (3, true)).then_some(())).await;
+    eventually("the other replica to have it", async || {
+        (pair.b.get("/v2/profiles").await.status() == 200 && bearer(&pair.a) == refreshed).then_some(())
     })
     .await;
-    assert_eq!(pair.a.sandbox.refreshes(), 1, "one call for the generation");
+    assert_eq!(pair.a.sandbox.refreshes(), 1, "one token call for the generation");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_login_while_the_database_is_down_is_used_and_stored_unless_a_later_one_was() {
+async fn a_login_during_a_database_outage_is_used_and_stored_unless_superseded() {
     let mut pair = Pair::start().await;
     pair.a.log_in("anna").await;
     let begun = json(pair.a.get("/api/auth/amazon/login?user_id=anna").await).await;
     let callback = pair.a.consent(begun["auth_url"].as_str().unwrap()).await;
-    let gate = pair.a.sandbox.set_fault(Rule::from(Fault::Gate).at(Door::Lwa));
+    let gate = pair.a.sandbox.set_fault(Rule::from(Fault::Gate).at(Listener::Lwa));
     let login = tokio::spawn(pair.a.client.get(pair.a.proxy_url(&callback)).send());
     gate.reached(1).await;
     pair.cluster.crash();
     pair.a.advance(60);
     gate.release();
-    assert_eq!(login.await.unwrap().unwrap().status(), 200, "its code is spent: it is not thrown away");
+    assert_eq!(login.await.unwrap().unwrap().status(), 200, "its code is consumed, so the grant must not be discarded");
     pair.cluster.run();
     pair.sql = pair.cluster.connect().await;
-    eventually("it is stored", async || (pair.row("anna").await == (2, true)).then_some(())).await;
+    eventually("the grant to be stored", async || (pair.row("anna").await == (2, true)).then_some(())).await;
     let (here, there) =
         (pair.a.status_of("anna").await, json(pair.b.get("/api/auth/amazon/status?user_id=anna").await).await);
     assert_eq!(here["consented_at"], there["consented_at"]);
-    eventually("all is stored", async || (pair.a.metric("adsidecar_store_up").await == 1.0).then_some(())).await;
+    eventually("the store to be up", async || (pair.a.metric("adsidecar_store_up").await == 1.0).then_some(())).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_database_that_comes_back_older_than_it_was_is_given_what_is_known() {
+async fn a_database_restored_to_an_older_state_gets_the_known_grants_again() {
     let pair = Pair::start().await;
     for user in ["anna", "bob"] {
         pair.a.log_in(user).await;
@@ -705,11 +723,11 @@ async fn a_database_that_comes_back_older_than_it_was_is_given_what_is_known() {
     }
     assert_eq!(pair.a.post(&format!("{LOGOUT}?user_id=bob")).await.status(), 204);
     let known = (pair.row("anna").await, pair.row("bob").await);
-    // As after the failover to a standby that was behind: the same rows, and new connections.
+    // As after a failover to a lagging standby: the same rows, and new connections.
     pair.sql.run("DELETE FROM adsidecar_grants; INSERT INTO adsidecar_grants SELECT * FROM backup").await;
     pair.sql.run("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'adsidecar'").await;
     assert_ne!((pair.row("anna").await, pair.row("bob").await), known);
-    eventually("it is put back", async || {
+    eventually("the lost rows to be written again", async || {
         let (anna, bob) = (pair.row("anna").await, pair.row("bob").await);
         (anna.0 >= known.0.0 && anna.1 && !bob.1).then_some(())
     })
@@ -721,7 +739,7 @@ async fn a_database_that_comes_back_older_than_it_was_is_given_what_is_known() {
 // The operator.
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_role_that_may_only_read_and_write_rows_is_enough_once_the_tables_are_there() {
+async fn a_role_with_row_access_only_suffices_for_existing_tables() {
     let cluster = Cluster::start();
     let sql = cluster.connect().await;
     let schema = include_str!("../../src/store/postgres/schema.sql");
@@ -739,7 +757,7 @@ async fn a_role_that_may_only_read_and_write_rows_is_enough_once_the_tables_are_
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn commands_work_on_a_shared_store_beside_those_that_run() {
+async fn commands_work_on_a_shared_store_beside_running_replicas() {
     let cluster = Cluster::start();
     let url = cluster.url();
     let pair = Pair::over(cluster, &url, "", Clock::system()).await;
@@ -764,14 +782,20 @@ async fn commands_work_on_a_shared_store_beside_those_that_run() {
     assert_eq!(records.keys().collect::<Vec<_>>(), ["anna", "bob"]);
     let token = command(&["users", "export", "bob"], "").await;
     command(&["users", "forget", "bob"], "").await;
-    eventually("all have forgotten", async || (code(&pair.b.call("bob").await) == "login_required").then_some(()))
-        .await;
+    eventually("all replicas to forget the user", async || {
+        (code(&pair.b.call("bob").await) == "login_required").then_some(())
+    })
+    .await;
     command(&["store", "restore", "--replace"], &dump).await;
-    eventually("all have it again", async || (pair.b.call("bob").await.status() == 200).then_some(())).await;
+    eventually("all replicas to have the user again", async || {
+        (pair.b.call("bob").await.status() == 200).then_some(())
+    })
+    .await;
     command(&["users", "import", "--user", "carol"], &token).await;
-    assert_eq!(call(&pair.a, "carol").await.status(), 200, "a user who is unknown is looked for");
+    assert_eq!(call(&pair.a, "carol").await.status(), 200, "an unknown user is looked up in the database");
 
-    // Keys: first all replicas have both, then everything is sealed with the new one, beside those that run.
+    // Keys: first all replicas get both keys, then a rotation seals all records with the new one, beside running
+    // replicas.
     let both = format!("store.fernet_keys={FERNET_KEY},{OTHER_KEY}");
     let third = Replica::beside(&pair.a, &[("store.fernet_keys", &both["store.fernet_keys=".len()..])]).await;
     let rotate = format!("store.fernet_keys={OTHER_KEY},{FERNET_KEY}");
@@ -780,8 +804,8 @@ async fn commands_work_on_a_shared_store_beside_those_that_run() {
     for user in ["anna", "bob", "carol"] {
         assert_eq!(third.post(&format!("{REFRESH}?user_id={user}")).await.status(), 200, "{user}");
     }
-    // That one's first key is the old one, so those that have the old key alone can read it all again.
+    // That replica's first key is the old one, so replicas with only the old key can read all records again.
     let unreadable = async || pair.b.metric("adsidecar_undecryptable_records").await;
-    eventually("all is readable", async || (unreadable().await == 0.0).then_some(())).await;
+    eventually("all records to be readable", async || (unreadable().await == 0.0).then_some(())).await;
     assert_eq!(call(&pair.a, "anna").await.status(), 200);
 }

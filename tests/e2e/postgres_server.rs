@@ -1,4 +1,4 @@
-//! A real PostgreSQL, thrown away after use: on a Unix socket, and on a loopback port with TLS.
+//! A temporary PostgreSQL server: on a Unix socket, and on a loopback port with TLS.
 
 use std::fs;
 use std::net::TcpListener;
@@ -12,11 +12,11 @@ use rcgen::{BasicConstraints, CertificateParams, IsCa, KeyPair};
 use tempfile::TempDir;
 use tokio_postgres::{Client, NoTls};
 
-/// `nobody`: PostgreSQL refuses to run as root.
+/// The user `nobody`: PostgreSQL refuses to run as root.
 const NOBODY: u32 = 65534;
 pub const PASSWORD: &str = "canary-p4ss";
 
-/// A cluster that runs, or may be started again.
+/// A cluster that can be stopped and started again.
 pub struct Cluster {
     directory: TempDir,
     binaries: PathBuf,
@@ -25,7 +25,7 @@ pub struct Cluster {
 }
 
 impl Cluster {
-    /// Makes one and starts it. Its superuser is `postgres`, and everybody has the password.
+    /// Creates a cluster and starts it. Its superuser is `postgres`, and all roles share one password.
     pub fn start() -> Self {
         let directory = tempfile::Builder::new().prefix("pg").tempdir().unwrap();
         if is_root() {
@@ -47,7 +47,7 @@ impl Cluster {
         cluster
     }
 
-    /// Starts the server again, and returns once it takes connections.
+    /// Starts the server again, and returns once it accepts connections.
     pub fn run(&mut self) {
         let mut server = self.program("postgres");
         server.arg("-D").arg(self.data()).arg("-k").arg(self.directory.path()).args(["-p", &self.port.to_string()]);
@@ -68,12 +68,12 @@ impl Cluster {
             .success()
         {
             let log = fs::read_to_string(self.directory.path().join("log")).unwrap();
-            assert!(Instant::now() < until, "it does not start: {log}");
+            assert!(Instant::now() < until, "PostgreSQL does not start: {log}");
             std::thread::sleep(Duration::from_millis(20));
         }
     }
 
-    /// Ends it as a crash would: at once, with every connection.
+    /// Stops it like a crash: immediately, with every connection.
     pub fn crash(&mut self) {
         if let Some(mut server) = self.server.take() {
             let quit = Command::new("kill").args(["-s", "QUIT", &server.id().to_string()]).status().unwrap();
@@ -95,19 +95,19 @@ impl Cluster {
         self.directory.path()
     }
 
-    /// The authority that signed the server's certificate, which is for `localhost` alone.
+    /// The authority of the server's certificate, which names only `localhost`.
     pub fn ca_file(&self) -> PathBuf {
         self.directory.path().join("ca.pem")
     }
 
-    /// A connection past adsidecar.
+    /// A direct connection, not through adsidecar.
     pub async fn connect(&self) -> Sql {
         let (client, connection) = tokio_postgres::connect(&self.url(), NoTls).await.unwrap();
         tokio::spawn(connection);
         Sql(Arc::new(client))
     }
 
-    /// A program of PostgreSQL's, as somebody who is not root, ended with this process.
+    /// A command that runs a program of PostgreSQL's as a user other than root, and that ends with this process.
     fn program(&self, name: &str) -> Command {
         let mut command = Command::new("setpriv");
         command.args(["--pdeathsig", "QUIT"]);
@@ -149,7 +149,7 @@ impl Drop for Cluster {
     }
 }
 
-/// A connection to look and to meddle.
+/// A connection for inspecting and changing the database.
 #[derive(Clone)]
 pub struct Sql(Arc<Client>);
 
@@ -158,7 +158,7 @@ impl Sql {
         self.0.batch_execute(statements).await.unwrap_or_else(|error| panic!("{statements}: {error:?}"));
     }
 
-    /// The first column of the first row, as text; `None` where there is no row.
+    /// The first column of the first row, as text; `None` if there is no row.
     pub async fn one(&self, query: &str) -> Option<String> {
         let rows = self.0.simple_query(query).await.unwrap_or_else(|error| panic!("{query}: {error:?}"));
         rows.into_iter().find_map(|row| match row {
@@ -172,16 +172,16 @@ fn is_root() -> bool {
     Command::new("id").arg("-u").output().unwrap().stdout == b"0\n"
 }
 
-/// Where Debian puts them: the newest version.
+/// The directory of the programs in Debian's layout: the newest version.
 fn binaries() -> PathBuf {
-    let versions = fs::read_dir("/usr/lib/postgresql").expect("PostgreSQL is installed: tests/run does it");
+    let versions = fs::read_dir("/usr/lib/postgresql").expect("PostgreSQL is installed (tests/run installs it)");
     let newest = versions
         .map(|version| version.unwrap().path())
         .max_by_key(|path| path.file_name().and_then(|name| name.to_str()?.parse::<u32>().ok()).unwrap_or(0));
     newest.unwrap().join("bin")
 }
 
-/// A PgBouncer before a cluster, in transaction mode: each transaction may meet another connection.
+/// A PgBouncer in front of a cluster, in transaction mode: each transaction may use another connection.
 pub struct Bouncer {
     pub port: u16,
     process: Child,
@@ -189,7 +189,7 @@ pub struct Bouncer {
 }
 
 impl Bouncer {
-    /// With so many connections to the cluster.
+    /// Starts one with this many connections to the cluster.
     pub fn before(cluster: &Cluster, connections: usize) -> Self {
         let directory = tempfile::Builder::new().prefix("pgb").tempdir().unwrap();
         let free = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -211,7 +211,7 @@ impl Bouncer {
             command.args(["--reuid", &id, "--regid", &id, "--clear-groups"]);
         }
         let program = ["/usr/sbin/pgbouncer", "/usr/bin/pgbouncer"].into_iter().find(|path| Path::new(path).exists());
-        command.arg(program.expect("PgBouncer is installed: tests/run does it")).arg("--quiet").arg(&config);
+        command.arg(program.expect("PgBouncer is installed (tests/run installs it)")).arg("--quiet").arg(&config);
         let process = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
         let until = Instant::now() + Duration::from_secs(10);
         while std::net::TcpStream::connect(("127.0.0.1", port)).is_err() {

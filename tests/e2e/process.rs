@@ -1,4 +1,4 @@
-//! The process itself: what it leaves to others of its memory, as whom it runs, where it listens, and what it logs of calls.
+//! The process itself: what other processes can read of it, its user, its addresses, and its log of requests.
 
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
@@ -13,16 +13,17 @@ use world::{CLIENT_SECRET, Fault, Rule};
 use crate::commands::{BINARY, Serving, command, stopped};
 use crate::harness::{FERNET_KEY, Harness, code, eventually};
 
-/// A user without any right, `nobody` on most systems.
+/// An unprivileged user, `nobody` on most systems.
 const NOBODY: u32 = 65534;
 
-/// Whether this process may become another user: as root in a container, and not on a laptop.
+/// Whether this process may switch to another user: true as root in a container, false on a laptop.
 fn is_root() -> bool {
     let id = Command::new("id").arg("-u").output().unwrap();
     id.stdout == b"0\n"
 }
 
-/// A sidecar that runs as a user without rights (as ours where we are not root), its secrets in the environment.
+/// A sidecar that runs as an unprivileged user (as our own user if we are not root), with its secrets in the
+/// environment.
 async fn unprivileged(harness: &Harness) -> Serving {
     let place = harness.directory.path();
     let binary = place.join("adsidecar");
@@ -58,10 +59,10 @@ fn as_nobody(program: &Path) -> Command {
 async fn another_process_of_the_same_user_reads_neither_memory_nor_environment() {
     let harness = stopped().await;
     let serving = unprivileged(&harness).await;
-    // The same question to a process that does not protect itself: it would show.
+    // The same check on a process that does not protect itself must succeed.
     let mut unprotected = as_nobody(Path::new("/bin/sleep")).arg("60").env("FERNET_KEY", FERNET_KEY).spawn().unwrap();
     for (process, readable) in [(unprotected.id(), true), (serving.child.id(), false)] {
-        // The list of mappings asks for the same right as the memory itself.
+        // Reading the list of mappings needs the same permission as reading the memory.
         for file in ["environ", "maps"] {
             let cat = as_nobody(Path::new("/bin/cat")).arg(format!("/proc/{process}/{file}")).output().unwrap();
             assert_eq!(cat.status.success(), readable, "{file}: {cat:?}");
@@ -74,7 +75,7 @@ async fn another_process_of_the_same_user_reads_neither_memory_nor_environment()
     unprotected.wait().unwrap();
     let metrics =
         harness.client.get(format!("http://{}/metrics", serving.admin)).send().await.unwrap().text().await.unwrap();
-    assert!(metrics.contains("adsidecar_process_open_fds"), "it still reads its own figures");
+    assert!(metrics.contains("adsidecar_process_open_fds"), "the process can still read its own statistics");
 }
 
 #[cfg(target_os = "linux")]
@@ -86,7 +87,7 @@ async fn a_crash_leaves_no_core() {
     let limits = std::fs::read_to_string(format!("/proc/{}/limits", serving.child.id())).unwrap();
     let core = limits.lines().find(|line| line.starts_with("Max core file size")).unwrap();
     assert_eq!(core.split_whitespace().filter(|word| *word == "0").count(), 2, "soft and hard: {core}");
-    // As a crash of the process itself would: the first SIGSEGV that is sent from outside only ends Rust's own handler.
+    // Like a crash of the process itself; the first SIGSEGV from outside only removes Rust's own handler.
     serving.signal("ABRT");
     let mut ended = None;
     for _ in 0..2000 {
@@ -96,12 +97,12 @@ async fn a_crash_leaves_no_core() {
         }
         tokio::time::sleep(std::time::Duration::from_millis(5)).await;
     }
-    let ended = ended.expect("a signal that nobody handles ends it");
+    let ended = ended.expect("an unhandled signal ends the process");
     assert_eq!((ended.signal(), ended.core_dumped()), (Some(6), false));
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn root_in_production_is_told_that_nothing_needs_it() {
+async fn running_as_root_in_production_is_warned_about() {
     if !is_root() {
         return;
     }
@@ -118,7 +119,7 @@ async fn root_in_production_is_told_that_nothing_needs_it() {
 #[cfg(target_os = "linux")]
 #[tokio::test(flavor = "multi_thread")]
 // Covers: threat 5.
-async fn without_a_token_no_other_machine_reaches_a_door() {
+async fn without_a_token_no_listener_is_reachable_from_other_machines() {
     let harness = stopped().await;
     let file = harness.config_file();
     for (address, more) in [
@@ -147,7 +148,7 @@ async fn without_a_token_no_other_machine_reaches_a_door() {
     );
 }
 
-/// The local addresses at which a process listens, as the kernel writes them.
+/// The local addresses on which a process listens, in the kernel's notation.
 fn listening(process: u32) -> Vec<String> {
     let inodes: Vec<_> = std::fs::read_dir(format!("/proc/{process}/fd"))
         .unwrap()
@@ -170,7 +171,7 @@ fn listening(process: u32) -> Vec<String> {
 #[cfg(target_os = "linux")]
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 99.
-async fn out_of_descriptors_it_lives_on_and_recovers_by_itself() {
+async fn without_file_descriptors_it_keeps_running_and_recovers() {
     let harness = stopped().await;
     let mut starved = Command::new("/bin/sh");
     let file = harness.config_file();
@@ -178,17 +179,17 @@ async fn out_of_descriptors_it_lives_on_and_recovers_by_itself() {
     starved.env_clear().stdin(std::process::Stdio::null()).stderr(std::process::Stdio::piped());
     let mut serving = Serving::spawn(starved).await;
     serving.says("fewer descriptors than proxy.max_connections may need").await;
-    // One that is there before the flood, with a connection to Amazon of its own.
+    // A connection from before the flood, with its own connection to Amazon.
     let mut good = TcpStream::connect(&serving.proxy).await.unwrap();
     assert_eq!(ask(&mut good).await, "HTTP/1.1 200 OK");
     let mut flood = Vec::new();
-    // More than it has descriptors for; fewer than the kernel lets wait.
+    // More connections than the process has file descriptors, but fewer than the kernel's accept queue holds.
     for _ in 0..100 {
         flood.push(TcpStream::connect(&serving.proxy).await.unwrap());
     }
     serving.says("cannot accept a connection").await;
     for _ in 0..5 {
-        assert_eq!(ask(&mut good).await, "HTTP/1.1 200 OK", "existing work goes on");
+        assert_eq!(ask(&mut good).await, "HTTP/1.1 200 OK", "existing connections keep working");
     }
     drop(flood);
     eventually("a new caller to be served", async || {
@@ -196,10 +197,10 @@ async fn out_of_descriptors_it_lives_on_and_recovers_by_itself() {
         (ask(&mut late).await == "HTTP/1.1 200 OK").then_some(())
     })
     .await;
-    assert_eq!(serving.child.try_wait().unwrap(), None, "it runs");
+    assert_eq!(serving.child.try_wait().unwrap(), None, "the process is running");
 }
 
-/// A figure of `/proc/PID/status`, in KiB.
+/// A value of `/proc/PID/status`, in KiB.
 #[cfg(target_os = "linux")]
 fn kibibytes(serving: &Serving, name: &str) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{}/status", serving.child.id())).unwrap();
@@ -227,7 +228,7 @@ async fn idle_connections_are_cheap_and_bounded() {
     assert!(each <= 24, "{each} KiB for each idle connection of an unoptimised build");
     for _ in 0..200 {
         let mut stream = TcpStream::connect(&serving.proxy).await.unwrap();
-        assert_eq!(ask(&mut stream).await, "HTTP/1.1 200 OK", "there is always room for one more");
+        assert_eq!(ask(&mut stream).await, "HTTP/1.1 200 OK", "there is always room for one more connection");
         idle.push(stream);
     }
     let metrics =
@@ -239,7 +240,7 @@ async fn idle_connections_are_cheap_and_bounded() {
 #[cfg(target_os = "linux")]
 #[tokio::test(flavor = "multi_thread")]
 // Covers: threat 25.
-async fn what_streams_through_is_not_held() {
+async fn streamed_bodies_are_not_buffered() {
     let harness = stopped().await;
     let serving = Serving::start(&harness, &[]).await;
     assert_eq!(harness.client.get(serving.url("/v2/profiles")).send().await.unwrap().status(), 200);
@@ -252,12 +253,12 @@ async fn what_streams_through_is_not_held() {
     let upload = harness.client.post(serving.url("/sandbox/echo")).body(vec![b'x'; 64 << 20]).send().await.unwrap();
     assert_eq!((came, upload.status().as_u16()), (64 << 20, 200));
     let grown = kibibytes(&serving, "VmHWM") - before;
-    assert!(grown < 16 << 10, "{grown} KiB more at the most, for 64 MiB each way");
+    assert!(grown < 16 << 10, "{grown} KiB more at most, for 64 MiB each way");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 102.
-async fn a_process_that_gets_no_time_loses_no_call_and_is_alive_after_it() {
+async fn a_process_without_cpu_time_loses_no_request_and_resumes() {
     let harness = stopped().await;
     let serving =
         Serving::start(&harness, &["--set", "proxy.header_timeout=500ms", "--set", "upstream.response_timeout=2s"])
@@ -268,7 +269,7 @@ async fn a_process_that_gets_no_time_loses_no_call_and_is_alive_after_it() {
         stream.write_all(b"GET /sandbox/echo HTTP/1.1\r\nHost: localhost\r\n\r\n").await.unwrap();
         gate.reached(1).await;
         serving.signal("STOP");
-        // The answer comes while it stands still, and so does a new caller.
+        // The response arrives while the process is stopped, and so does a new caller.
         gate.release();
         let late = TcpStream::connect(&serving.proxy).await.unwrap();
         tokio::time::sleep(std::time::Duration::from_millis(700)).await;
@@ -285,7 +286,7 @@ async fn a_process_that_gets_no_time_loses_no_call_and_is_alive_after_it() {
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 103.
-async fn a_panic_costs_its_call_alone() {
+async fn a_panic_affects_only_its_request() {
     let harness = stopped().await;
     let file = harness.config_file();
     let mut command = command(&["serve", "--config", file.to_str().unwrap()]);
@@ -295,18 +296,18 @@ async fn a_panic_costs_its_call_alone() {
         let failed = harness.client.get(serving.url("/v2/profiles")).send().await.unwrap();
         assert_eq!((failed.status().as_u16(), crate::harness::code(&failed)), (500, "internal"));
         let body = failed.text().await.unwrap();
-        assert!(!body.contains("canary"), "a caller is not told the inside: {body}");
+        assert!(!body.contains("canary"), "internals are not shown to callers: {body}");
     }
     assert_eq!(harness.client.get(serving.url("/v2/profiles")).send().await.unwrap().status(), 200);
     let metrics =
         harness.client.get(format!("http://{}/metrics", serving.admin)).send().await.unwrap().text().await.unwrap();
     assert!(metrics.contains("status=\"500\"} 2"), "{metrics}");
-    assert_eq!(serving.child.try_wait().unwrap(), None, "it runs");
+    assert_eq!(serving.child.try_wait().unwrap(), None, "the process is running");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: threat 35.
-async fn no_log_line_holds_a_secret_not_even_at_trace_and_of_a_panic() {
+async fn no_log_line_contains_a_secret_even_at_trace_level_and_after_a_panic() {
     let harness = stopped().await;
     let file = harness.config_file();
     let mut command = command(&[
@@ -336,11 +337,11 @@ async fn no_log_line_holds_a_secret_not_even_at_trace_and_of_a_panic() {
     ] {
         call(path).send().await.unwrap();
     }
-    for trouble in [Fault::Reset, Fault::BadJson, Fault::Html, Fault::CloseMidBody] {
-        harness.sandbox.set_fault(Rule::from(trouble).always());
+    for fault in [Fault::Reset, Fault::BadJson, Fault::Html, Fault::CloseMidBody] {
+        harness.sandbox.set_fault(Rule::from(fault).always());
         let _ = call("/sandbox/bytes/1000").send().await.map(|answer| answer.text());
         call("/api/auth/amazon/refresh").send().await.unwrap();
-        harness.sandbox.clear_trouble();
+        harness.sandbox.clear_faults();
     }
     let wrong = harness
         .client
@@ -358,7 +359,7 @@ async fn no_log_line_holds_a_secret_not_even_at_trace_and_of_a_panic() {
     }
 }
 
-/// The status line of one call on this connection.
+/// The status line of one request on this connection.
 async fn ask(stream: &mut TcpStream) -> String {
     stream.write_all(b"GET /sandbox/echo HTTP/1.1\r\nHost: localhost\r\n\r\n").await.unwrap();
     let mut answer = Vec::new();
@@ -373,7 +374,7 @@ async fn ask(stream: &mut TcpStream) -> String {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_audit_log_has_one_line_for_each_call_and_nothing_that_is_secret() {
+async fn the_audit_log_has_one_line_for_each_request_and_no_secrets() {
     let harness = stopped().await;
     let sets = ["--set", "log.audit=true", "--set", "log.level=error", "--set", "log.format=json"];
     let mut config = std::fs::read_to_string(harness.config_file()).unwrap();
@@ -382,7 +383,7 @@ async fn the_audit_log_has_one_line_for_each_call_and_nothing_that_is_secret() {
     let serving = audited(&harness, &sets).await;
     let get = |path: &str| harness.client.get(serving.url(path)).header("X-Request-Id", "r-1");
     assert_eq!(get("/a/brand/v2/profiles?canary=canary-query").send().await.unwrap().status(), 200);
-    assert_eq!(get("/api/auth/amazon/status").send().await.unwrap().status(), 200, "which is no call");
+    assert_eq!(get("/api/auth/amazon/status").send().await.unwrap().status(), 200, "which is not a proxied request");
     let denied =
         harness.client.post(serving.url("/sp/campaigns/canary-path")).body("canary-body").send().await.unwrap();
     assert_eq!(denied.status(), 403);
@@ -421,7 +422,7 @@ async fn the_audit_log_has_one_line_for_each_call_and_nothing_that_is_secret() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_refused_client_and_a_missing_login_are_audited_as_the_operators_fault() {
+async fn a_rejected_client_and_a_missing_login_are_audited_as_operator_errors() {
     let harness = stopped().await;
     let store = format!("store.path={}", harness.directory.path().join("other").display());
     let sets = ["log.audit=true", "log.level=error", "log.format=json", "amazon.client_secret=not-the-secret"];
@@ -442,7 +443,7 @@ async fn a_refused_client_and_a_missing_login_are_audited_as_the_operators_fault
     assert_eq!(said, [(Some("token_unavailable"), Some("operator")), (Some("login_required"), Some("operator"))]);
 }
 
-/// At level `error` nobody says that it serves, so its doors are known before.
+/// At level `error` it does not log its addresses, so they are chosen in advance.
 async fn audited(harness: &Harness, sets: &[&str]) -> Serving {
     let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let proxy = free.local_addr().unwrap().to_string();
@@ -451,6 +452,6 @@ async fn audited(harness: &Harness, sets: &[&str]) -> Serving {
     let listen = format!("proxy.listen={proxy}");
     let mut command = command(&[&["serve", "--config", file.to_str().unwrap(), "--set", &listen], sets].concat());
     let serving = Serving::told(command.spawn().unwrap(), proxy.clone(), String::new());
-    eventually("the door", async || TcpStream::connect(&proxy).await.ok().map(drop)).await;
+    eventually("the listener", async || TcpStream::connect(&proxy).await.ok().map(drop)).await;
     serving
 }

@@ -1,11 +1,11 @@
-//! What passes, byte for byte, both ways.
+//! What passes byte for byte, in both directions.
 
 use std::io::Read;
 
 use flate2::read::GzDecoder;
 use reqwest::Method;
 use sha2::{Digest, Sha256};
-use world::{Door, Fault, Rule, pseudo_random_bytes};
+use world::{Fault, Listener, Rule, pseudo_random_bytes};
 
 use crate::harness::{Harness, json};
 use crate::raw_http::{Scripted, Wire, eventually};
@@ -37,7 +37,7 @@ async fn raw_targets_reach_amazon_unchanged() {
         "/caf\u{e9}?caf\u{e9}",
         long.as_str(),
     ] {
-        let answer = harness.knock(format!("GET {target} HTTP/1.1\r\nHost: localhost\r\n\r\n")).await;
+        let answer = harness.send_raw(format!("GET {target} HTTP/1.1\r\nHost: localhost\r\n\r\n")).await;
         assert_eq!(harness.seen().target, target);
         assert_eq!(answer.header("x-adsidecar-error"), None, "{answer:?}");
     }
@@ -55,7 +55,7 @@ async fn a_redirect_is_passed_on_and_never_followed() {
     assert!(location.contains("X-Amz-Credential=SANDBOX%2F20261122%2Fus-east-1"), "{location}");
     assert_eq!(harness.ads_calls().len(), 1);
     for code in [301, 302, 303, 308] {
-        let elsewhere = format!("{}/sandbox/echo", harness.sandbox.origin(Door::Eu));
+        let elsewhere = format!("{}/sandbox/echo", harness.sandbox.origin(Listener::Eu));
         harness.sandbox.set_fault(Fault::Status {
             code,
             headers: vec![("location".into(), elsewhere.clone())],
@@ -64,7 +64,7 @@ async fn a_redirect_is_passed_on_and_never_followed() {
         let answer = harness.get("/sandbox/echo").await;
         assert_eq!((answer.status().as_u16(), answer.headers()["location"].to_str().unwrap()), (code, &*elsewhere));
     }
-    assert!(harness.sandbox.calls(Door::Eu).is_empty());
+    assert!(harness.sandbox.calls(Listener::Eu).is_empty());
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -93,7 +93,7 @@ async fn a_batch_with_its_vendor_media_types_passes() {
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 65.
-async fn compressed_answers_stay_compressed() {
+async fn compressed_responses_stay_compressed() {
     let harness = Harness::set(&[]).await;
     let report = harness.get("/sandbox/gzip").await;
     assert!(!report.headers().contains_key("content-encoding"));
@@ -116,7 +116,7 @@ async fn events_arrive_one_by_one() {
     let head = wire.reply_head().await;
     assert_eq!((head.status, head.header("content-type")), (200, Some("text/event-stream")));
     for number in 1..=3 {
-        harness.sandbox.let_events(1);
+        harness.sandbox.release_events(1);
         let event = wire.until("\n\n").await.unwrap();
         assert!(
             event.ends_with(&format!("id: {number}\nevent: message\ndata: {{\"number\":{number}}}\n\n")),
@@ -139,8 +139,9 @@ async fn an_event_stream_may_be_silent_before_its_head() {
 #[tokio::test(flavor = "multi_thread")]
 async fn repeated_headers_stay_repeated() {
     let harness = Harness::set(&[]).await;
-    let answer =
-        harness.knock("GET /sandbox/cookies HTTP/1.1\r\nHost: localhost\r\nX-A: 1\r\nX-B: 2\r\nX-A: 3\r\n\r\n").await;
+    let answer = harness
+        .send_raw("GET /sandbox/cookies HTTP/1.1\r\nHost: localhost\r\nX-A: 1\r\nX-B: 2\r\nX-A: 3\r\n\r\n")
+        .await;
     let cookies: Vec<_> = answer.headers.iter().filter(|(name, _)| name == "set-cookie").collect();
     assert_eq!(cookies.len(), 2);
     assert!(cookies[0].1.starts_with("session-id=130-1234567-1234567; Domain=.amazon.com;"), "{cookies:?}");
@@ -149,9 +150,9 @@ async fn repeated_headers_stay_repeated() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn nothing_is_added_to_a_bare_call() {
+async fn nothing_is_added_to_a_minimal_request() {
     let harness = Harness::set(&[]).await;
-    let answer = harness.knock("GET /v2/profiles HTTP/1.1\r\nHost: localhost\r\n\r\n").await;
+    let answer = harness.send_raw("GET /v2/profiles HTTP/1.1\r\nHost: localhost\r\n\r\n").await;
     assert_eq!(answer.status, 200);
     let mut names = harness.seen().header_names().into_iter().map(str::to_owned).collect::<Vec<_>>();
     names.sort();
@@ -159,11 +160,11 @@ async fn nothing_is_added_to_a_bare_call() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn nothing_is_added_to_a_bare_answer() {
+async fn nothing_is_added_to_a_minimal_response() {
     let amazon =
         Scripted::saying("HTTP/1.1 299 Odd\r\nX-Amz: 1\r\nX-Odd_Name: \"a\"\r\nContent-Length: 2\r\n\r\nok").await;
     let harness = Harness::before(&amazon, &[]).await;
-    let answer = harness.knock("GET /x HTTP/1.1\r\nHost: localhost\r\nX-Request-Id: r-1\r\n\r\n").await;
+    let answer = harness.send_raw("GET /x HTTP/1.1\r\nHost: localhost\r\nX-Request-Id: r-1\r\n\r\n").await;
     let headers: Vec<_> = answer.headers.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
     let expected = [("x-amz", "1"), ("x-odd_name", "\"a\""), ("content-length", "2"), ("x-request-id", "r-1")];
     assert_eq!((answer.status, headers, answer.text().as_str()), (299, expected.to_vec(), "ok"));
@@ -186,7 +187,7 @@ async fn head_keeps_the_length_and_the_connection() {
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 66.
-async fn answers_without_a_body_leave_both_connections_in_step() {
+async fn bodiless_responses_keep_both_connections_in_sync() {
     let amazon = Scripted::start(|mut wire, _| async move {
         while let Some(head) = wire.head().await {
             let answer = match head.split(' ').nth(1).unwrap() {
@@ -207,7 +208,7 @@ async fn answers_without_a_body_leave_both_connections_in_step() {
         assert_eq!((answer.status, answer.text().as_str(), answer.whole), (status, body, true), "{path}");
         match path {
             "/204" => assert_eq!(answer.names(), ["x-n", "x-request-id"]),
-            // Its Content-Length, which tells nothing about this connection, gets lost in hyper.
+            // Its Content-Length, which says nothing about this connection, is dropped by hyper.
             "/304" => assert_eq!(answer.header("etag"), Some("\"e\"")),
             _ => {}
         }
@@ -244,14 +245,14 @@ async fn large_bodies_pass_both_ways() {
 #[tokio::test(flavor = "multi_thread")]
 async fn unusual_but_legal_framing_passes() {
     let harness = Harness::set(&[]).await;
-    let empty = harness.knock("POST /sandbox/echo HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\n\r\n").await;
+    let empty = harness.send_raw("POST /sandbox/echo HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\n\r\n").await;
     assert_eq!((empty.status, harness.seen().header("content-length")), (200, Some("0")));
-    let get = harness.knock("GET /sandbox/echo HTTP/1.1\r\nHost: localhost\r\nContent-Length: 3\r\n\r\nabc").await;
+    let get = harness.send_raw("GET /sandbox/echo HTTP/1.1\r\nHost: localhost\r\nContent-Length: 3\r\n\r\nabc").await;
     assert_eq!((get.status, harness.seen().text().as_str()), (200, "abc"));
     let delete =
         "DELETE /sandbox/echo HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n";
-    assert_eq!((harness.knock(delete).await.status, harness.seen().text().as_str()), (200, "abc"));
-    let bare = harness.knock("POST /sandbox/echo HTTP/1.1\r\nHost: localhost\r\n\r\n").await;
+    assert_eq!((harness.send_raw(delete).await.status, harness.seen().text().as_str()), (200, "abc"));
+    let bare = harness.send_raw("POST /sandbox/echo HTTP/1.1\r\nHost: localhost\r\n\r\n").await;
     assert_eq!((bare.status, harness.seen().body_len), (200, 0));
 }
 
@@ -260,7 +261,7 @@ async fn unusual_but_legal_framing_passes() {
 async fn trailers_are_dropped() {
     let harness = Harness::set(&[]).await;
     let answer = harness
-        .knock(
+        .send_raw(
             "POST /sandbox/echo HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\nTrailer: Authorization\r\n\r\n\
              3\r\nabc\r\n0\r\nAuthorization: Bearer theirs\r\nContent-Length: 7\r\nX-T: 1\r\n\r\n",
         )
@@ -274,12 +275,12 @@ async fn trailers_are_dropped() {
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 73.
-async fn a_body_is_asked_for_only_after_the_checks() {
+async fn a_100_continue_is_sent_only_after_the_checks() {
     let harness = Harness::set(&[]).await;
     let expecting = |host: &str| {
         format!("POST /sandbox/echo HTTP/1.1\r\nHost: {host}\r\nContent-Length: 3\r\nExpect: 100-continue\r\n\r\n")
     };
-    assert_eq!(harness.knock(expecting("evil.test")).await.status, 403, "and no 100 before it");
+    assert_eq!(harness.send_raw(expecting("evil.test")).await.status, 403, "with no 100 before it");
     let mut wire = harness.dial().await;
     wire.send(expecting("localhost")).await;
     assert_eq!(wire.reply().await.status, 100);
@@ -291,7 +292,7 @@ async fn a_body_is_asked_for_only_after_the_checks() {
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 75.
-async fn old_clients_are_served_with_and_without_keep_alive() {
+async fn http_1_0_clients_are_served_with_and_without_keep_alive() {
     let harness = Harness::set(&[]).await;
     let mut wire = harness.dial().await;
     wire.send("GET /sandbox/bytes/5?chunked=1 HTTP/1.0\r\nHost: localhost\r\n\r\n").await;
@@ -311,7 +312,7 @@ async fn old_clients_are_served_with_and_without_keep_alive() {
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 76.
-async fn a_hundred_pipelined_calls_are_answered_in_their_order() {
+async fn a_hundred_pipelined_requests_are_answered_in_order() {
     let harness = Harness::set(&[]).await;
     let mut wire = harness.dial().await;
     let calls: String = (1..=100)
@@ -326,7 +327,7 @@ async fn a_hundred_pipelined_calls_are_answered_in_their_order() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn sequential_calls_share_one_connection_to_amazon() {
+async fn sequential_requests_share_one_connection_to_amazon() {
     let harness = Harness::set(&[]).await;
     for _ in 0..25 {
         assert!(harness.get("/v2/profiles").await.text().await.unwrap().contains(PROFILE));
@@ -339,7 +340,7 @@ async fn sequential_calls_share_one_connection_to_amazon() {
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 60.
-async fn an_answer_that_breaks_off_is_never_ended_cleanly() {
+async fn a_truncated_response_never_ends_cleanly() {
     let harness = Harness::set(&[("proxy.replay_limit", "1B")]).await;
     for query in ["", "?chunked=1"] {
         harness.sandbox.set_fault(Fault::CloseMidBody);
@@ -348,30 +349,31 @@ async fn an_answer_that_breaks_off_is_never_ended_cleanly() {
         let answer = wire.reply().await;
         assert_eq!((answer.status, answer.whole), (200, false), "{query}");
         assert_eq!(answer.body, pseudo_random_bytes(100_000)[..answer.body.len()]);
-        assert!(!answer.body.is_empty(), "what came passes");
+        assert!(!answer.body.is_empty(), "the received part is passed on");
         assert!(wire.closes().await);
     }
-    // A refusal, which is read before it passes, breaks off as well. (What was sent was too large for a replay.)
+    // A rejection, which is read before it is passed on, also aborts. (The body sent was too large for the replay
+    // buffer.)
     harness.sandbox.set_fault(Rule::from(Fault::CloseMidBody).on("/sandbox/status/401"));
     let call = "POST /sandbox/status/401 HTTP/1.1\r\nHost: localhost\r\nContent-Length: 3\r\n\r\nabc";
     let came = harness.raw(call.as_bytes(), None).await;
     assert!(!came.ends_with(b"401}"), "{}", String::from_utf8_lossy(&came));
-    // Nothing of that harms the next call.
+    // None of this affects the next request.
     assert_eq!(harness.get("/sandbox/echo").await.status(), 200);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 68.
-async fn a_caller_that_hangs_up_leaves_amazon_with_an_incomplete_call() {
+async fn an_upload_aborted_by_the_caller_reaches_amazon_as_incomplete() {
     let harness = Harness::set(&[]).await;
     for framing in ["Content-Length: 100000", "Transfer-Encoding: chunked"] {
         harness.sandbox.clear_history();
         let mut wire = harness.dial().await;
         wire.send(format!("POST /sandbox/echo HTTP/1.1\r\nHost: localhost\r\n{framing}\r\n\r\n5\r\nabcde\r\n")).await;
-        eventually("the call reaches Amazon", || !harness.ads_calls().is_empty()).await;
+        eventually("the call to reach Amazon", || !harness.ads_calls().is_empty()).await;
         drop(wire);
-        // The sandbox enters what it read of a body when the body has ended, one way or the other.
-        eventually("Amazon sees the end", || harness.seen().body_len > 0).await;
+        // The sandbox records the body once it has ended, complete or not.
+        eventually("Amazon to see the end", || harness.seen().body_len > 0).await;
         assert!(!harness.seen().complete, "{framing}");
         assert_eq!(harness.seen().status, None);
     }
@@ -380,12 +382,12 @@ async fn a_caller_that_hangs_up_leaves_amazon_with_an_incomplete_call() {
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 62.
-async fn an_answer_before_the_end_of_the_body_passes_at_once() {
+async fn a_response_before_the_end_of_the_body_passes_immediately() {
     let amazon = Scripted::start(|mut wire: Wire, _| async move {
         while let Some(head) = wire.head().await {
             if head.starts_with("POST") {
                 wire.send("HTTP/1.1 413 Payload Too Large\r\nContent-Length: 3\r\nConnection: close\r\n\r\nbig").await;
-                // Read on, as a server that lingers does.
+                // Read on, as a server with a lingering close does.
                 while !wire.take(64 << 10).await.is_empty() {}
                 return;
             }
@@ -398,7 +400,7 @@ async fn an_answer_before_the_end_of_the_body_passes_at_once() {
     wire.send("POST /sandbox/echo HTTP/1.1\r\nHost: localhost\r\nContent-Length: 3000000\r\n\r\nabc").await;
     let answer = wire.reply().await;
     assert_eq!((answer.said(), answer.text().as_str()), ((413, ""), "big"));
-    // What is left of the body never becomes a call of its own.
+    // The rest of the body never becomes a request.
     let smuggled = "GET /smuggled HTTP/1.1\r\nHost: localhost\r\n\r\n";
     wire.send(smuggled).await;
     let next = harness.get("/next").await;

@@ -1,4 +1,4 @@
-//! HTTP/1.1 by hand: a client that says exactly what a test says, and an Amazon that does.
+//! Raw HTTP/1.1: a client that sends exactly the bytes of a test, and a scripted Amazon that does the same.
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -15,10 +15,10 @@ use tokio::net::{TcpListener, TcpStream, UnixStream};
 use tokio::task::JoinHandle;
 use tokio_rustls::TlsAcceptor;
 
-/// Whatever has not come after this long never comes.
+/// The limit for every wait.
 pub const PATIENCE: Duration = Duration::from_secs(10);
 
-/// Waits until `holds`, and fails when it does not come to hold.
+/// Waits until `holds` returns true, and fails after the limit.
 pub async fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
     let deadline = Instant::now() + PATIENCE;
     while !holds() {
@@ -30,21 +30,21 @@ pub async fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
 trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
 impl<S: AsyncRead + AsyncWrite + Send + Unpin> Stream for S {}
 
-/// One connection, from either end.
+/// One end of a connection.
 pub struct Wire {
     stream: Box<dyn Stream>,
     came: Vec<u8>,
 }
 
-/// One answer.
+/// A response.
 #[derive(Debug)]
 pub struct Reply {
     pub version: String,
     pub status: u16,
-    /// Names in lower case, in their order.
+    /// The names in lower case, in order.
     pub headers: Vec<(String, String)>,
     pub body: Vec<u8>,
-    /// Whether the body came to its end as its framing says.
+    /// Whether the body was complete according to its framing.
     pub whole: bool,
 }
 
@@ -61,18 +61,18 @@ impl Wire {
         Self { stream: Box::new(stream), came: Vec::new() }
     }
 
-    /// Writes. That the other end has closed already is seen when reading.
+    /// Writes. If the peer has closed the connection, the next read shows it.
     pub async fn send(&mut self, bytes: impl AsRef<[u8]>) {
         let _ = self.stream.write_all(bytes.as_ref()).await;
         let _ = self.stream.flush().await;
     }
 
-    /// Writes, and says whether the other end still takes it.
+    /// Writes, and returns whether the peer still accepts data.
     pub async fn sends(&mut self, bytes: &[u8]) -> bool {
         self.stream.write_all(bytes).await.is_ok() && self.stream.flush().await.is_ok()
     }
 
-    /// Writes, and drops what comes meanwhile: two ends that both write and do not read would wait for each other.
+    /// Writes, and discards incoming data meanwhile: two ends that both write without reading would deadlock.
     pub async fn floods(&mut self, bytes: &[u8]) {
         let (mut reader, mut writer) = tokio::io::split(&mut self.stream);
         let flood = async {
@@ -86,21 +86,21 @@ impl Wire {
         }
     }
 
-    /// Closes in good order: over TLS too the other end knows that this was all.
+    /// Closes gracefully: over TLS, with a close_notify.
     pub async fn end(&mut self) {
         let _ = self.stream.shutdown().await;
     }
 
-    /// Reads more; false at the end of the stream, however it came.
+    /// Reads more; returns false at the end of the stream, graceful or not.
     async fn more(&mut self) -> bool {
         let mut buffer = vec![0; 16 << 10];
         let read = tokio::time::timeout(PATIENCE, self.stream.read(&mut buffer)).await;
-        let count = read.expect("nothing came and nothing closed").unwrap_or(0);
+        let count = read.expect("the peer neither sent data nor closed the connection").unwrap_or(0);
         self.came.extend_from_slice(&buffer[..count]);
         count > 0
     }
 
-    /// Everything up to and with `mark`; `None` where the stream ends before.
+    /// Everything up to and including `mark`; `None` if the stream ends before.
     pub async fn until(&mut self, mark: &str) -> Option<String> {
         loop {
             if let Some(at) = self.came.windows(mark.len()).position(|window| window == mark.as_bytes()) {
@@ -113,19 +113,19 @@ impl Wire {
         }
     }
 
-    /// The head of a request, for one who plays Amazon.
+    /// The head of a request, for a scripted Amazon.
     pub async fn head(&mut self) -> Option<String> {
         self.until("\r\n\r\n").await
     }
 
-    /// Exactly so many bytes, or what came before the end.
+    /// Exactly `count` bytes, or fewer if the stream ends.
     pub async fn take(&mut self, count: usize) -> Vec<u8> {
         while self.came.len() < count && self.more().await {}
         let there = self.came.len().min(count);
         self.came.drain(..there).collect()
     }
 
-    /// The next answer.
+    /// The next response.
     pub async fn reply(&mut self) -> Reply {
         let mut reply = self.reply_head().await;
         let chunked = reply.header("transfer-encoding").is_some();
@@ -145,9 +145,9 @@ impl Wire {
         reply
     }
 
-    /// The head of the next answer alone: an answer to `HEAD`, or one whose body is watched.
+    /// The head of the next response only: for a response to `HEAD`, or one whose body the test reads itself.
     pub async fn reply_head(&mut self) -> Reply {
-        let head = self.head().await.expect("an answer came before the connection closed");
+        let head = self.head().await.expect("a response arrived before the connection closed");
         let mut lines = head.trim_end().split("\r\n");
         let (version, rest) = lines.next().unwrap().split_once(' ').unwrap();
         let headers = lines.map(|line| line.split_once(':').unwrap());
@@ -175,13 +175,13 @@ impl Wire {
         }
     }
 
-    /// All that comes until the other end closes.
+    /// Everything until the peer closes the connection.
     pub async fn everything(&mut self) -> String {
         while self.more().await {}
         String::from_utf8_lossy(&std::mem::take(&mut self.came)).into_owned()
     }
 
-    /// Whether the other end closes now, without another byte.
+    /// Whether the peer closes the connection without sending another byte.
     pub async fn closes(&mut self) -> bool {
         self.came.is_empty() && !self.more().await
     }
@@ -196,7 +196,7 @@ impl Reply {
         self.headers.iter().map(|(name, _)| name.as_str()).collect()
     }
 
-    /// The status, and the code where adsidecar itself answers.
+    /// The status, and the error code if adsidecar itself responded.
     pub fn said(&self) -> (u16, &str) {
         (self.status, self.header("x-adsidecar-error").unwrap_or_default())
     }
@@ -210,7 +210,7 @@ impl Reply {
     }
 }
 
-/// An Amazon that does exactly what its script says, on TLS with a certificate of its own.
+/// A scripted Amazon, on TLS with its own certificate.
 pub struct Scripted {
     pub origin: String,
     directory: TempDir,
@@ -219,7 +219,7 @@ pub struct Scripted {
 }
 
 impl Scripted {
-    /// Runs `script` on each connection, which gets its number from 1.
+    /// Runs `script` on each connection, with the connection's number, starting at 1.
     pub async fn start<F, Fut>(script: F) -> Self
     where
         F: Fn(Wire, usize) -> Fut + Send + 'static,
@@ -228,7 +228,7 @@ impl Scripted {
         Self::speaking(&[], script).await
     }
 
-    /// The same with the protocols that ALPN offers, such as `h2`.
+    /// As above, with the protocols to offer through ALPN, such as `h2`.
     pub async fn speaking<F, Fut>(protocols: &[&str], script: F) -> Self
     where
         F: Fn(Wire, usize) -> Fut + Send + 'static,
@@ -261,7 +261,7 @@ impl Scripted {
         Self { origin, directory, connections, task }
     }
 
-    /// One that answers every request without a body by these bytes.
+    /// Responds to every request without a body with these bytes.
     pub async fn saying(answer: &'static str) -> Self {
         Self::start(move |mut wire, _| async move {
             while wire.head().await.is_some() {
@@ -275,7 +275,7 @@ impl Scripted {
         self.directory.path().join("ca.pem")
     }
 
-    /// How many connections came.
+    /// The number of connections accepted.
     pub fn connections(&self) -> usize {
         self.connections.load(Ordering::SeqCst)
     }

@@ -1,5 +1,5 @@
-//! One renewal at a time, in a task of its own, whatever happens to it or beside it: rows 22 to 28 and 93 to 95 of what can go
-//! wrong. (Row 22 and 23 stand in `tokens`.) Fail points are the whole process's: each test has a process of its own.
+//! One refresh at a time, in a separate task, whatever happens to it or beside it: failures 22 to 28 and 93 to 95 of
+//! the catalogue. (22 and 23 are in `tokens`.) Fail points apply to a whole process, so each test has its own process.
 
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -10,7 +10,7 @@ use adsidecar::store::keyring::Keyring;
 use adsidecar::store::{Settings, TokenStore};
 use reqwest::Method;
 use serde_json::Value;
-use world::{Door, Fault, Rule};
+use world::{Fault, Listener, Rule};
 
 use crate::harness::{FERNET_KEY, Harness, code, eventually, json};
 
@@ -21,20 +21,20 @@ fn interrupted(outcome: &str) -> String {
     format!("adsidecar_token_refresh_interrupted_total{{outcome=\"{outcome}\"}}")
 }
 
-/// Runs the sidecar as a process, on the machine's clock, by which the stored token is long dead, so that it renews it at
-/// once; at `point` it dies.
+/// Runs the sidecar as a separate process with the real clock, by which the stored token expired long ago, so that it
+/// refreshes immediately; the process dies at `point`.
 async fn dies_at(harness: &Harness, point: &str) {
     let file = harness.config_file();
     let mut command = Command::new(env!("CARGO_BIN_EXE_adsidecar"));
     command.args(["serve", "--config", file.to_str().unwrap()]).env_clear();
     command.env("FAILPOINTS", format!("{point}=return")).stdout(Stdio::null()).stderr(Stdio::null());
     let ended = tokio::task::spawn_blocking(move || command.status().unwrap()).await.unwrap();
-    assert!(!ended.success() && ended.code().is_none(), "it ended by itself: {ended}");
+    assert!(!ended.success() && ended.code().is_none(), "the process exited by itself: {ended}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 24.
-async fn a_crash_around_a_renewal_loses_nothing_that_is_not_told() {
+async fn a_crash_during_a_refresh_loses_nothing_unreported() {
     for (point, stored) in
         [("renewal_answered", false), ("save_unsynced", false), ("save_synced", true), ("renewal_stored", true)]
     {
@@ -44,18 +44,22 @@ async fn a_crash_around_a_renewal_loses_nothing_that_is_not_told() {
             harness.stop_sidecar().await;
             harness.sandbox.clear_history();
             if rotating {
-                harness.sandbox.set_fault(Rule::from(Fault::RotateRefreshToken).at(Door::Lwa));
+                harness.sandbox.set_fault(Rule::from(Fault::RotateRefreshToken).at(Listener::Lwa));
             }
             dies_at(&harness, point).await;
-            assert_eq!(harness.sandbox.refreshes(), 1, "{point}: it asked once");
+            assert_eq!(harness.sandbox.refreshes(), 1, "{point}: one token call");
             harness.start_sidecar().await;
             let answer = harness.post(REFRESH).await;
             let lost = rotating && !stored;
             assert_eq!(code(&answer), if lost { "login_required" } else { "" }, "{point}, rotating: {rotating}");
-            assert_eq!(harness.metric(&interrupted("lost")).await, f64::from(u8::from(lost)), "{point}: never silent");
+            assert_eq!(
+                harness.metric(&interrupted("lost")).await,
+                f64::from(u8::from(lost)),
+                "{point}: a lost refresh is reported"
+            );
             let recovered = !rotating && !stored;
             assert_eq!(harness.metric(&interrupted("recovered")).await, f64::from(u8::from(recovered)), "{point}");
-            // A loss is told once, and what is written down is taken back.
+            // A loss is reported once, and the journal entry is deleted.
             harness.stop_sidecar().await;
             harness.start_sidecar().await;
             harness.advance(3600);
@@ -67,11 +71,11 @@ async fn a_crash_around_a_renewal_loses_nothing_that_is_not_told() {
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 25.
-async fn a_renewal_that_the_disk_does_not_take_is_served_and_stored_as_soon_as_it_can_be() {
+async fn a_refreshed_token_that_cannot_be_written_is_used_and_stored_later() {
     let mut harness = Harness::start().await;
     harness.log_in("default").await;
     fail::cfg("save_refused", "return").unwrap();
-    harness.sandbox.set_fault(Rule::from(Fault::RotateRefreshToken).at(Door::Lwa));
+    harness.sandbox.set_fault(Rule::from(Fault::RotateRefreshToken).at(Listener::Lwa));
     harness.advance(3600);
     assert_eq!(harness.get("/v2/profiles").await.status(), 200, "served from memory");
     assert_eq!(harness.status_of("default").await["state"], "fresh");
@@ -89,7 +93,7 @@ async fn a_renewal_that_the_disk_does_not_take_is_served_and_stored_as_soon_as_i
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 26.
-async fn a_renewal_that_panics_frees_its_place_and_is_tried_again() {
+async fn a_panicking_refresh_is_released_and_retried() {
     let harness = Harness::with_running_clock("").await;
     harness.log_in("default").await;
     harness.sandbox.clear_history();
@@ -104,36 +108,40 @@ async fn a_renewal_that_panics_frees_its_place_and_is_tried_again() {
     let status = harness.status_of("default").await;
     assert_eq!((&status["state"], &status["last_error"]), (&"failing".into(), &"internal".into()));
     let panics = harness.metric("adsidecar_token_refresh_total{reason=\"internal\",result=\"failure\"}").await;
-    assert!((1.0..20.0).contains(&panics), "it backs off as behind any failure: {panics}");
+    assert!((1.0..20.0).contains(&panics), "it backs off as after any failure: {panics}");
     fail::remove("renewal_begun");
-    eventually("the process lives on", async || (harness.get("/v2/profiles").await.status() == 200).then_some(()))
-        .await;
+    eventually("the process to keep serving", async || {
+        (harness.get("/v2/profiles").await.status() == 200).then_some(())
+    })
+    .await;
     assert_eq!(harness.sandbox.refreshes(), 1);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 27.
-async fn background_and_caller_renew_once() {
+async fn background_and_caller_share_one_refresh() {
     let harness = Harness::start().await;
     harness.log_in("default").await;
-    let gate = harness.sandbox.set_fault(Rule::from(Fault::Gate).at(Door::Lwa).always());
-    // The background begins, and the token dies under it.
+    let gate = harness.sandbox.set_fault(Rule::from(Fault::Gate).at(Listener::Lwa).always());
+    // The background starts a refresh, and the access token expires meanwhile.
     harness.advance(3000);
     gate.reached(1).await;
     harness.advance(600);
     let callers: Vec<_> = (0..50).map(|_| tokio::spawn(harness.request(Method::GET, "/v2/profiles").send())).collect();
     let asked: Vec<_> = (0..10).map(|_| tokio::spawn(harness.request(Method::POST, REFRESH).send())).collect();
-    eventually("60 who wait", async || (harness.metric("adsidecar_requests_in_flight").await >= 60.0).then_some(()))
-        .await;
+    eventually("60 waiting callers", async || {
+        (harness.metric("adsidecar_requests_in_flight").await >= 60.0).then_some(())
+    })
+    .await;
     gate.release();
     for one in callers.into_iter().chain(asked) {
-        // The life of what was given counts from when it was asked for: 600 s of it are over, and the rest is enough.
+        // The lifetime counts from the token request: 600 s of it have passed, and the rest is enough.
         assert_eq!(one.await.unwrap().unwrap().status(), 200);
     }
     assert_eq!(harness.sandbox.refreshes(), 1);
 }
 
-/// Puts users into the store whose grants have no access token yet.
+/// Stores users whose grants have no access token yet.
 async fn stored_users(harness: &Harness, count: usize) {
     let keyring = Keyring::new(&[Secret::new(FERNET_KEY)]).unwrap();
     let (store, _) =
@@ -156,23 +164,23 @@ async fn stored_users(harness: &Harness, count: usize) {
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 28.
-async fn a_thousand_users_at_start_are_renewed_over_a_minute_and_few_at_once() {
+async fn a_thousand_users_at_startup_are_refreshed_over_a_minute_with_limited_concurrency() {
     let mut harness = Harness::start().await;
     harness.stop_sidecar().await;
     stored_users(&harness, 1000).await;
-    let gate = harness.sandbox.set_fault(Rule::from(Fault::Gate).at(Door::Lwa).always());
+    let gate = harness.sandbox.set_fault(Rule::from(Fault::Gate).at(Listener::Lwa).always());
     harness.start_sidecar().await;
     harness.advance(6);
     gate.reached(8).await;
-    // One that nobody waits for is not among those eight, and its caller waits for no turn.
+    // A user without waiting callers is not among those eight, and its caller does not wait for a permit.
     let caller = tokio::spawn(harness.request(Method::GET, "/v2/profiles").header("x-ads-user", "user-999").send());
     gate.reached(9).await;
-    assert!(gate.met() <= 9, "refresh.concurrency is 8: {}", gate.met());
+    assert!(gate.hits() <= 9, "refresh.concurrency is 8: {}", gate.hits());
     gate.release();
     assert_eq!(caller.await.unwrap().unwrap().status(), 200);
-    // How many have been renewed, once all that are due have been.
-    let renewed = async || {
-        eventually("all that is due", async || {
+    // The number of refreshed users, once all due refreshes are done.
+    let refreshed = async || {
+        eventually("all due refreshes", async || {
             let before = harness.sandbox.refreshes();
             tokio::time::sleep(Duration::from_millis(200)).await;
             let fresh = harness.metric("adsidecar_users{state=\"fresh\"}").await as u64;
@@ -180,28 +188,28 @@ async fn a_thousand_users_at_start_are_renewed_over_a_minute_and_few_at_once() {
         })
         .await
     };
-    let first = renewed().await;
+    let first = refreshed().await;
     assert!((60..=150).contains(&first), "a tenth of them in a tenth of the minute: {first}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 93.
-async fn a_logout_beats_a_refresh_at_whatever_instant_it_comes() {
+async fn a_logout_beats_a_refresh_at_every_point() {
     for point in ["renewal_begun", "renewal_answered"] {
         let mut harness = Harness::start().await;
         harness.log_in("default").await;
-        harness.sandbox.set_fault(Rule::from(Fault::RotateRefreshToken).at(Door::Lwa));
+        harness.sandbox.set_fault(Rule::from(Fault::RotateRefreshToken).at(Listener::Lwa));
         let release = hold(point);
         let asked = tokio::spawn(harness.request(Method::POST, REFRESH).send());
         if point == "renewal_answered" {
-            eventually("LWA has answered", async || (harness.sandbox.refreshes() == 1).then_some(())).await;
+            eventually("LWA to respond", async || (harness.sandbox.refreshes() == 1).then_some(())).await;
         }
         assert_eq!(harness.post(LOGOUT).await.status(), 204);
         drop(release);
         let answer = asked.await.unwrap().unwrap();
         assert_eq!((answer.status().as_u16(), code(&answer)), (401, "login_required"));
         let dropped = "adsidecar_token_refresh_dropped_total";
-        eventually("the late answer", async || (harness.metric(dropped).await == 1.0).then_some(())).await;
+        eventually("the late response", async || (harness.metric(dropped).await == 1.0).then_some(())).await;
         harness.stop_sidecar().await;
         harness.start_sidecar().await;
         assert_eq!(harness.status_of("default").await["state"], "none", "{point}");
@@ -210,8 +218,8 @@ async fn a_logout_beats_a_refresh_at_whatever_instant_it_comes() {
     }
 }
 
-/// Whoever comes to `point` stays there until what this returns is dropped. What else its thread was about to do, other threads
-/// do meanwhile; the action `pause` holds that up too, and once it was the logout.
+/// Blocks every task that reaches `point` until the returned guard is dropped. Other threads continue the blocked
+/// thread's work meanwhile; with the action `pause` they would not, and once that blocked the logout itself.
 fn hold(point: &str) -> std::sync::mpsc::Sender<()> {
     let (release, released) = std::sync::mpsc::channel();
     let released = std::sync::Mutex::new(released);
@@ -222,10 +230,10 @@ fn hold(point: &str) -> std::sync::mpsc::Sender<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 94.
-async fn a_login_right_behind_a_logout_is_the_one_that_stays() {
+async fn a_login_right_after_a_logout_stays() {
     let mut harness = Harness::start().await;
     harness.log_in("default").await;
-    let gate = harness.sandbox.set_fault(Rule::from(Fault::Gate).at(Door::Lwa));
+    let gate = harness.sandbox.set_fault(Rule::from(Fault::Gate).at(Listener::Lwa));
     let asked = tokio::spawn(harness.request(Method::POST, REFRESH).send());
     gate.reached(1).await;
     assert_eq!(harness.post(LOGOUT).await.status(), 204);
@@ -235,7 +243,7 @@ async fn a_login_right_behind_a_logout_is_the_one_that_stays() {
     let newest = harness.sandbox.world(|world| world.grants.last().unwrap().refresh_token.clone());
     gate.release();
     asked.await.unwrap().unwrap();
-    eventually("the late answer", async || {
+    eventually("the late response", async || {
         (harness.metric("adsidecar_token_refresh_total{reason=\"\",result=\"success\"}").await == 1.0).then_some(())
     })
     .await;
@@ -244,17 +252,17 @@ async fn a_login_right_behind_a_logout_is_the_one_that_stays() {
     let status = harness.status_of("default").await;
     assert_eq!((&status["state"], &status["consented_at"]), (&"fresh".into(), &adopted["consented_at"]));
     assert_eq!(harness.post(REFRESH).await.status(), 200);
-    let form = harness.sandbox.calls(Door::Lwa).pop().unwrap().text();
+    let form = harness.sandbox.calls(Listener::Lwa).pop().unwrap().text();
     let mut form = url::form_urlencoded::parse(form.as_bytes());
-    assert!(form.any(|(name, value)| name == "refresh_token" && value == newest), "the new login's");
+    assert!(form.any(|(name, value)| name == "refresh_token" && value == newest), "the refresh token of the new login");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 95.
-async fn a_call_in_flight_at_logout_ends_well_and_the_next_does_not_begin() {
+async fn a_request_in_flight_at_logout_completes_and_the_next_is_rejected() {
     let harness = Harness::start().await;
     harness.log_in("default").await;
-    let gate = harness.sandbox.set_fault(Rule::from(Fault::Gate).at(Door::Na));
+    let gate = harness.sandbox.set_fault(Rule::from(Fault::Gate).at(Listener::Na));
     let call = tokio::spawn(harness.request(Method::GET, "/v2/profiles").send());
     gate.reached(1).await;
     assert_eq!(harness.post(LOGOUT).await.status(), 204);

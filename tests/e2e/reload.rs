@@ -1,4 +1,4 @@
-//! The configuration read again without a restart.
+//! Reloading the configuration without a restart.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -25,7 +25,7 @@ const ACCOUNT: &str = "[[account]]\nname = \"acme\"\nprofile_id = \"7\"";
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 104.
-async fn what_is_wrong_is_refused_whole_and_all_of_the_old_stays() {
+async fn an_invalid_reload_is_rejected_and_changes_nothing() {
     let harness = Harness::start().await;
     harness.log_in("default").await;
     for (wrong, named) in [
@@ -49,7 +49,7 @@ async fn what_is_wrong_is_refused_whole_and_all_of_the_old_stays() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_changed_file_is_taken_up_by_itself() {
+async fn a_changed_configuration_file_is_reloaded_automatically() {
     let harness = Harness::start().await;
     harness.log_in("default").await;
     append(&harness, ACCOUNT);
@@ -57,7 +57,8 @@ async fn a_changed_file_is_taken_up_by_itself() {
         .await;
 }
 
-/// As the kubelet does it: `..data` is a link to a directory, and is replaced by a link to another one.
+/// As the kubelet updates a volume: `..data` is a symbolic link to a directory, and is replaced by a link to another
+/// one.
 fn mount(secret: &Path, revision: &str, text: &str) {
     let data = secret.join(revision);
     fs::create_dir_all(&data).unwrap();
@@ -72,7 +73,7 @@ fn mount(secret: &Path, revision: &str, text: &str) {
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 105.
-async fn a_rotated_client_secret_is_taken_up_from_its_file_and_no_call_fails() {
+async fn a_rotated_client_secret_is_reloaded_from_its_file_and_no_request_fails() {
     let mut harness = Harness::start().await;
     harness.log_in("default").await;
     let secret = harness.directory.path().join("secret");
@@ -86,7 +87,7 @@ async fn a_rotated_client_secret_is_taken_up_from_its_file_and_no_call_fails() {
         assert_eq!(harness.get("/v2/profiles").await.status(), 200);
         let refreshed = harness.post("/api/auth/amazon/refresh").await;
         let state = json(refreshed).await["state"].clone();
-        // Over the pause behind a failed renewal.
+        // Past the backoff after a failed refresh.
         harness.advance(60);
         (state == "fresh").then_some(())
     })
@@ -95,7 +96,7 @@ async fn a_rotated_client_secret_is_taken_up_from_its_file_and_no_call_fails() {
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 105.
-async fn a_secret_file_that_is_gone_or_holds_nothing_leaves_the_old_secret_in_use() {
+async fn a_missing_or_empty_secret_file_leaves_the_old_secret_in_use() {
     let mut harness = Harness::start().await;
     harness.log_in("default").await;
     let secret = harness.directory.path().join("secret");
@@ -139,7 +140,7 @@ async fn a_refresh_token_in_a_file_is_adopted_when_the_file_changes() {
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 105.
-async fn sighup_reads_the_configuration_again() {
+async fn sighup_reloads_the_configuration() {
     let mut harness = Harness::with_running_clock("").await;
     harness.stop_sidecar().await;
     let mut serving = Serving::start(&harness, &[]).await;
@@ -147,11 +148,14 @@ async fn sighup_reads_the_configuration_again() {
     serving.says("the configuration was reloaded").await;
     serving.signal("TERM");
     assert_eq!(serving.ended().await.0, Some(0));
-    assert!(!serving.log.lock().unwrap().contains("a file of the configuration changed"), "the signal alone did it");
+    assert!(
+        !serving.log.lock().unwrap().contains("a file of the configuration changed"),
+        "the signal alone caused the reload"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_login_that_has_begun_survives_a_reload() {
+async fn a_pending_login_survives_a_reload() {
     let harness = Harness::start().await;
     let begun = json(harness.get("/api/auth/amazon/login").await).await;
     assert_eq!(reload(&harness).await.status(), 200);
@@ -160,7 +164,7 @@ async fn a_login_that_has_begun_survives_a_reload() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_call_in_flight_survives_a_reload() {
+async fn a_request_in_flight_survives_a_reload() {
     let harness = Harness::start().await;
     harness.log_in("default").await;
     let gate = harness.sandbox.set_fault(Fault::Gate);

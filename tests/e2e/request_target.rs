@@ -1,6 +1,6 @@
-//! The forms of a target: whom a caller can mean, and that nothing here is an open proxy.
+//! The forms of the request target: which hosts a caller can address, and that adsidecar is not an open proxy.
 
-use world::{CLIENT_ID, Door};
+use world::{CLIENT_ID, Listener};
 
 use crate::harness::Harness;
 
@@ -10,7 +10,7 @@ fn get(target: &str, host: &str) -> String {
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: threat 19.
-async fn nobody_elses_host_is_reached() {
+async fn no_host_other_than_amazons_is_reachable() {
     let harness = Harness::set(&[]).await;
     for (target, host) in [
         ("http://evil.test/x", "evil.test"),
@@ -25,23 +25,23 @@ async fn nobody_elses_host_is_reached() {
         ("http://advertising-api.amazon.com/x", "evil.test"),
         ("/x", "advertising-api.amazon.com"),
     ] {
-        let answer = harness.knock(get(target, host)).await;
+        let answer = harness.send_raw(get(target, host)).await;
         assert_eq!(answer.said(), (403, "host_not_allowed"), "{target} {host}");
     }
     for (target, host) in
         [("ftp://advertising-api.amazon.com/x", "localhost"), ("*", "localhost"), ("evil.test:80", "localhost")]
     {
-        let answer = harness.knock(get(target, host)).await;
+        let answer = harness.send_raw(get(target, host)).await;
         assert_eq!(answer.said(), (400, "bad_request"), "{target}");
     }
-    let star = harness.knock("OPTIONS * HTTP/1.1\r\nHost: localhost\r\n\r\n").await;
+    let star = harness.send_raw("OPTIONS * HTTP/1.1\r\nHost: localhost\r\n\r\n").await;
     assert_eq!(star.said(), (400, "bad_request"));
     assert!(harness.ads_calls().is_empty());
 }
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 74.
-async fn tunnels_are_refused_with_a_hint() {
+async fn tunnels_are_rejected_with_a_hint() {
     let harness = Harness::set(&[]).await;
     for line in [
         "CONNECT advertising-api.amazon.com:443",
@@ -69,28 +69,28 @@ async fn tunnels_are_refused_with_a_hint() {
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 77.
-async fn the_absolute_form_names_a_region() {
+async fn the_absolute_form_selects_a_region() {
     let harness = Harness::set(&[]).await;
-    for (authority, door) in [
-        ("advertising-api.amazon.com", Door::Na),
-        ("advertising-api-eu.amazon.com", Door::Eu),
-        ("ADVERTISING-API-FE.Amazon.Com", Door::Fe),
+    for (authority, listener) in [
+        ("advertising-api.amazon.com", Listener::Na),
+        ("advertising-api-eu.amazon.com", Listener::Eu),
+        ("ADVERTISING-API-FE.Amazon.Com", Listener::Fe),
     ] {
         for scheme in ["http", "https"] {
             for port in ["", ":80", ":443"] {
                 harness.sandbox.clear_history();
                 let target = format!("{scheme}://{authority}{port}/sandbox/echo?x=%2F");
-                // Proxies' clients say the target's host, some say the proxy's.
+                // Some HTTP clients send the target's host in the Host header, others the proxy's.
                 for host in [format!("{authority}{port}"), "localhost:8001".to_owned()] {
-                    assert_eq!(harness.knock(get(&target, &host)).await.status, 200, "{target} {host}");
+                    assert_eq!(harness.send_raw(get(&target, &host)).await.status, 200, "{target} {host}");
                     let seen = harness.seen();
-                    assert_eq!((seen.door, seen.target.as_str()), (door, "/sandbox/echo?x=%2F"));
-                    assert_eq!(seen.header("host"), harness.sandbox.origin(door).strip_prefix("https://"));
+                    assert_eq!((seen.listener, seen.target.as_str()), (listener, "/sandbox/echo?x=%2F"));
+                    assert_eq!(seen.header("host"), harness.sandbox.origin(listener).strip_prefix("https://"));
                 }
             }
         }
     }
-    let root = harness.knock(get("http://advertising-api.amazon.com", "advertising-api.amazon.com")).await;
+    let root = harness.send_raw(get("http://advertising-api.amazon.com", "advertising-api.amazon.com")).await;
     assert_eq!((root.header("x-adsidecar-error"), harness.seen().target.as_str()), (None, "/"));
 }
 
@@ -99,16 +99,17 @@ async fn our_own_authority_counts_as_the_origin_form() {
     let harness = Harness::set(&[("proxy.allowed_hosts", "ads.internal")]).await;
     for authority in ["localhost:8001", "127.0.0.1", "[::1]:9", "LocalHost", "ads.internal:80"] {
         let target = format!("http://{authority}/sandbox/echo?a");
-        assert_eq!(harness.knock(get(&target, authority)).await.status, 200, "{authority}");
+        assert_eq!(harness.send_raw(get(&target, authority)).await.status, 200, "{authority}");
         assert_eq!(harness.seen().target, "/sandbox/echo?a");
-        let status =
-            harness.knock(get(&format!("http://{authority}/api/auth/amazon/status?user_id=default"), authority)).await;
+        let status = harness
+            .send_raw(get(&format!("http://{authority}/api/auth/amazon/status?user_id=default"), authority))
+            .await;
         assert_eq!(status.json()["state"], "fresh", "{authority}");
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn of_lwas_hosts_the_token_endpoint_alone_is_served_and_by_the_shim() {
+async fn of_lwas_hosts_only_the_token_endpoint_is_served_locally() {
     let harness = Harness::set(&[]).await;
     harness.sandbox.clear_history();
     for host in ["api.amazon.com", "api.amazon.co.uk", "api.amazon.co.jp"] {
@@ -119,11 +120,11 @@ async fn of_lwas_hosts_the_token_endpoint_alone_is_served_and_by_the_shim() {
                  Content-Length: {}\r\n\r\n{form}",
                 form.len()
             );
-            let answer = harness.knock(call).await;
+            let answer = harness.send_raw(call).await;
             assert_eq!(answer.status, 200, "{target}: {answer:?}");
             assert!(!answer.json()["access_token"].as_str().unwrap().starts_with("Atza|"));
         }
-        let other = harness.knock(get(&format!("http://{host}/user/profile"), host)).await;
+        let other = harness.send_raw(get(&format!("http://{host}/user/profile"), host)).await;
         assert_eq!(other.said(), (404, "not_found"), "{host}");
     }
     assert!(harness.sandbox.history().is_empty());
@@ -140,14 +141,14 @@ async fn our_own_paths_are_never_forwarded() {
         "http://advertising-api.amazon.com/api/auth/amazon/status",
         "http://advertising-api.amazon.com/auth/o2/token",
     ] {
-        assert_eq!(harness.knock(get(target, "localhost")).await.said(), (404, "not_found"), "{target}");
+        assert_eq!(harness.send_raw(get(target, "localhost")).await.said(), (404, "not_found"), "{target}");
     }
-    let wrong = harness.knock(get("/auth/o2/token", "localhost")).await;
+    let wrong = harness.send_raw(get("/auth/o2/token", "localhost")).await;
     assert_eq!((wrong.said(), wrong.header("allow")), ((405, "method_not_allowed"), Some("POST")));
     assert!(harness.ads_calls().is_empty());
-    // Whatever only looks like them is Amazon's.
+    // Paths that only resemble ours are Amazon's.
     for target in ["/api/authx", "/API/auth/amazon/status", "//api/auth/amazon/status", "/auth/o3"] {
-        assert_eq!(harness.knock(get(target, "localhost")).await.header("x-adsidecar-error"), None, "{target}");
+        assert_eq!(harness.send_raw(get(target, "localhost")).await.header("x-adsidecar-error"), None, "{target}");
         assert_eq!(harness.seen().target, target);
     }
 }
@@ -155,7 +156,7 @@ async fn our_own_paths_are_never_forwarded() {
 const ACCOUNTS: &str = "[[account]]\nname = \"acme:1\"\nprofile_id = \"1\"\n[[account]]\nname = \"other\"\n";
 
 #[tokio::test(flavor = "multi_thread")]
-async fn behind_an_accounts_prefix_everything_but_the_shim_goes_to_amazon() {
+async fn under_an_account_prefix_all_but_the_token_endpoint_goes_to_amazon() {
     let harness = Harness::with(ACCOUNTS).await;
     harness.log_in("default").await;
     for (target, leaves) in [
@@ -167,7 +168,7 @@ async fn behind_an_accounts_prefix_everything_but_the_shim_goes_to_amazon() {
         ("/a/acme:1?x", "/?x"),
         ("http://localhost:8001/a/acme:1/sandbox/echo", "/sandbox/echo"),
     ] {
-        let answer = harness.knock(get(target, "localhost")).await;
+        let answer = harness.send_raw(get(target, "localhost")).await;
         assert_eq!((answer.header("x-adsidecar-error"), harness.seen().target.as_str()), (None, leaves), "{target}");
         assert_eq!(
             harness.seen().header("amazon-advertising-api-scope").is_some(),
@@ -176,10 +177,10 @@ async fn behind_an_accounts_prefix_everything_but_the_shim_goes_to_amazon() {
         );
     }
     let shim =
-        harness.knock("POST /a/acme:1/auth/o2/token HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\n\r\n").await;
+        harness.send_raw("POST /a/acme:1/auth/o2/token HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\n\r\n").await;
     assert_eq!((shim.status, &shim.json()["token_type"]), (200, &"bearer".into()));
     for bad in ["/a//x", "/a/%2e%2e/x", "/a/a%2fb/x", "/a/"] {
-        assert_eq!(harness.knock(get(bad, "localhost")).await.said(), (400, "bad_request"), "{bad}");
+        assert_eq!(harness.send_raw(get(bad, "localhost")).await.said(), (400, "bad_request"), "{bad}");
     }
     assert_eq!(harness.seen().header("amazon-advertising-api-clientid"), Some(CLIENT_ID));
 }
@@ -199,11 +200,11 @@ async fn a_unix_socket_serves_under_any_host() {
     page.send("GET /v2/profiles HTTP/1.1\r\nHost: localhost\r\nOrigin: http://evil.test\r\n\r\n").await;
     assert_eq!(page.reply().await.said(), (403, "cross_site"));
     harness.stop_sidecar().await;
-    assert!(!path.exists(), "the socket file goes with the door");
+    assert!(!path.exists(), "the socket file is removed with the listener");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_unix_socket_is_for_those_whom_its_mode_and_the_list_of_users_let_in() {
+async fn a_unix_socket_admits_callers_by_file_mode_and_user_list() {
     use std::os::unix::fs::{MetadataExt, PermissionsExt};
 
     let directory = tempfile::tempdir().unwrap();
@@ -211,7 +212,7 @@ async fn a_unix_socket_is_for_those_whom_its_mode_and_the_list_of_users_let_in()
     let listen = format!("127.0.0.1:0,unix:{}", path.display());
     let mut harness = Harness::set(&[("proxy.listen", &listen)]).await;
     let mode = || std::fs::metadata(&path).unwrap().permissions().mode() & 0o7777;
-    assert_eq!(mode(), 0o600, "for its own user alone unless told otherwise");
+    assert_eq!(mode(), 0o600, "accessible to its own user only, by default");
     harness.restart_with("proxy.socket_mode", "0660").await;
     assert_eq!(mode(), 0o660);
 
@@ -229,7 +230,11 @@ async fn a_unix_socket_is_for_those_whom_its_mode_and_the_list_of_users_let_in()
     }
     assert!(harness.ads_calls().is_empty());
     assert_eq!(harness.metric("adsidecar_guard_denied_total{reason=\"peer_uid\"}").await, 3.0);
-    assert_eq!(harness.get("/v2/profiles").await.status(), 200, "who comes by TCP is no peer of a socket file");
+    assert_eq!(
+        harness.get("/v2/profiles").await.status(),
+        200,
+        "TCP callers are not subject to the list of socket users"
+    );
     harness.restart_with("proxy.peer_uids", &format!("{},{own}", own + 1)).await;
     assert_eq!(ask(&path, "/v2/profiles").await.status, 200);
 }

@@ -1,4 +1,4 @@
-//! What is easily lost: a grant behind a caller who hangs up, a call behind a token that ends, a connection at the cap.
+//! Regressions: a grant whose caller disconnects, a request whose token expires, a connection at the limit.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -10,11 +10,11 @@ use adsidecar::config::{self, Sources};
 use reqwest::Method;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
-use world::{Door, Fault, Rule};
+use world::{Fault, Listener, Rule};
 
 use crate::harness::{Harness, code, eventually, json};
 
-/// Runs a sidecar on the harness's configuration and store with more of the one or the other; gives its proxy door.
+/// Runs a sidecar on the harness's configuration and store with additional settings. Returns its proxy address.
 async fn sidecar_with(harness: &Harness, env: &[(&str, &str)], sets: &[(&str, &str)]) -> SocketAddr {
     let own = |pairs: &[(&str, &str)]| pairs.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
     let sources = Sources { file: Some(harness.config_file()), env: own(env), sets: own(sets) };
@@ -40,16 +40,16 @@ async fn ask(stream: &mut TcpStream, request: &str) -> String {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_browser_that_goes_away_during_the_exchange_loses_no_grant() {
+async fn a_browser_that_disconnects_during_the_exchange_loses_no_grant() {
     let harness = Harness::start().await;
     let begun = json(harness.get("/api/auth/amazon/login").await).await;
     let callback = harness.consent(begun["auth_url"].as_str().unwrap()).await;
-    let gate = harness.sandbox.set_fault(Rule::from(Fault::Gate).at(Door::Lwa));
+    let gate = harness.sandbox.set_fault(Rule::from(Fault::Gate).at(Listener::Lwa));
     let mut browser = TcpStream::connect(harness.proxy_address()).await.unwrap();
     browser.write_all(format!("GET {callback} HTTP/1.1\r\nHost: localhost\r\n\r\n").as_bytes()).await.unwrap();
     gate.reached(1).await;
     drop(browser);
-    // The door has noticed once the connection is not counted any more; this request's own is.
+    // The listener has noticed once it no longer counts the connection; this request's own connection counts.
     while harness.metric("adsidecar_connections{door=\"proxy\"}").await > 1.0 {
         tokio::task::yield_now().await;
     }
@@ -59,11 +59,11 @@ async fn a_browser_that_goes_away_during_the_exchange_loses_no_grant() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_401_for_a_token_that_ended_on_the_way_is_cured_too() {
-    // So that the background does not renew it first.
+async fn a_401_for_a_token_that_expired_in_flight_is_retried_too() {
+    // Prevents the background from refreshing first.
     let harness = Harness::with("[refresh]\nidle_after = \"1m\"\n").await;
     harness.log_in("default").await;
-    let gate = harness.sandbox.set_fault(Rule::from(Fault::Gate).at(Door::Na));
+    let gate = harness.sandbox.set_fault(Rule::from(Fault::Gate).at(Listener::Na));
     let call = tokio::spawn(harness.request(Method::GET, "/v2/profiles").send());
     gate.reached(1).await;
     harness.sandbox.world(|world| world.expire_access_tokens());
@@ -74,7 +74,7 @@ async fn a_401_for_a_token_that_ended_on_the_way_is_cured_too() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn all_who_are_refused_at_once_share_one_forced_refresh() {
+async fn concurrent_401s_share_one_forced_refresh() {
     let harness = Harness::start().await;
     harness.log_in("default").await;
     harness.sandbox.world(|world| world.expire_access_tokens());
@@ -87,7 +87,7 @@ async fn all_who_are_refused_at_once_share_one_forced_refresh() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_configured_refresh_token_replaces_a_stored_grant_that_turns_out_dead() {
+async fn a_configured_refresh_token_replaces_a_stored_grant_that_lwa_rejects() {
     let mut harness = Harness::start().await;
     harness.log_in("default").await;
     harness.sandbox.world(|world| {
@@ -109,7 +109,7 @@ async fn a_configured_refresh_token_replaces_a_stored_grant_that_turns_out_dead(
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_grant_that_could_not_be_stored_is_used_and_stored_as_soon_as_it_can_be() {
+async fn a_grant_that_could_not_be_stored_is_used_and_stored_later() {
     let mut harness = Harness::with("[login]\nconfirm = true\n").await;
     let begun = json(harness.get("/api/auth/amazon/login").await).await;
     let callback = harness.consent(begun["auth_url"].as_str().unwrap()).await;
@@ -121,12 +121,16 @@ async fn a_grant_that_could_not_be_stored_is_used_and_stored_as_soon_as_it_can_b
     let away = harness.directory.path().join("away");
     std::fs::rename(&copies, &away).unwrap();
     assert_eq!(harness.post(&confirm).await.status(), 200);
-    assert_eq!(harness.get("/v2/profiles").await.status(), 200, "its code is spent: it is used from memory");
+    assert_eq!(
+        harness.get("/v2/profiles").await.status(),
+        200,
+        "its code is consumed, so the grant is used from memory"
+    );
     assert_eq!(harness.client.get(harness.admin_url("/readyz")).send().await.unwrap().status(), 503);
     std::fs::rename(&away, &copies).unwrap();
     let ready =
         async { while harness.client.get(harness.admin_url("/readyz")).send().await.unwrap().status() != 200 {} };
-    tokio::time::timeout(Duration::from_secs(10), ready).await.expect("the store is found to work again");
+    tokio::time::timeout(Duration::from_secs(10), ready).await.expect("the store to recover");
     harness.stop_sidecar().await;
     harness.start_sidecar().await;
     assert_eq!(harness.get("/v2/profiles").await.status(), 200);
@@ -134,7 +138,7 @@ async fn a_grant_that_could_not_be_stored_is_used_and_stored_as_soon_as_it_can_b
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_shim_takes_the_caller_token_as_every_other_call_shows_it() {
+async fn the_token_endpoint_accepts_the_caller_token_in_every_header() {
     let harness =
         Harness::with("[proxy]\nlisten = \"127.0.0.1:0\"\ncaller_token = \"knock-knock-knock-knock\"\n").await;
     let form = "grant_type=refresh_token&client_id=x&client_secret=amazons-own&refresh_token=y";
@@ -143,14 +147,14 @@ async fn the_shim_takes_the_caller_token_as_every_other_call_shows_it() {
     assert_eq!((refused.status().as_u16(), code(&refused)), (407, "caller_unauthorized"));
     let answer = ask().header("x-ads-sidecar-token", "knock-knock-knock-knock").send().await.unwrap();
     assert_eq!(answer.status(), 200);
-    // As HTTP_PROXY=http://ads:<token>@… sends it.
+    // As with HTTP_PROXY=http://ads:<token>@….
     let basic = "Basic YWRzOmtub2NrLWtub2NrLWtub2NrLWtub2Nr";
     let answer = ask().header("proxy-authorization", basic).send().await.unwrap();
     assert_eq!(json(answer).await["access_token"], "knock-knock-knock-knock");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn who_takes_an_event_stream_among_others_waits_for_it() {
+async fn a_caller_that_accepts_an_event_stream_gets_the_long_timeout() {
     let harness = Harness::start().await;
     harness.log_in("default").await;
     let proxy = sidecar_beside(&harness, &[("upstream.response_timeout", "200ms")]).await;
@@ -162,7 +166,7 @@ async fn who_takes_an_event_stream_among_others_waits_for_it() {
     assert_eq!(code(&mcp), "");
 }
 
-/// As [`sidecar_with`], on a store of its own with a grant.
+/// Like [`sidecar_with`], on its own store with a grant.
 async fn sidecar_beside(harness: &Harness, sets: &[(&str, &str)]) -> SocketAddr {
     let token = harness.sandbox.grant().refresh_token;
     let store = harness.directory.path().join("beside");
@@ -172,14 +176,14 @@ async fn sidecar_beside(harness: &Harness, sets: &[(&str, &str)]) -> SocketAddr 
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn at_the_cap_an_idle_connection_is_closed_for_another_one_and_not_before() {
+async fn an_idle_connection_is_closed_only_at_the_connection_limit() {
     let harness = Harness::with("[proxy]\nlisten = \"127.0.0.1:0\"\nmax_connections = 2\n").await;
     let request = "GET /api/auth/amazon/status HTTP/1.1\r\nHost: localhost\r\n\r\n";
     let mut first = TcpStream::connect(harness.proxy_address()).await.unwrap();
     assert_eq!(ask(&mut first, request).await, "HTTP/1.1 200 OK");
     let mut second = TcpStream::connect(harness.proxy_address()).await.unwrap();
     assert_eq!(ask(&mut second, request).await, "HTTP/1.1 200 OK");
-    assert_eq!(ask(&mut first, request).await, "HTTP/1.1 200 OK", "nobody wants its place");
+    assert_eq!(ask(&mut first, request).await, "HTTP/1.1 200 OK", "its slot is not needed");
     let mut third = TcpStream::connect(harness.proxy_address()).await.unwrap();
     assert_eq!(ask(&mut third, request).await, "HTTP/1.1 200 OK");
     let mut still_open = Vec::new();
@@ -187,11 +191,11 @@ async fn at_the_cap_an_idle_connection_is_closed_for_another_one_and_not_before(
         still_open.push(!ask(stream, request).await.is_empty());
     }
     still_open.sort_unstable();
-    assert_eq!(still_open, [false, true], "one of the two made room");
+    assert_eq!(still_open, [false, true], "one of the two was closed");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_head_that_does_not_come_to_its_end_holds_no_shutdown_up() {
+async fn an_incomplete_head_does_not_delay_the_shutdown() {
     let mut harness = Harness::with("[proxy]\nlisten = \"127.0.0.1:0\"\nheader_timeout = \"300ms\"\n").await;
     let mut slow = TcpStream::connect(harness.proxy_address()).await.unwrap();
     slow.write_all(b"GET / HTTP/1.1\r\nHost: loc").await.unwrap();
@@ -204,7 +208,7 @@ async fn a_head_that_does_not_come_to_its_end_holds_no_shutdown_up() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn framing_in_two_ways_is_refused_under_any_host_too() {
+async fn ambiguous_framing_is_rejected_under_any_host() {
     let harness = Harness::start().await;
     let address = harness.admin_url("").strip_prefix("http://").unwrap().to_owned();
     let mut stream = TcpStream::connect(address).await.unwrap();
@@ -213,7 +217,7 @@ async fn framing_in_two_ways_is_refused_under_any_host_too() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_frontend_can_read_why_an_endpoint_refused() {
+async fn the_frontend_can_read_the_error_of_an_endpoint() {
     let harness = Harness::with("[login]\nfrontend_url = \"https://app.example\"\n").await;
     for (method, path, status) in [
         (Method::POST, "/api/auth/amazon/refresh", 401),
@@ -234,10 +238,10 @@ async fn the_frontend_can_read_why_an_endpoint_refused() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_post_that_never_left_is_sent_on_another_connection() {
+async fn an_unsent_post_is_retried_on_another_connection() {
     let harness = Harness::start().await;
     let front = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let origin = harness.sandbox.origin(Door::Na);
+    let origin = harness.sandbox.origin(Listener::Na);
     let (host, port) = origin.strip_prefix("https://").unwrap().rsplit_once(':').unwrap();
     let na = format!("https://{host}:{}", front.local_addr().unwrap().port());
     let amazon = format!("127.0.0.1:{port}");
@@ -246,7 +250,7 @@ async fn a_post_that_never_left_is_sent_on_another_connection() {
         let taken = taken.clone();
         async move {
             while let Ok((mut near, _)) = front.accept().await {
-                // The first is closed in the face of the TLS handshake.
+                // The first connection is closed during the TLS handshake.
                 if taken.fetch_add(1, SeqCst) > 0 {
                     let mut far = TcpStream::connect(&amazon).await.unwrap();
                     tokio::spawn(async move { tokio::io::copy_bidirectional(&mut near, &mut far).await });
@@ -257,7 +261,7 @@ async fn a_post_that_never_left_is_sent_on_another_connection() {
     let proxy = sidecar_beside(&harness, &[("upstream.na", &na)]).await;
     let url = format!("http://{proxy}/sandbox/echo");
     let answer = harness.client.post(&url).header("content-type", "text/plain").body("a body").send().await.unwrap();
-    // The sandbox refuses the port of the listener before it, which is an answer too.
+    // The sandbox rejects the port of the listener in front of it, but that is a response too.
     assert_eq!(code(&answer), "");
     assert_eq!(taken.load(SeqCst), 2);
     assert_eq!(harness.sandbox.last().unwrap().text(), "a body");
@@ -279,7 +283,7 @@ async fn protocols_are_not_switched() {
     let harness = Harness::start().await;
     harness.log_in("default").await;
     let switched = Fault::Status { code: 101, headers: vec![("upgrade".into(), "x".into())], body: String::new() };
-    harness.sandbox.set_fault(Rule::from(switched).at(Door::Na));
+    harness.sandbox.set_fault(Rule::from(switched).at(Listener::Na));
     let answer = harness.get("/v2/profiles").await;
     assert_eq!((answer.status().as_u16(), code(&answer)), (502, "upstream_reset"));
 }

@@ -1,7 +1,7 @@
-//! For which account, user and region a call is, and which headers Amazon then sees.
+//! Routing: the account, user and region of a request, and the headers that Amazon receives.
 
 use reqwest::Response;
-use world::{CLIENT_ID, Call, Door};
+use world::{CLIENT_ID, Call, Listener};
 
 use crate::harness::{Harness, code, json};
 
@@ -35,7 +35,7 @@ fn scope(call: &Call) -> Option<&str> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_unknown_account_is_refused_and_no_other_is_named() {
+async fn an_unknown_account_is_rejected_without_naming_others() {
     let harness = harness("").await;
     for (path, headers) in [
         ("/sandbox/echo", &[("X-Ads-Account", "acme")][..]),
@@ -58,7 +58,7 @@ async fn an_unknown_account_is_refused_and_no_other_is_named() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_user_without_a_grant_is_sent_to_log_in() {
+async fn a_user_without_a_grant_gets_login_required() {
     let harness = harness("").await;
     for headers in [[("X-Ads-Account", "secret-client")], [("X-Ads-User", "nobody")]] {
         let answer = call(&harness, "/sandbox/echo", &headers).await;
@@ -72,26 +72,26 @@ async fn a_user_without_a_grant_is_sent_to_log_in() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_first_that_applies_selects() {
+async fn the_first_matching_selector_chooses_the_account() {
     let harness = harness("").await;
-    for (path, headers, door, expected) in [
-        ("/a/uk/sandbox/echo", &[("X-Ads-Account", "us"), ("X-Ads-User", "default")][..], Door::Eu, Some(EU)),
-        ("/sandbox/echo", &[("X-Ads-Account", "uk"), ("X-Ads-User", "default")], Door::Eu, Some(EU)),
-        ("/sandbox/echo", &[("X-Ads-Account", "us")], Door::Na, Some(NA)),
-        ("/sandbox/echo", &[("X-Ads-User", "europe")], Door::Na, None),
-        ("/sandbox/echo", &[("X-Ads-User", "europe"), ("X-Ads-Region", "fe")], Door::Fe, None),
-        ("/sandbox/echo", &[("X-Ads-Region", "EU")], Door::Eu, None),
-        ("/sandbox/echo", &[], Door::Na, None),
+    for (path, headers, listener, expected) in [
+        ("/a/uk/sandbox/echo", &[("X-Ads-Account", "us"), ("X-Ads-User", "default")][..], Listener::Eu, Some(EU)),
+        ("/sandbox/echo", &[("X-Ads-Account", "uk"), ("X-Ads-User", "default")], Listener::Eu, Some(EU)),
+        ("/sandbox/echo", &[("X-Ads-Account", "us")], Listener::Na, Some(NA)),
+        ("/sandbox/echo", &[("X-Ads-User", "europe")], Listener::Na, None),
+        ("/sandbox/echo", &[("X-Ads-User", "europe"), ("X-Ads-Region", "fe")], Listener::Fe, None),
+        ("/sandbox/echo", &[("X-Ads-Region", "EU")], Listener::Eu, None),
+        ("/sandbox/echo", &[], Listener::Na, None),
     ] {
         let answer = call(&harness, path, headers).await;
         assert_eq!(answer.status(), 200, "{headers:?}");
         assert!(!answer.headers().contains_key("x-adsidecar-hint"), "{headers:?}");
         let seen = harness.seen();
-        assert_eq!((seen.door, scope(&seen)), (door, expected), "{path} {headers:?}");
+        assert_eq!((seen.listener, scope(&seen)), (listener, expected), "{path} {headers:?}");
         assert!(seen.headers.iter().all(|(name, _)| !name.starts_with("x-ads")), "{seen:?}");
         assert_eq!(seen.header("x-team").is_some(), expected == Some(EU));
     }
-    // Who pays: each user has a token of its own.
+    // Each user's requests use that user's token.
     let mut seen = Vec::new();
     for user in ["default", "europe"] {
         call(&harness, "/sandbox/echo", &[("X-Ads-User", user)]).await;
@@ -103,7 +103,7 @@ async fn the_first_that_applies_selects() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_account_named_default_and_the_only_account_need_no_name() {
+async fn the_default_account_and_the_only_account_need_no_selector() {
     let named = Harness::with(&format!(
         "[[account]]\nname = \"a\"\nprofile_id = \"1\"\n[[account]]\nname = \"default\"\nprofile_id = \"{NA}\"\n"
     ))
@@ -116,27 +116,27 @@ async fn the_account_named_default_and_the_only_account_need_no_name() {
             .await;
     only.log_in("u").await;
     call(&only, "/sandbox/echo", &[]).await;
-    assert_eq!((only.seen().door, scope(&only.seen())), (Door::Eu, Some(EU)));
+    assert_eq!((only.seen().listener, scope(&only.seen())), (Listener::Eu, Some(EU)));
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn in_another_region_no_id_is_attached_and_a_hint_says_so() {
+async fn in_another_region_no_id_is_attached_and_a_hint_is_returned() {
     let harness = harness("").await;
     let answer = call(&harness, "/a/uk/sandbox/echo", &[("X-Ads-Region", "na")]).await;
     assert_eq!(answer.headers()["x-adsidecar-hint"], "region_mismatch");
-    assert_eq!((harness.seen().door, scope(&harness.seen())), (Door::Na, None));
-    // What the caller itself sent stays.
+    assert_eq!((harness.seen().listener, scope(&harness.seen())), (Listener::Na, None));
+    // Headers that the caller sent itself remain.
     call(&harness, "/a/uk/sandbox/echo", &[("X-Ads-Region", "na"), ("Amazon-Advertising-API-Scope", NA)]).await;
     assert_eq!(scope(&harness.seen()), Some(NA));
-    // The host of the absolute form is stronger than the header.
+    // The host of the absolute form overrides the header.
     let absolute = "GET http://advertising-api-fe.amazon.com/sandbox/echo HTTP/1.1\r\nHost: localhost\r\n\
                     X-Ads-Account: uk\r\nX-Ads-Region: eu\r\n\r\n";
-    let answer = harness.knock(absolute).await;
-    assert_eq!((harness.seen().door, answer.header("x-adsidecar-hint")), (Door::Fe, Some("region_mismatch")));
+    let answer = harness.send_raw(absolute).await;
+    assert_eq!((harness.seen().listener, answer.header("x-adsidecar-hint")), (Listener::Fe, Some("region_mismatch")));
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn fixed_selection_ignores_what_callers_say() {
+async fn fixed_selection_ignores_the_callers_selectors() {
     let sets = [("proxy.selection", "fixed")];
     let clock = adsidecar::domain::clock::Clock::frozen("2026-08-01T12:00:00Z".parse().unwrap());
     let options = world::Options::calm(clock);
@@ -147,12 +147,16 @@ async fn fixed_selection_ignores_what_callers_say() {
     for path in ["/sandbox/echo", "/a/uk/sandbox/echo", "/a/no-such/sandbox/echo"] {
         assert_eq!(call(&harness, path, &said).await.status(), 200, "{path}");
         let seen = harness.seen();
-        assert_eq!((seen.door, scope(&seen), seen.target.as_str()), (Door::Na, Some(NA), "/sandbox/echo"), "{path}");
+        assert_eq!(
+            (seen.listener, scope(&seen), seen.target.as_str()),
+            (Listener::Na, Some(NA), "/sandbox/echo"),
+            "{path}"
+        );
         assert!(seen.headers.iter().all(|(name, _)| !name.starts_with("x-ads")));
     }
 }
 
-/// An account that has every id.
+/// An account with every id.
 const FULL: &str = r#"
 [[account]]
 name = "full"
@@ -191,7 +195,7 @@ async fn each_family_gets_exactly_its_headers() {
         ("GET /sp/global/campaigns", CLIENT, &[account, marketplace]),
         ("POST /mcp", V1_CLIENT, &[]),
     ] {
-        harness.knock(format!("{line} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n\r\n{{}}")).await;
+        harness.send_raw(format!("{line} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n\r\n{{}}")).await;
         let seen = harness.seen();
         assert_eq!(format!("{} {}", seen.method, seen.target), line);
         let always = ["host", "authorization", "content-length"];
@@ -204,8 +208,8 @@ async fn each_family_gets_exactly_its_headers() {
         assert!(seen.header("authorization").unwrap().starts_with("Bearer Atza|"));
     }
     assert_eq!(harness.metric("adsidecar_unknown_family_total").await, before);
-    // A path of no known family gets three ids, under the client id's name that the caller used.
-    harness.knock("GET /brand/new HTTP/1.1\r\nHost: localhost\r\nAmazon-Ads-ClientId: theirs\r\n\r\n").await;
+    // A path of an unknown family gets three ids, in the header style of the client id that the caller sent.
+    harness.send_raw("GET /brand/new HTTP/1.1\r\nHost: localhost\r\nAmazon-Ads-ClientId: theirs\r\n\r\n").await;
     let seen = harness.seen();
     let mut names = seen.header_names();
     names.sort_unstable();
@@ -215,7 +219,7 @@ async fn each_family_gets_exactly_its_headers() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn context_that_the_caller_sent_decides() {
+async fn context_headers_of_the_caller_take_precedence() {
     let harness = Harness::with(FULL).await;
     harness.log_in("default").await;
     let answer = call(&harness, "/reporting/reports/none", &[("Amazon-Ads-AccountId", "theirs")]).await;

@@ -1,4 +1,4 @@
-//! What each store promises, whatever it is kept in: sled, PostgreSQL, and PostgreSQL behind a PgBouncer in transaction mode.
+//! What every store guarantees: sled, PostgreSQL, and PostgreSQL behind a PgBouncer in transaction mode.
 
 use std::sync::Arc;
 
@@ -47,7 +47,7 @@ async fn refresh_token(store: &TokenStore, name: &str) -> Option<String> {
     grant.map(|grant| grant.refresh_token.secret().expose().to_owned())
 }
 
-/// Each store, empty, with what it is called.
+/// Each store, empty, with its name.
 struct Stores {
     directory: TempDir,
     cluster: Cluster,
@@ -74,7 +74,7 @@ impl Stores {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn each_store_keeps_what_it_was_given_and_refuses_what_was_overtaken() {
+async fn each_store_keeps_its_records_and_rejects_superseded_writes() {
     let stores = Stores::new();
     let key = Keyring::generate_key();
     for at in 0..3 {
@@ -87,7 +87,7 @@ async fn each_store_keeps_what_it_was_given_and_refuses_what_was_overtaken() {
         let one = store.save(&anna, &grant("one", 1), None).await.unwrap();
         let two = store.save(&anna, &grant("two", one + 1), Some(one)).await.unwrap();
         assert_eq!(two, one + 1, "{kind}");
-        // Twice is once: the answer to the first may have been lost.
+        // Writing twice has the effect of writing once: the first response may have been lost.
         assert_eq!(store.save(&anna, &grant("two", two), Some(one)).await.unwrap(), two, "{kind}");
         for other in [grant("other", two), grant("two", two + 1)] {
             let error = store.save(&anna, &other, Some(one)).await.unwrap_err();
@@ -101,10 +101,10 @@ async fn each_store_keeps_what_it_was_given_and_refuses_what_was_overtaken() {
         assert!(dump[&anna]["refresh_token"].as_str().unwrap().starts_with("gAAAA"), "{kind}");
 
         assert!(store.erase(&anna).await.unwrap(), "{kind}");
-        assert!(!store.erase(&anna).await.unwrap(), "{kind}: it was there once");
+        assert!(!store.erase(&anna).await.unwrap(), "{kind}: the grant exists only once");
         assert!(!store.erase(&user("nobody")).await.unwrap(), "{kind}");
         let late = store.save(&anna, &grant("late", two + 1), Some(two)).await;
-        assert!(matches!(late, Err(StoreError::Conflict)), "{kind}: a logout beats a late write");
+        assert!(matches!(late, Err(StoreError::Conflict)), "{kind}: a logout supersedes a late write");
         assert_eq!(refresh_token(&store, "anna").await, None, "{kind}");
 
         store.set_note("adopted_refresh_token", "a").await.unwrap();
@@ -121,7 +121,7 @@ async fn each_store_keeps_what_it_was_given_and_refuses_what_was_overtaken() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn each_store_takes_other_keys_and_seals_everything_with_the_first() {
+async fn each_store_adopts_new_keys_and_reseals_with_the_first() {
     let stores = Stores::new();
     let (old, new) = (Keyring::generate_key(), Keyring::generate_key());
     for at in 0..3 {
@@ -138,7 +138,7 @@ async fn each_store_takes_other_keys_and_seals_everything_with_the_first() {
         store.save(&user("bob"), &grant("bob2", 2), None).await.unwrap();
         let done = store.reseal().await.unwrap();
         assert_eq!((done.resealed, done.unreadable), (1, 0), "{kind}");
-        assert_eq!(store.reseal().await.unwrap().resealed, 0, "{kind}: nothing is left to do");
+        assert_eq!(store.reseal().await.unwrap().resealed, 0, "{kind}: nothing is left to reseal");
         assert_eq!(store.health().records, [(Sealed::By(both.first()), 2)].into(), "{kind}");
         store.close().await.unwrap();
 
@@ -153,7 +153,7 @@ async fn each_store_takes_other_keys_and_seals_everything_with_the_first() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn each_store_keeps_grants_that_wait_until_they_are_dropped_or_their_user_logs_out() {
+async fn each_store_keeps_pending_grants_until_dropped_or_logout() {
     let stores = Stores::new();
     let key = Keyring::generate_key();
     for at in 0..3 {
@@ -174,8 +174,8 @@ async fn each_store_keeps_grants_that_wait_until_they_are_dropped_or_their_user_
         store.delete_pending_grant("3").await.unwrap();
         if store.shared().is_some() {
             assert!(
-                store.claim_pending_grants().await.unwrap().is_empty(),
-                "{kind}: who stored them works on them still"
+                store.waiting().await.unwrap().is_empty(),
+                "{kind}: the process that stored them still holds the claim"
             );
             stores.cluster.connect().await.run("UPDATE adsidecar_waiting SET claimed_until = now()").await;
         }
@@ -187,7 +187,7 @@ async fn each_store_keeps_grants_that_wait_until_they_are_dropped_or_their_user_
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn several_that_begin_at_once_on_an_empty_database_all_come_up_if_they_have_one_key() {
+async fn replicas_starting_together_on_an_empty_database_all_start_with_the_same_key() {
     let stores = Stores::new();
     let keys = [Keyring::generate_key(), Keyring::generate_key()];
     for round in 0..5 {
@@ -196,7 +196,7 @@ async fn several_that_begin_at_once_on_an_empty_database_all_come_up_if_they_hav
             let (settings, ring) = (settings.clone(), ring(&[key]));
             tokio::task::spawn_blocking(move || open(&settings, &ring).map(|(store, _)| store))
         };
-        // One of the keys gets there first; all who have it come up, and the others are told which it is.
+        // One of the keys wins; all processes with it start, and the others get an error that names it.
         let begun: Vec<_> = (0..6).map(|at| begin(&keys[usize::from(at == 5 && round % 2 == 1)])).collect();
         let mut up = 0;
         for opened in begun {
@@ -206,6 +206,6 @@ async fn several_that_begin_at_once_on_an_empty_database_all_come_up_if_they_hav
                 Err(error) => panic!("{error}"),
             }
         }
-        assert!(if round % 2 == 0 { up == 6 } else { up == 5 || up == 1 }, "round {round}: {up} came up");
+        assert!(if round % 2 == 0 { up == 6 } else { up == 5 || up == 1 }, "round {round}: {up} started");
     }
 }

@@ -1,5 +1,4 @@
-//! Who would attack it, and how: the shorter proofs, one test per threat. The longer ones have files and campaigns of
-//! their own.
+//! Threats: the shorter proofs, one test per threat. The longer ones have their own files and campaigns.
 
 use std::collections::BTreeSet;
 
@@ -8,12 +7,12 @@ use adsidecar::config::{self, Sources};
 use adsidecar::domain::clock::Clock;
 use adsidecar::store::StoreError;
 use reqwest::Method;
-use world::{Door, Fault, Rule};
+use world::{Fault, Listener, Rule};
 
 use crate::harness::{FERNET_KEY, Harness, code, json};
 use crate::raw_http::eventually;
 
-/// Every endpoint of ours that answers a program, with a method that it takes.
+/// Every endpoint of ours for programs, with a method that it accepts.
 const ENDPOINTS: [(&str, &str); 8] = [
     ("GET", "/api/auth/amazon/login?user_id=default"),
     ("GET", "/api/auth/amazon/callback?code=x&state=y"),
@@ -27,7 +26,7 @@ const ENDPOINTS: [(&str, &str); 8] = [
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: threat 3.
-async fn no_preflight_is_answered_and_no_answer_lets_another_origin_in() {
+async fn no_preflight_is_granted_and_no_response_admits_another_origin() {
     let harness = Harness::set(&[]).await;
     for question in [
         "Access-Control-Request-Method: POST\r\n",
@@ -36,7 +35,8 @@ async fn no_preflight_is_answered_and_no_answer_lets_another_origin_in() {
          Access-Control-Request-Private-Network: true\r\nAccess-Control-Request-Local-Network: true\r\n",
     ] {
         for path in ["/sandbox/echo", "/sp/campaigns", "/a/x/v2/profiles"] {
-            let answer = harness.knock(format!("OPTIONS {path} HTTP/1.1\r\nHost: localhost\r\n{question}\r\n")).await;
+            let answer =
+                harness.send_raw(format!("OPTIONS {path} HTTP/1.1\r\nHost: localhost\r\n{question}\r\n")).await;
             assert_eq!(answer.said(), (403, "cross_site"), "{path} {question}");
             assert!(answer.names().iter().all(|name| !name.starts_with("access-control-")), "{answer:?}");
         }
@@ -45,7 +45,7 @@ async fn no_preflight_is_answered_and_no_answer_lets_another_origin_in() {
     for (method, path) in ENDPOINTS {
         for origin in ["", "Origin: https://evil.test\r\n", "Origin: null\r\n"] {
             let call = format!("{method} {path} HTTP/1.1\r\nHost: localhost\r\n{origin}Content-Length: 0\r\n\r\n");
-            let answer = harness.knock(call).await;
+            let answer = harness.send_raw(call).await;
             assert!(answer.names().iter().all(|name| !name.starts_with("access-control-")), "{path} {answer:?}");
         }
     }
@@ -53,13 +53,13 @@ async fn no_preflight_is_answered_and_no_answer_lets_another_origin_in() {
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: threat 7.
-async fn a_code_of_another_login_is_worth_nothing() {
+async fn a_code_from_another_login_is_rejected() {
     let harness = Harness::start().await;
     let begin = async |user: &str| {
         let begun = json(harness.get(&format!("/api/auth/amazon/login?user_id={user}")).await).await;
         begun["auth_url"].as_str().unwrap().to_owned()
     };
-    // The attacker's code, for the attacker's challenge, is pushed into the victim's login.
+    // The attacker's code, bound to the attacker's challenge, is injected into the victim's login.
     let (victim, attacker) = (begin("victim").await, begin("attacker").await);
     let state_of = |callback: &str| callback.split("state=").nth(1).unwrap().split('&').next().unwrap().to_owned();
     let victims = harness.consent(&victim).await;
@@ -73,7 +73,7 @@ async fn a_code_of_another_login_is_worth_nothing() {
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: threat 8.
-async fn a_state_is_never_taken_from_the_request_and_never_comes_twice() {
+async fn a_state_is_never_taken_from_the_request_and_never_repeats() {
     let harness = Harness::start().await;
     let mut states = BTreeSet::new();
     for _ in 0..500 {
@@ -88,23 +88,23 @@ async fn a_state_is_never_taken_from_the_request_and_never_comes_twice() {
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: threat 9.
-async fn a_used_state_is_refused_without_a_token_call() {
+async fn a_used_state_is_rejected_without_a_token_call() {
     let harness = Harness::start().await;
     let begun = json(harness.get("/api/auth/amazon/login").await).await;
     let callback = harness.consent(begun["auth_url"].as_str().unwrap()).await;
     assert_eq!(harness.get(&callback).await.status(), 200);
-    let before = harness.sandbox.calls(Door::Lwa).len();
+    let before = harness.sandbox.calls(Listener::Lwa).len();
     for _ in 0..3 {
         let again = harness.get(&callback).await;
         assert_eq!((again.status().as_u16(), code(&again)), (400, "state_invalid"));
     }
-    assert_eq!(harness.sandbox.calls(Door::Lwa).len(), before);
-    assert_eq!(harness.status_of("default").await["state"], "fresh", "the first is unaffected");
+    assert_eq!(harness.sandbox.calls(Listener::Lwa).len(), before);
+    assert_eq!(harness.status_of("default").await["state"], "fresh", "the first login is unaffected");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: threat 11.
-async fn no_answer_of_a_login_is_kept_or_referred_or_framed() {
+async fn login_responses_forbid_caching_referrers_and_framing() {
     for toml in ["", "[login]\nfrontend_url = \"https://app.example/\"\n"] {
         let harness = Harness::with(toml).await;
         harness.log_in("default").await;
@@ -130,7 +130,7 @@ async fn no_answer_of_a_login_is_kept_or_referred_or_framed() {
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: threat 12.
-async fn nothing_of_the_query_is_echoed() {
+async fn no_part_of_the_query_is_echoed() {
     let marks = [
         "<script>canary</script>",
         "\"><img src=canary>",
@@ -177,7 +177,7 @@ async fn nothing_of_the_query_is_echoed() {
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: threat 13.
-async fn no_foreign_page_logs_anybody_out_or_in() {
+async fn no_page_of_another_origin_logs_a_user_in_or_out() {
     let harness = Harness::with("[login]\nfrontend_url = \"https://app.example/\"\n").await;
     harness.log_in("default").await;
     for (method, path) in [
@@ -203,7 +203,7 @@ async fn no_foreign_page_logs_anybody_out_or_in() {
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: threat 17.
-async fn what_is_left_of_a_refused_body_is_never_a_request() {
+async fn the_rest_of_a_rejected_body_is_never_a_request() {
     let harness = Harness::set(&[]).await;
     let smuggled = "GET /smuggled HTTP/1.1\r\nHost: localhost\r\n\r\n";
     for (head, refusal) in [
@@ -213,7 +213,7 @@ async fn what_is_left_of_a_refused_body_is_never_a_request() {
         ("POST /x HTTP/1.1\r\nHost: localhost\r\nX-Ads-User: nobody\r\n", "login_required"),
         ("POST /api/auth/nothing HTTP/1.1\r\nHost: localhost\r\n", "not_found"),
     ] {
-        // Behind half of the body, behind all of it, and within it.
+        // After half of the body, after all of it, and within it.
         for (length, sent) in [(1000, 500), (1000, 1000), (1 << 20, 1000)] {
             let mut wire = harness.dial().await;
             wire.send(format!("{head}Content-Length: {length}\r\n\r\n{}{smuggled}", "x".repeat(sent))).await;
@@ -223,7 +223,7 @@ async fn what_is_left_of_a_refused_body_is_never_a_request() {
             let answers = came.matches("HTTP/1.1 ").count();
             assert!(answers <= usize::from(sent == length), "{head} {length} {sent}: {came}");
             let whole = usize::from(sent == length);
-            assert!(harness.ads_calls().len() <= whole, "what is body stays body");
+            assert!(harness.ads_calls().len() <= whole, "body bytes remain body bytes");
             harness.sandbox.clear_history();
         }
     }
@@ -231,7 +231,7 @@ async fn what_is_left_of_a_refused_body_is_never_a_request() {
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: threat 20.
-async fn four_hundred_spellings_of_a_path_reach_amazon_as_they_are_or_not_at_all() {
+async fn four_hundred_path_spellings_reach_amazon_unchanged_or_not_at_all() {
     let harness = Harness::set(&[]).await;
     let parts = [
         "..",
@@ -268,12 +268,12 @@ async fn four_hundred_spellings_of_a_path_reach_amazon_as_they_are_or_not_at_all
         }
     }
     assert_eq!(tried, 400);
-    assert_eq!(harness.ads_calls().len(), tried, "none of them was an endpoint of ours");
+    assert_eq!(harness.ads_calls().len(), tried, "none of them was served by adsidecar itself");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: threat 22.
-async fn no_answer_shows_a_token() {
+async fn no_response_contains_a_token() {
     let harness = Harness::start().await;
     harness.log_in("default").await;
     let tokens = ["Atza|", "Atzr|", "Atza%7C", "Atzr%7C", "QXR6Y", "QXR6c", "gAAAA"];
@@ -300,7 +300,7 @@ async fn no_answer_shows_a_token() {
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: threat 23.
-async fn nobody_is_served_with_another_users_token() {
+async fn no_request_uses_another_users_token() {
     let harness = Harness::with("[[account]]\nname = \"acme\"\nuser = \"ann\"\n").await;
     harness.log_in("ann").await;
     harness.log_in("bob").await;
@@ -327,12 +327,12 @@ async fn nobody_is_served_with_another_users_token() {
     }
     assert_eq!(harness.ads_calls().len(), 3);
     let different: BTreeSet<_> = bearers.iter().map(|(_, bearer)| bearer).collect();
-    assert_eq!(different.len(), 2, "ann's for ann and for acme, and bob's for bob");
+    assert_eq!(different.len(), 2, "ann's token for ann and acme, bob's token for bob");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: threat 26.
-async fn the_disk_holds_ciphertext_and_lets_no_other_user_in() {
+async fn the_disk_contains_ciphertext_readable_only_by_its_user() {
     use std::os::unix::fs::PermissionsExt;
 
     let mut harness = Harness::start().await;
@@ -345,12 +345,12 @@ async fn the_disk_holds_ciphertext_and_lets_no_other_user_in() {
     while let Some(path) = left.pop() {
         if path.is_dir() {
             left.extend(std::fs::read_dir(&path).unwrap().map(|entry| entry.unwrap().path()));
-            // What lies within a closed directory needs no lock of its own.
+            // Files in a directory with restricted access need no restriction of their own.
             let mode = std::fs::metadata(&path).unwrap().permissions().mode() & 0o777;
             assert!(path.parent() != Some(&root) || mode == 0o700, "{} has mode {mode:o}", path.display());
             continue;
         }
-        // The configuration of the harness holds the key itself.
+        // The configuration of the harness contains the key itself.
         if path == harness.config_file() {
             continue;
         }
@@ -366,7 +366,7 @@ async fn the_disk_holds_ciphertext_and_lets_no_other_user_in() {
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: threat 36.
-async fn no_path_and_no_caller_makes_a_series() {
+async fn no_path_and_no_caller_creates_a_metric_series() {
     let harness = Harness::set(&[]).await;
     let series = async || {
         let text = harness.client.get(harness.admin_url("/metrics")).send().await.unwrap().text().await.unwrap();
@@ -394,9 +394,9 @@ async fn no_path_and_no_caller_makes_a_series() {
 // Covers: threat 39.
 async fn a_second_process_never_falls_back_to_memory() {
     let harness = Harness::set(&[]).await;
-    let error = build(&harness, &[]).await.err().expect("the store is held");
-    assert!(matches!(error, BuildError::Store(StoreError::Locked { .. })), "{error}");
-    assert_eq!(harness.get("/v2/profiles").await.status(), 200, "the first is not disturbed");
+    let error = build(&harness, &[]).await.err().expect("the store is locked");
+    assert!(matches!(error, BuildError::Store(StoreError::Held { .. })), "{error}");
+    assert_eq!(harness.get("/v2/profiles").await.status(), 200, "the first process is not affected");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -423,7 +423,7 @@ async fn build(harness: &Harness, sets: &[(&str, &str)]) -> Result<App, BuildErr
     App::build(config, Clock::system(), None).await
 }
 
-/// The copies of the grants, file by file.
+/// The mirror records of the grants, by file.
 fn copies(harness: &Harness) -> Vec<(std::path::PathBuf, Vec<u8>)> {
     let mut directory = harness.store_path().into_os_string();
     directory.push(".copies");
@@ -438,7 +438,7 @@ fn copies(harness: &Harness) -> Vec<(std::path::PathBuf, Vec<u8>)> {
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: threat 42.
-async fn no_junk_at_the_admin_door_changes_anything() {
+async fn malformed_admin_requests_change_nothing() {
     let harness = Harness::set(&[]).await;
     let methods = ["GET", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "HEAD", "TRACE", "X"];
     let paths = [
@@ -486,16 +486,16 @@ async fn no_junk_at_the_admin_door_changes_anything() {
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 69.
-async fn who_hangs_up_while_waiting_leaves_nothing_in_flight_and_no_refresh_undone() {
+async fn a_caller_that_disconnects_while_waiting_leaves_no_request_in_flight_and_cancels_no_refresh() {
     let harness = Harness::start().await;
     harness.log_in("default").await;
-    let gate = harness.sandbox.set_fault(Rule::from(Fault::Gate).at(Door::Na));
+    let gate = harness.sandbox.set_fault(Rule::from(Fault::Gate).at(Listener::Na));
     let mut wire = harness.dial().await;
     wire.send("GET /sandbox/echo HTTP/1.1\r\nHost: localhost\r\n\r\n").await;
     gate.reached(1).await;
     assert_eq!(harness.metric("adsidecar_requests_in_flight").await, 1.0);
     drop(wire);
-    crate::harness::eventually("nothing in flight", async || {
+    crate::harness::eventually("no request in flight", async || {
         (harness.metric("adsidecar_requests_in_flight").await == 0.0).then_some(())
     })
     .await;
@@ -508,16 +508,16 @@ async fn who_hangs_up_while_waiting_leaves_nothing_in_flight_and_no_refresh_undo
         1.0
     );
     gate.release();
-    // The same while a token is fetched for the caller: the refresh goes on.
+    // The same while a token is being fetched for the caller: the refresh continues.
     harness.advance(3601);
-    let gate = harness.sandbox.set_fault(Rule::from(Fault::Gate).at(Door::Lwa));
+    let gate = harness.sandbox.set_fault(Rule::from(Fault::Gate).at(Listener::Lwa));
     let before = harness.sandbox.refreshes();
     let mut wire = harness.dial().await;
     wire.send("GET /sandbox/echo HTTP/1.1\r\nHost: localhost\r\n\r\n").await;
     gate.reached(1).await;
     drop(wire);
     gate.release();
-    eventually("the refresh ends", || harness.sandbox.refreshes() > before).await;
+    eventually("the end of the refresh", || harness.sandbox.refreshes() > before).await;
     assert_eq!(harness.get("/v2/profiles").await.status(), 200);
     assert_eq!(harness.sandbox.refreshes(), before + 1);
 }

@@ -1,5 +1,5 @@
-//! Bad certificate chains, for Login with Amazon and for the Ads hosts: none is accepted. Proxies of the environment:
-//! none is used.
+//! Invalid certificate chains, for Login with Amazon and for the Ads hosts: none is accepted. Proxies from the
+//! environment: none is used.
 
 use std::process::{Command, Stdio};
 use std::sync::Arc;
@@ -17,14 +17,14 @@ use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
 use tokio_rustls::TlsAcceptor;
-use world::Door;
+use world::Listener;
 
 use crate::harness::{Harness, code, eventually, json};
 use crate::raw_http::{Reply, Wire};
 
 type Authority = CertifiedIssuer<'static, KeyPair>;
 
-/// A server behind a chain, which counts those who came through its handshake and spoke.
+/// A server with a given chain, which counts the clients that completed its handshake and sent data.
 struct Server {
     origin: String,
     spoken_to: Arc<AtomicUsize>,
@@ -38,7 +38,7 @@ fn authority(change: impl FnOnce(&mut CertificateParams)) -> Authority {
     CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap()
 }
 
-/// A certificate for `name`, changed, and its key.
+/// A certificate for `name`, with modifications, and its key.
 fn leaf(issuer: &Authority, name: &str, change: impl FnOnce(&mut CertificateParams)) -> Chain {
     let mut params = CertificateParams::new([name.to_owned()]).unwrap();
     params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
@@ -80,7 +80,7 @@ async fn serve((chain, key): Chain) -> Server {
     Server { origin, spoken_to }
 }
 
-/// The chains, by what is wrong with each; the good one first, by which it is seen that the others are judged at all.
+/// The chains by their defect. The first one is valid, which shows that the others are rejected for their defect.
 fn chains(root: &Authority) -> Vec<(&'static str, Chain)> {
     let here = "127.0.0.1";
     let stranger = authority(|_| {});
@@ -113,18 +113,18 @@ fn chains(root: &Authority) -> Vec<(&'static str, Chain)> {
     };
     vec![
         ("good", leaf(root, here, |_| {})),
-        ("of an authority that nobody knows", leaf(&stranger, here, |_| {})),
-        ("signed by itself", signed_itself),
+        ("of an unknown authority", leaf(&stranger, here, |_| {})),
+        ("self-signed", signed_itself),
         ("for another name", leaf(root, "evil.test", |_| {})),
         ("for another address", leaf(root, "127.0.0.2", |_| {})),
         ("expired", leaf(root, here, |params| params.not_after = date_time_ymd(2020, 1, 1))),
         ("not valid yet", leaf(root, here, |params| params.not_before = date_time_ymd(2090, 1, 1))),
         (
-            "for clients",
+            "for client authentication",
             leaf(root, here, |params| params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth]),
         ),
-        ("signed by one that is no authority", below(&no_authority)),
-        ("of an authority that may not vouch for this name", below(&elsewhere_only)),
+        ("signed by a certificate that is not an authority", below(&no_authority)),
+        ("of an authority that is not permitted to sign this name", below(&elsewhere_only)),
     ]
 }
 
@@ -137,7 +137,7 @@ fn trusted(root: &Authority) -> (TempDir, String) {
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: threat 33.
-async fn no_bad_chain_of_an_ads_host_is_accepted() {
+async fn no_invalid_chain_of_an_ads_host_is_accepted() {
     let root = authority(|_| {});
     let (_directory, ca_file) = trusted(&root);
     for (what, chain) in chains(&root) {
@@ -152,10 +152,10 @@ async fn no_bad_chain_of_an_ads_host_is_accepted() {
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 20.
-async fn no_bad_chain_of_the_token_endpoint_is_accepted() {
+async fn no_invalid_chain_of_the_token_endpoint_is_accepted() {
     let root = authority(|_| {});
     let (_directory, ca_file) = trusted(&root);
-    // All at once: each waits a second for its failed renewal to be tried again.
+    // In parallel: each waits a second for the retry of its failed refresh.
     join_all(chains(&root).into_iter().map(|(what, chain)| refreshes_only_behind_the_good_one(what, chain, &ca_file)))
         .await;
 }
@@ -163,7 +163,7 @@ async fn no_bad_chain_of_the_token_endpoint_is_accepted() {
 async fn refreshes_only_behind_the_good_one(what: &str, chain: Chain, ca_file: &str) {
     let server = serve(chain).await;
     let mut harness = Harness::set(&[]).await;
-    // The token that is held runs out, and only this endpoint could give another one.
+    // The current token expires, and only this endpoint can issue another one.
     harness.stop_sidecar().await;
     harness.advance(3600);
     harness.sets = vec![
@@ -174,12 +174,12 @@ async fn refreshes_only_behind_the_good_one(what: &str, chain: Chain, ca_file: &
     let refreshed = json(harness.post("/api/auth/amazon/refresh").await).await;
     let spoken = server.spoken_to.load(Ordering::SeqCst);
     assert_eq!(refreshed["state"], if what == "good" { "fresh" } else { "failing" }, "{what}: {refreshed}");
-    assert_eq!(spoken > 0, what == "good", "{what}: neither the secret nor the grant leaves");
+    assert_eq!(spoken > 0, what == "good", "{what}: neither the secret nor the grant is sent");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: threat 32.
-async fn no_proxy_of_the_environment_is_used() {
+async fn no_proxy_from_the_environment_is_used() {
     let trap = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = trap.local_addr().unwrap();
     let caught = Arc::new(AtomicUsize::new(0));
@@ -189,7 +189,7 @@ async fn no_proxy_of_the_environment_is_used() {
             counted.fetch_add(1, Ordering::SeqCst);
         }
     });
-    // A grant whose access token is spent: both the token endpoint and an Ads host are called.
+    // A grant whose access token has expired: both the token endpoint and an Ads host are called.
     let mut harness = Harness::with_running_clock("").await;
     harness.log_in("default").await;
     harness.stop_sidecar().await;
@@ -204,7 +204,7 @@ async fn no_proxy_of_the_environment_is_used() {
         let socket = harness.directory.path().join(format!("{name}.sock"));
         command.arg("--set").arg(format!("proxy.listen=unix:{}", socket.display()));
         let mut running = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
-        // The socket exists a moment before anybody listens at it.
+        // The socket file exists shortly before the process listens on it.
         eventually("the listener", async || tokio::net::UnixStream::connect(&socket).await.ok()).await;
         let mut wire = Wire::unix(&socket).await;
         for method in ["POST /api/auth/amazon/refresh", "GET /v2/profiles"] {
@@ -214,7 +214,7 @@ async fn no_proxy_of_the_environment_is_used() {
         }
         running.kill().unwrap();
         running.wait().unwrap();
-        assert_eq!((harness.sandbox.refreshes(), harness.sandbox.calls(Door::Na).len()), (1, 1), "{name}");
+        assert_eq!((harness.sandbox.refreshes(), harness.sandbox.calls(Listener::Na).len()), (1, 1), "{name}");
     }
     assert_eq!(caught.load(Ordering::SeqCst), 0);
 }

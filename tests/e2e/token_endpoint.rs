@@ -1,4 +1,4 @@
-//! Whatever Login with Amazon does to a renewal: rows 1 to 21 of what can go wrong.
+//! Faults of Login with Amazon during a refresh: failures 1 to 21 of the catalogue.
 
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -6,20 +6,20 @@ use std::time::{Duration, Instant};
 use reqwest::Method;
 use serde_json::Value;
 use tokio::net::TcpListener;
-use world::{CLIENT_SECRET, Door, Fault, Rule};
+use world::{CLIENT_SECRET, Fault, Listener, Rule};
 
 use crate::harness::{Harness, code, eventually, header, json};
 use crate::raw_http::{Scripted, Wire};
 
 const REFRESH: &str = "/api/auth/amazon/refresh";
-/// Users fall idle so early that the background leaves the renewal to those who ask.
+/// Users become idle so early that the background leaves refreshes to callers.
 const IDLE: &str = "[refresh]\nidle_after = \"1m\"\nsweep = \"1h\"\n";
 
-/// A Login with Amazon that answers each token call with exactly these bytes, then closes.
+/// A Login with Amazon that responds to each token call with exactly these bytes, then closes the connection.
 struct Lwa {
     scripted: Scripted,
     answer: Arc<Mutex<Vec<u8>>>,
-    /// The forms that came.
+    /// The forms received.
     asked: Arc<Mutex<Vec<String>>>,
 }
 
@@ -63,7 +63,7 @@ impl Lwa {
         self.asked.lock().unwrap().len()
     }
 
-    /// A world whose user `default` is logged in, and whose sidecar asks this one from now on.
+    /// A setup whose user `default` is logged in, and whose sidecar uses this token endpoint from now on.
     async fn harness(&self) -> Harness {
         let ca = self.scripted.ca_file();
         asking(&self.scripted.origin, Some(ca.to_str().unwrap()), IDLE).await
@@ -74,7 +74,7 @@ fn ok(body: &str) -> String {
     format!("HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}", body.len())
 }
 
-/// A world whose user `default` is logged in, and whose sidecar asks for tokens at `origin` from now on.
+/// A setup whose user `default` is logged in, and whose sidecar requests tokens at `origin` from now on.
 async fn asking(origin: &str, ca: Option<&str>, extra: &str) -> Harness {
     let mut harness = Harness::with(extra).await;
     harness.log_in("default").await;
@@ -84,24 +84,24 @@ async fn asking(origin: &str, ca: Option<&str>, extra: &str) -> Harness {
     harness
 }
 
-/// An origin at which nobody listens.
+/// An origin on which nothing listens.
 async fn nobody() -> String {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     format!("https://{}", listener.local_addr().unwrap())
 }
 
-/// Asks for a renewal, which fails with `error`.
+/// Requests a refresh, which fails with `error`.
 async fn fails(harness: &Harness, error: &str) {
-    // Behind any backoff, whose sleepers would wait for a clock that stands still.
+    // Past any backoff; with a frozen clock it would never end.
     harness.advance(61);
     let status = json(harness.post(REFRESH).await).await;
     assert_eq!((&status["state"], &status["last_error"]), (&"failing".into(), &error.into()));
 }
 
-/// While the token lives it is served, whatever becomes of its renewal; afterwards callers are told at once.
+/// While the access token is valid, it is used even if its refresh fails; afterwards callers get an error immediately.
 async fn is_survived(harness: &Harness, error: &str) {
     fails(harness, error).await;
-    assert_eq!(harness.get("/v2/profiles").await.status(), 200, "the token lives");
+    assert_eq!(harness.get("/v2/profiles").await.status(), 200, "the access token has not expired");
     harness.advance(3600);
     for _ in 0..2 {
         fails(harness, error).await;
@@ -116,7 +116,7 @@ async fn is_survived(harness: &Harness, error: &str) {
     assert!(harness.metric(&series).await >= 3.0);
 }
 
-/// A token that was renewed, and the life that is believed.
+/// A refresh, and the lifetime that the sidecar assumes.
 async fn lives(harness: &Harness, lwa: &Lwa, fields: &str, seconds: i64, oddity: &str) {
     harness.advance(1);
     let body = format!(r#"{{"access_token":"Atza|{}","refresh_token":"Atzr|s"{fields}}}"#, lwa.calls());
@@ -132,7 +132,7 @@ async fn lives(harness: &Harness, lwa: &Lwa, fields: &str, seconds: i64, oddity:
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 1.
-async fn lwa_refuses_connections_and_the_living_token_is_served() {
+async fn while_lwa_refuses_connections_the_valid_token_is_used() {
     let mut harness = asking(&nobody().await, None, "").await;
     harness.advance(3600 - 60);
     for _ in 0..20 {
@@ -141,16 +141,16 @@ async fn lwa_refuses_connections_and_the_living_token_is_served() {
     let status = harness.status_of("default").await;
     assert_eq!((&status["state"], &status["last_error"]), (&"failing".into(), &"unreachable".into()));
     let failures = harness.metric("adsidecar_token_refresh_total{reason=\"unreachable\",result=\"failure\"}").await;
-    assert_eq!(failures, 1.0, "the backoff holds, however many callers come");
-    // The background goes on trying, and what it tries for comes back.
+    assert_eq!(failures, 1.0, "the backoff holds for any number of callers");
+    // The background keeps retrying until LWA returns.
     let lwa = harness.sandbox.token_url();
     harness.restart_with("amazon.token_url", &lwa).await;
-    eventually("the renewal", async || (harness.status_of("default").await["state"] == "fresh").then_some(())).await;
+    eventually("the refresh", async || (harness.status_of("default").await["state"] == "fresh").then_some(())).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 2.
-async fn lwa_is_down_the_token_is_dead_and_all_callers_are_told_soon() {
+async fn with_lwa_down_and_the_token_expired_all_callers_get_an_early_error() {
     let harness = asking(&nobody().await, None, IDLE).await;
     is_survived(&harness, "unreachable").await;
     let begun = Instant::now();
@@ -160,29 +160,29 @@ async fn lwa_is_down_the_token_is_dead_and_all_callers_are_told_soon() {
         assert_eq!((answer.status().as_u16(), code(&answer)), (503, "token_unavailable"));
         assert!(answer.headers().contains_key("retry-after"));
     }
-    assert!(begun.elapsed() < Duration::from_secs(5), "nothing queues up: {:?}", begun.elapsed());
+    assert!(begun.elapsed() < Duration::from_secs(5), "callers do not queue: {:?}", begun.elapsed());
 }
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 4.
-async fn a_server_error_of_lwa_is_a_503_and_is_tried_again() {
+async fn a_server_error_of_lwa_becomes_a_503_and_is_retried() {
     let harness = Harness::with(IDLE).await;
     harness.log_in("default").await;
     harness.sandbox.clear_history();
     for status in [500, 502, 503, 504, 408, 425] {
-        harness.sandbox.set_fault(Rule::from(Fault::status(status)).at(Door::Lwa));
+        harness.sandbox.set_fault(Rule::from(Fault::status(status)).at(Listener::Lwa));
         fails(&harness, "server_error").await;
     }
-    harness.sandbox.set_fault(Rule::from(Fault::status(503)).at(Door::Lwa).always());
+    harness.sandbox.set_fault(Rule::from(Fault::status(503)).at(Listener::Lwa).always());
     is_survived(&harness, "server_error").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 5.
-async fn a_429_of_lwa_is_one_call_for_each_pause_that_it_asks_for() {
+async fn a_429_of_lwa_allows_one_call_per_retry_after() {
     let harness = Harness::start().await;
     harness.log_in("default").await;
-    let armed = harness.sandbox.set_fault(Rule::from(Fault::too_many(Some(20))).at(Door::Lwa).always());
+    let handle = harness.sandbox.set_fault(Rule::from(Fault::too_many(Some(20))).at(Listener::Lwa).always());
     harness.advance(3600);
     for windows in 1..=5 {
         for _ in 0..20 {
@@ -190,7 +190,7 @@ async fn a_429_of_lwa_is_one_call_for_each_pause_that_it_asks_for() {
             assert_eq!((answer.status().as_u16(), code(&answer)), (503, "token_unavailable"));
             assert_eq!(header(&answer, "retry-after"), "20");
         }
-        assert_eq!(armed.met(), windows);
+        assert_eq!(handle.hits(), windows);
         assert_eq!(harness.status_of("default").await["last_error"], "throttled");
         harness.advance(20);
     }
@@ -198,7 +198,7 @@ async fn a_429_of_lwa_is_one_call_for_each_pause_that_it_asks_for() {
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 6.
-async fn a_200_without_a_token_answer_changes_nothing() {
+async fn a_200_without_a_token_response_changes_nothing() {
     let lwa = Lwa::start().await;
     let harness = lwa.harness().await;
     for body in ["", "<!doctype html><title>Sorry</title>", "\u{0}\u{1}", "[]", "null", "{}", r#"{"access_token":7}"#] {
@@ -213,7 +213,7 @@ async fn a_200_without_a_token_answer_changes_nothing() {
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 7.
-async fn an_answer_cut_at_any_byte_keeps_the_refresh_token_and_it_is_tried_again() {
+async fn a_response_truncated_at_any_byte_keeps_the_refresh_token_and_is_retried() {
     let lwa = Lwa::start().await;
     let harness = lwa.harness().await;
     let whole = ok(r#"{"access_token":"Atza|x","refresh_token":"Atzr|y","token_type":"bearer","expires_in":3600}"#);
@@ -228,19 +228,19 @@ async fn an_answer_cut_at_any_byte_keeps_the_refresh_token_and_it_is_tried_again
     harness.advance(61);
     assert_eq!(json(harness.post(REFRESH).await).await["state"], "fresh");
     let asked = lwa.asked.lock().unwrap().clone();
-    assert!(asked.iter().all(|form| *form == asked[0]), "always the same refresh token");
-    // Any of those answers may have held another one; none had been handed out.
+    assert!(asked.iter().all(|form| *form == asked[0]), "every request sends the same refresh token");
+    // Any of those responses may have contained a new refresh token; in fact LWA had issued none.
     assert_eq!(harness.metric("adsidecar_token_refresh_interrupted_total{outcome=\"recovered\"}").await, 1.0);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_answer_that_was_lost_and_a_grant_that_is_refused_after_it_are_told_as_a_loss() {
+async fn a_lost_response_followed_by_a_rejected_grant_is_reported_as_a_loss() {
     let harness = Harness::start().await;
     harness.log_in("default").await;
     let lost = "adsidecar_token_refresh_interrupted_total{outcome=\"lost\"}";
     harness.sandbox.world(|world| world.revoke_all());
     assert_eq!(code(&harness.post(REFRESH).await), "login_required");
-    assert_eq!(harness.metric(lost).await, 0.0, "a grant that was taken back is not lost");
+    assert_eq!(harness.metric(lost).await, 0.0, "a revoked grant is not lost");
 
     harness.log_in("default").await;
     harness.sandbox.set_fault(Fault::CloseMidBody);
@@ -253,7 +253,7 @@ async fn an_answer_that_was_lost_and_a_grant_that_is_refused_after_it_are_told_a
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 8.
-async fn an_answer_without_a_refresh_token_keeps_the_old_one() {
+async fn a_response_without_a_refresh_token_keeps_the_old_one() {
     let mut harness = Harness::start().await;
     harness.log_in("default").await;
     for _ in 0..2 {
@@ -267,7 +267,7 @@ async fn an_answer_without_a_refresh_token_keeps_the_old_one() {
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 10.
-async fn a_missing_life_is_five_minutes() {
+async fn a_missing_lifetime_defaults_to_five_minutes() {
     let lwa = Lwa::start().await;
     let harness = lwa.harness().await;
     lives(&harness, &lwa, r#","token_type":"bearer""#, 300, "expires_in_missing").await;
@@ -276,14 +276,14 @@ async fn a_missing_life_is_five_minutes() {
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 11.
-async fn a_life_of_nothing_or_less_is_five_minutes_and_no_storm() {
+async fn a_lifetime_of_zero_or_less_defaults_to_five_minutes_without_a_storm() {
     let lwa = Lwa::start().await;
     let harness = lwa.harness().await;
     for value in ["0", "-1", "-3600", "\"0\"", "0.5"] {
         let fields = format!(r#","token_type":"bearer","expires_in":{value}"#);
         lives(&harness, &lwa, &fields, 300, "expires_in_unusable").await;
     }
-    // Its margin is five minutes too, so the background would renew it at once if nothing spaced renewals out.
+    // Its margin is five minutes too, so the background would refresh immediately without a minimum interval.
     let before = lwa.calls();
     for _ in 0..60 {
         harness.advance(1);
@@ -294,7 +294,7 @@ async fn a_life_of_nothing_or_less_is_five_minutes_and_no_storm() {
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 12.
-async fn a_life_is_clamped_to_a_day_and_read_from_whatever_holds_a_number() {
+async fn a_lifetime_is_clamped_to_a_day_and_parsed_from_any_number_format() {
     let lwa = Lwa::start().await;
     let harness = lwa.harness().await;
     for (value, seconds, oddity) in [
@@ -314,7 +314,7 @@ async fn a_life_is_clamped_to_a_day_and_read_from_whatever_holds_a_number() {
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 13.
-async fn a_token_that_is_no_bearer_token_is_refused_and_a_missing_type_put_up_with() {
+async fn a_non_bearer_token_is_rejected_and_a_missing_type_tolerated() {
     let lwa = Lwa::start().await;
     let harness = lwa.harness().await;
     lives(&harness, &lwa, r#","expires_in":3600"#, 3600, "token_type_missing").await;
@@ -327,7 +327,7 @@ async fn a_token_that_is_no_bearer_token_is_refused_and_a_missing_type_put_up_wi
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 14.
-async fn a_token_that_cannot_be_sent_is_refused() {
+async fn a_token_that_is_no_valid_header_value_is_rejected() {
     let lwa = Lwa::start().await;
     let harness = lwa.harness().await;
     let long = "x".repeat(5000);
@@ -340,12 +340,12 @@ async fn a_token_that_cannot_be_sent_is_refused() {
         }
     }
     let asked = lwa.asked.lock().unwrap().clone();
-    assert!(asked.iter().all(|form| *form == asked[0]), "nothing of it was kept");
+    assert!(asked.iter().all(|form| *form == asked[0]), "nothing of the response was kept");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 15.
-async fn an_answer_too_large_too_deep_or_with_a_key_twice_is_refused() {
+async fn a_response_too_large_too_deep_or_with_duplicate_keys_is_rejected() {
     let lwa = Lwa::start().await;
     let harness = lwa.harness().await;
     let (open, close) = ("[".repeat(20_000), "]".repeat(20_000));
@@ -357,7 +357,7 @@ async fn an_answer_too_large_too_deep_or_with_a_key_twice_is_refused() {
         lwa.will_say(&body);
         fails(&harness, "bad_answer").await;
     }
-    // 64 MB, of which hardly anything is taken.
+    // 64 MB, of which almost nothing may be read.
     let sent = Arc::new(Mutex::new(0_usize));
     let count = sent.clone();
     let endless = Scripted::start(move |mut wire: Wire, _| {
@@ -374,19 +374,19 @@ async fn an_answer_too_large_too_deep_or_with_a_key_twice_is_refused() {
     .await;
     let harness = asking(&endless.origin, Some(endless.ca_file().to_str().unwrap()), IDLE).await;
     fails(&harness, "bad_answer").await;
-    eventually("the connection is closed on it", async || (endless.connections() == 1).then_some(())).await;
-    assert!(*sent.lock().unwrap() < 32 << 20, "{} bytes were taken", sent.lock().unwrap());
+    eventually("the connection to be closed", async || (endless.connections() == 1).then_some(())).await;
+    assert!(*sent.lock().unwrap() < 32 << 20, "{} bytes were read", sent.lock().unwrap());
 }
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 17.
-async fn a_refused_client_is_one_problem_of_all_users_and_no_storm() {
+async fn a_rejected_client_is_one_failure_for_all_users_without_a_storm() {
     let harness = Harness::start().await;
     let users: Vec<String> = (0..40).map(|number| format!("user-{number}")).collect();
     for user in &users {
         harness.log_in(user).await;
     }
-    // Whoever was due has been renewed, or has another plan.
+    // Every due user has been refreshed or rescheduled.
     let all_are = async |wanted: &str, error: Value| {
         eventually(wanted, async || {
             let told = json(harness.get("/api/auth/amazon/status?limit=100").await).await;
@@ -399,27 +399,27 @@ async fn a_refused_client_is_one_problem_of_all_users_and_no_storm() {
         })
         .await;
     };
-    let armed = harness.sandbox.set_fault(Rule::from(Fault::InvalidClient).at(Door::Lwa).always());
+    let handle = harness.sandbox.set_fault(Rule::from(Fault::InvalidClient).at(Listener::Lwa).always());
     harness.advance(3600);
     all_are("failing", "invalid_client".into()).await;
-    assert!(armed.met() <= 10, "those who asked side by side before anybody knew: {}", armed.met());
+    assert!(handle.hits() <= 10, "concurrent refreshes before the first rejection: {}", handle.hits());
     for _ in 0..10 {
-        let before = armed.met();
+        let before = handle.hits();
         harness.advance(6);
         all_are("failing", "invalid_client".into()).await;
-        assert_eq!(armed.met() - before, 1, "one asks for all, at most every few seconds");
+        assert_eq!(handle.hits() - before, 1, "one probe for all users, at most every few seconds");
     }
     assert_eq!(harness.metric("adsidecar_users{state=\"failing\"}").await, 40.0);
-    assert_eq!(harness.metric("adsidecar_users{state=\"login_required\"}").await, 0.0, "nobody is sent to log in");
+    assert_eq!(harness.metric("adsidecar_users{state=\"login_required\"}").await, 0.0, "no user is told to log in");
     let ready = harness.client.get(harness.admin_url("/readyz")).send().await.unwrap();
-    assert_eq!(ready.status(), 200, "readiness is about us");
-    harness.sandbox.clear_trouble();
+    assert_eq!(ready.status(), 200, "readiness does not depend on Amazon");
+    harness.sandbox.clear_faults();
     harness.advance(6);
     all_are("fresh", Value::Null).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_client_secret_that_is_mended_by_a_reload_is_tried_at_once() {
+async fn a_client_secret_corrected_by_a_reload_is_used_immediately() {
     let mut harness = Harness::start().await;
     harness.log_in("default").await;
     let secret = harness.directory.path().join("secret");
@@ -431,28 +431,28 @@ async fn a_client_secret_that_is_mended_by_a_reload_is_tried_at_once() {
     std::fs::write(&secret, CLIENT_SECRET).unwrap();
     let reloaded = harness.client.post(harness.admin_url("/reload")).send().await.unwrap();
     assert_eq!(reloaded.status(), 200);
-    assert_eq!(json(harness.post(REFRESH).await).await["state"], "fresh", "no backoff holds it up: time stood still");
+    assert_eq!(json(harness.post(REFRESH).await).await["state"], "fresh", "no backoff delays it: the clock is frozen");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 18.
-async fn a_grant_of_another_client_or_scope_needs_a_login_and_says_why() {
+async fn a_grant_of_another_client_or_scope_requires_a_login_with_the_reason() {
     let scope = Fault::Status { code: 400, headers: Vec::new(), body: r#"{"error":"invalid_scope"}"#.into() };
-    for (trouble, reason) in [(Fault::UnauthorizedClient, "unauthorized_client"), (scope, "invalid_scope")] {
+    for (fault, reason) in [(Fault::UnauthorizedClient, "unauthorized_client"), (scope, "invalid_scope")] {
         let harness = Harness::start().await;
         harness.log_in("default").await;
-        harness.sandbox.set_fault(Rule::from(trouble).at(Door::Lwa).always());
+        harness.sandbox.set_fault(Rule::from(fault).at(Listener::Lwa).always());
         harness.advance(3600);
         for _ in 0..10 {
             let answer = harness.get("/v2/profiles").await;
             assert_eq!((answer.status().as_u16(), code(&answer)), (401, "login_required"));
             assert!(json(answer).await["detail"].as_str().unwrap().contains(reason));
         }
-        assert_eq!(harness.sandbox.refreshes(), 1, "kept, and tried again once an hour");
+        assert_eq!(harness.sandbox.refreshes(), 1, "kept, and retried once an hour");
         assert_eq!(harness.status_of("default").await["last_error"], reason);
         let series = format!("adsidecar_login_required{{reason=\"{reason}\",user=\"default\"}}");
         assert_eq!(harness.metric(&series).await, 1.0);
-        harness.sandbox.clear_trouble();
+        harness.sandbox.clear_faults();
         harness.advance(3600);
         assert_eq!(harness.get("/v2/profiles").await.status(), 200);
     }
@@ -460,7 +460,7 @@ async fn a_grant_of_another_client_or_scope_needs_a_login_and_says_why() {
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 19.
-async fn lwa_redirects_and_is_not_followed() {
+async fn redirects_of_lwa_are_not_followed() {
     let lwa = Lwa::start().await;
     let harness = lwa.harness().await;
     let trap = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -474,22 +474,22 @@ async fn lwa_redirects_and_is_not_followed() {
         }
     }
     let came = tokio::time::timeout(Duration::from_millis(50), trap.accept()).await;
-    assert!(came.is_err(), "the refresh token went to another host");
+    assert!(came.is_err(), "the refresh token was sent to another host");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 20.
-async fn a_bad_certificate_ends_the_call_before_a_token_is_sent() {
+async fn an_invalid_certificate_ends_the_call_before_a_token_is_sent() {
     let lwa = Lwa::start().await;
     let ca = lwa.scripted.ca_file();
     let ca = ca.to_str().unwrap();
     let other_name = lwa.scripted.origin.replace("127.0.0.1", "localhost");
-    // An authority that nobody trusts, and another name than the one that was asked for.
+    // An unknown authority, and a name other than the one requested.
     for (origin, ca) in [(&lwa.scripted.origin, None), (&other_name, Some(ca))] {
         let harness = asking(origin, ca, IDLE).await;
         is_survived(&harness, "tls").await;
     }
-    // One that does not speak TLS: never plain.
+    // A server that does not speak TLS: no fallback to plain HTTP.
     let plain = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let origin = format!("https://{}", plain.local_addr().unwrap());
     let heard = Arc::new(Mutex::new(Vec::new()));
@@ -508,18 +508,18 @@ async fn a_bad_certificate_ends_the_call_before_a_token_is_sent() {
     fails(&harness, "tls").await;
     listening.abort();
     assert!(!heard.lock().unwrap().windows(5).any(|window| window == b"Atzr|" || window == b"Atzr%"));
-    assert_eq!(lwa.calls(), 0, "no token call reached anybody");
+    assert_eq!(lwa.calls(), 0, "no server received a token call");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 21.
-async fn a_name_that_does_not_resolve_is_told_as_such() {
+async fn an_unresolvable_host_name_is_reported_as_such() {
     let harness = asking("https://lwa.adsidecar.invalid", None, IDLE).await;
     harness.advance(61);
     let status = json(harness.post(REFRESH).await).await;
     assert_eq!(status["state"], "failing");
-    // A resolver that nobody answers takes longer than a connection may.
+    // A resolver that does not respond may take longer than the connection timeout.
     let error = status["last_error"].as_str().unwrap();
     assert!(["dns", "timeout"].contains(&error), "{error}");
-    assert_eq!(harness.get("/v2/profiles").await.status(), 200, "the token lives");
+    assert_eq!(harness.get("/v2/profiles").await.status(), 200, "the access token has not expired");
 }

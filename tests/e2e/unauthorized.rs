@@ -1,5 +1,5 @@
-//! What Amazon means by a 401, read from whatever body it comes in: a scope that the token does not reach passes with a hint, and
-//! anything else is the token's fault.
+//! The meaning of Amazon's 401, determined from its body in any encoding: a scope that the token does not cover passes
+//! with a hint, and anything else is treated as an invalid token.
 
 use std::io::Write;
 
@@ -12,7 +12,8 @@ use crate::raw_http::{Reply, Scripted, Wire};
 const SCOPE: &[u8] = br#"{"code":"401","details":"Not authorized to access scope 123"}"#;
 const TOKEN: &[u8] = br#"{"message":"Unauthorized"}"#;
 
-/// What a caller gets, where Amazon answers everything by a 401 with this body; and how often Amazon and LWA were asked.
+/// The caller's response if Amazon responds to every request with a 401 with this body, and the numbers of calls to
+/// Amazon and LWA.
 async fn refused(coding: &str, body: Vec<u8>) -> (Reply, usize, u64) {
     let asked = std::sync::Arc::new(std::sync::atomic::AtomicUsize::new(0));
     let count = asked.clone();
@@ -30,7 +31,7 @@ async fn refused(coding: &str, body: Vec<u8>) -> (Reply, usize, u64) {
     })
     .await;
     let harness = Harness::before(&amazon, &[]).await;
-    let reply = harness.knock("GET /x HTTP/1.1\r\nHost: localhost\r\n\r\n").await;
+    let reply = harness.send_raw("GET /x HTTP/1.1\r\nHost: localhost\r\n\r\n").await;
     (reply, asked.load(std::sync::atomic::Ordering::SeqCst), harness.sandbox.refreshes())
 }
 
@@ -70,12 +71,12 @@ async fn a_scope_failure_is_read_through_compression_and_passes_byte_for_byte() 
         );
         assert_eq!((reply.body == body, reply.whole), (true, true), "{coding}");
         assert_eq!(reply.header("content-encoding"), Some(coding).filter(|coding| !coding.is_empty()));
-        assert_eq!((calls, refreshes), (1, 0), "{coding}: passed on at once");
+        assert_eq!((calls, refreshes), (1, 0), "{coding}: passed on immediately");
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn anything_else_is_one_forced_refresh_and_one_replay_and_then_amazons_word() {
+async fn any_other_401_causes_one_forced_refresh_one_retry_and_then_passes() {
     for (coding, body) in [
         ("", TOKEN.to_vec()),
         ("", Vec::new()),
@@ -91,7 +92,7 @@ async fn anything_else_is_one_forced_refresh_and_one_replay_and_then_amazons_wor
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn only_the_first_64_kib_of_a_refusal_are_read_and_all_of_it_passes() {
+async fn only_the_first_64_kib_of_a_rejection_are_inspected_and_all_of_it_passes() {
     let mut early = SCOPE.to_vec();
     early.resize(1 << 20, b' ');
     let (reply, calls, refreshes) = refused("", early.clone()).await;
@@ -102,7 +103,7 @@ async fn only_the_first_64_kib_of_a_refusal_are_read_and_all_of_it_passes() {
     let (reply, calls, refreshes) = refused("", late.clone()).await;
     assert_eq!((reply.header("x-adsidecar-hint"), calls, refreshes), (None, 2, 1));
     assert!(reply.body == late && reply.whole);
-    // A small body that inflates to a huge one is not inflated whole.
+    // A small body that inflates to a huge one is not inflated completely.
     let mut bomb = vec![b' '; 8 << 20];
     bomb.extend_from_slice(SCOPE);
     let (reply, calls, refreshes) = refused("gzip", gzip(&bomb)).await;

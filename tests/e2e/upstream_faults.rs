@@ -1,11 +1,11 @@
-//! Fault on the way to Amazon, and trouble that Amazon itself tells of.
+//! Faults on the connection to Amazon, and errors that Amazon itself reports.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use reqwest::Method;
 use tokio::net::TcpListener;
-use world::{Door, Fault, Rule};
+use world::{Fault, Listener, Rule};
 
 use crate::harness::{Harness, code};
 use crate::raw_http::{Scripted, Wire};
@@ -19,7 +19,7 @@ async fn said(harness: &Harness, method: Method, path: &str, body: &'static str)
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 57.
-async fn an_unreachable_host_is_told() {
+async fn an_unreachable_host_is_reported() {
     let free = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let origin = format!("https://{}", free.local_addr().unwrap());
     drop(free);
@@ -30,12 +30,12 @@ async fn an_unreachable_host_is_told() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_certificate_that_nobody_vouches_for_is_refused() {
+async fn an_untrusted_certificate_is_rejected() {
     let amazon = Scripted::saying(OK).await;
-    // Its authority is not the one that is trusted.
+    // Its authority is not trusted.
     let harness = Harness::set(&[("upstream.na", &amazon.origin)]).await;
     assert_eq!(said(&harness, Method::GET, "/x", "").await, (502, "upstream_tls".into()));
-    // The right authority, and another name.
+    // The right authority, but another name.
     let other_name = amazon.origin.replace("127.0.0.1", "localhost");
     let ca = amazon.ca_file();
     let harness = Harness::set(&[("upstream.na", &other_name), ("upstream.ca_file", ca.to_str().unwrap())]).await;
@@ -44,15 +44,15 @@ async fn a_certificate_that_nobody_vouches_for_is_refused() {
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 61.
-async fn a_host_that_does_not_answer_is_given_up_and_never_asked_twice() {
+async fn an_unresponsive_host_times_out_and_is_not_retried() {
     let harness = Harness::set(&[("upstream.response_timeout", "100ms")]).await;
     for method in [Method::GET, Method::POST] {
         harness.sandbox.clear_history();
         harness.sandbox.set_fault(Fault::Hang);
         assert_eq!(said(&harness, method, "/sandbox/echo", "b").await, (504, "upstream_timeout".into()));
-        assert_eq!(harness.ads_calls().len(), 1, "it is not repeated: it may have been processed");
+        assert_eq!(harness.ads_calls().len(), 1, "it is not retried: it may have been processed");
     }
-    // A port that accepts and never shakes hands.
+    // A port that accepts connections but never completes a handshake.
     let mute = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let origin = format!("https://{}", mute.local_addr().unwrap());
     let harness = Harness::set(&[("upstream.na", &origin), ("upstream.connect_timeout", "100ms")]).await;
@@ -61,9 +61,9 @@ async fn a_host_that_does_not_answer_is_given_up_and_never_asked_twice() {
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 59.
-async fn a_reset_call_is_repeated_only_if_that_is_harmless() {
+async fn a_reset_request_is_retried_only_if_safe() {
     let harness = Harness::set(&[]).await;
-    // On a fresh connection nobody was about to close it: no repetition, whatever the method.
+    // On a new connection, no idle close can be the reason: no retry, whatever the method.
     harness.sandbox.set_fault(Fault::Reset);
     assert_eq!(said(&harness, Method::GET, "/sandbox/echo", "").await, (502, "upstream_reset".into()));
     assert_eq!(harness.ads_calls().len(), 1);
@@ -85,7 +85,7 @@ async fn a_reset_call_is_repeated_only_if_that_is_harmless() {
             assert_ne!(first.connection, second.connection, "{method}");
         }
     }
-    // And never more than once.
+    // And at most once.
     assert_eq!(harness.get("/v2/profiles").await.status(), 200);
     harness.sandbox.clear_history();
     harness.sandbox.set_fault(Rule::from(Fault::Reset).always());
@@ -95,10 +95,10 @@ async fn a_reset_call_is_repeated_only_if_that_is_harmless() {
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 58.
-async fn a_pooled_connection_that_was_closed_meanwhile_harms_no_call() {
+async fn a_pooled_connection_closed_by_the_server_fails_no_request() {
     let requests = Arc::new(AtomicUsize::new(0));
     let count = requests.clone();
-    // Each connection is closed right behind its first answer, which does not say so.
+    // Each connection is closed right after its first response, which does not announce it.
     let amazon = Scripted::start(move |mut wire: Wire, _| {
         let count = count.clone();
         async move {
@@ -113,12 +113,12 @@ async fn a_pooled_connection_that_was_closed_meanwhile_harms_no_call() {
     for _ in 0..30 {
         assert_eq!(harness.get("/x").await.status(), 200);
     }
-    assert_eq!(requests.load(Ordering::SeqCst), 30, "no call came twice");
+    assert_eq!(requests.load(Ordering::SeqCst), 30, "no request arrived twice");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: threat 34.
-async fn an_answer_that_is_no_http_is_an_error() {
+async fn a_response_that_is_not_http_is_an_error() {
     for answer in [
         "",
         "SSH-2.0-x\r\n\r\n",
@@ -133,7 +133,7 @@ async fn an_answer_that_is_no_http_is_an_error() {
         .await;
         let harness = Harness::before(&amazon, &[]).await;
         assert_eq!(
-            harness.knock("POST /x HTTP/1.1\r\nHost: localhost\r\n\r\n").await.said(),
+            harness.send_raw("POST /x HTTP/1.1\r\nHost: localhost\r\n\r\n").await.said(),
             (502, "upstream_reset"),
             "{answer:?}"
         );
@@ -142,7 +142,7 @@ async fn an_answer_that_is_no_http_is_an_error() {
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 63.
-async fn informational_and_odd_answers_end_in_the_final_one() {
+async fn informational_and_unusual_responses_yield_the_final_one() {
     for (answer, body) in [
         ("HTTP/1.1 200 OK\r\nContent-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nabcde\r\n0\r\n\r\n", "abcde"),
         ("HTTP/1.1 200 OK\r\n\r\nuntil the end", "until the end"),
@@ -157,11 +157,11 @@ async fn informational_and_odd_answers_end_in_the_final_one() {
         })
         .await;
         let harness = Harness::before(&amazon, &[]).await;
-        let reply = harness.knock("GET /x HTTP/1.1\r\nHost: localhost\r\n\r\n").await;
+        let reply = harness.send_raw("GET /x HTTP/1.1\r\nHost: localhost\r\n\r\n").await;
         assert_eq!((reply.status, reply.text().as_str(), reply.whole), (200, body, true), "{answer:?} {reply:?}");
         assert_eq!(reply.header("connection"), None);
     }
-    // Without TLS's own end nobody knows that this was all.
+    // Without a close_notify, the end of the response is not certain.
     let amazon = Scripted::start(|mut wire: Wire, _| async move {
         wire.head().await;
         wire.send("HTTP/1.1 200 OK\r\n\r\ncut somewhere").await;
@@ -174,17 +174,18 @@ async fn informational_and_odd_answers_end_in_the_final_one() {
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 55.
-async fn a_403_of_amazons_passes_and_refreshes_nothing() {
+async fn a_403_from_amazon_passes_and_refreshes_nothing() {
     passes_as_it_is(&[(403, None), (400, None), (500, None), (503, Some("1"))]).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 56.
-async fn a_429_of_amazons_passes_with_its_headers_and_is_not_tried_again() {
+async fn a_429_from_amazon_passes_with_its_headers_and_is_not_retried() {
     passes_as_it_is(&[(429, Some("7")), (429, None)]).await;
 }
 
-/// These statuses of Amazon's, each with this `Retry-After`, reach the caller from one call and without a token call.
+/// Responses of Amazon's with these statuses and this `Retry-After` reach the caller after one call and without a token
+/// call.
 async fn passes_as_it_is(refusals: &[(u16, Option<&str>)]) {
     let harness = Harness::set(&[]).await;
     for &(status, retry_after) in refusals {
@@ -196,9 +197,9 @@ async fn passes_as_it_is(refusals: &[(u16, Option<&str>)]) {
             headers: headers.map(|(name, value)| (name.to_owned(), value.to_owned())).collect(),
             body: "<p>no".into(),
         });
-        let answer = harness.knock("GET /sandbox/echo HTTP/1.1\r\nHost: localhost\r\n\r\n").await;
+        let answer = harness.send_raw("GET /sandbox/echo HTTP/1.1\r\nHost: localhost\r\n\r\n").await;
         assert_eq!((answer.said(), answer.text().as_str()), ((status, ""), "<p>no"));
         assert_eq!((answer.header("retry-after"), answer.header("content-type")), (retry_after, Some("text/html")));
-        assert_eq!((harness.ads_calls().len(), harness.sandbox.calls(Door::Lwa).len()), (1, 0));
+        assert_eq!((harness.ads_calls().len(), harness.sandbox.calls(Listener::Lwa).len()), (1, 0));
     }
 }

@@ -1,4 +1,4 @@
-//! The commands about single users, alone and beside a running sidecar; and records that other services have written.
+//! The commands for single users, alone and beside a running sidecar; and records written by other services.
 
 use jiff::SignedDuration;
 use serde_json::{Value, json as object};
@@ -6,7 +6,7 @@ use serde_json::{Value, json as object};
 use crate::commands::{CONFIG, DONE, FAILED, HELD, beside, opened, run, sealed, stopped};
 use crate::harness::Harness;
 
-/// `show` of a user who is there.
+/// Output of `show` for an existing user.
 fn shown(text: &str) -> Value {
     assert!(!text.contains("Atz") && !text.contains("gAAAA"), "never a token: {text}");
     serde_json::from_str(text).unwrap()
@@ -83,12 +83,12 @@ async fn an_export_needs_the_store_to_itself_and_can_be_imported() {
     }
     let listed = run(&harness, &["users", "list", "--set", &elsewhere], "").await.out;
     assert_eq!(listed.lines().map(|line| line.split('\t').next().unwrap()).collect::<Vec<_>>(), ["moved", "shop"]);
-    assert_eq!(harness.sandbox.refreshes(), 2, "each was verified");
+    assert_eq!(harness.sandbox.refreshes(), 2, "each grant was verified");
 }
 
-/// As services in other languages write times, with and without a zone.
+/// Timestamps as services in other languages write them, with and without a time zone.
 #[tokio::test(flavor = "multi_thread")]
-async fn times_are_read_as_python_node_and_go_write_them() {
+async fn timestamps_of_python_node_and_go_are_parsed() {
     let mut harness = stopped().await;
     let now = harness.clock.now();
     let (later, before) = (now + SignedDuration::from_secs(3000), now - SignedDuration::from_secs(600));

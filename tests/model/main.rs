@@ -1,17 +1,17 @@
 //! Logout against refresh against a new login, in every order that a scheduler finds.
 //!
-//! The code that decides is the product's own: `src/keeper/user_state.rs` is compiled here a second time, over shuttle's
-//! primitives in place of tokio's, and with it `GrantState` and `LiveGrant`. Around it stand, in as few lines as possible, the disk and
-//! the three who change a grant, in the order in which the keeper does it: take the turn, look, write the disk, publish.
-//! `SCHEDULES` says how many orders are tried (a short run without it), `SEED` with which the random ones begin;
-//! `KNOWN_BAD=1` leaves the look at the generation out, which must be found.
+//! The deciding code is the product's own: `src/auth/tokens/user_state.rs` is compiled here a second time, over shuttle's
+//! primitives in place of tokio's, and with it `GrantState` and `LiveGrant`. Around it are minimal models of the disk and
+//! of the three operations on a grant, in the token manager's order: lock, check, write the disk, publish. `SCHEDULES` is
+//! the number of schedules (few by default), `SEED` starts the random ones; `KNOWN_BAD=1` skips the generation check, which
+//! must be found.
 
-#![allow(dead_code, unreachable_pub, reason = "the entry has more ways than the model takes")]
+#![allow(dead_code, unreachable_pub, reason = "the model does not use every method of the entry")]
 
-// The names that the entry knows them by.
+// The paths under which the entry imports them.
 use adsidecar::domain::{self, account, clock_reading, grant};
 
-/// As in the product, but for the one point that makes it wrong.
+/// As in the product, except for the deliberate error.
 macro_rules! fail_point {
     ("renewal_blind", $wrong:expr) => {
         if std::env::var_os("KNOWN_BAD").is_some() {
@@ -38,8 +38,8 @@ use shuttle::sync::Mutex;
 use shuttle::{Config, FailurePersistence, Runner, thread};
 use user_state::UserState;
 
-/// What the disk holds of the user: the refresh token and its generation. As the store, it takes a change for an expected
-/// generation only where that one is stored.
+/// The user's record on disk: the refresh token and its generation. Like the store, it accepts a change only if the stored
+/// generation is the expected one.
 #[derive(Default)]
 struct Disk(Mutex<Option<(String, u64)>>);
 
@@ -65,7 +65,7 @@ impl Disk {
 struct World {
     entry: UserState,
     disk: Disk,
-    /// What Amazon's user did last, which is what must be true in the end: logged out, or logged in with this grant.
+    /// The user's last operation, which must determine the final state: logged out, or logged in with this grant.
     wanted: Mutex<Option<String>>,
 }
 
@@ -97,24 +97,24 @@ fn name(grant: &Grant) -> String {
     grant.refresh_token.secret().expose().to_owned()
 }
 
-/// `Flight::renew`, with an LWA that rotates: whoever's answer is dropped has a dead grant, so nothing may use it.
-async fn renew(world: &World) {
-    if !world.entry.try_begin_refresh() {
+/// `Flight::renew`, with an LWA that rotates: if a response is dropped, its grant is invalid and must not be used.
+async fn refresh(world: &World) {
+    if !world.entry.take_off() {
         return;
     }
     let base = world.entry.held().grant().cloned();
     if let Some(base) = base {
-        // LWA is asked here, for as long as it likes.
+        // The token call happens here and takes any time.
         thread::yield_now();
         let write = world.entry.write().await;
         if let Some(held) = write.of(base.generation) {
-            let mut renewed = grant(&format!("{}'", name(&base)));
-            renewed.generation = write.next_generation();
-            if !world.disk.save(&renewed, Some(base.generation)) {
-                // As `keep_storing`: what the disk did not take is written over whatever is there.
-                world.disk.save(&renewed, None);
+            let mut refreshed = grant(&format!("{}'", name(&base)));
+            refreshed.generation = write.next_generation();
+            if !world.disk.save(&refreshed, Some(base.generation)) {
+                // As `keep_storing`: a failed write is repeated over the current record.
+                world.disk.save(&refreshed, None);
             }
-            let outcome = Outcome::Refreshed(Arc::new(LiveGrant::issued(renewed, now())));
+            let outcome = Outcome::Renewed(Arc::new(LiveGrant::issued(refreshed, now())));
             write.publish(held.next(outcome, now(), 0.5));
         }
     }
@@ -141,7 +141,7 @@ async fn log_in(world: &World, refresh: &str) {
     world.entry.wake();
 }
 
-/// One user with a grant, two renewals, a logout and a login, all at once.
+/// One user with a grant, and two refreshes, a logout and a login, all concurrent.
 fn race() {
     let user: UserId = "anna".parse().unwrap();
     let entry = UserState::new(user, Some(grant("old")), now(), Duration::ZERO);
@@ -152,21 +152,21 @@ fn race() {
         thread::spawn(move || work(&world))
     };
     let workers = [
-        run(|world| block_on(renew(world))),
-        run(|world| block_on(renew(world))),
+        run(|world| block_on(refresh(world))),
+        run(|world| block_on(refresh(world))),
         run(|world| block_on(log_out(world))),
         run(|world| block_on(log_in(world, "new"))),
     ];
     for worker in workers {
         worker.join().unwrap();
     }
-    // And once more when all is quiet, as the background would.
-    block_on(renew(&world));
+    // And once more afterwards, as the background would.
+    block_on(refresh(&world));
     let wanted = world.wanted.lock().unwrap().clone();
     let held = world.entry.held().grant().map(|grant| name(grant));
     let rooted = |name: &Option<String>| name.as_ref().map(|name| name.trim_end_matches('\'').to_owned());
-    assert_eq!(rooted(&held), wanted, "what is used is what the person wanted last");
-    assert_eq!(world.disk.holds(), held, "and what is used is what a restart finds");
+    assert_eq!(rooted(&held), wanted, "the used grant is that of the user's last operation");
+    assert_eq!(world.disk.holds(), held, "and a restart finds the used grant");
 }
 
 fn run(scheduler: impl Scheduler + 'static) {
@@ -175,7 +175,7 @@ fn run(scheduler: impl Scheduler + 'static) {
     Runner::new(scheduler, config).run(race);
 }
 
-/// Half of the schedules at random, half with few but ill-placed switches (PCT), each its own seed.
+/// Half of the schedules are random, half have few but unfavorable switches (PCT); each has its own seed.
 #[test]
 fn a_logout_and_a_login_beat_a_refresh_in_every_order() {
     let schedules = std::env::var("SCHEDULES").map_or(2_000, |count| count.parse().unwrap());

@@ -1,4 +1,4 @@
-//! What the entry stands on in the product, over shuttle's primitives: each use is a point at which the scheduler may switch.
+//! The entry's dependencies on shuttle's primitives: at each use the scheduler may switch.
 
 pub(super) use shuttle::sync::Mutex;
 pub(super) use shuttle::sync::atomic::{AtomicBool, AtomicI64, Ordering::SeqCst};
@@ -6,7 +6,7 @@ pub(super) use std::sync::PoisonError;
 
 pub(super) type WriteGuard<'a, T> = shuttle::sync::MutexGuard<'a, T>;
 
-/// tokio's lock, whose waiting blocks a thread of the model.
+/// Replaces tokio's lock; waiting blocks a thread of the model.
 #[derive(Debug)]
 pub(super) struct WriteLock<T>(Mutex<T>);
 
@@ -20,7 +20,7 @@ impl<T> WriteLock<T> {
     }
 }
 
-/// tokio's `watch`, whose waiting the model does not need.
+/// Replaces tokio's `watch`; the model does not need its waiting.
 pub(super) mod watch {
     use std::sync::Arc;
 
@@ -48,7 +48,7 @@ pub(super) mod watch {
 
     impl<T> Receiver<T> {
         pub(crate) async fn changed(&mut self) -> Result<(), ()> {
-            unreachable!("nobody waits in the model")
+            unreachable!("the model never waits")
         }
     }
 }

@@ -250,7 +250,7 @@ def test_adsidecar_is_a_native_sidecar_of_this_version(overlay, repository):
     assert sidecar["resources"]["requests"] and sidecar["resources"]["limits"]["memory"]
 
 
-def test_the_probes_run_inside_the_pod_where_the_doors_listen(overlay):
+def test_the_probes_run_inside_the_pod_where_the_listeners_are(overlay):
     sidecar = sidecar_of(overlay)
     ready, alive = ["/adsidecar", "health", "--ready"], ["/adsidecar", "health"]
     probes = {name: sidecar[name] for name in ("startupProbe", "readinessProbe", "livenessProbe")}
@@ -333,7 +333,7 @@ def test_a_policy_closes_the_pod_and_opens_only_what_another_names(overlay):
     opened = [port["port"] for policy in policies for rule in policy.get("ingress", []) for port in rule["ports"]]
     listening = {p["containerPort"]: p["name"] for p in sidecar_of(overlay)["ports"]}
     assert 8001 not in opened and set(opened) <= set(listening)
-    # A door that is opened is one that listens beyond loopback, and the reverse.
+    # A listener is opened if and only if it listens beyond loopback.
     environment = {e["name"]: e["value"] for e in sidecar_of(overlay)["env"]}
     beyond = {value.rpartition(":")[2] for name, value in environment.items() if name.endswith("__LISTEN")}
     assert beyond == {str(port) for port in opened}
@@ -385,7 +385,7 @@ def test_a_job_ends(overlays):
     assert cronjob["concurrencyPolicy"] == "Forbid"
 
 
-def test_the_ingress_leads_to_the_callback_at_the_login_door_alone(overlays):
+def test_the_ingress_leads_only_to_the_callback_at_the_login_listener(overlays):
     overlay = overlays["login-ingress"]
     environment = {e["name"]: e["value"] for e in sidecar_of(overlay)["env"]}
     [rule] = overlay["Ingress ads-login"]["spec"]["rules"]

@@ -1,4 +1,4 @@
-"""config/openapi.yaml describes what a running sidecar answers: its endpoints are called, their answers held to its schemas."""
+"""config/openapi.yaml matches a running sidecar: calls its endpoints and validates their responses against its schemas."""
 
 import json
 import re
@@ -53,8 +53,8 @@ def test_every_answer_is_as_described(described, sandbox_of_its_own):
     sandbox = sandbox_of_its_own
     for path, method, operation in operations(described):
         name = operation["operationId"]
-        door = sandbox.admin if "servers" in operation else sandbox.proxy
-        url = door + path.replace("{user_id}", "nobody") + QUERIES.get(name, "")
+        listener = sandbox.admin if "servers" in operation else sandbox.proxy
+        url = listener + path.replace("{user_id}", "nobody") + QUERIES.get(name, "")
         status, kind, text = answer_to(url, method.upper(), BODIES.get(name))
         if name in REFUSED:
             assert status == REFUSED[name], f"{name}: {status} {text}"

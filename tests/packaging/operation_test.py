@@ -27,7 +27,7 @@ def test_a_job_ends_its_sidecar_whatever_came_of_its_work(job, sandbox_of_its_ow
 
 @pytest.mark.parametrize("words", [["--cycles", "2", "--rate", "300"], ["--cycles", "1", "--rate", "100", "--known-bad"]])
 # Covers: failure 96.
-def test_a_sigterm_under_load_loses_no_call_and_the_harness_would_see_one(repository, adsidecar, words):
+def test_a_sigterm_under_load_loses_no_request_and_the_harness_detects_losses(repository, adsidecar, words):
     campaign, sandbox = repository / "tests" / "campaigns" / "sigterms", adsidecar.with_name("adsidecar-sandbox")
     environment = {**os.environ, "ADSIDECAR_BIN": str(adsidecar), "ADSIDECAR_SANDBOX_BIN": str(sandbox)}
     command = [sys.executable, campaign, *words]

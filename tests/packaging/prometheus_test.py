@@ -82,7 +82,7 @@ def promtool(*words: object, stdin: str | None = None) -> subprocess.CompletedPr
 
 @pytest.fixture(scope="module")
 def stirred(sandbox):
-    """A sidecar to which something happened: calls, refusals, a renewal, a throttled call."""
+    """A sidecar with some history: requests, rejections, a refresh, a throttled request."""
     calls = f"{sandbox.proxy}/v2/profiles"
     assert ask(calls)[0] == 200
     assert ask(calls, headers={"Origin": "http://elsewhere.test"})[0] == 403
@@ -104,7 +104,7 @@ def prometheus(stirred, shipped, tmp_path_factory):
     config["global"] = {"scrape_interval": INTERVAL, "evaluation_interval": INTERVAL}
     config["rule_files"] = [str(shipped / name) for name in config["rule_files"]]
     [scrape] = config["scrape_configs"]
-    assert scrape["static_configs"] == [{"targets": ["localhost:9464"]}], "the default address of the admin door"
+    assert scrape["static_configs"] == [{"targets": ["localhost:9464"]}], "the default address of the admin listener"
     scrape["scrape_timeout"] = INTERVAL
     scrape["static_configs"] = [{"targets": [stirred.admin.removeprefix("http://")]}]
     (directory / "prometheus.yaml").write_text(yaml.safe_dump(config))

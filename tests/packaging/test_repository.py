@@ -1,4 +1,4 @@
-"""What holds for every file that is tracked: no trace of one machine, no junk, scripts that can be run."""
+"""Rules for every tracked file: no path of one machine, no junk, executable scripts."""
 
 import re
 import shutil
@@ -69,7 +69,7 @@ def test_no_text_has_trailing_blanks_a_carriage_return_or_a_conflict_mark(texts)
     assert wrong == []
 
 
-def test_what_ci_starts_can_be_executed(repository):
+def test_scripts_that_ci_runs_are_executable(repository):
     started = [*(repository / ".ci").iterdir(), repository / "tests" / "run"]
     assert repository / ".ci" / "run" in started
     for path in started:

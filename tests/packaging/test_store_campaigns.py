@@ -1,4 +1,4 @@
-"""The campaigns of the store, in small: they run, and what they look for is not there. The long runs are by hand."""
+"""Short runs of the store campaigns: they run and find no violation. The long runs are by hand."""
 
 import os
 import shutil
@@ -24,7 +24,7 @@ def writer(target_directory) -> str:
 
 @pytest.fixture
 def campaign(writer):
-    """Runs a campaign to its end, and gives what it said."""
+    """Runs a campaign and returns its output."""
 
     def run(name: str, *words: str) -> str:
         environment = {**os.environ, "ADSIDECAR_STORE_WRITER": writer, "PYTHONDONTWRITEBYTECODE": "1"}
@@ -48,12 +48,12 @@ def test_no_kill_loses_an_acknowledged_grant(campaign):
 
 
 # Covers: failure 36.
-def test_no_kill_at_a_system_call_loses_one(campaign, strace):
+def test_no_kill_at_a_system_call_loses_a_grant(campaign, strace):
     assert "0 violations" in campaign("syscall-faults", "--faults", "5", "--fault", "signal=KILL")
 
 
 # Covers: failure 42.
-def test_what_could_not_be_synced_is_not_acknowledged(campaign, strace):
+def test_unsynced_writes_are_not_acknowledged(campaign, strace):
     assert "0 violations" in campaign("syscall-faults", "--faults", "5", "--call", "fsync", "--fault", "error=EIO")
 
 
@@ -63,8 +63,8 @@ def test_no_damage_brings_an_older_token_back(campaign):
 
 
 # Covers: failure 37.
-def test_every_acknowledged_write_was_on_the_disk_before(writer, strace, tmp_path):
-    """What a power cut takes is what was not synced: the order of the system calls tells, without cutting any power."""
+def test_every_acknowledged_write_is_on_disk_first(writer, strace, tmp_path):
+    """A power cut loses unsynced data: the order of the system calls shows it, without a power cut."""
     log = tmp_path / "log"
     calls = "pwrite64,write,writev,fsync,sync_file_range,rename,unlink"
     command = ["strace", "-f", "-y", "-o", log, "-e", f"trace={calls}", writer, tmp_path / "store", "write", "3", "1", "12"]
@@ -90,23 +90,23 @@ def test_every_acknowledged_write_was_on_the_disk_before(writer, strace, tmp_pat
 
 
 # Covers: failure 35.
-def test_a_disk_that_fills_later_costs_no_caller_and_no_grant(strace, tmp_path):
-    """The file system refuses the first writes of a renewed grant's copy, as a full one does, and then takes them."""
+def test_a_disk_that_fills_later_fails_no_request_and_loses_no_grant(strace, tmp_path):
+    """The file system fails the first writes of a refreshed grant's mirror record, like a full one, then accepts them."""
     amazon = world.Sandbox(tmp_path)
     try:
         sidecar = world.Sidecar(amazon, tmp_path / "own")
         sidecar.import_grant()
         copy = sidecar.store.with_name(f"{sidecar.store.name}.copies") / sha256(b"default").hexdigest()
-        amazon.trouble("rotate_refresh_token", when="always")
+        amazon.set_fault("rotate_refresh_token", when="always")
         # As a grandchild, so that the process is adsidecar itself. Enough failures that somebody can look meanwhile: it is
         # tried again each second.
         full = ["strace", "-D", "-f", "-qq", "-o", "/dev/null", "-P", f"{copy}.tmp", "-e", "trace=write"]
         sidecar.start(*full, "-e", "inject=write:error=ENOSPC:when=1..3")
-        assert sidecar.post("/api/auth/amazon/refresh")[0] == 200, "the renewed token is used from memory"
+        assert sidecar.post("/api/auth/amazon/refresh")[0] == 200, "the refreshed token is used from memory"
         assert not sidecar.is_ready()
         assert sidecar.metric("adsidecar_store_up") == 0
         assert sidecar.get("/v2/profiles")[0] == 200
-        world.until("readiness by itself", sidecar.is_ready)
+        world.until("readiness without intervention", sidecar.is_ready)
         sidecar.kill()
         sidecar.start()
         assert sidecar.post("/api/auth/amazon/refresh")[0] == 200, "the rotated refresh token was stored"

@@ -1,4 +1,4 @@
-"""What is linked in: the lock file holds nothing that the rules forbid, whatever tool is there to say so."""
+"""Dependencies: the lock file contains nothing that the rules forbid, checked without cargo-deny."""
 
 import functools
 import json
@@ -17,7 +17,7 @@ def versions(repository) -> dict[str, list[tuple[int, ...]]]:
 
 
 # Covers: threat 38.
-def test_no_crate_below_the_version_that_mended_it_and_none_that_is_forbidden(repository):
+def test_no_crate_is_below_its_fixed_version_or_forbidden(repository):
     found = versions(repository)
     # The same floors as in .deny.toml, which cargo-deny reads; here without it.
     deny = tomllib.loads((repository / ".deny.toml").read_text())["bans"]["deny"]
@@ -112,7 +112,7 @@ def procedural_macros(repository) -> set[tuple[str, str]]:
     }
 
 
-def test_the_binary_that_is_tried_here_has_no_fail_points(adsidecar):
+def test_the_binary_under_test_has_no_fail_points(adsidecar):
     """As what ships: built without the features that the dev-dependencies switch on."""
     binary = adsidecar.read_bytes()
     assert b"the configuration was read again" in binary, "log lines can be found in the binary"

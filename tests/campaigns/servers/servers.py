@@ -1,7 +1,7 @@
-"""Backends of other makers, each on a plain port of loopback: `servers.py KIND PORT LOG`.
+"""Other HTTP servers, each on a plain loopback port: `servers.py KIND PORT LOG`.
 
-Each writes a line of JSON for each whole request that it understood, and answers with `X-Echo: <target>`. h11, aiohttp
-and waitress are imported from where their kind is run; wsgiref and the TLS around it need the standard library alone.
+Each writes a line of JSON for each complete request that it parsed, and responds with `X-Echo: <target>`. h11, aiohttp
+and waitress are imported only if their kind runs; wsgiref and its TLS need only the standard library.
 """
 
 import asyncio

@@ -1,4 +1,4 @@
-//! The Ads API: who may come in. What is behind it stands in `resources`.
+//! The Ads API: authentication and header checks. `resources` implements the resources.
 
 use http::header::{AUTHORIZATION, HeaderName, VARY};
 use http::{HeaderMap, Response, StatusCode};
@@ -8,9 +8,9 @@ use super::call::{Arrived, Passed, Refused};
 use super::header_requirements::{self, ADVERTISER_ID, MARKETPLACE_ID, Requirements, SCOPE};
 use super::reply::{self, Body};
 use super::world::{Access, World};
-use super::{Door, resources, test_endpoints};
+use super::{Listener, resources, test_endpoints};
 
-/// Answers a call to the Ads API.
+/// Responds to a call to the Ads API.
 pub(super) fn answer(
     world: &mut World,
     call: &Arrived<'_>,
@@ -41,7 +41,7 @@ fn check_and_route(
     let profile = check_scope(world, &path, call, &access)?;
     check_amc_account(world, &path, &call.head.headers, &access)?;
     let passed = Passed {
-        door: call.door,
+        listener: call.listener,
         method: &call.head.method,
         path: &path,
         query,
@@ -70,15 +70,15 @@ fn refuse_leaks(call: &Arrived<'_>) -> Result<(), Refused> {
     Ok(())
 }
 
-/// The authority that was asked for must be this door's own: loopback with this port, or the region's real name.
+/// The authority of the request must be this listener's: loopback with this port, or the region's real name.
 fn host_is_ours(call: &Arrived<'_>) -> bool {
     let header = call.head.headers.get("host").and_then(|value| value.to_str().ok());
     let Some(host) = call.head.uri.authority().map(http::uri::Authority::as_str).or(header) else { return false };
-    let real = match call.door {
-        Door::Na => "advertising-api.amazon.com",
-        Door::Eu => "advertising-api-eu.amazon.com",
-        Door::Fe => "advertising-api-fe.amazon.com",
-        Door::Lwa => return false,
+    let real = match call.listener {
+        Listener::Na => "advertising-api.amazon.com",
+        Listener::Eu => "advertising-api-eu.amazon.com",
+        Listener::Fe => "advertising-api-fe.amazon.com",
+        Listener::Lwa => return false,
     };
     let port = format!(":{}", call.port);
     let name = host.strip_suffix(&port);
@@ -96,7 +96,7 @@ fn authenticate<'w>(world: &'w World, headers: &HeaderMap, now: Timestamp) -> Re
     world.access(token, now).ok_or(Refused::Unauthorized)
 }
 
-/// The client id must be the one that the token was given to.
+/// The client id must be the one that the token was issued to.
 fn check_client(demand: &Requirements, access: &Access, headers: &HeaderMap) -> Result<(), Refused> {
     let sent = demand.client_id.iter().find_map(|name| headers.get(*name));
     if sent.is_some_and(|sent| sent.as_bytes() == access.client_id.as_bytes()) {
@@ -106,11 +106,11 @@ fn check_client(demand: &Requirements, access: &Access, headers: &HeaderMap) -> 
 }
 
 fn check_scope(world: &World, path: &[&str], call: &Arrived<'_>, access: &Access) -> Result<Option<u64>, Refused> {
-    // A profile list needs none; AMC is not regional and looks at its own headers; the sandbox's own takes any.
+    // A profile list needs none; AMC is not regional and checks its own headers; the test endpoints accept any.
     let looks = !matches!(path, ["v2", "profiles", ..] | ["amc" | "sandbox", ..]);
     let Some(sent) = call.head.headers.get(SCOPE).filter(|_| looks) else { return Ok(None) };
     let id = sent.to_str().ok().and_then(|text| text.parse::<u64>().ok());
-    let here = |id: &u64| world.catalogue.profiles.iter().find(|p| p.id == *id && p.region == call.door);
+    let here = |id: &u64| world.catalogue.profiles.iter().find(|p| p.id == *id && p.region == call.listener);
     match id.as_ref().and_then(here) {
         Some(profile) if profile.advertiser == access.advertiser => Ok(Some(profile.id)),
         Some(profile) => {
@@ -120,7 +120,7 @@ fn check_scope(world: &World, path: &[&str], call: &Arrived<'_>, access: &Access
     }
 }
 
-/// The AMC account and its marketplace must go together and belong to the user.
+/// The AMC account and its marketplace must match and belong to the user.
 fn check_amc_account(world: &World, path: &[&str], headers: &HeaderMap, access: &Access) -> Result<(), Refused> {
     let (account, marketplace) = (headers.get(ADVERTISER_ID), headers.get(MARKETPLACE_ID));
     let (["amc", "instances" | "reporting" | "advertiserData", rest @ ..], Some(account), Some(marketplace)) =
@@ -142,7 +142,7 @@ fn check_amc_account(world: &World, path: &[&str], headers: &HeaderMap, access: 
     }
 }
 
-/// The gateway takes a path that it does not know for one signed with AWS keys.
+/// The gateway treats an unknown path as a request signed with AWS keys.
 fn unknown_path(headers: &HeaderMap) -> Refused {
     if headers.contains_key(AUTHORIZATION) {
         malformed(headers)
@@ -151,7 +151,7 @@ fn unknown_path(headers: &HeaderMap) -> Refused {
     }
 }
 
-/// It echoes the header, token and all; so does the real one.
+/// The message contains the header with the token, as that of the real gateway does.
 fn malformed(headers: &HeaderMap) -> Refused {
     let sent = headers.get(AUTHORIZATION).map(|value| String::from_utf8_lossy(value.as_bytes())).unwrap_or_default();
     let last = sent.split(' ').next_back().unwrap_or_default();

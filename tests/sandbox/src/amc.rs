@@ -9,7 +9,7 @@ use super::header_requirements::ADVERTISER_ID;
 use super::reply::{self, Body};
 use super::world::World;
 
-/// The AMC accounts of the user, wherever they are.
+/// The AMC accounts of the user, in all regions.
 pub(super) fn list_accounts(world: &World, call: &Passed<'_>) -> Response<Body> {
     let accounts = world.catalogue.amc_accounts.iter().filter(|one| one.advertiser == call.advertiser);
     let accounts: Vec<Value> = accounts
@@ -33,7 +33,7 @@ fn instance_payload(account: &AmcAccount) -> Value {
     })
 }
 
-/// The instance of the account that the headers name.
+/// The instance of the account in the headers.
 pub(super) fn list_instances(world: &World, call: &Passed<'_>) -> Response<Body> {
     let account = call.headers.get(ADVERTISER_ID);
     let accounts = world.catalogue.amc_accounts.iter();
@@ -107,7 +107,7 @@ pub(super) fn reporting(
     }
 }
 
-/// An execution is done when it is looked at; its file is there only from then on.
+/// An execution completes at the first status request; its file becomes available then.
 fn execution_answer(execution: &mut Execution, rest: &[&str]) -> Response<Body> {
     match rest {
         [] => {

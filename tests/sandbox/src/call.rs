@@ -1,11 +1,11 @@
-//! A call to the Ads API, on its way through the sandbox, and the responses that every part of it gives.
+//! A call to the Ads API, and the responses that several modules share.
 
 use bytes::Bytes;
 use http::request::Parts;
 use http::{HeaderMap, Method, Response, StatusCode};
 use serde_json::{Value, json};
 
-use super::Door;
+use super::Listener;
 use super::reply::{self, Body};
 
 /// A DSP advertiser, a global account, or an AMC account.
@@ -13,23 +13,23 @@ pub(super) const ACCOUNT_ID: &str = "amazon-ads-accountid";
 
 /// A call that passed every check.
 pub(super) struct Passed<'a> {
-    pub(super) door: Door,
+    pub(super) listener: Listener,
     pub(super) method: &'a Method,
-    /// The path's segments, empty ones left out: Amazon's own samples hold `//sp/campaigns/list`.
+    /// The path's segments without empty ones: Amazon's own samples contain `//sp/campaigns/list`.
     pub(super) path: &'a [&'a str],
     pub(super) query: &'a str,
     pub(super) headers: &'a HeaderMap,
     pub(super) body: &'a Bytes,
-    /// On whose behalf: [`super::catalogue::Advertiser::id`].
+    /// The advertiser that the request acts for: [`super::catalogue::Advertiser::id`].
     pub(super) advertiser: String,
-    /// The profile named by the Scope header, where the family looks at it.
+    /// The profile in the Scope header, if the family uses it.
     pub(super) profile: Option<u64>,
 }
 
-/// What came to one of the API's doors.
+/// A call that one of the Ads listeners received.
 pub(super) struct Arrived<'a> {
-    pub(super) door: Door,
-    /// The port that it came to.
+    pub(super) listener: Listener,
+    /// The port that received it.
     pub(super) port: u16,
     pub(super) head: &'a Parts,
     pub(super) target: &'a str,
@@ -39,24 +39,24 @@ pub(super) struct Arrived<'a> {
     pub(super) body_sha256: &'a str,
 }
 
-/// `{"code","details","requestId"}`, the most common of Amazon's shapes.
+/// `{"code","details","requestId"}`, the most common of Amazon's error formats.
 pub(super) fn coded(status: StatusCode, details: &str) -> Response<Body> {
     let body = json!({ "code": status.as_str(), "details": details, "requestId": super::request_id() });
     reply::json(status, &body)
 }
 
-/// What the gateway says of a token that is unknown or over.
+/// The gateway's response to an unknown or expired token.
 pub(super) fn unauthorized() -> Response<Body> {
     reply::json(StatusCode::UNAUTHORIZED, &json!({ "message": "Unauthorized" }))
 }
 
-/// Why a call does not get in.
+/// Why a call is rejected.
 pub(super) enum Refused {
-    /// The token is unknown or over.
+    /// The token is unknown or expired.
     Unauthorized,
-    /// The gateway could make nothing of it: 403 with this message.
+    /// The gateway could not parse the request: 403 with this message.
     Gateway(String),
-    /// A service refused it with this status and these details.
+    /// A service rejected it with this status and these details.
     Coded(StatusCode, String),
 }
 
@@ -74,22 +74,22 @@ impl Refused {
     }
 }
 
-/// The value of the account header, for families that take one instead of a profile.
+/// The value of the account header, for families that use one instead of a profile.
 pub(super) fn account_id<'a>(call: &Passed<'a>) -> Option<&'a str> {
     call.headers.get(ACCOUNT_ID).and_then(|value| value.to_str().ok())
 }
 
-/// The body as JSON; an empty one as `{}`.
+/// The body as JSON; an empty one is `{}`.
 pub(super) fn body_of(call: &Passed<'_>) -> Option<Value> {
     if call.body.is_empty() { Some(json!({})) } else { serde_json::from_slice(call.body).ok() }
 }
 
-/// The answer to a body that is no JSON.
+/// The response to a body that is not JSON.
 pub(super) fn malformed() -> Response<Body> {
     coded(StatusCode::BAD_REQUEST, "The request body is no valid JSON")
 }
 
-/// A link like those of S3: signed in the query, and not to be called with an `Authorization` header.
+/// A link in the format of S3: signed in the query, and to be requested without an `Authorization` header.
 pub(super) fn presigned(id: &str) -> String {
     format!(
         "https://offline-report-storage-us-east-1-prod.s3.amazonaws.com/{id}/report-{id}.json.gz\

@@ -1,16 +1,16 @@
-//! What the Ads API knows: advertisers, profiles, AMC accounts, campaigns, reports.
+//! The contents of the Ads API: advertisers, profiles, AMC accounts, campaigns, reports.
 
 use std::collections::HashMap;
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::Door;
+use super::Listener;
 
-/// The data behind the Ads API.
+/// The data of the Ads API.
 #[derive(Clone, Debug, Default)]
 pub struct Catalogue {
-    /// Who can sign in and consent.
+    /// The advertisers that can sign in and consent.
     pub advertisers: Vec<Advertiser>,
     /// The profiles of all regions.
     pub profiles: Vec<Profile>,
@@ -20,14 +20,14 @@ pub struct Catalogue {
     pub campaigns: Vec<Campaign>,
     /// The requested reports, by id.
     pub reports: HashMap<String, Report>,
-    /// The AMC workflows, as they were sent.
+    /// The AMC workflows, as submitted.
     pub workflows: Vec<Workflow>,
     /// The AMC workflow executions.
     pub executions: Vec<Execution>,
     last_id: u64,
 }
 
-/// Someone with an Amazon login.
+/// A user with an Amazon login.
 #[derive(Clone, Debug, Serialize)]
 pub struct Advertiser {
     /// The LWA `user_id`.
@@ -41,9 +41,9 @@ pub struct Advertiser {
 pub struct Profile {
     /// The profile id: a 64-bit number, larger than a JavaScript number can hold exactly.
     pub id: u64,
-    /// The region whose host knows it.
-    pub region: Door,
-    /// Whose it is: [`Advertiser::id`].
+    /// The region that the profile belongs to.
+    pub region: Listener,
+    /// The owner: [`Advertiser::id`].
     pub advertiser: String,
     /// `US`, `UK` …
     pub country: &'static str,
@@ -66,11 +66,11 @@ pub struct AmcAccount {
     pub id: String,
     /// Its name.
     pub name: String,
-    /// The marketplace that goes with it.
+    /// Its marketplace.
     pub marketplace: &'static str,
     /// The id of its instance.
     pub instance: String,
-    /// Whose it is: [`Advertiser::id`].
+    /// The owner: [`Advertiser::id`].
     pub advertiser: String,
 }
 
@@ -109,11 +109,11 @@ pub struct Budget {
 /// A requested report.
 #[derive(Clone, Debug)]
 pub struct Report {
-    /// The request, as it was sent.
+    /// The request, as submitted.
     pub request: Value,
     /// The profile or account that it is for.
     pub context: String,
-    /// How often somebody asked for it. The first answer is PENDING, the later ones COMPLETED.
+    /// The number of status requests. The first response is PENDING, later ones COMPLETED.
     pub polls: u32,
 }
 
@@ -135,7 +135,7 @@ pub struct Execution {
     pub instance: String,
     /// Its id, chosen by AMC.
     pub id: String,
-    /// The whole object as it was requested.
+    /// The whole object, as submitted.
     pub body: Value,
 }
 
@@ -174,20 +174,20 @@ impl Catalogue {
         catalogue
     }
 
-    /// A new id, larger than any before.
+    /// A new id, larger than all earlier ones.
     pub(super) fn next_id(&mut self) -> u64 {
         self.last_id += 1;
         self.last_id
     }
 
-    /// The profiles that a user sees at a region's host.
-    pub fn profiles_of<'a>(&'a self, advertiser: &'a str, region: Door) -> impl Iterator<Item = &'a Profile> {
+    /// The profiles that a user sees in a region.
+    pub fn profiles_of<'a>(&'a self, advertiser: &'a str, region: Listener) -> impl Iterator<Item = &'a Profile> {
         self.profiles.iter().filter(move |profile| profile.advertiser == advertiser && profile.region == region)
     }
 }
 
 impl Profile {
-    /// The profile as the API shows it.
+    /// The profile as the API returns it.
     pub(super) fn payload(&self) -> Value {
         json!({
             "profileId": self.id,
@@ -211,16 +211,16 @@ impl Profile {
 }
 
 fn seeded_profiles(tools: &str, books: &str) -> Vec<Profile> {
-    // The ids differ in their last digits only, where a double has no more bits: a client that reads them as floating
-    // point numbers takes one for the other.
+    // The ids differ only in their last digits, beyond the precision of a double: a client that parses them as floating
+    // point numbers confuses them.
     const FIRST: u64 = 3_012_345_678_901_234_561;
     let rows = [
-        (Door::Na, "US", "USD", "America/Los_Angeles", "ATVPDKIKX0DER"),
-        (Door::Na, "CA", "CAD", "America/Los_Angeles", "A2EUQ1WTGCTBG2"),
-        (Door::Eu, "UK", "GBP", "Europe/London", "A1F83G8C2ARO7P"),
-        (Door::Eu, "DE", "EUR", "Europe/Paris", "A1PA6795UKMFR9"),
-        (Door::Fe, "JP", "JPY", "Asia/Tokyo", "A1VC38T7YXB528"),
-        (Door::Fe, "AU", "AUD", "Australia/Sydney", "A39IBJ37TRP1C6"),
+        (Listener::Na, "US", "USD", "America/Los_Angeles", "ATVPDKIKX0DER"),
+        (Listener::Na, "CA", "CAD", "America/Los_Angeles", "A2EUQ1WTGCTBG2"),
+        (Listener::Eu, "UK", "GBP", "Europe/London", "A1F83G8C2ARO7P"),
+        (Listener::Eu, "DE", "EUR", "Europe/Paris", "A1PA6795UKMFR9"),
+        (Listener::Fe, "JP", "JPY", "Asia/Tokyo", "A1VC38T7YXB528"),
+        (Listener::Fe, "AU", "AUD", "Australia/Sydney", "A39IBJ37TRP1C6"),
     ];
     let owners = [(tools, "seller", "A3SANDBOXTOOLS"), (books, "vendor", "ENTITYSANDBOXBOOKSADS")];
     let pairs = owners.into_iter().flat_map(|owner| rows.map(|row| (owner, row)));

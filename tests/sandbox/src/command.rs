@@ -1,5 +1,5 @@
-//! `adsidecar-sandbox`: a stand-in for Amazon on loopback with a real adsidecar before it, for a first try and for users'
-//! own CI.
+//! `adsidecar-sandbox`: a stand-in for Amazon on loopback with a real adsidecar in front of it, for evaluation and for
+//! users' own CI.
 
 use std::ffi::OsString;
 use std::io::Write;
@@ -11,7 +11,7 @@ use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
 use serde_json::{Value, json};
 
-use crate::{Addresses, CLIENT_ID, CLIENT_SECRET, Door, Options, Sandbox};
+use crate::{Addresses, CLIENT_ID, CLIENT_SECRET, Listener, Options, Sandbox};
 use adsidecar::app::App;
 use adsidecar::cli::{Exit, Failed, asked_to_stop, misused, print, told};
 use adsidecar::config::{self, Config, FernetKeys, Sources};
@@ -20,35 +20,35 @@ use adsidecar::domain::tls;
 use adsidecar::store::keyring::Keyring;
 use adsidecar::telemetry::log;
 
-/// A stand-in for Amazon with an adsidecar before it. Nothing here reaches Amazon, and nothing is kept.
+/// A stand-in for Amazon with an adsidecar in front of it. It never contacts Amazon and keeps no data.
 #[derive(Debug, Parser)]
 #[command(name = "adsidecar-sandbox", version)]
 struct Arguments {
-    /// Neither delays nor failures: without this one LWA call in a hundred fails, and each call takes its time
+    /// Disable delays and failures: without this, each call is slow and one LWA call in a hundred fails
     #[arg(long)]
     calm: bool,
-    /// Log nobody in: show the link instead
+    /// Do not log in the user `default`: print the login link instead
     #[arg(long)]
     no_login: bool,
-    /// Offer HTTP/2 at the Ads hosts, by ALPN
+    /// Offer HTTP/2 on the Ads listeners, through ALPN
     #[arg(long)]
     http2: bool,
-    /// Where adsidecar's proxy door listens [default: 127.0.0.1:8001 and [::1]:8001]
+    /// Address of adsidecar's proxy listener [default: 127.0.0.1:8001 and [::1]:8001]
     #[arg(long, value_name = "ADDRESS")]
     proxy: Option<SocketAddr>,
-    /// Where its admin door listens [default: 127.0.0.1:9464 and [::1]:9464]
+    /// Address of adsidecar's admin listener [default: 127.0.0.1:9464 and [::1]:9464]
     #[arg(long, value_name = "ADDRESS")]
     admin: Option<SocketAddr>,
-    /// Where the stand-in for Login with Amazon listens; the Ads hosts na, eu and fe take the next three ports
+    /// Address of the stand-in for Login with Amazon; the Ads hosts na, eu and fe use the next three ports
     #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:8440")]
     amazon: SocketAddr,
-    /// Where the stand-in takes orders: trouble, time, history
+    /// Address of the control port, which sets faults and time and shows the history
     #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:8450")]
     control: SocketAddr,
-    /// Where the throw-away CA, the configuration and the store lie [default: a folder that is removed at the end]
+    /// Directory for the throw-away CA, the configuration and the store [default: one that is removed at exit]
     #[arg(long, value_name = "DIRECTORY")]
     data: Option<PathBuf>,
-    /// Say where everything is as one line of JSON
+    /// Print all addresses and paths as one line of JSON
     #[arg(long)]
     json: bool,
 }
@@ -78,7 +78,7 @@ fn serve(arguments: &Arguments) -> Result<(), Failed> {
             proxy: format!("http://localhost:{}", app.addresses().proxy[0].port()),
             admin: format!("http://localhost:{}", app.addresses().admin[0].port()),
             control: sandbox.control_url(),
-            amazon: sandbox.origin(Door::Na),
+            amazon: sandbox.origin(Listener::Na),
             directory: directory.path.clone(),
             fernet_key,
             profile_id: account.profile_id,
@@ -99,15 +99,16 @@ async fn start(arguments: &Arguments, clock: Clock) -> Result<Sandbox, Failed> {
     let mut options = if arguments.calm { Options::calm(clock) } else { Options::rough(clock) };
     options.auto_consent = false;
     options.http2 = arguments.http2;
-    let door = |offset: u16| {
+    let listener = |offset: u16| {
         let port = arguments.amazon.port();
         SocketAddr::new(arguments.amazon.ip(), if port == 0 { 0 } else { port.saturating_add(offset) })
     };
-    options.listen = Addresses { lwa: door(0), na: door(1), eu: door(2), fe: door(3), control: arguments.control };
+    options.listen =
+        Addresses { lwa: listener(0), na: listener(1), eu: listener(2), fe: listener(3), control: arguments.control };
     Sandbox::start(options).await.map_err(Failed::because)
 }
 
-/// The configuration of the adsidecar in front, written down so that other commands can be pointed at it.
+/// Writes the configuration of the adsidecar in front to a file, so that other commands can use it.
 fn configure(arguments: &Arguments, sandbox: &Sandbox, directory: &Path) -> Result<Sources, Failed> {
     let ca = directory.join("ca.pem");
     sandbox.write_ca(&ca).map_err(Failed::because)?;
@@ -133,9 +134,9 @@ fn configure(arguments: &Arguments, sandbox: &Sandbox, directory: &Path) -> Resu
         "\n[store]\npath = {}\n\n[upstream]\nna = {}\neu = {}\nfe = {}\nca_file = {}\n\n[[account]]\nname = \"default\"\n\
          profile_id = {}\nadvertiser_id = {}\nmarketplace_id = {}\n",
         quoted(&directory.join("adsidecar.sled").to_string_lossy()),
-        quoted(&sandbox.origin(Door::Na)),
-        quoted(&sandbox.origin(Door::Eu)),
-        quoted(&sandbox.origin(Door::Fe)),
+        quoted(&sandbox.origin(Listener::Na)),
+        quoted(&sandbox.origin(Listener::Eu)),
+        quoted(&sandbox.origin(Listener::Fe)),
         quoted(&ca.to_string_lossy()),
         quoted(&account.profile_id),
         quoted(&account.advertiser_id),
@@ -147,12 +148,12 @@ fn configure(arguments: &Arguments, sandbox: &Sandbox, directory: &Path) -> Resu
     Ok(Sources { file: Some(file), env, sets: Vec::new() })
 }
 
-/// A TOML basic string: what JSON escapes, TOML reads.
+/// A TOML basic string; TOML accepts JSON's escapes.
 fn quoted(text: &str) -> String {
     Value::from(text).to_string()
 }
 
-/// The redirect URI names the port before the door is bound, so a free one is looked up first.
+/// The redirect URI contains the port before the listener is bound, so a free port is determined first.
 fn free_port(address: SocketAddr) -> Result<SocketAddr, Failed> {
     if address.port() != 0 {
         return Ok(address);
@@ -170,7 +171,7 @@ fn key_of(config: &Config) -> String {
     }
 }
 
-/// The ids that the account `default` gets.
+/// The ids of the account `default`.
 struct FirstAccount {
     profile_id: String,
     advertiser_id: String,
@@ -181,7 +182,7 @@ fn first_account(sandbox: &Sandbox) -> FirstAccount {
     sandbox.world(|world| {
         let catalogue = &world.catalogue;
         let advertiser = catalogue.advertisers.first().map(|advertiser| advertiser.id.clone()).unwrap_or_default();
-        let profile = catalogue.profiles_of(&advertiser, Door::Na).next().map(|profile| profile.id.to_string());
+        let profile = catalogue.profiles_of(&advertiser, Listener::Na).next().map(|profile| profile.id.to_string());
         let amc = catalogue.amc_accounts.first();
         FirstAccount {
             profile_id: profile.unwrap_or_default(),
@@ -191,7 +192,7 @@ fn first_account(sandbox: &Sandbox) -> FirstAccount {
     })
 }
 
-/// Goes through the whole login as a person would, and presses "allow".
+/// Performs the whole login as a user would, and consents.
 async fn log_in(proxy: &str, sandbox: &Sandbox) -> Result<(), Failed> {
     let root = CertificateDer::from_pem_slice(sandbox.ca_pem().as_bytes()).map_err(Failed::because)?;
     let client = reqwest::Client::builder()
@@ -210,10 +211,14 @@ async fn log_in(proxy: &str, sandbox: &Sandbox) -> Result<(), Failed> {
         callback.ok_or_else(|| Failed::because("the consent page did not answer with a redirect"))?.to_owned();
     let ended = get(&callback).await?;
     let status = ended.status();
-    if status.is_success() { Ok(()) } else { Err(Failed::because(format!("the first login ended with {status}"))) }
+    if status.is_success() {
+        Ok(())
+    } else {
+        Err(Failed::because(format!("the login of the user `default` failed: the callback returned {status}")))
+    }
 }
 
-/// What a user of the sandbox has to know.
+/// What a user of the sandbox needs to know.
 struct Facts {
     proxy: String,
     admin: String,
@@ -247,21 +252,21 @@ impl Facts {
             format!("Log in first: open {proxy}/api/auth/amazon/login in a browser.")
         };
         format!(
-            "\nThis is a stand-in for Amazon with a real adsidecar before it. {login}\n\nThe app's side:\n\
+            "\nThis is a stand-in for Amazon with a real adsidecar in front of it. {login}\n\nRequests that an app would send:\n\
              curl {proxy}/v2/profiles\n\
              curl {proxy}/amc/instances\n\
              curl {proxy}/sp/campaigns/list -H 'Content-Type: application/vnd.spCampaign.v3+json' -H 'Accept: application/vnd.spCampaign.v3+json' -d '{{}}'\n\
              curl {proxy}/api/auth/amazon/status\n\n\
-             What Amazon saw, and what Prometheus sees:\n\
+             What Amazon received, and the metrics for Prometheus:\n\
              curl {control}/history\n\
              curl {admin}/metrics\n\n\
-             Configuration: {}\nEnd with Ctrl-C.\n",
+             Configuration: {}\nStop with Ctrl-C.\n",
             self.directory.join("adsidecar.toml").display()
         )
     }
 }
 
-/// Where the files lie; removed at the end, unless the user named it.
+/// The directory of the files; removed at exit, unless the user named it.
 struct Directory {
     path: PathBuf,
     ours: bool,
@@ -282,7 +287,8 @@ impl Drop for Directory {
         if self.ours
             && let Err(error) = std::fs::remove_dir_all(&self.path)
         {
-            let _ = writeln!(std::io::stderr(), "{} was left behind: {error}", self.path.display());
+            let _ =
+                writeln!(std::io::stderr(), "could not remove {}: {error}; delete it yourself", self.path.display());
         }
     }
 }

@@ -1,20 +1,20 @@
-//! The control port: what a test in any language, or a person with `curl`, does to the world.
+//! The control port: controls the sandbox from a test in any language, or with `curl`.
 //!
 //! Plain HTTP on loopback, JSON in and out. The `Host` must be a loopback name and there must be no `Origin`, so that
 //! no web page in a browser can reach it.
 //!
 //! | endpoint | does |
 //! |---|---|
-//! | `GET /` | what is running: addresses, client, clock, rules of trouble, counts, endpoints |
+//! | `GET /` | the current state: addresses, client, clock, fault rules, counts, endpoints |
 //! | `GET /ca.pem` | the certificate of the throw-away CA |
-//! | `GET /history` | `{"calls": [...], "lwa": {...}}`: every call received, as it came; `?door=na` picks one door |
-//! | `DELETE /history` | forgets them |
-//! | `POST /trouble` | sets a [`Rule`] (or a list of them): `{"trouble": {"status": {"code": 503}}, "door": "na", "path": "/v2", "when": {"next": 3}}`; `door`, `path`, `when` may be left out |
-//! | `DELETE /trouble` | removes all rules, and lets go of the calls that they hold |
-//! | `POST /clock` | `{"advance": "1h"}`: moves the sandbox's clock; `-1h` moves it back; answers the time |
-//! | `POST /consent` | a user says yes: `{"want": "code"}` (default; also `redirect_uri`, `scope`, `advertiser`, `client_id`, `code_challenge` with S256) answers `{"code"}`; `{"want": "grant"}` answers `{"refresh_token", "access_token", "expires_in"}` |
-//! | `POST /revoke` | `{"refresh_token": "Atzr\|…"}`, or `{}` for all: users take grants back; answers `{"revoked": n}` |
-//! | `POST /events` | `{"count": 1}`: lets so many stepwise events of `/sandbox/events?step=1` go |
+//! | `GET /history` | `{"calls": [...], "lwa": {...}}`: every call received, unchanged; `?door=na` selects one listener |
+//! | `DELETE /history` | deletes them |
+//! | `POST /trouble` | adds a [`Rule`] (or a list of them): `{"trouble": {"status": {"code": 503}}, "door": "na", "path": "/v2", "when": {"next": 3}}`; `door`, `path`, `when` are optional |
+//! | `DELETE /trouble` | removes all rules, and releases the calls that they hold |
+//! | `POST /clock` | `{"advance": "1h"}`: moves the sandbox's clock; `-1h` moves it back; returns the time |
+//! | `POST /consent` | records a consent: `{"want": "code"}` (default; also `redirect_uri`, `scope`, `advertiser`, `client_id`, `code_challenge` with S256) answers `{"code"}`; `{"want": "grant"}` answers `{"refresh_token", "access_token", "expires_in"}` |
+//! | `POST /revoke` | `{"refresh_token": "Atzr\|…"}`, or `{}` for all: revokes grants; returns `{"revoked": n}` |
+//! | `POST /events` | `{"count": 1}`: releases `count` events of `/sandbox/events?step=1` |
 //! | `GET /ap/oa` | the consent page again, for a browser that does not know the throw-away CA |
 
 use bytes::Bytes;
@@ -30,7 +30,7 @@ use super::history::Call;
 use super::reply::{self, Body};
 use super::state::SandboxState;
 use super::world::{Challenge, World};
-use super::{Door, lwa};
+use super::{Listener, lwa};
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -96,12 +96,12 @@ pub(super) fn answer(shared: &SandboxState, head: &Parts, body: &Bytes) -> Respo
                 Rules::Many(rules) => rules,
             };
             for rule in rules {
-                world.troubles.add(rule, 0);
+                world.faults.add(rule, 0);
             }
-            (StatusCode::CREATED, json!({ "rules": world.troubles.rules().collect::<Vec<_>>() }))
+            (StatusCode::CREATED, json!({ "rules": world.faults.rules().collect::<Vec<_>>() }))
         }),
         (&Method::DELETE, "/trouble") => {
-            shared.world().troubles.clear();
+            shared.world().faults.clear();
             reply::empty(StatusCode::NO_CONTENT)
         }
         (&Method::POST, "/clock") => with(body, |Advance { advance }| match advance.parse::<SignedDuration>() {
@@ -132,10 +132,10 @@ pub(super) fn answer(shared: &SandboxState, head: &Parts, body: &Bytes) -> Respo
     }
 }
 
-/// Why a request does not come from a program on this machine.
+/// Why the control port rejects a request, if it does not come from a program on this machine.
 fn foreign(headers: &HeaderMap) -> Option<&'static str> {
     if headers.contains_key("origin") {
-        return Some("no web page drives the sandbox: a request with an Origin is refused");
+        return Some("the sandbox rejects requests with an Origin header, because they come from a web page");
     }
     let mut hosts = headers.get_all("host").iter().map(|host| host.to_str().unwrap_or_default());
     let loopback = |host: &str| {
@@ -151,7 +151,7 @@ fn foreign(headers: &HeaderMap) -> Option<&'static str> {
     }
 }
 
-/// Parses the body, an empty one as `{}`, and answers what `act` says.
+/// Parses the body (an empty one as `{}`) and returns the response of `act`.
 fn with<T: DeserializeOwned>(body: &Bytes, act: impl FnOnce(T) -> (StatusCode, Value)) -> Response<Body> {
     let text: &[u8] = if body.is_empty() { b"{}" } else { body };
     let (status, answer) = match serde_json::from_slice(text) {
@@ -166,7 +166,7 @@ fn overview(shared: &SandboxState) -> Response<Body> {
     let clients = world.clients.iter();
     let clients: Vec<Value> = clients.map(|one| json!({ "id": one.id, "return_urls": one.return_urls })).collect();
     let body = json!({
-        "what": "adsidecar sandbox: a stand-in for Amazon, for tests and first tries",
+        "what": "adsidecar sandbox: a stand-in for Amazon, for tests and evaluation",
         "addresses": shared.addresses,
         "now": shared.clock.now(),
         "clients": clients,
@@ -174,7 +174,7 @@ fn overview(shared: &SandboxState) -> Response<Body> {
         "grants": world.grants.iter().filter(|grant| !grant.revoked).count(),
         "calls": world.history.calls().count(),
         "lwa": world.history.lwa_calls(),
-        "trouble": world.troubles.rules().collect::<Vec<_>>(),
+        "trouble": world.faults.rules().collect::<Vec<_>>(),
         "endpoints": ["GET /", "GET /ca.pem", "GET /history", "DELETE /history", "POST /trouble", "DELETE /trouble",
                       "POST /clock", "POST /consent", "POST /revoke", "POST /events", "GET /ap/oa"],
     });
@@ -182,13 +182,14 @@ fn overview(shared: &SandboxState) -> Response<Body> {
 }
 
 fn history(shared: &SandboxState, query: &str) -> Response<Body> {
-    let wanted = query.strip_prefix("door=").map(|door| serde_json::from_value::<Door>(json!(door)));
+    let wanted = query.strip_prefix("door=").map(|listener| serde_json::from_value::<Listener>(json!(listener)));
     let wanted = match wanted.transpose() {
         Ok(wanted) => wanted,
         Err(error) => return reply::json(StatusCode::BAD_REQUEST, &json!({ "error": error.to_string() })),
     };
     let world = shared.world();
-    let calls: Vec<&Call> = world.history.calls().filter(|call| wanted.is_none_or(|door| door == call.door)).collect();
+    let calls: Vec<&Call> =
+        world.history.calls().filter(|call| wanted.is_none_or(|listener| listener == call.listener)).collect();
     reply::json(StatusCode::OK, &json!({ "calls": calls, "lwa": world.history.lwa_calls() }))
 }
 

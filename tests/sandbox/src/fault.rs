@@ -1,4 +1,4 @@
-//! Fault as data: what shall go wrong, where, and how often.
+//! Faults as data: what fails, where, and how often.
 
 use std::sync::Arc;
 
@@ -6,61 +6,61 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tokio::sync::watch;
 
-use super::Door;
+use super::Listener;
 
-/// What goes wrong with a call.
+/// The failure of a call.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum Fault {
-    /// This answer instead of the real one: a 500, a 429 with or without `Retry-After`, a 503 as JSON or HTML.
+    /// This response instead of the real one: a 500, a 429 with or without `Retry-After`, a 503 as JSON or HTML.
     Status {
         /// The status code.
         code: u16,
-        /// Headers of the answer, `Content-Type` among them.
+        /// Headers of the response, including `Content-Type`.
         #[serde(default)]
         headers: Vec<(String, String)>,
-        /// The body, as it is.
+        /// The body, sent unchanged.
         #[serde(default)]
         body: String,
     },
-    /// The call is read and never answered.
+    /// The call is received but gets no response.
     Hang,
-    /// The connection is reset (TCP RST) before any byte of an answer, and before the call has any effect.
+    /// The connection is reset (TCP RST) before the call takes effect and before any byte of a response.
     Reset,
-    /// The call takes effect and is answered, but the connection breaks in the middle of the answer's body.
+    /// The call takes effect, but the connection breaks in the middle of the response body.
     CloseMidBody,
-    /// `200` with JSON that ends in the middle; without any effect.
+    /// A `200` with truncated JSON. The call takes no effect.
     BadJson,
-    /// `200` with an HTML page where JSON was expected; without any effect.
+    /// A `200` with an HTML page where JSON was expected. The call takes no effect.
     Html,
-    /// The access token given out lives only so long, and `expires_in` says so. Token endpoint only.
+    /// The issued access token has this lifetime, and `expires_in` says so. Token endpoint only.
     ShortLife {
-        /// The life in seconds.
+        /// The lifetime in seconds.
         seconds: u32,
     },
-    /// `expires_in` is this JSON value, whatever it is; the token lives as always. Token endpoint only.
+    /// `expires_in` has this JSON value; the token's real lifetime is unchanged. Token endpoint only.
     ExpiresIn {
-        /// The raw value: a string, a negative number, `null` …
+        /// The raw value: a string, a negative number, `null`, …
         value: Value,
     },
-    /// A refresh or exchange is refused as `invalid_grant`, though the grant is good. Token endpoint only.
+    /// A refresh or exchange fails with `invalid_grant` although the grant is good. Token endpoint only.
     InvalidGrant,
-    /// Refused as `invalid_client`, though the secret is good. Token endpoint only.
+    /// The call fails with `invalid_client` although the secret is good. Token endpoint only.
     InvalidClient,
-    /// Refused as `unauthorized_client`. Token endpoint only.
+    /// The call fails with `unauthorized_client`. Token endpoint only.
     UnauthorizedClient,
-    /// A refresh gives out a new refresh token, and the old one is dead from then on. Token endpoint only.
+    /// A refresh issues a new refresh token and invalidates the old one. Token endpoint only.
     RotateRefreshToken,
-    /// The answer has no `refresh_token`. Token endpoint only.
+    /// The response has no `refresh_token`. Token endpoint only.
     NoRefreshToken,
-    /// The call is answered as always, but later.
+    /// The usual response, but delayed.
     Delay {
-        /// How much later, in milliseconds.
+        /// The delay in milliseconds.
         ms: u64,
     },
-    /// `401 {"message":"Unauthorized"}` for a good token. Ads doors only.
+    /// `401 {"message":"Unauthorized"}` for a good token. Ads listeners only.
     TokenUnauthorized,
-    /// The call is read and held until the rule is released; then it goes on as always.
+    /// The call is received and held until the rule is released; then it continues normally.
     Gate,
 }
 
@@ -70,18 +70,18 @@ impl Fault {
         Self::Status {
             code,
             headers: vec![("content-type".into(), "application/json".into())],
-            body: r#"{"message":"trouble made by the sandbox"}"#.into(),
+            body: r#"{"message":"fault injected by the sandbox"}"#.into(),
         }
     }
 
-    /// `429 Too Many Requests`, with or without `Retry-After` in seconds: reports get theirs without.
+    /// `429 Too Many Requests`, with or without `Retry-After` in seconds. (Amazon's reporting API omits it.)
     pub fn too_many(retry_after: Option<u32>) -> Self {
         let mut headers = vec![("content-type".to_owned(), "application/json".to_owned())];
         headers.extend(retry_after.map(|seconds| ("retry-after".to_owned(), seconds.to_string())));
         Self::Status { code: 429, headers, body: r#"{"code":"429","details":"Too Many Requests"}"#.into() }
     }
 
-    /// The name, as the control port spells it.
+    /// The name that the control port uses.
     pub fn name(&self) -> &'static str {
         match self {
             Self::Status { .. } => "status",
@@ -103,8 +103,8 @@ impl Fault {
         }
     }
 
-    /// Whether this trouble can happen to such a call at all. Those that cannot do not count down.
-    fn fits(&self, door: Door, token_endpoint: bool) -> bool {
+    /// Whether this fault can apply to such a call. Calls to which it cannot apply do not count.
+    fn fits(&self, listener: Listener, token_endpoint: bool) -> bool {
         match self {
             Self::ShortLife { .. }
             | Self::ExpiresIn { .. }
@@ -113,7 +113,7 @@ impl Fault {
             | Self::UnauthorizedClient
             | Self::RotateRefreshToken
             | Self::NoRefreshToken => token_endpoint,
-            Self::TokenUnauthorized => door != Door::Lwa,
+            Self::TokenUnauthorized => listener != Listener::Lwa,
             Self::Status { .. }
             | Self::Hang
             | Self::Reset
@@ -126,65 +126,66 @@ impl Fault {
     }
 }
 
-/// How often a rule strikes.
+/// How often a rule applies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum When {
-    /// The next so many calls that match.
+    /// The next `n` matching calls.
     Next(u32),
-    /// So many of each hundred calls that match, evenly spread and without chance: 50 strikes every second one.
+    /// A percentage of the matching calls, evenly spread and deterministic: 50 applies to every second one.
     Percent(u8),
-    /// Every call that matches, until the rule is removed.
+    /// Every matching call, until the rule is removed.
     Always,
 }
 
-/// A trouble, and which calls meet it. The first rule that matches strikes; others are not looked at.
+/// A fault, and the calls that it applies to. The first matching rule applies; later rules are not evaluated.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Rule {
-    /// What happens.
-    pub trouble: Fault,
-    /// At which door; at any if nothing is said.
-    #[serde(default)]
-    pub door: Option<Door>,
-    /// Beginning of the raw path; any path if nothing is said.
+    /// The fault.
+    #[serde(rename = "trouble")]
+    pub fault: Fault,
+    /// The listener that it applies to; all listeners if absent.
+    #[serde(default, rename = "door")]
+    pub listener: Option<Listener>,
+    /// Prefix of the raw path; any path if absent.
     #[serde(default)]
     pub path: Option<String>,
-    /// How often; once if nothing is said.
+    /// How often it applies; once if absent.
     #[serde(default = "once")]
     pub when: When,
 }
 
 impl Rule {
-    /// Only at this door.
+    /// Restricts the rule to one listener.
     #[must_use]
-    pub fn at(mut self, door: Door) -> Self {
-        self.door = Some(door);
+    pub fn at(mut self, listener: Listener) -> Self {
+        self.listener = Some(listener);
         self
     }
 
-    /// Only for paths that begin so.
+    /// Restricts the rule to paths with this prefix.
     #[must_use]
     pub fn on(mut self, path: &str) -> Self {
         self.path = Some(path.to_owned());
         self
     }
 
-    /// For the next `calls` calls instead of one.
+    /// Applies the rule to the next `calls` calls instead of one.
     #[must_use]
     pub fn next(mut self, calls: u32) -> Self {
         self.when = When::Next(calls);
         self
     }
 
-    /// For this share of the calls.
+    /// Applies the rule to this percentage of calls.
     #[must_use]
     pub fn percent(mut self, share: u8) -> Self {
         self.when = When::Percent(share);
         self
     }
 
-    /// For every call.
+    /// Applies the rule to every call.
     #[must_use]
     pub fn always(mut self) -> Self {
         self.when = When::Always;
@@ -193,8 +194,8 @@ impl Rule {
 }
 
 impl From<Fault> for Rule {
-    fn from(trouble: Fault) -> Self {
-        Self { trouble, door: None, path: None, when: once() }
+    fn from(fault: Fault) -> Self {
+        Self { fault, listener: None, path: None, when: once() }
     }
 }
 
@@ -202,96 +203,101 @@ fn once() -> When {
     When::Next(1)
 }
 
-/// The hand on a rule that was set: waits for calls to meet it, and opens its gate.
+/// Handle of an active rule: waits for calls that the rule applies to, and opens its gate.
 #[derive(Clone, Debug)]
 pub struct FaultHandle(Arc<Watch>);
 
 #[derive(Debug)]
 struct Watch {
-    met: watch::Sender<usize>,
+    hits: watch::Sender<usize>,
     open: watch::Sender<bool>,
 }
 
 impl FaultHandle {
     fn new() -> Self {
-        Self(Arc::new(Watch { met: watch::Sender::new(0), open: watch::Sender::new(false) }))
+        Self(Arc::new(Watch { hits: watch::Sender::new(0), open: watch::Sender::new(false) }))
     }
 
-    /// How many calls met the trouble so far.
-    pub fn met(&self) -> usize {
-        *self.0.met.borrow()
+    /// The number of calls that the rule has applied to.
+    pub fn hits(&self) -> usize {
+        *self.0.hits.borrow()
     }
 
-    /// Returns once at least `calls` calls met the trouble: for a gate, once so many have been held.
+    /// Returns once the rule has applied to at least `calls` calls; for a gate, once it holds that many.
     pub async fn reached(&self, calls: usize) {
         // The sender lives as long as `self`, so this cannot fail.
-        let _ = self.0.met.subscribe().wait_for(|met| *met >= calls).await;
+        let _ = self.0.hits.subscribe().wait_for(|hits| *hits >= calls).await;
     }
 
-    /// Opens the gate, for those who wait and for those to come.
+    /// Opens the gate for waiting calls and later ones.
     pub fn release(&self) {
         self.0.open.send_replace(true);
     }
 
-    /// Says that one more call meets the trouble.
-    pub(super) fn meet(&self) {
-        self.0.met.send_modify(|met| *met += 1);
+    /// Counts one more call.
+    pub(super) fn count(&self) {
+        self.0.hits.send_modify(|hits| *hits += 1);
     }
 
     /// Waits for the gate to open.
-    pub(super) async fn opened(&self) {
+    pub(super) async fn wait_until_open(&self) {
         let _ = self.0.open.subscribe().wait_for(|open| *open).await;
     }
 }
 
-/// The rules in force, oldest first.
+/// The active rules, oldest first.
 #[derive(Debug, Default)]
 pub(super) struct Faults {
-    rules: Vec<Standing>,
+    rules: Vec<ActiveRule>,
 }
 
 #[derive(Debug)]
-struct Standing {
+struct ActiveRule {
     rule: Rule,
-    /// What [`When::Percent`] has gathered; a strike costs 100.
-    gathered: u32,
-    armed: FaultHandle,
+    /// The accumulated share of [`When::Percent`]; applying the rule costs 100.
+    accumulated: u32,
+    handle: FaultHandle,
 }
 
 impl Faults {
-    pub(super) fn add(&mut self, rule: Rule, gathered: u32) -> FaultHandle {
-        let armed = FaultHandle::new();
-        self.rules.push(Standing { rule, gathered, armed: armed.clone() });
-        armed
+    pub(super) fn add(&mut self, rule: Rule, accumulated: u32) -> FaultHandle {
+        let handle = FaultHandle::new();
+        self.rules.push(ActiveRule { rule, accumulated, handle: handle.clone() });
+        handle
     }
 
-    /// Removes all rules and lets go of everyone they hold.
+    /// Removes all rules and releases the calls that they hold.
     pub(super) fn clear(&mut self) {
-        for standing in self.rules.drain(..) {
-            standing.armed.release();
+        for active in self.rules.drain(..) {
+            active.handle.release();
         }
     }
 
     pub(super) fn rules(&self) -> impl Iterator<Item = &Rule> {
-        self.rules.iter().map(|standing| &standing.rule)
+        self.rules.iter().map(|active| &active.rule)
     }
 
-    /// The trouble that a call meets, counted down.
-    pub(super) fn draw(&mut self, door: Door, path: &str, token_endpoint: bool) -> Option<(Fault, FaultHandle)> {
-        for (index, standing) in self.rules.iter_mut().enumerate() {
-            let rule = &mut standing.rule;
-            let matches = rule.door.is_none_or(|wanted| wanted == door)
+    /// The fault that applies to a call. Decrements the counter of its rule.
+    pub(super) fn choose(
+        &mut self,
+        listener: Listener,
+        path: &str,
+        token_endpoint: bool,
+    ) -> Option<(Fault, FaultHandle)> {
+        for (index, active) in self.rules.iter_mut().enumerate() {
+            let rule = &mut active.rule;
+            let matches = rule.listener.is_none_or(|wanted| wanted == listener)
                 && rule.path.as_deref().is_none_or(|prefix| path.starts_with(prefix))
-                && rule.trouble.fits(door, token_endpoint);
+                && rule.fault.fits(listener, token_endpoint);
             if !matches {
                 continue;
             }
-            let strikes = match &mut rule.when {
+            let applies = match &mut rule.when {
                 When::Always => true,
                 When::Percent(share) => {
-                    standing.gathered += u32::from(*share);
-                    let full = standing.gathered >= 100;
-                    standing.gathered -= if full { 100 } else { 0 };
+                    active.accumulated += u32::from(*share);
+                    let full = active.accumulated >= 100;
+                    active.accumulated -= if full { 100 } else { 0 };
                     full
                 }
                 When::Next(left) => {
@@ -300,14 +306,14 @@ impl Faults {
                     any
                 }
             };
-            if !strikes {
+            if !applies {
                 continue;
             }
-            let drawn = (rule.trouble.clone(), standing.armed.clone());
+            let chosen = (rule.fault.clone(), active.handle.clone());
             if rule.when == When::Next(0) {
                 self.rules.remove(index);
             }
-            return Some(drawn);
+            return Some(chosen);
         }
         None
     }

@@ -1,12 +1,12 @@
-//! Which headers each path family of the Ads API asks for, as Amazon's OpenAPI documents say.
+//! The headers that each API family requires, according to Amazon's OpenAPI documents.
 
 use http::{HeaderMap, StatusCode};
 
 use super::call::{ACCOUNT_ID, Refused};
 
-/// The client id under the name of the older families.
+/// The client id header of the older families.
 pub(super) const API_CLIENT_ID: &str = "amazon-advertising-api-clientid";
-/// The client id under the name of the Ads API v1.
+/// The client id header of the Ads API v1.
 pub(super) const ADS_CLIENT_ID: &str = "amazon-ads-clientid";
 /// The profile.
 pub(super) const SCOPE: &str = "amazon-advertising-api-scope";
@@ -22,26 +22,26 @@ const ENTITY_ID_HYPHEN: &str = "amazon-advertising-api-entity-id";
 const DSP_ADVERTISER_ID: &str = "amazon-advertising-advertiser-id";
 const AUDIENCE_INSTANCE_ID: &str = "amazon-marketing-cloud-audience-instanceid";
 
-/// What one path family asks for.
+/// The requirements of one API family.
 #[derive(Debug)]
 pub(super) struct Requirements {
-    /// What it is called in the sandbox's messages.
+    /// Its name in the sandbox's messages.
     pub(super) name: &'static str,
-    /// Beginnings of paths, ending at a segment's border; `*` is any one segment.
+    /// Path prefixes that end at a segment boundary; `*` matches any one segment.
     paths: &'static [&'static str],
-    /// The names under which the client id may come; it comes under exactly one.
+    /// The allowed names of the client id header; a request contains exactly one.
     pub(super) client_id: &'static [&'static str],
-    /// Every one of these.
+    /// All of these are required.
     required: &'static [&'static str],
-    /// Exactly one of these.
+    /// Exactly one of these is required.
     one_of: &'static [&'static str],
-    /// Not two of these.
+    /// At most one of these is allowed.
     exclusive: &'static [&'static str],
-    /// None of these.
+    /// None of these is allowed.
     forbidden: &'static [&'static str],
 }
 
-/// A family that is content with the client id.
+/// A family that requires the client id only.
 const PLAIN: Requirements = Requirements {
     name: "",
     paths: &[],
@@ -52,7 +52,7 @@ const PLAIN: Requirements = Requirements {
     forbidden: &[],
 };
 
-/// The families. The first that matches counts, so a special one stands before its general one.
+/// The families. The first match applies, so a specific family precedes its general one.
 const REQUIREMENTS: &[Requirements] = &[
     Requirements { name: "profiles", paths: &["/v2/profiles"], ..PLAIN },
     Requirements {
@@ -72,7 +72,7 @@ const REQUIREMENTS: &[Requirements] = &[
     Requirements {
         name: "AMC advertiser data",
         paths: &["/amc/advertiserData"],
-        // The documents stop at the first two; production instances asked for the third.
+        // The documents list the first two only; production instances required the third.
         required: &[ADVERTISER_ID, MARKETPLACE_ID, ACCOUNT_ID],
         ..PLAIN
     },
@@ -119,7 +119,7 @@ const REQUIREMENTS: &[Requirements] = &[
     },
     Requirements { name: "data provider", paths: &["/v2/dp", "/dp/records"], ..PLAIN },
     Requirements {
-        name: "sponsored ads and what belongs to a profile",
+        name: "sponsored ads and other profile-scoped APIs",
         paths: &[
             "/sp",
             "/sb",
@@ -142,11 +142,11 @@ const REQUIREMENTS: &[Requirements] = &[
         required: &[SCOPE],
         ..PLAIN
     },
-    // The sandbox's own.
+    // The sandbox's test endpoints.
     Requirements { name: "sandbox", paths: &["/sandbox"], client_id: &[API_CLIENT_ID, ADS_CLIENT_ID], ..PLAIN },
 ];
 
-/// The family of a path that was split at its slashes; nothing for a path that Amazon does not know.
+/// The family of a path that was split at its slashes; `None` for a path that Amazon does not know.
 pub(super) fn of(path: &[&str]) -> Option<&'static Requirements> {
     let begins = |pattern: &str| {
         let wanted: Vec<&str> = pattern.split('/').skip(1).collect();
@@ -156,7 +156,7 @@ pub(super) fn of(path: &[&str]) -> Option<&'static Requirements> {
 }
 
 impl Requirements {
-    /// Checks the client id's and the context headers' names and numbers; their values are looked at elsewhere.
+    /// Checks that the client id and context headers are present in the right number. Other code checks their values.
     pub(super) fn check(&self, headers: &HeaderMap) -> Result<(), Refused> {
         let has = |name: &&&str| headers.contains_key(**name);
         if let Some(twice) =
@@ -206,13 +206,13 @@ fn bad(details: String) -> Refused {
     Refused::Coded(StatusCode::BAD_REQUEST, details)
 }
 
-/// Whether a header (in lower case, with hyphens) says who calls or on whose behalf.
+/// Whether a header (in lower case, with hyphens) identifies the client or the account that a request acts for.
 fn managed(name: &str) -> bool {
     name.starts_with("amazon-") || name == "authorization" || name == "advertiserid" || name == "host"
 }
 
-/// A header that has no business at Amazon: it speaks of the connection before the last one, of a browser, or of the
-/// sidecar itself. Amazon would mostly ignore it; the sandbox refuses it, so that a leak is seen.
+/// A header that must not reach Amazon: it belongs to an earlier connection, to a browser, or to the sidecar itself.
+/// Amazon would ignore most of them; the sandbox rejects them so that a leak is noticed.
 pub(super) fn leak(headers: &HeaderMap) -> Option<String> {
     const NAMES: [&str; 15] = [
         "cookie",
@@ -235,7 +235,7 @@ pub(super) fn leak(headers: &HeaderMap) -> Option<String> {
     let foreign = headers.iter().find(|(name, value)| {
         let hyphened = name.as_str().replace('_', "-");
         let twin = hyphened != name.as_str() && managed(&hyphened);
-        // `close` is a client's own word to its next hop; anything else was meant for another hop.
+        // A client may send `close` to its next hop; any other value was meant for another hop.
         let hop = hyphened == "connection" && !value.as_bytes().eq_ignore_ascii_case(b"close");
         let framing = hyphened == "transfer-encoding" && !value.as_bytes().eq_ignore_ascii_case(b"chunked");
         let named = NAMES.contains(&hyphened.as_str()) || BEGINNINGS.iter().any(|begin| hyphened.starts_with(begin));

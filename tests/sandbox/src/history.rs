@@ -1,4 +1,4 @@
-//! What the sandbox received: every call to a door of Amazon's, exactly as it came.
+//! What the sandbox received: every call to an Amazon listener, unchanged.
 
 use std::collections::VecDeque;
 use std::fmt::Write as _;
@@ -11,56 +11,58 @@ use jiff::Timestamp;
 use serde::{Serialize, Serializer};
 use sha2::{Digest, Sha256};
 
-use super::Door;
+use super::Listener;
 
-/// How many calls are remembered. A test makes far fewer; a sandbox that runs for weeks forgets the oldest.
+/// The maximum number of calls kept. A test makes far fewer; a sandbox that runs for weeks drops the oldest.
 const REMEMBERED_CALLS: usize = 10_000;
 
-/// How many bytes of each body are kept for reading. JSON calls are far smaller; of an upload the length and digest
-/// tell enough.
+/// The number of bytes of each body that the sandbox keeps while it handles the call. JSON calls are far smaller; for
+/// an upload, the length and digest suffice.
 pub(super) const KEPT_BODY_BYTES: usize = 1024 * 1024;
 
-/// How many bytes of a body stay in the history after the call was answered, so that it does not fill the memory.
+/// The number of bytes of a body that the history keeps after the response, which bounds its memory.
 const REMEMBERED_BODY_BYTES: usize = 16 * 1024;
 
 /// One received call.
 #[derive(Clone, Debug, Serialize)]
 pub struct Call {
-    /// Counts up from 1 over all doors, in the order of arrival.
+    /// Sequence number from 1 across all listeners, in the order of arrival.
     pub id: u64,
-    /// When it arrived, by the sandbox's clock.
+    /// The time of arrival, by the sandbox's clock.
     pub at: Timestamp,
-    /// Which door it came to: the region, or Login with Amazon.
-    pub door: Door,
-    /// The connection that it came on; calls with the same number shared one.
+    /// The listener that received it: a region, or Login with Amazon.
+    #[serde(rename = "door")]
+    pub listener: Listener,
+    /// The connection that carried it; calls with the same number shared a connection.
     pub connection: u64,
     /// The method.
     pub method: String,
-    /// The request target as it stood in the request line, byte for byte. (The HTTP parser drops a fragment, which
-    /// has no place in a request line.) Over HTTP/2 it is the `:path`.
+    /// The request target from the request line, byte for byte. (The HTTP parser drops a fragment, which is not allowed
+    /// in a request line.) Over HTTP/2 it is the `:path`.
     pub target: String,
-    /// The headers, names in lower case, each repetition on its own. Repetitions stand together at the place of the
-    /// first; bytes outside UTF-8 are replaced.
+    /// The headers with lower-case names, one entry per occurrence. Repeated headers are grouped at the position of the
+    /// first one; invalid UTF-8 is replaced.
     pub headers: Vec<(String, String)>,
     /// Length of the body in bytes, without chunk framing.
     pub body_len: u64,
-    /// SHA-256 of the body in lower-case hex; of nothing where the body was not read.
+    /// SHA-256 of the body in lower-case hex; of the empty string if the body was not read.
     pub body_sha256: String,
     /// The first 16 KiB of the body.
     #[serde(serialize_with = "as_text")]
     pub body: Bytes,
-    /// Whether the body came to its end. False while it comes, and when the caller broke off.
+    /// Whether the whole body was received. False while it is arriving, and if the caller disconnected.
     pub complete: bool,
-    /// What was answered; nothing while the call is held, and for a connection that was reset.
+    /// The status of the response; `None` while the call is held, and for a connection that was reset.
     pub status: Option<u16>,
     /// The `grant_type` of a call to the token endpoint.
     pub grant_type: Option<String>,
-    /// The name of the trouble that this call met.
-    pub trouble: Option<String>,
+    /// The name of the fault that applied to this call.
+    #[serde(rename = "trouble")]
+    pub fault: Option<String>,
 }
 
 impl Call {
-    /// The value of a header, if it was sent at least once. `name` is in lower case.
+    /// The first value of a header, if present. `name` is in lower case.
     pub fn header(&self, name: &str) -> Option<&str> {
         self.headers.iter().find(|(n, _)| n == name).map(|(_, value)| value.as_str())
     }
@@ -70,7 +72,7 @@ impl Call {
         self.headers.iter().filter(move |(n, _)| n == name).map(|(_, value)| value.as_str())
     }
 
-    /// The names of the headers, in order, each once.
+    /// The names of the headers, in order, without duplicates.
     pub fn header_names(&self) -> Vec<&str> {
         let mut names: Vec<&str> = self.headers.iter().map(|(name, _)| name.as_str()).collect();
         names.dedup();
@@ -88,8 +90,8 @@ impl Call {
     }
 }
 
-/// How often each kind of call came to the token endpoint, answered or not. A connection that was reset before its call
-/// was read counts as none.
+/// The number of calls to the token endpoint by kind, answered or not. A connection that was reset before its call was
+/// read does not count.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct LwaCalls {
     /// `grant_type=authorization_code`.
@@ -109,8 +111,8 @@ pub(super) struct History {
 }
 
 impl History {
-    /// Enters a call whose head was read, and returns its id.
-    pub(super) fn begin(&mut self, at: Timestamp, door: Door, connection: u64, head: &Parts) -> u64 {
+    /// Records a call whose head was read, and returns its id.
+    pub(super) fn begin(&mut self, at: Timestamp, listener: Listener, connection: u64, head: &Parts) -> u64 {
         self.next_id += 1;
         if self.calls.len() == REMEMBERED_CALLS {
             self.calls.pop_front();
@@ -119,7 +121,7 @@ impl History {
         self.calls.push_back(Call {
             id: self.next_id,
             at,
-            door,
+            listener,
             connection,
             method: head.method.to_string(),
             target: raw_target(head),
@@ -130,25 +132,25 @@ impl History {
             complete: false,
             status: None,
             grant_type: None,
-            trouble: None,
+            fault: None,
         });
         self.next_id
     }
 
-    /// Changes what is remembered of a call, unless it was forgotten meanwhile.
+    /// Changes the record of a call, unless it was dropped meanwhile.
     pub(super) fn amend(&mut self, id: u64, change: impl FnOnce(&mut Call)) {
-        // Ids are consecutive within the queue, but `clear` may have emptied it: search from the young end.
+        // Ids are consecutive within the queue, but `clear` may have emptied it: search from the newest end.
         if let Some(call) = self.calls.iter_mut().rev().find(|call| call.id == id) {
             change(call);
         }
     }
 
-    /// Enters what was read of a call's body.
+    /// Records the body of a call.
     pub(super) fn body(&mut self, id: u64, read: &Received) {
         self.amend(id, |call| {
             call.body_len = read.len;
             call.body_sha256.clone_from(&read.sha256);
-            // A slice would keep all of it alive.
+            // A slice would keep the whole buffer alive.
             call.body = Bytes::copy_from_slice(&read.kept[..read.kept.len().min(REMEMBERED_BODY_BYTES)]);
             call.complete = read.complete;
         });
@@ -172,23 +174,23 @@ impl History {
         self.lwa
     }
 
-    /// Forgets the calls and the counts; ids go on.
+    /// Deletes the calls and the counts; ids continue.
     pub(super) fn clear(&mut self) {
         self.calls.clear();
         self.lwa = LwaCalls::default();
     }
 }
 
-/// What was read of a body.
+/// A received body.
 pub(super) struct Received {
     pub(super) len: u64,
     pub(super) sha256: String,
-    /// At most [`KEPT_BODY_BYTES`] from the beginning.
+    /// At most [`KEPT_BODY_BYTES`], from the start of the body.
     pub(super) kept: Bytes,
     pub(super) complete: bool,
 }
 
-/// Reads a body to its end, however long it is, keeping only its beginning.
+/// Reads a body to its end, whatever its length, and keeps only its first bytes.
 pub(super) async fn receive(mut body: Incoming) -> Received {
     let mut digest = Sha256::new();
     let mut kept = Vec::new();
@@ -209,7 +211,7 @@ pub(super) async fn receive(mut body: Incoming) -> Received {
     Received { len, sha256: hex(&digest.finalize()), kept: kept.into(), complete }
 }
 
-/// The request target without what the HTTP library made of it.
+/// The request target as sent, without the HTTP library's normalization.
 pub(super) fn raw_target(head: &Parts) -> String {
     if head.version == http::Version::HTTP_2 {
         return head.uri.path_and_query().map_or_else(String::new, ToString::to_string);

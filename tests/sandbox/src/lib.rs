@@ -1,27 +1,28 @@
 //! A stand-in for Amazon on loopback: Login with Amazon and the Ads API of the three regions, over real TLS.
 //!
-//! End-to-end tests start it in their own process, `adsidecar-sandbox` starts it as a program. A [`World`] of plain data
-//! stands behind one lock, and HTTP is a skin over it. It restates Amazon's contract from Amazon's documents and uses
-//! nothing of adsidecar's but the clock, so that a misreading of ours is not shared. It checks what it receives as
-//! strictly as Amazon does, and stricter where a header tells of a leak. [`Fault`] is data, time is the clock's, and
-//! everything received stands in the history. Beside Amazon's own paths there is an area of the sandbox's own on the API's
-//! doors ([`test_endpoints`]) and a [`control`] port for those who are not in the same process.
+//! End-to-end tests start it in their own process; `adsidecar-sandbox` starts it as a program. A [`World`] of plain
+//! data behind one lock holds all state; HTTP is a thin layer over it. The sandbox implements Amazon's contract from
+//! Amazon's documentation and uses nothing of adsidecar except the clock, so that it does not share a misreading of
+//! ours. It validates requests as strictly as Amazon does, and more strictly where a header would reveal a leak. A
+//! [`Fault`] is data, the clock can be controlled, and the history records every request. Besides Amazon's own paths,
+//! the Ads listeners serve test endpoints ([`test_endpoints`]), and a [`control`] port serves tests that run in another
+//! process.
 //!
-//! It cannot be mistaken for production: it binds loopback only, keeps nothing on disk, and says what it is on its
-//! consent page.
+//! It cannot be mistaken for production: it binds to loopback only, keeps nothing on disk, and its consent page says
+//! what it is.
 //!
 //! ```no_run
 //! # async fn example() -> Result<(), Box<dyn std::error::Error>> {
 //! use adsidecar::domain::clock::Clock;
-//! use world::{Door, Fault, Options, Sandbox};
+//! use world::{Listener, Fault, Options, Sandbox};
 //!
 //! let clock = Clock::frozen("2026-08-01T00:00:00Z".parse()?);
 //! let sandbox = Sandbox::start(Options::calm(clock.clone())).await?;
 //! sandbox.set_fault(Fault::status(503));
 //! let user = sandbox.grant();
-//! // … knock at the front door with `user`, then:
+//! // … send a request through adsidecar as `user`, then:
 //! assert_eq!(sandbox.refreshes(), 1);
-//! assert_eq!(sandbox.calls(Door::Eu).len(), 0);
+//! assert_eq!(sandbox.calls(Listener::Eu).len(), 0);
 //! # Ok(())
 //! # }
 //! ```
@@ -72,13 +73,13 @@ pub use world::{
 use adsidecar::domain::clock::Clock;
 use state::SandboxState;
 
-/// Share of the LWA calls, in percent, that a rough sandbox fails with 500.
+/// Share of LWA calls, in percent, that a rough sandbox fails with a 500.
 const ROUGH_FAILURES: u8 = 1;
 
-/// One of the hosts that the sandbox stands for.
+/// One of the Amazon hosts that the sandbox imitates, each on its own address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Door {
+pub enum Listener {
     /// Login with Amazon: consent page and token endpoint of every region.
     Lwa,
     /// The Ads API of North America.
@@ -89,7 +90,7 @@ pub enum Door {
     Fe,
 }
 
-/// Where the sandbox listens. A port of 0 is chosen by the system.
+/// The addresses that the sandbox listens on. The operating system chooses a port for 0.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct Addresses {
     /// Login with Amazon, over TLS.
@@ -111,25 +112,26 @@ impl Default for Addresses {
     }
 }
 
-/// How a sandbox is started.
+/// How to start a sandbox.
 #[derive(Debug)]
 pub struct Options {
-    /// The clock by which codes and tokens die; the control port moves it.
+    /// The clock that decides when codes and tokens expire; the control port moves it.
     pub clock: Clock,
-    /// Where to listen: loopback only.
+    /// The addresses to listen on, loopback only.
     pub listen: Addresses,
-    /// Whether the doors of Amazon's offer HTTP/2.
+    /// Whether the Amazon listeners offer HTTP/2.
     pub http2: bool,
-    /// Whether every consent is given at once, without showing the page.
+    /// Whether every consent is granted immediately, without showing the page.
     pub auto_consent: bool,
-    /// Whether it is slow and sometimes fails, as the real one: 5 to 40 ms per call, one LWA call in a hundred a 500.
+    /// Whether to imitate production's latency and failures: 5 to 40 ms per call, and a 500 for one LWA call in a
+    /// hundred.
     pub rough: bool,
-    /// The world to begin with.
+    /// The initial state.
     pub world: World,
 }
 
 impl Options {
-    /// For tests: free ports, no consent page, nothing happens unless asked for.
+    /// For tests: free ports, no consent page, no latency, no failures.
     pub fn calm(clock: Clock) -> Self {
         Self {
             clock,
@@ -141,7 +143,7 @@ impl Options {
         }
     }
 
-    /// For people: the consent page is shown, and the weather is as usual.
+    /// For interactive use: shows the consent page and imitates production's latency and failures.
     pub fn rough(clock: Clock) -> Self {
         Self { auto_consent: false, rough: true, ..Self::calm(clock) }
     }
@@ -158,7 +160,7 @@ pub enum StartError {
     Bind {
         /// The address.
         address: SocketAddr,
-        /// What the system said.
+        /// The error of the operating system.
         source: io::Error,
     },
     /// The certificate could not be made.
@@ -173,7 +175,7 @@ pub struct Sandbox {
 }
 
 impl Sandbox {
-    /// Binds every door, then serves in tasks of its own.
+    /// Binds every listener, then serves each in a task of its own.
     pub async fn start(options: Options) -> Result<Self, StartError> {
         let identity = tls::throw_away(options.http2)?;
         let Addresses { lwa, na, eu, fe, control } = options.listen;
@@ -182,12 +184,12 @@ impl Sandbox {
         let addresses = Addresses { lwa: lwa.1, na: na.1, eu: eu.1, fe: fe.1, control: control.1 };
         let mut world = options.world;
         if options.rough {
-            // Somewhere in the first hundred calls, not always at the same one, but never at the first: that is the
-            // login with which `adsidecar-sandbox` starts, and nobody is there to repeat it.
+            // The first failure falls at a varying place in the first hundred calls, but never on the first call: that
+            // one belongs to the login that `adsidecar-sandbox` performs at startup, which is not retried.
             let first = Timestamp::now().subsec_nanosecond().unsigned_abs() % 99;
             world
-                .troubles
-                .add(Rule::from(Fault::status(500)).at(Door::Lwa).on("/auth/").percent(ROUGH_FAILURES), first);
+                .faults
+                .add(Rule::from(Fault::status(500)).at(Listener::Lwa).on("/auth/").percent(ROUGH_FAILURES), first);
         }
         let shared = Arc::new(SandboxState {
             world: Mutex::new(world),
@@ -200,47 +202,48 @@ impl Sandbox {
             connections: AtomicU64::new(0),
         });
         let mut tasks = JoinSet::new();
-        for (listener, door) in [(lwa, Door::Lwa), (na, Door::Na), (eu, Door::Eu), (fe, Door::Fe)] {
+        for (socket, listener) in [(lwa, Listener::Lwa), (na, Listener::Na), (eu, Listener::Eu), (fe, Listener::Fe)] {
             let tls = TlsAcceptor::from(identity.server.clone());
-            tasks.spawn(listeners::serve(listener.0, Some(door), Some(tls), shared.clone()));
+            tasks.spawn(listeners::serve(socket.0, Some(listener), Some(tls), shared.clone()));
         }
         tasks.spawn(listeners::serve(control.0, None, None, shared.clone()));
         Ok(Self { shared, tasks })
     }
 
-    /// Where it listens.
+    /// The addresses that the sandbox listens on.
     pub fn addresses(&self) -> Addresses {
         self.shared.addresses
     }
 
-    /// The origin of a door, such as `https://127.0.0.1:43211`.
-    pub fn origin(&self, door: Door) -> String {
+    /// The origin of a listener, such as `https://127.0.0.1:43211`.
+    pub fn origin(&self, listener: Listener) -> String {
         let addresses = self.shared.addresses;
-        let address = match door {
-            Door::Lwa => addresses.lwa,
-            Door::Na => addresses.na,
-            Door::Eu => addresses.eu,
-            Door::Fe => addresses.fe,
+        let address = match listener {
+            Listener::Lwa => addresses.lwa,
+            Listener::Na => addresses.na,
+            Listener::Eu => addresses.eu,
+            Listener::Fe => addresses.fe,
         };
         format!("https://{address}")
     }
 
-    /// The consent page.
+    /// The URL of the consent page.
     pub fn authorize_url(&self) -> String {
-        format!("{}{}", self.origin(Door::Lwa), lwa::CONSENT)
+        format!("{}{}", self.origin(Listener::Lwa), lwa::CONSENT)
     }
 
-    /// The consent page on the control port: plain HTTP, for a browser that does not know the throw-away CA.
+    /// The URL of the consent page on the control port: plain HTTP, for a browser that does not trust the throw-away
+    /// CA.
     pub fn authorize_url_for_browsers(&self) -> String {
         format!("{}{}", self.control_url(), lwa::CONSENT)
     }
 
-    /// The token endpoint.
+    /// The URL of the token endpoint.
     pub fn token_url(&self) -> String {
-        format!("{}{}", self.origin(Door::Lwa), lwa::TOKEN)
+        format!("{}{}", self.origin(Listener::Lwa), lwa::TOKEN)
     }
 
-    /// The control port.
+    /// The URL of the control port.
     pub fn control_url(&self) -> String {
         format!("http://{}", self.shared.addresses.control)
     }
@@ -260,7 +263,7 @@ impl Sandbox {
         &self.shared.clock
     }
 
-    /// Looks at the world or changes it. Calls wait meanwhile.
+    /// Reads or changes the world. Calls wait meanwhile.
     pub fn world<R>(&self, look: impl FnOnce(&mut World) -> R) -> R {
         look(&mut self.shared.world())
     }
@@ -275,9 +278,9 @@ impl Sandbox {
         self.shared.world().history.calls().cloned().collect()
     }
 
-    /// The calls that came to one door, oldest first.
-    pub fn calls(&self, door: Door) -> Vec<Call> {
-        self.shared.world().history.calls().filter(|call| call.door == door).cloned().collect()
+    /// The calls that one listener received, oldest first.
+    pub fn calls(&self, listener: Listener) -> Vec<Call> {
+        self.shared.world().history.calls().filter(|call| call.listener == listener).cloned().collect()
     }
 
     /// The last call received.
@@ -285,37 +288,37 @@ impl Sandbox {
         self.shared.world().history.calls().next_back().cloned()
     }
 
-    /// Forgets the calls and their counts.
+    /// Deletes the calls and their counts.
     pub fn clear_history(&self) {
         self.shared.world().history.clear();
     }
 
-    /// How often each kind of call came to the token endpoint.
+    /// The number of calls to the token endpoint, by kind.
     pub fn lwa_calls(&self) -> LwaCalls {
         self.shared.world().history.lwa_calls()
     }
 
-    /// How many refreshes were asked for, granted or not.
+    /// The number of refreshes requested, successful or not.
     pub fn refreshes(&self) -> u64 {
         self.lwa_calls().refreshes
     }
 
-    /// Sets a rule of trouble: a [`Fault`] alone strikes the next call.
+    /// Adds a fault rule. A bare [`Fault`] applies to the next call only.
     pub fn set_fault(&self, rule: impl Into<Rule>) -> FaultHandle {
-        self.shared.world().troubles.add(rule.into(), 0)
+        self.shared.world().faults.add(rule.into(), 0)
     }
 
-    /// Removes every rule, and lets go of the calls that they hold.
-    pub fn clear_trouble(&self) {
-        self.shared.world().troubles.clear();
+    /// Removes every rule and releases the calls that they hold.
+    pub fn clear_faults(&self) {
+        self.shared.world().faults.clear();
     }
 
-    /// Lets so many events of `/sandbox/events?step=1` go.
-    pub fn let_events(&self, count: usize) {
+    /// Releases `count` events of `/sandbox/events?step=1`.
+    pub fn release_events(&self, count: usize) {
         self.shared.events.add_permits(count);
     }
 
-    /// Closes every door and connection, and returns once that is done.
+    /// Closes every listener and connection, and returns once that is done.
     pub async fn stop(mut self) {
         self.tasks.shutdown().await;
     }
@@ -325,17 +328,17 @@ async fn bind(address: SocketAddr) -> Result<(TcpListener, SocketAddr), StartErr
     if !address.ip().is_loopback() {
         return Err(StartError::NotLoopback(address));
     }
-    let listener = TcpListener::bind(address).await.map_err(|source| StartError::Bind { address, source })?;
-    let bound = listener.local_addr().map_err(|source| StartError::Bind { address, source })?;
-    Ok((listener, bound))
+    let socket = TcpListener::bind(address).await.map_err(|source| StartError::Bind { address, source })?;
+    let bound = socket.local_addr().map_err(|source| StartError::Bind { address, source })?;
+    Ok((socket, bound))
 }
 
-/// A point of time as HTTP writes it (RFC 9110, 5.6.7).
+/// A timestamp in the format of HTTP (RFC 9110, section 5.6.7).
 fn http_date(at: Timestamp) -> String {
     at.strftime("%a, %d %b %Y %H:%M:%S GMT").to_string()
 }
 
-/// A request id as Amazon's answers carry it.
+/// A request id in the format of Amazon's responses.
 fn request_id() -> String {
     let mut random = [0; 16];
     getrandom::fill(&mut random).expect("the machine has a source of randomness, or TLS could not work either");

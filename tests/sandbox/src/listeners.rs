@@ -1,4 +1,4 @@
-//! The doors: listeners, connections, and what happens to a call between its arrival and its answer.
+//! Listeners, connections, and the handling of a call from its arrival to its response.
 
 use std::future::pending;
 use std::io;
@@ -27,104 +27,110 @@ use super::history::{Received, raw_target, receive};
 use super::reply::{self, Body};
 
 use super::state::SandboxState;
-use super::{Door, ads, call, control, http_date, lwa};
+use super::{Listener, ads, call, control, http_date, lwa};
 
-/// Where the bodies that [`Fault::CloseMidBody`] breaks are broken if they are longer than twice this.
+/// Where [`Fault::CloseMidBody`] truncates bodies longer than twice this.
 const BROKEN_AFTER_BYTES: usize = 4096;
-/// How long to wait after `accept` failed: it does so when the process is out of file descriptors, and would spin.
+/// The pause after a failed `accept`: it fails when the process is out of file descriptors, and would otherwise spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(20);
-/// How slow a rough sandbox is: the shortest delay, and how much longer the longest is, in milliseconds.
+/// The latency of a rough sandbox, in milliseconds: the minimum, and the range above it.
 const ROUGH_DELAY_MS: (u64, u8) = (5, 35);
 
-/// Accepts connections until it is dropped, and drops them with itself.
+/// Accepts connections until the task is dropped, which also drops the connections.
 pub(super) async fn serve(
-    listener: TcpListener,
-    door: Option<Door>,
+    socket: TcpListener,
+    listener: Option<Listener>,
     tls: Option<TlsAcceptor>,
     shared: Arc<SandboxState>,
 ) {
     let mut connections = JoinSet::new();
     loop {
         let accepted = tokio::select! {
-            accepted = listener.accept() => accepted,
+            accepted = socket.accept() => accepted,
             Some(_) = connections.join_next() => continue,
         };
         let Ok((stream, _)) = accepted else {
             tokio::time::sleep(ACCEPT_PAUSE).await;
             continue;
         };
-        // Small answers go out at once; a socket that refuses the option still works.
+        // Send small responses immediately; a socket that rejects the option still works.
         let _ = stream.set_nodelay(true);
-        connections.spawn(connection(stream, door, tls.clone(), shared.clone()));
+        connections.spawn(serve_connection(stream, listener, tls.clone(), shared.clone()));
     }
 }
 
-/// One connection. Whatever ends it is the caller's business, or was asked for.
-async fn connection(stream: TcpStream, door: Option<Door>, tls: Option<TlsAcceptor>, shared: Arc<SandboxState>) {
+/// Serves one connection. Errors are ignored: the caller or a fault caused them.
+async fn serve_connection(
+    stream: TcpStream,
+    listener: Option<Listener>,
+    tls: Option<TlsAcceptor>,
+    shared: Arc<SandboxState>,
+) {
     let port = stream.local_addr().map_or(0, |address| address.port());
-    let line = Arc::new(Line {
+    let connection = Arc::new(Connection {
         id: shared.connections.fetch_add(1, Ordering::Relaxed) + 1,
         port,
-        cut: AtomicBool::new(false),
+        reset: AtomicBool::new(false),
     });
-    let wire = Wire { stream, line: line.clone() };
+    let socket = Socket { stream, connection: connection.clone() };
     let service = service_fn(move |request| {
-        let (shared, line) = (shared.clone(), line.clone());
+        let (shared, connection) = (shared.clone(), connection.clone());
         async move {
-            match door {
-                Some(door) => amazon(&shared, door, &line, request).await,
-                None => Ok(ours(&shared, request).await),
+            match listener {
+                Some(listener) => serve_amazon(&shared, listener, &connection, request).await,
+                None => Ok(serve_control(&shared, request).await),
             }
         }
     });
     let http1 = hyper::server::conn::http1::Builder::new();
     let Some(tls) = tls else {
-        let _ = http1.serve_connection(TokioIo::new(wire), service).await;
+        let _ = http1.serve_connection(TokioIo::new(socket), service).await;
         return;
     };
-    let Ok(wire) = tls.accept(wire).await else { return };
-    if wire.get_ref().1.alpn_protocol() == Some(b"h2") {
+    let Ok(socket) = tls.accept(socket).await else { return };
+    if socket.get_ref().1.alpn_protocol() == Some(b"h2") {
         let http2 = hyper::server::conn::http2::Builder::new(TokioExecutor::new());
-        let _ = http2.serve_connection(TokioIo::new(wire), service).await;
+        let _ = http2.serve_connection(TokioIo::new(socket), service).await;
     } else {
-        let _ = http1.serve_connection(TokioIo::new(wire), service).await;
+        let _ = http1.serve_connection(TokioIo::new(socket), service).await;
     }
 }
 
-/// A call to the control port. It leaves no trace in the history.
-async fn ours(shared: &SandboxState, request: Request<Incoming>) -> Response<Body> {
+/// Serves a call to the control port. The history does not record it.
+async fn serve_control(shared: &SandboxState, request: Request<Incoming>) -> Response<Body> {
     let (head, body) = request.into_parts();
     let received = receive(body).await;
     control::answer(shared, &head, &received.kept)
 }
 
-/// The service gives up and the connection is dropped.
+/// Returned by the service to make hyper drop the connection.
 #[derive(Debug, thiserror::Error)]
-#[error("the connection is cut, as asked")]
-struct Cut;
+#[error("the connection was reset by a fault rule")]
+struct ConnectionReset;
 
-/// A call to one of Amazon's doors: entered into the history, troubled, answered.
-async fn amazon(
+/// Serves a call to an Amazon listener: records it, applies a fault, and responds.
+async fn serve_amazon(
     shared: &SandboxState,
-    door: Door,
-    line: &Line,
+    listener: Listener,
+    connection: &Connection,
     request: Request<Incoming>,
-) -> Result<Response<Body>, Cut> {
+) -> Result<Response<Body>, ConnectionReset> {
     let (head, body) = request.into_parts();
     let target = raw_target(&head);
-    let token_endpoint = door == Door::Lwa && head.method == http::Method::POST && head.uri.path() == lwa::TOKEN;
-    let (id, drawn) = {
+    let token_endpoint =
+        listener == Listener::Lwa && head.method == http::Method::POST && head.uri.path() == lwa::TOKEN;
+    let (id, chosen) = {
         let mut world = shared.world();
-        let id = world.history.begin(shared.clock.now(), door, line.id, &head);
-        let drawn = world.troubles.draw(door, head.uri.path(), token_endpoint);
-        let name = drawn.as_ref().map(|(trouble, _)| trouble.name().to_owned());
-        world.history.amend(id, |call| call.trouble = name);
-        (id, drawn)
+        let id = world.history.begin(shared.clock.now(), listener, connection.id, &head);
+        let chosen = world.faults.choose(listener, head.uri.path(), token_endpoint);
+        let name = chosen.as_ref().map(|(fault, _)| fault.name().to_owned());
+        world.history.amend(id, |call| call.fault = name);
+        (id, chosen)
     };
-    if let Some((Fault::Reset, armed)) = &drawn {
-        line.cut.store(true, Ordering::Relaxed);
-        armed.meet();
-        return Err(Cut);
+    if let Some((Fault::Reset, handle)) = &chosen {
+        connection.reset.store(true, Ordering::Relaxed);
+        handle.count();
+        return Err(ConnectionReset);
     }
     let received = receive(body).await;
     {
@@ -136,40 +142,40 @@ async fn amazon(
         }
     }
     if !received.complete {
-        return Err(Cut);
+        return Err(ConnectionReset);
     }
     if shared.rough {
         tokio::time::sleep(rough_delay()).await;
     }
-    let trouble = suffer(drawn).await;
-    let call = Whole { door, port: line.port, head: &head, target: &target, received: &received };
-    let mut response = instead(trouble.as_ref()).unwrap_or_else(|| really(shared, &call, trouble.as_ref()));
-    // hyper would write the machine's time; clients that compare clocks must see the sandbox's.
+    let fault = hold_or_delay(chosen).await;
+    let call = CompleteCall { listener, port: connection.port, head: &head, target: &target, received: &received };
+    let mut response = substitute(fault.as_ref()).unwrap_or_else(|| real_response(shared, &call, fault.as_ref()));
+    // hyper would send the system time; clients that compare clocks must see the sandbox's time.
     if !response.headers().contains_key(DATE) {
         reply::set(&mut response, DATE, &http_date(shared.clock.now()));
     }
     shared.world().history.amend(id, |call| call.status = Some(response.status().as_u16()));
-    Ok(if trouble == Some(Fault::CloseMidBody) { broken(response).await } else { response })
+    Ok(if fault == Some(Fault::CloseMidBody) { truncated(response).await } else { response })
 }
 
-/// A call that was read to its end.
-struct Whole<'a> {
-    door: Door,
+/// A call whose body was received completely.
+struct CompleteCall<'a> {
+    listener: Listener,
     port: u16,
     head: &'a Parts,
     target: &'a str,
     received: &'a Received,
 }
 
-/// What the world says to a call. The clock is read only now: while the call was held, time may have been moved.
-fn really(shared: &SandboxState, call: &Whole<'_>, trouble: Option<&Fault>) -> Response<Body> {
+/// The real response to a call. Reads the clock only now, because time may have moved while a fault held the call.
+fn real_response(shared: &SandboxState, call: &CompleteCall<'_>, fault: Option<&Fault>) -> Response<Body> {
     let now = shared.clock.now();
     let mut world = shared.world();
-    if call.door == Door::Lwa {
-        return lwa::answer(&mut world, call.head, &call.received.kept, trouble, shared.auto_consent, now);
+    if call.listener == Listener::Lwa {
+        return lwa::answer(&mut world, call.head, &call.received.kept, fault, shared.auto_consent, now);
     }
     let arrived = call::Arrived {
-        door: call.door,
+        listener: call.listener,
         port: call.port,
         head: call.head,
         target: call.target,
@@ -180,22 +186,22 @@ fn really(shared: &SandboxState, call: &Whole<'_>, trouble: Option<&Fault>) -> R
     ads::answer(&mut world, &arrived, &shared.events, now)
 }
 
-/// Goes through what takes time, and returns what is still to happen.
-async fn suffer(drawn: Option<(Fault, FaultHandle)>) -> Option<Fault> {
-    let (trouble, armed) = drawn?;
-    armed.meet();
-    match trouble {
+/// Applies the faults that hold or delay a call, and returns the fault for the response.
+async fn hold_or_delay(chosen: Option<(Fault, FaultHandle)>) -> Option<Fault> {
+    let (fault, handle) = chosen?;
+    handle.count();
+    match fault {
         Fault::Hang => pending().await,
-        Fault::Gate => armed.opened().await,
+        Fault::Gate => handle.wait_until_open().await,
         Fault::Delay { ms } => tokio::time::sleep(Duration::from_millis(ms)).await,
         _ => {}
     }
-    Some(trouble)
+    Some(fault)
 }
 
-/// The answer that takes the real one's place.
-fn instead(trouble: Option<&Fault>) -> Option<Response<Body>> {
-    match trouble? {
+/// The response that a fault substitutes for the real one.
+fn substitute(fault: Option<&Fault>) -> Option<Response<Body>> {
+    match fault? {
         Fault::Status { code, headers, body } => {
             let code = StatusCode::from_u16(*code).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
             let mut response = reply::empty(code);
@@ -207,9 +213,11 @@ fn instead(trouble: Option<&Fault>) -> Option<Response<Body>> {
             }
             Some(response)
         }
-        Fault::BadJson => {
-            Some(reply::answer(StatusCode::OK, "application/json", r#"{"access_token":"Atza|broken","expires_in":36"#))
-        }
+        Fault::BadJson => Some(reply::answer(
+            StatusCode::OK,
+            "application/json",
+            r#"{"access_token":"Atza|truncated","expires_in":36"#,
+        )),
         Fault::Html => {
             let page = "<!doctype html><title>Sorry</title><p>Something went wrong on our end (adsidecar sandbox).";
             Some(reply::html(StatusCode::OK, page))
@@ -219,11 +227,11 @@ fn instead(trouble: Option<&Fault>) -> Option<Response<Body>> {
     }
 }
 
-/// The same answer with a body that breaks off. Its announced length stays.
-async fn broken(response: Response<Body>) -> Response<Body> {
+/// Truncates the body of a response but keeps the announced length.
+async fn truncated(response: Response<Body>) -> Response<Body> {
     let (mut head, mut body) = response.into_parts();
     let length = http_body::Body::size_hint(&body).exact();
-    // Nothing can break in the middle of less than two bytes: more are announced than come.
+    // A body of less than two bytes cannot be truncated, so more bytes are announced than sent.
     let announced = length.map(|length| length.max(2));
     let first = match body.frame().await {
         Some(Ok(frame)) => frame.into_data().unwrap_or_default(),
@@ -233,17 +241,17 @@ async fn broken(response: Response<Body>) -> Response<Body> {
         head.headers.insert(CONTENT_LENGTH, announced.into());
     }
     let half = first.len().div_ceil(2).min(BROKEN_AFTER_BYTES);
-    let parts = BrokenBody { half: Some(first.slice(..half)), flushed: false, announced };
+    let parts = TruncatedBody { half: Some(first.slice(..half)), flushed: false, announced };
     Response::from_parts(head, parts.boxed_unsync())
 }
 
-struct BrokenBody {
+struct TruncatedBody {
     half: Option<Bytes>,
     flushed: bool,
     announced: Option<u64>,
 }
 
-impl http_body::Body for BrokenBody {
+impl http_body::Body for TruncatedBody {
     type Data = Bytes;
     type Error = io::Error;
 
@@ -253,12 +261,12 @@ impl http_body::Body for BrokenBody {
             return Poll::Ready(Some(Ok(Frame::data(half))));
         }
         if !this.flushed {
-            // hyper writes out what it has when a body is not ready; an error at once would swallow the first half.
+            // hyper flushes its buffer when a body is pending; an immediate error would discard the first half.
             this.flushed = true;
             cx.waker().wake_by_ref();
             return Poll::Pending;
         }
-        Poll::Ready(Some(Err(io::Error::other("broken off, as asked"))))
+        Poll::Ready(Some(Err(io::Error::other("truncated by a fault rule"))))
     }
 
     fn size_hint(&self) -> SizeHint {
@@ -268,39 +276,39 @@ impl http_body::Body for BrokenBody {
 
 fn rough_delay() -> Duration {
     let mut random = [0];
-    // Without randomness the shortest delay will do.
+    // Without randomness the shortest delay is used.
     let _ = getrandom::fill(&mut random);
     Duration::from_millis(ROUGH_DELAY_MS.0 + u64::from(random[0] % (ROUGH_DELAY_MS.1 + 1)))
 }
 
-/// What the calls of one connection share.
-struct Line {
+/// The state that the calls of one connection share.
+struct Connection {
     id: u64,
     port: u16,
-    cut: AtomicBool,
+    reset: AtomicBool,
 }
 
-/// The socket. Dropped after it was cut, it resets the connection instead of closing it.
-struct Wire {
+/// The socket. If `reset` is set when it is dropped, it resets the connection instead of closing it.
+struct Socket {
     stream: TcpStream,
-    line: Arc<Line>,
+    connection: Arc<Connection>,
 }
 
-impl Drop for Wire {
+impl Drop for Socket {
     fn drop(&mut self) {
-        if self.line.cut.load(Ordering::Relaxed) {
+        if self.connection.reset.load(Ordering::Relaxed) {
             let _ = self.stream.set_zero_linger();
         }
     }
 }
 
-impl AsyncRead for Wire {
+impl AsyncRead for Socket {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.stream).poll_read(cx, buffer)
     }
 }
 
-impl AsyncWrite for Wire {
+impl AsyncWrite for Socket {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         Pin::new(&mut self.stream).poll_write(cx, bytes)
     }

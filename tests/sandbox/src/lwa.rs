@@ -14,36 +14,36 @@ use super::fault::Fault;
 use super::reply::{self, Body};
 use super::world::{Challenge, Consent, Credentials, Issued, Refusal, Twist, World, random_text};
 
-/// Where the consent page lives.
+/// Path of the consent page.
 pub(super) const CONSENT: &str = "/ap/oa";
-/// Where tokens are given out.
+/// Path of the token endpoint.
 pub(super) const TOKEN: &str = "/auth/o2/token";
 
-/// A longer client id is refused on the consent page ("maximum of 100 bytes").
+/// Maximum length of a client id in bytes on the consent page ("maximum of 100 bytes").
 const LONGEST_CLIENT_ID: usize = 100;
 
-/// Answers a call to Login with Amazon.
+/// Responds to a call to Login with Amazon.
 pub(super) fn answer(
     world: &mut World,
     head: &Parts,
     body: &[u8],
-    trouble: Option<&Fault>,
+    fault: Option<&Fault>,
     auto_consent: bool,
     now: Timestamp,
 ) -> Response<Body> {
     let get = head.method == Method::GET || head.method == Method::HEAD;
     match head.uri.path() {
         CONSENT if get => consent(world, head.uri.query().unwrap_or_default(), auto_consent, now),
-        TOKEN if head.method == Method::POST => token(world, head, body, trouble, now),
+        TOKEN if head.method == Method::POST => token(world, head, body, fault, now),
         "/auth/o2/tokeninfo" if get => token_info(world, head, now),
         CONSENT | TOKEN | "/auth/o2/tokeninfo" => error_page(StatusCode::METHOD_NOT_ALLOWED, "Method Not Allowed"),
-        // LWA answers a wrong path so, in HTML.
+        // LWA responds to an unknown path with this, in HTML.
         _ => error_page(StatusCode::INTERNAL_SERVER_ERROR, "Internal Server Error"),
     }
 }
 
-/// The consent page, and its two buttons: they come back here as `decision=allow` and `decision=deny`. `auto=1` is a
-/// button pressed at once.
+/// The consent page. Its two buttons send `decision=allow` or `decision=deny` to the same path; `auto=1` consents
+/// immediately.
 pub(super) fn consent(world: &mut World, query: &str, auto: bool, now: Timestamp) -> Response<Body> {
     let params = Params::parse(query.as_bytes());
     let asked = match Asked::check(world, &params) {
@@ -64,7 +64,7 @@ pub(super) fn consent(world: &mut World, query: &str, auto: bool, now: Timestamp
     }
 }
 
-/// A consent request whose client, return URL and scope are in order: from here on, errors go to the callback.
+/// A consent request with a valid client, return URL and scope: from here on, errors are reported to the callback.
 struct Asked<'a> {
     client_id: &'a str,
     redirect_uri: &'a str,
@@ -100,7 +100,7 @@ impl<'a> Asked<'a> {
         self.back(&[("error", error), ("error_description", description)])
     }
 
-    /// Sends the browser to the return URL with these parameters and the state.
+    /// Redirects the browser to the return URL with these parameters and the state.
     fn back(&self, params: &[(&str, &str)]) -> Response<Body> {
         let mut query = form_urlencoded::Serializer::new(String::new());
         query.extend_pairs(params).extend_pairs(self.state.map(|state| ("state", state)));
@@ -139,7 +139,7 @@ fn challenge(params: &Params) -> Result<Option<Challenge>, &'static str> {
     let Some(challenge) = params.get("code_challenge") else {
         return if params.get("code_challenge_method").is_none() { Ok(None) } else { Err("code_challenge is missing") };
     };
-    // RFC 7636, 4.1 and 4.2: 43 to 128 characters, either way.
+    // RFC 7636, sections 4.1 and 4.2: 43 to 128 characters with either method.
     if !(43..=128).contains(&challenge.len()) {
         return Err("code_challenge has a wrong length");
     }
@@ -157,9 +157,9 @@ fn consent_page(world: &World, params: &Params, asked: &Asked<'_>) -> String {
             head { meta charset="utf-8"; title { "adsidecar sandbox: consent" } }
             body style="font-family: system-ui; max-width: 36rem; margin: 4rem auto; line-height: 1.5" {
                 h1 { "This is the adsidecar sandbox, not Amazon" }
-                p { "Nothing here is real: no Amazon account is asked, and no password. The page stands where "
-                    "Amazon's own consent page would be." }
-                p { b { (asked.client_id) } " asks for " b { (asked.scope) } ", to be answered at "
+                p { "Nothing here is real: it needs no Amazon account and no password. This page replaces "
+                    "Amazon's own consent page." }
+                p { b { (asked.client_id) } " asks for " b { (asked.scope) } ". The response goes to "
                     code { (asked.redirect_uri) } "." }
                 form method="get" action=(CONSENT) {
                     @for (name, value) in params.0.iter().filter(|(name, _)| name != "advertiser") {
@@ -177,31 +177,31 @@ fn consent_page(world: &World, params: &Params, asked: &Asked<'_>) -> String {
     page.into_string()
 }
 
-fn token(world: &mut World, head: &Parts, body: &[u8], trouble: Option<&Fault>, now: Timestamp) -> Response<Body> {
+fn token(world: &mut World, head: &Parts, body: &[u8], fault: Option<&Fault>, now: Timestamp) -> Response<Body> {
     let params = match Params::of_token_request(head, body) {
         Ok(params) => params,
         Err(refusal) => return refuse(refusal, now),
     };
-    let issued = match trouble {
+    let issued = match fault {
         Some(Fault::InvalidGrant) => {
             let refresh = params.get("grant_type") == Some("refresh_token");
             Err(Refusal::InvalidGrant(if refresh { "refresh_token" } else { "code" }))
         }
         Some(Fault::InvalidClient) => Err(Refusal::InvalidClient),
         Some(Fault::UnauthorizedClient) => Err(Refusal::UnauthorizedClient),
-        _ => issue(world, &params, trouble, now),
+        _ => issue(world, &params, fault, now),
     };
     match issued {
-        Ok(issued) => give_out(&issued, trouble, now),
+        Ok(issued) => give_out(&issued, fault, now),
         Err(refusal) => refuse(refusal, now),
     }
 }
 
-fn issue(world: &mut World, params: &Params, trouble: Option<&Fault>, now: Timestamp) -> Result<Issued, Refusal> {
+fn issue(world: &mut World, params: &Params, fault: Option<&Fault>, now: Timestamp) -> Result<Issued, Refusal> {
     let required = |name: &'static str| params.get(name).ok_or(Refusal::InvalidRequest(name));
     let twist = Twist {
-        life: if let Some(Fault::ShortLife { seconds }) = trouble { Some(*seconds) } else { None },
-        rotate: matches!(trouble, Some(Fault::RotateRefreshToken)),
+        life: if let Some(Fault::ShortLife { seconds }) = fault { Some(*seconds) } else { None },
+        rotate: matches!(fault, Some(Fault::RotateRefreshToken)),
     };
     let grant_type = required("grant_type")?;
     if !["authorization_code", "refresh_token"].contains(&grant_type) {
@@ -216,14 +216,14 @@ fn issue(world: &mut World, params: &Params, trouble: Option<&Fault>, now: Times
     world.exchange(client_id, code, redirect_uri, params.get("code_verifier"), &twist, now)
 }
 
-fn give_out(issued: &Issued, trouble: Option<&Fault>, now: Timestamp) -> Response<Body> {
+fn give_out(issued: &Issued, fault: Option<&Fault>, now: Timestamp) -> Response<Body> {
     let mut answer = json!({
         "access_token": issued.access_token,
         "refresh_token": issued.refresh_token,
         "token_type": "bearer",
         "expires_in": issued.expires_in,
     });
-    match (trouble, answer.as_object_mut()) {
+    match (fault, answer.as_object_mut()) {
         (Some(Fault::NoRefreshToken), Some(fields)) => drop(fields.remove("refresh_token")),
         (Some(Fault::ExpiresIn { value }), Some(fields)) => drop(fields.insert("expires_in".into(), value.clone())),
         _ => {}
@@ -243,7 +243,7 @@ fn refuse(refusal: Refusal, now: Timestamp) -> Response<Body> {
 }
 
 impl Refusal {
-    /// Status, code and sentence, as LWA writes them.
+    /// Status, error code and description, as LWA writes them.
     fn text(self) -> (StatusCode, &'static str, String) {
         let bad = StatusCode::BAD_REQUEST;
         match self {
@@ -267,7 +267,7 @@ impl Refusal {
     }
 }
 
-/// JSON with the headers that were recorded from the real endpoint.
+/// JSON with the headers recorded from the real endpoint.
 fn token_answer(status: StatusCode, body: &Value, now: Timestamp) -> Response<Body> {
     let mut response = reply::answer(status, "application/json;charset=UTF-8", body.to_string());
     reply::set(&mut response, CACHE_CONTROL, "no-cache, no-store, must-revalidate");
@@ -297,13 +297,13 @@ fn token_info(world: &World, head: &Parts, now: Timestamp) -> Response<Body> {
         "app_id": access.client_id.replace("application-oa2-client", "application"),
         "iss": "https://www.amazon.com",
         "iat": access.issued_at.as_second(),
-        // The remaining seconds, not a point of time.
+        // The remaining seconds, not a timestamp.
         "exp": access.expires_at.duration_since(now).as_secs(),
     });
     token_answer(StatusCode::OK, &body, now)
 }
 
-/// The `grant_type` of a token request, however it was sent.
+/// The `grant_type` of a token request, in any of its encodings.
 pub(super) fn grant_type(head: &Parts, body: &[u8]) -> Option<String> {
     Params::of_token_request(head, body).ok()?.get("grant_type").map(str::to_owned)
 }
@@ -316,7 +316,7 @@ impl Params {
         Self(form_urlencoded::parse(form).into_owned().collect())
     }
 
-    /// LWA takes a form, JSON, a query string, and the client's credentials as HTTP Basic.
+    /// LWA accepts a form, JSON, a query string, and client credentials as HTTP Basic.
     fn of_token_request(head: &Parts, body: &[u8]) -> Result<Self, Refusal> {
         let mut params = Self::parse(head.uri.query().unwrap_or_default().as_bytes());
         let media_type = head.headers.get(CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
@@ -332,7 +332,7 @@ impl Params {
         if let Some(pair) = basic.and_then(|text| String::from_utf8(STANDARD.decode(text).ok()?).ok())
             && let Some((id, secret)) = pair.split_once(':')
         {
-            // RFC 6749, 2.3.1: both halves are form-encoded first.
+            // RFC 6749, section 2.3.1: both parts are form-encoded first.
             let decode = |half: &str| Self::parse(format!("v={half}").as_bytes()).get("v").map(str::to_owned);
             params.0.retain(|(name, _)| name != "client_id");
             params.0.extend([
@@ -341,7 +341,7 @@ impl Params {
             ]);
         }
         match params.repeated() {
-            // "Request parameters MUST NOT be included more than once" (RFC 6749, 3.2).
+            // "Request parameters MUST NOT be included more than once" (RFC 6749, section 3.2).
             Some(_) => Err(Refusal::InvalidRequest("grant_type")),
             None => Ok(params),
         }

@@ -1,4 +1,4 @@
-//! The resources of the Ads API that the sandbox models, with payloads as Amazon's documents show them.
+//! The resources of the Ads API that the sandbox models, with the payloads of Amazon's documentation.
 
 use http::header::{ACCEPT, CONTENT_TYPE, HeaderName, LOCATION, SET_COOKIE};
 use http::{Method, Response, StatusCode};
@@ -10,19 +10,19 @@ use super::catalogue::{Campaign, Profile, Report};
 use super::reply::{self, Body};
 use super::world::World;
 
-/// The media type of Sponsored Products campaigns, version 3. It must be named exactly: `*/*` is refused.
+/// The media type of Sponsored Products campaigns, version 3. The request must name it exactly: `*/*` is rejected.
 const SP_CAMPAIGN: &str = "application/vnd.spCampaign.v3+json";
 /// The media type of a report request.
 const REPORT_REQUEST: &str = "application/vnd.createasyncreportrequest.v3+json";
-/// Most campaigns on one page.
+/// Maximum number of campaigns on one page.
 const LARGEST_PAGE: usize = 100;
 
-/// Why one item of a batch was not written: Amazon's error type, and a sentence.
+/// Why one item of a batch was rejected: Amazon's error type, and a description.
 type ItemError = (&'static str, &'static str);
 
-/// Answers a call that passed every check. Paths of a known family that are not modelled say so, with 200.
+/// Responds to a call that passed every check. An unmodelled path of a known family gets a 200 with a note.
 pub(super) fn answer(world: &mut World, call: &Passed<'_>, family: &str) -> Response<Body> {
-    // A server without HEAD of its own answers as for GET; the HTTP layer leaves the body out.
+    // Handles HEAD as GET; the HTTP layer omits the body.
     let method = if call.method == Method::HEAD { &Method::GET } else { call.method };
     match (method.as_str(), call.path) {
         ("GET", ["v2", "profiles"]) => list_profiles(world, call),
@@ -43,23 +43,23 @@ pub(super) fn answer(world: &mut World, call: &Passed<'_>, family: &str) -> Resp
             coded(StatusCode::METHOD_NOT_ALLOWED, "Method Not Allowed")
         }
         _ => {
-            let note = "The headers are in order; the sandbox has no data behind this path";
+            let note = "The headers are valid; the sandbox has no data for this path";
             reply::json(StatusCode::OK, &json!({ "sandbox": note, "family": family }))
         }
     }
 }
 
 fn list_profiles(world: &World, call: &Passed<'_>) -> Response<Body> {
-    let profiles = world.catalogue.profiles_of(&call.advertiser, call.door).map(Profile::payload).collect();
+    let profiles = world.catalogue.profiles_of(&call.advertiser, call.listener).map(Profile::payload).collect();
     let mut response = reply::json(StatusCode::OK, &Value::Array(profiles));
-    // The edge sets cookies for whoever calls.
+    // The edge sets cookies in every response.
     reply::add(&mut response, SET_COOKIE, "session-id=130-1234567-1234567; Domain=.amazon.com; Path=/; Secure");
     reply::add(&mut response, SET_COOKIE, "session-id-time=2082787201l; Domain=.amazon.com; Path=/; Secure");
     response
 }
 
 fn get_profile(world: &World, call: &Passed<'_>, id: &str) -> Response<Body> {
-    let mut profiles = world.catalogue.profiles_of(&call.advertiser, call.door);
+    let mut profiles = world.catalogue.profiles_of(&call.advertiser, call.listener);
     match profiles.find(|profile| profile.id.to_string() == id) {
         Some(profile) => reply::json(StatusCode::OK, &profile.payload()),
         None => coded(StatusCode::NOT_FOUND, "Profile not found"),
@@ -71,7 +71,7 @@ fn media_type(call: &Passed<'_>, name: &HeaderName) -> String {
     call.headers.get(name).and_then(|value| value.to_str().ok()).unwrap_or_default().trim().to_ascii_lowercase()
 }
 
-/// The media types must be the vendor's, on both headers.
+/// Rejects a request unless both headers name the vendor's media type.
 fn vendor_media_type(call: &Passed<'_>, wanted: &str) -> Option<Response<Body>> {
     let wanted = wanted.to_ascii_lowercase();
     let refuse = |status, text| Some(coded(status, text));
@@ -88,7 +88,7 @@ fn sp_answer(status: StatusCode, body: &Value) -> Response<Body> {
     reply::answer(status, SP_CAMPAIGN, body.to_string())
 }
 
-/// Whether a filter of the form `{"<name>": {"include": [...]}}` lets a value pass.
+/// Whether a filter of the form `{"<name>": {"include": [...]}}` accepts a value.
 fn included(body: &Value, filter: &str, value: &str) -> bool {
     match body[filter]["include"].as_array() {
         None => true,
@@ -109,7 +109,7 @@ fn list_campaigns(world: &World, call: &Passed<'_>) -> Response<Body> {
         .filter(|one| included(&body, "stateFilter", &one.state))
         .filter(|one| included(&body, "campaignIdFilter", &one.campaign_id))
         .collect();
-    // The token is opaque to clients, and full of characters that a careless re-encoding damages.
+    // The token is opaque to clients, and full of characters that a careless re-encoding corrupts.
     let start = match body["nextToken"].as_str() {
         None => 0,
         Some(token) => match token.strip_prefix("AQ+/==:").and_then(|start| start.parse::<usize>().ok()) {
@@ -127,7 +127,7 @@ fn list_campaigns(world: &World, call: &Passed<'_>) -> Response<Body> {
     sp_answer(StatusCode::OK, &answer)
 }
 
-/// Writes a batch, one after another: 207, with each one's own outcome.
+/// Writes the items of a batch in order; the 207 reports the result of each.
 fn write_campaigns(
     world: &mut World,
     call: &Passed<'_>,
@@ -238,11 +238,11 @@ fn report_payload(id: &str, report: &Report) -> Value {
     })
 }
 
-/// Version 2 names the download by an absolute link back to the API.
+/// Version 2 returns the download as an absolute link to the API itself.
 fn old_report(call: &Passed<'_>, id: &str) -> Value {
-    let host = match call.door {
-        super::Door::Eu => "advertising-api-eu",
-        super::Door::Fe => "advertising-api-fe",
+    let host = match call.listener {
+        super::Listener::Eu => "advertising-api-eu",
+        super::Listener::Fe => "advertising-api-fe",
         _ => "advertising-api",
     };
     let location = format!("https://{host}.amazon.com/v2/reports/{id}/download");
@@ -265,7 +265,7 @@ fn query_campaigns(world: &World, call: &Passed<'_>) -> Response<Body> {
         return reply::json(StatusCode::OK, &json!({ "campaigns": [] }));
     }
     let own = |profile: u64| {
-        let mut profiles = world.catalogue.profiles_of(&call.advertiser, call.door);
+        let mut profiles = world.catalogue.profiles_of(&call.advertiser, call.listener);
         profiles.any(|one| one.id == profile && call.profile.is_none_or(|wanted| wanted == profile))
     };
     let campaigns: Vec<Value> = world

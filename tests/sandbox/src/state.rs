@@ -21,7 +21,7 @@ pub(super) struct SandboxState {
 }
 
 impl SandboxState {
-    /// The world, locked. A test that panicked while it held the world must not hide behind a poisoned lock.
+    /// The world, locked. A poisoned lock is ignored, so that the panic of one test does not hide behind it.
     pub(super) fn world(&self) -> MutexGuard<'_, World> {
         self.world.lock().unwrap_or_else(PoisonError::into_inner)
     }

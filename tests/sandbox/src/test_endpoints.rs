@@ -1,12 +1,12 @@
-//! The sandbox's own area on the API's doors, `/sandbox/…`: nothing of it exists at Amazon.
+//! The sandbox's test endpoints on the Ads listeners, `/sandbox/…`. Amazon has none of them.
 //!
 //! - `any /sandbox/echo`: what was received, as JSON.
-//! - `GET /sandbox/bytes/{n}`: `n` bytes that look random and are the same each time; `?chunked=1` without a length.
+//! - `GET /sandbox/bytes/{n}`: `n` pseudo-random bytes, the same each time; `?chunked=1` omits the length.
 //! - `any /sandbox/status/{code}`: that status.
-//! - `GET /sandbox/gzip`: gzip content as `application/octet-stream` without `Content-Encoding`, as report files come;
+//! - `GET /sandbox/gzip`: gzip content as `application/octet-stream` without `Content-Encoding`, like report files;
 //!   `?encoded=1`: JSON with `Content-Encoding: gzip`.
 //! - `GET /sandbox/cookies`: two `Set-Cookie` headers.
-//! - `GET /sandbox/events?count=n`: server-sent events, flushed one by one; with `&step=1` each waits to be let go.
+//! - `GET /sandbox/events?count=n`: server-sent events, flushed one by one; with `&step=1` each waits for its release.
 
 use std::convert::Infallible;
 use std::io::{self, Write as _};
@@ -28,13 +28,13 @@ use url::form_urlencoded;
 use super::call::{Arrived, Passed, coded};
 use super::reply::{self, Body};
 
-/// Bytes are made and sent in pieces of this size.
+/// The chunk size of generated bodies.
 const PIECE: usize = 16 * 1024;
 
-/// Lets stepwise events go, one permit each.
+/// Permits for stepwise events, one per event.
 pub(super) type Events = Arc<Semaphore>;
 
-/// Answers a call to the sandbox's own area.
+/// Responds to a call to a test endpoint.
 pub(super) fn answer(call: &Arrived<'_>, passed: &Passed<'_>, events: &Events) -> Response<Body> {
     match passed.path {
         ["sandbox", "echo"] => echo(call),
@@ -72,7 +72,7 @@ fn echo(call: &Arrived<'_>) -> Response<Body> {
         .map(|(name, value)| (name.as_str(), String::from_utf8_lossy(value.as_bytes()).into_owned()))
         .collect();
     let body = json!({
-        "door": call.door,
+        "door": call.listener,
         "method": call.head.method.as_str(),
         "target": call.target,
         "headers": headers,
@@ -89,7 +89,7 @@ fn bytes(count: u64, chunked: bool) -> Response<Body> {
     response
 }
 
-/// The bytes that `/sandbox/bytes/{count}` answers.
+/// The bytes of `/sandbox/bytes/{count}`.
 pub fn pseudo_random_bytes(count: usize) -> Vec<u8> {
     let mut body = PseudoRandom::new(count as u64, false);
     let mut all = Vec::with_capacity(count);
@@ -99,7 +99,7 @@ pub fn pseudo_random_bytes(count: usize) -> Vec<u8> {
     all
 }
 
-/// A body made while it is sent, from Marsaglia's xorshift64.
+/// A body generated while it is sent, with Marsaglia's xorshift64.
 struct PseudoRandom {
     left: u64,
     state: u64,
@@ -108,7 +108,7 @@ struct PseudoRandom {
 
 impl PseudoRandom {
     fn new(left: u64, chunked: bool) -> Self {
-        // Any state but 0 will do.
+        // Any state except 0 works.
         Self { left, state: 0x9E37_79B9_7F4A_7C15, chunked }
     }
 
@@ -170,9 +170,9 @@ fn cookies() -> Response<Body> {
     response
 }
 
-/// Sends the events from a task of their own, so that each is flushed before the next is made.
+/// Sends the events from a separate task, so that each is flushed before the next is created.
 fn stream_events(count: u32, steps: Option<Events>) -> Response<Body> {
-    // One event is in the channel at a time; the next waits until it was taken.
+    // The channel holds one event; the next waits until that one was taken.
     let (sender, receiver) = mpsc::channel(1);
     tokio::spawn(async move {
         for number in 1..=count {

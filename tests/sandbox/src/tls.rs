@@ -1,4 +1,4 @@
-//! A throw-away certificate authority and the one leaf that stands for every Amazon host.
+//! A throw-away certificate authority, and one leaf certificate for every Amazon host.
 
 use std::sync::Arc;
 
@@ -9,7 +9,7 @@ use rcgen::{
 use rustls::ServerConfig;
 use rustls::pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
 
-/// The names that the leaf is good for: loopback, and the hosts which a test may resolve to loopback.
+/// The names in the leaf: loopback, and the hosts that a test may resolve to loopback.
 const NAMES: [&str; 12] = [
     "localhost",
     "127.0.0.1",
@@ -33,7 +33,7 @@ pub(super) struct Identity {
     pub(super) server: Arc<ServerConfig>,
 }
 
-/// Why no identity could be made.
+/// Why no identity could be created.
 #[derive(Debug, thiserror::Error)]
 pub enum IdentityError {
     /// A key or certificate could not be made.
@@ -44,8 +44,7 @@ pub enum IdentityError {
     Tls(#[from] rustls::Error),
 }
 
-/// Makes a new authority and a leaf. The key of the authority is dropped when this returns, so that nothing more can
-/// ever be signed with it.
+/// Creates a new authority and a leaf. The authority's key is dropped when this returns, so it can sign nothing else.
 pub(super) fn throw_away(http2: bool) -> Result<Identity, IdentityError> {
     let mut authority = CertificateParams::default();
     authority.distinguished_name = name("adsidecar sandbox (throw-away CA, not Amazon)");
@@ -58,7 +57,7 @@ pub(super) fn throw_away(http2: bool) -> Result<Identity, IdentityError> {
     leaf.distinguished_name = name("adsidecar sandbox");
     leaf.key_usages = vec![KeyUsagePurpose::DigitalSignature];
     leaf.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
-    // Strict verifiers (Python 3.13 and later) refuse a leaf that does not name its issuer's key.
+    // Strict verifiers (Python 3.13 and later) reject a leaf without an authority key identifier.
     leaf.use_authority_key_identifier_extension = true;
     let leaf_key = KeyPair::generate()?;
     let leaf = leaf.signed_by(&leaf_key, &Issuer::new(authority, authority_key))?;

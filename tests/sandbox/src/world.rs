@@ -1,6 +1,6 @@
-//! The world that the sandbox pretends: who may ask, who consented, which tokens live, what the Ads API knows.
+//! The sandbox's state: which clients exist, which users consented, which tokens are valid, what the Ads API contains.
 //!
-//! Plain data and no HTTP. Tests arrange it before a call and look at it afterwards.
+//! Plain data without HTTP. Tests set it up before a call and inspect it afterwards.
 
 use std::collections::HashMap;
 
@@ -29,26 +29,26 @@ const CODE_LIFE: SignedDuration = SignedDuration::from_mins(5);
 const ACCESS_LIFE_SECONDS: u32 = 3600;
 /// Random bytes in an access token. LWA promises 350 characters or more; these make 357.
 const ACCESS_BYTES: usize = 264;
-/// Grants given on or after this day end after [`CONSENT_LIFE`], whatever is refreshed.
+/// Grants given on or after this day expire after [`CONSENT_LIFE`], even if they are refreshed.
 const CONSENT_ENDS_SINCE: &str = "2026-07-30T00:00:00Z";
 /// 365 days after the consent.
 const CONSENT_LIFE: SignedDuration = SignedDuration::from_hours(365 * 24);
 
-/// Everything the sandbox knows, behind one lock.
+/// All state of the sandbox, behind one lock.
 #[derive(Debug)]
 pub struct World {
     /// The LWA clients ("security profiles").
     pub clients: Vec<Client>,
-    /// Who has given which client a grant, dead ones too.
+    /// Every grant that a user gave a client, including revoked ones.
     pub grants: Vec<Grant>,
     /// The advertisers, their profiles, AMC accounts, campaigns and reports.
     pub catalogue: Catalogue,
-    /// How long an access token lives, in seconds: 3600.
+    /// Lifetime of an access token in seconds: 3600.
     pub access_life: u32,
     codes: HashMap<String, Code>,
     access: HashMap<String, Access>,
     pub(super) history: History,
-    pub(super) troubles: Faults,
+    pub(super) faults: Faults,
 }
 
 /// One LWA client.
@@ -56,11 +56,11 @@ pub struct World {
 pub struct Client {
     /// The client id.
     pub id: String,
-    /// The secrets that work; two while one is being rotated.
+    /// The valid secrets; two during a rotation.
     pub secrets: Vec<String>,
-    /// The Allowed Return URLs, compared byte for byte, query included.
+    /// The Allowed Return URLs, compared byte for byte, including the query.
     pub return_urls: Vec<String>,
-    /// The scopes that it was approved for.
+    /// The scopes that the client is approved for.
     pub scopes: Vec<String>,
 }
 
@@ -69,41 +69,41 @@ pub struct Client {
 pub struct Grant {
     /// `Atzr|…`
     pub refresh_token: String,
-    /// The client that it was given to; it works with no other.
+    /// The client that received the grant; no other client can use it.
     pub client_id: String,
     /// The scopes, separated by spaces.
     pub scope: String,
-    /// Who consented: [`Advertiser::id`](super::catalogue::Advertiser).
+    /// The advertiser that consented: [`Advertiser::id`](super::catalogue::Advertiser).
     pub advertiser: String,
-    /// When.
+    /// The time of the consent.
     pub consented_at: Timestamp,
-    /// Whether the user has taken it back, or a rotation has replaced it.
+    /// Whether the user has revoked it, or a rotation has replaced it.
     pub revoked: bool,
 }
 
-/// A living access token.
+/// An access token that has not expired.
 #[derive(Clone, Debug)]
 pub struct Access {
-    /// The client that asked for it.
+    /// The client that requested it.
     pub client_id: String,
-    /// On whose behalf.
+    /// The advertiser that it acts for.
     pub advertiser: String,
-    /// When it dies.
+    /// The time when it expires.
     pub expires_at: Timestamp,
-    /// When it was given out.
+    /// The time when it was issued.
     pub issued_at: Timestamp,
 }
 
-/// What a user said yes to on the consent page.
+/// A consent that a user gave on the consent page.
 #[derive(Clone, Debug)]
 pub struct Consent {
     /// The client.
     pub client_id: String,
-    /// Where the code goes; the exchange must name the same.
+    /// The URI that receives the code; the exchange must name the same one.
     pub redirect_uri: String,
     /// The scopes, separated by spaces.
     pub scope: String,
-    /// Who said yes.
+    /// The advertiser that consented.
     pub advertiser: String,
     /// The PKCE challenge.
     pub challenge: Option<Challenge>,
@@ -124,31 +124,31 @@ struct Code {
     expires_at: Timestamp,
 }
 
-/// A token request whose client is not yet known to be genuine.
+/// The credentials of a token request, not yet verified.
 pub(super) struct Credentials<'a> {
     pub(super) client_id: &'a str,
     pub(super) client_secret: &'a str,
 }
 
-/// How an answer of the token endpoint shall differ from the usual one.
+/// How a response of the token endpoint differs from the usual one.
 #[derive(Default)]
 pub(super) struct Twist {
     pub(super) life: Option<u32>,
     pub(super) rotate: bool,
 }
 
-/// What the token endpoint gives out.
+/// The tokens that the token endpoint issued.
 #[derive(Clone, Debug)]
 pub struct Issued {
     /// `Atza|…`
     pub access_token: String,
     /// `Atzr|…`
     pub refresh_token: String,
-    /// The life of the access token in seconds.
+    /// The lifetime of the access token in seconds.
     pub expires_in: u32,
 }
 
-/// Why the token endpoint refuses.
+/// Why the token endpoint rejects a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Refusal {
     InvalidGrant(&'static str),
@@ -159,8 +159,7 @@ pub(super) enum Refusal {
 }
 
 impl World {
-    /// One client, two advertisers with profiles in all three regions, AMC accounts and campaigns; nobody has
-    /// consented yet.
+    /// One client, two advertisers with profiles in all three regions, AMC accounts and campaigns; no consent yet.
     pub fn seeded() -> Self {
         Self {
             clients: vec![Client {
@@ -175,11 +174,11 @@ impl World {
             codes: HashMap::new(),
             access: HashMap::new(),
             history: History::default(),
-            troubles: Faults::default(),
+            faults: Faults::default(),
         }
     }
 
-    /// Enters one more Allowed Return URL for every client.
+    /// Adds an Allowed Return URL to every client.
     pub fn allow_return_url(&mut self, url: &str) {
         for client in &mut self.clients {
             client.return_urls.push(url.to_owned());
@@ -198,7 +197,7 @@ impl World {
         }
     }
 
-    /// A user said yes: the code that goes back to the client.
+    /// Records a consent and returns the code for the client.
     pub fn consent(&mut self, consent: Consent, now: Timestamp) -> String {
         self.codes.retain(|_, code| code.expires_at > now);
         let code = random_text(15);
@@ -206,7 +205,7 @@ impl World {
         code
     }
 
-    /// A grant and its first access token, without the way over a code.
+    /// Creates a grant with its first access token, without a code.
     pub fn grant(&mut self, consent: &Consent, now: Timestamp) -> Issued {
         let refresh_token = format!("Atzr|{}", random_text(ACCESS_BYTES));
         self.grants.push(Grant {
@@ -220,24 +219,24 @@ impl World {
         self.issue(&consent.client_id, &consent.advertiser, refresh_token, &Twist::default(), now)
     }
 
-    /// The user takes a grant back. Access tokens live on until their own end, as Amazon's do.
+    /// Revokes a grant. Its access tokens stay valid until they expire, as Amazon's do.
     pub fn revoke(&mut self, refresh_token: &str) -> bool {
         let grant = self.grants.iter_mut().find(|grant| grant.refresh_token == refresh_token && !grant.revoked);
         grant.map(|grant| grant.revoked = true).is_some()
     }
 
-    /// Every user takes every grant back. Returns how many were alive.
+    /// Revokes every grant. Returns how many were not yet revoked.
     pub fn revoke_all(&mut self) -> usize {
         let living = self.grants.iter_mut().filter(|grant| !grant.revoked);
         living.map(|grant| grant.revoked = true).count()
     }
 
-    /// Every access token dies before its time.
+    /// Expires every access token immediately.
     pub fn expire_access_tokens(&mut self) {
         self.access.clear();
     }
 
-    /// The access token, if it lives.
+    /// The access token, if it has not expired.
     pub fn access(&self, token: &str, now: Timestamp) -> Option<&Access> {
         self.access.get(token).filter(|access| access.expires_at > now)
     }
@@ -252,7 +251,8 @@ impl World {
         if known { Ok(()) } else { Err(Refusal::InvalidClient) }
     }
 
-    /// The code grant. A code is spent by the first attempt of a genuine client, whether it succeeds or not.
+    /// The authorization code grant. The first attempt of an authenticated client consumes the code, whether it
+    /// succeeds or not.
     pub(super) fn exchange(
         &mut self,
         client_id: &str,
@@ -268,7 +268,7 @@ impl World {
         }
         match (&consent.challenge, verifier) {
             (Some(_), None) => return Err(Refusal::InvalidRequest("code_verifier")),
-            // RFC 9700, 2.1.1: a verifier without a challenge is a sign of a downgrade.
+            // RFC 9700, section 2.1.1: a verifier without a challenge indicates a downgrade attack.
             (None, Some(_)) => return Err(Refusal::InvalidGrant("code")),
             (Some(challenge), Some(verifier)) if !challenge.fits(verifier) => {
                 return Err(Refusal::InvalidGrant("code"));
@@ -283,7 +283,7 @@ impl World {
         Ok(self.issue(client_id, &consent.advertiser, first.refresh_token, twist, now))
     }
 
-    /// The refresh grant. It returns the same refresh token, as LWA does, unless told to rotate.
+    /// The refresh grant. It returns the same refresh token, as LWA does, unless told to rotate it.
     pub(super) fn refresh(
         &mut self,
         client_id: &str,
@@ -333,7 +333,7 @@ impl World {
 }
 
 impl Grant {
-    /// Whether the 365 days are over which grants have since 2026-07-30.
+    /// Whether the grant has passed the 365 days that apply to grants since 2026-07-30.
     fn ended(&self, now: Timestamp) -> bool {
         let since: Timestamp = CONSENT_ENDS_SINCE.parse().expect("the constant is a timestamp");
         self.consented_at >= since && now >= after(self.consented_at, CONSENT_LIFE)
