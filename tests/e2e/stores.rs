@@ -174,7 +174,7 @@ async fn each_store_keeps_pending_grants_until_dropped_or_logout() {
         store.delete_pending_grant("3").await.unwrap();
         if store.shared().is_some() {
             assert!(
-                store.waiting().await.unwrap().is_empty(),
+                store.claim_pending_grants().await.unwrap().is_empty(),
                 "{kind}: the process that stored them still holds the claim"
             );
             stores.cluster.connect().await.run("UPDATE adsidecar_waiting SET claimed_until = now()").await;

@@ -395,7 +395,7 @@ async fn no_path_and_no_caller_creates_a_metric_series() {
 async fn a_second_process_never_falls_back_to_memory() {
     let harness = Harness::set(&[]).await;
     let error = build(&harness, &[]).await.err().expect("the store is locked");
-    assert!(matches!(error, BuildError::Store(StoreError::Held { .. })), "{error}");
+    assert!(matches!(error, BuildError::Store(StoreError::Locked { .. })), "{error}");
     assert_eq!(harness.get("/v2/profiles").await.status(), 200, "the first process is not affected");
 }
 

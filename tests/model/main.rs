@@ -99,7 +99,7 @@ fn name(grant: &Grant) -> String {
 
 /// `Flight::renew`, with an LWA that rotates: if a response is dropped, its grant is invalid and must not be used.
 async fn refresh(world: &World) {
-    if !world.entry.take_off() {
+    if !world.entry.try_begin_refresh() {
         return;
     }
     let base = world.entry.held().grant().cloned();
@@ -114,7 +114,7 @@ async fn refresh(world: &World) {
                 // As `keep_storing`: a failed write is repeated over the current record.
                 world.disk.save(&refreshed, None);
             }
-            let outcome = Outcome::Renewed(Arc::new(LiveGrant::issued(refreshed, now())));
+            let outcome = Outcome::Refreshed(Arc::new(LiveGrant::issued(refreshed, now())));
             write.publish(held.next(outcome, now(), 0.5));
         }
     }
