@@ -1,13 +1,14 @@
 //! One renewal at a time, in a task of its own, whatever happens to it or beside it: rows 22 to 28 and 93 to 95 of what can go
 //! wrong. (Row 22 and 23 stand in `tokens`.) Fail points are the whole process's: each test has a process of its own.
 
+use std::collections::BTreeSet;
 use std::process::{Command, Stdio};
-use std::time::Duration;
 
 use adsidecar::domain::grant::{Grant, RefreshToken};
 use adsidecar::domain::secret::Secret;
 use adsidecar::store::keyring::Keyring;
 use adsidecar::store::{Settings, TokenStore};
+use jiff::{SignedDuration, Timestamp};
 use reqwest::Method;
 use serde_json::Value;
 use world::{Door, Fault, Rule};
@@ -154,6 +155,17 @@ async fn stored_users(harness: &Harness, count: usize) {
     store.close().await.unwrap();
 }
 
+/// Who is to be refreshed by now: the background's users, and `user-999`, for whom a caller asks.
+async fn due_now(harness: &Harness) -> BTreeSet<String> {
+    let now = harness.clock.now();
+    let all = json(harness.get("/api/auth/amazon/status").await).await;
+    let due = all["users"].as_array().unwrap().iter().filter(|user| {
+        let at = user["next_refresh_at"].as_str().unwrap().parse::<Timestamp>().unwrap();
+        at <= now || user["user_id"] == "user-999"
+    });
+    due.map(|user| user["user_id"].as_str().unwrap().to_owned()).collect()
+}
+
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 28.
 async fn a_thousand_users_at_start_are_renewed_over_a_minute_and_few_at_once() {
@@ -168,20 +180,66 @@ async fn a_thousand_users_at_start_are_renewed_over_a_minute_and_few_at_once() {
     let caller = tokio::spawn(harness.request(Method::GET, "/v2/profiles").header("x-ads-user", "user-999").send());
     gate.reached(9).await;
     assert!(gate.met() <= 9, "refresh.concurrency is 8: {}", gate.met());
+    // As long as the gate holds them all, nobody has been refreshed, and who is due by now says so.
+    let due = due_now(&harness).await;
     gate.release();
     assert_eq!(caller.await.unwrap().unwrap().status(), 200);
-    // How many have been renewed, once all that are due have been.
-    let renewed = async || {
-        eventually("all that is due", async || {
-            let before = harness.sandbox.refreshes();
-            tokio::time::sleep(Duration::from_millis(200)).await;
-            let fresh = harness.metric("adsidecar_users{state=\"fresh\"}").await as u64;
-            (fresh == before && harness.sandbox.refreshes() == before).then_some(before)
-        })
-        .await
-    };
-    let first = renewed().await;
-    assert!((60..=150).contains(&first), "a tenth of them in a tenth of the minute: {first}");
+    assert!((60..=150).contains(&due.len()), "a tenth of them in a tenth of the minute: {}", due.len());
+    let fresh = "adsidecar_users{state=\"fresh\"}";
+    eventually("all that are due", async || (harness.metric(fresh).await as usize >= due.len()).then_some(())).await;
+    assert_eq!(harness.sandbox.refreshes() as usize, due.len(), "and nobody else");
+}
+
+/// Twenty users who logged in at the same instant, 12:00:00, with tokens for an hour.
+async fn twenty_users() -> (Harness, Vec<String>) {
+    let harness = Harness::start().await;
+    let users: Vec<_> = (0..20).map(|number| format!("user-{number}")).collect();
+    for user in &users {
+        harness.log_in(user).await;
+    }
+    harness.sandbox.clear_history();
+    (harness, users)
+}
+
+/// When the next refresh of each user is due.
+async fn planned(harness: &Harness, users: &[String]) -> Vec<Timestamp> {
+    let mut planned = Vec::new();
+    for user in users {
+        planned.push(harness.status_of(user).await["next_refresh_at"].as_str().unwrap().parse().unwrap());
+    }
+    planned
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn background_refreshes_of_users_who_logged_in_together_are_spread() {
+    let (harness, users) = twenty_users().await;
+    let planned = planned(&harness, &users).await;
+    assert!(planned.iter().collect::<BTreeSet<_>>().len() > 15, "{planned:?}");
+    // `refresh.ahead` is 15 minutes; the jitter is up to a fifth of that, on the early side.
+    let [first, middle, last] =
+        ["12:42:00", "12:43:30", "12:45:00"].map(|time| format!("2026-08-01T{time}Z").parse::<Timestamp>().unwrap());
+    assert!(planned.iter().all(|at| (first..=last).contains(at)), "{planned:?}");
+    // And each comes when it is planned, no sooner.
+    for at in [middle, last] {
+        harness.clock.advance(at.duration_since(harness.clock.now()));
+        let due = planned.iter().filter(|planned| **planned <= at).count() as u64;
+        eventually("all that are due", async || (harness.sandbox.refreshes() >= due).then_some(())).await;
+        assert_eq!(harness.sandbox.refreshes(), due, "at {at}: {planned:?}");
+        assert!(at == last || (3..=17).contains(&due), "about half of them: {due}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn retries_after_a_failure_that_hit_all_users_at_once_are_spread() {
+    let (harness, users) = twenty_users().await;
+    harness.sandbox.set_fault(Rule::from(Fault::status(500)).at(Door::Lwa).always());
+    harness.advance(3600 - 600);
+    let failing = "adsidecar_users{state=\"failing\"}";
+    eventually("all fail", async || (harness.metric(failing).await == 20.0).then_some(())).await;
+    let (planned, now) = (planned(&harness, &users).await, harness.clock.now());
+    assert!(planned.iter().collect::<BTreeSet<_>>().len() > 15, "{planned:?}");
+    let first_backoff = SignedDuration::from_millis(500);
+    assert!(planned.iter().all(|at| (now..=now + first_backoff).contains(at)), "full jitter: {now}, {planned:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -212,7 +270,7 @@ async fn a_logout_beats_a_refresh_at_whatever_instant_it_comes() {
 
 /// Whoever comes to `point` stays there until what this returns is dropped. What else its thread was about to do, other threads
 /// do meanwhile; the action `pause` holds that up too, and once it was the logout.
-fn hold(point: &str) -> std::sync::mpsc::Sender<()> {
+pub fn hold(point: &str) -> std::sync::mpsc::Sender<()> {
     let (release, released) = std::sync::mpsc::channel();
     let released = std::sync::Mutex::new(released);
     let wait = move || tokio::task::block_in_place(|| _ = released.lock().unwrap().recv());
