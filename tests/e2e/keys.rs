@@ -86,6 +86,24 @@ async fn a_running_sidecar_takes_new_keys_by_a_rotation_and_by_nothing_else() {
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 45.
+async fn a_rotation_reseals_the_second_copies_too_so_that_they_and_the_new_key_are_enough() {
+    let (mut harness, set) = with_key_file(FERNET_KEY).await;
+    let keys = set.split('=').nth(1).unwrap().to_owned();
+    std::fs::write(&keys, format!("{OTHER_KEY},{FERNET_KEY}")).unwrap();
+    let rotated = beside(&harness, &["key", "rotate", "--set", &set]).await;
+    assert_eq!(rotated.code, DONE, "{}", rotated.err);
+    harness.stop_sidecar().await;
+    // The old key is thrown away, and the database is lost before any start could mend the copies by it.
+    std::fs::write(&keys, OTHER_KEY).unwrap();
+    std::fs::remove_dir_all(harness.store_path()).unwrap();
+    harness.start_sidecar().await;
+    assert_eq!(harness.metric("adsidecar_undecryptable_records").await, 0.0);
+    assert_eq!(harness.post("/api/auth/amazon/refresh").await.status(), 200);
+    assert_eq!(harness.get("/v2/profiles").await.status(), 200);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+// Covers: failure 45.
 async fn a_rotation_that_was_killed_goes_on_by_itself() {
     let mut harness = Harness::with_running_clock("").await;
     harness.stop_sidecar().await;
