@@ -142,26 +142,6 @@ fn expected(names: &[&str], generation: u64) -> BTreeMap<String, Result<String, 
 // Refusals: the key.
 
 #[tokio::test]
-// Covers: failure 43.
-async fn a_wrong_key_is_refused_with_both_fingerprints_and_nothing_is_touched() {
-    let place = Place::filled(&["anna"]).await;
-    let before = place.hashes();
-    let wrong = ring(&[&Keyring::generate_key(), &Keyring::generate_key()]);
-    for _ in 0..3 {
-        let error = place.open_with(&wrong).unwrap_err();
-        let StoreError::WrongKey { expected, have } = &error else { panic!("{error}") };
-        assert_eq!(*expected, Some(place.keyring.first()));
-        assert_eq!(*have, wrong.fingerprints());
-        let message = error.to_string();
-        assert!(message.contains(&place.keyring.first().to_string()), "{message}");
-        assert!(message.contains(&wrong.first().to_string()), "{message}");
-        assert!(message.contains("add the key it was sealed with"), "{message}");
-    }
-    assert_eq!(place.hashes(), before);
-    assert_eq!(told(&place.open().1.users), expected(&["anna"], 1));
-}
-
-#[tokio::test]
 async fn a_wrong_key_is_refused_even_where_the_key_check_was_lost() {
     let place = Place::filled(&["anna", "bob"]).await;
     let wrong = ring(&[&Keyring::generate_key()]);
