@@ -164,7 +164,8 @@ def needs_root() -> None:
 class Volume:
     """A small ext4 in a file, mounted. The file lies in memory, so that a copy of it is taken at an instant."""
 
-    def __init__(self, directory: Path, megabytes: int, image: Path | None = None):
+    def __init__(self, directory: Path, megabytes: int, image: Path | None = None, options: str = "loop"):
+        self.options = options
         self.image, self.place = image or directory / "volume.ext4", directory / "mounted"
         if image is None:
             with self.image.open("wb") as file:
@@ -173,7 +174,7 @@ class Volume:
         self.place.mkdir(parents=True, exist_ok=True)
 
     def __enter__(self):
-        subprocess.run(["mount", "-o", "loop", str(self.image), str(self.place)], check=True)
+        subprocess.run(["mount", "-o", self.options, str(self.image), str(self.place)], check=True)
         return self
 
     def __exit__(self, *_):
