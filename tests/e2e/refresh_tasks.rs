@@ -3,6 +3,7 @@
 
 use std::collections::BTreeSet;
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use adsidecar::domain::grant::{Grant, RefreshToken};
 use adsidecar::domain::secret::Secret;
@@ -188,6 +189,27 @@ async fn a_thousand_users_at_start_are_renewed_over_a_minute_and_few_at_once() {
     let fresh = "adsidecar_users{state=\"fresh\"}";
     eventually("all that are due", async || (harness.metric(fresh).await as usize >= due.len()).then_some(())).await;
     assert_eq!(harness.sandbox.refreshes() as usize, due.len(), "and nobody else");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_shutdown_waits_for_a_refresh_that_nobody_waits_for_and_stores_its_result() {
+    let mut harness = Harness::start().await;
+    harness.log_in("default").await;
+    harness.sandbox.clear_history();
+    // Login with Amazon has given out another refresh token, and the one in the store is dead.
+    harness.sandbox.set_fault(Rule::from(Fault::RotateRefreshToken).at(Door::Lwa));
+    let release = hold("renewal_answered");
+    harness.advance(3600 - 600);
+    eventually("the background's token call", async || (harness.sandbox.refreshes() == 1).then_some(())).await;
+    let mut ended = harness.begin_stop();
+    let early = tokio::time::timeout(Duration::from_millis(700), &mut ended).await;
+    assert!(early.is_err(), "it waits, though no request is in flight");
+    drop(release);
+    ended.await.unwrap();
+    harness.start_sidecar().await;
+    assert_eq!(harness.post(REFRESH).await.status(), 200);
+    assert_eq!(harness.status_of("default").await["state"], "fresh", "with the refresh token that was given out last");
+    assert_eq!(harness.metric(&interrupted("lost")).await, 0.0);
 }
 
 /// Twenty users who logged in at the same instant, 12:00:00, with tokens for an hour.
