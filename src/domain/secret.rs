@@ -16,7 +16,10 @@ pub struct Secret(Zeroizing<String>);
 impl Secret {
     /// Wraps `text`.
     pub fn new(text: impl Into<String>) -> Self {
-        Self(Zeroizing::new(text.into()))
+        let secret = Self(Zeroizing::new(text.into()));
+        #[cfg(feature = "failpoints")]
+        recorded::add(&secret);
+        secret
     }
 
     /// Returns the text. Review every call site: from here on nothing redacts or zeroes copies.
@@ -48,6 +51,34 @@ impl fmt::Debug for Secret {
 impl From<String> for Secret {
     fn from(text: String) -> Self {
         Self::new(text)
+    }
+}
+
+/// Every secret that this process made, so that a test can look for secrets whose values it cannot know. Compiled with the
+/// fail points only, and off until a test calls [`begin`](recorded::begin).
+#[cfg(feature = "failpoints")]
+pub mod recorded {
+    use std::collections::BTreeSet;
+    use std::sync::{Mutex, OnceLock, PoisonError};
+
+    use super::Secret;
+
+    static MADE: OnceLock<Mutex<BTreeSet<String>>> = OnceLock::new();
+
+    /// Records every secret made from now on.
+    pub fn begin() {
+        MADE.get_or_init(Mutex::default);
+    }
+
+    /// The text of every secret recorded so far.
+    pub fn all() -> BTreeSet<String> {
+        MADE.get().map(|made| made.lock().unwrap_or_else(PoisonError::into_inner).clone()).unwrap_or_default()
+    }
+
+    pub(super) fn add(secret: &Secret) {
+        if let Some(made) = MADE.get() {
+            made.lock().unwrap_or_else(PoisonError::into_inner).insert(secret.expose().to_owned());
+        }
     }
 }
 

@@ -192,3 +192,34 @@ impl OriginPool {
         request
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use hyper_util::rt::TokioIo;
+
+    use super::*;
+    use crate::domain::tls;
+
+    #[tokio::test]
+    async fn a_connection_that_has_idled_for_idle_timeout_is_never_taken_from_the_pool() {
+        let origin: Url = "https://localhost".parse().unwrap();
+        let long = Duration::from_secs(60);
+        let settings = Settings {
+            origins: [origin.clone(), origin.clone(), origin.clone()],
+            extra_roots: Vec::new(),
+            http2: Http2::Never,
+            connect_timeout: long,
+            response_timeout: long,
+            idle_timeout: long,
+        };
+        let pool = OriginPool::new(&origin, &settings, &tls::client_config(&[], &[]).unwrap()).unwrap();
+        for (idle_timeout, taken) in [(long, true), (Duration::ZERO, false)] {
+            let (ours, _theirs) = tokio::io::duplex(1024);
+            let (sender, connection) = http1::handshake(TokioIo::new(ours)).await.unwrap();
+            tokio::spawn(connection);
+            pool.release(sender);
+            assert_eq!(pool.pooled(true, idle_timeout).await.is_some(), taken, "{idle_timeout:?}");
+            assert!(pool.pop().is_none(), "it is used, or closed");
+        }
+    }
+}

@@ -164,7 +164,8 @@ def needs_root() -> None:
 class Volume:
     """A small mounted ext4 volume in a file. The file is in memory, so that copying it is fast."""
 
-    def __init__(self, directory: Path, megabytes: int, image: Path | None = None):
+    def __init__(self, directory: Path, megabytes: int, image: Path | None = None, options: str = "loop"):
+        self.options = options
         self.image, self.place = image or directory / "volume.ext4", directory / "mounted"
         if image is None:
             with self.image.open("wb") as file:
@@ -173,7 +174,7 @@ class Volume:
         self.place.mkdir(parents=True, exist_ok=True)
 
     def __enter__(self):
-        subprocess.run(["mount", "-o", "loop", str(self.image), str(self.place)], check=True)
+        subprocess.run(["mount", "-o", self.options, str(self.image), str(self.place)], check=True)
         return self
 
     def __exit__(self, *_):

@@ -205,12 +205,40 @@ fn each_failure_and_threat_is_covered_by_a_test_and_listed_in_the_manual() {
     }
 }
 
-/// Known-bad: a comment that no test follows covers nothing.
+/// Known-bad: a comment that no test follows covers nothing, nor does a test that is ignored or asserts nothing.
 #[test]
-fn a_comment_without_a_test_below_it_covers_nothing() {
-    let text =
-        "// Covers: failure 1.\nfn helper() {}\n#[test]\n// Covers: failure 2.\nfn promise() {\n    assert!(true)\n}\n";
-    assert_eq!(tests_in(text), [("failure".to_owned(), 2, "promise".to_owned())]);
+fn only_a_test_that_runs_and_asserts_covers_what_its_comment_says() {
+    let covered = |text: &str| tests_in(text).into_iter().map(|(_, number, test)| format!("{number} {test}")).collect();
+    let of = |text: &str| -> Vec<String> { covered(text) };
+    let body = "fn promise() {\n    assert!(true)\n}\n";
+    assert_eq!(of(&format!("#[test]\n// Covers: failure 2.\n{body}")), ["2 promise"]);
+    assert_eq!(
+        of(&format!("#[test]\n// Covers: failure 2.\n// Covers: threat 3.\n{body}")),
+        ["2 promise", "3 promise"]
+    );
+    let linux =
+        "#[cfg(target_os = \"linux\")]\n#[tokio::test(flavor = \"multi_thread\")]\n// Covers: failure 2.\nasync ";
+    assert_eq!(of(&format!("{linux}{body}")), ["2 promise"]);
+    for bad in [
+        format!("// Covers: failure 1.\n{body}"),
+        format!("#[cfg(test)]\n// Covers: failure 1.\n{body}"),
+        format!("#[test]\n#[ignore]\n// Covers: failure 1.\n{body}"),
+        format!("#[test]\n#[ignore = \"slow\"]\n// Covers: failure 1.\n{body}"),
+        format!("#[test]\n// Covers: failure 1.\nfn empty() {{}}\n{body}"),
+        format!("#[test]\n// Covers: failure 1.\nfn asks_nothing() {{\n    // assert!(true)\n    run();\n}}\n{body}"),
+    ] {
+        assert_eq!(of(&bad), Vec::<String>::new(), "{bad}");
+    }
+    let python = "def test_promise():\n    assert True\n\n";
+    assert_eq!(of(&format!("# Covers: failure 2.\n{python}")), ["2 test_promise"]);
+    for bad in [
+        "# Covers: failure 1.\ndef promise():\n    assert True\n".to_owned(),
+        format!("# Covers: failure 1.\ndef test_nothing():\n    run()\n\n{python}"),
+        format!("@pytest.mark.skip\n# Covers: failure 1.\n{python}"),
+        format!("# Covers: failure 1.\n@pytest.mark.xfail\n{python}"),
+    ] {
+        assert_eq!(of(&bad), Vec::<String>::new(), "{bad}");
+    }
 }
 
 /// For each failure or threat, the names of the tests that cover it.
@@ -229,29 +257,61 @@ fn covered() -> BTreeMap<(String, u32), Vec<String>> {
 
 /// What each comment covers, with the name of the test below it. In Rust, the test's attribute precedes the comment.
 fn tests_in(text: &str) -> Vec<(String, u32, String)> {
-    let lines: Vec<_> = text.lines().map(str::trim).collect();
+    let lines: Vec<_> = text.lines().collect();
+    let others = asserting(&lines);
+    let is_above = |line: &&&str| line.trim().starts_with(['#', '@']) || line.trim().starts_with("//");
     let mut found = Vec::new();
     for (at, line) in lines.iter().enumerate() {
+        let line = line.trim();
         let comment =
             line.strip_prefix("// ").or(line.strip_prefix("# ")).and_then(|line| line.strip_prefix("Covers: "));
         let Some((kind, number)) = comment.and_then(|covers| covers.strip_suffix('.')?.split_once(' ')) else {
             continue;
         };
-        let below = lines.get(at + 1).copied().unwrap_or_default();
-        let below = below.strip_prefix("async ").unwrap_or(below);
-        let is_test =
-            lines[..at].iter().rev().take_while(|line| line.starts_with('#') || line.starts_with("//")).any(|line| {
-                line.starts_with("#[test]") || line.starts_with("#[tokio::test") || line.starts_with("#[cfg(")
-            });
-        let name = below
-            .strip_prefix("fn ")
-            .filter(|_| is_test)
-            .or(below.strip_prefix("def ").filter(|name| name.starts_with("test_")));
-        if let (Some(name), Ok(number)) = (name, number.parse()) {
+        let first = at - lines[..at].iter().rev().take_while(is_above).count();
+        let function = at + lines[at..].iter().take_while(is_above).count();
+        let (above, Some(head)) = (&lines[first..function], lines.get(function)) else { continue };
+        let has = |sign: &str| above.iter().any(|line| line.trim().starts_with(sign));
+        let head = head.trim().strip_prefix("async ").unwrap_or(head.trim());
+        let rust =
+            head.strip_prefix("fn ").filter(|_| has("#[test]") || has("#[tokio::test")).filter(|_| !has("#[ignore"));
+        let python = head.strip_prefix("def ").filter(|name| name.starts_with("test_"));
+        let python = python.filter(|_| !has("@pytest.mark.skip") && !has("@pytest.mark.xfail"));
+        if let (Some(name), Ok(number)) = (rust.or(python), number.parse())
+            && asserts(&lines[function..], &others)
+        {
             found.push((kind.to_owned(), number, name.split('(').next().unwrap_or_default().to_owned()));
         }
     }
     found
+}
+
+/// The names of the functions in this file that assert something themselves.
+fn asserting(lines: &[&str]) -> Vec<String> {
+    let name = |line: &str| {
+        let (_, rest) = line.split_once("fn ").or(line.split_once("def "))?;
+        let name: String = rest.chars().take_while(|char| char.is_alphanumeric() || *char == '_').collect();
+        (!line.trim().starts_with("//") && !name.is_empty()).then_some(name)
+    };
+    let functions = lines.iter().enumerate().filter_map(|(at, line)| Some((at, name(line)?)));
+    functions.filter(|(at, _)| asserts(&lines[*at..], &[])).map(|(_, name)| name).collect()
+}
+
+/// Whether the function that begins with these lines asserts something, or calls one of `others`, which do. Its end is the
+/// first line that is not indented more than its head, or in Rust the closing brace there.
+fn asserts(lines: &[&str], others: &[String]) -> bool {
+    let indent = |line: &str| line.len() - line.trim_start().len();
+    // rustfmt and ruff break long heads, whose last line is not indented more either.
+    let mut body = lines.iter().skip(1).take_while(|line| {
+        let text = line.trim();
+        text.is_empty() || indent(line) > indent(lines[0]) || text.starts_with(')') || text == "where"
+    });
+    body.any(|line| {
+        let line = line.trim();
+        let calls = |name: &String| line.contains(&format!("{name}("));
+        let is_code = !line.starts_with("//") && !line.starts_with('#');
+        is_code && (line.contains("assert") || line.contains("pytest.raises") || others.iter().any(calls))
+    })
 }
 
 fn python_files(directory: &Path) -> Vec<PathBuf> {

@@ -252,13 +252,16 @@ async fn an_invalid_configuration_exits_with_78_and_lists_every_problem_without_
 async fn a_wrong_fernet_key_exits_with_78_and_changes_nothing() {
     let harness = stopped().await;
     let before = files(harness.directory.path());
-    let wanted = Keyring::new(&[Secret::new(FERNET_KEY)]).unwrap().first().to_string();
+    assert!(before.len() > 3, "there is something to change: {:?}", before.keys());
+    let [wanted, have] =
+        [FERNET_KEY, OTHER_KEY].map(|key| Keyring::new(&[Secret::new(key)]).unwrap().first().to_string());
     let wrong = format!("store.fernet_keys={OTHER_KEY}");
     for arguments in [&["serve"][..], &["users", "list"], &["store", "dump"], &["key", "rotate"], &["users", "import"]]
     {
         let ran = run(&harness, &[arguments, &["--set", &wrong]].concat(), "Atzr|x").await;
         assert_eq!((ran.code, ran.out.as_str()), (CONFIG, ""), "{arguments:?}: {}", ran.err);
-        assert!(ran.err.contains(&wanted), "{wanted} in {}", ran.err);
+        assert!(ran.err.contains(&wanted) && ran.err.contains(&have), "{wanted} and {have} in {}", ran.err);
+        assert!(ran.err.contains("add the key it was sealed with"), "the cure: {}", ran.err);
         assert!(!ran.err.contains(FERNET_KEY) && !ran.err.contains(OTHER_KEY));
         assert_eq!(files(harness.directory.path()), before, "{arguments:?}");
     }

@@ -1,7 +1,11 @@
 //! HTTP/2 to Amazon, if Amazon offers it.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use adsidecar::domain::clock::Clock;
 use sha2::{Digest, Sha256};
+use tokio::sync::Notify;
 use tokio::task::JoinSet;
 use world::{Fault, Options, Rule, pseudo_random_bytes};
 
@@ -158,6 +162,59 @@ fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
     [&length[1..], &[kind, flags], &stream.to_be_bytes(), payload].concat()
 }
 
+/// Reads the preface, sends the settings, and reads up to the end of the first request's head: false where none comes.
+async fn h2_request(wire: &mut Wire) -> bool {
+    wire.take(24).await;
+    wire.send(frame(SETTINGS, 0, 0, &[])).await;
+    loop {
+        let head = wire.take(9).await;
+        let [_, high, low, kind, ..] = head[..] else { return false };
+        wire.take(usize::from(high) << 8 | usize::from(low)).await;
+        if kind == HEADERS {
+            return true;
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_answer_that_breaks_off_over_http2_is_never_ended_cleanly() {
+    // Without a length, and with one: `content-length: 10` (HPACK, literal, name 28 of the static table).
+    for length in [&[][..], &[0x0f, 0x0d, 2, b'1', b'0']] {
+        for end in [frame(RST_STREAM, 0, 1, &[0, 0, 0, 2]), frame(GOAWAY, 0, 0, &[0, 0, 0, 1, 0, 0, 0, 2]), Vec::new()]
+        {
+            let what = format!("length {length:?}, end {end:?}");
+            let passed = Arc::new(Notify::new());
+            let seen = passed.clone();
+            let answer = [frame(HEADERS, 4, 1, &[&[OK], length].concat()), frame(DATA, 0, 1, b"part")].concat();
+            let amazon = Scripted::speaking(&["h2"], move |mut wire: Wire, _| {
+                let (answer, end, seen) = (answer.clone(), end.clone(), seen.clone());
+                async move {
+                    if h2_request(&mut wire).await {
+                        wire.send(&answer).await;
+                        // The caller has what came so far; only then does it break off.
+                        seen.notified().await;
+                        wire.send(&end).await;
+                        wire.end().await;
+                    }
+                }
+            })
+            .await;
+            let harness = Harness::before(&amazon, &[]).await;
+            let mut wire = harness.dial().await;
+            wire.send("GET /x HTTP/1.1\r\nHost: localhost\r\n\r\n").await;
+            let head = wire.reply_head().await;
+            assert_eq!(head.said(), (200, ""), "{what}");
+            let chunked = head.header("transfer-encoding").is_some();
+            assert_eq!(chunked, length.is_empty(), "{what}: {head:?}");
+            let part = if chunked { "4\r\npart\r\n" } else { "part" };
+            assert_eq!(wire.take(part.len()).await, part.as_bytes(), "what came passes, {what}");
+            passed.notify_one();
+            assert_eq!(wire.everything().await, "", "and then it breaks off, {what}");
+            assert_eq!(amazon.connections(), 1, "{what}");
+        }
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 67.
 async fn an_http2_server_that_floods_or_resets_affects_only_its_request() {
@@ -182,23 +239,20 @@ async fn an_http2_server_that_floods_or_resets_affects_only_its_request() {
         }),
         ("PING", [frame(PING, 0, 0, &[0; 8]).repeat(100_000), frame(RST_STREAM, 0, 1, &[0, 0, 0, 2])].concat()),
     ];
+    // Attacks behind the head of an answer.
+    let began = ["goes away within", "empty DATA"];
     for (name, attack) in attacks {
-        let attack = std::sync::Arc::new(attack);
-        let amazon = Scripted::speaking(&["h2"], move |mut wire: Wire, number| {
-            let attack = attack.clone();
+        let (attack, calm) = (Arc::new(attack), Arc::new(AtomicBool::new(false)));
+        let over = calm.clone();
+        let amazon = Scripted::speaking(&["h2"], move |mut wire: Wire, _| {
+            let (attack, calm) = (attack.clone(), calm.clone());
             async move {
-                // The preface, and the first frames up to the end of the request's head.
-                wire.take(24).await;
-                wire.send(frame(SETTINGS, 0, 0, &[])).await;
-                loop {
-                    let head = wire.take(9).await;
-                    let [_, high, low, kind, ..] = head[..] else { return };
-                    wire.take(usize::from(high) << 8 | usize::from(low)).await;
-                    if kind == HEADERS {
-                        break;
-                    }
+                if !h2_request(&mut wire).await {
+                    return;
                 }
-                if number > 4 {
+                if calm.load(Ordering::SeqCst) {
+                    wire.send(frame(HEADERS, 5, 1, &[OK])).await;
+                    while !wire.take(1).await.is_empty() {}
                     return;
                 }
                 wire.floods(&attack).await;
@@ -216,6 +270,8 @@ async fn an_http2_server_that_floods_or_resets_affects_only_its_request() {
         );
         assert!(amazon.connections() <= 2, "{name}: {} connections", amazon.connections());
         assert_eq!(harness.metric("adsidecar_requests_in_flight").await, 0.0, "{name}");
+        over.store(true, Ordering::SeqCst);
+        assert_eq!(harness.get("/next").await.status(), 200, "{name}: the next call is served");
     }
 }
 

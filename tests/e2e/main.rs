@@ -27,6 +27,7 @@ mod policy;
 mod process;
 mod proxying;
 mod reload;
+mod secrets;
 mod review;
 mod catalogue;
 mod selection;

@@ -9,7 +9,7 @@ use reqwest::{Response, StatusCode};
 use world::{Fault, Listener, Rule};
 
 use crate::commands::{Serving, command, stopped};
-use crate::harness::{FERNET_KEY, Harness, code, eventually, header};
+use crate::harness::{FERNET_KEY, Harness, code, eventually, header, json};
 use crate::raw_http::Wire;
 
 // The log.

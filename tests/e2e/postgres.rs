@@ -17,6 +17,7 @@ use world::{Fault, Listener, Options, Rule};
 use crate::commands::{CONFIG, DONE, FAILED, OTHER_KEY, Serving, run};
 use crate::harness::{FERNET_KEY, Harness, code, eventually, json};
 use crate::postgres_server::{Bouncer, Cluster, PASSWORD, Sql};
+use crate::refresh_tasks::hold;
 
 const REFRESH: &str = "/api/auth/amazon/refresh";
 const LOGOUT: &str = "/api/auth/amazon/logout";
@@ -381,6 +382,95 @@ async fn a_rejected_token_already_replaced_by_another_replica_costs_no_token_cal
     pair.a.sandbox.set_fault(Rule::from(Fault::TokenUnauthorized).at(Listener::Na).always());
     assert_eq!(pair.b.get("/v2/profiles").await.status(), 401);
     assert_eq!(pair.a.sandbox.refreshes(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_forced_refresh_at_one_replica_holds_back_those_of_the_others_for_thirty_seconds() {
+    let pair = Pair::start().await;
+    pair.a.log_in("default").await;
+    assert_eq!(pair.b.get("/v2/profiles").await.status(), 200);
+    // A grant that is so new is not forced either.
+    pair.a.advance(60);
+    // One replica forces a refresh, and the other one takes its token over without having forced any.
+    pair.a.sandbox.clear_history();
+    pair.a.sandbox.set_fault(Rule::from(Fault::TokenUnauthorized).at(Door::Na));
+    assert_eq!(pair.a.get("/v2/profiles").await.status(), 200);
+    assert_eq!(pair.a.sandbox.refreshes(), 1);
+    let forced = bearer(&pair.a);
+    eventually("the other one has it", async || {
+        (pair.b.get("/v2/profiles").await.status() == 200 && bearer(&pair.a) == forced).then_some(())
+    })
+    .await;
+    pair.a.sandbox.set_fault(Rule::from(Fault::TokenUnauthorized).at(Door::Na).always());
+    pair.a.advance(29);
+    let refused = pair.b.get("/v2/profiles").await;
+    assert_eq!((refused.status().as_u16(), code(&refused)), (401, ""), "Amazon's own answer");
+    assert_eq!(pair.a.sandbox.refreshes(), 1, "so soon none forces another one");
+    // Its own try counts as well: the limit is for 30 s from whichever came last.
+    pair.a.advance(31);
+    pair.a.sandbox.clear_trouble();
+    pair.a.sandbox.set_fault(Rule::from(Fault::TokenUnauthorized).at(Door::Na));
+    assert_eq!(pair.b.get("/v2/profiles").await.status(), 200);
+    assert_eq!(pair.a.sandbox.refreshes(), 2, "after that it may");
+}
+
+/// How much longer the lease of `default` runs, in whole seconds by the database's clock; `None` where there is none.
+async fn lease_left(pair: &Pair) -> Option<i64> {
+    let left = "SELECT round(extract(epoch FROM lease_until - clock_timestamp()))::bigint FROM adsidecar_grants";
+    pair.sql.one(left).await.unwrap().parse().ok()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lease_is_released_after_a_failed_token_call_so_that_the_next_replica_may_ask_at_once() {
+    let pair = Pair::start().await;
+    pair.a.log_in("default").await;
+    assert_eq!(pair.b.get("/v2/profiles").await.status(), 200);
+    pair.a.sandbox.clear_history();
+    pair.a.sandbox.set_fault(Rule::from(Fault::status(500)).at(Door::Lwa).next(1));
+    let release = hold("renewal_answered");
+    let failed = tokio::spawn(pair.a.client.post(pair.a.proxy_url(REFRESH)).send());
+    eventually("the token call", async || (pair.a.sandbox.refreshes() == 1).then_some(())).await;
+    assert!(lease_left(&pair).await.is_some_and(|left| left > 10), "it is held during the token call");
+    drop(release);
+    failed.await.unwrap().unwrap();
+    assert_eq!(pair.a.status_of("default").await["last_error"], "server_error");
+    assert_eq!(lease_left(&pair).await, None, "and released after it");
+    let begun = Instant::now();
+    assert_eq!(pair.b.post(REFRESH).await.status(), 200);
+    assert!(begun.elapsed() < Duration::from_secs(5), "at once: {:?}", begun.elapsed());
+    assert_eq!(pair.row("default").await, (2, true));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lease_is_prolonged_before_a_token_call_and_none_is_made_without_it() {
+    let pair = Pair::start().await;
+    pair.a.log_in("default").await;
+    pair.a.sandbox.clear_history();
+    // Between the lease and the token call time may pass: here most of the lease, and then all of it.
+    let release = hold("renewal_begun");
+    let refresh = tokio::spawn(pair.a.client.post(pair.a.proxy_url(REFRESH)).send());
+    eventually("the lease", async || lease_left(&pair).await.map(drop)).await;
+    pair.sql.run("UPDATE adsidecar_grants SET lease_until = clock_timestamp() + interval '2 seconds'").await;
+    let gate = pair.a.sandbox.set_fault(Rule::from(Fault::Gate).at(Door::Lwa));
+    drop(release);
+    gate.reached(1).await;
+    let left = lease_left(&pair).await;
+    assert!(left.is_some_and(|left| left > 10), "a token call may take 10 s: {left:?}");
+    gate.release();
+    assert_eq!(refresh.await.unwrap().unwrap().status(), 200);
+    assert_eq!(pair.a.sandbox.refreshes(), 1);
+
+    pair.a.sandbox.clear_history();
+    let release = hold("renewal_begun");
+    let refresh = tokio::spawn(pair.a.client.post(pair.a.proxy_url(REFRESH)).send());
+    eventually("the lease", async || lease_left(&pair).await.map(drop)).await;
+    pair.sql
+        .run("UPDATE adsidecar_grants SET lease_owner = 'other', lease_until = clock_timestamp() + interval '15 seconds'")
+        .await;
+    drop(release);
+    refresh.await.unwrap().unwrap();
+    assert_eq!(pair.a.sandbox.refreshes(), 0, "another replica has the lease by now");
+    assert_eq!(pair.a.status_of("default").await["last_error"], "renewed_elsewhere");
 }
 
 #[tokio::test(flavor = "multi_thread")]

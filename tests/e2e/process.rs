@@ -107,7 +107,7 @@ async fn running_as_root_in_production_is_warned_about() {
         return;
     }
     let harness = stopped().await;
-    for (environment, warned) in [("production", true), ("development", false)] {
+    for (environment, warned) in [("production", is_root()), ("development", false)] {
         let serving =
             Serving::start(&harness, &["--set", &format!("environment={environment}"), "--set", "log.format=text"])
                 .await;
@@ -211,7 +211,8 @@ fn kibibytes(serving: &Serving, name: &str) -> u64 {
 #[cfg(target_os = "linux")]
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 100.
-async fn idle_connections_are_cheap_and_bounded() {
+async fn four_hundred_idle_connections_cost_little_each_and_their_number_is_bounded() {
+    // What ten thousand cost is measured by hand, by `tests/bench/footprint`.
     const CONNECTIONS: u64 = 400;
     let harness = stopped().await;
     let serving = Serving::start(&harness, &["--set", "proxy.max_connections=500"]).await;
@@ -234,7 +235,7 @@ async fn idle_connections_are_cheap_and_bounded() {
     let metrics =
         harness.client.get(format!("http://{}/metrics", serving.admin)).send().await.unwrap().text().await.unwrap();
     let open = metrics.lines().find_map(|line| line.strip_prefix("adsidecar_connections{door=\"proxy\"} ")).unwrap();
-    assert!(open.parse::<u64>().unwrap() <= 500, "{open}");
+    assert_eq!(open, "500", "600 and more came, and the cap is full");
 }
 
 #[cfg(target_os = "linux")]

@@ -1,6 +1,7 @@
 //! One refresh at a time, in a separate task, whatever happens to it or beside it: failures 22 to 28 and 93 to 95 of
 //! the catalogue. (22 and 23 are in `tokens`.) Fail points apply to a whole process, so each test has its own process.
 
+use std::collections::BTreeSet;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
@@ -8,6 +9,7 @@ use adsidecar::domain::grant::{Grant, RefreshToken};
 use adsidecar::domain::secret::Secret;
 use adsidecar::store::keyring::Keyring;
 use adsidecar::store::{Settings, TokenStore};
+use jiff::{SignedDuration, Timestamp};
 use reqwest::Method;
 use serde_json::Value;
 use world::{Fault, Listener, Rule};
@@ -160,6 +162,17 @@ async fn stored_users(harness: &Harness, count: usize) {
         store.save(&format!("user-{number}").parse().unwrap(), &grant, None).await.unwrap();
     }
     store.close().await.unwrap();
+}
+
+/// Who is to be refreshed by now: the background's users, and `user-999`, for whom a caller asks.
+async fn due_now(harness: &Harness) -> BTreeSet<String> {
+    let now = harness.clock.now();
+    let all = json(harness.get("/api/auth/amazon/status").await).await;
+    let due = all["users"].as_array().unwrap().iter().filter(|user| {
+        let at = user["next_refresh_at"].as_str().unwrap().parse::<Timestamp>().unwrap();
+        at <= now || user["user_id"] == "user-999"
+    });
+    due.map(|user| user["user_id"].as_str().unwrap().to_owned()).collect()
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -399,22 +399,6 @@ async fn a_second_process_never_falls_back_to_memory() {
     assert_eq!(harness.get("/v2/profiles").await.status(), 200, "the first process is not affected");
 }
 
-#[tokio::test(flavor = "multi_thread")]
-// Covers: threat 40.
-async fn a_wrong_key_changes_no_byte_of_the_store() {
-    let mut harness = Harness::set(&[]).await;
-    harness.stop_sidecar().await;
-    let before = copies(&harness);
-    assert!(!before.is_empty());
-    for _ in 0..3 {
-        let error = build(&harness, &[("store.fernet_keys", "AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8=")]).await;
-        assert!(matches!(error, Err(BuildError::Store(StoreError::WrongKey { .. }))));
-    }
-    assert_eq!(copies(&harness), before);
-    harness.start_sidecar().await;
-    assert_eq!(harness.get("/v2/profiles").await.status(), 200);
-}
-
 /// A second sidecar on the harness's configuration and store.
 async fn build(harness: &Harness, sets: &[(&str, &str)]) -> Result<App, BuildError> {
     let sets = sets.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();

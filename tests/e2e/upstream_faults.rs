@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 
 use reqwest::Method;
 use tokio::net::TcpListener;
@@ -201,5 +202,30 @@ async fn passes_as_it_is(refusals: &[(u16, Option<&str>)]) {
         assert_eq!((answer.said(), answer.text().as_str()), ((status, ""), "<p>no"));
         assert_eq!((answer.header("retry-after"), answer.header("content-type")), (retry_after, Some("text/html")));
         assert_eq!((harness.ads_calls().len(), harness.sandbox.calls(Listener::Lwa).len()), (1, 0));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_connection_to_amazon_that_idles_for_upstream_idle_timeout_is_closed() {
+    const IDLE: Duration = Duration::from_millis(200);
+    let (closed, mut closes) = tokio::sync::mpsc::unbounded_channel();
+    let amazon = Scripted::start(move |mut wire: Wire, number| {
+        let closed = closed.clone();
+        async move {
+            while wire.head().await.is_some() {
+                wire.send("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok").await;
+            }
+            let _ = closed.send(number);
+        }
+    })
+    .await;
+    let harness = Harness::before(&amazon, &[("upstream.idle_timeout", "200ms")]).await;
+    for number in 1..=2 {
+        let begun = Instant::now();
+        assert_eq!(harness.get("/x").await.status(), 200);
+        assert_eq!(amazon.connections(), number, "the one before is gone");
+        let end = tokio::time::timeout(Duration::from_secs(5), closes.recv()).await;
+        assert_eq!(end.expect("adsidecar closes it"), Some(number));
+        assert!(begun.elapsed() >= IDLE, "and not before: {:?}", begun.elapsed());
     }
 }
