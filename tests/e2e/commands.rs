@@ -249,8 +249,9 @@ async fn an_invalid_configuration_exits_with_78_and_lists_every_problem_without_
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 43.
-async fn a_wrong_fernet_key_exits_with_78_and_changes_nothing() {
-    let harness = stopped().await;
+// Covers: threat 40.
+async fn a_wrong_fernet_key_is_78_with_both_fingerprints_and_changes_nothing() {
+    let mut harness = stopped().await;
     let before = files(harness.directory.path());
     assert!(before.len() > 3, "there is something to change: {:?}", before.keys());
     let [wanted, have] =
@@ -265,7 +266,8 @@ async fn a_wrong_fernet_key_exits_with_78_and_changes_nothing() {
         assert!(!ran.err.contains(FERNET_KEY) && !ran.err.contains(OTHER_KEY));
         assert_eq!(files(harness.directory.path()), before, "{arguments:?}");
     }
-    assert_eq!(run(&harness, &["users", "list"], "").await.code, DONE, "with the right key, all users are there");
+    harness.start_sidecar().await;
+    assert_eq!(harness.get("/v2/profiles").await.status(), 200, "with the right key all is there");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -139,22 +139,15 @@ async fn bytes_pass_over_http2_as_over_http1() {
     assert_eq!(connections(&harness).len(), 1);
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_truncated_http2_response_never_ends_cleanly() {
-    let harness = harness("auto").await;
-    for query in ["", "?chunked=1"] {
-        harness.sandbox.set_fault(Fault::CloseMidBody);
-        let mut wire = harness.dial().await;
-        let request =
-            format!("GET /sandbox/bytes/100000{query} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
-        wire.send(request).await;
-        // If the whole response arrives at once, its head may be lost with it, or the reset arrives first and becomes a
-        // 502.
-        let came = wire.everything().await;
-        assert!(came.len() < 100_000 && !came.ends_with("\r\n0\r\n\r\n"), "{query}");
-    }
-    assert_eq!(harness.get("/v2/profiles").await.status(), 200);
-}
+const DATA: u8 = 0;
+const HEADERS: u8 = 1;
+const RST_STREAM: u8 = 3;
+const SETTINGS: u8 = 4;
+const PING: u8 = 6;
+const GOAWAY: u8 = 7;
+const CONTINUATION: u8 = 9;
+/// `:status: 200` in HPACK.
+const OK: u8 = 0x88;
 
 /// One HTTP/2 frame (RFC 9113, section 4.1).
 fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
@@ -177,7 +170,7 @@ async fn h2_request(wire: &mut Wire) -> bool {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_answer_that_breaks_off_over_http2_is_never_ended_cleanly() {
+async fn a_truncated_http2_response_never_ends_cleanly() {
     // Without a length, and with one: `content-length: 10` (HPACK, literal, name 28 of the static table).
     for length in [&[][..], &[0x0f, 0x0d, 2, b'1', b'0']] {
         for end in [frame(RST_STREAM, 0, 1, &[0, 0, 0, 2]), frame(GOAWAY, 0, 0, &[0, 0, 0, 1, 0, 0, 0, 2]), Vec::new()]
@@ -218,15 +211,6 @@ async fn an_answer_that_breaks_off_over_http2_is_never_ended_cleanly() {
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 67.
 async fn an_http2_server_that_floods_or_resets_affects_only_its_request() {
-    const DATA: u8 = 0;
-    const HEADERS: u8 = 1;
-    const RST_STREAM: u8 = 3;
-    const SETTINGS: u8 = 4;
-    const PING: u8 = 6;
-    const GOAWAY: u8 = 7;
-    const CONTINUATION: u8 = 9;
-    /// `:status: 200` in HPACK.
-    const OK: u8 = 0x88;
     let attacks: [(&str, Vec<u8>); 6] = [
         ("goes away at once", frame(GOAWAY, 0, 0, &[0; 8])),
         ("resets the stream", frame(RST_STREAM, 0, 1, &[0, 0, 0, 2])),
@@ -264,10 +248,12 @@ async fn an_http2_server_that_floods_or_resets_affects_only_its_request() {
         let mut wire = harness.dial().await;
         wire.send("POST /x HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\nConnection: close\r\n\r\n").await;
         let came = wire.everything().await;
-        assert!(
-            came.starts_with("HTTP/1.1 502") || !came.ends_with("0\r\n\r\n"),
-            "{name}: the response must not end cleanly: {came}"
-        );
+        let told = came.starts_with("HTTP/1.1 502 ") && came.contains("x-adsidecar-error: upstream_reset");
+        // A caller whose response has begun sees it break off, unless its head is lost with the rest.
+        let begun = came.is_empty() || came.starts_with("HTTP/1.1 200 OK\r\n");
+        let broken_off = began.contains(&name) && begun && !came.ends_with("0\r\n\r\n");
+        assert!(told || broken_off, "{name}: a 502 or a broken response, never a clean end: {came:?}");
+        assert!(amazon.connections() >= 1, "{name}: it reached Amazon");
         assert!(amazon.connections() <= 2, "{name}: {} connections", amazon.connections());
         assert_eq!(harness.metric("adsidecar_requests_in_flight").await, 0.0, "{name}");
         over.store(true, Ordering::SeqCst);

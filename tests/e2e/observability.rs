@@ -69,7 +69,41 @@ async fn a_flood_of_failures_is_sampled_and_the_log_reports_the_omission() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_failed_request_logs_one_line_with_both_request_ids() {
+async fn every_answer_of_every_listener_carries_the_callers_request_id_or_a_new_one() {
+    let door = "[login]\nlisten = \"127.0.0.1:0\"\nfrontend_url = \"http://localhost:3000/app\"";
+    let harness = Harness::with(door).await;
+    harness.sandbox.set_fault(Rule::from(Fault::status(503)).at(Listener::Na).always());
+    let callback = "/api/auth/amazon/callback?error=access_denied&state=x";
+    let mut made = std::collections::BTreeSet::new();
+    for (url, status) in [
+        (harness.proxy_url("/api/auth/amazon/status"), 200),
+        (harness.proxy_url("/api/auth/amazon/nothing"), 404),
+        (harness.proxy_url("/a/nobody/x"), 404),
+        (harness.proxy_url("/v2/profiles"), 401),
+        (harness.login_listener_url(callback), 302),
+        (harness.login_listener_url("/v2/profiles"), 404),
+        (harness.admin_url("/livez"), 200),
+        (harness.admin_url("/nothing"), 404),
+    ] {
+        let named = harness.client.get(&url).header("x-request-id", "mine-7").send().await.unwrap();
+        assert_eq!((named.status().as_u16(), header(&named, "x-request-id")), (status, "mine-7"), "{url}");
+        let unnamed = harness.client.get(&url).send().await.unwrap();
+        let id = header(&unnamed, "x-request-id");
+        assert!(!id.is_empty(), "{url}");
+        assert!(made.insert(id.to_owned()), "{url}: {id} named another call");
+    }
+    let begun = json(harness.get("/api/auth/amazon/login").await).await;
+    let callback = harness.consent(begun["auth_url"].as_str().unwrap()).await;
+    let ended = harness.client.get(harness.login_listener_url(&callback)).send().await.unwrap();
+    let (_, grant) = header(&ended, "location").split_once("grant=").unwrap();
+    assert_eq!(harness.post(&format!("/api/auth/amazon/confirm?grant={grant}")).await.status(), 200);
+    let amazons = harness.request(reqwest::Method::GET, "/v2/profiles").header("x-request-id", "mine-7").send().await;
+    let amazons = amazons.unwrap();
+    assert_eq!((amazons.status().as_u16(), code(&amazons), header(&amazons, "x-request-id")), (503, "", "mine-7"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_failure_is_one_line_with_our_request_id_and_amazons() {
     let harness = stopped().await;
     let serving = Serving::start(&harness, &[]).await;
     let busy =

@@ -393,7 +393,7 @@ async fn a_forced_refresh_at_one_replica_holds_back_those_of_the_others_for_thir
     pair.a.advance(60);
     // One replica forces a refresh, and the other one takes its token over without having forced any.
     pair.a.sandbox.clear_history();
-    pair.a.sandbox.set_fault(Rule::from(Fault::TokenUnauthorized).at(Door::Na));
+    pair.a.sandbox.set_fault(Rule::from(Fault::TokenUnauthorized).at(Listener::Na));
     assert_eq!(pair.a.get("/v2/profiles").await.status(), 200);
     assert_eq!(pair.a.sandbox.refreshes(), 1);
     let forced = bearer(&pair.a);
@@ -401,15 +401,15 @@ async fn a_forced_refresh_at_one_replica_holds_back_those_of_the_others_for_thir
         (pair.b.get("/v2/profiles").await.status() == 200 && bearer(&pair.a) == forced).then_some(())
     })
     .await;
-    pair.a.sandbox.set_fault(Rule::from(Fault::TokenUnauthorized).at(Door::Na).always());
+    pair.a.sandbox.set_fault(Rule::from(Fault::TokenUnauthorized).at(Listener::Na).always());
     pair.a.advance(29);
     let refused = pair.b.get("/v2/profiles").await;
     assert_eq!((refused.status().as_u16(), code(&refused)), (401, ""), "Amazon's own answer");
     assert_eq!(pair.a.sandbox.refreshes(), 1, "so soon none forces another one");
     // Its own try counts as well: the limit is for 30 s from whichever came last.
     pair.a.advance(31);
-    pair.a.sandbox.clear_trouble();
-    pair.a.sandbox.set_fault(Rule::from(Fault::TokenUnauthorized).at(Door::Na));
+    pair.a.sandbox.clear_faults();
+    pair.a.sandbox.set_fault(Rule::from(Fault::TokenUnauthorized).at(Listener::Na));
     assert_eq!(pair.b.get("/v2/profiles").await.status(), 200);
     assert_eq!(pair.a.sandbox.refreshes(), 2, "after that it may");
 }
@@ -426,7 +426,7 @@ async fn a_lease_is_released_after_a_failed_token_call_so_that_the_next_replica_
     pair.a.log_in("default").await;
     assert_eq!(pair.b.get("/v2/profiles").await.status(), 200);
     pair.a.sandbox.clear_history();
-    pair.a.sandbox.set_fault(Rule::from(Fault::status(500)).at(Door::Lwa).next(1));
+    pair.a.sandbox.set_fault(Rule::from(Fault::status(500)).at(Listener::Lwa).next(1));
     let release = hold("renewal_answered");
     let failed = tokio::spawn(pair.a.client.post(pair.a.proxy_url(REFRESH)).send());
     eventually("the token call", async || (pair.a.sandbox.refreshes() == 1).then_some(())).await;
@@ -451,7 +451,7 @@ async fn a_lease_is_prolonged_before_a_token_call_and_none_is_made_without_it() 
     let refresh = tokio::spawn(pair.a.client.post(pair.a.proxy_url(REFRESH)).send());
     eventually("the lease", async || lease_left(&pair).await.map(drop)).await;
     pair.sql.run("UPDATE adsidecar_grants SET lease_until = clock_timestamp() + interval '2 seconds'").await;
-    let gate = pair.a.sandbox.set_fault(Rule::from(Fault::Gate).at(Door::Lwa));
+    let gate = pair.a.sandbox.set_fault(Rule::from(Fault::Gate).at(Listener::Lwa));
     drop(release);
     gate.reached(1).await;
     let left = lease_left(&pair).await;

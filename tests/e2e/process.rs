@@ -102,10 +102,7 @@ async fn a_crash_leaves_no_core() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn running_as_root_in_production_is_warned_about() {
-    if !is_root() {
-        return;
-    }
+async fn root_in_production_is_told_that_nothing_needs_it_and_nobody_else_is() {
     let harness = stopped().await;
     for (environment, warned) in [("production", is_root()), ("development", false)] {
         let serving =

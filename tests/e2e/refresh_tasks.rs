@@ -189,20 +189,87 @@ async fn a_thousand_users_at_startup_are_refreshed_over_a_minute_with_limited_co
     let caller = tokio::spawn(harness.request(Method::GET, "/v2/profiles").header("x-ads-user", "user-999").send());
     gate.reached(9).await;
     assert!(gate.hits() <= 9, "refresh.concurrency is 8: {}", gate.hits());
+    // As long as the gate holds them all, nobody has been refreshed, and who is due by now says so.
+    let due = due_now(&harness).await;
     gate.release();
     assert_eq!(caller.await.unwrap().unwrap().status(), 200);
-    // The number of refreshed users, once all due refreshes are done.
-    let refreshed = async || {
-        eventually("all due refreshes", async || {
-            let before = harness.sandbox.refreshes();
-            tokio::time::sleep(Duration::from_millis(200)).await;
-            let fresh = harness.metric("adsidecar_users{state=\"fresh\"}").await as u64;
-            (fresh == before && harness.sandbox.refreshes() == before).then_some(before)
-        })
-        .await
-    };
-    let first = refreshed().await;
-    assert!((60..=150).contains(&first), "a tenth of them in a tenth of the minute: {first}");
+    assert!((60..=150).contains(&due.len()), "a tenth of them in a tenth of the minute: {}", due.len());
+    let fresh = "adsidecar_users{state=\"fresh\"}";
+    eventually("all that are due", async || (harness.metric(fresh).await as usize >= due.len()).then_some(())).await;
+    assert_eq!(harness.sandbox.refreshes() as usize, due.len(), "and nobody else");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_shutdown_waits_for_a_refresh_that_nobody_waits_for_and_stores_its_result() {
+    let mut harness = Harness::start().await;
+    harness.log_in("default").await;
+    harness.sandbox.clear_history();
+    // Login with Amazon has given out another refresh token, and the one in the store is dead.
+    harness.sandbox.set_fault(Rule::from(Fault::RotateRefreshToken).at(Listener::Lwa));
+    let release = hold("renewal_answered");
+    harness.advance(3600 - 600);
+    eventually("the background's token call", async || (harness.sandbox.refreshes() == 1).then_some(())).await;
+    let mut ended = harness.begin_stop();
+    let early = tokio::time::timeout(Duration::from_millis(700), &mut ended).await;
+    assert!(early.is_err(), "it waits, though no request is in flight");
+    drop(release);
+    ended.await.unwrap();
+    harness.start_sidecar().await;
+    assert_eq!(harness.post(REFRESH).await.status(), 200);
+    assert_eq!(harness.status_of("default").await["state"], "fresh", "with the refresh token that was given out last");
+    assert_eq!(harness.metric(&interrupted("lost")).await, 0.0);
+}
+
+/// Twenty users who logged in at the same instant, 12:00:00, with tokens for an hour.
+async fn twenty_users() -> (Harness, Vec<String>) {
+    let harness = Harness::start().await;
+    let users: Vec<_> = (0..20).map(|number| format!("user-{number}")).collect();
+    for user in &users {
+        harness.log_in(user).await;
+    }
+    harness.sandbox.clear_history();
+    (harness, users)
+}
+
+/// When the next refresh of each user is due.
+async fn planned(harness: &Harness, users: &[String]) -> Vec<Timestamp> {
+    let mut planned = Vec::new();
+    for user in users {
+        planned.push(harness.status_of(user).await["next_refresh_at"].as_str().unwrap().parse().unwrap());
+    }
+    planned
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn background_refreshes_of_users_who_logged_in_together_are_spread() {
+    let (harness, users) = twenty_users().await;
+    let planned = planned(&harness, &users).await;
+    assert!(planned.iter().collect::<BTreeSet<_>>().len() > 15, "{planned:?}");
+    // `refresh.ahead` is 15 minutes; the jitter is up to a fifth of that, on the early side.
+    let [first, middle, last] =
+        ["12:42:00", "12:43:30", "12:45:00"].map(|time| format!("2026-08-01T{time}Z").parse::<Timestamp>().unwrap());
+    assert!(planned.iter().all(|at| (first..=last).contains(at)), "{planned:?}");
+    // And each comes when it is planned, no sooner.
+    for at in [middle, last] {
+        harness.clock.advance(at.duration_since(harness.clock.now()));
+        let due = planned.iter().filter(|planned| **planned <= at).count() as u64;
+        eventually("all that are due", async || (harness.sandbox.refreshes() >= due).then_some(())).await;
+        assert_eq!(harness.sandbox.refreshes(), due, "at {at}: {planned:?}");
+        assert!(at == last || (3..=17).contains(&due), "about half of them: {due}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn retries_after_a_failure_that_hit_all_users_at_once_are_spread() {
+    let (harness, users) = twenty_users().await;
+    harness.sandbox.set_fault(Rule::from(Fault::status(500)).at(Listener::Lwa).always());
+    harness.advance(3600 - 600);
+    let failing = "adsidecar_users{state=\"failing\"}";
+    eventually("all fail", async || (harness.metric(failing).await == 20.0).then_some(())).await;
+    let (planned, now) = (planned(&harness, &users).await, harness.clock.now());
+    assert!(planned.iter().collect::<BTreeSet<_>>().len() > 15, "{planned:?}");
+    let first_backoff = SignedDuration::from_millis(500);
+    assert!(planned.iter().all(|at| (now..=now + first_backoff).contains(at)), "full jitter: {now}, {planned:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -231,9 +298,9 @@ async fn a_logout_beats_a_refresh_at_every_point() {
     }
 }
 
-/// Blocks every task that reaches `point` until the returned guard is dropped. Other threads continue the blocked
-/// thread's work meanwhile; with the action `pause` they would not, and once that blocked the logout itself.
-fn hold(point: &str) -> std::sync::mpsc::Sender<()> {
+/// Whoever comes to `point` stays there until what this returns is dropped. What else its thread was about to do, other threads
+/// do meanwhile; the action `pause` holds that up too, and once it was the logout.
+pub fn hold(point: &str) -> std::sync::mpsc::Sender<()> {
     let (release, released) = std::sync::mpsc::channel();
     let released = std::sync::Mutex::new(released);
     let wait = move || tokio::task::block_in_place(|| _ = released.lock().unwrap().recv());

@@ -8,7 +8,7 @@ use reqwest::Method;
 use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
-use world::{CLIENT_SECRET, Door, Fault, Rule};
+use world::{CLIENT_SECRET, Fault, Listener, Rule};
 
 use crate::harness::{FERNET_KEY, Harness, json};
 
@@ -47,7 +47,7 @@ impl Log {
 
 /// The values of a field in the forms that the token endpoint received.
 fn sent(harness: &Harness, field: &str) -> Vec<String> {
-    let forms = harness.sandbox.calls(Door::Lwa).into_iter().map(|call| call.text());
+    let forms = harness.sandbox.calls(Listener::Lwa).into_iter().map(|call| call.text());
     let of = |form: String| -> Vec<String> {
         let pairs = url::form_urlencoded::parse(form.as_bytes());
         pairs.filter(|(name, _)| name == field).map(|(_, value)| value.into_owned()).collect()
@@ -79,17 +79,17 @@ async fn no_secret_that_was_ever_made_is_in_the_log_at_trace_nor_in_a_metric_or_
     let page = page.unwrap();
     let cookie = page.headers()["set-cookie"].to_str().unwrap().split(';').next().unwrap().to_owned();
     let callback = harness.consent(page.headers()["location"].to_str().unwrap()).await;
-    harness.sandbox.set_fault(Rule::from(Fault::InvalidGrant).at(Door::Lwa));
+    harness.sandbox.set_fault(Rule::from(Fault::InvalidGrant).at(Listener::Lwa));
     let failed = harness.request(Method::GET, &callback).header("cookie", &cookie).send().await.unwrap();
     assert!(failed.headers()["location"].to_str().unwrap().contains("exchange_failed"), "{failed:?}");
     harness.get("/api/auth/amazon/callback?code=ANx-of-nobody&state=none").await;
     for fault in [Fault::RotateRefreshToken, Fault::BadJson, Fault::Html, Fault::InvalidClient, Fault::InvalidGrant] {
-        harness.sandbox.set_fault(Rule::from(fault).at(Door::Lwa));
+        harness.sandbox.set_fault(Rule::from(fault).at(Listener::Lwa));
         harness.post(REFRESH).await;
         harness.advance(3601);
         harness.get("/v2/profiles").await;
     }
-    harness.sandbox.set_fault(Rule::from(Fault::TokenUnauthorized).at(Door::Na));
+    harness.sandbox.set_fault(Rule::from(Fault::TokenUnauthorized).at(Listener::Na));
     harness.get("/v2/profiles").await;
     let mut places = vec![("log", log.text())];
     for path in ["/metrics", "/", "/readyz"] {
