@@ -5,8 +5,9 @@
 //! serde stops at the first thing it does not like and quotes it, and this has to report everything at once and quote
 //! no value at all.
 //!
-//! Reading order: [`keys`] (the table of all keys), `sources` (the layers), `resolve` (each key into the field that uses
-//! it), `reader` and `checks` (single values), `accounts`, `errors`, `print`. Paths are relative to the working directory.
+//! Reading order: [`keys`] (the table of all keys), `sources` (the layers), `resolve` (each key into the field that
+//! uses it), `reader` and `checks` (single values), `accounts`, `errors`, `print`. Paths are relative to the working
+//! directory.
 
 use std::path::PathBuf;
 use std::time::Duration;
