@@ -1,4 +1,4 @@
-//! What single values must look like. The messages hold the cure and never the value.
+//! Checks of single values. The messages tell how to fix the value and never repeat it.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
@@ -10,7 +10,7 @@ use crate::server::Listen;
 /// Longest path of a Unix socket, in bytes: `sun_path` has 104 on macOS, the closing zero included (108 on Linux).
 const MAX_SOCKET_PATH: usize = 103;
 
-/// A door's address: `host:port` with an IP address or `localhost`, or `unix:/path`.
+/// A listener's address: `host:port` with an IP address or `localhost`, or `unix:/path`.
 pub(super) fn listen(text: &str) -> Result<Listen, &'static str> {
     if let Some(path) = text.strip_prefix("unix:") {
         return match path.len() {
@@ -31,7 +31,7 @@ pub(super) fn listen(text: &str) -> Result<Listen, &'static str> {
     }
 }
 
-/// The socket addresses that a TCP door can be bound to.
+/// The socket addresses that a TCP listener can be bound to.
 fn addresses(listen: &Listen) -> Vec<SocketAddr> {
     let Listen::Tcp(text) = listen else { return Vec::new() };
     match text.strip_prefix("localhost:").map(str::parse) {
@@ -48,12 +48,12 @@ pub(super) fn socket_mode(text: &str) -> Result<u32, &'static str> {
     }
 }
 
-/// Whether others than this machine can reach the door.
+/// Whether other machines can reach the listener.
 pub(super) fn is_remote(listen: &Listen) -> bool {
     addresses(listen).iter().any(|address| !is_loopback(address.ip()))
 }
 
-/// Whether both cannot be bound at once. Port 0 is another one each time.
+/// Whether both cannot be bound at once. Port 0 never clashes: the system chooses a free port each time.
 pub(super) fn clash(a: &Listen, b: &Listen) -> bool {
     if let (Listen::Unix(a), Listen::Unix(b)) = (a, b) {
         return a == b;

@@ -1,16 +1,16 @@
-//! What is wrong with a configuration: everything at once.
+//! The problems of a configuration, reported all at once.
 
 use std::fmt;
 
-/// One thing that is wrong, where it stands and what to do about it. Never holds a configured value.
+/// One problem, where it is and how to fix it. Never holds a configured value.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ConfigError {
-    /// The key, such as `refresh.margin`, or the name that was taken for one.
+    /// The key, such as `refresh.margin`, or the unknown name that was used as one.
     pub key: String,
-    /// Where the value came from: the file's path, the environment variable's name, `--set`. `None`: nowhere, it is
-    /// missing.
+    /// Where the value came from: the file's path, the environment variable's name, `--set`. `None`: the
+    /// key is missing.
     pub source: Option<String>,
-    /// What is wrong, and its cure.
+    /// What is wrong, and how to fix it.
     pub message: String,
 }
 
@@ -23,7 +23,7 @@ impl fmt::Display for ConfigError {
     }
 }
 
-/// All that is wrong with a configuration; never empty.
+/// All problems of a configuration; never empty.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ConfigErrors(pub(super) Vec<ConfigError>);
 

@@ -564,8 +564,8 @@ pub const ACCOUNT: &str = "account";
 
 /// What an account is, in Markdown.
 pub const ACCOUNT_HELP: &str = "Accounts are names for \"this user, this region, these ids\", selected by the path \
-                                prefix `/a/<name>/` or the header `X-Ads-Account`. Only this file can define them. Only \
-                                `name` is required. Each id is sent in the header that its comment names";
+                                prefix `/a/<name>/` or the header `X-Ads-Account`. Only this file can define them. \
+                                Only `name` is required. Each id is sent in the header that its comment names";
 
 /// The keys of one `[[account]]`, in the order of the manual.
 pub const ACCOUNT_KEYS: &[Key] = &[

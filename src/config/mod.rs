@@ -5,8 +5,9 @@
 //! serde stops at the first thing it does not like and quotes it, and this has to report everything at once and quote
 //! no value at all.
 //!
-//! Reading order: `sources` (the layers), `keys` (what there is), `resolve` (each key with its default), `reader` and
-//! `checks` (single values), `accounts`, `problems`, `print`. Paths are relative to the working directory.
+//! Reading order: [`keys`] (the table of all keys), `sources` (the layers), `resolve` (each key into the field that
+//! uses it), `reader` and `checks` (single values), `accounts`, `errors`, `print`. Paths are relative to the working
+//! directory.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -33,7 +34,7 @@ pub use errors::{ConfigError, ConfigErrors};
 use print::Effective;
 pub use sources::Sources;
 
-/// All that adsidecar is told, sorted by who needs it.
+/// The whole configuration, grouped by the part that uses it.
 #[derive(Clone, Debug)]
 pub struct Config {
     /// `environment`.
@@ -82,41 +83,46 @@ pub struct Config {
     effective: Effective,
 }
 
-/// Where this runs.
+/// The kind of deployment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Environment {
-    /// JSON log, redirect URI by HTTPS or on this machine, `Secure` cookies, a Fernet key that somebody gave.
+    /// JSON log, redirect URI by HTTPS or on this machine, `Secure` cookies, and a configured Fernet key.
     Production,
-    /// Text log, and a Fernet key that is made where none is given.
+    /// Text log, and a Fernet key that is created if none is configured.
     Development,
 }
 
-/// What seals the stored tokens.
+/// The keys that encrypt the stored tokens.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum FernetKeys {
-    /// The first seals, all open. Each is a well-formed key, and there is at least one.
+    /// The first encrypts, all decrypt. Each is a well-formed key, and there is at least one.
     Given(Vec<Secret>),
-    /// None was given, in development: one is read from a file beside the store, and made there the first time.
+    /// None was given, in development: one is read from a file beside the store, and created there the first time.
     MakeBesideStore,
 }
 
-/// How the process ends.
+/// The time limits of a shutdown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Shutdown {
-    /// `shutdown.accept`: how long new connections are still taken.
+    /// `shutdown.accept`: how long new connections are still accepted.
     pub accept: Duration,
-    /// `shutdown.drain`: how long answers under way are waited for, at most.
+    /// `shutdown.drain`: the maximum wait for responses in flight.
     pub drain: Duration,
 }
 
-/// Reads all sources. On failure all that is wrong is reported at once, without any value.
+/// Reads all sources.
+///
+/// # Errors
+///
+/// All problems at once, each with its key, source and remedy, without any configured value.
 pub fn load(sources: &Sources) -> Result<Config, ConfigErrors> {
     let mut problems = Vec::new();
     let merged = sources::merge(sources, &mut problems);
     resolve::resolve(&merged, problems)
 }
 
-/// The files that `sources` lead to: the TOML file, and each that a key names. What cannot be read names none.
+/// The files that `sources` refer to: the TOML file, and each file that a key names, readable or not. A TOML file that
+/// cannot be read names no other.
 pub fn files(sources: &Sources) -> Vec<PathBuf> {
     let merged = sources::merge(sources, &mut Vec::new());
     sources::toml_file(sources).into_iter().chain(merged.files()).collect()

@@ -279,8 +279,8 @@ impl<'a> Reader<'a> {
         names::row(key).default_text().and_then(|text| parse(text).ok())
     }
 
-    /// The texts of a list: a list in the file, or one text with commas; the default if no source gives any. `None`: the
-    /// value is invalid, and the problem recorded.
+    /// The texts of a list: a list in the file, or one text with commas; the default if no source gives any. `None`:
+    /// the value is invalid, and the problem recorded.
     fn list(&mut self, key: &str) -> Option<Vec<String>> {
         match self.raw(key) {
             Some(Value::Array(_, values)) => {

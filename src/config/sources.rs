@@ -24,9 +24,9 @@ pub(super) const WHOLE_FILE: &str = "the configuration file";
 pub struct Sources {
     /// The TOML file of `--config`. Where it is absent, `ADSIDECAR_CONFIG` of `env` names the file, if anything does.
     pub file: Option<PathBuf>,
-    /// The environment, as name and value. Names that are none of ours are ignored.
+    /// The environment, as name and value. Other programs' names are ignored.
     pub env: Vec<(String, String)>,
-    /// The values of `--set`, split at the first `=`, in their order: of two for one key the later counts.
+    /// The values of `--set`, split at the first `=`, in their order: of two for one key the later one applies.
     pub sets: Vec<(String, String)>,
 }
 
@@ -42,7 +42,7 @@ impl Sources {
     }
 }
 
-/// Whether a variable means something to us, be it a mistake.
+/// Whether a variable is meant for adsidecar, even if it is misspelled.
 fn is_ours(name: &str) -> bool {
     name == names::CONFIG_VARIABLE || names::by_guide_name(name).is_some() || is_prefixed(name)
 }
@@ -66,7 +66,7 @@ pub(super) enum Given<'a> {
 }
 
 impl Merged {
-    /// What is given for `key`, and by whom.
+    /// The given value of `key`, and its source.
     pub(super) fn get(&self, key: &str) -> Option<(Given<'_>, String)> {
         let value = self.root.find_ref(key)?;
         let given = match value.find_ref(FILE).and_then(Value::as_str) {
@@ -86,13 +86,13 @@ impl Merged {
         named.collect()
     }
 
-    /// Who gave `key` its value.
+    /// The source of the value of `key`.
     fn source(&self, key: &str) -> String {
         self.figment.find_metadata(key).map(|metadata| metadata.name.to_string()).unwrap_or_default()
     }
 }
 
-/// The TOML file, and who asked for it.
+/// The path of the TOML file, and the option or variable that names it.
 fn asked_for(sources: &Sources) -> Option<(&Path, &str)> {
     let variable = sources.env.iter().find(|(name, value)| name == names::CONFIG_VARIABLE && !value.is_empty());
     match (&sources.file, variable) {
@@ -102,12 +102,12 @@ fn asked_for(sources: &Sources) -> Option<(&Path, &str)> {
     }
 }
 
-/// The TOML file.
+/// The path of the TOML file.
 pub(super) fn toml_file(sources: &Sources) -> Option<PathBuf> {
     asked_for(sources).map(|(path, _)| path.to_owned())
 }
 
-/// Reads all layers. What is wrong with one of them is added to `problems`, and left out.
+/// Reads all layers. Invalid entries are left out and recorded in `problems`.
 pub(super) fn merge(sources: &Sources, problems: &mut Vec<ConfigError>) -> Merged {
     let mut figment = Figment::new();
     for layer in [file_layer(sources, problems), env_layer(&sources.env, problems), set_layer(&sources.sets, problems)]

@@ -116,7 +116,7 @@ fn example() -> String {
     }
     write!(text, "\n{}#[[{ACCOUNT}]]\n", comment(&format!("{}.", without_links(ACCOUNT_HELP)))).unwrap();
     for key in ACCOUNT_KEYS {
-        write!(text, "{}#{} = {}\n", comment(&help(key)), key.name, example_value(key).1).unwrap();
+        writeln!(text, "{}#{} = {}", comment(&help(key)), key.name, example_value(key).1).unwrap();
     }
     text
 }
