@@ -153,11 +153,11 @@ async fn an_unusable_database_fails_the_start_immediately_with_the_remedy() {
     let of = |host: &str, query: &str| cluster.url_of("postgres", host, "postgres", query);
     let refused = [
         (wrong_password, "28P01", "check the user and the password"),
-        (cluster.url_of("postgres", "127.0.0.1", "nowhere", ""), "3D000", "make the database"),
-        (cluster.url_of("weak", "127.0.0.1", "postgres", ""), "42501", "let the role make tables"),
+        (cluster.url_of("postgres", "127.0.0.1", "nowhere", ""), "3D000", "create the database"),
+        (cluster.url_of("weak", "127.0.0.1", "postgres", ""), "42501", "let the role create tables"),
         // The certificate names only `localhost` and has an unknown authority.
-        (of("127.0.0.1", &format!("?sslmode=verify-full&{ca}")), "certificate", "carry the host's name"),
-        (of("127.0.0.1", &format!("?sslmode=require&{ca}")), "certificate", "carry the host's name"),
+        (of("127.0.0.1", &format!("?sslmode=verify-full&{ca}")), "certificate", "valid for the host's name"),
+        (of("127.0.0.1", &format!("?sslmode=require&{ca}")), "certificate", "valid for the host's name"),
         (of("localhost", "?sslmode=require"), "certificate", "check sslmode and sslrootcert"),
         (of("localhost", "?sslmode=verify-ca&sslrootcert=system"), "certificate", "check sslmode and sslrootcert"),
     ];
@@ -220,7 +220,7 @@ async fn tables_of_another_version_exit_with_78_and_stay_unchanged() {
     pair.sql.run("UPDATE adsidecar_notes SET value = '2' WHERE name = 'schema'").await;
     let ran = list().await;
     assert_eq!(ran.code, CONFIG, "{}", ran.err);
-    assert!(ran.err.contains("of version 2") && ran.err.contains("a newer one"), "{}", ran.err);
+    assert!(ran.err.contains("schema version 2") && ran.err.contains("a newer one"), "{}", ran.err);
     assert_eq!(pair.records().await, before);
     // Also tables of these names that belong to another program.
     pair.sql.run("UPDATE adsidecar_notes SET value = '1' WHERE name = 'schema'").await;

@@ -98,14 +98,12 @@ async fn a_configured_refresh_token_replaces_a_stored_grant_that_lwa_rejects() {
     harness.advance(3601);
     harness.stop_sidecar().await;
     let proxy = sidecar_with(&harness, &[("AMAZON_REFRESH_TOKEN", &good)], &[]).await;
-    let mut last = 0;
-    for _ in 0..500 {
-        last = harness.client.get(format!("http://{proxy}/v2/profiles")).send().await.unwrap().status().as_u16();
-        if last == 200 {
-            break;
-        }
-    }
-    assert_eq!(last, 200);
+    eventually("a call with the configured token", async || {
+        let response = harness.client.get(format!("http://{proxy}/v2/profiles")).send().await.unwrap();
+        (response.status() == 200).then_some(())
+    })
+    .await;
+    assert_eq!(harness.client.get(format!("http://{proxy}/v2/profiles")).send().await.unwrap().status(), 200);
 }
 
 #[tokio::test(flavor = "multi_thread")]
