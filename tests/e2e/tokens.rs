@@ -247,6 +247,23 @@ async fn while_the_token_lives_callers_wait_a_second_at_most() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn while_a_refresh_backs_off_callers_go_with_the_living_token_and_do_not_wait_at_all() {
+    let harness = Harness::start().await;
+    harness.log_in("default").await;
+    harness.sandbox.set_fault(Rule::from(Fault::status(500)).at(Door::Lwa).always());
+    harness.advance(3600 - 60);
+    assert_eq!(harness.get("/v2/profiles").await.status(), 200);
+    let failing = async || (harness.status_of("default").await["state"] == "failing").then_some(());
+    eventually("the refresh fails", failing).await;
+    let (begun, asked) = (Instant::now(), harness.sandbox.refreshes());
+    for _ in 0..10 {
+        assert_eq!(harness.get("/v2/profiles").await.status(), 200);
+    }
+    assert!(begun.elapsed() < Duration::from_secs(5), "a second for each would be ten: {:?}", begun.elapsed());
+    assert_eq!(harness.sandbox.refreshes(), asked, "the backoff is not over: the clock stands still");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn without_a_living_token_an_outage_of_lwa_is_a_503_and_few_calls() {
     let harness = Harness::start().await;
     harness.log_in("default").await;
