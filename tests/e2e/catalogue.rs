@@ -255,8 +255,8 @@ fn covered() -> BTreeMap<(String, u32), Vec<String>> {
     found
 }
 
-/// What each comment covers, with the name of the test below it: a function that the test runner runs, not ignored, with an
-/// assertion. In Rust a test has its attribute above the comment, in Python a decorator may stand on either side.
+/// What each comment covers, with the name of the test below it: a function that the test runner runs, not ignored,
+/// with an assertion. In Rust a test has its attribute above the comment, in Python a decorator may stand on either side.
 fn tests_in(text: &str) -> Vec<(String, u32, String)> {
     let lines: Vec<_> = text.lines().collect();
     let others = asserting(&lines);
@@ -298,8 +298,8 @@ fn asserting(lines: &[&str]) -> Vec<String> {
     functions.filter(|(at, _)| asserts(&lines[*at..], &[])).map(|(_, name)| name).collect()
 }
 
-/// Whether the function that begins with these lines asserts something, or calls one of `others`, which do. Its end is the
-/// first line that is not indented more than its head, or in Rust the closing brace there.
+/// Whether the function that begins with these lines asserts something, or calls one of `others`, which do. Its end is
+/// the first line that is not indented more than its head, or in Rust the closing brace there.
 fn asserts(lines: &[&str], others: &[String]) -> bool {
     let indent = |line: &str| line.len() - line.trim_start().len();
     // rustfmt and ruff break long heads, whose last line is not indented more either.

@@ -246,7 +246,8 @@ async fn a_server_that_floods_or_resets_costs_a_call_and_nothing_more() {
         wire.send("POST /x HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\nConnection: close\r\n\r\n").await;
         let came = wire.everything().await;
         let told = came.starts_with("HTTP/1.1 502 ") && came.contains("x-adsidecar-error: upstream_reset");
-        // A caller whose answer has begun sees it break off, where its head is not lost with the rest. Otherwise it is told.
+        // A caller whose answer has begun sees it break off, where its head is not lost with the rest. Otherwise it is
+        // told.
         let begun = came.is_empty() || came.starts_with("HTTP/1.1 200 OK\r\n");
         let broken_off = began.contains(&name) && begun && !came.ends_with("0\r\n\r\n");
         assert!(told || broken_off, "{name}: told or broken off, never a clean end: {came:?}");

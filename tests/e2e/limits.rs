@@ -150,8 +150,8 @@ async fn a_body_over_the_limit_is_refused() {
     wire.send(chunked(&big) + CALL).await;
     assert_eq!(wire.reply().await.said(), (413, "body_too_large"));
     assert!(wire.closes().await);
-    // It began, as nothing said how long it would be, and Amazon never took it for a whole call. The sandbox enters what it
-    // read of a body when the body has ended, one way or the other.
+    // It began, as nothing said how long it would be, and Amazon never took it for a whole call. The sandbox enters
+    // what it read of a body when the body has ended, one way or the other.
     eventually("Amazon sees it broken off", || harness.ads_calls().iter().any(|call| call.body_len > 0)).await;
     let calls = harness.ads_calls();
     assert_eq!(calls.len(), 1, "{calls:?}");
