@@ -54,8 +54,8 @@ impl From<String> for Secret {
     }
 }
 
-/// Every secret that this process made, so that a test can look for secrets whose values it cannot know. Compiled with the
-/// fail points only, and off until a test calls [`begin`](recorded::begin).
+/// Every secret that this process made, so that a test can look for secrets whose values it cannot know. Compiled with
+/// the fail points only, and off until a test calls [`begin`](recorded::begin).
 #[cfg(feature = "failpoints")]
 pub mod recorded {
     use std::collections::BTreeSet;

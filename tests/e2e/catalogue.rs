@@ -297,8 +297,8 @@ fn asserting(lines: &[&str]) -> Vec<String> {
     functions.filter(|(at, _)| asserts(&lines[*at..], &[])).map(|(_, name)| name).collect()
 }
 
-/// Whether the function that begins with these lines asserts something, or calls one of `others`, which do. Its end is the
-/// first line that is not indented more than its head, or in Rust the closing brace there.
+/// Whether the function that begins with these lines asserts something, or calls one of `others`, which do. Its end is
+/// the first line that is not indented more than its head, or in Rust the closing brace there.
 fn asserts(lines: &[&str], others: &[String]) -> bool {
     let indent = |line: &str| line.len() - line.trim_start().len();
     // rustfmt and ruff break long heads, whose last line is not indented more either.

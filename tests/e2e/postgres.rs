@@ -464,9 +464,8 @@ async fn a_lease_is_prolonged_before_a_token_call_and_none_is_made_without_it() 
     let release = hold("renewal_begun");
     let refresh = tokio::spawn(pair.a.client.post(pair.a.proxy_url(REFRESH)).send());
     eventually("the lease", async || lease_left(&pair).await.map(drop)).await;
-    pair.sql
-        .run("UPDATE adsidecar_grants SET lease_owner = 'other', lease_until = clock_timestamp() + interval '15 seconds'")
-        .await;
+    let other = "lease_owner = 'other', lease_until = clock_timestamp() + interval '15 seconds'";
+    pair.sql.run(&format!("UPDATE adsidecar_grants SET {other}")).await;
     drop(release);
     refresh.await.unwrap().unwrap();
     assert_eq!(pair.a.sandbox.refreshes(), 0, "another replica has the lease by now");

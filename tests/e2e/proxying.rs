@@ -352,7 +352,7 @@ async fn a_truncated_response_never_ends_cleanly() {
         assert!(!answer.body.is_empty(), "the received part is passed on");
         assert!(wire.closes().await);
     }
-    // A refusal, which is read before it passes, breaks off as well. (What was sent was too large for a replay.) Whole it is:
+    // A refusal, which is read before it passes, breaks off as well. (What was sent was too large for a replay.) Whole:
     let call =
         "POST /sandbox/status/401 HTTP/1.1\r\nHost: localhost\r\nContent-Length: 3\r\nConnection: close\r\n\r\nabc";
     let refusal = async || String::from_utf8(harness.raw(call.as_bytes(), None).await).unwrap();
