@@ -569,6 +569,23 @@ async fn a_manual_refresh_waits_only_for_the_failure_backoff() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn during_a_refresh_backoff_callers_use_the_valid_token_without_waiting() {
+    let harness = Harness::start().await;
+    harness.log_in("default").await;
+    harness.sandbox.set_fault(Rule::from(Fault::status(500)).at(Listener::Lwa).always());
+    harness.advance(3600 - 60);
+    assert_eq!(harness.get("/v2/profiles").await.status(), 200);
+    let failing = async || (harness.status_of("default").await["state"] == "failing").then_some(());
+    eventually("the refresh fails", failing).await;
+    let (begun, asked) = (Instant::now(), harness.sandbox.refreshes());
+    for _ in 0..10 {
+        assert_eq!(harness.get("/v2/profiles").await.status(), 200);
+    }
+    assert!(begun.elapsed() < Duration::from_secs(5), "a second for each would be ten: {:?}", begun.elapsed());
+    assert_eq!(harness.sandbox.refreshes(), asked, "the backoff is not over: the clock stands still");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn while_a_secret_is_rotated_the_old_and_the_new_are_tried_in_order() {
     let mut harness = Harness::start().await;
     harness.restart_with("amazon.client_secret", &format!("not-spread-yet,{CLIENT_SECRET}")).await;
