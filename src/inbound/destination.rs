@@ -100,6 +100,18 @@ pub fn amazon_host(host: &str) -> Option<Destination> {
     })
 }
 
+/// The headers that select an account, a user and a region.
+pub const SELECTORS: [&str; 3] = ["x-ads-account", "x-ads-user", "x-ads-region"];
+
+/// Whether a header is, or could be meant as, one that selects: any `X-Ads-*`, also spelled with `_`, but for the caller
+/// token.
+pub fn is_selecting(name: &str) -> bool {
+    let prefix = b"x-ads-";
+    let bytes = name.as_bytes();
+    let reads_like = |(byte, wanted): (&u8, &u8)| byte == wanted || (*wanted == b'-' && *byte == b'_');
+    bytes.len() > prefix.len() && bytes.iter().zip(prefix).all(reads_like) && name != "x-ads-sidecar-token"
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

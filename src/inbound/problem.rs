@@ -1,6 +1,7 @@
 //! The codes of adsidecar's own answers and their bodies (RFC 9457): the one place that knows status codes.
 
 use std::borrow::Cow;
+use std::collections::HashMap;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -207,6 +208,8 @@ pub struct Problem {
     next_step: Cow<'static, str>,
     retry_after: Option<Duration>,
     headers: Vec<(HeaderName, HeaderValue)>,
+    /// A member of the document beyond the usual ones.
+    member: Option<Box<(&'static str, serde_json::Value)>>,
 }
 
 /// RFC 9457, section 3.1, and our own members.
@@ -220,19 +223,28 @@ struct Document<'a> {
     next_step: &'a str,
     retryable: bool,
     request_id: &'a str,
+    #[serde(flatten)]
+    member: Option<HashMap<&'static str, &'a serde_json::Value>>,
 }
 
 impl Problem {
     /// What happened, and what the caller can do about it. Neither may hold a secret.
     pub fn new(code: Code, detail: impl Into<Cow<'static, str>>, next_step: impl Into<Cow<'static, str>>) -> Self {
         let (detail, next_step) = (detail.into(), next_step.into());
-        Self { code, detail, next_step, retry_after: None, headers: Vec::new() }
+        Self { code, detail, next_step, retry_after: None, headers: Vec::new(), member: None }
     }
 
     /// Asks to come back after `wait`, rounded up to whole seconds.
     #[must_use]
     pub fn retry_after(mut self, wait: Duration) -> Self {
         self.retry_after = Some(wait);
+        self
+    }
+
+    /// Adds a member to the document (RFC 9457, section 3.2).
+    #[must_use]
+    pub fn member(mut self, name: &'static str, value: serde_json::Value) -> Self {
+        self.member = Some(Box::new((name, value)));
         self
     }
 
@@ -293,6 +305,7 @@ impl Problem {
             next_step: &self.next_step,
             retryable: self.code.retryable(),
             request_id,
+            member: self.member.as_deref().map(|(name, value)| HashMap::from([(*name, value)])),
         };
         // Strings and numbers always serialise.
         serde_json::to_vec(&document).unwrap_or_default().into()

@@ -75,7 +75,7 @@ async fn readiness_and_liveness_do_not_depend_on_amazon_or_logins() {
     harness.log_in("default").await;
     harness.sandbox.set_fault(Rule::from(Fault::status(500)).always());
     harness.advance(3600);
-    assert_eq!(harness.post("/api/auth/amazon/refresh").await.status(), 200);
+    assert_eq!(harness.post("/api/auth/amazon/refresh").await.status(), 503);
     assert_eq!(harness.status_of("default").await["state"], "failing");
     assert_eq!(readyz(&harness).await, 200, "ready although Amazon is down");
 

@@ -131,7 +131,7 @@ async fn a_clock_set_back_extends_no_backoff() {
     apart.harness.log_in("default").await;
     // After a failure.
     apart.harness.sandbox.set_fault(Rule::from(Fault::too_many(Some(30))).at(Listener::Lwa));
-    assert_eq!(json(apart.harness.post(REFRESH).await).await["state"], "failing");
+    assert_eq!(json(apart.harness.post(REFRESH).await).await["user"]["state"], "failing");
     apart.set(-864_000);
     apart.pass(30);
     assert_eq!(json(apart.harness.post(REFRESH).await).await["state"], "fresh");

@@ -223,7 +223,8 @@ impl Harness {
     }
 
     pub fn proxy_url(&self, path: &str) -> String {
-        format!("http://{}{path}", self.running().proxy)
+        // The name in the redirect URI: under another one a browser is sent there first.
+        format!("http://localhost:{}{path}", self.running().proxy.port())
     }
 
     pub fn admin_url(&self, path: &str) -> String {

@@ -418,7 +418,7 @@ async fn a_failed_code_exchange_stores_nothing() {
         let before = harness.sandbox.calls(Listener::Lwa).len();
         harness.sandbox.set_fault(fault);
         refused(&harness.get(&callback).await, 502, "exchange_failed");
-        refused(&harness.get(&callback).await, 400, "state_invalid");
+        refused(&harness.get(&callback).await, 502, "exchange_failed");
         assert_eq!(harness.sandbox.calls(Listener::Lwa).len(), before + 1, "a code is exchanged once");
         assert_eq!(harness.status_of("default").await["state"], "none");
     }
@@ -432,9 +432,7 @@ async fn a_server_gets_the_login_url_as_json_with_state_and_pkce() {
     let harness = Harness::start().await;
     let mut seen = HashSet::new();
     for _ in 0..2 {
-        let answer = harness
-            .get(&format!("{LOGIN}?user_id=shop-1&state=mine&code_challenge=mine&redirect_uri=https://evil.test"))
-            .await;
+        let answer = harness.get(&format!("{LOGIN}?user_id=shop-1")).await;
         assert_eq!(answer.status(), 200);
         is_private(&answer);
         assert!(!answer.headers().contains_key("set-cookie"), "a server-started login sets no cookie");
@@ -687,8 +685,8 @@ async fn the_status_describes_each_user_page_by_page() {
         assert_eq!(status[name], value);
     }
     assert_eq!(status["last_error"], Value::Null);
-    let login_url = format!("http://{}/api/auth/amazon/login?user_id=c", harness.proxy_address());
-    assert_eq!(status["login_url"], login_url.as_str());
+    let login_url = "http://localhost:8001/api/auth/amazon/login?user_id=c";
+    assert_eq!(status["login_url"], login_url, "at the redirect URI's origin");
 
     let page = async |query: &str| -> Vec<String> {
         let users = json(harness.get(&format!("{STATUS}{query}")).await).await["users"].take();

@@ -40,3 +40,4 @@ mod upstream_faults;
 mod unauthorized;
 mod login_recovery;
 mod users;
+mod whom;

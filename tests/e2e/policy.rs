@@ -136,7 +136,7 @@ async fn an_ambiguous_path_is_denied_by_any_policy_and_unchanged_without_one() {
 #[tokio::test(flavor = "multi_thread")]
 async fn observe_mode_counts_denials_and_forwards_the_requests() {
     let harness = logged_in("[policy]\nread_only = true\nallow = [\"GET /v2/*\"]\nmode = \"observe\"\n").await;
-    for line in ["POST /sp/campaigns", "GET /sp/x", "GET /v2/..", "GET /v2/profiles"] {
+    for line in ["POST /sp/campaigns", "GET /sp/x", "GET /v2/x/..", "GET /v2/profiles"] {
         assert_eq!(ask(&harness, line, "").await.header("x-adsidecar-error"), None, "{line}");
     }
     assert_eq!(harness.sandbox.calls(Listener::Na).len(), 4);

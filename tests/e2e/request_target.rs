@@ -91,7 +91,7 @@ async fn the_absolute_form_selects_a_region() {
         }
     }
     let root = harness.send_raw(get("http://advertising-api.amazon.com", "advertising-api.amazon.com")).await;
-    assert_eq!((root.header("x-adsidecar-error"), harness.seen().target.as_str()), (None, "/"));
+    assert_eq!(root.said(), (404, "not_found"), "Amazon has nothing there");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -146,8 +146,18 @@ async fn our_own_paths_are_never_forwarded() {
     let wrong = harness.send_raw(get("/auth/o2/token", "localhost")).await;
     assert_eq!((wrong.said(), wrong.header("allow")), ((405, "method_not_allowed"), Some("POST")));
     assert!(harness.ads_calls().is_empty());
-    // Paths that only resemble ours are Amazon's.
-    for target in ["/api/authx", "/API/auth/amazon/status", "//api/auth/amazon/status", "/auth/o3"] {
+    // A base URL with a final slash, another letter case: the right path is named.
+    for target in ["/API/auth/amazon/status", "//api/auth/amazon/status", "/x/../api/auth/amazon/status"] {
+        let near = harness.send_raw(get(target, "localhost")).await;
+        assert_eq!(near.said(), (404, "not_found"), "{target}");
+        assert!(near.json()["next_step"].as_str().unwrap().contains("/api/auth/amazon/status"), "{near:?}");
+    }
+    for target in ["/auth/O2/token", "//auth/o2/token", "/.well-known/oauth-authorization-server", "/register"] {
+        assert_eq!(harness.send_raw(get(target, "localhost")).await.said(), (404, "not_found"), "{target}");
+    }
+    assert!(harness.ads_calls().is_empty());
+    // Paths that only begin like ours are Amazon's.
+    for target in ["/api/authx", "/auth/o3"] {
         assert_eq!(harness.send_raw(get(target, "localhost")).await.header("x-adsidecar-error"), None, "{target}");
         assert_eq!(harness.seen().target, target);
     }

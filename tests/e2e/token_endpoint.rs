@@ -94,7 +94,9 @@ async fn nobody() -> String {
 async fn fails(harness: &Harness, error: &str) {
     // Past any backoff; with a frozen clock it would never end.
     harness.advance(61);
-    let status = json(harness.post(REFRESH).await).await;
+    let answer = harness.post(REFRESH).await;
+    assert_eq!((answer.status().as_u16(), code(&answer)), (503, "token_unavailable"));
+    let status = json(answer).await["user"].take();
     assert_eq!((&status["state"], &status["last_error"]), (&"failing".into(), &error.into()));
 }
 
@@ -220,7 +222,7 @@ async fn a_response_truncated_at_any_byte_keeps_the_refresh_token_and_is_retried
     for cut in 0..whole.len() {
         lwa.will_send(&whole.as_bytes()[..cut]);
         harness.advance(61);
-        let status = json(harness.post(REFRESH).await).await;
+        let status = json(harness.post(REFRESH).await).await["user"].take();
         let error = status["last_error"].as_str().unwrap_or_default();
         assert!(["bad_answer", "unreachable"].contains(&error), "{cut}: {status}");
     }
@@ -516,7 +518,7 @@ async fn an_invalid_certificate_ends_the_call_before_a_token_is_sent() {
 async fn an_unresolvable_host_name_is_reported_as_such() {
     let harness = asking("https://lwa.adsidecar.invalid", None, IDLE).await;
     harness.advance(61);
-    let status = json(harness.post(REFRESH).await).await;
+    let status = json(harness.post(REFRESH).await).await["user"].take();
     assert_eq!(status["state"], "failing");
     // A resolver that does not respond may take longer than the connection timeout.
     let error = status["last_error"].as_str().unwrap();

@@ -553,7 +553,7 @@ async fn a_manual_refresh_runs_immediately_and_is_shared() {
         assert_eq!(harness.sandbox.refreshes(), made, "the next request refreshes again, however soon");
     }
     harness.sandbox.set_fault(Fault::too_many(Some(30)));
-    let failed = json(harness.post(REFRESH).await).await;
+    let failed = json(harness.post(REFRESH).await).await["user"].take();
     assert_eq!((&failed["state"], &failed["last_error"]), (&"failing".into(), &"throttled".into()));
 }
 
@@ -562,10 +562,10 @@ async fn a_manual_refresh_waits_only_for_the_failure_backoff() {
     let harness = Harness::with_running_clock("").await;
     harness.log_in("default").await;
     harness.sandbox.set_fault(Rule::from(Fault::status(500)).at(Listener::Lwa));
-    assert_eq!(json(harness.post(REFRESH).await).await["last_error"], "server_error");
+    assert_eq!(json(harness.post(REFRESH).await).await["user"]["last_error"], "server_error");
     let healed = json(harness.post(REFRESH).await).await;
     assert_eq!((&healed["state"], &healed["last_error"]), (&"fresh".into(), &Value::Null));
-    assert_eq!(harness.sandbox.refreshes(), 2);
+    assert!((2..=3).contains(&harness.sandbox.refreshes()), "the background may retry at the same time");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -24,7 +24,7 @@ use crate::domain::clock::Clock;
 use crate::domain::grant::{Access, Grant, Tokens};
 use crate::domain::secret::Secret;
 use crate::store::{PendingGrant, StoreError};
-use pending_logins::{Begun, hash};
+use pending_logins::{Begun, Finished, hash};
 pub use pending_logins::{PendingLogins, TEN_MINUTES};
 
 /// Login settings, apart from those of the LWA client.
@@ -97,7 +97,7 @@ pub enum BeginError {
 }
 
 /// The result of a successful login.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub enum LoginOutcome {
     /// The grant is in use.
     Stored(Box<Status>),
@@ -106,12 +106,14 @@ pub enum LoginOutcome {
 }
 
 /// Why a login failed; [`LoginFailure::code`] is the callback's `error`.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub enum LoginFailure {
     /// Amazon's own error, mapped to the fixed list of codes.
     Amazon(&'static str),
-    /// The state is unknown, expired, already used, or bound to another browser.
+    /// The state is unknown, expired, or bound to another browser.
     State,
+    /// A program's login whose callback was delivered before.
+    Completed,
     /// LWA returned no grant for the code.
     Exchange,
     /// The grant belongs to a different Amazon identity than the user's current one.
@@ -123,7 +125,7 @@ impl LoginFailure {
     pub fn code(&self) -> &'static str {
         match self {
             Self::Amazon(code) => code,
-            Self::State => "state_invalid",
+            Self::State | Self::Completed => "state_invalid",
             Self::Exchange => "exchange_failed",
             Self::Identity => "identity_changed",
         }
@@ -164,19 +166,31 @@ impl Login {
         self.0.lwa.redirect_path()
     }
 
+    /// The origin of `amazon.redirect_uri` if it is on this machine's loopback: browsers return there after a login, and
+    /// the login's cookie belongs to that name.
+    pub fn loopback_origin(&self) -> Option<Url> {
+        let mut url = Url::parse(self.0.lwa.redirect_uri()).ok()?;
+        let loopback = matches!(url.host_str(), Some("localhost" | "127.0.0.1" | "[::1]"));
+        url.set_path("/");
+        url.set_query(None);
+        Some(url).filter(|_| loopback)
+    }
+
     /// Whether cookies carry `Secure`.
     pub fn secure_cookies(&self) -> bool {
         self.0.settings.secure_cookies
     }
 
-    /// Resolves `return_to` on the frontend's origin; `None` if it would lead to another origin.
+    /// Resolves `return_to` on the frontend's origin; `None` if it would lead to another origin, or if it holds a parameter
+    /// that the callback sets: with it anybody could forge a result.
     pub fn return_url(&self, return_to: &str) -> Option<Url> {
         let frontend = self.frontend_url()?;
         // The URL standard reads a backslash as a slash, so `/\evil` would name a host.
         let plain =
             return_to.starts_with('/') && !return_to.starts_with("//") && !return_to.contains(['\\', '\t', '\n', '\r']);
         let url = frontend.join(return_to).ok()?;
-        (plain && url.origin() == frontend.origin()).then_some(url)
+        let forged = url.query_pairs().any(|(name, _)| ["status", "user_id", "grant", "error"].contains(&&*name));
+        (plain && !forged && url.origin() == frontend.origin()).then_some(url)
     }
 
     /// Begins a login: creates its state, PKCE challenge and cookie, and records it as pending.
@@ -201,38 +215,68 @@ impl Login {
     }
 
     /// Finishes a login with the callback's parameters. `cookie` returns the value of the request's cookie with a given
-    /// name. The second value is the login's `return_to`, if the state was valid.
+    /// name. The second value is the login's `return_to`, if the state was valid. A callback that is delivered again
+    /// gets the first outcome; one without the login's cookie consumes nothing.
     pub async fn finish(
         &self,
         callback: Callback,
         cookie: impl FnOnce(&str) -> Option<String>,
     ) -> (Result<LoginOutcome, LoginFailure>, Option<String>) {
-        let now = self.0.clock.now();
-        let begun = match self.0.desk.take_begun(callback.state.expose(), now).await {
-            Ok(Some(begun)) => begun,
-            Ok(None) => return (Err(LoginFailure::State), None),
-            Err(error) => {
-                tracing::error!(%error, "the store failed during a login callback: the user must restart the login");
-                return (Err(LoginFailure::Amazon("temporarily_unavailable")), None);
+        let cookie = cookie(&cookie_name(callback.state.expose())).map(|value| hash(&value));
+        let login = self.clone();
+        // A code is valid for one exchange: a browser that disconnects during it must not lose the grant.
+        self.0.tokens.uninterrupted(async move { login.finish_once(callback, cookie).await }).await
+    }
+
+    async fn finish_once(
+        &self,
+        callback: Callback,
+        cookie: Option<String>,
+    ) -> (Result<LoginOutcome, LoginFailure>, Option<String>) {
+        let (state, now) = (callback.state.expose().to_owned(), self.0.clock.now());
+        // The cookie is checked before anything is consumed: a virus scanner or a proxy may fetch the URL first.
+        if !self.0.desk.is_finished(&state, now) {
+            match self.0.desk.look_at_begun(&state, now).await {
+                Ok(Some(begun)) if begun.cookie.is_none() || begun.cookie == cookie => {}
+                Ok(_) => return (Err(LoginFailure::State), None),
+                Err(error) => return (self.store_failed(&error), None),
             }
-        };
-        let bound = begun.cookie.as_deref().is_none_or(|wanted| {
-            cookie(&cookie_name(callback.state.expose())).is_some_and(|value| hash(&value) == wanted)
-        });
-        if !bound {
-            return (Err(LoginFailure::State), None);
         }
-        let return_to = begun.return_to.clone();
-        let ended = match callback.answer {
-            Err(error) => Err(LoginFailure::Amazon(known_error(&error))),
-            // A code is valid for one exchange: a browser that disconnects during it must not lose the grant.
-            Ok(code) => {
-                let login = self.clone();
-                let exchange = async move { login.exchange(&code, begun, callback.scope).await };
-                self.0.tokens.uninterrupted(exchange).await
-            }
+        let outcome = self.0.desk.outcome_of(&state, now);
+        let mut first = false;
+        let finished = outcome
+            .get_or_init(async || {
+                first = true;
+                self.finish_first(callback, cookie.clone()).await
+            })
+            .await;
+        let Finished { outcome, return_to, cookie: bound } = finished.clone();
+        match outcome {
+            _ if bound.is_some() && bound != cookie => (Err(LoginFailure::State), None),
+            // Without a cookie anybody may send the callback again: it tells nothing but that the login is completed.
+            Ok(_) if bound.is_none() && !first => (Err(LoginFailure::Completed), None),
+            outcome => (outcome, return_to),
+        }
+    }
+
+    async fn finish_first(&self, callback: Callback, cookie: Option<String>) -> Finished {
+        let failed = |outcome| Finished { outcome, return_to: None, cookie: cookie.clone() };
+        let begun = match self.0.desk.take_begun(callback.state.expose(), self.0.clock.now()).await {
+            Ok(Some(begun)) => begun,
+            Ok(None) => return failed(Err(LoginFailure::State)),
+            Err(error) => return failed(self.store_failed(&error)),
         };
-        (ended, return_to)
+        let (return_to, bound) = (begun.return_to.clone(), begun.cookie.clone());
+        let outcome = match callback.answer {
+            Err(error) => Err(LoginFailure::Amazon(known_error(&error))),
+            Ok(code) => self.exchange(&code, begun, callback.scope).await,
+        };
+        Finished { outcome, return_to, cookie: bound }
+    }
+
+    fn store_failed(&self, error: &StoreError) -> Result<LoginOutcome, LoginFailure> {
+        tracing::error!(%error, "the store failed during a login callback: the user must restart the login");
+        Err(LoginFailure::Amazon("temporarily_unavailable"))
     }
 
     async fn exchange(&self, code: &Secret, begun: Begun, scope: Option<String>) -> Result<LoginOutcome, LoginFailure> {

@@ -8,15 +8,15 @@
 //! a second time.
 
 use std::collections::HashMap;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
-use tokio::sync::Notify;
+use tokio::sync::{Notify, OnceCell};
 
-use super::BeginError;
+use super::{BeginError, LoginFailure, LoginOutcome};
 use crate::domain::account::UserId;
 use crate::domain::clock::Clock;
 use crate::domain::secret::Secret;
@@ -42,6 +42,8 @@ pub struct PendingLogins {
     pace: Mutex<RateLimiter>,
     /// Grants that wait for confirmation, by the hash of their one-time id.
     waiting: Mutex<ExpiringMap<PendingGrant>>,
+    /// The outcomes of finished logins, by the hash of their state.
+    finished: Mutex<ExpiringMap<Arc<OnceCell<Finished>>>>,
     store: TokenStore,
     changed: Notify,
     /// Held while pending logins are written, so that an older list never overwrites a newer one.
@@ -61,6 +63,15 @@ pub(super) struct Begun {
     pub(super) cookie: Option<String>,
 }
 
+/// How a login ended.
+#[derive(Debug, Clone)]
+pub(super) struct Finished {
+    pub(super) outcome: Result<LoginOutcome, LoginFailure>,
+    pub(super) return_to: Option<String>,
+    /// The hash of the cookie that its callback carried; `None` for a login that a program started.
+    pub(super) cookie: Option<String>,
+}
+
 impl PendingLogins {
     /// Opens the desk over `store`, with the pending logins of the previous process. `left` returns its pending grants.
     pub async fn open(store: TokenStore) -> Self {
@@ -75,6 +86,7 @@ impl PendingLogins {
             begun: Mutex::new(begun),
             pace: Mutex::default(),
             waiting: Mutex::default(),
+            finished: Mutex::default(),
             store,
             changed: Notify::new(),
             writing: tokio::sync::Mutex::default(),
@@ -94,21 +106,45 @@ impl PendingLogins {
         Ok(())
     }
 
+    /// Returns a pending login without removing it.
+    pub(super) async fn look_at_begun(&self, state: &str, now: Timestamp) -> Result<Option<Begun>, StoreError> {
+        let state = hash(state);
+        match self.store.shared() {
+            Some(shared) => Ok(read_login(shared.pending_login(&state).await?, &state, now)),
+            None => Ok(lock(&self.begun).get(&state, now).cloned()),
+        }
+    }
+
     /// Removes and returns a pending login, so that its state is accepted once. Returns after the removal is written.
     pub(super) async fn take_begun(&self, state: &str, now: Timestamp) -> Result<Option<Begun>, StoreError> {
         let state = hash(state);
         if let Some(shared) = self.store.shared() {
-            let text = shared.take_pending_login(&state).await?;
-            let login = text.and_then(|text| serde_json::from_str::<(String, Timestamp, Begun)>(text.expose()).ok());
-            // The state's hash is encrypted with the login, so that nobody with database access can swap two logins.
-            let good = login.filter(|(name, since, _)| *name == state && lives(*since, now));
-            return Ok(good.map(|(.., begun)| begun));
+            return Ok(read_login(shared.take_pending_login(&state).await?, &state, now));
         }
         let begun = lock(&self.begun).take(&state, now);
         if begun.is_some() {
             self.write_begun().await;
         }
         Ok(begun)
+    }
+
+    /// The place for the outcome of the login with `state`, shared by all deliveries of its callback. A callback that
+    /// arrives again within ten minutes, at this process, gets the first outcome instead of an error.
+    pub(super) fn outcome_of(&self, state: &str, now: Timestamp) -> Arc<OnceCell<Finished>> {
+        let state = hash(state);
+        let mut finished = lock(&self.finished);
+        finished.sweep(now);
+        if let Some(outcome) = finished.get(&state, now) {
+            return outcome.clone();
+        }
+        let outcome = Arc::<OnceCell<Finished>>::default();
+        finished.insert(state, outcome.clone(), now);
+        outcome
+    }
+
+    /// Whether a callback with `state` has been delivered before.
+    pub(super) fn is_finished(&self, state: &str, now: Timestamp) -> bool {
+        lock(&self.finished).get(&hash(state), now).is_some()
     }
 
     /// Writes the pending logins whenever they change, and deletes expired entries. Runs until dropped.
@@ -270,6 +306,10 @@ impl<T> ExpiringMap<T> {
         pushed_out.map(|(.., thing)| thing)
     }
 
+    fn get(&self, hash: &str, now: Timestamp) -> Option<&T> {
+        self.by_hash.get(hash).filter(|(_, since, _)| lives(*since, now)).map(|(.., thing)| thing)
+    }
+
     /// Removes and returns an entry. An expired one yields `None` and stays until the next sweep.
     fn take(&mut self, hash: &str, now: Timestamp) -> Option<T> {
         self.by_hash.get(hash).filter(|(_, since, _)| lives(*since, now))?;
@@ -281,6 +321,13 @@ impl<T> ExpiringMap<T> {
         let over = self.by_hash.extract_if(|_, (_, since, _)| !lives(*since, now));
         over.map(|(_, (.., thing))| thing).collect()
     }
+}
+
+/// A login as PostgreSQL holds it. The state's hash is encrypted with the login, so that nobody with database access can
+/// swap two logins.
+fn read_login(text: Option<Secret>, state: &str, now: Timestamp) -> Option<Begun> {
+    let login = text.and_then(|text| serde_json::from_str::<(String, Timestamp, Begun)>(text.expose()).ok());
+    login.filter(|(name, since, _)| name == state && lives(*since, now)).map(|(.., begun)| begun)
 }
 
 /// Whether an entry created at `since` has not expired. If the clock is set back, it lives at most ten minutes longer.

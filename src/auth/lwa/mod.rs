@@ -116,6 +116,11 @@ impl Lwa {
         &self.settings.scope
     }
 
+    /// `amazon.redirect_uri`.
+    pub fn redirect_uri(&self) -> &str {
+        &self.settings.redirect_uri
+    }
+
     /// The path of `amazon.redirect_uri`, without its query; `/` if it has none.
     pub fn redirect_path(&self) -> &str {
         let uri = &self.settings.redirect_uri;

@@ -263,8 +263,8 @@ impl TokenManager {
     /// Refreshes the token of `user` now, even if it is still valid, or joins the running refresh.
     ///
     /// # Errors
-    /// [`TokenError::LoginRequired`] if the user has no usable grant, [`TokenError::Unavailable`] if the shared store
-    /// cannot be read. A failed refresh of a usable grant is no error: the returned status shows it.
+    /// [`TokenError::LoginRequired`] if the user has no usable grant; [`TokenError::Unavailable`] if the refresh failed,
+    /// did not end within 12 s, or if the shared store cannot be read.
     pub async fn refresh(&self, user: &UserId) -> Result<Status, TokenError> {
         let no_grant = TokenError::LoginRequired { reason: "no_grant" };
         let entry = self.find(user).await?;
@@ -273,14 +273,26 @@ impl TokenManager {
             let _ = timeout(PATIENCE, self.0.clock.sleep_until(*retry_at)).await;
         }
         let changed = entry.changed();
+        let before = entry.held().grant().map(|grant| grant.generation);
         if !entry.held().backs_off(self.0.clock.reading()) {
             self.start_refresh(&entry, RefreshReason::Manual);
             let _ = timeout(WAIT_DEAD, changed.wait()).await;
         }
+        let now = self.0.clock.reading();
         match &**entry.held() {
             GrantState::Nothing => Err(no_grant),
             GrantState::LoginRequired { reason, .. } => Err(TokenError::LoginRequired { reason }),
-            GrantState::Fresh(_) | GrantState::Failing { .. } => Ok(self.tell(&entry)),
+            GrantState::Failing { failure, retry_at, .. } => Err(TokenError::Unavailable {
+                code: failure.code,
+                remedy: failure.remedy,
+                retry_after: Duration::try_from(*retry_at - now.uptime).unwrap_or_default(),
+            }),
+            GrantState::Fresh(grant) if Some(grant.generation) == before => Err(TokenError::Unavailable {
+                code: "timeout",
+                remedy: Remedy::Time,
+                retry_after: Duration::from_secs(1),
+            }),
+            GrantState::Fresh(_) => Ok(self.tell(&entry)),
         }
     }
 

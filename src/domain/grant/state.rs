@@ -295,7 +295,8 @@ impl GrantState {
             None => grant.since,
         };
         let due = match self.retry_at() {
-            Some(retry_at) => retry_at.max(wanted),
+            // Also if its token is valid for long: a failed forced refresh must not be forgotten.
+            Some(retry_at) => retry_at,
             None if grant.access.is_some() => wanted.max(grant.since.saturating_add(REFRESH_SPACING)),
             None => wanted,
         };

@@ -18,7 +18,7 @@ use http::request::Parts;
 use http::{HeaderValue, Method};
 
 use crate::domain::secret::Secret;
-use crate::inbound::destination::{BadTarget, Target, amazon_host};
+use crate::inbound::destination::{BadTarget, Destination, Target, amazon_host};
 use crate::inbound::endpoint::{Endpoint, Navigable, Route};
 use crate::server::Peer;
 
@@ -143,7 +143,7 @@ impl Admission {
         self.peer(peer)?;
         let target = self.target(request, peer)?;
         let headers = &request.headers;
-        match Route::of(&target) {
+        match Route::of(&request.method, &target) {
             Route::Own(endpoint) => {
                 let cors = self.own_endpoint(endpoint, headers).map_err(|refusal| refusal.at(endpoint))?;
                 Ok(Admitted::Own { endpoint, cors })
@@ -163,7 +163,7 @@ impl Admission {
     /// The first check that the request fails.
     pub fn login(&self, request: &Parts, peer: Peer) -> Result<Admitted, Rejected> {
         let target = self.target(request, peer)?;
-        match Route::of(&target) {
+        match Route::of(&request.method, &target) {
             Route::Own(endpoint @ Endpoint::Callback) => {
                 let cors = self.own_endpoint(endpoint, &request.headers)?;
                 Ok(Admitted::Own { endpoint, cors })
@@ -198,7 +198,13 @@ impl Admission {
         framing(&request.headers)?;
         method(&request.method)?;
         self.host(request, peer)?;
-        Target::read(&request.uri, |authority| self.is_own_host(authority)).map_err(Refusal::Target)
+        let target = Target::read(&request.uri, |authority| self.is_own_host(authority)).map_err(Refusal::Target)?;
+        // `proxy.allowed_hosts` may hold one of Amazon's hosts (a hosts file, `curl --connect-to`): it names its region.
+        let named = host_value(&request.headers).ok().and_then(without_port).and_then(amazon_host);
+        match (target.of, named) {
+            (Destination::Local, Some(of)) if target.account.is_none() => Ok(Target { of, ..target }),
+            _ => Ok(target),
+        }
     }
 
     /// Returns the origin to allow in the answer's CORS headers.
@@ -333,12 +339,12 @@ fn host_value(headers: &HeaderMap) -> Result<&str, Refusal> {
 }
 
 /// `localhost` in any letter case, `127.0.0.1`, `[::1]`; no other spelling.
-fn is_loopback(name: &str) -> bool {
+pub(super) fn is_loopback(name: &str) -> bool {
     name.eq_ignore_ascii_case("localhost") || name == "127.0.0.1" || name == "[::1]"
 }
 
 /// The host of `host` or `host:port`; `None` if the text after the colon is not a port.
-fn without_port(authority: &str) -> Option<&str> {
+pub(super) fn without_port(authority: &str) -> Option<&str> {
     let colon = match authority.rfind(']') {
         Some(bracket) => authority[bracket..].find(':').map(|at| bracket + at),
         None => authority.find(':'),

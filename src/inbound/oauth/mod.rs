@@ -22,8 +22,8 @@ use crate::domain::account::{Region, UserId};
 use crate::domain::grant::STORE_UNAVAILABLE;
 use crate::domain::headers::ERROR;
 use crate::domain::secret::Secret;
-use crate::inbound::admission::{Admission, Admitted, Refusal};
-use crate::inbound::endpoint::{Endpoint, LOGIN};
+use crate::inbound::admission::{Admission, Admitted, Refusal, is_loopback, without_port};
+use crate::inbound::endpoint::{CALLBACK, Endpoint, LOGIN};
 use crate::inbound::problem::{Code, Problem};
 use crate::inbound::request_id::{REQUEST_ID, RequestIds};
 use crate::server::Peer;
@@ -31,7 +31,7 @@ use crate::store::StoreError;
 use crate::telemetry::metrics::Metrics;
 use query::{Query, Users};
 pub use responses::add_private_headers;
-use responses::{allow_origin, cookie_of, json, prefers_html, preflight, redirect};
+use responses::{allow_origin, cookie_of, is_prefetch, json, prefers_html, preflight, redirect};
 
 type Answer = Response<Full<Bytes>>;
 
@@ -63,14 +63,18 @@ pub struct OauthEndpoints {
 pub enum LoginError {
     /// The request shows no caller token.
     Refused(Refusal),
-    /// No such endpoint.
-    NotFound,
+    /// No such endpoint; holds the path that was probably meant.
+    NotFound(Option<String>),
+    /// A login's code and state at another path than the callback's, which it holds.
+    StrayCallback(String),
     /// The endpoint has other methods.
     Method(&'static str),
     /// A parameter; says which and what is legal.
     Parameter(String),
     /// No grant for this user.
     NoToken(TokenError, UserId),
+    /// A forced refresh failed; with the user's status.
+    NotRefreshed(TokenError, serde_json::Value),
     /// Too many logins began just now; says after what time there is room.
     TooMany(std::time::Duration),
     /// The store.
@@ -97,7 +101,7 @@ impl OauthEndpoints {
             Ok(Admitted::Own { endpoint, cors }) => {
                 Box::pin(self.answer(endpoint, cors, &parts, body, request_id)).await
             }
-            Ok(Admitted::Upstream(_)) => LoginError::NotFound.problem(|_| String::new()).respond(request_id),
+            Ok(Admitted::Upstream(_)) => LoginError::NotFound(None).problem(|_| String::new()).respond(request_id),
             Err(rejected) => Problem::from(rejected.refusal).respond(request_id),
         };
         add_private_headers(answer.headers_mut());
@@ -133,27 +137,34 @@ impl OauthEndpoints {
     }
 
     async fn endpoint(&self, endpoint: Endpoint, parts: &Parts, body: Incoming) -> Result<Answer, LoginError> {
-        if endpoint == Endpoint::Unknown || (endpoint == Endpoint::Shim && !self.token_shim) {
-            return Err(LoginError::NotFound);
+        match endpoint {
+            Endpoint::Shim if !self.token_shim => return Err(LoginError::NotFound(None)),
+            Endpoint::Unknown => return Err(LoginError::NotFound(Endpoint::meant(parts.uri.path()))),
+            Endpoint::StrayCallback => return Err(LoginError::StrayCallback(self.login.callback_path().to_owned())),
+            _ => {}
         }
         if parts.method != endpoint.method() {
             return Err(LoginError::Method(endpoint.allow()));
         }
-        let query = Query::read(parts.uri.query().unwrap_or_default())?;
+        if endpoint == Endpoint::Shim {
+            return token_endpoint::answer(&self.admission, parts, body).await;
+        }
+        let query = Query::read(endpoint, parts, body).await?;
         match endpoint {
-            Endpoint::Login => self.begin(&query, &parts.headers).await,
+            Endpoint::Login => self.begin(&query, parts).await,
             Endpoint::Callback => self.callback(&query, &parts.headers).await,
             Endpoint::Status => self.status(&query, &parts.headers).await,
             Endpoint::Refresh => self.refresh(&query, &parts.headers).await,
             Endpoint::Logout => self.logout(&query.user()?).await,
             Endpoint::User => self.logout(&query::user_in(parts.uri.path())?).await,
             Endpoint::Confirm => self.confirm(&query, &parts.headers).await,
-            Endpoint::Shim => token_endpoint::answer(&self.admission, &parts.headers, &query, body).await,
-            Endpoint::Unknown => Err(LoginError::NotFound),
+            Endpoint::Root => Ok(self.root(&parts.headers)),
+            Endpoint::Shim | Endpoint::StrayCallback | Endpoint::Unknown => Err(LoginError::NotFound(None)),
         }
     }
 
-    async fn begin(&self, query: &Query, headers: &HeaderMap) -> Result<Answer, LoginError> {
+    async fn begin(&self, query: &Query, parts: &Parts) -> Result<Answer, LoginError> {
+        let headers = &parts.headers;
         let region = match query.get("region") {
             Some(region) => region.parse().map_err(|_| parameter("region", "na, eu or fe"))?,
             None => self.region,
@@ -166,6 +177,10 @@ impl OauthEndpoints {
         let navigation = headers.get("sec-fetch-mode").is_some_and(|mode| mode == "navigate") || prefers_html(headers);
         let by_browser = navigation || headers.contains_key(http::header::ORIGIN);
         let wish = LoginRequest { user: query.user()?, region, return_to, replace, by_browser };
+        // Every parameter has been checked by now.
+        if navigation && let Some(url) = self.at_redirect_origin(parts) {
+            return Ok(redirect(&url));
+        }
         let begin = self.login.begin(wish).await.map_err(|error| match error {
             BeginError::Page(_) => parameter("region", "one whose consent page is a URL"),
             BeginError::TooMany(wait) => LoginError::TooMany(wait),
@@ -188,7 +203,21 @@ impl OauthEndpoints {
         Ok(answer)
     }
 
+    /// The same URL at the origin of `amazon.redirect_uri`, for a browser that uses another name of this machine: it
+    /// would not send the login's cookie back from there.
+    fn at_redirect_origin(&self, parts: &Parts) -> Option<String> {
+        let origin = self.login.loopback_origin()?;
+        let here = without_port(self.admission.own_authority(&parts.headers)?)?;
+        let elsewhere = is_loopback(here) && !origin.host_str()?.eq_ignore_ascii_case(here);
+        elsewhere.then(|| origin.join(parts.uri.path_and_query()?.as_str()).ok()).flatten().map(String::from)
+    }
+
     async fn callback(&self, query: &Query, headers: &HeaderMap) -> Result<Answer, LoginError> {
+        if is_prefetch(headers) {
+            let mut nothing = Response::new(Full::default());
+            *nothing.status_mut() = StatusCode::NO_CONTENT;
+            return Ok(nothing);
+        }
         let (ended, return_to) = match callback(query)? {
             Some(callback) => self.login.finish(callback, |name| cookie_of(headers, name)).await,
             None => (Err(LoginFailure::State), None),
@@ -210,7 +239,9 @@ impl OauthEndpoints {
             Ok(LoginOutcome::Pending(grant)) => {
                 json(StatusCode::OK, &json!({ "status": "pending", "grant": grant.expose() }))
             }
-            Err(LoginFailure::State) => return Err(LoginError::State(pages::say(&LoginFailure::State))),
+            Err(failure @ (LoginFailure::State | LoginFailure::Completed)) => {
+                return Err(LoginError::State(pages::say(&failure)));
+            }
             Err(LoginFailure::Identity) => return Err(LoginError::Identity),
             Err(trouble) => {
                 let mut answer = json(pages::status(&trouble), &pages::document(&trouble));
@@ -253,9 +284,14 @@ impl OauthEndpoints {
 
     async fn refresh(&self, query: &Query, headers: &HeaderMap) -> Result<Answer, LoginError> {
         let user = query.user()?;
-        let refreshed = self.tokens.refresh(&user).await;
-        let status = refreshed.map_err(|error| LoginError::NoToken(error, user))?;
-        Ok(json(StatusCode::OK, &self.with_link(status, headers)))
+        match self.tokens.refresh(&user).await {
+            Ok(status) => Ok(json(StatusCode::OK, &self.with_link(status, headers))),
+            Err(error @ TokenError::Unavailable { .. }) => {
+                let status = self.with_link(self.tokens.status(&user), headers);
+                Err(LoginError::NotRefreshed(error, status))
+            }
+            Err(error) => Err(LoginError::NoToken(error, user)),
+        }
     }
 
     async fn logout(&self, user: &UserId) -> Result<Answer, LoginError> {
@@ -273,6 +309,22 @@ impl OauthEndpoints {
         Ok(json(StatusCode::OK, &self.with_link(confirmed, headers)))
     }
 
+    /// What `GET /` says: a person or a health check looks at what listens here.
+    fn root(&self, headers: &HeaderMap) -> Answer {
+        let status = json(
+            StatusCode::OK,
+            &json!({
+                "name": "adsidecar",
+                "version": env!("CARGO_PKG_VERSION"),
+                "what": "Requests to this address go to the Amazon Ads API with the headers that each path needs.",
+                "status": "/api/auth/amazon/status",
+                "login": self.login_url(headers, &UserId::default()),
+                "manual": "README.md and config/README.md",
+            }),
+        );
+        if prefers_html(headers) { pages::root(&self.login_url(headers, &UserId::default())) } else { status }
+    }
+
     fn with_link(&self, status: Status, headers: &HeaderMap) -> serde_json::Value {
         let login_url = self.login_url(headers, &status.user_id);
         let mut value = serde_json::to_value(status).unwrap_or_default();
@@ -282,9 +334,18 @@ impl OauthEndpoints {
 
     /// Where `user` logs in, under the authority that the caller knows us by.
     pub fn login_url(&self, headers: &HeaderMap, user: &UserId) -> String {
-        let authority = self.admission.own_authority(headers).unwrap_or(&self.authority);
         let user: String = url::form_urlencoded::byte_serialize(user.as_str().as_bytes()).collect();
-        Self::login_base(authority) + &user
+        self.login_origin(headers) + LOGIN + "?user_id=" + &user
+    }
+
+    /// Under a loopback name the origin of `amazon.redirect_uri`, to which the login's cookie belongs.
+    fn login_origin(&self, headers: &HeaderMap) -> String {
+        let authority = self.admission.own_authority(headers).unwrap_or(&self.authority);
+        let loopback = without_port(authority).is_some_and(is_loopback);
+        match self.login.loopback_origin().filter(|_| loopback) {
+            Some(origin) => origin.origin().ascii_serialization(),
+            None => format!("http://{authority}"),
+        }
     }
 
     /// Where a user logs in whose name is put behind it.
@@ -298,10 +359,21 @@ impl LoginError {
     pub fn problem(self, login_url: impl Fn(&UserId) -> String) -> Problem {
         match self {
             Self::Refused(refusal) => refusal.into(),
-            Self::NotFound => Problem::new(
+            Self::NotFound(meant) => Problem::new(
                 Code::NotFound,
-                "There is no such endpoint under /api/auth/ or /auth/o2/, which are adsidecar's own.",
-                "See the endpoints in config/README.md.",
+                "adsidecar does not send this path to Amazon, and has no endpoint there.",
+                meant.map_or_else(
+                    || "See the endpoints in config/README.md.".to_owned(),
+                    |path| format!("Did you mean {path}? See the endpoints in config/README.md."),
+                ),
+            ),
+            Self::StrayCallback(path) => Problem::new(
+                Code::NotFound,
+                "A login came back at a path that is not adsidecar's callback; its code was not sent anywhere.",
+                format!(
+                    "Set amazon.redirect_uri, and the allowed return URL at Amazon, to a URL with the path {CALLBACK} \
+                     (configured is {path})."
+                ),
             ),
             Self::Method(allow) => {
                 Problem::new(Code::MethodNotAllowed, "The endpoint has another method.", format!("Use {allow}."))
@@ -309,10 +381,11 @@ impl LoginError {
             }
             Self::Parameter(detail) => Problem::new(Code::BadRequest, detail, "Send the parameter as described."),
             Self::NoToken(error, user) => token_problem(error, &login_url(&user)),
+            Self::NotRefreshed(error, status) => token_problem(error, "").member("user", status),
             Self::TooMany(wait) => Problem::new(
                 Code::Throttled,
                 "Too many logins began just now, and were not finished.",
-                "LoginStarted one login per person, and try again after the time in Retry-After.",
+                "Start one login per person, and try again after the time in Retry-After.",
             )
             .retry_after(wait),
             Self::Store(_) => Problem::new(
@@ -326,7 +399,7 @@ impl LoginError {
                 pages::say(&LoginFailure::Identity),
                 "Sign in as the same Amazon user, or begin the login with replace=true.",
             ),
-            Self::State(detail) => Problem::new(Code::StateInvalid, detail, "LoginStarted the login again."),
+            Self::State(detail) => Problem::new(Code::StateInvalid, detail, "Start the login again."),
         }
     }
 }
@@ -363,7 +436,7 @@ pub fn token_problem(error: TokenError, login_url: &str) -> Problem {
 
 /// The parameters of a callback's query, or `None` where they are none that Amazon would send.
 pub fn read_callback(query: &str) -> Result<Option<Callback>, LoginError> {
-    callback(&Query::read(query)?)
+    callback(&Query::parse(query, None)?)
 }
 
 fn callback(query: &Query) -> Result<Option<Callback>, LoginError> {

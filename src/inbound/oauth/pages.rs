@@ -4,7 +4,7 @@ use bytes::Bytes;
 use http::header::{CONTENT_SECURITY_POLICY, CONTENT_TYPE, HeaderValue};
 use http::{Response, StatusCode};
 use http_body_util::Full;
-use maud::{DOCTYPE, html};
+use maud::{DOCTYPE, Markup, html};
 use serde_json::{Value, json};
 
 use super::Answer;
@@ -28,21 +28,38 @@ pub(super) fn result(ended: &Result<LoginOutcome, LoginFailure>) -> Answer {
         }
         Err(trouble) => ("Not connected", say(trouble).to_owned()),
     };
+    let mut answer = page(title, html! { p { (text) } });
+    if let Err(trouble) = ended {
+        answer.headers_mut().insert(ERROR, HeaderValue::from_static(trouble.code()));
+        *answer.status_mut() = status(trouble);
+    }
+    answer
+}
+
+/// What a person sees who opens the proxy listener's address.
+pub(super) fn root(login_url: &str) -> Answer {
+    page(
+        "adsidecar",
+        html! {
+            p { "Requests to this address go to the Amazon Ads API with the headers that each path needs." }
+            p { "Users and their tokens: " code { "/api/auth/amazon/status" } }
+            p { "To log in: " a href=(login_url) { (login_url) } }
+        },
+    )
+}
+
+fn page(title: &str, content: Markup) -> Answer {
     let page = html! {
         (DOCTYPE)
         html lang="en" {
             head { meta charset="utf-8"; title { (title) } style { (maud::PreEscaped(STYLE)) } }
-            body { h1 { (title) } p { (text) } }
+            body { h1 { (title) } (content) }
         }
     };
     let mut answer: Answer = Response::new(Full::new(Bytes::from(page.into_string())));
     let headers = answer.headers_mut();
     headers.insert(CONTENT_TYPE, HeaderValue::from_static("text/html; charset=utf-8"));
     headers.insert(CONTENT_SECURITY_POLICY, HeaderValue::from_static(POLICY));
-    if let Err(trouble) = ended {
-        headers.insert(ERROR, HeaderValue::from_static(trouble.code()));
-        *answer.status_mut() = status(trouble);
-    }
     answer
 }
 
@@ -54,7 +71,7 @@ pub(super) fn document(trouble: &LoginFailure) -> Value {
 /// The caller's fault, or LWA's, or the store's.
 pub(super) fn status(trouble: &LoginFailure) -> StatusCode {
     match trouble {
-        LoginFailure::Amazon(_) | LoginFailure::State => StatusCode::BAD_REQUEST,
+        LoginFailure::Amazon(_) | LoginFailure::State | LoginFailure::Completed => StatusCode::BAD_REQUEST,
         LoginFailure::Identity => StatusCode::CONFLICT,
         LoginFailure::Exchange => StatusCode::BAD_GATEWAY,
     }
@@ -63,17 +80,22 @@ pub(super) fn status(trouble: &LoginFailure) -> StatusCode {
 /// What to tell a person.
 pub(super) fn say(trouble: &LoginFailure) -> &'static str {
     match trouble {
-        LoginFailure::Amazon("access_denied") => "Consent was not given. LoginStarted the login again to change that.",
+        LoginFailure::Amazon("access_denied") => "Consent was not given. Start the login again to change that.",
         LoginFailure::Amazon("invalid_scope") => {
             "Amazon does not know the scope for this client: it may not be approved for the Amazon Ads API yet."
         }
-        LoginFailure::Amazon(_) => "Amazon could not finish the login. LoginStarted it again in a moment.",
-        LoginFailure::State => "This login is over or was begun in another browser. LoginStarted it again.",
+        LoginFailure::Amazon(_) => "Amazon could not finish the login. Start it again in a moment.",
+        LoginFailure::State => {
+            "This login has expired, was started in another browser, or its cookie is missing. Start it again; a page that \
+             starts it with fetch() needs `credentials: \"include\"`."
+        }
+        LoginFailure::Completed => "This login was completed already.",
         LoginFailure::Identity => {
-            "You signed in as another Amazon user than before: none of the profiles is the same. The grant of before stays."
+            "You signed in as another Amazon user than before: none of the profiles is the same. Your earlier connection is \
+             unchanged."
         }
         LoginFailure::Exchange => {
-            "Amazon did not exchange the code for tokens. LoginStarted the login again; the log says why."
+            "Amazon did not exchange the code for tokens. Start the login again; the log says why."
         }
     }
 }

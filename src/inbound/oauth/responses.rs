@@ -19,6 +19,15 @@ pub(super) fn prefers_html(headers: &HeaderMap) -> bool {
     types.find(|kind| ["text/html", "application/json", "*/*"].contains(kind)) == Some("text/html")
 }
 
+/// Whether a browser fetches a page that nobody has asked for yet.
+pub(super) fn is_prefetch(headers: &HeaderMap) -> bool {
+    let says = |name: &str| headers.get(name).and_then(|value| value.to_str().ok()).unwrap_or_default();
+    ["sec-purpose", "purpose", "x-purpose", "x-moz"].into_iter().any(|name| {
+        let value = says(name).to_ascii_lowercase();
+        ["prefetch", "prerender", "preview"].iter().any(|purpose| value.contains(purpose))
+    })
+}
+
 pub(super) fn cookie_of(headers: &HeaderMap, name: &str) -> Option<String> {
     let lines = headers.get_all(COOKIE).iter().filter_map(|line| line.to_str().ok());
     let mut cookies = lines.flat_map(Cookie::split_parse).filter_map(Result::ok);

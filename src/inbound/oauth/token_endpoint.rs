@@ -4,12 +4,13 @@
 use std::time::Duration;
 
 use http::header::{CONTENT_TYPE, HeaderMap};
+use http::request::Parts;
 use http_body_util::{BodyExt, Limited};
 use hyper::body::Incoming;
 use serde_json::{Value, json};
 
 use super::responses::json as answer_json;
-use super::{Answer, LoginError, Query};
+use super::{Answer, LoginError};
 use crate::inbound::admission::{Admission, Refusal};
 
 /// A token request is a few hundred bytes.
@@ -22,18 +23,14 @@ const PLACEHOLDER: &str = "adsidecar-attaches-the-real-token";
 /// Answers as LWA does. Where caller tokens are set, the SDK's `client_secret` has to be one, unless its headers show one
 /// as on every other call (HTTP Basic among them: its password is the client secret, RFC 6749, section 2.3.1). It comes
 /// back as the placeholder, so that the SDK's next calls carry it as their bearer.
-pub(super) async fn answer(
-    admission: &Admission,
-    headers: &HeaderMap,
-    query: &Query,
-    body: Incoming,
-) -> Result<Answer, LoginError> {
+pub(super) async fn answer(admission: &Admission, parts: &Parts, body: Incoming) -> Result<Answer, LoginError> {
+    let headers = &parts.headers;
     let body = tokio::time::timeout(PATIENCE, Limited::new(body, MAX_BODY).collect()).await;
     let body =
         body.map_err(|_| LoginError::Parameter("The token request's body did not come within 10 seconds.".into()))?;
     let body = body.map_err(|_| LoginError::Parameter("A token request is at most 64 KiB.".into()))?.to_bytes();
     let token = if admission.needs_caller_token() {
-        let secrets = [client_secret(headers, &body), query.get("client_secret").map(str::to_owned)];
+        let secrets = [client_secret(headers, &body), in_query(parts.uri.query())];
         let known = secrets.into_iter().flatten().find(|secret| admission.is_caller_token(secret.as_bytes()));
         let shown = || admission.shown_token(headers).and_then(|token| String::from_utf8(token).ok());
         known.or_else(shown).ok_or(LoginError::Refused(Refusal::Caller))?
@@ -44,6 +41,11 @@ pub(super) async fn answer(
         http::StatusCode::OK,
         &json!({ "access_token": token, "refresh_token": PLACEHOLDER, "token_type": "bearer", "expires_in": 3600 }),
     ))
+}
+
+fn in_query(query: Option<&str>) -> Option<String> {
+    let mut pairs = url::form_urlencoded::parse(query?.as_bytes());
+    pairs.find(|(name, _)| name == "client_secret").map(|(_, value)| value.into_owned())
 }
 
 /// `client_secret` of a form or of a JSON object.

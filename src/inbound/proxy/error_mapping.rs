@@ -51,6 +51,11 @@ impl From<RouteError> for Problem {
                 "No account of this name is configured.",
                 "Check the name in X-Ads-Account or in the path, and the [[account]] sections of the configuration.",
             ),
+            RouteError::UnknownHeader(meant) => Self::new(
+                Code::BadRequest,
+                format!("A header begins with X-Ads- and is not known; the nearest known one is {meant}."),
+                "Correct the header's name: adsidecar does not guess whose account is meant.",
+            ),
             RouteError::Bad(detail) => {
                 Self::new(Code::BadRequest, detail, "Correct the X-Ads-* header, or leave it out.")
             }

@@ -9,7 +9,7 @@ use super::Selection;
 use crate::domain::account::{Account, BadName, BadRegion, Ids, Region, UserId};
 use crate::domain::api_families::{Family, family};
 use crate::domain::policy::Rules;
-use crate::inbound::destination::{Destination, Target};
+use crate::inbound::destination::{Destination, SELECTORS, Target, is_selecting};
 
 const X_ADS_ACCOUNT: HeaderName = HeaderName::from_static("x-ads-account");
 const X_ADS_USER: HeaderName = HeaderName::from_static("x-ads-user");
@@ -53,6 +53,8 @@ pub enum RouteError {
     Unknown,
     /// A selecting header cannot be read; says which.
     Bad(&'static str),
+    /// A header looks like a selecting one but is none; holds the name that was probably meant.
+    UnknownHeader(&'static str),
 }
 
 impl Accounts {
@@ -78,6 +80,9 @@ impl Accounts {
         let host_region = if let Destination::Ads(region) = target.of { Some(region) } else { None };
         if self.selection == Selection::Fixed {
             return Ok(self.call(target, self.fallback(), None, host_region));
+        }
+        if let Some(name) = headers.keys().find(|name| is_selecting(name.as_str()) && !is_selector(name)) {
+            return Err(RouteError::UnknownHeader(nearest(name.as_str())));
         }
         let said_region = single(headers, &X_ADS_REGION)?.map(str::parse).transpose();
         let region = host_region.or(said_region.map_err(|BadRegion| RouteError::Bad("X-Ads-Region is na, eu or fe."))?);
@@ -137,6 +142,18 @@ impl<'a> RoutedRequest<'a> {
     pub(super) fn hint(&self) -> Option<&'static str> {
         (self.account.is_some() && !self.at_home).then_some("region_mismatch")
     }
+}
+
+fn is_selector(name: &HeaderName) -> bool {
+    SELECTORS.contains(&name.as_str())
+}
+
+/// The selecting header whose name is nearest to `name`.
+fn nearest(name: &str) -> &'static str {
+    let name = name.replace('_', "-");
+    let known = ["X-Ads-Account", "X-Ads-User", "X-Ads-Region", "X-Ads-Sidecar-Token"];
+    let distance = |known: &&str| strsim::osa_distance(&known.to_ascii_lowercase(), &name);
+    known.into_iter().min_by_key(distance).unwrap_or("X-Ads-Account")
 }
 
 /// The value of a header that selects; more than one would leave the choice to chance.

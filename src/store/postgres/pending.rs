@@ -25,6 +25,16 @@ impl Postgres {
         self.query(BEGIN, &[(&state, Type::TEXT), (&sealed, Type::TEXT)], OnDisconnect::Resend).await.map(drop)
     }
 
+    /// Returns a pending login without removing it. `None` if there is no such login, or no key opens it.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError::Postgres`] if the database cannot be read.
+    pub async fn pending_login(&self, state: &str) -> Result<Option<Secret>, StoreError> {
+        const LOOK: &str = "SELECT sealed FROM adsidecar_logins WHERE state = $1";
+        self.opened_login(self.query(LOOK, &[(&state, Type::TEXT)], OnDisconnect::Resend).await?)
+    }
+
     /// Removes a pending login and returns it. Of concurrent calls, one gets it. `None` if there is no such login, or
     /// no key opens it.
     ///
@@ -33,7 +43,10 @@ impl Postgres {
     /// [`StoreError::Postgres`] if the database cannot be written.
     pub async fn take_pending_login(&self, state: &str) -> Result<Option<Secret>, StoreError> {
         const TAKE: &str = "DELETE FROM adsidecar_logins WHERE state = $1 RETURNING sealed";
-        let rows = self.query(TAKE, &[(&state, Type::TEXT)], OnDisconnect::Fail).await?;
+        self.opened_login(self.query(TAKE, &[(&state, Type::TEXT)], OnDisconnect::Fail).await?)
+    }
+
+    fn opened_login(&self, rows: Vec<Row>) -> Result<Option<Secret>, StoreError> {
         let sealed = rows.first().map(|row| column::<String>(row, 0)).transpose()?;
         let opened = sealed.and_then(|sealed| self.0.keyring.load().open(&sealed));
         Ok(opened.and_then(|opened| String::from_utf8(opened.plain.to_vec()).ok()).map(Secret::new))
