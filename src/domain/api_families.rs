@@ -127,8 +127,8 @@ const ROW: Family =
 /// The same for the Ads API v1 and the MCP server.
 const ADS_ROW: Family = Family { client_id: ClientId::Ads, ..ROW };
 
-/// The family of every path that no row of the table matches. Of the context headers only the profile is ever right
-/// for most of the paths that earlier tables did not know.
+/// The family of every path that no row of the table matches. Most operations outside the table's special cases take
+/// the profile; no other id can be guessed.
 static UNKNOWN: Family = Family { name: "unknown", context: &[Scope], ..ROW };
 
 /// Every known family. The first row that matches a path applies, so narrower rows come before wider ones.
@@ -319,7 +319,7 @@ static TABLE: &[Family] = &[
         ..ROW
     },
     Family { name: "dsp_conversions", paths: &["/accounts/*/dsp"], context: &[Scope, Account], ..ROW },
-    // With an account the call concerns that advertiser, without one the manager, so the account is the caller's choice.
+    // With an account the call concerns that advertiser, without one the manager: only the caller can choose.
     Family {
         name: "frequency_groups",
         paths: &["/frequencyGroups/v1"],
