@@ -608,7 +608,7 @@ pub const ACCOUNT_KEYS: &[Key] = &[
         name: "advertiser_id",
         kind: Id(Context::Advertiser),
         default: Described { text: "none", example: "ENTITY1EXAMPLE" },
-        help: "`Amazon-Advertising-API-AdvertiserId` (`ENTITY…`)",
+        help: "`Amazon-Advertising-API-AdvertiserId` (`ENTITY…`); on `/amc/models/v1` `Amazon-Ads-AccountId`",
         ..KEY
     },
     Key {
@@ -622,14 +622,16 @@ pub const ACCOUNT_KEYS: &[Key] = &[
         name: "account_id",
         kind: Id(Context::Account),
         default: Described { text: "none", example: "amzn1.ads-account.g.example" },
-        help: "`Amazon-Ads-AccountId`; on `/dsp/streams` spelled `Amazon-Ads-Account-ID`",
+        help: "`Amazon-Ads-AccountId`; on `/dsp/streams` spelled `Amazon-Ads-Account-ID`, on `/brand/stores/v1`, \
+                `/targetableEntities` and the DSP insights `Amazon-Advertising-AccountId`",
         ..KEY
     },
     Key {
         name: "dsp_advertiser_id",
         kind: Id(Context::DspAdvertiser),
         default: Described { text: "none", example: "9876543210" },
-        help: "`Amazon-Advertising-Advertiser-Id`",
+        help: "`Amazon-Advertising-Advertiser-Id`; on `/dsp/audiences/edit` and `/dsp/audiences/delete` \
+                `AdvertiserId`",
         ..KEY
     },
     Key {
@@ -643,8 +645,9 @@ pub const ACCOUNT_KEYS: &[Key] = &[
         name: "manager_account_id",
         kind: Id(Context::Manager),
         default: Described { text: "none", example: "amzn1.ads1.ma1.example" },
-        help: "`Amazon-Ads-Manager-AccountId`; on `/adm` `Amazon-Ads-Manager-Account-Id`, on the partner paths \
-                `Amazon-Advertising-API-Manager-Account`",
+        help: "`Amazon-Ads-Manager-AccountId`; on `/adm` and for ad tags `Amazon-Ads-Manager-Account-Id`, on the \
+                partner and billing paths `Amazon-Advertising-API-Manager-Account`, for users and invitations \
+                `Amazon-Ads-ManagerAccountId`",
         ..KEY
     },
     Key {

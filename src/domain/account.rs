@@ -169,13 +169,13 @@ pub enum Context {
     Scope,
     /// `marketplace_id`, such as `ATVPDKIKX0DER`.
     Marketplace,
-    /// `advertiser_id`: `ENTITY…`, the AMC account or the sponsored-ads entity.
+    /// `advertiser_id`: `ENTITY…`, the AMC account, the sponsored-ads entity, or for DSP quick actions the DSP entity.
     Advertiser,
     /// `entity_id`: `ENTITY…`, for AMC rule-based audiences and traffic events.
     Entity,
     /// `account_id`: a DSP advertiser, a global ads account or an AMC account.
     Account,
-    /// `dsp_advertiser_id`, for traffic events.
+    /// `dsp_advertiser_id`, for traffic events and for changes of DSP audiences.
     DspAdvertiser,
     /// `amc_instance_id`, for AMC rule-based audiences.
     AmcInstance,

@@ -7,5 +7,7 @@ pub mod clock;
 pub mod clock_reading;
 pub mod account;
 pub mod policy;
+#[cfg(test)]
+mod published;
 pub mod tls;
 pub mod secret;

@@ -84,11 +84,23 @@ const READING_POSTS: &[&str] = &[
     "/adsApi/v1/query/**",
     "/adsApi/v1/retrieve/**",
     "/adsApi/v1/create/reports",
+    // In the Ads API v1 "create" also stands for what Amazon only computes.
+    "/adsApi/v1/create/brandedKeywordsPricings/sb",
+    "/adsApi/v1/create/keywordReservationValidations/sb",
+    "/adsApi/v1/create/linearTvIncrementalReachForecasts",
+    "/adsApi/v1/create/linearTvReachForecasts",
+    "/adsApi/v1/create/recommendations/sb",
+    "/adsApi/v1/create/reservedTargetPricings/sb",
+    "/adsApi/v1/create/supplierAdProductPrices/**",
+    "/adsApi/v1/create/supplierProposedDealForecasts/**",
     // Reports, exports and snapshots.
     "/reporting/reports",
     "/*/export",
     "/accounts/*/dsp/reports",
     "/attribution/report",
+    "/billingStatements",
+    "/mediaPlan/v2/historicalReachCurves",
+    "/mmm/v1/reports",
     "/insights/brandMetrics/report",
     "/v2/*/report",
     "/v2/*/*/report",
@@ -125,9 +137,61 @@ const READING_POSTS: &[&str] = &[
     "/sd/targets/bid/recommendations",
     "/benchmarks/brandsAndCategories",
     "/benchmarks/brands/*/categories/*",
+    "/dsp/campaigns/targetKpi/recommendations",
+    "/dsp/creatives/*/preview",
+    "/mediaPlan/v1/deduplicatedReachForecasts",
+    "/mediaPlan/v1/performanceForecasts",
+    "/mediaPlan/v1/reachForecasts",
+    "/sp/campaign/recommendations",
+    "/st/creatives/preview",
+    "/st/forecasts",
+    "/v2/sp/asins/suggested/keywords",
+    "/v2/sp/keywords/bidRecommendations",
+    "/v2/sp/targets/bidRecommendations",
+    "/v2/sp/targets/productRecommendations",
+    // Look-ups, checks and counts.
+    "/accounts/*/dsp/batchOrders/conversionDefinitionAssociations",
+    "/adm/datasets/*/metrics/aggregates",
+    "/advertisingAccountsByAttributes",
+    "/assets/search",
+    "/billing/notifications",
+    "/billing/statuses",
+    "/bp/v2/profiles/*/metrics",
+    "/currencies/localize",
+    "/diagnostics/campaigns/issues",
+    "/dsp/measurement/eligibility/*",
+    "/dsp/v1/campaign/insights",
+    "/dsp/v1/quickactions/batchGetExecutions",
+    "/eligibility/programs",
+    "/history",
+    "/insights/bandedSize",
+    "/insights/demographics",
+    "/insights/primeVideo",
+    "/insights/topCategoriesPurchased",
+    "/insights/topOverlappingAudiences",
+    "/keywords/localize",
+    "/measurement/planning/eligibility",
+    "/moderation/results",
+    "/partnerOpportunities/*/applicationStatus",
+    "/preModeration",
+    "/product/metadata",
+    "/products/localize",
+    "/sb/targets/products/count",
+    "/sb/v4/legacyCampaigns/migrationJob/results",
+    "/sb/v4/legacyCampaigns/migrationJob/status",
+    "/sb/v4/legacyCampaigns/overallMigrationResults",
+    "/stores/*/asinMetrics",
+    "/stores/*/insights",
+    "/targetingExpression/localize",
+    "/textinput/targetableEntities",
+    "/validationConfigurations/*",
     // AMC reporting: a workflow execution is a query, and its result is a report.
     "/amc/reporting/*/workflowExecutions",
 ];
+
+/// The paths on which a POST changes something although it matches an entry of [`READING_POSTS`], because an id in the
+/// path can be a word such as `list`: `…/properties/{propertyName}` sets a property.
+const CHANGING_POSTS: &[&str] = &["/advertisingAccounts/**"];
 
 /// Headers by which some frameworks override the method of the request line, in lower case and with `-`.
 const METHOD_OVERRIDES: [&str; 3] = ["x-http-method-override", "x-http-method", "x-method-override"];
@@ -226,7 +290,8 @@ impl std::fmt::Display for Allow {
 
 /// Whether the request only reads: its method is safe (RFC 9110, section 9.2.1), or it is a listed POST.
 fn is_read(method: &Method, path: &str) -> bool {
-    method.is_safe() || (method == Method::POST && READING_POSTS.iter().any(|glob| glob_matches(glob, path)))
+    let listed = |globs: &[&str]| globs.iter().any(|glob| glob_matches(glob, path));
+    method.is_safe() || (method == Method::POST && listed(READING_POSTS) && !listed(CHANGING_POSTS))
 }
 
 /// Whether `glob` matches `path`: `*` matches any part of one segment, `**` any number of segments.
@@ -303,6 +368,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::domain::published::operations;
 
     fn allow(list: &[&str]) -> Rules {
         Rules::new(false, list.iter().map(|text| text.parse().unwrap()).collect())
@@ -358,6 +424,44 @@ mod tests {
         ] {
             assert_eq!(check(&rules, line), Ok(()), "{line}");
         }
+    }
+
+    /// POST operations that only read and that a read-only policy rejects all the same, with the reason.
+    const REJECTED_READS: [(&str, &str); 3] = [
+        ("/assets/upload", "returns an address to which content can be uploaded"),
+        ("/media/upload", "returns an address to which content can be uploaded"),
+        ("/dsp/fileUploads/policy/", "returns a signed permission to upload a file"),
+    ];
+
+    #[test]
+    fn read_only_tells_every_published_post_that_reads_from_those_that_change_something() {
+        let reads: Vec<_> = include_str!("../../tests/fixtures/amazon-reading-posts.txt").lines().collect();
+        let posts: Vec<_> = operations().into_iter().filter(|operation| operation.method == "POST").collect();
+        assert_eq!(posts.len(), 506);
+        assert!(reads.iter().all(|read| posts.iter().any(|post| post.path == *read)), "a path that is not published");
+        let rules = Rules::new(true, Vec::new());
+        let passes = |path: &str| check(&rules, &format!("POST {path}")).is_ok();
+        let (mut passing, mut rejected) = (Vec::new(), Vec::new());
+        for post in &posts {
+            if reads.contains(&post.path) {
+                rejected.extend(Some(post.path).filter(|path| !passes(path)));
+                continue;
+            }
+            // An id in the path can be any word, also one that a rule knows.
+            let mut paths = ["1", "list", "report", "export", "preview", "recommendations"]
+                .map(|id| {
+                    let pieces = post.path.split('/').map(|piece| if piece.starts_with('{') { id } else { piece });
+                    pieces.collect::<Vec<_>>().join("/")
+                })
+                .to_vec();
+            paths.retain(|path| passes(path));
+            passing.extend(paths);
+        }
+        assert!(passing.is_empty(), "POSTs that change something pass: {passing:#?}");
+        let mut expected = REJECTED_READS.map(|(path, _)| path);
+        rejected.sort_unstable();
+        expected.sort_unstable();
+        assert_eq!(rejected, expected, "POSTs that only read are rejected");
     }
 
     #[test]
@@ -494,7 +598,7 @@ mod tests {
 
     #[test]
     fn every_reading_post_is_a_valid_unambiguous_glob() {
-        for glob in READING_POSTS {
+        for glob in READING_POSTS.iter().chain(CHANGING_POSTS) {
             assert!(!is_ambiguous(glob), "{glob}");
             assert!(format!("POST {glob}").parse::<Allow>().is_ok(), "{glob}");
         }

@@ -7,6 +7,8 @@ use super::destination::{Destination, Target};
 
 pub(super) const LOGIN: &str = "/api/auth/amazon/login";
 pub(super) const CALLBACK: &str = "/api/auth/amazon/callback";
+/// On the login listener only.
+pub(super) const HEALTH: &str = "/healthz";
 const STATUS: &str = "/api/auth/amazon/status";
 pub(super) const USERS: &str = "/api/auth/amazon/users/";
 
@@ -32,6 +34,8 @@ pub enum Endpoint {
     Confirm,
     Shim,
     Root,
+    /// The health check of the login listener.
+    Health,
     /// A login callback at a path that is not the callback's: its code must not leave.
     StrayCallback,
     Unknown,
@@ -121,7 +125,7 @@ impl Endpoint {
             Self::Status => &["user_id", "after", "limit"],
             Self::Refresh | Self::Logout => &["user_id"],
             Self::Confirm => &["grant"],
-            Self::User | Self::Root | Self::StrayCallback | Self::Unknown => &[],
+            Self::User | Self::Root | Self::Health | Self::StrayCallback | Self::Unknown => &[],
             Self::Callback | Self::Shim => return None,
         })
     }
@@ -129,9 +133,13 @@ impl Endpoint {
     /// The only method that the endpoint accepts.
     pub fn method(self) -> Method {
         match self {
-            Self::Login | Self::Callback | Self::Status | Self::Root | Self::StrayCallback | Self::Unknown => {
-                Method::GET
-            }
+            Self::Login
+            | Self::Callback
+            | Self::Status
+            | Self::Root
+            | Self::Health
+            | Self::StrayCallback
+            | Self::Unknown => Method::GET,
             Self::Refresh | Self::Logout | Self::Confirm | Self::Shim => Method::POST,
             Self::User => Method::DELETE,
         }
@@ -140,7 +148,13 @@ impl Endpoint {
     /// The value of `Allow` in the answer to another method.
     pub fn allow(self) -> &'static str {
         match self {
-            Self::Login | Self::Callback | Self::Status | Self::Root | Self::StrayCallback | Self::Unknown => "GET",
+            Self::Login
+            | Self::Callback
+            | Self::Status
+            | Self::Root
+            | Self::Health
+            | Self::StrayCallback
+            | Self::Unknown => "GET",
             Self::Refresh | Self::Logout | Self::Confirm | Self::Shim => "POST",
             Self::User => "DELETE",
         }

@@ -185,3 +185,31 @@ async fn during_the_drain_each_response_closes_its_connection() {
     .await;
     ended.await.unwrap();
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn head_works_wherever_get_does_and_has_no_body() {
+    let harness = Harness::start().await;
+    for path in ["/livez", "/readyz", "/startupz", "/metrics", "/", "/log"] {
+        let head = at_door(&harness, Method::HEAD, path, &[]).await;
+        assert_eq!(head.status(), 200, "{path}");
+        assert!(head.bytes().await.unwrap().is_empty(), "{path}");
+    }
+    let elsewhere = at_door(&harness, Method::HEAD, "/readyz", &[("host", "10.0.0.7:9464")]).await;
+    assert_eq!(elsewhere.status(), 200, "an uptime monitor uses the pod's address");
+    assert_eq!(at_door(&harness, Method::HEAD, "/reload", &[]).await.status(), 405);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_load_balancer_finds_the_login_listener_healthy_under_any_host_and_learns_nothing_more() {
+    let harness = Harness::with("[login]\nlisten = \"127.0.0.1:0\"\n").await;
+    for (method, host) in [(Method::GET, "10.0.0.7"), (Method::HEAD, "10.0.0.7"), (Method::GET, "localhost")] {
+        let request = harness.client.request(method.clone(), harness.login_listener_url("/healthz"));
+        let answer = request.header("host", host).send().await.unwrap();
+        assert_eq!(answer.status(), 200, "{method} {host}");
+        assert!(answer.bytes().await.unwrap().is_empty());
+    }
+    let other = harness.client.get(harness.login_listener_url("/readyz")).header("host", "10.0.0.7");
+    assert_eq!(other.send().await.unwrap().status(), 403);
+    let proxy = harness.get("/healthz").await;
+    assert_eq!(code(&proxy), "login_required", "on the proxy listener this path is Amazon's");
+}

@@ -83,6 +83,103 @@ async fn no_connection_header_strips_attached_headers() {
     assert_eq!((seen.header("x-private"), seen.header("x-kept")), (None, Some("2")));
 }
 
+/// An account with an id for every context.
+const EVERY_ID: &str = "[[account]]\nname = \"a\"\nprofile_id = \"3012345678901234561\"\nmarketplace_id = \"M\"\n\
+    advertiser_id = \"ENTITYA\"\nentity_id = \"ENTITYE\"\naccount_id = \"ACC\"\ndsp_advertiser_id = \"DSP\"\n\
+    amc_instance_id = \"amc1\"\nmanager_account_id = \"MGR\"\n";
+
+/// The context headers that Amazon received, as sorted `name: value` lines.
+fn context(seen: &world::Call) -> Vec<String> {
+    let is_context = |name: &str| name == "advertiserid" || name.starts_with("amazon-") && !name.ends_with("clientid");
+    let mut lines: Vec<_> = seen
+        .headers
+        .iter()
+        .filter(|(name, _)| is_context(name))
+        .map(|(name, value)| format!("{name}: {value}"))
+        .collect();
+    lines.sort_unstable();
+    lines
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn each_api_family_gets_the_headers_that_amazon_has_published() {
+    let harness = Harness::with(EVERY_ID).await;
+    harness.log_in("default").await;
+    let scope = format!("amazon-advertising-api-scope: {NA}");
+    let (scope, account) = (scope.as_str(), "amazon-ads-accountid: ACC");
+    let (entity, marketplace) =
+        ("amazon-advertising-api-advertiserid: ENTITYA", "amazon-advertising-api-marketplaceid: M");
+    let partner = "amazon-advertising-api-manager-account: MGR";
+    let dsp_account = "amazon-advertising-accountid: ACC";
+    for (path, expected) in [
+        ("/sp/campaigns/list", &[scope][..]),
+        ("/sp/global/targets/keywords/recommendations/list", &[account, entity, marketplace, scope]),
+        ("/sp/global/targets/bid/recommendations", &[account]),
+        ("/sp/targets/keywords/recommendations", &[entity, marketplace, scope]),
+        ("/sp/targets/products/recommendations", &[entity, scope]),
+        ("/sd/campaigns/budgetRecommendations", &[account, scope]),
+        ("/st/campaigns/list", &[scope]),
+        ("/ras/v1/campaigns/list", &[scope]),
+        ("/adsApi/v1/query/managerAccounts", &[]),
+        ("/adsApi/v1/query/adAssociations", &[account]),
+        ("/adsApi/v1/query/suppliers/dsp", &[account, "amazon-ads-manager-accountid: MGR"]),
+        ("/adsApi/v1/query/brandStorePages", &[scope]),
+        ("/adsApi/v1/query/campaigns", &[account, scope]),
+        ("/dsp/v1/guidance/campaigns/list", &[account, scope]),
+        ("/dsp/rules/bidmodifier/list", &[account, scope]),
+        ("/dsp/v1/quickactions/batchGetExecutions", &[account, entity, marketplace]),
+        ("/dsp/v1/campaign/insights", &[dsp_account, scope]),
+        ("/dsp/audiences/edit", &["advertiserid: DSP", scope]),
+        ("/accounts/1/dsp/amazonAdTag", &[account, "amazon-ads-manager-account-id: MGR", scope]),
+        ("/accounts/1/dsp/conversionDefinitions/list", &[account, scope]),
+        ("/accounts/1/dsp/reports", &[]),
+        ("/frequencyGroups/v1/list", &[scope]),
+        ("/mediaPlan/v1/reachForecasts", &[account, "amazon-ads-manager-accountid: MGR", scope]),
+        ("/keywords/localize", &[account, scope]),
+        ("/eligibility/programs", &[account, scope]),
+        ("/bp/v2/posts/list", &[scope]),
+        ("/invoices", &[]),
+        ("/billing/invoices/pay", &[scope]),
+        ("/billing/paymentAgreements", &[account, partner, scope]),
+        ("/billingProfiles", &[account, partner]),
+        ("/users/list", &[account, "amazon-ads-manageraccountid: MGR", scope]),
+        ("/user-invitations/list", &[account, "amazon-ads-manageraccountid: MGR", scope]),
+        ("/user-invitations/1", &[]),
+        ("/brand/stores/v1/stores/list", &[dsp_account]),
+        ("/amc/instances/i/advertisers/updates", &[entity, marketplace]),
+        ("/amc/models/v1/trainedModels", &["amazon-ads-accountid: ENTITYA"]),
+        ("/adm/datarooms", &[account, "amazon-ads-manager-account-id: MGR"]),
+        ("/adm/audiences", &["amazon-ads-manager-account-id: MGR"]),
+        ("/no/such/family", &[scope]),
+    ] {
+        let seen = sent(&harness, path, &[]).await;
+        let mut expected = expected.to_vec();
+        expected.sort_unstable();
+        assert_eq!(context(&seen), expected, "{path}");
+        let v1 = path.starts_with("/adsApi/");
+        assert_eq!(seen.header("amazon-ads-clientid").is_some(), v1, "{path}");
+        assert_eq!(seen.header("amazon-advertising-api-clientid").is_some(), !v1, "{path}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_blank_context_header_is_dropped_and_the_accounts_id_attached() {
+    let harness = Harness::with(EVERY_ID).await;
+    harness.log_in("default").await;
+    let scope = format!("amazon-advertising-api-scope: {NA}");
+    for blank in ["", " ", "\t "] {
+        let seen = sent(&harness, "/sp/campaigns/x", &[&format!("Amazon-Advertising-API-Scope:{blank}")]).await;
+        assert_eq!(context(&seen), [scope.as_str()], "{blank:?}");
+        let seen = sent(&harness, "/reporting/reports/x", &[&format!("Amazon-Ads-AccountId:{blank}")]).await;
+        assert_eq!(context(&seen), [scope.as_str()], "{blank:?}");
+        // The account id has no place on this path, so nothing replaces the blank one.
+        let seen = sent(&harness, "/sp/campaigns/x", &[&format!("Amazon-Ads-AccountId:{blank}")]).await;
+        assert_eq!(context(&seen), [scope.as_str()], "{blank:?}");
+    }
+    let theirs = sent(&harness, "/reporting/reports/x", &["Amazon-Ads-AccountId: theirs"]).await;
+    assert_eq!(context(&theirs), ["amazon-ads-accountid: theirs"]);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn headers_about_the_caller_are_not_forwarded() {
     let harness = Harness::set(&[]).await;

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use adsidecar::config::keys::{ACCOUNT, ACCOUNT_HELP, ACCOUNT_KEYS, Default, KEYS, Key, Kind};
 use adsidecar::domain::account::Context;
-use adsidecar::domain::api_families::{EXCLUSIVE, Family, families};
+use adsidecar::domain::api_families::{Family, families};
 use adsidecar::inbound::problem::Code;
 use adsidecar::telemetry::metrics::{Metrics, Settings};
 
@@ -260,13 +260,11 @@ fn families_table() -> String {
 
 /// The keys of the ids that a family takes. Of two that exclude each other the first one wins.
 fn ids(family: &Family) -> String {
-    let contexts: Vec<_> = family.context.iter().map(|header| header.context()).collect();
     let mut ids: Vec<String> = Vec::new();
-    for &context in &contexts {
-        let rival = |pair: &&(Context, Context)| pair.1 == context && contexts.contains(&pair.0);
-        match EXCLUSIVE.iter().find(rival) {
+    for context in family.context.iter().map(|header| header.context()) {
+        match family.exclusive.filter(|(_, second)| *second == context) {
             Some((winner, _)) => {
-                let winner = id_key(*winner);
+                let winner = id_key(winner);
                 let place = ids.iter().position(|id| *id == winner).expect("the winner stands first");
                 ids[place] = format!("{winner} or {}", id_key(context));
             }

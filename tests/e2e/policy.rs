@@ -27,6 +27,8 @@ async fn read_only_forwards_no_request_that_changes_data() {
         "POST /sp/campaigns/delete",
         "POST /mcp",
         "POST /no/such/family",
+        "POST /assets/upload",
+        "POST /advertisingAccounts/1/propertyNamespaces/n/properties/list",
         "PUT http://advertising-api-eu.amazon.com/sp/campaigns",
         "POST http://localhost:8001/sp/campaigns?x=/list",
     ];
@@ -39,12 +41,21 @@ async fn read_only_forwards_no_request_that_changes_data() {
     let denied = changing.len() as f64;
     assert_eq!(harness.metric("adsidecar_policy_denied_total{account=\"\",mode=\"enforce\"}").await, denied);
     assert_eq!(harness.metric("adsidecar_guard_denied_total{reason=\"policy\"}").await, denied);
-    for line in ["GET /v2/profiles", "HEAD /v2/profiles", "POST /sp/campaigns/list", "POST /reporting/reports"] {
+    let reading = [
+        "GET /v2/profiles",
+        "HEAD /v2/profiles",
+        "POST /sp/campaigns/list",
+        "POST /reporting/reports",
+        "POST /history",
+        "POST /keywords/localize",
+        "POST /adsApi/v1/create/recommendations/sb",
+    ];
+    for line in reading {
         let mut wire = harness.dial().await;
         wire.send(format!("{line} HTTP/1.1\r\nHost: localhost\r\n\r\n")).await;
         assert_eq!(wire.reply_head().await.header("x-adsidecar-error"), None, "{line}");
     }
-    assert_eq!(harness.ads_calls().len(), 4);
+    assert_eq!(harness.ads_calls().len(), reading.len());
     // The OAuth endpoints belong to adsidecar: a logout changes nothing at Amazon.
     assert_eq!(harness.post("/api/auth/amazon/refresh").await.status(), 200);
     assert_eq!(harness.post("/auth/o2/token").await.status(), 200);

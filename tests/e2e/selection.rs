@@ -188,11 +188,11 @@ async fn each_family_gets_exactly_its_headers() {
         ("GET /amc/instances", CLIENT, &[advertiser, marketplace, scope]),
         ("POST /sp/campaigns/list", CLIENT, &[scope]),
         ("POST //sp/campaigns/list", CLIENT, &[scope]),
-        ("POST /adsApi/v1/query/campaigns", V1_CLIENT, &[scope, ("amazon-ads-manager-accountid", "MGR1")]),
+        ("POST /adsApi/v1/query/campaigns", V1_CLIENT, &[scope, account]),
         ("GET /dsp/streams/subscriptions", CLIENT, &[stream_account]),
         ("GET /streams/subscriptions", CLIENT, &[scope]),
         ("POST /reporting/reports", CLIENT, &[scope]),
-        ("GET /sp/global/campaigns", CLIENT, &[account, marketplace]),
+        ("GET /sp/global/campaigns", CLIENT, &[account]),
         ("POST /mcp", V1_CLIENT, &[]),
     ] {
         harness.send_raw(format!("{line} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n\r\n{{}}")).await;
@@ -208,12 +208,12 @@ async fn each_family_gets_exactly_its_headers() {
         assert!(seen.header("authorization").unwrap().starts_with("Bearer Atza|"));
     }
     assert_eq!(harness.metric("adsidecar_unknown_family_total").await, before);
-    // A path of an unknown family gets three ids, in the header style of the client id that the caller sent.
+    // A path of an unknown family gets the profile alone, in the header style of the client id that the caller sent.
     harness.send_raw("GET /brand/new HTTP/1.1\r\nHost: localhost\r\nAmazon-Ads-ClientId: theirs\r\n\r\n").await;
     let seen = harness.seen();
     let mut names = seen.header_names();
     names.sort_unstable();
-    assert_eq!(names, [V1_CLIENT, advertiser.0, marketplace.0, scope.0, "authorization", "host"]);
+    assert_eq!(names, [V1_CLIENT, scope.0, "authorization", "host"]);
     assert_eq!(seen.header(V1_CLIENT), Some(CLIENT_ID));
     assert_eq!(harness.metric("adsidecar_unknown_family_total").await, before + 1.0);
 }

@@ -139,7 +139,9 @@ impl Admin {
     }
 
     async fn answer(&self, parts: &Parts, body: Incoming, peer: Peer) -> Result<Answer, Problem> {
-        let (path, method) = (parts.uri.path(), &parts.method);
+        // A HEAD is a GET whose body the server leaves out (RFC 9110, section 9.3.2).
+        let method = if parts.method == Method::HEAD { &Method::GET } else { &parts.method };
+        let path = parts.uri.path();
         let access = match (path, method) {
             ("/livez" | "/readyz" | "/startupz" | "/metrics", &Method::GET) => AdminAccess::Probe,
             ("/", &Method::GET) => AdminAccess::Page,
@@ -170,10 +172,10 @@ impl Admin {
             ("/log", &Method::PUT) => self.set_level(body).await,
             ("/rotate", &Method::GET) => Ok(self.rotation()),
             ("/rotate", &Method::POST) => self.rotate(parts.uri.query().unwrap_or_default()).await,
-            ("/" | "/livez" | "/readyz" | "/startupz" | "/metrics", _) => Err(other_method("GET")),
+            ("/" | "/livez" | "/readyz" | "/startupz" | "/metrics", _) => Err(other_method("GET, HEAD")),
             ("/quitquitquit" | "/reload", _) => Err(other_method("POST")),
-            ("/log", _) => Err(other_method("GET, PUT")),
-            ("/rotate", _) => Err(other_method("GET, POST")),
+            ("/log", _) => Err(other_method("GET, HEAD, PUT")),
+            ("/rotate", _) => Err(other_method("GET, HEAD, POST")),
             _ => Err(Problem::new(
                 Code::NotFound,
                 "The admin door has no such page.",

@@ -19,7 +19,7 @@ use http::{HeaderValue, Method};
 
 use crate::domain::secret::Secret;
 use crate::inbound::destination::{BadTarget, Destination, Target, amazon_host};
-use crate::inbound::endpoint::{Endpoint, Navigable, Route};
+use crate::inbound::endpoint::{Endpoint, HEALTH, Navigable, Route};
 use crate::server::Peer;
 
 /// What the listeners accept.
@@ -156,12 +156,17 @@ impl Admission {
         }
     }
 
-    /// Checks a request on the login listener, which serves Amazon's redirects to the callback, and nothing else
-    /// ([`Endpoint::Unknown`]).
+    /// Checks a request on the login listener, which serves Amazon's redirects to the callback and the health check
+    /// of load balancers, and nothing else ([`Endpoint::Unknown`]).
     ///
     /// # Errors
     /// The first check that the request fails.
     pub fn login(&self, request: &Parts, peer: Peer) -> Result<Admitted, Rejected> {
+        // Load balancers use the pod's address as Host.
+        if request.uri.path() == HEALTH && matches!(request.method, Method::GET | Method::HEAD) {
+            framing(&request.headers)?;
+            return Ok(Admitted::Own { endpoint: Endpoint::Health, cors: None });
+        }
         let target = self.target(request, peer)?;
         match Route::of(&request.method, &target) {
             Route::Own(endpoint @ Endpoint::Callback) => {

@@ -140,6 +140,7 @@ impl OauthEndpoints {
         match endpoint {
             Endpoint::Shim if !self.token_shim => return Err(LoginError::NotFound(None)),
             Endpoint::Unknown => return Err(LoginError::NotFound(Endpoint::meant(parts.uri.path()))),
+            Endpoint::Health => return Ok(Response::new(Full::default())),
             Endpoint::StrayCallback => return Err(LoginError::StrayCallback(self.login.callback_path().to_owned())),
             _ => {}
         }
@@ -159,7 +160,9 @@ impl OauthEndpoints {
             Endpoint::User => self.logout(&query::user_in(parts.uri.path())?).await,
             Endpoint::Confirm => self.confirm(&query, &parts.headers).await,
             Endpoint::Root => Ok(self.root(&parts.headers)),
-            Endpoint::Shim | Endpoint::StrayCallback | Endpoint::Unknown => Err(LoginError::NotFound(None)),
+            Endpoint::Shim | Endpoint::Health | Endpoint::StrayCallback | Endpoint::Unknown => {
+                Err(LoginError::NotFound(None))
+            }
         }
     }
 

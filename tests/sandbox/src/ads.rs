@@ -1,11 +1,12 @@
 //! The Ads API: authentication and header checks. `resources` implements the resources.
 
 use http::header::{AUTHORIZATION, HeaderName, VARY};
-use http::{HeaderMap, Response, StatusCode};
+use http::{HeaderMap, Method, Response, StatusCode};
 use jiff::Timestamp;
 
 use super::call::{Arrived, Passed, Refused};
 use super::header_requirements::{self, ADVERTISER_ID, MARKETPLACE_ID, Requirements, SCOPE};
+use super::published;
 use super::reply::{self, Body};
 use super::world::{Access, World};
 use super::{Listener, resources, test_endpoints};
@@ -36,7 +37,9 @@ fn check_and_route(
     refuse_leaks(call)?;
     let demand = header_requirements::of(&path).ok_or_else(|| unknown_path(&call.head.headers))?;
     let access = authenticate(world, &call.head.headers, now)?.clone();
-    demand.check(&call.head.headers)?;
+    // HEAD needs what GET needs.
+    let method = if call.head.method == Method::HEAD { &Method::GET } else { &call.head.method };
+    demand.check(&call.head.headers, published::find(method.as_str(), &path))?;
     check_client(demand, &access, &call.head.headers)?;
     let profile = check_scope(world, &path, call, &access)?;
     check_amc_account(world, &path, &call.head.headers, &access)?;

@@ -3,6 +3,7 @@
 use http::{HeaderMap, StatusCode};
 
 use super::call::{ACCOUNT_ID, Refused};
+use super::published::{self, Operation};
 
 /// The client id header of the older families.
 pub(super) const API_CLIENT_ID: &str = "amazon-advertising-api-clientid";
@@ -31,8 +32,10 @@ pub(super) struct Requirements {
     paths: &'static [&'static str],
     /// The allowed names of the client id header; a request contains exactly one.
     pub(super) client_id: &'static [&'static str],
-    /// All of these are required.
+    /// All of these are required, unless Amazon has published the operation: then its own list applies.
     required: &'static [&'static str],
+    /// These are required in production, whatever was published.
+    undocumented: &'static [&'static str],
     /// Exactly one of these is required.
     one_of: &'static [&'static str],
     /// At most one of these is allowed.
@@ -47,6 +50,7 @@ const PLAIN: Requirements = Requirements {
     paths: &[],
     client_id: &[API_CLIENT_ID],
     required: &[],
+    undocumented: &[],
     one_of: &[],
     exclusive: &[],
     forbidden: &[],
@@ -73,7 +77,8 @@ const REQUIREMENTS: &[Requirements] = &[
         name: "AMC advertiser data",
         paths: &["/amc/advertiserData"],
         // The documents list the first two only; production instances required the third.
-        required: &[ADVERTISER_ID, MARKETPLACE_ID, ACCOUNT_ID],
+        required: &[ADVERTISER_ID, MARKETPLACE_ID],
+        undocumented: &[ACCOUNT_ID],
         ..PLAIN
     },
     Requirements {
@@ -82,7 +87,6 @@ const REQUIREMENTS: &[Requirements] = &[
         required: &[ADVERTISER_ID, MARKETPLACE_ID],
         ..PLAIN
     },
-    Requirements { name: "AMC user invitations", paths: &["/user-invitations"], required: &[ACCOUNT_ID], ..PLAIN },
     Requirements {
         name: "reporting",
         paths: &["/reporting/reports"],
@@ -95,12 +99,7 @@ const REQUIREMENTS: &[Requirements] = &[
     Requirements { name: "MCP", paths: &["/mcp"], client_id: &[ADS_CLIENT_ID], ..PLAIN },
     Requirements { name: "DSP streams", paths: &["/dsp/streams"], required: &[STREAM_ACCOUNT_ID], ..PLAIN },
     Requirements { name: "streams", paths: &["/streams"], one_of: &[SCOPE, ACCOUNT_ID], ..PLAIN },
-    Requirements {
-        name: "DSP measurement and conversions",
-        paths: &["/dsp/measurement", "/measurement", "/conversions"],
-        exclusive: &[SCOPE, ACCOUNT_ID],
-        ..PLAIN
-    },
+    Requirements { name: "DSP measurement and conversions", paths: &["/dsp/measurement", "/measurement"], ..PLAIN },
     Requirements { name: "DSP reports", paths: &["/accounts/*/dsp"], ..PLAIN },
     Requirements { name: "DSP", paths: &["/dsp"], required: &[SCOPE], ..PLAIN },
     Requirements {
@@ -113,7 +112,7 @@ const REQUIREMENTS: &[Requirements] = &[
     Requirements { name: "ads data manager", paths: &["/adm"], required: &[MANAGER_ACCOUNT_ID], ..PLAIN },
     Requirements {
         name: "MMM, benchmarks and partner opportunities",
-        paths: &["/mmm", "/brandBenchmarks", "/partnerOpportunities"],
+        paths: &["/mmm", "/insights/brandBenchmarks", "/partnerOpportunities"],
         required: &[MANAGER_ACCOUNT],
         ..PLAIN
     },
@@ -146,18 +145,23 @@ const REQUIREMENTS: &[Requirements] = &[
     Requirements { name: "sandbox", paths: &["/sandbox"], client_id: &[API_CLIENT_ID, ADS_CLIENT_ID], ..PLAIN },
 ];
 
+/// The family of published operations that no other row covers.
+static PUBLISHED: Requirements = Requirements { name: "published operations", ..PLAIN };
+
 /// The family of a path that was split at its slashes; `None` for a path that Amazon does not know.
 pub(super) fn of(path: &[&str]) -> Option<&'static Requirements> {
     let begins = |pattern: &str| {
         let wanted: Vec<&str> = pattern.split('/').skip(1).collect();
         wanted.len() <= path.len() && wanted.iter().zip(path).all(|(want, have)| *want == "*" || want == have)
     };
-    REQUIREMENTS.iter().find(|demand| demand.paths.iter().any(|pattern| begins(pattern)))
+    let row = REQUIREMENTS.iter().find(|demand| demand.paths.iter().any(|pattern| begins(pattern)));
+    row.or_else(|| published::has_path(path).then_some(&PUBLISHED))
 }
 
 impl Requirements {
     /// Checks that the client id and context headers are present in the right number. Other code checks their values.
-    pub(super) fn check(&self, headers: &HeaderMap) -> Result<(), Refused> {
+    /// `operation` is the request's, if Amazon has published it.
+    pub(super) fn check(&self, headers: &HeaderMap, operation: Option<&Operation>) -> Result<(), Refused> {
         let has = |name: &&&str| headers.contains_key(**name);
         if let Some(twice) =
             headers.keys().find(|name| managed(name.as_str()) && headers.get_all(*name).iter().count() > 1)
@@ -173,7 +177,10 @@ impl Requirements {
             }
             _ => return Err(bad("The client id was sent under two names".to_owned())),
         }
-        if let Some(missing) = self.required.iter().find(|name| !has(name)) {
+        let family = self.required.iter().copied();
+        let required: Vec<&str> = operation
+            .map_or_else(|| family.collect(), |operation| operation.required.iter().map(String::as_str).collect());
+        if let Some(missing) = required.iter().chain(self.undocumented).find(|name| !has(name)) {
             return Err(missing_header(missing));
         }
         let chosen: Vec<&str> = self.one_of.iter().filter(has).copied().collect();
@@ -199,7 +206,9 @@ fn missing_header(name: &str) -> Refused {
     if name == SCOPE {
         return Refused::coded(StatusCode::UNAUTHORIZED, "Scope header is missing");
     }
-    bad(format!("Required header {name} is missing"))
+    let details = format!("Required header {name} is missing");
+    // The headers about the account decide who is authorized; any other is part of a well-formed request.
+    if managed(name) { Refused::Coded(StatusCode::FORBIDDEN, details) } else { bad(details) }
 }
 
 fn bad(details: String) -> Refused {
@@ -242,4 +251,49 @@ pub(super) fn leak(headers: &HeaderMap) -> Option<String> {
         twin || hop || framing || named
     });
     foreign.map(|(name, _)| name.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use http::{HeaderName, HeaderValue};
+
+    use super::*;
+
+    /// The status with which the sandbox rejects a request for `operation` with these headers; `None` if it passes.
+    fn rejection(operation: &Operation, names: &[&str]) -> Option<(StatusCode, String)> {
+        let family = of(&operation.path).expect("every published path belongs to a family");
+        let mut headers = HeaderMap::new();
+        for name in names.iter().chain(&family.client_id[..1]).chain(family.one_of.first()).chain(family.undocumented) {
+            headers.insert(name.parse::<HeaderName>().unwrap(), HeaderValue::from_static("1"));
+        }
+        match family.check(&headers, published::find(operation.method, &operation.path)) {
+            Ok(()) => None,
+            Err(Refused::Coded(status, details)) => Some((status, details)),
+            Err(_) => panic!("another check refused"),
+        }
+    }
+
+    #[test]
+    fn each_published_operation_requires_exactly_its_own_headers() {
+        let operations = published::operations();
+        assert_eq!(operations.len(), 907);
+        let mut removed = 0;
+        for operation in operations {
+            let all: Vec<&str> = operation.required.iter().map(String::as_str).collect();
+            assert_eq!(rejection(operation, &all), None, "{operation:?}");
+            for missing in &all {
+                let rest: Vec<&str> = all.iter().copied().filter(|name| name != missing).collect();
+                let (status, details) = rejection(operation, &rest).expect("a required header is missing");
+                let expected = match *missing {
+                    SCOPE => StatusCode::UNAUTHORIZED,
+                    "content-disposition" => StatusCode::BAD_REQUEST,
+                    _ => StatusCode::FORBIDDEN,
+                };
+                assert_eq!(status, expected, "{operation:?} without {missing}: {details}");
+                assert!(details.contains("missing"), "{details}");
+                removed += 1;
+            }
+        }
+        assert_eq!(removed, 648);
+    }
 }

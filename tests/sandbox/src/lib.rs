@@ -37,6 +37,7 @@ mod header_requirements;
 mod listeners;
 mod history;
 mod lwa;
+mod published;
 pub mod test_endpoints;
 mod reply;
 mod resources;

@@ -372,9 +372,9 @@ async fn each_api_family_requires_its_headers() {
         (api("/adsApi/v1/query/ads").header("amazon-ads-clientid", CLIENT_ID), 400, "under two names"),
         (v1("/v2/profiles").header("amazon-advertising-api-clientid", "x"), 401, "client id does not belong"),
         (api("/reporting/reports/x").header(SCOPED, &scope).header(ACCOUNT, "1"), 400, "exclude each other"),
-        (api("/amc/instances"), 400, "amazon-advertising-api-advertiserid is missing"),
+        (api("/amc/instances"), 403, "amazon-advertising-api-advertiserid is missing"),
         (amc("/amc/reporting/amcsandboxbooks/workflows"), 403, "unauthorized response"),
-        (amc("/amc/advertiserData/amcsandboxtools/dataSets"), 400, "amazon-ads-accountid is missing"),
+        (amc("/amc/advertiserData/amcsandboxtools/dataSets"), 403, "amazon-ads-accountid is missing"),
         (
             amc("/amc/audiences/query")
                 .header("amazon-marketing-cloud-audience-instanceid", "i")
@@ -382,14 +382,14 @@ async fn each_api_family_requires_its_headers() {
             400,
             "must not be sent",
         ),
-        (api("/dsp/streams/subscriptions").header(SCOPED, &scope), 400, "amazon-ads-account-id is missing"),
+        (api("/dsp/streams/subscriptions").header(SCOPED, &scope), 403, "amazon-ads-account-id is missing"),
         (
             api("/avc/x").header("amazon-advertising-api-marketplaceid", "M"),
-            400,
+            403,
             "amazon-advertising-advertiser-id is missing",
         ),
-        (api("/mmm/v1/reports"), 400, "amazon-advertising-api-manager-account is missing"),
-        (api("/adm/x"), 400, "amazon-ads-manager-account-id is missing"),
+        (api("/mmm/v1/x"), 403, "amazon-advertising-api-manager-account is missing"),
+        (api("/adm/x"), 403, "amazon-ads-manager-account-id is missing"),
         (api("/nowhere"), 403, "missing equal-sign"),
     ];
     for (request, status, text) in cases {
