@@ -7,5 +7,6 @@ pub mod clock;
 pub mod clock_reading;
 pub mod account;
 pub mod policy;
+pub mod credential;
 pub mod tls;
 pub mod secret;
