@@ -231,7 +231,7 @@ impl From<BuildError> for Failed {
         match error {
             BuildError::Store(error) => error.into(),
             BuildError::Key(_) | BuildError::Setting(_) => Self { exit: Exit::Config, message: error.to_string() },
-            BuildError::KeyFile { .. } | BuildError::Bind(_) => Self::because(error),
+            BuildError::KeyFile { .. } | BuildError::Bind { .. } => Self::because(error),
         }
     }
 }

@@ -109,7 +109,7 @@ fn token_of(
     }
     let in_base64 = ciphertext.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_=".contains(&byte));
     if !ciphertext.starts_with("gAAAA") || ciphertext.len() < MIN_FERNET || !in_base64 {
-        return Err(fault("is not a Fernet token: that is base64 and begins with gAAAA"));
+        return Err(fault("is not a Fernet token, which is one line of base64"));
     }
     let Some(opened) = keyring.open(ciphertext) else {
         return Err(fault(
