@@ -90,8 +90,13 @@ pub enum BuildError {
     #[error(transparent)]
     Store(#[from] StoreError),
     /// A listener cannot be bound.
-    #[error("{0}")]
-    Bind(#[from] std::io::Error),
+    #[error("{key}: {source}{}", bind_remedy(.key, .source))]
+    Bind {
+        /// The key that names its address.
+        key: &'static str,
+        /// What the system said, with the address.
+        source: std::io::Error,
+    },
     /// A setting that turns out to be unusable only when it is applied.
     #[error("{0}")]
     Setting(String),
@@ -259,6 +264,21 @@ impl Running {
     }
 }
 
+/// What to do about a listener that cannot be bound.
+fn bind_remedy(key: &str, error: &std::io::Error) -> String {
+    match error.kind() {
+        std::io::ErrorKind::AddrInUse => format!(
+            "; the address is in use: stop the process that listens there, or choose another port (or socket), such as \
+             with --set {key}=127.0.0.1:18001"
+        ),
+        std::io::ErrorKind::PermissionDenied => {
+            format!("; this user may not listen there: choose a port from 1024 in {key}, or a directory it may write")
+        }
+        std::io::ErrorKind::AddrNotAvailable => format!("; this machine has no such address: correct {key}"),
+        _ => String::new(),
+    }
+}
+
 /// Binds the proxy, login and admin listeners.
 async fn bind(config: &Config) -> Result<[Listener; 3], BuildError> {
     let late =
@@ -271,11 +291,17 @@ async fn bind(config: &Config) -> Result<[Listener; 3], BuildError> {
     let canned =
         CannedResponses { head_timeout: late, overloaded: overloaded.retry_after(Duration::from_secs(1)).raw() };
     let [proxy, login, admin] = listener_limits(config.limits);
+    let failed = |key| move |source| BuildError::Bind { key, source };
     Ok([
         Listener::bind(&config.proxy_listen, config.proxy_listen_default, config.socket_mode, proxy, canned.clone())
-            .await?,
-        Listener::bind(&config.login_listen, false, OWN_SOCKET, login, canned.clone()).await?,
-        Listener::bind(&config.admin_listen, config.admin_listen_default, OWN_SOCKET, admin, canned).await?,
+            .await
+            .map_err(failed("proxy.listen"))?,
+        Listener::bind(&config.login_listen, false, OWN_SOCKET, login, canned.clone())
+            .await
+            .map_err(failed("login.listen"))?,
+        Listener::bind(&config.admin_listen, config.admin_listen_default, OWN_SOCKET, admin, canned)
+            .await
+            .map_err(failed("admin.listen"))?,
     ])
 }
 

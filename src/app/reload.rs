@@ -107,8 +107,10 @@ impl ControlLoop {
         needs_restart(&self.fixed, &config)?;
         let lwa = Lwa::new(config.lwa.clone())?;
         let (tokens, metrics, limits, log) = (config.tokens.clone(), config.metrics, config.limits, config.log);
+        let warnings = config.warnings.clone();
         let services = Services::new(config, lwa.clone(), &self.process).map_err(|error| error.to_string())?;
         // Nothing fails from here on.
+        warnings.iter().for_each(|warning| tracing::warn!(%warning, "a configured value was repaired"));
         self.services.store(Arc::new(services));
         for (door, limits) in self.limits.iter().zip(listener_limits(limits)) {
             door.store(Arc::new(limits));

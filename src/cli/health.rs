@@ -6,32 +6,32 @@ use http::Method;
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::{Failed, block_on, client, print};
-use crate::config::Config;
+use crate::server::Listen;
 
 /// How often `wait` asks.
 const PERIOD: Duration = Duration::from_millis(100);
 
 /// Succeeds where the running sidecar lives, or with `ready` is ready.
-pub(super) fn health(config: &Config, ready: bool) -> Result<(), Failed> {
-    print(block_on(probe(config, ready))??)
+pub(super) fn health(doors: &[Listen], ready: bool) -> Result<(), Failed> {
+    print(block_on(probe(doors, ready))??)
 }
 
 /// Succeeds once the sidecar is ready.
-pub(super) fn wait(config: &Config, timeout: Duration) -> Result<(), Failed> {
+pub(super) fn wait(doors: &[Listen], timeout: Duration) -> Result<(), Failed> {
     block_on(async {
         // As process 1 of a container it would ignore a signal that it has not asked for.
         let mut term = signal(SignalKind::terminate()).map_err(Failed::because)?;
         tokio::select! {
-            ready = until_ready(config, timeout) => ready,
+            ready = until_ready(doors, timeout) => ready,
             _ = term.recv() => Err(Failed::because("told to stop before it was ready")),
         }
     })?
 }
 
-async fn until_ready(config: &Config, timeout: Duration) -> Result<(), Failed> {
+async fn until_ready(doors: &[Listen], timeout: Duration) -> Result<(), Failed> {
     let begun = Instant::now();
     loop {
-        match probe(config, true).await {
+        match probe(doors, true).await {
             Ok(_) => return Ok(()),
             Err(failed) if begun.elapsed() >= timeout => {
                 return Err(Failed::because(format!("not ready within {timeout:?}: {}", failed.message)));
@@ -41,9 +41,9 @@ async fn until_ready(config: &Config, timeout: Duration) -> Result<(), Failed> {
     }
 }
 
-async fn probe(config: &Config, ready: bool) -> Result<String, Failed> {
+async fn probe(doors: &[Listen], ready: bool) -> Result<String, Failed> {
     let path = if ready { "/readyz" } else { "/livez" };
-    let (status, body) = client::request(&config.admin_listen, Method::GET, path, &[]).await?;
+    let (status, body) = client::request(doors, Method::GET, path, &[]).await?;
     let text = String::from_utf8_lossy(&body).into_owned();
     if status.is_success() { Ok(text) } else { Err(Failed::because(text.trim_end())) }
 }

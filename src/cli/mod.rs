@@ -24,7 +24,7 @@ use crate::store::StoreError;
 
 /// Amazon Ads authentication as a sidecar: plain HTTP to localhost in, an authenticated call out.
 #[derive(Debug, Parser)]
-#[command(name = "adsidecar", version, disable_help_subcommand = true)]
+#[command(name = "adsidecar", version, disable_help_subcommand = false)]
 struct Arguments {
     /// The configuration file (TOML); without it, ADSIDECAR_CONFIG names the file
     #[arg(long, global = true, value_name = "FILE")]
@@ -129,7 +129,14 @@ pub fn command() -> clap::Command {
 }
 
 fn dispatch(arguments: Arguments) -> Result<(), Failed> {
-    let load = || Ok(config::load(&sources(arguments.config.clone(), &arguments.set)?)?);
+    let load = || {
+        let config = config::load(&sources(arguments.config.clone(), &arguments.set)?)?;
+        for warning in &config.warnings {
+            warn(warning);
+        }
+        Ok(config)
+    };
+    let admin_listen = || Ok::<_, Failed>(config::admin_listen(&sources(arguments.config.clone(), &arguments.set)?)?);
     match arguments.command.unwrap_or(Command::Serve) {
         Command::Serve => {
             let sources = sources(arguments.config, &arguments.set)?;
@@ -139,12 +146,14 @@ fn dispatch(arguments: Arguments) -> Result<(), Failed> {
         Command::Users(command) => users::run(command, load()?),
         Command::Key(command) => key::run(&command, load),
         Command::Store(command) => store::run(command, load()?),
-        Command::Health { ready } => health::health(&load()?, ready),
-        Command::Wait { timeout } => health::wait(&load()?, timeout),
+        Command::Health { ready } => health::health(&admin_listen()?, ready),
+        Command::Wait { timeout } => health::wait(&admin_listen()?, timeout),
         Command::Version => print(concat!("adsidecar ", env!("CARGO_PKG_VERSION"), "\n")),
         Command::Completions { shell } => {
-            clap_complete::generate(shell, &mut Arguments::command(), "adsidecar", &mut std::io::stdout());
-            Ok(())
+            // Not written to standard output directly, because clap panics where its reader has closed it.
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Arguments::command(), "adsidecar", &mut script);
+            print(String::from_utf8_lossy(&script))
         }
     }
 }
@@ -171,6 +180,11 @@ pub fn print(text: impl AsRef<str>) -> Result<(), Failed> {
         Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(Failed::because(error)),
         _ => Ok(()),
     }
+}
+
+/// Says on standard error what was repaired.
+fn warn(message: impl Display) {
+    let _ = writeln!(std::io::stderr(), "warning: {message}");
 }
 
 /// What is in `file`, or on standard input for `-` and for nothing.
@@ -217,7 +231,7 @@ impl From<BuildError> for Failed {
         match error {
             BuildError::Store(error) => error.into(),
             BuildError::Key(_) | BuildError::Setting(_) => Self { exit: Exit::Config, message: error.to_string() },
-            BuildError::KeyFile { .. } | BuildError::Bind(_) => Self::because(error),
+            BuildError::KeyFile { .. } | BuildError::Bind { .. } => Self::because(error),
         }
     }
 }

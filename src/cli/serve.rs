@@ -1,5 +1,8 @@
 //! `adsidecar serve`.
 
+use std::time::Duration;
+
+use futures_util::FutureExt;
 use rustix::process::{WaitOptions, wait};
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -9,9 +12,13 @@ use crate::config::{Config, Sources};
 use crate::domain::clock::Clock;
 use crate::telemetry::log::{self, LogHandle};
 
+/// Signals within this time of the first belong to it.
+const ONE_STOP: Duration = Duration::from_millis(500);
+
 /// Serves until SIGTERM or SIGINT. SIGHUP, and a change of the configuration's files, make it read them again.
 pub(super) fn run(config: Config, sources: Sources) -> Result<(), Failed> {
     let log = log::init(config.log);
+    config.log_warnings();
     process::remark(&config);
     // For as long as the process runs.
     #[cfg(feature = "failpoints")]
@@ -60,13 +67,16 @@ fn reap_children() -> Result<impl Future<Output = ()>, Failed> {
     })
 }
 
-/// Completes at the first signal; the second ends the process at once.
+/// Completes at the first signal; another one, at least [`ONE_STOP`] later, ends the process at once.
 pub fn asked_to_stop(log: LogHandle) -> Result<impl Future<Output = ()>, Failed> {
     let mut term = signal(SignalKind::terminate()).map_err(Failed::because)?;
     let mut int = signal(SignalKind::interrupt()).map_err(Failed::because)?;
     Ok(async move {
         tokio::select! { _ = term.recv() => {} _ = int.recv() => {} }
         tokio::spawn(async move {
+            // One stop often arrives as two signals: from a supervisor to the process and to its group.
+            tokio::time::sleep(ONE_STOP).await;
+            let _ = (term.recv().now_or_never(), int.recv().now_or_never());
             tokio::select! { _ = term.recv() => {} _ = int.recv() => {} }
             tracing::warn!("second signal: ending now");
             log.close();

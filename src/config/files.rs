@@ -8,6 +8,10 @@ use std::path::Path;
 /// end.
 const MAX_FILE: u64 = 1024 * 1024;
 
+/// Stands for a path that may be the secret itself.
+pub(super) const NOT_REPEATED: &str =
+    "the file (not repeated here, as it may be a secret and no path; a path begins with / or ./)";
+
 /// The value that the file at `path` holds: its text without the line end. The error says what is wrong and what to do.
 pub(super) fn value(path: &Path) -> Result<String, String> {
     let text = read(path)?;
@@ -45,7 +49,7 @@ fn shown(path: &Path) -> String {
     if marked || path.is_file() || (path.components().count() > 1 && first.is_some_and(Path::is_dir)) {
         format!("the file {}", path.display())
     } else {
-        "the file (not repeated here, as it may be a secret and no path; a path begins with / or ./)".to_owned()
+        NOT_REPEATED.to_owned()
     }
 }
 

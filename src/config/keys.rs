@@ -145,6 +145,7 @@ pub const KEYS: &[Key] = &[
         name: "amazon.region",
         kind: Word(&["na", "eu", "fe"]),
         default: Value("na"),
+        guide_name: Some("AMAZON_REGION"),
         help: "The region of requests that name none and have no account with one. Also selects the hosts of Login \
                 with Amazon",
         ..KEY

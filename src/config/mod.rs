@@ -79,6 +79,8 @@ pub struct Config {
     pub log: log::Settings,
     /// `[shutdown]`.
     pub shutdown: Shutdown,
+    /// Values that were repaired, each with its key, source and remedy.
+    pub warnings: Vec<ConfigError>,
     /// The value of each key, for `adsidecar check` and for [`restart_only`](Self::restart_only).
     effective: Effective,
 }
@@ -110,6 +112,15 @@ pub struct Shutdown {
     pub drain: Duration,
 }
 
+impl Config {
+    /// Logs each value that was repaired.
+    pub fn log_warnings(&self) {
+        for warning in &self.warnings {
+            tracing::warn!(%warning, "a configured value was repaired");
+        }
+    }
+}
+
 /// Reads all sources.
 ///
 /// # Errors
@@ -119,6 +130,17 @@ pub fn load(sources: &Sources) -> Result<Config, ConfigErrors> {
     let mut problems = Vec::new();
     let merged = sources::merge(sources, &mut problems);
     resolve::resolve(&merged, problems)
+}
+
+/// The addresses of the admin listener, for a probe: it needs no credentials, so their problems do not matter.
+///
+/// # Errors
+///
+/// The problems of the file as a whole and of `admin.listen`.
+pub fn admin_listen(sources: &Sources) -> Result<Vec<Listen>, ConfigErrors> {
+    let mut problems = Vec::new();
+    let merged = sources::merge(sources, &mut problems);
+    resolve::admin_listen(&merged, problems)
 }
 
 /// The files that `sources` refer to: the TOML file, and each file that a key names, readable or not. A TOML file that

@@ -16,6 +16,7 @@ use super::keys::Kind;
 use super::names;
 use super::print::{Effective, duration, list, quoted};
 use super::sources::{Given, Merged, WHOLE_FILE};
+use crate::domain::credential::{self, Checked, Credential};
 use crate::domain::secret::Secret;
 
 /// Longest single text, in bytes: a URL, an id, a token. Amazon's tokens have at most 2,048.
@@ -25,18 +26,24 @@ const MAX_TEXT: usize = 4096;
 pub(super) struct Reader<'a> {
     merged: &'a Merged,
     problems: Vec<ConfigError>,
+    warnings: Vec<ConfigError>,
     effective: Effective,
 }
 
 impl<'a> Reader<'a> {
     /// Reads from `merged`, in addition to the `problems` of its sources.
     pub(super) fn new(merged: &'a Merged, problems: Vec<ConfigError>) -> Self {
-        Self { merged, problems, effective: Effective::default() }
+        Self { merged, problems, warnings: Vec::new(), effective: Effective::default() }
     }
 
     /// All problems, once everything is read; none are left.
     pub(super) fn take_problems(&mut self) -> Vec<ConfigError> {
         std::mem::take(&mut self.problems)
+    }
+
+    /// What was repaired, once everything is read; none are left.
+    pub(super) fn take_warnings(&mut self) -> Vec<ConfigError> {
+        std::mem::take(&mut self.warnings)
     }
 
     /// The effective values, once everything is read; none are left.
@@ -56,8 +63,23 @@ impl<'a> Reader<'a> {
 
     /// Records a problem at `place`, within the value of `key`.
     pub(super) fn wrong_at(&mut self, key: &str, place: &str, message: impl Into<String>) {
-        let source = self.merged.get(key).map_or_else(|| "the default".to_owned(), |(_, source)| source);
-        self.problems.push(ConfigError { key: place.to_owned(), source: Some(source), message: message.into() });
+        let source = Some(self.source(key));
+        self.problems.push(ConfigError { key: place.to_owned(), source, message: message.into() });
+    }
+
+    /// Records the repairs of the value of `key`, each once.
+    fn repaired<'c>(&mut self, key: &str, checked: impl IntoIterator<Item = &'c Checked>) {
+        for repair in checked.into_iter().flat_map(|checked| &checked.repairs) {
+            let source = Some(self.source(key));
+            let warning = ConfigError { key: key.to_owned(), source, message: (*repair).to_owned() };
+            if !self.warnings.contains(&warning) {
+                self.warnings.push(warning);
+            }
+        }
+    }
+
+    fn source(&self, key: &str) -> String {
+        self.merged.get(key).map_or_else(|| "the default".to_owned(), |(_, source)| source)
     }
 
     /// Records that no source gives `key`. The message names it.
@@ -218,23 +240,69 @@ impl<'a> Reader<'a> {
         secret
     }
 
-    /// One or more secrets; empty if no source gives any.
-    pub(super) fn secrets(&mut self, key: &str) -> Vec<Secret> {
+    /// A credential that may be shown, read by `parse` once its shape is right; else the default of the table.
+    pub(super) fn credential<T: Display, E: Display>(
+        &mut self,
+        key: &str,
+        kind: Credential,
+        parse: impl Fn(&str) -> Result<T, E>,
+    ) -> Option<T> {
+        let given = self.checked(key, kind).map(|checked| parse(&checked.text));
+        let value = match given {
+            Some(Ok(value)) => value,
+            Some(Err(error)) => {
+                self.wrong(key, error.to_string());
+                return None;
+            }
+            None => parse(names::row(key).default_text()?).ok()?,
+        };
+        self.record(key, quoted(&value.to_string()));
+        Some(value)
+    }
+
+    /// One secret credential.
+    pub(super) fn secret_credential(&mut self, key: &str, kind: Credential) -> Option<Secret> {
+        let secret = self.checked(key, kind).map(|checked| Secret::new(checked.text.as_str()));
+        self.effective.set_secrets(names::row(key).name, secret.as_slice());
+        secret
+    }
+
+    /// The given credential of `key`, if its shape is right.
+    fn checked(&mut self, key: &str, kind: Credential) -> Option<Checked> {
+        let text = self.given_text(key)?;
+        let checked = credential::read(kind, &text).map_err(|flaw| self.wrong(key, flaw)).ok()?;
+        self.repaired(key, [&checked]);
+        Some(checked)
+    }
+
+    /// One or more secret credentials; empty if no source gives any.
+    pub(super) fn secrets(&mut self, key: &str, kind: Credential) -> Vec<Secret> {
         if !self.is_given(key) {
             return Vec::new();
         }
-        let Some(texts) = self.list(key) else { return Vec::new() };
-        let secrets = match texts.iter().map(|text| checked_secret(text)).collect::<Result<Vec<_>, _>>() {
-            Ok(secrets) if secrets.is_empty() => {
+        let read = match self.raw(key) {
+            Some(Value::Array(..)) => {
+                let Some(texts) = self.list(key) else { return Vec::new() };
+                texts.iter().map(|text| credential::read(kind, text)).collect()
+            }
+            _ => {
+                let Some(text) = self.given_text(key) else { return Vec::new() };
+                credential::read_list(kind, &text)
+            }
+        };
+        let checked: Vec<Checked> = match read {
+            Ok(checked) if checked.is_empty() => {
                 self.wrong(key, "is empty: give it a value, or remove it");
                 Vec::new()
             }
-            Ok(secrets) => secrets,
-            Err(message) => {
-                self.wrong(key, message);
+            Ok(checked) => checked,
+            Err(flaw) => {
+                self.wrong(key, flaw);
                 Vec::new()
             }
         };
+        self.repaired(key, &checked);
+        let secrets: Vec<_> = checked.iter().map(|checked| Secret::new(checked.text.as_str())).collect();
         self.effective.set_secrets(names::row(key).name, &secrets);
         secrets
     }

@@ -11,14 +11,16 @@ use super::keys::{KEYS, Kind};
 use super::names;
 use super::print::quoted;
 use super::reader::{Reader, no_word};
-use super::sources::Merged;
+use super::sources::{Merged, WHOLE_FILE};
 use super::{Config, Environment, FernetKeys, Shutdown};
 use crate::auth::{login, lwa, tokens};
 use crate::domain::account::Region;
+use crate::domain::credential::Credential;
 use crate::domain::grant::{RefreshPolicy, RefreshToken};
 use crate::domain::policy::{self, Allow, Mode, Rules};
 use crate::inbound::{admin, admission, proxy};
 use crate::server::Listen;
+use crate::store::keyring::{KeyError, Keyring};
 use crate::telemetry::{log, metrics};
 use crate::{server, store, upstream};
 
@@ -70,12 +72,22 @@ pub(super) fn resolve(merged: &Merged, problems: Vec<ConfigError>) -> Result<Con
         metrics: metrics::Settings { max_user_series: read.count("metrics.max_user_series") },
         log: log(read, environment),
         shutdown: Shutdown { accept: read.duration("shutdown.accept"), drain: read.duration("shutdown.drain") },
+        warnings: read.take_warnings(),
         effective: read.take_effective(),
     };
     match read.take_problems() {
         problems if problems.is_empty() => Ok(config),
         problems => Err(ConfigErrors(problems)),
     }
+}
+
+/// The addresses of the admin listener, whatever else is wrong with the configuration.
+pub(super) fn admin_listen(merged: &Merged, problems: Vec<ConfigError>) -> Result<Vec<Listen>, ConfigErrors> {
+    let mut read = Reader::new(merged, problems);
+    let (listen, _) = listener(&mut read, "admin.listen");
+    let mut problems = read.take_problems();
+    problems.retain(|problem| [WHOLE_FILE, "admin.listen"].contains(&problem.key.as_str()));
+    if problems.is_empty() { Ok(listen) } else { Err(ConfigErrors(problems)) }
 }
 
 // The parts, in the order of the manual.
@@ -93,12 +105,12 @@ fn lwa(read: &mut Reader<'_>, environment: Environment) -> lwa::Settings {
     }
     let production = environment == Environment::Production;
     let settings = lwa::Settings {
-        client_id: read.parsed("amazon.client_id", checks::client_id).unwrap_or_default(),
-        client_secrets: read.secrets("amazon.client_secret"),
+        client_id: read.credential("amazon.client_id", Credential::ClientId, checks::client_id).unwrap_or_default(),
+        client_secrets: read.secrets("amazon.client_secret", Credential::ClientSecret),
         redirect_uri: read
             .parsed("amazon.redirect_uri", |text| checks::redirect_uri(text, production))
             .unwrap_or_default(),
-        scope: read.parsed("amazon.scope", checks::scope).unwrap_or_default(),
+        scope: read.credential("amazon.scope", Credential::Scope, checks::scope).unwrap_or_default(),
         region: read
             .parsed("amazon.region", |text| text.parse::<Region>().map_err(|error| format!("is refused: {error}")))
             .unwrap_or_default(),
@@ -170,7 +182,7 @@ fn login(read: &mut Reader<'_>, environment: Environment, has_listener: bool) ->
 fn admission_settings(read: &mut Reader<'_>, frontend_origin: Option<String>) -> admission::Settings {
     admission::Settings {
         allowed_hosts: read.entries("proxy.allowed_hosts", checks::host),
-        caller_tokens: read.secrets("proxy.caller_token"),
+        caller_tokens: read.secrets("proxy.caller_token", Credential::CallerToken),
         frontend_origin,
         peer_uids: read.numbers("proxy.peer_uids"),
     }
@@ -213,19 +225,22 @@ fn fernet_keys(read: &mut Reader<'_>, environment: Environment) -> FernetKeys {
         read.effective().remark("store.fernet_keys", "fernet_keys: none given, one is kept beside the store");
         return FernetKeys::MakeBesideStore;
     }
-    let keys = read.secrets("store.fernet_keys");
-    if keys.iter().any(|key| fernet::Fernet::new(key.expose()).is_none()) {
+    let keys = read.secrets("store.fernet_keys", Credential::FernetKey);
+    if let Err(KeyError::Invalid { flaw, .. }) = Keyring::new(&keys) {
         read.wrong(
             "store.fernet_keys",
-            "is not a Fernet key: a key has 32 bytes in URL-safe base64, 44 characters without quotes; `adsidecar key \
-             new` makes one",
+            format!(
+                "is not a Fernet key: {flaw}; a key has 32 bytes in base64, 44 characters; `adsidecar key new` makes one"
+            ),
         );
     }
     FernetKeys::Given(keys)
 }
 
 fn tokens(read: &mut Reader<'_>) -> tokens::Settings {
-    let adopt = read.secret("amazon.refresh_token").and_then(|secret| RefreshToken::new(secret).ok());
+    let adopt = read
+        .secret_credential("amazon.refresh_token", Credential::RefreshToken)
+        .and_then(|secret| RefreshToken::new(secret).ok());
     // An access token of Amazon's lives for an hour, so `refresh.ahead` has to stay well below that.
     let policy = RefreshPolicy {
         margin: read.duration("refresh.margin"),

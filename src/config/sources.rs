@@ -182,6 +182,11 @@ fn file_layer(sources: &Sources, problems: &mut Vec<ConfigError>) -> Vec<Entry> 
     let text = match files::read(path) {
         Ok(text) => text,
         Err(message) => {
+            let message = match sources.file {
+                // A path on the command line is no secret: it stands in the list of processes.
+                Some(_) => message.replacen(files::NOT_REPEATED, &format!("the file {}", path.display()), 1),
+                None => message,
+            };
             problem(problems, WHOLE_FILE, asked_by, message);
             return Vec::new();
         }
@@ -327,7 +332,7 @@ mod tests {
 
     #[test]
     fn the_names_of_others_are_not_ours() {
-        for foreign in ["PATH", "AMAZON_REGION", "ADSIDECAR_PORT", "ADSIDECAR_ENVIRONMENT", "MY_FERNET_KEY", ""] {
+        for foreign in ["PATH", "AMAZON_MARKETPLACE", "ADSIDECAR_PORT", "ADSIDECAR_ENVIRONMENT", "MY_FERNET_KEY", ""] {
             assert!(!is_ours(foreign), "{foreign}");
         }
         for ours in ["ADSIDECAR_CONFIG", "ADSIDECAR_LOG__LEVEL", "ADSIDECAR_NO__KEY", "FERNET_KEY", "ENVIRONMENT_FILE"]

@@ -205,7 +205,7 @@ const BAD_FILES: &[(&str, &str, &str)] = &[
     ("[amazon]\nredirect_uri = 'http://canary-9f3a.example/cb'", "amazon.redirect_uri", "neither https nor"),
     ("[amazon]\nredirect_uri = '/api/canary-9f3a'", "amazon.redirect_uri", "absolute URL"),
     ("[amazon]\nredirect_uri = 'https://a/#canary-9f3a'", "amazon.redirect_uri", "remove #"),
-    ("[amazon]\nscope = \"canary-9f3a\\n\"", "amazon.scope", "separated by blanks"),
+    ("[amazon]\nscope = \"canary-9f3a\\nb\"", "amazon.scope", "separated by blanks"),
     ("[amazon]\nregion = 'canary-9f3a'", "amazon.region", "na, eu or fe"),
     ("[amazon]\nrefresh_token = 'canary-9f3a ü'", "amazon.refresh_token", "copy it once more"),
     ("[amazon]\nrefresh_token = true", "amazon.refresh_token", "single text"),
@@ -391,7 +391,7 @@ fn names_that_are_not_ours_are_ignored() {
         ("ADSIDECAR_ENVIRONMENT", "nonsense"),
         ("ADSIDECAR_CONFIG", ""),
         ("adsidecar_proxy__listen", "x"),
-        ("AMAZON_REGION", "x"),
+        ("AMAZON_MARKETPLACE", "x"),
         ("AMAZON__CLIENT__ID", "x"),
         ("HTTPS_PROXY", "http://proxy"),
         ("RUST_LOG", "trace"),
@@ -445,6 +445,7 @@ fn each_name_of_the_guide_works_and_so_does_its_file() {
         ("AMAZON_CLIENT_SECRET", "one,two"),
         ("AMAZON_OAUTH_REDIRECT_URI", "https://app.example/a%20b?"),
         ("AMAZON_SCOPE", "a::b c::d"),
+        ("AMAZON_REGION", "eu"),
         ("AMAZON_REFRESH_TOKEN", "Atzr|x,y"),
         ("FERNET_KEY", FERNET_KEY),
         ("FRONTEND_URL", "https://App.example:8443/home?x=1"),
@@ -456,7 +457,7 @@ fn each_name_of_the_guide_works_and_so_does_its_file() {
     assert_eq!((config.lwa.client_id.as_str(), config.proxy.client_id.as_str()), ("guide-id", "guide-id"));
     assert_eq!(config.lwa.client_secrets, [Secret::new("one"), Secret::new("two")]);
     assert_eq!(config.lwa.redirect_uri, "https://app.example/a%20b?");
-    assert_eq!(config.lwa.scope, "a::b c::d");
+    assert_eq!((config.lwa.scope.as_str(), config.lwa.region), ("a::b c::d", Region::Eu));
     assert_eq!(config.tokens.adopt, Some(RefreshToken::new(Secret::new("Atzr|x,y")).unwrap()));
     assert_eq!(config.fernet_keys, FernetKeys::Given(vec![Secret::new(FERNET_KEY)]));
     assert_eq!(config.login.frontend_url.as_ref().unwrap().as_str(), "https://app.example:8443/home?x=1");
@@ -470,6 +471,135 @@ fn each_name_of_the_guide_works_and_so_does_its_file() {
     assert_eq!(debug(&files), debug(&plain));
     assert_eq!(files.config().lwa.client_secrets, config.lwa.client_secrets);
     assert_eq!(files.config().tokens.adopt, config.tokens.adopt);
+}
+
+// Credentials.
+
+/// Ways in which a credential is written down wrongly. `{}` is the credential; the name says what was done to it.
+const WRONG_SHAPES: [(&str, &str); 32] = [
+    ("double quotes", "\"{}\""),
+    ("single quotes", "'{}'"),
+    ("a line end", "{}\n"),
+    ("a line end of Windows", "{}\r\n"),
+    ("a byte order mark", "\u{feff}{}"),
+    ("a byte order mark and quotes", "\u{feff}\"{}\"\n"),
+    ("a line end within quotes", "\"{}\n\""),
+    ("an opening quote", "\"{}"),
+    ("a closing quote", "{}'"),
+    ("bytes of Python", "b'{}'"),
+    ("bytes of Python in double quotes", "b\"{}\""),
+    ("bytes of Python in quotes", "\"b'{}'\""),
+    ("a name", "AMAZON_VALUE={}"),
+    ("a name and quotes", "AMAZON_VALUE=\"{}\""),
+    ("an export", "export AMAZON_VALUE={}"),
+    ("a key of YAML", "value: {}"),
+    ("a key of TOML", "value = \"{}\""),
+    ("a JSON object", "{\"value\":\"{}\"}"),
+    ("a JSON object with commas", "{\"a\":\"b\",\"value\":\"{}\"}"),
+    ("a JSON list", "[\"{}\"]"),
+    ("a scheme", "Bearer {}"),
+    ("a header", "Authorization: Bearer {}"),
+    ("angle brackets", "<{}>"),
+    ("a variable of a shell", "${{}}"),
+    ("a template", "{{ {} }}"),
+    ("a URL", "https://example.com/?code={}"),
+    ("a written-out line end", "{}\\n"),
+    ("percent-encoding", "%"),
+    ("a file's path", "/run/secrets/{}"),
+    ("backticks", "`{}`"),
+    ("an ellipsis", "{}..."),
+    ("a comment", "{} # from the vault"),
+];
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(256))]
+
+    #[test]
+    fn no_credential_of_a_wrong_shape_is_sent_to_login_with_amazon(
+        index in 0..WRONG_SHAPES.len(),
+        random in "[A-Za-z0-9_-]{40}",
+        layer in 0..4_u8,
+    ) {
+        let (shape, template) = WRONG_SHAPES[index];
+        for (key, variable, good) in [
+            ("amazon.client_id", "AMAZON_CLIENT_ID", format!("amzn1.application-oa2-client.{random}")),
+            ("amazon.client_secret", "AMAZON_CLIENT_SECRET", format!("amzn1.oa2-cs.v1.{random}")),
+            ("amazon.refresh_token", "AMAZON_REFRESH_TOKEN", format!("Atzr|{random}")),
+            ("amazon.scope", "AMAZON_SCOPE", format!("advertising::{random}")),
+        ] {
+            let bad = match template {
+                "%" => format!("{good}%3A"),
+                _ => template.replacen("{}", &good, 1),
+            };
+            let given = Given::required();
+            let path = given.write("value", &bad);
+            let given = match layer {
+                0 => given.env(&[(variable, &bad)]),
+                1 => given.without(variable).env(&[(&format!("{variable}_FILE"), &path)]),
+                2 => given.set(&[(key, &bad)]),
+                _ => {
+                    let (section, name) = key.split_once('.').unwrap();
+                    let line = toml::Value::from(bad.clone());
+                    given.without(variable).toml(&format!("[{section}]\n{name} = {line}"))
+                }
+            };
+            match given.load() {
+                Err(problems) => {
+                    prop_assert!(!problems.to_string().contains(&random), "{}: {}", shape, problems);
+                    prop_assert!(problems.to_string().contains(key), "{}: {}", shape, problems);
+                }
+                Ok(config) => {
+                    let adopted = config.tokens.adopt.as_ref().map(|token| token.secret().expose().to_owned());
+                    let sent = match key {
+                        "amazon.client_id" => config.lwa.client_id.clone(),
+                        "amazon.client_secret" => config.lwa.client_secrets[0].expose().to_owned(),
+                        "amazon.refresh_token" => adopted.unwrap_or_default(),
+                        _ => config.lwa.scope.clone(),
+                    };
+                    prop_assert_eq!(&sent, &good, "{} as {} would be sent", key, shape);
+                    prop_assert!(layer == 1 || !config.warnings.is_empty(), "{} as {}: no warning", key, shape);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_repaired_credential_is_reported_with_its_source_and_without_its_value() {
+    let quoted = format!("\"{CANARY}\"");
+    let config = Given::required().env(&[("AMAZON_CLIENT_SECRET", &quoted)]).config();
+    assert_eq!(config.lwa.client_secrets, [Secret::new(CANARY)]);
+    let [warning] = &config.warnings[..] else { panic!("{:?}", config.warnings) };
+    let warning = warning.to_string();
+    assert!(warning.contains("amazon.client_secret (from AMAZON_CLIENT_SECRET): stands in quotes"), "{warning}");
+    assert!(!warning.contains(CANARY), "{warning}");
+}
+
+#[test]
+fn the_json_of_a_secrets_manager_is_not_taken_for_two_secrets() {
+    let blob = format!("{{\"client_id\":\"{CANARY}\",\"client_secret\":\"{CANARY}\"}}");
+    let given = Given::required().env(&[("AMAZON_CLIENT_SECRET", &blob)]);
+    one_problem(&given, &["amazon.client_secret (from AMAZON_CLIENT_SECRET)", "JSON"]);
+}
+
+#[test]
+fn a_region_that_does_not_exist_is_refused_under_its_name_of_the_guide_too() {
+    let given = Given::required().env(&[("AMAZON_REGION", "us-east-1")]);
+    one_problem(&given, &["amazon.region (from AMAZON_REGION)"]);
+}
+
+#[test]
+fn a_file_named_by_the_flag_is_named_in_the_error() {
+    let mut given = Given::required();
+    given.sources.file = Some("adsidecar.tmol".into());
+    one_problem(&given, &["--config", "the file adsidecar.tmol does not exist"]);
+}
+
+#[test]
+fn the_admin_listener_is_known_without_credentials() {
+    let given = Given::nothing().toml("[admin]\nlisten = '127.0.0.1:1'\n[amazon]\nclient_secret_file = '/nowhere'");
+    assert_eq!(admin_listen(&given.sources).unwrap(), [Listen::Tcp("127.0.0.1:1".into())]);
+    assert!(admin_listen(&given.toml("[admin]\nlisten = 'x'").sources).is_err());
 }
 
 // Layers.
@@ -544,21 +674,21 @@ fn several_secrets_come_by_comma_by_list_and_by_line() {
 // Covers: failure 44.
 fn what_is_no_fernet_key_is_refused() {
     let quoted = format!("\"{FERNET_KEY}\"");
+    let half_quoted = &quoted[1..];
     let short = &FERNET_KEY[..40];
     let second = format!("{FERNET_KEY},{CANARY}");
     let long = FERNET_KEY.repeat(2);
-    let standard = FERNET_KEY.replace(['-', '_'], "+");
+    let standard = FERNET_KEY.replace('-', "+").replace('_', "/");
     let bytes = format!("b'{FERNET_KEY}'");
     let inner = format!("{}{}{}", &FERNET_KEY[..20], " ", &FERNET_KEY[20..]);
     let hex = "9f".repeat(32);
     for bad in [
         CANARY,
-        &quoted,
+        half_quoted,
         &bytes,
         short,
         &second,
         &long,
-        &standard,
         &hex,
         "password",
         "=",
@@ -582,6 +712,10 @@ fn what_is_no_fernet_key_is_refused() {
             panic!("the key was given");
         };
         assert!(keys.iter().all(|key| key.expose() == FERNET_KEY));
+    }
+    for good in [&standard, &quoted] {
+        let config = Given::required().env(&[("FERNET_KEY", good)]).config();
+        assert_eq!(config.warnings.len(), usize::from(*good == quoted));
     }
 }
 

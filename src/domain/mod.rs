@@ -9,5 +9,6 @@ pub mod account;
 pub mod policy;
 #[cfg(test)]
 mod published;
+pub mod credential;
 pub mod tls;
 pub mod secret;

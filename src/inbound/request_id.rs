@@ -32,6 +32,19 @@ impl RequestIds {
     }
 }
 
+/// Puts `id` in the place of an id of the caller's that is not it, so that Amazon and the caller see the same one.
+pub fn replace(headers: &mut HeaderMap, id: &HeaderValue) {
+    let mut given = headers.get_all(REQUEST_ID).iter();
+    let same = match (given.next(), given.next()) {
+        (None, _) => true,
+        (Some(first), None) => first == id,
+        (Some(_), Some(_)) => false,
+    };
+    if !same {
+        headers.insert(REQUEST_ID, id.clone());
+    }
+}
+
 /// `prefix-count` in hexadecimal digits of a fixed length. Every call has one, so no formatter is started for it.
 fn named(prefix: u32, count: u64) -> [u8; 21] {
     let digit = |number: u64, place: usize| b"0123456789abcdef"[(number >> (4 * place)) as usize & 15];

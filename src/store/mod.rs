@@ -19,6 +19,7 @@ use crate::store::keyring::{Fingerprint, Keyring};
 use crate::store::stored_grant::StoredGrantError;
 
 mod files;
+pub mod imported_record;
 pub mod keyring;
 mod pending_grant;
 mod postgres;

@@ -276,11 +276,15 @@ fn time<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Timestamp, D::Erro
     optional_time(deserializer)?.ok_or_else(|| serde::de::Error::custom("a time is missing"))
 }
 
-/// Parses RFC 3339, or the same without an offset, as Python's `datetime.utcnow().isoformat()` writes it.
 fn optional_time<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Timestamp>, D::Error> {
     let Some(text) = Option::<String>::deserialize(deserializer)? else { return Ok(None) };
+    parse_time(&text).map(Some).ok_or_else(|| serde::de::Error::custom("not a time"))
+}
+
+/// Parses RFC 3339, or the same without an offset, as Python's `datetime.utcnow().isoformat()` writes it.
+pub(super) fn parse_time(text: &str) -> Option<Timestamp> {
     let zoneless = || text.parse::<DateTime>().and_then(|time| time.to_zoned(TimeZone::UTC)).map(|at| at.timestamp());
-    text.parse().or_else(|_| zoneless()).map(Some).map_err(|_| serde::de::Error::custom("not a time"))
+    text.parse().or_else(|_| zoneless()).ok()
 }
 
 #[cfg(test)]

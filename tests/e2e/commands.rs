@@ -224,7 +224,7 @@ async fn an_invalid_configuration_exits_with_78_and_lists_every_problem_without_
                 [proxy]\nlisten = \"0.0.0.0:8001\"\nport = 8001\n[store]\nfernet_keys = \"canary-key\"\n\
                 [refresh]\nmargin = \"an hour\"\n";
     std::fs::write(&file, text).unwrap();
-    for arguments in [&["check"][..], &["serve"], &["users", "list"], &["store", "dump"], &["health"], &[]] {
+    for arguments in [&["check"][..], &["serve"], &["users", "list"], &["store", "dump"], &[]] {
         let ran = bare(&[arguments, &["--config", file.to_str().unwrap()]].concat(), "").await;
         assert_eq!((ran.code, ran.out.as_str()), (CONFIG, ""), "{arguments:?}");
         for key in [
@@ -275,8 +275,11 @@ async fn a_wrong_fernet_key_is_78_with_both_fingerprints_and_changes_nothing() {
 async fn a_second_process_exits_with_75() {
     let harness = Harness::with_running_clock("").await;
     harness.log_in("default").await;
-    for arguments in [&["serve"][..], &["users", "import"], &["store", "dump"], &["store", "restore"]] {
-        let ran = run(&harness, arguments, "{}").await;
+    let import = &["users", "import"][..];
+    for (arguments, input) in
+        [(&["serve"][..], ""), (import, "Atzr|x"), (&["store", "dump"], ""), (&["store", "restore"], "{}")]
+    {
+        let ran = run(&harness, arguments, input).await;
         assert_eq!((ran.code, ran.out.as_str()), (HELD, ""), "{arguments:?}: {}", ran.err);
         assert!(ran.err.contains(harness.store_path().to_str().unwrap()), "{}", ran.err);
     }
@@ -567,6 +570,62 @@ async fn health_and_wait_use_the_admin_listener() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn health_and_wait_need_no_credentials() {
+    let harness = stopped().await;
+    let socket = format!("admin.listen=unix:{}", harness.directory.path().join("admin.sock").display());
+    let mut serving = Serving::start(&harness, &["--set", &socket]).await;
+    for arguments in [&["health"][..], &["health", "--ready"], &["wait", "--timeout", "5s"]] {
+        let ran = bare(&[arguments, &["--set", &socket]].concat(), "").await;
+        assert_eq!(ran.code, DONE, "{arguments:?}: {}", ran.err);
+        let unreadable = ["--set", "amazon.client_secret_file=/nowhere/secret"];
+        let ran = bare(&[arguments, &["--set", &socket], &unreadable[..]].concat(), "").await;
+        assert_eq!(ran.code, DONE, "{arguments:?}: {}", ran.err);
+    }
+    serving.signal("TERM");
+    assert_eq!(serving.ended().await.0, Some(DONE));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn help_is_a_command_too() {
+    for arguments in [&["help"][..], &["help", "users"], &["help", "users", "import"], &["users", "help", "import"]] {
+        let ran = bare(arguments, "").await;
+        assert_eq!(ran.code, DONE, "{arguments:?}: {}", ran.err);
+        assert!(ran.out.contains("Usage: adsidecar"), "{}", ran.out);
+    }
+}
+
+#[test]
+fn completions_into_a_closed_pipe_end_quietly() {
+    let mut child = command(&["completions", "bash"]);
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let ended = child.stdout(writer).spawn().unwrap().wait_with_output().unwrap();
+    assert_eq!((ended.status.code(), String::from_utf8_lossy(&ended.stderr).as_ref()), (Some(DONE), ""));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_configuration_file_named_by_the_flag_is_named_in_its_error() {
+    let ran = bare(&["check", "--config", "adsidecar.tmol"], "").await;
+    assert_eq!(ran.code, CONFIG);
+    assert!(ran.err.contains("the file adsidecar.tmol does not exist"), "{}", ran.err);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_port_in_use_is_reported_with_its_key_and_the_cure() {
+    let harness = stopped().await;
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = taken.local_addr().unwrap();
+    for key in ["proxy.listen", "login.listen", "admin.listen"] {
+        let set = format!("{key}={address}");
+        let ran = run(&harness, &["serve", "--set", &set], "").await;
+        assert_eq!(ran.code, FAILED, "{}", ran.err);
+        for part in [key, &address.to_string(), "in use", "--set", "another port"] {
+            assert!(ran.err.contains(part), "{part}: {}", ran.err);
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 // Covers: failure 96.
 async fn sigterm_drains_requests_in_flight_and_then_exits_immediately() {
     let harness = stopped().await;
@@ -606,6 +665,11 @@ async fn a_second_signal_and_the_end_of_the_drain_abort_hanging_requests() {
         .await;
     impatient.signal("TERM");
     impatient.says("draining").await;
+    // A supervisor that signals the process and its group sends two at once, and means one.
+    impatient.signal("TERM");
+    impatient.signal("INT");
+    tokio::time::sleep(Duration::from_millis(600)).await;
+    assert!(impatient.child.try_wait().unwrap().is_none(), "signals within half a second are one");
     impatient.signal("TERM");
     let (code, took) = impatient.ended().await;
     assert_eq!(code, Some(FAILED), "the shutdown was not graceful");

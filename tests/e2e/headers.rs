@@ -240,6 +240,25 @@ async fn response_hop_by_hop_headers_are_dropped_and_cookies_pass() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_invalid_request_id_is_replaced_by_the_same_new_one_for_amazon_and_the_caller() {
+    let harness = Harness::set(&[]).await;
+    harness.log_in("default").await;
+    let long = format!("X-Request-Id: {}", "x".repeat(129));
+    for bad in [long.as_str(), "X-Request-Id: a b", "X-Request-Id:", "X-Request-Id: \u{e9}", "X-Request-Id: ,"] {
+        let call = format!("GET /sandbox/echo HTTP/1.1\r\nHost: localhost\r\n{bad}\r\n\r\n");
+        let answer = harness.send_raw(call).await;
+        assert_eq!(answer.said(), (200, ""), "{bad}");
+        let seen = harness.seen();
+        assert_eq!(seen.header("x-request-id"), answer.header("x-request-id"), "{bad}");
+        assert!(seen.header("x-request-id").is_some_and(|id| !id.is_empty() && id.len() <= 128), "{bad}");
+    }
+    let twice = "X-Request-Id: one\r\nX-Request-Id: two";
+    let call = format!("GET /sandbox/echo HTTP/1.1\r\nHost: localhost\r\n{twice}\r\n\r\n");
+    let answer = harness.send_raw(call).await;
+    assert_eq!((answer.header("x-request-id"), harness.seen().header("x-request-id")), (Some("one"), Some("one")));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn every_response_carries_the_callers_or_a_new_request_id() {
     let harness = Harness::set(&[]).await;
     let mut made = Vec::new();

@@ -181,6 +181,7 @@ async fn a_key_is_accepted_with_file_whitespace_and_anything_else_exits_with_78(
     let check = async |key: (&str, &str)| bare_with(&["check"], &[&required[..], &[key]].concat()).await;
     let doubled = format!("{FERNET_KEY}{FERNET_KEY}");
     let (quoted, single) = (format!("\"{FERNET_KEY}\""), format!("'{FERNET_KEY}'"));
+    let standard = FERNET_KEY.replace('-', "+").replace('_', "/");
     let broken = format!("{}\n{}", &FERNET_KEY[..20], &FERNET_KEY[20..]);
     let hex = "a5".repeat(32);
     let named = format!("FERNET_KEY={FERNET_KEY}");
@@ -189,8 +190,8 @@ async fn a_key_is_accepted_with_file_whitespace_and_anything_else_exits_with_78(
         &FERNET_KEY[..43 - 4],
         &FERNET_KEY[4..],
         &doubled,
-        &quoted,
-        &single,
+        &quoted[1..],
+        &single[..45],
         &broken,
         &hex,
         &named,
@@ -214,6 +215,9 @@ async fn a_key_is_accepted_with_file_whitespace_and_anything_else_exits_with_78(
     }
     for good in [
         FERNET_KEY.to_owned(),
+        standard,
+        quoted,
+        single,
         format!("{FERNET_KEY}\n"),
         format!("{FERNET_KEY}\r\n"),
         format!("  {FERNET_KEY}  \n\n"),

@@ -9,7 +9,7 @@ use adsidecar::config::keys::{ACCOUNT, ACCOUNT_HELP, ACCOUNT_KEYS, Default, KEYS
 use adsidecar::domain::account::Context;
 use adsidecar::domain::api_families::{Family, families};
 use adsidecar::inbound::problem::Code;
-use adsidecar::telemetry::metrics::{Metrics, Settings};
+use adsidecar::telemetry::metrics::{Metrics, REFRESH_FAILURES, Settings};
 
 const COLUMNS: usize = 120;
 
@@ -23,6 +23,18 @@ fn the_generated_tables_of_the_manuals_are_those_of_the_code() {
 #[test]
 fn the_example_of_the_manuals_holds_every_key() {
     check("config/example.toml", |_| example());
+}
+
+#[test]
+fn the_runbook_of_the_manuals_explains_every_reason_of_a_failed_refresh() {
+    let runbook = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("deploy/RUNBOOK.md")).unwrap();
+    let (_, section) = runbook.split_once("## AdsTokenRefreshFailing\n").unwrap();
+    let section = section.split("\n## ").next().unwrap();
+    let items: Vec<&str> = section.split("\n- ").skip(1).filter_map(|item| Some(item.split_once(':')?.0)).collect();
+    let explained: Vec<&str> = items.iter().flat_map(|names| names.split(", ")).map(|n| n.trim_matches('`')).collect();
+    for reason in REFRESH_FAILURES {
+        assert!(explained.contains(&reason), "deploy/RUNBOOK.md does not explain the reason {reason}: {explained:?}");
+    }
 }
 
 /// Known-bad: a table that differs is stale, and only the text between its markers is replaced.

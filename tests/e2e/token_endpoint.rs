@@ -525,3 +525,48 @@ async fn an_unresolvable_host_name_is_reported_as_such() {
     assert!(["dns", "timeout"].contains(&error), "{error}");
     assert_eq!(harness.get("/v2/profiles").await.status(), 200, "the access token has not expired");
 }
+
+/// The detail that a caller is told once the access token has expired, after a refresh that failed with `error`.
+async fn detail(harness: &Harness, error: &str) -> String {
+    harness.advance(3600);
+    fails(harness, error).await;
+    fails(harness, error).await;
+    let answer = harness.get("/v2/profiles").await;
+    assert_eq!((answer.status().as_u16(), code(&answer)), (503, "token_unavailable"));
+    json(answer).await["detail"].as_str().unwrap().to_owned()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_html_page_from_a_filter_in_front_of_lwa_is_reported_as_such() {
+    let lwa = Lwa::start().await;
+    let harness = lwa.harness().await;
+    for status in ["401 Unauthorized", "403 Forbidden", "407 Proxy Authentication Required", "302 Found", "200 OK"] {
+        let page = "<html>canary: log in to the network</html>";
+        let length = page.len();
+        lwa.will_send(format!(
+            "HTTP/1.1 {status}\r\nContent-Type: text/html; charset=utf-8\r\nContent-Length: {length}\r\n\r\n{page}"
+        ));
+        let detail = detail(&harness, "bad_answer").await;
+        let expected = format!(
+            "something between adsidecar and Login with Amazon answered: status {}, text/html",
+            status.split(' ').next().unwrap()
+        );
+        assert!(detail.contains(&expected) && !detail.contains("canary"), "{detail}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tls_interception_in_front_of_lwa_is_reported_with_its_remedy() {
+    let lwa = Lwa::start().await;
+    let harness = asking(&lwa.scripted.origin, None, IDLE).await;
+    let detail = detail(&harness, "tls").await;
+    assert!(detail.contains("amazon.ca_file") && detail.contains("127.0.0.1:"), "{detail}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_refused_connection_to_lwa_is_reported_with_host_and_address() {
+    let origin = nobody().await.replace("127.0.0.1", "localhost");
+    let harness = asking(&origin, None, IDLE).await;
+    let detail = detail(&harness, "unreachable").await;
+    assert!(detail.contains("localhost:") && detail.contains("127.0.0.1"), "{detail}");
+}

@@ -53,6 +53,12 @@ fn deflate(text: &[u8]) -> Vec<u8> {
     encoder.finish().unwrap()
 }
 
+/// One stored block (RFC 7932, section 9.2), then the empty last block.
+fn brotli(text: &[u8]) -> Vec<u8> {
+    let head = ((u32::try_from(text.len()).unwrap() - 1) << 4) | 1 << 20;
+    [&head.to_le_bytes()[..3], text, &[3]].concat()
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_scope_failure_is_read_through_compression_and_passes_byte_for_byte() {
     for (coding, body) in [
@@ -62,6 +68,7 @@ async fn a_scope_failure_is_read_through_compression_and_passes_byte_for_byte() 
         ("x-gzip", gzip(SCOPE)),
         ("deflate", zlib(SCOPE)),
         ("deflate", deflate(SCOPE)),
+        ("br", brotli(SCOPE)),
     ] {
         let (reply, calls, refreshes) = refused(coding, body.clone()).await;
         assert_eq!(

@@ -131,3 +131,63 @@ async fn timestamps_of_python_node_and_go_are_parsed() {
         assert_eq!(status["consented_at"], Value::Null, "{language}");
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn records_with_pythons_bytes_line_ends_and_epoch_times_are_imported() {
+    let mut harness = stopped().await;
+    let later = harness.clock.now() + SignedDuration::from_secs(3000);
+    let mut records = serde_json::Map::new();
+    for (name, before, after, expires_at) in [
+        ("seconds", "", "", object!(later.as_second())),
+        ("milliseconds", "", "", object!(later.as_millisecond())),
+        ("bytes", "b'", "'", object!(later.to_string())),
+        ("line-end", "", "\n", object!(later.to_string())),
+    ] {
+        let issued = harness.sandbox.grant();
+        records.insert(
+            name.into(),
+            object!({
+                "access_token": format!("{before}{}{after}", sealed(&issued.access_token)),
+                "refresh_token": format!("{before}{}{after}", sealed(&issued.refresh_token)),
+                "token_type": "bearer",
+                "expires_at": expires_at,
+                "updated_at": harness.clock.now().as_second(),
+            }),
+        );
+    }
+    let input = Value::from(records.clone()).to_string();
+    let taken = run(&harness, &["users", "import", "--offline", "--records", "-"], &input).await;
+    assert_eq!((taken.code, taken.out.as_str()), (DONE, "4 grants imported\n"), "{}", taken.err);
+    assert!(taken.err.contains("warning: bytes: refresh_token stood in Python's b'…'"), "{}", taken.err);
+    assert!(!taken.err.contains("gAAAA"), "{}", taken.err);
+    harness.start_sidecar().await;
+    for name in records.keys() {
+        let status = harness.status_of(name).await;
+        let told: jiff::Timestamp = status["expires_at"].as_str().unwrap().parse().unwrap();
+        assert_eq!(told.as_second(), later.as_second(), "{name}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_refresh_token_of_a_wrong_shape_is_not_sent_to_amazon_by_an_import() {
+    let harness = stopped().await;
+    let asked = harness.sandbox.refreshes();
+    for (input, looks_like) in [
+        ("Atza|canary", "an access token"),
+        ("ANDMxqpCmqWHJeyzIQxj", "an authorization code"),
+        ("Atzr%7Ccanary", "percent-encoded"),
+        ("AMAZON_REFRESH_TOKEN=Atzr|canary", "NAME=value"),
+        ("b'Atzr|canary'", "b'…'"),
+        ("{\"refresh_token\":\"Atzr|canary\"}", "JSON"),
+        ("replace-me", "placeholder"),
+    ] {
+        let ran = run(&harness, &["users", "import", "--user", "shop"], input).await;
+        assert_eq!(ran.code, FAILED, "{input}");
+        assert!(ran.err.contains(looks_like) && !ran.err.contains("canary"), "{}", ran.err);
+    }
+    assert_eq!(harness.sandbox.refreshes(), asked);
+    let token = harness.sandbox.grant().refresh_token;
+    let ran = run(&harness, &["users", "import", "--user", "shop"], &format!("\"{token}\"\n")).await;
+    assert_eq!(ran.code, DONE, "{}", ran.err);
+    assert!(ran.err.contains("warning: what was read stands in quotes"), "{}", ran.err);
+}

@@ -306,9 +306,13 @@ def test_the_configuration_is_accepted_with_secrets_in_files(overlay, adsidecar,
     values = {"amazon-client-secret": client_secret, "fernet-key": Fernet.generate_key().decode()}
     values["amazon-refresh-token"] = "Atzr|a-refresh-token-that-must-not-be-shown"
     values["postgres-url"] = "postgres://adsidecar:must-not-be-shown@db.example/adsidecar?sslmode=verify-full"
-    run = subprocess.run([adsidecar, "check"], env=configured(overlay, values), capture_output=True, text=True)
+    env = configured(overlay, values)
+    run = subprocess.run([adsidecar, "check"], env=env, capture_output=True, text=True)
+    assert run.returncode == 78 and "amazon.client_id" in run.stderr, "the client id is still to be filled in"
+    env["AMAZON_CLIENT_ID"] = "amzn1.application-oa2-client.example"
+    run = subprocess.run([adsidecar, "check"], env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
-    assert "amzn1.application-oa2-client.replace-me" in run.stdout, "check prints the resolved configuration"
+    assert "amzn1.application-oa2-client.example" in run.stdout, "check prints the resolved configuration"
     assert "must-not-be-shown" not in run.stdout + run.stderr
     assert tomllib.loads(run.stdout)["store"]["kind"] == ("postgres" if is_shared(overlay) else "sled")
 

@@ -86,18 +86,37 @@ fn depth(body: &[u8]) -> usize {
     deepest
 }
 
-/// Classifies a response with a status other than 200 (error codes: RFC 6749, section 5.2).
-pub fn refusal(status: StatusCode, body: &[u8], retry_after: Option<Duration>) -> LwaError {
+/// Describes a response that Login with Amazon does not send: an HTML page of a filter, a captive portal or a proxy.
+/// `kind` is its content type.
+pub fn interposed(status: StatusCode, kind: &str) -> String {
+    let hint = match status.as_u16() {
+        407 => "; it is an HTTP proxy that asks for a login",
+        300..400 => "; it redirects, as the login page of a network does",
+        _ => "",
+    };
+    format!(
+        "something between adsidecar and Login with Amazon answered: status {}, {kind}{hint}; let this machine reach \
+         the token endpoint directly",
+        status.as_u16()
+    )
+}
+
+/// Classifies a response with a status other than 200 (error codes: RFC 6749, section 5.2). `kind` is its content type.
+pub fn refusal(status: StatusCode, kind: &str, body: &[u8], retry_after: Option<Duration>) -> LwaError {
     let error = serde_json::from_slice::<Refusal>(body).map(|refusal| refusal.error).unwrap_or_default();
-    let later =
-        |code| LwaError::TryLater { code, detail: format!("status {}", status.as_u16()), retry_after, taken: false };
+    let detail = match status.as_u16() {
+        408 | 425 | 429 | 500.. => format!("status {}, {kind}", status.as_u16()),
+        _ if error.is_empty() => interposed(status, kind),
+        _ => format!("status {}, with an error that OAuth does not define", status.as_u16()),
+    };
+    let later = |code| LwaError::TryLater { code, detail: detail.clone(), retry_after, taken: false };
     match (status.as_u16(), error.as_str()) {
         (429, _) => later("throttled"),
         (408 | 425 | 500.., _) => later("server_error"),
         (_, "invalid_grant") => LwaError::Refused { code: "invalid_grant" },
         (_, "unauthorized_client") => LwaError::Refused { code: "unauthorized_client" },
         (_, "invalid_scope") => LwaError::Refused { code: "invalid_scope" },
-        (_, "invalid_client") | (401, _) => LwaError::Operator { code: "invalid_client" },
+        (_, "invalid_client") => LwaError::Operator { code: "invalid_client" },
         (_, "invalid_request" | "unsupported_grant_type") => LwaError::Operator { code: "invalid_request" },
         _ => later("bad_answer"),
     }
@@ -184,7 +203,7 @@ mod tests {
     fn refusals_are_sorted_by_whose_turn_it_is() {
         let sort = |status: u16, error: &str| {
             let body = format!(r#"{{"error":"{error}","error_description":"…","request_id":"r"}}"#);
-            refusal(StatusCode::from_u16(status).unwrap(), body.as_bytes(), None)
+            refusal(StatusCode::from_u16(status).unwrap(), "application/json", body.as_bytes(), None)
         };
         assert_eq!(sort(400, "invalid_grant"), LwaError::Refused { code: "invalid_grant" });
         assert_eq!(sort(400, "unauthorized_client"), LwaError::Refused { code: "unauthorized_client" });
@@ -192,7 +211,7 @@ mod tests {
         assert_eq!(sort(400, "invalid_client"), LwaError::Operator { code: "invalid_client" });
         assert_eq!(sort(400, "invalid_request"), LwaError::Operator { code: "invalid_request" });
         for (status, error) in
-            [(500, "invalid_grant"), (503, ""), (429, ""), (408, ""), (425, ""), (302, ""), (404, "x")]
+            [(500, "invalid_grant"), (503, ""), (429, ""), (408, ""), (425, ""), (302, ""), (404, "x"), (401, "")]
         {
             assert!(matches!(sort(status, error), LwaError::TryLater { .. }), "{status} {error}");
         }
@@ -202,7 +221,7 @@ mod tests {
         #[test]
         fn no_answer_makes_it_panic(body in proptest::collection::vec(any::<u8>(), 0..300), status in 100u16..600) {
             let _ = tokens(&body);
-            let _ = refusal(StatusCode::from_u16(status).unwrap(), &body, None);
+            let _ = refusal(StatusCode::from_u16(status).unwrap(), "text/html", &body, None);
         }
 
         #[test]

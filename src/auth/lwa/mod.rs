@@ -9,9 +9,12 @@ pub mod answer;
 use std::error::Error;
 use std::time::Duration;
 
+use jiff::Timestamp;
 use reqwest::header::{CONTENT_TYPE, RETRY_AFTER};
 use reqwest::{Client, Response, StatusCode};
+use rustls::CertificateError;
 use rustls::pki_types::CertificateDer;
+use tokio::time::timeout;
 use url::Url;
 use zeroize::Zeroizing;
 
@@ -45,6 +48,8 @@ pub struct Settings {
 /// Timeout of a whole token call. LWA responds within a second or not at all, and callers are waiting.
 const TIMEOUT: Duration = Duration::from_secs(10);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
+/// How long the addresses of a host are looked up for an error message.
+const LOOKUP_TIMEOUT: Duration = Duration::from_secs(1);
 /// Maximum response body. A token response is about 2 KiB; a longer body is not one.
 const MAX_ANSWER: usize = 64 << 10;
 
@@ -186,18 +191,58 @@ impl Lwa {
         let mut form = grant.to_vec();
         form.push(("client_id", &self.settings.client_id));
         form.push(("client_secret", secret.expose()));
-        let response = self.http.post(self.token_url.clone()).form(&form).send().await.map_err(no_answer)?;
+        let response = match self.http.post(self.token_url.clone()).form(&form).send().await {
+            Ok(response) => response,
+            Err(error) if error.is_connect() || error.is_timeout() => {
+                return Err(self.tried(no_answer(error)).await);
+            }
+            Err(error) => return Err(no_answer(error)),
+        };
         let status = response.status();
         let (retry_after, server_time) = (retry_after(&response), date_of(response.headers()));
-        let kind = response.headers().get(CONTENT_TYPE).cloned();
+        let kind = content_type(&response);
         let body = read(response).await?;
         match status {
             StatusCode::OK => answer::tokens(&body).map(|tokens| Tokens { server_time, ..tokens }).map_err(|why| {
                 // The body itself is not logged: it may hold a token.
-                bad_answer(format!("{why} ({} bytes, content type {kind:?})", body.len()))
+                if kind.contains("html") || body.trim_ascii_start().starts_with(b"<") {
+                    return bad_answer(answer::interposed(status, &kind));
+                }
+                bad_answer(format!("{why} ({} bytes, {kind})", body.len()))
             }),
-            _ => Err(answer::refusal(status, &body, retry_after)),
+            _ => Err(answer::refusal(status, &kind, &body, retry_after)),
         }
+    }
+
+    /// Adds to `error` the host and the addresses that were tried.
+    async fn tried(&self, error: LwaError) -> LwaError {
+        let LwaError::TryLater { code, detail, retry_after, taken } = error else { return error };
+        let host = self.token_url.host_str().unwrap_or_default();
+        let port = self.token_url.port_or_known_default().unwrap_or(443);
+        let bare = host.trim_matches(['[', ']']);
+        let found = timeout(LOOKUP_TIMEOUT, tokio::net::lookup_host((bare, port))).await;
+        let addresses = match found {
+            Ok(Ok(addresses)) => addresses.map(|address| address.ip().to_string()).collect::<Vec<_>>().join(", "),
+            Ok(Err(_)) | Err(_) => String::new(),
+        };
+        let place = match addresses.as_str() {
+            "" => format!("{host}:{port}, for which no address was found"),
+            addresses if addresses == bare => format!("{host}:{port}"),
+            addresses => format!("{host}:{port} ({addresses})"),
+        };
+        LwaError::TryLater { code, detail: format!("{place}: {detail}"), retry_after, taken }
+    }
+}
+
+/// The type in `Content-Type` without its parameters, as it may be logged.
+fn content_type(response: &Response) -> String {
+    let value = response.headers().get(CONTENT_TYPE).and_then(|value| value.to_str().ok());
+    let kind = value.and_then(|value| value.split(';').next()).map(str::trim).unwrap_or_default();
+    let legal = |byte: u8| byte.is_ascii_alphanumeric() || b"/+-._".contains(&byte);
+    if (1..=64).contains(&kind.len()) && kind.bytes().all(legal) {
+        kind.to_owned()
+    } else {
+        "no content type".to_owned()
     }
 }
 
@@ -229,8 +274,30 @@ fn no_answer(error: reqwest::Error) -> LwaError {
         () if error.is_body() || error.is_decode() => "bad_answer",
         () => "unreachable",
     };
+    let explained = tls_error(&error).filter(|_| code == "tls").map(explain_tls).unwrap_or_default();
     // The URL is dropped because it adds nothing; it holds no secret (the form is in the body).
-    LwaError::TryLater { code, detail: causes(&error.without_url()), retry_after: None, taken: !connecting }
+    let detail = format!("{explained}{}", causes(&error.without_url()));
+    LwaError::TryLater { code, detail, retry_after: None, taken: !connecting }
+}
+
+/// What a TLS error usually comes from, and what to do.
+fn explain_tls(error: &rustls::Error) -> String {
+    use CertificateError::{Expired, ExpiredContext, NotValidYet, NotValidYetContext};
+    match error {
+        rustls::Error::InvalidCertificate(
+            Expired | ExpiredContext { .. } | NotValidYet | NotValidYetContext { .. },
+        ) => {
+            let now = Timestamp::now().strftime("%Y-%m-%d %H:%M UTC");
+            format!("this machine's clock says {now}, and at that time the certificate is not valid: set the clock; ")
+        }
+        rustls::Error::InvalidCertificate(_) => {
+            "the certificate is not Login with Amazon's: if a proxy of your network intercepts TLS, name its CA in \
+             amazon.ca_file; "
+                .to_owned()
+        }
+        _ => "what answers there speaks no TLS that adsidecar accepts: look for a proxy or a filter in between; "
+            .to_owned(),
+    }
 }
 
 fn bad_answer(detail: impl std::fmt::Display) -> LwaError {
@@ -238,13 +305,17 @@ fn bad_answer(detail: impl std::fmt::Display) -> LwaError {
 }
 
 fn is_tls(error: &reqwest::Error) -> bool {
-    chain(error).any(|cause| {
+    tls_error(error).is_some()
+}
+
+fn tls_error(error: &reqwest::Error) -> Option<&rustls::Error> {
+    chain(error).find_map(|cause| {
         let mut inner = cause;
         // An I/O error hides the error it wraps: its `source()` is the source of the wrapped error.
         while let Some(hidden) = inner.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref) {
             inner = hidden;
         }
-        inner.is::<rustls::Error>()
+        inner.downcast_ref::<rustls::Error>()
     })
 }
 
@@ -259,4 +330,18 @@ fn causes(error: &reqwest::Error) -> String {
 
 fn chain(error: &reqwest::Error) -> impl Iterator<Item = &(dyn Error + 'static)> {
     std::iter::successors(Some(error as &(dyn Error + 'static)), |error| (*error).source())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_certificate_that_is_not_valid_now_is_blamed_on_the_clock_and_any_other_on_interception() {
+        for error in [CertificateError::Expired, CertificateError::NotValidYet] {
+            assert!(explain_tls(&error.into()).contains("this machine's clock says"));
+        }
+        assert!(explain_tls(&CertificateError::UnknownIssuer.into()).contains("amazon.ca_file"));
+        assert!(!explain_tls(&rustls::Error::DecryptError).contains("amazon.ca_file"));
+    }
 }

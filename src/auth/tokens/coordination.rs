@@ -28,9 +28,9 @@ const POLL: Duration = Duration::from_secs(1);
 const LOOK: Duration = Duration::from_millis(100);
 const TURN: Duration = Duration::from_secs(35);
 
-const STORE_DOWN: Failure = Failure { code: STORE_UNAVAILABLE, remedy: Remedy::Time };
-const UNREADABLE: Failure = Failure { code: "record_unreadable", remedy: Remedy::Time };
-const BUSY: Failure = Failure { code: "renewed_elsewhere", remedy: Remedy::Time };
+const STORE_DOWN: Failure = Failure { code: STORE_UNAVAILABLE, remedy: Remedy::Time, detail: None };
+const UNREADABLE: Failure = Failure { code: "record_unreadable", remedy: Remedy::Time, detail: None };
+const BUSY: Failure = Failure { code: "renewed_elsewhere", remedy: Remedy::Time, detail: None };
 
 /// Whether other processes refresh the same grants, and what prevents a lost or a duplicate refresh.
 #[derive(Debug)]
@@ -312,7 +312,7 @@ impl RefreshTask {
 
 /// The error for callers while the store is unavailable.
 fn unavailable() -> TokenError {
-    TokenError::Unavailable { code: STORE_UNAVAILABLE, remedy: Remedy::Time, retry_after: POLL }
+    TokenError::Unavailable { code: STORE_UNAVAILABLE, remedy: Remedy::Time, detail: None, retry_after: POLL }
 }
 
 fn is_same(held: &Grant, stored: &Grant) -> bool {

@@ -34,7 +34,7 @@ use tokio_util::task::TaskTracker;
 use crate::auth::lwa::Lwa;
 use crate::domain::account::UserId;
 use crate::domain::clock::Clock;
-use crate::domain::grant::{Grant, GrantState, RefreshPolicy, RefreshToken, Remedy};
+use crate::domain::grant::{Failure, Grant, GrantState, RefreshPolicy, RefreshToken, Remedy};
 use crate::store::{StoreError, TokenStore};
 use crate::telemetry::metrics::Metrics;
 use bootstrap::ADOPTED;
@@ -114,6 +114,8 @@ pub enum TokenError {
         code: &'static str,
         /// Whether time or the operator resolves it.
         remedy: Remedy,
+        /// What happened, where the code does not say it all.
+        detail: Option<Arc<str>>,
         /// How long until the next attempt.
         retry_after: Duration,
     },
@@ -207,8 +209,8 @@ impl TokenManager {
                 GrantState::Failing { failure, attempts, retry_at, .. } if now.uptime < *retry_at => {
                     let pause = Duration::try_from(*retry_at - now.uptime).unwrap_or_default();
                     if *attempts > PATIENT_ATTEMPTS || pause > PATIENCE || begun.elapsed() > WAIT_DEAD {
-                        let (code, remedy) = (failure.code, failure.remedy);
-                        return Err(TokenError::Unavailable { code, remedy, retry_after: pause });
+                        let Failure { code, remedy, detail } = failure.clone();
+                        return Err(TokenError::Unavailable { code, remedy, detail, retry_after: pause });
                     }
                     tokio::select! {
                         _ = timeout(PATIENCE, self.0.clock.sleep_until(*retry_at)) => {}
@@ -221,6 +223,7 @@ impl TokenManager {
                         return Err(TokenError::Unavailable {
                             code: "timeout",
                             remedy: Remedy::Time,
+                            detail: None,
                             retry_after: Duration::from_secs(1),
                         });
                     }

@@ -100,7 +100,7 @@ impl RefreshTask {
     async fn run(self, why: RefreshReason) {
         if AssertUnwindSafe(self.refresh(why)).catch_unwind().await.is_err() {
             // A bug of ours. The recorded failure backs off, so that waiters do not retry at once into the same panic.
-            let failure = Failure { code: "internal", remedy: Remedy::Time };
+            let failure = Failure { code: "internal", remedy: Remedy::Time, detail: None };
             self.manager.0.metrics.token_refresh.with_label_values(&["failure", failure.code]).inc();
             self.fail(failure).await;
         }
@@ -194,7 +194,7 @@ impl RefreshTask {
         let turn = inner.circuit.turn().await;
         if let Some((code, wait)) = inner.circuit.holds(inner.clock.reading()) {
             return Err(Outcome::Failed {
-                failure: Failure { code, remedy: Remedy::Operator },
+                failure: Failure { code, remedy: Remedy::Operator, detail: None },
                 retry_after: Some(wait),
             });
         }
@@ -288,13 +288,15 @@ impl RefreshTask {
         match (before, after) {
             (GrantState::Fresh(_), GrantState::Fresh(_)) => tracing::debug!(%user, "token refreshed"),
             (_, GrantState::Fresh(_)) => tracing::info!(%user, "token refreshed; the user has recovered"),
-            (GrantState::Failing { failure: old, .. }, GrantState::Failing { failure, .. }) if old == failure => {}
+            (GrantState::Failing { failure: old, .. }, GrantState::Failing { failure, .. })
+                if old.code == failure.code => {}
             (_, GrantState::Failing { failure, .. }) if failure.remedy == Remedy::Operator => {
                 tracing::error!(%user, code = failure.code, "Login with Amazon refuses the client: check \
                     amazon.client_id and amazon.client_secret");
             }
             (_, GrantState::Failing { failure, .. }) => {
-                tracing::warn!(%user, code = failure.code, "refresh failed and will be retried; the previous token is \
+                let cause = failure.detail.as_deref();
+                tracing::warn!(%user, code = failure.code, cause, "refresh failed and will be retried; the previous token is \
                     used until it expires");
             }
             (GrantState::LoginRequired { .. }, GrantState::LoginRequired { .. }) => {}
@@ -328,11 +330,12 @@ async fn keep_storing(manager: TokenManager, entry: Arc<UserState>, mut grant: G
 
 fn outcome(error: LwaError) -> Outcome {
     match error {
-        LwaError::TryLater { code, retry_after, .. } => {
-            Outcome::Failed { failure: Failure { code, remedy: Remedy::Time }, retry_after }
+        LwaError::TryLater { code, retry_after, detail, .. } => {
+            let failure = Failure { code, remedy: Remedy::Time, detail: Some(detail.into()) };
+            Outcome::Failed { failure, retry_after }
         }
         LwaError::Operator { code } => {
-            Outcome::Failed { failure: Failure { code, remedy: Remedy::Operator }, retry_after: None }
+            Outcome::Failed { failure: Failure { code, remedy: Remedy::Operator, detail: None }, retry_after: None }
         }
         LwaError::Refused { code } => Outcome::Rejected(code),
     }

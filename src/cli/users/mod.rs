@@ -11,14 +11,15 @@ use http::Method;
 use jiff::Timestamp;
 use serde_json::Value;
 
-use super::{Failed, block_on, client, print, read};
+use super::{Failed, block_on, client, print, read, warn};
 use crate::app;
 use crate::auth::lwa::Lwa;
 use crate::config::Config;
 use crate::domain::account::UserId;
+use crate::domain::credential::{self, Credential};
 use crate::domain::grant::{Grant, RefreshToken};
 use crate::domain::secret::Secret;
-use crate::store::stored_grant::StoredGrant;
+use crate::store::imported_record::{self, Imported};
 use crate::store::{Opened, StoreError, TokenStore};
 
 #[derive(Debug, Subcommand)]
@@ -139,7 +140,12 @@ fn line(user: &str, state: &str, expires_at: Option<&str>) -> String {
 }
 
 fn take_token(config: &Config, user: UserId, replace: bool, lwa: Option<Lwa>) -> Result<(), Failed> {
-    let token = Secret::new(read(None, "the refresh token")?.trim());
+    let text = Secret::new(read(None, "the refresh token")?);
+    // Standard input ends with a line end, which is no mistake.
+    let checked = credential::read(Credential::RefreshToken, text.expose().trim())
+        .map_err(|flaw| Failed::because(format!("what was read {flaw}")))?;
+    checked.repairs.iter().for_each(|repair| warn(format!("what was read {repair}")));
+    let token = Secret::new(checked.text.as_str());
     let refresh_token =
         RefreshToken::new(token).map_err(|error| Failed::because(format!("this is no refresh token: {error}")))?;
     let grant = Grant {
@@ -165,8 +171,13 @@ pub(super) fn take_records(config: &Config, json: &str, replace: bool, lwa: Opti
     let mut grants = Vec::new();
     let mut problems = String::new();
     for (user, record) in records {
-        match StoredGrant::import(record, &user, &keyring) {
-            Ok(grant) => grants.push((user, grant)),
+        match imported_record::read(record, &user, &keyring) {
+            Ok(Imported { grant, repairs }) => {
+                for (field, repair) in repairs {
+                    warn(format!("{user}: {field} {repair}"));
+                }
+                grants.push((user, grant));
+            }
             Err(error) => problems += &format!("{user}: {error}\n"),
         }
     }

@@ -158,6 +158,8 @@ pub struct Failure {
     pub code: &'static str,
     /// What has to happen before a refresh can succeed.
     pub remedy: Remedy,
+    /// What happened, for the log and for people, where the code does not say it all. Never a secret.
+    pub detail: Option<Arc<str>>,
 }
 
 /// The failure code for an unreachable shared store: without the store, no process can tell whether another one is
@@ -391,7 +393,7 @@ mod tests {
     }
 
     fn failed(retry_after: Option<u64>) -> Outcome {
-        let failure = Failure { code: "server_error", remedy: Remedy::Time };
+        let failure = Failure { code: "server_error", remedy: Remedy::Time, detail: None };
         Outcome::Failed { failure, retry_after: retry_after.map(Duration::from_secs) }
     }
 

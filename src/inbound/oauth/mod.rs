@@ -424,15 +424,16 @@ pub fn token_problem(error: TokenError, login_url: &str) -> Problem {
             "Try again after the time in Retry-After; if it persists, look at adsidecar's log and at PostgreSQL.",
         )
         .retry_after(retry_after),
-        TokenError::Unavailable { code, remedy, retry_after } => {
+        TokenError::Unavailable { code, remedy, detail, retry_after } => {
             let next_step = match remedy {
                 crate::domain::grant::Remedy::Time => "Try again after the time in Retry-After.",
                 crate::domain::grant::Remedy::Operator => {
                     "Login with Amazon refuses this client: check amazon.client_id and amazon.client_secret."
                 }
             };
-            Problem::new(Code::TokenUnavailable, format!("The access token could not be renewed ({code})."), next_step)
-                .retry_after(retry_after)
+            let cause = detail.map(|detail| format!(": {detail}")).unwrap_or_default();
+            let detail = format!("The access token could not be renewed ({code}{cause}).");
+            Problem::new(Code::TokenUnavailable, detail, next_step).retry_after(retry_after)
         }
     }
 }

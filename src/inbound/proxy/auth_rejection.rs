@@ -3,6 +3,7 @@
 use std::io::Read;
 use std::time::Duration;
 
+use brotli_decompressor::Decompressor;
 use bytes::{Bytes, BytesMut};
 use flate2::read::{DeflateDecoder, MultiGzDecoder, ZlibDecoder};
 use http::Response;
@@ -16,6 +17,9 @@ use crate::upstream::UpstreamBody;
 
 /// How much of a rejection is read, in bytes; the rest is passed on unread.
 const MAX_READ: usize = 64 << 10;
+
+/// Size of the decoder's input buffer for brotli, in bytes.
+const BROTLI_BUFFER: usize = 4096;
 
 /// How long to wait for the next bytes of a rejection before judging it by what has arrived.
 const MAX_WAIT: Duration = Duration::from_secs(5);
@@ -103,6 +107,7 @@ fn inflated(coding: Option<&[u8]>, bytes: &[u8]) -> Vec<u8> {
                 zlib
             }
         }
+        Some(b"br") => Decompressor::new(bytes, BROTLI_BUFFER).take(limit).read_to_end(&mut text),
         _ => return bytes.to_vec(),
     };
     text
@@ -146,6 +151,13 @@ mod tests {
         assert_eq!(verdict(Some("gzip"), b"no gzip at all"), Verdict::Token);
     }
 
+    /// One stored block, as an encoder writes what it cannot compress (RFC 7932, section 9.2): window of 16 bits, not
+    /// the last block, four nibbles of length, uncompressed; then the empty last block.
+    fn brotli(text: &[u8]) -> Vec<u8> {
+        let head = ((u32::try_from(text.len()).unwrap() - 1) << 4) | 1 << 20;
+        [&head.to_le_bytes()[..3], text, &[3]].concat()
+    }
+
     #[test]
     fn a_compressed_text_is_read_too() {
         let text = br#"{"details":"Not authorized to access scope 1"}"#;
@@ -156,6 +168,8 @@ mod tests {
         let mut raw = DeflateEncoder::new(Vec::new(), Compression::default());
         raw.write_all(text).unwrap();
         let expected = Verdict::Scope("scope_not_authorized");
+        assert_eq!(verdict(Some("br"), &brotli(text)), expected);
+        assert_eq!(verdict(Some("br"), b"no brotli at all"), Verdict::Token);
         let gzip = gzip.finish().unwrap();
         assert_eq!(verdict(Some("gzip"), &gzip), expected);
         assert_eq!(verdict(Some("GZIP"), &gzip), expected, "RFC 9110, section 8.4.1: names of codings ignore case");

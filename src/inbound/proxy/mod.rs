@@ -31,7 +31,7 @@ use crate::inbound::admission::{Admission, Admitted, Refusal};
 use crate::inbound::destination::Target;
 use crate::inbound::oauth::{OauthEndpoints, add_private_headers, token_problem};
 use crate::inbound::problem::Problem;
-use crate::inbound::request_id::RequestIds;
+use crate::inbound::request_id::{self, RequestIds};
 use crate::server::Peer;
 use crate::telemetry::metrics::Metrics;
 use crate::upstream::{ReplayBudget, ReplayBuffer, RequestBody, Reuse, SendError, Upstream, UpstreamBody};
@@ -152,10 +152,11 @@ impl Proxy {
         request: Request<Incoming>,
         peer: Peer,
     ) -> impl Future<Output = Response<Body>> + Send {
-        let (parts, incoming) = request.into_parts();
+        let (mut parts, incoming) = request.into_parts();
         async move {
-            let mut telemetry =
-                RequestTelemetry::begin(&self.metrics, &parts.method, self.request_ids.of(&parts.headers));
+            let id = self.request_ids.of(&parts.headers);
+            request_id::replace(&mut parts.headers, &id);
+            let mut telemetry = RequestTelemetry::begin(&self.metrics, &parts.method, id);
             let answered = AssertUnwindSafe(self.answer(&parts, incoming, peer, &mut telemetry)).catch_unwind().await;
             let response = match answered.unwrap_or(Err(ProxyError::Panicked)) {
                 Ok(response) => response,

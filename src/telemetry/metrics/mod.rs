@@ -35,9 +35,10 @@ const OTHER: &str = "other";
 
 /// Reasons for failed refreshes that are known in advance. Their series exist from the start, because Prometheus cannot
 /// see the increase of a counter whose first value is not 0.
-const REFRESH_FAILURES: [&str; 12] = [
+pub const REFRESH_FAILURES: [&str; 13] = [
     "bad_answer",
     "dns",
+    "internal",
     "invalid_client",
     "invalid_grant",
     "invalid_request",

@@ -18,7 +18,7 @@ fuzz_target!(|input: (u16, &[u8])| {
         assert!(tokens.refresh.is_none_or(|refresh| !refresh.secret().expose().is_empty()));
     }
     let Ok(status) = StatusCode::from_u16(100 + status % 900) else { return };
-    match answer::refusal(status, body, None) {
+    match answer::refusal(status, "text/html", body, None) {
         LwaError::TryLater { code, .. } => assert!(["throttled", "server_error", "bad_answer"].contains(&code)),
         LwaError::Refused { code } => {
             assert!(["invalid_grant", "unauthorized_client", "invalid_scope"].contains(&code));
