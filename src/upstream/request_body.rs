@@ -49,20 +49,6 @@ pub enum BodyError {
     Stalled,
 }
 
-impl BodyError {
-    /// Finds the body error among the sources of a hyper error.
-    pub fn within(error: &hyper::Error) -> Option<Self> {
-        let mut source = std::error::Error::source(error);
-        while let Some(error) = source {
-            if let Some(body) = error.downcast_ref::<Self>() {
-                return Some(*body);
-            }
-            source = error.source();
-        }
-        None
-    }
-}
-
 /// A copy of the part of a caller's body that was sent so far, kept for one retry. It is given up once the body exceeds
 /// its own limit or all buffers together exceed the [`ReplayBudget`].
 #[derive(Debug)]
