@@ -277,7 +277,7 @@ impl Proxy {
         let mut sent = self.attempt(request, body, Reuse::Allowed).await;
         let mut attempts = 1;
         while let Err(error) = sent {
-            match Retry::after_error(error, request, &buffer, attempts) {
+            match Box::pin(Retry::after_error(error, request, &buffer, attempts)).await {
                 // Boxed: rare requests must not make the future of every request large.
                 Ok((retry, body)) => sent = Box::pin(self.attempt(request, body, retry.reuse())).await,
                 Err(error) => {
@@ -289,6 +289,9 @@ impl Proxy {
         }
         telemetry.amazon_took(region, begun.elapsed());
         let response = sent.map_err(ProxyError::Send)?;
+        if let Some(buffer) = &buffer {
+            buffer.responded();
+        }
         telemetry.amazon_said(region, response.status(), response.headers());
         Ok((response, buffer))
     }

@@ -31,7 +31,7 @@ impl Retry {
     ///
     /// # Errors
     /// Returns the error if the request must not be sent again.
-    pub(super) fn after_error(
+    pub(super) async fn after_error(
         error: SendError,
         request: UpstreamRequest<'_>,
         sent: &Option<Arc<ReplayBuffer>>,
@@ -48,7 +48,11 @@ impl Retry {
             Processed::Stale if attempts == 1 && request.is_idempotent() => Self::StaleIdempotent,
             Processed::Stale | Processed::Unknown => return Err(error),
         };
-        match body_again(sent) {
+        let body = match sent {
+            None => Some(RequestBody::empty()),
+            Some(buffer) => buffer.reclaim().await,
+        };
+        match body {
             Some(body) => Ok((retry, body)),
             None => Err(error),
         }
