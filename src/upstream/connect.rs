@@ -1,7 +1,7 @@
 //! Opens a connection: DNS, TCP (Happy Eyeballs, RFC 8305), TLS, and the HTTP version that ALPN selected.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use http::Uri;
 use hyper::client::conn::{http1, http2};
@@ -13,7 +13,7 @@ use tokio_rustls::TlsConnector;
 use tower_service::Service;
 use url::Url;
 
-use super::connection::{Connection, H2Connection, MAX_STREAMS};
+use super::connection::{Connection, H2Connection, MAX_STREAMS, PING_EVERY, PING_TIMEOUT};
 use super::read_ahead::ReadAhead;
 use super::{ErrorKind, Http2, Settings};
 
@@ -27,10 +27,6 @@ use super::{ErrorKind, Http2, Settings};
 /// The smaller windows leave room for the nine bytes of a frame header. One, two or four frames then fill one buffer of
 /// h2, which stays allocated as long as any of its frames is in use.
 const WINDOWS: [u32; 4] = [64 << 10, (8 << 10) - 9, (4 << 10) - 9, (2 << 10) - 9];
-/// Interval of HTTP/2 pings, which detect a dead connection. It matters because all requests share the connection.
-const PING_EVERY: Duration = Duration::from_secs(20);
-/// Longest wait for the acknowledgement of a ping before the connection is closed.
-const PING_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Limit of rustls's buffer for data that the socket has not taken yet, in bytes. The default of 64 KiB holds a body
 /// chunk but not the overhead of its TLS records, so each chunk needed a second system call for its last 134 bytes.
@@ -140,9 +136,10 @@ impl Connector {
             builder
                 .initial_stream_window_size(window)
                 .initial_connection_window_size((MAX_STREAMS as u32 + 1) * window);
+            let activity = stream.get_ref().0.activity().clone();
             let (sender, connection) = builder.handshake(TokioIo::new(stream)).await.map_err(ErrorKind::Reset)?;
             drive(connection);
-            Ok(Connection::Http2(H2Connection { sender, streams: Arc::default() }))
+            Ok(Connection::Http2(H2Connection { sender, streams: Arc::default(), opened: Instant::now(), activity }))
         } else {
             tracing::debug!("connected to Amazon, HTTP/1.1");
             let mut builder = http1::Builder::new();

@@ -7,9 +7,8 @@
 //! An HTTP/1.1 connection returns to the pool only after both its request and its response have been transferred
 //! completely. In every other case it is closed.
 //!
-//! The pool never retries a request. It reports whether a retry would be safe ([`SendError::unsent`],
-//! [`SendError::stale`]), and `inbound::proxy`, which still has the caller's request, retries on a [`Reuse::Fresh`]
-//! connection.
+//! The pool never retries a request. It reports whether Amazon may have processed it ([`Processed`]), and
+//! `inbound::proxy`, which still has the caller's request, retries on a [`Reuse::Fresh`] connection.
 
 mod read_ahead;
 mod upstream_body;
@@ -18,10 +17,11 @@ mod connection;
 mod request_body;
 mod pool;
 mod protocol_choice;
+mod send_error;
 
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use http::header::{CONTENT_LENGTH, TRANSFER_ENCODING};
 use http::{HeaderValue, Request, Response, StatusCode};
@@ -32,7 +32,8 @@ use rustls::pki_types::CertificateDer;
 use url::Url;
 
 pub use request_body::{BodyError, ReplayBudget, ReplayBuffer, RequestBody};
-pub use upstream_body::UpstreamBody;
+pub use send_error::{ErrorKind, Processed, SendError};
+pub use upstream_body::{ResponseAborted, UpstreamBody};
 
 use crate::domain::account::Region;
 use crate::domain::tls;
@@ -84,52 +85,11 @@ pub struct Upstream {
 pub enum Reuse {
     /// Use a pooled connection if one is available.
     Allowed,
-    /// Open a new connection, for a retry.
-    Fresh,
-}
-
-/// No response was received.
-#[derive(Debug)]
-pub struct SendError {
-    /// The cause.
-    pub kind: ErrorKind,
-    /// The request body, if no byte of the request was written. The request may then be retried whatever its method.
-    pub unsent: Option<RequestBody>,
-    /// A connection from the pool broke before any byte of a response arrived: the server had probably just closed it.
-    pub stale: bool,
-}
-
-/// Failures up to the head of the response.
-#[derive(Debug, thiserror::Error)]
-pub enum ErrorKind {
-    /// No TCP connection could be opened: DNS failed, the port refused, or there is no route.
-    #[error("cannot connect: {0}")]
-    Unreachable(Box<dyn std::error::Error + Send + Sync>),
-    /// The TLS handshake failed.
-    #[error("TLS handshake failed: {0}")]
-    Tls(std::io::Error),
-    /// The connection broke, or the server did not send HTTP.
-    #[error("connection broke: {0}")]
-    Reset(hyper::Error),
-    /// The server sent 101 although no upgrade was requested; the bytes that follow are not HTTP.
-    #[error("the server switched protocols without being asked to")]
-    Switched,
-    /// No connection was established within `connect_timeout`.
-    #[error("no connection within {0:?}")]
-    ConnectTimeout(Duration),
-    /// No response arrived within `response_timeout`.
-    #[error("no response within {0:?}")]
-    ResponseTimeout(Duration),
-    /// The caller's body did not arrive completely; Amazon is not at fault.
-    #[error("request body: {0}")]
-    Body(BodyError),
-}
-
-impl ErrorKind {
-    /// Turns a failure that occurred before the request was sent into a [`SendError`] that returns its body.
-    pub fn unsent(self, body: RequestBody) -> SendError {
-        SendError { kind: self, unsent: Some(body), stale: false }
-    }
+    /// Open a new connection, for a retry. Requests that failed together may share an HTTP/2 connection that was opened
+    /// after this time.
+    Fresh(Instant),
+    /// Open a new HTTP/1.1 connection, if `upstream.http2` allows it.
+    FreshHttp1,
 }
 
 impl Upstream {
@@ -162,8 +122,12 @@ impl Upstream {
         let (in_flight, low_concurrency) = pool.protocol_choice.enter();
         let transport = match pool.connection(reuse, low_concurrency, self.idle_timeout).await? {
             Connection::Http1 { sender, reused } => Transport::Http1 { sender, reused },
-            Connection::Http2(H2Connection { sender, streams }) => {
+            Connection::Http2(H2Connection { sender, streams, activity, .. }) => {
                 let (share, others) = CountGuard::increment(&streams);
+                if others == 0 {
+                    // Silence counts from the first request that waits.
+                    activity.touch();
+                }
                 // Steady traffic at low concurrency: one HTTP/1.1 connection for each request now in flight.
                 if pool.protocol_choice.should_add_http1(low_concurrency, self.idle_timeout) {
                     pool.add_http1(others + 1);
@@ -226,7 +190,7 @@ impl Checkout {
             let response = response.map_err(|error| error.into_send_error(transport.reused()))?;
             match transport {
                 Transport::Http1 { .. } if response.status() == StatusCode::SWITCHING_PROTOCOLS => {
-                    Err(SendError { kind: ErrorKind::Switched, unsent: None, stale: false })
+                    Err(SendError { kind: ErrorKind::Switched, processed: Processed::Unknown })
                 }
                 Transport::Http1 { sender, .. } => {
                     Ok(response.map(|incoming| UpstreamBody::http1(incoming, in_flight, pool, sender, progress)))
@@ -296,22 +260,10 @@ impl NoHead {
     /// Adds whether a retry would be safe; `reused` tells whether the connection came from the pool.
     fn into_send_error(self, reused: bool) -> SendError {
         match self {
-            Self::TimedOut(wait) => SendError { kind: ErrorKind::ResponseTimeout(wait), unsent: None, stale: false },
-            Self::Error { error, unsent } => match BodyError::within(&error) {
-                Some(body) => SendError { kind: ErrorKind::Body(body), unsent: None, stale: false },
-                None => {
-                    // Any other error, such as a response that is not HTTP, came from the server, so the connection was
-                    // not stale.
-                    let stale = reused && (error.is_incomplete_message() || error.is_canceled() || is_io(&error));
-                    SendError { kind: ErrorKind::Reset(error), unsent, stale }
-                }
-            },
+            Self::TimedOut(wait) => SendError { kind: ErrorKind::ResponseTimeout(wait), processed: Processed::Unknown },
+            Self::Error { error, unsent } => SendError::from_hyper(error, unsent, reused),
         }
     }
-}
-
-fn is_io(error: &hyper::Error) -> bool {
-    std::error::Error::source(error).is_some_and(|source| source.is::<std::io::Error>())
 }
 
 /// Locks `mutex` even if it is poisoned: the pools have no invariant that a panic could have broken.

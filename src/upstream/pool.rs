@@ -80,26 +80,32 @@ impl OriginPool {
         low_concurrency: bool,
         idle_timeout: Duration,
     ) -> Result<Connection, ErrorKind> {
-        if reuse == Reuse::Allowed {
-            if let Some(connection) = self.pooled(low_concurrency, idle_timeout).await {
-                return Ok(connection);
-            }
-            if !self.http1_only.load(Relaxed) {
-                // Wait for a connection that another request is opening, for at most the connect timeout; after that
-                // this request opens its own.
-                let _one = tokio::time::timeout(self.connector.timeout(), self.connecting.lock()).await;
-                return match self.pooled(low_concurrency, idle_timeout).await {
-                    Some(connection) => Ok(connection),
-                    None => self.connect().await,
-                };
-            }
+        let pooled = async || match reuse {
+            Reuse::Allowed => self.pooled(low_concurrency, idle_timeout).await,
+            Reuse::Fresh(since) => self.shared(Some(since)).await,
+            Reuse::FreshHttp1 => None,
+        };
+        if let Some(connection) = pooled().await {
+            return Ok(connection);
         }
-        self.connect().await
+        if reuse == Reuse::FreshHttp1 && self.connector.may_speak_http1() {
+            return Box::pin(self.connector.connect(Alpn::Http1)).await;
+        }
+        if self.http1_only.load(Relaxed) {
+            return self.connect().await;
+        }
+        // Wait for a connection that another request is opening, for at most the connect timeout; after that this
+        // request opens its own.
+        let _one = tokio::time::timeout(self.connector.timeout(), self.connecting.lock()).await;
+        match pooled().await {
+            Some(connection) => Ok(connection),
+            None => self.connect().await,
+        }
     }
 
     /// Takes a connection from the pool, and drops expired and closed ones on the way.
     async fn pooled(&self, low_concurrency: bool, idle_timeout: Duration) -> Option<Connection> {
-        if !low_concurrency && let Some(shared) = self.shared().await {
+        if !low_concurrency && let Some(shared) = self.shared(None).await {
             return Some(shared);
         }
         while let Some(Idle { mut sender, since }) = self.pop() {
@@ -110,13 +116,16 @@ impl OriginPool {
                 return Some(Connection::Http1 { sender, reused: true });
             }
         }
-        self.shared().await
+        self.shared(None).await
     }
 
-    /// Returns an HTTP/2 connection that has room for another request.
-    async fn shared(&self) -> Option<Connection> {
+    /// Returns an HTTP/2 connection that has room for another request, and was opened after `since`.
+    async fn shared(&self, since: Option<Instant>) -> Option<Connection> {
         let both = lock(&self.shared).clone();
-        for mut shared in both.into_iter().flatten().filter(|shared| !shared.is_full()) {
+        let usable = |shared: &H2Connection| {
+            !shared.is_full() && !shared.is_silent() && since.is_none_or(|since| shared.opened >= since)
+        };
+        for mut shared in both.into_iter().flatten().filter(usable) {
             if shared.sender.ready().await.is_ok() {
                 return Some(Connection::Http2(shared));
             }
@@ -126,8 +135,9 @@ impl OriginPool {
 
     /// Opens a connection. An HTTP/2 connection becomes the shared one, or the overflow if the shared one is full.
     async fn connect(&self) -> Result<Connection, ErrorKind> {
-        let overflow =
-            lock(&self.shared)[0].as_ref().is_some_and(|shared| shared.is_full() && !shared.sender.is_closed());
+        let overflow = lock(&self.shared)[0]
+            .as_ref()
+            .is_some_and(|shared| shared.is_full() && !shared.is_silent() && !shared.sender.is_closed());
         let hundreds = self.protocol_choice.in_flight() / MAX_STREAMS;
         let alpn = if overflow { Alpn::Overflow { hundreds } } else { Alpn::Configured };
         // Boxed, because connecting is rare and its future is large.

@@ -6,12 +6,15 @@
 
 use std::io::{IoSlice, Result};
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
 use bytes::{Buf, BytesMut};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::task::coop::poll_proceed;
 use tokio_util::io::poll_read_buf;
+
+use super::connection::Activity;
 
 /// Largest read, in bytes: four TLS records. Larger reads save few system calls and evict other data from the
 /// processor's cache.
@@ -27,21 +30,28 @@ pub(super) struct ReadAhead<S> {
     bulk: bool,
     /// Whether this task yielded to others since the last large read.
     yielded: bool,
+    activity: Arc<Activity>,
 }
 
 impl<S> ReadAhead<S> {
     pub(super) fn new(socket: S) -> Self {
-        Self { socket, ahead: BytesMut::new(), bulk: false, yielded: false }
+        Self { socket, ahead: BytesMut::new(), bulk: false, yielded: false, activity: Activity::now() }
+    }
+
+    /// When the socket was last read.
+    pub(super) fn activity(&self) -> &Arc<Activity> {
+        &self.activity
     }
 }
 
 impl<S: AsyncRead + Unpin> AsyncRead for ReadAhead<S> {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, into: &mut ReadBuf<'_>) -> Poll<Result<()>> {
-        let Self { socket, ahead, bulk, yielded } = &mut *self;
+        let Self { socket, ahead, bulk, yielded, activity } = &mut *self;
         let mut socket = Pin::new(socket);
         if ahead.is_empty() {
             if !*bulk {
                 ready!(socket.as_mut().poll_read(cx, into))?;
+                activity.touch();
                 *bulk = into.remaining() == 0;
                 return Poll::Ready(Ok(()));
             }
@@ -58,6 +68,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for ReadAhead<S> {
                 *bulk = false;
             }
             ready!(read)?;
+            activity.touch();
         }
         // Count data from memory against tokio's budget like a read; otherwise a host that sends without pause would
         // occupy the thread.

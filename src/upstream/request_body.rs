@@ -10,6 +10,7 @@ use std::time::Duration;
 use bytes::{Bytes, BytesMut};
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
+use tokio::sync::Notify;
 use tokio::time::{Sleep, sleep};
 
 use super::lock;
@@ -27,12 +28,20 @@ enum Source {
         left: u64,
     },
     Caller {
-        incoming: Incoming,
+        /// What an earlier attempt took.
+        replay: VecDeque<Bytes>,
+        rest: Rest,
         buffer: Arc<ReplayBuffer>,
-        limit: u64,
-        timeout: Duration,
         stalled: Option<Pin<Box<Sleep>>>,
     },
+}
+
+/// The part of a caller's body that was not read yet.
+#[derive(Debug)]
+struct Rest {
+    incoming: Incoming,
+    limit: u64,
+    timeout: Duration,
 }
 
 /// Why a caller's body did not arrive completely.
@@ -49,20 +58,6 @@ pub enum BodyError {
     Stalled,
 }
 
-impl BodyError {
-    /// Finds the body error among the sources of a hyper error.
-    pub fn within(error: &hyper::Error) -> Option<Self> {
-        let mut source = std::error::Error::source(error);
-        while let Some(error) = source {
-            if let Some(body) = error.downcast_ref::<Self>() {
-                return Some(*body);
-            }
-            source = error.source();
-        }
-        None
-    }
-}
-
 /// A copy of the part of a caller's body that was sent so far, kept for one retry. It is given up once the body exceeds
 /// its own limit or all buffers together exceed the [`ReplayBudget`].
 #[derive(Debug)]
@@ -70,6 +65,8 @@ pub struct ReplayBuffer {
     limit: usize,
     budget: Arc<ReplayBudget>,
     state: Mutex<Progress>,
+    /// Notified when hyper drops the body.
+    returned: Notify,
 }
 
 /// The number of bytes in all replay buffers together.
@@ -141,6 +138,10 @@ struct Progress {
     taken: u64,
     /// Whether hyper took the whole body.
     ended: bool,
+    /// What hyper left of the body when it dropped it.
+    rest: Option<Rest>,
+    /// Whether there is a response, so that `rest` is not needed any more.
+    responded: bool,
 }
 
 impl RequestBody {
@@ -162,8 +163,10 @@ impl RequestBody {
             return Self::empty();
         }
         let state = Progress { pieces: Some(Pieces::default()), ..Progress::default() };
-        let buffer = Arc::new(ReplayBuffer { limit: replay_limit, budget: budget.clone(), state: Mutex::new(state) });
-        Self(Source::Caller { incoming, buffer, limit: max.unwrap_or(u64::MAX), timeout, stalled: None })
+        let (budget, state) = (budget.clone(), Mutex::new(state));
+        let buffer = Arc::new(ReplayBuffer { limit: replay_limit, budget, state, returned: Notify::new() });
+        let rest = Rest { incoming, limit: max.unwrap_or(u64::MAX), timeout };
+        Self(Source::Caller { replay: VecDeque::new(), rest, buffer, stalled: None })
     }
 
     /// Returns the replay buffer of this body, or `None` if the body does not come from a caller or is empty.
@@ -175,7 +178,53 @@ impl RequestBody {
     }
 }
 
+impl Drop for RequestBody {
+    /// Leaves the rest of the body in the replay buffer, for a retry.
+    fn drop(&mut self) {
+        if let Source::Caller { rest, buffer, .. } = std::mem::replace(&mut self.0, Source::Nothing) {
+            let mut state = lock(&buffer.state);
+            if state.pieces.is_some() && !state.ended && !state.responded {
+                state.rest = Some(rest);
+            }
+            drop(state);
+            buffer.returned.notify_one();
+        }
+    }
+}
+
+/// Longest wait until hyper drops the body of a failed request. It does so at once, but in another task.
+const RETURN: Duration = Duration::from_millis(500);
+
 impl ReplayBuffer {
+    /// Returns the same body for a retry after a failed attempt, if no limit was exceeded. The part that the attempt
+    /// did not take is streamed from the caller.
+    pub async fn reclaim(self: &Arc<Self>) -> Option<RequestBody> {
+        let settled = || {
+            let state = lock(&self.state);
+            state.ended || state.rest.is_some() || state.pieces.is_none()
+        };
+        let returned = async {
+            while !settled() {
+                self.returned.notified().await;
+            }
+        };
+        tokio::time::timeout(RETURN, returned).await.ok()?;
+        let mut state = lock(&self.state);
+        let Some(rest) = state.rest.take() else {
+            drop(state);
+            return self.replay();
+        };
+        let replay = state.pieces.as_ref()?.all();
+        Some(RequestBody(Source::Caller { replay, rest, buffer: self.clone(), stalled: None }))
+    }
+
+    /// Records that there is a response: the caller's body is not needed for a retry any more.
+    pub fn responded(&self) {
+        let mut state = lock(&self.state);
+        state.responded = true;
+        state.rest = None;
+    }
+
     /// Returns the same body for a retry, if it was sent completely and no limit was exceeded.
     pub fn replay(&self) -> Option<RequestBody> {
         let state = lock(&self.state);
@@ -227,7 +276,10 @@ impl Body for RequestBody {
                 *left -= chunk.as_ref().map_or(0, |chunk| chunk.len() as u64);
                 Poll::Ready(chunk.map(|chunk| Ok(Frame::data(chunk))))
             }
-            Source::Caller { incoming, buffer, limit, timeout, stalled } => {
+            Source::Caller { replay, rest: Rest { incoming, limit, timeout }, buffer, stalled } => {
+                if let Some(chunk) = replay.pop_front() {
+                    return Poll::Ready(Some(Ok(Frame::data(chunk))));
+                }
                 let Poll::Ready(frame) = Pin::new(&mut *incoming).poll_frame(cx) else {
                     ready!(stalled.get_or_insert_with(|| Box::pin(sleep(*timeout))).as_mut().poll(cx));
                     return Poll::Ready(Some(Err(BodyError::Stalled)));
@@ -253,7 +305,7 @@ impl Body for RequestBody {
         match &self.0 {
             Source::Nothing => true,
             Source::ReplayBuffer { chunks, .. } => chunks.is_empty(),
-            Source::Caller { incoming, .. } => incoming.is_end_stream(),
+            Source::Caller { replay, rest, .. } => replay.is_empty() && rest.incoming.is_end_stream(),
         }
     }
 
@@ -261,7 +313,10 @@ impl Body for RequestBody {
         match &self.0 {
             Source::Nothing => SizeHint::with_exact(0),
             Source::ReplayBuffer { left, .. } => SizeHint::with_exact(*left),
-            Source::Caller { incoming, .. } => incoming.size_hint(),
+            Source::Caller { replay, rest, .. } => match rest.incoming.size_hint().exact() {
+                Some(left) => SizeHint::with_exact(left + replay.iter().map(|chunk| chunk.len() as u64).sum::<u64>()),
+                None => SizeHint::default(),
+            },
         }
     }
 }
@@ -276,7 +331,7 @@ mod tests {
 
     fn buffer_in(limit: usize, budget: &Arc<ReplayBudget>) -> ReplayBuffer {
         let state = Progress { pieces: Some(Pieces::default()), ..Progress::default() };
-        ReplayBuffer { limit, budget: budget.clone(), state: Mutex::new(state) }
+        ReplayBuffer { limit, budget: budget.clone(), state: Mutex::new(state), returned: Notify::new() }
     }
 
     #[test]
@@ -322,11 +377,10 @@ mod tests {
             buffer.record(piece, u64::MAX, number + 1 == pieces.len()).unwrap();
         }
         assert!(pieces.iter().all(|piece| piece.is_unique() == (piece.len() < LARGE)));
-        let Some(RequestBody(Source::ReplayBuffer { chunks, left })) = buffer.replay() else {
-            panic!("the body was sent completely")
-        };
+        let body = buffer.replay().unwrap();
+        let Source::ReplayBuffer { chunks, left } = &body.0 else { panic!("the body was sent completely") };
         let replayed: Vec<u8> = chunks.iter().flatten().copied().collect();
-        assert_eq!((replayed.as_slice(), left), (pieces.concat().as_slice(), replayed.len() as u64));
+        assert_eq!((replayed.as_slice(), *left), (pieces.concat().as_slice(), replayed.len() as u64));
         assert_eq!(chunks.len(), 5);
     }
 

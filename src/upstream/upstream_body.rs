@@ -12,6 +12,17 @@ use hyper::client::conn::http1;
 use super::protocol_choice::CountGuard;
 use super::{OriginPool, ReplayBuffer, RequestBody};
 
+/// A response body ended before its last byte.
+#[derive(Debug, thiserror::Error)]
+pub enum ResponseAborted {
+    /// The connection or the HTTP/2 stream broke.
+    #[error(transparent)]
+    Broken(#[from] hyper::Error),
+    /// The server ended the HTTP/2 stream without an error, but also without END_STREAM (RFC 9113, section 8.1).
+    #[error("the HTTP/2 stream ended without END_STREAM")]
+    Truncated,
+}
+
 /// A response body, streamed from Amazon. After its last byte the connection returns to the pool. If the body fails or
 /// is dropped before that, the connection is closed.
 #[derive(Debug)]
@@ -22,7 +33,7 @@ pub struct UpstreamBody {
     /// Counts the request as in flight to its origin.
     _in_flight: CountGuard,
     /// Counts the request on its HTTP/2 connection.
-    _share: Option<CountGuard>,
+    share: Option<CountGuard>,
 }
 
 /// An HTTP/1.1 connection that is in use for one request and its response.
@@ -43,13 +54,13 @@ impl UpstreamBody {
         request: Option<Arc<ReplayBuffer>>,
     ) -> Self {
         let exchange = Some(Exchange { pool, sender, request });
-        let mut body = Self { incoming, exchange, _in_flight: in_flight, _share: None };
+        let mut body = Self { incoming, exchange, _in_flight: in_flight, share: None };
         body.release_at_end();
         body
     }
 
     pub(super) fn http2(incoming: Incoming, in_flight: CountGuard, share: CountGuard) -> Self {
-        Self { incoming, exchange: None, _in_flight: in_flight, _share: Some(share) }
+        Self { incoming, exchange: None, _in_flight: in_flight, share: Some(share) }
     }
 
     /// Releases the connection if the body has ended.
@@ -72,16 +83,23 @@ impl UpstreamBody {
 
 impl Body for UpstreamBody {
     type Data = Bytes;
-    type Error = hyper::Error;
+    type Error = ResponseAborted;
 
-    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, ResponseAborted>>> {
         let frame = ready!(Pin::new(&mut self.incoming).poll_frame(cx));
+        // hyper ends a body cleanly if its stream is reset with NO_ERROR, which is right only after END_STREAM.
+        if frame.is_none() && self.share.is_some() && !self.incoming.is_end_stream() {
+            return Poll::Ready(Some(Err(ResponseAborted::Truncated)));
+        }
         match &frame {
             None => self.release(),
             Some(Ok(_)) => self.release_at_end(),
             Some(Err(_)) => self.exchange = None,
         }
-        Poll::Ready(frame)
+        Poll::Ready(frame.map(|frame| frame.map_err(ResponseAborted::from)))
     }
 
     fn is_end_stream(&self) -> bool {

@@ -22,6 +22,7 @@ mod limits;
 mod login;
 mod login_attacks;
 mod manuals;
+mod nginx;
 mod observability;
 mod policy;
 mod process;

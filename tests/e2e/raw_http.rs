@@ -34,6 +34,7 @@ impl<S: AsyncRead + AsyncWrite + Send + Unpin> Stream for S {}
 pub struct Wire {
     stream: Box<dyn Stream>,
     came: Vec<u8>,
+    http2: bool,
 }
 
 /// A response.
@@ -58,7 +59,12 @@ impl Wire {
     }
 
     fn over(stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static) -> Self {
-        Self { stream: Box::new(stream), came: Vec::new() }
+        Self { stream: Box::new(stream), came: Vec::new(), http2: false }
+    }
+
+    /// Whether ALPN selected HTTP/2 on this connection to a scripted Amazon.
+    pub fn is_http2(&self) -> bool {
+        self.http2
     }
 
     /// Writes. If the peer has closed the connection, the next read shows it.
@@ -255,7 +261,8 @@ impl Scripted {
                 let (stream, _) = listener.accept().await.unwrap();
                 let number = counted.fetch_add(1, Ordering::SeqCst) + 1;
                 let Ok(stream) = tls.accept(stream).await else { continue };
-                tokio::spawn(script(Wire::over(stream), number));
+                let http2 = stream.get_ref().1.alpn_protocol() == Some(b"h2");
+                tokio::spawn(script(Wire { http2, ..Wire::over(stream) }, number));
             }
         });
         Self { origin, directory, connections, task }

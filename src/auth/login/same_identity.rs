@@ -3,7 +3,7 @@
 
 use std::collections::HashSet;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use http::header::HeaderValue;
@@ -72,7 +72,8 @@ impl Identity {
         let mut request = Request::new(RequestBody::empty());
         *request.uri_mut() = Uri::from_static(PROFILES);
         *request.headers_mut() = to_amazon(&HeaderMap::new(), attach);
-        let answer = self.upstream.checkout(region, Reuse::Fresh).await.ok()?.send(request, false).await.ok()?;
+        let answer =
+            self.upstream.checkout(region, Reuse::Fresh(Instant::now())).await.ok()?.send(request, false).await.ok()?;
         if answer.status() != StatusCode::OK {
             return None;
         }

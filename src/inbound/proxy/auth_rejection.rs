@@ -13,7 +13,7 @@ use http_body_util::BodyExt;
 use tokio::time::timeout;
 
 use super::Body;
-use crate::upstream::UpstreamBody;
+use crate::upstream::{ResponseAborted, UpstreamBody};
 
 /// How much of a rejection is read, in bytes; the rest is passed on unread.
 const MAX_READ: usize = 64 << 10;
@@ -30,7 +30,7 @@ pub(super) struct Rejection {
     head: Parts,
     read: Bytes,
     /// The part that was not read, or the error that ended the body.
-    rest: Option<Result<UpstreamBody, hyper::Error>>,
+    rest: Option<Result<UpstreamBody, ResponseAborted>>,
 }
 
 /// What a rejection means.

@@ -8,7 +8,7 @@ use http_body::{Frame, SizeHint};
 use http_body_util::Full;
 
 use super::request_telemetry::InFlight;
-use crate::upstream::UpstreamBody;
+use crate::upstream::{ResponseAborted, UpstreamBody};
 
 /// What the proxy door answers with.
 #[derive(Debug)]
@@ -22,7 +22,7 @@ enum Source {
     Own(Full<Bytes>),
     Amazon(UpstreamBody),
     /// What was read of Amazon's answer to understand it, then the rest, or how it broke off.
-    Read(Option<Bytes>, Option<Result<UpstreamBody, hyper::Error>>),
+    Read(Option<Bytes>, Option<Result<UpstreamBody, ResponseAborted>>),
 }
 
 impl Body {
@@ -34,7 +34,7 @@ impl Body {
         Self { source: Source::Amazon(answer), _in_flight: None }
     }
 
-    pub(super) fn read(read: Bytes, rest: Option<Result<UpstreamBody, hyper::Error>>) -> Self {
+    pub(super) fn read(read: Bytes, rest: Option<Result<UpstreamBody, ResponseAborted>>) -> Self {
         Self { source: Source::Read(Some(read).filter(|read| !read.is_empty()), rest), _in_flight: None }
     }
 
@@ -45,9 +45,12 @@ impl Body {
 
 impl http_body::Body for Body {
     type Data = Bytes;
-    type Error = hyper::Error;
+    type Error = ResponseAborted;
 
-    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, ResponseAborted>>> {
         match &mut self.source {
             Source::Own(body) => Pin::new(body).poll_frame(cx).map_err(|never| match never {}),
             Source::Amazon(answer) => Pin::new(answer).poll_frame(cx).map_err(log_upstream_abort),
@@ -82,7 +85,7 @@ impl http_body::Body for Body {
 }
 
 /// The caller sees its connection break; here it is said who broke off first.
-fn log_upstream_abort(error: hyper::Error) -> hyper::Error {
+fn log_upstream_abort(error: ResponseAborted) -> ResponseAborted {
     tracing::warn!(%error, "Amazon's answer broke off");
     error
 }

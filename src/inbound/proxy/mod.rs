@@ -264,7 +264,7 @@ impl Proxy {
         self.tokens.bearer(user).await.map_err(|error| ProxyError::NoToken(error, user.clone()))
     }
 
-    /// Sends the request, and once more if [`Retry`] says so. Returns the response with the replay buffer of the body;
+    /// Sends the request, and again as long as [`Retry`] says so. Returns the response with the replay buffer of the body;
     /// `None` if the body was empty.
     async fn send(
         &self,
@@ -276,15 +276,23 @@ impl Proxy {
         let buffer = body.progress();
         let begun = Instant::now();
         let mut sent = self.attempt(request, body, Reuse::Allowed).await;
-        if let Err(error) = &mut sent
-            && let Some((_, body)) = Retry::after_error(error, request, &buffer)
-        {
-            // On a fresh connection, as others in the pool may be stale too. Boxed: rare requests must not make the
-            // future of every request large.
-            sent = Box::pin(self.attempt(request, body, Reuse::Fresh)).await;
+        let mut attempts = 1;
+        while let Err(error) = sent {
+            match Box::pin(Retry::after_error(error, request, &buffer, attempts)).await {
+                // Boxed: rare requests must not make the future of every request large.
+                Ok((retry, body)) => sent = Box::pin(self.attempt(request, body, retry.reuse())).await,
+                Err(error) => {
+                    telemetry.amazon_took(region, begun.elapsed());
+                    return Err(ProxyError::Send(error));
+                }
+            }
+            attempts += 1;
         }
         telemetry.amazon_took(region, begun.elapsed());
         let response = sent.map_err(ProxyError::Send)?;
+        if let Some(buffer) = &buffer {
+            buffer.responded();
+        }
         telemetry.amazon_said(region, response.status(), response.headers());
         Ok((response, buffer))
     }

@@ -1,17 +1,19 @@
 //! Decides whether a request is sent to Amazon again. Nothing else in adsidecar repeats a request.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use http::HeaderValue;
 
 use super::upstream_request::UpstreamRequest;
-use crate::upstream::{ReplayBuffer, RequestBody, SendError};
+use crate::upstream::{ErrorKind, Processed, ReplayBuffer, RequestBody, Reuse, SendError};
 
 /// Why it is safe, and useful, to send a request once more.
 #[derive(Debug)]
 pub(super) enum Retry {
-    /// No byte of the request was written, so Amazon cannot have processed it, whatever its method is.
-    Unsent,
+    /// Amazon did not process the request, whatever its method is: no byte of it was written, or an HTTP/2 server said
+    /// so. With `http1` it wants the request over HTTP/1.1.
+    Unsent { http1: bool },
     /// The request is idempotent (RFC 9110, section 9.2.2), and a pooled connection broke before a byte of the response
     /// arrived: the server had probably closed the idle connection already.
     StaleIdempotent,
@@ -19,18 +21,50 @@ pub(super) enum Retry {
     NewToken(HeaderValue),
 }
 
+/// Most attempts for a request that the server did not process. The connection of the second attempt may be closed too,
+/// while a load balancer replaces its servers.
+const MAX_ATTEMPTS: u32 = 3;
+
 impl Retry {
-    /// Decides after a failed attempt. `sent` is what the attempt took of the caller's body.
-    pub(super) fn after_error(
-        error: &mut SendError,
+    /// Decides after a failed attempt. `sent` is what the attempt took of the caller's body, and `attempts` the number
+    /// of attempts so far.
+    ///
+    /// # Errors
+    /// Returns the error if the request must not be sent again.
+    pub(super) async fn after_error(
+        error: SendError,
         request: UpstreamRequest<'_>,
         sent: &Option<Arc<ReplayBuffer>>,
-    ) -> Option<(Self, RequestBody)> {
-        if let Some(body) = error.unsent.take() {
-            return Some((Self::Unsent, body));
+        attempts: u32,
+    ) -> Result<(Self, RequestBody), SendError> {
+        // A host that does not accept connections gets one more attempt, as each may take the whole connect timeout.
+        let connected = matches!(error.kind, ErrorKind::Reset(_));
+        if attempts >= if connected { MAX_ATTEMPTS } else { 2 } {
+            return Err(error);
         }
-        let stale = error.stale && request.is_idempotent();
-        stale.then(|| body_again(sent)).flatten().map(|body| (Self::StaleIdempotent, body))
+        let retry = match error.processed {
+            Processed::Unsent(body) => return Ok((Self::Unsent { http1: false }, body)),
+            Processed::Refused { http1 } => Self::Unsent { http1 },
+            Processed::Stale if attempts == 1 && request.is_idempotent() => Self::StaleIdempotent,
+            Processed::Stale | Processed::Unknown => return Err(error),
+        };
+        let body = match sent {
+            None => Some(RequestBody::empty()),
+            Some(buffer) => buffer.reclaim().await,
+        };
+        match body {
+            Some(body) => Ok((retry, body)),
+            None => Err(error),
+        }
+    }
+
+    /// Returns which connection may carry the next attempt. Others in the pool may be stale too.
+    pub(super) fn reuse(&self) -> Reuse {
+        match self {
+            Self::Unsent { http1: true } => Reuse::FreshHttp1,
+            Self::Unsent { http1: false } | Self::StaleIdempotent => Reuse::Fresh(Instant::now()),
+            Self::NewToken(_) => Reuse::Allowed,
+        }
     }
 
     /// Decides after Amazon rejected the access token. `new_token` is one that it has not seen with this request.

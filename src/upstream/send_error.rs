@@ -1,0 +1,122 @@
+//! Why a request got no response, and whether Amazon may have processed it.
+
+use std::error::Error;
+use std::time::Duration;
+
+use h2::Reason;
+
+use super::{BodyError, RequestBody};
+
+/// No response was received.
+#[derive(Debug)]
+pub struct SendError {
+    /// The cause.
+    pub kind: ErrorKind,
+    /// Whether Amazon may have processed the request, which decides about a retry.
+    pub processed: Processed,
+}
+
+/// Whether Amazon may have processed a request without a response.
+#[derive(Debug)]
+pub enum Processed {
+    /// No byte of the request was written. Holds its body.
+    Unsent(RequestBody),
+    /// The server said that it did not process the request (RFC 9113, sections 6.8 and 8.7).
+    Refused {
+        /// It wants the request over HTTP/1.1.
+        http1: bool,
+    },
+    /// A connection from the pool broke before any byte of a response arrived. The server had probably just closed it,
+    /// but it may have processed the request.
+    Stale,
+    /// Anything else: the server may have processed the request.
+    Unknown,
+}
+
+/// Failures up to the head of the response.
+#[derive(Debug, thiserror::Error)]
+pub enum ErrorKind {
+    /// No TCP connection could be opened: DNS failed, the port refused, or there is no route.
+    #[error("cannot connect: {0}")]
+    Unreachable(Box<dyn Error + Send + Sync>),
+    /// The TLS handshake failed.
+    #[error("TLS handshake failed: {0}")]
+    Tls(std::io::Error),
+    /// The connection broke, or the server did not send HTTP.
+    #[error("connection broke: {0}")]
+    Reset(hyper::Error),
+    /// The server sent 101 although no upgrade was requested; the bytes that follow are not HTTP.
+    #[error("the server switched protocols without being asked to")]
+    Switched,
+    /// No connection was established within `connect_timeout`.
+    #[error("no connection within {0:?}")]
+    ConnectTimeout(Duration),
+    /// No response arrived within `response_timeout`.
+    #[error("no response within {0:?}")]
+    ResponseTimeout(Duration),
+    /// The caller's body did not arrive completely; Amazon is not at fault.
+    #[error("request body: {0}")]
+    Body(BodyError),
+}
+
+impl ErrorKind {
+    /// Turns a failure that occurred before the request was sent into a [`SendError`] that returns its body.
+    pub fn unsent(self, body: RequestBody) -> SendError {
+        SendError { kind: self, processed: Processed::Unsent(body) }
+    }
+}
+
+impl SendError {
+    /// Classifies an error of hyper's. `unsent` is the body if hyper gave it back; `reused` tells whether the connection
+    /// came from the pool.
+    pub(super) fn from_hyper(error: hyper::Error, unsent: Option<RequestBody>, reused: bool) -> Self {
+        if let Some(body) = source::<BodyError>(&error) {
+            return Self { kind: ErrorKind::Body(*body), processed: Processed::Unknown };
+        }
+        let processed = match unsent {
+            Some(body) => Processed::Unsent(body),
+            None => match source::<h2::Error>(&error) {
+                Some(error) => processed_over_http2(error),
+                // Any other error, such as a response that is not HTTP, came from the server, so the connection was not
+                // stale. A timeout is that of a ping over HTTP/2.
+                None if reused && (breaks(&error) || error.is_timeout()) => Processed::Stale,
+                None => Processed::Unknown,
+            },
+        };
+        Self { kind: ErrorKind::Reset(error), processed }
+    }
+}
+
+/// What the end of an HTTP/2 stream or connection says about a request without a response.
+fn processed_over_http2(error: &h2::Error) -> Processed {
+    let reason = error.reason();
+    match reason {
+        // h2 ends only those streams with a GOAWAY that are above its last stream. A server has not processed them,
+        // whatever its reason is (RFC 9113, section 6.8).
+        _ if error.is_remote() && error.is_go_away() => Processed::Refused { http1: false },
+        Some(Reason::REFUSED_STREAM) if error.is_remote() => Processed::Refused { http1: false },
+        Some(Reason::HTTP_1_1_REQUIRED) if error.is_remote() => Processed::Refused { http1: true },
+        _ if error.is_remote() || error.is_io() => Processed::Stale,
+        // The server violated the protocol, or we did.
+        _ => Processed::Unknown,
+    }
+}
+
+/// Whether the connection broke, or was closed.
+fn breaks(error: &hyper::Error) -> bool {
+    error.is_incomplete_message()
+        || error.is_canceled()
+        || error.source().is_some_and(|source| source.is::<std::io::Error>())
+}
+
+/// Finds an `E` among the sources of `error`.
+fn source<E: Error + 'static>(error: &hyper::Error) -> Option<&E> {
+    let mut source = error.source();
+    while let Some(error) = source {
+        if let Some(found) = error.downcast_ref() {
+            return Some(found);
+        }
+        source = error.source();
+    }
+    None
+}
