@@ -288,11 +288,13 @@ impl TokenManager {
             GrantState::Failing { failure, retry_at, .. } => Err(TokenError::Unavailable {
                 code: failure.code,
                 remedy: failure.remedy,
+                detail: failure.detail.clone(),
                 retry_after: Duration::try_from(*retry_at - now.uptime).unwrap_or_default(),
             }),
             GrantState::Fresh(grant) if Some(grant.generation) == before => Err(TokenError::Unavailable {
                 code: "timeout",
                 remedy: Remedy::Time,
+                detail: None,
                 retry_after: Duration::from_secs(1),
             }),
             GrantState::Fresh(_) => Ok(self.tell(&entry)),
