@@ -38,7 +38,7 @@ async fn dies_at(harness: &Harness, point: &str) {
 // Covers: failure 24.
 async fn a_crash_during_a_refresh_loses_nothing_unreported() {
     for (point, stored) in
-        [("renewal_answered", false), ("save_unsynced", false), ("save_synced", true), ("renewal_stored", true)]
+        [("refresh_answered", false), ("save_unsynced", false), ("save_synced", true), ("refresh_stored", true)]
     {
         for rotating in [false, true] {
             let mut harness = Harness::start().await;
@@ -100,7 +100,7 @@ async fn a_panicking_refresh_is_released_and_retried() {
     harness.log_in("default").await;
     harness.sandbox.clear_history();
     std::panic::set_hook(Box::new(|_| {}));
-    fail::cfg("renewal_begun", "panic").unwrap();
+    fail::cfg("refresh_begun", "panic").unwrap();
     harness.advance(3600);
     let callers: Vec<_> = (0..50).map(|_| tokio::spawn(harness.request(Method::GET, "/v2/profiles").send())).collect();
     for caller in callers {
@@ -111,7 +111,7 @@ async fn a_panicking_refresh_is_released_and_retried() {
     assert_eq!((&status["state"], &status["last_error"]), (&"failing".into(), &"internal".into()));
     let panics = harness.metric("adsidecar_token_refresh_total{reason=\"internal\",result=\"failure\"}").await;
     assert!((1.0..20.0).contains(&panics), "it backs off as after any failure: {panics}");
-    fail::remove("renewal_begun");
+    fail::remove("refresh_begun");
     eventually("the process to keep serving", async || {
         (harness.get("/v2/profiles").await.status() == 200).then_some(())
     })
@@ -206,7 +206,7 @@ async fn a_shutdown_waits_for_a_refresh_that_nobody_waits_for_and_stores_its_res
     harness.sandbox.clear_history();
     // Login with Amazon has given out another refresh token, and the one in the store is dead.
     harness.sandbox.set_fault(Rule::from(Fault::RotateRefreshToken).at(Listener::Lwa));
-    let release = hold("renewal_answered");
+    let release = hold("refresh_answered");
     harness.advance(3600 - 600);
     eventually("the background's token call", async || (harness.sandbox.refreshes() == 1).then_some(())).await;
     let mut ended = harness.begin_stop();
@@ -275,13 +275,13 @@ async fn retries_after_a_failure_that_hit_all_users_at_once_are_spread() {
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 93.
 async fn a_logout_beats_a_refresh_at_every_point() {
-    for point in ["renewal_begun", "renewal_answered"] {
+    for point in ["refresh_begun", "refresh_answered"] {
         let mut harness = Harness::start().await;
         harness.log_in("default").await;
         harness.sandbox.set_fault(Rule::from(Fault::RotateRefreshToken).at(Listener::Lwa));
         let release = hold(point);
         let asked = tokio::spawn(harness.request(Method::POST, REFRESH).send());
-        if point == "renewal_answered" {
+        if point == "refresh_answered" {
             eventually("LWA to respond", async || (harness.sandbox.refreshes() == 1).then_some(())).await;
         }
         assert_eq!(harness.post(LOGOUT).await.status(), 204);

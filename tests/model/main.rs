@@ -13,7 +13,7 @@ use adsidecar::domain::{self, account, clock_reading, grant};
 
 /// As in the product, except for the deliberate error.
 macro_rules! fail_point {
-    ("renewal_blind", $wrong:expr) => {
+    ("refresh_blind", $wrong:expr) => {
         if std::env::var_os("KNOWN_BAD").is_some() {
             return ($wrong)(None::<String>);
         }
@@ -97,7 +97,7 @@ fn name(grant: &Grant) -> String {
     grant.refresh_token.secret().expose().to_owned()
 }
 
-/// `Flight::renew`, with an LWA that rotates: if a response is dropped, its grant is invalid and must not be used.
+/// `RefreshTask::refresh`, with an LWA that rotates: if a response is dropped, its grant is invalid and must not be used.
 async fn refresh(world: &World) {
     if !world.entry.try_begin_refresh() {
         return;
@@ -107,7 +107,7 @@ async fn refresh(world: &World) {
         // The token call happens here and takes any time.
         thread::yield_now();
         let write = world.entry.write().await;
-        if let Some(held) = write.of(base.generation) {
+        if let Some(held) = write.unchanged_since(base.generation) {
             let mut refreshed = grant(&format!("{}'", name(&base)));
             refreshed.generation = write.next_generation();
             if !world.disk.save(&refreshed, Some(base.generation)) {

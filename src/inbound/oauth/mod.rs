@@ -312,7 +312,7 @@ impl LoginError {
             Self::TooMany(wait) => Problem::new(
                 Code::Throttled,
                 "Too many logins began just now, and were not finished.",
-                "LoginStarted one login per person, and try again after the time in Retry-After.",
+                "Start one login per person, and try again after the time in Retry-After.",
             )
             .retry_after(wait),
             Self::Store(_) => Problem::new(
@@ -326,7 +326,7 @@ impl LoginError {
                 pages::say(&LoginFailure::Identity),
                 "Sign in as the same Amazon user, or begin the login with replace=true.",
             ),
-            Self::State(detail) => Problem::new(Code::StateInvalid, detail, "LoginStarted the login again."),
+            Self::State(detail) => Problem::new(Code::StateInvalid, detail, "Start the login again."),
         }
     }
 }

@@ -63,17 +63,17 @@ pub(super) fn status(trouble: &LoginFailure) -> StatusCode {
 /// What to tell a person.
 pub(super) fn say(trouble: &LoginFailure) -> &'static str {
     match trouble {
-        LoginFailure::Amazon("access_denied") => "Consent was not given. LoginStarted the login again to change that.",
+        LoginFailure::Amazon("access_denied") => "Consent was not given. Start the login again to change that.",
         LoginFailure::Amazon("invalid_scope") => {
             "Amazon does not know the scope for this client: it may not be approved for the Amazon Ads API yet."
         }
-        LoginFailure::Amazon(_) => "Amazon could not finish the login. LoginStarted it again in a moment.",
-        LoginFailure::State => "This login is over or was begun in another browser. LoginStarted it again.",
+        LoginFailure::Amazon(_) => "Amazon could not finish the login. Start it again in a moment.",
+        LoginFailure::State => "This login is over or was begun in another browser. Start it again.",
         LoginFailure::Identity => {
             "You signed in as another Amazon user than before: none of the profiles is the same. The grant of before stays."
         }
         LoginFailure::Exchange => {
-            "Amazon did not exchange the code for tokens. LoginStarted the login again; the log says why."
+            "Amazon did not exchange the code for tokens. Start the login again; the log says why."
         }
     }
 }
