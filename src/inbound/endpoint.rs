@@ -1,4 +1,5 @@
-//! Who serves a request: one of adsidecar's own endpoints, or Amazon.
+//! Decides whether one of adsidecar's own endpoints or Amazon serves a request. (Which account, user and region a
+//! request to Amazon gets is decided later, in `proxy/route.rs`.)
 
 use http::Method;
 
@@ -8,7 +9,7 @@ pub(super) const LOGIN: &str = "/api/auth/amazon/login";
 pub(super) const CALLBACK: &str = "/api/auth/amazon/callback";
 pub(super) const USERS: &str = "/api/auth/amazon/users/";
 
-/// Who serves a request on the proxy listener or the login listener.
+/// What serves a request on the proxy listener or the login listener.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Route {
     /// adsidecar itself.
@@ -44,8 +45,9 @@ pub enum Navigable {
 }
 
 impl Route {
-    /// Requests for adsidecar's own paths are never forwarded, even if they name one of Amazon's hosts. Of the paths on
-    /// Amazon's hosts and below an account's prefix, adsidecar serves the token endpoint alone.
+    /// Requests for adsidecar's own paths are never forwarded, even if they name one of Amazon's hosts. Below an
+    /// account's prefix, and on the hosts of Login with Amazon, adsidecar serves only the token endpoint for SDKs
+    /// (`Shim`).
     pub fn of(target: &Target) -> Self {
         let endpoint = Endpoint::of(target.path());
         let shim = endpoint.filter(|endpoint| *endpoint == Endpoint::Shim);
@@ -85,7 +87,7 @@ impl Endpoint {
         }
     }
 
-    /// The value of `Allow` in the answer to another method.
+    /// The value of `Allow` in the response to any other method.
     pub fn allow(self) -> &'static str {
         match self {
             Self::Login | Self::Callback | Self::Status | Self::Unknown => "GET",

@@ -30,7 +30,7 @@ impl Query {
         let mut pairs = HashMap::new();
         for (name, value) in url::form_urlencoded::parse(text.as_bytes()) {
             if pairs.insert(name.into_owned(), value.into_owned()).is_some() {
-                return Err(LoginError::Parameter("A parameter stands twice in the query.".into()));
+                return Err(LoginError::Parameter("A parameter occurs twice in the query.".into()));
             }
         }
         Ok(Self(pairs))

@@ -20,7 +20,7 @@ pub(super) enum Retry {
 }
 
 impl Retry {
-    /// Decides after a failed attempt. `sent` is what the attempt took of the caller's body.
+    /// Decides after a failed attempt. `sent` is the replay buffer of the attempt's body; `None` if the body was empty.
     pub(super) fn after_error(
         error: &mut SendError,
         request: UpstreamRequest<'_>,
@@ -33,7 +33,8 @@ impl Retry {
         stale.then(|| body_again(sent)).flatten().map(|body| (Self::StaleIdempotent, body))
     }
 
-    /// Decides after Amazon rejected the access token. `new_token` is one that it has not seen with this request.
+    /// Decides after Amazon rejected the access token. `new_token` is a different one; `sent` as in
+    /// [`after_error`](Self::after_error).
     pub(super) fn after_rejection(
         new_token: Option<HeaderValue>,
         sent: &Option<Arc<ReplayBuffer>>,
@@ -42,7 +43,7 @@ impl Retry {
     }
 }
 
-/// The body once more: if there was none, or if the replay buffer holds all of it.
+/// The body for a second attempt, if it was empty or the replay buffer holds all that was sent of it.
 fn body_again(sent: &Option<Arc<ReplayBuffer>>) -> Option<RequestBody> {
     match sent {
         None => Some(RequestBody::empty()),
