@@ -1,5 +1,5 @@
-//! The whole application: [`App::build`] opens the store and binds every listener, [`App::run`] starts, serves and drains.
-//! `main`, the sandbox and the tests all use it.
+//! The whole application: [`App::build`] opens the store and binds every listener, [`App::run`] starts, serves and
+//! drains. `main`, the sandbox and the tests all use it.
 
 mod services;
 mod keys;
@@ -252,7 +252,7 @@ impl Running {
             tracing::error!("a token call or a write was still in flight and is abandoned");
         }
         self.tasks.shutdown().await;
-        process.pending_logins.write_begun().await;
+        process.pending_logins.write_logins().await;
         let closed = process.store.close().await;
         tracing::info!("stopped");
         closed
