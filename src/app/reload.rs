@@ -90,7 +90,7 @@ impl ControlLoop {
         if first.to_string() != key {
             return Err(format!(
                 "the first key that this sidecar is configured with has the fingerprint {first}, not {key}: give both \
-                 the same store.fernet_keys. An environment variable is read at the start alone: use a file, or restart it"
+                 the same store.fernet_keys. Environment variables are read only at start: use a file, or restart it"
             ));
         }
         self.process.store.rekey(keyring).await.map_err(|error| error.to_string())?;

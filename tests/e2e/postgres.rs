@@ -889,7 +889,7 @@ async fn commands_work_on_a_shared_store_beside_running_replicas() {
     let third = Replica::beside(&pair.a, &[("store.fernet_keys", &both["store.fernet_keys=".len()..])]).await;
     let rotate = format!("store.fernet_keys={OTHER_KEY},{FERNET_KEY}");
     let told = command(&["key", "rotate", "--set", &rotate], "").await;
-    assert!(told.starts_with("3 grants sealed anew"), "{told}");
+    assert!(told.starts_with("3 grants re-encrypted"), "{told}");
     for user in ["anna", "bob", "carol"] {
         assert_eq!(third.post(&format!("{REFRESH}?user_id={user}")).await.status(), 200, "{user}");
     }

@@ -94,7 +94,10 @@ impl Admin {
 fn table(users: &[Status], now: Timestamp, login_base: Option<&str>) -> Markup {
     html! {
         table {
-            tr { th { "User" } th { "State" } th { "Token expires" } th { "Next refresh" } th { "Consent expires" } th { "Last error" } th { "Log in" } }
+            tr {
+                th { "User" } th { "State" } th { "Token expires" } th { "Next refresh" } th { "Consent expires" }
+                th { "Last error" } th { "Log in" }
+            }
             @if users.is_empty() {
                 tr {
                     td colspan="6" { "Nobody has logged in yet." }

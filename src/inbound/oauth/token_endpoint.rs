@@ -1,5 +1,5 @@
-//! The token shim: a token endpoint for SDKs that insist on fetching a token. What it hands out is a placeholder; the
-//! proxy overwrites whatever bearer comes in.
+//! A token endpoint for SDKs that insist on fetching a token. It returns a placeholder; the proxy replaces whatever
+//! bearer token a request carries.
 
 use std::time::Duration;
 
@@ -14,14 +14,15 @@ use crate::inbound::admission::{Admission, Refusal};
 
 /// A token request is a few hundred bytes.
 const MAX_BODY: usize = 64 << 10;
-/// How long its body is waited for: it comes with its head.
+/// Timeout of the request's body, which normally arrives together with its head.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// What SDKs get where no caller token is set.
+/// The placeholder token, if no caller token is configured.
 const PLACEHOLDER: &str = "adsidecar-attaches-the-real-token";
 
-/// Answers as LWA does. Where caller tokens are set, the SDK's `client_secret` has to be one, unless its headers show one
-/// as on every other call (HTTP Basic among them: its password is the client secret, RFC 6749, section 2.3.1). It comes
-/// back as the placeholder, so that the SDK's next calls carry it as their bearer.
+/// Responds as LWA does. If caller tokens are configured, the SDK's `client_secret` must be one, unless a header
+/// carries one as in any other request (with HTTP Basic the password is the client secret: RFC 6749, section 2.3.1).
+/// That caller token is returned as the placeholder, so that the SDK sends it as the bearer token of its later
+/// requests.
 pub(super) async fn answer(
     admission: &Admission,
     headers: &HeaderMap,
@@ -30,7 +31,7 @@ pub(super) async fn answer(
 ) -> Result<Answer, LoginError> {
     let body = tokio::time::timeout(PATIENCE, Limited::new(body, MAX_BODY).collect()).await;
     let body =
-        body.map_err(|_| LoginError::Parameter("The token request's body did not come within 10 seconds.".into()))?;
+        body.map_err(|_| LoginError::Parameter("The token request's body did not arrive within 10 seconds.".into()))?;
     let body = body.map_err(|_| LoginError::Parameter("A token request is at most 64 KiB.".into()))?.to_bytes();
     let token = if admission.needs_caller_token() {
         let secrets = [client_secret(headers, &body), query.get("client_secret").map(str::to_owned)];
@@ -46,7 +47,7 @@ pub(super) async fn answer(
     ))
 }
 
-/// `client_secret` of a form or of a JSON object.
+/// `client_secret` in a form or a JSON object.
 fn client_secret(headers: &HeaderMap, body: &[u8]) -> Option<String> {
     let kind = headers.get(CONTENT_TYPE).and_then(|kind| kind.to_str().ok()).unwrap_or_default();
     if kind.to_ascii_lowercase().contains("json") {
