@@ -115,5 +115,5 @@ def procedural_macros(repository) -> set[tuple[str, str]]:
 def test_the_binary_under_test_has_no_fail_points(adsidecar):
     """As what ships: built without the features that the dev-dependencies switch on."""
     binary = adsidecar.read_bytes()
-    assert b"the configuration was read again" in binary, "log lines can be found in the binary"
+    assert b"the configuration was reloaded" in binary, "log lines can be found in the binary"
     assert b"fail points are compiled in" not in binary
