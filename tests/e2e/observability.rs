@@ -70,8 +70,8 @@ async fn a_flood_of_failures_is_sampled_and_the_log_reports_the_omission() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn every_answer_of_every_listener_carries_the_callers_request_id_or_a_new_one() {
-    let door = "[login]\nlisten = \"127.0.0.1:0\"\nfrontend_url = \"http://localhost:3000/app\"";
-    let harness = Harness::with(door).await;
+    let login_listener = "[login]\nlisten = \"127.0.0.1:0\"\nfrontend_url = \"http://localhost:3000/app\"";
+    let harness = Harness::with(login_listener).await;
     harness.sandbox.set_fault(Rule::from(Fault::status(503)).at(Listener::Na).always());
     let callback = "/api/auth/amazon/callback?error=access_denied&state=x";
     let mut made = std::collections::BTreeSet::new();
