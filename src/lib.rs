@@ -1,4 +1,4 @@
-//! adsidecar: an app sends plain HTTP to localhost; adsidecar sends the call to Amazon Ads with valid credentials and
+//! adsidecar: an app sends plain HTTP to localhost; adsidecar forwards it to Amazon Ads with valid credentials and
 //! returns Amazon's response.
 //!
 //! # Layers
@@ -15,7 +15,8 @@
 //! 1. Once per connection: `server/mod.rs` (`accept`), `server/registry.rs` (`register`, counts it against the limits),
 //!    `server/connection.rs` (`run`, `serve_http`: hyper reads each request through `server/io.rs`).
 //! 2. `server/head.rs` (`detach`), `app/mod.rs` (the closure `serve_proxy`, which takes the current services), then
-//!    `inbound/proxy/mod.rs`, the spine: `serve` always returns a response, and `forward` is the list of the steps below.
+//!    `inbound/proxy/mod.rs`, the spine: `serve` always returns a response, and `forward` is the list of the steps
+//!    below.
 //! 3. `inbound/request_id.rs` (`of`), `inbound/proxy/request_telemetry.rs` (`begin`).
 //! 4. `inbound/admission/mod.rs` (`proxy`: peer, framing, method, `Host`), `inbound/destination.rs` (`Target::read`),
 //!    `inbound/endpoint.rs` (`Route::of`); `admission` then refuses browsers and checks the caller token. A path of
@@ -28,7 +29,8 @@
 //! 8. `upstream/mod.rs` (`checkout`), `upstream/protocol_choice.rs`, `upstream/pool.rs` (`connection`).
 //! 9. `domain/headers.rs` (`to_amazon`: strips hop-by-hop headers, attaches ours), `inbound/proxy/upstream_request.rs`
 //!    (`accepts_event_stream`).
-//! 10. `upstream/mod.rs` again (`send`, until the head of the response), `upstream/upstream_body.rs` (the rest streams).
+//! 10. `upstream/mod.rs` again (`send`, until the head of the response), `upstream/upstream_body.rs` (the rest
+//!     streams).
 //! 11. `auth/tokens/clock_skew.rs` (`observe_amazons_clock`, from the response's `Date`). Only after a 401 or 403:
 //!     `inbound/proxy/auth_rejection.rs` decides whether a new token can help.
 //! 12. `domain/headers.rs` again (`to_caller`), `request_telemetry.rs` again (`end`: the metrics and the
@@ -66,8 +68,8 @@
 /// Fail points: places where tests and campaigns pause, break or end the process. They exist only with the feature
 /// `failpoints`.
 ///
-/// - During a refresh: `refresh_begun`, `refresh_answered` (LWA has responded), `refresh_stored`. The action `return` of
-///   the last two ends the process.
+/// - During a refresh: `refresh_begun`, `refresh_answered` (LWA has responded), `refresh_stored`. The action `return`
+///   of the last two ends the process.
 /// - During a write to disk: `save_refused` (`return`: the write fails), `save_unsynced` and `save_synced` (`return`
 ///   ends the process).
 /// - In each request to Amazon, before its token: `spine`.

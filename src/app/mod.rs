@@ -228,7 +228,7 @@ struct Running {
     /// The proxy and login listeners.
     listeners: JoinSet<()>,
     phase: watch::Sender<Phase>,
-    /// Background tasks, and the admin listener, which answers until the end.
+    /// Background tasks, and the admin listener, which serves until the end.
     tasks: JoinSet<()>,
     _admin_phase: watch::Sender<Phase>,
     services: Arc<ArcSwap<Services>>,

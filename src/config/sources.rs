@@ -266,7 +266,7 @@ fn env_layer(env: &[(String, String)], problems: &mut Vec<ConfigError>) -> Vec<E
     let mut entries = Vec::new();
     for (name, value) in env {
         if let Some((key, form)) = names::by_guide_name(name) {
-            // Compose files and manifests pass on such names with an empty value where nobody has set them.
+            // Compose files and manifests pass unset variables with an empty value.
             if !value.trim().is_empty() {
                 entries.push(Entry::new(key, form, text(value), name));
             }

@@ -468,7 +468,7 @@ async fn a_lease_is_prolonged_before_a_token_call_and_none_is_made_without_it() 
     pair.sql.run(&format!("UPDATE adsidecar_grants SET {other}")).await;
     drop(release);
     refresh.await.unwrap().unwrap();
-    assert_eq!(pair.a.sandbox.refreshes(), 0, "another replica has the lease by now");
+    assert_eq!(pair.a.sandbox.refreshes(), 0, "another replica has the lease");
     assert_eq!(pair.a.status_of("default").await["last_error"], "renewed_elsewhere");
 }
 

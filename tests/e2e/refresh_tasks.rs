@@ -164,7 +164,7 @@ async fn stored_users(harness: &Harness, count: usize) {
     store.close().await.unwrap();
 }
 
-/// Who is to be refreshed by now: the background's users, and `user-999`, for whom a caller asks.
+/// The users that are due: those of the background schedule, and `user-999`, whose token a caller needs.
 async fn due_now(harness: &Harness) -> BTreeSet<String> {
     let now = harness.clock.now();
     let all = json(harness.get("/api/auth/amazon/status").await).await;
@@ -189,7 +189,7 @@ async fn a_thousand_users_at_startup_are_refreshed_over_a_minute_with_limited_co
     let caller = tokio::spawn(harness.request(Method::GET, "/v2/profiles").header("x-ads-user", "user-999").send());
     gate.reached(9).await;
     assert!(gate.hits() <= 9, "refresh.concurrency is 8: {}", gate.hits());
-    // As long as the gate holds them all, nobody has been refreshed, and who is due by now says so.
+    // While the gate holds all token calls no user is refreshed, so the status still shows which ones are due.
     let due = due_now(&harness).await;
     gate.release();
     assert_eq!(caller.await.unwrap().unwrap().status(), 200);
@@ -298,8 +298,9 @@ async fn a_logout_beats_a_refresh_at_every_point() {
     }
 }
 
-/// Whoever comes to `point` stays there until what this returns is dropped. What else its thread was about to do, other threads
-/// do meanwhile; the action `pause` holds that up too, and once it was the logout.
+/// Holds every task that reaches the fail point `point` until the returned sender is dropped. Other threads take over
+/// the remaining tasks of the blocked thread; the action `pause` would block those too, for example the logout under
+/// test.
 pub fn hold(point: &str) -> std::sync::mpsc::Sender<()> {
     let (release, released) = std::sync::mpsc::channel();
     let released = std::sync::Mutex::new(released);

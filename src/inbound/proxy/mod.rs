@@ -1,6 +1,6 @@
 //! The spine: what happens to a request, from its head to the response.
 //!
-//! [`Proxy::serve`] always responds. `Proxy::answer` decides who serves the request, and `Proxy::forward` lists the
+//! [`Proxy::serve`] always responds. `Proxy::dispatch` decides who serves the request, and `Proxy::forward` lists the
 //! steps of a request to Amazon, each one call that may fail.
 
 mod auth_rejection;
@@ -145,7 +145,7 @@ impl Proxy {
         }
     }
 
-    /// Responds exactly once, and counts the request exactly once, whatever happens.
+    /// Serves a request on the proxy listener. Always returns a response, and counts the request exactly once.
     // Not an `async fn`: its future would hold the whole request in addition to its parts, for as long as it waits.
     pub fn serve(
         self: Arc<Self>,
@@ -156,7 +156,7 @@ impl Proxy {
         async move {
             let mut telemetry =
                 RequestTelemetry::begin(&self.metrics, &parts.method, self.request_ids.of(&parts.headers));
-            let answered = AssertUnwindSafe(self.answer(&parts, incoming, peer, &mut telemetry)).catch_unwind().await;
+            let answered = AssertUnwindSafe(self.dispatch(&parts, incoming, peer, &mut telemetry)).catch_unwind().await;
             let response = match answered.unwrap_or(Err(ProxyError::Panicked)) {
                 Ok(response) => response,
                 Err(error) => {
@@ -171,7 +171,7 @@ impl Proxy {
     }
 
     /// Decides who serves the request: adsidecar's own endpoints, or Amazon.
-    async fn answer<'a>(
+    async fn dispatch<'a>(
         &'a self,
         parts: &Parts,
         incoming: Incoming,
