@@ -350,7 +350,7 @@ fn all_problems_are_reported_at_once() {
 
 #[test]
 fn each_key_is_read_by_its_name() {
-    // An absurd value is refused with the key's name only where somebody reads that key.
+    // An absurd value is refused with the key's name only if the key is read.
     for key in KEYS {
         let text = match key.name.split_once('.') {
             Some((section, key)) => format!("[{section}]\n{key} = [[1]]"),

@@ -1,5 +1,5 @@
 //! Coordination of refreshes: within one process, or with other processes that share the store
-//! ([`Postgres`](crate::store::Postgres)).
+//! ([`Postgres`]).
 //!
 //! In a shared store the stored record is authoritative: a process reads it before each refresh, and polls for changes
 //! every second. A lease lets one process at a time refresh a user's token; the others wait and use the token it stored.

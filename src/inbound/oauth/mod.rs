@@ -165,8 +165,8 @@ impl OauthEndpoints {
         let replace = query.flag("replace")?;
         let navigation = headers.get("sec-fetch-mode").is_some_and(|mode| mode == "navigate") || prefers_html(headers);
         let by_browser = navigation || headers.contains_key(http::header::ORIGIN);
-        let wish = LoginRequest { user: query.user()?, region, return_to, replace, by_browser };
-        let begin = self.login.begin(wish).await.map_err(|error| match error {
+        let request = LoginRequest { user: query.user()?, region, return_to, replace, by_browser };
+        let begin = self.login.begin(request).await.map_err(|error| match error {
             BeginError::Page(_) => parameter("region", "one whose consent page is a URL"),
             BeginError::TooMany(wait) => LoginError::TooMany(wait),
             BeginError::Store(error) => LoginError::Store(error),
