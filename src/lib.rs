@@ -1,28 +1,40 @@
-//! adsidecar: an app sends plain HTTP to localhost; adsidecar sends the call to Amazon Ads with valid credentials and
+//! adsidecar: an app sends plain HTTP to localhost; adsidecar forwards it to Amazon Ads with valid credentials and
 //! returns Amazon's response.
 //!
-//! # The house
+//! # Layers
 //!
-//! The modules below are listed top floor first, and **a module uses only modules listed below it**; inside every folder
-//! no two modules use each other in a circle. The test `floors` reads every `use` at every depth and names what breaks
-//! the rule. The stand-in for Amazon is a package of its own, `tests/sandbox`.
+//! The modules below are listed from the top layer to the bottom one, and **a module uses only modules listed below
+//! it**; no two modules of a folder use each other in a circle. The test `floors` checks every `use` and names each
+//! violation. The stand-in for Amazon is a package of its own, `tests/sandbox`.
 //!
-//! # Where to start reading
+//! # The path of one request
 //!
-//! The way of one request, in the order in which it happens:
+//! An ordinary request to Amazon (a valid token, a pooled connection) passes through these files, in this order.
+//! [`inbound::proxy`] calls each step from the third on, and no step calls back into it.
 //!
-//! 1. `server/mod.rs` accepts the connection, `server/registry.rs` counts it against the limits, `server/connection.rs`
-//!    reads requests from it.
-//! 2. [`inbound::proxy`] is the spine. `serve` always returns a response; `forward` is the list of steps.
-//! 3. [`inbound::admission`] checks framing, `Host`, browsers and the caller token; [`inbound::destination`] reads the
-//!    target. An OAuth endpoint is served by [`inbound::oauth`]; every other path goes on.
-//! 4. `inbound/proxy/route.rs` selects account, user, region and [API family](domain::api_families), then
-//!    [`domain::policy`] is enforced.
-//! 5. [`auth::tokens`] returns a valid access token, and refreshes it first where it has to.
-//! 6. [`domain::headers`] builds what is sent: hop-by-hop headers are stripped, ours are attached.
-//! 7. [`upstream`] checks a connection out, sends the request and returns the response's head; the bodies stream.
-//! 8. `inbound/proxy/auth_rejection.rs` reads a 401 and decides whether a new token can help.
-//! 9. `inbound/proxy/request_telemetry.rs` counts the request, however it ends, and writes the [audit line](telemetry::audit).
+//! 1. Once per connection: `server/mod.rs` (`accept`), `server/registry.rs` (`register`, counts it against the limits),
+//!    `server/connection.rs` (`run`, `serve_http`: hyper reads each request through `server/io.rs`).
+//! 2. `server/head.rs` (`detach`), `app/mod.rs` (the closure `serve_proxy`, which takes the current services), then
+//!    `inbound/proxy/mod.rs`, the spine: `serve` always returns a response, and `forward` is the list of the steps
+//!    below.
+//! 3. `inbound/request_id.rs` (`of`), `inbound/proxy/request_telemetry.rs` (`begin`).
+//! 4. `inbound/admission/mod.rs` (`proxy`: peer, framing, method, `Host`), `inbound/destination.rs` (`Target::read`),
+//!    `inbound/endpoint.rs` (`Route::of`); `admission` then refuses browsers and checks the caller token. A path of
+//!    adsidecar's own goes to [`inbound::oauth`] instead.
+//! 5. `inbound/proxy/route.rs` (`select`: account, user, region), `domain/api_families.rs` (`family`),
+//!    `domain/policy.rs` (`check`).
+//! 6. `upstream/request_body.rs` (`caller`: wraps the body, unread).
+//! 7. `auth/tokens/mod.rs` (`bearer`), `auth/tokens/user_state.rs` and `domain/grant/state.rs` (`valid_token`,
+//!    `expiring`): the current token, by one reading of `domain/clock.rs`. If it expires soon, a refresh comes first.
+//! 8. `upstream/mod.rs` (`checkout`), `upstream/protocol_choice.rs`, `upstream/pool.rs` (`connection`).
+//! 9. `domain/headers.rs` (`to_amazon`: strips hop-by-hop headers, attaches ours), `inbound/proxy/upstream_request.rs`
+//!    (`accepts_event_stream`).
+//! 10. `upstream/mod.rs` again (`send`, until the head of the response), `upstream/upstream_body.rs` (the rest
+//!     streams).
+//! 11. `auth/tokens/clock_skew.rs` (`observe_amazons_clock`, from the response's `Date`). Only after a 401 or 403:
+//!     `inbound/proxy/auth_rejection.rs` decides whether a new token can help.
+//! 12. `domain/headers.rs` again (`to_caller`), `request_telemetry.rs` again (`end`: the metrics and the
+//!     [audit line](telemetry::audit)), and `inbound/proxy/body.rs` streams the response's body to the caller.
 //!
 //! # Invariants
 //!
@@ -38,30 +50,35 @@
 //! 8. Hop-by-hop headers are stripped first, ours are attached last ([`domain::headers`]).
 //! 9. A secret has a type that prints `…` ([`domain::secret`]).
 //!
-//! # Where the code showed a better way
+//! # Decisions that may surprise
 //!
 //! - The connection pool is our own ([`upstream`]): it has to say whether a request was ever written, which decides
 //!   whether it may be repeated. Connecting (RFC 8305) is hyper-util's, HTTP is hyper's.
-//! - Head and idle timeouts are watched per listener, not by a timer per request ([`server`]).
+//! - One task per listener enforces the head and idle timeouts, instead of a timer per request ([`server`]).
 //! - A table of keys parses the configuration, not serde, which stops at the first problem and quotes the value that it
 //!   rejects ([`config`]).
 //! - The store numbers its commits beside the database: sled can come back older than it was, without an error
 //!   ([`store`]).
 //! - A grant that the disk rejects is used from memory, and storing it is retried until it succeeds: its code is spent,
 //!   so dropping it helps nobody ([`auth::tokens`]).
-//! - A reload builds the services anew and swaps them whole; requests in flight keep the previous ones ([`app`]).
-//! - TLS client settings stand in [`domain::tls`]: pure, and used by `auth`, `upstream` and `store` alike.
-//! - Folders have a `mod.rs`, so that `src/` shows the rooms and nothing else.
+//! - A reload builds new services and swaps all of them at once; requests in flight keep the previous ones ([`app`]).
+//! - TLS client settings are in [`domain::tls`]: they are pure, and `auth`, `upstream` and `store` all use them.
+//! - Each folder has a `mod.rs`, so that `src/` contains one entry per layer.
 
-/// Points at which tests and campaigns stop, break or end the process. A plain build has none of them.
+/// Fail points: places where tests and campaigns pause, break or end the process. They exist only with the feature
+/// `failpoints`.
 ///
-/// `renewal_begun`, `renewal_answered` and `renewal_stored` lie around a refresh, `save_refused`, `save_unsynced` and
-/// `save_synced` around the write to disk; those that end the process take the action `return`. `renewal_blind`,
-/// `flights_many`, `intents_none` and `clock_wall_alone` each break a promise (a logout beats a refresh, one refresh at a
-/// time, a lost grant is reported, every clock counts), so that a campaign can show that it would notice.
+/// - During a refresh: `refresh_begun`, `refresh_answered` (LWA has responded), `refresh_stored`. The action `return`
+///   of the last two ends the process.
+/// - During a write to disk: `save_refused` (`return`: the write fails), `save_unsynced` and `save_synced` (`return`
+///   ends the process).
+/// - In each request to Amazon, before its token: `spine`.
+/// - With the action `return`, each of these breaks a promise, so that a campaign can prove that it would notice:
+///   `refresh_blind` (a logout is not undone by a running refresh), `refresh_duplicated` (one refresh at a time),
+///   `refresh_unjournaled` (a lost grant is reported), `clock_wall_alone` (every clock limits a token).
 ///
-/// Works as `fail::fail_point!`: `FAILPOINTS="<name>=<action>"` in the environment, or `fail::cfg` in a test, sets the
-/// action of a point.
+/// As with `fail::fail_point!`, `FAILPOINTS="<name>=<action>"` in the environment, or `fail::cfg` in a test, sets the
+/// action of a fail point.
 #[cfg(feature = "failpoints")]
 macro_rules! fail_point {
     ($($point:tt)*) => { fail::fail_point!($($point)*) };

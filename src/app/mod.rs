@@ -1,5 +1,5 @@
-//! The whole application: [`App::build`] opens the store and binds every listener, [`App::run`] starts, serves and drains.
-//! `main`, the sandbox and the tests all use it.
+//! The whole application: [`App::build`] opens the store and binds every listener, [`App::run`] starts, serves and
+//! drains. `main`, the sandbox and the tests all use it.
 
 mod services;
 mod keys;
@@ -50,7 +50,7 @@ const SETTLE: Duration = Duration::from_secs(12);
 /// adsidecar with its listeners bound; it does not serve yet.
 pub struct App {
     addresses: Addresses,
-    doors: [Listener; 3],
+    listeners: [Listener; 3],
     limits: [Arc<ArcSwap<Limits>>; 3],
     services: Arc<ArcSwap<Services>>,
     process: ProcessState,
@@ -126,8 +126,8 @@ impl App {
             metrics.clone(),
         );
         let rotations = Rotations::new(store.clone(), first);
-        let doors = bind(&config).await?;
-        let [proxy, login, admin] = &doors;
+        let listeners = bind(&config).await?;
+        let [proxy, login, admin] = &listeners;
         let addresses = Addresses { proxy: proxy.addresses(), login: login.addresses(), admin: admin.addresses() };
         let (reloader, asked) = Reloader::new();
         let process = ProcessState {
@@ -152,7 +152,7 @@ impl App {
         };
         let (limits, fixed) = ([proxy.limits(), login.limits(), admin.limits()], RestartOnly::of(&config));
         let services = Arc::new(ArcSwap::from_pointee(Services::new(config, lwa, &process)?));
-        Ok(Self { addresses, doors, limits, services, process, background, fixed, rotations, watched: None, asked })
+        Ok(Self { addresses, listeners, limits, services, process, background, fixed, rotations, watched: None, asked })
     }
 
     /// Reloads the configuration from `sources` on request, and whenever one of their files changes.
@@ -188,7 +188,7 @@ impl App {
 
     /// Starts the background tasks and the listeners.
     async fn start(self) -> (ControlLoop, Running) {
-        let Self { addresses, doors: [proxy, login, admin], limits, services, process, background, .. } = self;
+        let Self { addresses, listeners: [proxy, login, admin], limits, services, process, background, .. } = self;
         let Self { fixed, mut rotations, watched, asked, .. } = self;
         let mut tasks = JoinSet::new();
 
@@ -233,7 +233,7 @@ struct Running {
     /// The proxy and login listeners.
     listeners: JoinSet<()>,
     phase: watch::Sender<Phase>,
-    /// Background tasks, and the admin listener, which answers until the end.
+    /// Background tasks, and the admin listener, which serves until the end.
     tasks: JoinSet<()>,
     _admin_phase: watch::Sender<Phase>,
     services: Arc<ArcSwap<Services>>,
@@ -257,7 +257,7 @@ impl Running {
             tracing::error!("a token call or a write was still in flight and is abandoned");
         }
         self.tasks.shutdown().await;
-        process.pending_logins.write_begun().await;
+        process.pending_logins.write_logins().await;
         let closed = process.store.close().await;
         tracing::info!("stopped");
         closed
@@ -281,8 +281,12 @@ fn bind_remedy(key: &str, error: &std::io::Error) -> String {
 
 /// Binds the proxy, login and admin listeners.
 async fn bind(config: &Config) -> Result<[Listener; 3], BuildError> {
-    let late =
-        Problem::new(Code::RequestTimeout, "The head of the request did not come in time.", "Send it at once.").raw();
+    let late = Problem::new(
+        Code::RequestTimeout,
+        "The head of the request did not arrive in time.",
+        "Send it without pauses.",
+    )
+    .raw();
     let overloaded = Problem::new(
         Code::Overloaded,
         "Every connection that proxy.max_connections allows is busy.",
@@ -343,17 +347,18 @@ async fn serve_admin(services: Arc<Services>, request: Request<Incoming>, peer: 
 /// Logs what was wrong with the store.
 fn report(opened: &Opened) {
     if let Some(moved) = &opened.recovered {
-        tracing::warn!(moved_to = %moved.display(), restored = opened.restored, "the store was damaged: it was moved aside and filled from its copies");
+        tracing::warn!(moved_to = %moved.display(), restored = opened.restored, "the store was damaged: it was moved \
+            aside, and a new one was restored from the mirror");
     }
     if let Some(reason) = &opened.degraded {
-        tracing::error!(reason, "the store cannot be written: grants are served from its copies until there is space");
+        tracing::error!(reason, "the store cannot be written: grants are served from the mirror until there is space");
     }
-    for copy in &opened.unreadable_mirror_files {
-        tracing::error!(copy = %copy.display(), "a copy of a grant does not open and is kept");
+    for file in &opened.unreadable_mirror_files {
+        tracing::error!(file = %file.display(), "a mirror file cannot be read; it is kept");
     }
     for (user, grant) in &opened.users {
         if let Err(error) = grant {
-            tracing::error!(%user, %error, "a stored grant cannot be used and is kept");
+            tracing::error!(%user, %error, "a stored grant is unusable; the record is kept");
         }
     }
 }

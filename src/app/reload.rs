@@ -18,8 +18,8 @@ use crate::inbound::admin::Asked;
 use crate::server::Limits;
 use crate::telemetry::log::{Dropped, LogHandle};
 
-/// Interval for checking the files. A check is one `stat` per file, which follows the symlinks that the kubelet replaces
-/// when a Secret changes; a directory watch would have to follow them itself.
+/// Interval for checking the files. A check is one `stat` per file, which follows the symlinks that the kubelet
+/// replaces when a Secret changes; a directory watch would have to follow them itself.
 const LOOK_EVERY: Duration = Duration::from_secs(2);
 
 /// Reloads the configuration and rotates keys while the listeners serve.
@@ -80,8 +80,8 @@ impl ControlLoop {
         reloaded
     }
 
-    /// Loads the keys from the configuration, and begins to reseal every record with the first one. Its fingerprint must
-    /// be `key`: the requester may read another configuration than this process.
+    /// Loads the keys from the configuration, and begins to reseal every record with the first one. Its fingerprint
+    /// must be `key`: the requester may read another configuration than this process.
     async fn rotate(&mut self, key: &str) -> Result<(), String> {
         let watched = self.watched.as_mut().ok_or("this process was started without configuration sources")?;
         let config = watched.read()?;
@@ -90,7 +90,7 @@ impl ControlLoop {
         if first.to_string() != key {
             return Err(format!(
                 "the first key that this sidecar is configured with has the fingerprint {first}, not {key}: give both \
-                 the same store.fernet_keys. An environment variable is read at the start alone: use a file, or restart it"
+                 the same store.fernet_keys. Environment variables are read only at start: use a file, or restart it"
             ));
         }
         self.process.store.rekey(keyring).await.map_err(|error| error.to_string())?;
@@ -112,8 +112,8 @@ impl ControlLoop {
         // Nothing fails from here on.
         warnings.iter().for_each(|warning| tracing::warn!(%warning, "a configured value was repaired"));
         self.services.store(Arc::new(services));
-        for (door, limits) in self.limits.iter().zip(listener_limits(limits)) {
-            door.store(Arc::new(limits));
+        for (current, limits) in self.limits.iter().zip(listener_limits(limits)) {
+            current.store(Arc::new(limits));
         }
         if let Some(running) = &self.process.log {
             running.reconfigure(log);

@@ -1,4 +1,4 @@
-//! Sealing every grant with another key, in the background, beside calls and renewals.
+//! Encrypts every grant with another key, in the background, while requests and refreshes continue.
 
 use std::time::Duration;
 
@@ -9,12 +9,12 @@ use crate::inbound::admin::Rotation;
 use crate::store::keyring::Fingerprint;
 use crate::store::{StoreError, TokenStore};
 
-/// The note that tells the next process which rotation was under way, by the key's fingerprint.
+/// The store note with the fingerprint of the key of a running rotation, so that the next process continues it.
 const UNDER_WAY: &str = "rotation";
-/// How often a rotation that failed, because the disk is full say, is gone on with.
+/// Interval for retrying a rotation that failed, for example because the disk is full.
 const RETRY: Duration = Duration::from_secs(1);
 
-/// The one rotation that may be under way.
+/// Runs at most one rotation.
 pub(super) struct Rotations {
     store: TokenStore,
     state: watch::Sender<Rotation>,
@@ -31,16 +31,16 @@ impl Rotations {
         self.state.subscribe()
     }
 
-    /// Goes on with what the last process left unfinished.
+    /// Continues a rotation that the previous process did not complete.
     pub(super) async fn resume(&mut self) {
         let first = self.state.borrow().key;
         if self.store.note(UNDER_WAY).await.is_ok_and(|left| left.is_some_and(|key| key == first.to_string())) {
-            tracing::info!(key = %first, "a rotation of keys was under way and goes on");
+            tracing::info!(key = %first, "the previous process did not complete a key rotation; it continues");
             self.run(first);
         }
     }
 
-    /// Begins a rotation to the key that seals by now. One that is under way gives way to it.
+    /// Starts a rotation to the first key, and cancels a running one.
     pub(super) async fn begin(&mut self, first: Fingerprint) -> Result<(), StoreError> {
         self.store.set_note(UNDER_WAY, first.to_string()).await?;
         self.run(first);
@@ -66,14 +66,15 @@ async fn rotate(store: &TokenStore, state: &watch::Sender<Rotation>) {
         };
         match ended {
             Ok(done) => {
-                tracing::info!(unreadable = done.unreadable, key = %state.borrow().key, "all grants are sealed with the first key");
+                let key = state.borrow().key;
+                tracing::info!(unreadable = done.unreadable, %key, "all grants are encrypted with the first key");
                 state.send_modify(|rotation| (rotation.running, rotation.error) = (false, None));
                 return;
             }
-            // The process ends; the next one goes on.
+            // The process ends; the next one continues.
             Err(StoreError::Closed) => return,
             Err(error) => {
-                tracing::error!(%error, "the grants could not all be sealed anew, which is tried again");
+                tracing::error!(%error, "the key rotation failed, and will be retried");
                 state.send_modify(|rotation| rotation.error = Some(error.to_string()));
                 tokio::time::sleep(RETRY).await;
             }

@@ -1,4 +1,4 @@
-//! Asking a running sidecar at one of its doors.
+//! Sends requests to a listener of the running sidecar.
 
 use std::time::Duration;
 
@@ -15,31 +15,34 @@ use super::Failed;
 use crate::config::Config;
 use crate::server::Listen;
 
-/// A local process answers at once or is in trouble.
+/// Timeout of a request. A local process that works responds much faster.
 const TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Sends a request without a body to the first of `doors`.
+/// Sends a request without a body to the first address in `addresses`.
+///
+/// # Errors
+/// [`Failed`] if the listener is off, or there is no response within [`TIMEOUT`].
 pub(super) async fn request(
-    doors: &[Listen],
+    addresses: &[Listen],
     method: Method,
     path: &str,
     headers: &[(&str, &str)],
 ) -> Result<(StatusCode, Bytes), Failed> {
-    let door = doors.first().ok_or_else(|| Failed::because("the door is switched off in the configuration"))?;
-    let asked = async {
-        match door {
-            Listen::Tcp(address) => converse(TcpStream::connect(local(address)).await?, method, path, headers).await,
-            Listen::Unix(socket) => converse(UnixStream::connect(socket).await?, method, path, headers).await,
+    let listen = addresses.first().ok_or_else(|| Failed::because("the listener is off in the configuration"))?;
+    let exchange = async {
+        match listen {
+            Listen::Tcp(address) => exchange(TcpStream::connect(local(address)).await?, method, path, headers).await,
+            Listen::Unix(socket) => exchange(UnixStream::connect(socket).await?, method, path, headers).await,
         }
     };
-    let answer = tokio::time::timeout(TIMEOUT, asked).await;
-    let answer = answer.map_err(|_| Failed::because(format!("no answer from {door} within {TIMEOUT:?}")))?;
-    answer.map_err(|error| Failed::because(format!("no sidecar answers at {door}: {error}")))
+    let response = tokio::time::timeout(TIMEOUT, exchange).await;
+    let response = response.map_err(|_| Failed::because(format!("no response from {listen} within {TIMEOUT:?}")))?;
+    response.map_err(|error| Failed::because(format!("no sidecar responds at {listen}: {error}")))
 }
 
 type AnyError = Box<dyn std::error::Error + Send + Sync>;
 
-async fn converse<S>(
+async fn exchange<S>(
     stream: S,
     method: Method,
     path: &str,
@@ -54,19 +57,19 @@ where
     for (name, value) in headers {
         request = request.header(*name, *value);
     }
-    let answer = sender.send_request(request.body(Empty::<Bytes>::new())?).await?;
-    let status = answer.status();
-    let body = answer.into_body().collect().await?.to_bytes();
+    let response = sender.send_request(request.body(Empty::<Bytes>::new())?).await?;
+    let status = response.status();
+    let body = response.into_body().collect().await?.to_bytes();
     driver.abort();
     Ok((status, body))
 }
 
-/// The caller token as a header, where callers have to show one.
+/// The caller token as a header, if one is configured.
 pub(super) fn caller_token(config: &Config) -> Vec<(&'static str, &str)> {
     config.admission.caller_tokens.first().map(|token| ("x-ads-sidecar-token", token.expose())).into_iter().collect()
 }
 
-/// Where a door that listens everywhere is reached from here.
+/// The loopback address of a listener that is bound to all addresses.
 fn local(address: &str) -> String {
     address.replace("0.0.0.0", "127.0.0.1").replace("[::]", "[::1]")
 }

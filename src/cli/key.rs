@@ -48,16 +48,18 @@ fn rotate(config: &Config) -> Result<(), Failed> {
             (done.resealed, done.unreadable)
         }
     };
-    print(format!("{resealed} grants sealed anew with key {first}; {unreadable} could not be opened and are kept\n"))?;
+    print(format!(
+        "{resealed} grants re-encrypted with key {first}; {unreadable} could not be decrypted and are kept\n"
+    ))?;
     if unreadable > 0 {
         return Err(Failed::because(
-            "keep the old keys until every grant opens: add the missing key to store.fernet_keys and rotate again",
+            "some grants need a key that is not configured: add it to store.fernet_keys, and keep the old keys until then",
         ));
     }
     Ok(())
 }
 
-/// What the running sidecar says of its rotation.
+/// The running sidecar's response about its rotation.
 #[derive(Deserialize)]
 struct Progress {
     running: bool,
@@ -67,35 +69,35 @@ struct Progress {
     error: Option<String>,
 }
 
-/// Has it take its configuration's keys into use, and waits until all is sealed with the first. It goes on by itself where
-/// nobody waits any more.
+/// Makes the running sidecar take its configured keys into use, and waits until every grant is encrypted with the
+/// first. The rotation continues without this command.
 async fn rotate_running(config: &Config, first: &str) -> Result<(usize, usize), Failed> {
-    let mut progress = ask_for_rotation(config, Method::POST, &format!("/rotate?key={first}")).await?;
+    let mut progress = request_rotation(config, Method::POST, &format!("/rotate?key={first}")).await?;
     let mut told = None;
     while progress.running {
         let line = match &progress.error {
             Some(error) => {
-                format!("{} sealed anew, {} left; it is tried again: {error}", progress.resealed, progress.left)
+                format!("{} re-encrypted, {} left; retrying after: {error}", progress.resealed, progress.left)
             }
-            None => format!("{} sealed anew, {} left", progress.resealed, progress.left),
+            None => format!("{} re-encrypted, {} left", progress.resealed, progress.left),
         };
         if told.as_ref() != Some(&line) {
             let _ = writeln!(std::io::stderr(), "{line}");
             told = Some(line);
         }
         tokio::time::sleep(PERIOD).await;
-        progress = ask_for_rotation(config, Method::GET, "/rotate").await?;
+        progress = request_rotation(config, Method::GET, "/rotate").await?;
     }
     Ok((progress.resealed, progress.unreadable))
 }
 
-async fn ask_for_rotation(config: &Config, method: Method, path: &str) -> Result<Progress, Failed> {
+async fn request_rotation(config: &Config, method: Method, path: &str) -> Result<Progress, Failed> {
     let (status, body) = client::request(&config.admin_listen, method, path, &client::caller_token(config)).await?;
     serde_json::from_slice(&body).map_err(|_| {
         let document: serde_json::Value = serde_json::from_slice(&body).unwrap_or_default();
         let said = |member: &str| document[member].as_str().unwrap_or_default().to_owned();
         let message = format!("the running sidecar answered {status}: {} {}", said("detail"), said("next_step"));
-        // What it does not take is the keys, or another part of its configuration.
+        // The sidecar refused the keys, or another part of its configuration.
         let exit = if status == StatusCode::BAD_REQUEST { Exit::Config } else { Exit::Failed };
         Failed { exit, message }
     })

@@ -22,7 +22,7 @@ use crate::app::BuildError;
 use crate::config::{self, ConfigErrors, Sources};
 use crate::store::StoreError;
 
-/// Amazon Ads authentication as a sidecar: plain HTTP to localhost in, an authenticated call out.
+/// Amazon Ads authentication as a sidecar: plain HTTP to localhost in, an authenticated request out.
 #[derive(Debug, Parser)]
 #[command(name = "adsidecar", version, disable_help_subcommand = false)]
 struct Arguments {
@@ -116,7 +116,7 @@ pub fn told(result: Result<(), Failed>) -> Exit {
     }
 }
 
-/// Help and version are answers; anything else is a command line that cannot be read.
+/// Help and version succeed; anything else is an invalid command line.
 pub fn misused(error: &clap::Error) -> Exit {
     // Nothing is left to say where the output is closed.
     let _ = error.print();
@@ -174,7 +174,7 @@ fn block_on<T>(future: impl Future<Output = T>) -> Result<T, Failed> {
     Ok(runtime.map_err(Failed::because)?.block_on(future))
 }
 
-/// Writes the answer of a command. Whoever closed standard output has read enough.
+/// Writes the output of a command. A closed standard output is no error: its reader needs no more.
 pub fn print(text: impl AsRef<str>) -> Result<(), Failed> {
     match std::io::stdout().write_all(text.as_ref().as_bytes()) {
         Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(Failed::because(error)),

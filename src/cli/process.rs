@@ -7,11 +7,11 @@ use crate::config::{Config, Environment};
 /// Descriptors beside those of callers and of their connections to Amazon: the store, the log, token calls.
 const OTHER_DESCRIPTORS: u64 = 64;
 
-/// Leaves no memory image to whoever comes after: no core file is written, and no process of the same user reads this one's
-/// memory or environment (`/proc/PID/mem`, `/proc/PID/environ`; prctl(2), `PR_SET_DUMPABLE`). Descriptors are taken as far
-/// as the system allows, as every connection needs up to two.
+/// Protects the memory of the process: no core file is written, and no process of the same user reads this one's memory
+/// or environment (`/proc/PID/mem`, `/proc/PID/environ`; prctl(2), `PR_SET_DUMPABLE`). Descriptors are taken as far as
+/// the system allows, as every connection needs up to two.
 pub(super) fn harden() {
-    // Lowering a limit needs no permission, and where the system refuses it all the same `remark` says so.
+    // Lowering a limit needs no permission; if the system refuses it nevertheless, `remark` says so.
     let _ = setrlimit(Resource::Core, Rlimit { current: Some(0), maximum: Some(0) });
     #[cfg(target_os = "linux")]
     let _ = rustix::process::set_dumpable_behavior(rustix::process::DumpableBehavior::NotDumpable);

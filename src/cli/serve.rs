@@ -56,8 +56,8 @@ async fn serve(config: Config, sources: Sources, log: LogHandle) -> Result<(), F
     Ok(())
 }
 
-/// Process 1 inherits every process in its container whose parent has gone, such as what `kubectl exec` left behind. It has
-/// no children of its own, so whoever ends is one of those.
+/// Reaps orphaned processes. Process 1 of a container inherits every process whose parent has ended, such as those that
+/// `kubectl exec` left behind. adsidecar starts no children of its own, so it may wait for any child.
 fn reap_children() -> Result<impl Future<Output = ()>, Failed> {
     let mut ended = signal(SignalKind::child()).map_err(Failed::because)?;
     Ok(async move {

@@ -70,7 +70,7 @@ fn is_loopback(ip: IpAddr) -> bool {
 }
 
 /// An absolute `http` or `https` URL that says what it looks like: the parser forgives what a browser forgives (blanks,
-/// backslashes, missing slashes), and each of these has been the door of an open redirect.
+/// backslashes, missing slashes), and each of these has led to an open redirect.
 pub(super) fn web_url(text: &str) -> Result<Url, &'static str> {
     let scheme = ["https://", "http://"].into_iter().find(|scheme| text.starts_with(scheme));
     let authority = scheme.and_then(|scheme| text[scheme.len()..].split(['/', '?', '#']).next());
@@ -228,7 +228,7 @@ mod tests {
     }
 
     #[test]
-    fn doors_clash_where_they_cannot_both_be_bound() {
+    fn listeners_that_cannot_both_be_bound_clash() {
         let clash = |a, b| clash(&listen(a).unwrap(), &listen(b).unwrap());
         for (a, b) in [
             ("127.0.0.1:1", "127.0.0.1:1"),

@@ -41,7 +41,7 @@ pub(super) fn read(path: &Path) -> Result<String, String> {
     Ok(text)
 }
 
-/// The path as it may be printed: where somebody has put the secret itself in place of its path, that is not repeated.
+/// The path as it may be printed. If the value is the secret itself instead of its path, it is not repeated.
 /// It counts as a path where it says so by its first characters, or where its first directory exists.
 fn shown(path: &Path) -> String {
     let marked = path.is_absolute() || path.starts_with(".") || path.starts_with("..");

@@ -45,17 +45,17 @@ pub struct Config {
     pub proxy_listen_default: bool,
     /// `proxy.allow_remote`. Already obeyed: a remote `proxy_listen` is here only where this is true.
     pub allow_remote: bool,
-    /// `proxy.socket_mode`: who may connect at a Unix socket of the proxy door.
+    /// `proxy.socket_mode`: who may connect to a Unix socket of the proxy listener.
     pub socket_mode: u32,
     /// `proxy.max_connections`, `proxy.header_timeout`, `proxy.idle_timeout`, `proxy.write_timeout`.
     pub limits: server::Limits,
-    /// `login.listen`; empty: the login door is off.
+    /// `login.listen`; empty: the login listener is off.
     pub login_listen: Vec<Listen>,
     /// `admin.listen`.
     pub admin_listen: Vec<Listen>,
     /// Nobody set `admin.listen`: `[::1]` is bound only where the machine has IPv6.
     pub admin_listen_default: bool,
-    /// For the admin door.
+    /// Settings of the admin listener.
     pub admin: admin::Settings,
     /// For the spine, with the accounts.
     pub proxy: proxy::Settings,

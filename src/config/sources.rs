@@ -271,7 +271,7 @@ fn env_layer(env: &[(String, String)], problems: &mut Vec<ConfigError>) -> Vec<E
     let mut entries = Vec::new();
     for (name, value) in env {
         if let Some((key, form)) = names::by_guide_name(name) {
-            // Compose files and manifests pass on such names with an empty value where nobody has set them.
+            // Compose files and manifests pass unset variables with an empty value.
             if !value.trim().is_empty() {
                 entries.push(Entry::new(key, form, text(value), name));
             }
@@ -285,7 +285,8 @@ fn env_layer(env: &[(String, String)], problems: &mut Vec<ConfigError>) -> Vec<E
 fn env_entry(name: &str, value: &str, entries: &mut Vec<Entry>, problems: &mut Vec<ConfigError>) {
     match names::by_variable(name) {
         Some((key, _)) if value.trim().is_empty() => {
-            // Not ignored: an empty caller token that counts as none would open a door that somebody meant to close.
+            // Not ignored: an empty caller token that counts as none would accept every caller, although a token was
+            // meant to be set.
             problem(problems, key.name, name, "is empty: give it a value, or remove the variable");
         }
         Some((key, form)) => entries.push(Entry::new(key, form, text(value), name)),

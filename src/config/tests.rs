@@ -350,7 +350,7 @@ fn all_problems_are_reported_at_once() {
 
 #[test]
 fn each_key_is_read_by_its_name() {
-    // An absurd value is refused with the key's name only where somebody reads that key.
+    // An absurd value is refused with the key's name only if the key is read.
     for key in KEYS {
         let text = match key.name.split_once('.') {
             Some((section, key)) => format!("[{section}]\n{key} = [[1]]"),
@@ -738,7 +738,7 @@ fn development_takes_any_redirect_uri_and_production_does_not() {
 }
 
 #[test]
-fn a_remote_proxy_door_needs_both_the_permission_and_a_token() {
+fn a_remote_proxy_listener_needs_both_the_permission_and_a_token() {
     let given = Given::required().set(&[
         ("proxy.listen", "0.0.0.0:8001"),
         ("proxy.allow_remote", "true"),
@@ -747,17 +747,17 @@ fn a_remote_proxy_door_needs_both_the_permission_and_a_token() {
     let config = given.config();
     assert_eq!(config.proxy_listen, [Listen::Tcp("0.0.0.0:8001".to_owned())]);
     assert!(!config.proxy_listen_default);
-    // The other doors are made to be reached.
+    // The other listeners are meant to be reached.
     let given = Given::required().set(&[("login.listen", "0.0.0.0:1"), ("admin.listen", "[::]:2,unix:/run/x.sock")]);
     assert_eq!(given.config().admin_listen.len(), 2);
 }
 
 #[test]
-fn a_login_door_turns_confirmation_on_unless_told_otherwise() {
-    let door = [("login.listen", "127.0.0.1:8002")];
+fn a_login_listener_turns_confirmation_on_by_default() {
+    let listener = [("login.listen", "127.0.0.1:8002")];
     assert!(!Given::required().config().login.confirm);
-    assert!(Given::required().set(&door).config().login.confirm);
-    assert!(!Given::required().set(&door).set(&[("login.confirm", "false")]).config().login.confirm);
+    assert!(Given::required().set(&listener).config().login.confirm);
+    assert!(!Given::required().set(&listener).set(&[("login.confirm", "false")]).config().login.confirm);
     assert!(Given::required().set(&[("login.confirm", "TRUE")]).config().login.confirm);
     let off = Given::required().toml("[login]\nlisten = '127.0.0.1:8002'").set(&[("login.listen", "off")]);
     assert!(off.config().login_listen.is_empty());
@@ -1095,7 +1095,7 @@ fn the_sandbox_file_points_at_the_sandbox_and_nowhere_else() {
     let ca = given.write("ca.pem", &certificate);
     let given = given.toml(&shipped("sandbox.toml").replace("data/sandbox/ca.pem", &ca));
     let config = given.config();
-    // The doors of `adsidecar-sandbox` where nobody says otherwise.
+    // The default listeners of `adsidecar-sandbox`.
     let ours = |url: &url::Url| {
         ["localhost", "127.0.0.1"].contains(&url.host_str().unwrap())
             && url.port().is_some_and(|port| (8440..=8443).contains(&port) || port == 8450)
@@ -1105,7 +1105,7 @@ fn the_sandbox_file_points_at_the_sandbox_and_nowhere_else() {
     assert_eq!(ports, [Some(8441), Some(8442), Some(8443)], "na, eu, fe");
     let return_url = "http://localhost:8001/api/auth/amazon/callback";
     assert_eq!(config.lwa.redirect_uri, return_url, "the only one that the sandbox knows");
-    // The sandbox's own adsidecar has the default doors, and holds data/sandbox/adsidecar.sled.
+    // The sandbox's own adsidecar has the default listeners, and holds data/sandbox/adsidecar.sled.
     assert!(!config.proxy_listen_default && !config.admin_listen_default);
     assert_ne!(config.store.path, Path::new("data/sandbox/adsidecar.sled"));
     assert_eq!(config.lwa.authorize_url.unwrap().path(), "/ap/oa");

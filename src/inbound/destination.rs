@@ -1,5 +1,5 @@
-//! What a request line asks for: in which form, of whom, which account, which path. The path and the query pass byte for
-//! byte; only an account's prefix is taken off.
+//! Reads the target of a request: the host, the account prefix and the path. Path and query are forwarded byte for
+//! byte; only the account prefix is removed.
 
 use http::Uri;
 use http::uri::PathAndQuery;
@@ -7,39 +7,39 @@ use percent_encoding::percent_decode_str;
 
 use crate::domain::account::{Region, check_name};
 
-/// Longest target, in bytes. Amazon's gateways take no more either.
+/// Longest path and query, in bytes. Amazon's gateways accept no more either.
 const MAX_TARGET: usize = 8 << 10;
 /// `/a/<account>/…` selects an account, for clients that can change nothing but their base URL.
 const PREFIX: &str = "/a/";
 
-/// A target that was understood.
+/// A target that adsidecar can serve.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Target {
-    /// Whom the caller means.
+    /// The host that the target names.
     pub of: Destination,
     /// The account in the path's prefix.
     pub account: Option<String>,
-    /// Path and query as they leave for Amazon.
+    /// Path and query as they are sent to Amazon.
     pub path_and_query: PathAndQuery,
 }
 
-/// Whom a target names.
+/// The host that a target names.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Destination {
-    /// Us: the origin form, or the absolute form with our own authority.
+    /// adsidecar: the origin form, or the absolute form with our own authority.
     Local,
-    /// The Ads host of a region.
+    /// The Ads API host of a region.
     Ads(Region),
     /// A host of Login with Amazon.
     Lwa,
 }
 
-/// A target that is refused.
+/// Why a target is refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum BadTarget {
-    /// Neither origin form nor an absolute form that we serve; says what is wrong.
+    /// The target cannot be read; holds the reason.
     Form(&'static str),
-    /// The absolute form of a host that is neither Amazon's nor ours.
+    /// The absolute form with a host that is neither Amazon's nor ours.
     Foreign,
     /// Longer than 8 KiB.
     TooLong,
@@ -47,6 +47,9 @@ pub enum BadTarget {
 
 impl Target {
     /// Reads a request's target. `is_ours` tells whether an authority is our own.
+    ///
+    /// # Errors
+    /// [`BadTarget`] if the target cannot be read, names another host, or is too long.
     pub fn read(uri: &Uri, is_ours: impl Fn(&str) -> bool) -> Result<Self, BadTarget> {
         let of = match (uri.scheme_str(), uri.authority()) {
             (None, None) => Destination::Local,
@@ -80,7 +83,7 @@ impl Target {
     }
 }
 
-/// Port none, 80 or 443 for Amazon's hosts; our own authority with any port.
+/// The host of an absolute target. Amazon's hosts are accepted without a port or with 80 or 443.
 fn host_of(authority: &str, is_ours: impl Fn(&str) -> bool) -> Result<Destination, BadTarget> {
     if is_ours(authority) {
         return Ok(Destination::Local);
@@ -89,7 +92,7 @@ fn host_of(authority: &str, is_ours: impl Fn(&str) -> bool) -> Result<Destinatio
     amazon_host(host).ok_or(BadTarget::Foreign)
 }
 
-/// Which of Amazon's hosts `host` is, in any letter case.
+/// Which of Amazon's hosts `host` is, ignoring case; `None` if it is none of them.
 pub fn amazon_host(host: &str) -> Option<Destination> {
     let ads = Region::ALL.into_iter().find(|region| host.eq_ignore_ascii_case(region.ads_host())).map(Destination::Ads);
     ads.or_else(|| {
@@ -120,7 +123,7 @@ mod tests {
         Target::read(&target.parse().unwrap(), |authority| authority == "localhost:8001")
     }
 
-    fn leaves(target: &str) -> String {
+    fn forwarded(target: &str) -> String {
         read(target).unwrap().path_and_query.to_string()
     }
 
@@ -142,11 +145,11 @@ mod tests {
     }
 
     #[test]
-    fn path_and_query_leave_as_they_came() {
+    fn path_and_query_are_forwarded_unchanged() {
         for target in
             ["/", "//x%2Fy?min=2023-10-01T00:00:00&b=%2B+c", "/a", "/A/b/c", "/x?", "/x/../y?q=/a/b/", "/amc/%7Bid%7D"]
         {
-            assert_eq!(leaves(target), target);
+            assert_eq!(forwarded(target), target);
         }
     }
 
@@ -157,17 +160,17 @@ mod tests {
         assert_eq!(read("http://advertising-api-fe.amazon.com:80//x").unwrap().path_and_query, "//x");
         assert_eq!(read("http://api.amazon.co.uk/auth/o2/token").unwrap().of, Destination::Lwa);
         assert_eq!(read("http://localhost:8001/v2/profiles").unwrap().of, Destination::Local);
-        assert_eq!(leaves("http://advertising-api.amazon.com"), "/");
+        assert_eq!(forwarded("http://advertising-api.amazon.com"), "/");
     }
 
     #[test]
-    fn the_account_is_taken_off_the_path_and_nothing_else() {
+    fn only_the_account_prefix_is_removed_from_the_path() {
         let target = read("/a/acme@eu|1//sp/x?a=%20").unwrap();
         assert_eq!(target.account.as_deref(), Some("acme@eu|1"));
         assert_eq!(target.path_and_query, "//sp/x?a=%20");
         assert_eq!(read("/a/acme%7C1/x").unwrap().account.as_deref(), Some("acme|1"));
-        assert_eq!(leaves("/a/acme"), "/");
-        assert_eq!(leaves("/a/acme?x=1"), "/?x=1");
+        assert_eq!(forwarded("/a/acme"), "/");
+        assert_eq!(forwarded("/a/acme?x=1"), "/?x=1");
         for bad in ["/a//x", "/a/%2e%2e/x", "/a/a%2fb/x", "/a/a%00/x"] {
             assert!(matches!(read(bad), Err(BadTarget::Form(_))), "{bad}");
         }

@@ -1,4 +1,5 @@
-//! Who serves a request: one of adsidecar's own endpoints, or Amazon.
+//! Decides whether one of adsidecar's own endpoints or Amazon serves a request. (Which account, user and region a
+//! request to Amazon gets is decided later, in `proxy/route.rs`.)
 
 use http::Method;
 use percent_encoding::percent_decode_str;
@@ -12,7 +13,7 @@ pub(super) const HEALTH: &str = "/healthz";
 const STATUS: &str = "/api/auth/amazon/status";
 pub(super) const USERS: &str = "/api/auth/amazon/users/";
 
-/// Who serves a request on the proxy listener or the login listener.
+/// What serves a request on the proxy listener or the login listener.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Route {
     /// adsidecar itself.
@@ -145,7 +146,7 @@ impl Endpoint {
         }
     }
 
-    /// The value of `Allow` in the answer to another method.
+    /// The value of `Allow` in the response to any other method.
     pub fn allow(self) -> &'static str {
         match self {
             Self::Login

@@ -1,7 +1,8 @@
 //! What callers reach: the proxy, the OAuth endpoints and the admin listener, with the checks before each of them.
 //!
-//! [`proxy`] is the spine, the way of a request to Amazon and back. [`admission`] decides who may send a request at all,
-//! [`destination`] which host it is for, [`endpoint`] who serves it, [`problem`] is the one place that knows status codes.
+//! [`proxy`] is the spine: it takes a request to Amazon and the response back. [`admission`] decides whether a request
+//! is accepted, [`destination`] reads which host it is for, [`endpoint`] whether adsidecar or Amazon serves it, and
+//! [`problem`] maps each error to its status code.
 
 pub mod proxy;
 pub mod oauth;

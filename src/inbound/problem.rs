@@ -1,4 +1,4 @@
-//! The codes of adsidecar's own answers and their bodies (RFC 9457): the one place that knows status codes.
+//! adsidecar's own errors: their codes, statuses and bodies (RFC 9457). No other module knows a status of an error.
 
 use std::borrow::Cow;
 use std::collections::HashMap;
@@ -16,7 +16,7 @@ use crate::domain::headers::ERROR;
 use crate::inbound::admission::Refusal;
 use crate::inbound::destination::BadTarget;
 
-/// Error codes of the responses that adsidecar makes itself.
+/// The code of an error that adsidecar itself responds with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[allow(missing_docs, reason = "each variant is the code of its name")]
 pub enum Code {
@@ -46,17 +46,17 @@ pub enum Code {
 }
 
 impl Code {
-    /// The code as it stands in `X-Adsidecar-Error` and in the body.
+    /// The code as in `X-Adsidecar-Error` and in the body.
     pub const fn as_str(self) -> &'static str {
         self.facts().1
     }
 
-    /// The status it is answered with.
+    /// The HTTP status of the response.
     pub const fn status(self) -> StatusCode {
         self.facts().0
     }
 
-    /// Whether the same request may go through later.
+    /// Whether the same request may succeed later.
     const fn retryable(self) -> bool {
         self.facts().2
     }
@@ -116,7 +116,7 @@ impl Code {
         Self::UpstreamTimeout,
     ];
 
-    /// What the reference in `config/README.md` says, in Markdown: the meaning of the code, and what to do.
+    /// The row of the table in `config/README.md`, in Markdown: the meaning of the code, and what to do.
     pub const fn reference(self) -> (&'static str, &'static str) {
         match self {
             Self::BadRequest => (
@@ -200,7 +200,7 @@ impl Code {
 
 const _: () = assert!(Code::ALL.len() == Code::UpstreamTimeout as usize + 1, "every code is listed");
 
-/// One answer of our own.
+/// An error response of adsidecar's own.
 #[derive(Clone, Debug)]
 pub struct Problem {
     code: Code,
@@ -228,13 +228,14 @@ struct Document<'a> {
 }
 
 impl Problem {
-    /// What happened, and what the caller can do about it. Neither may hold a secret.
+    /// Creates the error from what happened (`detail`) and what the caller can do about it (`next_step`). Neither may
+    /// hold a secret.
     pub fn new(code: Code, detail: impl Into<Cow<'static, str>>, next_step: impl Into<Cow<'static, str>>) -> Self {
         let (detail, next_step) = (detail.into(), next_step.into());
         Self { code, detail, next_step, retry_after: None, headers: Vec::new(), member: None }
     }
 
-    /// Asks to come back after `wait`, rounded up to whole seconds.
+    /// Adds `Retry-After`: `wait`, rounded up to whole seconds, at least 1.
     #[must_use]
     pub fn retry_after(mut self, wait: Duration) -> Self {
         self.retry_after = Some(wait);
@@ -255,18 +256,18 @@ impl Problem {
         self
     }
 
-    /// Closes the connection behind the answer, so that nothing that follows on it is served.
+    /// Closes the connection after the response, so that nothing that follows on it is served.
     #[must_use]
     pub fn close(self) -> Self {
         self.header(CONNECTION, HeaderValue::from_static("close"))
     }
 
-    /// Why.
+    /// The error code.
     pub fn code(&self) -> Code {
         self.code
     }
 
-    /// The answer.
+    /// The HTTP response.
     pub fn respond(self, request_id: &str) -> Response<Full<Bytes>> {
         let mut response = Response::new(Full::new(self.document(request_id)));
         *response.status_mut() = self.code.status();
@@ -281,7 +282,7 @@ impl Problem {
         response
     }
 
-    /// The answer's bytes as HTTP/1.1, for a connection whose request never came to its end.
+    /// The response as bytes of HTTP/1.1, for a connection that is closed before its request was read.
     pub fn raw(self) -> Bytes {
         let body = self.document("");
         let (status, code) = (self.code.status(), self.code.as_str());
@@ -307,7 +308,7 @@ impl Problem {
             request_id,
             member: self.member.as_deref().map(|(name, value)| HashMap::from([(*name, value)])),
         };
-        // Strings and numbers always serialise.
+        // Strings and numbers always serialize.
         serde_json::to_vec(&document).unwrap_or_default().into()
     }
 }
@@ -322,11 +323,13 @@ impl From<Refusal> for Problem {
         match refusal {
             Refusal::Framing => Self::new(
                 Code::BadRequest,
-                "The body's length can be read in two ways: Transfer-Encoding is allowed once, as chunked.",
+                "The length of the body is ambiguous: Transfer-Encoding is allowed once, as chunked.",
                 "Send either Content-Length or Transfer-Encoding: chunked.",
             )
             .close(),
-            Refusal::NoHost => Self::new(Code::BadRequest, "A request needs exactly one Host header.", "Send one.").close(),
+            Refusal::NoHost => {
+                Self::new(Code::BadRequest, "A request needs exactly one Host header.", "Send one.").close()
+            }
             Refusal::Host => Self::new(
                 Code::HostNotAllowed,
                 "The Host header is neither localhost, 127.0.0.1 nor [::1].",
@@ -346,14 +349,15 @@ impl From<Refusal> for Problem {
             Refusal::Method => Self::new(
                 Code::MethodNotAllowed,
                 "CONNECT, TRACE and unknown methods are not served.",
-                "As a forward proxy adsidecar takes http:// URLs: use http://advertising-api.amazon.com/, it speaks TLS to Amazon itself.",
+                "As a forward proxy adsidecar accepts http:// URLs: use http://advertising-api.amazon.com/. It speaks \
+                 TLS to Amazon itself.",
             )
             .header(ALLOW, HeaderValue::from_static("GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"))
             .close(),
             Refusal::CrossSite => Self::new(
                 Code::CrossSite,
-                "A web page at another origin is behind this request.",
-                "Call adsidecar from a server; its OAuth endpoints may be fetched from the origin of login.frontend_url.",
+                "A web page sent this request.",
+                "Call adsidecar from a server; only pages of login.frontend_url's origin may use the OAuth endpoints.",
             ),
             Refusal::Caller => Self::new(
                 Code::CallerUnauthorized,
@@ -363,7 +367,7 @@ impl From<Refusal> for Problem {
             .header(PROXY_AUTHENTICATE, HeaderValue::from_static("Bearer")),
             Refusal::Peer => Self::new(
                 Code::CallerUnauthorized,
-                "The process that calls runs as a user that is not in proxy.peer_uids.",
+                "The calling process runs as a user that is not in proxy.peer_uids.",
                 "Run it as one of these users, or add its uid to proxy.peer_uids.",
             )
             .close(),

@@ -1,13 +1,13 @@
-//! The name of a call, in and out: `X-Request-Id`.
+//! The request id: `X-Request-Id`, of requests and responses.
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use http::header::{HeaderMap, HeaderName, HeaderValue};
 
-/// Names the call.
+/// The header that carries the request id.
 pub const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
-/// Names calls that the caller did not name: a random prefix of this process, and a count.
+/// Creates ids for requests without one: a random prefix of this process, and a count.
 #[derive(Debug)]
 pub struct RequestIds {
     prefix: u32,
@@ -16,17 +16,17 @@ pub struct RequestIds {
 
 impl Default for RequestIds {
     fn default() -> Self {
-        // Without randomness two processes may share ids, which harms nobody.
+        // Without randomness two processes may create the same ids, which is harmless.
         Self { prefix: getrandom::u32().unwrap_or_default(), next: AtomicU64::new(1) }
     }
 }
 
 impl RequestIds {
-    /// The caller's own id, where it is fit for a log, or a new one.
+    /// The caller's own id, if it is 1 to 128 visible ASCII characters, else a new one.
     pub fn of(&self, headers: &HeaderMap) -> HeaderValue {
-        let fit = |id: &&HeaderValue| (1..=128).contains(&id.len()) && id.as_bytes().iter().all(u8::is_ascii_graphic);
-        headers.get(REQUEST_ID).filter(fit).cloned().unwrap_or_else(|| {
-            let id = named(self.prefix, self.next.fetch_add(1, Relaxed));
+        let valid = |id: &&HeaderValue| (1..=128).contains(&id.len()) && id.as_bytes().iter().all(u8::is_ascii_graphic);
+        headers.get(REQUEST_ID).filter(valid).cloned().unwrap_or_else(|| {
+            let id = format_id(self.prefix, self.next.fetch_add(1, Relaxed));
             HeaderValue::from_bytes(&id).unwrap_or(HeaderValue::from_static("unnamed"))
         })
     }
@@ -61,11 +61,11 @@ mod tests {
 
     #[test]
     fn an_id_is_the_prefix_and_the_count() {
-        assert_eq!(&named(0x0123_abcd, 0xfe), b"0123abcd-0000000000fe");
+        assert_eq!(&format_id(0x0123_abcd, 0xfe), b"0123abcd-0000000000fe");
     }
 
     #[test]
-    fn no_two_calls_have_the_same_id() {
+    fn no_two_requests_get_the_same_id() {
         let (ids, none) = (RequestIds::default(), HeaderMap::new());
         assert_ne!(ids.of(&none), ids.of(&none));
     }

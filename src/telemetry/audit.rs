@@ -13,7 +13,7 @@ use super::log::AUDIT_TARGET;
 pub enum Fault {
     /// The caller: the request is invalid or forbidden, or the caller disconnected.
     Caller,
-    /// The operator: configuration, credentials, database, network policy, or a user who has to log in.
+    /// The operator: configuration, credentials, database, network policy, or a missing login.
     Operator,
     /// adsidecar: a bug or an internal limit.
     Sidecar,

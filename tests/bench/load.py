@@ -1,4 +1,4 @@
-"""What the benchmarks share: requests on persistent connections, and a store full of users. Standard library only."""
+"""Shared by the benchmarks: requests on persistent connections, and a store full of users. Standard library only."""
 
 import json
 import re
@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "campaigns"))
 import world  # noqa: E402
 from world import ENVIRONMENT, Sandbox, Sidecar, binary, free_port, until, workspace  # noqa: E402, F401
 
-# What ships is what is measured.
+# The shipped profile is measured.
 world.PROFILE = "dist"
 
 REQUEST = b"GET /v2/profiles HTTP/1.1\r\nHost: localhost\r\nAccept: application/json\r\n\r\n"
@@ -34,19 +34,19 @@ def received(connection: socket.socket) -> bytes:
 
 
 def call(connection: socket.socket, request: bytes = REQUEST) -> int:
-    """One call, read to its end; the length of the body."""
+    """Sends one request and reads the whole response; returns the length of its body."""
     connection.sendall(request)
     return answer(connection)
 
 
 def answer(connection: socket.socket) -> int:
-    """Reads one answer with a Content-Length to its end; the length of its body."""
+    """Reads one response with a Content-Length; returns the length of its body."""
     head = b""
     while b"\r\n\r\n" not in head:
         head += received(connection)
     head, _, body = head.partition(b"\r\n\r\n")
     if not head.startswith(b"HTTP/1.1 200"):
-        raise SystemExit(f"no good answer: {head[:200]!r}")
+        raise SystemExit(f"unexpected response: {head[:200]!r}")
     length = int(LENGTH.search(head.lower() + b"\r")[1])
     left = length - len(body)
     while left > 0:
@@ -55,7 +55,7 @@ def answer(connection: socket.socket) -> int:
 
 
 def calls(port: int, connections: int, each: int) -> None:
-    """`each` calls on each of `connections` connections, at the same time."""
+    """Sends `each` requests on each of `connections` concurrent connections."""
 
     def one() -> None:
         with connect(port) as connection:
@@ -82,17 +82,17 @@ def fill(sidecar: Sidecar, users: int, life: timedelta, unused: timedelta = time
     sidecar.start()
     status, _, text = sidecar.get("/v2/profiles", **{"X-Ads-User": "seed"})
     if status != 200:
-        raise SystemExit(f"no first call: {status} {text}")
+        raise SystemExit(f"the first request failed: {status} {text}")
     sidecar.stop()
     record = json.loads(sidecar.command("store", "dump").stdout)["seed"]
     now = datetime.now(timezone.utc)
-    # A record without a seal is taken by an import, for whatever user.
+    # A record that is not bound to a user can be imported for any user.
     record = {key: record[key] for key in ("access_token", "refresh_token", "token_type")}
     used = (now - unused).isoformat()
     record |= {"expires_at": (now + life).isoformat(), "updated_at": used, "used_at": used}
     if not users:
         return
     records = json.dumps({f"u{number}": record for number in range(users)})
-    # Each record is on disk before the next is taken, which lasts where the disk is slow: TMPDIR=/dev/shm spares that.
+    # Each record is on disk before the next one is imported, which is slow on a slow disk; TMPDIR=/dev/shm avoids that.
     command = [binary("adsidecar"), "--config", str(sidecar.config), "users", "import", "--records", "-", "--offline"]
     subprocess.run(command, input=records, text=True, check=True, stdout=subprocess.DEVNULL, env=ENVIRONMENT)

@@ -89,14 +89,14 @@ fn headers_for_the_caller(bencher: Bencher<'_, '_>) {
 }
 
 /// A sandbox, an adsidecar in front of it, and one connection to adsidecar.
-struct House {
+struct Setup {
     runtime: Runtime,
     connection: TcpStream,
     _sandbox: Sandbox,
     _directory: TempDir,
 }
 
-impl House {
+impl Setup {
     fn new(http2: &str) -> Self {
         let runtime = Runtime::new().unwrap();
         let directory = tempfile::tempdir().unwrap();
@@ -127,9 +127,9 @@ impl House {
             (sandbox, TcpStream::connect(proxy).await.unwrap())
         });
         connection.set_nodelay(true).unwrap();
-        let mut house = Self { runtime, connection, _sandbox: sandbox, _directory: directory };
-        house.call();
-        house
+        let mut setup = Self { runtime, connection, _sandbox: sandbox, _directory: directory };
+        setup.call();
+        setup
     }
 
     fn call(&mut self) {
@@ -153,6 +153,6 @@ impl House {
 /// The stand-in for Amazon runs in the same process, so the figure includes its cost.
 #[divan::bench(args = ["never", "always"])]
 fn a_call_of_1_kib(bencher: Bencher<'_, '_>, http2: &str) {
-    let mut house = House::new(http2);
-    bencher.bench_local(|| house.call());
+    let mut setup = Setup::new(http2);
+    bencher.bench_local(|| setup.call());
 }

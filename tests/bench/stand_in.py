@@ -35,7 +35,7 @@ STAND_IN = """
     location = /sp/small {{ if ($whole = 0) {{ return 403; }} return 200 '{profiles}'; }}
     location = /sp/upload {{
       if ($whole = 0) {{ return 403; }}
-      # Reads the body to its end. A plain `return` does not, and nginx takes the rest of many bodies for a flood of HTTP/2.
+      # Reads the whole body. A plain `return` does not, and nginx would treat the rest of many bodies as an HTTP/2 flood.
       client_body_buffer_size 1m; proxy_pass_request_body off; proxy_set_header Content-Length "";
       proxy_pass http://unix:{place}/took.sock;
     }}
@@ -85,7 +85,7 @@ class Running:
         return [pid, *map(int, children)]
 
     def cpu_us(self) -> float:
-        """CPU that it has used, user and system."""
+        """The CPU time that it has used, user and system."""
         fields = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in self.family()]
         return sum(int(stat[11]) + int(stat[12]) for stat in fields) / TICK * 1e6
 

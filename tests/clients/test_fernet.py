@@ -21,7 +21,7 @@ def records(sandbox, run_adsidecar) -> dict:
 
 @pytest.fixture
 def standalone(run_adsidecar, tmp_path):
-    """Runs an adsidecar command on a store of the test's own, sealed by the given key."""
+    """Runs an adsidecar command on a store of the test's own, encrypted with the given key."""
 
     def run(key: str, *words: str):
         return run_adsidecar(

@@ -18,7 +18,7 @@ def no_token_of_another_test():
 
 
 def client_of(kind, sandbox):
-    # The library refuses to start without credentials. These are nobody's: adsidecar's own are the ones that count.
+    # The library refuses to start without credentials. These are placeholders: adsidecar uses its own.
     credentials = {"refresh_token": "unused", "client_id": "unused", "client_secret": "unused"}
     credentials["profile_id"] = sandbox.profile_id
     return kind(marketplace=Marketplaces.NA, credentials=credentials, timeout=30)
@@ -26,7 +26,7 @@ def client_of(kind, sandbox):
 
 @pytest.fixture
 def replaced(sandbox):
-    """Makes clients whose base URL is adsidecar's, and whose token host is adsidecar's too."""
+    """Creates clients whose base URL and token host are adsidecar's."""
 
     def make(kind, prefix=""):
         client = client_of(kind, sandbox)
@@ -39,7 +39,7 @@ def replaced(sandbox):
 
 @pytest.fixture
 def proxied(sandbox, monkeypatch):
-    """Makes clients that keep Amazon's host names, with http:// before them, and find adsidecar by HTTP_PROXY."""
+    """Creates clients that keep Amazon's host names, with http:// URLs, and reach adsidecar through HTTP_PROXY."""
     monkeypatch.setenv("HTTP_PROXY", sandbox.proxy)
 
     def make(kind):
@@ -55,7 +55,7 @@ def proxied(sandbox, monkeypatch):
 
 @pytest.fixture(params=["replaced", "proxied"])
 def make_client(request):
-    """Both ways in, one after the other."""
+    """Both kinds of clients, one after the other."""
     return request.getfixturevalue(request.param)
 
 
@@ -64,13 +64,13 @@ def test_the_token_that_the_library_fetches_opens_nothing_at_amazon(make_client,
     assert placeholder and not placeholder.startswith("Atza|"), "a real token left adsidecar"
     answer = requests.get(
         f"{sandbox.amazon}/v2/profiles",
-        # The sandbox refuses a Connection header, which only a sidecar that leaks would send; requests sends one.
+        # The sandbox refuses a Connection header, which adsidecar must not forward; requests sends one.
         headers={"Authorization": f"Bearer {placeholder}", "Connection": None},
         verify=sandbox.ca_file,
         timeout=30,
     )
     assert answer.status_code == 403
-    assert "not a valid key=value pair" in answer.text, "Amazon's gateway takes it for no token at all"
+    assert "not a valid key=value pair" in answer.text, "Amazon's gateway does not accept it as a token"
 
 
 def test_the_library_reports_adsidecars_own_refusal(replaced):

@@ -5,7 +5,7 @@ use world::{Fault, Listener, Rule};
 
 use crate::harness::{Harness, code, eventually};
 
-async fn at_door(harness: &Harness, method: Method, path: &str, headers: &[(&str, &str)]) -> Response {
+async fn at_admin(harness: &Harness, method: Method, path: &str, headers: &[(&str, &str)]) -> Response {
     let mut request = harness.client.request(method, harness.admin_url(path));
     for (name, value) in headers {
         request = request.header(*name, *value);
@@ -18,7 +18,7 @@ async fn the_admin_listener_serves_this_machine_and_no_web_page() {
     let harness = Harness::start().await;
     for path in ["/livez", "/readyz", "/startupz", "/metrics", "/quitquitquit", "/log", "/"] {
         for browser in [("origin", "https://evil.test"), ("origin", "null"), ("sec-fetch-site", "cross-site")] {
-            let answer = at_door(&harness, Method::GET, path, &[browser]).await;
+            let answer = at_admin(&harness, Method::GET, path, &[browser]).await;
             assert_eq!((answer.status().as_u16(), code(&answer)), (403, "cross_site"), "{path}");
         }
     }
@@ -30,7 +30,7 @@ async fn the_admin_listener_serves_this_machine_and_no_web_page() {
         (Method::GET, "/"),
         (Method::POST, "/metrics"),
     ] {
-        let answer = at_door(&harness, method, path, &[("host", "evil.test")]).await;
+        let answer = at_admin(&harness, method, path, &[("host", "evil.test")]).await;
         assert_eq!((answer.status().as_u16(), code(&answer)), (403, "host_not_allowed"), "{path}");
     }
     for (method, path, status) in [
@@ -44,7 +44,7 @@ async fn the_admin_listener_serves_this_machine_and_no_web_page() {
         (Method::GET, "/api/auth/amazon/status", 404),
         (Method::GET, "/metrics/", 404),
     ] {
-        assert_eq!(at_door(&harness, method, path, &[]).await.status(), status, "{path}");
+        assert_eq!(at_admin(&harness, method, path, &[]).await.status(), status, "{path}");
     }
     let level = harness.client.put(harness.admin_url("/log")).body("loud").send().await.unwrap();
     assert_eq!((level.status().as_u16(), code(&level)), (400, "bad_request"));
@@ -57,7 +57,7 @@ async fn probes_and_scrapers_may_use_any_host() {
     let harness = Harness::start().await;
     for path in ["/livez", "/readyz", "/startupz", "/metrics"] {
         let answer = eventually("adsidecar to start", async || {
-            let answer = at_door(&harness, Method::GET, path, &[("host", "10.0.0.7:9464")]).await;
+            let answer = at_admin(&harness, Method::GET, path, &[("host", "10.0.0.7:9464")]).await;
             (answer.status() == 200).then_some(answer)
         })
         .await;
@@ -70,7 +70,7 @@ async fn probes_and_scrapers_may_use_any_host() {
 // Covers: failure 110.
 async fn readiness_and_liveness_do_not_depend_on_amazon_or_logins() {
     let mut harness = Harness::start().await;
-    let readyz = async |harness: &Harness| at_door(harness, Method::GET, "/readyz", &[]).await.status().as_u16();
+    let readyz = async |harness: &Harness| at_admin(harness, Method::GET, "/readyz", &[]).await.status().as_u16();
     assert_eq!(readyz(&harness).await, 200, "ready although no user is logged in");
     harness.log_in("default").await;
     harness.sandbox.set_fault(Rule::from(Fault::status(500)).always());

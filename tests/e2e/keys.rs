@@ -15,7 +15,7 @@ async fn a_key_rotation_reseals_all_records_with_the_first_key() {
     let both = format!("store.fernet_keys={OTHER_KEY},{FERNET_KEY}");
     let rotated = run(&harness, &["key", "rotate", "--set", &both], "").await;
     assert_eq!(rotated.code, DONE, "{}", rotated.err);
-    assert!(rotated.out.starts_with("1 grants sealed anew"), "{}", rotated.out);
+    assert!(rotated.out.starts_with("1 grants re-encrypted"), "{}", rotated.out);
     let again = run(&harness, &["key", "rotate", "--set", &both], "").await;
     assert!(again.out.starts_with("0 grants"), "{}", again.out);
     assert_eq!(run(&harness, &["users", "list"], "").await.code, CONFIG, "the old key alone opens nothing");
@@ -69,7 +69,7 @@ async fn a_running_sidecar_adopts_new_keys_only_through_a_rotation() {
 
     let rotated = beside(&harness, &["key", "rotate", "--set", &set]).await;
     assert_eq!(rotated.code, DONE, "{}", rotated.err);
-    assert!(rotated.out.starts_with("1 grants sealed anew"), "{}", rotated.out);
+    assert!(rotated.out.starts_with("1 grants re-encrypted"), "{}", rotated.out);
     assert_eq!((sealed_with(&harness, &old).await, sealed_with(&harness, &new).await), (0.0, 1.0));
     assert_eq!(harness.metric("adsidecar_config_reload_success").await, 1.0);
     assert_eq!(reload().await.status(), 200);

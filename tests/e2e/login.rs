@@ -592,7 +592,8 @@ async fn refused_call(harness: &Harness) {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_login_listener_serves_only_the_callback() {
     let harness = Harness::with("[login]\nlisten = \"127.0.0.1:0\"\n").await;
-    let at_door = |method: Method, path: &str| harness.client.request(method, harness.login_listener_url(path)).send();
+    let at_login_listener =
+        |method: Method, path: &str| harness.client.request(method, harness.login_listener_url(path)).send();
     for (method, path) in [
         (Method::GET, LOGIN),
         (Method::GET, STATUS),
@@ -606,17 +607,21 @@ async fn the_login_listener_serves_only_the_callback() {
         (Method::GET, "/metrics"),
         (Method::GET, "/"),
     ] {
-        refused(&at_door(method, path).await.unwrap(), 404, "not_found");
+        refused(&at_login_listener(method, path).await.unwrap(), 404, "not_found");
     }
-    refused(&at_door(Method::POST, "/api/auth/amazon/callback").await.unwrap(), 405, "method_not_allowed");
-    refused(&at_door(Method::GET, "/api/auth/amazon/callback?code=x&state=y").await.unwrap(), 400, "state_invalid");
+    refused(&at_login_listener(Method::POST, "/api/auth/amazon/callback").await.unwrap(), 405, "method_not_allowed");
+    refused(
+        &at_login_listener(Method::GET, "/api/auth/amazon/callback?code=x&state=y").await.unwrap(),
+        400,
+        "state_invalid",
+    );
     let foreign =
         harness.client.get(harness.login_listener_url("/api/auth/amazon/callback")).header("host", "evil.test");
     refused(&foreign.send().await.unwrap(), 403, "host_not_allowed");
     assert_eq!(harness.sandbox.history().len(), 0);
 
     let callback = callback_of(&harness, "default").await;
-    let ended = json(at_door(Method::GET, &callback).await.unwrap()).await;
+    let ended = json(at_login_listener(Method::GET, &callback).await.unwrap()).await;
     assert_eq!(ended["status"], "pending", "with a login listener, a server-started login needs a confirmation");
     let grant = ended["grant"].as_str().unwrap();
     assert_eq!(harness.post(&format!("/api/auth/amazon/confirm?grant={grant}")).await.status(), 200);

@@ -65,13 +65,13 @@ async fn a_flood_of_failures_is_sampled_and_the_log_reports_the_omission() {
     let told = serving.says("log lines were dropped").await;
     assert!(told.contains("flood=40"), "{told}");
     let log = serving.log.lock().unwrap();
-    assert_eq!(log.lines().filter(|line| line.contains("call failed")).count(), 20);
+    assert_eq!(log.lines().filter(|line| line.contains("request failed")).count(), 20);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn every_answer_of_every_listener_carries_the_callers_request_id_or_a_new_one() {
-    let door = "[login]\nlisten = \"127.0.0.1:0\"\nfrontend_url = \"http://localhost:3000/app\"";
-    let harness = Harness::with(door).await;
+    let login_listener = "[login]\nlisten = \"127.0.0.1:0\"\nfrontend_url = \"http://localhost:3000/app\"";
+    let harness = Harness::with(login_listener).await;
     harness.sandbox.set_fault(Rule::from(Fault::status(503)).at(Listener::Na).always());
     let callback = "/api/auth/amazon/callback?error=access_denied&state=x";
     let mut made = std::collections::BTreeSet::new();
@@ -113,7 +113,7 @@ async fn a_failure_is_one_line_with_our_request_id_and_amazons() {
     let call = harness.client.get(serving.url("/v2/profiles?secret=canary"));
     let answer = call.header("x-request-id", "mine-7").header("traceparent", trace).send().await.unwrap();
     assert_eq!(header(&answer, "x-request-id"), "mine-7");
-    let line = serving.says("call failed").await;
+    let line = serving.says("request failed").await;
     for field in ["request_id=\"mine-7\"", "amazon_request_id=\"amzn-9\"", "status=503", "source=\"amazon\""] {
         assert!(line.contains(field), "{field} is missing from {line}");
     }

@@ -427,7 +427,7 @@ async fn a_lease_is_released_after_a_failed_token_call_so_that_the_next_replica_
     assert_eq!(pair.b.get("/v2/profiles").await.status(), 200);
     pair.a.sandbox.clear_history();
     pair.a.sandbox.set_fault(Rule::from(Fault::status(500)).at(Listener::Lwa).next(1));
-    let release = hold("renewal_answered");
+    let release = hold("refresh_answered");
     let failed = tokio::spawn(pair.a.client.post(pair.a.proxy_url(REFRESH)).send());
     eventually("the token call", async || (pair.a.sandbox.refreshes() == 1).then_some(())).await;
     assert!(lease_left(&pair).await.is_some_and(|left| left > 10), "it is held during the token call");
@@ -447,7 +447,7 @@ async fn a_lease_is_prolonged_before_a_token_call_and_none_is_made_without_it() 
     pair.a.log_in("default").await;
     pair.a.sandbox.clear_history();
     // Between the lease and the token call time may pass: here most of the lease, and then all of it.
-    let release = hold("renewal_begun");
+    let release = hold("refresh_begun");
     let refresh = tokio::spawn(pair.a.client.post(pair.a.proxy_url(REFRESH)).send());
     eventually("the lease", async || lease_left(&pair).await.map(drop)).await;
     pair.sql.run("UPDATE adsidecar_grants SET lease_until = clock_timestamp() + interval '2 seconds'").await;
@@ -461,14 +461,14 @@ async fn a_lease_is_prolonged_before_a_token_call_and_none_is_made_without_it() 
     assert_eq!(pair.a.sandbox.refreshes(), 1);
 
     pair.a.sandbox.clear_history();
-    let release = hold("renewal_begun");
+    let release = hold("refresh_begun");
     let refresh = tokio::spawn(pair.a.client.post(pair.a.proxy_url(REFRESH)).send());
     eventually("the lease", async || lease_left(&pair).await.map(drop)).await;
     let other = "lease_owner = 'other', lease_until = clock_timestamp() + interval '15 seconds'";
     pair.sql.run(&format!("UPDATE adsidecar_grants SET {other}")).await;
     drop(release);
     refresh.await.unwrap().unwrap();
-    assert_eq!(pair.a.sandbox.refreshes(), 0, "another replica has the lease by now");
+    assert_eq!(pair.a.sandbox.refreshes(), 0, "another replica has the lease");
     assert_eq!(pair.a.status_of("default").await["last_error"], "renewed_elsewhere");
 }
 
@@ -889,7 +889,7 @@ async fn commands_work_on_a_shared_store_beside_running_replicas() {
     let third = Replica::beside(&pair.a, &[("store.fernet_keys", &both["store.fernet_keys=".len()..])]).await;
     let rotate = format!("store.fernet_keys={OTHER_KEY},{FERNET_KEY}");
     let told = command(&["key", "rotate", "--set", &rotate], "").await;
-    assert!(told.starts_with("3 grants sealed anew"), "{told}");
+    assert!(told.starts_with("3 grants re-encrypted"), "{told}");
     for user in ["anna", "bob", "carol"] {
         assert_eq!(third.post(&format!("{REFRESH}?user_id={user}")).await.status(), 200, "{user}");
     }

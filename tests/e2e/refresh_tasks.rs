@@ -38,7 +38,7 @@ async fn dies_at(harness: &Harness, point: &str) {
 // Covers: failure 24.
 async fn a_crash_during_a_refresh_loses_nothing_unreported() {
     for (point, stored) in
-        [("renewal_answered", false), ("save_unsynced", false), ("save_synced", true), ("renewal_stored", true)]
+        [("refresh_answered", false), ("save_unsynced", false), ("save_synced", true), ("refresh_stored", true)]
     {
         for rotating in [false, true] {
             let mut harness = Harness::start().await;
@@ -100,7 +100,7 @@ async fn a_panicking_refresh_is_released_and_retried() {
     harness.log_in("default").await;
     harness.sandbox.clear_history();
     std::panic::set_hook(Box::new(|_| {}));
-    fail::cfg("renewal_begun", "panic").unwrap();
+    fail::cfg("refresh_begun", "panic").unwrap();
     harness.advance(3600);
     let callers: Vec<_> = (0..50).map(|_| tokio::spawn(harness.request(Method::GET, "/v2/profiles").send())).collect();
     for caller in callers {
@@ -111,7 +111,7 @@ async fn a_panicking_refresh_is_released_and_retried() {
     assert_eq!((&status["state"], &status["last_error"]), (&"failing".into(), &"internal".into()));
     let panics = harness.metric("adsidecar_token_refresh_total{reason=\"internal\",result=\"failure\"}").await;
     assert!((1.0..20.0).contains(&panics), "it backs off as after any failure: {panics}");
-    fail::remove("renewal_begun");
+    fail::remove("refresh_begun");
     eventually("the process to keep serving", async || {
         (harness.get("/v2/profiles").await.status() == 200).then_some(())
     })
@@ -164,7 +164,7 @@ async fn stored_users(harness: &Harness, count: usize) {
     store.close().await.unwrap();
 }
 
-/// Who is to be refreshed by now: the background's users, and `user-999`, for whom a caller asks.
+/// The users that are due: those of the background schedule, and `user-999`, whose token a caller needs.
 async fn due_now(harness: &Harness) -> BTreeSet<String> {
     let now = harness.clock.now();
     let all = json(harness.get("/api/auth/amazon/status").await).await;
@@ -189,7 +189,7 @@ async fn a_thousand_users_at_startup_are_refreshed_over_a_minute_with_limited_co
     let caller = tokio::spawn(harness.request(Method::GET, "/v2/profiles").header("x-ads-user", "user-999").send());
     gate.reached(9).await;
     assert!(gate.hits() <= 9, "refresh.concurrency is 8: {}", gate.hits());
-    // As long as the gate holds them all, nobody has been refreshed, and who is due by now says so.
+    // While the gate holds all token calls no user is refreshed, so the status still shows which ones are due.
     let due = due_now(&harness).await;
     gate.release();
     assert_eq!(caller.await.unwrap().unwrap().status(), 200);
@@ -206,7 +206,7 @@ async fn a_shutdown_waits_for_a_refresh_that_nobody_waits_for_and_stores_its_res
     harness.sandbox.clear_history();
     // Login with Amazon has given out another refresh token, and the one in the store is dead.
     harness.sandbox.set_fault(Rule::from(Fault::RotateRefreshToken).at(Listener::Lwa));
-    let release = hold("renewal_answered");
+    let release = hold("refresh_answered");
     harness.advance(3600 - 600);
     eventually("the background's token call", async || (harness.sandbox.refreshes() == 1).then_some(())).await;
     let mut ended = harness.begin_stop();
@@ -275,13 +275,13 @@ async fn retries_after_a_failure_that_hit_all_users_at_once_are_spread() {
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 93.
 async fn a_logout_beats_a_refresh_at_every_point() {
-    for point in ["renewal_begun", "renewal_answered"] {
+    for point in ["refresh_begun", "refresh_answered"] {
         let mut harness = Harness::start().await;
         harness.log_in("default").await;
         harness.sandbox.set_fault(Rule::from(Fault::RotateRefreshToken).at(Listener::Lwa));
         let release = hold(point);
         let asked = tokio::spawn(harness.request(Method::POST, REFRESH).send());
-        if point == "renewal_answered" {
+        if point == "refresh_answered" {
             eventually("LWA to respond", async || (harness.sandbox.refreshes() == 1).then_some(())).await;
         }
         assert_eq!(harness.post(LOGOUT).await.status(), 204);
@@ -298,8 +298,9 @@ async fn a_logout_beats_a_refresh_at_every_point() {
     }
 }
 
-/// Whoever comes to `point` stays there until what this returns is dropped. What else its thread was about to do, other threads
-/// do meanwhile; the action `pause` holds that up too, and once it was the logout.
+/// Holds every task that reaches the fail point `point` until the returned sender is dropped. Other threads take over
+/// the remaining tasks of the blocked thread; the action `pause` would block those too, for example the logout under
+/// test.
 pub fn hold(point: &str) -> std::sync::mpsc::Sender<()> {
     let (release, released) = std::sync::mpsc::channel();
     let released = std::sync::Mutex::new(released);

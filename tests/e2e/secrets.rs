@@ -13,7 +13,7 @@ use world::{CLIENT_SECRET, Fault, Listener, Rule};
 use crate::harness::{FERNET_KEY, Harness, json};
 
 const REFRESH: &str = "/api/auth/amazon/refresh";
-const DOOR: &str = "[login]\nlisten = \"127.0.0.1:0\"\nfrontend_url = \"http://localhost:3000/app\"";
+const LOGIN_LISTENER: &str = "[login]\nlisten = \"127.0.0.1:0\"\nfrontend_url = \"http://localhost:3000/app\"";
 
 #[derive(Clone, Default)]
 struct Log(Arc<Mutex<Vec<u8>>>);
@@ -71,7 +71,7 @@ async fn log_in_and_confirm(harness: &Harness, user: &str) -> String {
 async fn no_secret_that_was_ever_made_is_in_the_log_at_trace_nor_in_a_metric_or_page() {
     recorded::begin();
     let log = Log::begin();
-    let harness = Harness::with(DOOR).await;
+    let harness = Harness::with(LOGIN_LISTENER).await;
     let id = log_in_and_confirm(&harness, "default").await;
     log_in_and_confirm(&harness, "anna").await;
     // A browser's login, with its cookie, whose code is then not exchanged.

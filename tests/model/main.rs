@@ -1,19 +1,19 @@
 //! Logout against refresh against a new login, in every order that a scheduler finds.
 //!
-//! The deciding code is the product's own: `src/auth/tokens/user_state.rs` is compiled here a second time, over shuttle's
-//! primitives in place of tokio's, and with it `GrantState` and `LiveGrant`. Around it are minimal models of the disk and
-//! of the three operations on a grant, in the token manager's order: lock, check, write the disk, publish. `SCHEDULES` is
-//! the number of schedules (few by default), `SEED` starts the random ones; `KNOWN_BAD=1` skips the generation check, which
-//! must be found.
+//! The tested code is the product's own: `src/auth/tokens/user_state.rs` is compiled here a second time, with shuttle's
+//! primitives instead of tokio's, and uses the product's `GrantState` and `LiveGrant`. Around it are minimal models of
+//! the disk and of the three operations on a grant, in the token manager's order: lock, check, write to disk, publish.
+//! `SCHEDULES` is the number of schedules (few by default), `SEED` the seed of the random ones. `KNOWN_BAD=1` skips the
+//! generation check, and the test must then fail.
 
-#![allow(dead_code, unreachable_pub, reason = "the model does not use every method of the entry")]
+#![allow(dead_code, unreachable_pub, reason = "the model does not use every method of UserState")]
 
-// The paths under which the entry imports them.
+// The paths under which `user_state.rs` imports them.
 use adsidecar::domain::{self, account, clock_reading, grant};
 
-/// As in the product, except for the deliberate error.
+/// As in the product; `refresh_blind` is the deliberate error.
 macro_rules! fail_point {
-    ("renewal_blind", $wrong:expr) => {
+    ("refresh_blind", $wrong:expr) => {
         if std::env::var_os("KNOWN_BAD").is_some() {
             return ($wrong)(None::<String>);
         }
@@ -38,8 +38,8 @@ use shuttle::sync::Mutex;
 use shuttle::{Config, FailurePersistence, Runner, thread};
 use user_state::UserState;
 
-/// The user's record on disk: the refresh token and its generation. Like the store, it accepts a change only if the stored
-/// generation is the expected one.
+/// The user's record on disk: the refresh token and its generation. Like the store, it accepts a change only if the
+/// stored generation is the expected one.
 #[derive(Default)]
 struct Disk(Mutex<Option<(String, u64)>>);
 
@@ -97,7 +97,8 @@ fn name(grant: &Grant) -> String {
     grant.refresh_token.secret().expose().to_owned()
 }
 
-/// `Flight::renew`, with an LWA that rotates: if a response is dropped, its grant is invalid and must not be used.
+/// `RefreshTask::refresh`, with an LWA that rotates: if a response is dropped, its grant is invalid and must not be
+/// used.
 async fn refresh(world: &World) {
     if !world.entry.try_begin_refresh() {
         return;
@@ -107,7 +108,7 @@ async fn refresh(world: &World) {
         // The token call happens here and takes any time.
         thread::yield_now();
         let write = world.entry.write().await;
-        if let Some(held) = write.of(base.generation) {
+        if let Some(held) = write.unchanged_since(base.generation) {
             let mut refreshed = grant(&format!("{}'", name(&base)));
             refreshed.generation = write.next_generation();
             if !world.disk.save(&refreshed, Some(base.generation)) {

@@ -1,4 +1,4 @@
-"""What the checks of everything around the code share: where the repository is and which binary was built."""
+"""Fixtures of the packaging tests: the repository and the built binary."""
 
 import os
 from pathlib import Path

@@ -19,7 +19,7 @@ import pytest
 
 BUILD_COMMAND = "cargo build --profile dist --locked --bin adsidecar"
 
-# What gcr.io/distroless/cc-debian12 brings: the packages libc6 and libgcc-s1. (It has libstdc++ too; we have no C++.)
+# What gcr.io/distroless/cc-debian12 contains: the packages libc6 and libgcc-s1. (It has libstdc++ too; we have no C++.)
 FINAL_STAGE_LIBRARIES = {
     "libc.so.6",
     "libm.so.6",
@@ -81,13 +81,13 @@ def manifest(repository: Path) -> dict:
 
 
 def test_the_image_does_not_run_as_root_nor_under_a_name(stages):
-    assert stages[-1].all("USER") == ["65532:65532"], "runAsNonRoot needs a number to see that it is not root"
+    assert stages[-1].all("USER") == ["65532:65532"], "runAsNonRoot needs a number to recognize a user other than root"
 
 
 def test_no_image_floats_with_a_missing_or_latest_tag(stages):
     for stage in stages:
         tag = re.search(r":([^/:@]+)(@sha256:[0-9a-f]{64})?$", stage.image)
-        assert tag and tag[1] != "latest", f"{stage.image} changes under us: give it a tag"
+        assert tag and tag[1] != "latest", f"{stage.image} may change at any time: give it a tag"
 
 
 def test_no_instruction_is_there_that_kubernetes_ignores_or_a_shell_would_need(stages):
@@ -172,7 +172,7 @@ def test_the_build_stage_works_with_nothing_but_what_is_copied(stages, repositor
                 if (repository / source).is_dir():
                     shutil.copytree(repository / source, work / destination, dirs_exist_ok=True)
                 else:
-                    # As Docker: a directory that is missing is made.
+                    # As in Docker: a missing directory is created.
                     if destination.endswith("/"):
                         (work / destination).mkdir(parents=True, exist_ok=True)
                     shutil.copy2(repository / source, work / destination)
@@ -202,7 +202,7 @@ def test_every_library_of_the_binary_is_found_and_none_brings_another(adsidecar)
 
 @pytest.fixture
 def final_root(stages, adsidecar, tmp_path) -> Path:
-    """The final stage's file system: what its COPY lines bring, and of the base only the libraries that the binary loads."""
+    """The final stage's file system: the files of its COPY lines, and of the base only the libraries that the binary loads."""
     root, made = tmp_path / "root", {"/build/target/dist/adsidecar": adsidecar}
     root.mkdir()
     for arguments in stages[-1].all("COPY"):
@@ -219,16 +219,16 @@ def final_root(stages, adsidecar, tmp_path) -> Path:
         there = root / library.lstrip("/")
         there.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(library, there)
-    # pytest's directories are for their owner alone, and the image's user is another.
+    # Only their owner can read pytest's directories, and the image's user is another.
     for directory in [root, *root.parents[: len(root.parents) - len(Path("/tmp").parents) - 1]]:
         if directory.stat().st_uid == os.getuid() and directory != Path("/tmp"):
             directory.chmod(0o755)
     return root
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="chroot is for root alone; tests/run on the machines that check us is root")
+@pytest.mark.skipif(os.geteuid() != 0, reason="chroot needs root; CI runs tests/run as root")
 def test_the_final_stage_starts_as_its_user_with_nothing_but_its_files(stages, final_root):
-    """No engine, but the same: its files alone, its user, its working directory, its entry point."""
+    """Without an engine, but with the same files, user, working directory and entry point."""
     user, [entry_point] = stages[-1].all("USER")[0], [json.loads(one) for one in stages[-1].all("ENTRYPOINT")]
     environment = {
         "AMAZON_CLIENT_ID": "amzn1.application-oa2-client.test",
@@ -246,7 +246,7 @@ def test_the_final_stage_starts_as_its_user_with_nothing_but_its_files(stages, f
 
     assert run("version").stdout.startswith("adsidecar ")
     assert run("check").returncode == 0
-    assert run("health").returncode == 1, "nobody is there yet"
+    assert run("health").returncode == 1, "adsidecar is not running yet"
     serving = subprocess.Popen(inside(), env=environment, stderr=subprocess.PIPE, text=True)
     try:
         waited = run("wait", "--timeout", "30s")
@@ -255,7 +255,7 @@ def test_the_final_stage_starts_as_its_user_with_nothing_but_its_files(stages, f
         status = Path(f"/proc/{serving.pid}/status").read_text()
         assert re.search(r"^Uid:\s+65532\s", status, re.MULTILINE)
         [store] = (final_root / "data").glob("*.sled")
-        assert store.stat().st_uid == 65532, "the store lies in the volume"
+        assert store.stat().st_uid == 65532, "the store is in the volume"
     finally:
         serving.send_signal(signal.Signals[stages[-1].all("STOPSIGNAL")[0]])
         assert serving.wait(30) == 0

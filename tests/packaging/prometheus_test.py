@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-# Asked for by name; each is a promise to whoever is on call.
+# The alerts by name; each is a promise to the person on call.
 ALERTS = {
     "AdsLoginRequired",
     "AdsConsentEndsSoon",
@@ -27,7 +27,7 @@ ALERTS = {
     "AdsSidecarDown",
     "AdsKeyMismatch",
 }
-# Scrapes this often here, so that a rate has its two points soon.
+# A short scrape interval, so that a rate soon has its two points.
 INTERVAL = "1s"
 SECONDS = 40
 
@@ -72,7 +72,7 @@ def queries_of(dashboard: dict) -> list[tuple[str, str]]:
 
 
 def selectors(query: str) -> list[str]:
-    """Every metric that a query asks for, with its labels."""
+    """Every metric that a query uses, with its labels."""
     return re.findall(r"\b((?:adsidecar_\w+|up)(?:\{[^}]*\})?)", query)
 
 
@@ -201,10 +201,10 @@ def test_every_query_of_the_dashboard_returns_data(prometheus, dashboard):
 def test_every_query_of_the_rules_finds_its_metrics_and_nothing_is_wrong(prometheus, rules):
     for rule in rules:
         for one in selectors(rule["expr"]):
-            # What is selected by a failure's label is not there before the failure: the metric without it is.
+            # A series with a failure's label does not exist before the failure; the metric without the label does.
             data = prometheus(one) or prometheus(re.sub(r",?(status|user)[=~!]+\"[^\"]*\"", "", one))
             assert data, f"{rule['alert']}: {one}"
-    # A sandbox that was stirred a little: only what was stirred may be pending, and nothing fires.
+    # The sandbox caused a few failures: only their alerts may be pending, and none fires.
     assert prometheus('ALERTS{alertstate="firing"}') == []
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-# Where people and build machines keep a checkout, and nobody's program has a reason to look. (/data, /etc, /run and
-# /tmp are places in a container or of any system.)
+# Directories in which people and build machines keep a checkout, and which no program needs. (/data, /etc, /run and /tmp
+# exist in a container or on any system.)
 MACHINE_PATH = re.compile(r"/(?:home|Users|root|work|mnt)/[\w.]|\b[A-Z]:\\\\?Users")
 # A hit that is a path inside the images or the documents that we name. None so far.
 ALLOWED_MACHINE_PATHS: frozenset[str] = frozenset()
@@ -58,7 +58,7 @@ def test_no_junk_is_tracked(repository):
 
 
 def test_no_text_has_trailing_blanks_a_carriage_return_or_a_conflict_mark(texts):
-    # A snapshot or a picture as text may have to end as it does: such files are of no kind listed here.
+    # Snapshots and pictures as text may need other line ends, so their kinds are not listed here.
     kinds = (".rs", ".toml", ".py", ".md", ".yaml", ".yml", "Dockerfile", "run")
     wrong = []
     for name, text in texts.items():
@@ -100,5 +100,5 @@ def test_a_plain_build_has_no_fail_points(repository):
         return {line.split()[0] for line in told.stdout.splitlines() if line}
 
     assert "tokio" in libraries()
-    assert "fail" not in libraries(), "what ships must not be stopped by a variable of the environment"
+    assert "fail" not in libraries(), "an environment variable must not stop what ships"
     assert "fail" in libraries("--features", "failpoints")

@@ -98,8 +98,8 @@ def test_a_disk_that_fills_later_fails_no_request_and_loses_no_grant(strace, tmp
         sidecar.import_grant()
         copy = sidecar.store.with_name(f"{sidecar.store.name}.copies") / sha256(b"default").hexdigest()
         amazon.set_fault("rotate_refresh_token", when="always")
-        # As a grandchild, so that the process is adsidecar itself. Enough failures that somebody can look meanwhile: it is
-        # tried again each second.
+        # As a grandchild, so that the process is adsidecar itself. The write is retried every second, so the test needs
+        # several failures to observe one.
         full = ["strace", "-D", "-f", "-qq", "-o", "/dev/null", "-P", f"{copy}.tmp", "-e", "trace=write"]
         sidecar.start(*full, "-e", "inject=write:error=ENOSPC:when=1..3")
         assert sidecar.post("/api/auth/amazon/refresh")[0] == 200, "the refreshed token is used from memory"

@@ -45,7 +45,7 @@ def test_every_crate_has_a_checksum_and_comes_from_the_registry(repository):
 
 # Covers: threat 38.
 def test_every_build_is_locked(repository):
-    """Without --locked a build may take other versions than those that were looked at."""
+    """Without --locked a build may use other versions than those that were reviewed."""
     places = [repository / "Dockerfile", repository / "tests" / "run"]
     lines = [line for place in places for line in place.read_text().splitlines() if not line.lstrip().startswith("#")]
     builds = [line for line in lines if re.search(r"\bcargo (build|install|clippy|doc|test|nextest run)\b", line)]
@@ -81,7 +81,7 @@ def test_the_bill_of_materials_lists_what_ships_and_nothing_else(repository):
     rustc = subprocess.run(["rustc", "-vV"], check=True, capture_output=True, text=True).stdout
     everything = tree_of(repository, "--target", re.search(r"^host: (.*)$", rustc, re.MULTILINE)[1])
     assert listed <= everything
-    # Left out is what runs in the compiler: procedural macros, and what they alone are made of.
+    # Not listed is what runs only in the compiler: procedural macros, and the packages that only they use.
     macros = {name for name, version in everything if is_procedural_macro(repository, name, version)}
     left_out = {name for name, _ in everything - listed} - {"adsidecar"}
     assert left_out - macros <= MADE_INTO_MACROS, left_out - macros
@@ -115,5 +115,5 @@ def procedural_macros(repository) -> set[tuple[str, str]]:
 def test_the_binary_under_test_has_no_fail_points(adsidecar):
     """As what ships: built without the features that the dev-dependencies switch on."""
     binary = adsidecar.read_bytes()
-    assert b"the configuration was read again" in binary, "log lines can be found in the binary"
+    assert b"the configuration was reloaded" in binary, "log lines can be found in the binary"
     assert b"fail points are compiled in" not in binary

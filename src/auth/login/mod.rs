@@ -1,7 +1,7 @@
-//! Begins and finishes logins: the authorization code grant (RFC 6749, section 4.1) with PKCE (RFC 7636).
+//! Starts and finishes logins: the authorization code grant (RFC 6749, section 4.1) with PKCE (RFC 7636).
 //!
 //! A state is 256 random bits, stored as a hash, valid for ten minutes and for one callback: it is removed before the
-//! code is exchanged. A cookie binds a login that a browser began to that browser (RFC 9700, section 4.7). Pending
+//! code is exchanged. A cookie binds a login that a browser started to that browser (RFC 9700, section 4.7). Pending
 //! logins and pending grants survive a restart: see [`PendingLogins`].
 
 mod pending_logins;
@@ -32,17 +32,17 @@ pub use pending_logins::{PendingLogins, TEN_MINUTES};
 pub struct Settings {
     /// `login.frontend_url`: where the callback redirects the browser.
     pub frontend_url: Option<Url>,
-    /// `login.confirm`: grants of logins that a server began wait for `POST …/confirm`. Default: on if the login
+    /// `login.confirm`: grants of logins that a server started need `POST …/confirm`. Default: on if the login
     /// listener is on.
     pub confirm: bool,
     /// `environment = production`: cookies carry `Secure`.
     pub secure_cookies: bool,
 }
 
-/// Interval for finishing logins that other processes left.
+/// Interval for finishing logins that other processes did not finish.
 const LEFTOVERS_INTERVAL: Duration = Duration::from_secs(20);
 
-/// Begins and finishes logins. Clones are handles to the same state.
+/// Starts and finishes logins. Clones are handles to the same state.
 #[derive(Clone, Debug)]
 pub struct Login(Arc<Inner>);
 
@@ -53,10 +53,10 @@ struct Inner {
     tokens: TokenManager,
     identity: Identity,
     clock: Clock,
-    desk: Arc<PendingLogins>,
+    pending: Arc<PendingLogins>,
 }
 
-/// A request to begin a login.
+/// A request to start a login.
 #[derive(Clone, Debug)]
 pub struct LoginRequest {
     /// The user who will get the grant.
@@ -67,22 +67,22 @@ pub struct LoginRequest {
     pub return_to: Option<String>,
     /// Whether a grant of a different Amazon identity may replace the user's current one.
     pub replace: bool,
-    /// Whether a browser begins the login, so that a cookie binds the login to it.
+    /// Whether a browser starts the login, so that a cookie binds the login to it.
     pub by_browser: bool,
 }
 
-/// A login that was begun.
+/// A login that was started.
 #[derive(Debug)]
 pub struct LoginStarted {
     /// URL of the consent page, to which the user is sent.
     pub auth_url: Url,
     /// The `state` parameter in `auth_url`.
     pub state: Secret,
-    /// Name and value of the binding cookie, if a browser began the login.
+    /// Name and value of the binding cookie, if a browser started the login.
     pub cookie: Option<(String, Secret)>,
 }
 
-/// Why a login could not be begun.
+/// Why a login could not be started.
 #[derive(Debug, thiserror::Error)]
 pub enum BeginError {
     /// The URL of the consent page is invalid.
@@ -101,7 +101,7 @@ pub enum BeginError {
 pub enum LoginOutcome {
     /// The grant is in use.
     Stored(Box<Status>),
-    /// The grant waits for the app's confirmation under this one-time id.
+    /// The grant is pending: the app has to confirm it, with this one-time id.
     Pending(Secret),
 }
 
@@ -144,16 +144,16 @@ pub struct Callback {
 }
 
 impl Login {
-    /// Creates the login service over the pending logins and grants in `desk`.
+    /// Creates the login service over the logins and grants in `pending`.
     pub fn new(
         settings: Settings,
         lwa: Lwa,
         tokens: TokenManager,
         identity: Identity,
         clock: Clock,
-        desk: Arc<PendingLogins>,
+        pending: Arc<PendingLogins>,
     ) -> Self {
-        Self(Arc::new(Inner { settings, lwa, tokens, identity, clock, desk }))
+        Self(Arc::new(Inner { settings, lwa, tokens, identity, clock, pending }))
     }
 
     /// `login.frontend_url`: where the callback redirects the browser, if configured.
@@ -193,23 +193,23 @@ impl Login {
         (plain && !forged && url.origin() == frontend.origin()).then_some(url)
     }
 
-    /// Begins a login: creates its state, PKCE challenge and cookie, and records it as pending.
+    /// Starts a login: creates its state, PKCE challenge and cookie, and records it as pending.
     ///
     /// # Errors
     /// [`BeginError`] if the consent page's URL is invalid, too many logins were started, or the shared store fails.
-    pub async fn begin(&self, wish: LoginRequest) -> Result<LoginStarted, BeginError> {
+    pub async fn begin(&self, request: LoginRequest) -> Result<LoginStarted, BeginError> {
         let (state, verifier) = (random(), random());
         let challenge = BASE64_URL_SAFE_NO_PAD.encode(Sha256::digest(verifier.as_bytes()));
-        let auth_url = self.0.lwa.authorize_url(wish.region, &state, &challenge)?;
-        let cookie = wish.by_browser.then(|| (cookie_name(&state), random()));
-        let begun = Begun {
-            user: wish.user,
+        let auth_url = self.0.lwa.authorize_url(request.region, &state, &challenge)?;
+        let cookie = request.by_browser.then(|| (cookie_name(&state), random()));
+        let pending = PendingLogin {
+            user: request.user,
             verifier: Secret::new(verifier),
-            return_to: wish.return_to,
-            replace: wish.replace,
+            return_to: request.return_to,
+            replace: request.replace,
             cookie: cookie.as_ref().map(|(_, value)| hash(value)),
         };
-        self.0.desk.begin(&state, begun, &self.0.clock).await?;
+        self.0.pending.begin(&state, pending, &self.0.clock).await?;
         let cookie = cookie.map(|(name, value)| (name, Secret::new(value)));
         Ok(LoginStarted { auth_url, state: Secret::new(state), cookie })
     }
@@ -279,53 +279,58 @@ impl Login {
         Err(LoginFailure::Amazon("temporarily_unavailable"))
     }
 
-    async fn exchange(&self, code: &Secret, begun: Begun, scope: Option<String>) -> Result<LoginOutcome, LoginFailure> {
-        let Begun { user, verifier, replace, cookie, .. } = begun;
-        let asked_at = self.0.clock.now();
+    async fn exchange(
+        &self,
+        code: &Secret,
+        pending: PendingLogin,
+        scope: Option<String>,
+    ) -> Result<LoginOutcome, LoginFailure> {
+        let PendingLogin { user, verifier, replace, cookie, .. } = pending;
+        let requested_at = self.0.clock.now();
         let tokens = self.0.lwa.exchange(code, &verifier).await.map_err(|error| {
             tracing::warn!(%user, %error, "Login with Amazon did not exchange the authorization code");
             LoginFailure::Exchange
         })?;
-        let grant = granted(tokens, scope, asked_at).ok_or_else(|| {
+        let grant = granted(tokens, scope, requested_at).ok_or_else(|| {
             tracing::warn!(%user, "the token response for the authorization code held no refresh token");
             LoginFailure::Exchange
         })?;
         self.warn_of_missing_scopes(&user, &grant);
         let (id, confirm) = (random(), cookie.is_none() && self.0.settings.confirm);
-        let waiting = PendingGrant { id: hash(&id), user, since: self.0.clock.now(), replace, confirm, grant };
-        self.0.desk.put_down(&waiting).await;
-        match self.conclude(waiting).await? {
+        let new = PendingGrant { id: hash(&id), user, since: self.0.clock.now(), replace, confirm, grant };
+        self.0.pending.save_grant(&new).await;
+        match self.conclude(new).await? {
             Some(status) => Ok(LoginOutcome::Stored(Box::new(status))),
             None => Ok(LoginOutcome::Pending(Secret::new(id))),
         }
     }
 
     /// Decides on a stored pending grant: rejects it (other identity), keeps it for confirmation, or takes it into use.
-    async fn conclude(&self, waiting: PendingGrant) -> Result<Option<Status>, LoginFailure> {
-        if !waiting.replace && self.is_of_another(&waiting).await {
-            self.0.desk.clear(&waiting.id).await;
-            tracing::warn!(user = %waiting.user, "login rejected: the grant belongs to a different Amazon identity \
+    async fn conclude(&self, new: PendingGrant) -> Result<Option<Status>, LoginFailure> {
+        if !new.replace && self.has_other_identity(&new).await {
+            self.0.pending.delete_grant(&new.id).await;
+            tracing::warn!(user = %new.user, "login rejected: the grant belongs to a different Amazon identity \
                 than this user's current one");
             return Err(LoginFailure::Identity);
         }
-        if waiting.confirm {
-            self.0.desk.wait(waiting, self.0.clock.now()).await;
+        if new.confirm {
+            self.0.pending.keep_for_confirmation(new, self.0.clock.now()).await;
             return Ok(None);
         }
-        Ok(Some(self.take_into_use(waiting).await))
+        Ok(Some(self.take_into_use(new).await))
     }
 
-    async fn take_into_use(&self, waiting: PendingGrant) -> Status {
-        let status = self.0.tokens.adopt(&waiting.user, waiting.grant).await;
-        // The pending copy is kept until the user's grant is stored; `finish_left` then finds that it is in use.
-        if self.0.tokens.is_stored(&waiting.user) {
-            self.0.desk.clear(&waiting.id).await;
+    async fn take_into_use(&self, new: PendingGrant) -> Status {
+        let status = self.0.tokens.adopt(&new.user, new.grant).await;
+        // The pending copy is kept until the user's grant is stored; `finish_leftovers` then finds that it is in use.
+        if self.0.tokens.is_stored(&new.user) {
+            self.0.pending.delete_grant(&new.id).await;
         }
         status
     }
 
     /// Whether a new grant certainly belongs to a different Amazon identity than the user's current grant.
-    async fn is_of_another(&self, new: &PendingGrant) -> bool {
+    async fn has_other_identity(&self, new: &PendingGrant) -> bool {
         let Some(access) = &new.grant.access else { return false };
         match self.0.tokens.bearer(&new.user).await {
             Ok(current) => Box::pin(self.0.identity.differs(&current, access.token.bearer())).await,
@@ -339,33 +344,33 @@ impl Login {
     /// # Errors
     /// [`StoreError`] if the shared store fails.
     pub async fn confirm(&self, id: &str) -> Result<Option<Status>, StoreError> {
-        let Some(waiting) = self.0.desk.take_waiting(id, self.0.clock.now()).await? else { return Ok(None) };
+        let Some(new) = self.0.pending.take_grant(id, self.0.clock.now()).await? else { return Ok(None) };
         let login = self.clone();
-        Ok(Some(self.0.tokens.uninterrupted(async move { login.take_into_use(waiting).await }).await))
+        Ok(Some(self.0.tokens.uninterrupted(async move { login.take_into_use(new).await }).await))
     }
 
-    /// Finishes logins that another process left unfinished: their codes are spent, and their grants are not in use yet.
-    /// Grants that the app has to confirm keep waiting. Returns when to look again; `None` where no other process shares
-    /// the store, so that nothing can be left later.
+    /// Finishes logins that another process did not finish: their codes are spent, and their grants are not in use yet.
+    /// Grants that the app has to confirm stay pending. Returns the time until the next call; `None` if no other
+    /// process shares the store, so that one call at startup is enough.
     pub async fn finish_leftovers(&self) -> Option<Duration> {
-        for waiting in self.0.desk.left(self.0.clock.now()).await {
+        for new in self.0.pending.leftovers(self.0.clock.now()).await {
             // If the store fails, decide by what this process knows.
-            let _ = self.0.tokens.look(&waiting.user).await;
-            let (user, in_use) = (waiting.user.clone(), self.0.tokens.status(&waiting.user).consented_at);
-            if in_use >= waiting.grant.consented_at {
+            let _ = self.0.tokens.look(&new.user).await;
+            let (user, in_use) = (new.user.clone(), self.0.tokens.status(&new.user).consented_at);
+            if in_use >= new.grant.consented_at {
                 // This grant, or one of a later login, is already in use.
-                self.0.desk.clear(&waiting.id).await;
+                self.0.pending.delete_grant(&new.id).await;
                 continue;
             }
-            if waiting.confirm {
+            if new.confirm {
                 // Keeps the original time, so that its ten minutes are not extended.
-                let since = waiting.since;
-                self.0.desk.wait(waiting, since).await;
-            } else if self.conclude(waiting).await.is_ok() {
+                let since = new.since;
+                self.0.pending.keep_for_confirmation(new, since).await;
+            } else if self.conclude(new).await.is_ok() {
                 tracing::info!(%user, "a login interrupted by the end of a process is finished");
             }
         }
-        self.0.desk.is_shared().then_some(LEFTOVERS_INTERVAL)
+        self.0.pending.is_shared().then_some(LEFTOVERS_INTERVAL)
     }
 
     /// Deletes the tokens of `user`, including those of pending grants. Returns `false` if there were none.
@@ -373,13 +378,13 @@ impl Login {
     /// # Errors
     /// [`StoreError`] if the store fails.
     pub async fn forget(&self, user: &UserId) -> Result<bool, StoreError> {
-        self.0.desk.forget(user);
+        self.0.pending.forget(user);
         self.0.tokens.forget(user).await
     }
 
     fn warn_of_missing_scopes(&self, user: &UserId, grant: &Grant) {
         let Some(granted) = &grant.scope else { return };
-        let missing = |asked: &&str| !granted.split(' ').any(|scope| scope == *asked);
+        let missing = |requested: &&str| !granted.split(' ').any(|scope| scope == *requested);
         let missing: Vec<_> = self.0.lwa.scope().split(' ').filter(missing).collect();
         if !missing.is_empty() {
             tracing::warn!(%user, missing = missing.join(" "), "less was consented to than amazon.scope requests");

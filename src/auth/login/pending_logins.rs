@@ -1,5 +1,5 @@
-//! Pending logins (begun, not finished) and pending grants (received, not in use yet). They are kept in memory, and in
-//! the store for the next process. If several processes share the store, any of them may continue a login: then the
+//! Pending logins (started, not finished) and pending grants (received, not in use yet). They are kept in memory, and
+//! in the store for the next process. If several processes share the store, any of them may continue a login: then the
 //! store alone holds them.
 //!
 //! A pending grant is stored before anything else happens to it, because its code is spent. Pending logins are written
@@ -22,13 +22,13 @@ use crate::domain::clock::Clock;
 use crate::domain::secret::Secret;
 use crate::store::{PendingGrant, StoreError, TokenStore};
 
-/// Lifetime of a state and of a grant that waits for confirmation.
+/// Lifetime of a state and of a grant that needs confirmation.
 pub const TEN_MINUTES: Duration = Duration::from_secs(600);
 /// Maximum number of pending logins, and of pending grants; the newest evicts the oldest.
-const MAX_OUTSTANDING: usize = 1000;
+const MAX_PENDING: usize = 1000;
 /// Rate limit for starting logins: burst size, and refill per second (`PER_SECOND`). Beyond it a flood would evict
 /// pending logins.
-const AT_ONCE: f64 = 2000.0;
+const BURST: f64 = 2000.0;
 const PER_SECOND: f64 = 20.0;
 /// Interval for deleting expired entries when nothing else changes.
 const SWEEP: Duration = Duration::from_secs(60);
@@ -52,7 +52,7 @@ pub struct PendingLogins {
 
 /// A pending login.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct Begun {
+pub(super) struct PendingLogin {
     pub(super) user: UserId,
     /// PKCE code verifier. The serialized text is encrypted as a whole.
     #[serde(with = "exposed")]
@@ -73,9 +73,9 @@ pub(super) struct Finished {
 }
 
 impl PendingLogins {
-    /// Opens the desk over `store`, with the pending logins of the previous process. `left` returns its pending grants.
+    /// Loads the pending logins of the previous process from `store`. `leftovers` returns its pending grants.
     pub async fn open(store: TokenStore) -> Self {
-        let begun = match store.pending_logins().await {
+        let logins = match store.pending_logins().await {
             Ok(text) => text.and_then(|text| serde_json::from_str(text.expose()).ok()).unwrap_or_default(),
             Err(error) => {
                 tracing::error!(%error, "pending logins cannot be read: users must restart them");
@@ -94,14 +94,14 @@ impl PendingLogins {
     }
 
     /// Adds a pending login, or returns [`BeginError::TooMany`] with the time until the next one is allowed.
-    pub(super) async fn begin(&self, state: &str, begun: Begun, clock: &Clock) -> Result<(), BeginError> {
-        lock(&self.pace).take(clock.uptime()).map_err(BeginError::TooMany)?;
+    pub(super) async fn begin(&self, state: &str, login: PendingLogin, clock: &Clock) -> Result<(), BeginError> {
+        lock(&self.rate_limiter).take(clock.uptime()).map_err(BeginError::TooMany)?;
         let (state, now) = (hash(state), clock.now());
         if let Some(shared) = self.store.shared() {
-            let text = serde_json::to_string(&(&state, now, begun)).expect("names, times and texts are JSON");
+            let text = serde_json::to_string(&(&state, now, login)).expect("names, times and texts are JSON");
             return shared.save_pending_login(&state, &Secret::new(text)).await.map_err(BeginError::Store);
         }
-        lock(&self.begun).insert(state, begun, now);
+        lock(&self.logins).insert(state, login, now);
         self.changed.notify_one();
         Ok(())
     }
@@ -116,16 +116,16 @@ impl PendingLogins {
     }
 
     /// Removes and returns a pending login, so that its state is accepted once. Returns after the removal is written.
-    pub(super) async fn take_begun(&self, state: &str, now: Timestamp) -> Result<Option<Begun>, StoreError> {
+    pub(super) async fn take_login(&self, state: &str, now: Timestamp) -> Result<Option<PendingLogin>, StoreError> {
         let state = hash(state);
         if let Some(shared) = self.store.shared() {
             return Ok(read_login(shared.take_pending_login(&state).await?, &state, now));
         }
-        let begun = lock(&self.begun).take(&state, now);
-        if begun.is_some() {
-            self.write_begun().await;
+        let login = lock(&self.logins).take(&state, now);
+        if login.is_some() {
+            self.write_logins().await;
         }
-        Ok(begun)
+        Ok(login)
     }
 
     /// The place for the outcome of the login with `state`, shared by all deliveries of its callback. A callback that
@@ -153,7 +153,7 @@ impl PendingLogins {
             // The timeout also sweeps without a change, so that abandoned logins do not stay on disk forever.
             let changed = tokio::time::timeout(SWEEP, self.changed.notified()).await.is_ok();
             if self.sweep(clock.now()).await || changed {
-                self.write_begun().await;
+                self.write_logins().await;
             }
             if let Some(shared) = self.store.shared() {
                 // If this fails, the next round deletes the expired logins.
@@ -164,115 +164,115 @@ impl PendingLogins {
     }
 
     /// Writes the pending logins to the store; logs a failure.
-    pub async fn write_begun(&self) {
+    pub async fn write_logins(&self) {
         let _writing = self.writing.lock().await;
-        let text = serde_json::to_string(&*lock(&self.begun)).expect("names, times and texts are JSON");
+        let text = serde_json::to_string(&*lock(&self.logins)).expect("names, times and texts are JSON");
         if let Err(error) = self.store.save_pending_logins(Secret::new(text)).await {
             tracing::error!(%error, "pending logins could not be stored: after a restart users must restart them");
         }
     }
 
     /// Stores a grant before anything else happens to it. If the store fails, the grant stays in memory only.
-    pub(super) async fn put_down(&self, waiting: &PendingGrant) {
-        if let Err(error) = self.store.save_pending_grant(waiting).await {
-            tracing::error!(user = %waiting.user, %error, "a new grant could not be stored; it is in memory only until \
+    pub(super) async fn save_grant(&self, pending: &PendingGrant) {
+        if let Err(error) = self.store.save_pending_grant(pending).await {
+            tracing::error!(user = %pending.user, %error, "a new grant could not be stored; it is in memory only until \
                 it is in use");
-            if self.store.shared().is_some() && waiting.confirm {
+            if self.store.shared().is_some() && pending.confirm {
                 // Until then only this process can confirm it.
-                lock(&self.waiting).insert(waiting.id.clone(), waiting.clone(), waiting.since);
+                lock(&self.grants).insert(pending.id.clone(), pending.clone(), pending.since);
             }
         }
     }
 
     /// Deletes a pending grant that is in use or will never be.
-    pub(super) async fn clear(&self, id: &str) {
+    pub(super) async fn delete_grant(&self, id: &str) {
         if let Err(error) = self.store.delete_pending_grant(id).await {
             tracing::error!(%error, "a pending grant that is no longer needed could not be deleted from the store");
         }
     }
 
     /// Keeps a pending grant until the app confirms it. With a shared store the stored copy is enough.
-    pub(super) async fn wait(&self, waiting: PendingGrant, now: Timestamp) {
+    pub(super) async fn keep_for_confirmation(&self, pending: PendingGrant, now: Timestamp) {
         if self.store.shared().is_some() {
             return;
         }
-        let pushed_out = lock(&self.waiting).insert(waiting.id.clone(), waiting, now);
+        let evicted = lock(&self.grants).insert(pending.id.clone(), pending, now);
         self.sweep(now).await;
-        if let Some(oldest) = pushed_out {
-            self.clear(&oldest.id).await;
+        if let Some(oldest) = evicted {
+            self.delete_grant(&oldest.id).await;
         }
     }
 
     /// Removes and returns the pending grant with the one-time `id`, unless it has expired.
-    pub(super) async fn take_waiting(&self, id: &str, now: Timestamp) -> Result<Option<PendingGrant>, StoreError> {
+    pub(super) async fn take_grant(&self, id: &str, now: Timestamp) -> Result<Option<PendingGrant>, StoreError> {
         let id = hash(id);
-        let here = lock(&self.waiting).take(&id, now);
+        let here = lock(&self.grants).take(&id, now);
         match self.store.shared() {
             Some(shared) if here.is_none() => {
-                shared.confirm_pending_grant(&id, |waiting| lives(waiting.since, now)).await
+                shared.confirm_pending_grant(&id, |pending| is_valid(pending.since, now)).await
             }
             _ => Ok(here),
         }
     }
 
-    /// Whether other processes share the store and may leave pending grants at any time.
+    /// Whether other processes share the store, and may end without finishing a login.
     pub(super) fn is_shared(&self) -> bool {
         self.store.shared().is_some()
     }
 
     /// Removes the pending grants of `user` from memory; the store deletes its own copies.
     pub(super) fn forget(&self, user: &UserId) {
-        lock(&self.waiting).by_hash.retain(|_, (.., waiting)| waiting.user != *user);
+        lock(&self.grants).by_hash.retain(|_, (.., pending)| pending.user != *user);
     }
 
-    /// The pending grants that the previous process left. Expired ones that needed confirmation are deleted; the others
-    /// are returned whatever their age, because nobody else has them.
-    pub(super) async fn left(&self, now: Timestamp) -> Vec<PendingGrant> {
+    /// The pending grants of processes that have ended. Expired ones that needed confirmation are deleted; the others
+    /// are returned whatever their age, because no other process finishes them.
+    pub(super) async fn leftovers(&self, now: Timestamp) -> Vec<PendingGrant> {
         let all = self.store.claim_pending_grants().await.unwrap_or_else(|error| {
             tracing::error!(%error, "pending grants cannot be read");
             Vec::new()
         });
-        let (living, over): (Vec<_>, Vec<_>) =
-            all.into_iter().partition(|waiting| !waiting.confirm || lives(waiting.since, now));
-        for waiting in over {
-            self.clear(&waiting.id).await;
+        let (valid, expired): (Vec<_>, Vec<_>) =
+            all.into_iter().partition(|pending| !pending.confirm || is_valid(pending.since, now));
+        for pending in expired {
+            self.delete_grant(&pending.id).await;
         }
-        living
+        valid
     }
 
-    /// Deletes expired entries. Returns whether there were logins among them.
+    /// Deletes expired entries. Returns whether any of them was a login.
     async fn sweep(&self, now: Timestamp) -> bool {
-        let begun = lock(&self.begun).sweep(now);
-        let over = lock(&self.waiting).sweep(now);
-        for waiting in over {
-            self.clear(&waiting.id).await;
+        let logins = lock(&self.logins).sweep(now);
+        let expired = lock(&self.grants).sweep(now);
+        for pending in expired {
+            self.delete_grant(&pending.id).await;
         }
-        !begun.is_empty()
+        !logins.is_empty()
     }
 }
 
 /// A token bucket that limits how fast logins start.
 #[derive(Debug)]
 struct RateLimiter {
-    left: f64,
-    /// The uptime at which `left` was computed.
+    tokens: f64,
+    /// The uptime at which `tokens` was computed.
     at: SignedDuration,
 }
 
 impl Default for RateLimiter {
     fn default() -> Self {
-        Self { left: AT_ONCE, at: SignedDuration::ZERO }
+        Self { tokens: BURST, at: SignedDuration::ZERO }
     }
 }
 
 impl RateLimiter {
     fn take(&mut self, now: SignedDuration) -> Result<(), Duration> {
         let passed = now.saturating_sub(self.at).as_secs_f64();
-        *self = Self { left: (self.left + passed * PER_SECOND).min(AT_ONCE), at: now };
-        if self.left < 1.0 {
-            return Err(Duration::from_secs_f64((1.0 - self.left) / PER_SECOND));
+        *self = Self { tokens: (self.tokens + passed * PER_SECOND).min(BURST), at: now };
+        if self.tokens < 1.0 {
+            return Err(Duration::from_secs_f64((1.0 - self.tokens) / PER_SECOND));
         }
-        self.left -= 1.0;
+        self.tokens -= 1.0;
         Ok(())
     }
 }
@@ -296,14 +296,14 @@ impl<T> Default for ExpiringMap<T> {
 }
 
 impl<T> ExpiringMap<T> {
-    /// Inserts `thing` and returns the evicted oldest entry if the map was full.
-    fn insert(&mut self, hash: String, thing: T, now: Timestamp) -> Option<T> {
-        let full = self.by_hash.len() >= MAX_OUTSTANDING;
+    /// Inserts `value` and returns the evicted oldest entry if the map was full.
+    fn insert(&mut self, hash: String, value: T, now: Timestamp) -> Option<T> {
+        let full = self.by_hash.len() >= MAX_PENDING;
         let oldest = || self.by_hash.iter().min_by_key(|(_, (order, ..))| *order).map(|(hash, _)| hash.clone());
-        let pushed_out = full.then(oldest).flatten().and_then(|oldest| self.by_hash.remove(&oldest));
+        let evicted = full.then(oldest).flatten().and_then(|oldest| self.by_hash.remove(&oldest));
         self.taken_in += 1;
-        self.by_hash.insert(hash, (self.taken_in, now, thing));
-        pushed_out.map(|(.., thing)| thing)
+        self.by_hash.insert(hash, (self.taken_in, now, value));
+        evicted.map(|(.., value)| value)
     }
 
     fn get(&self, hash: &str, now: Timestamp) -> Option<&T> {
@@ -312,14 +312,14 @@ impl<T> ExpiringMap<T> {
 
     /// Removes and returns an entry. An expired one yields `None` and stays until the next sweep.
     fn take(&mut self, hash: &str, now: Timestamp) -> Option<T> {
-        self.by_hash.get(hash).filter(|(_, since, _)| lives(*since, now))?;
-        self.by_hash.remove(hash).map(|(.., thing)| thing)
+        self.by_hash.get(hash).filter(|(_, since, _)| is_valid(*since, now))?;
+        self.by_hash.remove(hash).map(|(.., value)| value)
     }
 
     /// Removes and returns all expired entries.
     fn sweep(&mut self, now: Timestamp) -> Vec<T> {
-        let over = self.by_hash.extract_if(|_, (_, since, _)| !lives(*since, now));
-        over.map(|(_, (.., thing))| thing).collect()
+        let expired = self.by_hash.extract_if(|_, (_, since, _)| !is_valid(*since, now));
+        expired.map(|(_, (.., value))| value).collect()
     }
 }
 
@@ -359,41 +359,41 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_was_taken_out_or_is_too_old_is_gone() {
+    fn an_entry_is_returned_once_and_only_before_it_expires() {
         let now = Timestamp::UNIX_EPOCH;
-        let mut outstanding = ExpiringMap::default();
-        outstanding.insert(hash("1"), "a", now);
-        assert_eq!(outstanding.take(&hash("2"), now), None);
-        assert_eq!(outstanding.take(&hash("1"), now), Some("a"));
-        assert_eq!(outstanding.take(&hash("1"), now), None);
-        outstanding.insert(hash("1"), "a", now);
-        assert_eq!(outstanding.take(&hash("1"), now + TEN_MINUTES), None);
-        outstanding.insert(hash("1"), "a", now);
-        outstanding.insert(hash("2"), "b", now + TEN_MINUTES);
-        assert_eq!(outstanding.sweep(now + TEN_MINUTES), ["a"]);
-        assert_eq!(outstanding.take(&hash("2"), now + TEN_MINUTES), Some("b"));
+        let mut map = ExpiringMap::default();
+        map.insert(hash("1"), "a", now);
+        assert_eq!(map.take(&hash("2"), now), None);
+        assert_eq!(map.take(&hash("1"), now), Some("a"));
+        assert_eq!(map.take(&hash("1"), now), None);
+        map.insert(hash("1"), "a", now);
+        assert_eq!(map.take(&hash("1"), now + TEN_MINUTES), None);
+        map.insert(hash("1"), "a", now);
+        map.insert(hash("2"), "b", now + TEN_MINUTES);
+        assert_eq!(map.sweep(now + TEN_MINUTES), ["a"]);
+        assert_eq!(map.take(&hash("2"), now + TEN_MINUTES), Some("b"));
     }
 
     #[test]
-    fn a_flood_is_told_to_wait_and_a_crowd_is_not() {
-        let mut pace = RateLimiter::default();
+    fn a_burst_passes_and_a_flood_is_limited() {
+        let mut rate_limiter = RateLimiter::default();
         let at = SignedDuration::from_secs(100);
-        assert!((0..AT_ONCE as usize).all(|_| pace.take(at).is_ok()));
-        assert_eq!(pace.take(at), Err(Duration::from_millis(50)));
+        assert!((0..BURST as usize).all(|_| rate_limiter.take(at).is_ok()));
+        assert_eq!(rate_limiter.take(at), Err(Duration::from_millis(50)));
         let later = at + SignedDuration::from_secs(1);
-        assert_eq!((0..100).filter(|_| pace.take(later).is_ok()).count(), PER_SECOND as usize);
+        assert_eq!((0..100).filter(|_| rate_limiter.take(later).is_ok()).count(), PER_SECOND as usize);
     }
 
     #[test]
-    fn the_oldest_makes_room_for_the_newest() {
+    fn the_newest_entry_evicts_the_oldest() {
         let now = Timestamp::UNIX_EPOCH;
-        let mut outstanding = ExpiringMap::default();
-        for number in 0..=MAX_OUTSTANDING {
-            let pushed_out = outstanding.insert(hash(&number.to_string()), number, now);
-            assert_eq!(pushed_out, (number == MAX_OUTSTANDING).then_some(0));
+        let mut map = ExpiringMap::default();
+        for number in 0..=MAX_PENDING {
+            let evicted = map.insert(hash(&number.to_string()), number, now);
+            assert_eq!(evicted, (number == MAX_PENDING).then_some(0));
         }
-        assert_eq!(outstanding.take(&hash("0"), now), None);
-        assert_eq!(outstanding.take(&hash("1"), now), Some(1));
-        assert_eq!(outstanding.take(&hash("1000"), now), Some(1000));
+        assert_eq!(map.take(&hash("0"), now), None);
+        assert_eq!(map.take(&hash("1"), now), Some(1));
+        assert_eq!(map.take(&hash("1000"), now), Some(1000));
     }
 }

@@ -1,5 +1,4 @@
-//! Whether two grants are of one Amazon identity. LWA does not say whose a grant is, but the profiles do that it
-//! reaches.
+//! Compares the Amazon identities of two grants. LWA does not tell whose a grant is, but the profiles it reaches do.
 
 use std::collections::HashSet;
 use std::sync::Arc;

@@ -40,7 +40,7 @@ impl TokenManager {
         self.publish(&entry, &write, GrantState::Fresh(Arc::new(LiveGrant::loaded(grant, now))));
         entry.wake();
         tracing::info!(%user, "new grant in use");
-        self.tell(&entry)
+        self.status_of(&entry)
     }
 
     /// Whether the current grant of `user` is stored.

@@ -16,55 +16,62 @@ use crate::domain::grant::{Tokens, backoff};
 pub(super) struct ClientCircuit {
     refused: Mutex<Option<Refused>>,
     /// Held by the refresh task that probes, while LWA refuses our client.
-    turn: tokio::sync::Mutex<()>,
+    probe: tokio::sync::Mutex<()>,
 }
 
 #[derive(Clone, Copy, Debug)]
 struct Refused {
     code: &'static str,
     attempts: u32,
-    /// Uptimes of the last rejection, and of the next probe (`retry_at`).
-    heard: SignedDuration,
+    /// Uptime (monotonic clock) of the last rejection.
+    rejected_at: SignedDuration,
+    /// Uptime of the next probe.
     retry_at: SignedDuration,
 }
 
 /// Permission to call LWA: a guard while our client is refused, otherwise `None`.
-pub(super) type Turn<'a> = Option<tokio::sync::MutexGuard<'a, ()>>;
+pub(super) type ProbePermit<'a> = Option<tokio::sync::MutexGuard<'a, ()>>;
 
 impl ClientCircuit {
     /// Waits for permission to probe. Returns at once unless LWA refuses our client.
-    pub(super) async fn turn(&self) -> Turn<'_> {
+    pub(super) async fn permit(&self) -> ProbePermit<'_> {
         if self.refused().is_none() {
             return None;
         }
-        let turn = self.turn.lock().await;
+        let permit = self.probe.lock().await;
         // If LWA accepts our client again, all waiters retry concurrently.
         let refused = self.refused().is_some();
-        refused.then_some(turn)
+        refused.then_some(permit)
     }
 
     /// The cached rejection, and how long until the next probe.
-    pub(super) fn holds(&self, now: ClockReading) -> Option<(&'static str, Duration)> {
+    pub(super) fn cached_rejection(&self, now: ClockReading) -> Option<(&'static str, Duration)> {
         let refused = (*self.refused())?;
         let wait = Duration::try_from(refused.retry_at.saturating_sub(now.uptime)).ok()?;
         (!wait.is_zero()).then_some((refused.code, wait))
     }
 
-    /// Updates the state from the result of a call made at `asked`. `jitter` is jitter in `0.0..1.0`.
-    pub(super) fn learn(&self, answer: &Result<Tokens, LwaError>, asked: ClockReading, now: ClockReading, jitter: f64) {
+    /// Updates the state from the result of a token request sent at `sent_at`. `jitter` is random, in `0.0..1.0`.
+    pub(super) fn update(
+        &self,
+        response: &Result<Tokens, LwaError>,
+        sent_at: ClockReading,
+        now: ClockReading,
+        jitter: f64,
+    ) {
         let mut refused = self.refused();
-        match answer {
+        match response {
             Err(LwaError::Operator { code }) => {
                 // Calls that were in flight when the rejection began count as the same attempt.
                 let attempts = match *refused {
-                    Some(before) if asked.uptime < before.heard => before.attempts,
+                    Some(before) if sent_at.uptime < before.rejected_at => before.attempts,
                     Some(before) => before.attempts.saturating_add(1),
                     None => 1,
                 };
                 // The backoff of a user without a valid token, and at least half of it: some users may have none.
                 let wait = backoff(attempts, false, 0.5 + jitter / 2.0);
                 let retry_at = now.uptime.saturating_add(SignedDuration::try_from(wait).unwrap_or_default());
-                *refused = Some(Refused { code, attempts, heard: now.uptime, retry_at });
+                *refused = Some(Refused { code, attempts, rejected_at: now.uptime, retry_at });
             }
             // LWA accepted our client. Any other failure concerns one user, whose own backoff handles it.
             Ok(_) | Err(LwaError::Refused { .. } | LwaError::TryLater { .. }) => *refused = None,

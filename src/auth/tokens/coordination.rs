@@ -1,5 +1,5 @@
 //! Coordination of refreshes: within one process, or with other processes that share the store
-//! ([`Postgres`](crate::store::Postgres)).
+//! ([`Postgres`]).
 //!
 //! In a shared store the stored record is authoritative: a process reads it before each refresh, and polls for changes
 //! every second. A lease lets one process at a time refresh a user's token; the others wait and use the token it stored.
@@ -23,10 +23,10 @@ use crate::store::{Lease, Lookup, Postgres, StoreError, TokenStore};
 
 /// Interval for polling changes made by other processes.
 const POLL: Duration = Duration::from_secs(1);
-/// Interval for checking whether another process has finished its refresh, and the maximum wait (`TURN`). A lease
-/// expires after 15 s, after which at most one other process may take it first.
-const LOOK: Duration = Duration::from_millis(100);
-const TURN: Duration = Duration::from_secs(35);
+/// Interval for checking whether another process has finished its refresh, and the maximum wait for its lease
+/// (`LEASE_WAIT`). A lease expires after 15 s, after which at most one other process may take it first.
+const LEASE_CHECK: Duration = Duration::from_millis(100);
+const LEASE_WAIT: Duration = Duration::from_secs(35);
 
 const STORE_DOWN: Failure = Failure { code: STORE_UNAVAILABLE, remedy: Remedy::Time, detail: None };
 const UNREADABLE: Failure = Failure { code: "record_unreadable", remedy: Remedy::Time, detail: None };
@@ -248,7 +248,7 @@ impl RefreshTask {
     pub(super) async fn acquire(&self, why: &RefreshReason) -> Result<Option<Arc<LiveGrant>>, Failure> {
         let Self { manager, entry } = self;
         let Coordination::Shared(shared) = &manager.0.coordination else { return Ok(self.wanted(why)) };
-        let (until, mut begun) = (Instant::now() + TURN, None);
+        let (until, mut begun) = (Instant::now() + LEASE_WAIT, None);
         loop {
             let write = entry.write().await;
             let usable = manager.catch_up(entry, &write).await.map_err(|_| STORE_DOWN)?;
@@ -277,7 +277,7 @@ impl RefreshTask {
                     return Ok(Some(grant));
                 }
                 Lease::Denied if Instant::now() >= until => return Err(BUSY),
-                Lease::Denied => sleep(LOOK).await,
+                Lease::Denied => sleep(LEASE_CHECK).await,
             }
         }
     }

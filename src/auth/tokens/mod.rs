@@ -1,9 +1,13 @@
 //! Keeps each user's access token fresh.
 //!
-//! Callers wait, tasks work: each refresh is a task of its own (`RefreshTask` in the code), at most one per user, and
-//! callers subscribe to its result. A caller that hangs up cancels nothing. The decision is pure
-//! ([`GrantState::next`]); the result is stored before it is published, and dropped if the grant changed meanwhile
-//! (logout, a new login).
+//! Each refresh runs in a task of its own (`RefreshTask` in the code), at most one per user, and callers wait for its
+//! result. A caller that hangs up cancels nothing. What follows from a result is a pure function ([`GrantState::next`]);
+//! a new grant is stored before it is published, and dropped if the user's grant changed meanwhile (logout, a new login).
+//!
+//! One refresh, step by step: `start_refresh` (`refresh_task`) spawns `RefreshTask::run`; `acquire` (`coordination`)
+//! returns the grant, after waiting for the lease if processes share the store; `token_call` sends the request, if
+//! `client_circuit` permits it, and `prepare` records it first (`refresh_journal`); `TokenManager::store` writes the new
+//! grant; `publish` makes it current and reschedules the user (`scheduler`); dropping the task wakes the waiters.
 //!
 //! The hot path, [`TokenManager::bearer`] with a token that does not expire soon, takes no lock that a refresh holds.
 
@@ -60,13 +64,13 @@ pub struct Settings {
 }
 
 /// How long a caller waits for a refresh while the current token is still valid.
-const WAIT_LIVING: Duration = Duration::from_secs(1);
+const WAIT_WITH_TOKEN: Duration = Duration::from_secs(1);
 /// How long a caller waits without a valid token: the token call's own timeout of 10 s, and a little more.
-const WAIT_DEAD: Duration = Duration::from_secs(12);
+const WAIT_WITHOUT_TOKEN: Duration = Duration::from_secs(12);
 /// After a failed refresh a caller waits for the retry if it is at most this far away and at most this many attempts
 /// have failed. Beyond that LWA counts as down, and callers get an error at once.
-const PATIENCE: Duration = Duration::from_millis(1500);
-const PATIENT_ATTEMPTS: u32 = 2;
+const WAIT_FOR_RETRY: Duration = Duration::from_millis(1500);
+const WAIT_ATTEMPTS: u32 = 2;
 /// Minimum time between two forced refreshes of one user.
 const FORCED_SPACING: SignedDuration = SignedDuration::from_secs(30);
 /// Interval between probes of a failed store.
@@ -192,11 +196,11 @@ impl TokenManager {
             let now = self.0.clock.reading();
             if let Some(access) = held.valid_token(now) {
                 let enough = !held.expiring(self.policy(), now) || held.backs_off(now);
-                if enough || begun.elapsed() >= WAIT_LIVING {
+                if enough || begun.elapsed() >= WAIT_WITH_TOKEN {
                     return Ok(access.bearer().clone());
                 }
                 self.start_refresh(entry, RefreshReason::OnDemand);
-                let _ = timeout_at(begun + WAIT_LIVING, changed.wait()).await;
+                let _ = timeout_at(begun + WAIT_WITH_TOKEN, changed.wait()).await;
                 continue;
             }
             match &*held {
@@ -213,13 +217,13 @@ impl TokenManager {
                         return Err(TokenError::Unavailable { code, remedy, detail, retry_after: pause });
                     }
                     tokio::select! {
-                        _ = timeout(PATIENCE, self.0.clock.sleep_until(*retry_at)) => {}
+                        _ = timeout(WAIT_FOR_RETRY, self.0.clock.sleep_until(*retry_at)) => {}
                         () = changed.wait() => {}
                     }
                 }
                 _ => {
                     self.start_refresh(entry, RefreshReason::OnDemand);
-                    if timeout_at(begun + WAIT_DEAD, changed.wait()).await.is_err() {
+                    if timeout_at(begun + WAIT_WITHOUT_TOKEN, changed.wait()).await.is_err() {
                         return Err(TokenError::Unavailable {
                             code: "timeout",
                             remedy: Remedy::Time,
@@ -233,10 +237,10 @@ impl TokenManager {
     }
 
     /// Handles Amazon's rejection of an unexpired `bearer`: returns a different token to retry with, or `None` if there
-    /// is none, and Amazon's response stands. One forced refresh serves all concurrent callers.
+    /// is none; then the caller gets Amazon's rejection. One forced refresh serves all concurrent callers.
     pub async fn invalidate(&self, user: &UserId, bearer: &HeaderValue) -> Option<HeaderValue> {
         let entry = self.entry(user)?;
-        let until = Instant::now() + WAIT_DEAD;
+        let until = Instant::now() + WAIT_WITHOUT_TOKEN;
         loop {
             let changed = entry.changed();
             if let Some(other) = self.other_than(&entry, bearer) {
@@ -255,7 +259,7 @@ impl TokenManager {
     fn other_than(&self, entry: &UserState, bearer: &HeaderValue) -> Option<HeaderValue> {
         let held = entry.held();
         let access = held.valid_token(self.0.clock.reading())?;
-        Some(access.bearer()).filter(|living| *living != bearer).cloned()
+        Some(access.bearer()).filter(|current| *current != bearer).cloned()
     }
 
     /// Whether the access token of `user` expires within the margin or has expired.
@@ -273,13 +277,13 @@ impl TokenManager {
         let entry = self.find(user).await?;
         let held = entry.held().clone();
         if let GrantState::Failing { retry_at, .. } = &*held {
-            let _ = timeout(PATIENCE, self.0.clock.sleep_until(*retry_at)).await;
+            let _ = timeout(WAIT_FOR_RETRY, self.0.clock.sleep_until(*retry_at)).await;
         }
         let changed = entry.changed();
         let before = entry.held().grant().map(|grant| grant.generation);
         if !entry.held().backs_off(self.0.clock.reading()) {
             self.start_refresh(&entry, RefreshReason::Manual);
-            let _ = timeout(WAIT_DEAD, changed.wait()).await;
+            let _ = timeout(WAIT_WITHOUT_TOKEN, changed.wait()).await;
         }
         let now = self.0.clock.reading();
         match &**entry.held() {

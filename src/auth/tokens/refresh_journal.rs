@@ -65,7 +65,7 @@ impl Interrupted {
 impl TokenManager {
     /// Records in the journal that a refresh of `generation` begins. The refresh continues even if the store fails.
     pub(super) async fn record_refresh(&self, journal: &RefreshJournal, user: &UserId, generation: u64) {
-        fail_point!("intents_none", |_| ());
+        fail_point!("refresh_unjournaled", |_| ());
         let mut written = journal.written.lock().await;
         self.read_journal(&mut written).await;
         self.0.interrupted.begin(user, generation);

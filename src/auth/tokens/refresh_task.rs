@@ -28,7 +28,7 @@ pub(super) enum RefreshReason {
     OnDemand,
     /// Amazon rejected this token.
     Rejected(HeaderValue),
-    /// Somebody asked for it.
+    /// A person or an app requested it at the refresh endpoint.
     Manual,
 }
 
@@ -53,7 +53,8 @@ impl TokenManager {
         }
     }
 
-    /// As [`start_refresh`](Self::start_refresh), but waits until the refresh task has finished, including one that was already running.
+    /// As [`start_refresh`](Self::start_refresh), but waits until the refresh task has finished, including one that was
+    /// already running.
     pub(super) async fn refresh_and_wait(&self, entry: &Arc<UserState>, why: RefreshReason) {
         let changed = entry.changed();
         if entry.try_begin_refresh() {
@@ -120,23 +121,23 @@ impl RefreshTask {
             Ok(None) => return,
             Err(failure) => return self.fail(failure).await,
         };
-        fail_point!("renewal_begun");
-        let answer = self.refresh_with_fallback(&grant).await;
-        fail_point!("renewal_answered", |_| std::process::abort());
-        if answer.is_err() {
+        fail_point!("refresh_begun");
+        let response = self.refresh_with_fallback(&grant).await;
+        fail_point!("refresh_answered", |_| std::process::abort());
+        if response.is_err() {
             self.release().await;
         }
 
         let user = &self.entry.user;
         let write = self.entry.write().await;
-        let Some(held) = write.of(grant.generation) else {
+        let Some(held) = write.unchanged_since(grant.generation) else {
             return self.dropped();
         };
-        let outcome = match answer {
-            Ok((tokens, asked)) => {
+        let outcome = match response {
+            Ok((tokens, sent_at)) => {
                 // The token's lifetime began when LWA issued it, which was not before the request.
-                let mut refreshed = grant.refreshed(tokens, asked.wall);
-                refreshed.used_at = Some(asked.wall_at(self.entry.used()));
+                let mut refreshed = grant.refreshed(tokens, sent_at.wall);
+                refreshed.used_at = Some(sent_at.wall_at(self.entry.used()));
                 refreshed.generation = write.next_generation();
                 if refreshed.previous.is_some() && grant.previous.as_ref() != Some(&refreshed.refresh_token) {
                     self.manager.0.metrics.token_rotations.inc();
@@ -146,9 +147,9 @@ impl RefreshTask {
                     self.dropped();
                     return self.manager.overtaken(&self.entry, &write).await;
                 }
-                fail_point!("renewal_stored", |_| std::process::abort());
+                fail_point!("refresh_stored", |_| std::process::abort());
                 self.end_refresh_with("recovered");
-                Outcome::Refreshed(Arc::new(LiveGrant::issued(refreshed, asked)))
+                Outcome::Refreshed(Arc::new(LiveGrant::issued(refreshed, sent_at)))
             }
             Err(outcome) => outcome,
         };
@@ -174,13 +175,13 @@ impl RefreshTask {
     /// Refreshes with the grant's refresh token. If LWA refuses it and it has never been used successfully, tries the
     /// previous one: a rotation may have been lost on LWA's side.
     async fn refresh_with_fallback(&self, grant: &LiveGrant) -> Result<(Tokens, ClockReading), Outcome> {
-        let answer = self.token_call(grant, &grant.refresh_token).await;
-        let (Err(Outcome::Rejected(_)), Some(previous)) = (&answer, &grant.previous) else { return answer };
-        let (tokens, asked) = self.token_call(grant, previous).await?;
+        let response = self.token_call(grant, &grant.refresh_token).await;
+        let (Err(Outcome::Rejected(_)), Some(previous)) = (&response, &grant.previous) else { return response };
+        let (tokens, sent_at) = self.token_call(grant, previous).await?;
         tracing::warn!(user = %self.entry.user, "Login with Amazon refuses the refresh token it issued last, but \
             accepts the previous one");
         let refresh = tokens.refresh.or_else(|| Some(previous.clone()));
-        Ok((Tokens { refresh, ..tokens }, asked))
+        Ok((Tokens { refresh, ..tokens }, sent_at))
     }
 
     /// Sends one token request to LWA, unless LWA has just refused our client. Returns the tokens and the time of the
@@ -191,8 +192,8 @@ impl RefreshTask {
         refresh_token: &RefreshToken,
     ) -> Result<(Tokens, ClockReading), Outcome> {
         let TokenManager(inner) = &self.manager;
-        let turn = inner.circuit.turn().await;
-        if let Some((code, wait)) = inner.circuit.holds(inner.clock.reading()) {
+        let permit = inner.circuit.permit().await;
+        if let Some((code, wait)) = inner.circuit.cached_rejection(inner.clock.reading()) {
             return Err(Outcome::Failed {
                 failure: Failure { code, remedy: Remedy::Operator, detail: None },
                 retry_after: Some(wait),
@@ -200,14 +201,14 @@ impl RefreshTask {
         }
         let user = &self.entry.user;
         self.prepare(grant.generation).await.map_err(|failure| Outcome::Failed { failure, retry_after: None })?;
-        let asked = inner.clock.reading();
+        let sent_at = inner.clock.reading();
         let begun = std::time::Instant::now();
-        let answer = inner.lwa.load_full().refresh(refresh_token).await;
+        let response = inner.lwa.load_full().refresh(refresh_token).await;
         inner.metrics.token_refresh_duration.observe(begun.elapsed().as_secs_f64());
-        inner.circuit.learn(&answer, asked, inner.clock.reading(), jitter());
-        drop(turn);
-        self.count(&answer);
-        match answer {
+        inner.circuit.update(&response, sent_at, inner.clock.reading(), jitter());
+        drop(permit);
+        self.count(&response);
+        match response {
             Ok(tokens) => {
                 tokens
                     .oddities
@@ -216,7 +217,7 @@ impl RefreshTask {
                 if let Some(server_time) = tokens.server_time {
                     self.manager.observe_server_time(server_time);
                 }
-                Ok((tokens, asked))
+                Ok((tokens, sent_at))
             }
             Err(error) => {
                 if matches!(error, LwaError::TryLater { taken: true, .. }) {
@@ -313,7 +314,7 @@ async fn keep_storing(manager: TokenManager, entry: Arc<UserState>, mut grant: G
     loop {
         tokio::time::sleep(STORE_RETRY).await;
         let write = entry.write().await;
-        if write.of(grant.generation).is_none() {
+        if write.unchanged_since(grant.generation).is_none() {
             break;
         }
         match manager.store_again(&entry, &write, &mut grant, expected).await {

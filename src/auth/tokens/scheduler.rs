@@ -84,7 +84,7 @@ impl Scheduler {
     /// Reschedules every user, and logs consents that are about to expire.
     fn sweep(&mut self, manager: &TokenManager, now: ClockReading) {
         for entry in manager.entries() {
-            manager.tell_of_consent(&entry, now);
+            manager.log_consent_end(&entry, now);
             self.plan(manager, entry, now);
         }
     }

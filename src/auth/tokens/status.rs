@@ -36,14 +36,14 @@ impl TokenManager {
     /// The status of `user`; an unknown user has the state `none`.
     pub fn status(&self, user: &UserId) -> Status {
         match self.entry(user) {
-            Some(entry) => self.tell(&entry),
-            None => self.tell(&self.blank(user)),
+            Some(entry) => self.status_of(&entry),
+            None => self.status_of(&self.blank(user)),
         }
     }
 
     /// The status of every user with a grant, sorted by user id.
     pub fn statuses(&self) -> Vec<Status> {
-        let mut statuses: Vec<_> = self.entries().iter().map(|entry| self.tell(entry)).collect();
+        let mut statuses: Vec<_> = self.entries().iter().map(|entry| self.status_of(entry)).collect();
         statuses.retain(|status| status.state != State::None);
         statuses.sort_by(|a, b| a.user_id.cmp(&b.user_id));
         statuses
@@ -55,7 +55,7 @@ impl TokenManager {
         let entries = self.entries();
         let known = entries.iter().filter_map(|entry| {
             let held = entry.held();
-            let status = self.tell(entry);
+            let status = self.status_of(entry);
             let idle = status.state == State::Idle;
             (status.state != State::None).then(|| UserHealth {
                 user: status.user_id.to_string(),
@@ -74,12 +74,12 @@ impl TokenManager {
     }
 
     /// Logs once per consent that it is about to expire or has expired.
-    pub(super) fn tell_of_consent(&self, entry: &UserState, now: ClockReading) {
+    pub(super) fn log_consent_end(&self, entry: &UserState, now: ClockReading) {
         let held = entry.held();
         let Some(grant) = held.grant() else { return };
         let (age, expires_at) = (grant.consent(now.wall), grant.consent_expires_at());
         if let (Some(ConsentAge::Ending | ConsentAge::Ended), Some(expires_at)) = (age, expires_at)
-            && entry.first_told()
+            && entry.mark_consent_end_logged()
         {
             tracing::warn!(user = %entry.user, %expires_at, "the consent ends, and no refresh extends it: the user has \
                 to log in again before it expires");
@@ -87,7 +87,7 @@ impl TokenManager {
     }
 
     /// Computes the status from the current state of `entry`.
-    pub(super) fn tell(&self, entry: &UserState) -> Status {
+    pub(super) fn status_of(&self, entry: &UserState) -> Status {
         let held = entry.held();
         let grant = held.grant();
         let (policy, used, now) = (self.policy(), entry.used(), self.0.clock.reading());

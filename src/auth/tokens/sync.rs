@@ -1,5 +1,5 @@
-//! The synchronization primitives of [`UserState`](super::user_state::UserState). The model checker (`tests/model/`) compiles the
-//! same `entry.rs` with its own primitives, so `entry.rs` may share state only through these.
+//! The synchronization primitives of [`UserState`](super::user_state::UserState). The model checker (`tests/model/`)
+//! compiles `user_state.rs` with its own primitives, so `user_state.rs` may share state only through these.
 
 pub(super) use std::sync::atomic::{AtomicBool, AtomicI64, Ordering::SeqCst};
 pub(super) use std::sync::{Mutex, PoisonError};

@@ -1,4 +1,5 @@
-//! The state of one user in the token manager.
+//! The state of one user in the token manager. Times called *uptime* are on the monotonic clock, since the process
+//! started: see [`ClockReading::uptime`].
 
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
@@ -22,7 +23,7 @@ pub(super) struct UserState {
     /// The uptime, in seconds, at which a caller last used the grant; negative if before this process started.
     used: AtomicI64,
     /// Whether a refresh task is running.
-    flying: AtomicBool,
+    refreshing: AtomicBool,
     /// The uptime of the last forced refresh.
     forced_at: Mutex<Option<SignedDuration>>,
     /// The uptime for which the scheduler has planned this user; any other plan for the user is void.
@@ -30,7 +31,7 @@ pub(super) struct UserState {
     /// The scheduler does not refresh this user before this uptime.
     not_before: SignedDuration,
     /// Whether the end of the current consent has been logged.
-    consent_told: AtomicBool,
+    consent_end_logged: AtomicBool,
     /// The highest generation ever used; a logout does not reset it.
     generation: Mutex<u64>,
     /// The highest generation known to be stored, including those of logouts.
@@ -67,11 +68,11 @@ impl UserState {
             user,
             version: watch::Sender::new(0),
             used: AtomicI64::new(used_at.unwrap_or(SignedDuration::MIN).as_secs()),
-            flying: AtomicBool::new(false),
+            refreshing: AtomicBool::new(false),
             forced_at: Mutex::new(None),
             planned: Mutex::new(None),
             not_before: if spread.is_zero() { SignedDuration::MIN } else { now.uptime.saturating_add(wait) },
-            consent_told: AtomicBool::new(false),
+            consent_end_logged: AtomicBool::new(false),
             generation: Mutex::new(grant.as_ref().map_or(0, |grant| grant.generation)),
             stored: Mutex::new(grant.as_ref().map_or(0, |grant| grant.generation)),
             unsaved: AtomicBool::new(false),
@@ -83,10 +84,12 @@ impl UserState {
         }
     }
 
+    /// The current state of the user's grant.
     pub(super) fn held(&self) -> arc_swap::Guard<Arc<GrantState>> {
         self.held.load()
     }
 
+    /// Wakes all waiters, which then read [`held`](Self::held) again.
     pub(super) fn wake(&self) {
         self.version.send_modify(|version| *version += 1);
     }
@@ -96,6 +99,7 @@ impl UserState {
         Changed(self.version.subscribe())
     }
 
+    /// Records that a caller uses the grant now. Writes at most once a second, so that requests do not contend for it.
     pub(super) fn mark_used(&self, now: ClockReading) {
         if self.used.load(SeqCst) != now.uptime.as_secs() {
             self.used.store(now.uptime.as_secs(), SeqCst);
@@ -109,6 +113,7 @@ impl UserState {
         }
     }
 
+    /// The uptime at which a caller last used the grant, in whole seconds.
     pub(super) fn used(&self) -> SignedDuration {
         SignedDuration::from_secs(self.used.load(SeqCst))
     }
@@ -128,18 +133,18 @@ impl UserState {
 
     /// Marks a refresh task as running. Returns `false` if one already is.
     pub(super) fn try_begin_refresh(&self) -> bool {
-        fail_point!("flights_many", |_| true);
-        !self.flying.swap(true, SeqCst)
+        fail_point!("refresh_duplicated", |_| true);
+        !self.refreshing.swap(true, SeqCst)
     }
 
     /// Marks the refresh task as finished and wakes all waiters.
     pub(super) fn end_refresh(&self) {
-        self.flying.store(false, SeqCst);
+        self.refreshing.store(false, SeqCst);
         self.wake();
     }
 
-    pub(super) fn is_flying(&self) -> bool {
-        self.flying.load(SeqCst)
+    pub(super) fn is_refreshing(&self) -> bool {
+        self.refreshing.load(SeqCst)
     }
 
     /// Starts a forced refresh with `start_refresh` unless the last one was less than `spacing` ago. Returns whether a refresh
@@ -148,13 +153,14 @@ impl UserState {
     pub(super) fn force(&self, now: ClockReading, spacing: SignedDuration, start_refresh: impl FnOnce()) -> bool {
         let mut forced_at = self.forced_at.lock().unwrap_or_else(PoisonError::into_inner);
         let may = forced_at.is_none_or(|at| now.uptime >= at.saturating_add(spacing));
-        if may && !self.is_flying() && !self.held().backs_off(now) {
+        if may && !self.is_refreshing() && !self.held().backs_off(now) {
             *forced_at = Some(now.uptime);
             start_refresh();
         }
-        self.is_flying()
+        self.is_refreshing()
     }
 
+    /// Whether the grant is in memory only.
     pub(super) fn is_unsaved(&self) -> bool {
         self.unsaved.load(SeqCst)
     }
@@ -176,18 +182,18 @@ impl UserState {
         });
     }
 
-    /// Returns `true` once per consent: its end has not been logged yet.
-    pub(super) fn first_told(&self) -> bool {
-        !self.consent_told.swap(true, SeqCst)
+    /// Marks the end of the current consent as logged. Returns `true` once per consent: it was not marked before.
+    pub(super) fn mark_consent_end_logged(&self) -> bool {
+        !self.consent_end_logged.swap(true, SeqCst)
     }
 }
 
 impl Writing<'_> {
     /// The state that a refresh of `generation` may replace; `None` if the grant was replaced or logged out since the
     /// refresh began.
-    pub(super) fn of(&self, generation: u64) -> Option<Arc<GrantState>> {
+    pub(super) fn unchanged_since(&self, generation: u64) -> Option<Arc<GrantState>> {
         // Deliberately wrong: it proves that the model checker and the race tests detect this bug.
-        fail_point!("renewal_blind", |_| Some(self.entry.held.load_full()));
+        fail_point!("refresh_blind", |_| Some(self.entry.held.load_full()));
         let held = self.entry.held.load_full();
         held.is_of(generation).then_some(held)
     }
@@ -217,7 +223,7 @@ impl Writing<'_> {
     pub(super) fn publish(&self, held: GrantState) {
         let consent = |held: &GrantState| held.grant().and_then(|grant| grant.consented_at);
         if consent(&held) != consent(&self.entry.held()) {
-            self.entry.consent_told.store(false, SeqCst);
+            self.entry.consent_end_logged.store(false, SeqCst);
         }
         self.entry.held.store(Arc::new(held));
     }

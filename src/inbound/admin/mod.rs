@@ -1,4 +1,4 @@
-//! The admin door: probes, metrics, and the few things an operator does to a running process.
+//! The admin listener: probes, metrics, the status page, and the operations on a running process.
 
 mod page;
 
@@ -25,35 +25,35 @@ use crate::store::keyring::Fingerprint;
 use crate::telemetry::log::LogHandle;
 use crate::telemetry::metrics::Metrics;
 
-/// What the admin door needs to know.
+/// Settings of the admin listener.
 #[derive(Clone, Debug, Default)]
 pub struct Settings {
-    /// `admin.public_url`: how the status page is reached from outside, where a proxy stands before it. Its host is accepted
-    /// in `Host`; who may see the page is another question, which the caller token answers.
+    /// `admin.public_url`: the external URL of the status page, if a reverse proxy stands in front of it. Its host is
+    /// accepted in `Host`; the page itself then requires the caller token.
     pub public_url: Option<Url>,
 }
 
-/// Longest body of `PUT /log`: a word.
+/// Largest body of `PUT /log`, in bytes; a log level is one word.
 const MAX_BODY: usize = 64;
 
-/// How far the process is.
+/// The stages of the process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stage {
-    /// The doors are bound, nobody is served yet.
+    /// The listeners are bound, but do not serve yet.
     Starting,
-    /// Business as usual.
+    /// The listeners serve.
     Serving,
-    /// The end was asked for.
+    /// A shutdown was requested.
     Draining,
 }
 
-/// Serves the admin door.
+/// Serves the admin listener.
 pub struct Admin {
     pub(crate) admission: Admission,
     pub(crate) tokens: TokenManager,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) stage: tokio::sync::watch::Receiver<Stage>,
-    /// Open connections by door.
+    /// Counts the open connections of each listener.
     pub(crate) connections: Arc<[(&'static str, Count)]>,
     pub(crate) log: Option<LogHandle>,
     pub(crate) store: TokenStore,
@@ -62,72 +62,79 @@ pub struct Admin {
     pub(crate) request_ids: Arc<RequestIds>,
     pub(crate) clock: Clock,
     pub(crate) public_url: Option<Url>,
-    /// Where a login begins, up to the user's name; `None` where no browser reaches the proxy door.
+    /// The URL that starts a login, up to the user id; `None` if the proxy listener has no TCP address.
     pub(crate) login_base: Option<String>,
     pub(crate) reloader: Reloader,
-    /// Ends the process in good order.
+    /// Requests a shutdown.
     pub(crate) quit: CancellationToken,
 }
 
-/// The latest rotation of keys.
+/// The progress of the latest rotation of keys.
 #[derive(Clone, Debug)]
 pub struct Rotation {
-    /// The key that seals.
+    /// The key that encrypts.
     pub key: Fingerprint,
-    /// Whether it is under way.
+    /// Whether the rotation is running.
     pub running: bool,
-    /// How many grants other keys of the ring sealed when it began.
+    /// The number of grants that other configured keys encrypted when the rotation started.
     pub left_at_first: usize,
-    /// Why it does not get on. It is tried again each second.
+    /// Why the last attempt failed. The rotation is retried every second.
     pub error: Option<String>,
 }
 
-/// Asks the running process to read its configuration again. Cloning gives another handle.
+/// Requests a reload or a rotation from the running process. Clones are handles to the same process.
 #[derive(Clone, Debug)]
 pub struct Reloader(mpsc::Sender<Asked>);
 
-/// What somebody asked for, who waits for what comes of it.
+/// A request to the process, with the channel for its result.
 #[derive(Debug)]
 pub enum Asked {
-    /// To read the configuration again and take it into use.
+    /// Read the configuration again and take it into use.
     Reload(oneshot::Sender<Result<(), String>>),
-    /// To take its keys into use, and to seal everything with the first, which has this fingerprint.
+    /// Take the configured keys into use, and encrypt every grant with the first, which must have this fingerprint.
     Rotate(String, oneshot::Sender<Result<(), String>>),
 }
 
 impl Reloader {
-    /// A way to ask, and where the asking arrives.
+    /// Creates a handle, and the receiver of its requests.
     pub fn new() -> (Self, mpsc::Receiver<Asked>) {
         let (sender, receiver) = mpsc::channel(8);
         (Self(sender), receiver)
     }
 
-    /// Reads the configuration again and takes it into use. Where something is wrong with it, all of the old stays, and
-    /// the error says what to mend; it holds no secret.
+    /// Reads the configuration again and takes it into use.
+    ///
+    /// # Errors
+    /// A text without secrets that names each problem, if the configuration is invalid or needs a restart. The previous
+    /// configuration then stays in use.
     pub async fn reload(&self) -> Result<(), String> {
-        self.ask(Asked::Reload).await
+        self.request(Asked::Reload).await
     }
 
-    /// Reads the keys of the configuration again, takes them into use, and begins to seal every grant with the first.
+    /// Reads the keys of the configuration again, takes them into use, and starts to encrypt every grant with the
+    /// first, whose fingerprint is `key`.
+    ///
+    /// # Errors
+    /// A text without secrets, if the configuration is invalid, `key` is not its first key, or the store fails.
     pub async fn rotate(&self, key: String) -> Result<(), String> {
-        self.ask(|answer| Asked::Rotate(key, answer)).await
+        self.request(|result| Asked::Rotate(key, result)).await
     }
 
-    async fn ask(&self, what: impl FnOnce(oneshot::Sender<Result<(), String>>) -> Asked) -> Result<(), String> {
-        let (answer, answered) = oneshot::channel();
+    async fn request(&self, what: impl FnOnce(oneshot::Sender<Result<(), String>>) -> Asked) -> Result<(), String> {
+        let (sender, result) = oneshot::channel();
         let gone = || "adsidecar is about to stop".to_owned();
-        self.0.send(what(answer)).await.map_err(|_| gone())?;
-        answered.await.unwrap_or_else(|_| Err(gone()))
+        self.0.send(what(sender)).await.map_err(|_| gone())?;
+        result.await.unwrap_or_else(|_| Err(gone()))
     }
 }
 
-/// Counts something when asked.
+/// Returns the current number of open connections.
 pub(crate) type Count = Box<dyn Fn() -> usize + Send + Sync>;
 
 type Answer = Response<Full<Bytes>>;
 
 impl Admin {
-    /// One answer, whatever happens.
+    /// Serves a request on the admin listener. Always returns a response.
     pub async fn serve(&self, request: Request<Incoming>, peer: Peer) -> Answer {
         let (parts, body) = request.into_parts();
         let answer = self.answer(&parts, body, peer).await;
@@ -161,8 +168,9 @@ impl Admin {
                 Ok(say(StatusCode::OK, "draining\n"))
             }
             ("/reload", &Method::POST) => {
-                let refused =
-                    |problems| Problem::new(Code::BadRequest, problems, "Mend the configuration, then reload again.");
+                let refused = |problems| {
+                    Problem::new(Code::BadRequest, problems, "Correct the configuration, then reload again.")
+                };
                 self.reloader.reload().await.map_err(refused)?;
                 Ok(say(StatusCode::OK, "reloaded\n"))
             }
@@ -178,7 +186,7 @@ impl Admin {
             ("/rotate", _) => Err(other_method("GET, HEAD, POST")),
             _ => Err(Problem::new(
                 Code::NotFound,
-                "The admin door has no such page.",
+                "The admin listener has no such endpoint.",
                 "See the admin listener in deploy/README.md.",
             )),
         }
@@ -191,7 +199,7 @@ impl Admin {
         }
     }
 
-    /// Ready is about us: the store works, the doors are open, the end was not asked for. Neither Amazon nor a missing
+    /// Ready while the listeners serve, the store works and no shutdown was requested. Neither Amazon nor a missing
     /// login makes a pod unready.
     fn ready(&self) -> Answer {
         match *self.stage.borrow() {
@@ -203,8 +211,8 @@ impl Admin {
     }
 
     fn metrics(&self) -> Result<Answer, Problem> {
-        for (door, count) in self.connections.iter() {
-            self.metrics.connections.with_label_values(&[door]).set(i64::try_from(count()).unwrap_or(i64::MAX));
+        for (listener, count) in self.connections.iter() {
+            self.metrics.connections.with_label_values(&[listener]).set(i64::try_from(count()).unwrap_or(i64::MAX));
         }
         self.metrics.store_up.set(i64::from(self.tokens.stored()));
         let store = self.store.health();
@@ -215,7 +223,11 @@ impl Admin {
         }
         let page = self.metrics.page(|| self.tokens.health()).map_err(|error| {
             tracing::error!(%error, "the metrics cannot be rendered");
-            Problem::new(Code::Internal, "The metrics cannot be rendered.", "The log says why; please report it.")
+            Problem::new(
+                Code::Internal,
+                "The metrics cannot be rendered.",
+                "See the log for the reason, and report it.",
+            )
         })?;
         let mut answer = Response::new(Full::new(page));
         answer.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8"));
@@ -223,8 +235,9 @@ impl Admin {
     }
 
     async fn set_level(&self, body: Incoming) -> Result<Answer, Problem> {
-        let bad =
-            || Problem::new(Code::BadRequest, "The body is a log level.", "Send error, warn, info, debug or trace.");
+        let bad = || {
+            Problem::new(Code::BadRequest, "The body is not a log level.", "Send error, warn, info, debug or trace.")
+        };
         let text = Limited::new(body, MAX_BODY).collect().await.map_err(|_| bad())?.to_bytes();
         let level = std::str::from_utf8(&text).ok().and_then(|text| text.trim().parse().ok()).ok_or_else(bad)?;
         if let Some(log) = &self.log {
@@ -234,23 +247,23 @@ impl Admin {
         Ok(say(StatusCode::OK, "changed\n"))
     }
 
-    /// Begins a rotation for `adsidecar key rotate`, whose own first key has to be the configuration's.
+    /// Starts a rotation for `adsidecar key rotate`, whose first key must be the first one of this process.
     async fn rotate(&self, query: &str) -> Result<Answer, Problem> {
         let Some(key) = query.strip_prefix("key=") else {
             return Err(Problem::new(
                 Code::BadRequest,
-                "The fingerprint of the key to seal with is missing.",
+                "The parameter `key`, the fingerprint of the new key, is missing.",
                 "Use adsidecar key rotate.",
             ));
         };
         let refused = |problem| {
-            Problem::new(Code::BadRequest, problem, "Mend that, then rotate again: it goes on where it stopped.")
+            Problem::new(Code::BadRequest, problem, "Correct that, then rotate again: the rotation continues.")
         };
         self.reloader.rotate(key.to_owned()).await.map_err(refused)?;
         Ok(self.rotation())
     }
 
-    /// How far it is. The error is the store's own, and holds no secret.
+    /// The progress of the rotation. The error is the store's, and holds no secret.
     fn rotation(&self) -> Answer {
         let (rotation, store) = (self.rotation.borrow().clone(), self.store.health());
         let left = store.under_other_keys(rotation.key);
@@ -281,6 +294,6 @@ fn say(status: StatusCode, text: &'static str) -> Answer {
 }
 
 fn other_method(allow: &'static str) -> Problem {
-    Problem::new(Code::MethodNotAllowed, "The page has another method.", format!("Use {allow}."))
+    Problem::new(Code::MethodNotAllowed, "The endpoint does not have this method.", format!("Use {allow}."))
         .header(ALLOW, HeaderValue::from_static(allow))
 }

@@ -1,4 +1,4 @@
-//! The status page: what a person wants to see first. It is made on the server, and the browser runs nothing.
+//! The status page. It is rendered on the server, and contains no script.
 
 use bytes::Bytes;
 use http::header::{
@@ -14,21 +14,21 @@ use crate::auth::tokens::Status;
 use crate::domain::account::UserId;
 use crate::domain::grant::State;
 
-/// Nothing is loaded, run, framed or sent from the page.
+/// The page loads nothing, runs nothing, sends nothing, and may not be framed.
 const POLICY: &str = "default-src 'none'; style-src 'sha256-teTQxtI+4pqNDyTh0fy86uW97eAew2RUI7Iq/W2DD3I='; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
 const STYLE: &str = "body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:72rem;padding:0 1rem;color:#1b1f24}\
 h1{font-size:1.4rem}h1 small{color:#57606a;font-weight:400}\
 table{border-collapse:collapse;width:100%}th,td{text-align:left;padding:.4rem .7rem;border-bottom:1px solid #d0d7de;vertical-align:top}\
 th{color:#57606a;font-weight:600}td small{color:#57606a;display:block}\
 .ok{color:#116329}.wait{color:#7d4e00}.bad{color:#b3261e;font-weight:600}footer{color:#57606a;margin-top:1.5rem}";
-/// Seconds after which the browser looks again.
-const LOOK_AGAIN: &str = "30";
-/// Rows, at most: a page is for a person. Those who need attention come first.
+/// Seconds after which the browser reloads the page.
+const RELOAD_AFTER: &str = "30";
+/// Most users on the page, since a person reads it. Those who need attention come first.
 const MAX_ROWS: usize = 500;
 const FRAME_OPTIONS: HeaderName = HeaderName::from_static("x-frame-options");
 
 impl Admin {
-    /// The page, for a request with these headers.
+    /// Renders the page, for a request with these headers.
     pub(super) fn page(&self, headers: &HeaderMap) -> Answer {
         let now = self.clock.now();
         let mut users = self.tokens.statuses();
@@ -39,7 +39,7 @@ impl Admin {
             html lang="en" {
                 head {
                     meta charset="utf-8";
-                    meta http-equiv="refresh" content=(LOOK_AGAIN);
+                    meta http-equiv="refresh" content=(RELOAD_AFTER);
                     meta name="viewport" content="width=device-width";
                     title { "adsidecar" }
                     style { (PreEscaped(STYLE)) }
@@ -52,21 +52,19 @@ impl Admin {
                         p { "And " (users.len() - MAX_ROWS) " more: see " code { "adsidecar users list" } "." }
                     }
                     (self.about_links(headers))
-                    footer { "As of " (time(now)) ". " a href=(here) { "Look again" } }
+                    footer { "As of " (time(now)) ". " a href=(here) { "Refresh" } }
                 }
             }
         };
-        dressed(page)
+        page_response(page)
     }
 
-    /// How the process does.
+    /// The state of the process.
     fn process(&self) -> Markup {
         let (class, text) = match *self.stage.borrow() {
             Stage::Starting => ("wait", "starting"),
             Stage::Draining => ("wait", "draining: it is about to stop"),
-            Stage::Serving if !self.tokens.stored() => {
-                ("bad", "not ready: the store does not take changes, see the log")
-            }
+            Stage::Serving if !self.tokens.stored() => ("bad", "not ready: the store fails, see the log"),
             Stage::Serving => ("ok", "ready"),
         };
         html! {
@@ -79,13 +77,13 @@ impl Admin {
         }
     }
 
-    /// Browsers bind a login to the name under which it began, and follow its link from that name alone.
+    /// Explains when the login links do not work: a browser's login is bound to the host name under which it started.
     fn about_links(&self, headers: &HeaderMap) -> Markup {
         let host = headers.get(http::header::HOST).and_then(|host| host.to_str().ok()).unwrap_or_default();
         let name = host.rsplit_once(':').map_or(host, |(name, _)| name);
         html! {
             @if self.admission.needs_caller_token() {
-                p { "A caller token is set, which a browser cannot send: let your app fetch the login's address." }
+                p { "A caller token is set, which a browser cannot send: let your app request the login URL." }
             } @else if !name.eq_ignore_ascii_case("localhost") {
                 p { "The login links work where this page was opened as " code { "http://localhost" } "." }
             }
@@ -96,7 +94,10 @@ impl Admin {
 fn table(users: &[Status], now: Timestamp, login_base: Option<&str>) -> Markup {
     html! {
         table {
-            tr { th { "User" } th { "State" } th { "Token ends" } th { "Next renewal" } th { "Consent ends" } th { "Last error" } th { "Log in" } }
+            tr {
+                th { "User" } th { "State" } th { "Token expires" } th { "Next refresh" } th { "Consent expires" }
+                th { "Last error" } th { "Log in" }
+            }
             @if users.is_empty() {
                 tr {
                     td colspan="6" { "Nobody has logged in yet." }
@@ -107,9 +108,9 @@ fn table(users: &[Status], now: Timestamp, login_base: Option<&str>) -> Markup {
                 tr {
                     td { (user.user_id) }
                     td class=(class(user.state)) { (user.state.as_str()) }
-                    td { (moment(user.expires_at, now)) }
-                    td { (moment(user.next_refresh_at, now)) }
-                    td { (moment(user.consent_expires_at, now)) }
+                    td { (time_and_distance(user.expires_at, now)) }
+                    td { (time_and_distance(user.next_refresh_at, now)) }
+                    td { (time_and_distance(user.consent_expires_at, now)) }
                     td { (user.last_error.unwrap_or("–")) }
                     td { (login_link(&user.user_id, login_base)) }
                 }
@@ -121,7 +122,7 @@ fn table(users: &[Status], now: Timestamp, login_base: Option<&str>) -> Markup {
 fn login_link(user: &UserId, base: Option<&str>) -> Markup {
     let name: String = url::form_urlencoded::byte_serialize(user.as_str().as_bytes()).collect();
     html! {
-        // A proxy door that is a socket file alone has no address for a browser.
+        // If the proxy listener uses Unix sockets only, a browser cannot reach it.
         @match base {
             Some(base) => { a href={ (base) (name) } { "log in" } }
             None => { "–" }
@@ -129,7 +130,7 @@ fn login_link(user: &UserId, base: Option<&str>) -> Markup {
     }
 }
 
-/// Who needs a person comes first, then who may need one soon.
+/// The sort key: users that need a login come first, then those that may need one soon.
 fn urgency(state: State) -> u8 {
     match state {
         State::LoginRequired => 0,
@@ -150,7 +151,7 @@ fn class(state: State) -> &'static str {
 }
 
 /// A time, and how far away it is.
-fn moment(at: Option<Timestamp>, now: Timestamp) -> Markup {
+fn time_and_distance(at: Option<Timestamp>, now: Timestamp) -> Markup {
     html! {
         @match at {
             None => { "–" }
@@ -174,7 +175,7 @@ fn distance(seconds: i64) -> String {
     if seconds < 0 { format!("{size} {unit} ago") } else { format!("in {size} {unit}") }
 }
 
-fn dressed(page: Markup) -> Answer {
+fn page_response(page: Markup) -> Answer {
     let mut answer = Response::new(Full::new(Bytes::from(page.into_string())));
     let headers = answer.headers_mut();
     for (name, value) in [
@@ -204,8 +205,8 @@ mod tests {
     }
 
     #[test]
-    fn a_distance_is_told_in_the_unit_that_a_person_would_choose() {
-        for (seconds, told) in [
+    fn a_distance_is_shown_in_a_readable_unit() {
+        for (seconds, shown) in [
             (0, "in 0 s"),
             (119, "in 119 s"),
             (3600, "in 60 min"),
@@ -213,7 +214,7 @@ mod tests {
             (365 * 86_400, "in 365 d"),
             (-3 * 86_400, "3 d ago"),
         ] {
-            assert_eq!(distance(seconds), told);
+            assert_eq!(distance(seconds), shown);
         }
     }
 }

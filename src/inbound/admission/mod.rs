@@ -1,5 +1,5 @@
-//! The checks before a request is served: framing, method, `Host`, browsers, the caller token. All of them come before a
-//! byte of the body is read. There is one method per listener: [`Admission::proxy`], [`Admission::login`] and
+//! The checks before a request is served: framing, method, `Host`, browsers, the caller token. All of them come before
+//! a byte of the body is read. There is one method per listener: [`Admission::proxy`], [`Admission::login`] and
 //! [`Admission::admin`].
 //!
 //! The open local port is the asset. A web page must not drive it: a page under another name fails at `Host` (DNS
@@ -68,7 +68,7 @@ pub enum Refusal {
 /// A request that passed the checks.
 #[derive(Clone, Debug)]
 pub enum Admitted {
-    /// For adsidecar's own endpoint. The answer allows `cors`, if present, to read it.
+    /// For adsidecar's own endpoint. If `cors` is present, its pages may read the response.
     Own {
         /// The endpoint.
         endpoint: Endpoint,
@@ -212,7 +212,7 @@ impl Admission {
         }
     }
 
-    /// Returns the origin to allow in the answer's CORS headers.
+    /// Returns the origin to allow in the response's CORS headers.
     fn own_endpoint(&self, endpoint: Endpoint, headers: &HeaderMap) -> Result<Option<HeaderValue>, Refusal> {
         let cors = self.browser(headers, endpoint.navigable())?;
         if endpoint.needs_caller_token() {
@@ -246,7 +246,7 @@ impl Admission {
     }
 
     /// Admits callers that are not browsers, pages of the frontend's origin, and browsers that navigate from a page
-    /// that `navigable` allows. Returns the origin to allow in the answer's CORS headers.
+    /// that `navigable` allows. Returns the origin to allow in the response's CORS headers.
     fn browser(&self, headers: &HeaderMap, navigable: Navigable) -> Result<Option<HeaderValue>, Refusal> {
         if let Some(origin) = headers.get(ORIGIN) {
             let allowed = self.0.frontend_origin.as_ref().filter(|_| self.0.caller_tokens.is_empty());
@@ -285,7 +285,7 @@ impl Admission {
         !self.0.caller_tokens.is_empty()
     }
 
-    /// The authority that the caller used for adsidecar, for links in answers; `None` if it named Amazon.
+    /// The authority that the caller used for adsidecar, for links in responses; `None` if it named Amazon.
     pub fn own_authority<'a>(&self, headers: &'a HeaderMap) -> Option<&'a str> {
         host_value(headers).ok().filter(|host| self.is_own_host(host))
     }
@@ -316,7 +316,8 @@ fn is_on_this_machine(headers: &HeaderMap, peer: Peer) -> bool {
     exact.contains(&address.ip()) && host_value(headers).ok().and_then(without_port).is_some_and(is_loopback)
 }
 
-/// Exactly one `Transfer-Encoding`, and that is `chunked` (RFC 9112, section 6.1). hyper has rejected other ambiguities.
+/// Exactly one `Transfer-Encoding`, and that is `chunked` (RFC 9112, section 6.1). hyper has rejected other
+/// ambiguities.
 fn framing(headers: &HeaderMap) -> Result<(), Refusal> {
     let mut codings = headers.get_all(TRANSFER_ENCODING).iter();
     match (codings.next(), codings.next()) {

@@ -1,4 +1,4 @@
-//! The OAuth endpoints, `/api/auth/amazon/*`, and the token shim, as HTTP.
+//! The OAuth endpoints: `/api/auth/amazon/*`, and the token endpoint for SDKs (`token_endpoint`).
 
 mod responses;
 mod pages;
@@ -35,12 +35,12 @@ use responses::{allow_origin, cookie_of, is_prefetch, json, prefers_html, prefli
 
 type Answer = Response<Full<Bytes>>;
 
-/// Where a user takes away an app's access at Amazon: LWA has no revocation endpoint.
+/// Amazon's page where a user removes an app: LWA has no revocation endpoint.
 const AMAZONS_APPS_PAGE: &str =
     "<https://www.amazon.com/ap/adam>; rel=\"related\"; title=\"Login with Amazon: remove the app\"";
 const NO_PENDING_GRANT: &str =
-    "No grant is pending under this id: it was taken into use already, or its 10 minutes are over.";
-/// Users in one answer of the status endpoint.
+    "No grant is pending under this id: it is in use already, or its 10 minutes have expired.";
+/// Most users in one response of the status endpoint.
 const PAGE: usize = 1000;
 
 /// Serves the OAuth endpoints.
@@ -50,18 +50,18 @@ pub struct OauthEndpoints {
     pub(crate) tokens: TokenManager,
     pub(crate) admission: Admission,
     pub(crate) metrics: Arc<Metrics>,
-    /// Whose consent page is shown, where the login does not say.
+    /// The region of logins that name none.
     pub(crate) region: Region,
     pub(crate) token_shim: bool,
-    /// Under which authority callers reach the proxy door, where a request does not say.
+    /// The proxy listener's authority, for the links in responses to requests without a `Host` of ours.
     pub(crate) authority: String,
     pub(crate) request_ids: Arc<RequestIds>,
 }
 
-/// Why an endpoint refuses.
+/// Why an endpoint responds with an error.
 #[derive(Debug)]
 pub enum LoginError {
-    /// The request shows no caller token.
+    /// The caller token is missing or wrong.
     Refused(Refusal),
     /// No such endpoint; holds the path that was probably meant.
     NotFound(Option<String>),
@@ -69,19 +69,19 @@ pub enum LoginError {
     StrayCallback(String),
     /// The endpoint has other methods.
     Method(&'static str),
-    /// A parameter; says which and what is legal.
+    /// A parameter is invalid; holds the sentence for the caller.
     Parameter(String),
-    /// No grant for this user.
+    /// The user has no grant, or its access token could not be refreshed.
     NoToken(TokenError, UserId),
     /// A forced refresh failed; with the user's status.
     NotRefreshed(TokenError, serde_json::Value),
     /// Too many logins began just now; says after what time there is room.
     TooMany(std::time::Duration),
-    /// The store.
+    /// The store failed.
     Store(StoreError),
-    /// Another Amazon identity than the user's.
+    /// The grant belongs to a different Amazon identity than the user's current one.
     Identity,
-    /// A state or a pending grant that is not there, or no longer.
+    /// The state or the pending grant is unknown or has expired; holds the sentence for the caller.
     State(&'static str),
 }
 
@@ -92,7 +92,7 @@ impl From<Refusal> for LoginError {
 }
 
 impl OauthEndpoints {
-    /// Answers a request on the login listener.
+    /// Serves a request on the login listener. Always returns a response.
     pub async fn serve_callback(&self, request: Request<Incoming>, peer: Peer) -> Answer {
         let (parts, body) = request.into_parts();
         let id = self.request_ids.of(&parts.headers);
@@ -109,8 +109,8 @@ impl OauthEndpoints {
         answer
     }
 
-    /// Answers an admitted request to `endpoint`. If `cors` is an origin, its pages may read the answer, even if it
-    /// reports an error.
+    /// Serves an admitted request to `endpoint`. Always returns a response. If `cors` is an origin, its pages may read
+    /// the response, even if it reports an error.
     pub async fn answer(
         &self,
         endpoint: Endpoint,
@@ -274,7 +274,7 @@ impl OauthEndpoints {
     async fn status(&self, query: &Query, headers: &HeaderMap) -> Result<Answer, LoginError> {
         if query.get("user_id").is_some() {
             let user = query.user()?;
-            // Where the store does not answer, what is known here is told.
+            // If the shared store fails, the response shows what this process knows.
             let _ = self.tokens.look(&user).await;
             let status = self.tokens.status(&user);
             return Ok(json(StatusCode::OK, &self.with_link(status, headers)));
@@ -335,7 +335,7 @@ impl OauthEndpoints {
         value
     }
 
-    /// Where `user` logs in, under the authority that the caller knows us by.
+    /// The URL that starts a login of `user`, with the authority that the caller used.
     pub fn login_url(&self, headers: &HeaderMap, user: &UserId) -> String {
         let user: String = url::form_urlencoded::byte_serialize(user.as_str().as_bytes()).collect();
         self.login_origin(headers) + LOGIN + "?user_id=" + &user
@@ -351,14 +351,14 @@ impl OauthEndpoints {
         }
     }
 
-    /// Where a user logs in whose name is put behind it.
+    /// The URL that starts a login, up to the user id.
     pub fn login_base(authority: &str) -> String {
         format!("http://{authority}{}?user_id=", LOGIN)
     }
 }
 
 impl LoginError {
-    /// What the caller is told. `login_url` makes a user's login link.
+    /// The response for the caller. `login_url` returns the URL that starts a user's login.
     pub fn problem(self, login_url: impl Fn(&UserId) -> String) -> Problem {
         match self {
             Self::Refused(refusal) => refusal.into(),
@@ -379,7 +379,7 @@ impl LoginError {
                 ),
             ),
             Self::Method(allow) => {
-                Problem::new(Code::MethodNotAllowed, "The endpoint has another method.", format!("Use {allow}."))
+                Problem::new(Code::MethodNotAllowed, "The endpoint does not have this method.", format!("Use {allow}."))
                     .header(ALLOW, HeaderValue::from_static(allow))
             }
             Self::Parameter(detail) => Problem::new(Code::BadRequest, detail, "Send the parameter as described."),
@@ -393,42 +393,42 @@ impl LoginError {
             .retry_after(wait),
             Self::Store(_) => Problem::new(
                 Code::StoreUnavailable,
-                "The store did not take the change.",
-                "Try again; if it persists, look at adsidecar's log, and at the volume of store.path or at PostgreSQL.",
+                "The store rejected the change.",
+                "Try again; if it persists, check adsidecar's log, and the volume of store.path or PostgreSQL.",
             )
             .retry_after(std::time::Duration::from_secs(1)),
             Self::Identity => Problem::new(
                 Code::IdentityChanged,
                 pages::say(&LoginFailure::Identity),
-                "Sign in as the same Amazon user, or begin the login with replace=true.",
+                "Sign in as the same Amazon user, or start the login with replace=true.",
             ),
             Self::State(detail) => Problem::new(Code::StateInvalid, detail, "Start the login again."),
         }
     }
 }
 
-/// No token for a user, told to a caller.
+/// The response for a caller whose user has no valid access token.
 pub fn token_problem(error: TokenError, login_url: &str) -> Problem {
     match error {
         TokenError::LoginRequired { reason } => {
             let detail = match reason {
                 "no_grant" => "The user has no Amazon grant here.".to_owned(),
-                reason => format!("Login with Amazon refused the user's grant ({reason})."),
+                reason => format!("Login with Amazon rejected the user's grant ({reason})."),
             };
             Problem::new(Code::LoginRequired, detail, format!("Open {login_url} in a browser and consent."))
                 .header(http::header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer realm=\"adsidecar\""))
         }
         TokenError::Unavailable { code: STORE_UNAVAILABLE, retry_after, .. } => Problem::new(
             Code::StoreUnavailable,
-            "The store that several adsidecars share does not answer, and without it no token is renewed.",
-            "Try again after the time in Retry-After; if it persists, look at adsidecar's log and at PostgreSQL.",
+            "The shared store does not respond, and without it no access token is refreshed.",
+            "Try again after the time in Retry-After; if it persists, check adsidecar's log and PostgreSQL.",
         )
         .retry_after(retry_after),
         TokenError::Unavailable { code, remedy, detail, retry_after } => {
             let next_step = match remedy {
                 crate::domain::grant::Remedy::Time => "Try again after the time in Retry-After.",
                 crate::domain::grant::Remedy::Operator => {
-                    "Login with Amazon refuses this client: check amazon.client_id and amazon.client_secret."
+                    "Login with Amazon rejects this client: check amazon.client_id and amazon.client_secret."
                 }
             };
             let cause = detail.map(|detail| format!(": {detail}")).unwrap_or_default();
@@ -438,7 +438,10 @@ pub fn token_problem(error: TokenError, login_url: &str) -> Problem {
     }
 }
 
-/// The parameters of a callback's query, or `None` where they are none that Amazon would send.
+/// Reads the parameters of a callback's query; `None` if Amazon never sends them like this.
+///
+/// # Errors
+/// [`LoginError::Parameter`] if a parameter occurs twice.
 pub fn read_callback(query: &str) -> Result<Option<Callback>, LoginError> {
     callback(&Query::parse(query, None)?)
 }
@@ -454,5 +457,5 @@ fn callback(query: &Query) -> Result<Option<Callback>, LoginError> {
 }
 
 fn parameter(name: &str, legal: &str) -> LoginError {
-    LoginError::Parameter(format!("{name} has to be {legal}."))
+    LoginError::Parameter(format!("{name} must be {legal}."))
 }

@@ -11,12 +11,12 @@ use super::Answer;
 use crate::auth::login::{LoginFailure, LoginOutcome};
 use crate::domain::headers::ERROR;
 
-/// Nothing is loaded, run, framed or sent from the page.
+/// The page loads nothing, runs nothing, sends nothing, and may not be framed.
 const POLICY: &str = "default-src 'none'; style-src 'sha256-xMSCLCVgCj9fVtEMGQaS2mRakulbKeWdod381JtJuNM='; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
 const STYLE: &str =
     "body{font:16px/1.5 system-ui,sans-serif;max-width:34rem;margin:15vh auto;padding:0 1rem}h1{font-size:1.4rem}";
 
-/// The page that tells how a login ended. Nothing of the query is in it but the checked user id.
+/// The page with the result of a login. It contains nothing of the query except the checked user id.
 pub(super) fn result(ended: &Result<LoginOutcome, LoginFailure>) -> Answer {
     let (title, text) = match ended {
         Ok(LoginOutcome::Stored(status)) => (
@@ -24,7 +24,7 @@ pub(super) fn result(ended: &Result<LoginOutcome, LoginFailure>) -> Answer {
             format!("The grant of user {} is stored. You can close this page.", status.user_id),
         ),
         Ok(LoginOutcome::Pending(_)) => {
-            ("Almost there", "The grant waits for the app to confirm it. You can close this page.".to_owned())
+            ("Almost there", "The app has to confirm the grant. You can close this page.".to_owned())
         }
         Err(trouble) => ("Not connected", say(trouble).to_owned()),
     };
@@ -63,12 +63,12 @@ fn page(title: &str, content: Markup) -> Answer {
     answer
 }
 
-/// The same for a program.
+/// The same result for a program, as JSON.
 pub(super) fn document(trouble: &LoginFailure) -> Value {
     json!({ "status": "error", "error": trouble.code(), "code": trouble.code(), "detail": say(trouble) })
 }
 
-/// The caller's fault, or LWA's, or the store's.
+/// The status of a failed login.
 pub(super) fn status(trouble: &LoginFailure) -> StatusCode {
     match trouble {
         LoginFailure::Amazon(_) | LoginFailure::State | LoginFailure::Completed => StatusCode::BAD_REQUEST,
@@ -77,12 +77,12 @@ pub(super) fn status(trouble: &LoginFailure) -> StatusCode {
     }
 }
 
-/// What to tell a person.
+/// The failure in a sentence for a person, with the remedy.
 pub(super) fn say(trouble: &LoginFailure) -> &'static str {
     match trouble {
         LoginFailure::Amazon("access_denied") => "Consent was not given. Start the login again to change that.",
         LoginFailure::Amazon("invalid_scope") => {
-            "Amazon does not know the scope for this client: it may not be approved for the Amazon Ads API yet."
+            "Amazon rejects the scope for this client: the app may not be approved for the Amazon Ads API yet."
         }
         LoginFailure::Amazon(_) => "Amazon could not finish the login. Start it again in a moment.",
         LoginFailure::State => {

@@ -1,4 +1,4 @@
-//! The plain parts of answers: bodies, redirects, the headers that all of them carry.
+//! The parts of responses: JSON bodies, redirects, and the headers that every response carries.
 
 use cookie::Cookie;
 use http::header::{
@@ -12,7 +12,7 @@ use serde::Serialize;
 
 use super::Answer;
 
-/// Whether the caller would rather see HTML than JSON: `text/html` before any `application/json` or `*/*`.
+/// Whether the caller prefers HTML to JSON: `Accept` lists `text/html` before any `application/json` or `*/*`.
 pub(super) fn prefers_html(headers: &HeaderMap) -> bool {
     let accept = headers.get(ACCEPT).and_then(|value| value.to_str().ok()).unwrap_or_default();
     let mut types = accept.split(',').map(|kind| kind.split(';').next().unwrap_or_default().trim());

@@ -1,5 +1,5 @@
-//! The token shim: a token endpoint for SDKs that insist on fetching a token. What it hands out is a placeholder; the
-//! proxy overwrites whatever bearer comes in.
+//! A token endpoint for SDKs that insist on fetching a token. It returns a placeholder; the proxy replaces whatever
+//! bearer token a request carries.
 
 use std::time::Duration;
 
@@ -15,9 +15,9 @@ use crate::inbound::admission::{Admission, Refusal};
 
 /// A token request is a few hundred bytes.
 const MAX_BODY: usize = 64 << 10;
-/// How long its body is waited for: it comes with its head.
+/// Timeout of the request's body, which normally arrives together with its head.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// What SDKs get where no caller token is set.
+/// The placeholder token, if no caller token is configured.
 const PLACEHOLDER: &str = "adsidecar-attaches-the-real-token";
 
 /// Answers as LWA does. Where caller tokens are set, the SDK's `client_secret` has to be one, unless its headers show one
@@ -27,7 +27,7 @@ pub(super) async fn answer(admission: &Admission, parts: &Parts, body: Incoming)
     let headers = &parts.headers;
     let body = tokio::time::timeout(PATIENCE, Limited::new(body, MAX_BODY).collect()).await;
     let body =
-        body.map_err(|_| LoginError::Parameter("The token request's body did not come within 10 seconds.".into()))?;
+        body.map_err(|_| LoginError::Parameter("The token request's body did not arrive within 10 seconds.".into()))?;
     let body = body.map_err(|_| LoginError::Parameter("A token request is at most 64 KiB.".into()))?.to_bytes();
     let token = if admission.needs_caller_token() {
         let secrets = [client_secret(headers, &body), in_query(parts.uri.query())];

@@ -63,8 +63,8 @@ const SCOPE_FAILURES: [(&str, &str); 5] = [
 
 impl Rejection {
     /// Reads at most 64 KiB of the body.
-    pub(super) async fn read(answer: Response<UpstreamBody>) -> Self {
-        let (head, mut rest) = answer.into_parts();
+    pub(super) async fn read(response: Response<UpstreamBody>) -> Self {
+        let (head, mut rest) = response.into_parts();
         let mut read = BytesMut::new();
         while read.len() < MAX_READ {
             let Ok(frame) = timeout(MAX_WAIT, rest.frame()).await else { break };

@@ -1,4 +1,4 @@
-//! The body of an answer: our own, or Amazon's as it comes.
+//! The body of a response to the caller: adsidecar's own, or Amazon's, streamed.
 
 use std::pin::Pin;
 use std::task::{Context, Poll};
@@ -10,7 +10,7 @@ use http_body_util::Full;
 use super::request_telemetry::InFlight;
 use crate::upstream::{ResponseAborted, UpstreamBody};
 
-/// What the proxy door answers with.
+/// The body of a response of the proxy listener.
 #[derive(Debug)]
 pub struct Body {
     source: Source,
@@ -38,7 +38,8 @@ impl Body {
         Self { source: Source::Read(Some(read).filter(|read| !read.is_empty()), rest), _in_flight: None }
     }
 
-    pub(super) fn until_passed(self, in_flight: Option<InFlight>) -> Self {
+    /// Counts the request as in flight until the body is dropped.
+    pub(super) fn counted(self, in_flight: Option<InFlight>) -> Self {
         Self { _in_flight: in_flight, ..self }
     }
 }
@@ -78,7 +79,7 @@ impl http_body::Body for Body {
             Source::Own(body) => body.size_hint(),
             Source::Amazon(answer) => answer.size_hint(),
             Source::Read(read, None) => SizeHint::with_exact(read.as_ref().map_or(0, |read| read.len() as u64)),
-            // Amazon's own Content-Length stands in the headers.
+            // The headers contain Amazon's own Content-Length.
             Source::Read(_, Some(_)) => SizeHint::default(),
         }
     }

@@ -15,7 +15,7 @@ impl ProxyError {
     pub(super) fn fault(&self) -> Fault {
         match self {
             Self::Refused(_) | Self::Unroutable(_) | Self::Denied(_) | Self::TooLarge => Fault::Caller,
-            // A person has to consent, or the client's credentials or the database need a hand.
+            // A person has to consent, or the operator has to correct the client's credentials or the database.
             Self::NoToken(TokenError::LoginRequired { .. }, _)
             | Self::NoToken(TokenError::Unavailable { remedy: Remedy::Operator, .. }, _)
             | Self::NoToken(TokenError::Unavailable { code: STORE_UNAVAILABLE, .. }, _) => Fault::Operator,
@@ -23,7 +23,7 @@ impl ProxyError {
             Self::NoToken(TokenError::Unavailable { .. }, _) => Fault::Amazon,
             Self::Send(error) => match error.kind {
                 ErrorKind::Body(_) => Fault::Caller,
-                // Amazon's certificates are sound; a handshake fails where a proxy of the network breaks TLS up.
+                // Amazon's certificates are valid; a handshake fails where a proxy in the network intercepts TLS.
                 ErrorKind::Tls(_) => Fault::Operator,
                 _ => Fault::Amazon,
             },
@@ -38,14 +38,14 @@ impl From<Refusal> for ProxyError {
 }
 
 impl From<RouteError> for ProxyError {
-    fn from(unselected: RouteError) -> Self {
-        Self::Unroutable(unselected)
+    fn from(error: RouteError) -> Self {
+        Self::Unroutable(error)
     }
 }
 
 impl From<RouteError> for Problem {
-    fn from(unselected: RouteError) -> Self {
-        match unselected {
+    fn from(error: RouteError) -> Self {
+        match error {
             RouteError::Unknown => Self::new(
                 Code::UnknownAccount,
                 "No account of this name is configured.",
@@ -67,20 +67,20 @@ impl From<Denied> for Problem {
     fn from(denied: Denied) -> Self {
         let (detail, next_step) = match denied {
             Denied::Ambiguous => (
-                "A policy holds for this call, and its path or method can be read in two ways.",
+                "A policy applies to this request, and its path or method is ambiguous.",
                 "Send the path without dot segments, empty segments, `;` and encoded separators, and the method in the \
                  request line.",
             ),
             Denied::Changes => (
-                "The policy is read-only, and this call may change something at Amazon.",
+                "The policy is read-only, and this request may change something at Amazon.",
                 "Use an account that may write, or ask the operator about read_only.",
             ),
             Denied::NotAllowed => (
-                "The policy's allow-list does not hold this method and path.",
+                "The policy's allow list does not contain this method and path.",
                 "Ask the operator to add it to policy.allow or to the account's allow.",
             ),
         };
-        // The body was not read: a large one is not waited for.
+        // The response does not wait for the request's body, which was not read.
         Self::new(Code::PolicyDenied, detail, next_step)
     }
 }
@@ -95,32 +95,34 @@ impl From<ErrorKind> for Problem {
             ErrorKind::Tls(_) => Self::new(
                 Code::UpstreamTls,
                 "The TLS handshake with Amazon's host failed.",
-                "If a proxy of your network breaks up TLS, add its CA as upstream.ca_file.",
+                "If a proxy in your network intercepts TLS, set its CA as upstream.ca_file.",
             ),
             ErrorKind::Reset(_) | ErrorKind::Switched => Self::new(
                 Code::UpstreamReset,
-                "The connection to Amazon broke before an answer came.",
-                "The call may have been processed: look before you repeat one that changes something.",
+                "The connection to Amazon broke before a response arrived.",
+                "The request may have been processed: check before you repeat one that changes something.",
             ),
             ErrorKind::ConnectTimeout(_) => {
                 Self::new(Code::UpstreamTimeout, "Amazon's host did not accept a connection in time.", network)
             }
             ErrorKind::ResponseTimeout(_) => Self::new(
                 Code::UpstreamTimeout,
-                "Amazon did not answer in time (upstream.response_timeout).",
-                "The call may have been processed: look before you repeat one that changes something.",
+                "Amazon did not respond within upstream.response_timeout.",
+                "The request may have been processed: check before you repeat one that changes something.",
             ),
             ErrorKind::Body(BodyError::TooLarge) => too_large(),
             ErrorKind::Body(BodyError::Stalled) => Self::new(
                 Code::RequestTimeout,
-                "Nothing came of the request's body for as long as proxy.body_timeout.",
-                "Send it without a pause.",
+                "No data of the request's body arrived for proxy.body_timeout.",
+                "Send the body without pauses, or raise proxy.body_timeout.",
             )
             .close(),
-            ErrorKind::Body(BodyError::Broken) => {
-                Self::new(Code::BadRequest, "The request's body broke off or was badly framed.", "Send it whole.")
-                    .close()
-            }
+            ErrorKind::Body(BodyError::Broken) => Self::new(
+                Code::BadRequest,
+                "The request's body is incomplete or incorrectly framed.",
+                "Send the whole body.",
+            )
+            .close(),
         }
     }
 }
@@ -133,8 +135,8 @@ pub(super) fn too_large() -> Problem {
 pub(super) fn panicked() -> Problem {
     Problem::new(
         Code::Internal,
-        "adsidecar failed in itself; the call may have been processed.",
-        "Please report it with the log's lines of this time.",
+        "adsidecar failed because of a defect; the request may have been processed.",
+        "Report it, with the log lines of that time.",
     )
     .close()
 }

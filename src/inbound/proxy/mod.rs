@@ -1,7 +1,7 @@
 //! The spine: what happens to a request, from its head to the response.
 //!
-//! [`Proxy::serve`] always responds. `Proxy::answer` decides who serves the request, and `Proxy::forward` lists the steps
-//! of a request to Amazon, each one call that may fail.
+//! [`Proxy::serve`] always responds. `Proxy::dispatch` decides who serves the request, and `Proxy::forward` lists the
+//! steps of a request to Amazon, each one call that may fail.
 
 mod auth_rejection;
 mod body;
@@ -94,12 +94,12 @@ pub struct Proxy {
     request_ids: Arc<RequestIds>,
 }
 
-/// Why adsidecar answers a request itself instead of passing on Amazon's response.
+/// Why adsidecar responds with an error of its own instead of Amazon's response.
 #[derive(Debug)]
 pub enum ProxyError {
     /// The request failed a check of [`Admission`].
     Refused(Refusal),
-    /// The request names no account, or not a legal one.
+    /// The request selects an unknown account, or a header that selects is invalid.
     Unroutable(RouteError),
     /// The policy forbids it.
     Denied(Denied),
@@ -145,8 +145,8 @@ impl Proxy {
         }
     }
 
-    /// Responds exactly once, and counts the request exactly once, whatever happens.
-    // Not `async`: the future of every waiting request would hold the request beside its parts.
+    /// Serves a request on the proxy listener. Always returns a response, and counts the request exactly once.
+    // Not an `async fn`: its future would hold the whole request in addition to its parts, for as long as it waits.
     pub fn serve(
         self: Arc<Self>,
         request: Request<Incoming>,
@@ -161,9 +161,9 @@ impl Proxy {
             let response = match answered.unwrap_or(Err(ProxyError::Panicked)) {
                 Ok(response) => response,
                 Err(error) => {
-                    telemetry.fails(&error);
+                    telemetry.set_error(&error);
                     let problem = self.problem(error, &parts);
-                    telemetry.answered_by_us(problem.code());
+                    telemetry.set_own_error(problem.code());
                     problem.respond(telemetry.request_id()).map(Body::own)
                 }
             };
@@ -172,7 +172,7 @@ impl Proxy {
     }
 
     /// Decides who serves the request: adsidecar's own endpoints, or Amazon.
-    async fn answer<'a>(
+    async fn dispatch<'a>(
         &'a self,
         parts: &Parts,
         incoming: Incoming,
@@ -182,13 +182,13 @@ impl Proxy {
         match self.admission.proxy(parts, peer) {
             Ok(Admitted::Upstream(target)) => self.forward(parts, incoming, &target, telemetry).await,
             Ok(Admitted::Own { endpoint, cors }) => {
-                telemetry.is_ours();
+                telemetry.set_own_endpoint();
                 let id = telemetry.request_id();
                 // Boxed: rare requests must not make the future of every request large.
                 Ok(Box::pin(self.oauth.answer(endpoint, cors, parts, incoming, id)).await.map(Body::own))
             }
             Err(rejected) if rejected.endpoint.is_some() => {
-                telemetry.is_ours();
+                telemetry.set_own_endpoint();
                 let mut response = self.problem(rejected.refusal.into(), parts).respond(telemetry.request_id());
                 add_private_headers(response.headers_mut());
                 Ok(response.map(Body::own))
@@ -206,7 +206,7 @@ impl Proxy {
         telemetry: &mut RequestTelemetry<'a>,
     ) -> Result<Response<Body>, ProxyError> {
         let call = self.accounts.select(target, &parts.headers)?;
-        telemetry.is_for(&call);
+        telemetry.set_route(&call);
         self.enforce_policy(&call, parts, target, telemetry)?;
         if call.family.is_unknown() {
             self.metrics.unknown_family.inc();
@@ -216,6 +216,7 @@ impl Proxy {
         let bearer = self.access_token(&call.user).await?;
         let request = UpstreamRequest { call: &call, parts, target, bearer: &bearer };
         let (response, sent) = self.send(request, body, telemetry).await?;
+        // The `Date` of the response shows the skew of this machine's clock.
         self.tokens.observe_amazons_clock(response.headers());
         let response = match response.status() {
             StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => {
@@ -239,7 +240,7 @@ impl Proxy {
         match self.policy_mode {
             Mode::Enforce => Err(ProxyError::Denied(denied)),
             Mode::Observe => {
-                telemetry.would_be_denied();
+                telemetry.set_would_be_denied();
                 Ok(())
             }
         }
@@ -288,7 +289,7 @@ impl Proxy {
             }
             attempts += 1;
         }
-        telemetry.amazon_took(region, begun.elapsed());
+        telemetry.record_upstream_time(region, begun.elapsed());
         let response = sent.map_err(ProxyError::Send)?;
         if let Some(buffer) = &buffer {
             buffer.responded();
@@ -343,7 +344,7 @@ impl Proxy {
         let verdict = rejection.verdict();
         self.metrics.upstream_unauthorized.with_label_values(&[verdict.cause()]).inc();
         if let Verdict::Scope(hint) = verdict {
-            telemetry.hint(hint);
+            telemetry.set_hint(hint);
             return Ok(rejection.pass_on());
         }
         let new_token = self.tokens.invalidate(user, request.bearer).await;
@@ -380,13 +381,13 @@ fn is_amc(target: &Target) -> bool {
     target.path().split('/').find(|segment| !segment.is_empty()) == Some("amc")
 }
 
-/// Amazon's response as the caller gets it: without hop-by-hop headers, and with a hint if adsidecar knows better.
+/// Amazon's response as the caller gets it: without hop-by-hop headers, and with `X-Adsidecar-Hint` if there is one.
 fn to_caller(
     mut response: Response<Body>,
     call: &RoutedRequest<'_>,
     telemetry: &mut RequestTelemetry<'_>,
 ) -> Response<Body> {
-    telemetry.answered_by_amazon(response.status());
+    telemetry.set_response_from_amazon(response.status());
     *response.version_mut() = http::Version::HTTP_11;
     headers::to_caller(response.headers_mut());
     if let Some(hint) = telemetry.take_hint().or_else(|| call.hint()) {

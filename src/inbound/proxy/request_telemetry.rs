@@ -1,4 +1,5 @@
-//! The record of one call. It ends once, by its answer or by the caller hanging up.
+//! Metrics, log line and audit line of one request. They are written exactly once: when the response begins, or when
+//! the caller disconnects before that.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -15,16 +16,17 @@ use crate::inbound::request_id::REQUEST_ID;
 use crate::telemetry::audit::{AuditEvent, AuditOutcome, Fault};
 use crate::telemetry::metrics::Metrics;
 
-/// Counted for a caller that hung up before its answer, as nginx does.
+/// The status counted for a caller that disconnected before the response began, as nginx does.
 const CLIENT_CLOSED: u16 = 499;
 
-/// How Amazon names a call, depending on the service that answers: its support asks for it.
+/// Amazon's request id, which its support asks for; the name depends on the service that responds.
 const AMAZON_ID: [HeaderName; 3] = [
     HeaderName::from_static("x-amzn-requestid"),
     HeaderName::from_static("x-amz-request-id"),
     HeaderName::from_static("x-amz-rid"),
 ];
 
+/// Collects what is recorded of one request. Dropping it records a caller that disconnected.
 #[derive(Debug)]
 pub(super) struct RequestTelemetry<'a> {
     metrics: &'a Metrics,
@@ -36,17 +38,17 @@ pub(super) struct RequestTelemetry<'a> {
     hint: Option<&'static str>,
     request_id: HeaderValue,
     amazon_id: Option<HeaderValue>,
-    /// Why there is no answer of Amazon's, for the log.
+    /// Why there is no response from Amazon, for the log.
     error: Option<String>,
-    /// Whose fault it is; `None` where nothing failed.
+    /// Whose fault a failure is; `None` if nothing failed.
     fault: Option<Fault>,
     in_flight: Option<InFlight>,
-    /// `None` where nobody wants an audit log.
+    /// `None` if `log.audit` is off.
     audit: Option<Box<AuditEvent>>,
     ended: bool,
 }
 
-/// A call whose answer has not passed whole.
+/// Counts a request as in flight until its response is complete.
 #[derive(Debug)]
 pub(super) struct InFlight(Arc<Metrics>);
 
@@ -63,7 +65,7 @@ impl<'a> RequestTelemetry<'a> {
             request_id,
             amazon_id: None,
             error: None,
-            // Until it ends in another way: a caller that hangs up.
+            // The default, for a caller that disconnects.
             fault: Some(Fault::Caller),
             in_flight: Some(InFlight(metrics.clone())),
             audit: AuditEvent::begin(),
@@ -76,12 +78,12 @@ impl<'a> RequestTelemetry<'a> {
         self.request_id.to_str().unwrap_or_default()
     }
 
-    /// It is for an endpoint of ours, and no call.
-    pub(super) fn is_ours(&mut self) {
+    /// Records that adsidecar's own endpoint serves the request: it gets no audit line.
+    pub(super) fn set_own_endpoint(&mut self) {
         self.audit = None;
     }
 
-    pub(super) fn is_for(&mut self, call: &RoutedRequest<'a>) {
+    pub(super) fn set_route(&mut self, call: &RoutedRequest<'a>) {
         self.account = call.account_name();
         self.region = call.region.as_str();
         if let Some(audit) = &mut self.audit {
@@ -91,22 +93,23 @@ impl<'a> RequestTelemetry<'a> {
         }
     }
 
-    /// The policy would refuse it, and only observes.
-    pub(super) fn would_be_denied(&mut self) {
+    /// Records that the policy would deny the request, but only observes.
+    pub(super) fn set_would_be_denied(&mut self) {
         if let Some(audit) = &mut self.audit {
             audit.would_be_denied = true;
         }
     }
 
-    pub(super) fn amazon_took(&mut self, region: Region, time: Duration) {
+    /// Records the time from sending a request to Amazon to the head of the response, retry included.
+    pub(super) fn record_upstream_time(&mut self, region: Region, time: Duration) {
         if let Some(audit) = &mut self.audit {
             audit.upstream_time = Some(audit.upstream_time.unwrap_or_default() + time);
         }
         self.metrics.upstream_duration.with_label_values(&[region.as_str()]).observe(time.as_secs_f64());
     }
 
-    /// Notes what there is to tell about an answer of Amazon's, also of one that the caller never sees.
-    pub(super) fn amazon_said(&mut self, region: Region, status: StatusCode, headers: &HeaderMap) {
+    /// Records a response from Amazon, including one that the caller never sees.
+    pub(super) fn record_upstream_response(&mut self, region: Region, status: StatusCode, headers: &HeaderMap) {
         if status == StatusCode::TOO_MANY_REQUESTS {
             self.metrics.throttled.with_label_values(&[region.as_str(), "amazon"]).inc();
         }
@@ -115,7 +118,8 @@ impl<'a> RequestTelemetry<'a> {
         }
     }
 
-    pub(super) fn fails(&mut self, error: &ProxyError) {
+    /// Records why adsidecar responds with an error of its own.
+    pub(super) fn set_error(&mut self, error: &ProxyError) {
         self.fault = Some(error.fault());
         self.error = match error {
             ProxyError::Send(error) => Some(error.kind.to_string()),
@@ -125,7 +129,7 @@ impl<'a> RequestTelemetry<'a> {
         };
     }
 
-    pub(super) fn hint(&mut self, hint: &'static str) {
+    pub(super) fn set_hint(&mut self, hint: &'static str) {
         self.hint = Some(hint);
     }
 
@@ -133,24 +137,27 @@ impl<'a> RequestTelemetry<'a> {
         self.hint.take()
     }
 
-    pub(super) fn answered_by_amazon(&mut self, status: StatusCode) {
+    /// Records that the caller gets Amazon's response.
+    pub(super) fn set_response_from_amazon(&mut self, status: StatusCode) {
         self.source = "amazon";
         self.fault = Fault::of_amazons_response(status);
     }
 
-    pub(super) fn answered_by_us(&mut self, code: Code) {
+    /// Records that the caller gets adsidecar's own error `code`.
+    pub(super) fn set_own_error(&mut self, code: Code) {
         if let Some(audit) = &mut self.audit {
             audit.code = code.as_str();
         }
     }
 
-    /// Ends with `answer`, which tells the request's id, and whose body counts as in flight until it has passed.
-    pub(super) fn end(mut self, mut answer: Response<Body>) -> Response<Body> {
-        self.record(answer.status().as_u16());
+    /// Records the request and returns `response` with the request id. The request counts as in flight until the body
+    /// is complete.
+    pub(super) fn end(mut self, mut response: Response<Body>) -> Response<Body> {
+        self.record(response.status().as_u16());
         let request_id = std::mem::replace(&mut self.request_id, HeaderValue::from_static(""));
-        answer.headers_mut().insert(REQUEST_ID, request_id);
+        response.headers_mut().insert(REQUEST_ID, request_id);
         let in_flight = self.in_flight.take();
-        answer.map(|body| body.until_passed(in_flight))
+        response.map(|body| body.counted(in_flight))
     }
 
     fn record(&mut self, status: u16) {
@@ -171,9 +178,10 @@ impl<'a> RequestTelemetry<'a> {
                 took,
             });
         }
-        // One line per failure that an operator can do something about; what a caller did wrong it was told itself.
+        // One line for each failure that an operator can do something about. The caller's own mistakes are in its
+        // response.
         if is_failure(status) {
-            self.tell(status, took);
+            self.warn(status, took);
         } else {
             tracing::debug!(
                 request_id = self.request_id(),
@@ -183,13 +191,13 @@ impl<'a> RequestTelemetry<'a> {
                 status,
                 source = self.source,
                 ?took,
-                "call"
+                "request"
             );
         }
     }
 
     #[cold]
-    fn tell(&self, status: u16, took: Duration) {
+    fn warn(&self, status: u16, took: Duration) {
         tracing::warn!(
             request_id = self.request_id(),
             amazon_request_id = self.amazon_id(),
@@ -200,7 +208,7 @@ impl<'a> RequestTelemetry<'a> {
             source = self.source,
             error = self.error,
             ?took,
-            "call failed"
+            "request failed"
         );
     }
 
@@ -227,7 +235,7 @@ fn is_failure(status: u16) -> bool {
     status == 429 || status >= 500
 }
 
-/// A closed set: whatever a caller invents is `other`.
+/// The metric's label. Unknown methods are `other`, so that callers cannot create series.
 fn label(method: &Method) -> &'static str {
     match *method {
         Method::GET => "GET",

@@ -67,7 +67,8 @@ impl Retry {
         }
     }
 
-    /// Decides after Amazon rejected the access token. `new_token` is one that it has not seen with this request.
+    /// Decides after Amazon rejected the access token. `new_token` is a different one; `sent` as in
+    /// [`after_error`](Self::after_error).
     pub(super) fn after_rejection(
         new_token: Option<HeaderValue>,
         sent: &Option<Arc<ReplayBuffer>>,
@@ -76,7 +77,7 @@ impl Retry {
     }
 }
 
-/// The body once more: if there was none, or if the replay buffer holds all of it.
+/// The body for a second attempt, if it was empty or the replay buffer holds all that was sent of it.
 fn body_again(sent: &Option<Arc<ReplayBuffer>>) -> Option<RequestBody> {
     match sent {
         None => Some(RequestBody::empty()),

@@ -1,4 +1,4 @@
-//! For which account, user and region a call is.
+//! Routes a request: which account, user, region and API family it gets.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -15,7 +15,7 @@ const X_ADS_ACCOUNT: HeaderName = HeaderName::from_static("x-ads-account");
 const X_ADS_USER: HeaderName = HeaderName::from_static("x-ads-user");
 const X_ADS_REGION: HeaderName = HeaderName::from_static("x-ads-region");
 
-/// The accounts, and who is meant where nobody is named.
+/// The configured accounts, and the defaults for requests that select none.
 #[derive(Debug)]
 pub(super) struct Accounts {
     by_name: HashMap<String, Arc<Account>>,
@@ -23,35 +23,35 @@ pub(super) struct Accounts {
     fallback: Option<Arc<Account>>,
     region: Region,
     selection: Selection,
-    /// `[policy]`, for whom no account speaks.
+    /// `[policy]`: the rules for requests without an account.
     rules: Rules,
-    /// What a call keeps to that names a user and no account, where an account of that user has rules of its own: those of
-    /// all of them. Otherwise to name the user would be the way round them.
+    /// The rules for a request that names a user and no account: those of all accounts of that user together. Otherwise
+    /// a caller could avoid an account's rules by naming its user.
     rules_by_user: HashMap<UserId, Rules>,
 }
 
-/// A call whose account is known.
+/// A request with its route.
 #[derive(Debug)]
 pub(super) struct RoutedRequest<'a> {
     account: Option<&'a Account>,
-    /// Whose grant pays.
+    /// The user whose grant authorizes the request.
     pub(super) user: UserId,
-    /// Where it goes.
+    /// The region whose Ads API host gets the request.
     pub(super) region: Region,
-    /// Whether that is where the account's data lives.
+    /// Whether `region` is the account's own.
     at_home: bool,
-    /// Of the path that leaves.
+    /// The API family of the path that is sent.
     pub(super) family: &'static Family,
-    /// What it has to keep to.
+    /// The policy that the request must satisfy.
     pub(super) rules: &'a Rules,
 }
 
 /// Why no account could be selected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RouteError {
-    /// There is none of this name.
+    /// No account of this name is configured.
     Unknown,
-    /// A selecting header cannot be read; says which.
+    /// An `X-Ads-*` header is invalid; holds the reason.
     Bad(&'static str),
     /// A header looks like a selecting one but is none; holds the name that was probably meant.
     UnknownHeader(&'static str),
@@ -74,8 +74,8 @@ impl Accounts {
         Self { by_name, fallback, region, selection, rules, rules_by_user }
     }
 
-    /// First that applies: the path's prefix, `X-Ads-Account`, `X-Ads-User`, the account named `default`, the only
-    /// account, the user `default`.
+    /// Routes a request. The first that applies selects the account or user: the path's prefix, `X-Ads-Account`,
+    /// `X-Ads-User`, the account named `default`, the only account, the user `default`.
     pub(super) fn select(&self, target: &Target, headers: &HeaderMap) -> Result<RoutedRequest<'_>, RouteError> {
         let host_region = if let Destination::Ads(region) = target.of { Some(region) } else { None };
         if self.selection == Selection::Fixed {
@@ -124,12 +124,12 @@ impl Accounts {
 }
 
 impl<'a> RoutedRequest<'a> {
-    /// The account's name; empty where a user was selected.
+    /// The account's name; empty if there is none.
     pub(super) fn account_name(&self) -> &'a str {
         self.account.map_or("", |account| &account.name)
     }
 
-    /// The ids to attach: none of them means anything in another region.
+    /// The account's ids; `None` in any other region than the account's own, where they are invalid.
     pub(super) fn ids(&self) -> Option<&'a Ids> {
         self.account.filter(|_| self.at_home).map(|account| &account.ids)
     }
@@ -138,7 +138,7 @@ impl<'a> RoutedRequest<'a> {
         self.account.map_or(&[], |account| &account.headers)
     }
 
-    /// What the caller should know about the selection.
+    /// The value of `X-Adsidecar-Hint`, if the selected region is not the account's own.
     pub(super) fn hint(&self) -> Option<&'static str> {
         (self.account.is_some() && !self.at_home).then_some("region_mismatch")
     }
@@ -164,7 +164,7 @@ fn single<'h>(headers: &'h HeaderMap, name: &HeaderName) -> Result<Option<&'h st
         (Some(value), None) => {
             value.to_str().map(|text| Some(text.trim())).map_err(|_| RouteError::Bad("An X-Ads-* header is not ASCII."))
         }
-        (Some(_), Some(_)) => Err(RouteError::Bad("An X-Ads-* header stands twice.")),
+        (Some(_), Some(_)) => Err(RouteError::Bad("An X-Ads-* header occurs twice.")),
     }
 }
 

@@ -305,11 +305,12 @@ mod tests {
 
     #[test]
     fn a_json_line_is_one_flat_object() {
-        let text = written(Format::Json, Level::Info, |_| tracing::info!(door = "proxy", "listening\non two lines"));
+        let text =
+            written(Format::Json, Level::Info, |_| tracing::info!(listener = "proxy", "listening\non two lines"));
         let line: serde_json::Value = serde_json::from_str(&text).unwrap();
         assert_eq!(text.lines().count(), 1, "{text}");
         assert_eq!(line["level"], "INFO");
-        assert_eq!(line["door"], "proxy");
+        assert_eq!(line["listener"], "proxy");
         assert_eq!(line["message"], "listening\non two lines");
         assert!(line["timestamp"].as_str().unwrap().ends_with('Z'), "{text}");
     }

@@ -160,7 +160,7 @@ impl Metrics {
                 DURATIONS,
             )?,
             in_flight: r.gauge("requests_in_flight", "Requests whose response is not complete")?,
-            connections: r.gauges("connections", "Open connections", &["door"])?,
+            connections: r.gauges("connections", "Open connections, by listener: proxy, login or admin", &["door"])?,
             replays: r.counter("replays_total", "Requests repeated with a new access token")?,
             upstream_unauthorized: r.counters(
                 "upstream_unauthorized_total",

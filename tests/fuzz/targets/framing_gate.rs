@@ -1,4 +1,4 @@
-//! The bytes of a connection, through hyper as the doors set it up and the guard behind it: what is admitted is framed in
+//! The bytes of a connection, through hyper as the listeners configure it, and admission: what is admitted is framed in
 //! one way only, names one `Host` of ours, and nothing that follows refused framing is ever looked at.
 
 #![no_main]
