@@ -45,8 +45,8 @@ pub fn replace(headers: &mut HeaderMap, id: &HeaderValue) {
     }
 }
 
-/// `prefix-count` in hexadecimal digits of a fixed length. Every call has one, so no formatter is started for it.
-fn named(prefix: u32, count: u64) -> [u8; 21] {
+/// `prefix-count` in hexadecimal digits of a fixed length. Written by hand: `format!` for every request costs more.
+fn format_id(prefix: u32, count: u64) -> [u8; 21] {
     let digit = |number: u64, place: usize| b"0123456789abcdef"[(number >> (4 * place)) as usize & 15];
     std::array::from_fn(|at| match at {
         0..8 => digit(prefix.into(), 7 - at),

@@ -190,13 +190,13 @@ async fn during_the_drain_each_response_closes_its_connection() {
 async fn head_works_wherever_get_does_and_has_no_body() {
     let harness = Harness::start().await;
     for path in ["/livez", "/readyz", "/startupz", "/metrics", "/", "/log"] {
-        let head = at_door(&harness, Method::HEAD, path, &[]).await;
+        let head = at_admin(&harness, Method::HEAD, path, &[]).await;
         assert_eq!(head.status(), 200, "{path}");
         assert!(head.bytes().await.unwrap().is_empty(), "{path}");
     }
-    let elsewhere = at_door(&harness, Method::HEAD, "/readyz", &[("host", "10.0.0.7:9464")]).await;
+    let elsewhere = at_admin(&harness, Method::HEAD, "/readyz", &[("host", "10.0.0.7:9464")]).await;
     assert_eq!(elsewhere.status(), 200, "an uptime monitor uses the pod's address");
-    assert_eq!(at_door(&harness, Method::HEAD, "/reload", &[]).await.status(), 405);
+    assert_eq!(at_admin(&harness, Method::HEAD, "/reload", &[]).await.status(), 405);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -24,7 +24,7 @@ use crate::domain::clock::Clock;
 use crate::domain::grant::{Access, Grant, Tokens};
 use crate::domain::secret::Secret;
 use crate::store::{PendingGrant, StoreError};
-use pending_logins::{Begun, Finished, hash};
+use pending_logins::{Finished, PendingLogin, hash};
 pub use pending_logins::{PendingLogins, TEN_MINUTES};
 
 /// Login settings, apart from those of the LWA client.
@@ -235,14 +235,14 @@ impl Login {
     ) -> (Result<LoginOutcome, LoginFailure>, Option<String>) {
         let (state, now) = (callback.state.expose().to_owned(), self.0.clock.now());
         // The cookie is checked before anything is consumed: a virus scanner or a proxy may fetch the URL first.
-        if !self.0.desk.is_finished(&state, now) {
-            match self.0.desk.look_at_begun(&state, now).await {
+        if !self.0.pending.is_finished(&state, now) {
+            match self.0.pending.login_of(&state, now).await {
                 Ok(Some(begun)) if begun.cookie.is_none() || begun.cookie == cookie => {}
                 Ok(_) => return (Err(LoginFailure::State), None),
                 Err(error) => return (self.store_failed(&error), None),
             }
         }
-        let outcome = self.0.desk.outcome_of(&state, now);
+        let outcome = self.0.pending.outcome_of(&state, now);
         let mut first = false;
         let finished = outcome
             .get_or_init(async || {
@@ -261,7 +261,7 @@ impl Login {
 
     async fn finish_first(&self, callback: Callback, cookie: Option<String>) -> Finished {
         let failed = |outcome| Finished { outcome, return_to: None, cookie: cookie.clone() };
-        let begun = match self.0.desk.take_begun(callback.state.expose(), self.0.clock.now()).await {
+        let begun = match self.0.pending.take_login(callback.state.expose(), self.0.clock.now()).await {
             Ok(Some(begun)) => begun,
             Ok(None) => return failed(Err(LoginFailure::State)),
             Err(error) => return failed(self.store_failed(&error)),

@@ -38,10 +38,10 @@ const PAUSE: Duration = Duration::from_secs(1);
 /// Pending logins and pending grants. Survives a configuration reload.
 #[derive(Debug)]
 pub struct PendingLogins {
-    begun: Mutex<ExpiringMap<Begun>>,
-    pace: Mutex<RateLimiter>,
+    logins: Mutex<ExpiringMap<PendingLogin>>,
+    rate_limiter: Mutex<RateLimiter>,
     /// Grants that wait for confirmation, by the hash of their one-time id.
-    waiting: Mutex<ExpiringMap<PendingGrant>>,
+    grants: Mutex<ExpiringMap<PendingGrant>>,
     /// The outcomes of finished logins, by the hash of their state.
     finished: Mutex<ExpiringMap<Arc<OnceCell<Finished>>>>,
     store: TokenStore,
@@ -83,9 +83,9 @@ impl PendingLogins {
             }
         };
         Self {
-            begun: Mutex::new(begun),
-            pace: Mutex::default(),
-            waiting: Mutex::default(),
+            logins: Mutex::new(logins),
+            rate_limiter: Mutex::default(),
+            grants: Mutex::default(),
             finished: Mutex::default(),
             store,
             changed: Notify::new(),
@@ -106,12 +106,12 @@ impl PendingLogins {
         Ok(())
     }
 
-    /// Returns a pending login without removing it.
-    pub(super) async fn look_at_begun(&self, state: &str, now: Timestamp) -> Result<Option<Begun>, StoreError> {
+    /// Returns the pending login with `state` without removing it.
+    pub(super) async fn login_of(&self, state: &str, now: Timestamp) -> Result<Option<PendingLogin>, StoreError> {
         let state = hash(state);
         match self.store.shared() {
             Some(shared) => Ok(read_login(shared.pending_login(&state).await?, &state, now)),
-            None => Ok(lock(&self.begun).get(&state, now).cloned()),
+            None => Ok(lock(&self.logins).get(&state, now).cloned()),
         }
     }
 
@@ -307,7 +307,7 @@ impl<T> ExpiringMap<T> {
     }
 
     fn get(&self, hash: &str, now: Timestamp) -> Option<&T> {
-        self.by_hash.get(hash).filter(|(_, since, _)| lives(*since, now)).map(|(.., thing)| thing)
+        self.by_hash.get(hash).filter(|(_, since, _)| is_valid(*since, now)).map(|(.., thing)| thing)
     }
 
     /// Removes and returns an entry. An expired one yields `None` and stays until the next sweep.
@@ -325,13 +325,13 @@ impl<T> ExpiringMap<T> {
 
 /// A login as PostgreSQL holds it. The state's hash is encrypted with the login, so that nobody with database access can
 /// swap two logins.
-fn read_login(text: Option<Secret>, state: &str, now: Timestamp) -> Option<Begun> {
-    let login = text.and_then(|text| serde_json::from_str::<(String, Timestamp, Begun)>(text.expose()).ok());
-    login.filter(|(name, since, _)| name == state && lives(*since, now)).map(|(.., begun)| begun)
+fn read_login(text: Option<Secret>, state: &str, now: Timestamp) -> Option<PendingLogin> {
+    let login = text.and_then(|text| serde_json::from_str::<(String, Timestamp, PendingLogin)>(text.expose()).ok());
+    login.filter(|(name, since, _)| name == state && is_valid(*since, now)).map(|(.., begun)| begun)
 }
 
 /// Whether an entry created at `since` has not expired. If the clock is set back, it lives at most ten minutes longer.
-fn lives(since: Timestamp, now: Timestamp) -> bool {
+fn is_valid(since: Timestamp, now: Timestamp) -> bool {
     Duration::try_from(now.duration_since(since)).unwrap_or_default() < TEN_MINUTES
 }
 

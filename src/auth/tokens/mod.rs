@@ -212,7 +212,7 @@ impl TokenManager {
                 }
                 GrantState::Failing { failure, attempts, retry_at, .. } if now.uptime < *retry_at => {
                     let pause = Duration::try_from(*retry_at - now.uptime).unwrap_or_default();
-                    if *attempts > PATIENT_ATTEMPTS || pause > PATIENCE || begun.elapsed() > WAIT_DEAD {
+                    if *attempts > WAIT_ATTEMPTS || pause > WAIT_FOR_RETRY || begun.elapsed() > WAIT_WITHOUT_TOKEN {
                         let Failure { code, remedy, detail } = failure.clone();
                         return Err(TokenError::Unavailable { code, remedy, detail, retry_after: pause });
                     }
@@ -301,7 +301,7 @@ impl TokenManager {
                 detail: None,
                 retry_after: Duration::from_secs(1),
             }),
-            GrantState::Fresh(_) => Ok(self.tell(&entry)),
+            GrantState::Fresh(_) => Ok(self.status_of(&entry)),
         }
     }
 

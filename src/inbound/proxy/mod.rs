@@ -157,7 +157,7 @@ impl Proxy {
             let id = self.request_ids.of(&parts.headers);
             request_id::replace(&mut parts.headers, &id);
             let mut telemetry = RequestTelemetry::begin(&self.metrics, &parts.method, id);
-            let answered = AssertUnwindSafe(self.answer(&parts, incoming, peer, &mut telemetry)).catch_unwind().await;
+            let answered = AssertUnwindSafe(self.dispatch(&parts, incoming, peer, &mut telemetry)).catch_unwind().await;
             let response = match answered.unwrap_or(Err(ProxyError::Panicked)) {
                 Ok(response) => response,
                 Err(error) => {
@@ -283,7 +283,7 @@ impl Proxy {
                 // Boxed: rare requests must not make the future of every request large.
                 Ok((retry, body)) => sent = Box::pin(self.attempt(request, body, retry.reuse())).await,
                 Err(error) => {
-                    telemetry.amazon_took(region, begun.elapsed());
+                    telemetry.record_upstream_time(region, begun.elapsed());
                     return Err(ProxyError::Send(error));
                 }
             }
@@ -294,7 +294,7 @@ impl Proxy {
         if let Some(buffer) = &buffer {
             buffer.responded();
         }
-        telemetry.amazon_said(region, response.status(), response.headers());
+        telemetry.record_upstream_response(region, response.status(), response.headers());
         Ok((response, buffer))
     }
 
