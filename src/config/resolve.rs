@@ -230,7 +230,7 @@ fn fernet_keys(read: &mut Reader<'_>, environment: Environment) -> FernetKeys {
         read.wrong(
             "store.fernet_keys",
             format!(
-                "is not a Fernet key: {flaw}; a key has 32 bytes in base64, 44 characters; `adsidecar key new` makes one"
+                "is not a Fernet key: {flaw}; a key is 32 bytes in base64, 44 characters; `adsidecar key new` makes one"
             ),
         );
     }

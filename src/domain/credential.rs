@@ -1,4 +1,4 @@
-//! The shape of a credential as people really have it: with quotes around it, as a whole JSON document, percent-encoded.
+//! The shape of a credential as people have it: with quotes around it, as a whole JSON document, percent-encoded.
 //!
 //! Every source of a credential (environment, file, flag, import) is read by [`read`], so that nothing of a wrong shape
 //! is sent to Login with Amazon, whose answer would blame the user. What can be repaired without doubt is repaired and

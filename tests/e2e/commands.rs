@@ -586,6 +586,33 @@ async fn health_and_wait_need_no_credentials() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn the_log_of_a_failed_refresh_names_the_cause_with_host_and_address() {
+    let harness = stopped().await;
+    let nobody = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let set = format!("amazon.token_url=https://localhost:{}/auth/o2/token", nobody.port());
+    let serving = Serving::start(&harness, &["--set", &set]).await;
+    let refreshed = harness.client.post(serving.url("/api/auth/amazon/refresh")).send().await.unwrap();
+    drop(refreshed);
+    let line = serving.says("refresh failed").await;
+    for part in ["WARN", "unreachable", "cause", &format!("localhost:{}", nobody.port()), "127.0.0.1"] {
+        assert!(line.contains(part), "{part}: {line}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_repaired_credential_is_a_warning_of_check_and_in_the_log() {
+    let required = [("AMAZON_CLIENT_ID", CLIENT_ID), ("FERNET_KEY", FERNET_KEY)];
+    let quoted = format!("\"{CLIENT_SECRET}\"");
+    let ran = bare_with(&["check"], &[&required[..], &[("AMAZON_CLIENT_SECRET", &quoted)]].concat()).await;
+    assert_eq!(ran.code, DONE, "{}", ran.err);
+    assert!(ran.err.contains("warning: amazon.client_secret (from AMAZON_CLIENT_SECRET): stands in quotes"));
+    assert!(!ran.err.contains(CLIENT_SECRET) && !ran.out.contains(CLIENT_SECRET));
+    let harness = stopped().await;
+    let serving = Serving::start(&harness, &["--set", "amazon.scope='advertising::campaign_management'"]).await;
+    assert!(serving.says("was repaired").await.contains("amazon.scope"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn help_is_a_command_too() {
     for arguments in [&["help"][..], &["help", "users"], &["help", "users", "import"], &["users", "help", "import"]] {
         let ran = bare(arguments, "").await;
