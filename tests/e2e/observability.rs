@@ -266,7 +266,7 @@ async fn the_status_page_is_served_to_local_browsers_only() {
         assert_eq!((answer.status().as_u16(), code(&answer)), refused, "{headers:?}");
     }
     let posted = harness.client.post(harness.admin_url("/")).send().await.unwrap();
-    assert_eq!((posted.status().as_u16(), header(&posted, "allow")), (405, "GET"));
+    assert_eq!((posted.status().as_u16(), header(&posted, "allow")), (405, "GET, HEAD"));
     // A browser whose user typed the address, and one that reloads.
     for site in ["none", "same-origin"] {
         assert_eq!(page(&harness, &[("sec-fetch-site", site), ("accept", "text/html")]).await.status(), 200, "{site}");
