@@ -30,7 +30,7 @@ enum Source {
     Caller {
         /// What an earlier attempt took.
         replay: VecDeque<Bytes>,
-        rest: Rest,
+        rest: Box<Rest>,
         buffer: Arc<ReplayBuffer>,
         stalled: Option<Pin<Box<Sleep>>>,
     },
@@ -139,7 +139,7 @@ struct Progress {
     /// Whether hyper took the whole body.
     ended: bool,
     /// What hyper left of the body when it dropped it.
-    rest: Option<Rest>,
+    rest: Option<Box<Rest>>,
     /// Whether there is a response, so that `rest` is not needed any more.
     responded: bool,
 }
@@ -165,7 +165,7 @@ impl RequestBody {
         let state = Progress { pieces: Some(Pieces::default()), ..Progress::default() };
         let (budget, state) = (budget.clone(), Mutex::new(state));
         let buffer = Arc::new(ReplayBuffer { limit: replay_limit, budget, state, returned: Notify::new() });
-        let rest = Rest { incoming, limit: max.unwrap_or(u64::MAX), timeout };
+        let rest = Box::new(Rest { incoming, limit: max.unwrap_or(u64::MAX), timeout });
         Self(Source::Caller { replay: VecDeque::new(), rest, buffer, stalled: None })
     }
 
@@ -276,7 +276,8 @@ impl Body for RequestBody {
                 *left -= chunk.as_ref().map_or(0, |chunk| chunk.len() as u64);
                 Poll::Ready(chunk.map(|chunk| Ok(Frame::data(chunk))))
             }
-            Source::Caller { replay, rest: Rest { incoming, limit, timeout }, buffer, stalled } => {
+            Source::Caller { replay, rest, buffer, stalled } => {
+                let Rest { incoming, limit, timeout } = &mut **rest;
                 if let Some(chunk) = replay.pop_front() {
                     return Poll::Ready(Some(Ok(Frame::data(chunk))));
                 }
