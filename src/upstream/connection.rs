@@ -41,8 +41,8 @@ pub(super) enum Connection {
 /// delay every other request.
 pub(super) const MAX_STREAMS: usize = 100;
 
-/// Interval of HTTP/2 pings while requests wait and nothing arrives. They detect a dead connection, which matters because
-/// all requests share it.
+/// Interval of HTTP/2 pings while requests wait and nothing arrives. They detect a dead connection, which matters
+/// because all requests share it.
 pub(super) const PING_EVERY: Duration = Duration::from_secs(5);
 /// Longest wait for the acknowledgement of a ping before the connection is closed.
 pub(super) const PING_TIMEOUT: Duration = Duration::from_secs(10);

@@ -67,8 +67,8 @@ impl ErrorKind {
 }
 
 impl SendError {
-    /// Classifies an error of hyper's. `unsent` is the body if hyper gave it back; `reused` tells whether the connection
-    /// came from the pool.
+    /// Classifies an error of hyper's. `unsent` is the body if hyper gave it back; `reused` tells whether the
+    /// connection came from the pool.
     pub(super) fn from_hyper(error: hyper::Error, unsent: Option<RequestBody>, reused: bool) -> Self {
         if let Some(body) = source::<BodyError>(&error) {
             return Self { kind: ErrorKind::Body(*body), processed: Processed::Unknown };

@@ -265,8 +265,8 @@ impl Proxy {
         self.tokens.bearer(user).await.map_err(|error| ProxyError::NoToken(error, user.clone()))
     }
 
-    /// Sends the request, and again as long as [`Retry`] says so. Returns the response with the replay buffer of the body;
-    /// `None` if the body was empty.
+    /// Sends the request, and again as long as [`Retry`] says so. Returns the response with the replay buffer of the
+    /// body; `None` if the body was empty.
     async fn send(
         &self,
         request: UpstreamRequest<'_>,
