@@ -39,15 +39,18 @@ async fn a_user_is_forgotten_alone_and_beside_a_running_sidecar() {
     for user in ["a", "b", "default"] {
         harness.log_in(user).await;
     }
+    let says = |user: &str| if user == "nobody" { "there was nothing stored for" } else { "deleted the tokens of" };
     for user in ["a", "nobody"] {
         let forgotten = beside(&harness, &["users", "forget", user]).await;
-        assert_eq!((forgotten.code, forgotten.out.as_str()), (DONE, ""), "{}", forgotten.err);
+        assert_eq!(forgotten.code, DONE, "{}", forgotten.err);
+        assert!(forgotten.out.starts_with(&format!("{} {user}", says(user))), "{}", forgotten.out);
     }
     assert_eq!(harness.status_of("a").await["state"], "none");
     harness.stop_sidecar().await;
     for user in ["b", "nobody"] {
         let forgotten = run(&harness, &["users", "forget", user], "").await;
-        assert_eq!((forgotten.code, forgotten.out.as_str()), (DONE, ""), "{}", forgotten.err);
+        assert_eq!(forgotten.code, DONE, "{}", forgotten.err);
+        assert!(forgotten.out.starts_with(&format!("{} {user}", says(user))), "{}", forgotten.out);
     }
     let listed = run(&harness, &["users", "list"], "").await.out;
     assert!(listed.starts_with("default\t") && listed.lines().count() == 1, "{listed}");

@@ -18,7 +18,7 @@ use crate::store::{Opened, StoreError, TokenStore};
 /// What is known about `user`, never a token; from the running sidecar where one holds the store.
 pub(super) fn show(config: &Config, user: &UserId) -> Result<(), Failed> {
     let status = match open_unless_held(config)? {
-        None => of_running(config, user)?,
+        None => of_running(config, user)?.ok_or_else(|| unknown(user))?,
         Some((store, opened)) => {
             block_on(store.close())??;
             stored(config, user, opened)?
@@ -43,36 +43,42 @@ pub(super) fn export(config: &Config, user: &UserId, records: bool) -> Result<()
     print(format!("{}\n", grant.refresh_token.secret().expose()))
 }
 
-/// Wipes the tokens of `user`, through the running sidecar where one holds the store.
+/// Deletes the tokens of `user`, through the running sidecar if one has the store open, and says whether there were any.
 pub(super) fn forget(config: &Config, user: &UserId) -> Result<(), Failed> {
-    match open_unless_held(config)? {
+    let known = match open_unless_held(config)? {
         None => {
+            let known = of_running(config, user)?.is_some();
             let path = format!("/api/auth/amazon/logout?user_id={}", encoded(user));
             let (status, body) =
                 block_on(client::request(&config.proxy_listen, Method::POST, &path, &client::caller_token(config)))??;
-            if status == StatusCode::NO_CONTENT { Ok(()) } else { Err(refused(status, &body)) }
+            if status != StatusCode::NO_CONTENT {
+                return Err(refused(status, &body));
+            }
+            known
         }
-        Some((store, _)) => {
-            // Done for an unknown user too, as a logout is.
-            block_on(async {
-                let erased = store.erase(user).await;
-                store.close().await?;
-                erased.map(drop)
-            })??;
-            Ok(())
-        }
-    }
+        Some((store, _)) => block_on(async {
+            let erased = store.erase(user).await;
+            store.close().await?;
+            erased
+        })??,
+    };
+    print(if known {
+        format!("deleted the tokens of {user}\n")
+    } else {
+        format!("there was nothing stored for {user}; adsidecar users list shows the users\n")
+    })
 }
 
-fn of_running(config: &Config, user: &UserId) -> Result<Value, Failed> {
+/// The status of `user` at the running sidecar; `None` if it has no grant.
+fn of_running(config: &Config, user: &UserId) -> Result<Option<Value>, Failed> {
     let path = format!("/api/auth/amazon/status?user_id={}", encoded(user));
     let (status, body) =
         block_on(client::request(&config.proxy_listen, Method::GET, &path, &client::caller_token(config)))??;
     let told: Value = serde_json::from_slice(&body).map_err(|_| refused(status, &body))?;
     match told["state"].as_str() {
         None => Err(refused(status, &body)),
-        Some("none") => Err(unknown(user)),
-        Some(_) => Ok(told),
+        Some("none") => Ok(None),
+        Some(_) => Ok(Some(told)),
     }
 }
 

@@ -432,7 +432,7 @@ pub fn token_problem(error: TokenError, login_url: &str) -> Problem {
                 }
             };
             let cause = detail.map(|detail| format!(": {detail}")).unwrap_or_default();
-            let detail = format!("The access token could not be renewed ({code}{cause}).");
+            let detail = format!("The access token could not be refreshed ({code}{cause}).");
             Problem::new(Code::TokenUnavailable, detail, next_step).retry_after(retry_after)
         }
     }
