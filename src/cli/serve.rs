@@ -67,7 +67,7 @@ fn reap_children() -> Result<impl Future<Output = ()>, Failed> {
     })
 }
 
-/// Completes at the first signal; another one, at least [`ONE_STOP`] later, ends the process at once.
+/// Completes at the first signal; another one, at least `ONE_STOP` later, ends the process at once.
 pub fn asked_to_stop(log: LogHandle) -> Result<impl Future<Output = ()>, Failed> {
     let mut term = signal(SignalKind::terminate()).map_err(Failed::because)?;
     let mut int = signal(SignalKind::interrupt()).map_err(Failed::because)?;

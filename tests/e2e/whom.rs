@@ -302,3 +302,26 @@ async fn a_host_header_that_names_one_of_amazons_regions_is_served_by_that_regio
     assert_eq!(harness.send_raw(call).await.status, 200);
     assert_eq!(harness.seen().listener, Listener::Eu);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_users_trouble_at_login_with_amazon_stays_one_users_and_that_of_two_is_the_clients() {
+    let harness = Harness::start().await;
+    let users = ["anna", "bob", "carl"];
+    for user in users {
+        harness.log_in(user).await;
+    }
+    let invalid = || Fault::Status { code: 400, headers: Vec::new(), body: r#"{"error":"invalid_request"}"#.into() };
+    let refresh = async |user: &str| harness.post(&format!("{REFRESH}?user_id={user}")).await;
+    harness.sandbox.set_fault(Rule::from(invalid()).at(Listener::Lwa).next(1));
+    assert_eq!(code(&refresh("anna").await), "token_unavailable");
+    assert_eq!(refresh("bob").await.status(), 200, "another user's refresh is tried, and works");
+    // Two users in a row: it is the client, and the third one is spared the call.
+    harness.sandbox.set_fault(Rule::from(invalid()).at(Listener::Lwa).always());
+    harness.advance(61);
+    for user in ["bob", "carl"] {
+        assert_eq!(code(&refresh(user).await), "token_unavailable", "{user}");
+    }
+    harness.sandbox.clear_history();
+    assert_eq!(code(&refresh("anna").await), "token_unavailable");
+    assert_eq!(harness.sandbox.refreshes(), 0, "nobody is asked again so soon");
+}

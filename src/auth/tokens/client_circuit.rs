@@ -1,6 +1,9 @@
 //! A circuit breaker for Login with Amazon refusing our client, which affects all users. While it does, adsidecar
 //! probes with one user's grant from time to time instead of retrying for every user, so that a wrong secret does not
 //! cause a storm of calls.
+//!
+//! `invalid_client` is about the client (RFC 6749, section 5.2). Any other error that an operator must resolve may be
+//! about one grant: it counts as the client's only once two users have met it with no success in between.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -8,6 +11,7 @@ use std::time::Duration;
 use jiff::SignedDuration;
 
 use crate::auth::lwa::LwaError;
+use crate::domain::account::UserId;
 use crate::domain::clock_reading::ClockReading;
 use crate::domain::grant::{Tokens, backoff};
 
@@ -15,6 +19,8 @@ use crate::domain::grant::{Tokens, backoff};
 #[derive(Debug, Default)]
 pub(super) struct ClientCircuit {
     refused: Mutex<Option<Refused>>,
+    /// The last user whose refresh failed with an error that may be about the client; `None` after a success.
+    suspect: Mutex<Option<UserId>>,
     /// Held by the refresh task that probes, while LWA refuses our client.
     probe: tokio::sync::Mutex<()>,
 }
@@ -51,14 +57,19 @@ impl ClientCircuit {
         (!wait.is_zero()).then_some((refused.code, wait))
     }
 
-    /// Updates the state from the result of a token request sent at `sent_at`. `jitter` is random, in `0.0..1.0`.
+    /// Updates the state from the result of a token request for `user` sent at `sent_at`. `jitter` is random, in
+    /// `0.0..1.0`.
     pub(super) fn update(
         &self,
+        user: &UserId,
         response: &Result<Tokens, LwaError>,
         sent_at: ClockReading,
         now: ClockReading,
         jitter: f64,
     ) {
+        if !self.is_about_client(user, response) {
+            return;
+        }
         let mut refused = self.refused();
         match response {
             Err(LwaError::Operator { code }) => {
@@ -75,6 +86,22 @@ impl ClientCircuit {
             }
             // LWA accepted our client. Any other failure concerns one user, whose own backoff handles it.
             Ok(_) | Err(LwaError::Refused { .. } | LwaError::TryLater { .. }) => *refused = None,
+        }
+    }
+
+    /// Whether `response` says something about the client, and not about this user alone.
+    fn is_about_client(&self, user: &UserId, response: &Result<Tokens, LwaError>) -> bool {
+        let mut suspect = self.suspect.lock().unwrap_or_else(PoisonError::into_inner);
+        match response {
+            Err(LwaError::Operator { code, .. }) if *code != "invalid_client" => {
+                let before = suspect.replace(user.clone());
+                before.is_some_and(|before| before != *user) || self.refused().is_some()
+            }
+            Ok(_) => {
+                *suspect = None;
+                true
+            }
+            Err(_) => true,
         }
     }
 

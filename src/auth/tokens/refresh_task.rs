@@ -205,7 +205,7 @@ impl RefreshTask {
         let begun = std::time::Instant::now();
         let response = inner.lwa.load_full().refresh(refresh_token).await;
         inner.metrics.token_refresh_duration.observe(begun.elapsed().as_secs_f64());
-        inner.circuit.update(&response, sent_at, inner.clock.reading(), jitter());
+        inner.circuit.update(&self.entry.user, &response, sent_at, inner.clock.reading(), jitter());
         drop(permit);
         self.count(&response);
         match response {
