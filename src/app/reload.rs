@@ -110,7 +110,7 @@ impl ControlLoop {
         let warnings = config.warnings.clone();
         let services = Services::new(config, lwa.clone(), &self.process).map_err(|error| error.to_string())?;
         // Nothing fails from here on.
-        warnings.iter().for_each(|warning| tracing::warn!(%warning, "a configured value was repaired"));
+        warnings.iter().for_each(|warning| tracing::warn!(%warning, "a value of the configuration needs attention"));
         self.services.store(Arc::new(services));
         for (current, limits) in self.limits.iter().zip(listener_limits(limits)) {
             current.store(Arc::new(limits));

@@ -166,6 +166,11 @@ pub(super) fn scope(text: &str) -> Result<String, &'static str> {
     }
 }
 
+/// Whether the path of a redirect URI is adsidecar's callback.
+pub(super) fn is_callback(redirect_uri: &str) -> bool {
+    Url::parse(redirect_uri).is_ok_and(|url| url.path() == "/api/auth/amazon/callback")
+}
+
 /// A redirect URI for this environment, byte for byte as it is written.
 pub(super) fn redirect_uri(text: &str, production: bool) -> Result<String, &'static str> {
     let url = web_url(text)?;

@@ -113,10 +113,10 @@ pub struct Shutdown {
 }
 
 impl Config {
-    /// Logs each value that was repaired.
+    /// Logs each value that was repaired, and each that is probably not what is meant.
     pub fn log_warnings(&self) {
         for warning in &self.warnings {
-            tracing::warn!(%warning, "a configured value was repaired");
+            tracing::warn!(%warning, "a value of the configuration needs attention");
         }
     }
 }

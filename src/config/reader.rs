@@ -67,6 +67,12 @@ impl<'a> Reader<'a> {
         self.problems.push(ConfigError { key: place.to_owned(), source, message: message.into() });
     }
 
+    /// Records that the value of `key` is legal and probably not what is meant.
+    pub(super) fn doubt(&mut self, key: &str, message: impl Into<String>) {
+        let source = Some(self.source(key));
+        self.warnings.push(ConfigError { key: key.to_owned(), source, message: message.into() });
+    }
+
     /// Records the repairs of the value of `key`, each once.
     fn repaired<'c>(&mut self, key: &str, checked: impl IntoIterator<Item = &'c Checked>) {
         for repair in checked.into_iter().flat_map(|checked| &checked.repairs) {

@@ -118,6 +118,13 @@ fn lwa(read: &mut Reader<'_>, environment: Environment) -> lwa::Settings {
         token_url: read.parsed("amazon.token_url", checks::https_url),
         extra_roots: read.certificates("amazon.ca_file"),
     };
+    if !settings.redirect_uri.is_empty() && !checks::is_callback(&settings.redirect_uri) {
+        read.doubt(
+            "amazon.redirect_uri",
+            "does not have the path /api/auth/amazon/callback: a login ends there only if something in between rewrites \
+             the path",
+        );
+    }
     if settings.authorize_url.is_none() {
         read.record("amazon.authorize_url", quoted(settings.region.authorize_url()));
     }

@@ -443,7 +443,7 @@ fn each_name_of_the_guide_works_and_so_does_its_file() {
     let values = [
         ("AMAZON_CLIENT_ID", "guide-id"),
         ("AMAZON_CLIENT_SECRET", "one,two"),
-        ("AMAZON_OAUTH_REDIRECT_URI", "https://app.example/a%20b?"),
+        ("AMAZON_OAUTH_REDIRECT_URI", "https://app.example/api/auth/amazon/callback?a%20b&"),
         ("AMAZON_SCOPE", "a::b c::d"),
         ("AMAZON_REGION", "eu"),
         ("AMAZON_REFRESH_TOKEN", "Atzr|x,y"),
@@ -456,7 +456,7 @@ fn each_name_of_the_guide_works_and_so_does_its_file() {
     assert_eq!(config.environment, Environment::Development);
     assert_eq!((config.lwa.client_id.as_str(), config.proxy.client_id.as_str()), ("guide-id", "guide-id"));
     assert_eq!(config.lwa.client_secrets, [Secret::new("one"), Secret::new("two")]);
-    assert_eq!(config.lwa.redirect_uri, "https://app.example/a%20b?");
+    assert_eq!(config.lwa.redirect_uri, "https://app.example/api/auth/amazon/callback?a%20b&");
     assert_eq!((config.lwa.scope.as_str(), config.lwa.region), ("a::b c::d", Region::Eu));
     assert_eq!(config.tokens.adopt, Some(RefreshToken::new(Secret::new("Atzr|x,y")).unwrap()));
     assert_eq!(config.fernet_keys, FernetKeys::Given(vec![Secret::new(FERNET_KEY)]));
@@ -573,6 +573,20 @@ fn a_repaired_credential_is_reported_with_its_source_and_without_its_value() {
     let warning = warning.to_string();
     assert!(warning.contains("amazon.client_secret (from AMAZON_CLIENT_SECRET): stands in quotes"), "{warning}");
     assert!(!warning.contains(CANARY), "{warning}");
+}
+
+#[test]
+fn a_redirect_uri_that_does_not_lead_to_the_callback_is_named_and_still_taken() {
+    for (uri, named) in [
+        ("http://localhost:8001/callback", true),
+        ("http://localhost:8001/api/auth/amazon/callback/", true),
+        ("https://app.example/api/auth/amazon/callback?tenant=1", false),
+        ("http://localhost:8001/api/auth/amazon/callback", false),
+    ] {
+        let config = Given::required().env(&[("AMAZON_OAUTH_REDIRECT_URI", uri)]).config();
+        let warned = config.warnings.iter().any(|warning| warning.to_string().contains("/api/auth/amazon/callback"));
+        assert_eq!((config.lwa.redirect_uri.as_str(), warned), (uri, named));
+    }
 }
 
 #[test]

@@ -609,7 +609,7 @@ async fn a_repaired_credential_is_a_warning_of_check_and_in_the_log() {
     assert!(!ran.err.contains(CLIENT_SECRET) && !ran.out.contains(CLIENT_SECRET));
     let harness = stopped().await;
     let serving = Serving::start(&harness, &["--set", "amazon.scope='advertising::campaign_management'"]).await;
-    assert!(serving.says("was repaired").await.contains("amazon.scope"));
+    assert!(serving.says("needs attention").await.contains("amazon.scope"));
 }
 
 #[tokio::test(flavor = "multi_thread")]
