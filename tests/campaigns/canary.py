@@ -115,7 +115,7 @@ class Run:
         **headers: str,
     ):
         sent = {**({"X-Ads-Sidecar-Token": self.callers[0]} if token else {}), **headers}
-        connection = http.client.HTTPConnection("127.0.0.1", self.sidecar.port, timeout=30)
+        connection = http.client.HTTPConnection("localhost", self.sidecar.port, timeout=30)
         connection.request(method, path, body, {name.replace("_", "-"): value for name, value in sent.items()})
         answer = connection.getresponse()
         status, got, text = answer.status, answer.headers, answer.read().decode("utf-8", "replace")
