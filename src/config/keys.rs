@@ -6,6 +6,8 @@
 //! `UPDATE_MANUALS=1 cargo nextest run -E 'test(manuals)'`.
 //!
 //! The file is long because it is a table; it holds no logic.
+//!
+//! The file is long because it is a table: one row per key.
 
 use std::fmt;
 

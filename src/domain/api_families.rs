@@ -3,6 +3,8 @@
 //! The table restates, per path, the "Parameters" of Amazon's OpenAPI specifications (advertising.amazon.com/API/docs).
 //! It lists a header for a family if the operations of the family require the header or accept it as optional. A test
 //! in [`headers`](crate::domain::headers) compares it with every operation that Amazon has published.
+//!
+//! The file is long because it is a table: one row per family.
 
 use http::HeaderName;
 

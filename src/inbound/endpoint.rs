@@ -148,16 +148,10 @@ impl Endpoint {
 
     /// The value of `Allow` in the response to any other method.
     pub fn allow(self) -> &'static str {
-        match self {
-            Self::Login
-            | Self::Callback
-            | Self::Status
-            | Self::Root
-            | Self::Health
-            | Self::StrayCallback
-            | Self::Unknown => "GET",
-            Self::Refresh | Self::Logout | Self::Confirm | Self::Shim => "POST",
-            Self::User => "DELETE",
+        match self.method() {
+            Method::POST => "POST",
+            Method::DELETE => "DELETE",
+            _ => "GET",
         }
     }
 

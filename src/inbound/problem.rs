@@ -117,6 +117,7 @@ impl Code {
     ];
 
     /// The row of the table in `config/README.md`, in Markdown: the meaning of the code, and what to do.
+    // The function is long because it is a table: one row per code.
     pub const fn reference(self) -> (&'static str, &'static str) {
         match self {
             Self::BadRequest => (

@@ -695,6 +695,7 @@ async fn a_second_signal_and_the_end_of_the_drain_abort_hanging_requests() {
     // A supervisor that signals the process and its group sends two at once, and means one.
     impatient.signal("TERM");
     impatient.signal("INT");
+    // The half second itself is under test: only a signal after it counts as another one.
     tokio::time::sleep(Duration::from_millis(600)).await;
     assert!(impatient.child.try_wait().unwrap().is_none(), "signals within half a second are one");
     impatient.signal("TERM");

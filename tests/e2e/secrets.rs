@@ -100,7 +100,7 @@ async fn no_secret_that_was_ever_made_is_in_the_log_at_trace_nor_in_a_metric_or_
     places.push(("status", harness.get("/api/auth/amazon/status").await.text().await.unwrap()));
     assert!(places[0].1.lines().count() > 20, "{}", places[0].1);
 
-    // What is looked for holds one of each kind, the PKCE verifiers among them.
+    // The recorded secrets include each kind, also PKCE verifiers.
     let secrets = recorded::all();
     let mut kinds = vec![id, CLIENT_SECRET.to_owned(), FERNET_KEY.to_owned()];
     kinds.push(cookie.split_once('=').unwrap().1.to_owned());

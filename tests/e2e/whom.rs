@@ -295,12 +295,18 @@ async fn the_root_says_what_listens_here_and_never_reaches_amazon() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_host_header_that_names_one_of_amazons_regions_is_served_by_that_region() {
-    let harness = Harness::with("[proxy]\nallowed_hosts = [\"advertising-api-eu.amazon.com\"]\n").await;
+    let harness = Harness::with(
+        "[proxy]\nallowed_hosts = [\"advertising-api-eu.amazon.com\"]\n[[account]]\nname = \"acme\"\nprofile_id = \"1\"\n",
+    );
+    let harness = harness.await;
     harness.log_in("default").await;
-    harness.sandbox.clear_history();
-    let call = "GET /v2/profiles HTTP/1.1\r\nHost: advertising-api-eu.amazon.com\r\n\r\n";
-    assert_eq!(harness.send_raw(call).await.status, 200);
-    assert_eq!(harness.seen().listener, Listener::Eu);
+    for target in ["/v2/profiles", "/a/acme/v2/profiles"] {
+        harness.sandbox.clear_history();
+        let call = format!("GET {target} HTTP/1.1\r\nHost: advertising-api-eu.amazon.com\r\n\r\n");
+        assert_eq!(harness.send_raw(call).await.status, 200, "{target}");
+        let seen = harness.seen();
+        assert_eq!((seen.listener, seen.target.as_str()), (Listener::Eu, "/v2/profiles"), "{target}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

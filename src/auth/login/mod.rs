@@ -235,22 +235,24 @@ impl Login {
     ) -> (Result<LoginOutcome, LoginFailure>, Option<String>) {
         let (state, now) = (callback.state.expose().to_owned(), self.0.clock.now());
         // The cookie is checked before anything is consumed: a virus scanner or a proxy may fetch the URL first.
-        if !self.0.pending.is_finished(&state, now) {
-            match self.0.pending.login_of(&state, now).await {
-                Ok(Some(begun)) if begun.cookie.is_none() || begun.cookie == cookie => {}
-                Ok(_) => return (Err(LoginFailure::State), None),
-                Err(error) => return (self.store_failed(&error), None),
-            }
+        let is_new = !self.0.pending.is_finished(&state, now);
+        if is_new && let Err(failure) = self.check_cookie(&state, &cookie).await {
+            return (Err(failure), None);
         }
         let outcome = self.0.pending.outcome_of(&state, now);
         let mut first = false;
-        let finished = outcome
-            .get_or_init(async || {
-                first = true;
-                self.finish_first(callback, cookie.clone()).await
-            })
-            .await;
-        let Finished { outcome, return_to, cookie: bound } = finished.clone();
+        let finished = outcome.get_or_try_init(async || {
+            first = true;
+            // An earlier delivery that consumed nothing, because the store failed, leaves the check to this one.
+            if !is_new {
+                self.check_cookie(&state, &cookie).await?;
+            }
+            self.finish_first(callback).await
+        });
+        let Finished { outcome, return_to, cookie: bound } = match finished.await {
+            Ok(finished) => finished.clone(),
+            Err(failure) => return (Err(failure), None),
+        };
         match outcome {
             _ if bound.is_some() && bound != cookie => (Err(LoginFailure::State), None),
             // Without a cookie anybody may send the callback again: it tells nothing but that the login is completed.
@@ -259,24 +261,23 @@ impl Login {
         }
     }
 
-    async fn finish_first(&self, callback: Callback, cookie: Option<String>) -> Finished {
-        let failed = |outcome| Finished { outcome, return_to: None, cookie: cookie.clone() };
-        let begun = match self.0.pending.take_login(callback.state.expose(), self.0.clock.now()).await {
-            Ok(Some(begun)) => begun,
-            Ok(None) => return failed(Err(LoginFailure::State)),
-            Err(error) => return failed(self.store_failed(&error)),
-        };
+    /// Whether the pending login with `state` was started by the browser that sent `cookie`, or by a program.
+    async fn check_cookie(&self, state: &str, cookie: &Option<String>) -> Result<(), LoginFailure> {
+        let login = self.0.pending.login_of(state, self.0.clock.now()).await.map_err(store_failed)?;
+        let login = login.ok_or(LoginFailure::State)?;
+        if login.cookie.is_none() || login.cookie == *cookie { Ok(()) } else { Err(LoginFailure::State) }
+    }
+
+    /// Consumes the pending login and its code. An error consumed nothing, and is not remembered.
+    async fn finish_first(&self, callback: Callback) -> Result<Finished, LoginFailure> {
+        let login = self.0.pending.take_login(callback.state.expose(), self.0.clock.now()).await;
+        let begun = login.map_err(store_failed)?.ok_or(LoginFailure::State)?;
         let (return_to, bound) = (begun.return_to.clone(), begun.cookie.clone());
         let outcome = match callback.answer {
             Err(error) => Err(LoginFailure::Amazon(known_error(&error))),
             Ok(code) => self.exchange(&code, begun, callback.scope).await,
         };
-        Finished { outcome, return_to, cookie: bound }
-    }
-
-    fn store_failed(&self, error: &StoreError) -> Result<LoginOutcome, LoginFailure> {
-        tracing::error!(%error, "the store failed during a login callback: the user must restart the login");
-        Err(LoginFailure::Amazon("temporarily_unavailable"))
+        Ok(Finished { outcome, return_to, cookie: bound })
     }
 
     async fn exchange(
@@ -409,6 +410,11 @@ fn granted(tokens: Tokens, scope: Option<String>, now: Timestamp) -> Option<Gran
 /// Whether `text` is a valid scope (RFC 6749, section 3.3) of at most 512 bytes, enough for all of Amazon's scopes.
 fn is_scope(text: &str) -> bool {
     text.len() <= 512 && text.bytes().all(|b| b == b' ' || (b.is_ascii_graphic() && !b"\"\\".contains(&b)))
+}
+
+fn store_failed(error: StoreError) -> LoginFailure {
+    tracing::error!(%error, "the store failed during a login callback: the user has to try again");
+    LoginFailure::Amazon("temporarily_unavailable")
 }
 
 /// Amazon's `error`, if it is on the list of codes we pass on, else `other`.

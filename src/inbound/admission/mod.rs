@@ -207,7 +207,7 @@ impl Admission {
         // `proxy.allowed_hosts` may hold one of Amazon's hosts (a hosts file, `curl --connect-to`): it names its region.
         let named = host_value(&request.headers).ok().and_then(without_port).and_then(amazon_host);
         match (target.of, named) {
-            (Destination::Local, Some(of)) if target.account.is_none() => Ok(Target { of, ..target }),
+            (Destination::Local, Some(of)) => Ok(Target { of, ..target }),
             _ => Ok(target),
         }
     }

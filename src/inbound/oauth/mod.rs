@@ -314,18 +314,21 @@ impl OauthEndpoints {
 
     /// What `GET /` says: a person or a health check looks at what listens here.
     fn root(&self, headers: &HeaderMap) -> Answer {
-        let status = json(
+        let login_url = self.login_url(headers, &UserId::default());
+        if prefers_html(headers) {
+            return pages::root(&login_url);
+        }
+        json(
             StatusCode::OK,
             &json!({
                 "name": "adsidecar",
                 "version": env!("CARGO_PKG_VERSION"),
                 "what": "Requests to this address go to the Amazon Ads API with the headers that each path needs.",
                 "status": "/api/auth/amazon/status",
-                "login": self.login_url(headers, &UserId::default()),
+                "login": login_url,
                 "manual": "README.md and config/README.md",
             }),
-        );
-        if prefers_html(headers) { pages::root(&self.login_url(headers, &UserId::default())) } else { status }
+        )
     }
 
     fn with_link(&self, status: Status, headers: &HeaderMap) -> serde_json::Value {

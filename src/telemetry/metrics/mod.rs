@@ -1,4 +1,6 @@
 //! The Prometheus metrics. No text that a caller chooses freely (a path, a query, a header) becomes a label.
+//!
+//! The file is long because it is a list: each metric with its help text, in the order of the manual.
 
 mod budget;
 mod register;
