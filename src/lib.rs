@@ -23,7 +23,8 @@
 //!    adsidecar's own goes to [`inbound::oauth`] instead.
 //! 5. `inbound/proxy/route.rs` (`select`: account, user, region), `domain/api_families.rs` (`family`),
 //!    `domain/policy.rs` (`check`).
-//! 6. `upstream/request_body.rs` (`caller`: wraps the body, unread).
+//! 6. `upstream/request_body.rs` (`caller`: wraps the body, unread), and `throttle/mod.rs` (`enter`), where the request
+//!    waits only if Amazon refused others like it.
 //! 7. `auth/tokens/mod.rs` (`bearer`), `auth/tokens/user_state.rs` and `domain/grant/state.rs` (`valid_token`,
 //!    `expiring`): the current token, by one reading of `domain/clock.rs`. If it expires soon, a refresh comes first.
 //! 8. `upstream/mod.rs` (`checkout`), `upstream/protocol_choice.rs`, `upstream/pool.rs` (`connection`).
@@ -31,7 +32,7 @@
 //!    (`accepts_event_stream`).
 //! 10. `upstream/mod.rs` again (`send`, until the head of the response), `upstream/upstream_body.rs` (the rest
 //!     streams).
-//! 11. `auth/tokens/clock_skew.rs` (`observe_amazons_clock`, from the response's `Date`). Only after a 401 or 403:
+//! 11. `throttle/pass.rs` (`responded`), `auth/tokens/clock_skew.rs` (`observe_amazons_clock`, from the response's `Date`). Only after a 401 or 403:
 //!     `inbound/proxy/auth_rejection.rs` decides whether a new token can help.
 //! 12. `domain/headers.rs` again (`to_caller`), `request_telemetry.rs` again (`end`: the metrics and the
 //!     [audit line](telemetry::audit)), and `inbound/proxy/body.rs` streams the response's body to the caller.
@@ -61,6 +62,8 @@
 //!   ([`store`]).
 //! - A grant that the disk rejects is used from memory, and storing it is retried until it succeeds: its code is spent,
 //!   so dropping it helps nobody ([`auth::tokens`]).
+//! - The throttle has one bucket for each API family, region and kind of request, in an array: bounded, and read without a
+//!   lock until Amazon refuses a request ([`throttle`]).
 //! - A reload builds new services and swaps all of them at once; requests in flight keep the previous ones ([`app`]).
 //! - TLS client settings are in [`domain::tls`]: they are pure, and `auth`, `upstream` and `store` all use them.
 //! - Each folder has a `mod.rs`, so that `src/` contains one entry per layer.
@@ -94,6 +97,7 @@ pub mod app;
 pub mod config;
 pub mod inbound;
 pub mod auth;
+pub mod throttle;
 pub mod upstream;
 pub mod store;
 pub mod server;

@@ -35,6 +35,7 @@ use crate::store::keyring::KeyError;
 use crate::store::{Opened, StoreError, TokenStore};
 use crate::telemetry::log::{Dropped, LogHandle};
 use crate::telemetry::metrics::Metrics;
+use crate::throttle;
 pub use keys::{key_file, keyring};
 use reload::{ControlLoop, RestartOnly, Watched};
 use rotation::Rotations;
@@ -44,6 +45,8 @@ use services::{ProcessState, Services};
 const ADMIN_CONNECTIONS: usize = 256;
 /// The file mode of the Unix sockets of the login and admin listeners: for the user that adsidecar runs as.
 const OWN_SOCKET: u32 = 0o600;
+/// Share of `shutdown.drain` for which requests may still wait for their turn. The rest is for Amazon's response.
+const QUEUE_SHARE_OF_DRAIN: f64 = 0.8;
 /// How long a shutdown waits for token calls in flight: their own timeout, and a little more.
 const SETTLE: Duration = Duration::from_secs(12);
 
@@ -131,6 +134,7 @@ impl App {
         let addresses = Addresses { proxy: proxy.addresses(), login: login.addresses(), admin: admin.addresses() };
         let (reloader, asked) = Reloader::new();
         let process = ProcessState {
+            throttle: Arc::new(throttle::Memory::new(clock.clone(), metrics.clone())),
             tokens,
             store: store.clone(),
             rotation: rotations.watch(),
@@ -245,6 +249,8 @@ impl Running {
         process.stage.send_replace(Stage::Draining);
         self.phase.send_replace(Phase::Draining);
         let shutdown = self.services.load().shutdown;
+        // Requests that wait for their turn get an answer before their connections are closed.
+        process.throttle.drain(shutdown.accept + shutdown.drain.mul_f64(QUEUE_SHARE_OF_DRAIN));
         tokio::time::sleep(shutdown.accept).await;
 
         self.phase.send_replace(Phase::Closed);

@@ -81,7 +81,7 @@ pub fn to_amazon(caller: &HeaderMap, attach: UpstreamHeaders<'_>) -> HeaderMap {
 }
 
 /// Removes from Amazon's response headers those that apply only to the connection between adsidecar and Amazon, and
-/// those that only adsidecar may set ([`ERROR`], [`HINT`]).
+/// those that only adsidecar may set ([`ERROR`], [`HINT`], [`THROTTLE`]).
 pub fn to_caller(headers: &mut HeaderMap) {
     let options = ConnectionOptions::of(headers);
     for name in options.0 {
@@ -100,6 +100,8 @@ pub fn to_caller(headers: &mut HeaderMap) {
 
 /// Marks a response that adsidecar itself generated. The value is the error code.
 pub const ERROR: HeaderName = HeaderName::from_static("x-adsidecar-error");
+/// Says how long a request waited for its turn. The value is `wait=<seconds>, expected=<seconds>, bucket=<bucket>`.
+pub const THROTTLE: HeaderName = HeaderName::from_static("x-adsidecar-throttle");
 /// Explains a response that came from Amazon. The value is a hint code.
 pub const HINT: HeaderName = HeaderName::from_static("x-adsidecar-hint");
 
@@ -120,6 +122,7 @@ fn is_dropped_from_response(name: &str) -> bool {
             | "http2-settings"
     ) || name == ERROR.as_str()
         || name == HINT.as_str()
+        || name == THROTTLE.as_str()
 }
 
 /// What [`to_amazon`] does with one header of the caller.

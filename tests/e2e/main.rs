@@ -35,6 +35,7 @@ mod selection;
 mod postgres;
 mod stores;
 mod threats;
+mod throttle;
 mod token_endpoint;
 mod tokens;
 mod upstream_faults;

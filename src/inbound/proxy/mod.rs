@@ -25,7 +25,7 @@ pub use body::Body;
 
 use crate::auth::tokens::{TokenError, TokenManager};
 use crate::domain::account::{Account, Region, UserId};
-use crate::domain::headers::{self, HINT, UpstreamHeaders};
+use crate::domain::headers::{self, HINT, THROTTLE, UpstreamHeaders};
 use crate::domain::policy::{self, Denied, Mode};
 use crate::inbound::admission::{Admission, Admitted, Refusal};
 use crate::inbound::destination::Target;
@@ -34,12 +34,17 @@ use crate::inbound::problem::Problem;
 use crate::inbound::request_id::{self, RequestIds};
 use crate::server::Peer;
 use crate::telemetry::metrics::Metrics;
+use crate::throttle::{Call, Entry, Pass, Throttle, Throttled};
 use crate::upstream::{ReplayBudget, ReplayBuffer, RequestBody, Reuse, SendError, Upstream, UpstreamBody};
 use auth_rejection::{Rejection, Verdict};
 use request_telemetry::RequestTelemetry;
 use retry::Retry;
 use route::{Accounts, RouteError, RoutedRequest};
 use upstream_request::UpstreamRequest;
+
+/// What a waiting request holds besides its path and a body that Amazon refused, in bytes: its head in parsed form, the
+/// buffers of its connection, and its future.
+const WAITING_BYTES: usize = 8 << 10;
 
 /// How callers select accounts, and how much of a request body is kept for a retry.
 #[derive(Clone, Debug)]
@@ -88,6 +93,7 @@ pub struct Proxy {
     policy_mode: Mode,
     admission: Admission,
     tokens: TokenManager,
+    throttle: Throttle,
     upstream: Arc<Upstream>,
     oauth: OauthEndpoints,
     metrics: Arc<Metrics>,
@@ -105,6 +111,8 @@ pub enum ProxyError {
     Denied(Denied),
     /// There is no access token for the user.
     NoToken(TokenError, UserId),
+    /// Amazon refuses requests like this one, and waiting is not allowed or would take too long.
+    Throttled(Throttled),
     /// `Content-Length` is larger than `proxy.max_body`.
     TooLarge,
     /// Amazon could not be reached, or did not respond.
@@ -122,6 +130,7 @@ impl Proxy {
         admission: Admission,
         tokens: TokenManager,
         upstream: Arc<Upstream>,
+        throttle: Throttle,
         oauth: OauthEndpoints,
         metrics: Arc<Metrics>,
         request_ids: Arc<RequestIds>,
@@ -138,6 +147,7 @@ impl Proxy {
             policy_mode: settings.policy.mode,
             admission,
             tokens,
+            throttle,
             upstream,
             oauth,
             metrics,
@@ -213,18 +223,24 @@ impl Proxy {
         }
         fail_point!("spine");
         let body = self.body(parts, incoming)?;
+        let mut pass = self.throttle(&call, parts, target).await?;
         let bearer = self.access_token(&call.user).await?;
         let request = UpstreamRequest { call: &call, parts, target, bearer: &bearer };
-        let (response, sent) = self.send(request, body, telemetry).await?;
+        let sent = body.progress();
+        let mut response = self.send(request, body, &sent, &mut pass, telemetry).await?;
+        if pass.may_go_again() {
+            // Boxed: rare requests must not make the future of every request large.
+            response = Box::pin(self.wait_and_send_again(response, request, &sent, &mut pass, telemetry)).await?;
+        }
         // The `Date` of the response shows the skew of this machine's clock.
         self.tokens.observe_amazons_clock(response.headers());
         let response = match response.status() {
             StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => {
-                Box::pin(self.handle_rejection(response, request, sent, telemetry)).await?
+                Box::pin(self.handle_rejection(response, request, &sent, &mut pass, telemetry)).await?
             }
             _ => response.map(Body::amazon),
         };
-        Ok(to_caller(response, &call, telemetry))
+        Ok(to_caller(response, &call, &pass, telemetry))
     }
 
     /// Refuses what the policy forbids. In observe mode, counts such a request and lets it pass.
@@ -261,25 +277,76 @@ impl Proxy {
         }
     }
 
+    /// The request's turn: at once, unless Amazon refuses requests like this one and the mode is `enforce` or `queue`.
+    async fn throttle<'a>(
+        &'a self,
+        call: &'a RoutedRequest<'a>,
+        parts: &Parts,
+        target: &Target,
+    ) -> Result<Pass<'a>, ProxyError> {
+        let path = target.path();
+        let request = Call {
+            mode: call.throttle(),
+            bytes: WAITING_BYTES + path.len(),
+            ..Call::new(call.region, call.family, &parts.method, path, call.fair_share())
+        };
+        let entry = self.throttle.enter(request);
+        match entry {
+            Entry::Pass(pass) => Ok(pass),
+            // Boxed: rare requests must not make the future of every request large.
+            Entry::Wait(ticket) => Box::pin(ticket.turn()).await.map_err(ProxyError::Throttled),
+            Entry::Refuse(throttled) => Err(ProxyError::Throttled(throttled)),
+        }
+    }
+
+    /// After Amazon refused the request because there were too many: waits for another turn and sends it again, as long
+    /// as [`Retry`] says so. Returns Amazon's refusal if there is no turn in time.
+    async fn wait_and_send_again<'a>(
+        &'a self,
+        mut response: Response<UpstreamBody>,
+        request: UpstreamRequest<'_>,
+        sent: &Option<Arc<ReplayBuffer>>,
+        pass: &mut Pass<'a>,
+        telemetry: &mut RequestTelemetry<'_>,
+    ) -> Result<Response<UpstreamBody>, ProxyError> {
+        while pass.may_go_again()
+            && let Some((Retry::Throttled, body)) = Retry::after_refusal(sent)
+            && let Some(entry) = pass.again(sent.as_ref().map_or(0, |sent| sent.held()))
+        {
+            // The connection is free while the request waits.
+            drop(response);
+            *pass = match entry {
+                Entry::Pass(pass) => pass,
+                Entry::Wait(ticket) => ticket.turn().await.map_err(ProxyError::Throttled)?,
+                Entry::Refuse(throttled) => return Err(ProxyError::Throttled(throttled)),
+            };
+            // The access token may have expired meanwhile.
+            let bearer = self.access_token(&request.call.user).await?;
+            response = self.send(UpstreamRequest { bearer: &bearer, ..request }, body, sent, pass, telemetry).await?;
+        }
+        Ok(response)
+    }
+
     async fn access_token(&self, user: &UserId) -> Result<HeaderValue, ProxyError> {
         self.tokens.bearer(user).await.map_err(|error| ProxyError::NoToken(error, user.clone()))
     }
 
-    /// Sends the request, and again as long as [`Retry`] says so. Returns the response with the replay buffer of the
-    /// body; `None` if the body was empty.
+    /// Sends the request, and again as long as [`Retry`] says so. `buffer` is the replay buffer of the body; `None` if
+    /// the body is empty.
     async fn send(
         &self,
         request: UpstreamRequest<'_>,
         body: RequestBody,
+        buffer: &Option<Arc<ReplayBuffer>>,
+        pass: &mut Pass<'_>,
         telemetry: &mut RequestTelemetry<'_>,
-    ) -> Result<(Response<UpstreamBody>, Option<Arc<ReplayBuffer>>), ProxyError> {
+    ) -> Result<Response<UpstreamBody>, ProxyError> {
         let region = request.call.region;
-        let buffer = body.progress();
         let begun = Instant::now();
         let mut sent = self.attempt(request, body, Reuse::Allowed).await;
         let mut attempts = 1;
         while let Err(error) = sent {
-            match Box::pin(Retry::after_error(error, request, &buffer, attempts)).await {
+            match Box::pin(Retry::after_error(error, request, buffer, attempts)).await {
                 // Boxed: rare requests must not make the future of every request large.
                 Ok((retry, body)) => sent = Box::pin(self.attempt(request, body, retry.reuse())).await,
                 Err(error) => {
@@ -291,11 +358,12 @@ impl Proxy {
         }
         telemetry.record_upstream_time(region, begun.elapsed());
         let response = sent.map_err(ProxyError::Send)?;
-        if let Some(buffer) = &buffer {
+        if let Some(buffer) = buffer {
             buffer.responded();
         }
+        pass.responded(response.status(), response.headers());
         telemetry.record_upstream_response(region, response.status(), response.headers());
-        Ok((response, buffer))
+        Ok(response)
     }
 
     async fn attempt(
@@ -333,7 +401,8 @@ impl Proxy {
         &self,
         response: Response<UpstreamBody>,
         request: UpstreamRequest<'_>,
-        sent: Option<Arc<ReplayBuffer>>,
+        sent: &Option<Arc<ReplayBuffer>>,
+        pass: &mut Pass<'_>,
         telemetry: &mut RequestTelemetry<'_>,
     ) -> Result<Response<Body>, ProxyError> {
         let user = &request.call.user;
@@ -348,11 +417,11 @@ impl Proxy {
             return Ok(rejection.pass_on());
         }
         let new_token = self.tokens.invalidate(user, request.bearer).await;
-        let Some((Retry::NewToken(bearer), body)) = Retry::after_rejection(new_token, &sent) else {
+        let Some((Retry::NewToken(bearer), body)) = Retry::after_rejection(new_token, sent) else {
             return Ok(rejection.pass_on());
         };
         self.metrics.replays.inc();
-        let (response, _) = self.send(UpstreamRequest { bearer: &bearer, ..request }, body, telemetry).await?;
+        let response = self.send(UpstreamRequest { bearer: &bearer, ..request }, body, sent, pass, telemetry).await?;
         Ok(response.map(Body::amazon))
     }
 
@@ -369,6 +438,11 @@ impl Proxy {
                 denied.into()
             }
             ProxyError::NoToken(error, user) => token_problem(error, &login_url(&user)),
+            ProxyError::Throttled(throttled) => {
+                let region = throttled.bucket.region.as_str();
+                self.metrics.throttled.with_label_values(&[region, "sidecar"]).inc();
+                throttled.into()
+            }
             ProxyError::TooLarge => error_mapping::too_large(),
             ProxyError::Panicked => error_mapping::panicked(),
             ProxyError::Send(error) => error.kind.into(),
@@ -385,6 +459,7 @@ fn is_amc(target: &Target) -> bool {
 fn to_caller(
     mut response: Response<Body>,
     call: &RoutedRequest<'_>,
+    pass: &Pass<'_>,
     telemetry: &mut RequestTelemetry<'_>,
 ) -> Response<Body> {
     telemetry.set_response_from_amazon(response.status());
@@ -392,6 +467,9 @@ fn to_caller(
     headers::to_caller(response.headers_mut());
     if let Some(hint) = telemetry.take_hint().or_else(|| call.hint()) {
         response.headers_mut().insert(HINT, HeaderValue::from_static(hint));
+    }
+    if let Some(waited) = pass.waited().and_then(|waited| HeaderValue::try_from(waited.to_string()).ok()) {
+        response.headers_mut().insert(THROTTLE, waited);
     }
     response
 }
