@@ -11,6 +11,7 @@ mod tls;
 mod clocks;
 mod commands;
 mod refresh_tasks;
+mod first_words;
 mod floors;
 mod request_target;
 mod framing;
