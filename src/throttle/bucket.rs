@@ -6,8 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use jiff::SignedDuration;
 use tokio::sync::{Notify, oneshot};
 
-use super::counts::Counts;
-use super::kind::Kind;
+use super::classify::Kind;
 use super::law::{Law, Refusal, Seconds};
 use super::queue::Queue;
 use crate::domain::account::Region;
@@ -111,7 +110,7 @@ impl Bucket {
 
     /// Learns from a refusal, whose counts are filled in here.
     pub(super) fn refused(&self, refusal: Refusal, published: Option<f64>) {
-        let refusal = Refusal { accepted: self.counts.total(), peak: self.counts.peak(refusal.at), ..refusal };
+        let refusal = Refusal { peak: self.counts.peak(refusal.at), ..refusal };
         self.refusals.fetch_add(1, Relaxed);
         self.refusing.store(true, Relaxed);
         let mut state = self.lock();
@@ -247,5 +246,73 @@ impl Bucket {
                 law.take(now, 1.0);
             }
         }
+    }
+}
+
+// The counts: without locks, because every response is counted.
+
+/// Slots in which the last seconds are counted.
+const SLOTS: u64 = 16;
+/// Slots per second. A burst may begin in the middle of one, so a second is counted as two neighbours.
+const PER_SECOND: f64 = 2.0;
+/// Bits of a slot that hold the count; those above hold the slot's number since the beginning.
+const COUNT_BITS: u32 = 24;
+
+/// The calls of one bucket that Amazon accepted.
+#[derive(Debug, Default)]
+struct Counts {
+    slots: [AtomicU64; SLOTS as usize],
+}
+
+impl Counts {
+    /// Counts a call that was accepted at `now`.
+    fn add(&self, now: Seconds) {
+        let number = (now * PER_SECOND) as u64;
+        let slot = &self.slots[(number % SLOTS) as usize];
+        let seen = slot.load(Relaxed);
+        if seen >> COUNT_BITS == number {
+            slot.fetch_add(1, Relaxed);
+        } else if slot.compare_exchange(seen, number << COUNT_BITS | 1, Relaxed, Relaxed).is_err() {
+            // Another thread began this slot.
+            slot.fetch_add(1, Relaxed);
+        }
+    }
+
+    /// The most calls that were accepted within one of the last seconds.
+    fn peak(&self, now: Seconds) -> f64 {
+        let current = (now * PER_SECOND) as u64;
+        let count = |number: u64| {
+            let slot = self.slots[(number % SLOTS) as usize].load(Relaxed);
+            if slot >> COUNT_BITS == number { slot & ((1 << COUNT_BITS) - 1) } else { 0 }
+        };
+        let seconds =
+            (current.saturating_sub(SLOTS - 2)..=current).map(|slot| count(slot) + count(slot.wrapping_sub(1)));
+        seconds.max().unwrap_or_default() as f64
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_peak_is_the_busiest_of_the_last_seconds() {
+        let counts = Counts::default();
+        for (second, calls) in [(100.0, 5), (101.8, 4), (102.1, 5), (104.0, 2)] {
+            (0..calls).for_each(|_| counts.add(second));
+        }
+        let peaks = [104.0, 109.4, 109.6, 110.1, 120.0].map(|now| counts.peak(now));
+        assert_eq!(peaks, [9.0, 9.0, 5.0, 2.0, 0.0], "four and five calls came within a second");
+    }
+
+    #[test]
+    fn threads_that_count_at_once_lose_no_call() {
+        let counts = Counts::default();
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| (0..1000).for_each(|_| counts.add(7.5)));
+            }
+        });
+        assert_eq!(counts.peak(7.5), 4000.0);
     }
 }

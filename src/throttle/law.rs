@@ -10,9 +10,8 @@
 //!   say nothing new.
 //! - The rate returns within [`RECOVERY`] seconds to just below the *ceiling*, the limit as it was last seen, then
 //!   **rises slowly**, and faster the longer no refusal follows.
-//! - The **ceiling** is what Amazon accepted between two refusals: its bucket was empty at both, so the calls accepted
-//!   between them are its limit times that time. It stays between [`KEPT`] of the rate at which Amazon just refused and
-//!   that rate. After two refusals in quick succession there is nothing to measure, and it is [`QUICK`] of that rate.
+//! - The **ceiling** is [`KEPT`] of the rate at which Amazon refused last. After two refusals in quick succession it is
+//!   [`QUICK`] of that rate: the limit has fallen.
 //!
 //! Latency plays no part: it says nothing about a quota. `tests/bench/throttle.rs` simulates the law beside others, and
 //! justifies the constants.
@@ -40,10 +39,10 @@ const CAUTIOUS: f64 = 0.97;
 const LINEAR: f64 = 0.002;
 
 /// Seconds after which the cubic part of the rise alone has doubled the rate.
-const CUBIC: Seconds = 32.0;
+const CUBIC: Seconds = 24.0;
 
-/// The same as long as the ceiling is not a measurement but a guess, half of the first refused rate.
-const CUBIC_BEFORE_MEASURED: Seconds = 5.0;
+/// The same as long as the ceiling is a guess, half of the busiest second before the first refusal.
+const CUBIC_AT_FIRST: Seconds = 5.0;
 
 /// Linear part of the rise in calls per second, per second: it lets a bucket with a very low ceiling recover.
 const FLOOR_RISE: f64 = 0.01;
@@ -51,15 +50,14 @@ const FLOOR_RISE: f64 = 0.01;
 /// Lowest ceiling, in calls per second.
 const MIN_CEILING: f64 = 0.2;
 
-/// Least share of the rate that a measurement leaves. Amazon's bucket overflows while nobody uses it, and the calls that
-/// it had no room for are missing from the measurement.
+/// Share of the refused rate that becomes the ceiling.
 const KEPT: f64 = 0.9;
 
-/// Share of the rate that a refusal leaves if it follows another one too soon for a measurement.
+/// The same for a refusal that follows another one within [`QUICKLY`].
 const QUICK: f64 = 0.7;
 
-/// Shortest time between two refusals whose accepted calls are a measurement, in seconds.
-const MIN_MEASURED: Seconds = 4.0;
+/// Time between two refusals in which the rate cannot have risen much, so that the limit has fallen, in seconds.
+const QUICKLY: Seconds = 4.0;
 
 /// Seconds' worth of calls that may follow each other at once after a break; at least one call.
 const BURST: Seconds = 0.1;
@@ -77,8 +75,6 @@ pub struct Law {
     resumed: Seconds,
     /// When the last refusal that halved the rate arrived.
     refused: Seconds,
-    /// The number of calls accepted until then.
-    accepted: u64,
     /// Refusals in a row, none accepted between them.
     streak: u32,
     /// The number of times the rate was halved.
@@ -100,8 +96,6 @@ pub struct Refusal {
     pub default: Seconds,
     /// At random, from 0 to 1.
     pub dice: f64,
-    /// The number of calls that Amazon accepted in this bucket so far.
-    pub accepted: u64,
     /// The most calls that Amazon accepted within a second, lately.
     pub peak: f64,
 }
@@ -111,11 +105,10 @@ impl Law {
     pub fn begin(refusal: &Refusal, published: Option<f64>) -> Self {
         let mut law = Self {
             ceiling: 0.0,
-            cubic: CUBIC_BEFORE_MEASURED,
+            cubic: CUBIC_AT_FIRST,
             published: published.unwrap_or(f64::INFINITY),
             resumed: refusal.at,
             refused: refusal.at,
-            accepted: refusal.accepted,
             streak: 0,
             epoch: 1,
             tat: refusal.at,
@@ -130,15 +123,12 @@ impl Law {
         if refusal.epoch == self.epoch {
             // Calls were faster than the rate if nothing held them back, and slower if there were fewer.
             let rate = self.rate(refusal.at).min(refusal.peak.max(MIN_CEILING));
-            let elapsed = refusal.at - self.refused;
-            let ceiling = if elapsed >= MIN_MEASURED {
+            let follows_quickly = refusal.at - self.refused < QUICKLY;
+            if !follows_quickly {
                 self.cubic = CUBIC;
-                (refusal.accepted.saturating_sub(self.accepted) as f64 / elapsed).clamp(KEPT * rate, rate)
-            } else {
-                QUICK * rate
-            };
-            self.ceiling = ceiling.max(MIN_CEILING);
-            (self.refused, self.accepted) = (refusal.at, refusal.accepted);
+            }
+            self.ceiling = (rate * if follows_quickly { QUICK } else { KEPT }).max(MIN_CEILING);
+            self.refused = refusal.at;
             self.epoch = self.epoch.wrapping_add(1);
         }
         self.pause(refusal);
@@ -229,13 +219,13 @@ mod tests {
 
     use super::*;
 
-    /// A refusal at `at` of a call that was sent in the law's epoch, after `accepted` calls.
-    fn refusal(law: Option<&Law>, at: Seconds, advised: Option<Seconds>, accepted: u64, peak: f64) -> Refusal {
-        Refusal { at, epoch: law.map_or(0, Law::epoch), advised, default: 1.0, dice: 0.0, accepted, peak }
+    /// A refusal at `at` of a call that was sent in the law's epoch.
+    fn refusal(law: Option<&Law>, at: Seconds, advised: Option<Seconds>, peak: f64) -> Refusal {
+        Refusal { at, epoch: law.map_or(0, Law::epoch), advised, default: 1.0, dice: 0.0, peak }
     }
 
     fn begun(peak: f64) -> Law {
-        Law::begin(&refusal(None, 0.0, Some(2.0), 100, peak), None)
+        Law::begin(&refusal(None, 0.0, Some(2.0), peak), None)
     }
 
     fn close(a: f64, b: f64) -> bool {
@@ -255,54 +245,51 @@ mod tests {
     #[test]
     fn calls_that_were_under_way_together_halve_the_rate_once() {
         let mut law = begun(40.0);
-        let late = Refusal { epoch: 0, ..refusal(None, 0.2, Some(2.0), 100, 40.0) };
+        let late = Refusal { epoch: 0, ..refusal(None, 0.2, Some(2.0), 40.0) };
         law.refused(&late);
         assert!(close(law.ceiling, 20.0), "they were sent before the first refusal");
         assert_eq!(law.paused_until(), 2.2, "but their Retry-After counts");
-        law.refused(&refusal(Some(&law), 3.0, Some(1.0), 110, 19.0));
+        law.refused(&refusal(Some(&law), 3.0, Some(1.0), 19.0));
         assert!(law.ceiling < 14.0, "another refusal soon after: the limit is lower than it seemed");
     }
 
     #[test]
-    fn the_ceiling_is_what_amazon_accepted_between_two_refusals() {
+    fn the_ceiling_remembers_where_the_limit_was() {
         let mut law = begun(40.0);
-        // 400 calls in 20 seconds: 20 a second, while the rate had risen to more.
-        assert!(law.rate(20.0) > 20.0);
-        law.refused(&refusal(Some(&law), 20.0, Some(1.0), 500, 21.0));
-        assert!(close(law.ceiling, 20.0), "{}", law.ceiling);
-        // What overflowed unused in Amazon's bucket is missing from the measurement.
-        law.refused(&refusal(Some(&law), 40.0, Some(1.0), 600, 22.0));
-        assert!(close(law.ceiling, KEPT * 22.0), "{}", law.ceiling);
+        assert!(law.rate(20.0) > 25.0);
+        law.refused(&refusal(Some(&law), 20.0, Some(1.0), 25.0));
+        assert!(close(law.ceiling, KEPT * 25.0), "Amazon accepted no more than 25 in a second: {}", law.ceiling);
+        assert!(close(law.rate(21.0), 0.5 * law.ceiling) && close(law.rate(22.0), CAUTIOUS * law.ceiling));
     }
 
     #[test]
     fn without_retry_after_each_refusal_in_a_row_doubles_the_pause() {
-        let mut law = Law::begin(&refusal(None, 0.0, None, 0, 10.0), None);
+        let mut law = Law::begin(&refusal(None, 0.0, None, 10.0), None);
         let mut now = 0.0;
         for pause in [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 64.0] {
             assert!(close(law.paused_until(), now + pause), "{pause}: {}", law.paused_until() - now);
             now = law.paused_until() + 0.1;
-            law.refused(&refusal(Some(&law), now, None, 0, 0.0));
+            law.refused(&refusal(Some(&law), now, None, 0.0));
         }
         law.accepted();
         now = law.paused_until();
-        law.refused(&refusal(Some(&law), now, None, 1, 1.0));
+        law.refused(&refusal(Some(&law), now, None, 1.0));
         assert!(close(law.paused_until(), now + 1.0), "an accepted call ends the row");
     }
 
     #[test]
     fn no_retry_after_pauses_longer_than_a_quarter_of_an_hour() {
         for (advised, pause) in [(1e9, MAX_PAUSE), (901.0, MAX_PAUSE), (899.0, 899.0), (0.0, 0.0)] {
-            let law = Law::begin(&refusal(None, 5.0, Some(advised), 0, 10.0), None);
+            let law = Law::begin(&refusal(None, 5.0, Some(advised), 10.0), None);
             assert!(close(law.paused_until(), 5.0 + pause));
         }
-        let jittered = Law::begin(&Refusal { dice: 1.0, ..refusal(None, 0.0, Some(10.0), 0, 1.0) }, None);
+        let jittered = Law::begin(&Refusal { dice: 1.0, ..refusal(None, 0.0, Some(10.0), 1.0) }, None);
         assert!(close(jittered.paused_until(), 11.0));
     }
 
     #[test]
     fn a_published_limit_is_never_exceeded() {
-        let law = Law::begin(&refusal(None, 0.0, Some(1.0), 0, 1000.0), Some(100.0));
+        let law = Law::begin(&refusal(None, 0.0, Some(1.0), 1000.0), Some(100.0));
         assert!(close(law.ceiling, 50.0));
         assert!((0..10_000).all(|second| law.rate(f64::from(second)) <= 100.0));
     }
@@ -334,14 +321,13 @@ mod tests {
         #[test]
         fn pauses_and_rates_stay_within_their_bounds(
             events in prop::collection::vec(
-                (0.0f64..100.0, prop::option::of(0.0f64..1e12), any::<bool>(), 0u64..10_000, 0.0f64..1e6), 1..40),
+                (0.0f64..100.0, prop::option::of(0.0f64..1e12), any::<bool>(), 0.0f64..1e6), 1..40),
         ) {
             let mut law: Option<Law> = None;
-            let (mut now, mut total) = (0.0, 0);
-            for (after, advised, current, accepted, peak) in events {
+            let mut now = 0.0;
+            for (after, advised, current, peak) in events {
                 now += after;
-                total += accepted;
-                let mut event = refusal(law.as_ref(), now, advised, total, peak);
+                let mut event = refusal(law.as_ref(), now, advised, peak);
                 if !current {
                     event.epoch = event.epoch.wrapping_sub(1);
                 }
@@ -358,13 +344,13 @@ mod tests {
             }
         }
 
-        /// A refusal never raises the rate, and halves it at least where nothing was measured.
+        /// A refusal never raises the rate, and halves it at least.
         #[test]
-        fn a_refusal_never_raises_the_rate(gap in 0.0f64..300.0, accepted in 0u64..100_000, peak in 0.0f64..1000.0) {
+        fn a_refusal_never_raises_the_rate(gap in 0.0f64..300.0, peak in 0.0f64..1000.0) {
             let mut law = begun(40.0);
             let now = 2.0 + gap;
             let before = law.rate(now);
-            law.refused(&refusal(Some(&law), now, Some(0.0), 100 + accepted, peak));
+            law.refused(&refusal(Some(&law), now, Some(0.0), peak));
             prop_assert!(law.rate(now) <= before.max(MIN_CEILING));
             prop_assert!(law.rate(now) <= 0.5 * before.max(2.0 * MIN_CEILING) + 1e-9);
         }

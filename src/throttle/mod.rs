@@ -12,12 +12,10 @@
 //! a few atomic operations and no lock.
 
 mod bucket;
-mod counts;
-mod kind;
+mod classify;
 pub mod law;
 mod pass;
 mod queue;
-mod refusal;
 mod room;
 
 use std::fmt;
@@ -29,7 +27,7 @@ use jiff::SignedDuration;
 use tokio::sync::watch;
 
 pub use bucket::{BucketName, BucketStatus};
-pub use kind::Kind;
+pub use classify::Kind;
 pub use pass::{Pass, Ticket, Waited};
 
 use crate::domain::account::Region;
@@ -145,7 +143,7 @@ pub struct Call<'a> {
 impl<'a> Call<'a> {
     /// The call `method path` of `account`, with weight and kind by its path.
     pub fn new(region: Region, family: &'static Family, method: &http::Method, path: &str, account: &'a str) -> Self {
-        let (kind, weight) = (Kind::of(method, path), kind::weight(path));
+        let (kind, weight) = (Kind::of(method, path), classify::weight(path));
         Self { region, family, kind, weight, account, mode: None, bytes: 0 }
     }
 }

@@ -7,8 +7,8 @@ use http::{HeaderMap, StatusCode};
 use jiff::SignedDuration;
 
 use super::bucket::{Bucket, Place, Turn};
+use super::classify::{self, Kind, Verdict};
 use super::law::{Refusal, Seconds};
-use super::refusal::{self, Verdict};
 use super::room::Held;
 use super::{BucketName, Call, Entry, Reason, Throttle, Throttled, published};
 use crate::domain::throttle_mode::ThrottleMode;
@@ -16,6 +16,9 @@ use crate::domain::throttle_mode::ThrottleMode;
 /// Most times that a call is sent although Amazon refused it, apart from the first. Each of them had its turn, so more
 /// refusals mean that waiting does not help this call.
 const MAX_AGAIN: u32 = 8;
+
+/// The status of a duplicate: `425 Too Early`.
+const TOO_EARLY: u16 = 425;
 
 /// The right to send a call once. The response is told to it, and says whether the call may be sent again.
 #[derive(Debug)]
@@ -31,6 +34,8 @@ struct Observed<'a> {
     arrived: Seconds,
     /// The total time in the queue, if the call waited.
     waited: Option<Waited>,
+    /// The last response's status; 0 before it.
+    status: u16,
     /// Whether Amazon refused the call, and certainly did not process it.
     refused: bool,
     /// How often it was sent again.
@@ -73,7 +78,18 @@ impl<'a> Pass<'a> {
 
     pub(super) fn new(throttle: &'a Throttle, bucket: &'a Arc<Bucket>, call: Call<'a>, mode: ThrottleMode) -> Self {
         let (epoch, arrived) = (bucket.epoch(), throttle.memory.now());
-        Self(Some(Observed { throttle, bucket, call, mode, epoch, arrived, waited: None, refused: false, again: 0 }))
+        Self(Some(Observed {
+            throttle,
+            bucket,
+            call,
+            mode,
+            epoch,
+            arrived,
+            waited: None,
+            status: 0,
+            refused: false,
+            again: 0,
+        }))
     }
 
     /// Decides about the call as the mode says; `first`: it had its turn before, and Amazon refused it.
@@ -87,8 +103,8 @@ impl<'a> Pass<'a> {
         let Some(observed) = &mut self.0 else { return };
         let memory = &observed.throttle.memory;
         let now = memory.now();
-        observed.refused = false;
-        match refusal::read(status, headers, observed.call.family, memory.clock.now()) {
+        (observed.refused, observed.status) = (false, status.as_u16());
+        match classify::read(status, headers, observed.call.family, memory.clock.now()) {
             Verdict::Accepted => observed.bucket.accepted(now),
             Verdict::Refused { advised, unprocessed } => {
                 observed.refused = unprocessed;
@@ -96,9 +112,8 @@ impl<'a> Pass<'a> {
                     at: now,
                     epoch: observed.epoch,
                     advised,
-                    default: refusal::default_pause(observed.call.kind),
+                    default: classify::default_pause(observed.call.kind),
                     dice: dice(),
-                    accepted: 0,
                     peak: 0.0,
                 };
                 observed.bucket.refused(refusal, published(observed.call.family));
@@ -127,6 +142,12 @@ impl<'a> Pass<'a> {
             }
             entry => Some(entry),
         }
+    }
+
+    /// The hint for the caller: Amazon's 425 to the creation of a report says that the same report is running already.
+    pub fn hint(&self) -> Option<&'static str> {
+        let observed = self.0.as_ref()?;
+        (observed.status == TOO_EARLY && observed.call.kind == Kind::Create).then_some("duplicate_report")
     }
 
     /// How long the call waited, if it did.

@@ -23,6 +23,7 @@ ALERTS = {
     "AdsClientRejected",
     "AdsStoreDown",
     "AdsThrottled",
+    "AdsThrottleRefuses",
     "AdsUpstreamErrors",
     "AdsSidecarDown",
     "AdsKeyMismatch",

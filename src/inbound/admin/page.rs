@@ -13,6 +13,7 @@ use super::{Admin, Answer, Stage};
 use crate::auth::tokens::Status;
 use crate::domain::account::UserId;
 use crate::domain::grant::State;
+use crate::throttle::BucketStatus;
 
 /// The page loads nothing, runs nothing, sends nothing, and may not be framed.
 const POLICY: &str = "default-src 'none'; style-src 'sha256-teTQxtI+4pqNDyTh0fy86uW97eAew2RUI7Iq/W2DD3I='; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
@@ -32,7 +33,7 @@ impl Admin {
     pub(super) fn page(&self, headers: &HeaderMap) -> Answer {
         let now = self.clock.now();
         let mut users = self.tokens.statuses();
-        users.sort_by_key(|user| urgency(user.state));
+        users.sort_by_key(|user| user.state.urgency());
         let here = self.public_url.as_ref().map_or("/", url::Url::as_str);
         let page = html! {
             (DOCTYPE)
@@ -51,6 +52,7 @@ impl Admin {
                     @if users.len() > MAX_ROWS {
                         p { "And " (users.len() - MAX_ROWS) " more: see " code { "adsidecar users list" } "." }
                     }
+                    (limits(&self.throttle.status()))
                     (self.about_links(headers))
                     footer { "As of " (time(now)) ". " a href=(here) { "Refresh" } }
                 }
@@ -119,6 +121,36 @@ fn table(users: &[Status], now: Timestamp, login_base: Option<&str>) -> Markup {
     }
 }
 
+/// What Amazon was seen to allow. Nothing as long as it has refused no request.
+fn limits(buckets: &[BucketStatus]) -> Markup {
+    html! {
+        @if !buckets.is_empty() {
+            h1 { "Limits of Amazon's" }
+            table {
+                tr {
+                    th { "Region" } th { "API family" } th { "Kind" } th { "Learned rate" } th { "Paused for" }
+                    th { "Waiting" } th { "Refused so far" }
+                }
+                @for bucket in buckets.iter().take(MAX_ROWS) {
+                    tr {
+                        td { (bucket.name.region.as_str()) }
+                        td { (bucket.name.family.name) }
+                        td { (bucket.name.kind.as_str()) }
+                        td { (format!("{:.1} per second", bucket.rate)) }
+                        @if bucket.paused > 0.0 {
+                            td class="wait" { (format!("{:.0} s", bucket.paused.ceil())) }
+                        } @else {
+                            td class="ok" { "–" }
+                        }
+                        td { (bucket.waiting) }
+                        td { (bucket.refusals) }
+                    }
+                }
+            }
+        }
+    }
+}
+
 fn login_link(user: &UserId, base: Option<&str>) -> Markup {
     let name: String = url::form_urlencoded::byte_serialize(user.as_str().as_bytes()).collect();
     html! {
@@ -127,18 +159,6 @@ fn login_link(user: &UserId, base: Option<&str>) -> Markup {
             Some(base) => { a href={ (base) (name) } { "log in" } }
             None => { "–" }
         }
-    }
-}
-
-/// The sort key: users that need a login come first, then those that may need one soon.
-fn urgency(state: State) -> u8 {
-    match state {
-        State::LoginRequired => 0,
-        State::Failing => 1,
-        State::Expiring => 2,
-        State::Fresh => 3,
-        State::Idle => 4,
-        State::None => 5,
     }
 }
 

@@ -2,19 +2,64 @@
 
 use http::{HeaderName, HeaderValue};
 
-use super::ProxyError;
-use super::route::RouteError;
 use crate::auth::tokens::TokenError;
+use crate::domain::account::UserId;
 use crate::domain::grant::{Remedy, STORE_UNAVAILABLE};
 use crate::domain::headers::THROTTLE;
 use crate::domain::policy::Denied;
 use crate::inbound::admission::Refusal;
+use crate::inbound::oauth::token_problem;
 use crate::inbound::problem::{Code, Problem};
+use crate::inbound::route::RouteError;
 use crate::telemetry::audit::Fault;
 use crate::throttle::{Reason, Throttled};
-use crate::upstream::{BodyError, ErrorKind};
+use crate::upstream::{BodyError, ErrorKind, SendError};
+
+/// Why adsidecar responds with an error of its own instead of Amazon's response.
+#[derive(Debug)]
+pub enum ProxyError {
+    /// The request failed a check of [`admission`](crate::inbound::admission).
+    Refused(Refusal),
+    /// The request selects an unknown account, or a header that selects is invalid.
+    Unroutable(RouteError),
+    /// The policy forbids it.
+    Denied(Denied),
+    /// There is no access token for the user.
+    NoToken(TokenError, UserId),
+    /// Amazon refuses requests like this one, and waiting is not allowed or would take too long.
+    Throttled(Throttled),
+    /// `Content-Length` is larger than `proxy.max_body`.
+    TooLarge,
+    /// Amazon could not be reached, or did not respond.
+    Send(SendError),
+    /// A step panicked, which is a bug in adsidecar; the process and the connection go on.
+    Panicked,
+}
 
 impl ProxyError {
+    /// The response to the caller. `login_url` returns the address at which a user logs in.
+    pub(super) fn into_problem(self, login_url: impl FnOnce(&UserId) -> String) -> Problem {
+        match self {
+            Self::Refused(refusal) => refusal.into(),
+            Self::Unroutable(error) => error.into(),
+            Self::Denied(denied) => denied.into(),
+            Self::NoToken(error, user) => token_problem(error, &login_url(&user)),
+            Self::Throttled(throttled) => throttled.into(),
+            Self::TooLarge => too_large(),
+            Self::Panicked => panicked(),
+            Self::Send(error) => error.kind.into(),
+        }
+    }
+
+    /// The label of the metric `guard_denied`; `None` if no guard rejected the request.
+    pub(super) fn guard_reason(&self) -> Option<&'static str> {
+        match self {
+            Self::Refused(refusal) => Some(refusal.reason()),
+            Self::Denied(_) => Some("policy"),
+            _ => None,
+        }
+    }
+
     /// Whose fault it is.
     pub(super) fn fault(&self) -> Fault {
         match self {
@@ -93,19 +138,23 @@ impl From<Denied> for Problem {
 impl From<Throttled> for Problem {
     fn from(throttled: Throttled) -> Self {
         let Throttled { bucket, wait, reason } = throttled;
-        let detail = match reason {
-            Reason::Paused => "Amazon refuses requests like this one at the moment, so it was not sent.",
-            Reason::TooLate => "Amazon limits requests like this one, and its turn does not come in time.",
-            Reason::Full => "Amazon limits requests like this one, and too many wait for their turn already.",
-            Reason::Draining => "Amazon limits requests like this one, and adsidecar stops before its turn.",
-        };
-        let next_step = match reason {
-            Reason::Paused => "Repeat it after the time in Retry-After, or let requests wait: throttle.mode = queue.",
-            Reason::TooLate => "Repeat it after the time in Retry-After, or raise throttle.queue_timeout.",
-            Reason::Full => {
-                "Repeat it after the time in Retry-After, send fewer at once, or raise throttle.max_waiting."
-            }
-            Reason::Draining => "Repeat it after the time in Retry-After.",
+        let (detail, next_step) = match reason {
+            Reason::Paused => (
+                "Amazon refuses requests like this one at the moment, so it was not sent.",
+                "Repeat it after the time in Retry-After, or let requests wait: throttle.mode = queue.",
+            ),
+            Reason::TooLate => (
+                "Amazon limits requests like this one, and its turn does not come in time.",
+                "Repeat it after the time in Retry-After, or raise throttle.queue_timeout.",
+            ),
+            Reason::Full => (
+                "Amazon limits requests like this one, and too many wait for their turn already.",
+                "Repeat it after the time in Retry-After, send fewer at once, or raise throttle.max_waiting.",
+            ),
+            Reason::Draining => (
+                "Amazon limits requests like this one, and adsidecar stops before its turn.",
+                "Repeat it after the time in Retry-After.",
+            ),
         };
         let seconds = wait.as_secs_f64();
         let mut problem = Self::new(Code::Throttled, detail, next_step).retry_after(wait);
@@ -167,12 +216,12 @@ impl From<ErrorKind> for Problem {
     }
 }
 
-pub(super) fn too_large() -> Problem {
+fn too_large() -> Problem {
     Problem::new(Code::BodyTooLarge, "The body is larger than proxy.max_body.", "Send less, or raise proxy.max_body.")
         .close()
 }
 
-pub(super) fn panicked() -> Problem {
+fn panicked() -> Problem {
     Problem::new(
         Code::Internal,
         "adsidecar failed because of a defect; the request may have been processed.",

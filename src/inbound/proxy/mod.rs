@@ -4,12 +4,10 @@
 //! steps of a request to Amazon, each one call that may fail.
 
 mod auth_rejection;
-mod body;
 mod error_mapping;
 mod request_telemetry;
+mod response;
 mod retry;
-mod route;
-mod upstream_request;
 
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
@@ -21,26 +19,27 @@ use http::request::Parts;
 use http::{Request, Response, StatusCode, Uri};
 use hyper::body::Incoming;
 
-pub use body::Body;
+pub use error_mapping::ProxyError;
+pub use response::{Body, strip_response};
 
-use crate::auth::tokens::{TokenError, TokenManager};
+use crate::auth::tokens::{Bearer, TokenManager};
 use crate::domain::account::{Account, Region, UserId};
-use crate::domain::headers::{self, HINT, THROTTLE, UpstreamHeaders};
-use crate::domain::policy::{self, Denied, Mode};
-use crate::inbound::admission::{Admission, Admitted, Refusal};
+use crate::domain::headers::{self, UpstreamHeaders};
+use crate::domain::policy::{self, Mode};
+use crate::inbound::admission::{Admission, Admitted};
 use crate::inbound::destination::Target;
-use crate::inbound::oauth::{OauthEndpoints, add_private_headers, token_problem};
+use crate::inbound::oauth::{OauthEndpoints, add_private_headers};
 use crate::inbound::problem::Problem;
 use crate::inbound::request_id::{self, RequestIds};
+pub use crate::inbound::route::Selection;
+use crate::inbound::route::{Accounts, RoutedRequest};
 use crate::server::Peer;
 use crate::telemetry::metrics::Metrics;
-use crate::throttle::{Call, Entry, Pass, Throttle, Throttled};
+use crate::throttle::{Call, Entry, Pass, Throttle};
 use crate::upstream::{ReplayBudget, ReplayBuffer, RequestBody, Reuse, SendError, Upstream, UpstreamBody};
 use auth_rejection::{Rejection, Verdict};
 use request_telemetry::RequestTelemetry;
 use retry::Retry;
-use route::{Accounts, RouteError, RoutedRequest};
-use upstream_request::UpstreamRequest;
 
 /// What a waiting request holds besides its path and a body that Amazon refused, in bytes: its head in parsed form, the
 /// buffers of its connection, and its future.
@@ -69,17 +68,6 @@ pub struct Settings {
     pub policy: policy::Settings,
 }
 
-/// `proxy.selection`: whether callers select their account.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Selection {
-    /// By path prefix or header.
-    #[default]
-    Header,
-    /// Always the default account; the callers' selection is ignored.
-    Fixed,
-}
-
 /// Serves the proxy listener.
 #[derive(Debug)]
 pub struct Proxy {
@@ -100,25 +88,13 @@ pub struct Proxy {
     request_ids: Arc<RequestIds>,
 }
 
-/// Why adsidecar responds with an error of its own instead of Amazon's response.
-#[derive(Debug)]
-pub enum ProxyError {
-    /// The request failed a check of [`Admission`].
-    Refused(Refusal),
-    /// The request selects an unknown account, or a header that selects is invalid.
-    Unroutable(RouteError),
-    /// The policy forbids it.
-    Denied(Denied),
-    /// There is no access token for the user.
-    NoToken(TokenError, UserId),
-    /// Amazon refuses requests like this one, and waiting is not allowed or would take too long.
-    Throttled(Throttled),
-    /// `Content-Length` is larger than `proxy.max_body`.
-    TooLarge,
-    /// Amazon could not be reached, or did not respond.
-    Send(SendError),
-    /// A step panicked, which is a bug in adsidecar; the process and the connection go on.
-    Panicked,
+/// A request that is ready to be sent to Amazon, except for its body.
+#[derive(Clone, Copy)]
+struct UpstreamRequest<'a> {
+    call: &'a RoutedRequest<'a>,
+    parts: &'a Parts,
+    target: &'a Target,
+    bearer: &'a HeaderValue,
 }
 
 impl Proxy {
@@ -173,7 +149,7 @@ impl Proxy {
                 Err(error) => {
                     telemetry.set_error(&error);
                     let problem = self.problem(error, &parts);
-                    telemetry.set_own_error(problem.code());
+                    telemetry.set_own_error(&problem);
                     problem.respond(telemetry.request_id()).map(Body::own)
                 }
             };
@@ -224,7 +200,7 @@ impl Proxy {
         fail_point!("spine");
         let body = self.body(parts, incoming)?;
         let mut pass = self.throttle(&call, parts, target).await?;
-        let bearer = self.access_token(&call.user).await?;
+        let Bearer { value: bearer, check_clock } = self.access_token(&call.user).await?;
         let request = UpstreamRequest { call: &call, parts, target, bearer: &bearer };
         let sent = body.progress();
         let mut response = self.send(request, body, &sent, &mut pass, telemetry).await?;
@@ -232,15 +208,18 @@ impl Proxy {
             // Boxed: rare requests must not make the future of every request large.
             response = Box::pin(self.wait_and_send_again(response, request, &sent, &mut pass, telemetry)).await?;
         }
-        // The `Date` of the response shows the skew of this machine's clock.
-        self.tokens.observe_amazons_clock(response.headers());
+        if check_clock {
+            self.tokens.observe_amazons_clock(response.headers());
+        }
         let response = match response.status() {
             StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => {
                 Box::pin(self.handle_rejection(response, request, &sent, &mut pass, telemetry)).await?
             }
             _ => response.map(Body::amazon),
         };
-        Ok(to_caller(response, &call, &pass, telemetry))
+        telemetry.set_response_from_amazon(response.status());
+        let hint = telemetry.take_hint().or_else(|| pass.hint()).or_else(|| call.hint());
+        Ok(response::to_caller(response, hint, pass.waited()))
     }
 
     /// Refuses what the policy forbids. In observe mode, counts such a request and lets it pass.
@@ -290,8 +269,7 @@ impl Proxy {
             bytes: WAITING_BYTES + path.len(),
             ..Call::new(call.region, call.family, &parts.method, path, call.fair_share())
         };
-        let entry = self.throttle.enter(request);
-        match entry {
+        match self.throttle.enter(request) {
             Entry::Pass(pass) => Ok(pass),
             // Boxed: rare requests must not make the future of every request large.
             Entry::Wait(ticket) => Box::pin(ticket.turn()).await.map_err(ProxyError::Throttled),
@@ -321,13 +299,13 @@ impl Proxy {
                 Entry::Refuse(throttled) => return Err(ProxyError::Throttled(throttled)),
             };
             // The access token may have expired meanwhile.
-            let bearer = self.access_token(&request.call.user).await?;
+            let bearer = self.access_token(&request.call.user).await?.value;
             response = self.send(UpstreamRequest { bearer: &bearer, ..request }, body, sent, pass, telemetry).await?;
         }
         Ok(response)
     }
 
-    async fn access_token(&self, user: &UserId) -> Result<HeaderValue, ProxyError> {
+    async fn access_token(&self, user: &UserId) -> Result<Bearer, ProxyError> {
         self.tokens.bearer(user).await.map_err(|error| ProxyError::NoToken(error, user.clone()))
     }
 
@@ -346,7 +324,7 @@ impl Proxy {
         let mut sent = self.attempt(request, body, Reuse::Allowed).await;
         let mut attempts = 1;
         while let Err(error) = sent {
-            match Box::pin(Retry::after_error(error, request, buffer, attempts)).await {
+            match Box::pin(Retry::after_error(error, &request.parts.method, buffer, attempts)).await {
                 // Boxed: rare requests must not make the future of every request large.
                 Ok((retry, body)) => sent = Box::pin(self.attempt(request, body, retry.reuse())).await,
                 Err(error) => {
@@ -366,23 +344,19 @@ impl Proxy {
         Ok(response)
     }
 
-    async fn attempt(
+    fn attempt(
         &self,
         request: UpstreamRequest<'_>,
         body: RequestBody,
         reuse: Reuse,
-    ) -> Result<Response<UpstreamBody>, SendError> {
-        match self.upstream.checkout(request.call.region, reuse).await {
-            Ok(checkout) => checkout.send(self.to_amazon(request, body), request.accepts_event_stream()).await,
-            Err(kind) => Err(kind.unsent(body)),
-        }
+    ) -> impl Future<Output = Result<Response<UpstreamBody>, SendError>> + Send {
+        self.upstream.send(request.call.region, reuse, self.to_amazon(request, body))
     }
 
     fn to_amazon(&self, request: UpstreamRequest<'_>, body: RequestBody) -> Request<RequestBody> {
         let UpstreamRequest { call, parts, target, bearer } = request;
         let attach = UpstreamHeaders {
             family: call.family,
-            host: Some(self.upstream.authority(call.region)),
             bearer,
             client_id: &self.client_id,
             ids: call.ids(),
@@ -426,50 +400,17 @@ impl Proxy {
     }
 
     fn problem(&self, error: ProxyError, parts: &Parts) -> Problem {
-        let login_url = |user: &UserId| self.oauth.login_url(&parts.headers, user);
-        match error {
-            ProxyError::Refused(refusal) => {
-                self.metrics.guard_denied.with_label_values(&[refusal.reason()]).inc();
-                refusal.into()
-            }
-            ProxyError::Unroutable(error) => error.into(),
-            ProxyError::Denied(denied) => {
-                self.metrics.guard_denied.with_label_values(&["policy"]).inc();
-                denied.into()
-            }
-            ProxyError::NoToken(error, user) => token_problem(error, &login_url(&user)),
-            ProxyError::Throttled(throttled) => {
-                let region = throttled.bucket.region.as_str();
-                self.metrics.throttled.with_label_values(&[region, "sidecar"]).inc();
-                throttled.into()
-            }
-            ProxyError::TooLarge => error_mapping::too_large(),
-            ProxyError::Panicked => error_mapping::panicked(),
-            ProxyError::Send(error) => error.kind.into(),
+        if let Some(reason) = error.guard_reason() {
+            self.metrics.guard_denied.with_label_values(&[reason]).inc();
         }
+        if let ProxyError::Throttled(throttled) = &error {
+            self.metrics.throttled.with_label_values(&[throttled.bucket.region.as_str(), "sidecar"]).inc();
+        }
+        error.into_problem(|user| self.oauth.login_url(&parts.headers, user))
     }
 }
 
 /// AMC responds to expired credentials with 403 ("Make your first call", Amazon Marketing Cloud).
 fn is_amc(target: &Target) -> bool {
     target.path().split('/').find(|segment| !segment.is_empty()) == Some("amc")
-}
-
-/// Amazon's response as the caller gets it: without hop-by-hop headers, and with `X-Adsidecar-Hint` if there is one.
-fn to_caller(
-    mut response: Response<Body>,
-    call: &RoutedRequest<'_>,
-    pass: &Pass<'_>,
-    telemetry: &mut RequestTelemetry<'_>,
-) -> Response<Body> {
-    telemetry.set_response_from_amazon(response.status());
-    *response.version_mut() = http::Version::HTTP_11;
-    headers::to_caller(response.headers_mut());
-    if let Some(hint) = telemetry.take_hint().or_else(|| call.hint()) {
-        response.headers_mut().insert(HINT, HeaderValue::from_static(hint));
-    }
-    if let Some(waited) = pass.waited().and_then(|waited| HeaderValue::try_from(waited.to_string()).ok()) {
-        response.headers_mut().insert(THROTTLE, waited);
-    }
-    response
 }
