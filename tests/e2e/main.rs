@@ -35,6 +35,7 @@ mod review;
 mod catalogue;
 mod selection;
 mod postgres;
+mod siblings;
 mod stores;
 mod threats;
 mod token_endpoint;

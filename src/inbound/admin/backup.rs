@@ -55,25 +55,12 @@ impl Outcome {
     }
 }
 
-/// The parameters of an endpoint: each one known, and none repeated.
+/// The parameters of an endpoint, which has checked that it knows each of them.
 pub(super) struct Parameters(BTreeMap<String, String>);
 
 impl Parameters {
-    pub(super) fn read(query: Option<&str>, known: &[&str]) -> Result<Self, Problem> {
-        let mut parameters = BTreeMap::new();
-        for (name, value) in url::form_urlencoded::parse(query.unwrap_or_default().as_bytes()) {
-            let Some(known) = known.iter().find(|known| **known == name) else {
-                let known = if known.is_empty() { "none".to_owned() } else { known.join(", ") };
-                return Err(bad(
-                    "The request has an unknown parameter.".into(),
-                    format!("This endpoint takes: {known}."),
-                ));
-            };
-            if parameters.insert((*known).to_owned(), value.into_owned()).is_some() {
-                return Err(bad(format!("The parameter {known} is repeated."), "Send it once.".into()));
-            }
-        }
-        Ok(Self(parameters))
+    pub(super) fn read(query: Option<&str>) -> Self {
+        Self(url::form_urlencoded::parse(query.unwrap_or_default().as_bytes()).into_owned().collect())
     }
 
     fn flag(&self, name: &str) -> Result<bool, Problem> {
@@ -111,21 +98,19 @@ impl Admin {
     }
 
     /// `POST /restore`: takes a dump.
-    pub(super) async fn restore(&self, query: Option<&str>, body: Incoming) -> Result<Answer, Problem> {
-        let parameters = Parameters::read(query, &["replace", "dry_run"])?;
-        self.take_records(&parameters, false, body).await
+    pub(super) async fn restore(&self, parameters: &Parameters, body: Incoming) -> Result<Answer, Problem> {
+        self.take_records(parameters, false, body).await
     }
 
     /// `POST /users/import`: a refresh token in clear text, or with `records=true` records as another service that
     /// follows Amazon's guide has stored them.
-    pub(super) async fn import(&self, query: Option<&str>, body: Incoming) -> Result<Answer, Problem> {
-        let parameters = Parameters::read(query, &["user_id", "records", "offline", "replace", "dry_run"])?;
+    pub(super) async fn import(&self, parameters: &Parameters, body: Incoming) -> Result<Answer, Problem> {
         let verify = !parameters.flag("offline")?;
         if parameters.flag("records")? {
             if parameters.0.contains_key("user_id") {
                 return Err(bad("Records name their users themselves.".into(), "Leave user_id out.".into()));
             }
-            return self.take_records(&parameters, verify, body).await;
+            return self.take_records(parameters, verify, body).await;
         }
         let (user, replace) = (parameters.user()?, parameters.flag("replace")?);
         if parameters.flag("dry_run")? {
@@ -146,8 +131,7 @@ impl Admin {
     }
 
     /// `GET /users/export`: the refresh token of a user in clear text, or with `records=true` the encrypted record.
-    pub(super) async fn export(&self, query: Option<&str>) -> Result<Answer, Problem> {
-        let parameters = Parameters::read(query, &["user_id", "records"])?;
+    pub(super) async fn export(&self, parameters: &Parameters) -> Result<Answer, Problem> {
         let user = parameters.user()?;
         let unknown = || {
             Problem::new(Code::NotFound, "The user has no grant.", "See adsidecar users list, or the status endpoint.")

@@ -10,12 +10,13 @@ use bytes::Bytes;
 use http::header::{ALLOW, CACHE_CONTROL, CONTENT_TYPE, HeaderValue};
 use http::request::Parts;
 use http::{Method, Request, Response, StatusCode};
+use http_body::Body as _;
 use http_body_util::combinators::UnsyncBoxBody;
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::Incoming;
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
-use url::Url;
+use url::{Url, form_urlencoded};
 
 use self::backup::Parameters;
 use crate::auth::tokens::TokenManager;
@@ -23,6 +24,7 @@ use crate::domain::clock::Clock;
 use crate::inbound::admission::{AdminAccess, Admission, Refusal};
 use crate::inbound::problem::{Code, Problem};
 use crate::inbound::request_id::{REQUEST_ID, RequestIds};
+use crate::inbound::route::is_selecting;
 use crate::server::Peer;
 use crate::store::TokenStore;
 use crate::store::keyring::Fingerprint;
@@ -169,6 +171,9 @@ impl Admin {
             _ => AdminAccess::Anyone,
         };
         self.admission.admin(parts, peer, access).map_err(|refusal| self.refused(refusal))?;
+        if access != AdminAccess::Anyone || (path, method) == ("/log", &Method::GET) {
+            check_input(parts, method, &body)?;
+        }
         match (path, method) {
             ("/livez", &Method::GET) => Ok(say(StatusCode::OK, "alive\n")),
             ("/readyz", &Method::GET) => Ok(self.ready()),
@@ -192,13 +197,10 @@ impl Admin {
             ("/log", &Method::PUT) => self.set_level(body).await,
             ("/rotate", &Method::GET) => Ok(self.rotation()),
             ("/rotate", &Method::POST) => self.rotate(parts.uri.query().unwrap_or_default()).await,
-            ("/dump", &Method::GET) => {
-                Parameters::read(parts.uri.query(), &[])?;
-                Ok(self.dump())
-            }
-            ("/restore", &Method::POST) => self.restore(parts.uri.query(), body).await,
-            ("/users/import", &Method::POST) => self.import(parts.uri.query(), body).await,
-            ("/users/export", &Method::GET) => self.export(parts.uri.query()).await,
+            ("/dump", &Method::GET) => Ok(self.dump()),
+            ("/restore", &Method::POST) => self.restore(&Parameters::read(parts.uri.query()), body).await,
+            ("/users/import", &Method::POST) => self.import(&Parameters::read(parts.uri.query()), body).await,
+            ("/users/export", &Method::GET) => self.export(&Parameters::read(parts.uri.query())).await,
             ("/" | "/dump" | "/users/export" | "/livez" | "/readyz" | "/startupz" | "/metrics", _) => {
                 Err(other_method("GET, HEAD"))
             }
@@ -313,6 +315,37 @@ fn bytes(bytes: impl Into<Bytes>) -> Body {
 
 fn bytes_of(body: Full<Bytes>) -> Body {
     body.map_err(backup::never).boxed_unsync()
+}
+
+/// Refuses a parameter, a body or a selecting header that the endpoint does not take: a request that says more than
+/// adsidecar understands must not be served as if it said less.
+fn check_input(parts: &Parts, method: &Method, body: &Incoming) -> Result<(), Problem> {
+    let path = parts.uri.path();
+    let known: &[&str] = match (path, method) {
+        ("/rotate", &Method::POST) => &["key"],
+        ("/restore", &Method::POST) => &["replace", "dry_run"],
+        ("/users/import", &Method::POST) => &["user_id", "records", "offline", "replace", "dry_run"],
+        ("/users/export", &Method::GET) => &["user_id", "records"],
+        _ => &[],
+    };
+    let names = form_urlencoded::parse(parts.uri.query().unwrap_or_default().as_bytes());
+    let names = names.map(|(name, _)| name.into_owned()).collect::<Vec<_>>();
+    let refused = |detail: String| Err(Problem::new(Code::BadRequest, detail, "Send the request without it."));
+    if let Some(name) = names.iter().find(|name| !known.contains(&name.as_str())) {
+        let name: String = name.chars().filter(|c| c.is_ascii_alphanumeric() || "_-.".contains(*c)).take(40).collect();
+        return refused(format!("{path} takes no parameter {name}."));
+    }
+    if let Some(name) = names.iter().enumerate().find_map(|(at, name)| names[..at].contains(name).then_some(name)) {
+        return refused(format!("The parameter {name} is repeated."));
+    }
+    if let Some(name) = parts.headers.keys().find(|name| is_selecting(name.as_str())) {
+        return refused(format!("The header {name} means nothing on the admin listener."));
+    }
+    let takes_body = [("/log", &Method::PUT), ("/restore", &Method::POST), ("/users/import", &Method::POST)];
+    if !body.is_end_stream() && !takes_body.contains(&(path, method)) {
+        return refused(format!("{path} takes no body."));
+    }
+    Ok(())
 }
 
 fn say(status: StatusCode, text: &'static str) -> Answer {

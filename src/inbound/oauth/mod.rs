@@ -24,7 +24,7 @@ use crate::domain::grant::STORE_UNAVAILABLE;
 use crate::domain::headers::ERROR;
 use crate::domain::secret::Secret;
 use crate::inbound::admission::{Admission, Admitted, Refusal, is_loopback, without_port};
-use crate::inbound::endpoint::{CALLBACK, Endpoint, LOGIN};
+use crate::inbound::destination::{CALLBACK, Endpoint, LOGIN};
 use crate::inbound::problem::{Code, Problem};
 use crate::inbound::request_id::{REQUEST_ID, RequestIds};
 use crate::server::Peer;

@@ -7,12 +7,12 @@ use std::time::{Duration, Instant};
 use http::header::HeaderName;
 use http::{HeaderMap, HeaderValue, Method, Response, StatusCode};
 
-use super::route::RoutedRequest;
 use super::{Body, ProxyError};
 use crate::auth::tokens::TokenError;
 use crate::domain::account::Region;
 use crate::inbound::problem::Problem;
 use crate::inbound::request_id::REQUEST_ID;
+use crate::inbound::route::RoutedRequest;
 use crate::telemetry::audit::{AuditEvent, AuditOutcome, Fault, milliseconds};
 use crate::telemetry::metrics::Metrics;
 
