@@ -4,7 +4,9 @@ mod accounts;
 mod client;
 pub mod doctor;
 mod explain;
+mod first_words;
 mod health;
+mod help;
 mod login;
 mod key;
 mod process;
@@ -20,7 +22,7 @@ use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::{CommandFactory, Parser, Subcommand};
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
 pub use serve::asked_to_stop;
 
@@ -132,7 +134,8 @@ pub struct Failed {
 /// Runs the command that `arguments` name. Says on standard error why it failed, if so.
 pub fn run(arguments: impl IntoIterator<Item = OsString>) -> Exit {
     process::harden();
-    match Arguments::try_parse_from(arguments) {
+    let parsed = command().try_get_matches_from(arguments).and_then(|matches| Arguments::from_arg_matches(&matches));
+    match parsed {
         Ok(arguments) => told(dispatch(arguments)),
         Err(error) => misused(&error),
     }
@@ -158,7 +161,7 @@ pub fn misused(error: &clap::Error) -> Exit {
 
 /// The commands with their arguments and help texts.
 pub fn command() -> clap::Command {
-    Arguments::command()
+    help::taught(Arguments::command())
 }
 
 fn dispatch(arguments: Arguments) -> Result<(), Failed> {
@@ -190,7 +193,7 @@ fn dispatch(arguments: Arguments) -> Result<(), Failed> {
         Command::Completions { shell } => {
             // Not written to standard output directly, because clap panics where its reader has closed it.
             let mut script = Vec::new();
-            clap_complete::generate(shell, &mut Arguments::command(), "adsidecar", &mut script);
+            clap_complete::generate(shell, &mut command(), "adsidecar", &mut script);
             print(String::from_utf8_lossy(&script))
         }
     }
@@ -237,6 +240,11 @@ fn table<const N: usize>(head: [&str; N], rows: impl IntoIterator<Item = [String
 /// Says on standard error what was repaired.
 fn warn(message: impl Display) {
     let _ = writeln!(std::io::stderr(), "warning: {message}");
+}
+
+/// Says on standard error what to do next.
+fn hint(message: impl Display) {
+    let _ = writeln!(std::io::stderr(), "hint: {message}");
 }
 
 /// What is in `file`, or on standard input for `-` and for nothing.

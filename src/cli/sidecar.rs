@@ -103,7 +103,8 @@ impl Sidecar {
             BuildError::Store(StoreError::Locked { .. }) => Failed { exit: Exit::Held, message: held },
             other => other.into(),
         })?;
-        let listen = app.addresses().proxy.iter().map(|address: &SocketAddr| Listen::Tcp(address.to_string())).collect();
+        let listen =
+            app.addresses().proxy.iter().map(|address: &SocketAddr| Listen::Tcp(address.to_string())).collect();
         let (stop, stopped) = oneshot::channel();
         let ended = tokio::spawn(Box::pin(app.run(async {
             let _ = stopped.await;

@@ -136,14 +136,22 @@ async fn of_store(config: &Config) -> Result<(Value, Vec<Value>, Value, Value), 
         }),
         Err(error) => json!({ "user_id": user, "state": "unreadable", "last_error": error.to_string() }),
     });
-    Ok((json!({ "running": false }), users.collect(), json!({ "configured": config.proxy.accounts.len() }), Value::Null))
+    Ok((
+        json!({ "running": false }),
+        users.collect(),
+        json!({ "configured": config.proxy.accounts.len() }),
+        Value::Null,
+    ))
 }
 
 /// How often requests were throttled, by region and by whom, from the metrics.
 fn throttled(metrics: &str) -> Value {
     let lines = metrics.lines().filter_map(|line| line.strip_prefix("adsidecar_throttled_total{")?.split_once("} "));
     let counts = lines.filter_map(|(labels, count)| Some((labels, count.parse::<f64>().ok()?)));
-    counts.filter(|(_, count)| *count > 0.0).map(|(labels, count)| json!({ "labels": labels, "count": count })).collect()
+    counts
+        .filter(|(_, count)| *count > 0.0)
+        .map(|(labels, count)| json!({ "labels": labels, "count": count }))
+        .collect()
 }
 
 fn problems(sidecar: &Value, users: &[Value]) -> Vec<String> {
@@ -217,7 +225,8 @@ fn text(report: &Report) -> String {
         text += "\n";
     }
     for throttled in report.throttle.as_array().into_iter().flatten() {
-        let _ = writeln!(text, "throttled: {} times ({})", throttled["count"], throttled["labels"].as_str().unwrap_or(""));
+        let _ =
+            writeln!(text, "throttled: {} times ({})", throttled["count"], throttled["labels"].as_str().unwrap_or(""));
     }
     for problem in &report.problems {
         let _ = write!(text, "\n! {problem}\n");

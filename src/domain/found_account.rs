@@ -165,7 +165,12 @@ impl FoundAccount {
         let kind = self.kind.as_str().replace('_', "-");
         let (id, user) = (slug(id), slug(user.as_str()));
         let tail = id.get(id.len().saturating_sub(6)..).unwrap_or(&id);
-        [plain.clone(), format!("{plain}-{kind}"), format!("{plain}-{kind}-{tail}"), format!("{plain}-{kind}-{id}-{user}")]
+        [
+            plain.clone(),
+            format!("{plain}-{kind}"),
+            format!("{plain}-{kind}-{tail}"),
+            format!("{plain}-{kind}-{id}-{user}"),
+        ]
     }
 }
 
@@ -270,14 +275,20 @@ pub fn doubtful_id(context: Context, id: &str) -> Option<&'static str> {
     let entity = id.starts_with("ENTITY");
     match context {
         Context::Scope if entity => Some("an ENTITY… is an entity_id or advertiser_id; a profile id is a number"),
-        Context::Scope if id.starts_with("amzn1.ads-account.") => Some("this is an account_id; a profile id is a number"),
+        Context::Scope if id.starts_with("amzn1.ads-account.") => {
+            Some("this is an account_id; a profile id is a number")
+        }
         Context::Scope if !digits => Some("a profile id is a number: profileId of GET /v2/profiles"),
         Context::Marketplace if digits || entity || id.len() < 10 => {
             Some("a marketplace id looks like ATVPDKIKX0DER: accountInfo.marketplaceStringId of GET /v2/profiles")
         }
-        Context::Advertiser | Context::Entity if digits => Some("it begins with ENTITY; a number is a profile_id or a DSP id"),
+        Context::Advertiser | Context::Entity if digits => {
+            Some("it begins with ENTITY; a number is a profile_id or a DSP id")
+        }
         Context::DspAdvertiser if entity => Some("a DSP advertiser id is a number; an ENTITY… is an entity_id"),
-        Context::AmcInstance if digits || entity => Some("an AMC instance id begins with amc: instanceId of GET /amc/instances"),
+        Context::AmcInstance if digits || entity => {
+            Some("an AMC instance id begins with amc: instanceId of GET /amc/instances")
+        }
         _ => None,
     }
 }
@@ -362,7 +373,8 @@ mod tests {
             profile("1003001005", "Bolt", "DE", AccountType::Seller),
         ];
         assign_slugs(&mut accounts, &UserId::default(), |_| false);
-        let expected = ["acme-de-seller", "acme-de-vendor", "acme-fr", "bolt-de-seller-001004", "bolt-de-seller-001005"];
+        let expected =
+            ["acme-de-seller", "acme-de-vendor", "acme-fr", "bolt-de-seller-001004", "bolt-de-seller-001005"];
         assert_eq!(slugs(&accounts), expected);
         assert_eq!(accounts[0].clash.as_deref(), Some("acme-de"));
         assert_eq!(accounts[2].clash, None);

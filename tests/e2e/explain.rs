@@ -49,7 +49,8 @@ async fn an_explanation_names_the_host_and_headers_that_amazon_then_receives() {
             assert_ne!(line["why"], "", "{name}");
         }
         let named = |name: &str| told["headers"].as_array().unwrap().iter().any(|line| line["name"] == name);
-        let about_the_request = ["content-length", "content-type", "accept", "user-agent", "transfer-encoding", "x-request-id"];
+        let about_the_request =
+            ["content-length", "content-type", "accept", "user-agent", "transfer-encoding", "x-request-id"];
         for (name, _) in &seen.headers {
             let name = name.to_ascii_lowercase();
             assert!(named(&name) || about_the_request.contains(&name.as_str()), "{path}: {name} is not explained");
@@ -128,7 +129,11 @@ async fn the_status_is_told_beside_a_running_sidecar_and_without_one() {
     harness.post("/api/auth/amazon/refresh?user_id=anna").await;
     let revoked = status(&harness, &[]).await;
     assert_eq!(revoked.code, FAILED);
-    assert!(revoked.out.contains("anna has to log in again (invalid_grant): adsidecar login --user anna"), "{}", revoked.out);
+    assert!(
+        revoked.out.contains("anna has to log in again (invalid_grant): adsidecar login --user anna"),
+        "{}",
+        revoked.out
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -138,8 +143,18 @@ async fn a_watched_status_is_printed_until_it_is_interrupted() {
     let sets =
         [format!("proxy.listen={}", harness.proxy_address()), format!("admin.listen={}", harness.admin_address())];
     let file = harness.config_file();
-    let arguments =
-        ["status", "--config", file.to_str().unwrap(), "--set", &sets[0], "--set", &sets[1], "--watch=50ms", "-o", "json"];
+    let arguments = [
+        "status",
+        "--config",
+        file.to_str().unwrap(),
+        "--set",
+        &sets[0],
+        "--set",
+        &sets[1],
+        "--watch=50ms",
+        "-o",
+        "json",
+    ];
     let mut child = command(&arguments).spawn().unwrap();
     let mut lines = std::io::BufRead::lines(std::io::BufReader::new(child.stdout.take().unwrap()));
     let (three, status) = tokio::task::spawn_blocking(move || {

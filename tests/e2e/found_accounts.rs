@@ -137,17 +137,26 @@ async fn of_300_profiles_one_is_called_by_its_name_alone_in_every_api_family() {
         (
             Method::GET,
             "/amc/instances",
-            &[("amazon-advertising-api-advertiserid", "ENTITYAMC"), ("amazon-advertising-api-marketplaceid", "A1PA6795UKMFR9")],
+            &[
+                ("amazon-advertising-api-advertiserid", "ENTITYAMC"),
+                ("amazon-advertising-api-marketplaceid", "A1PA6795UKMFR9"),
+            ],
         ),
         (
             Method::GET,
             "/amc/reporting/amcacme/workflows",
-            &[("amazon-advertising-api-advertiserid", "ENTITYAMC"), ("amazon-advertising-api-marketplaceid", "A1PA6795UKMFR9")],
+            &[
+                ("amazon-advertising-api-advertiserid", "ENTITYAMC"),
+                ("amazon-advertising-api-marketplaceid", "A1PA6795UKMFR9"),
+            ],
         ),
         (
             Method::GET,
             "/amc/audiences/query/x",
-            &[("amazon-marketing-cloud-audience-instanceid", "amcacme"), ("amazon-advertising-api-entityid", "ENTITYAMC")],
+            &[
+                ("amazon-marketing-cloud-audience-instanceid", "amcacme"),
+                ("amazon-advertising-api-entityid", "ENTITYAMC"),
+            ],
         ),
     ] {
         harness.sandbox.clear_history();
@@ -193,7 +202,8 @@ async fn names_that_clash_get_longer_slugs_and_the_short_one_selects_nobody() {
     let clashing: Vec<_> = all.iter().filter(|account| account["clash"].is_string()).collect();
     assert_eq!(clashing.len(), 40);
     assert!(unique.contains("twin-4-de-seller") && unique.contains("twin-4-de-vendor"), "{unique:?}");
-    let short = harness.request(Method::GET, "/sd/campaigns").header("x-ads-account", "twin-4-de").send().await.unwrap();
+    let short =
+        harness.request(Method::GET, "/sd/campaigns").header("x-ads-account", "twin-4-de").send().await.unwrap();
     assert_eq!((short.status().as_u16(), code(&short)), (404, "unknown_account"));
 
     let sets = beside(&harness, &["accounts", "show", "twin-4-de"]).await;
@@ -211,7 +221,10 @@ async fn names_that_clash_get_longer_slugs_and_the_short_one_selects_nobody() {
     let after = slugs(&accounts(&harness, "name=twin 4").await);
     assert!(after.contains(&"twin-4-de-vendor".to_owned()), "{after:?}");
     assert_eq!(slugs(&accounts(&harness, "name=acme&type=seller").await), ["acme-de-seller"]);
-    assert_eq!(call(&harness, Method::GET, "/sd/campaigns", "acme-de").await.header("amazon-advertising-api-scope"), Some("7700"));
+    assert_eq!(
+        call(&harness, Method::GET, "/sd/campaigns", "acme-de").await.header("amazon-advertising-api-scope"),
+        Some("7700")
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -223,17 +236,27 @@ async fn a_name_of_the_configuration_wins_and_unknown_parameters_are_refused() {
     harness.log_in("default").await;
     synced(&harness).await;
     let page = accounts(&harness, "name=acme").await;
-    let named: Vec<_> = page["accounts"].as_array().unwrap().iter().map(|one| (one["slug"].as_str().unwrap(), one["source"].as_str().unwrap())).collect();
+    let named: Vec<_> = page["accounts"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|one| (one["slug"].as_str().unwrap(), one["source"].as_str().unwrap()))
+        .collect();
     assert!(named.contains(&("acme-de", "configuration")) && named.contains(&("flagship", "configuration")), "{page}");
     assert!(!named.contains(&("acme-de", "amazon")), "{page}");
     let flagship = page["accounts"].as_array().unwrap().iter().find(|one| one["slug"] == "flagship").unwrap();
-    assert_eq!((flagship["name"].as_str(), flagship["type"].as_str()), (Some("Acme"), Some("vendor")), "what was found is told");
+    assert_eq!(
+        (flagship["name"].as_str(), flagship["type"].as_str()),
+        (Some("Acme"), Some("vendor")),
+        "what was found is told"
+    );
     harness.sandbox.clear_history();
     harness.request(Method::GET, "/sd/campaigns").header("x-ads-account", "acme-de").send().await.unwrap();
     let seen = harness.seen();
     assert_eq!((seen.listener, seen.header("amazon-advertising-api-scope")), (Listener::Na, Some("1")));
     // A found account is no way round the rules of its user's accounts.
-    let change = harness.request(Method::PUT, "/sp/campaigns").header("x-ads-account", "shop-3-jp").send().await.unwrap();
+    let change =
+        harness.request(Method::PUT, "/sp/campaigns").header("x-ads-account", "shop-3-jp").send().await.unwrap();
     assert_eq!(code(&change), "policy_denied");
 
     for query in ["page=2", "type=brand", "limit=0", "limit=501", "user_id=a b", "name=a&name=b"] {
@@ -256,12 +279,18 @@ async fn a_region_that_fails_or_is_revoked_deletes_nothing_and_is_told_apart_fro
         outcomes.into_iter().find(|one| one["source"] == "profiles" && one["region"] == region).unwrap()
     };
     let first = synced(&harness).await;
-    assert_eq!((outcome(&first, "na")["status"].as_str(), outcome(&first, "na")["count"].as_u64()), (Some("found"), Some(2)));
+    assert_eq!(
+        (outcome(&first, "na")["status"].as_str(), outcome(&first, "na")["count"].as_u64()),
+        (Some("found"), Some(2))
+    );
     assert_eq!(outcome(&first, "fe")["status"], "empty");
 
     let fault = harness.sandbox.set_fault(Rule::from(Fault::status(403)).at(Listener::Eu).on("/v2/profiles").always());
     let second = synced(&harness).await;
-    assert_eq!((outcome(&second, "eu")["status"].as_str(), outcome(&second, "eu")["code"].as_str()), (Some("failed"), Some("forbidden")));
+    assert_eq!(
+        (outcome(&second, "eu")["status"].as_str(), outcome(&second, "eu")["code"].as_str()),
+        (Some("failed"), Some("forbidden"))
+    );
     assert_eq!(slugs(&accounts(&harness, "country=DE").await), ["meadow-tools-de"], "a failure deletes nothing");
     drop(fault);
     harness.sandbox.clear_faults();
@@ -304,7 +333,8 @@ async fn a_login_is_followed_by_a_search_and_a_logout_forgets_what_was_found() {
 
     harness.post("/api/auth/amazon/logout?user_id=anna").await;
     assert_eq!(accounts(&harness, "").await["total"], 0);
-    let gone = harness.request(Method::GET, "/sd/campaigns").header("x-ads-account", "meadow-tools-us").send().await.unwrap();
+    let gone =
+        harness.request(Method::GET, "/sd/campaigns").header("x-ads-account", "meadow-tools-us").send().await.unwrap();
     assert_eq!(code(&gone), "unknown_account");
     harness.stop_sidecar().await;
     harness.start_sidecar().await;
@@ -313,11 +343,8 @@ async fn a_login_is_followed_by_a_search_and_a_logout_forgets_what_was_found() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn accounts_are_searched_for_once_a_day() {
-    let harness = Harness::over(
-        Options::calm(adsidecar::domain::clock::Clock::system()),
-        "[accounts]\nsync = \"daily\"\n",
-    )
-    .await;
+    let harness =
+        Harness::over(Options::calm(adsidecar::domain::clock::Clock::system()), "[accounts]\nsync = \"daily\"\n").await;
     harness.log_in("default").await;
     eventually("the search after the login", async || (accounts(&harness, "").await["total"] != 0).then_some(())).await;
     harness.sandbox.world(|world| world.catalogue.profiles.push(profile(42, "Newcomer", DE, "seller")));
@@ -364,7 +391,11 @@ async fn two_thousand_profiles_are_taken_in_bounded_memory() {
     harness.sandbox.world(|world| {
         let profiles = &mut world.catalogue.profiles;
         profiles.clear();
-        profiles.extend((0..2_000).map(|id| profile(1_000_000 + id, &format!("Client {id}"), [US, DE, UK, JP][id as usize % 4], "seller")));
+        profiles.extend(
+            (0..2_000).map(|id| {
+                profile(1_000_000 + id, &format!("Client {id}"), [US, DE, UK, JP][id as usize % 4], "seller")
+            }),
+        );
     });
     harness.log_in("default").await;
     harness.stop_sidecar().await;
@@ -382,7 +413,8 @@ async fn two_thousand_profiles_are_taken_in_bounded_memory() {
     }
     let grown = resident() - before;
     assert!(grown < 48 << 10, "the peak grew by {grown} KiB");
-    let one = json(harness.client.get(serving.url("/api/auth/amazon/accounts?name=client 1999")).send().await.unwrap()).await;
+    let one =
+        json(harness.client.get(serving.url("/api/auth/amazon/accounts?name=client 1999")).send().await.unwrap()).await;
     assert_eq!(one["accounts"][0]["slug"], "client-1999-jp");
     let page = json(harness.client.get(serving.url(ACCOUNTS)).send().await.unwrap()).await;
     assert_eq!(page["accounts"].as_array().unwrap().len(), 500, "one response is bounded too");

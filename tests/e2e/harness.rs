@@ -270,6 +270,14 @@ impl Harness {
         assert!(success, "{ended:?}");
     }
 
+    /// Logs the default user in at a sidecar that needs this caller token.
+    pub async fn log_in_with(&self, caller_token: &str) {
+        let login = self.request(Method::GET, "/api/auth/amazon/login").header("x-ads-sidecar-token", caller_token);
+        let begun = json(login.send().await.unwrap()).await;
+        let callback = self.consent(begun["auth_url"].as_str().unwrap()).await;
+        assert_eq!(self.get(&callback).await.status(), StatusCode::OK);
+    }
+
     /// Consents as a user does. Returns the path and query of the callback to which Amazon redirects.
     pub async fn consent(&self, auth_url: &str) -> String {
         let answer = self.client.get(auth_url).send().await.unwrap();

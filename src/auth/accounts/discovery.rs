@@ -85,8 +85,13 @@ impl Discovery {
 
     /// The advertisers of every agency profile. Other profiles hold none.
     async fn dsp_advertisers(&self, found: &mut Found) {
-        let agencies: Vec<_> =
-            found.accounts.iter().filter(|account| account.kind == AccountType::Agency).take(MAX_PARENTS).cloned().collect();
+        let agencies: Vec<_> = found
+            .accounts
+            .iter()
+            .filter(|account| account.kind == AccountType::Agency)
+            .take(MAX_PARENTS)
+            .cloned()
+            .collect();
         let answers = futures_util::stream::iter(agencies)
             .map(|agency| async move { (agency.region, self.advertisers_of(&agency).await) })
             .buffer_unordered(CONCURRENCY)
@@ -199,7 +204,6 @@ impl Discovery {
         let uri: Uri = path.parse().map_err(|_| Unanswered { code: "bad_answer", detail: "no path".to_owned() })?;
         let attach = UpstreamHeaders {
             family: family(uri.path()),
-            host: Some(self.upstream.authority(region)),
             bearer: &self.bearer,
             client_id: &self.client_id,
             ids: Some(ids),
@@ -208,10 +212,11 @@ impl Discovery {
         let mut request = Request::new(RequestBody::empty());
         *request.headers_mut() = to_amazon(&HeaderMap::new(), attach);
         *request.uri_mut() = uri;
-        let unreachable = || Unanswered { code: "unreachable", detail: format!("the host of {region} is not reachable") };
+        let unreachable =
+            || Unanswered { code: "unreachable", detail: format!("the host of {region} is not reachable") };
         // A fresh connection: a request that met a stale one would have to be repeated here.
-        let checkout = self.upstream.checkout(region, Reuse::Fresh(Instant::now())).await.map_err(|_| unreachable())?;
-        let response = checkout.send(request, false).await.map_err(|_| unreachable())?;
+        let sent = self.upstream.send(region, Reuse::Fresh(Instant::now()), request).await;
+        let response = sent.map_err(|_| unreachable())?;
         let (head, body) = response.into_parts();
         let body = Limited::new(body, MAX_BODY).collect().await.map_err(|_| Unanswered {
             code: "too_large",

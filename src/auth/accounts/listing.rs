@@ -78,9 +78,9 @@ fn is_same(found: &Account, configured: &Account) -> bool {
     };
     let others = |account: &Account| main.map(|context| account.ids.get(context).is_some());
     found.user == configured.user
-        && contexts.iter().any(|context| {
-            found.ids.get(*context).is_some() && found.ids.get(*context) == configured.ids.get(*context)
-        })
+        && contexts
+            .iter()
+            .any(|context| found.ids.get(*context).is_some() && found.ids.get(*context) == configured.ids.get(*context))
         && (others(found)[0] == others(configured)[0])
 }
 
@@ -130,7 +130,8 @@ fn found_one(found: &FoundAccount, user: &UserId, base_url: &str) -> Listed {
 
 fn selectors(slug: &str, base_url: &str) -> (String, String) {
     let name = percent_encoding::utf8_percent_encode(slug, percent_encoding::NON_ALPHANUMERIC).to_string();
-    let name = if slug.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-._".contains(&byte)) { slug } else { &name };
+    let name =
+        if slug.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-._".contains(&byte)) { slug } else { &name };
     (format!("X-Ads-Account: {slug}"), format!("{base_url}/a/{name}"))
 }
 

@@ -236,7 +236,7 @@ impl Directory {
         let discovery = Discovery {
             upstream: reach.upstream.clone(),
             client_id: reach.client_id.clone(),
-            bearer,
+            bearer: bearer.value,
             home: reach.home,
         };
         let found = tokio::time::timeout(TIMEOUT, Box::pin(discovery.run())).await;
@@ -307,7 +307,9 @@ impl Directory {
                     parsed.map(|accounts| (accounts.user_id.clone(), Arc::new(accounts))).collect();
                 self.change(move |users| *users = loaded);
             }
-            Err(error) => tracing::warn!(%error, "the accounts that were found cannot be read; the next sync finds them"),
+            Err(error) => {
+                tracing::warn!(%error, "the accounts that were found cannot be read; the next sync finds them")
+            }
         }
     }
 
@@ -369,9 +371,7 @@ fn answered_for(account: &FoundAccount, outcomes: &[Outcome]) -> bool {
         _ => (Source::Profiles, Some(account.region)),
     };
     outcomes.iter().any(|outcome| {
-        outcome.source == source
-            && outcome.region == region
-            && matches!(outcome.status, Status::Found | Status::Empty)
+        outcome.source == source && outcome.region == region && matches!(outcome.status, Status::Found | Status::Empty)
     })
 }
 

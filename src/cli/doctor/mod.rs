@@ -23,8 +23,8 @@ use super::{Exit, Failed, Output, block_on, client, print};
 use crate::config::{Config, Sources};
 use crate::domain::account::{Context, Region};
 use crate::server::Listen;
-use findings::{Finding, Status};
 pub use findings::{CODES, Code, Group};
+use findings::{Finding, Status};
 use network::Target;
 
 /// How often `--wait` asks.
@@ -136,7 +136,9 @@ async fn examine(command: &Doctor, sources: &Sources, url: Option<Listen>) -> Re
     let sidecar = match running {
         Some(sidecar) => Ok(sidecar),
         None if !store_works => Err("the store cannot be opened".to_owned()),
-        None => Sidecar::own(config.clone(), Listen::Tcp("127.0.0.1:0".into())).await.map_err(|failed| failed.to_string()),
+        None => {
+            Sidecar::own(config.clone(), Listen::Tcp("127.0.0.1:0".into())).await.map_err(|failed| failed.to_string())
+        }
     };
     match sidecar {
         Ok(sidecar) => {
@@ -237,8 +239,9 @@ fn exit_of(findings: &[Finding], fail_on: FailOn) -> Exit {
     let failed = |finding: &&Finding| {
         finding.status == Status::Fail || finding.status == Status::Warn && fail_on == FailOn::Warn
     };
-    let of_configuration =
-        |finding: &Finding| finding.group <= Group::Secrets && finding.status == Status::Fail || finding.code == "store_key_wrong";
+    let of_configuration = |finding: &Finding| {
+        finding.group <= Group::Secrets && finding.status == Status::Fail || finding.code == "store_key_wrong"
+    };
     match findings.iter().find(failed) {
         None => Exit::Done,
         Some(_) if findings.iter().any(of_configuration) => Exit::Config,
@@ -340,11 +343,8 @@ impl Anonymizer {
 
 /// What identifies this installation in the texts of findings.
 fn names_of(config: &Config) -> Vec<String> {
-    let mut names = vec![
-        config.lwa.client_id.clone(),
-        config.lwa.redirect_uri.clone(),
-        config.store.path.display().to_string(),
-    ];
+    let mut names =
+        vec![config.lwa.client_id.clone(), config.lwa.redirect_uri.clone(), config.store.path.display().to_string()];
     let own_hosts = config.upstream.origins.iter().chain(&config.lwa.token_url).chain(&config.lwa.authorize_url);
     names.extend(own_hosts.filter_map(Url::host_str).filter(|host| !host.ends_with(".amazon.com")).map(str::to_owned));
     for account in &config.proxy.accounts {

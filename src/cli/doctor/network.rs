@@ -48,12 +48,19 @@ pub(super) async fn probe(target: &Target<'_>) -> (Finding, Option<SignedDuratio
 
 async fn way(target: &Target<'_>) -> Result<Response<hyper::body::Incoming>, Box<Finding>> {
     let (host, port) = (host_of(target.url), target.url.port_or_known_default().unwrap_or(443));
-    let wrong = |code, told: String, cure: String| Box::new(Finding::wrong(code, format!("{}: {told}", target.name), cure));
+    let wrong =
+        |code, told: String, cure: String| Box::new(Finding::wrong(code, format!("{}: {told}", target.name), cure));
     let bare = host.trim_matches(['[', ']']);
     let found = timeout(STEP, tokio::net::lookup_host((bare, port))).await;
     let addresses: Vec<_> = match found {
         Ok(Ok(addresses)) => addresses.collect(),
-        _ => return Err(wrong("dns", format!("{host} does not resolve"), format!("getent hosts {host}; {}", target.key))),
+        _ => {
+            return Err(wrong(
+                "dns",
+                format!("{host} does not resolve"),
+                format!("getent hosts {host}; {}", target.key),
+            ));
+        }
     };
     let stream = match timeout(STEP, connect(&addresses)).await {
         Ok(Ok(stream)) => stream,

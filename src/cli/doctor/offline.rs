@@ -73,7 +73,11 @@ pub(super) fn secrets(sources: &Sources, config: &Config, findings: &mut Vec<Fin
         }
     }
     if findings.len() == before {
-        findings.push(Finding::ok(Group::Secrets, "secrets", "the Fernet keys are well-formed, and no file is open to others"));
+        findings.push(Finding::ok(
+            Group::Secrets,
+            "secrets",
+            "the Fernet keys are well-formed, and no file is open to others",
+        ));
     }
 }
 
@@ -97,7 +101,11 @@ pub(super) async fn store(config: &Config, sidecar_runs: bool, findings: &mut Ve
         return;
     }
     let Ok(keyring) = app::existing_keyring(config) else {
-        findings.push(Finding::skipped(Group::Store, "store", "there is no Fernet key yet: the first start creates one"));
+        findings.push(Finding::skipped(
+            Group::Store,
+            "store",
+            "there is no Fernet key yet: the first start creates one",
+        ));
         return;
     };
     if settings.postgres.is_some() {
@@ -136,14 +144,13 @@ pub(super) async fn store(config: &Config, sidecar_runs: bool, findings: &mut Ve
                 Err(error) => opening(&error, "store.path"),
             }
         }
-        Err(error) => {
-            Finding::wrong("store_unwritable", format!("{}: {error}", settings.path.display()), "store.path")
-        }
+        Err(error) => Finding::wrong("store_unwritable", format!("{}: {error}", settings.path.display()), "store.path"),
     });
 }
 
 fn records(opened: &store::Opened) -> Finding {
-    let unreadable: Vec<_> = opened.users.iter().filter(|(_, grant)| grant.is_err()).map(|(user, _)| user.as_str()).collect();
+    let unreadable: Vec<_> =
+        opened.users.iter().filter(|(_, grant)| grant.is_err()).map(|(user, _)| user.as_str()).collect();
     if !unreadable.is_empty() {
         let cause = format!("no configured key opens the records of {}", unreadable.join(", "));
         return Finding::wrong("store_records_unreadable", cause, "store.fernet_keys");
@@ -190,7 +197,7 @@ struct Copy(PathBuf);
 impl Copy {
     fn of(store: &Path, mirror: &Path) -> std::io::Result<Self> {
         use std::os::unix::fs::DirBuilderExt;
-        let random = getrandom::u64().map_err(std::io::Error::other)?;
+        let random = getrandom::u64().map_err(|error| std::io::Error::other(error.to_string()))?;
         let root = std::env::temp_dir().join(format!("adsidecar-doctor-{random:016x}"));
         fs::DirBuilder::new().mode(0o700).create(&root)?;
         let copy = Self(root);
@@ -217,7 +224,8 @@ impl Drop for Copy {
 fn copy_tree(from: &Path, to: &Path) -> std::io::Result<()> {
     fs::create_dir_all(to)?;
     for entry in fs::read_dir(from)? {
-        let (source, target) = (entry.as_ref().map(fs::DirEntry::path), entry.as_ref().map(|entry| to.join(entry.file_name())));
+        let (source, target) =
+            (entry.as_ref().map(fs::DirEntry::path), entry.as_ref().map(|entry| to.join(entry.file_name())));
         let (Ok(source), Ok(target)) = (source, target) else { continue };
         if source.is_dir() { copy_tree(&source, &target)? } else { fs::copy(&source, &target).map(drop)? }
     }
@@ -237,7 +245,11 @@ pub(super) fn account_ids(config: &Config, findings: &mut Vec<Finding>) {
             let Some(id) = account.ids.get(context).and_then(|id| id.to_str().ok()) else { continue };
             if let Some(doubt) = crate::domain::found_account::doubtful_id(context, id) {
                 let cause = format!("account {}: {} = {id}: {doubt}", account.name, context.key());
-                findings.push(Finding::wrong("account_id_kind", cause, format!("{} of the account {}", context.key(), account.name)));
+                findings.push(Finding::wrong(
+                    "account_id_kind",
+                    cause,
+                    format!("{} of the account {}", context.key(), account.name),
+                ));
             }
         }
         let place = account.ids.get(Context::Marketplace).and_then(|id| marketplace(id.to_str().ok()?));
@@ -247,7 +259,11 @@ pub(super) fn account_ids(config: &Config, findings: &mut Vec<Finding>) {
                 "account {}: its marketplace is that of {country}, in the region {home}, and its region is {region}",
                 account.name
             );
-            findings.push(Finding::wrong("account_region", cause, format!("region = \"{home}\" of the account {}", account.name)));
+            findings.push(Finding::wrong(
+                "account_region",
+                cause,
+                format!("region = \"{home}\" of the account {}", account.name),
+            ));
         }
     }
 }
@@ -261,7 +277,8 @@ pub(super) fn callers(config: &Config, findings: &mut Vec<Finding>) {
     let has_socket = config.proxy_listen.iter().any(|listen| matches!(listen, Listen::Unix(_)));
     let open = config.admission.caller_tokens.is_empty() && config.admission.peer_uids.is_empty();
     if has_socket && open && config.socket_mode & 0o006 != 0 {
-        let cause = format!("the socket's mode is {:04o}, with neither proxy.peer_uids nor a caller token", config.socket_mode);
+        let cause =
+            format!("the socket's mode is {:04o}, with neither proxy.peer_uids nor a caller token", config.socket_mode);
         findings.push(Finding::wrong("socket_open", cause, "proxy.socket_mode = \"0660\""));
     }
 }
@@ -273,9 +290,9 @@ pub(super) fn kubernetes(config: &Config, findings: &mut Vec<Finding>) {
         return;
     }
     let before = findings.len();
-    let nearest = std::path::absolute(&config.store.path).ok().and_then(|path| {
-        path.ancestors().find_map(|place| fs::metadata(place).ok())
-    });
+    let nearest = std::path::absolute(&config.store.path)
+        .ok()
+        .and_then(|path| path.ancestors().find_map(|place| fs::metadata(place).ok()));
     let root = fs::metadata("/").ok();
     let on_volume = nearest.zip(root).is_some_and(|(place, root)| place.dev() != root.dev());
     if config.store.postgres.is_none() && !on_volume {
@@ -283,7 +300,11 @@ pub(super) fn kubernetes(config: &Config, findings: &mut Vec<Finding>) {
         findings.push(Finding::wrong("pod_store_ephemeral", cause, "store.path on a mounted volume"));
     }
     if rustix::process::geteuid().is_root() {
-        findings.push(Finding::wrong("pod_root", "the process runs as root, which nothing here needs", "securityContext.runAsNonRoot: true"));
+        findings.push(Finding::wrong(
+            "pod_root",
+            "the process runs as root, which nothing here needs",
+            "securityContext.runAsNonRoot: true",
+        ));
     }
     let loopback = |listen: &Listen| match listen {
         Listen::Tcp(address) => ["127.", "localhost", "[::1]"].iter().any(|start| address.starts_with(start)),
@@ -291,7 +312,11 @@ pub(super) fn kubernetes(config: &Config, findings: &mut Vec<Finding>) {
     };
     if !config.admin_listen.is_empty() && config.admin_listen.iter().all(loopback) {
         let cause = "the admin listener is on loopback: httpGet probes of the kubelet do not reach it, exec probes do";
-        findings.push(Finding::wrong("pod_probe", cause, "exec: [adsidecar, health], or admin.listen = \"0.0.0.0:9464\""));
+        findings.push(Finding::wrong(
+            "pod_probe",
+            cause,
+            "exec: [adsidecar, health], or admin.listen = \"0.0.0.0:9464\"",
+        ));
     }
     if findings.len() == before {
         findings.push(Finding::ok(Group::Kubernetes, "pod", "store, user and probes suit a pod"));

@@ -36,9 +36,11 @@ pub(super) async fn credentials(config: &Config) -> Finding {
         Err(error @ LwaError::Operator { .. }) => {
             Finding::wrong("invalid_client", error, "amazon.client_id, amazon.client_secret")
         }
-        Err(LwaError::TryLater { code: code @ ("unreachable" | "dns" | "tls" | "timeout"), .. }) => {
-            Finding::skipped(Group::LoginWithAmazon, "credentials", format!("it cannot be reached ({code}): see network"))
-        }
+        Err(LwaError::TryLater { code: code @ ("unreachable" | "dns" | "tls" | "timeout"), .. }) => Finding::skipped(
+            Group::LoginWithAmazon,
+            "credentials",
+            format!("it cannot be reached ({code}): see network"),
+        ),
         Err(error) => Finding::wrong("lwa_unavailable", error, "adsidecar status"),
     }
 }
@@ -63,14 +65,18 @@ pub(super) async fn redirect_uri(config: &Config) -> Finding {
         Ok(client) => client,
         Err(error) => return skipped(error),
     };
-    match client.head(url).send().await {
+    match client.get(url).send().await {
         Ok(answer) if answer.status() == StatusCode::BAD_REQUEST => {
             let cause = format!("the consent page refuses {} or the client id", config.lwa.redirect_uri);
             let cure = format!("add {} to the Allowed Return URLs of the security profile", config.lwa.redirect_uri);
             Finding::wrong("redirect_uri_refused", cause, cure)
         }
-        Ok(answer) if answer.status().is_server_error() => skipped(format!("the consent page answered {}", answer.status())),
-        Ok(_) => Finding::ok(Group::LoginWithAmazon, "redirect_uri", "the consent page does not refuse the redirect URI"),
+        Ok(answer) if answer.status().is_server_error() => {
+            skipped(format!("the consent page answered {}", answer.status()))
+        }
+        Ok(_) => {
+            Finding::ok(Group::LoginWithAmazon, "redirect_uri", "the consent page does not refuse the redirect URI")
+        }
         Err(_) => skipped("the consent page cannot be reached: see network".to_owned()),
     }
 }
@@ -119,7 +125,9 @@ async fn one_user(sidecar: &Sidecar, user: &UserId) -> (Vec<Finding>, Option<Pro
     };
     let detail = refreshed.json()["detail"].as_str().unwrap_or_default().to_owned();
     match refreshed.status {
-        StatusCode::OK => findings.push(Finding::ok(Group::LoginWithAmazon, "refresh", format!("{user}: a new token came"))),
+        StatusCode::OK => {
+            findings.push(Finding::ok(Group::LoginWithAmazon, "refresh", format!("{user}: a new token came")))
+        }
         StatusCode::UNAUTHORIZED => {
             let cause = format!("{user}: {detail}");
             return (vec![Finding::wrong("login_required", cause, format!("adsidecar login --user {user}"))], None);
@@ -136,7 +144,11 @@ async fn one_user(sidecar: &Sidecar, user: &UserId) -> (Vec<Finding>, Option<Pro
         let reply = match answer {
             Ok(reply) => reply,
             Err(failed) => {
-                findings.push(Finding::wrong("region_failed", format!("{region}, {user}: {failed}"), "adsidecar doctor"));
+                findings.push(Finding::wrong(
+                    "region_failed",
+                    format!("{region}, {user}: {failed}"),
+                    "adsidecar doctor",
+                ));
                 continue;
             }
         };
@@ -205,16 +217,29 @@ fn accounts(config: &Config, reached: &HashMap<UserId, Option<Profiles>>, findin
         match place {
             Some((region, _)) if region != own => {
                 let cause = format!("account {name}: its profile {id} belongs to {region}, and its region is {own}");
-                findings.push(Finding::wrong("account_region", cause, format!("region = \"{region}\" of the account {name}")));
+                findings.push(Finding::wrong(
+                    "account_region",
+                    cause,
+                    format!("region = \"{region}\" of the account {name}"),
+                ));
             }
             Some((_, profile)) if profile["accountInfo"]["type"] == "agency" => {
-                let cause = format!("account {name}: its profile {id} is an agency's, which has no campaigns of its own");
-                findings.push(Finding::wrong("account_agency", cause, format!("profile_id of the account {name}: adsidecar accounts list")));
+                let cause =
+                    format!("account {name}: its profile {id} is an agency's, which has no campaigns of its own");
+                findings.push(Finding::wrong(
+                    "account_agency",
+                    cause,
+                    format!("profile_id of the account {name}: adsidecar accounts list"),
+                ));
             }
             Some(_) => {}
             None if profiles.len() == Region::ALL.len() => {
                 let cause = format!("account {name}: {} reaches no profile {id}", account.user);
-                findings.push(Finding::wrong("account_profile_unknown", cause, format!("profile_id of the account {name}: adsidecar accounts list")));
+                findings.push(Finding::wrong(
+                    "account_profile_unknown",
+                    cause,
+                    format!("profile_id of the account {name}: adsidecar accounts list"),
+                ));
             }
             None => {}
         }

@@ -62,7 +62,8 @@ fn place(variable: impl Fn(&str) -> Option<String>, exists: impl Fn(&str) -> boo
 
 /// The command that leads a browser elsewhere to `port` here.
 fn tunnel(place: &Place, port: u16, variable: impl Fn(&str) -> Option<String>) -> Option<String> {
-    let host = || variable("HOSTNAME").or_else(|| Some(std::fs::read_to_string("/etc/hostname").ok()?.trim().to_owned()));
+    let host =
+        || variable("HOSTNAME").or_else(|| Some(std::fs::read_to_string("/etc/hostname").ok()?.trim().to_owned()));
     match place {
         Place::Ssh => {
             // "client-ip client-port server-ip server-port"
@@ -98,7 +99,8 @@ mod tests {
     use super::*;
 
     fn at(variables: &[(&str, &str)], files: &[&str]) -> Place {
-        let variable = |name: &str| variables.iter().find(|(key, _)| *key == name).map(|(_, value)| (*value).to_owned());
+        let variable =
+            |name: &str| variables.iter().find(|(key, _)| *key == name).map(|(_, value)| (*value).to_owned());
         place(variable, |path| files.contains(&path))
     }
 
@@ -120,10 +122,7 @@ mod tests {
             "HOSTNAME" => Some("app-7d9".to_owned()),
             _ => None,
         };
-        assert_eq!(
-            tunnel(&Place::Ssh, 8001, variable).unwrap(),
-            "ssh -p 2222 -N -L 8001:localhost:8001 anna@10.0.0.5"
-        );
+        assert_eq!(tunnel(&Place::Ssh, 8001, variable).unwrap(), "ssh -p 2222 -N -L 8001:localhost:8001 anna@10.0.0.5");
         let pod = tunnel(&Place::Pod, 8001, variable).unwrap();
         assert!(pod.starts_with("kubectl port-forward") && pod.ends_with("pod/app-7d9 8001:8001"), "{pod}");
         assert_eq!(tunnel(&Place::Desktop, 8001, variable), None);

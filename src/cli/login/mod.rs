@@ -218,8 +218,7 @@ impl Waiting<'_> {
         };
         let headers = [("accept", "application/json")];
         let timeout = super::sidecar::AMAZON;
-        let reply =
-            self.sidecar.request(Method::GET, &format!("{CALLBACK}?{query}"), &headers, timeout).await?;
+        let reply = self.sidecar.request(Method::GET, &format!("{CALLBACK}?{query}"), &headers, timeout).await?;
         let (status, error, grant) = outcome(&reply);
         match status.as_deref() {
             Some("success") => Ok(()),
@@ -245,12 +244,16 @@ impl Waiting<'_> {
             "state_invalid" => "this was the end of another login, or of one that had ended: start adsidecar login \
                                 again, and finish it within 10 minutes"
                 .to_owned(),
-            "exchange_failed" => "Login with Amazon gave no grant for the code: adsidecar doctor checks the client id, \
+            "exchange_failed" => {
+                "Login with Amazon gave no grant for the code: adsidecar doctor checks the client id, \
                                   the client secret and the redirect URI"
-                .to_owned(),
-            "invalid_scope" => "Amazon refuses the scope: correct amazon.scope, or ask Amazon for access to the API for \
+                    .to_owned()
+            }
+            "invalid_scope" => {
+                "Amazon refuses the scope: correct amazon.scope, or ask Amazon for access to the API for \
                                 this client id"
-                .to_owned(),
+                    .to_owned()
+            }
             other => format!("Amazon ended the login with the error {other}: start it again"),
         };
         let note = if self.replace || code != "identity_changed" { String::new() } else { format!(" ({code})") };

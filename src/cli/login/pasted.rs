@@ -46,9 +46,11 @@ pub(super) fn read(text: &str, state: &str) -> Result<Pasted, String> {
                 .to_owned());
         }
         None => {
-            return Err("there is no state in it: paste the whole URL that the browser shows after the consent, or the \
+            return Err(
+                "there is no state in it: paste the whole URL that the browser shows after the consent, or the \
                         code alone"
-                .to_owned());
+                    .to_owned(),
+            );
         }
     }
     match (value("code"), value("error")) {

@@ -15,17 +15,18 @@ impl OauthEndpoints {
     /// A page of accounts, and how the last search ended for their users.
     pub(super) fn accounts(&self, query: &Query, headers: &HeaderMap) -> Result<Answer, LoginError> {
         let Users { after, limit } = query.page(PAGE)?;
-        let filter = Filter {
-            user: query.get("user_id").map(|_| query.user()).transpose()?,
-            name: query.get("name").map(str::to_owned),
-            country: query.get("country").map(str::to_owned),
-            kind: match query.get("type") {
-                Some(kind) => Some(kind.parse().map_err(|_| {
-                    parameter("type", "seller, vendor, agency, dsp_advertiser, manager, amc or other")
-                })?),
-                None => None,
-            },
-        };
+        let filter =
+            Filter {
+                user: query.get("user_id").map(|_| query.user()).transpose()?,
+                name: query.get("name").map(str::to_owned),
+                country: query.get("country").map(str::to_owned),
+                kind: match query.get("type") {
+                    Some(kind) => Some(kind.parse().map_err(|_| {
+                        parameter("type", "seller, vendor, agency, dsp_advertiser, manager, amc or other")
+                    })?),
+                    None => None,
+                },
+            };
         let base_url = format!("http://{}", self.admission.own_authority(headers).unwrap_or(&self.authority));
         let snapshot = self.directory.snapshot();
         let all = list(&snapshot, &self.directory.configured(), &filter, &base_url);

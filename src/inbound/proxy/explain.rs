@@ -8,14 +8,13 @@ use http::{HeaderMap, HeaderName, HeaderValue, Method, Uri};
 use serde::Serialize;
 use url::Url;
 
-use super::route::{Accounts, RouteError, RoutedRequest};
-use super::{Selection, Settings};
+use super::Settings;
 use crate::auth::accounts::Snapshot;
 use crate::domain::account::{Account, Context};
 use crate::domain::headers::{UpstreamHeaders, to_amazon};
 use crate::domain::policy::{Denied, Mode};
-use crate::inbound::destination::{BadTarget, Destination, Target};
-use crate::inbound::endpoint::{Endpoint, Route};
+use crate::inbound::destination::{BadTarget, Destination, Endpoint, Route, Target};
+use crate::inbound::route::{Accounts, RouteError, RoutedRequest, Selection};
 
 /// What adsidecar would do with a request.
 #[derive(Debug, Serialize)]
@@ -101,10 +100,10 @@ pub fn explain(what: &Explained<'_>, method: &Method, uri: &Uri, caller: &Header
         let name = authority.rsplit_once(':').map_or(authority, |(name, _)| name);
         ["localhost", "127.0.0.1", "[::1]"].contains(&name.to_ascii_lowercase().as_str())
     };
-    let target = Target::read(uri, is_own).map_err(no_target)?;
-    if let Route::Own(endpoint) = Route::of(method, &target) {
-        return Ok(Explanation::Adsidecar { why: own(endpoint) });
-    }
+    let target = match Route::read(method, uri, None, is_own).map_err(no_target)? {
+        Route::Own(endpoint) => return Ok(Explanation::Adsidecar { why: own(endpoint) }),
+        Route::Upstream(target) => target,
+    };
     let settings = what.settings.clone();
     let (mode, selection, default_region) = (settings.policy.mode, settings.selection, settings.region);
     let accounts = Accounts::new(settings.accounts, default_region, selection, settings.policy.rules);
@@ -191,20 +190,20 @@ fn selected_by(call: &RoutedRequest<'_>, target: &Target, caller: &HeaderMap, se
 }
 
 fn upstream_headers(what: &Explained<'_>, call: &RoutedRequest<'_>, origin: &Url, caller: &HeaderMap) -> HeaderMap {
-    let host = origin.as_str().trim_start_matches("https://").trim_end_matches('/');
-    let host = HeaderValue::from_str(host).ok();
     let client_id = HeaderValue::from_str(&what.settings.client_id).unwrap_or(HeaderValue::from_static("-"));
-    to_amazon(
+    let mut headers = to_amazon(
         caller,
         UpstreamHeaders {
             family: call.family,
-            host: host.as_ref(),
             bearer: &HeaderValue::from_static("Bearer"),
             client_id: &client_id,
             ids: call.ids(),
             fixed: call.fixed_headers(),
         },
-    )
+    );
+    let host = origin.as_str().trim_start_matches("https://").trim_end_matches('/');
+    headers.extend(HeaderValue::from_str(host).map(|host| (HOST, host)));
+    headers
 }
 
 fn lines(sent: &HeaderMap, call: &RoutedRequest<'_>, account: Option<&Account>, caller: &HeaderMap) -> Vec<Line> {
@@ -266,7 +265,9 @@ fn left_out(sent: &HeaderMap, call: &RoutedRequest<'_>, account: Option<&Account
         let Some(id) = account.ids.get(context) else { continue };
         let takes = call.family.context.iter().find(|header| header.context() == context);
         let why = match takes {
-            _ if call.ids().is_none() => format!("the request goes to {}, not to the account's own region", call.region),
+            _ if call.ids().is_none() => {
+                format!("the request goes to {}, not to the account's own region", call.region)
+            }
             None => format!("{} takes no such id", call.family.name),
             Some(header) if sent.get(header.name()) == Some(id) => continue,
             Some(header) if sent.contains_key(header.name()) => "the caller sent another one".to_owned(),
@@ -306,12 +307,13 @@ fn hints(call: &RoutedRequest<'_>, account: Option<&Account>) -> Vec<String> {
     }
     let known = |context| account.is_some_and(|account| account.ids.get(context).is_some());
     let exclusive = |context| {
-        call.family.exclusive.is_some_and(|(one, other)| {
-            (context == one && known(other)) || (context == other && known(one))
-        })
+        call.family
+            .exclusive
+            .is_some_and(|(one, other)| (context == one && known(other)) || (context == other && known(one)))
     };
     let missing = call.family.context.iter().map(|header| header.context());
-    let missing: Vec<_> = missing.filter(|context| !known(*context) && !exclusive(*context)).map(Context::key).collect();
+    let missing: Vec<_> =
+        missing.filter(|context| !known(*context) && !exclusive(*context)).map(Context::key).collect();
     if !missing.is_empty() && call.ids().is_some() == account.is_some() {
         let whose = account.map_or("no account is selected".to_owned(), |account| {
             format!("the account {} does not define them", account.name)

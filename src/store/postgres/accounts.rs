@@ -30,7 +30,8 @@ impl Postgres {
 
     /// See [`TokenStore::accounts`](crate::store::TokenStore::accounts).
     pub(in crate::store) async fn accounts(&self) -> Result<Vec<String>, StoreError> {
-        const PAGE: &str = "SELECT user_id, sealed FROM adsidecar_accounts WHERE user_id > $1 ORDER BY user_id LIMIT 50";
+        const PAGE: &str =
+            "SELECT user_id, sealed FROM adsidecar_accounts WHERE user_id > $1 ORDER BY user_id LIMIT 50";
         if !self.has_accounts_table().await? {
             return Ok(Vec::new());
         }
