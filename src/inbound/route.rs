@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use http::header::{HeaderMap, HeaderName, HeaderValue};
 
+use crate::auth::accounts::Snapshot;
 use crate::domain::account::{Account, BadName, BadRegion, Ids, Region, UserId};
 use crate::domain::api_families::{Family, family};
 use crate::domain::policy::Rules;
@@ -34,6 +35,8 @@ pub(super) struct Accounts {
 #[derive(Debug)]
 pub(super) struct RoutedRequest<'a> {
     account: Option<&'a Account>,
+    /// The account's name in metrics.
+    label: &'a str,
     /// The user whose grant authorizes the request.
     pub(super) user: UserId,
     /// The region whose Ads API host gets the request.
@@ -60,7 +63,7 @@ pub enum Selection {
 /// Why no account could be selected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RouteError {
-    /// No account of this name is configured.
+    /// No account of this name is configured or found.
     Unknown,
     /// An `X-Ads-*` header is invalid; holds the reason.
     Bad(&'static str),
@@ -87,7 +90,14 @@ impl Accounts {
 
     /// Routes a request. The first that applies selects the account or user: the path's prefix, `X-Ads-Account`,
     /// `X-Ads-User`, the account named `default`, the only account, the user `default`.
-    pub(super) fn select(&self, target: &Target, headers: &HeaderMap) -> Result<RoutedRequest<'_>, RouteError> {
+    ///
+    /// A name of the configuration wins over the slug of a found account.
+    pub(super) fn select<'a>(
+        &'a self,
+        target: &Target,
+        headers: &HeaderMap,
+        found: &'a Snapshot,
+    ) -> Result<RoutedRequest<'a>, RouteError> {
         let host_region = if let Destination::Ads(region) = target.of { Some(region) } else { None };
         if self.selection == Selection::Fixed {
             return Ok(self.call(target, self.fallback(), None, host_region));
@@ -100,7 +110,10 @@ impl Accounts {
         if let Some(name) =
             target.account.as_deref().map_or_else(|| single(headers, &X_ADS_ACCOUNT), |name| Ok(Some(name)))?
         {
-            let account = self.by_name.get(name).ok_or(RouteError::Unknown)?;
+            let Some(account) = self.by_name.get(name) else {
+                let entry = found.get(name).ok_or(RouteError::Unknown)?;
+                return Ok(self.found_call(target, &entry.account, region, found));
+            };
             return Ok(self.call(target, Some(account), None, region));
         }
         if let Some(user) = single(headers, &X_ADS_USER)? {
@@ -114,6 +127,20 @@ impl Accounts {
 
     fn fallback(&self) -> Option<&Account> {
         self.fallback.as_deref()
+    }
+
+    /// A found account has no rules of its own: those of all accounts of its user together hold.
+    fn found_call<'a>(
+        &'a self,
+        target: &Target,
+        account: &'a Account,
+        asked: Option<Region>,
+        found: &Snapshot,
+    ) -> RoutedRequest<'a> {
+        let rules = self.rules_by_user.get(&account.user).unwrap_or(&self.rules);
+        // Thousands of accounts must not become thousands of series.
+        let label = if found.is_large() { "found" } else { &*account.name };
+        RoutedRequest { rules, label, ..self.call(target, Some(account), None, asked) }
     }
 
     fn call<'a>(
@@ -130,7 +157,8 @@ impl Accounts {
             Some(account) => &account.rules,
             None => self.rules_by_user.get(&user).unwrap_or(&self.rules),
         };
-        RoutedRequest { account, user, region, at_home: region == home, family: family(target.path()), rules }
+        let label = account.map_or("", |account| &account.name);
+        RoutedRequest { account, label, user, region, at_home: region == home, family: family(target.path()), rules }
     }
 }
 
@@ -138,6 +166,11 @@ impl<'a> RoutedRequest<'a> {
     /// The account's name; empty if there is none.
     pub(super) fn account_name(&self) -> &'a str {
         self.account.map_or("", |account| &account.name)
+    }
+
+    /// The account's name in metrics; empty if there is none.
+    pub(super) fn account_label(&self) -> &'a str {
+        self.label
     }
 
     /// The account's ids; `None` in any other region than the account's own, where they are invalid.
@@ -240,7 +273,9 @@ mod tests {
             map.append(*name, value.parse().unwrap());
         }
         let target = Target::read(&target.parse().unwrap(), |_| false).unwrap();
-        accounts.select(&target, &map).map(|call| (call.account_name().to_owned(), call.user.to_string(), call.region))
+        accounts
+            .select(&target, &map, &Snapshot::default())
+            .map(|call| (call.account_name().to_owned(), call.user.to_string(), call.region))
     }
 
     #[test]
@@ -296,7 +331,7 @@ mod tests {
             let accounts = Accounts::new(all.clone(), Region::Na, Selection::Header, rules);
             let headers = HeaderMap::from_iter([(HeaderName::from_static(name), value.parse().unwrap())]);
             let target = Target::read(&"/x".parse().unwrap(), |_| false).unwrap();
-            accounts.select(&target, &headers).unwrap().rules.clone()
+            accounts.select(&target, &headers, &Snapshot::default()).unwrap().rules.clone()
         };
         let of = |name, value| rules_of(Rules::default(), name, value).read_only();
         assert_eq!(

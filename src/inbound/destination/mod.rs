@@ -16,6 +16,8 @@ pub(super) const CALLBACK: &str = "/api/auth/amazon/callback";
 /// On the login listener only.
 pub(super) const HEALTH: &str = "/healthz";
 const STATUS: &str = "/api/auth/amazon/status";
+const ACCOUNTS: &str = "/api/auth/amazon/accounts";
+const ACCOUNTS_SYNC: &str = "/api/auth/amazon/accounts/sync";
 pub(super) const USERS: &str = "/api/auth/amazon/users/";
 
 /// Longest path and query, in bytes. Amazon's gateways accept no more either.
@@ -39,6 +41,8 @@ pub enum Endpoint {
     Login,
     Callback,
     Status,
+    Accounts,
+    AccountsSync,
     Refresh,
     Logout,
     User,
@@ -143,6 +147,8 @@ impl Endpoint {
             LOGIN => Self::Login,
             CALLBACK => Self::Callback,
             STATUS => Self::Status,
+            ACCOUNTS => Self::Accounts,
+            ACCOUNTS_SYNC => Self::AccountsSync,
             "/api/auth/amazon/refresh" => Self::Refresh,
             "/api/auth/amazon/logout" => Self::Logout,
             "/api/auth/amazon/confirm" => Self::Confirm,
@@ -161,8 +167,9 @@ impl Endpoint {
     pub fn parameters(self) -> Option<&'static [&'static str]> {
         Some(match self {
             Self::Login => &["user_id", "region", "return_to", "replace", "redirect"],
-            Self::Status => &["user_id", "after", "limit"],
-            Self::Refresh | Self::Logout => &["user_id"],
+            Self::Status => &["user_id", "state", "after", "limit"],
+            Self::Accounts => &["user_id", "name", "country", "type", "after", "limit"],
+            Self::Refresh | Self::Logout | Self::AccountsSync => &["user_id"],
             Self::Confirm => &["grant"],
             Self::User | Self::Root | Self::Health | Self::StrayCallback | Self::Unknown => &[],
             Self::Callback | Self::Shim => return None,
@@ -175,11 +182,12 @@ impl Endpoint {
             Self::Login
             | Self::Callback
             | Self::Status
+            | Self::Accounts
             | Self::Root
             | Self::Health
             | Self::StrayCallback
             | Self::Unknown => Method::GET,
-            Self::Refresh | Self::Logout | Self::Confirm | Self::Shim => Method::POST,
+            Self::Refresh | Self::Logout | Self::AccountsSync | Self::Confirm | Self::Shim => Method::POST,
             Self::User => Method::DELETE,
         }
     }

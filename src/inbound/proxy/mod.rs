@@ -5,6 +5,7 @@
 
 mod auth_rejection;
 mod error_mapping;
+pub mod explain;
 mod request_telemetry;
 mod response;
 mod retry;
@@ -22,6 +23,7 @@ use hyper::body::Incoming;
 pub use error_mapping::ProxyError;
 pub use response::{Body, strip_response};
 
+use crate::auth::accounts::Directory;
 use crate::auth::tokens::{Bearer, TokenManager};
 use crate::domain::account::{Account, Region, UserId};
 use crate::domain::headers::{self, UpstreamHeaders};
@@ -72,6 +74,7 @@ pub struct Settings {
 #[derive(Debug)]
 pub struct Proxy {
     accounts: Accounts,
+    directory: Directory,
     client_id: HeaderValue,
     replay_limit: usize,
     /// Shared by the replay buffers of all requests.
@@ -108,6 +111,7 @@ impl Proxy {
         upstream: Arc<Upstream>,
         throttle: Throttle,
         oauth: OauthEndpoints,
+        directory: Directory,
         metrics: Arc<Metrics>,
         request_ids: Arc<RequestIds>,
     ) -> Self {
@@ -121,6 +125,7 @@ impl Proxy {
             body_timeout: settings.body_timeout,
             accounts: Accounts::new(settings.accounts, settings.region, settings.selection, settings.policy.rules),
             policy_mode: settings.policy.mode,
+            directory,
             admission,
             tokens,
             throttle,
@@ -191,7 +196,8 @@ impl Proxy {
         target: &Target,
         telemetry: &mut RequestTelemetry<'a>,
     ) -> Result<Response<Body>, ProxyError> {
-        let call = self.accounts.select(target, &parts.headers)?;
+        let found = self.directory.snapshot();
+        let call = self.accounts.select(target, &parts.headers, &found)?;
         telemetry.set_route(&call);
         self.enforce_policy(&call, parts, target, telemetry)?;
         if call.family.is_unknown() {
@@ -231,7 +237,7 @@ impl Proxy {
         telemetry: &mut RequestTelemetry<'_>,
     ) -> Result<(), ProxyError> {
         let Err(denied) = call.rules.check(&parts.method, target.path(), &parts.headers) else { return Ok(()) };
-        self.metrics.policy_denied.with_label_values(&[call.account_name(), self.policy_mode.as_str()]).inc();
+        self.metrics.policy_denied.with_label_values(&[call.account_label(), self.policy_mode.as_str()]).inc();
         match self.policy_mode {
             Mode::Enforce => Err(ProxyError::Denied(denied)),
             Mode::Observe => {

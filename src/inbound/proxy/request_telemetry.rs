@@ -32,7 +32,7 @@ pub(super) struct RequestTelemetry<'a> {
     metrics: &'a Metrics,
     begun: Instant,
     method: &'static str,
-    account: &'a str,
+    account: String,
     region: &'static str,
     source: &'static str,
     hint: Option<&'static str>,
@@ -60,7 +60,7 @@ impl<'a> RequestTelemetry<'a> {
         Self {
             begun: Instant::now(),
             method: label(method),
-            account: "",
+            account: String::new(),
             region: "",
             source: "sidecar",
             hint: None,
@@ -86,8 +86,8 @@ impl<'a> RequestTelemetry<'a> {
         self.audit = None;
     }
 
-    pub(super) fn set_route(&mut self, call: &RoutedRequest<'a>) {
-        self.account = call.account_name();
+    pub(super) fn set_route(&mut self, call: &RoutedRequest<'_>) {
+        call.account_label().clone_into(&mut self.account);
         self.region = call.region.as_str();
         if let Some(audit) = &mut self.audit {
             call.account_name().clone_into(&mut audit.account);
@@ -171,7 +171,7 @@ impl<'a> RequestTelemetry<'a> {
         self.ended = true;
         let took = self.begun.elapsed();
         let mut text = [0u8; 3];
-        let labels = [self.account, self.region, self.method, digits(status, &mut text), self.source];
+        let labels = [self.account.as_str(), self.region, self.method, digits(status, &mut text), self.source];
         self.metrics.requests.with_label_values(&labels).inc();
         self.metrics.request_duration.with_label_values(&[self.source]).observe(took.as_secs_f64());
         if let Some(audit) = &self.audit {
