@@ -229,15 +229,15 @@ fn svg(runs: &[(&str, Vec<f64>)], limit: impl Fn(f64) -> f64) -> String {
     };
     for rate in [0, 10, 20, 30, 40] {
         let at = y(f64::from(rate));
-        let _ = write!(
+        let _ = writeln!(
             text,
-            "<path d=\"M50 {at}H914\" stroke=\"#d0d7de\"/><text x=\"20\" y=\"{:.0}\">{rate}</text>\n",
+            "<path d=\"M50 {at:.1}H914\" stroke=\"#d0d7de\"/><text x=\"20\" y=\"{:.0}\">{rate}</text>",
             at + 4.0
         );
     }
     for minute in 0..=8 {
         let at = x(f64::from(60 * minute));
-        let _ = write!(text, "<text x=\"{:.0}\" y=\"340\">{minute} min</text>\n", at - 12.0);
+        let _ = writeln!(text, "<text x=\"{:.0}\" y=\"340\">{minute} min</text>", at - 12.0);
     }
     let limits: Vec<_> = (0..seconds).map(|second| (f64::from(second), limit(f64::from(second)))).collect();
     text += &line(&limits, "#57606a", " stroke-dasharray=\"4 3\"");
@@ -248,7 +248,7 @@ fn svg(runs: &[(&str, Vec<f64>)], limit: impl Fn(f64) -> f64) -> String {
             bins.map(|(bin, rates)| ((bin * BIN) as f64, rates.iter().sum::<f64>() / rates.len() as f64)).collect();
         text += &line(&points, COLORS[index], "");
         let at = 50 + 150 * index;
-        let _ = write!(text, "<text x=\"{at}\" y=\"370\" fill=\"{}\">{law}</text>\n", COLORS[index]);
+        let _ = writeln!(text, "<text x=\"{at}\" y=\"370\" fill=\"{}\">{law}</text>", COLORS[index]);
     }
     text + "</svg>\n"
 }
