@@ -535,6 +535,14 @@ pub const KEYS: &[Key] = &[
         ..KEY
     },
     Key {
+        name: "throttle.coalesce_polls",
+        kind: Flag,
+        default: Value("false"),
+        help: "Whether polls for the same report, export or AMC run by several callers within a second are answered from \
+                one of them",
+        ..KEY
+    },
+    Key {
         name: "throttle.max_waiting",
         kind: Count(1, 1_000_000),
         default: Value("1000"),

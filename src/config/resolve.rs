@@ -333,6 +333,7 @@ fn throttle(read: &mut Reader<'_>) -> throttle::Settings {
         max_waiting: read.count("throttle.max_waiting"),
         max_waiting_bytes: usize::try_from(read.size("throttle.max_waiting_bytes"))
             .expect("the table bounds it at 1 GiB, which fits into the memory of any machine"),
+        coalesce_polls: read.flag("throttle.coalesce_polls").unwrap_or_default(),
         families,
     }
 }

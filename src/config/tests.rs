@@ -261,6 +261,7 @@ const BAD_FILES: &[(&str, &str, &str)] = &[
     ("[policy]\nmode = 'canary-9f3a'", "policy.mode", "`enforce` or `observe`"),
     ("[throttle]\nmode = 'canary-9f3a'", "throttle.mode", "`off` or `observe`"),
     ("[throttle]\nqueue_timeout = '16m'", "throttle.queue_timeout", "to 15m"),
+    ("[throttle]\ncoalesce_polls = 'canary-9f3a'", "throttle.coalesce_polls", "`true` or `false`"),
     ("[throttle]\nmax_waiting = 0", "throttle.max_waiting", "from 1 to"),
     ("[throttle]\nmax_waiting_bytes = '2GiB'", "throttle.max_waiting_bytes", "at most"),
     ("[throttle]\nfamilies = ['canary-9f3a']", "throttle.families", "family=mode"),

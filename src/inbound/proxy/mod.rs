@@ -5,6 +5,7 @@
 
 mod auth_rejection;
 mod error_mapping;
+mod polls;
 pub mod explain;
 mod request_telemetry;
 mod response;
@@ -40,6 +41,7 @@ use crate::telemetry::metrics::Metrics;
 use crate::throttle::{Call, Entry, Pass, Throttle};
 use crate::upstream::{ReplayBudget, ReplayBuffer, RequestBody, Reuse, SendError, Upstream, UpstreamBody};
 use auth_rejection::{Rejection, Verdict};
+use polls::{Join, Polls};
 use request_telemetry::RequestTelemetry;
 use retry::Retry;
 
@@ -85,6 +87,8 @@ pub struct Proxy {
     admission: Admission,
     tokens: TokenManager,
     throttle: Throttle,
+    /// `None` unless `throttle.coalesce_polls` is on.
+    polls: Option<Polls>,
     upstream: Arc<Upstream>,
     oauth: OauthEndpoints,
     metrics: Arc<Metrics>,
@@ -128,6 +132,7 @@ impl Proxy {
             directory,
             admission,
             tokens,
+            polls: throttle.coalesces_polls().map(Polls::new),
             throttle,
             upstream,
             oauth,
@@ -203,11 +208,58 @@ impl Proxy {
         if call.family.is_unknown() {
             self.metrics.unknown_family.inc();
         }
+        match self.polls.as_ref().and_then(|polls| Some((polls, polls::key(&call, parts, target)?))) {
+            // Boxed: rare requests must not make the future of every request large.
+            Some((polls, key)) => Box::pin(self.poll(polls, &key, &call, parts, incoming, target, telemetry)).await,
+            None => self.exchange(&call, parts, incoming, target, telemetry).await,
+        }
+    }
+
+    /// A poll under `throttle.coalesce_polls`: answered by another one of the last second, or sent.
+    #[allow(clippy::too_many_arguments, reason = "those of `exchange`, and what the polls share")]
+    async fn poll(
+        &self,
+        polls: &Polls,
+        key: &str,
+        call: &RoutedRequest<'_>,
+        parts: &Parts,
+        incoming: Incoming,
+        target: &Target,
+        telemetry: &mut RequestTelemetry<'_>,
+    ) -> Result<Response<Body>, ProxyError> {
+        let leader = loop {
+            match polls.join(key) {
+                Join::Lead(leader) => break Some(leader),
+                Join::Alone => break None,
+                Join::Follow(other) => {
+                    if let Some(response) = other.answer().await {
+                        telemetry.set_response_from_amazon(response.status());
+                        return Ok(response);
+                    }
+                }
+            }
+        };
+        let response = self.exchange(call, parts, incoming, target, telemetry).await?;
+        Ok(match leader {
+            Some(leader) => leader.share(response).await,
+            None => response,
+        })
+    }
+
+    /// The exchange with Amazon, once it is decided that the request is sent.
+    async fn exchange(
+        &self,
+        call: &RoutedRequest<'_>,
+        parts: &Parts,
+        incoming: Incoming,
+        target: &Target,
+        telemetry: &mut RequestTelemetry<'_>,
+    ) -> Result<Response<Body>, ProxyError> {
         fail_point!("spine");
         let body = self.body(parts, incoming)?;
-        let mut pass = self.throttle(&call, parts, target).await?;
+        let mut pass = self.throttle(call, parts, target).await?;
         let Bearer { value: bearer, check_clock } = self.access_token(&call.user).await?;
-        let request = UpstreamRequest { call: &call, parts, target, bearer: &bearer };
+        let request = UpstreamRequest { call, parts, target, bearer: &bearer };
         let sent = body.progress();
         let mut response = self.send(request, body, &sent, &mut pass, telemetry).await?;
         if pass.may_go_again() {

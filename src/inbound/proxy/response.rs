@@ -4,11 +4,11 @@
 use std::pin::Pin;
 use std::task::{Context, Poll};
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use http::header::{CONNECTION, CONTENT_LENGTH, HeaderMap, HeaderValue, TRANSFER_ENCODING};
 use http::{Response, Version};
 use http_body::{Frame, SizeHint};
-use http_body_util::Full;
+use http_body_util::{BodyExt, Full};
 
 use super::request_telemetry::InFlight;
 use crate::domain::headers::{ConnectionOptions, ERROR, HINT, THROTTLE};
@@ -98,6 +98,33 @@ impl Body {
 
     pub(super) fn read(read: Bytes, rest: Option<Result<UpstreamBody, ResponseAborted>>) -> Self {
         Self { source: Source::Read(Some(read).filter(|read| !read.is_empty()), rest), _in_flight: None }
+    }
+
+    /// What was read of a body, and what follows.
+    pub(super) fn read_then(read: Bytes, rest: Option<Self>) -> Self {
+        match rest.map(|rest| rest.source) {
+            None => Self::read(read, None),
+            Some(Source::Amazon(rest)) => Self::read(read, Some(Ok(rest))),
+            Some(Source::Read(None, rest)) => Self::read(read, rest),
+            // Only Amazon's bodies are read in parts.
+            Some(Source::Own(_) | Source::Read(Some(_), _)) => Self::read(read, Some(Err(ResponseAborted::Truncated))),
+        }
+    }
+
+    /// Reads the body up to about `limit` bytes. Returns the rest if it did not end by then, or ended with an error.
+    pub(super) async fn read_up_to(mut self, limit: usize) -> (Bytes, Option<Self>) {
+        let mut read = BytesMut::new();
+        while read.len() < limit {
+            match self.frame().await {
+                Some(Ok(frame)) => read.extend(frame.into_data().ok()),
+                Some(Err(error)) => {
+                    let rest = Self { source: Source::Read(None, Some(Err(error))), _in_flight: None };
+                    return (read.freeze(), Some(rest));
+                }
+                None => return (read.freeze(), None),
+            }
+        }
+        (read.freeze(), Some(self))
     }
 
     /// Counts the request as in flight until the body is dropped.
