@@ -125,8 +125,9 @@ impl Services {
     }
 }
 
-/// The authority under which a browser on this machine reaches the proxy listener. On loopback it is `localhost`, not an
-/// address: that is the name in the redirect URI, and a login's cookie belongs to the name under which the login began.
+/// The authority under which a browser on this machine reaches the proxy listener. On loopback it is `localhost`, not
+/// an address: that is the name in the redirect URI, and a login's cookie belongs to the name under which the login
+/// began.
 fn authority(proxy: SocketAddr) -> String {
     let ip = proxy.ip();
     if ip.is_loopback() || ip.is_unspecified() { format!("localhost:{}", proxy.port()) } else { proxy.to_string() }

@@ -89,41 +89,42 @@ impl Accounts {
     pub(super) fn select(&self, target: &Target, headers: &HeaderMap) -> Result<RoutedRequest<'_>, RouteError> {
         let host_region = if let Destination::Ads(region) = target.of { Some(region) } else { None };
         if self.selection == Selection::Fixed {
-            return Ok(self.call(target, self.fallback(), None, host_region));
+            return Ok(self.routed(target, self.fallback(), None, host_region));
         }
         if let Some(name) = headers.keys().find(|name| is_selecting(name.as_str()) && !is_selector(name)) {
             return Err(RouteError::UnknownHeader(nearest(name.as_str())));
         }
-        let said_region = single(headers, &X_ADS_REGION)?.map(str::parse).transpose();
-        let region = host_region.or(said_region.map_err(|BadRegion| RouteError::Bad("X-Ads-Region is na, eu or fe."))?);
+        let header_region = single(headers, &X_ADS_REGION)?.map(str::parse).transpose();
+        let region =
+            host_region.or(header_region.map_err(|BadRegion| RouteError::Bad("X-Ads-Region is na, eu or fe."))?);
         if let Some(name) =
             target.account.as_deref().map_or_else(|| single(headers, &X_ADS_ACCOUNT), |name| Ok(Some(name)))?
         {
             let account = self.by_name.get(name).ok_or(RouteError::Unknown)?;
-            return Ok(self.call(target, Some(account), None, region));
+            return Ok(self.routed(target, Some(account), None, region));
         }
         if let Some(user) = single(headers, &X_ADS_USER)? {
             let user = user
                 .parse()
                 .map_err(|BadName| RouteError::Bad("X-Ads-User is 1 to 128 of A-Z a-z 0-9 . _ @ : | + -."))?;
-            return Ok(self.call(target, None, Some(user), region));
+            return Ok(self.routed(target, None, Some(user), region));
         }
-        Ok(self.call(target, self.fallback(), None, region))
+        Ok(self.routed(target, self.fallback(), None, region))
     }
 
     fn fallback(&self) -> Option<&Account> {
         self.fallback.as_deref()
     }
 
-    fn call<'a>(
+    fn routed<'a>(
         &'a self,
         target: &Target,
         account: Option<&'a Account>,
         user: Option<UserId>,
-        asked: Option<Region>,
+        requested: Option<Region>,
     ) -> RoutedRequest<'a> {
         let home = account.and_then(|account| account.region).unwrap_or(self.region);
-        let region = asked.unwrap_or(home);
+        let region = requested.unwrap_or(home);
         let user = user.or_else(|| account.map(|account| account.user.clone())).unwrap_or_default();
         let rules = match account {
             Some(account) => &account.rules,
@@ -157,8 +158,8 @@ impl<'a> RoutedRequest<'a> {
 /// The headers that select an account, a user and a region.
 const SELECTORS: [&str; 3] = ["x-ads-account", "x-ads-user", "x-ads-region"];
 
-/// Whether a header is, or could be meant as, one that selects: any `X-Ads-*`, also spelled with `_`, but for the caller
-/// token.
+/// Whether a header is, or could be meant as, one that selects: any `X-Ads-*`, also spelled with `_`, but for the
+/// caller token.
 pub(super) fn is_selecting(name: &str) -> bool {
     let prefix = b"x-ads-";
     let bytes = name.as_bytes();
@@ -218,7 +219,9 @@ mod tests {
             map.append(*name, value.parse().unwrap());
         }
         let target = Target::read(&target.parse().unwrap(), |_| false).unwrap();
-        accounts.select(&target, &map).map(|call| (call.account_name().to_owned(), call.user.to_string(), call.region))
+        accounts
+            .select(&target, &map)
+            .map(|route| (route.account_name().to_owned(), route.user.to_string(), route.region))
     }
 
     #[test]
@@ -289,8 +292,8 @@ mod tests {
 
     #[test]
     fn fixed_selection_ignores_what_callers_say() {
-        let said = [("x-ads-account", "b"), ("x-ads-user", "u"), ("x-ads-region", "eu")];
-        let call = select(&["default", "b"], Selection::Fixed, "/a/b/x", &said).unwrap();
-        assert_eq!(call, ("default".into(), "user-of-default".into(), Region::Na));
+        let sent = [("x-ads-account", "b"), ("x-ads-user", "u"), ("x-ads-region", "eu")];
+        let route = select(&["default", "b"], Selection::Fixed, "/a/b/x", &sent).unwrap();
+        assert_eq!(route, ("default".into(), "user-of-default".into(), Region::Na));
     }
 }

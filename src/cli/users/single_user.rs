@@ -43,7 +43,8 @@ pub(super) fn export(config: &Config, user: &UserId, records: bool) -> Result<()
     print(format!("{}\n", grant.refresh_token.secret().expose()))
 }
 
-/// Deletes the tokens of `user`, through the running sidecar if one has the store open, and says whether there were any.
+/// Deletes the tokens of `user`, through the running sidecar if one has the store open, and says whether there were
+/// any.
 pub(super) fn forget(config: &Config, user: &UserId) -> Result<(), Failed> {
     let known = match open_unless_held(config)? {
         None => {

@@ -45,7 +45,7 @@ pub(super) struct RequestTelemetry<'a> {
     in_flight: Option<InFlight>,
     /// `None` if `log.audit` is off.
     audit: Option<Box<AuditEvent>>,
-    ended: bool,
+    recorded: bool,
 }
 
 /// Counts a request as in flight until its response is complete.
@@ -69,7 +69,7 @@ impl<'a> RequestTelemetry<'a> {
             fault: Some(Fault::Caller),
             in_flight: Some(InFlight(metrics.clone())),
             audit: AuditEvent::begin(),
-            ended: false,
+            recorded: false,
             metrics,
         }
     }
@@ -83,13 +83,13 @@ impl<'a> RequestTelemetry<'a> {
         self.audit = None;
     }
 
-    pub(super) fn set_route(&mut self, call: &RoutedRequest<'a>) {
-        self.account = call.account_name();
-        self.region = call.region.as_str();
+    pub(super) fn set_route(&mut self, route: &RoutedRequest<'a>) {
+        self.account = route.account_name();
+        self.region = route.region.as_str();
         if let Some(audit) = &mut self.audit {
-            call.account_name().clone_into(&mut audit.account);
-            call.user.as_str().clone_into(&mut audit.user);
-            (audit.region, audit.family) = (call.region.as_str(), call.family.name);
+            route.account_name().clone_into(&mut audit.account);
+            route.user.as_str().clone_into(&mut audit.user);
+            (audit.region, audit.family) = (route.region.as_str(), route.family.name);
         }
     }
 
@@ -161,7 +161,7 @@ impl<'a> RequestTelemetry<'a> {
     }
 
     fn record(&mut self, status: u16) {
-        self.ended = true;
+        self.recorded = true;
         let took = self.begun.elapsed();
         let mut text = [0u8; 3];
         let labels = [self.account, self.region, self.method, digits(status, &mut text), self.source];
@@ -219,7 +219,7 @@ impl<'a> RequestTelemetry<'a> {
 
 impl Drop for RequestTelemetry<'_> {
     fn drop(&mut self) {
-        if !self.ended {
+        if !self.recorded {
             self.record(CLIENT_CLOSED);
         }
     }
