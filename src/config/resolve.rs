@@ -267,7 +267,7 @@ fn tokens(read: &mut Reader<'_>) -> tokens::Settings {
 }
 
 fn upstream(read: &mut Reader<'_>) -> upstream::Settings {
-    use upstream::Http2;
+    use upstream::{Http2, IdleTimeout};
     upstream::Settings {
         origins: Region::ALL.map(|region| origin(read, region)),
         extra_roots: read.certificates("upstream.ca_file"),
@@ -278,7 +278,7 @@ fn upstream(read: &mut Reader<'_>) -> upstream::Settings {
         },
         connect_timeout: read.duration("upstream.connect_timeout"),
         response_timeout: read.duration("upstream.response_timeout"),
-        idle_timeout: read.duration("upstream.idle_timeout"),
+        idle_timeout: read.duration_or_auto("upstream.idle_timeout").map_or(IdleTimeout::Auto, IdleTimeout::AtMost),
     }
 }
 

@@ -10,6 +10,7 @@ mod admin;
 mod tls;
 mod clocks;
 mod commands;
+mod connections;
 mod refresh_tasks;
 mod floors;
 mod request_target;

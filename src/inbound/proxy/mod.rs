@@ -276,7 +276,8 @@ impl Proxy {
         let region = request.call.region;
         let buffer = body.progress();
         let begun = Instant::now();
-        let mut sent = self.attempt(request, body, Reuse::Allowed).await;
+        let reuse = if request.is_idempotent() { Reuse::Allowed } else { Reuse::Unrepeatable };
+        let mut sent = self.attempt(request, body, reuse).await;
         let mut attempts = 1;
         while let Err(error) = sent {
             match Box::pin(Retry::after_error(error, request, &buffer, attempts)).await {
