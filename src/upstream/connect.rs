@@ -41,8 +41,8 @@ pub(super) struct Connector {
 
 /// A connection that was just opened. Its future has to be run.
 pub(super) enum Opened {
-    Http1 { sender: http1::SendRequest<RequestBody>, driver: http1::Connection<TokioIo<Stream>, RequestBody> },
-    Http2 { connection: Http2Connection, driver: Driver<Stream> },
+    Http1 { sender: http1::SendRequest<RequestBody>, driver: Box<http1::Connection<TokioIo<Stream>, RequestBody>> },
+    Http2 { connection: Http2Connection, driver: Box<Driver<Stream>> },
 }
 
 type Stream = TlsStream<ReadAhead<TcpStream>>;
@@ -129,7 +129,7 @@ impl Connector {
                 let budget = self.budget.clone();
                 let opened = http2::handshake(stream, activity, used, budget, first_window, max_streams).await;
                 let (connection, driver) = opened.map_err(|error| ErrorKind::Reset(error.into()))?;
-                Ok(Opened::Http2 { connection, driver })
+                Ok(Opened::Http2 { connection, driver: Box::new(driver) })
             }
             _ => {
                 tracing::debug!("connected to Amazon, HTTP/1.1");
@@ -137,7 +137,7 @@ impl Connector {
                 builder.max_buf_size(MAX_BUFFER);
                 let opened = builder.handshake(TokioIo::new(stream)).await;
                 let (sender, driver) = opened.map_err(|error| ErrorKind::Reset(error.into()))?;
-                Ok(Opened::Http1 { sender, driver })
+                Ok(Opened::Http1 { sender, driver: Box::new(driver) })
             }
         }
     }

@@ -442,7 +442,7 @@ impl Incoming {
         let (parts, stream) = response.into_parts();
         let mut body = Self { open: None, left: Some(0) };
         if stream.is_end_stream() {
-            upload.map(Upload::detach);
+            upload.into_iter().for_each(Upload::detach);
         } else {
             let length = |value: &http::HeaderValue| value.to_str().ok()?.parse().ok();
             body.left = parts.headers.get(CONTENT_LENGTH).and_then(length);
@@ -454,7 +454,7 @@ impl Incoming {
 
     fn finish(&mut self) {
         self.left = Some(0);
-        self.open.take().and_then(|mut open| open.upload.take()).map(Upload::detach);
+        self.open.take().and_then(|mut open| open.upload.take()).into_iter().for_each(Upload::detach);
     }
 
     /// Polls the next frame. A body that ends without END_STREAM is an error.

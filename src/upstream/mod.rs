@@ -28,10 +28,10 @@ use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use http::header::{CONTENT_LENGTH, TRANSFER_ENCODING};
+use http::header::{ACCEPT, CONTENT_LENGTH, HOST, TRANSFER_ENCODING};
 use http::{HeaderMap, HeaderValue, Request, Response, StatusCode};
 use http_body::Body as _;
-use hyper::client::conn::{TrySendError, http1};
+use hyper::client::conn::TrySendError;
 use rustls::pki_types::CertificateDer;
 use url::Url;
 
@@ -42,7 +42,7 @@ pub use upstream_body::UpstreamBody;
 
 use crate::domain::account::Region;
 use crate::domain::tls;
-use connection::Connection;
+use connection::{Connection, Http1Connection};
 use pool::OriginPool;
 use protocol_choice::CountGuard;
 use windows::WindowBudget;
@@ -115,26 +115,48 @@ impl Upstream {
         })
     }
 
-    /// Returns the `Host` value for requests to `region`.
-    pub fn authority(&self, region: Region) -> &HeaderValue {
-        &self.pools[region as usize].authority
-    }
-
-    /// Checks out a connection for one request to `region`: from the pool, or a new one.
+    /// Sends `request`, which has an origin-form target and our headers without `Host`, to the Ads host of `region`, on
+    /// a connection that `reuse` allows. Returns the response once its head has arrived.
+    ///
+    /// The response timeout does not apply to a request that accepts an event stream, which may stay silent for a long
+    /// time.
     ///
     /// # Errors
-    /// Fails if a new connection is needed and cannot be opened within `connect_timeout`.
-    pub async fn checkout(&self, region: Region, reuse: Reuse) -> Result<Checkout, ErrorKind> {
+    /// [`SendError`] if no connection can be opened within `connect_timeout`, or no response head arrives.
+    // The connection's future is boxed: otherwise every waiting request would hold the request several times.
+    pub async fn send(
+        &self,
+        region: Region,
+        reuse: Reuse,
+        mut request: Request<RequestBody>,
+    ) -> Result<Response<UpstreamBody>, SendError> {
         let pool = &self.pools[region as usize];
         let (in_flight, low_concurrency) = pool.protocol_choice.enter();
-        let connection = pool.connection(reuse, low_concurrency).await?;
-        if let Connection::Http2(slot) = &connection
-            // Steady traffic at low concurrency: one HTTP/1.1 connection for each request now in flight.
-            && pool.protocol_choice.should_add_http1(low_concurrency, pool.idle_limit.current())
-        {
-            pool.add_http1(slot.others() + 1);
-        }
-        Ok(Checkout { pool: pool.clone(), in_flight, connection, response_timeout: self.response_timeout })
+        let connection = match pool.connection(reuse, low_concurrency).await {
+            Ok(connection) => connection,
+            Err(kind) => return Err(kind.unsent(request.into_body())),
+        };
+        let progress = request.body().progress();
+        let wait = (!accepts_event_stream(request.headers())).then_some(self.response_timeout);
+        let sent: Sent = match connection {
+            Connection::Http1(connection) => {
+                frame(&mut request);
+                request.headers_mut().insert(HOST, pool.authority.clone());
+                Box::pin(over_http1(connection, request, pool.clone(), in_flight, progress.clone()))
+            }
+            Connection::Http2(slot) => {
+                // Steady traffic at low concurrency: one HTTP/1.1 connection for each request now in flight.
+                if pool.protocol_choice.should_add_http1(low_concurrency, pool.idle_limit.current()) {
+                    pool.add_http1(slot.others() + 1);
+                }
+                let request = pool.with_authority(request);
+                Box::pin(async move {
+                    let response = slot.send(request).await.map_err(SendError::over_http2)?;
+                    Ok(response.map(|incoming| UpstreamBody::http2(incoming, in_flight)))
+                })
+            }
+        };
+        response_head(sent, progress, wait).await
     }
 
     /// Closes connections that have been idle for too long, and replaces them where they are in use. Returns the time
@@ -146,60 +168,16 @@ impl Upstream {
     }
 }
 
-/// A connection that was checked out for one request.
-#[derive(Debug)]
-pub struct Checkout {
-    pool: Arc<OriginPool>,
-    in_flight: CountGuard,
-    connection: Connection,
-    response_timeout: Duration,
-}
-
-impl Checkout {
-    /// Sends `request`, which has an origin-form target and our headers. Returns the response once its head has
-    /// arrived. With `unlimited_wait` the response timeout does not apply, because an event stream may stay silent for
-    /// a long time.
-    ///
-    /// # Errors
-    /// The future resolves to a [`SendError`] if no response head arrives.
-    // Not an `async fn`, and the connection's future is boxed: otherwise every waiting request would hold the request
-    // several times.
-    pub fn send(
-        self,
-        mut request: Request<RequestBody>,
-        unlimited_wait: bool,
-    ) -> impl Future<Output = Result<Response<UpstreamBody>, SendError>> + Send {
-        let Self { pool, in_flight, connection, response_timeout } = self;
-        let progress = request.body().progress();
-        let watched = progress.clone();
-        let sent: Sent = match connection {
-            Connection::Http1 { sender, reused, opened } => {
-                frame(&mut request);
-                Box::pin(over_http1(sender, reused, opened, request, pool, in_flight, progress))
-            }
-            Connection::Http2(slot) => {
-                let request = pool.with_authority(request);
-                Box::pin(async move {
-                    let response = slot.send(request).await.map_err(SendError::over_http2)?;
-                    Ok(response.map(|incoming| UpstreamBody::http2(incoming, in_flight)))
-                })
-            }
-        };
-        response_head(sent, watched, (!unlimited_wait).then_some(response_timeout))
-    }
-}
-
 /// Sends a request on an HTTP/1.1 connection.
 async fn over_http1(
-    mut sender: http1::SendRequest<RequestBody>,
-    reused: bool,
-    opened: Instant,
+    mut connection: Http1Connection,
     request: Request<RequestBody>,
     pool: Arc<OriginPool>,
     in_flight: CountGuard,
     progress: Option<Arc<ReplayBuffer>>,
 ) -> Result<Response<UpstreamBody>, SendError> {
-    let response = sender.try_send_request(request).await.map_err(|mut error: TrySendError<_>| {
+    let reused = connection.reused;
+    let response = connection.sender.try_send_request(request).await.map_err(|mut error: TrySendError<_>| {
         let unsent = error.take_message().map(Request::into_body);
         SendError::over_http1(error.into_error(), unsent, reused)
     })?;
@@ -213,7 +191,7 @@ async fn over_http1(
     if let Some(limit) = announced_limit(response.headers()) {
         pool.idle_limit.closed_after(limit);
     }
-    Ok(response.map(|incoming| UpstreamBody::http1(incoming, in_flight, pool, sender, opened, progress)))
+    Ok(response.map(|incoming| UpstreamBody::http1(incoming, in_flight, pool, connection, progress)))
 }
 
 /// Returns a transfer coding other than `chunked`, which hyper undoes. We ask for none (RFC 9112, section 7).
@@ -233,6 +211,13 @@ fn announced_limit(headers: &HeaderMap) -> Option<Duration> {
 
 /// The request on its way, until the head of its response.
 type Sent = Pin<Box<dyn Future<Output = Result<Response<UpstreamBody>, SendError>> + Send>>;
+
+/// Whether the caller accepts an event stream, possibly beside other types: MCP clients list `application/json` first.
+fn accepts_event_stream(headers: &HeaderMap) -> bool {
+    let lines = headers.get_all(ACCEPT).iter().filter_map(|line| line.to_str().ok());
+    let mut kinds = lines.flat_map(|line| line.split(',')).map(|kind| kind.split(';').next().unwrap_or_default());
+    kinds.any(|kind| kind.trim().eq_ignore_ascii_case("text/event-stream"))
+}
 
 /// Sets `Transfer-Encoding: chunked` for a body without a length. Without a framing header hyper drops the body of a
 /// GET or HEAD.

@@ -9,15 +9,13 @@ use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-use http::header::HOST;
 use http::{HeaderValue, Request, Uri};
-use hyper::client::conn::http1;
 use tokio::sync::oneshot;
 use url::Url;
 
 use super::activity::Activity;
 use super::connect::{Connector, Offer, Opened};
-use super::connection::Connection;
+use super::connection::{Connection, Http1Connection};
 use super::http2::{Http2 as Http2Connection, KEPT_WARM_FOR, SlotOwner, WeakHttp2};
 use super::idle_limit::IdleLimit;
 use super::protocol_choice::ProtocolChoice;
@@ -59,10 +57,18 @@ struct Connections {
 /// An idle HTTP/1.1 connection, and when it became idle.
 #[derive(Debug)]
 struct Idle {
-    sender: http1::SendRequest<RequestBody>,
-    opened: Instant,
+    connection: Http1Connection,
     since: Instant,
-    reused: bool,
+}
+
+impl Idle {
+    fn new(connection: Http1Connection) -> Self {
+        Self { connection, since: Instant::now() }
+    }
+
+    fn is_closed(&self) -> bool {
+        self.connection.sender.is_closed()
+    }
 }
 
 /// A request that waits for a connection.
@@ -133,7 +139,7 @@ impl OriginPool {
     ) -> Result<Connection, ErrorKind> {
         self.used.touch();
         if reuse == Reuse::FreshHttp1 && self.connector.may_speak_http1() {
-            return Box::pin(self.new_http1()).await;
+            return Box::pin(self.new_http1()).await.map(Connection::Http1);
         }
         loop {
             let taken = lock(&self.connections).take(self, reuse, low_concurrency);
@@ -164,11 +170,11 @@ impl OriginPool {
         lock(&self.connections)
     }
 
-    async fn new_http1(self: &Arc<Self>) -> Result<Connection, ErrorKind> {
+    async fn new_http1(self: &Arc<Self>) -> Result<Http1Connection, ErrorKind> {
         match self.connector.connect(Offer::Http1).await? {
             Opened::Http1 { sender, driver } => {
                 self.run_http1(driver);
-                Ok(Connection::Http1 { sender, reused: false, opened: Instant::now() })
+                Ok(Http1Connection { sender, reused: false, opened: Instant::now() })
             }
             Opened::Http2 { .. } => unreachable!("only HTTP/1.1 was offered"),
         }
@@ -202,9 +208,7 @@ impl OriginPool {
     /// Keeps a connection that a caller did not take.
     fn take_back(&self, connections: &mut Connections, connection: Connection) {
         match connection {
-            Connection::Http1 { sender, reused, opened } => {
-                connections.idle.push_back(Idle { sender, opened, since: Instant::now(), reused });
-            }
+            Connection::Http1(connection) => connections.idle.push_back(Idle::new(connection)),
             Connection::Http2(slot) => slot.release_unnoticed(),
         }
     }
@@ -237,8 +241,8 @@ impl OriginPool {
             Opened::Http1 { sender, driver } => {
                 connections.expected = 1;
                 self.run_http1(driver);
-                let now = Instant::now();
-                connections.idle.push_back(Idle { sender, opened: now, since: now, reused: false });
+                let connection = Http1Connection { sender, reused: false, opened: Instant::now() };
+                connections.idle.push_back(Idle::new(connection));
             }
             Opened::Http2 { connection, driver } => {
                 connections.expected = connection.max_streams();
@@ -277,12 +281,12 @@ impl OriginPool {
         let mut connections = self.lock();
         let (mut idled, mut unused) = (false, false);
         connections.idle.retain(|idle| {
-            let closed = idle.sender.is_closed();
-            if closed && idle.reused {
+            let closed = idle.is_closed();
+            if closed && idle.connection.reused {
                 self.idle_limit.closed_after(idle.since.elapsed());
                 idled |= idle.since.elapsed() >= IDLED;
             }
-            unused |= closed && !idle.reused;
+            unused |= closed && !idle.connection.reused;
             !closed
         });
         self.ended(&mut connections, idled, unused);
@@ -314,7 +318,7 @@ impl OriginPool {
     /// Opens a connection for the next request, if the origin was used lately and has none that will last.
     fn keep_warm(self: &Arc<Self>, connections: &mut Connections) {
         let (limit, now) = (self.idle_limit.current() * 9 / 10, Instant::now());
-        let lasts = |idle: &Idle| !idle.sender.is_closed() && idle.since.elapsed() < limit;
+        let lasts = |idle: &Idle| !idle.is_closed() && idle.since.elapsed() < limit;
         let ready = connections.idle.iter().any(lasts)
             || connections.shared.iter().any(|shared| !shared.is_closing() && !is_old(shared, limit));
         let may = connections.background_at.is_none_or(|at| at <= now);
@@ -334,21 +338,21 @@ impl OriginPool {
         tokio::spawn(async move {
             for _ in 0..count {
                 // On failure requests continue to use the shared connection.
-                let Ok(Connection::Http1 { sender, opened, .. }) = pool.new_http1().await else { break };
-                pool.release(sender, opened);
+                let Ok(connection) = pool.new_http1().await else { break };
+                pool.release(connection);
             }
             pool.protocol_choice.adding.store(false, Relaxed);
         });
     }
 
     /// Returns a connection to the pool, or closes it if it is too old or the pool is full.
-    pub(super) fn release(self: &Arc<Self>, sender: http1::SendRequest<RequestBody>, opened: Instant) {
-        if sender.is_closed() || opened.elapsed() >= MAX_AGE {
+    pub(super) fn release(self: &Arc<Self>, connection: Http1Connection) {
+        if connection.sender.is_closed() || connection.opened.elapsed() >= MAX_AGE {
             return;
         }
         let mut connections = self.lock();
         if connections.idle.len() < MAX_IDLE {
-            connections.idle.push_back(Idle { sender, opened, since: Instant::now(), reused: true });
+            connections.idle.push_back(Idle::new(Http1Connection { reused: true, ..connection }));
         }
         if !connections.waiters.is_empty() {
             self.serve(&mut connections);
@@ -364,8 +368,8 @@ impl OriginPool {
         let mut survived = false;
         connections.idle.retain(|idle| {
             let over = idle.since.elapsed() >= limit;
-            survived |= over && !idle.sender.is_closed();
-            !over && idle.opened.elapsed() < MAX_AGE && !idle.sender.is_closed()
+            survived |= over && !idle.is_closed();
+            !over && idle.connection.opened.elapsed() < MAX_AGE && !idle.is_closed()
         });
         connections.shared.retain(|shared| {
             survived |= !shared.is_closing() && shared.idle_for().is_some_and(|idle| idle >= limit);
@@ -376,9 +380,8 @@ impl OriginPool {
         }
     }
 
-    /// Moves the authority from `Host` to the target, as HTTP/2 requires (RFC 9113, section 8.3.1).
+    /// Puts the authority into the target, as HTTP/2 requires (RFC 9113, section 8.3.1).
     pub(super) fn with_authority(&self, mut request: Request<RequestBody>) -> Request<RequestBody> {
-        request.headers_mut().remove(HOST);
         let mut parts = http::uri::Parts::default();
         parts.scheme.clone_from(&self.origin.scheme);
         parts.authority.clone_from(&self.origin.authority);
@@ -408,7 +411,7 @@ fn is_old(connection: &Http2Connection, limit: Duration) -> bool {
 async fn is_usable(connection: &mut Connection) -> bool {
     match connection {
         // Usually the connection is ready at once, which needs no timer.
-        Connection::Http1 { sender, .. } => {
+        Connection::Http1(Http1Connection { sender, .. }) => {
             sender.is_ready() || matches!(tokio::time::timeout(READY, sender.ready()).await, Ok(Ok(())))
         }
         Connection::Http2(slot) => slot.is_alive().await,
@@ -441,15 +444,15 @@ impl Connections {
             Reuse::Fresh(_) | Reuse::FreshHttp1 => Duration::MAX,
         };
         let usable = |idle: &Idle| match reuse {
-            Reuse::Fresh(since) => !idle.reused && idle.opened >= since,
-            Reuse::FreshHttp1 => !idle.reused,
-            Reuse::Allowed | Reuse::Unrepeatable => idle.since.elapsed() < most || !idle.reused && is_new(idle),
+            Reuse::Fresh(since) => !idle.connection.reused && idle.connection.opened >= since,
+            Reuse::FreshHttp1 => !idle.connection.reused,
+            Reuse::Allowed | Reuse::Unrepeatable => idle.since.elapsed() < most || is_new(idle),
         };
         loop {
             let found = self.idle.iter().rposition(usable)?;
-            let Idle { sender, opened, reused, .. } = self.idle.remove(found)?;
-            if !sender.is_closed() {
-                return Some(Connection::Http1 { sender, reused, opened });
+            let idle = self.idle.remove(found)?;
+            if !idle.is_closed() {
+                return Some(Connection::Http1(idle.connection));
             }
         }
     }
@@ -469,11 +472,12 @@ impl Connections {
 
 /// Whether a connection was opened just now, for a request that waited for it.
 fn is_new(idle: &Idle) -> bool {
-    idle.since.elapsed() < READY
+    !idle.connection.reused && idle.since.elapsed() < READY
 }
 
 #[cfg(test)]
 mod tests {
+    use hyper::client::conn::http1;
     use hyper_util::rt::TokioIo;
 
     use super::*;
@@ -498,7 +502,7 @@ mod tests {
             let (ours, _theirs) = tokio::io::duplex(1024);
             let (sender, connection) = http1::handshake(TokioIo::new(ours)).await.unwrap();
             tokio::spawn(connection);
-            pool.release(sender, Instant::now());
+            pool.release(Http1Connection { sender, reused: false, opened: Instant::now() });
             let reuse = lock(&pool.connections).take(&pool, Reuse::Allowed, true);
             assert_eq!(reuse.is_some(), taken, "{idle_timeout:?}");
             pool.prune();

@@ -3,16 +3,15 @@
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
-use std::time::Instant;
 
 use bytes::Bytes;
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
-use hyper::client::conn::http1;
 
+use super::connection::Http1Connection;
 use super::protocol_choice::CountGuard;
 use super::send_error::ResponseAborted;
-use super::{OriginPool, ReplayBuffer, RequestBody, http2};
+use super::{OriginPool, ReplayBuffer, http2};
 
 /// A response body, streamed from Amazon. After its last byte an HTTP/1.1 connection returns to the pool. If the body
 /// fails or is dropped before that, the connection is closed, or the HTTP/2 stream is reset.
@@ -34,8 +33,7 @@ enum Source {
 #[derive(Debug)]
 struct Exchange {
     pool: Arc<OriginPool>,
-    sender: http1::SendRequest<RequestBody>,
-    opened: Instant,
+    connection: Http1Connection,
     /// Tells whether the request body was sent completely; `None` if there is none.
     request: Option<Arc<ReplayBuffer>>,
 }
@@ -45,11 +43,10 @@ impl UpstreamBody {
         incoming: Incoming,
         in_flight: CountGuard,
         pool: Arc<OriginPool>,
-        sender: http1::SendRequest<RequestBody>,
-        opened: Instant,
+        connection: Http1Connection,
         request: Option<Arc<ReplayBuffer>>,
     ) -> Self {
-        let mut exchange = Some(Exchange { pool, sender, opened, request });
+        let mut exchange = Some(Exchange { pool, connection, request });
         if incoming.is_end_stream() {
             release(&mut exchange);
         }
@@ -63,11 +60,11 @@ impl UpstreamBody {
 
 /// Returns the connection to the pool, or closes it if the request was not sent completely.
 fn release(exchange: &mut Option<Exchange>) {
-    if let Some(Exchange { pool, sender, opened, request }) = exchange.take()
+    if let Some(Exchange { pool, connection, request }) = exchange.take()
         // After an early response the connection is still in the middle of the request.
         && request.is_none_or(|request| request.ended())
     {
-        pool.release(sender, opened);
+        pool.release(connection);
     }
 }
 

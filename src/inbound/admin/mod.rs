@@ -8,17 +8,19 @@ use bytes::Bytes;
 use http::header::{ALLOW, CACHE_CONTROL, CONTENT_TYPE, HeaderValue};
 use http::request::Parts;
 use http::{Method, Request, Response, StatusCode};
+use http_body::Body as _;
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::Incoming;
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
-use url::Url;
+use url::{Url, form_urlencoded};
 
 use crate::auth::tokens::TokenManager;
 use crate::domain::clock::Clock;
 use crate::inbound::admission::{AdminAccess, Admission, Refusal};
 use crate::inbound::problem::{Code, Problem};
 use crate::inbound::request_id::{REQUEST_ID, RequestIds};
+use crate::inbound::route::is_selecting;
 use crate::server::Peer;
 use crate::store::TokenStore;
 use crate::store::keyring::Fingerprint;
@@ -157,6 +159,9 @@ impl Admin {
             _ => AdminAccess::Anyone,
         };
         self.admission.admin(parts, peer, access).map_err(|refusal| self.refused(refusal))?;
+        if access != AdminAccess::Anyone || (path, method) == ("/log", &Method::GET) {
+            check_input(parts, method, &body)?;
+        }
         match (path, method) {
             ("/livez", &Method::GET) => Ok(say(StatusCode::OK, "alive\n")),
             ("/readyz", &Method::GET) => Ok(self.ready()),
@@ -284,6 +289,30 @@ impl Admin {
         self.metrics.guard_denied.with_label_values(&[refusal.reason()]).inc();
         refusal.into()
     }
+}
+
+/// Refuses a parameter, a body or a selecting header that the endpoint does not take: a request that says more than
+/// adsidecar understands must not be served as if it said less.
+fn check_input(parts: &Parts, method: &Method, body: &Incoming) -> Result<(), Problem> {
+    let path = parts.uri.path();
+    let known = if path == "/rotate" && method == Method::POST { "key" } else { "" };
+    let names = form_urlencoded::parse(parts.uri.query().unwrap_or_default().as_bytes());
+    let names = names.map(|(name, _)| name.into_owned()).collect::<Vec<_>>();
+    let refused = |detail: String| Err(Problem::new(Code::BadRequest, detail, "Send the request without it."));
+    if let Some(name) = names.iter().find(|name| name.as_str() != known) {
+        let name: String = name.chars().filter(|c| c.is_ascii_alphanumeric() || "_-.".contains(*c)).take(40).collect();
+        return refused(format!("{path} takes no parameter {name}."));
+    }
+    if names.len() > 1 {
+        return refused(format!("The parameter {known} is repeated."));
+    }
+    if let Some(name) = parts.headers.keys().find(|name| is_selecting(name.as_str())) {
+        return refused(format!("The header {name} means nothing on the admin listener."));
+    }
+    if !body.is_end_stream() && (path, method) != ("/log", &Method::PUT) {
+        return refused(format!("{path} takes no body."));
+    }
+    Ok(())
 }
 
 fn say(status: StatusCode, text: &'static str) -> Answer {
