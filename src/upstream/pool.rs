@@ -315,14 +315,16 @@ impl OriginPool {
         }
     }
 
-    /// Opens a connection for the next request, if the origin was used lately and has none that will last.
+    /// Opens a connection for the next request, if the origin was used lately and has none that will last. A request in
+    /// flight will leave its own.
     fn keep_warm(self: &Arc<Self>, connections: &mut Connections) {
         let (limit, now) = (self.idle_limit.current() * 9 / 10, Instant::now());
         let lasts = |idle: &Idle| !idle.is_closed() && idle.since.elapsed() < limit;
         let ready = connections.idle.iter().any(lasts)
             || connections.shared.iter().any(|shared| !shared.is_closing() && !is_old(shared, limit));
         let may = connections.background_at.is_none_or(|at| at <= now);
-        if !ready && may && connections.opening == 0 && self.used.elapsed() < KEPT_WARM_FOR {
+        let quiet = connections.opening == 0 && self.protocol_choice.in_flight() == 0;
+        if !ready && may && quiet && self.used.elapsed() < KEPT_WARM_FOR {
             connections.background_at = Some(now + PACE);
             self.open(connections, true);
         }
