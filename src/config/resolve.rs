@@ -293,7 +293,7 @@ fn tokens(read: &mut Reader<'_>) -> tokens::Settings {
 }
 
 fn upstream(read: &mut Reader<'_>) -> upstream::Settings {
-    use upstream::Http2;
+    use upstream::{Http2, IdleTimeout};
     upstream::Settings {
         origins: Region::ALL.map(|region| origin(read, region)),
         extra_roots: read.certificates("upstream.ca_file"),
@@ -301,7 +301,7 @@ fn upstream(read: &mut Reader<'_>) -> upstream::Settings {
             .choice("upstream.http2", [("auto", Http2::Auto), ("never", Http2::Never), ("always", Http2::Always)]),
         connect_timeout: read.duration("upstream.connect_timeout"),
         response_timeout: read.duration("upstream.response_timeout"),
-        idle_timeout: read.duration("upstream.idle_timeout"),
+        idle_timeout: read.duration_or_auto("upstream.idle_timeout").map_or(IdleTimeout::Auto, IdleTimeout::AtMost),
     }
 }
 

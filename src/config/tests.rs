@@ -1077,7 +1077,7 @@ fn the_defaults_are_those_of_the_manual() {
     let upstream = config.upstream;
     assert_eq!(upstream.http2, upstream::Http2::Auto);
     let timeouts = (upstream.connect_timeout, upstream.response_timeout, upstream.idle_timeout);
-    assert_eq!(timeouts, (seconds(5), seconds(120), seconds(4)));
+    assert_eq!(timeouts, (seconds(5), seconds(120), upstream::IdleTimeout::Auto));
     assert_eq!(config.metrics.max_user_series, 1000);
     assert_eq!((config.log.format, config.log.level), (log::Format::Json, log::Level::Info));
     assert!(!config.log.audit);

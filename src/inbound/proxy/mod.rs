@@ -262,7 +262,7 @@ impl Proxy {
         let region = request.route.region;
         let buffer = body.progress();
         let begun = Instant::now();
-        let mut sent = self.attempt(request, body, Reuse::Allowed).await;
+        let mut sent = self.attempt(request, body, retry::first_reuse(&request.parts.method)).await;
         let mut attempts = 1;
         while let Err(error) = sent {
             match Box::pin(Retry::after_error(error, &request.parts.method, &buffer, attempts)).await {

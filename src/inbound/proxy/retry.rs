@@ -84,6 +84,11 @@ fn body_again(sent: &Option<Arc<ReplayBuffer>>) -> Option<RequestBody> {
     }
 }
 
+/// Which connection may carry the first attempt.
+pub(super) fn first_reuse(method: &Method) -> Reuse {
+    if is_idempotent(method) { Reuse::Allowed } else { Reuse::Unrepeatable }
+}
+
 /// RFC 9110, section 9.2.2.
 fn is_idempotent(method: &Method) -> bool {
     matches!(*method, Method::GET | Method::HEAD | Method::PUT | Method::DELETE | Method::OPTIONS)
