@@ -288,6 +288,7 @@ fn log(read: &mut Reader<'_>, environment: Environment) -> log::Settings {
     read.record("log.format", quoted(if format == log::Format::Text { "text" } else { "json" }));
     log::Settings {
         format,
+        format_given: read.is_given("log.format"),
         level: read.choice("log.level", log::Level::ALL.map(|level| (level.as_str(), level))),
         audit: read.flag("log.audit").unwrap_or_default(),
     }

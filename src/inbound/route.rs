@@ -158,13 +158,23 @@ impl<'a> RoutedRequest<'a> {
 /// The headers that select an account, a user and a region.
 const SELECTORS: [&str; 3] = ["x-ads-account", "x-ads-user", "x-ads-region"];
 
-/// Whether a header is, or could be meant as, one that selects: any `X-Ads-*`, also spelled with `_`, but for the
-/// caller token.
+/// Whether a header is, or could be meant as, one that selects: any `X-Ads-*` whatever separates its words, and what is
+/// one letter away from a selecting header; but not the caller token.
 pub(super) fn is_selecting(name: &str) -> bool {
-    let prefix = b"x-ads-";
-    let bytes = name.as_bytes();
-    let reads_like = |(byte, wanted): (&u8, &u8)| byte == wanted || (*wanted == b'-' && *byte == b'_');
-    bytes.len() > prefix.len() && bytes.iter().zip(prefix).all(reads_like) && name != "x-ads-sidecar-token"
+    let mut letters = name.bytes().filter(u8::is_ascii_alphanumeric);
+    // Every header of every request is asked, so a look at three letters comes before anything that allocates.
+    let start = [letters.next(), letters.next(), letters.next()];
+    if !matches!(start, [Some(b'x'), Some(b'a'), Some(b'd')] | [Some(b'a'), Some(b'd'), Some(b's')])
+        || name == "x-ads-sidecar-token"
+    {
+        return false;
+    }
+    let mut words = name.split(|c: char| !c.is_ascii_alphanumeric()).filter(|word| !word.is_empty());
+    if (words.next(), words.next()) == (Some("x"), Some("ads")) {
+        return true;
+    }
+    let plain = |name: &str| name.chars().filter(char::is_ascii_alphanumeric).collect::<String>();
+    SELECTORS.iter().any(|selector| strsim::levenshtein(&plain(selector), &plain(name)) <= 1)
 }
 
 fn is_selector(name: &HeaderName) -> bool {

@@ -110,9 +110,16 @@ impl Route {
 /// The roots of adsidecar's own paths.
 const LOGIN_ROOT: &str = "/api/auth";
 const TOKEN_ROOT: &str = "/auth/o2";
-/// What MCP clients ask for to start an OAuth of their own (RFC 8414, RFC 9728, RFC 7591, OpenID Connect Discovery).
-/// Amazon must not answer: the OAuth is adsidecar's.
-const DISCOVERY: [&str; 4] = ["/.well-known/openid-configuration", "/register", "/authorize", "/favicon.ico"];
+/// The root of the account prefix, which [`Target::read`] knows in one spelling: in any other, the path names an account
+/// and must not go to the default one.
+const ACCOUNT_ROOT: &str = "/a";
+/// The documents in which clients look for an OAuth of Amazon's (RFC 8414, RFC 9728, OpenID Connect Discovery), also
+/// below the path of an MCP server. Amazon must not answer: the OAuth is adsidecar's.
+const DISCOVERY: [&str; 2] = ["/.well-known/oauth-", "/.well-known/openid-configuration"];
+/// Where clients register, consent and fetch tokens if they found no such document, or guess (RFC 7591, the MCP
+/// specification of 2025-03-26). A request for a token holds secrets of the caller's.
+const NOBODYS: [&str; 8] =
+    ["/register", "/authorize", "/token", "/oauth/token", "/oauth2/token", "/o2/token", "/auth/token", "/favicon.ico"];
 
 impl Endpoint {
     fn of(path: &str) -> Option<Self> {
@@ -126,8 +133,8 @@ impl Endpoint {
         let ours = is_below(&folded, LOGIN_ROOT)
             || is_below(&folded, TOKEN_ROOT)
             || folded == "/"
-            || folded.starts_with("/.well-known/oauth-")
-            || DISCOVERY.contains(&folded.as_str());
+            || DISCOVERY.iter().any(|document| folded.contains(document))
+            || NOBODYS.contains(&folded.as_str());
         ours.then_some(Self::Unknown)
     }
 
@@ -209,7 +216,7 @@ fn is_below(path: &str, root: &str) -> bool {
 
 /// Whether [`fold`] could turn `path` into one of ours. Every request pays for this check, and few for the folding.
 fn may_read_like_ours(path: &str) -> bool {
-    let starts = [LOGIN_ROOT, TOKEN_ROOT, "/.well-known"].into_iter().chain(DISCOVERY);
+    let starts = [LOGIN_ROOT, TOKEN_ROOT, "/A/"].into_iter().chain(NOBODYS);
     let ours = |start: &str| path.get(..start.len()).is_some_and(|head| head.eq_ignore_ascii_case(start));
     path.bytes().any(|byte| matches!(byte, b'%' | b'\\' | b';'))
         || path.contains("//")
@@ -298,6 +305,10 @@ impl Target {
             return Err(BadTarget::Form("a target begins with /"));
         }
         let Some(prefixed) = text.strip_prefix(PREFIX).filter(|_| of == Destination::Local) else {
+            let path = path_and_query.path();
+            if of == Destination::Local && may_read_like_ours(path) && is_below(&fold(path), ACCOUNT_ROOT) {
+                return Err(BadTarget::Form("an account's prefix is spelled /a/<account>/, and begins the path"));
+            }
             return Ok(Self { of, account: None, path_and_query });
         };
         let end = prefixed.find(['/', '?']).unwrap_or(prefixed.len());

@@ -20,6 +20,7 @@ use serde_json::json;
 use crate::auth::login::{BeginError, Callback, Login, LoginFailure, LoginOutcome, LoginRequest, TEN_MINUTES};
 use crate::auth::tokens::{Status, TokenError, TokenManager};
 use crate::domain::account::{Region, UserId};
+use crate::domain::clock::to_the_millisecond;
 use crate::domain::headers::ERROR;
 use crate::domain::secret::Secret;
 use crate::inbound::admission::{Admission, Admitted, is_loopback, without_port};
@@ -205,7 +206,7 @@ impl OauthEndpoints {
         Ok(match outcome {
             Ok(LoginOutcome::Stored(status)) => json(
                 StatusCode::OK,
-                &json!({ "status": "success", "user_id": status.user_id, "expires_at": status.expires_at }),
+                &json!({ "status": "success", "user_id": status.user_id, "expires_at": status.expires_at.map(to_the_millisecond) }),
             ),
             Ok(LoginOutcome::Pending(grant)) => {
                 json(StatusCode::OK, &json!({ "status": "pending", "grant": grant.expose() }))

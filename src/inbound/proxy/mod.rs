@@ -141,7 +141,7 @@ impl Proxy {
                 Err(error) => {
                     telemetry.set_error(&error);
                     let problem = self.problem(error, &parts);
-                    telemetry.set_own_error(problem.code());
+                    telemetry.set_own_error(&problem);
                     problem.respond(telemetry.request_id()).map(Body::own)
                 }
             };
