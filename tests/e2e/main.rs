@@ -33,6 +33,7 @@ mod review;
 mod catalogue;
 mod selection;
 mod postgres;
+mod fleet;
 mod stores;
 mod threats;
 mod token_endpoint;

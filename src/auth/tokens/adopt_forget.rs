@@ -2,10 +2,9 @@
 
 use std::sync::Arc;
 
-use super::coordination::Coordination;
 use super::{Status, TokenManager};
 use crate::domain::account::UserId;
-use crate::domain::grant::{Grant, GrantState, LiveGrant};
+use crate::domain::grant::{Grant, GrantState, LiveGrant, Version};
 use crate::store::StoreError;
 
 impl TokenManager {
@@ -26,7 +25,7 @@ impl TokenManager {
     /// from memory, since its code is spent and nobody else has it, and a task retries until it is stored.
     pub async fn adopt(&self, user: &UserId, grant: Grant) -> Status {
         let (manager, user) = (self.clone(), user.clone());
-        self.uninterrupted(async move { manager.adopt_now(&user, grant).await }).await
+        self.uninterrupted(async move { Box::pin(manager.adopt_now(&user, grant)).await }).await
     }
 
     async fn adopt_now(&self, user: &UserId, mut grant: Grant) -> Status {
@@ -43,6 +42,39 @@ impl TokenManager {
         self.status_of(&entry)
     }
 
+    /// Replaces the grant of `user` that has the generation `seen`, `None` if the user has none, with `grant`, which no
+    /// person has just consented to. If there is another one now, that one is kept.
+    pub(super) async fn adopt_instead(
+        &self,
+        user: &UserId,
+        mut grant: Grant,
+        seen: Option<u64>,
+    ) -> Result<(), StoreError> {
+        let Some(shared) = self.0.store.shared() else {
+            self.adopt_now(user, grant).await;
+            return Ok(());
+        };
+        let entry = self.entry_or_new(user);
+        let write = entry.write().await;
+        self.catch_up(&entry, &write).await?;
+        let (stored, current) = (entry.stored(), entry.held().grant().map(|grant| grant.generation));
+        let version = Version { epoch: stored.epoch + 1, generation: stored.generation + 1 };
+        grant.used_at = Some(self.0.clock.now());
+        let put = async { shared.put(user, &grant, version, stored.generation).await };
+        if current != seen || !self.timed("put", put).await? {
+            tracing::info!(%user, "amazon.refresh_token is not adopted: another login came first");
+            return self.catch_up(&entry, &write).await.map(drop);
+        }
+        grant.generation = version.generation;
+        write.note_stored(version);
+        let now = self.0.clock.reading();
+        entry.mark_used(now);
+        self.publish(&entry, &write, GrantState::Fresh(Arc::new(LiveGrant::loaded(grant, now))));
+        entry.wake();
+        tracing::info!(%user, "amazon.refresh_token is in use");
+        Ok(())
+    }
+
     /// Whether the current grant of `user` is stored.
     pub fn is_stored(&self, user: &UserId) -> bool {
         self.entry(user).is_none_or(|entry| !entry.is_unsaved())
@@ -54,7 +86,7 @@ impl TokenManager {
     /// [`StoreError`] if the store fails; then the grant stays in use.
     pub async fn forget(&self, user: &UserId) -> Result<bool, StoreError> {
         let (manager, user) = (self.clone(), user.clone());
-        self.uninterrupted(async move { manager.forget_now(&user).await }).await
+        self.uninterrupted(async move { Box::pin(manager.forget_now(&user)).await }).await
     }
 
     async fn forget_now(&self, user: &UserId) -> Result<bool, StoreError> {
@@ -63,11 +95,15 @@ impl TokenManager {
             return self.timed("erase", self.0.store.erase(user)).await;
         };
         let write = entry.write().await;
-        let erased = self.timed("erase", self.0.store.erase(user)).await?;
-        if erased && let Coordination::Shared(_) = self.0.coordination {
-            // In a shared store a logout has its own generation.
-            write.note_stored(write.stored() + 1);
-        }
+        let erased = match self.0.store.shared() {
+            None => self.timed("erase", self.0.store.erase(user)).await?,
+            Some(shared) => {
+                // In a shared store a logout has its own version.
+                let version = self.timed("erase", shared.log_out(user)).await?;
+                version.into_iter().for_each(|version| write.note_stored(version));
+                version.is_some()
+            }
+        };
         entry.set_unsaved(false);
         let held = entry.held().grant().is_some();
         self.publish(&entry, &write, GrantState::Nothing);
