@@ -23,12 +23,12 @@ use tokio_util::sync::CancellationToken;
 
 use crate::auth::login::PendingLogins;
 use crate::auth::lwa::Lwa;
-use crate::auth::tokens::{Background, TokenManager};
+use crate::auth::tokens::{Background, Status, TokenManager};
 use crate::config::{Config, Sources};
 use crate::domain::account::UserId;
 use crate::domain::clock::Clock;
 use crate::domain::grant::State;
-use crate::inbound::admin::{Asked, Count, Reloader, Stage};
+use crate::inbound::admin::{self, Asked, Count, Reloader, Stage};
 use crate::inbound::problem::{Code, Problem};
 use crate::server::{CannedResponses, Limits, Listener, Peer, Phase};
 use crate::store::keyring::{Fingerprint, KeyError};
@@ -38,6 +38,7 @@ use crate::telemetry::metrics::Metrics;
 pub use keys::{key_file, keyring};
 use reload::{ControlLoop, RestartOnly, Watched};
 use rotation::Rotations;
+pub use services::local_authority;
 use services::{ProcessState, Services};
 
 /// Enough for the short requests of a kubelet, a scraper and an operator.
@@ -46,6 +47,9 @@ const ADMIN_CONNECTIONS: usize = 256;
 const OWN_SOCKET: u32 = 0o600;
 /// How long a shutdown waits for token calls in flight: their own timeout, and a little more.
 const SETTLE: Duration = Duration::from_secs(12);
+
+/// At most this many users are reported when the listeners serve.
+const SHOWN_AT_START: usize = 1000;
 
 /// adsidecar with its listeners bound; it does not serve yet.
 pub struct App {
@@ -166,6 +170,15 @@ impl App {
     /// A handle that asks the running process to reload its configuration.
     pub fn reloader(&self) -> Reloader {
         self.process.reloader.clone()
+    }
+
+    /// Completes once the listeners serve, with the status of every user, or the first 1,000; `None` if that never happens.
+    pub fn serving(&self) -> impl Future<Output = Option<Vec<Status>>> + Send + 'static {
+        let (mut stage, tokens) = (self.process.stage.subscribe(), self.process.tokens.clone());
+        async move {
+            stage.wait_for(|stage| *stage == Stage::Serving).await.ok()?;
+            Some(tokens.statuses("", SHOWN_AT_START).await)
+        }
     }
 
     /// The TCP addresses of the listeners.
@@ -344,7 +357,7 @@ async fn serve_login(services: Arc<Services>, request: Request<Incoming>, peer: 
     services.login.serve_callback(request, peer).await
 }
 
-async fn serve_admin(services: Arc<Services>, request: Request<Incoming>, peer: Peer) -> Response<Full<Bytes>> {
+async fn serve_admin(services: Arc<Services>, request: Request<Incoming>, peer: Peer) -> Response<admin::Body> {
     services.admin.serve(request, peer).await
 }
 

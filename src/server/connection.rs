@@ -23,9 +23,9 @@ use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpStream, UnixStream};
 
-use super::io::{BusyBody, MonitoredSocket};
+use super::Peer;
+use super::io::{BusyBody, MonitoredSocket, detach};
 use super::registry::{Command, Slot};
-use super::{Peer, head};
 
 /// Largest request head, in bytes. The limit is exact; the size of the read buffer alone would be approximate.
 const MAX_HEAD: usize = 32 << 10;
@@ -80,7 +80,7 @@ where
     let mut service = service_fn(|request: Request<Incoming>| {
         let busy = slot.begin_request();
         uploads.store(!request.is_end_stream(), Relaxed);
-        let request = head::detach(request);
+        let request = detach(request);
         let (handler, slot) = (&handler, &slot);
         // Boxed, so that an idle connection does not take the memory of a busy one. The handler is called inside the
         // box: a future created outside would first exist, at full size, in this one.

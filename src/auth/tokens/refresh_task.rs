@@ -112,7 +112,12 @@ impl TokenManager {
     }
 
     /// Stores `grant`, and returns its version in the store.
-    async fn save(&self, entry: &UserState, grant: &Grant, expected: Option<u64>) -> Result<Version, StoreError> {
+    pub(super) async fn save(
+        &self,
+        entry: &UserState,
+        grant: &Grant,
+        expected: Option<u64>,
+    ) -> Result<Version, StoreError> {
         let user = &entry.user;
         match (self.0.store.shared(), expected) {
             (Some(shared), None) => self.timed("put", shared.consent(user, grant)).await,

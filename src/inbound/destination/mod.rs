@@ -1,10 +1,15 @@
-//! Decides whether one of adsidecar's own endpoints or Amazon serves a request. (Which account, user and region a
-//! request to Amazon gets is decided later, in `proxy/route.rs`.)
+//! Reads the target of a request (the host, the account prefix and the path), and decides whether one of adsidecar's own
+//! endpoints or Amazon serves it. Path and query are forwarded byte for byte; only the account prefix is removed.
+//! (Which account, user and region a request to Amazon gets is decided later, in `route`.)
 
-use http::Method;
+#[cfg(test)]
+mod tests;
+
+use http::uri::PathAndQuery;
+use http::{Method, Uri};
 use percent_encoding::percent_decode_str;
 
-use super::destination::{Destination, Target};
+use crate::domain::account::{Region, check_name};
 
 pub(super) const LOGIN: &str = "/api/auth/amazon/login";
 pub(super) const CALLBACK: &str = "/api/auth/amazon/callback";
@@ -13,13 +18,18 @@ pub(super) const HEALTH: &str = "/healthz";
 const STATUS: &str = "/api/auth/amazon/status";
 pub(super) const USERS: &str = "/api/auth/amazon/users/";
 
+/// Longest path and query, in bytes. Amazon's gateways accept no more either.
+const MAX_TARGET: usize = 8 << 10;
+/// `/a/<account>/…` selects an account, for clients that can change nothing but their base URL.
+const PREFIX: &str = "/a/";
+
 /// What serves a request on the proxy listener or the login listener.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Route {
     /// adsidecar itself.
     Own(Endpoint),
     /// Amazon.
-    Upstream,
+    Upstream(Target),
 }
 
 /// adsidecar's own endpoints: everything under `/api/auth/` and `/auth/o2/`.
@@ -54,10 +64,31 @@ pub enum Navigable {
 }
 
 impl Route {
+    /// Reads the target of a request and decides what serves it. `host` is the value of `Host` without its port, and
+    /// `is_ours` tells whether an authority is our own.
+    ///
+    /// # Errors
+    /// [`BadTarget`] as of [`Target::read`].
+    pub fn read(
+        method: &Method,
+        uri: &Uri,
+        host: Option<&str>,
+        is_ours: impl Fn(&str) -> bool,
+    ) -> Result<Self, BadTarget> {
+        let mut target = Target::read(uri, is_ours)?;
+        // `proxy.allowed_hosts` may hold one of Amazon's hosts (a hosts file, `curl --connect-to`): it names its region.
+        if target.of == Destination::Local
+            && let Some(of) = host.and_then(amazon_host)
+        {
+            target.of = of;
+        }
+        Ok(Self::of(method, target))
+    }
+
     /// Requests for adsidecar's own paths are never forwarded, even if they name one of Amazon's hosts or spell the path
     /// differently. Of the paths on Amazon's hosts and below an account's prefix, adsidecar serves the token endpoint
     /// alone.
-    pub fn of(method: &Method, target: &Target) -> Self {
+    fn of(method: &Method, target: Target) -> Self {
         let endpoint = Endpoint::of(target.path());
         let shim = endpoint.filter(|endpoint| *endpoint == Endpoint::Shim);
         let own = match target.of {
@@ -66,21 +97,28 @@ impl Route {
                 shim.or_else(|| near().then_some(Endpoint::Unknown))
             }
             Destination::Local => {
-                endpoint.or_else(|| is_stray_callback(method, target).then_some(Endpoint::StrayCallback))
+                endpoint.or_else(|| is_stray_callback(method, &target).then_some(Endpoint::StrayCallback))
             }
             Destination::Ads(_) => endpoint.map(|_| Endpoint::Unknown),
             Destination::Lwa => Some(shim.unwrap_or(Endpoint::Unknown)),
         };
-        own.map_or(Self::Upstream, Self::Own)
+        own.map_or_else(|| Self::Upstream(target), Self::Own)
     }
 }
 
 /// The roots of adsidecar's own paths.
 const LOGIN_ROOT: &str = "/api/auth";
 const TOKEN_ROOT: &str = "/auth/o2";
-/// What MCP clients ask for to start an OAuth of their own (RFC 8414, RFC 9728, RFC 7591, OpenID Connect Discovery).
-/// Amazon must not answer: the OAuth is adsidecar's.
-const DISCOVERY: [&str; 4] = ["/.well-known/openid-configuration", "/register", "/authorize", "/favicon.ico"];
+/// The root of the account prefix, which [`Target::read`] knows in one spelling: in any other, the path names an account
+/// and must not go to the default one.
+const ACCOUNT_ROOT: &str = "/a";
+/// The documents in which clients look for an OAuth of Amazon's (RFC 8414, RFC 9728, OpenID Connect Discovery), also
+/// below the path of an MCP server. Amazon must not answer: the OAuth is adsidecar's.
+const DISCOVERY: [&str; 2] = ["/.well-known/oauth-", "/.well-known/openid-configuration"];
+/// Where clients register, consent and fetch tokens if they found no such document, or guess (RFC 7591, the MCP
+/// specification of 2025-03-26). A request for a token holds secrets of the caller's.
+const NOBODYS: [&str; 8] =
+    ["/register", "/authorize", "/token", "/oauth/token", "/oauth2/token", "/o2/token", "/auth/token", "/favicon.ico"];
 
 impl Endpoint {
     fn of(path: &str) -> Option<Self> {
@@ -94,8 +132,8 @@ impl Endpoint {
         let ours = is_below(&folded, LOGIN_ROOT)
             || is_below(&folded, TOKEN_ROOT)
             || folded == "/"
-            || folded.starts_with("/.well-known/oauth-")
-            || DISCOVERY.contains(&folded.as_str());
+            || DISCOVERY.iter().any(|document| folded.contains(document))
+            || NOBODYS.contains(&folded.as_str());
         ours.then_some(Self::Unknown)
     }
 
@@ -177,7 +215,7 @@ fn is_below(path: &str, root: &str) -> bool {
 
 /// Whether [`fold`] could turn `path` into one of ours. Every request pays for this check, and few for the folding.
 fn may_read_like_ours(path: &str) -> bool {
-    let starts = [LOGIN_ROOT, TOKEN_ROOT, "/.well-known"].into_iter().chain(DISCOVERY);
+    let starts = [LOGIN_ROOT, TOKEN_ROOT, "/A/"].into_iter().chain(NOBODYS);
     let ours = |start: &str| path.get(..start.len()).is_some_and(|head| head.eq_ignore_ascii_case(start));
     path.bytes().any(|byte| matches!(byte, b'%' | b'\\' | b';'))
         || path.contains("//")
@@ -212,53 +250,97 @@ fn is_stray_callback(method: &Method, target: &Target) -> bool {
     parameter("code").is_some() && parameter("state").is_some_and(|(_, state)| is_state(&state))
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
+/// A target that adsidecar can serve.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Target {
+    /// The host that the target names.
+    pub of: Destination,
+    /// The account in the path's prefix.
+    pub account: Option<String>,
+    /// Path and query as they are sent to Amazon.
+    pub path_and_query: PathAndQuery,
+}
 
-    fn route(target: &str) -> Route {
-        Route::of(&Method::GET, &Target::read(&target.parse().unwrap(), |_| false).unwrap())
-    }
+/// The host that a target names.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Destination {
+    /// adsidecar: the origin form, or the absolute form with our own authority.
+    Local,
+    /// The Ads API host of a region.
+    Ads(Region),
+    /// A host of Login with Amazon.
+    Lwa,
+}
 
-    #[test]
-    fn no_path_that_reads_like_ours_is_forwarded() {
-        for path in [
-            "//api/auth/amazon/status",
-            "/API/auth/amazon/status",
-            "/api//auth/amazon/logout",
-            "/./api/auth/amazon/status",
-            "/x/../api/auth/amazon/status",
-            "/%61pi/auth/amazon/status",
-            "/api%2fauth/amazon/status",
-            "/api/auth;x=1/amazon/status",
-            "/auth/O2/token",
-            "//auth/o2/token",
-            "/auth/o2/token/",
-            "/%2561uth/o2/token",
-            "/a/acme//auth/o2/token",
-            "/a/acme/auth/O2/token",
-            "/.well-known/oauth-authorization-server",
-            "/.well-known/oauth-protected-resource/mcp",
-            "/.well-known/openid-configuration",
-            "/register",
-            "/authorize",
-            "//",
-        ] {
-            assert_eq!(route(path), Route::Own(Endpoint::Unknown), "{path}");
+/// Why a target is refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BadTarget {
+    /// The target cannot be read; holds the reason.
+    Form(&'static str),
+    /// The absolute form with a host that is neither Amazon's nor ours.
+    Foreign,
+    /// Longer than 8 KiB.
+    TooLong,
+}
+
+impl Target {
+    /// Reads a request's target. `is_ours` tells whether an authority is our own.
+    ///
+    /// # Errors
+    /// [`BadTarget`] if the target cannot be read, names another host, or is too long.
+    pub fn read(uri: &Uri, is_ours: impl Fn(&str) -> bool) -> Result<Self, BadTarget> {
+        let of = match (uri.scheme_str(), uri.authority()) {
+            (None, None) => Destination::Local,
+            (Some("http" | "https"), Some(authority)) => host_of(authority.as_str(), is_ours)?,
+            (Some(_), _) => return Err(BadTarget::Form("the scheme of an absolute target is http or https")),
+            (None, Some(_)) => return Err(BadTarget::Form("only CONNECT takes an authority as its target")),
+        };
+        let path_and_query = uri.path_and_query().cloned().unwrap_or(PathAndQuery::from_static("/"));
+        let text = path_and_query.as_str();
+        if text.len() > MAX_TARGET {
+            return Err(BadTarget::TooLong);
         }
-        for path in
-            ["/v2/profiles", "/api/authors", "/a/acme/api/auth/x", "/a/acme/", "/registers", "/sp/auth/o2/token"]
-        {
-            assert_eq!(route(path), Route::Upstream, "{path}");
+        if !text.starts_with('/') {
+            return Err(BadTarget::Form("a target begins with /"));
         }
-        assert_eq!(route("/"), Route::Own(Endpoint::Root));
+        let Some(prefixed) = text.strip_prefix(PREFIX).filter(|_| of == Destination::Local) else {
+            let path = path_and_query.path();
+            if of == Destination::Local && may_read_like_ours(path) && is_below(&fold(path), ACCOUNT_ROOT) {
+                return Err(BadTarget::Form("an account's prefix is spelled /a/<account>/, and begins the path"));
+            }
+            return Ok(Self { of, account: None, path_and_query });
+        };
+        let end = prefixed.find(['/', '?']).unwrap_or(prefixed.len());
+        let (account, rest) = prefixed.split_at(end);
+        let account = percent_decode_str(account).decode_utf8().ok().filter(|name| check_name(name).is_ok());
+        let account = account.ok_or(BadTarget::Form("the account in /a/<account>/ is no legal name"))?;
+        let rest = if rest.starts_with('/') { rest.to_owned() } else { format!("/{rest}") };
+        let path_and_query = rest.parse().map_err(|_| BadTarget::Form("the path behind the account cannot be read"))?;
+        Ok(Self { of, account: Some(account.into_owned()), path_and_query })
     }
 
-    #[test]
-    fn a_code_with_a_state_of_ours_never_leaves() {
-        let state = "x".repeat(43);
-        assert_eq!(route(&format!("/callback?code=c&state={state}")), Route::Own(Endpoint::StrayCallback));
-        assert_eq!(route(&format!("/callback?state={state}")), Route::Upstream);
-        assert_eq!(route("/sp/x?code=c&state=enabled"), Route::Upstream);
+    /// The path, without its query.
+    pub fn path(&self) -> &str {
+        self.path_and_query.path()
     }
+}
+
+/// The host of an absolute target. Amazon's hosts are accepted without a port or with 80 or 443.
+fn host_of(authority: &str, is_ours: impl Fn(&str) -> bool) -> Result<Destination, BadTarget> {
+    if is_ours(authority) {
+        return Ok(Destination::Local);
+    }
+    let host = authority.strip_suffix(":80").or_else(|| authority.strip_suffix(":443")).unwrap_or(authority);
+    amazon_host(host).ok_or(BadTarget::Foreign)
+}
+
+/// Which of Amazon's hosts `host` is, ignoring case; `None` if it is none of them.
+pub fn amazon_host(host: &str) -> Option<Destination> {
+    let ads = Region::ALL.into_iter().find(|region| host.eq_ignore_ascii_case(region.ads_host())).map(Destination::Ads);
+    ads.or_else(|| {
+        let is_token_host = |region: &Region| {
+            region.token_url().split('/').nth(2).is_some_and(|token_host| host.eq_ignore_ascii_case(token_host))
+        };
+        Region::ALL.iter().any(is_token_host).then_some(Destination::Lwa)
+    })
 }
