@@ -241,7 +241,10 @@ impl App {
         rotations.resume().await;
         let running = Running { listeners, phase, tasks, _admin_phase: admin_phase, services: services.clone() };
         let told = Dropped::default();
-        (ControlLoop { watched, asked, fixed, keys, rotations, services, limits, process, told }, running)
+        (
+            ControlLoop { watched, asked, fixed, keys, rotations, services, limits, process, awaited_key: None, told },
+            running,
+        )
     }
 }
 

@@ -34,6 +34,8 @@ pub(super) struct ControlLoop {
     pub(super) process: ProcessState,
     /// The keys in use. The first one seals, unless another process has rotated the keys of a shared store since.
     pub(super) keys: Vec<Fingerprint>,
+    /// The first key of a configuration that was refused because that key does not encrypt yet.
+    pub(super) awaited_key: Option<Fingerprint>,
     /// The number of dropped log lines that the log has reported.
     pub(super) told: Dropped,
 }
@@ -52,8 +54,9 @@ impl ControlLoop {
                 },
                 _ = look.tick() => {
                     self.tell_dropped();
-                    if self.watched.as_ref().is_some_and(Watched::changed) {
-                        tracing::info!("a file of the configuration changed");
+                    let is_awaited = self.awaited_key.is_some_and(|key| key == self.first_key());
+                    if is_awaited || self.watched.as_ref().is_some_and(Watched::changed) {
+                        tracing::info!("a file of the configuration changed, or the keys were rotated");
                         // The result is logged and counted.
                         let _ = self.reload().await;
                     }
@@ -132,22 +135,36 @@ impl ControlLoop {
 }
 
 impl ControlLoop {
-    /// Takes keys of `config` into use that are added to the present ones. They open records from now on; which key seals
-    /// changes only by a rotation, because other processes may not have the new one yet.
+    /// Takes keys of `config` into use that are added to the present ones: they open records from now on. Which key seals
+    /// changes only by a rotation, because other processes may not have the new one yet: until then a configuration with
+    /// another first key is refused.
     async fn take_added_keys(&mut self, config: &Config) -> Result<(), String> {
         let keyring = keyring(config).map_err(|error| error.to_string())?;
-        let (present, new) = (&self.keys, keyring.fingerprints());
-        if new.len() <= present.len() || !present.iter().all(|key| new.contains(key)) {
+        let (new, first) = (keyring.fingerprints(), keyring.first());
+        self.awaited_key = None;
+        if !self.keys.iter().all(|key| new.contains(key)) {
             return Ok(());
         }
-        let keyring = keyring.sealing_with(present[0]);
-        self.keys = keyring.fingerprints();
-        self.process.store.add_keys(Arc::new(keyring)).await.map_err(|error| error.to_string())?;
+        if new.len() > self.keys.len() {
+            let keyring = keyring.sealing_with(self.first_key());
+            self.keys = keyring.fingerprints();
+            self.process.store.add_keys(Arc::new(keyring)).await.map_err(|error| error.to_string())?;
+            tracing::info!("a Fernet key was added: it decrypts from now on");
+        }
+        if first != self.first_key() {
+            self.awaited_key = Some(first);
+            return Err(format!(
+                "{KEYS}: every key decrypts, but the first one, {first}, does not encrypt yet: `adsidecar key rotate` \
+                 takes it into use, and the rest of the new configuration with it"
+            ));
+        }
         self.fixed.takes_keys_of(config);
-        tracing::info!(
-            "a Fernet key was added: it decrypts from now on; `adsidecar key rotate` encrypts with the first"
-        );
         Ok(())
+    }
+
+    /// The key that encrypts now. Another process may have rotated the keys of a shared store.
+    fn first_key(&self) -> Fingerprint {
+        self.process.store.shared().map_or(self.keys[0], |store| store.first_key())
     }
 }
 

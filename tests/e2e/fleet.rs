@@ -96,7 +96,7 @@ async fn a_replica_that_cannot_follow_says_so_and_asks_for_each_row_before_it_us
     pair.a.log_in("anna").await;
     assert_eq!(pair.b.call("anna").await.status(), 200);
     // The poll fails, and nothing else does.
-    pair.sql.run("ALTER TABLE adsidecar_grants RENAME COLUMN described TO hidden").await;
+    pair.sql.run("ALTER TABLE adsidecar_notes RENAME TO hidden").await;
     eventually("the lag to be reported", async || {
         (pair.b.metric("adsidecar_store_lag_seconds").await > 2.0).then_some(())
     })
@@ -110,7 +110,7 @@ async fn a_replica_that_cannot_follow_says_so_and_asks_for_each_row_before_it_us
         (code(&pair.b.call("anna").await) == "login_required").then_some(())
     })
     .await;
-    pair.sql.run("ALTER TABLE adsidecar_grants RENAME COLUMN hidden TO described").await;
+    pair.sql.run("ALTER TABLE hidden RENAME TO adsidecar_notes").await;
     eventually("the replica to follow again", async || (pair.b.admin("/readyz").await.1 == "ready\n").then_some(()))
         .await;
 }

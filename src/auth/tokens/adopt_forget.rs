@@ -8,7 +8,7 @@ use tokio::time::timeout;
 use super::refresh_task::RefreshReason;
 use super::{Status, TokenError, TokenManager, WAIT_FOR_RETRY, WAIT_WITHOUT_TOKEN};
 use crate::domain::account::UserId;
-use crate::domain::grant::{Grant, GrantState, LiveGrant, Remedy, Version};
+use crate::domain::grant::{Grant, GrantState, LiveGrant, Remedy};
 use crate::store::StoreError;
 
 impl TokenManager {
@@ -62,13 +62,15 @@ impl TokenManager {
         let write = entry.write().await;
         self.catch_up(&entry, &write).await?;
         let (stored, current) = (entry.stored(), entry.held().grant().map(|grant| grant.generation));
-        let version = Version { epoch: stored.epoch + 1, generation: stored.generation + 1 };
         grant.used_at = Some(self.0.clock.now());
-        let put = async { shared.put(user, &grant, version, stored.generation).await };
-        if current != seen || !self.timed("put", put).await? {
+        let put = match current == seen {
+            true => self.timed("put", shared.put_new(user, &grant, stored.generation)).await?,
+            false => None,
+        };
+        let Some(version) = put else {
             tracing::info!(%user, "amazon.refresh_token is not adopted: another login came first");
             return self.catch_up(&entry, &write).await.map(drop);
-        }
+        };
         grant.generation = version.generation;
         write.note_stored(version);
         let now = self.0.clock.reading();
@@ -103,9 +105,9 @@ impl TokenManager {
             None => self.timed("erase", self.0.store.erase(user)).await?,
             Some(shared) => {
                 // In a shared store a logout has its own version.
-                let version = self.timed("erase", shared.log_out(user)).await?;
-                version.into_iter().for_each(|version| write.note_stored(version));
-                version.is_some()
+                let (was_present, version) = self.timed("erase", shared.log_out(user)).await?;
+                write.note_stored(version);
+                was_present
             }
         };
         entry.set_unsaved(false);

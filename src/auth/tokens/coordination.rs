@@ -17,6 +17,7 @@ use jiff::{SignedDuration, Timestamp};
 use tokio::sync::Notify;
 use tokio::time::{Instant, sleep, timeout};
 
+use super::client_circuit::{known_code, remedy_of};
 use super::refresh_journal::RefreshJournal;
 use super::refresh_task::{RefreshReason, RefreshTask, jitter};
 use super::scheduler::Scheduler;
@@ -26,7 +27,6 @@ use crate::domain::account::UserId;
 use crate::domain::clock_reading::ClockReading;
 use crate::domain::grant::{Failure, Grant, GrantState, LiveGrant, Remedy, STORE_UNAVAILABLE, Verdict, Version};
 use crate::store::{Changes, Content, FailedRefresh, Lease, Lookup, PUBLISH, Postgres, StoreError, TokenStore};
-use crate::telemetry::metrics::REFRESH_FAILURES;
 
 /// Interval for polling changes made by other processes, give or take a seventh. A logout is obeyed within a second by
 /// processes that hear of it by a poll alone.
@@ -214,6 +214,9 @@ impl TokenManager {
             }
             *follower.due_at.lock().unwrap_or_else(PoisonError::into_inner) = poll.due_at;
             follower.polled.notify_waiters();
+            if let Some((code, wait)) = &poll.brake {
+                self.0.circuit.hold(known_code(code), *wait, self.0.clock.reading());
+            }
             if poll.has_undescribed {
                 follower.undescribed.notify_one();
             }
@@ -433,7 +436,7 @@ impl TokenManager {
                     let Some(grant) = held.grant() else { return Ok(true) };
                     tracing::warn!(%user, "the database has an older version than this process: the grant is stored \
                         again");
-                    let put = self.timed("put", store.put(user, grant, newer, version.generation)).await?;
+                    let put = self.timed("put", store.put_back(user, grant, newer, version.generation)).await?;
                     put.then(|| (newer, Some(Grant { generation: newer.generation, ..Grant::clone(grant) })))
                 }
                 Verdict::RepeatLogout(newer) => {
@@ -516,7 +519,7 @@ impl TokenManager {
             return Ok(false);
         };
         let newer = Version { generation: newer.generation.max(grant.generation), ..newer };
-        let put = self.timed("put", store.put(&entry.user, grant, newer, lookup.version.generation)).await?;
+        let put = self.timed("put", store.put_back(&entry.user, grant, newer, lookup.version.generation)).await?;
         if put {
             grant.generation = newer.generation;
             write.note_stored(newer);
@@ -536,21 +539,9 @@ impl TokenManager {
     ) -> Result<(), StoreError> {
         let user = &entry.user;
         let saved = match (&self.0.coordination, expected) {
+            // By the database's clock and by how long ago it was here, and by no comparison of two clocks.
             (Coordination::Shared(Follower { store, .. }), None) => {
-                let lookup = self.timed("get", store.lookup(user)).await?;
-                // By the database's clock and by how long ago it was here, and by no comparison of two clocks.
-                let later = lookup.epoch_age.is_some_and(|age| age < since.elapsed());
-                let version = Version {
-                    epoch: lookup.version.epoch + 1,
-                    generation: grant.generation.max(lookup.version.generation + 1),
-                };
-                let put = async { store.put(user, grant, version, lookup.version.generation).await };
-                match !later && self.timed("put", put).await? {
-                    true => Ok(version),
-                    // A later login or logout counts; a refresh at the same moment does not, and is overwritten next.
-                    false if later => Err(StoreError::Conflict),
-                    false => return Err(StoreError::RowLocked),
-                }
+                self.timed("put", store.consent(user, grant, since.elapsed())).await
             }
             _ => {
                 let saved = self.timed("put", self.0.store.save(user, grant, expected)).await;
@@ -705,12 +696,11 @@ fn unavailable() -> TokenError {
 /// The state of a grant whose last refresh failed at whatever process.
 pub(super) fn failed_state(grant: Arc<LiveGrant>, failed: &FailedRefresh, now: ClockReading) -> GrantState {
     let retry_at = now.uptime.saturating_add(SignedDuration::try_from(failed.retry_in).unwrap_or_default());
-    let code = REFRESH_FAILURES.into_iter().find(|code| *code == failed.code).unwrap_or("server_error");
+    let code = known_code(&failed.code);
     if failed.refused {
         return GrantState::LoginRequired { grant, reason: code, retry_at };
     }
-    let remedy = if matches!(code, "invalid_client" | "invalid_request") { Remedy::Operator } else { Remedy::Time };
-    let failure = Failure { code, remedy, detail: None };
+    let failure = Failure { code, remedy: remedy_of(code), detail: None };
     GrantState::Failing { grant, failure, attempts: failed.attempts, retry_at }
 }
 

@@ -120,7 +120,7 @@ impl TokenManager {
     ) -> Result<Version, StoreError> {
         let user = &entry.user;
         match (self.0.store.shared(), expected) {
-            (Some(shared), None) => self.timed("put", shared.consent(user, grant)).await,
+            (Some(shared), None) => self.timed("put", shared.consent(user, grant, Duration::ZERO)).await,
             _ => {
                 let generation = self.timed("put", self.0.store.save(user, grant, expected)).await?;
                 Ok(Version { generation, ..entry.stored() })
@@ -187,6 +187,8 @@ impl RefreshTask {
         let next = held.next(outcome, self.manager.0.clock.reading(), jitter());
         if has_failed {
             self.release(grant.generation, Some(&next)).await;
+            self.manager.0.interrupted.answered(user);
+            self.manager.settle_journal().await;
         }
         self.log(&held, &next);
         // Waiters are woken when this task is dropped: if woken now, a retry would join a task that has nothing left to
@@ -225,13 +227,7 @@ impl RefreshTask {
         refresh_token: &RefreshToken,
     ) -> Result<(Tokens, ClockReading), Outcome> {
         let TokenManager(inner) = &self.manager;
-        let permit = inner.circuit.permit().await;
-        if let Some((code, wait)) = inner.circuit.cached_rejection(inner.clock.reading()) {
-            return Err(Outcome::Failed {
-                failure: Failure { code, remedy: Remedy::Operator, detail: None },
-                retry_after: Some(wait),
-            });
-        }
+        let permit = self.manager.call_permit().await?;
         let user = &self.entry.user;
         let lwa = inner.lwa.load_full();
         let begun = std::time::Instant::now();
@@ -247,7 +243,9 @@ impl RefreshTask {
             }
         }
         inner.metrics.token_refresh_duration.observe(begun.elapsed().as_secs_f64());
-        inner.circuit.update(&self.entry.user, &response, sent_at, inner.clock.reading(), jitter());
+        if inner.circuit.update(&self.entry.user, &response, sent_at, inner.clock.reading(), jitter()) {
+            self.manager.share_brake().await;
+        }
         drop(permit);
         self.count(&response);
         match response {

@@ -2,12 +2,12 @@
 
 /// The version of a user's row in a store that several processes share.
 ///
-/// The epoch decides, then the generation. The epoch rises with each login and logout; the generation with every change.
-/// After a failover that lost commits, generations may repeat, and a refresh of an old grant may have a higher generation
-/// than the logout that the database has lost.
+/// The epoch decides, then the generation. The epoch is when the user last logged in or out; the generation rises with
+/// every change. After a failover that lost commits, generations may repeat, and a refresh of an old grant may have a
+/// higher generation than the logout that the database has lost.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Version {
-    /// Number of logins and logouts.
+    /// When the user last logged in or out, in microseconds by the database's clock; 0 if unknown.
     pub epoch: u64,
     /// Number of changes; 0 if there is no row.
     pub generation: u64,

@@ -66,6 +66,8 @@ pub struct Poll {
     pub changes: Changes,
     /// When the next background refresh is due; `None` if there is none.
     pub due_at: Option<Timestamp>,
+    /// The error code for which no process may call Login with Amazon, and for how long.
+    pub brake: Option<(String, Duration)>,
     /// Whether there are records that nobody has [described](Postgres::describe_page).
     pub has_undescribed: bool,
 }
@@ -77,10 +79,12 @@ impl Postgres {
     ///
     /// [`StoreError::Postgres`] if the database cannot be read. The next call then returns the same changes.
     pub async fn poll(&self) -> Result<Poll, StoreError> {
-        const SINCE: &str = "SELECT head.change, g.user_id, g.generation, g.epoch, head.due_at, head.undescribed \
+        const SINCE: &str = "SELECT head.change, g.user_id, g.generation, g.epoch, head.due_at, head.undescribed, \
+                             head.brake, extract(epoch FROM clock_timestamp())::float8 \
                              FROM (SELECT (SELECT coalesce(max(change), 0) FROM adsidecar_grants) AS change, \
                              (SELECT extract(epoch FROM min(due_at))::float8 FROM adsidecar_grants \
                              WHERE record IS NOT NULL) AS due_at, \
+                             (SELECT value FROM adsidecar_notes WHERE name = 'brake') AS brake, \
                              EXISTS (SELECT FROM adsidecar_grants WHERE record IS NOT NULL AND described IS NULL) \
                              AS undescribed) AS head \
                              LEFT JOIN LATERAL (SELECT user_id, generation, epoch, change FROM adsidecar_grants \
@@ -93,12 +97,14 @@ impl Postgres {
         let due_at = first_row::<Option<f64>>(&rows, 4)?
             .and_then(|seconds| Timestamp::from_microsecond((seconds * 1e6) as i64).ok());
         let has_undescribed = first_row(&rows, 5)?;
+        let brake: Option<String> = first_row(&rows, 6)?;
+        let brake = brake.and_then(|brake| super::brake::parse(&brake, first_row(&rows, 7).ok()?));
         let is_full = i64::try_from(rows.len()).unwrap_or(PAGE) >= PAGE;
         let continued = previous.filter(|previous| previous.connection == connection && previous.head() <= head);
         let now = Instant::now();
         let Some(mut position) = continued.filter(|_| !is_full) else {
             *locked(&self.0.position) = Some(Position { heads: [(now, head)].into(), connection });
-            return Ok(Poll { changes: Changes::Unknown, due_at, has_undescribed });
+            return Ok(Poll { changes: Changes::Unknown, due_at, brake, has_undescribed });
         };
         position.reach(head, now);
         *locked(&self.0.position) = Some(position);
@@ -112,7 +118,7 @@ impl Postgres {
                 changed.push((user, version));
             }
         }
-        Ok(Poll { changes: Changes::Rows(changed), due_at, has_undescribed })
+        Ok(Poll { changes: Changes::Rows(changed), due_at, brake, has_undescribed })
     }
 
     /// Forgets up to where changes were read, because what was read could not be used: the next call of

@@ -126,6 +126,8 @@ impl Postgres {
     ///
     /// [`StoreError::Postgres`] if the database cannot be read.
     pub async fn count_records(&self) -> Result<(), StoreError> {
+        // What nobody has described yet would not be counted.
+        self.describe_page().await?;
         const COUNT: &str = "SELECT sealed_with, count(*) FROM (SELECT sealed_with FROM adsidecar_grants \
                              WHERE record IS NOT NULL LIMIT $1) AS counted WHERE sealed_with IS NOT NULL GROUP BY 1";
         let rows = self.query(COUNT, &[(&MAX_COUNTED, Type::INT8)], OnDisconnect::Resend).await?;

@@ -21,11 +21,12 @@
 /// The columns that [`read_row`] reads, of a table with the alias `g`; the user id is the last one.
 macro_rules! row_columns {
     () => {
-        "g.record, g.generation, g.epoch, extract(epoch FROM clock_timestamp() - g.epoch_at)::float8, g.refused, \
-         g.failure, extract(epoch FROM g.retry_at - clock_timestamp())::float8, g.attempts, g.user_id"
+        "g.record, g.generation, g.epoch, g.refused, g.failure, \
+         extract(epoch FROM g.retry_at - clock_timestamp())::float8, g.attempts, g.user_id"
     };
 }
 
+mod brake;
 mod changes;
 mod connection;
 mod connection_url;
@@ -107,8 +108,6 @@ struct Inner {
 pub struct Lookup {
     /// The version of the row.
     pub version: Version,
-    /// How long ago the user logged in or out, by the database's clock alone; `None` if the user never did.
-    pub epoch_age: Option<Duration>,
     /// What the row holds.
     pub content: Content,
     /// How the last refresh of this version failed, at whatever process; `None` if it did not.
@@ -137,6 +136,26 @@ pub enum Content {
     Absent,
     /// A record that yields no grant.
     Unreadable(StoredGrantError),
+}
+
+/// The epoch that a write gives to a row.
+#[derive(Clone, Copy, Debug)]
+enum Epoch {
+    /// The stored one.
+    Stored,
+    /// This one.
+    Exactly(u64),
+    /// A new one: a person logged in or out so long ago.
+    Age(Duration),
+}
+
+/// What a write did.
+struct Written {
+    done: bool,
+    /// Whether there was a grant before.
+    was_present: bool,
+    /// The version of the row now.
+    version: Version,
 }
 
 /// A row with a record.
@@ -282,13 +301,14 @@ impl Postgres {
     pub(super) async fn save(&self, user: &UserId, grant: &Grant, expected: Option<u64>) -> Result<u64, StoreError> {
         match expected {
             Some(expected) => self.compare_and_swap(user, grant, expected).await,
-            None => Ok(self.consent(user, grant).await?.generation),
+            None => Ok(self.consent(user, grant, Duration::ZERO).await?.generation),
         }
     }
 
     /// Stores `grant` if the stored generation is `expected`.
     async fn compare_and_swap(&self, user: &UserId, grant: &Grant, expected: u64) -> Result<u64, StoreError> {
-        if !self.write(user, Some(grant), grant.generation, None, Some(expected)).await?.0 {
+        let written = self.write(user, Some(grant), grant.generation, Epoch::Stored, Some(expected)).await?;
+        if !written.done {
             let ring = self.0.keyring.load_full();
             let holds_grant = |row: StoredRow| is_same_grant(&row.record(), user, grant, &ring);
             if !self.row(user).await?.stored.is_some_and(holds_grant) {
@@ -298,37 +318,59 @@ impl Postgres {
         Ok(grant.generation)
     }
 
-    /// Stores `grant`, to which a person just consented, over whatever is stored, under a version above every earlier
-    /// one.
+    /// Stores `grant`, to which a person consented `age` ago, over whatever is stored, under a version above every earlier
+    /// one. Fails with [`StoreError::Conflict`] if somebody has logged in or out since.
     ///
     /// # Errors
     ///
     /// [`StoreError`] if the database cannot be read or written.
-    pub async fn consent(&self, user: &UserId, grant: &Grant) -> Result<Version, StoreError> {
-        let mut seen = self.row(user).await?.version;
+    pub async fn consent(&self, user: &UserId, grant: &Grant, age: Duration) -> Result<Version, StoreError> {
+        let mut seen = self.row(user).await?.version.generation;
         for _ in 0..MAX_ATTEMPTS {
-            let version =
-                Version { epoch: seen.epoch + 1, generation: seen.generation.saturating_add(1).max(grant.generation) };
-            let raised = Grant { generation: version.generation, ..grant.clone() };
-            let (written, now) =
-                self.write(user, Some(&raised), version.generation, Some(version.epoch), Some(seen.generation)).await?;
-            if written {
-                return Ok(version);
+            let generation = seen.saturating_add(1).max(grant.generation);
+            let raised = Grant { generation, ..grant.clone() };
+            let written = self.write(user, Some(&raised), generation, Epoch::Age(age), Some(seen)).await?;
+            if written.done {
+                return Ok(written.version);
             }
-            seen = now;
+            if written.version.generation == seen && !age.is_zero() {
+                // Somebody has logged in or out since.
+                return Err(StoreError::Conflict);
+            }
+            // A refresh, or another login, at the same moment: this one comes after it.
+            seen = self.row(user).await?.version.generation;
         }
         Err(StoreError::Conflict)
     }
 
-    /// Stores `grant` under `version` if the stored generation is still `seen`: a configured grant, or one that the
-    /// database has lost. Returns whether it is stored now.
+    /// Stores a grant that no person just consented to, as a login, if the stored generation is still `seen`. Returns its
+    /// version; `None` if there is another row now.
     ///
     /// # Errors
     ///
     /// [`StoreError`] if the database cannot be written.
-    pub async fn put(&self, user: &UserId, grant: &Grant, version: Version, seen: u64) -> Result<bool, StoreError> {
+    pub async fn put_new(&self, user: &UserId, grant: &Grant, seen: u64) -> Result<Option<Version>, StoreError> {
+        let grant = Grant { generation: seen + 1, ..grant.clone() };
+        let written = self.write(user, Some(&grant), grant.generation, Epoch::Age(Duration::ZERO), Some(seen)).await?;
+        Ok(written.done.then_some(written.version))
+    }
+
+    /// Stores a grant that the database has lost again, under `version`, if the stored generation is still `seen`. Returns
+    /// whether it is stored now.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError`] if the database cannot be written.
+    pub async fn put_back(
+        &self,
+        user: &UserId,
+        grant: &Grant,
+        version: Version,
+        seen: u64,
+    ) -> Result<bool, StoreError> {
         let grant = Grant { generation: version.generation, ..grant.clone() };
-        Ok(self.write(user, Some(&grant), version.generation, Some(version.epoch), Some(seen)).await?.0)
+        let epoch = Epoch::Exactly(version.epoch);
+        Ok(self.write(user, Some(&grant), version.generation, epoch, Some(seen)).await?.done)
     }
 
     /// Removes the grant of `user` again, under `version`, if the stored generation is still `seen`: the database has
@@ -338,41 +380,45 @@ impl Postgres {
     ///
     /// [`StoreError`] if the database cannot be written.
     pub async fn repeat_logout(&self, user: &UserId, version: Version, seen: u64) -> Result<bool, StoreError> {
-        Ok(self.write(user, None, version.generation, Some(version.epoch), Some(seen)).await?.0)
+        let epoch = Epoch::Exactly(version.epoch);
+        Ok(self.write(user, None, version.generation, epoch, Some(seen)).await?.done)
     }
 
     /// See [`TokenStore::erase`](super::TokenStore::erase).
     pub(super) async fn erase(&self, user: &UserId) -> Result<bool, StoreError> {
-        Ok(self.log_out(user).await?.is_some())
+        Ok(self.log_out(user).await?.0)
     }
 
-    /// Removes the grant of `user`, whatever its version, and returns the version of the logout; `None` if there was no
-    /// grant.
+    /// Removes the grant of `user`, whatever its version. Returns whether there was one, and the version of the logout. It
+    /// is recorded also if there was none: the database may have lost a login that a process is about to restore.
     ///
     /// # Errors
     ///
     /// [`StoreError`] if the database cannot be written.
-    pub async fn log_out(&self, user: &UserId) -> Result<Option<Version>, StoreError> {
-        let (written, version) = self.write(user, None, 0, None, None).await?;
-        Ok(written.then_some(version))
+    pub async fn log_out(&self, user: &UserId) -> Result<(bool, Version), StoreError> {
+        let written = self.write(user, None, 0, Epoch::Age(Duration::ZERO), None).await?;
+        Ok((written.was_present, written.version))
     }
 
     /// The only way in which a process changes what is stored for a user: see `adsidecar_write` in `schema.sql`. Without
-    /// a grant it is a logout. A `generation` of 0 is the next one, an `epoch` of `None` the stored one. Returns whether
-    /// the row was written, and its version now.
+    /// a grant it is a logout. A `generation` of 0 is the next one.
     async fn write(
         &self,
         user: &UserId,
         grant: Option<&Grant>,
         generation: u64,
-        epoch: Option<u64>,
+        epoch: Epoch,
         seen: Option<u64>,
-    ) -> Result<(bool, Version), StoreError> {
-        const WRITE: &str =
-            "SELECT written, now_generation, now_epoch FROM adsidecar_write($1, $2, $3, $4, $5, $6, $7)";
+    ) -> Result<Written, StoreError> {
+        const WRITE: &str = "SELECT written, was_present, now_generation, now_epoch \
+                             FROM adsidecar_write($1, $2, $3, $4, $5, $6, $7, $8)";
         let ring = self.0.keyring.load_full();
         let (name, json) = (user.as_str(), grant.map(|grant| sealed_json(grant, user, &ring)));
-        let (epoch, seen) = (epoch.map(to_bigint), seen.map(to_bigint));
+        let (epoch, age, seen) = match epoch {
+            Epoch::Stored => (None, None, seen.map(to_bigint)),
+            Epoch::Exactly(epoch) => (Some(to_bigint(epoch)), None, seen.map(to_bigint)),
+            Epoch::Age(age) => (None, Some(age.as_secs_f64()), seen.map(to_bigint)),
+        };
         let generation = (generation > 0).then(|| to_bigint(generation));
         let about = grant.map(|grant| self.describe(user, grant, Sealed::By(ring.first())).to_string());
         let rows = self
@@ -382,15 +428,18 @@ impl Postgres {
                     (&json, Type::TEXT),
                     (&generation, Type::INT8),
                     (&epoch, Type::INT8),
+                    (&age, Type::FLOAT8),
                     (&seen, Type::INT8),
                     (&about, Type::TEXT),
                     (patience, Type::TEXT),
                 ]
             })
             .await?;
-        let written = first_row(&rows, 0)?;
-        let version = Version { generation: unsigned(&rows, 1)?, epoch: unsigned(&rows, 2)? };
-        Ok((written, version))
+        Ok(Written {
+            done: first_row(&rows, 0)?,
+            was_present: first_row(&rows, 1)?,
+            version: Version { generation: unsigned(&rows, 2)?, epoch: unsigned(&rows, 3)? },
+        })
     }
 
     /// Runs a statement that may meet a locked row: then it is repeated over the connection for bulk work, where nobody
@@ -434,7 +483,7 @@ impl Postgres {
     /// Opens the record of a row as it was read.
     fn opened(&self, user: &UserId, row: RowRead) -> Lookup {
         let ring = self.0.keyring.load_full();
-        let RowRead { stored, version, epoch_age, failed } = row;
+        let RowRead { stored, version, failed } = row;
         let content = match stored {
             None => Content::Absent,
             Some(row) => {
@@ -442,7 +491,7 @@ impl Postgres {
                 row.open(&ring).0.map_or_else(Content::Unreadable, |grant| Content::Grant(Box::new(grant)))
             }
         };
-        Lookup { version, epoch_age, content, failed }
+        Lookup { version, content, failed }
     }
 
     pub(super) async fn note(&self, name: &str) -> Result<Option<String>, StoreError> {
@@ -531,7 +580,7 @@ impl Postgres {
 }
 
 /// The index of the user id among [`row_columns`].
-const USER_COLUMN: usize = 8;
+const USER_COLUMN: usize = 7;
 
 /// A user's row as it was read; the default is no row.
 #[derive(Default)]
@@ -539,7 +588,6 @@ struct RowRead {
     /// The row, if it has a record.
     stored: Option<StoredRow>,
     version: Version,
-    epoch_age: Option<Duration>,
     failed: Option<FailedRefresh>,
 }
 
@@ -548,12 +596,12 @@ fn read_row(user: &UserId, row: &Row) -> Result<RowRead, StoreError> {
     let (generation, epoch): (i64, i64) = (column(row, 1)?, column(row, 2)?);
     let stored = column::<Option<String>>(row, 0)?.map(|json| StoredRow { user: user.clone(), json, generation });
     let seconds = |seconds: Option<f64>| Duration::try_from_secs_f64(seconds?.max(0.0)).ok();
-    let (refused, failure): (Option<String>, Option<String>) = (column(row, 4)?, column(row, 5)?);
-    let (is_refused, retry_in) = (refused.is_some(), seconds(column(row, 6)?).unwrap_or_default());
-    let attempts = column::<Option<i32>>(row, 7)?.and_then(|attempts| u32::try_from(attempts).ok()).unwrap_or(1);
+    let (refused, failure): (Option<String>, Option<String>) = (column(row, 3)?, column(row, 4)?);
+    let (is_refused, retry_in) = (refused.is_some(), seconds(column(row, 5)?).unwrap_or_default());
+    let attempts = column::<Option<i32>>(row, 6)?.and_then(|attempts| u32::try_from(attempts).ok()).unwrap_or(1);
     let failed = refused.or(failure).map(|code| FailedRefresh { refused: is_refused, code, attempts, retry_in });
     let version = Version { epoch: epoch.unsigned_abs(), generation: generation.unsigned_abs() };
-    Ok(RowRead { stored, version, epoch_age: seconds(column(row, 3)?), failed })
+    Ok(RowRead { stored, version, failed })
 }
 
 impl StoredRow {

@@ -119,6 +119,11 @@ impl Postgres {
         self.retry_unknown().await
     }
 
+    /// The key that seals now.
+    pub fn first_key(&self) -> Fingerprint {
+        self.0.keyring.load().first()
+    }
+
     /// Seals with the key that the last rotation made the first one, if this process has it.
     ///
     /// # Errors

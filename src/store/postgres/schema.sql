@@ -45,9 +45,9 @@ CREATE TABLE IF NOT EXISTS adsidecar_notes (
 -- Migration 2.
 
 -- change: the number of the row's last change, by which processes follow changes without comparing rows.
--- epoch: rises with each login and logout, and not with a refresh. Of two states of a user the one with the higher epoch
--- is the newer one, whatever their generations: after a failover that lost commits, generations may repeat.
--- epoch_at: when the user last logged in or out, by the database's clock.
+-- epoch: when the user last logged in or out, in microseconds by the database's clock; a refresh does not change it. Of two
+-- states of a user the one with the higher epoch is the newer one, whatever their generations: after a failover that lost
+-- commits, generations may repeat, and a login or logout that was lost is still older than one after it.
 -- described: a hash of the record that the following columns describe; NULL if a process has yet to describe it.
 -- sealed_with: the fingerprint of the key that seals the record; `unknown` or `damaged` if it yields no grant.
 -- expires_at, updated_at, consented_at, used_at: as in the record, whose seal alone makes them trustworthy. They are for
@@ -59,7 +59,6 @@ CREATE SEQUENCE IF NOT EXISTS adsidecar_changes;
 ALTER TABLE adsidecar_grants
     ADD COLUMN IF NOT EXISTS change bigint NOT NULL DEFAULT 0,
     ADD COLUMN IF NOT EXISTS epoch bigint NOT NULL DEFAULT 0,
-    ADD COLUMN IF NOT EXISTS epoch_at timestamptz,
     ADD COLUMN IF NOT EXISTS described bigint,
     ADD COLUMN IF NOT EXISTS sealed_with text,
     ADD COLUMN IF NOT EXISTS expires_at timestamptz,
@@ -86,16 +85,12 @@ LANGUAGE plpgsql SECURITY DEFINER SET search_path FROM CURRENT AS $$
 BEGIN
     IF TG_OP = 'INSERT' THEN
         NEW.change := nextval('adsidecar_changes');
-        NEW.epoch_at := coalesce(NEW.epoch_at, clock_timestamp());
     ELSIF (NEW.record IS NULL) <> (OLD.record IS NULL) OR NEW.generation <> OLD.generation
         OR NEW.epoch <> OLD.epoch THEN
         NEW.change := nextval('adsidecar_changes');
         IF (NEW.record IS NULL) <> (OLD.record IS NULL) AND NEW.epoch = OLD.epoch THEN
             -- The previous version, or a person, logged the user in or out.
-            NEW.epoch := OLD.epoch + 1;
-        END IF;
-        IF NEW.epoch <> OLD.epoch THEN
-            NEW.epoch_at := clock_timestamp();
+            NEW.epoch := greatest(OLD.epoch + 1, (extract(epoch FROM clock_timestamp()) * 1000000)::bigint);
         END IF;
         NEW.refused := NULL;
         NEW.failure := NULL;
@@ -119,9 +114,11 @@ CREATE TRIGGER adsidecar_number_update BEFORE UPDATE OF record, generation, epoc
     EXECUTE FUNCTION adsidecar_number_change();
 
 -- The rule: the only statement by which a process stores or removes a user's grant. `seen` is the generation of the row
--- that the decision is based on, 0 for no row; NULL if the person's wish holds whatever is stored (a logout). The write
--- happens only if that is still the stored generation, and if neither generation nor epoch would decrease. A NULL
--- generation is the next one; a NULL epoch is the stored one. Returns whether the row was written, and its version now.
+-- that the decision is based on, 0 for no row; NULL for a logout, which a person wants whatever is stored. The write happens
+-- only if that is still the stored generation, and if neither generation nor epoch would decrease. A NULL generation is
+-- the next one. `age` says how many seconds ago a person logged in or out, for a write that makes a new epoch: one that
+-- was delayed changes nothing if somebody has logged in or out since. Without an age the epoch is `epoch`, or the stored one
+-- if that is NULL. Returns whether the row was written, whether there was a grant, and the version of the row now.
 --
 -- A login or logout takes its change number while it holds the advisory lock, with the row locked first. So these
 -- numbers become visible in their order, and a process that has read up to a number has missed none below it. A refresh
@@ -129,14 +126,14 @@ CREATE TRIGGER adsidecar_number_update BEFORE UPDATE OF record, generation, epoc
 --
 -- `about` is a JSON object with the columns that describe the record; NULL if another process has to describe it.
 CREATE OR REPLACE FUNCTION adsidecar_write(
-    p_user text, p_record text, p_generation bigint, p_epoch bigint, p_seen bigint, p_about text, p_patience text
-) RETURNS TABLE (written boolean, now_generation bigint, now_epoch bigint)
+    p_user text, p_record text, p_generation bigint, p_epoch bigint, p_age double precision, p_seen bigint,
+    p_about text, p_patience text
+) RETURNS TABLE (written boolean, was_present boolean, now_generation bigint, now_epoch bigint)
 LANGUAGE plpgsql AS $$
 DECLARE
     about jsonb := p_about::jsonb;
     was_generation bigint;
     was_epoch bigint;
-    was_present boolean;
     there boolean;
 BEGIN
     PERFORM set_config('lock_timeout', p_patience, true);
@@ -145,13 +142,17 @@ BEGIN
     there := FOUND;
     was_generation := coalesce(was_generation, 0);
     was_epoch := coalesce(was_epoch, 0);
+    was_present := coalesce(was_present, false);
     now_generation := coalesce(p_generation, was_generation + 1);
     now_epoch := coalesce(p_epoch, was_epoch);
-    IF p_record IS NULL THEN
+    IF p_age IS NOT NULL THEN
+        now_epoch := ((extract(epoch FROM clock_timestamp()) - p_age) * 1000000)::bigint;
+    END IF;
+    IF p_age = 0 THEN
         now_epoch := greatest(now_epoch, was_epoch + 1);
     END IF;
     written := coalesce(p_seen = was_generation, true) AND now_generation > was_generation AND now_epoch >= was_epoch
-        AND (p_record IS NOT NULL OR coalesce(was_present, false));
+        AND (p_age IS NULL OR now_epoch > was_epoch);
     IF written THEN
         IF now_epoch > was_epoch THEN
             PERFORM pg_advisory_xact_lock(4837205517302918402);
@@ -179,7 +180,7 @@ BEGIN
             PERFORM pg_notify('adsidecar', '');
         END IF;
     END IF;
-    IF p_record IS NULL AND (written OR p_seen IS NULL) THEN
+    IF p_record IS NULL AND written THEN
         DELETE FROM adsidecar_waiting AS w WHERE w.user_id = p_user;
     END IF;
     IF NOT written THEN
