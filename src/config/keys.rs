@@ -397,6 +397,15 @@ pub const KEYS: &[Key] = &[
         ..KEY
     },
     Key {
+        name: "store.cache",
+        kind: Count(10, 1_000_000),
+        default: Value("1000"),
+        restart: true,
+        help: "With `postgres`: the users that are held in memory, those used last. Others are read from the database \
+                when a request needs them",
+        ..KEY
+    },
+    Key {
         name: "refresh.margin",
         kind: Duration("10s", "30m"),
         default: Value("5m"),
@@ -428,7 +437,7 @@ pub const KEYS: &[Key] = &[
         name: "refresh.concurrency",
         kind: Count(1, 256),
         default: Value("8"),
-        help: "Concurrent background refreshes",
+        help: "Concurrent background refreshes of this process; several on one PostgreSQL have as many each",
         ..KEY
     },
     Key {

@@ -288,6 +288,7 @@ fn tokens(read: &mut Reader<'_>) -> tokens::Settings {
         policy,
         sweep: read.duration("refresh.sweep"),
         concurrency: read.count("refresh.concurrency"),
+        cache: read.count("store.cache"),
         adopt,
     }
 }

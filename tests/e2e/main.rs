@@ -40,6 +40,7 @@ mod review;
 mod catalogue;
 mod selection;
 mod postgres;
+mod fleet;
 mod siblings;
 mod stores;
 mod threats;

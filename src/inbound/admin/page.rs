@@ -27,9 +27,10 @@ const FRAME_OPTIONS: HeaderName = HeaderName::from_static("x-frame-options");
 
 impl Admin {
     /// Renders the page, for a request with these headers.
-    pub(super) fn page(&self, headers: &HeaderMap) -> AdminResponse {
+    pub(super) async fn page(&self, headers: &HeaderMap) -> AdminResponse {
         let now = self.clock.now();
-        let mut users = self.tokens.statuses();
+        let mut users = self.tokens.most_urgent(MAX_ROWS + 1).await;
+        users.sort_by(|a, b| a.user_id.cmp(&b.user_id));
         users.sort_by_key(|user| user.state.urgency());
         let here = self.public_url.as_ref().map_or("/", url::Url::as_str);
         let page = html! {
@@ -47,7 +48,7 @@ impl Admin {
                     (self.process())
                     (table(&users, now, self.login_base.as_deref()))
                     @if users.len() > MAX_ROWS {
-                        p { "And " (users.len() - MAX_ROWS) " more: see " code { "adsidecar users list" } "." }
+                        p { "There are more: see " code { "adsidecar users list" } "." }
                     }
                     (self.about_links(headers))
                     footer { "As of " (time(now)) ". " a href=(here) { "Refresh" } }
@@ -62,6 +63,9 @@ impl Admin {
         let (class, text) = match *self.stage.borrow() {
             Stage::Starting => ("wait", "starting"),
             Stage::Draining => ("wait", "draining: it is about to stop"),
+            Stage::Serving if self.store.shared().is_some() && self.tokens.is_degraded() => {
+                ("bad", "degraded: the database fails, valid tokens are used from memory; see the log")
+            }
             Stage::Serving if !self.tokens.stored() => ("bad", "not ready: the store fails, see the log"),
             Stage::Serving => ("ok", "ready"),
         };
