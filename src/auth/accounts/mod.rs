@@ -1,5 +1,5 @@
-//! The directory of accounts: which accounts each user's grant reaches, found at Amazon and stored, so that a caller can
-//! select one by its slug.
+//! The directory of accounts: which accounts each user's grant reaches, found at Amazon and stored, so that a caller
+//! can select one by its slug.
 //!
 //! Amazon is asked after a login, on request, and once a day (`accounts.sync`). What a source lists is taken; what it
 //! does not list any more is marked as missing and stays selectable; a source that does not answer changes nothing.
