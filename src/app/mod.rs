@@ -29,7 +29,7 @@ use crate::config::{Config, Sources};
 use crate::domain::account::UserId;
 use crate::domain::clock::Clock;
 use crate::domain::grant::State;
-use crate::inbound::admin::{Asked, Count, Reloader, Stage};
+use crate::inbound::admin::{self, Asked, Count, Reloader, Stage};
 use crate::inbound::problem::{Code, Problem};
 use crate::server::{CannedResponses, Limits, Listener, Peer, Phase};
 use crate::store::keyring::KeyError;
@@ -355,7 +355,7 @@ async fn serve_login(services: Arc<Services>, request: Request<Incoming>, peer: 
     services.login.serve_callback(request, peer).await
 }
 
-async fn serve_admin(services: Arc<Services>, request: Request<Incoming>, peer: Peer) -> Response<Full<Bytes>> {
+async fn serve_admin(services: Arc<Services>, request: Request<Incoming>, peer: Peer) -> Response<admin::Body> {
     services.admin.serve(request, peer).await
 }
 

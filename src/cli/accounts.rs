@@ -143,7 +143,7 @@ fn show(name: &str, output: Output, config: &Config) -> Result<(), Failed> {
 }
 
 async fn sync(user: Option<UserId>, output: Output, config: Config) -> Result<(), Failed> {
-    let sidecar = Sidecar::running_or_own(config).await?;
+    let sidecar = Box::pin(Sidecar::running_or_own(config)).await?;
     let ended = sync_through(&sidecar, user, output).await;
     let closed = sidecar.close().await;
     ended.and(closed)

@@ -217,7 +217,11 @@ fn block_on<T>(future: impl Future<Output = T>) -> Result<T, Failed> {
 
 /// Writes the output of a command. A closed standard output is no error: its reader needs no more.
 pub fn print(text: impl AsRef<str>) -> Result<(), Failed> {
-    match std::io::stdout().write_all(text.as_ref().as_bytes()) {
+    print_bytes(text.as_ref().as_bytes())
+}
+
+fn print_bytes(bytes: &[u8]) -> Result<(), Failed> {
+    match std::io::stdout().write_all(bytes) {
         Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(Failed::because(error)),
         _ => Ok(()),
     }

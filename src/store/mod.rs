@@ -18,6 +18,7 @@ use crate::domain::secret::Secret;
 use crate::store::keyring::{Fingerprint, Keyring};
 use crate::store::stored_grant::StoredGrantError;
 
+mod backup;
 mod files;
 pub mod imported_record;
 pub mod keyring;

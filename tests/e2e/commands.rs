@@ -80,9 +80,14 @@ pub async fn run(harness: &Harness, arguments: &[&str], input: &str) -> Ran {
 
 /// As above, beside the sidecar that runs in this process.
 pub async fn beside(harness: &Harness, arguments: &[&str]) -> Ran {
+    beside_with(harness, arguments, "").await
+}
+
+/// As above, with this standard input.
+pub async fn beside_with(harness: &Harness, arguments: &[&str], input: &str) -> Ran {
     let listeners =
         [format!("proxy.listen={}", harness.proxy_address()), format!("admin.listen={}", harness.admin_address())];
-    run(harness, &[arguments, &["--set", &listeners[0], "--set", &listeners[1]]].concat(), "").await
+    run(harness, &[arguments, &["--set", &listeners[0], "--set", &listeners[1]]].concat(), input).await
 }
 
 /// A sidecar in a separate process.

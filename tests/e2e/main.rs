@@ -7,6 +7,7 @@ mod harness;
 mod raw_http;
 
 mod admin;
+mod backup;
 mod tls;
 mod clocks;
 mod commands;

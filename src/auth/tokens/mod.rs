@@ -21,6 +21,7 @@ mod refresh_journal;
 mod client_circuit;
 mod status;
 mod coordination;
+mod import;
 mod sync;
 
 use std::collections::HashMap;

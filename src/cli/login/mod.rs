@@ -58,7 +58,7 @@ pub(super) struct Login {
 /// Logs a user in.
 pub(super) fn run(command: Login, config: Config) -> Result<(), Failed> {
     block_on(async {
-        let sidecar = sidecar(&command, config.clone()).await?;
+        let sidecar = Box::pin(sidecar(&command, config.clone())).await?;
         let ended = log_in(&command, &config, &sidecar).await;
         let closed = sidecar.close().await;
         ended.and(closed)
@@ -84,7 +84,7 @@ async fn sidecar(command: &Login, mut config: Config) -> Result<Sidecar, Failed>
     }
     match loopback_port(&config.lwa.redirect_uri) {
         Some(port) => {
-            let own = Sidecar::own(config, Listen::Tcp(format!("127.0.0.1:{port}"))).await;
+            let own = Box::pin(Sidecar::own(config, Listen::Tcp(format!("127.0.0.1:{port}")))).await;
             own.map_err(|failed| match failed.message.contains("address is in use") {
                 true => Failed::because(format!(
                     "another process has port {port} of localhost, to which Amazon sends the browser: stop it, or wait \
@@ -94,7 +94,7 @@ async fn sidecar(command: &Login, mut config: Config) -> Result<Sidecar, Failed>
                 false => failed,
             })
         }
-        None => Sidecar::own(config, Listen::Tcp("127.0.0.1:0".into())).await,
+        None => Box::pin(Sidecar::own(config, Listen::Tcp("127.0.0.1:0".into()))).await,
     }
 }
 

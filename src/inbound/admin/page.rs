@@ -1,11 +1,9 @@
 //! The status page. It is rendered on the server, and contains no script.
 
-use bytes::Bytes;
 use http::header::{
     CONTENT_SECURITY_POLICY, CONTENT_TYPE, HeaderName, HeaderValue, REFERRER_POLICY, X_CONTENT_TYPE_OPTIONS,
 };
 use http::{HeaderMap, Response};
-use http_body_util::Full;
 use jiff::Timestamp;
 use maud::{DOCTYPE, Markup, PreEscaped, html};
 
@@ -164,7 +162,7 @@ fn distance(seconds: i64) -> String {
 }
 
 fn page_response(page: Markup) -> Answer {
-    let mut answer = Response::new(Full::new(Bytes::from(page.into_string())));
+    let mut answer = Response::new(super::bytes(page.into_string()));
     let headers = answer.headers_mut();
     for (name, value) in [
         (CONTENT_TYPE, "text/html; charset=utf-8"),

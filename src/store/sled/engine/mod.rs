@@ -12,9 +12,13 @@ use super::database::Database;
 use super::mirror::Mirror;
 use crate::domain::account::UserId;
 use crate::domain::grant::Grant;
+use crate::store::backup::value;
 use crate::store::keyring::{Fingerprint, Keyring};
 use crate::store::stored_grant::{ParsedRecord, StoredGrant, is_same_grant, open_record};
 use crate::store::{Health, Opened, PendingGrant, Sealed, StoreError, Users, files};
+
+/// Most records of one page of a dump: about 200 KiB.
+const PAGE_RECORDS: usize = 100;
 
 /// The database, its mirror and its keys.
 pub(in crate::store) struct Engine {
@@ -150,9 +154,28 @@ impl Engine {
 
     pub(in crate::store) fn dump(&mut self) -> Result<BTreeMap<UserId, serde_json::Value>, StoreError> {
         let (database, ..) = self.components()?;
-        let text = |json: &[u8]| serde_json::Value::String(String::from_utf8_lossy(json).into_owned());
-        let value = |json: &[u8]| serde_json::from_slice(json).unwrap_or_else(|_| text(json));
         database.raw().map(|entry| entry.map(|(user, json)| (user, value(&json)))).collect()
+    }
+
+    /// See [`TokenStore::records_after`](crate::store::TokenStore::records_after).
+    pub(in crate::store) fn records_after(
+        &mut self,
+        after: Option<&UserId>,
+    ) -> Result<Vec<(UserId, serde_json::Value)>, StoreError> {
+        let (database, ..) = self.components()?;
+        let page = database.raw_after(after).take(PAGE_RECORDS);
+        page.map(|entry| entry.map(|(user, json)| (user, value(&json)))).collect()
+    }
+
+    /// See [`TokenStore::record`](crate::store::TokenStore::record).
+    pub(in crate::store) fn record(&mut self, user: &UserId) -> Result<Option<serde_json::Value>, StoreError> {
+        let (database, ..) = self.components()?;
+        Ok(database.get_raw(user)?.map(|json| value(&json)))
+    }
+
+    /// The keys in use.
+    pub(in crate::store) fn keyring(&self) -> Arc<Keyring> {
+        self.keyring.clone()
     }
 
     pub(in crate::store) fn users(&mut self) -> Result<Vec<UserId>, StoreError> {
