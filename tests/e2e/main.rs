@@ -14,6 +14,7 @@ mod commands;
 mod doctor;
 mod explain;
 mod found_accounts;
+mod connections;
 mod refresh_tasks;
 mod first_words;
 mod floors;
