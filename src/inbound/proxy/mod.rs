@@ -98,7 +98,7 @@ pub struct Proxy {
 /// A request that is ready to be sent to Amazon, except for its body.
 #[derive(Clone, Copy)]
 struct UpstreamRequest<'a> {
-    call: &'a RoutedRequest<'a>,
+    route: &'a RoutedRequest<'a>,
     parts: &'a Parts,
     target: &'a Target,
     bearer: &'a HeaderValue,
@@ -153,8 +153,8 @@ impl Proxy {
             let id = self.request_ids.of(&parts.headers);
             request_id::replace(&mut parts.headers, &id);
             let mut telemetry = RequestTelemetry::begin(&self.metrics, &parts.method, id);
-            let answered = AssertUnwindSafe(self.dispatch(&parts, incoming, peer, &mut telemetry)).catch_unwind().await;
-            let response = match answered.unwrap_or(Err(ProxyError::Panicked)) {
+            let served = AssertUnwindSafe(self.dispatch(&parts, incoming, peer, &mut telemetry)).catch_unwind().await;
+            let response = match served.unwrap_or(Err(ProxyError::Panicked)) {
                 Ok(response) => response,
                 Err(error) => {
                     telemetry.set_error(&error);
@@ -181,7 +181,7 @@ impl Proxy {
                 telemetry.set_own_endpoint();
                 let id = telemetry.request_id();
                 // Boxed: rare requests must not make the future of every request large.
-                Ok(Box::pin(self.oauth.answer(endpoint, cors, parts, incoming, id)).await.map(Body::own))
+                Ok(Box::pin(self.oauth.serve(endpoint, cors, parts, incoming, id)).await.map(Body::own))
             }
             Err(rejected) if rejected.endpoint.is_some() => {
                 telemetry.set_own_endpoint();
@@ -202,16 +202,16 @@ impl Proxy {
         telemetry: &mut RequestTelemetry<'a>,
     ) -> Result<Response<Body>, ProxyError> {
         let found = self.directory.snapshot();
-        let call = self.accounts.select(target, &parts.headers, &found)?;
-        telemetry.set_route(&call);
-        self.enforce_policy(&call, parts, target, telemetry)?;
-        if call.family.is_unknown() {
+        let route = self.accounts.select(target, &parts.headers, &found)?;
+        telemetry.set_route(&route);
+        self.enforce_policy(&route, parts, target, telemetry)?;
+        if route.family.is_unknown() {
             self.metrics.unknown_family.inc();
         }
-        match self.polls.as_ref().and_then(|polls| Some((polls, polls::key(&call, parts, target)?))) {
+        match self.polls.as_ref().and_then(|polls| Some((polls, polls::key(&route, parts, target)?))) {
             // Boxed: rare requests must not make the future of every request large.
-            Some((polls, key)) => Box::pin(self.poll(polls, &key, &call, parts, incoming, target, telemetry)).await,
-            None => self.exchange(&call, parts, incoming, target, telemetry).await,
+            Some((polls, key)) => Box::pin(self.poll(polls, &key, &route, parts, incoming, target, telemetry)).await,
+            None => self.exchange(&route, parts, incoming, target, telemetry).await,
         }
     }
 
@@ -221,7 +221,7 @@ impl Proxy {
         &self,
         polls: &Polls,
         key: &str,
-        call: &RoutedRequest<'_>,
+        route: &RoutedRequest<'_>,
         parts: &Parts,
         incoming: Incoming,
         target: &Target,
@@ -239,7 +239,7 @@ impl Proxy {
                 }
             }
         };
-        let response = self.exchange(call, parts, incoming, target, telemetry).await?;
+        let response = self.exchange(route, parts, incoming, target, telemetry).await?;
         Ok(match leader {
             Some(leader) => leader.share(response).await,
             None => response,
@@ -249,7 +249,7 @@ impl Proxy {
     /// The exchange with Amazon, once it is decided that the request is sent.
     async fn exchange(
         &self,
-        call: &RoutedRequest<'_>,
+        route: &RoutedRequest<'_>,
         parts: &Parts,
         incoming: Incoming,
         target: &Target,
@@ -257,9 +257,9 @@ impl Proxy {
     ) -> Result<Response<Body>, ProxyError> {
         fail_point!("spine");
         let body = self.body(parts, incoming)?;
-        let mut pass = self.throttle(call, parts, target).await?;
-        let Bearer { value: bearer, check_clock } = self.access_token(&call.user).await?;
-        let request = UpstreamRequest { call, parts, target, bearer: &bearer };
+        let mut pass = self.throttle(route, parts, target).await?;
+        let Bearer { value: bearer, check_clock } = self.access_token(&route.user).await?;
+        let request = UpstreamRequest { route, parts, target, bearer: &bearer };
         let sent = body.progress();
         let mut response = self.send(request, body, &sent, &mut pass, telemetry).await?;
         if pass.may_go_again() {
@@ -276,20 +276,20 @@ impl Proxy {
             _ => response.map(Body::amazon),
         };
         telemetry.set_response_from_amazon(response.status());
-        let hint = telemetry.take_hint().or_else(|| pass.hint()).or_else(|| call.hint());
+        let hint = telemetry.take_hint().or_else(|| pass.hint()).or_else(|| route.hint());
         Ok(response::to_caller(response, hint, pass.waited()))
     }
 
     /// Refuses what the policy forbids. In observe mode, counts such a request and lets it pass.
     fn enforce_policy(
         &self,
-        call: &RoutedRequest<'_>,
+        route: &RoutedRequest<'_>,
         parts: &Parts,
         target: &Target,
         telemetry: &mut RequestTelemetry<'_>,
     ) -> Result<(), ProxyError> {
-        let Err(denied) = call.rules.check(&parts.method, target.path(), &parts.headers) else { return Ok(()) };
-        self.metrics.policy_denied.with_label_values(&[call.account_label(), self.policy_mode.as_str()]).inc();
+        let Err(denied) = route.rules.check(&parts.method, target.path(), &parts.headers) else { return Ok(()) };
+        self.metrics.policy_denied.with_label_values(&[route.account_label(), self.policy_mode.as_str()]).inc();
         match self.policy_mode {
             Mode::Enforce => Err(ProxyError::Denied(denied)),
             Mode::Observe => {
@@ -317,15 +317,15 @@ impl Proxy {
     /// The request's turn: at once, unless Amazon refuses requests like this one and the mode is `enforce` or `queue`.
     async fn throttle<'a>(
         &'a self,
-        call: &'a RoutedRequest<'a>,
+        route: &'a RoutedRequest<'a>,
         parts: &Parts,
         target: &Target,
     ) -> Result<Pass<'a>, ProxyError> {
         let path = target.path();
         let request = Call {
-            mode: call.throttle(),
+            mode: route.throttle(),
             bytes: WAITING_BYTES + path.len(),
-            ..Call::new(call.region, call.family, &parts.method, path, call.fair_share())
+            ..Call::new(route.region, route.family, &parts.method, path, route.fair_share())
         };
         match self.throttle.enter(request) {
             Entry::Pass(pass) => Ok(pass),
@@ -357,7 +357,7 @@ impl Proxy {
                 Entry::Refuse(throttled) => return Err(ProxyError::Throttled(throttled)),
             };
             // The access token may have expired meanwhile.
-            let bearer = self.access_token(&request.call.user).await?.value;
+            let bearer = self.access_token(&request.route.user).await?.value;
             response = self.send(UpstreamRequest { bearer: &bearer, ..request }, body, sent, pass, telemetry).await?;
         }
         Ok(response)
@@ -377,9 +377,9 @@ impl Proxy {
         pass: &mut Pass<'_>,
         telemetry: &mut RequestTelemetry<'_>,
     ) -> Result<Response<UpstreamBody>, ProxyError> {
-        let region = request.call.region;
+        let region = request.route.region;
         let begun = Instant::now();
-        let mut sent = self.attempt(request, body, Reuse::Allowed).await;
+        let mut sent = self.attempt(request, body, retry::first_reuse(&request.parts.method)).await;
         let mut attempts = 1;
         while let Err(error) = sent {
             match Box::pin(Retry::after_error(error, &request.parts.method, buffer, attempts)).await {
@@ -408,17 +408,17 @@ impl Proxy {
         body: RequestBody,
         reuse: Reuse,
     ) -> impl Future<Output = Result<Response<UpstreamBody>, SendError>> + Send {
-        self.upstream.send(request.call.region, reuse, self.to_amazon(request, body))
+        self.upstream.send(request.route.region, reuse, self.to_amazon(request, body))
     }
 
     fn to_amazon(&self, request: UpstreamRequest<'_>, body: RequestBody) -> Request<RequestBody> {
-        let UpstreamRequest { call, parts, target, bearer } = request;
+        let UpstreamRequest { route, parts, target, bearer } = request;
         let attach = UpstreamHeaders {
-            family: call.family,
+            family: route.family,
             bearer,
             client_id: &self.client_id,
-            ids: call.ids(),
-            fixed: call.fixed_headers(),
+            ids: route.ids(),
+            fixed: route.fixed_headers(),
         };
         let mut request = Request::new(body);
         *request.method_mut() = parts.method.clone();
@@ -437,7 +437,7 @@ impl Proxy {
         pass: &mut Pass<'_>,
         telemetry: &mut RequestTelemetry<'_>,
     ) -> Result<Response<Body>, ProxyError> {
-        let user = &request.call.user;
+        let user = &request.route.user;
         if response.status() == StatusCode::FORBIDDEN && !(is_amc(request.target) && self.tokens.near_expiry(user)) {
             return Ok(response.map(Body::amazon));
         }

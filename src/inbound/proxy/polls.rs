@@ -146,12 +146,12 @@ impl Follower {
 
 /// What makes two polls the same: whose they are, and everything that Amazon sees of them but the caller's software.
 /// `None` if the request is no poll.
-pub(super) fn key(call: &RoutedRequest<'_>, parts: &Parts, target: &Target) -> Option<String> {
+pub(super) fn key(route: &RoutedRequest<'_>, parts: &Parts, target: &Target) -> Option<String> {
     if parts.method != Method::GET || Kind::of(&parts.method, target.path()) != Kind::Poll || has_body(&parts.headers) {
         return None;
     }
     let mut key =
-        format!("{}\n{}\n{}\n{}\n", call.region.as_str(), call.user, call.account_name(), target.path_and_query);
+        format!("{}\n{}\n{}\n{}\n", route.region.as_str(), route.user, route.account_name(), target.path_and_query);
     let mut names: Vec<_> = parts.headers.keys().filter(|name| !IGNORED.contains(&name.as_str())).collect();
     names.sort_unstable_by_key(|name| name.as_str());
     for name in names {
