@@ -9,6 +9,7 @@ use super::reader::{Reader, scalar};
 use crate::domain::account::{Account, Ids, Region, UserId, check_name};
 use crate::domain::found_account::doubtful_id;
 use crate::domain::policy::{Allow, Rules};
+use crate::domain::throttle_mode::ThrottleMode;
 
 /// Longest value of a header that an account always sends, in bytes. The longest one that Amazon documents is an id.
 const MAX_HEADER: usize = 1024;
@@ -114,6 +115,8 @@ fn account(table: &mut Table<'_, '_>) -> Account {
         ids: ids(table),
         headers: headers(table),
         rules: rules(table),
+        throttle: table
+            .parsed("throttle", |text| text.parse::<ThrottleMode>().map_err(|error| format!("is refused: {error}"))),
     }
 }
 

@@ -142,6 +142,7 @@ impl FoundAccount {
             ids,
             headers: Vec::new(),
             rules: Rules::default(),
+            throttle: None,
         }
     }
 

@@ -145,11 +145,7 @@ async fn what_is_wrong_with_the_configuration_and_its_secrets_is_named_before_th
             with(&changed(&harness, "keyless.toml", keyless), &["--set", "environment=production"]),
         ),
         ("fernet_key_malformed", "adsidecar key new", set(&[("store.fernet_keys", "canary-key")])),
-        (
-            "secret_file_unreadable",
-            "amazon.client_secret",
-            set(&[("amazon.client_secret_file", "/nowhere/secret")]),
-        ),
+        ("secret_file_unreadable", "amazon.client_secret", set(&[("amazon.client_secret_file", "/nowhere/secret")])),
         ("store_unwritable", "store.path", set(&[("store.path", "/proc/adsidecar/store")])),
         ("store_key_wrong", "store.fernet_keys", set(&[("store.fernet_keys", OTHER_KEY)])),
         (

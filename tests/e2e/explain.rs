@@ -65,7 +65,10 @@ async fn an_explanation_says_why_and_what_is_left_out() {
     let reasons = |lines: &Value| lines.as_array().unwrap().iter().map(Value::to_string).collect::<Vec<_>>().join("\n");
 
     let told = explained(&harness, &["GET", "/sp/campaigns/list", "--account", "acme"]).await;
-    assert_eq!((told["family"].as_str(), told["selected_by"].as_str()), (Some("sponsored_products"), Some("the header X-Ads-Account")));
+    assert_eq!(
+        (told["family"].as_str(), told["selected_by"].as_str()),
+        (Some("sponsored_products"), Some("the header X-Ads-Account"))
+    );
     assert!(reasons(&told["headers"]).contains("profile_id of the account acme"), "{told}");
     let told = explained(&harness, &["GET", "/a/acme/v2/profiles", "--header", "Authorization: Bearer canary"]).await;
     assert_eq!(told["selected_by"], "the prefix of the path");
