@@ -202,6 +202,10 @@ impl OriginPool {
         }
         connections.waiters = still;
         self.waiting.store(connections.waiters.len(), Relaxed);
+        if let Some(oldest) = connections.shared.first() {
+            // It has most probably been told how many streams the server allows.
+            connections.expected = oldest.max_streams();
+        }
         let needed = connections.waiters.len().div_ceil(connections.expected);
         for _ in connections.opening..needed {
             self.open(connections, false);
@@ -248,7 +252,6 @@ impl OriginPool {
                 connections.idle.push_back(Idle::new(connection));
             }
             Opened::Http2 { connection, driver } => {
-                connections.expected = connection.max_streams();
                 connections.shared.push(connection.clone());
                 let pool = Arc::downgrade(self);
                 tokio::spawn(async move {
