@@ -155,6 +155,15 @@ pub const KEYS: &[Key] = &[
         ..KEY
     },
     Key {
+        name: "amazon.profile_id",
+        kind: Text,
+        default: Described { text: "none", example: "1234567890" },
+        guide_name: Some("AMAZON_PROFILE_ID"),
+        help: "The profile of requests that select no account, in `amazon.region` and with the grant of user `default`: \
+                short for an account named `default` with this `profile_id`",
+        ..KEY
+    },
+    Key {
         name: "amazon.refresh_token",
         kind: Secret,
         default: Described { text: "none", example: "Atzr|…" },
@@ -341,6 +350,14 @@ pub const KEYS: &[Key] = &[
         ..KEY
     },
     Key {
+        name: "accounts.sync",
+        kind: Word(&["daily", "off"]),
+        default: Value("daily"),
+        help: "`daily`: Amazon is asked which accounts a grant reaches after each login and once a day, so that callers \
+                can select them by their slugs. `off`: only on request (`adsidecar accounts sync`)",
+        ..KEY
+    },
+    Key {
         name: "store.kind",
         kind: Word(&["sled", "postgres"]),
         default: Value("sled"),
@@ -380,6 +397,15 @@ pub const KEYS: &[Key] = &[
         ..KEY
     },
     Key {
+        name: "store.cache",
+        kind: Count(10, 1_000_000),
+        default: Value("1000"),
+        restart: true,
+        help: "With `postgres`: the users that are held in memory, those used last. Others are read from the database \
+                when a request needs them",
+        ..KEY
+    },
+    Key {
         name: "refresh.margin",
         kind: Duration("10s", "30m"),
         default: Value("5m"),
@@ -411,7 +437,7 @@ pub const KEYS: &[Key] = &[
         name: "refresh.concurrency",
         kind: Count(1, 256),
         default: Value("8"),
-        help: "Concurrent background refreshes",
+        help: "Concurrent background refreshes of this process; several on one PostgreSQL have as many each",
         ..KEY
     },
     Key {
@@ -508,17 +534,39 @@ pub const KEYS: &[Key] = &[
     Key {
         name: "throttle.mode",
         kind: Word(&["off", "observe", "enforce", "queue"]),
-        default: Value("off"),
-        not_built: Some("the throttle is not built yet: write off"),
-        help: "The rate of requests to Amazon. Not built yet: any other value is refused",
+        default: Value("observe"),
+        help: "What happens while Amazon refuses requests with 429. `off`: nothing. `observe`: adsidecar learns the \
+                limits and shows them, and touches no request. `enforce`: requests get `429 throttled` at once, and \
+                Amazon is spared. `queue`: they wait for their turn. See [Throttle](#throttle)",
         ..KEY
     },
     Key {
         name: "throttle.queue_timeout",
-        kind: Text,
+        kind: Duration("100ms", "15m"),
         default: Value("30s"),
-        not_built: Some("the throttle is not built yet: remove it"),
-        help: "Not built yet: any other value is refused",
+        help: "In mode `queue`, the longest wait. A request whose turn would come later gets `429 throttled` at once",
+        ..KEY
+    },
+    Key {
+        name: "throttle.max_waiting",
+        kind: Count(1, 1_000_000),
+        default: Value("1000"),
+        help: "Most requests that wait at once. Further ones get `429 throttled`",
+        ..KEY
+    },
+    Key {
+        name: "throttle.max_waiting_bytes",
+        kind: Size("1GiB"),
+        default: Value("16MiB"),
+        help: "Most bytes that waiting requests hold together",
+        ..KEY
+    },
+    Key {
+        name: "throttle.families",
+        kind: List,
+        default: Value(""),
+        help: "Other modes for single [API families](#api-families): each `family=mode`, such as `reporting=queue` or \
+                `mcp=off`",
         ..KEY
     },
     Key {
@@ -676,6 +724,13 @@ pub const ACCOUNT_KEYS: &[Key] = &[
         kind: List,
         default: Value(""),
         help: "Like `policy.allow`, for requests of this account",
+        ..KEY
+    },
+    Key {
+        name: "throttle",
+        kind: Word(&["off", "observe", "enforce", "queue"]),
+        default: Described { text: "`throttle.mode`, or that of the family", example: "queue" },
+        help: "Like `throttle.mode`, for requests of this account; it precedes `throttle.families`",
         ..KEY
     },
 ];

@@ -5,6 +5,7 @@ pub mod api_families;
 pub mod grant;
 pub mod clock;
 pub mod clock_reading;
+pub mod found_account;
 pub mod account;
 pub mod policy;
 #[cfg(test)]
@@ -12,3 +13,4 @@ mod published;
 pub mod credential;
 pub mod tls;
 pub mod secret;
+pub mod throttle_mode;
