@@ -29,8 +29,8 @@
 //! 7. `auth/tokens/mod.rs` (`bearer`), `domain/clock.rs` (`reading`), `auth/tokens/user_state.rs` (`held`),
 //!    `domain/grant/state.rs` (`valid_token`, `expiring`): the current token. One that expires soon is refreshed first.
 //! 8. `domain/headers.rs` (`to_amazon`: strips hop-by-hop headers, attaches ours).
-//! 9. `upstream/mod.rs` (`send`, until the head of the response), `upstream/pool.rs` (`connection`),
-//!    `upstream/http2.rs` (`Slot::send`), `upstream/upstream_body.rs` (the rest of the response, as a stream).
+//! 9. `upstream/mod.rs` (`send`, until the head of the response; `UpstreamBody` streams the rest), `upstream/pool.rs`
+//!    (`connection`, and the choice of the protocol), `upstream/http2.rs` (`Slot::send`).
 //! 10. `throttle/pass.rs` (`responded`), `throttle/bucket.rs` (`accepted`), `inbound/proxy/response.rs` (`to_caller`:
 //!    strips Amazon's hop-by-hop headers; `Body` streams the rest).
 //!
