@@ -9,7 +9,6 @@ use http::header::{ALLOW, CACHE_CONTROL, CONTENT_TYPE, HeaderValue};
 use http::request::Parts;
 use http::{Method, Request, Response, StatusCode};
 use http_body_util::{BodyExt, Full, Limited};
-use hyper::body::Incoming;
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 use url::Url;
@@ -19,7 +18,7 @@ use crate::domain::clock::Clock;
 use crate::inbound::admission::{AdminAccess, Admission, Refusal};
 use crate::inbound::problem::{Code, Problem};
 use crate::inbound::request_id::{REQUEST_ID, RequestIds};
-use crate::server::Peer;
+use crate::server::{CallerBody, Peer};
 use crate::store::TokenStore;
 use crate::store::keyring::Fingerprint;
 use crate::telemetry::log::LogHandle;
@@ -135,7 +134,7 @@ type Answer = Response<Full<Bytes>>;
 
 impl Admin {
     /// Serves a request on the admin listener. Always returns a response.
-    pub async fn serve(&self, request: Request<Incoming>, peer: Peer) -> Answer {
+    pub async fn serve(&self, request: Request<CallerBody>, peer: Peer) -> Answer {
         let (parts, body) = request.into_parts();
         let answer = self.answer(&parts, body, peer).await;
         let id = self.request_ids.of(&parts.headers);
@@ -145,7 +144,7 @@ impl Admin {
         answer
     }
 
-    async fn answer(&self, parts: &Parts, body: Incoming, peer: Peer) -> Result<Answer, Problem> {
+    async fn answer(&self, parts: &Parts, body: CallerBody, peer: Peer) -> Result<Answer, Problem> {
         // A HEAD is a GET whose body the server leaves out (RFC 9110, section 9.3.2).
         let method = if parts.method == Method::HEAD { &Method::GET } else { &parts.method };
         let path = parts.uri.path();
@@ -234,7 +233,7 @@ impl Admin {
         Ok(answer)
     }
 
-    async fn set_level(&self, body: Incoming) -> Result<Answer, Problem> {
+    async fn set_level(&self, body: CallerBody) -> Result<Answer, Problem> {
         let bad = || {
             Problem::new(Code::BadRequest, "The body is not a log level.", "Send error, warn, info, debug or trace.")
         };

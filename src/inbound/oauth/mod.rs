@@ -13,7 +13,6 @@ use http::header::{ALLOW, HeaderMap, HeaderValue, LINK, SET_COOKIE};
 use http::request::Parts;
 use http::{Method, Request, Response, StatusCode};
 use http_body_util::Full;
-use hyper::body::Incoming;
 use serde_json::json;
 
 use crate::auth::login::{BeginError, Callback, Login, LoginFailure, LoginOutcome, LoginRequest, TEN_MINUTES};
@@ -26,7 +25,7 @@ use crate::inbound::admission::{Admission, Admitted, Refusal, is_loopback, witho
 use crate::inbound::endpoint::{CALLBACK, Endpoint, LOGIN};
 use crate::inbound::problem::{Code, Problem};
 use crate::inbound::request_id::{REQUEST_ID, RequestIds};
-use crate::server::Peer;
+use crate::server::{CallerBody, Peer};
 use crate::store::StoreError;
 use crate::telemetry::metrics::Metrics;
 use query::{Query, Users};
@@ -93,7 +92,7 @@ impl From<Refusal> for LoginError {
 
 impl OauthEndpoints {
     /// Serves a request on the login listener. Always returns a response.
-    pub async fn serve_callback(&self, request: Request<Incoming>, peer: Peer) -> Answer {
+    pub async fn serve_callback(&self, request: Request<CallerBody>, peer: Peer) -> Answer {
         let (parts, body) = request.into_parts();
         let id = self.request_ids.of(&parts.headers);
         let request_id = id.to_str().unwrap_or_default();
@@ -116,7 +115,7 @@ impl OauthEndpoints {
         endpoint: Endpoint,
         cors: Option<HeaderValue>,
         parts: &Parts,
-        body: Incoming,
+        body: CallerBody,
         request_id: &str,
     ) -> Answer {
         let answered = match (&parts.method, &cors) {
@@ -136,7 +135,7 @@ impl OauthEndpoints {
         answer
     }
 
-    async fn endpoint(&self, endpoint: Endpoint, parts: &Parts, body: Incoming) -> Result<Answer, LoginError> {
+    async fn endpoint(&self, endpoint: Endpoint, parts: &Parts, body: CallerBody) -> Result<Answer, LoginError> {
         match endpoint {
             Endpoint::Shim if !self.token_shim => return Err(LoginError::NotFound(None)),
             Endpoint::Unknown => return Err(LoginError::NotFound(Endpoint::meant(parts.uri.path()))),

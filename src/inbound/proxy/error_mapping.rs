@@ -68,8 +68,8 @@ impl From<Denied> for Problem {
         let (detail, next_step) = match denied {
             Denied::Ambiguous => (
                 "A policy applies to this request, and its path or method is ambiguous.",
-                "Send the path without dot segments, empty segments, `;` and encoded separators, and the method in the \
-                 request line.",
+                "Send the path without dot segments, empty segments, `;` and encoded separators, and method and path in \
+                 the request line only: no X-HTTP-Method-Override, X-Original-URL or the like, and no _method parameter.",
             ),
             Denied::Changes => (
                 "The policy is read-only, and this request may change something at Amazon.",

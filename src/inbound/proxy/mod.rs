@@ -19,7 +19,6 @@ use futures_util::FutureExt;
 use http::header::{CONTENT_LENGTH, HeaderValue};
 use http::request::Parts;
 use http::{Request, Response, StatusCode, Uri};
-use hyper::body::Incoming;
 
 pub use body::Body;
 
@@ -32,7 +31,7 @@ use crate::inbound::destination::Target;
 use crate::inbound::oauth::{OauthEndpoints, add_private_headers, token_problem};
 use crate::inbound::problem::Problem;
 use crate::inbound::request_id::{self, RequestIds};
-use crate::server::Peer;
+use crate::server::{CallerBody, Peer};
 use crate::telemetry::metrics::Metrics;
 use crate::upstream::{ReplayBudget, ReplayBuffer, RequestBody, Reuse, SendError, Upstream, UpstreamBody};
 use auth_rejection::{Rejection, Verdict};
@@ -149,7 +148,7 @@ impl Proxy {
     // Not an `async fn`: its future would hold the whole request in addition to its parts, for as long as it waits.
     pub fn serve(
         self: Arc<Self>,
-        request: Request<Incoming>,
+        request: Request<CallerBody>,
         peer: Peer,
     ) -> impl Future<Output = Response<Body>> + Send {
         let (mut parts, incoming) = request.into_parts();
@@ -175,7 +174,7 @@ impl Proxy {
     async fn dispatch<'a>(
         &'a self,
         parts: &Parts,
-        incoming: Incoming,
+        incoming: CallerBody,
         peer: Peer,
         telemetry: &mut RequestTelemetry<'a>,
     ) -> Result<Response<Body>, ProxyError> {
@@ -201,7 +200,7 @@ impl Proxy {
     async fn forward<'a>(
         &'a self,
         parts: &Parts,
-        incoming: Incoming,
+        incoming: CallerBody,
         target: &Target,
         telemetry: &mut RequestTelemetry<'a>,
     ) -> Result<Response<Body>, ProxyError> {
@@ -235,7 +234,8 @@ impl Proxy {
         target: &Target,
         telemetry: &mut RequestTelemetry<'_>,
     ) -> Result<(), ProxyError> {
-        let Err(denied) = call.rules.check(&parts.method, target.path(), &parts.headers) else { return Ok(()) };
+        let query = target.path_and_query.query();
+        let Err(denied) = call.rules.check(&parts.method, target.path(), query, &parts.headers) else { return Ok(()) };
         self.metrics.policy_denied.with_label_values(&[call.account_name(), self.policy_mode.as_str()]).inc();
         match self.policy_mode {
             Mode::Enforce => Err(ProxyError::Denied(denied)),
@@ -247,7 +247,7 @@ impl Proxy {
     }
 
     /// The caller's body, as a stream.
-    fn body(&self, parts: &Parts, incoming: Incoming) -> Result<RequestBody, ProxyError> {
+    fn body(&self, parts: &Parts, incoming: CallerBody) -> Result<RequestBody, ProxyError> {
         let length = parts.headers.get(CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse::<u64>().ok());
         match (length, self.max_body) {
             (Some(length), Some(max)) if length > max => Err(ProxyError::TooLarge),
