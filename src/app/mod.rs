@@ -22,7 +22,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::auth::login::PendingLogins;
 use crate::auth::lwa::Lwa;
-use crate::auth::tokens::{Background, TokenManager};
+use crate::auth::tokens::{Background, Status, TokenManager};
 use crate::config::{Config, Sources};
 use crate::domain::account::UserId;
 use crate::domain::clock::Clock;
@@ -38,6 +38,7 @@ use crate::telemetry::metrics::Metrics;
 pub use keys::{key_file, keyring};
 use reload::{ControlLoop, RestartOnly, Watched};
 use rotation::Rotations;
+pub use services::local_authority;
 use services::{ProcessState, Services};
 
 /// Enough for the short requests of a kubelet, a scraper and an operator.
@@ -165,6 +166,15 @@ impl App {
     /// A handle that asks the running process to reload its configuration.
     pub fn reloader(&self) -> Reloader {
         self.process.reloader.clone()
+    }
+
+    /// Completes once the listeners serve, with the status of every user; `None` if that never happens.
+    pub fn serving(&self) -> impl Future<Output = Option<Vec<Status>>> + Send + 'static {
+        let (mut stage, tokens) = (self.process.stage.subscribe(), self.process.tokens.clone());
+        async move {
+            stage.wait_for(|stage| *stage == Stage::Serving).await.ok()?;
+            Some(tokens.statuses())
+        }
     }
 
     /// The TCP addresses of the listeners.

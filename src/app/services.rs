@@ -77,7 +77,7 @@ impl Services {
         // Amazon redirects browsers to the host of the redirect URI.
         let redirect_uri = config.lwa.redirect_uri.parse().ok();
         let login_admission = Admission::new(with_host_of(config.admission, redirect_uri.as_ref()));
-        let own_authority = process.proxy.map(authority);
+        let own_authority = process.proxy.map(local_authority);
         let authority = own_authority.clone().unwrap_or_else(|| "localhost:8001".to_owned());
         let oauth = |admission: &Admission| OauthEndpoints {
             login: login.clone(),
@@ -125,11 +125,12 @@ impl Services {
     }
 }
 
-/// The authority under which a browser on this machine reaches the proxy listener. On loopback it is `localhost`, not an
-/// address: that is the name in the redirect URI, and a login's cookie belongs to the name under which the login began.
-fn authority(proxy: SocketAddr) -> String {
-    let ip = proxy.ip();
-    if ip.is_loopback() || ip.is_unspecified() { format!("localhost:{}", proxy.port()) } else { proxy.to_string() }
+/// The authority under which a browser on this machine reaches the listener at `address`. On loopback it is `localhost`,
+/// not an address: that is the name in the redirect URI, and a login's cookie belongs to the name under which the login
+/// began.
+pub fn local_authority(address: SocketAddr) -> String {
+    let ip = address.ip();
+    if ip.is_loopback() || ip.is_unspecified() { format!("localhost:{}", address.port()) } else { address.to_string() }
 }
 
 /// `settings`, with the host of `url` allowed too.

@@ -1,7 +1,9 @@
 //! The commands: one file each, or two lines here.
 
 mod client;
+mod first_words;
 mod health;
+mod help;
 mod key;
 mod process;
 mod serve;
@@ -14,7 +16,7 @@ use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::{CommandFactory, Parser, Subcommand};
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
 pub use serve::asked_to_stop;
 
@@ -99,7 +101,8 @@ pub struct Failed {
 /// Runs the command that `arguments` name. Says on standard error why it failed, if so.
 pub fn run(arguments: impl IntoIterator<Item = OsString>) -> Exit {
     process::harden();
-    match Arguments::try_parse_from(arguments) {
+    let parsed = command().try_get_matches_from(arguments).and_then(|matches| Arguments::from_arg_matches(&matches));
+    match parsed {
         Ok(arguments) => told(dispatch(arguments)),
         Err(error) => misused(&error),
     }
@@ -125,7 +128,7 @@ pub fn misused(error: &clap::Error) -> Exit {
 
 /// The commands with their arguments and help texts.
 pub fn command() -> clap::Command {
-    Arguments::command()
+    help::taught(Arguments::command())
 }
 
 fn dispatch(arguments: Arguments) -> Result<(), Failed> {
@@ -152,7 +155,7 @@ fn dispatch(arguments: Arguments) -> Result<(), Failed> {
         Command::Completions { shell } => {
             // Not written to standard output directly, because clap panics where its reader has closed it.
             let mut script = Vec::new();
-            clap_complete::generate(shell, &mut Arguments::command(), "adsidecar", &mut script);
+            clap_complete::generate(shell, &mut command(), "adsidecar", &mut script);
             print(String::from_utf8_lossy(&script))
         }
     }
@@ -185,6 +188,11 @@ pub fn print(text: impl AsRef<str>) -> Result<(), Failed> {
 /// Says on standard error what was repaired.
 fn warn(message: impl Display) {
     let _ = writeln!(std::io::stderr(), "warning: {message}");
+}
+
+/// Says on standard error what to do next.
+fn hint(message: impl Display) {
+    let _ = writeln!(std::io::stderr(), "hint: {message}");
 }
 
 /// What is in `file`, or on standard input for `-` and for nothing.

@@ -527,7 +527,7 @@ pub const KEYS: &[Key] = &[
     Key {
         name: "log.format",
         kind: Word(&["text", "json"]),
-        default: Described { text: "`json`, in development `text`", example: "json" },
+        default: Described { text: "`json`; in development, and on a terminal, `text`", example: "json" },
         help: "The format of the log on standard error. A reload does not change it",
         ..KEY
     },

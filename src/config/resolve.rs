@@ -298,6 +298,7 @@ fn log(read: &mut Reader<'_>, environment: Environment) -> log::Settings {
     let level = read.word("log.level");
     log::Settings {
         format,
+        format_given: read.is_given("log.format"),
         level: log::Level::ALL.into_iter().find(|each| level == Some(each.as_str())).unwrap_or(log::Level::Info),
         audit: read.flag("log.audit").unwrap_or_default(),
     }

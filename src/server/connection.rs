@@ -23,10 +23,10 @@ use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpStream, UnixStream};
 
+use super::Peer;
 use super::caller_body::CallerBody;
-use super::io::{BusyBody, MonitoredSocket};
+use super::io::{BusyBody, MonitoredSocket, detach};
 use super::registry::{Command, Slot};
-use super::{Peer, head};
 
 /// Largest request head, in bytes. The limit is exact; the size of the read buffer alone would be approximate.
 const MAX_HEAD: usize = 32 << 10;
@@ -86,7 +86,7 @@ where
     let mut service = service_fn(|request: Request<Incoming>| {
         let version = request.version();
         let (busy, uploading) = slot.begin_request(version == Version::HTTP_10, !request.is_end_stream());
-        let (parts, incoming) = head::detach(request).into_parts();
+        let (parts, incoming) = detach(request).into_parts();
         let keeps_alive = version == Version::HTTP_11 && !asks_to_close(&parts.headers);
         let (body, remainder) = CallerBody::new(incoming, uploading, &parts.headers);
         let request = Request::from_parts(parts, body);

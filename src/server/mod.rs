@@ -17,7 +17,6 @@
 mod registry;
 mod caller_body;
 mod connection;
-mod head;
 mod io;
 
 use std::fs::Permissions;

@@ -12,6 +12,7 @@ mod clocks;
 mod commands;
 mod connections;
 mod refresh_tasks;
+mod first_words;
 mod floors;
 mod request_target;
 mod framing;

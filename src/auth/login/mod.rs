@@ -334,7 +334,7 @@ impl Login {
     async fn has_other_identity(&self, new: &PendingGrant) -> bool {
         let Some(access) = &new.grant.access else { return false };
         match self.0.tokens.bearer(&new.user).await {
-            Ok(current) => Box::pin(self.0.identity.differs(&current, access.token.bearer())).await,
+            Ok(current) => Box::pin(self.0.identity.differs(&current.value, access.token.bearer())).await,
             // There is no current grant, or none with a valid access token to compare.
             Err(_) => false,
         }

@@ -1,5 +1,6 @@
 //! `adsidecar users`.
 
+mod list;
 mod single_user;
 
 use std::collections::BTreeMap;
@@ -7,11 +8,10 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use clap::Subcommand;
-use http::Method;
 use jiff::Timestamp;
 use serde_json::Value;
 
-use super::{Failed, block_on, client, print, read, warn};
+use super::{Failed, block_on, print, read, warn};
 use crate::app;
 use crate::auth::lwa::Lwa;
 use crate::config::Config;
@@ -24,8 +24,12 @@ use crate::store::{Opened, StoreError, TokenStore};
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Users {
-    /// List users, their state and when the access token expires
-    List,
+    /// List users, their state and when token and consent expire
+    List {
+        /// `table` with a header line, or `json`
+        #[arg(short, long, default_value = "table")]
+        output: list::Output,
+    },
     /// Show the status of one user; never a token
     Show {
         /// User id, as shown by adsidecar users list
@@ -68,7 +72,7 @@ pub(super) enum Users {
 
 pub(super) fn run(command: Users, config: Config) -> Result<(), Failed> {
     match command {
-        Users::List => list(&config),
+        Users::List { output } => list::run(&config, output),
         Users::Show { user } => single_user::show(&config, &user),
         Users::Export { user, records } => single_user::export(&config, &user, records),
         Users::Forget { user } => single_user::forget(&config, &user),
@@ -82,61 +86,12 @@ pub(super) fn run(command: Users, config: Config) -> Result<(), Failed> {
     }
 }
 
-/// One line per user, from the running sidecar where one holds the store.
-fn list(config: &Config) -> Result<(), Failed> {
-    let Some((store, opened)) = open_unless_held(config)? else { return list_of_running(config) };
-    block_on(store.close())??;
-    let now = Timestamp::now();
-    let mut lines = String::new();
-    for (user, grant) in opened.users {
-        lines += &match grant {
-            Ok(grant) => {
-                let expires_at = grant.access.as_ref().map(|access| access.expires_at);
-                let state = grant.state(config.tokens.policy, now);
-                line(user.as_str(), state.as_str(), expires_at.map(|at| at.to_string()).as_deref())
-            }
-            Err(error) => line(user.as_str(), &format!("unreadable: {error}"), None),
-        };
-    }
-    print(lines)
-}
-
-fn list_of_running(config: &Config) -> Result<(), Failed> {
-    let headers = client::caller_token(config);
-    let mut after = String::new();
-    let mut lines = String::new();
-    loop {
-        let name: String = url::form_urlencoded::byte_serialize(after.as_bytes()).collect();
-        let path = format!("/api/auth/amazon/status?after={name}");
-        let (status, body) = block_on(client::request(&config.proxy_listen, Method::GET, &path, &headers))??;
-        let answer: Value = serde_json::from_slice(&body).unwrap_or_default();
-        let Some(users) = answer["users"].as_array() else {
-            return Err(Failed::because(format!("the running sidecar answered {status} to the status request")));
-        };
-        for user in users {
-            lines += &line(
-                user["user_id"].as_str().unwrap_or_default(),
-                user["state"].as_str().unwrap_or_default(),
-                user["expires_at"].as_str(),
-            );
-        }
-        match users.last().and_then(|user| user["user_id"].as_str()) {
-            Some(last) => last.clone_into(&mut after),
-            None => return print(lines),
-        }
-    }
-}
-
 /// The store and what is in it; `None` where a running sidecar holds it.
 fn open_unless_held(config: &Config) -> Result<Option<(TokenStore, Opened)>, Failed> {
     match TokenStore::open(&config.store, Arc::new(app::keyring(config)?)) {
         Err(StoreError::Locked { .. }) => Ok(None),
         opened => Ok(Some(opened?)),
     }
-}
-
-fn line(user: &str, state: &str, expires_at: Option<&str>) -> String {
-    format!("{user}\t{state}\t{}\n", expires_at.unwrap_or("-"))
 }
 
 fn take_token(config: &Config, user: UserId, replace: bool, lwa: Option<Lwa>) -> Result<(), Failed> {

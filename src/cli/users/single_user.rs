@@ -12,6 +12,7 @@ use crate::app;
 use crate::cli::{block_on, client, print};
 use crate::config::Config;
 use crate::domain::account::UserId;
+use crate::domain::clock::to_the_millisecond;
 use crate::domain::grant::Grant;
 use crate::store::{Opened, StoreError, TokenStore};
 
@@ -90,10 +91,10 @@ fn stored(config: &Config, user: &UserId, opened: Opened) -> Result<Value, Faile
     Ok(json!({
         "user_id": user,
         "state": grant.state(config.tokens.policy, now),
-        "expires_at": grant.access.as_ref().map(|access| access.expires_at),
-        "updated_at": grant.updated_at,
-        "consented_at": grant.consented_at,
-        "consent_expires_at": grant.consent_expires_at(),
+        "expires_at": grant.access.as_ref().map(|access| to_the_millisecond(access.expires_at)),
+        "updated_at": to_the_millisecond(grant.updated_at),
+        "consented_at": grant.consented_at.map(to_the_millisecond),
+        "consent_expires_at": grant.consent_expires_at().map(to_the_millisecond),
         "consent": grant.consent(now),
         "scope": grant.scope,
     }))

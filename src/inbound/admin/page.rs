@@ -32,7 +32,7 @@ impl Admin {
     pub(super) fn page(&self, headers: &HeaderMap) -> Answer {
         let now = self.clock.now();
         let mut users = self.tokens.statuses();
-        users.sort_by_key(|user| urgency(user.state));
+        users.sort_by_key(|user| user.state.urgency());
         let here = self.public_url.as_ref().map_or("/", url::Url::as_str);
         let page = html! {
             (DOCTYPE)
@@ -127,18 +127,6 @@ fn login_link(user: &UserId, base: Option<&str>) -> Markup {
             Some(base) => { a href={ (base) (name) } { "log in" } }
             None => { "–" }
         }
-    }
-}
-
-/// The sort key: users that need a login come first, then those that may need one soon.
-fn urgency(state: State) -> u8 {
-    match state {
-        State::LoginRequired => 0,
-        State::Failing => 1,
-        State::Expiring => 2,
-        State::Fresh => 3,
-        State::Idle => 4,
-        State::None => 5,
     }
 }
 

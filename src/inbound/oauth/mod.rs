@@ -18,11 +18,12 @@ use serde_json::json;
 use crate::auth::login::{BeginError, Callback, Login, LoginFailure, LoginOutcome, LoginRequest, TEN_MINUTES};
 use crate::auth::tokens::{Status, TokenError, TokenManager};
 use crate::domain::account::{Region, UserId};
+use crate::domain::clock::to_the_millisecond;
 use crate::domain::grant::STORE_UNAVAILABLE;
 use crate::domain::headers::ERROR;
 use crate::domain::secret::Secret;
 use crate::inbound::admission::{Admission, Admitted, Refusal, is_loopback, without_port};
-use crate::inbound::endpoint::{CALLBACK, Endpoint, LOGIN};
+use crate::inbound::destination::{CALLBACK, Endpoint, LOGIN};
 use crate::inbound::problem::{Code, Problem};
 use crate::inbound::request_id::{REQUEST_ID, RequestIds};
 use crate::server::{CallerBody, Peer};
@@ -236,7 +237,7 @@ impl OauthEndpoints {
         Ok(match ended {
             Ok(LoginOutcome::Stored(status)) => json(
                 StatusCode::OK,
-                &json!({ "status": "success", "user_id": status.user_id, "expires_at": status.expires_at }),
+                &json!({ "status": "success", "user_id": status.user_id, "expires_at": status.expires_at.map(to_the_millisecond) }),
             ),
             Ok(LoginOutcome::Pending(grant)) => {
                 json(StatusCode::OK, &json!({ "status": "pending", "grant": grant.expose() }))

@@ -15,8 +15,8 @@ use serde::{Deserialize, Deserializer};
 
 use super::{LoginError, parameter};
 use crate::domain::account::UserId;
-use crate::inbound::destination::is_selecting;
-use crate::inbound::endpoint::{Endpoint, USERS};
+use crate::inbound::destination::{Endpoint, USERS};
+use crate::inbound::route::is_selecting;
 use crate::server::CallerBody;
 
 /// The user in `/api/auth/amazon/users/{user_id}`.

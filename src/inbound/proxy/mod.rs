@@ -4,12 +4,10 @@
 //! steps of a request to Amazon, each one call that may fail.
 
 mod auth_rejection;
-mod body;
 mod error_mapping;
 mod request_telemetry;
+mod response;
 mod retry;
-mod route;
-mod upstream_request;
 
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
@@ -20,25 +18,26 @@ use http::header::{CONTENT_LENGTH, HeaderValue};
 use http::request::Parts;
 use http::{Request, Response, StatusCode, Uri};
 
-pub use body::Body;
+pub use error_mapping::ProxyError;
+pub use response::{Body, strip_response};
 
-use crate::auth::tokens::{TokenError, TokenManager};
+use crate::auth::tokens::{Bearer, TokenManager};
 use crate::domain::account::{Account, Region, UserId};
-use crate::domain::headers::{self, HINT, UpstreamHeaders};
-use crate::domain::policy::{self, Denied, Mode};
-use crate::inbound::admission::{Admission, Admitted, Refusal};
+use crate::domain::headers::{self, UpstreamHeaders};
+use crate::domain::policy::{self, Mode};
+use crate::inbound::admission::{Admission, Admitted};
 use crate::inbound::destination::Target;
-use crate::inbound::oauth::{OauthEndpoints, add_private_headers, token_problem};
+use crate::inbound::oauth::{OauthEndpoints, add_private_headers};
 use crate::inbound::problem::Problem;
 use crate::inbound::request_id::{self, RequestIds};
+pub use crate::inbound::route::Selection;
+use crate::inbound::route::{Accounts, RoutedRequest};
 use crate::server::{CallerBody, Peer};
 use crate::telemetry::metrics::Metrics;
 use crate::upstream::{ReplayBudget, ReplayBuffer, RequestBody, Reuse, SendError, Upstream, UpstreamBody};
 use auth_rejection::{Rejection, Verdict};
 use request_telemetry::RequestTelemetry;
 use retry::Retry;
-use route::{Accounts, RouteError, RoutedRequest};
-use upstream_request::UpstreamRequest;
 
 /// How callers select accounts, and how much of a request body is kept for a retry.
 #[derive(Clone, Debug)]
@@ -63,17 +62,6 @@ pub struct Settings {
     pub policy: policy::Settings,
 }
 
-/// `proxy.selection`: whether callers select their account.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Selection {
-    /// By path prefix or header.
-    #[default]
-    Header,
-    /// Always the default account; the callers' selection is ignored.
-    Fixed,
-}
-
 /// Serves the proxy listener.
 #[derive(Debug)]
 pub struct Proxy {
@@ -93,23 +81,13 @@ pub struct Proxy {
     request_ids: Arc<RequestIds>,
 }
 
-/// Why adsidecar responds with an error of its own instead of Amazon's response.
-#[derive(Debug)]
-pub enum ProxyError {
-    /// The request failed a check of [`Admission`].
-    Refused(Refusal),
-    /// The request selects an unknown account, or a header that selects is invalid.
-    Unroutable(RouteError),
-    /// The policy forbids it.
-    Denied(Denied),
-    /// There is no access token for the user.
-    NoToken(TokenError, UserId),
-    /// `Content-Length` is larger than `proxy.max_body`.
-    TooLarge,
-    /// Amazon could not be reached, or did not respond.
-    Send(SendError),
-    /// A step panicked, which is a bug in adsidecar; the process and the connection go on.
-    Panicked,
+/// A request that is ready to be sent to Amazon, except for its body.
+#[derive(Clone, Copy)]
+struct UpstreamRequest<'a> {
+    call: &'a RoutedRequest<'a>,
+    parts: &'a Parts,
+    target: &'a Target,
+    bearer: &'a HeaderValue,
 }
 
 impl Proxy {
@@ -162,7 +140,7 @@ impl Proxy {
                 Err(error) => {
                     telemetry.set_error(&error);
                     let problem = self.problem(error, &parts);
-                    telemetry.set_own_error(problem.code());
+                    telemetry.set_own_error(&problem);
                     problem.respond(telemetry.request_id()).map(Body::own)
                 }
             };
@@ -212,18 +190,20 @@ impl Proxy {
         }
         fail_point!("spine");
         let body = self.body(parts, incoming)?;
-        let bearer = self.access_token(&call.user).await?;
+        let Bearer { value: bearer, check_clock } = self.access_token(&call.user).await?;
         let request = UpstreamRequest { call: &call, parts, target, bearer: &bearer };
         let (response, sent) = self.send(request, body, telemetry).await?;
-        // The `Date` of the response shows the skew of this machine's clock.
-        self.tokens.observe_amazons_clock(response.headers());
+        if check_clock {
+            self.tokens.observe_amazons_clock(response.headers());
+        }
         let response = match response.status() {
             StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => {
                 Box::pin(self.handle_rejection(response, request, sent, telemetry)).await?
             }
             _ => response.map(Body::amazon),
         };
-        Ok(to_caller(response, &call, telemetry))
+        telemetry.set_response_from_amazon(response.status());
+        Ok(response::to_caller(response, telemetry.take_hint().or_else(|| call.hint())))
     }
 
     /// Refuses what the policy forbids. In observe mode, counts such a request and lets it pass.
@@ -261,7 +241,7 @@ impl Proxy {
         }
     }
 
-    async fn access_token(&self, user: &UserId) -> Result<HeaderValue, ProxyError> {
+    async fn access_token(&self, user: &UserId) -> Result<Bearer, ProxyError> {
         self.tokens.bearer(user).await.map_err(|error| ProxyError::NoToken(error, user.clone()))
     }
 
@@ -279,7 +259,7 @@ impl Proxy {
         let mut sent = self.attempt(request, body, Reuse::Allowed).await;
         let mut attempts = 1;
         while let Err(error) = sent {
-            match Box::pin(Retry::after_error(error, request, &buffer, attempts)).await {
+            match Box::pin(Retry::after_error(error, &request.parts.method, &buffer, attempts)).await {
                 // Boxed: rare requests must not make the future of every request large.
                 Ok((retry, body)) => sent = Box::pin(self.attempt(request, body, retry.reuse())).await,
                 Err(error) => {
@@ -298,23 +278,19 @@ impl Proxy {
         Ok((response, buffer))
     }
 
-    async fn attempt(
+    fn attempt(
         &self,
         request: UpstreamRequest<'_>,
         body: RequestBody,
         reuse: Reuse,
-    ) -> Result<Response<UpstreamBody>, SendError> {
-        match self.upstream.checkout(request.call.region, reuse).await {
-            Ok(checkout) => checkout.send(self.to_amazon(request, body), request.accepts_event_stream()).await,
-            Err(kind) => Err(kind.unsent(body)),
-        }
+    ) -> impl Future<Output = Result<Response<UpstreamBody>, SendError>> + Send {
+        self.upstream.send(request.call.region, reuse, self.to_amazon(request, body))
     }
 
     fn to_amazon(&self, request: UpstreamRequest<'_>, body: RequestBody) -> Request<RequestBody> {
         let UpstreamRequest { call, parts, target, bearer } = request;
         let attach = UpstreamHeaders {
             family: call.family,
-            host: Some(self.upstream.authority(call.region)),
             bearer,
             client_id: &self.client_id,
             ids: call.ids(),
@@ -357,41 +333,14 @@ impl Proxy {
     }
 
     fn problem(&self, error: ProxyError, parts: &Parts) -> Problem {
-        let login_url = |user: &UserId| self.oauth.login_url(&parts.headers, user);
-        match error {
-            ProxyError::Refused(refusal) => {
-                self.metrics.guard_denied.with_label_values(&[refusal.reason()]).inc();
-                refusal.into()
-            }
-            ProxyError::Unroutable(error) => error.into(),
-            ProxyError::Denied(denied) => {
-                self.metrics.guard_denied.with_label_values(&["policy"]).inc();
-                denied.into()
-            }
-            ProxyError::NoToken(error, user) => token_problem(error, &login_url(&user)),
-            ProxyError::TooLarge => error_mapping::too_large(),
-            ProxyError::Panicked => error_mapping::panicked(),
-            ProxyError::Send(error) => error.kind.into(),
+        if let Some(reason) = error.guard_reason() {
+            self.metrics.guard_denied.with_label_values(&[reason]).inc();
         }
+        error.into_problem(|user| self.oauth.login_url(&parts.headers, user))
     }
 }
 
 /// AMC responds to expired credentials with 403 ("Make your first call", Amazon Marketing Cloud).
 fn is_amc(target: &Target) -> bool {
     target.path().split('/').find(|segment| !segment.is_empty()) == Some("amc")
-}
-
-/// Amazon's response as the caller gets it: without hop-by-hop headers, and with `X-Adsidecar-Hint` if there is one.
-fn to_caller(
-    mut response: Response<Body>,
-    call: &RoutedRequest<'_>,
-    telemetry: &mut RequestTelemetry<'_>,
-) -> Response<Body> {
-    telemetry.set_response_from_amazon(response.status());
-    *response.version_mut() = http::Version::HTTP_11;
-    headers::to_caller(response.headers_mut());
-    if let Some(hint) = telemetry.take_hint().or_else(|| call.hint()) {
-        response.headers_mut().insert(HINT, HeaderValue::from_static(hint));
-    }
-    response
 }

@@ -1,10 +1,15 @@
-//! Decides whether one of adsidecar's own endpoints or Amazon serves a request. (Which account, user and region a
-//! request to Amazon gets is decided later, in `proxy/route.rs`.)
+//! Reads the target of a request (the host, the account prefix and the path), and decides whether one of adsidecar's own
+//! endpoints or Amazon serves it. Path and query are forwarded byte for byte; only the account prefix is removed.
+//! (Which account, user and region a request to Amazon gets is decided later, in `route`.)
 
-use http::Method;
+#[cfg(test)]
+mod tests;
+
+use http::uri::PathAndQuery;
+use http::{Method, Uri};
 use percent_encoding::percent_decode_str;
 
-use super::destination::{Destination, Target};
+use crate::domain::account::{Region, check_name};
 
 pub(super) const LOGIN: &str = "/api/auth/amazon/login";
 pub(super) const CALLBACK: &str = "/api/auth/amazon/callback";
@@ -13,13 +18,18 @@ pub(super) const HEALTH: &str = "/healthz";
 const STATUS: &str = "/api/auth/amazon/status";
 pub(super) const USERS: &str = "/api/auth/amazon/users/";
 
+/// Longest path and query, in bytes. Amazon's gateways accept no more either.
+const MAX_TARGET: usize = 8 << 10;
+/// `/a/<account>/…` selects an account, for clients that can change nothing but their base URL.
+const PREFIX: &str = "/a/";
+
 /// What serves a request on the proxy listener or the login listener.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Route {
     /// adsidecar itself.
     Own(Endpoint),
     /// Amazon.
-    Upstream,
+    Upstream(Target),
 }
 
 /// adsidecar's own endpoints: everything under `/api/auth/` and `/auth/o2/`.
@@ -54,10 +64,31 @@ pub enum Navigable {
 }
 
 impl Route {
+    /// Reads the target of a request and decides what serves it. `host` is the value of `Host` without its port, and
+    /// `is_ours` tells whether an authority is our own.
+    ///
+    /// # Errors
+    /// [`BadTarget`] as of [`Target::read`].
+    pub fn read(
+        method: &Method,
+        uri: &Uri,
+        host: Option<&str>,
+        is_ours: impl Fn(&str) -> bool,
+    ) -> Result<Self, BadTarget> {
+        let mut target = Target::read(uri, is_ours)?;
+        // `proxy.allowed_hosts` may hold one of Amazon's hosts (a hosts file, `curl --connect-to`): it names its region.
+        if target.of == Destination::Local
+            && let Some(of) = host.and_then(amazon_host)
+        {
+            target.of = of;
+        }
+        Ok(Self::of(method, target))
+    }
+
     /// Requests for adsidecar's own paths are never forwarded, even if they name one of Amazon's hosts or spell the path
     /// differently. Of the paths on Amazon's hosts and below an account's prefix, adsidecar serves the token endpoint
     /// alone.
-    pub fn of(method: &Method, target: &Target) -> Self {
+    fn of(method: &Method, target: Target) -> Self {
         let endpoint = Endpoint::of(target.path());
         let shim = endpoint.filter(|endpoint| *endpoint == Endpoint::Shim);
         let own = match target.of {
@@ -66,12 +97,12 @@ impl Route {
                 shim.or_else(|| near().then_some(Endpoint::Unknown))
             }
             Destination::Local => {
-                endpoint.or_else(|| is_stray_callback(method, target).then_some(Endpoint::StrayCallback))
+                endpoint.or_else(|| is_stray_callback(method, &target).then_some(Endpoint::StrayCallback))
             }
             Destination::Ads(_) => endpoint.map(|_| Endpoint::Unknown),
             Destination::Lwa => Some(shim.unwrap_or(Endpoint::Unknown)),
         };
-        own.map_or(Self::Upstream, Self::Own)
+        own.map_or_else(|| Self::Upstream(target), Self::Own)
     }
 }
 
@@ -212,53 +243,100 @@ fn is_stray_callback(method: &Method, target: &Target) -> bool {
     parameter("code").is_some() && parameter("state").is_some_and(|(_, state)| is_state(&state))
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
+/// A target that adsidecar can serve.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Target {
+    /// The host that the target names.
+    pub of: Destination,
+    /// The account in the path's prefix.
+    pub account: Option<String>,
+    /// Path and query as they are sent to Amazon.
+    pub path_and_query: PathAndQuery,
+}
 
-    fn route(target: &str) -> Route {
-        Route::of(&Method::GET, &Target::read(&target.parse().unwrap(), |_| false).unwrap())
-    }
+/// The host that a target names.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Destination {
+    /// adsidecar: the origin form, or the absolute form with our own authority.
+    Local,
+    /// The Ads API host of a region.
+    Ads(Region),
+    /// A host of Login with Amazon.
+    Lwa,
+}
 
-    #[test]
-    fn no_path_that_reads_like_ours_is_forwarded() {
-        for path in [
-            "//api/auth/amazon/status",
-            "/API/auth/amazon/status",
-            "/api//auth/amazon/logout",
-            "/./api/auth/amazon/status",
-            "/x/../api/auth/amazon/status",
-            "/%61pi/auth/amazon/status",
-            "/api%2fauth/amazon/status",
-            "/api/auth;x=1/amazon/status",
-            "/auth/O2/token",
-            "//auth/o2/token",
-            "/auth/o2/token/",
-            "/%2561uth/o2/token",
-            "/a/acme//auth/o2/token",
-            "/a/acme/auth/O2/token",
-            "/.well-known/oauth-authorization-server",
-            "/.well-known/oauth-protected-resource/mcp",
-            "/.well-known/openid-configuration",
-            "/register",
-            "/authorize",
-            "//",
-        ] {
-            assert_eq!(route(path), Route::Own(Endpoint::Unknown), "{path}");
-        }
-        for path in
-            ["/v2/profiles", "/api/authors", "/a/acme/api/auth/x", "/a/acme/", "/registers", "/sp/auth/o2/token"]
+/// Why a target is refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BadTarget {
+    /// The target cannot be read; holds the reason.
+    Form(&'static str),
+    /// The absolute form with a host that is neither Amazon's nor ours.
+    Foreign,
+    /// Longer than 8 KiB.
+    TooLong,
+}
+
+impl Target {
+    /// Reads a request's target. `is_ours` tells whether an authority is our own.
+    ///
+    /// # Errors
+    /// [`BadTarget`] if the target cannot be read, names another host, or is too long.
+    pub fn read(uri: &Uri, is_ours: impl Fn(&str) -> bool) -> Result<Self, BadTarget> {
+        let of = match (uri.scheme_str(), uri.authority()) {
+            (None, None) => Destination::Local,
+            (Some("http" | "https"), Some(authority)) => host_of(authority.as_str(), is_ours)?,
+            (Some(_), _) => return Err(BadTarget::Form("the scheme of an absolute target is http or https")),
+            (None, Some(_)) => return Err(BadTarget::Form("only CONNECT takes an authority as its target")),
+        };
+        let mut path_and_query = uri.path_and_query().cloned().unwrap_or(PathAndQuery::from_static("/"));
+        // An empty path in the absolute form is `/` (RFC 9112, section 3.2.1).
+        if uri.authority().is_some()
+            && path_and_query.as_str().starts_with('?')
+            && let Ok(rooted) = format!("/{}", path_and_query.as_str()).parse()
         {
-            assert_eq!(route(path), Route::Upstream, "{path}");
+            path_and_query = rooted;
         }
-        assert_eq!(route("/"), Route::Own(Endpoint::Root));
+        let text = path_and_query.as_str();
+        if text.len() > MAX_TARGET {
+            return Err(BadTarget::TooLong);
+        }
+        if !text.starts_with('/') {
+            return Err(BadTarget::Form("a target begins with /"));
+        }
+        let Some(prefixed) = text.strip_prefix(PREFIX).filter(|_| of == Destination::Local) else {
+            return Ok(Self { of, account: None, path_and_query });
+        };
+        let end = prefixed.find(['/', '?']).unwrap_or(prefixed.len());
+        let (account, rest) = prefixed.split_at(end);
+        let account = percent_decode_str(account).decode_utf8().ok().filter(|name| check_name(name).is_ok());
+        let account = account.ok_or(BadTarget::Form("the account in /a/<account>/ is no legal name"))?;
+        let rest = if rest.starts_with('/') { rest.to_owned() } else { format!("/{rest}") };
+        let path_and_query = rest.parse().map_err(|_| BadTarget::Form("the path behind the account cannot be read"))?;
+        Ok(Self { of, account: Some(account.into_owned()), path_and_query })
     }
 
-    #[test]
-    fn a_code_with_a_state_of_ours_never_leaves() {
-        let state = "x".repeat(43);
-        assert_eq!(route(&format!("/callback?code=c&state={state}")), Route::Own(Endpoint::StrayCallback));
-        assert_eq!(route(&format!("/callback?state={state}")), Route::Upstream);
-        assert_eq!(route("/sp/x?code=c&state=enabled"), Route::Upstream);
+    /// The path, without its query.
+    pub fn path(&self) -> &str {
+        self.path_and_query.path()
     }
+}
+
+/// The host of an absolute target. Amazon's hosts are accepted without a port or with 80 or 443.
+fn host_of(authority: &str, is_ours: impl Fn(&str) -> bool) -> Result<Destination, BadTarget> {
+    if is_ours(authority) {
+        return Ok(Destination::Local);
+    }
+    let host = authority.strip_suffix(":80").or_else(|| authority.strip_suffix(":443")).unwrap_or(authority);
+    amazon_host(host).ok_or(BadTarget::Foreign)
+}
+
+/// Which of Amazon's hosts `host` is, ignoring case; `None` if it is none of them.
+pub fn amazon_host(host: &str) -> Option<Destination> {
+    let ads = Region::ALL.into_iter().find(|region| host.eq_ignore_ascii_case(region.ads_host())).map(Destination::Ads);
+    ads.or_else(|| {
+        let is_token_host = |region: &Region| {
+            region.token_url().split('/').nth(2).is_some_and(|token_host| host.eq_ignore_ascii_case(token_host))
+        };
+        Region::ALL.iter().any(is_token_host).then_some(Destination::Lwa)
+    })
 }

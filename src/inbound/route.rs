@@ -5,11 +5,10 @@ use std::sync::Arc;
 
 use http::header::{HeaderMap, HeaderName, HeaderValue};
 
-use super::Selection;
 use crate::domain::account::{Account, BadName, BadRegion, Ids, Region, UserId};
 use crate::domain::api_families::{Family, family};
 use crate::domain::policy::Rules;
-use crate::inbound::destination::{Destination, SELECTORS, Target, is_selecting};
+use crate::inbound::destination::{Destination, Target};
 
 const X_ADS_ACCOUNT: HeaderName = HeaderName::from_static("x-ads-account");
 const X_ADS_USER: HeaderName = HeaderName::from_static("x-ads-user");
@@ -44,6 +43,17 @@ pub(super) struct RoutedRequest<'a> {
     pub(super) family: &'static Family,
     /// The policy that the request must satisfy.
     pub(super) rules: &'a Rules,
+}
+
+/// `proxy.selection`: whether callers select their account.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Selection {
+    /// By path prefix or header.
+    #[default]
+    Header,
+    /// Always the default account; the callers' selection is ignored.
+    Fixed,
 }
 
 /// Why no account could be selected.
@@ -142,6 +152,18 @@ impl<'a> RoutedRequest<'a> {
     pub(super) fn hint(&self) -> Option<&'static str> {
         (self.account.is_some() && !self.at_home).then_some("region_mismatch")
     }
+}
+
+/// The headers that select an account, a user and a region.
+const SELECTORS: [&str; 3] = ["x-ads-account", "x-ads-user", "x-ads-region"];
+
+/// Whether a header is, or could be meant as, one that selects: any `X-Ads-*`, also spelled with `_`, but for the caller
+/// token.
+pub(super) fn is_selecting(name: &str) -> bool {
+    let prefix = b"x-ads-";
+    let bytes = name.as_bytes();
+    let reads_like = |(byte, wanted): (&u8, &u8)| byte == wanted || (*wanted == b'-' && *byte == b'_');
+    bytes.len() > prefix.len() && bytes.iter().zip(prefix).all(reads_like) && name != "x-ads-sidecar-token"
 }
 
 fn is_selector(name: &HeaderName) -> bool {
