@@ -189,7 +189,7 @@ impl Wire {
     }
 
     /// Everything until the connection ends, and whether it ended cleanly instead of by a reset.
-    pub async fn to_the_end(&mut self) -> (String, bool) {
+    pub async fn until_it_ends(&mut self) -> (String, bool) {
         let mut buffer = vec![0; 64 << 10];
         let clean = loop {
             let read = tokio::time::timeout(PATIENCE, self.stream.read(&mut buffer)).await;

@@ -161,7 +161,7 @@ async fn a_caller_of_http_1_0_sees_a_break_as_a_break() {
     for (path, whole) in [("/whole", true), ("/broken", false)] {
         let mut wire = harness.dial().await;
         wire.send(format!("GET {path} HTTP/1.0\r\nHost: localhost\r\n\r\n")).await;
-        let (came, clean) = wire.to_the_end().await;
+        let (came, clean) = wire.until_it_ends().await;
         assert_eq!(clean, whole, "{path}: {came}");
         assert!(!whole || came.ends_with("\r\n\r\nhalf"), "{came}");
     }
@@ -175,7 +175,7 @@ async fn a_shutdown_ends_the_body_of_a_caller_of_http_1_0_by_a_reset() {
     assert_eq!(wire.reply_head().await.status, 200);
     harness.stop_sidecar().await;
     drop(harness);
-    let (_, clean) = wire.to_the_end().await;
+    let (_, clean) = wire.until_it_ends().await;
     assert!(!clean, "the truncated body looks whole");
 }
 
