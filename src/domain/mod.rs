@@ -10,5 +10,6 @@ pub mod policy;
 #[cfg(test)]
 mod published;
 pub mod credential;
+pub mod outgoing_proxy;
 pub mod tls;
 pub mod secret;

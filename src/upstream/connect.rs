@@ -10,11 +10,11 @@ use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use rustls::ClientConfig;
 use rustls::pki_types::ServerName;
 use tokio_rustls::TlsConnector;
-use tower_service::Service;
 use url::Url;
 
 use super::connection::{Connection, H2Connection, MAX_STREAMS, PING_EVERY, PING_TIMEOUT};
 use super::read_ahead::ReadAhead;
+use super::tcp::Dialer;
 use super::{ErrorKind, Http2, Settings};
 
 /// HTTP/2 flow-control windows of one stream (RFC 9113, section 5.2), in bytes: for the first connection, and for the
@@ -43,7 +43,7 @@ const MAX_BUFFER: usize = 64 << 10;
 pub(super) struct Connector {
     uri: Uri,
     name: ServerName<'static>,
-    tcp: HttpConnector,
+    tcp: Dialer,
     tls: TlsConnector,
     /// Like `tls`, but offers only HTTP/1.1.
     http1: TlsConnector,
@@ -90,8 +90,12 @@ impl Connector {
         tcp.set_keepalive_interval(Some(KEEPALIVE));
         Ok(Self {
             uri: origin.as_str().parse().map_err(|_| bad())?,
-            name: ServerName::try_from(host).map_err(|_| bad())?,
-            tcp,
+            name: ServerName::try_from(host.clone()).map_err(|_| bad())?,
+            tcp: Dialer::new(
+                tcp,
+                settings.proxy.as_ref().filter(|proxy| proxy.is_for(&host)),
+                settings.connect_timeout,
+            ),
             tls: with_alpn(tls, alpn),
             http1: with_alpn(tls, &[b"http/1.1"]),
             http2: settings.http2,
@@ -119,8 +123,7 @@ impl Connector {
     }
 
     async fn handshake(&self, alpn: Alpn) -> Result<Connection, ErrorKind> {
-        let tcp = self.tcp.clone().call(self.uri.clone()).await;
-        let tcp = tcp.map_err(|error| ErrorKind::Unreachable(error.into()))?.into_inner();
+        let tcp = self.tcp.connect(self.uri.clone()).await?;
         let tls = if alpn == Alpn::Http1 { &self.http1 } else { &self.tls };
         let mut stream = tls.connect(self.name.clone(), ReadAhead::new(tcp)).await.map_err(ErrorKind::Tls)?;
         stream.get_mut().1.set_buffer_limit(Some(WRITE_BUFFER));

@@ -17,6 +17,7 @@ mod connection;
 mod request_body;
 mod pool;
 mod send_error;
+mod tcp;
 
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -35,6 +36,7 @@ pub use send_error::{ErrorKind, Processed, SendError};
 pub use upstream_body::{ResponseAborted, UpstreamBody};
 
 use crate::domain::account::Region;
+use crate::domain::outgoing_proxy::OutgoingProxy;
 use crate::domain::tls;
 use connection::{Connection, H2Connection};
 use pool::{CountGuard, OriginPool};
@@ -48,6 +50,8 @@ pub struct Settings {
     pub extra_roots: Vec<CertificateDer<'static>>,
     /// `upstream.http2`: which HTTP versions are offered.
     pub http2: Http2,
+    /// `upstream.proxy`: the proxy through which the hosts are reached.
+    pub proxy: Option<OutgoingProxy>,
     /// `upstream.connect_timeout`: limit for DNS, TCP and TLS together.
     pub connect_timeout: Duration,
     /// `upstream.response_timeout`: from the end of the request to the end of the response's head.

@@ -66,7 +66,7 @@ impl ProxyError {
             Self::Send(error) => match error.kind {
                 ErrorKind::Body(_) => Fault::Caller,
                 // Amazon's certificates are valid; a handshake fails where a proxy in the network intercepts TLS.
-                ErrorKind::Tls(_) => Fault::Operator,
+                ErrorKind::Tls(_) | ErrorKind::Proxy { .. } => Fault::Operator,
                 _ => Fault::Amazon,
             },
         }
@@ -134,6 +134,12 @@ impl From<ErrorKind> for Problem {
             ErrorKind::Unreachable(_) => {
                 Self::new(Code::UpstreamUnreachable, "Amazon's host could not be reached.", network)
             }
+            ErrorKind::Proxy { proxy, problem } => Self::new(
+                Code::UpstreamUnreachable,
+                format!("Amazon's host could not be reached through {proxy}: {problem}."),
+                "Ask the operator: the proxy has to be up, to accept these credentials, and to open tunnels to Amazon's \
+                 hosts.",
+            ),
             ErrorKind::Tls(_) => Self::new(
                 Code::UpstreamTls,
                 "The TLS handshake with Amazon's host failed.",
