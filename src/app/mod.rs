@@ -20,6 +20,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
+use crate::auth::accounts::Directory;
 use crate::auth::login::PendingLogins;
 use crate::auth::lwa::Lwa;
 use crate::auth::tokens::{Background, Status, TokenManager};
@@ -27,7 +28,7 @@ use crate::config::{Config, Sources};
 use crate::domain::account::UserId;
 use crate::domain::clock::Clock;
 use crate::domain::grant::State;
-use crate::inbound::admin::{Asked, Count, Reloader, Stage};
+use crate::inbound::admin::{self, Asked, Count, Reloader, Stage};
 use crate::inbound::early_responses::EarlyResponses;
 use crate::inbound::request_id::RequestIds;
 use crate::server::{CallerBody, Limits, Listener, OwnResponses, Peer, Phase};
@@ -35,7 +36,7 @@ use crate::store::keyring::KeyError;
 use crate::store::{Opened, StoreError, TokenStore};
 use crate::telemetry::log::{Dropped, LogHandle};
 use crate::telemetry::metrics::Metrics;
-pub use keys::{key_file, keyring};
+pub use keys::{existing_keyring, key_file, keyring};
 use reload::{ControlLoop, RestartOnly, Watched};
 use rotation::Rotations;
 pub use services::local_authority;
@@ -132,8 +133,10 @@ impl App {
         let [proxy, login, admin] = &listeners;
         let addresses = Addresses { proxy: proxy.addresses(), login: login.addresses(), admin: admin.addresses() };
         let (reloader, asked) = Reloader::new();
+        let directory = Directory::open(store.clone(), tokens.clone(), clock.clone()).await;
         let process = ProcessState {
             tokens,
+            directory,
             store: store.clone(),
             rotation: rotations.watch(),
             metrics,
@@ -216,6 +219,8 @@ impl App {
         let (pending_logins, clock) = (process.pending_logins.clone(), process.clock.clone());
         tasks.spawn(async move { pending_logins.keep(&clock).await });
         tasks.spawn(close_idle_connections(services.clone()));
+        let directory = process.directory.clone();
+        tasks.spawn(async move { directory.run().await });
 
         let (phase, admin_phase) = (watch::Sender::new(Phase::Open), watch::Sender::new(Phase::Open));
         let mut listeners = JoinSet::new();
@@ -338,7 +343,7 @@ async fn serve_login(services: Arc<Services>, request: Request<CallerBody>, peer
     services.login.serve_callback(request, peer).await
 }
 
-async fn serve_admin(services: Arc<Services>, request: Request<CallerBody>, peer: Peer) -> Response<Full<Bytes>> {
+async fn serve_admin(services: Arc<Services>, request: Request<CallerBody>, peer: Peer) -> Response<admin::Body> {
     services.admin.serve(request, peer).await
 }
 

@@ -135,8 +135,25 @@ impl<'a> Reader<'a> {
         self.parsed(key, |text| Ok::<_, String>(text.to_owned()))
     }
 
+    /// What the word given for `key`, or its default, stands for. `values` has a value for each word of the table.
+    ///
+    /// # Panics
+    /// If the table has other words, which no word given by a user can cause; or if it has no default.
+    pub(super) fn choice<T: Copy, const N: usize>(&mut self, key: &str, values: [(&str, T); N]) -> T {
+        self.choice_or_none(key, values).unwrap_or_else(|| unreachable!("{key} has no default in the table"))
+    }
+
+    /// [`choice`](Self::choice) for a key whose default depends on others; `None` if no word is given.
+    pub(super) fn choice_or_none<T: Copy, const N: usize>(&mut self, key: &str, values: [(&str, T); N]) -> Option<T> {
+        let Kind::Word(words) = names::row(key).kind else { unreachable!("{key} has another type in the table") };
+        // Before a word is read, so that each start of a process with a word too many ends here.
+        assert!(words.iter().eq(values.iter().map(|(word, _)| word)), "{key} has other words in the table: {words:?}");
+        let word = self.word(key)?;
+        values.into_iter().find(|(each, _)| *each == word).map(|(_, value)| value)
+    }
+
     /// One of the words of the table.
-    pub(super) fn word(&mut self, key: &str) -> Option<&'static str> {
+    fn word(&mut self, key: &str) -> Option<&'static str> {
         let Kind::Word(words) = names::row(key).kind else { unreachable!("{key} has another type in the table") };
         self.parsed(key, |text| {
             words.iter().copied().find(|word| text.eq_ignore_ascii_case(word)).ok_or_else(|| no_word(words))

@@ -1171,3 +1171,28 @@ fn the_sandbox_file_points_at_the_sandbox_and_nowhere_else() {
     assert_eq!(config.fernet_keys, FernetKeys::MakeBesideStore);
     assert!(config.store.path.starts_with("data/sandbox"));
 }
+
+/// A word that `resolve` forgot would mean the same as another.
+#[test]
+fn each_word_of_the_table_means_something_of_its_own() {
+    let words = KEYS.iter().filter(|key| key.not_built.is_none()).filter_map(|key| match key.kind {
+        super::keys::Kind::Word(words) => Some((key.name, words)),
+        _ => None,
+    });
+    let mut keys = 0;
+    for (key, words) in words {
+        let meaning = |word: &&str| {
+            let given = Given::required().set(&[(key, word)]);
+            let given = match *word {
+                "postgres" => given.set(&[("store.postgres_url", "postgres://a@localhost/b")]),
+                _ => given,
+            };
+            let config = Config { effective: Default::default(), ..given.config() };
+            format!("{config:?}")
+        };
+        let meanings: std::collections::BTreeSet<_> = words.iter().map(meaning).collect();
+        assert_eq!(meanings.len(), words.len(), "{key}: two of {words:?} mean the same");
+        keys += 1;
+    }
+    assert!(keys >= 8, "{keys} keys with words");
+}

@@ -341,8 +341,13 @@ mod tests {
                 idle_timeout: Duration::from_secs(60),
                 write_timeout: Duration::MAX,
             }));
-            let context =
-                super::super::ListenerContext { handler, registry: registry.clone(), own: Arc::new(Own), limits };
+            let context = super::super::ListenerContext {
+                handler,
+                registry: registry.clone(),
+                own: Arc::new(Own),
+                limits,
+                share: 100,
+            };
             let connection = run(stream, Peer::Unix(None), registry.register(), Arc::new(context));
             // An app may keep ten thousand idle connections open, so the future has to be small.
             let size = std::mem::size_of_val(&connection);

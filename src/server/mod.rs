@@ -12,11 +12,13 @@
 //!
 //! Nothing of the server's own is written while anything of a response is unwritten or a request's body is under way.
 //!
-//! When a listener is at its connection limit, the connection that has been idle longest is closed for a new one.
+//! When a listener is at its connection limit, or descriptors run short, the connection that has been idle longest is
+//! closed for a new one.
 
 mod registry;
 mod caller_body;
 mod connection;
+mod descriptors;
 mod io;
 
 use std::fs::Permissions;
@@ -199,7 +201,9 @@ impl Listener {
         B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
     {
         let Self { sockets, limits, own, registry } = self;
-        let context = Arc::new(ListenerContext { handler, registry: registry.clone(), own, limits: limits.clone() });
+        let share = descriptors::share();
+        let context =
+            Arc::new(ListenerContext { handler, registry: registry.clone(), own, limits: limits.clone(), share });
         let reaper = tokio::spawn(registry.clone().enforce(limits.clone()));
         let _abort = AbortOnDrop(registry.clone());
         let mut tasks = tokio::task::JoinSet::new();
@@ -273,7 +277,9 @@ where
         let stream = match accepted {
             Ok(stream) => stream,
             Err(error) => {
-                tracing::warn!(%error, "cannot accept a connection");
+                // The caller that has been idle longest makes room, if that helps.
+                let closing = descriptors::are_used_up(&error) && context.registry.make_room(0);
+                tracing::warn!(%error, closing, "cannot accept a connection");
                 tokio::time::sleep(ACCEPT_PAUSE).await;
                 continue;
             }
@@ -284,7 +290,7 @@ where
         let room = tokio::select! {
             biased;
             _ = phase.wait_for(|phase| *phase == Phase::Closed) => return,
-            room = context.registry.wait_for_room(&context.limits, until) => room,
+            room = context.registry.wait_for_room(&context.limits, context.share, until) => room,
         };
         if !room {
             tracing::warn!("overloaded: every connection that proxy.max_connections allows is busy");
@@ -317,6 +323,8 @@ struct ListenerContext<H> {
     registry: Arc<Registry>,
     own: Arc<dyn OwnResponses>,
     limits: Arc<ArcSwap<Limits>>,
+    /// Most open connections for want of file descriptors.
+    share: usize,
 }
 
 /// An accepted connection.

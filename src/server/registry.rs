@@ -213,12 +213,13 @@ impl Registry {
         self.lock().open.values().for_each(|activity| activity.send(Command::Abort));
     }
 
-    /// Waits until there is room for an accepted connection; at the limit, closes the connection that has been idle
+    /// Waits until there is room for an accepted connection: at most `share` may be open, and as many as `limits` allow.
+    /// At the limit, closes the connection that has been idle
     /// longest. Returns `false` if there is still no room at `until`.
-    pub(super) async fn wait_for_room(&self, limits: &ArcSwap<Limits>, until: Instant) -> bool {
+    pub(super) async fn wait_for_room(&self, limits: &ArcSwap<Limits>, share: usize, until: Instant) -> bool {
         loop {
             let freed = self.freed.notified();
-            if self.make_room(limits.load().max_connections) {
+            if self.make_room(limits.load().max_connections.min(share)) {
                 return true;
             }
             if Instant::now() >= until {
@@ -230,7 +231,7 @@ impl Registry {
 
     /// Whether fewer than `max` connections are open or remain after those that are closing. If not, tells the
     /// connection that has been idle longest to close; `false` if none is idle.
-    fn make_room(&self, max: usize) -> bool {
+    pub(super) fn make_room(&self, max: usize) -> bool {
         let slots = self.lock();
         if slots.open.len() < max {
             return true;

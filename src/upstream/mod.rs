@@ -33,6 +33,7 @@ use url::Url;
 
 pub use request_body::{BodyError, ReplayBudget, ReplayBuffer, RequestBody};
 pub use send_error::{ErrorKind, Processed, SendError};
+pub use tcp::tunnel;
 pub use upstream_body::{ResponseAborted, UpstreamBody};
 
 use crate::domain::account::Region;

@@ -12,6 +12,7 @@ use hyper_util::client::legacy::connect::proxy::{SocksV5, Tunnel};
 use hyper_util::rt::TokioIo;
 use tokio::net::TcpStream;
 use tower_service::Service;
+use url::Url;
 use zeroize::Zeroizing;
 
 use super::ErrorKind;
@@ -22,6 +23,17 @@ pub(super) struct Dialer {
     way: Way,
     /// The proxy's name in messages, and how long it may take; `None` without one.
     proxy: Option<(String, Duration)>,
+}
+
+/// Opens a tunnel through `proxy` to the host of `url`, for a diagnosis.
+///
+/// # Errors
+/// [`ErrorKind::Proxy`] if there is none within about `timeout`.
+pub async fn tunnel(proxy: &OutgoingProxy, url: &Url, timeout: Duration) -> Result<TcpStream, ErrorKind> {
+    let mut tcp = HttpConnector::new();
+    tcp.enforce_http(false);
+    let origin = url.as_str().parse().unwrap_or_default();
+    Dialer::new(tcp, Some(proxy), timeout).connect(origin).await
 }
 
 enum Way {

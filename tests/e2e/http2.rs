@@ -134,7 +134,8 @@ async fn bytes_pass_over_http2_as_over_http1() {
     let mut wire = harness.dial().await;
     wire.send("HEAD /sandbox/bytes/1000 HTTP/1.1\r\nHost: localhost\r\n\r\n").await;
     assert_eq!(wire.reply_head().await.header("content-length"), Some("1000"));
-    wire.send("POST /sandbox/echo HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\nX-T: 1\r\n\r\n").await;
+    let head = "POST /sandbox/echo HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n";
+    wire.send(&format!("{head}3\r\nabc\r\n0\r\nX-T: 1\r\n\r\n")).await;
     assert_eq!((wire.reply().await.status, harness.seen().text().as_str()), (200, "abc"));
     assert_eq!(connections(&harness).len(), 1);
 }

@@ -2,7 +2,8 @@
 //! ([`Postgres`]).
 //!
 //! In a shared store the stored record is authoritative: a process reads it before each refresh, and polls for changes
-//! every second. A lease lets one process at a time refresh a user's token; the others wait and use the token it stored.
+//! every second. A lease lets one process at a time refresh a user's token; the others wait and use the token it
+//! stored.
 //!
 //! Generations never decrease. If a stored generation is lower than the one this process knows, the database lost data
 //! (for example, failover to a lagging standby), and this process restores what it knows.

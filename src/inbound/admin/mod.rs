@@ -1,6 +1,8 @@
 //! The admin listener: probes, metrics, the status page, and the operations on a running process.
 
+mod backup;
 mod page;
+mod records;
 
 use std::sync::Arc;
 
@@ -8,16 +10,20 @@ use bytes::Bytes;
 use http::header::{ALLOW, CACHE_CONTROL, CONTENT_TYPE, HeaderValue};
 use http::request::Parts;
 use http::{Method, Request, Response, StatusCode};
+use http_body::Body as _;
+use http_body_util::combinators::UnsyncBoxBody;
 use http_body_util::{BodyExt, Full, Limited};
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
-use url::Url;
+use url::{Url, form_urlencoded};
 
+use self::backup::Parameters;
 use crate::auth::tokens::TokenManager;
 use crate::domain::clock::Clock;
 use crate::inbound::admission::{AdminAccess, Admission, Refusal};
 use crate::inbound::problem::{Code, Problem};
 use crate::inbound::request_id::{REQUEST_ID, RequestIds};
+use crate::inbound::route::is_selecting;
 use crate::server::{CallerBody, Peer};
 use crate::store::TokenStore;
 use crate::store::keyring::Fingerprint;
@@ -130,32 +136,43 @@ impl Reloader {
 /// Returns the current number of open connections.
 pub(crate) type Count = Box<dyn Fn() -> usize + Send + Sync>;
 
-type Answer = Response<Full<Bytes>>;
+type FullResponse = Response<Body>;
+
+/// The body of a response of the admin listener: in memory, or streamed.
+pub type Body = UnsyncBoxBody<Bytes, std::io::Error>;
 
 impl Admin {
     /// Serves a request on the admin listener. Always returns a response.
-    pub async fn serve(&self, request: Request<CallerBody>, peer: Peer) -> Answer {
+    pub async fn serve(&self, request: Request<CallerBody>, peer: Peer) -> FullResponse {
         let (parts, body) = request.into_parts();
-        let answer = self.answer(&parts, body, peer).await;
+        let served = self.dispatch(&parts, body, peer).await;
         let id = self.request_ids.of(&parts.headers);
-        let mut answer = answer.unwrap_or_else(|problem| problem.respond(id.to_str().unwrap_or_default()));
-        answer.headers_mut().insert(REQUEST_ID, id);
-        answer.headers_mut().insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
-        answer
+        let mut response =
+            served.unwrap_or_else(|problem| problem.respond(id.to_str().unwrap_or_default()).map(bytes_of));
+        response.headers_mut().insert(REQUEST_ID, id);
+        response.headers_mut().insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
+        response
     }
 
-    async fn answer(&self, parts: &Parts, body: CallerBody, peer: Peer) -> Result<Answer, Problem> {
+    async fn dispatch(&self, parts: &Parts, body: CallerBody, peer: Peer) -> Result<FullResponse, Problem> {
         // A HEAD is a GET whose body the server leaves out (RFC 9110, section 9.3.2).
         let method = if parts.method == Method::HEAD { &Method::GET } else { &parts.method };
         let path = parts.uri.path();
         let access = match (path, method) {
             ("/livez" | "/readyz" | "/startupz" | "/metrics", &Method::GET) => AdminAccess::Probe,
             ("/", &Method::GET) => AdminAccess::Page,
-            ("/quitquitquit" | "/reload" | "/rotate", &Method::POST) => AdminAccess::Operator,
+            ("/quitquitquit" | "/reload" | "/rotate" | "/users/import" | "/restore", &Method::POST) => {
+                AdminAccess::Operator
+            }
+            ("/dump", &Method::GET) => AdminAccess::Operator,
+            ("/users/export", &Method::GET) => AdminAccess::Secrets,
             ("/log", &Method::PUT) | ("/rotate", &Method::GET) => AdminAccess::Operator,
             _ => AdminAccess::Anyone,
         };
         self.admission.admin(parts, peer, access).map_err(|refusal| self.refused(refusal))?;
+        if access != AdminAccess::Anyone || (path, method) == ("/log", &Method::GET) {
+            check_input(parts, method, &body)?;
+        }
         match (path, method) {
             ("/livez", &Method::GET) => Ok(say(StatusCode::OK, "alive\n")),
             ("/readyz", &Method::GET) => Ok(self.ready()),
@@ -179,8 +196,14 @@ impl Admin {
             ("/log", &Method::PUT) => self.set_level(body).await,
             ("/rotate", &Method::GET) => Ok(self.rotation()),
             ("/rotate", &Method::POST) => self.rotate(parts.uri.query().unwrap_or_default()).await,
-            ("/" | "/livez" | "/readyz" | "/startupz" | "/metrics", _) => Err(other_method("GET, HEAD")),
-            ("/quitquitquit" | "/reload", _) => Err(other_method("POST")),
+            ("/dump", &Method::GET) => Ok(self.dump()),
+            ("/restore", &Method::POST) => self.restore(&Parameters::read(parts.uri.query()), body).await,
+            ("/users/import", &Method::POST) => self.import(&Parameters::read(parts.uri.query()), body).await,
+            ("/users/export", &Method::GET) => self.export(&Parameters::read(parts.uri.query())).await,
+            ("/" | "/dump" | "/users/export" | "/livez" | "/readyz" | "/startupz" | "/metrics", _) => {
+                Err(other_method("GET, HEAD"))
+            }
+            ("/quitquitquit" | "/reload" | "/restore" | "/users/import", _) => Err(other_method("POST")),
             ("/log", _) => Err(other_method("GET, HEAD, PUT")),
             ("/rotate", _) => Err(other_method("GET, HEAD, POST")),
             _ => Err(Problem::new(
@@ -191,7 +214,7 @@ impl Admin {
         }
     }
 
-    fn started(&self) -> Answer {
+    fn started(&self) -> FullResponse {
         match *self.stage.borrow() {
             Stage::Starting => say(StatusCode::SERVICE_UNAVAILABLE, "starting\n"),
             Stage::Serving | Stage::Draining => say(StatusCode::OK, "started\n"),
@@ -200,7 +223,7 @@ impl Admin {
 
     /// Ready while the listeners serve, the store works and no shutdown was requested. Neither Amazon nor a missing
     /// login makes a pod unready.
-    fn ready(&self) -> Answer {
+    fn ready(&self) -> FullResponse {
         match *self.stage.borrow() {
             Stage::Starting => say(StatusCode::SERVICE_UNAVAILABLE, "starting\n"),
             Stage::Draining => say(StatusCode::SERVICE_UNAVAILABLE, "draining\n"),
@@ -209,7 +232,7 @@ impl Admin {
         }
     }
 
-    fn metrics(&self) -> Result<Answer, Problem> {
+    fn metrics(&self) -> Result<FullResponse, Problem> {
         for (listener, count) in self.connections.iter() {
             self.metrics.connections.with_label_values(&[listener]).set(i64::try_from(count()).unwrap_or(i64::MAX));
         }
@@ -228,12 +251,14 @@ impl Admin {
                 "See the log for the reason, and report it.",
             )
         })?;
-        let mut answer = Response::new(Full::new(page));
-        answer.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8"));
-        Ok(answer)
+        let mut response = Response::new(bytes(page));
+        response
+            .headers_mut()
+            .insert(CONTENT_TYPE, HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8"));
+        Ok(response)
     }
 
-    async fn set_level(&self, body: CallerBody) -> Result<Answer, Problem> {
+    async fn set_level(&self, body: CallerBody) -> Result<FullResponse, Problem> {
         let bad = || {
             Problem::new(Code::BadRequest, "The body is not a log level.", "Send error, warn, info, debug or trace.")
         };
@@ -247,7 +272,7 @@ impl Admin {
     }
 
     /// Starts a rotation for `adsidecar key rotate`, whose first key must be the first one of this process.
-    async fn rotate(&self, query: &str) -> Result<Answer, Problem> {
+    async fn rotate(&self, query: &str) -> Result<FullResponse, Problem> {
         let Some(key) = query.strip_prefix("key=") else {
             return Err(Problem::new(
                 Code::BadRequest,
@@ -263,7 +288,7 @@ impl Admin {
     }
 
     /// The progress of the rotation. The error is the store's, and holds no secret.
-    fn rotation(&self) -> Answer {
+    fn rotation(&self) -> FullResponse {
         let (rotation, store) = (self.rotation.borrow().clone(), self.store.health());
         let left = store.under_other_keys(rotation.key);
         let text = serde_json::json!({
@@ -274,9 +299,9 @@ impl Admin {
             "unreadable": store.unreadable(),
             "error": rotation.error,
         });
-        let mut answer = Response::new(Full::new(Bytes::from(text.to_string())));
-        answer.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
-        answer
+        let mut response = Response::new(bytes(text.to_string()));
+        response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        response
     }
 
     fn refused(&self, refusal: Refusal) -> Problem {
@@ -285,11 +310,50 @@ impl Admin {
     }
 }
 
-fn say(status: StatusCode, text: &'static str) -> Answer {
-    let mut answer = Response::new(Full::new(Bytes::from_static(text.as_bytes())));
-    *answer.status_mut() = status;
-    answer.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
-    answer
+fn bytes(bytes: impl Into<Bytes>) -> Body {
+    bytes_of(Full::new(bytes.into()))
+}
+
+fn bytes_of(body: Full<Bytes>) -> Body {
+    body.map_err(backup::never).boxed_unsync()
+}
+
+/// Refuses a parameter, a body or a selecting header that the endpoint does not take: a request that says more than
+/// adsidecar understands must not be served as if it said less.
+fn check_input(parts: &Parts, method: &Method, body: &CallerBody) -> Result<(), Problem> {
+    let path = parts.uri.path();
+    let known: &[&str] = match (path, method) {
+        ("/rotate", &Method::POST) => &["key"],
+        ("/restore", &Method::POST) => &["replace", "dry_run"],
+        ("/users/import", &Method::POST) => &["user_id", "records", "offline", "replace", "dry_run"],
+        ("/users/export", &Method::GET) => &["user_id", "records"],
+        _ => &[],
+    };
+    let names = form_urlencoded::parse(parts.uri.query().unwrap_or_default().as_bytes());
+    let names = names.map(|(name, _)| name.into_owned()).collect::<Vec<_>>();
+    let refused = |detail: String| Err(Problem::new(Code::BadRequest, detail, "Send the request without it."));
+    if let Some(name) = names.iter().find(|name| !known.contains(&name.as_str())) {
+        let name: String = name.chars().filter(|c| c.is_ascii_alphanumeric() || "_-.".contains(*c)).take(40).collect();
+        return refused(format!("{path} takes no parameter {name}."));
+    }
+    if let Some(name) = names.iter().enumerate().find_map(|(at, name)| names[..at].contains(name).then_some(name)) {
+        return refused(format!("The parameter {name} is repeated."));
+    }
+    if let Some(name) = parts.headers.keys().find(|name| is_selecting(name.as_str())) {
+        return refused(format!("The header {name} means nothing on the admin listener."));
+    }
+    let takes_body = [("/log", &Method::PUT), ("/restore", &Method::POST), ("/users/import", &Method::POST)];
+    if !body.is_end_stream() && !takes_body.contains(&(path, method)) {
+        return refused(format!("{path} takes no body."));
+    }
+    Ok(())
+}
+
+fn say(status: StatusCode, text: &'static str) -> FullResponse {
+    let mut response = Response::new(bytes(Bytes::from_static(text.as_bytes())));
+    *response.status_mut() = status;
+    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
+    response
 }
 
 fn other_method(allow: &'static str) -> Problem {

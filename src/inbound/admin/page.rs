@@ -1,15 +1,13 @@
 //! The status page. It is rendered on the server, and contains no script.
 
-use bytes::Bytes;
 use http::header::{
     CONTENT_SECURITY_POLICY, CONTENT_TYPE, HeaderName, HeaderValue, REFERRER_POLICY, X_CONTENT_TYPE_OPTIONS,
 };
 use http::{HeaderMap, Response};
-use http_body_util::Full;
 use jiff::Timestamp;
 use maud::{DOCTYPE, Markup, PreEscaped, html};
 
-use super::{Admin, Answer, Stage};
+use super::{Admin, FullResponse, Stage};
 use crate::auth::tokens::Status;
 use crate::domain::account::UserId;
 use crate::domain::grant::State;
@@ -29,7 +27,7 @@ const FRAME_OPTIONS: HeaderName = HeaderName::from_static("x-frame-options");
 
 impl Admin {
     /// Renders the page, for a request with these headers.
-    pub(super) fn page(&self, headers: &HeaderMap) -> Answer {
+    pub(super) fn page(&self, headers: &HeaderMap) -> FullResponse {
         let now = self.clock.now();
         let mut users = self.tokens.statuses();
         users.sort_by_key(|user| user.state.urgency());
@@ -163,9 +161,9 @@ fn distance(seconds: i64) -> String {
     if seconds < 0 { format!("{size} {unit} ago") } else { format!("in {size} {unit}") }
 }
 
-fn page_response(page: Markup) -> Answer {
-    let mut answer = Response::new(Full::new(Bytes::from(page.into_string())));
-    let headers = answer.headers_mut();
+fn page_response(page: Markup) -> FullResponse {
+    let mut response = Response::new(super::bytes(page.into_string()));
+    let headers = response.headers_mut();
     for (name, value) in [
         (CONTENT_TYPE, "text/html; charset=utf-8"),
         (CONTENT_SECURITY_POLICY, POLICY),
@@ -175,7 +173,7 @@ fn page_response(page: Markup) -> Answer {
     ] {
         headers.insert(name, HeaderValue::from_static(value));
     }
-    answer
+    response
 }
 
 #[cfg(test)]

@@ -1,5 +1,5 @@
-//! Reads the target of a request (the host, the account prefix and the path), and decides whether one of adsidecar's own
-//! endpoints or Amazon serves it. Path and query are forwarded byte for byte; only the account prefix is removed.
+//! Reads the target of a request (the host, the account prefix and the path), and decides whether one of adsidecar's
+//! own endpoints or Amazon serves it. Path and query are forwarded byte for byte; only the account prefix is removed.
 //! (Which account, user and region a request to Amazon gets is decided later, in `route`.)
 
 #[cfg(test)]
@@ -16,6 +16,8 @@ pub(super) const CALLBACK: &str = "/api/auth/amazon/callback";
 /// On the login listener only.
 pub(super) const HEALTH: &str = "/healthz";
 const STATUS: &str = "/api/auth/amazon/status";
+const ACCOUNTS: &str = "/api/auth/amazon/accounts";
+const ACCOUNTS_SYNC: &str = "/api/auth/amazon/accounts/sync";
 pub(super) const USERS: &str = "/api/auth/amazon/users/";
 
 /// Longest path and query, in bytes. Amazon's gateways accept no more either.
@@ -39,6 +41,8 @@ pub enum Endpoint {
     Login,
     Callback,
     Status,
+    Accounts,
+    AccountsSync,
     Refresh,
     Logout,
     User,
@@ -76,7 +80,8 @@ impl Route {
         is_ours: impl Fn(&str) -> bool,
     ) -> Result<Self, BadTarget> {
         let mut target = Target::read(uri, is_ours)?;
-        // `proxy.allowed_hosts` may hold one of Amazon's hosts (a hosts file, `curl --connect-to`): it names its region.
+        // `proxy.allowed_hosts` may hold one of Amazon's hosts (a hosts file, `curl --connect-to`): it names its
+        // region.
         if target.of == Destination::Local
             && let Some(of) = host.and_then(amazon_host)
         {
@@ -85,9 +90,9 @@ impl Route {
         Ok(Self::of(method, target))
     }
 
-    /// Requests for adsidecar's own paths are never forwarded, even if they name one of Amazon's hosts or spell the path
-    /// differently. Of the paths on Amazon's hosts and below an account's prefix, adsidecar serves the token endpoint
-    /// alone.
+    /// Requests for adsidecar's own paths are never forwarded, even if they name one of Amazon's hosts or spell the
+    /// path differently. Of the paths on Amazon's hosts and below an account's prefix, adsidecar serves the token
+    /// endpoint alone.
     fn of(method: &Method, target: Target) -> Self {
         let endpoint = Endpoint::of(target.path());
         let shim = endpoint.filter(|endpoint| *endpoint == Endpoint::Shim);
@@ -109,9 +114,16 @@ impl Route {
 /// The roots of adsidecar's own paths.
 const LOGIN_ROOT: &str = "/api/auth";
 const TOKEN_ROOT: &str = "/auth/o2";
-/// What MCP clients ask for to start an OAuth of their own (RFC 8414, RFC 9728, RFC 7591, OpenID Connect Discovery).
-/// Amazon must not answer: the OAuth is adsidecar's.
-const DISCOVERY: [&str; 4] = ["/.well-known/openid-configuration", "/register", "/authorize", "/favicon.ico"];
+/// The root of the account prefix, which [`Target::read`] knows in one spelling: in any other, the path names an account
+/// and must not go to the default one.
+const ACCOUNT_ROOT: &str = "/a";
+/// The documents in which clients look for an OAuth of Amazon's (RFC 8414, RFC 9728, OpenID Connect Discovery), also
+/// below the path of an MCP server. Amazon must not answer: the OAuth is adsidecar's.
+const DISCOVERY: [&str; 2] = ["/.well-known/oauth-", "/.well-known/openid-configuration"];
+/// Where clients register, consent and fetch tokens if they found no such document, or guess (RFC 7591, the MCP
+/// specification of 2025-03-26). A request for a token holds secrets of the caller's.
+const NOBODYS: [&str; 8] =
+    ["/register", "/authorize", "/token", "/oauth/token", "/oauth2/token", "/o2/token", "/auth/token", "/favicon.ico"];
 
 impl Endpoint {
     fn of(path: &str) -> Option<Self> {
@@ -125,8 +137,8 @@ impl Endpoint {
         let ours = is_below(&folded, LOGIN_ROOT)
             || is_below(&folded, TOKEN_ROOT)
             || folded == "/"
-            || folded.starts_with("/.well-known/oauth-")
-            || DISCOVERY.contains(&folded.as_str());
+            || DISCOVERY.iter().any(|document| folded.contains(document))
+            || NOBODYS.contains(&folded.as_str());
         ours.then_some(Self::Unknown)
     }
 
@@ -136,6 +148,8 @@ impl Endpoint {
             LOGIN => Self::Login,
             CALLBACK => Self::Callback,
             STATUS => Self::Status,
+            ACCOUNTS => Self::Accounts,
+            ACCOUNTS_SYNC => Self::AccountsSync,
             "/api/auth/amazon/refresh" => Self::Refresh,
             "/api/auth/amazon/logout" => Self::Logout,
             "/api/auth/amazon/confirm" => Self::Confirm,
@@ -154,8 +168,9 @@ impl Endpoint {
     pub fn parameters(self) -> Option<&'static [&'static str]> {
         Some(match self {
             Self::Login => &["user_id", "region", "return_to", "replace", "redirect"],
-            Self::Status => &["user_id", "after", "limit"],
-            Self::Refresh | Self::Logout => &["user_id"],
+            Self::Status => &["user_id", "state", "after", "limit"],
+            Self::Accounts => &["user_id", "name", "country", "type", "after", "limit"],
+            Self::Refresh | Self::Logout | Self::AccountsSync => &["user_id"],
             Self::Confirm => &["grant"],
             Self::User | Self::Root | Self::Health | Self::StrayCallback | Self::Unknown => &[],
             Self::Callback | Self::Shim => return None,
@@ -168,11 +183,12 @@ impl Endpoint {
             Self::Login
             | Self::Callback
             | Self::Status
+            | Self::Accounts
             | Self::Root
             | Self::Health
             | Self::StrayCallback
             | Self::Unknown => Method::GET,
-            Self::Refresh | Self::Logout | Self::Confirm | Self::Shim => Method::POST,
+            Self::Refresh | Self::Logout | Self::AccountsSync | Self::Confirm | Self::Shim => Method::POST,
             Self::User => Method::DELETE,
         }
     }
@@ -208,7 +224,7 @@ fn is_below(path: &str, root: &str) -> bool {
 
 /// Whether [`fold`] could turn `path` into one of ours. Every request pays for this check, and few for the folding.
 fn may_read_like_ours(path: &str) -> bool {
-    let starts = [LOGIN_ROOT, TOKEN_ROOT, "/.well-known"].into_iter().chain(DISCOVERY);
+    let starts = [LOGIN_ROOT, TOKEN_ROOT, "/A/"].into_iter().chain(NOBODYS);
     let ours = |start: &str| path.get(..start.len()).is_some_and(|head| head.eq_ignore_ascii_case(start));
     path.bytes().any(|byte| matches!(byte, b'%' | b'\\' | b';'))
         || path.contains("//")
@@ -304,6 +320,10 @@ impl Target {
             return Err(BadTarget::Form("a target begins with /"));
         }
         let Some(prefixed) = text.strip_prefix(PREFIX).filter(|_| of == Destination::Local) else {
+            let path = path_and_query.path();
+            if of == Destination::Local && may_read_like_ours(path) && is_below(&fold(path), ACCOUNT_ROOT) {
+                return Err(BadTarget::Form("an account's prefix is spelled /a/<account>/, and begins the path"));
+            }
             return Ok(Self { of, account: None, path_and_query });
         };
         let end = prefixed.find(['/', '?']).unwrap_or(prefixed.len());

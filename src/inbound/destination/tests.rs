@@ -27,9 +27,7 @@ fn a_target_that_is_not_for_us_is_refused() {
 
 #[test]
 fn path_and_query_are_forwarded_unchanged() {
-    for target in
-        ["/", "//x%2Fy?min=2023-10-01T00:00:00&b=%2B+c", "/a", "/A/b/c", "/x?", "/x/../y?q=/a/b/", "/amc/%7Bid%7D"]
-    {
+    for target in ["/", "//x%2Fy?min=2023-10-01T00:00:00&b=%2B+c", "/a", "/x?", "/x/../y?q=/a/b/", "/amc/%7Bid%7D"] {
         assert_eq!(forwarded(target), target);
     }
 }
@@ -54,7 +52,7 @@ fn only_the_account_prefix_is_removed_from_the_path() {
     assert_eq!(read("/a/acme%7C1/x").unwrap().account.as_deref(), Some("acme|1"));
     assert_eq!(forwarded("/a/acme"), "/");
     assert_eq!(forwarded("/a/acme?x=1"), "/?x=1");
-    for bad in ["/a//x", "/a/%2e%2e/x", "/a/a%2fb/x", "/a/a%00/x"] {
+    for bad in ["/a//x", "/a/%2e%2e/x", "/a/a%2fb/x", "/a/a%00/x", "/A/b/c", "//a/b/c", "/%61/b/c", "/x/../a/b"] {
         assert!(matches!(read(bad), Err(BadTarget::Form(_))), "{bad}");
     }
     assert_eq!(read("http://advertising-api.amazon.com/a/acme/x").unwrap().account, None);

@@ -25,8 +25,8 @@ pub(super) enum Retry {
 const MAX_ATTEMPTS: u32 = 3;
 
 impl Retry {
-    /// Decides after a failed attempt of a request with `method`. `sent` is what the attempt took of the caller's body, and `attempts` the number
-    /// of attempts so far.
+    /// Decides after a failed attempt of a request with `method`. `sent` is what the attempt took of the caller's body,
+    /// and `attempts` the number of attempts so far.
     ///
     /// # Errors
     /// Returns the error if the request must not be sent again.
