@@ -39,6 +39,7 @@ impl Random {
 }
 
 /// One request, and what Amazon does with it. Both sides derive it from its number, which is in the path.
+#[derive(Debug)]
 struct Call {
     number: u64,
     /// The length of Amazon's body.
@@ -66,18 +67,22 @@ impl Call {
     fn of(number: u64) -> Self {
         let random = &mut Random(number);
         let length = random.size();
+        let upload = random.one_in(2).then(|| random.size());
+        let http10 = random.one_in(8);
         Self {
             number,
             length,
             chunked: random.one_in(2),
             broken_after: random.one_in(5).then(|| random.below(length as u64 + 1) as usize),
-            early: random.one_in(3),
+            // Neither side of the call reads while it writes, so both cannot write a lot at once.
+            early: random.one_in(3) && length.min(upload.unwrap_or_default()) < 20_000,
             piece: 1 + random.size().max(length / 20),
-            upload: random.one_in(2).then(|| random.size()),
+            upload,
             upload_chunked: random.one_in(2),
             stray: random.one_in(4),
-            http10: random.one_in(8),
-            ahead: random.one_in(3),
+            http10,
+            // HTTP/1.0 has no pipelining.
+            ahead: random.one_in(3) && !http10,
             gulp: 1 + random.size(),
         }
     }
@@ -232,7 +237,7 @@ async fn schedule(address: std::net::SocketAddr, number: u64) -> usize {
         assert!(!looks_whole || call.is_whole(), "{number}: call {}: a truncated body looks whole", call.number);
         assert!(!looks_whole || body == sent, "{number}: call {}: {} of {}", call.number, body.len(), sent.len());
         if !looks_whole {
-            assert!(!call.is_whole(), "{number}: call {}: {} of {} bytes", call.number, body.len(), sent.len());
+            assert!(!call.is_whole(), "{number}: {} of {} bytes of {call:?}: {head}", body.len(), sent.len());
             return whole;
         }
         whole += 1;
