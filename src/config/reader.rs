@@ -71,6 +71,12 @@ impl<'a> Reader<'a> {
         self.problems.push(ConfigError { key: place.to_owned(), source, message: message.into() });
     }
 
+    /// As [`doubt`](Self::doubt), for one place in the value of `key`.
+    pub(super) fn doubt_at(&mut self, key: &str, place: &str, message: &str) {
+        let source = Some(self.source(key));
+        self.warnings.push(ConfigError { key: place.to_owned(), source, message: message.to_owned() });
+    }
+
     /// Records that the value of `key` is legal and probably not what is meant.
     pub(super) fn doubt(&mut self, key: &str, message: impl Into<String>) {
         let source = Some(self.source(key));
@@ -188,20 +194,17 @@ impl<'a> Reader<'a> {
 
     /// A duration within the bounds of the table.
     pub(super) fn duration(&mut self, key: &str) -> Duration {
-        let Kind::Duration(least, most) = names::row(key).kind else {
-            unreachable!("{key} has another type in the table")
+        self.shown(key, |text| bounded_duration(key, text), |value| duration(*value)).unwrap_or_default()
+    }
+
+    /// A duration within the bounds of the table; `None` for the word `auto`.
+    pub(super) fn duration_or_auto(&mut self, key: &str) -> Option<Duration> {
+        let parse = |text: &str| match text {
+            "auto" => Ok(None),
+            _ => bounded_duration(key, text).map(Some),
         };
-        let bound = |text| humantime::parse_duration(text).expect("the bounds of the table are durations");
-        let (least, most) = (bound(least), bound(most));
-        let parse = |text: &str| match humantime::parse_duration(text) {
-            Err(_) => Err("is not a duration: write a number and its unit, such as 30s, 5m or 7d".to_owned()),
-            Ok(duration) if !(least..=most).contains(&duration) => {
-                let (least, most) = (humantime::format_duration(least), humantime::format_duration(most));
-                Err(format!("is out of bounds: write a duration from {least} to {most}"))
-            }
-            Ok(duration) => Ok(duration),
-        };
-        self.shown(key, parse, |value| duration(*value)).unwrap_or_default()
+        let show = |value: &Option<Duration>| value.map_or_else(|| quoted("auto"), duration);
+        self.shown(key, parse, show).flatten()
     }
 
     /// A number of bytes, up to the bound of the table.
@@ -475,6 +478,23 @@ fn checked_secret(text: &str) -> Result<Secret, &'static str> {
             Err("holds a blank or a character that is not ASCII: copy it once more, without anything around")
         }
         _ => Err("is longer than 4096 characters: check that it is the right value"),
+    }
+}
+
+/// Reads the value of `key`, a duration within the bounds of the table.
+fn bounded_duration(key: &str, text: &str) -> Result<Duration, String> {
+    let (Kind::Duration(least, most) | Kind::DurationOrAuto(least, most)) = names::row(key).kind else {
+        unreachable!("{key} has another type in the table")
+    };
+    let bound = |text| humantime::parse_duration(text).expect("the bounds of the table are durations");
+    let (least, most) = (bound(least), bound(most));
+    match humantime::parse_duration(text) {
+        Err(_) => Err("is not a duration: write a number and its unit, such as 30s, 5m or 7d".to_owned()),
+        Ok(duration) if !(least..=most).contains(&duration) => {
+            let (least, most) = (humantime::format_duration(least), humantime::format_duration(most));
+            Err(format!("is out of bounds: write a duration from {least} to {most}"))
+        }
+        Ok(duration) => Ok(duration),
     }
 }
 

@@ -259,9 +259,14 @@ const BAD_FILES: &[(&str, &str, &str)] = &[
     ("[policy]\nallow = ['GET /canary-9f3a**']", "policy.allow", "whole segments"),
     ("[policy]\nallow = [1]", "policy.allow", "in quotes"),
     ("[policy]\nmode = 'canary-9f3a'", "policy.mode", "`enforce` or `observe`"),
-    ("[throttle]\nmode = 'enforce'", "throttle.mode", "not built yet"),
     ("[throttle]\nmode = 'canary-9f3a'", "throttle.mode", "`off` or `observe`"),
-    ("[throttle]\nqueue_timeout = '31s'", "throttle.queue_timeout", "not built yet"),
+    ("[throttle]\nqueue_timeout = '16m'", "throttle.queue_timeout", "to 15m"),
+    ("[throttle]\nmax_waiting = 0", "throttle.max_waiting", "from 1 to"),
+    ("[throttle]\nmax_waiting_bytes = '2GiB'", "throttle.max_waiting_bytes", "at most"),
+    ("[throttle]\nfamilies = ['canary-9f3a']", "throttle.families", "family=mode"),
+    ("[throttle]\nfamilies = ['canary-9f3a=queue']", "throttle.families", "no API family"),
+    ("[throttle]\nfamilies = ['mcp=canary-9f3a']", "throttle.families", "off, observe, enforce or queue"),
+    ("[throttle]\nfamilies = ['mcp=off', 'mcp=queue']", "throttle.families", "names mcp twice"),
     // Outgoing proxies.
     ("[upstream]\nproxy = 'http://u:canary-9f3a@proxy'", "upstream.proxy", "names no port"),
     ("[upstream]\nproxy = 'https://u:canary-9f3a@proxy:3128'", "upstream.proxy", "http://host:port"),
@@ -286,6 +291,7 @@ const BAD_FILES: &[(&str, &str, &str)] = &[
     ("[[account]]\nname = 'a'\nallow = ['canary-9f3a']", "[[account]] number 1: allow", "METHOD and a path"),
     ("[[account]]\nname = 'a'\nallow = 'GET /canary-9f3a'", "[[account]] number 1: allow", "is no list"),
     ("[[account]]\nname = 'a'\nallow = [1]", "[[account]] number 1: allow", "in quotes"),
+    ("[[account]]\nname = 'a'\nthrottle = 'canary-9f3a'", "[[account]] number 1: throttle", "off, observe, enforce"),
     ("[[account]]\nname = 'a'\nread_only = 'no'", "[[account]] number 1: read_only", "without quotes"),
     ("[[account]]\nname = 'a'\nheaders = 'canary-9f3a'", "[[account]] number 1: headers", "is no table"),
     ("[[account]]\nname = 'a'\nheaders = { Host = 'canary-9f3a' }", "number 1: headers.Host", "is managed by"),
@@ -1120,7 +1126,7 @@ fn the_defaults_are_those_of_the_manual() {
     let upstream = config.upstream;
     assert_eq!(upstream.http2, upstream::Http2::Auto);
     let timeouts = (upstream.connect_timeout, upstream.response_timeout, upstream.idle_timeout);
-    assert_eq!(timeouts, (seconds(5), seconds(120), seconds(4)));
+    assert_eq!(timeouts, (seconds(5), seconds(120), upstream::IdleTimeout::Auto));
     assert_eq!(config.metrics.max_user_series, 1000);
     assert_eq!((config.log.format, config.log.level), (log::Format::Json, log::Level::Info));
     assert!(!config.log.audit);

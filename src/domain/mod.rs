@@ -14,3 +14,4 @@ pub mod credential;
 pub mod outgoing_proxy;
 pub mod tls;
 pub mod secret;
+pub mod throttle_mode;

@@ -258,13 +258,13 @@ impl OauthEndpoints {
         if query.get("user_id").is_some() {
             let user = query.user()?;
             // If the shared store fails, the response shows what this process knows.
-            let _ = self.tokens.look(&user).await;
+            let _ = Box::pin(self.tokens.look(&user)).await;
             let status = self.tokens.status(&user);
             return Ok(json(StatusCode::OK, &self.with_link(status, headers)));
         }
         let Users { after, limit } = query.page(PAGE)?;
-        let statuses = self.tokens.statuses().into_iter().filter(|status| status.user_id.as_str() > after.as_str());
-        let users: Vec<_> = statuses.take(limit).map(|status| self.with_link(status, headers)).collect();
+        let statuses = Box::pin(self.tokens.statuses(after.as_str(), limit)).await;
+        let users: Vec<_> = statuses.into_iter().map(|status| self.with_link(status, headers)).collect();
         Ok(json(StatusCode::OK, &json!({ "users": users })))
     }
 
