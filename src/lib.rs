@@ -15,7 +15,7 @@
 //!
 //! 1. Once per connection: `server/mod.rs` (`accept`), `server/registry.rs` (`register`, counts it against the limits),
 //!    `server/connection.rs` (`run`, `serve_http`: hyper reads each request), `server/io.rs` (the socket; `detach`
-//!    copies each request head out of hyper's buffer).
+//!    copies each request head out of hyper's buffer), `server/caller_body.rs` (tells when the request's body has ended).
 //! 2. `app/mod.rs` (the closure `serve_proxy`, which takes the current services), `inbound/proxy/mod.rs`, the spine:
 //!    `serve` always returns a response, and `forward` is the list of the steps below.
 //! 3. `inbound/request_id.rs` (`of`), `inbound/proxy/request_telemetry.rs` (`begin`: a guard around all other steps;

@@ -195,6 +195,13 @@ pub const KEYS: &[Key] = &[
         ..KEY
     },
     Key {
+        name: "amazon.proxy",
+        kind: Secret,
+        default: Value("none"),
+        help: "A proxy to Login with Amazon's token endpoint, as `upstream.proxy`",
+        ..KEY
+    },
+    Key {
         name: "proxy.listen",
         kind: Addresses,
         default: Implied("127.0.0.1:8001, [::1]:8001"),
@@ -502,10 +509,11 @@ pub const KEYS: &[Key] = &[
     },
     Key {
         name: "upstream.proxy",
-        kind: Text,
+        kind: Secret,
         default: Value("none"),
-        not_built: Some("an outgoing proxy is not built yet: remove it"),
-        help: "An outgoing HTTP proxy. Not built yet: any other value is refused",
+        help: "A proxy to the Ads hosts: `http://user:password@host:port` (HTTP CONNECT), `socks5://…`, or \
+                `environment` for `HTTPS_PROXY`, `ALL_PROXY` and `NO_PROXY`, which are ignored otherwise. TLS is verified \
+                through it",
         ..KEY
     },
     Key {

@@ -118,6 +118,7 @@ fn lwa(read: &mut Reader<'_>, environment: Environment) -> lwa::Settings {
             .unwrap_or_default(),
         authorize_url: read.parsed("amazon.authorize_url", checks::https_or_local_url),
         token_url: read.parsed("amazon.token_url", checks::https_url),
+        proxy: read.proxy("amazon.proxy"),
         extra_roots: read.certificates("amazon.ca_file"),
     };
     if !settings.redirect_uri.is_empty() && !checks::is_callback(&settings.redirect_uri) {
@@ -303,6 +304,7 @@ fn upstream(read: &mut Reader<'_>) -> upstream::Settings {
         extra_roots: read.certificates("upstream.ca_file"),
         http2: read
             .choice("upstream.http2", [("auto", Http2::Auto), ("never", Http2::Never), ("always", Http2::Always)]),
+        proxy: read.proxy("upstream.proxy"),
         connect_timeout: read.duration("upstream.connect_timeout"),
         response_timeout: read.duration("upstream.response_timeout"),
         idle_timeout: read.duration_or_auto("upstream.idle_timeout").map_or(IdleTimeout::Auto, IdleTimeout::AtMost),

@@ -21,6 +21,7 @@ mod pool;
 mod protocol_choice;
 mod send_error;
 mod tcp;
+mod dial;
 mod windows;
 
 use std::pin::Pin;
@@ -37,11 +38,13 @@ use hyper::client::conn::TrySendError;
 use rustls::pki_types::CertificateDer;
 use url::Url;
 
+pub use dial::tunnel;
 pub use idle_limit::IdleTimeout;
 pub use request_body::{BodyError, ReplayBudget, ReplayBuffer, RequestBody};
 pub use send_error::{Broken, ErrorKind, Processed, ResponseAborted, SendError};
 
 use crate::domain::account::Region;
+use crate::domain::outgoing_proxy::OutgoingProxy;
 use crate::domain::tls;
 use connection::{Connection, Http1Connection};
 use pool::OriginPool;
@@ -57,6 +60,8 @@ pub struct Settings {
     pub extra_roots: Vec<CertificateDer<'static>>,
     /// `upstream.http2`: which HTTP versions are offered.
     pub http2: Http2,
+    /// `upstream.proxy`: the proxy through which the hosts are reached.
+    pub proxy: Option<OutgoingProxy>,
     /// `upstream.connect_timeout`: limit for DNS, TCP and TLS together.
     pub connect_timeout: Duration,
     /// `upstream.response_timeout`: from the end of the request to the end of the response's head.

@@ -501,6 +501,7 @@ mod tests {
             let settings = Settings {
                 origins: [origin.clone(), origin.clone(), origin.clone()],
                 extra_roots: Vec::new(),
+                proxy: None,
                 http2: Http2::Never,
                 connect_timeout: long,
                 response_timeout: long,

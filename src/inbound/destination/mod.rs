@@ -304,7 +304,14 @@ impl Target {
             (Some(_), _) => return Err(BadTarget::Form("the scheme of an absolute target is http or https")),
             (None, Some(_)) => return Err(BadTarget::Form("only CONNECT takes an authority as its target")),
         };
-        let path_and_query = uri.path_and_query().cloned().unwrap_or(PathAndQuery::from_static("/"));
+        let mut path_and_query = uri.path_and_query().cloned().unwrap_or(PathAndQuery::from_static("/"));
+        // An empty path in the absolute form is `/` (RFC 9112, section 3.2.1).
+        if uri.authority().is_some()
+            && path_and_query.as_str().starts_with('?')
+            && let Ok(rooted) = format!("/{}", path_and_query.as_str()).parse()
+        {
+            path_and_query = rooted;
+        }
         let text = path_and_query.as_str();
         if text.len() > MAX_TARGET {
             return Err(BadTarget::TooLong);

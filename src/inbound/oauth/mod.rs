@@ -15,7 +15,6 @@ use http::header::{HeaderMap, HeaderValue, LINK, SET_COOKIE};
 use http::request::Parts;
 use http::{Method, Request, Response, StatusCode};
 use http_body_util::Full;
-use hyper::body::Incoming;
 use serde_json::json;
 
 use crate::auth::accounts::Directory;
@@ -31,7 +30,7 @@ use crate::inbound::admission::{Admission, Admitted, is_loopback, without_port};
 use crate::inbound::destination::{Endpoint, LOGIN};
 use crate::inbound::problem::Problem;
 use crate::inbound::request_id::{REQUEST_ID, RequestIds};
-use crate::server::Peer;
+use crate::server::{CallerBody, Peer};
 use crate::telemetry::metrics::Metrics;
 use errors::parameter;
 pub use errors::{LoginError, token_problem};
@@ -67,7 +66,7 @@ pub struct OauthEndpoints {
 
 impl OauthEndpoints {
     /// Serves a request on the login listener. Always returns a response.
-    pub async fn serve_callback(&self, request: Request<Incoming>, peer: Peer) -> FullResponse {
+    pub async fn serve_callback(&self, request: Request<CallerBody>, peer: Peer) -> FullResponse {
         let (parts, body) = request.into_parts();
         let id = self.request_ids.of(&parts.headers);
         let request_id = id.to_str().unwrap_or_default();
@@ -90,7 +89,7 @@ impl OauthEndpoints {
         endpoint: Endpoint,
         cors: Option<HeaderValue>,
         parts: &Parts,
-        body: Incoming,
+        body: CallerBody,
         request_id: &str,
     ) -> FullResponse {
         let served = match (&parts.method, &cors) {
@@ -110,7 +109,7 @@ impl OauthEndpoints {
         response
     }
 
-    async fn endpoint(&self, endpoint: Endpoint, parts: &Parts, body: Incoming) -> Result<FullResponse, LoginError> {
+    async fn endpoint(&self, endpoint: Endpoint, parts: &Parts, body: CallerBody) -> Result<FullResponse, LoginError> {
         match endpoint {
             Endpoint::Shim if !self.token_shim => return Err(LoginError::NotFound(None)),
             Endpoint::Unknown => return Err(LoginError::NotFound(Endpoint::meant(parts.uri.path()))),

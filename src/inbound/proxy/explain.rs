@@ -137,7 +137,11 @@ pub fn explain(what: &Explained<'_>, method: &Method, uri: &Uri, caller: &Header
     let sent = upstream_headers(what, &call, origin, caller);
     let headers = lines(&sent, &call, account, caller);
     let left_out = left_out(&sent, &call, account, caller);
-    let policy = verdict(call.rules.check(method, target.path(), caller), mode, call.rules.is_empty());
+    let policy = verdict(
+        call.rules.check(method, target.path(), target.path_and_query.query(), caller),
+        mode,
+        call.rules.is_empty(),
+    );
     let mut hints = hints(&call, account);
     hints.extend(account.into_iter().flat_map(|account| lint(account, &call, what)));
     Ok(Explanation::Amazon(Box::new(Forwarded {

@@ -19,7 +19,6 @@ use futures_util::FutureExt;
 use http::header::{CONTENT_LENGTH, HeaderValue};
 use http::request::Parts;
 use http::{Request, Response, StatusCode, Uri};
-use hyper::body::Incoming;
 
 pub use error_mapping::ProxyError;
 pub use response::{Body, strip_response};
@@ -36,7 +35,7 @@ use crate::inbound::problem::Problem;
 use crate::inbound::request_id::{self, RequestIds};
 pub use crate::inbound::route::Selection;
 use crate::inbound::route::{Accounts, RoutedRequest};
-use crate::server::Peer;
+use crate::server::{CallerBody, Peer};
 use crate::telemetry::metrics::Metrics;
 use crate::throttle::{Call, Entry, Pass, Throttle};
 use crate::upstream::{ReplayBudget, ReplayBuffer, RequestBody, Reuse, SendError, Upstream, UpstreamBody};
@@ -145,7 +144,7 @@ impl Proxy {
     // Not an `async fn`: its future would hold the whole request in addition to its parts, for as long as it waits.
     pub fn serve(
         self: Arc<Self>,
-        request: Request<Incoming>,
+        request: Request<CallerBody>,
         peer: Peer,
     ) -> impl Future<Output = Response<Body>> + Send {
         let (mut parts, incoming) = request.into_parts();
@@ -171,7 +170,7 @@ impl Proxy {
     async fn dispatch<'a>(
         &'a self,
         parts: &Parts,
-        incoming: Incoming,
+        incoming: CallerBody,
         peer: Peer,
         telemetry: &mut RequestTelemetry<'a>,
     ) -> Result<Response<Body>, ProxyError> {
@@ -197,7 +196,7 @@ impl Proxy {
     async fn forward<'a>(
         &'a self,
         parts: &Parts,
-        incoming: Incoming,
+        incoming: CallerBody,
         target: &Target,
         telemetry: &mut RequestTelemetry<'a>,
     ) -> Result<Response<Body>, ProxyError> {
@@ -288,7 +287,9 @@ impl Proxy {
         target: &Target,
         telemetry: &mut RequestTelemetry<'_>,
     ) -> Result<(), ProxyError> {
-        let Err(denied) = route.rules.check(&parts.method, target.path(), &parts.headers) else { return Ok(()) };
+        let query = target.path_and_query.query();
+        let checked = route.rules.check(&parts.method, target.path(), query, &parts.headers);
+        let Err(denied) = checked else { return Ok(()) };
         self.metrics.policy_denied.with_label_values(&[route.account_label(), self.policy_mode.as_str()]).inc();
         match self.policy_mode {
             Mode::Enforce => Err(ProxyError::Denied(denied)),
@@ -300,7 +301,7 @@ impl Proxy {
     }
 
     /// The caller's body, as a stream.
-    fn body(&self, parts: &Parts, incoming: Incoming) -> Result<RequestBody, ProxyError> {
+    fn body(&self, parts: &Parts, incoming: CallerBody) -> Result<RequestBody, ProxyError> {
         let length = parts.headers.get(CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse::<u64>().ok());
         match (length, self.max_body) {
             (Some(length), Some(max)) if length > max => Err(ProxyError::TooLarge),
