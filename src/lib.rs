@@ -93,6 +93,7 @@ pub mod cli;
 pub mod app;
 pub mod config;
 pub mod inbound;
+pub mod notify;
 pub mod auth;
 pub mod upstream;
 pub mod store;

@@ -30,6 +30,7 @@ use crate::domain::clock::Clock;
 use crate::domain::grant::State;
 use crate::inbound::admin::{self, Asked, Count, Reloader, Stage};
 use crate::inbound::problem::{Code, Problem};
+use crate::notify::{Events, Notifier};
 use crate::server::{CannedResponses, Limits, Listener, Peer, Phase};
 use crate::store::keyring::KeyError;
 use crate::store::{Opened, StoreError, TokenStore};
@@ -149,6 +150,8 @@ impl App {
             ]
             .into(),
             request_ids: Arc::default(),
+            events: Events::default(),
+            notify: Arc::default(),
             proxy: addresses.proxy.first().copied(),
         };
         let (limits, fixed) = ([proxy.limits(), login.limits(), admin.limits()], RestartOnly::of(&config));
@@ -215,6 +218,15 @@ impl App {
         let (pending_logins, clock) = (process.pending_logins.clone(), process.clock.clone());
         tasks.spawn(async move { pending_logins.keep(&clock).await });
         tasks.spawn(close_idle_connections(services.clone()));
+        let notifier = Notifier {
+            settings: process.notify.clone(),
+            tokens: process.tokens.clone(),
+            store: process.store.clone(),
+            metrics: process.metrics.clone(),
+            clock: process.clock.clone(),
+            events: process.events.clone(),
+        };
+        tasks.spawn(notifier.run());
 
         let (phase, admin_phase) = (watch::Sender::new(Phase::Open), watch::Sender::new(Phase::Open));
         let mut listeners = JoinSet::new();
@@ -254,6 +266,7 @@ impl Running {
         tracing::info!("draining");
         process.stage.send_replace(Stage::Draining);
         self.phase.send_replace(Phase::Draining);
+        process.events.end();
         let shutdown = self.services.load().shutdown;
         tokio::time::sleep(shutdown.accept).await;
 

@@ -5,9 +5,11 @@ mod first_words;
 mod health;
 mod help;
 mod key;
+mod notify;
 mod process;
 mod serve;
 mod store;
+mod systemd;
 mod users;
 
 use std::ffi::OsString;
@@ -55,6 +57,9 @@ enum Command {
     /// Back up and restore the store
     #[command(subcommand)]
     Store(store::Store),
+    /// Try notifications
+    #[command(subcommand)]
+    Notify(notify::Notify),
     /// Check that the running sidecar is alive: an exec probe that needs no shell
     Health {
         /// Check that it is ready instead
@@ -69,6 +74,12 @@ enum Command {
     },
     /// Print the version
     Version,
+    /// Write the man pages into a directory, for packages
+    #[command(hide = true)]
+    Manual {
+        /// An existing directory
+        directory: PathBuf,
+    },
     /// Print completions for a shell
     Completions {
         /// bash, elvish, fish, powershell or zsh
@@ -149,9 +160,12 @@ fn dispatch(arguments: Arguments) -> Result<(), Failed> {
         Command::Users(command) => users::run(command, load()?),
         Command::Key(command) => key::run(&command, load),
         Command::Store(command) => store::run(command, load()?),
+        Command::Notify(command) => notify::run(&command, load()?),
         Command::Health { ready } => health::health(&admin_listen()?, ready),
         Command::Wait { timeout } => health::wait(&admin_listen()?, timeout),
         Command::Version => print(concat!("adsidecar ", env!("CARGO_PKG_VERSION"), "\n")),
+        Command::Manual { directory } => clap_mangen::generate_to(command(), &directory)
+            .map_err(|error| Failed::because(format!("{}: {error}", directory.display()))),
         Command::Completions { shell } => {
             // Not written to standard output directly, because clap panics where its reader has closed it.
             let mut script = Vec::new();

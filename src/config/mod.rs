@@ -15,6 +15,7 @@ use std::time::Duration;
 use crate::auth::{login, lwa, tokens};
 use crate::domain::secret::Secret;
 use crate::inbound::{admin, admission, proxy};
+use crate::notify;
 use crate::server::Listen;
 use crate::telemetry::{log, metrics};
 use crate::{server, store, upstream};
@@ -77,6 +78,8 @@ pub struct Config {
     pub metrics: metrics::Settings,
     /// For the log.
     pub log: log::Settings,
+    /// `[notify]`.
+    pub notify: notify::Settings,
     /// `[shutdown]`.
     pub shutdown: Shutdown,
     /// Values that were repaired, each with its key, source and remedy.

@@ -12,3 +12,4 @@ mod published;
 pub mod credential;
 pub mod tls;
 pub mod secret;
+pub mod event;

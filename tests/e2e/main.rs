@@ -25,6 +25,7 @@ mod login;
 mod login_attacks;
 mod manuals;
 mod nginx;
+mod notify;
 mod observability;
 mod policy;
 mod process;

@@ -39,6 +39,8 @@ pub enum Endpoint {
     Login,
     Callback,
     Status,
+    /// The event stream, which the proxy listener alone serves.
+    Events,
     Refresh,
     Logout,
     User,
@@ -143,6 +145,7 @@ impl Endpoint {
             LOGIN => Self::Login,
             CALLBACK => Self::Callback,
             STATUS => Self::Status,
+            "/api/auth/amazon/events" => Self::Events,
             "/api/auth/amazon/refresh" => Self::Refresh,
             "/api/auth/amazon/logout" => Self::Logout,
             "/api/auth/amazon/confirm" => Self::Confirm,
@@ -162,7 +165,7 @@ impl Endpoint {
         Some(match self {
             Self::Login => &["user_id", "region", "return_to", "replace", "redirect"],
             Self::Status => &["user_id", "after", "limit"],
-            Self::Refresh | Self::Logout => &["user_id"],
+            Self::Refresh | Self::Logout | Self::Events => &["user_id"],
             Self::Confirm => &["grant"],
             Self::User | Self::Root | Self::Health | Self::StrayCallback | Self::Unknown => &[],
             Self::Callback | Self::Shim => return None,
@@ -175,6 +178,7 @@ impl Endpoint {
             Self::Login
             | Self::Callback
             | Self::Status
+            | Self::Events
             | Self::Root
             | Self::Health
             | Self::StrayCallback

@@ -1,5 +1,6 @@
 //! The OAuth endpoints: `/api/auth/amazon/*`, and the token endpoint for SDKs (`token_endpoint`).
 
+mod events;
 mod responses;
 mod pages;
 mod query;
@@ -27,9 +28,11 @@ use crate::inbound::admission::{Admission, Admitted, Refusal, is_loopback, witho
 use crate::inbound::destination::{CALLBACK, Endpoint, LOGIN};
 use crate::inbound::problem::{Code, Problem};
 use crate::inbound::request_id::{REQUEST_ID, RequestIds};
+use crate::notify::Events;
 use crate::server::Peer;
 use crate::store::StoreError;
 use crate::telemetry::metrics::Metrics;
+pub use events::EventStream;
 use query::{Query, Users};
 pub use responses::add_private_headers;
 use responses::{allow_origin, cookie_of, is_prefetch, json, prefers_html, preflight, redirect};
@@ -57,6 +60,8 @@ pub struct OauthEndpoints {
     /// The proxy listener's authority, for the links in responses to requests without a `Host` of ours.
     pub(crate) authority: String,
     pub(crate) request_ids: Arc<RequestIds>,
+    /// For the event stream.
+    pub(crate) events: Events,
 }
 
 /// Why an endpoint responds with an error.
@@ -161,7 +166,7 @@ impl OauthEndpoints {
             Endpoint::User => self.logout(&query::user_in(parts.uri.path())?).await,
             Endpoint::Confirm => self.confirm(&query, &parts.headers).await,
             Endpoint::Root => Ok(self.root(&parts.headers)),
-            Endpoint::Shim | Endpoint::Health | Endpoint::StrayCallback | Endpoint::Unknown => {
+            Endpoint::Events | Endpoint::Shim | Endpoint::Health | Endpoint::StrayCallback | Endpoint::Unknown => {
                 Err(LoginError::NotFound(None))
             }
         }

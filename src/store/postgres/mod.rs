@@ -19,6 +19,7 @@ mod changes;
 mod connection;
 mod connection_url;
 mod maintenance;
+mod notices;
 mod pending;
 mod tls;
 

@@ -78,6 +78,7 @@ pub struct Metrics {
     store_recoveries: IntCounter,
     pub guard_denied: IntCounterVec,
     pub throttled: IntCounterVec,
+    pub notifications: IntCounterVec,
     undecryptable_records: IntGauge,
     pub policy_denied: IntCounterVec,
     pub clock_skew: Gauge,
@@ -222,6 +223,11 @@ impl Metrics {
                 &["outcome"],
             )?,
             throttled: r.counters("throttled_total", "429 responses from Amazon (by=\"amazon\")", &["region", "by"])?,
+            notifications: r.counters(
+                "notifications_total",
+                "Events for notify.url: delivered, failed (and sent again), dropped",
+                &["result"],
+            )?,
             undecryptable_records: r.gauge(
                 "undecryptable_records",
                 "Stored grants that cannot be read, for example because their key was removed; they are \
@@ -322,6 +328,9 @@ impl Metrics {
         }
         for kind in ["expires_in_missing", "expires_in_too_long", "expires_in_unusable", "token_type_missing"] {
             self.token_answer_oddities.with_label_values(&[kind]);
+        }
+        for result in ["delivered", "failed", "dropped"] {
+            self.notifications.with_label_values(&[result]);
         }
         for mode in ["enforce", "observe"] {
             self.policy_denied.with_label_values(&["", mode]);
