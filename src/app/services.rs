@@ -10,6 +10,7 @@ use tokio_util::sync::CancellationToken;
 use url::Url;
 
 use super::BuildError;
+use crate::auth::accounts::{Directory, Reach};
 use crate::auth::login::same_identity::Identity;
 use crate::auth::login::{Login, PendingLogins};
 use crate::auth::lwa::Lwa;
@@ -25,6 +26,7 @@ use crate::notify::{self, Events};
 use crate::store::TokenStore;
 use crate::telemetry::log::LogHandle;
 use crate::telemetry::metrics::Metrics;
+use crate::throttle::{self, Throttle};
 use crate::upstream::Upstream;
 
 /// The handlers of the listeners. A reload creates new ones; requests in flight keep theirs.
@@ -39,7 +41,9 @@ pub(super) struct Services {
 /// What a reload keeps.
 pub(super) struct ProcessState {
     pub(super) tokens: TokenManager,
+    pub(super) directory: Directory,
     pub(super) store: TokenStore,
+    pub(super) throttle: Arc<throttle::Memory>,
     pub(super) rotation: watch::Receiver<Rotation>,
     pub(super) metrics: Arc<Metrics>,
     pub(super) clock: Clock,
@@ -67,6 +71,13 @@ impl Services {
         let upstream = Arc::new(Upstream::new(&config.upstream).map_err(|error| setting(&error))?);
         let client_id = HeaderValue::from_str(&config.proxy.client_id).map_err(|error| setting(&error))?;
         let ProcessState { tokens, metrics, request_ids, .. } = process;
+        process.directory.reconfigure(Reach {
+            upstream: upstream.clone(),
+            client_id: client_id.clone(),
+            home: config.proxy.region,
+            automatic: config.accounts_sync,
+            configured: config.proxy.accounts.clone(),
+        });
         let login = Login::new(
             config.login,
             lwa,
@@ -86,6 +97,7 @@ impl Services {
         let oauth = |admission: &Admission| OauthEndpoints {
             login: login.clone(),
             tokens: tokens.clone(),
+            directory: process.directory.clone(),
             admission: admission.clone(),
             metrics: metrics.clone(),
             region: config.proxy.region,
@@ -102,6 +114,7 @@ impl Services {
             connections: process.connections.clone(),
             log: process.log.clone(),
             store: process.store.clone(),
+            throttle: process.throttle.clone(),
             rotation: process.rotation.clone(),
             request_ids: request_ids.clone(),
             clock: process.clock.clone(),
@@ -110,6 +123,7 @@ impl Services {
             reloader: process.reloader.clone(),
             quit: process.quit.clone(),
         };
+        let throttle = Throttle::new(config.throttle, &config.proxy.client_id, &process.throttle);
         let login_of_proxy = oauth(&proxy_admission);
         process.notify.store(Arc::new(notify::Settings { login_base: admin.login_base.clone(), ..config.notify }));
         Ok(Self {
@@ -121,7 +135,9 @@ impl Services {
                 proxy_admission,
                 tokens.clone(),
                 upstream.clone(),
+                throttle,
                 login_of_proxy,
+                process.directory.clone(),
                 metrics.clone(),
                 request_ids.clone(),
             )),
@@ -131,9 +147,9 @@ impl Services {
     }
 }
 
-/// The authority under which a browser on this machine reaches the listener at `address`. On loopback it is `localhost`,
-/// not an address: that is the name in the redirect URI, and a login's cookie belongs to the name under which the login
-/// began.
+/// The authority under which a browser on this machine reaches the listener at `address`. On loopback it is
+/// `localhost`, not an address: that is the name in the redirect URI, and a login's cookie belongs to the name under
+/// which the login began.
 pub fn local_authority(address: SocketAddr) -> String {
     let ip = address.ip();
     if ip.is_loopback() || ip.is_unspecified() { format!("localhost:{}", address.port()) } else { address.to_string() }

@@ -13,8 +13,8 @@ use std::fmt;
 
 use self::Default::{Described, Implied, Value};
 use self::Kind::{
-    Addresses, Certificates, Count, Duration, Flag, Headers, Id, List, Numbers, Path, Secret, Secrets, Size,
-    SizeOrNone, Text, Url, Word,
+    Addresses, Certificates, Count, Duration, DurationOrAuto, Flag, Headers, Id, List, Numbers, Path, Secret, Secrets,
+    Size, SizeOrNone, Text, Url, Word,
 };
 use crate::domain::account::Context;
 
@@ -54,6 +54,8 @@ pub enum Kind {
     Count(usize, usize),
     /// A duration, at least and at most.
     Duration(&'static str, &'static str),
+    /// A duration, at least and at most, or `auto`.
+    DurationOrAuto(&'static str, &'static str),
     /// A number of bytes, at most.
     Size(&'static str),
     /// A number of bytes, or `none`.
@@ -150,6 +152,15 @@ pub const KEYS: &[Key] = &[
         guide_name: Some("AMAZON_REGION"),
         help: "The region of requests that name none and have no account with one. Also selects the hosts of Login \
                 with Amazon",
+        ..KEY
+    },
+    Key {
+        name: "amazon.profile_id",
+        kind: Text,
+        default: Described { text: "none", example: "1234567890" },
+        guide_name: Some("AMAZON_PROFILE_ID"),
+        help: "The profile of requests that select no account, in `amazon.region` and with the grant of user `default`: \
+                short for an account named `default` with this `profile_id`",
         ..KEY
     },
     Key {
@@ -339,6 +350,14 @@ pub const KEYS: &[Key] = &[
         ..KEY
     },
     Key {
+        name: "accounts.sync",
+        kind: Word(&["daily", "off"]),
+        default: Value("daily"),
+        help: "`daily`: Amazon is asked which accounts a grant reaches after each login and once a day, so that callers \
+                can select them by their slugs. `off`: only on request (`adsidecar accounts sync`)",
+        ..KEY
+    },
+    Key {
         name: "store.kind",
         kind: Word(&["sled", "postgres"]),
         default: Value("sled"),
@@ -378,6 +397,15 @@ pub const KEYS: &[Key] = &[
         ..KEY
     },
     Key {
+        name: "store.cache",
+        kind: Count(10, 1_000_000),
+        default: Value("1000"),
+        restart: true,
+        help: "With `postgres`: the users that are held in memory, those used last. Others are read from the database \
+                when a request needs them",
+        ..KEY
+    },
+    Key {
         name: "refresh.margin",
         kind: Duration("10s", "30m"),
         default: Value("5m"),
@@ -409,7 +437,7 @@ pub const KEYS: &[Key] = &[
         name: "refresh.concurrency",
         kind: Count(1, 256),
         default: Value("8"),
-        help: "Concurrent background refreshes",
+        help: "Concurrent background refreshes of this process; several on one PostgreSQL have as many each",
         ..KEY
     },
     Key {
@@ -465,9 +493,11 @@ pub const KEYS: &[Key] = &[
     },
     Key {
         name: "upstream.idle_timeout",
-        kind: Duration("10ms", "1h"),
-        default: Value("4s"),
-        help: "How long an idle connection to Amazon is kept. It should be shorter than the server's own limit",
+        kind: DurationOrAuto("10ms", "1h"),
+        default: Value("auto"),
+        help: "How long an idle connection to Amazon is kept. `auto`: as long as the server is seen to allow, 55s at \
+                first. A duration bounds that. While a region is in use (the last five minutes), a connection that is \
+                given up is replaced in the background",
         ..KEY
     },
     Key {
@@ -504,17 +534,39 @@ pub const KEYS: &[Key] = &[
     Key {
         name: "throttle.mode",
         kind: Word(&["off", "observe", "enforce", "queue"]),
-        default: Value("off"),
-        not_built: Some("the throttle is not built yet: write off"),
-        help: "The rate of requests to Amazon. Not built yet: any other value is refused",
+        default: Value("observe"),
+        help: "What happens while Amazon refuses requests with 429. `off`: nothing. `observe`: adsidecar learns the \
+                limits and shows them, and touches no request. `enforce`: requests get `429 throttled` at once, and \
+                Amazon is spared. `queue`: they wait for their turn. See [Throttle](#throttle)",
         ..KEY
     },
     Key {
         name: "throttle.queue_timeout",
-        kind: Text,
+        kind: Duration("100ms", "15m"),
         default: Value("30s"),
-        not_built: Some("the throttle is not built yet: remove it"),
-        help: "Not built yet: any other value is refused",
+        help: "In mode `queue`, the longest wait. A request whose turn would come later gets `429 throttled` at once",
+        ..KEY
+    },
+    Key {
+        name: "throttle.max_waiting",
+        kind: Count(1, 1_000_000),
+        default: Value("1000"),
+        help: "Most requests that wait at once. Further ones get `429 throttled`",
+        ..KEY
+    },
+    Key {
+        name: "throttle.max_waiting_bytes",
+        kind: Size("1GiB"),
+        default: Value("16MiB"),
+        help: "Most bytes that waiting requests hold together",
+        ..KEY
+    },
+    Key {
+        name: "throttle.families",
+        kind: List,
+        default: Value(""),
+        help: "Other modes for single [API families](#api-families): each `family=mode`, such as `reporting=queue` or \
+                `mcp=off`",
         ..KEY
     },
     Key {
@@ -705,6 +757,13 @@ pub const ACCOUNT_KEYS: &[Key] = &[
         help: "Like `policy.allow`, for requests of this account",
         ..KEY
     },
+    Key {
+        name: "throttle",
+        kind: Word(&["off", "observe", "enforce", "queue"]),
+        default: Described { text: "`throttle.mode`, or that of the family", example: "queue" },
+        help: "Like `throttle.mode`, for requests of this account; it precedes `throttle.families`",
+        ..KEY
+    },
 ];
 
 impl Key {
@@ -733,6 +792,7 @@ impl fmt::Display for Kind {
             Word(words) => write!(f, "`{}`", words.join("`, `")),
             Count(least, most) => write!(f, "number, {least} to {most}"),
             Duration(least, most) => write!(f, "duration, {least} to {most}"),
+            DurationOrAuto(least, most) => write!(f, "`auto`, or a duration, {least} to {most}"),
             Size(most) => write!(f, "size, at most {most}"),
             SizeOrNone => f.write_str("size or `none`"),
             List => f.write_str("list of texts"),

@@ -12,13 +12,14 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use crate::auth::accounts::Automatic;
 use crate::auth::{login, lwa, tokens};
 use crate::domain::secret::Secret;
 use crate::inbound::{admin, admission, proxy};
 use crate::notify;
 use crate::server::Listen;
 use crate::telemetry::{log, metrics};
-use crate::{server, store, upstream};
+use crate::{server, store, throttle, upstream};
 
 mod accounts;
 mod checks;
@@ -60,6 +61,8 @@ pub struct Config {
     pub admin: admin::Settings,
     /// For the spine, with the accounts.
     pub proxy: proxy::Settings,
+    /// `accounts.sync`.
+    pub accounts_sync: Automatic,
     /// The checks before a request is served.
     pub admission: admission::Settings,
     /// For logins.
@@ -68,6 +71,8 @@ pub struct Config {
     pub lwa: lwa::Settings,
     /// For the connections to the Ads hosts.
     pub upstream: upstream::Settings,
+    /// `[throttle]`.
+    pub throttle: throttle::Settings,
     /// For the tokens.
     pub tokens: tokens::Settings,
     /// For the store.

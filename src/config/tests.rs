@@ -259,9 +259,14 @@ const BAD_FILES: &[(&str, &str, &str)] = &[
     ("[policy]\nallow = ['GET /canary-9f3a**']", "policy.allow", "whole segments"),
     ("[policy]\nallow = [1]", "policy.allow", "in quotes"),
     ("[policy]\nmode = 'canary-9f3a'", "policy.mode", "`enforce` or `observe`"),
-    ("[throttle]\nmode = 'enforce'", "throttle.mode", "not built yet"),
     ("[throttle]\nmode = 'canary-9f3a'", "throttle.mode", "`off` or `observe`"),
-    ("[throttle]\nqueue_timeout = '31s'", "throttle.queue_timeout", "not built yet"),
+    ("[throttle]\nqueue_timeout = '16m'", "throttle.queue_timeout", "to 15m"),
+    ("[throttle]\nmax_waiting = 0", "throttle.max_waiting", "from 1 to"),
+    ("[throttle]\nmax_waiting_bytes = '2GiB'", "throttle.max_waiting_bytes", "at most"),
+    ("[throttle]\nfamilies = ['canary-9f3a']", "throttle.families", "family=mode"),
+    ("[throttle]\nfamilies = ['canary-9f3a=queue']", "throttle.families", "no API family"),
+    ("[throttle]\nfamilies = ['mcp=canary-9f3a']", "throttle.families", "off, observe, enforce or queue"),
+    ("[throttle]\nfamilies = ['mcp=off', 'mcp=queue']", "throttle.families", "names mcp twice"),
     ("[upstream]\nproxy = 'http://u:canary-9f3a@proxy:3128'", "upstream.proxy", "not built yet"),
     ("[log]\naudit = 'canary-9f3a'", "log.audit", "`true` or `false`"),
     ("[admin]\npublic_url = 'canary-9f3a'", "admin.public_url", "https://"),
@@ -281,6 +286,7 @@ const BAD_FILES: &[(&str, &str, &str)] = &[
     ("[[account]]\nname = 'a'\nallow = ['canary-9f3a']", "[[account]] number 1: allow", "METHOD and a path"),
     ("[[account]]\nname = 'a'\nallow = 'GET /canary-9f3a'", "[[account]] number 1: allow", "is no list"),
     ("[[account]]\nname = 'a'\nallow = [1]", "[[account]] number 1: allow", "in quotes"),
+    ("[[account]]\nname = 'a'\nthrottle = 'canary-9f3a'", "[[account]] number 1: throttle", "off, observe, enforce"),
     ("[[account]]\nname = 'a'\nread_only = 'no'", "[[account]] number 1: read_only", "without quotes"),
     ("[[account]]\nname = 'a'\nheaders = 'canary-9f3a'", "[[account]] number 1: headers", "is no table"),
     ("[[account]]\nname = 'a'\nheaders = { Host = 'canary-9f3a' }", "number 1: headers.Host", "is managed by"),
@@ -1077,7 +1083,7 @@ fn the_defaults_are_those_of_the_manual() {
     let upstream = config.upstream;
     assert_eq!(upstream.http2, upstream::Http2::Auto);
     let timeouts = (upstream.connect_timeout, upstream.response_timeout, upstream.idle_timeout);
-    assert_eq!(timeouts, (seconds(5), seconds(120), seconds(4)));
+    assert_eq!(timeouts, (seconds(5), seconds(120), upstream::IdleTimeout::Auto));
     assert_eq!(config.metrics.max_user_series, 1000);
     assert_eq!((config.log.format, config.log.level), (log::Format::Json, log::Level::Info));
     assert!(!config.log.audit);
@@ -1127,4 +1133,29 @@ fn the_sandbox_file_points_at_the_sandbox_and_nowhere_else() {
     assert_eq!((config.lwa.extra_roots.len(), config.upstream.extra_roots.len()), (1, 1));
     assert_eq!(config.fernet_keys, FernetKeys::MakeBesideStore);
     assert!(config.store.path.starts_with("data/sandbox"));
+}
+
+/// A word that `resolve` forgot would mean the same as another.
+#[test]
+fn each_word_of_the_table_means_something_of_its_own() {
+    let words = KEYS.iter().filter(|key| key.not_built.is_none()).filter_map(|key| match key.kind {
+        super::keys::Kind::Word(words) => Some((key.name, words)),
+        _ => None,
+    });
+    let mut keys = 0;
+    for (key, words) in words {
+        let meaning = |word: &&str| {
+            let given = Given::required().set(&[(key, word)]);
+            let given = match *word {
+                "postgres" => given.set(&[("store.postgres_url", "postgres://a@localhost/b")]),
+                _ => given,
+            };
+            let config = Config { effective: Default::default(), ..given.config() };
+            format!("{config:?}")
+        };
+        let meanings: std::collections::BTreeSet<_> = words.iter().map(meaning).collect();
+        assert_eq!(meanings.len(), words.len(), "{key}: two of {words:?} mean the same");
+        keys += 1;
+    }
+    assert!(keys >= 8, "{keys} keys with words");
 }

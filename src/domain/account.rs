@@ -8,6 +8,7 @@ use http::{HeaderName, HeaderValue};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::domain::policy::Rules;
+use crate::domain::throttle_mode::ThrottleMode;
 
 /// The key of one Amazon grant: 1 to 128 of `A-Z a-z 0-9 . _ @ : | + -`, but not `.` or `..`.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -88,7 +89,7 @@ impl<'de> Deserialize<'de> for UserId {
 }
 
 /// One of the three regions of the Amazon Ads API. Tokens are global, data is regional.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Region {
     /// North America: US, CA, MX, BR.
@@ -195,6 +196,20 @@ impl Context {
         Self::AmcInstance,
         Self::Manager,
     ];
+
+    /// The configuration key of the id in `[[account]]`.
+    pub const fn key(self) -> &'static str {
+        match self {
+            Self::Scope => "profile_id",
+            Self::Marketplace => "marketplace_id",
+            Self::Advertiser => "advertiser_id",
+            Self::Entity => "entity_id",
+            Self::Account => "account_id",
+            Self::DspAdvertiser => "dsp_advertiser_id",
+            Self::AmcInstance => "amc_instance_id",
+            Self::Manager => "manager_account_id",
+        }
+    }
 }
 
 /// A configured account: a name for one combination of user, region and ids.
@@ -212,6 +227,8 @@ pub struct Account {
     pub headers: Vec<(HeaderName, HeaderValue)>,
     /// Policy rules for the account's requests, in addition to `[policy]`.
     pub rules: Rules,
+    /// The account's own mode of the throttle; `None` stands for that of the API family.
+    pub throttle: Option<ThrottleMode>,
 }
 
 /// The ids of one account by [`Context`], as header values.

@@ -27,8 +27,8 @@ pub struct UpstreamHeaders<'a> {
 
 /// Builds the headers of the upstream request from the headers that the caller sent and those in `attach`.
 ///
-/// Ids and fixed headers come first, credentials last, so that a managed header has exactly one value. `Host` is absent:
-/// [`upstream`](crate::upstream) sets it, or HTTP/2's `:authority`.
+/// Ids and fixed headers come first, credentials last, so that a managed header has exactly one value. `Host` is
+/// absent: [`upstream`](crate::upstream) sets it, or HTTP/2's `:authority`.
 pub fn to_amazon(caller: &HeaderMap, attach: UpstreamHeaders<'_>) -> HeaderMap {
     let mut out = HeaderMap::with_capacity(caller.len() + 8);
     // 1. Copy what the caller may send, and note which contexts and which spelling of the client id it used.
@@ -77,6 +77,8 @@ pub fn to_amazon(caller: &HeaderMap, attach: UpstreamHeaders<'_>) -> HeaderMap {
 
 /// Marks a response that adsidecar itself generated. The value is the error code.
 pub const ERROR: HeaderName = HeaderName::from_static("x-adsidecar-error");
+/// Says how long a request waited for its turn. The value is `wait=<seconds>, expected=<seconds>, bucket=<bucket>`.
+pub const THROTTLE: HeaderName = HeaderName::from_static("x-adsidecar-throttle");
 /// Explains a response that came from Amazon. The value is a hint code.
 pub const HINT: HeaderName = HeaderName::from_static("x-adsidecar-hint");
 

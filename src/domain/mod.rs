@@ -5,6 +5,7 @@ pub mod api_families;
 pub mod grant;
 pub mod clock;
 pub mod clock_reading;
+pub mod found_account;
 pub mod account;
 pub mod policy;
 #[cfg(test)]
@@ -13,3 +14,4 @@ pub mod credential;
 pub mod tls;
 pub mod secret;
 pub mod event;
+pub mod throttle_mode;

@@ -22,7 +22,7 @@ use tokio_util::sync::CancellationToken;
 use url::Url;
 use zeroize::Zeroizing;
 
-use crate::auth::tokens::TokenManager;
+use crate::auth::tokens::{Status, TokenManager};
 use crate::domain::account::Region;
 use crate::domain::clock::Clock;
 use crate::domain::event::{Event, Happened};
@@ -51,6 +51,9 @@ pub struct Settings {
 /// thousand users takes less than a millisecond.
 const PERIOD: Duration = Duration::from_millis(500);
 const USERS_PER_PERIOD: usize = 2000;
+/// A shared store is read at one of this many looks, about once a minute, and at most this many of its users.
+const LOOKS_PER_READ: u32 = 120;
+const MAX_READ: usize = 1000;
 /// Most events that wait to be delivered. Older ones are dropped and counted.
 const MAX_QUEUE: usize = 1000;
 /// Pause before an event is sent again: at first, and at most.
@@ -147,21 +150,34 @@ impl Notifier {
     pub async fn run(self) {
         let mut observer = Observer::default();
         let mut queue = VecDeque::new();
+        let mut looks = 0_u32;
         loop {
             let settings = self.settings.load_full();
-            let statuses = self.tokens.statuses();
+            let statuses = self.statuses(looks).await;
+            looks = looks.wrapping_add(1);
             let throttled =
                 Region::ALL.map(|region| self.metrics.throttled.with_label_values(&[region.as_str(), "amazon"]).get());
             let patience = Patience {
                 failing: SignedDuration::try_from(settings.failing_after).unwrap_or(SignedDuration::MAX),
                 throttled: SignedDuration::try_from(settings.throttled_after).unwrap_or(SignedDuration::MAX),
             };
-            for happened in observer.look(&statuses, throttled, self.clock.reading(), patience) {
+            for happened in
+                observer.look(&statuses, self.store.shared().is_none(), throttled, self.clock.reading(), patience)
+            {
                 self.take(happened, &settings, &mut queue);
             }
             self.deliver_due(&settings, &mut queue).await;
             let periods = u32::try_from(1 + statuses.len() / USERS_PER_PERIOD).unwrap_or(u32::MAX);
             tokio::time::sleep(PERIOD.saturating_mul(periods)).await;
+        }
+    }
+
+    /// The users to look at: those that this process holds, and from time to time those of a shared store that need
+    /// attention.
+    async fn statuses(&self, looks: u32) -> Vec<Status> {
+        match self.store.shared() {
+            Some(_) if looks.is_multiple_of(LOOKS_PER_READ) => self.tokens.most_urgent(MAX_READ).await,
+            _ => self.tokens.held_statuses(),
         }
     }
 

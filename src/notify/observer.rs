@@ -15,6 +15,9 @@ const CONSENT_DAYS: [i64; 3] = [1, 7, 30];
 /// Without a 429 for this long, Amazon no longer throttles.
 const THROTTLE_PAUSE: SignedDuration = SignedDuration::from_secs(60);
 
+/// A grant that changed within this time is a new one, if its user was not known.
+const RECENT: SignedDuration = SignedDuration::from_secs(60);
+
 /// When a state is told that may pass by itself.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Patience {
@@ -56,10 +59,12 @@ struct Throttle {
 }
 
 impl Observer {
-    /// What has happened since the last look. `throttled` counts the 429 responses of each region since the start.
+    /// What has happened since the last look at `statuses`: of all users, if `complete`, so that one who is missing has
+    /// logged out. `throttled` counts the 429 responses of each region since the start.
     pub(super) fn look(
         &mut self,
         statuses: &[Status],
+        complete: bool,
         throttled: [u64; 3],
         now: ClockReading,
         patience: Patience,
@@ -69,10 +74,12 @@ impl Observer {
         for status in statuses {
             let known = self.users.contains_key(&status.user_id);
             let seen = self.users.entry(status.user_id.clone()).or_default();
-            let new = !known && self.looked;
+            // A user who comes back into memory is known without a login.
+            let recent = |at: Timestamp| now.wall.duration_since(at) < RECENT;
+            let new = !known && self.looked && status.updated_at.is_some_and(recent);
             seen.look(status, new, now, patience, &mut happened);
         }
-        self.users.retain(|_, seen| seen.present);
+        self.users.retain(|_, seen| seen.present || !complete);
         self.looked = true;
         for ((region, throttle), count) in Region::ALL.into_iter().zip(&mut self.regions).zip(throttled) {
             happened.extend(throttle.look(region, count, now, patience.throttled));
@@ -188,7 +195,8 @@ mod tests {
     #[test]
     fn a_login_is_needed_once_and_done_once() {
         let mut observer = Observer::default();
-        let mut look = |statuses: &[Status], second| kinds(&observer.look(statuses, [0; 3], at(second), PATIENCE));
+        let mut look =
+            |statuses: &[Status], second| kinds(&observer.look(statuses, true, [0; 3], at(second), PATIENCE));
         let old = Some("2026-08-01T11:00:00Z");
         assert_eq!(look(&[status(State::Fresh, old)], 0), Vec::<&str>::new(), "who is there at the start is no news");
         assert_eq!(look(&[status(State::LoginRequired, old)], 1), ["needed"]);
@@ -198,7 +206,7 @@ mod tests {
         assert_eq!(look(&[], 5), Vec::<&str>::new(), "a logout is no event");
         assert_eq!(look(&[status(State::Fresh, Some("2026-08-01T12:00:06Z"))], 6), ["done"]);
         let mut restarted = Observer::default();
-        let needed = restarted.look(&[status(State::LoginRequired, old)], [0; 3], at(0), PATIENCE);
+        let needed = restarted.look(&[status(State::LoginRequired, old)], true, [0; 3], at(0), PATIENCE);
         assert_eq!(kinds(&needed), ["needed"], "a restart tells it again, under the same id");
     }
 
@@ -207,7 +215,7 @@ mod tests {
         let mut observer = Observer::default();
         let day = |days: i64| (365 - days) * 86_400;
         let user = [status(State::Fresh, Some("2026-08-01T12:00:00Z"))];
-        let mut look = |second| kinds(&observer.look(&user, [0; 3], at(second), PATIENCE));
+        let mut look = |second| kinds(&observer.look(&user, true, [0; 3], at(second), PATIENCE));
         assert_eq!(look(0), Vec::<&str>::new());
         assert_eq!(look(day(31)), Vec::<&str>::new());
         assert_eq!(look(day(30)), ["30 days"]);
@@ -222,8 +230,9 @@ mod tests {
     fn failing_refreshes_and_throttling_are_told_when_they_last() {
         let mut observer = Observer::default();
         let failing = [status(State::Failing, None)];
-        let mut look =
-            |statuses: &[Status], count, second| kinds(&observer.look(statuses, [count, 0, 0], at(second), PATIENCE));
+        let mut look = |statuses: &[Status], count, second| {
+            kinds(&observer.look(statuses, true, [count, 0, 0], at(second), PATIENCE))
+        };
         assert_eq!(look(&failing, 0, 0), Vec::<&str>::new());
         assert_eq!(look(&failing, 0, 899), Vec::<&str>::new());
         assert_eq!(look(&failing, 0, 900), ["failing"]);

@@ -7,10 +7,11 @@ use http::{HeaderMap, Response};
 use jiff::Timestamp;
 use maud::{DOCTYPE, Markup, PreEscaped, html};
 
-use super::{Admin, Answer, Stage};
+use super::{Admin, AdminResponse, Stage};
 use crate::auth::tokens::Status;
 use crate::domain::account::UserId;
 use crate::domain::grant::State;
+use crate::throttle::BucketStatus;
 
 /// The page loads nothing, runs nothing, sends nothing, and may not be framed.
 const POLICY: &str = "default-src 'none'; style-src 'sha256-teTQxtI+4pqNDyTh0fy86uW97eAew2RUI7Iq/W2DD3I='; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
@@ -27,9 +28,10 @@ const FRAME_OPTIONS: HeaderName = HeaderName::from_static("x-frame-options");
 
 impl Admin {
     /// Renders the page, for a request with these headers.
-    pub(super) fn page(&self, headers: &HeaderMap) -> Answer {
+    pub(super) async fn page(&self, headers: &HeaderMap) -> AdminResponse {
         let now = self.clock.now();
-        let mut users = self.tokens.statuses();
+        let mut users = self.tokens.most_urgent(MAX_ROWS + 1).await;
+        users.sort_by(|a, b| a.user_id.cmp(&b.user_id));
         users.sort_by_key(|user| user.state.urgency());
         let here = self.public_url.as_ref().map_or("/", url::Url::as_str);
         let page = html! {
@@ -47,8 +49,9 @@ impl Admin {
                     (self.process())
                     (table(&users, now, self.login_base.as_deref()))
                     @if users.len() > MAX_ROWS {
-                        p { "And " (users.len() - MAX_ROWS) " more: see " code { "adsidecar users list" } "." }
+                        p { "There are more: see " code { "adsidecar users list" } "." }
                     }
+                    (limits(&self.throttle.status()))
                     (self.about_links(headers))
                     footer { "As of " (time(now)) ". " a href=(here) { "Refresh" } }
                 }
@@ -62,6 +65,9 @@ impl Admin {
         let (class, text) = match *self.stage.borrow() {
             Stage::Starting => ("wait", "starting"),
             Stage::Draining => ("wait", "draining: it is about to stop"),
+            Stage::Serving if self.store.shared().is_some() && self.tokens.is_degraded() => {
+                ("bad", "degraded: the database fails, valid tokens are used from memory; see the log")
+            }
             Stage::Serving if !self.tokens.stored() => ("bad", "not ready: the store fails, see the log"),
             Stage::Serving => ("ok", "ready"),
         };
@@ -117,6 +123,36 @@ fn table(users: &[Status], now: Timestamp, login_base: Option<&str>) -> Markup {
     }
 }
 
+/// What Amazon was seen to allow. Nothing as long as it has refused no request.
+fn limits(buckets: &[BucketStatus]) -> Markup {
+    html! {
+        @if !buckets.is_empty() {
+            h1 { "Limits of Amazon's" }
+            table {
+                tr {
+                    th { "Region" } th { "API family" } th { "Kind" } th { "Learned rate" } th { "Paused for" }
+                    th { "Waiting" } th { "Refused so far" }
+                }
+                @for bucket in buckets.iter().take(MAX_ROWS) {
+                    tr {
+                        td { (bucket.name.region.as_str()) }
+                        td { (bucket.name.family.name) }
+                        td { (bucket.name.kind.as_str()) }
+                        td { (format!("{:.1} per second", bucket.rate)) }
+                        @if bucket.paused > 0.0 {
+                            td class="wait" { (format!("{:.0} s", bucket.paused.ceil())) }
+                        } @else {
+                            td class="ok" { "–" }
+                        }
+                        td { (bucket.waiting) }
+                        td { (bucket.refusals) }
+                    }
+                }
+            }
+        }
+    }
+}
+
 fn login_link(user: &UserId, base: Option<&str>) -> Markup {
     let name: String = url::form_urlencoded::byte_serialize(user.as_str().as_bytes()).collect();
     html! {
@@ -161,9 +197,9 @@ fn distance(seconds: i64) -> String {
     if seconds < 0 { format!("{size} {unit} ago") } else { format!("in {size} {unit}") }
 }
 
-fn page_response(page: Markup) -> Answer {
-    let mut answer = Response::new(super::bytes(page.into_string()));
-    let headers = answer.headers_mut();
+fn page_response(page: Markup) -> AdminResponse {
+    let mut response = Response::new(super::bytes(page.into_string()));
+    let headers = response.headers_mut();
     for (name, value) in [
         (CONTENT_TYPE, "text/html; charset=utf-8"),
         (CONTENT_SECURITY_POLICY, POLICY),
@@ -173,7 +209,7 @@ fn page_response(page: Markup) -> Answer {
     ] {
         headers.insert(name, HeaderValue::from_static(value));
     }
-    answer
+    response
 }
 
 #[cfg(test)]

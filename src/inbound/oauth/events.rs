@@ -22,7 +22,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::query::Query;
 use super::responses::{add_private_headers, allow_origin};
-use super::{Answer, LoginError, OauthEndpoints};
+use super::{FullResponse, LoginError, OauthEndpoints};
 use crate::domain::account::UserId;
 use crate::domain::event::Event;
 use crate::inbound::destination::Endpoint;
@@ -46,7 +46,7 @@ impl OauthEndpoints {
         parts: &Parts,
         body: Incoming,
         request_id: &str,
-    ) -> Result<Response<EventStream>, Answer> {
+    ) -> Result<Response<EventStream>, FullResponse> {
         let begun = self.begin_stream(parts, body).await;
         let mut answer = begun.map(Response::new).map_err(|error: LoginError| {
             let mut refused = error.problem(|user| self.login_url(&parts.headers, user)).respond(request_id);

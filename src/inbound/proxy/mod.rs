@@ -5,6 +5,7 @@
 
 mod auth_rejection;
 mod error_mapping;
+pub mod explain;
 mod request_telemetry;
 mod response;
 mod retry;
@@ -22,6 +23,7 @@ use hyper::body::Incoming;
 pub use error_mapping::ProxyError;
 pub use response::{Body, strip_response};
 
+use crate::auth::accounts::Directory;
 use crate::auth::tokens::{Bearer, TokenManager};
 use crate::domain::account::{Account, Region, UserId};
 use crate::domain::headers::{self, UpstreamHeaders};
@@ -35,10 +37,15 @@ pub use crate::inbound::route::Selection;
 use crate::inbound::route::{Accounts, RoutedRequest};
 use crate::server::Peer;
 use crate::telemetry::metrics::Metrics;
+use crate::throttle::{Call, Entry, Pass, Throttle};
 use crate::upstream::{ReplayBudget, ReplayBuffer, RequestBody, Reuse, SendError, Upstream, UpstreamBody};
 use auth_rejection::{Rejection, Verdict};
 use request_telemetry::RequestTelemetry;
 use retry::Retry;
+
+/// What a waiting request holds besides its path and a body that Amazon refused, in bytes: its head in parsed form, the
+/// buffers of its connection, and its future.
+const WAITING_BYTES: usize = 8 << 10;
 
 /// How callers select accounts, and how much of a request body is kept for a retry.
 #[derive(Clone, Debug)]
@@ -67,6 +74,7 @@ pub struct Settings {
 #[derive(Debug)]
 pub struct Proxy {
     accounts: Accounts,
+    directory: Directory,
     client_id: HeaderValue,
     replay_limit: usize,
     /// Shared by the replay buffers of all requests.
@@ -76,6 +84,7 @@ pub struct Proxy {
     policy_mode: Mode,
     admission: Admission,
     tokens: TokenManager,
+    throttle: Throttle,
     upstream: Arc<Upstream>,
     oauth: OauthEndpoints,
     metrics: Arc<Metrics>,
@@ -85,7 +94,7 @@ pub struct Proxy {
 /// A request that is ready to be sent to Amazon, except for its body.
 #[derive(Clone, Copy)]
 struct UpstreamRequest<'a> {
-    call: &'a RoutedRequest<'a>,
+    route: &'a RoutedRequest<'a>,
     parts: &'a Parts,
     target: &'a Target,
     bearer: &'a HeaderValue,
@@ -100,7 +109,9 @@ impl Proxy {
         admission: Admission,
         tokens: TokenManager,
         upstream: Arc<Upstream>,
+        throttle: Throttle,
         oauth: OauthEndpoints,
+        directory: Directory,
         metrics: Arc<Metrics>,
         request_ids: Arc<RequestIds>,
     ) -> Self {
@@ -114,8 +125,10 @@ impl Proxy {
             body_timeout: settings.body_timeout,
             accounts: Accounts::new(settings.accounts, settings.region, settings.selection, settings.policy.rules),
             policy_mode: settings.policy.mode,
+            directory,
             admission,
             tokens,
+            throttle,
             upstream,
             oauth,
             metrics,
@@ -135,8 +148,8 @@ impl Proxy {
             let id = self.request_ids.of(&parts.headers);
             request_id::replace(&mut parts.headers, &id);
             let mut telemetry = RequestTelemetry::begin(&self.metrics, &parts.method, id);
-            let answered = AssertUnwindSafe(self.dispatch(&parts, incoming, peer, &mut telemetry)).catch_unwind().await;
-            let response = match answered.unwrap_or(Err(ProxyError::Panicked)) {
+            let served = AssertUnwindSafe(self.dispatch(&parts, incoming, peer, &mut telemetry)).catch_unwind().await;
+            let response = match served.unwrap_or(Err(ProxyError::Panicked)) {
                 Ok(response) => response,
                 Err(error) => {
                     telemetry.set_error(&error);
@@ -170,7 +183,7 @@ impl Proxy {
                     });
                 }
                 // Boxed: rare requests must not make the future of every request large.
-                Ok(Box::pin(self.oauth.answer(endpoint, cors, parts, incoming, id)).await.map(Body::own))
+                Ok(Box::pin(self.oauth.serve(endpoint, cors, parts, incoming, id)).await.map(Body::own))
             }
             Err(rejected) if rejected.endpoint.is_some() => {
                 telemetry.set_own_endpoint();
@@ -190,40 +203,48 @@ impl Proxy {
         target: &Target,
         telemetry: &mut RequestTelemetry<'a>,
     ) -> Result<Response<Body>, ProxyError> {
-        let call = self.accounts.select(target, &parts.headers)?;
-        telemetry.set_route(&call);
-        self.enforce_policy(&call, parts, target, telemetry)?;
-        if call.family.is_unknown() {
+        let found = self.directory.snapshot();
+        let route = self.accounts.select(target, &parts.headers, &found)?;
+        telemetry.set_route(&route);
+        self.enforce_policy(&route, parts, target, telemetry)?;
+        if route.family.is_unknown() {
             self.metrics.unknown_family.inc();
         }
         fail_point!("spine");
         let body = self.body(parts, incoming)?;
-        let Bearer { value: bearer, check_clock } = self.access_token(&call.user).await?;
-        let request = UpstreamRequest { call: &call, parts, target, bearer: &bearer };
-        let (response, sent) = self.send(request, body, telemetry).await?;
+        let mut pass = self.throttle(&route, parts, target).await?;
+        let Bearer { value: bearer, check_clock } = self.access_token(&route.user).await?;
+        let request = UpstreamRequest { route: &route, parts, target, bearer: &bearer };
+        let sent = body.progress();
+        let mut response = self.send(request, body, &sent, &mut pass, telemetry).await?;
+        if pass.may_go_again() {
+            // Boxed: rare requests must not make the future of every request large.
+            response = Box::pin(self.wait_and_send_again(response, request, &sent, &mut pass, telemetry)).await?;
+        }
         if check_clock {
             self.tokens.observe_amazons_clock(response.headers());
         }
         let response = match response.status() {
             StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => {
-                Box::pin(self.handle_rejection(response, request, sent, telemetry)).await?
+                Box::pin(self.handle_rejection(response, request, &sent, &mut pass, telemetry)).await?
             }
             _ => response.map(Body::amazon),
         };
         telemetry.set_response_from_amazon(response.status());
-        Ok(response::to_caller(response, telemetry.take_hint().or_else(|| call.hint())))
+        let hint = telemetry.take_hint().or_else(|| pass.hint()).or_else(|| route.hint());
+        Ok(response::to_caller(response, hint, pass.waited()))
     }
 
     /// Refuses what the policy forbids. In observe mode, counts such a request and lets it pass.
     fn enforce_policy(
         &self,
-        call: &RoutedRequest<'_>,
+        route: &RoutedRequest<'_>,
         parts: &Parts,
         target: &Target,
         telemetry: &mut RequestTelemetry<'_>,
     ) -> Result<(), ProxyError> {
-        let Err(denied) = call.rules.check(&parts.method, target.path(), &parts.headers) else { return Ok(()) };
-        self.metrics.policy_denied.with_label_values(&[call.account_name(), self.policy_mode.as_str()]).inc();
+        let Err(denied) = route.rules.check(&parts.method, target.path(), &parts.headers) else { return Ok(()) };
+        self.metrics.policy_denied.with_label_values(&[route.account_label(), self.policy_mode.as_str()]).inc();
         match self.policy_mode {
             Mode::Enforce => Err(ProxyError::Denied(denied)),
             Mode::Observe => {
@@ -248,25 +269,75 @@ impl Proxy {
         }
     }
 
+    /// The request's turn: at once, unless Amazon refuses requests like this one and the mode is `enforce` or `queue`.
+    async fn throttle<'a>(
+        &'a self,
+        route: &'a RoutedRequest<'a>,
+        parts: &Parts,
+        target: &Target,
+    ) -> Result<Pass<'a>, ProxyError> {
+        let path = target.path();
+        let request = Call {
+            mode: route.throttle(),
+            bytes: WAITING_BYTES + path.len(),
+            ..Call::new(route.region, route.family, &parts.method, path, route.fair_share())
+        };
+        match self.throttle.enter(request) {
+            Entry::Pass(pass) => Ok(pass),
+            // Boxed: rare requests must not make the future of every request large.
+            Entry::Wait(ticket) => Box::pin(ticket.turn()).await.map_err(ProxyError::Throttled),
+            Entry::Refuse(throttled) => Err(ProxyError::Throttled(throttled)),
+        }
+    }
+
+    /// After Amazon refused the request because there were too many: waits for another turn and sends it again, as long
+    /// as [`Retry`] says so. Returns Amazon's refusal if there is no turn in time.
+    async fn wait_and_send_again<'a>(
+        &'a self,
+        mut response: Response<UpstreamBody>,
+        request: UpstreamRequest<'_>,
+        sent: &Option<Arc<ReplayBuffer>>,
+        pass: &mut Pass<'a>,
+        telemetry: &mut RequestTelemetry<'_>,
+    ) -> Result<Response<UpstreamBody>, ProxyError> {
+        while pass.may_go_again()
+            && let Some((Retry::Throttled, body)) = Retry::after_refusal(sent)
+            && let Some(entry) = pass.again(sent.as_ref().map_or(0, |sent| sent.held()))
+        {
+            // The connection is free while the request waits.
+            drop(response);
+            *pass = match entry {
+                Entry::Pass(pass) => pass,
+                Entry::Wait(ticket) => ticket.turn().await.map_err(ProxyError::Throttled)?,
+                Entry::Refuse(throttled) => return Err(ProxyError::Throttled(throttled)),
+            };
+            // The access token may have expired meanwhile.
+            let bearer = self.access_token(&request.route.user).await?.value;
+            response = self.send(UpstreamRequest { bearer: &bearer, ..request }, body, sent, pass, telemetry).await?;
+        }
+        Ok(response)
+    }
+
     async fn access_token(&self, user: &UserId) -> Result<Bearer, ProxyError> {
         self.tokens.bearer(user).await.map_err(|error| ProxyError::NoToken(error, user.clone()))
     }
 
-    /// Sends the request, and again as long as [`Retry`] says so. Returns the response with the replay buffer of the
-    /// body; `None` if the body was empty.
+    /// Sends the request, and again as long as [`Retry`] says so. `buffer` is the replay buffer of the body; `None` if
+    /// the body is empty.
     async fn send(
         &self,
         request: UpstreamRequest<'_>,
         body: RequestBody,
+        buffer: &Option<Arc<ReplayBuffer>>,
+        pass: &mut Pass<'_>,
         telemetry: &mut RequestTelemetry<'_>,
-    ) -> Result<(Response<UpstreamBody>, Option<Arc<ReplayBuffer>>), ProxyError> {
-        let region = request.call.region;
-        let buffer = body.progress();
+    ) -> Result<Response<UpstreamBody>, ProxyError> {
+        let region = request.route.region;
         let begun = Instant::now();
-        let mut sent = self.attempt(request, body, Reuse::Allowed).await;
+        let mut sent = self.attempt(request, body, retry::first_reuse(&request.parts.method)).await;
         let mut attempts = 1;
         while let Err(error) = sent {
-            match Box::pin(Retry::after_error(error, &request.parts.method, &buffer, attempts)).await {
+            match Box::pin(Retry::after_error(error, &request.parts.method, buffer, attempts)).await {
                 // Boxed: rare requests must not make the future of every request large.
                 Ok((retry, body)) => sent = Box::pin(self.attempt(request, body, retry.reuse())).await,
                 Err(error) => {
@@ -278,11 +349,12 @@ impl Proxy {
         }
         telemetry.record_upstream_time(region, begun.elapsed());
         let response = sent.map_err(ProxyError::Send)?;
-        if let Some(buffer) = &buffer {
+        if let Some(buffer) = buffer {
             buffer.responded();
         }
+        pass.responded(response.status(), response.headers());
         telemetry.record_upstream_response(region, response.status(), response.headers());
-        Ok((response, buffer))
+        Ok(response)
     }
 
     fn attempt(
@@ -291,17 +363,17 @@ impl Proxy {
         body: RequestBody,
         reuse: Reuse,
     ) -> impl Future<Output = Result<Response<UpstreamBody>, SendError>> + Send {
-        self.upstream.send(request.call.region, reuse, self.to_amazon(request, body))
+        self.upstream.send(request.route.region, reuse, self.to_amazon(request, body))
     }
 
     fn to_amazon(&self, request: UpstreamRequest<'_>, body: RequestBody) -> Request<RequestBody> {
-        let UpstreamRequest { call, parts, target, bearer } = request;
+        let UpstreamRequest { route, parts, target, bearer } = request;
         let attach = UpstreamHeaders {
-            family: call.family,
+            family: route.family,
             bearer,
             client_id: &self.client_id,
-            ids: call.ids(),
-            fixed: call.fixed_headers(),
+            ids: route.ids(),
+            fixed: route.fixed_headers(),
         };
         let mut request = Request::new(body);
         *request.method_mut() = parts.method.clone();
@@ -316,10 +388,11 @@ impl Proxy {
         &self,
         response: Response<UpstreamBody>,
         request: UpstreamRequest<'_>,
-        sent: Option<Arc<ReplayBuffer>>,
+        sent: &Option<Arc<ReplayBuffer>>,
+        pass: &mut Pass<'_>,
         telemetry: &mut RequestTelemetry<'_>,
     ) -> Result<Response<Body>, ProxyError> {
-        let user = &request.call.user;
+        let user = &request.route.user;
         if response.status() == StatusCode::FORBIDDEN && !(is_amc(request.target) && self.tokens.near_expiry(user)) {
             return Ok(response.map(Body::amazon));
         }
@@ -331,17 +404,20 @@ impl Proxy {
             return Ok(rejection.pass_on());
         }
         let new_token = self.tokens.invalidate(user, request.bearer).await;
-        let Some((Retry::NewToken(bearer), body)) = Retry::after_rejection(new_token, &sent) else {
+        let Some((Retry::NewToken(bearer), body)) = Retry::after_rejection(new_token, sent) else {
             return Ok(rejection.pass_on());
         };
         self.metrics.replays.inc();
-        let (response, _) = self.send(UpstreamRequest { bearer: &bearer, ..request }, body, telemetry).await?;
+        let response = self.send(UpstreamRequest { bearer: &bearer, ..request }, body, sent, pass, telemetry).await?;
         Ok(response.map(Body::amazon))
     }
 
     fn problem(&self, error: ProxyError, parts: &Parts) -> Problem {
         if let Some(reason) = error.guard_reason() {
             self.metrics.guard_denied.with_label_values(&[reason]).inc();
+        }
+        if let ProxyError::Throttled(throttled) = &error {
+            self.metrics.throttled.with_label_values(&[throttled.bucket.region.as_str(), "sidecar"]).inc();
         }
         error.into_problem(|user| self.oauth.login_url(&parts.headers, user))
     }

@@ -72,6 +72,8 @@ pub struct Metrics {
     pub token_refresh: IntCounterVec,
     pub token_refresh_duration: Histogram,
     pub store_up: IntGauge,
+    pub store_lag: Gauge,
+    pub store_cached_users: IntGauge,
     pub store_operation_duration: HistogramVec,
     pub store_errors: IntCounterVec,
     store_records: IntGaugeVec,
@@ -79,6 +81,11 @@ pub struct Metrics {
     pub guard_denied: IntCounterVec,
     pub throttled: IntCounterVec,
     pub notifications: IntCounterVec,
+    throttle_rate: GaugeVec,
+    throttle_paused_until: GaugeVec,
+    throttle_waiting: IntGaugeVec,
+    throttle_waiting_bytes: IntGauge,
+    pub throttle_wait: Histogram,
     undecryptable_records: IntGauge,
     pub policy_denied: IntCounterVec,
     pub clock_skew: Gauge,
@@ -183,6 +190,15 @@ impl Metrics {
                 DURATIONS,
             )?,
             store_up: r.gauge("store_up", "0: the store fails, or a change is not on disk yet")?,
+            store_lag: r.float(
+                "store_lag_seconds",
+                "For how long changes that other processes made in a shared store may be unknown here; about 1 is \
+                     ordinary, 0: no process shares the store",
+            )?,
+            store_cached_users: r.gauge(
+                "store_cached_users",
+                "Users that this process holds in memory; of a shared store at most about store.cache",
+            )?,
             store_operation_duration: r.histograms(
                 "store_operation_duration_seconds",
                 "Duration of store operations",
@@ -222,7 +238,33 @@ impl Metrics {
                 "Refreshes whose response may have been lost, by the fate of the grant: recovered or lost",
                 &["outcome"],
             )?,
-            throttled: r.counters("throttled_total", "429 responses from Amazon (by=\"amazon\")", &["region", "by"])?,
+            throttled: r.counters(
+                "throttled_total",
+                "429 responses from Amazon (by=\"amazon\"), also those that no caller saw because the request was sent \
+                     again, and of adsidecar itself (by=\"sidecar\")",
+                &["region", "by"],
+            )?,
+            throttle_rate: r.floats(
+                "throttle_rate",
+                "Learned rate in requests per second; absent until Amazon has refused one",
+                &["region", "family", "kind"],
+            )?,
+            throttle_paused_until: r.floats(
+                "throttle_paused_until_timestamp_seconds",
+                "When Amazon will probably accept requests again; 0: now",
+                &["region", "family", "kind"],
+            )?,
+            throttle_waiting: r.gauges(
+                "throttle_waiting",
+                "Requests that wait for their turn",
+                &["region", "family", "kind"],
+            )?,
+            throttle_waiting_bytes: r.gauge("throttle_waiting_bytes", "Bytes that waiting requests hold")?,
+            throttle_wait: r.histogram(
+                "throttle_wait_seconds",
+                "Time that requests waited for their turn, those that gave up included",
+                DURATIONS,
+            )?,
             notifications: r.counters(
                 "notifications_total",
                 "Events for notify.url: delivered, failed (and sent again), dropped",
@@ -304,6 +346,21 @@ impl Metrics {
         self.store_recoveries.inc_by(recoveries.saturating_sub(self.store_recoveries.get()));
     }
 
+    /// Sets the metrics about the throttle: each bucket's region, family and kind, learned rate, end of the pause in
+    /// seconds since 1970 (0: none) and waiting requests; and the bytes that these hold.
+    pub fn set_throttle<'b>(
+        &self,
+        buckets: impl IntoIterator<Item = ([&'b str; 3], f64, f64, usize)>,
+        waiting_bytes: usize,
+    ) {
+        self.throttle_waiting_bytes.set(i64::try_from(waiting_bytes).unwrap_or(i64::MAX));
+        for (labels, rate, paused_until, waiting) in buckets {
+            self.throttle_rate.with_label_values(&labels).set(rate);
+            self.throttle_paused_until.with_label_values(&labels).set(paused_until);
+            self.throttle_waiting.with_label_values(&labels).set(i64::try_from(waiting).unwrap_or(i64::MAX));
+        }
+    }
+
     /// Creates the series that alerts and `rate()` need to exist before their first event.
     fn create_series(&self) {
         self.refresh_interrupted.with_label_values(&["lost"]);
@@ -312,7 +369,9 @@ impl Metrics {
             self.token_refresh.with_label_values(&["failure", reason]);
         }
         for region in [Region::Na, Region::Eu, Region::Fe] {
-            self.throttled.with_label_values(&[region.as_str(), "amazon"]);
+            for by in ["amazon", "sidecar"] {
+                self.throttled.with_label_values(&[region.as_str(), by]);
+            }
             self.upstream_duration.with_label_values(&[region.as_str()]);
         }
         for source in ["amazon", "sidecar"] {
