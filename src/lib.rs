@@ -101,6 +101,7 @@ pub mod cli;
 pub mod app;
 pub mod config;
 pub mod inbound;
+pub mod notify;
 pub mod auth;
 pub mod throttle;
 pub mod upstream;

@@ -32,6 +32,8 @@ use crate::inbound::admin::{self, Asked, Count, Reloader, Stage};
 use crate::inbound::early_responses::EarlyResponses;
 use crate::inbound::request_id::RequestIds;
 use crate::server::{CallerBody, Limits, Listener, OwnResponses, Peer, Phase};
+use crate::inbound::problem::{Code, Problem};
+use crate::notify::{Events, Notifier};
 use crate::store::keyring::{Fingerprint, KeyError};
 use crate::store::{Opened, StoreError, TokenStore};
 use crate::telemetry::log::{Dropped, LogHandle};
@@ -161,6 +163,8 @@ impl App {
             ]
             .into(),
             request_ids,
+            events: Events::default(),
+            notify: Arc::default(),
             proxy: addresses.proxy.first().copied(),
         };
         let (limits, fixed) = ([proxy.limits(), login.limits(), admin.limits()], RestartOnly::of(&config));
@@ -230,6 +234,15 @@ impl App {
         let (pending_logins, clock) = (process.pending_logins.clone(), process.clock.clone());
         tasks.spawn(async move { pending_logins.keep(&clock).await });
         tasks.spawn(close_idle_connections(services.clone()));
+        let notifier = Notifier {
+            settings: process.notify.clone(),
+            tokens: process.tokens.clone(),
+            store: process.store.clone(),
+            metrics: process.metrics.clone(),
+            clock: process.clock.clone(),
+            events: process.events.clone(),
+        };
+        tasks.spawn(notifier.run());
         let directory = process.directory.clone();
         tasks.spawn(async move { directory.run().await });
 
@@ -274,6 +287,7 @@ impl Running {
         tracing::info!("draining");
         process.stage.send_replace(Stage::Draining);
         self.phase.send_replace(Phase::Draining);
+        process.events.end();
         let shutdown = self.services.load().shutdown;
         // Requests that wait for their turn get an answer before their connections are closed.
         process.throttle.drain(shutdown.accept + shutdown.drain.mul_f64(QUEUE_SHARE_OF_DRAIN));

@@ -615,6 +615,37 @@ pub const KEYS: &[Key] = &[
         ..KEY
     },
     Key {
+        name: "notify.url",
+        kind: Secret,
+        default: Described { text: "none", example: "https://hooks.example.com/services/…" },
+        help: "Where events are posted that need a person, such as a login that is needed: see \
+               [Notifications](../deploy/README.md#notifications). Treated as a secret, because those of chat programs \
+               are",
+        ..KEY
+    },
+    Key {
+        name: "notify.secret",
+        kind: Secret,
+        default: Described { text: "none", example: "whsec_…" },
+        help: "Signs each event, as [Standard Webhooks](https://www.standardwebhooks.com) say. Behind `whsec_` it is \
+               base64",
+        ..KEY
+    },
+    Key {
+        name: "notify.failing_after",
+        kind: Duration("0s", "7d"),
+        default: Value("15m"),
+        help: "How long refreshes must fail until `refresh_failing` is told",
+        ..KEY
+    },
+    Key {
+        name: "notify.throttled_after",
+        kind: Duration("0s", "7d"),
+        default: Value("5m"),
+        help: "How long Amazon must throttle until `throttled` is told",
+        ..KEY
+    },
+    Key {
         name: "shutdown.accept",
         kind: Duration("0s", "1h"),
         default: Value("0s"),

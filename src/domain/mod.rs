@@ -14,4 +14,5 @@ pub mod credential;
 pub mod outgoing_proxy;
 pub mod tls;
 pub mod secret;
+pub mod event;
 pub mod throttle_mode;

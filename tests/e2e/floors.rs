@@ -8,8 +8,20 @@ use std::path::{Path, PathBuf};
 type Module = Vec<String>;
 
 /// The top-level modules, from the top down.
-const ROOMS: [&str; 11] =
-    ["cli", "app", "config", "inbound", "auth", "throttle", "upstream", "store", "server", "telemetry", "domain"];
+const ROOMS: [&str; 12] = [
+    "cli",
+    "app",
+    "config",
+    "inbound",
+    "notify",
+    "auth",
+    "throttle",
+    "upstream",
+    "store",
+    "server",
+    "telemetry",
+    "domain",
+];
 
 /// The fixed list of files and folders at the top level. Names that begin with a dot are exempt.
 const TOP_LEVEL: [&str; 9] =

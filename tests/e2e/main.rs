@@ -31,6 +31,7 @@ mod login_command;
 mod login_attacks;
 mod manuals;
 mod nginx;
+mod notify;
 mod observability;
 mod policy;
 mod process;

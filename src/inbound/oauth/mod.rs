@@ -1,5 +1,6 @@
 //! The OAuth endpoints: `/api/auth/amazon/*`, and the token endpoint for SDKs (`token_endpoint`).
 
+mod events;
 mod accounts;
 mod errors;
 mod responses;
@@ -30,10 +31,12 @@ use crate::inbound::admission::{Admission, Admitted, is_loopback, without_port};
 use crate::inbound::destination::{Endpoint, LOGIN};
 use crate::inbound::problem::Problem;
 use crate::inbound::request_id::{REQUEST_ID, RequestIds};
+use crate::notify::Events;
 use crate::server::{CallerBody, Peer};
 use crate::telemetry::metrics::Metrics;
 use errors::parameter;
 pub use errors::{LoginError, token_problem};
+pub use events::EventStream;
 use query::{Query, Users};
 pub use responses::add_private_headers;
 use responses::{allow_origin, cookie_of, is_prefetch, json, prefers_html, preflight, redirect};
@@ -62,6 +65,8 @@ pub struct OauthEndpoints {
     /// The proxy listener's authority, for the links in responses to requests without a `Host` of ours.
     pub(crate) authority: String,
     pub(crate) request_ids: Arc<RequestIds>,
+    /// For the event stream.
+    pub(crate) events: Events,
 }
 
 impl OauthEndpoints {
@@ -135,7 +140,7 @@ impl OauthEndpoints {
             Endpoint::User => self.logout(&query::user_in(parts.uri.path())?).await,
             Endpoint::Confirm => self.confirm(&query, &parts.headers).await,
             Endpoint::Root => Ok(self.root(&parts.headers)),
-            Endpoint::Shim | Endpoint::Health | Endpoint::StrayCallback | Endpoint::Unknown => {
+            Endpoint::Events | Endpoint::Shim | Endpoint::Health | Endpoint::StrayCallback | Endpoint::Unknown => {
                 Err(LoginError::NotFound(None))
             }
         }

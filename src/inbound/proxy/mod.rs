@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 use futures_util::FutureExt;
 use http::header::{CONTENT_LENGTH, HeaderValue};
 use http::request::Parts;
-use http::{Request, Response, StatusCode, Uri};
+use http::{Method, Request, Response, StatusCode, Uri};
 
 pub use error_mapping::ProxyError;
 pub use response::{Body, strip_response};
@@ -29,7 +29,7 @@ use crate::domain::account::{Account, Region, UserId};
 use crate::domain::headers::{self, UpstreamHeaders};
 use crate::domain::policy::{self, Mode};
 use crate::inbound::admission::{Admission, Admitted};
-use crate::inbound::destination::Target;
+use crate::inbound::destination::{Endpoint, Target};
 use crate::inbound::oauth::{OauthEndpoints, add_private_headers};
 use crate::inbound::problem::Problem;
 use crate::inbound::request_id::{self, RequestIds};
@@ -179,6 +179,13 @@ impl Proxy {
             Ok(Admitted::Own { endpoint, cors }) => {
                 telemetry.set_own_endpoint();
                 let id = telemetry.request_id();
+                if endpoint == Endpoint::Events && parts.method != Method::OPTIONS {
+                    let stream = Box::pin(self.oauth.event_stream(cors, parts, incoming, id)).await;
+                    return Ok(match stream {
+                        Ok(response) => response.map(Body::events),
+                        Err(refused) => refused.map(Body::own),
+                    });
+                }
                 // Boxed: rare requests must not make the future of every request large.
                 Ok(Box::pin(self.oauth.serve(endpoint, cors, parts, incoming, id)).await.map(Body::own))
             }

@@ -12,6 +12,7 @@ use http_body_util::{BodyExt, Full};
 
 use super::request_telemetry::InFlight;
 use crate::domain::headers::{ConnectionOptions, ERROR, HINT, THROTTLE};
+use crate::inbound::oauth::EventStream;
 use crate::throttle::Waited;
 use crate::upstream::{ResponseAborted, UpstreamBody};
 
@@ -82,6 +83,7 @@ pub struct Body {
 #[derive(Debug)]
 enum Source {
     Own(Full<Bytes>),
+    Events(EventStream),
     Amazon(UpstreamBody),
     /// What was read of Amazon's response to understand it, then the rest, or the error that ended it.
     Read(Option<Bytes>, Option<Result<UpstreamBody, ResponseAborted>>),
@@ -90,6 +92,10 @@ enum Source {
 impl Body {
     pub(super) fn own(body: Full<Bytes>) -> Self {
         Self { source: Source::Own(body), _in_flight: None }
+    }
+
+    pub(super) fn events(stream: EventStream) -> Self {
+        Self { source: Source::Events(stream), _in_flight: None }
     }
 
     pub(super) fn amazon(response: UpstreamBody) -> Self {
@@ -143,6 +149,7 @@ impl http_body::Body for Body {
     ) -> Poll<Option<Result<Frame<Bytes>, ResponseAborted>>> {
         match &mut self.source {
             Source::Own(body) => Pin::new(body).poll_frame(cx).map_err(|never| match never {}),
+            Source::Events(stream) => Pin::new(stream).poll_frame(cx).map_err(|never| match never {}),
             Source::Amazon(response) => Pin::new(response).poll_frame(cx).map_err(log_upstream_abort),
             Source::Read(read, rest) => match (read.take(), rest) {
                 (Some(read), _) => Poll::Ready(Some(Ok(Frame::data(read)))),
@@ -155,6 +162,7 @@ impl http_body::Body for Body {
     fn is_end_stream(&self) -> bool {
         match &self.source {
             Source::Own(body) => body.is_end_stream(),
+            Source::Events(_) => false,
             Source::Amazon(response) => response.is_end_stream(),
             Source::Read(read, rest) => {
                 let complete = rest.as_ref().is_none_or(|rest| rest.as_ref().is_ok_and(http_body::Body::is_end_stream));
@@ -166,6 +174,7 @@ impl http_body::Body for Body {
     fn size_hint(&self) -> SizeHint {
         match &self.source {
             Source::Own(body) => body.size_hint(),
+            Source::Events(_) => SizeHint::default(),
             Source::Amazon(response) => response.size_hint(),
             Source::Read(read, None) => SizeHint::with_exact(read.as_ref().map_or(0, |read| read.len() as u64)),
             // The headers contain Amazon's own Content-Length.
