@@ -75,7 +75,8 @@
 /// - In each request to Amazon, before its token: `spine`.
 /// - With the action `return`, each of these breaks a promise, so that a campaign can prove that it would notice:
 ///   `refresh_blind` (a logout is not undone by a running refresh), `refresh_duplicated` (one refresh at a time),
-///   `refresh_unjournaled` (a lost grant is reported), `clock_wall_alone` (every clock limits a token).
+///   `refresh_unjournaled` (a lost grant is reported), `clock_wall_alone` (every clock limits a token), `window_fixed`
+///   (HTTP/2 windows follow the network path).
 ///
 /// As with `fail::fail_point!`, `FAILPOINTS="<name>=<action>"` in the environment, or `fail::cfg` in a test, sets the
 /// action of a fail point.

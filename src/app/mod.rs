@@ -21,6 +21,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
+use crate::auth::accounts::Directory;
 use crate::auth::login::PendingLogins;
 use crate::auth::lwa::Lwa;
 use crate::auth::tokens::{Background, Status, TokenManager};
@@ -35,7 +36,7 @@ use crate::store::keyring::{Fingerprint, KeyError};
 use crate::store::{Opened, StoreError, TokenStore};
 use crate::telemetry::log::{Dropped, LogHandle};
 use crate::telemetry::metrics::Metrics;
-pub use keys::{key_file, keyring};
+pub use keys::{existing_keyring, key_file, keyring};
 use reload::{ControlLoop, RestartOnly, Watched};
 use rotation::Rotations;
 pub use services::local_authority;
@@ -135,8 +136,10 @@ impl App {
         let [proxy, login, admin] = &listeners;
         let addresses = Addresses { proxy: proxy.addresses(), login: login.addresses(), admin: admin.addresses() };
         let (reloader, asked) = Reloader::new();
+        let directory = Directory::open(store.clone(), tokens.clone(), clock.clone()).await;
         let process = ProcessState {
             tokens,
+            directory,
             store: store.clone(),
             rotation: rotations.watch(),
             metrics,
@@ -222,6 +225,8 @@ impl App {
         let (pending_logins, clock) = (process.pending_logins.clone(), process.clock.clone());
         tasks.spawn(async move { pending_logins.keep(&clock).await });
         tasks.spawn(close_idle_connections(services.clone()));
+        let directory = process.directory.clone();
+        tasks.spawn(async move { directory.run().await });
 
         let (phase, admin_phase) = (watch::Sender::new(Phase::Open), watch::Sender::new(Phase::Open));
         let mut listeners = JoinSet::new();

@@ -9,6 +9,7 @@ use tokio_util::sync::CancellationToken;
 use url::Url;
 
 use super::BuildError;
+use crate::auth::accounts::{Directory, Reach};
 use crate::auth::login::same_identity::Identity;
 use crate::auth::login::{Login, PendingLogins};
 use crate::auth::lwa::Lwa;
@@ -37,6 +38,7 @@ pub(super) struct Services {
 /// What a reload keeps.
 pub(super) struct ProcessState {
     pub(super) tokens: TokenManager,
+    pub(super) directory: Directory,
     pub(super) store: TokenStore,
     pub(super) rotation: watch::Receiver<Rotation>,
     pub(super) metrics: Arc<Metrics>,
@@ -63,6 +65,13 @@ impl Services {
         let upstream = Arc::new(Upstream::new(&config.upstream).map_err(|error| setting(&error))?);
         let client_id = HeaderValue::from_str(&config.proxy.client_id).map_err(|error| setting(&error))?;
         let ProcessState { tokens, metrics, request_ids, .. } = process;
+        process.directory.reconfigure(Reach {
+            upstream: upstream.clone(),
+            client_id: client_id.clone(),
+            home: config.proxy.region,
+            automatic: config.accounts_sync,
+            configured: config.proxy.accounts.clone(),
+        });
         let login = Login::new(
             config.login,
             lwa,
@@ -82,6 +91,7 @@ impl Services {
         let oauth = |admission: &Admission| OauthEndpoints {
             login: login.clone(),
             tokens: tokens.clone(),
+            directory: process.directory.clone(),
             admission: admission.clone(),
             metrics: metrics.clone(),
             region: config.proxy.region,
@@ -116,6 +126,7 @@ impl Services {
                 tokens.clone(),
                 upstream.clone(),
                 login_of_proxy,
+                process.directory.clone(),
                 metrics.clone(),
                 request_ids.clone(),
             )),

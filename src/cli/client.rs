@@ -19,6 +19,8 @@ use crate::server::Listen;
 
 /// Timeout of a request. A local process that works responds much faster.
 const TIMEOUT: Duration = Duration::from_secs(5);
+/// Timeout of a connection attempt on this machine.
+const CONNECT: Duration = Duration::from_secs(1);
 
 /// Sends a request without a body to the first address in `addresses`.
 ///
@@ -30,6 +32,21 @@ pub(super) async fn request(
     path: &str,
     headers: &[(&str, &str)],
 ) -> Result<(StatusCode, Bytes), Failed> {
+    let (head, body) = exchange_within(addresses, method, path, headers, TIMEOUT).await?.into_parts();
+    Ok((head.status, body))
+}
+
+/// As [`request`], with a timeout and the whole response.
+///
+/// # Errors
+/// [`Failed`] if the listener is off, or there is no response within `timeout`.
+pub(super) async fn exchange_within(
+    addresses: &[Listen],
+    method: Method,
+    path: &str,
+    headers: &[(&str, &str)],
+    timeout: Duration,
+) -> Result<Response<Bytes>, Failed> {
     let listen = addresses.first().ok_or_else(|| Failed::because("the listener is off in the configuration"))?;
     let exchange = async {
         match listen {
@@ -37,9 +54,25 @@ pub(super) async fn request(
             Listen::Unix(socket) => exchange(UnixStream::connect(socket).await?, method, path, headers).await,
         }
     };
-    let response = tokio::time::timeout(TIMEOUT, exchange).await;
-    let response = response.map_err(|_| Failed::because(format!("no response from {listen} within {TIMEOUT:?}")))?;
+    let response = tokio::time::timeout(timeout, exchange).await;
+    let response = response.map_err(|_| Failed::because(format!("no response from {listen} within {timeout:?}")))?;
     response.map_err(|error| Failed::because(format!("no sidecar responds at {listen}: {error}")))
+}
+
+/// The first of `addresses` that accepts a connection.
+pub(super) async fn listening(addresses: &[Listen]) -> Option<&Listen> {
+    for listen in addresses {
+        let connected = async {
+            match listen {
+                Listen::Tcp(address) => TcpStream::connect(local(address)).await.map(drop),
+                Listen::Unix(socket) => UnixStream::connect(socket).await.map(drop),
+            }
+        };
+        if matches!(tokio::time::timeout(CONNECT, connected).await, Ok(Ok(()))) {
+            return Some(listen);
+        }
+    }
+    None
 }
 
 type AnyError = Box<dyn std::error::Error + Send + Sync>;
@@ -49,7 +82,7 @@ async fn exchange<S>(
     method: Method,
     path: &str,
     headers: &[(&str, &str)],
-) -> Result<(StatusCode, Bytes), AnyError>
+) -> Result<Response<Bytes>, AnyError>
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
@@ -60,10 +93,10 @@ where
         request = request.header(*name, *value);
     }
     let response = sender.send_request(request.body(Empty::<Bytes>::new())?).await?;
-    let status = response.status();
-    let body = response.into_body().collect().await?.to_bytes();
+    let (head, body) = response.into_parts();
+    let body = body.collect().await?.to_bytes();
     driver.abort();
-    Ok((status, body))
+    Ok(Response::from_parts(head, body))
 }
 
 /// Sends a request to the admin listener of the sidecar that holds the store, which `held` says. An import may take long,

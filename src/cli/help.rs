@@ -28,6 +28,35 @@ const EXAMPLES: &[(&str, &[&str])] = &[
         ],
     ),
     (
+        "login",
+        &[
+            "adsidecar login                       # the user default, in a browser of this machine",
+            "adsidecar login --user shop --region eu",
+            "adsidecar login --no-browser          # over ssh: prints the URL, takes the pasted redirect URL",
+        ],
+    ),
+    ("status", &["adsidecar status", "adsidecar status --watch=5s", "adsidecar status -o json | jq '.problems[]'"]),
+    (
+        "doctor",
+        &[
+            "adsidecar doctor",
+            "adsidecar doctor --pre                # before the first start: no network, no sidecar",
+            "adsidecar doctor --anonymize          # for an issue report",
+            "adsidecar doctor --wait 60s --fail-on warn -o json",
+        ],
+    ),
+    (
+        "explain",
+        &[
+            "adsidecar explain POST /sp/campaigns/list --account acme-de",
+            "adsidecar explain GET /a/acme-de/v2/profiles -o json",
+            "adsidecar explain PUT /sp/campaigns --user shop --header 'Prefer: return=representation'",
+        ],
+    ),
+    ("accounts list", &["adsidecar accounts list", "adsidecar accounts list --country DE --type vendor -o json"]),
+    ("accounts show", &["adsidecar accounts show acme-de"]),
+    ("accounts sync", &["adsidecar accounts sync", "adsidecar accounts sync --user shop"]),
+    (
         "users list",
         &[
             "adsidecar users list",

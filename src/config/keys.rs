@@ -13,8 +13,8 @@ use std::fmt;
 
 use self::Default::{Described, Implied, Value};
 use self::Kind::{
-    Addresses, Certificates, Count, Duration, Flag, Headers, Id, List, Numbers, Path, Secret, Secrets, Size,
-    SizeOrNone, Text, Url, Word,
+    Addresses, Certificates, Count, Duration, DurationOrAuto, Flag, Headers, Id, List, Numbers, Path, Secret, Secrets,
+    Size, SizeOrNone, Text, Url, Word,
 };
 use crate::domain::account::Context;
 
@@ -54,6 +54,8 @@ pub enum Kind {
     Count(usize, usize),
     /// A duration, at least and at most.
     Duration(&'static str, &'static str),
+    /// A duration, at least and at most, or `auto`.
+    DurationOrAuto(&'static str, &'static str),
     /// A number of bytes, at most.
     Size(&'static str),
     /// A number of bytes, or `none`.
@@ -150,6 +152,15 @@ pub const KEYS: &[Key] = &[
         guide_name: Some("AMAZON_REGION"),
         help: "The region of requests that name none and have no account with one. Also selects the hosts of Login \
                 with Amazon",
+        ..KEY
+    },
+    Key {
+        name: "amazon.profile_id",
+        kind: Text,
+        default: Described { text: "none", example: "1234567890" },
+        guide_name: Some("AMAZON_PROFILE_ID"),
+        help: "The profile of requests that select no account, in `amazon.region` and with the grant of user `default`: \
+                short for an account named `default` with this `profile_id`",
         ..KEY
     },
     Key {
@@ -339,6 +350,14 @@ pub const KEYS: &[Key] = &[
         ..KEY
     },
     Key {
+        name: "accounts.sync",
+        kind: Word(&["daily", "off"]),
+        default: Value("daily"),
+        help: "`daily`: Amazon is asked which accounts a grant reaches after each login and once a day, so that callers \
+                can select them by their slugs. `off`: only on request (`adsidecar accounts sync`)",
+        ..KEY
+    },
+    Key {
         name: "store.kind",
         kind: Word(&["sled", "postgres"]),
         default: Value("sled"),
@@ -474,9 +493,11 @@ pub const KEYS: &[Key] = &[
     },
     Key {
         name: "upstream.idle_timeout",
-        kind: Duration("10ms", "1h"),
-        default: Value("4s"),
-        help: "How long an idle connection to Amazon is kept. It should be shorter than the server's own limit",
+        kind: DurationOrAuto("10ms", "1h"),
+        default: Value("auto"),
+        help: "How long an idle connection to Amazon is kept. `auto`: as long as the server is seen to allow, 55s at \
+                first. A duration bounds that. While a region is in use (the last five minutes), a connection that is \
+                given up is replaced in the background",
         ..KEY
     },
     Key {
@@ -711,6 +732,7 @@ impl fmt::Display for Kind {
             Word(words) => write!(f, "`{}`", words.join("`, `")),
             Count(least, most) => write!(f, "number, {least} to {most}"),
             Duration(least, most) => write!(f, "duration, {least} to {most}"),
+            DurationOrAuto(least, most) => write!(f, "`auto`, or a duration, {least} to {most}"),
             Size(most) => write!(f, "size, at most {most}"),
             SizeOrNone => f.write_str("size or `none`"),
             List => f.write_str("list of texts"),

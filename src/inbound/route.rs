@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use http::header::{HeaderMap, HeaderName, HeaderValue};
 
+use crate::auth::accounts::Snapshot;
 use crate::domain::account::{Account, BadName, BadRegion, Ids, Region, UserId};
 use crate::domain::api_families::{Family, family};
 use crate::domain::policy::Rules;
@@ -33,6 +34,8 @@ pub(super) struct Accounts {
 #[derive(Debug)]
 pub(super) struct RoutedRequest<'a> {
     account: Option<&'a Account>,
+    /// The account's name in metrics.
+    label: &'a str,
     /// The user whose grant authorizes the request.
     pub(super) user: UserId,
     /// The region whose Ads API host gets the request.
@@ -59,7 +62,7 @@ pub enum Selection {
 /// Why no account could be selected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RouteError {
-    /// No account of this name is configured.
+    /// No account of this name is configured or found.
     Unknown,
     /// An `X-Ads-*` header is invalid; holds the reason.
     Bad(&'static str),
@@ -86,50 +89,76 @@ impl Accounts {
 
     /// Routes a request. The first that applies selects the account or user: the path's prefix, `X-Ads-Account`,
     /// `X-Ads-User`, the account named `default`, the only account, the user `default`.
-    pub(super) fn select(&self, target: &Target, headers: &HeaderMap) -> Result<RoutedRequest<'_>, RouteError> {
+    ///
+    /// A name of the configuration wins over the slug of a found account.
+    pub(super) fn select<'a>(
+        &'a self,
+        target: &Target,
+        headers: &HeaderMap,
+        found: &'a Snapshot,
+    ) -> Result<RoutedRequest<'a>, RouteError> {
         let host_region = if let Destination::Ads(region) = target.of { Some(region) } else { None };
         if self.selection == Selection::Fixed {
-            return Ok(self.call(target, self.fallback(), None, host_region));
+            return Ok(self.routed(target, self.fallback(), None, host_region));
         }
         if let Some(name) = headers.keys().find(|name| is_selecting(name.as_str()) && !is_selector(name)) {
             return Err(RouteError::UnknownHeader(nearest(name.as_str())));
         }
-        let said_region = single(headers, &X_ADS_REGION)?.map(str::parse).transpose();
-        let region = host_region.or(said_region.map_err(|BadRegion| RouteError::Bad("X-Ads-Region is na, eu or fe."))?);
+        let header_region = single(headers, &X_ADS_REGION)?.map(str::parse).transpose();
+        let region =
+            host_region.or(header_region.map_err(|BadRegion| RouteError::Bad("X-Ads-Region is na, eu or fe."))?);
         if let Some(name) =
             target.account.as_deref().map_or_else(|| single(headers, &X_ADS_ACCOUNT), |name| Ok(Some(name)))?
         {
-            let account = self.by_name.get(name).ok_or(RouteError::Unknown)?;
-            return Ok(self.call(target, Some(account), None, region));
+            let Some(account) = self.by_name.get(name) else {
+                let entry = found.get(name).ok_or(RouteError::Unknown)?;
+                return Ok(self.route_found(target, &entry.account, region, found));
+            };
+            return Ok(self.routed(target, Some(account), None, region));
         }
         if let Some(user) = single(headers, &X_ADS_USER)? {
             let user = user
                 .parse()
                 .map_err(|BadName| RouteError::Bad("X-Ads-User is 1 to 128 of A-Z a-z 0-9 . _ @ : | + -."))?;
-            return Ok(self.call(target, None, Some(user), region));
+            return Ok(self.routed(target, None, Some(user), region));
         }
-        Ok(self.call(target, self.fallback(), None, region))
+        Ok(self.routed(target, self.fallback(), None, region))
     }
 
     fn fallback(&self) -> Option<&Account> {
         self.fallback.as_deref()
     }
 
-    fn call<'a>(
+    /// A found account has no rules of its own: those of all accounts of its user together hold.
+    fn route_found<'a>(
+        &'a self,
+        target: &Target,
+        account: &'a Account,
+        asked: Option<Region>,
+        found: &Snapshot,
+    ) -> RoutedRequest<'a> {
+        let rules = self.rules_by_user.get(&account.user).unwrap_or(&self.rules);
+        // Thousands of accounts must not become thousands of series.
+        let label = if found.is_large() { "found" } else { &*account.name };
+        RoutedRequest { rules, label, ..self.routed(target, Some(account), None, asked) }
+    }
+
+    fn routed<'a>(
         &'a self,
         target: &Target,
         account: Option<&'a Account>,
         user: Option<UserId>,
-        asked: Option<Region>,
+        requested: Option<Region>,
     ) -> RoutedRequest<'a> {
         let home = account.and_then(|account| account.region).unwrap_or(self.region);
-        let region = asked.unwrap_or(home);
+        let region = requested.unwrap_or(home);
         let user = user.or_else(|| account.map(|account| account.user.clone())).unwrap_or_default();
         let rules = match account {
             Some(account) => &account.rules,
             None => self.rules_by_user.get(&user).unwrap_or(&self.rules),
         };
-        RoutedRequest { account, user, region, at_home: region == home, family: family(target.path()), rules }
+        let label = account.map_or("", |account| &account.name);
+        RoutedRequest { account, label, user, region, at_home: region == home, family: family(target.path()), rules }
     }
 }
 
@@ -137,6 +166,11 @@ impl<'a> RoutedRequest<'a> {
     /// The account's name; empty if there is none.
     pub(super) fn account_name(&self) -> &'a str {
         self.account.map_or("", |account| &account.name)
+    }
+
+    /// The account's name in metrics; empty if there is none.
+    pub(super) fn account_label(&self) -> &'a str {
+        self.label
     }
 
     /// The account's ids; `None` in any other region than the account's own, where they are invalid.
@@ -228,7 +262,9 @@ mod tests {
             map.append(*name, value.parse().unwrap());
         }
         let target = Target::read(&target.parse().unwrap(), |_| false).unwrap();
-        accounts.select(&target, &map).map(|call| (call.account_name().to_owned(), call.user.to_string(), call.region))
+        accounts
+            .select(&target, &map, &Snapshot::default())
+            .map(|route| (route.account_name().to_owned(), route.user.to_string(), route.region))
     }
 
     #[test]
@@ -284,7 +320,7 @@ mod tests {
             let accounts = Accounts::new(all.clone(), Region::Na, Selection::Header, rules);
             let headers = HeaderMap::from_iter([(HeaderName::from_static(name), value.parse().unwrap())]);
             let target = Target::read(&"/x".parse().unwrap(), |_| false).unwrap();
-            accounts.select(&target, &headers).unwrap().rules.clone()
+            accounts.select(&target, &headers, &Snapshot::default()).unwrap().rules.clone()
         };
         let of = |name, value| rules_of(Rules::default(), name, value).read_only();
         assert_eq!(
@@ -299,8 +335,8 @@ mod tests {
 
     #[test]
     fn fixed_selection_ignores_what_callers_say() {
-        let said = [("x-ads-account", "b"), ("x-ads-user", "u"), ("x-ads-region", "eu")];
-        let call = select(&["default", "b"], Selection::Fixed, "/a/b/x", &said).unwrap();
-        assert_eq!(call, ("default".into(), "user-of-default".into(), Region::Na));
+        let sent = [("x-ads-account", "b"), ("x-ads-user", "u"), ("x-ads-region", "eu")];
+        let route = select(&["default", "b"], Selection::Fixed, "/a/b/x", &sent).unwrap();
+        assert_eq!(route, ("default".into(), "user-of-default".into(), Region::Na));
     }
 }

@@ -60,7 +60,8 @@ impl Pair {
     }
 
     async fn records(&self) -> String {
-        let all = "SELECT string_agg(user_id || generation || coalesce(record, ''), ',' ORDER BY user_id) FROM adsidecar_grants";
+        let all = "SELECT string_agg(user_id || generation || coalesce(record, ''), ',' ORDER BY user_id) \
+                   FROM adsidecar_grants";
         self.sql.one(all).await.unwrap()
     }
 }
@@ -835,12 +836,13 @@ async fn a_role_with_row_access_only_suffices_for_existing_tables() {
     let cluster = Cluster::start();
     let sql = cluster.connect().await;
     let schema = include_str!("../../src/store/postgres/schema.sql");
-    sql.run(&format!(
-        "{schema} CREATE ROLE ads LOGIN PASSWORD '{PASSWORD}'; GRANT SELECT, INSERT, UPDATE, DELETE ON adsidecar_grants, \
-         adsidecar_logins, adsidecar_waiting, adsidecar_notes TO ads;"
-    ))
-    .await;
-    let url = cluster.url_of("ads", "127.0.0.1", "postgres", "");
+    // As the manual says it.
+    let manual = include_str!("../../deploy/README.md");
+    let block = manual.split("<!-- postgres -->").nth(1).and_then(|rest| rest.split("```").nth(1)).unwrap();
+    let role = block.strip_prefix("sql").unwrap().replace('…', PASSWORD);
+    assert!(role.contains("CREATE ROLE adsidecar") && role.contains(PASSWORD), "{role}");
+    sql.run(&format!("{schema} {role}")).await;
+    let url = cluster.url_of("adsidecar", "127.0.0.1", "postgres", "");
     let pair = Pair::over(cluster, &url, "", Clock::frozen("2026-08-01T12:00:00Z".parse().unwrap())).await;
     pair.a.log_in("anna").await;
     assert_eq!(pair.b.post(&format!("{REFRESH}?user_id=anna")).await.status(), 200);

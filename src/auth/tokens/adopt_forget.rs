@@ -121,8 +121,8 @@ impl TokenManager {
     /// Refreshes the token of `user` now, even if it is still valid, or joins the running refresh.
     ///
     /// # Errors
-    /// [`TokenError::LoginRequired`] if the user has no usable grant; [`TokenError::Unavailable`] if the refresh failed,
-    /// did not end within 12 s, or if the shared store cannot be read.
+    /// [`TokenError::LoginRequired`] if the user has no usable grant; [`TokenError::Unavailable`] if the refresh
+    /// failed, did not end within 12 s, or if the shared store cannot be read.
     pub async fn refresh(&self, user: &UserId) -> Result<Status, TokenError> {
         let no_grant = TokenError::LoginRequired { reason: "no_grant" };
         let entry = self.find(user).await?;

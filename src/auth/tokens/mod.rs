@@ -1,13 +1,14 @@
 //! Keeps each user's access token fresh.
 //!
 //! Each refresh runs in a task of its own (`RefreshTask` in the code), at most one per user, and callers wait for its
-//! result. A caller that hangs up cancels nothing. What follows from a result is a pure function ([`GrantState::next`]);
-//! a new grant is stored before it is published, and dropped if the user's grant changed meanwhile (logout, a new login).
+//! result. A caller that hangs up cancels nothing. What follows from a result is a pure function
+//! ([`GrantState::next`]); a new grant is stored before it is published, and dropped if the user's grant changed
+//! meanwhile (logout, a new login).
 //!
 //! One refresh, step by step: `start_refresh` (`refresh_task`) spawns `RefreshTask::run`; `acquire` (`coordination`)
 //! returns the grant, after waiting for the lease if processes share the store; `token_call` sends the request, if
-//! `client_circuit` permits it, and `prepare` records it first (`refresh_journal`); `TokenManager::store` writes the new
-//! grant; `publish` makes it current and reschedules the user (`scheduler`); dropping the task wakes the waiters.
+//! `client_circuit` permits it, and `prepare` records it first (`refresh_journal`); `TokenManager::store` writes the
+//! new grant; `publish` makes it current and reschedules the user (`scheduler`); dropping the task wakes the waiters.
 //!
 //! The hot path, [`TokenManager::bearer`] with a token that does not expire soon, takes no lock that a refresh holds.
 

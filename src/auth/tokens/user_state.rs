@@ -150,9 +150,9 @@ impl UserState {
         self.refreshing.load(SeqCst)
     }
 
-    /// Starts a forced refresh with `start_refresh` unless the last one was less than `spacing` ago. Returns whether a refresh
-    /// task is running now. Check, timestamp and start happen under one lock, so that concurrent callers join the same
-    /// task.
+    /// Starts a forced refresh with `start_refresh` unless the last one was less than `spacing` ago. Returns whether a
+    /// refresh task is running now. Check, timestamp and start happen under one lock, so that concurrent callers join
+    /// the same task.
     pub(super) fn force(&self, now: ClockReading, spacing: SignedDuration, start_refresh: impl FnOnce()) -> bool {
         let mut forced_at = self.forced_at.lock().unwrap_or_else(PoisonError::into_inner);
         let may = forced_at.is_none_or(|at| now.uptime >= at.saturating_add(spacing));
@@ -230,8 +230,8 @@ impl Writing<'_> {
         *generation = version.generation.max(*generation);
     }
 
-    /// Makes `held` the current state. The caller must also [wake](UserState::wake) the waiters: at once, or at the end of
-    /// the refresh task.
+    /// Makes `held` the current state. The caller must also [wake](UserState::wake) the waiters: at once, or at the end
+    /// of the refresh task.
     pub(super) fn publish(&self, held: GrantState) {
         let consent = |held: &GrantState| held.grant().and_then(|grant| grant.consented_at);
         if consent(&held) != consent(&self.entry.held()) {

@@ -106,7 +106,7 @@ impl Verify {
 }
 
 /// The store and what is in it; `None` where a running sidecar holds it.
-fn open_unless_held(config: &Config) -> Result<Option<(TokenStore, Opened)>, Failed> {
+pub(super) fn open_unless_held(config: &Config) -> Result<Option<(TokenStore, Opened)>, Failed> {
     match TokenStore::open(&config.store, Arc::new(app::keyring(config)?)) {
         Err(StoreError::Locked { .. }) => Ok(None),
         opened => Ok(Some(opened?)),

@@ -137,25 +137,25 @@ impl Reloader {
 /// Returns the current number of open connections.
 pub(crate) type Count = Box<dyn Fn() -> usize + Send + Sync>;
 
-type Answer = Response<Body>;
+type FullResponse = Response<Body>;
 
 /// The body of a response of the admin listener: in memory, or streamed.
 pub type Body = UnsyncBoxBody<Bytes, std::io::Error>;
 
 impl Admin {
     /// Serves a request on the admin listener. Always returns a response.
-    pub async fn serve(&self, request: Request<Incoming>, peer: Peer) -> Answer {
+    pub async fn serve(&self, request: Request<Incoming>, peer: Peer) -> FullResponse {
         let (parts, body) = request.into_parts();
-        let answer = self.answer(&parts, body, peer).await;
+        let served = self.dispatch(&parts, body, peer).await;
         let id = self.request_ids.of(&parts.headers);
-        let mut answer =
-            answer.unwrap_or_else(|problem| problem.respond(id.to_str().unwrap_or_default()).map(bytes_of));
-        answer.headers_mut().insert(REQUEST_ID, id);
-        answer.headers_mut().insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
-        answer
+        let mut response =
+            served.unwrap_or_else(|problem| problem.respond(id.to_str().unwrap_or_default()).map(bytes_of));
+        response.headers_mut().insert(REQUEST_ID, id);
+        response.headers_mut().insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
+        response
     }
 
-    async fn answer(&self, parts: &Parts, body: Incoming, peer: Peer) -> Result<Answer, Problem> {
+    async fn dispatch(&self, parts: &Parts, body: Incoming, peer: Peer) -> Result<FullResponse, Problem> {
         // A HEAD is a GET whose body the server leaves out (RFC 9110, section 9.3.2).
         let method = if parts.method == Method::HEAD { &Method::GET } else { &parts.method };
         let path = parts.uri.path();
@@ -215,7 +215,7 @@ impl Admin {
         }
     }
 
-    fn started(&self) -> Answer {
+    fn started(&self) -> FullResponse {
         match *self.stage.borrow() {
             Stage::Starting => say(StatusCode::SERVICE_UNAVAILABLE, "starting\n"),
             Stage::Serving | Stage::Draining => say(StatusCode::OK, "started\n"),
@@ -225,7 +225,7 @@ impl Admin {
     /// Ready while the listeners serve, the store works and no shutdown was requested. Neither Amazon nor a missing
     /// login makes a pod unready, and nor does a shared store that fails: all pods lose it at once, and each still serves
     /// from memory.
-    fn ready(&self) -> Answer {
+    fn ready(&self) -> FullResponse {
         match *self.stage.borrow() {
             Stage::Starting => say(StatusCode::SERVICE_UNAVAILABLE, "starting\n"),
             Stage::Draining => say(StatusCode::SERVICE_UNAVAILABLE, "draining\n"),
@@ -237,7 +237,7 @@ impl Admin {
         }
     }
 
-    async fn metrics(&self) -> Result<Answer, Problem> {
+    async fn metrics(&self) -> Result<FullResponse, Problem> {
         for (listener, count) in self.connections.iter() {
             self.metrics.connections.with_label_values(&[listener]).set(i64::try_from(count()).unwrap_or(i64::MAX));
         }
@@ -261,12 +261,14 @@ impl Admin {
                 "See the log for the reason, and report it.",
             )
         })?;
-        let mut answer = Response::new(bytes(page));
-        answer.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8"));
-        Ok(answer)
+        let mut response = Response::new(bytes(page));
+        response
+            .headers_mut()
+            .insert(CONTENT_TYPE, HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8"));
+        Ok(response)
     }
 
-    async fn set_level(&self, body: Incoming) -> Result<Answer, Problem> {
+    async fn set_level(&self, body: Incoming) -> Result<FullResponse, Problem> {
         let bad = || {
             Problem::new(Code::BadRequest, "The body is not a log level.", "Send error, warn, info, debug or trace.")
         };
@@ -280,7 +282,7 @@ impl Admin {
     }
 
     /// Starts a rotation for `adsidecar key rotate`, whose first key must be the first one of this process.
-    async fn rotate(&self, query: &str) -> Result<Answer, Problem> {
+    async fn rotate(&self, query: &str) -> Result<FullResponse, Problem> {
         let Some(key) = query.strip_prefix("key=") else {
             return Err(Problem::new(
                 Code::BadRequest,
@@ -296,7 +298,7 @@ impl Admin {
     }
 
     /// The progress of the rotation. The error is the store's, and holds no secret.
-    async fn rotation(&self) -> Answer {
+    async fn rotation(&self) -> FullResponse {
         // If this fails, the last count is shown.
         let _ = self.store.count_records().await;
         let (rotation, store) = (self.rotation.borrow().clone(), self.store.health());
@@ -309,9 +311,9 @@ impl Admin {
             "unreadable": store.unreadable(),
             "error": rotation.error,
         });
-        let mut answer = Response::new(bytes(text.to_string()));
-        answer.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
-        answer
+        let mut response = Response::new(bytes(text.to_string()));
+        response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        response
     }
 
     fn refused(&self, refusal: Refusal) -> Problem {
@@ -359,11 +361,11 @@ fn check_input(parts: &Parts, method: &Method, body: &Incoming) -> Result<(), Pr
     Ok(())
 }
 
-fn say(status: StatusCode, text: &'static str) -> Answer {
-    let mut answer = Response::new(bytes(Bytes::from_static(text.as_bytes())));
-    *answer.status_mut() = status;
-    answer.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
-    answer
+fn say(status: StatusCode, text: &'static str) -> FullResponse {
+    let mut response = Response::new(bytes(Bytes::from_static(text.as_bytes())));
+    *response.status_mut() = status;
+    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
+    response
 }
 
 fn other_method(allow: &'static str) -> Problem {

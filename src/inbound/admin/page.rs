@@ -7,7 +7,7 @@ use http::{HeaderMap, Response};
 use jiff::Timestamp;
 use maud::{DOCTYPE, Markup, PreEscaped, html};
 
-use super::{Admin, Answer, Stage};
+use super::{Admin, FullResponse, Stage};
 use crate::auth::tokens::Status;
 use crate::domain::account::UserId;
 use crate::domain::grant::State;
@@ -27,7 +27,7 @@ const FRAME_OPTIONS: HeaderName = HeaderName::from_static("x-frame-options");
 
 impl Admin {
     /// Renders the page, for a request with these headers.
-    pub(super) async fn page(&self, headers: &HeaderMap) -> Answer {
+    pub(super) async fn page(&self, headers: &HeaderMap) -> FullResponse {
         let now = self.clock.now();
         let mut users = self.tokens.most_urgent(MAX_ROWS + 1).await;
         users.sort_by(|a, b| a.user_id.cmp(&b.user_id));
@@ -165,9 +165,9 @@ fn distance(seconds: i64) -> String {
     if seconds < 0 { format!("{size} {unit} ago") } else { format!("in {size} {unit}") }
 }
 
-fn page_response(page: Markup) -> Answer {
-    let mut answer = Response::new(super::bytes(page.into_string()));
-    let headers = answer.headers_mut();
+fn page_response(page: Markup) -> FullResponse {
+    let mut response = Response::new(super::bytes(page.into_string()));
+    let headers = response.headers_mut();
     for (name, value) in [
         (CONTENT_TYPE, "text/html; charset=utf-8"),
         (CONTENT_SECURITY_POLICY, POLICY),
@@ -177,7 +177,7 @@ fn page_response(page: Markup) -> Answer {
     ] {
         headers.insert(name, HeaderValue::from_static(value));
     }
-    answer
+    response
 }
 
 #[cfg(test)]

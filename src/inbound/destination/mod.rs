@@ -1,5 +1,5 @@
-//! Reads the target of a request (the host, the account prefix and the path), and decides whether one of adsidecar's own
-//! endpoints or Amazon serves it. Path and query are forwarded byte for byte; only the account prefix is removed.
+//! Reads the target of a request (the host, the account prefix and the path), and decides whether one of adsidecar's
+//! own endpoints or Amazon serves it. Path and query are forwarded byte for byte; only the account prefix is removed.
 //! (Which account, user and region a request to Amazon gets is decided later, in `route`.)
 
 #[cfg(test)]
@@ -16,6 +16,8 @@ pub(super) const CALLBACK: &str = "/api/auth/amazon/callback";
 /// On the login listener only.
 pub(super) const HEALTH: &str = "/healthz";
 const STATUS: &str = "/api/auth/amazon/status";
+const ACCOUNTS: &str = "/api/auth/amazon/accounts";
+const ACCOUNTS_SYNC: &str = "/api/auth/amazon/accounts/sync";
 pub(super) const USERS: &str = "/api/auth/amazon/users/";
 
 /// Longest path and query, in bytes. Amazon's gateways accept no more either.
@@ -39,6 +41,8 @@ pub enum Endpoint {
     Login,
     Callback,
     Status,
+    Accounts,
+    AccountsSync,
     Refresh,
     Logout,
     User,
@@ -76,7 +80,8 @@ impl Route {
         is_ours: impl Fn(&str) -> bool,
     ) -> Result<Self, BadTarget> {
         let mut target = Target::read(uri, is_ours)?;
-        // `proxy.allowed_hosts` may hold one of Amazon's hosts (a hosts file, `curl --connect-to`): it names its region.
+        // `proxy.allowed_hosts` may hold one of Amazon's hosts (a hosts file, `curl --connect-to`): it names its
+        // region.
         if target.of == Destination::Local
             && let Some(of) = host.and_then(amazon_host)
         {
@@ -85,9 +90,9 @@ impl Route {
         Ok(Self::of(method, target))
     }
 
-    /// Requests for adsidecar's own paths are never forwarded, even if they name one of Amazon's hosts or spell the path
-    /// differently. Of the paths on Amazon's hosts and below an account's prefix, adsidecar serves the token endpoint
-    /// alone.
+    /// Requests for adsidecar's own paths are never forwarded, even if they name one of Amazon's hosts or spell the
+    /// path differently. Of the paths on Amazon's hosts and below an account's prefix, adsidecar serves the token
+    /// endpoint alone.
     fn of(method: &Method, target: Target) -> Self {
         let endpoint = Endpoint::of(target.path());
         let shim = endpoint.filter(|endpoint| *endpoint == Endpoint::Shim);
@@ -143,6 +148,8 @@ impl Endpoint {
             LOGIN => Self::Login,
             CALLBACK => Self::Callback,
             STATUS => Self::Status,
+            ACCOUNTS => Self::Accounts,
+            ACCOUNTS_SYNC => Self::AccountsSync,
             "/api/auth/amazon/refresh" => Self::Refresh,
             "/api/auth/amazon/logout" => Self::Logout,
             "/api/auth/amazon/confirm" => Self::Confirm,
@@ -161,8 +168,9 @@ impl Endpoint {
     pub fn parameters(self) -> Option<&'static [&'static str]> {
         Some(match self {
             Self::Login => &["user_id", "region", "return_to", "replace", "redirect"],
-            Self::Status => &["user_id", "after", "limit"],
-            Self::Refresh | Self::Logout => &["user_id"],
+            Self::Status => &["user_id", "state", "after", "limit"],
+            Self::Accounts => &["user_id", "name", "country", "type", "after", "limit"],
+            Self::Refresh | Self::Logout | Self::AccountsSync => &["user_id"],
             Self::Confirm => &["grant"],
             Self::User | Self::Root | Self::Health | Self::StrayCallback | Self::Unknown => &[],
             Self::Callback | Self::Shim => return None,
@@ -175,11 +183,12 @@ impl Endpoint {
             Self::Login
             | Self::Callback
             | Self::Status
+            | Self::Accounts
             | Self::Root
             | Self::Health
             | Self::StrayCallback
             | Self::Unknown => Method::GET,
-            Self::Refresh | Self::Logout | Self::Confirm | Self::Shim => Method::POST,
+            Self::Refresh | Self::Logout | Self::AccountsSync | Self::Confirm | Self::Shim => Method::POST,
             Self::User => Method::DELETE,
         }
     }

@@ -26,6 +26,7 @@ macro_rules! row_columns {
     };
 }
 
+mod accounts;
 mod brake;
 mod changes;
 mod connection;

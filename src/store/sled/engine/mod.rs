@@ -1,5 +1,6 @@
 //! Every operation on the database and its mirror, as the store's thread runs them.
 
+mod accounts;
 mod reconcile;
 
 use std::collections::BTreeMap;
@@ -199,13 +200,16 @@ impl Engine {
         Ok(ResealOutcome::Resealed)
     }
 
-    /// Seals pending grants and logins again, whatever key sealed them: they are few and short-lived.
+    /// Seals pending grants, pending logins and found accounts again, whatever key sealed them: they are few.
     pub(in crate::store) fn reseal_pending(&mut self) -> Result<(), StoreError> {
         for pending in self.mirror.pending_grants(&self.keyring)? {
             self.mirror.save_pending_grant(&pending, &self.keyring)?;
         }
         let logins = self.mirror.pending_logins(&self.keyring)?;
-        logins.map_or(Ok(()), |logins| self.mirror.save_pending_logins(&logins, &self.keyring))
+        if let Some(logins) = logins {
+            self.mirror.save_pending_logins(&logins, &self.keyring)?;
+        }
+        self.reseal_accounts()
     }
 
     pub(in crate::store) fn save_pending_grant(&mut self, pending: &PendingGrant) -> Result<(), StoreError> {
