@@ -184,7 +184,8 @@ impl App {
         self.process.reloader.clone()
     }
 
-    /// Completes once the listeners serve, with the status of every user, or the first 1,000; `None` if that never happens.
+    /// Completes once the listeners serve, with the status of every user, or the first 1,000; `None` if that never
+    /// happens.
     pub fn serving(&self) -> impl Future<Output = Option<Vec<Status>>> + Send + 'static {
         let (mut stage, tokens) = (self.process.stage.subscribe(), self.process.tokens.clone());
         async move {

@@ -100,8 +100,9 @@ impl ControlLoop {
             ));
         }
         self.process.store.require_key(first).await.map_err(|error| error.to_string())?;
-        self.keys = keyring.fingerprints();
+        let keys = keyring.fingerprints();
         self.process.store.rekey(keyring).await.map_err(|error| error.to_string())?;
+        self.keys = keys;
         self.fixed.takes_keys_of(&config);
         self.rotations.begin(first).await.map_err(|error| error.to_string())?;
         // A reload was refused as long as this process had the old keys. The result is logged and counted.
@@ -135,9 +136,9 @@ impl ControlLoop {
 }
 
 impl ControlLoop {
-    /// Takes keys of `config` into use that are added to the present ones: they open records from now on. Which key seals
-    /// changes only by a rotation, because other processes may not have the new one yet: until then a configuration with
-    /// another first key is refused.
+    /// Takes keys of `config` into use that are added to the present ones: they open records from now on. Which key
+    /// seals changes only by a rotation, because other processes may not have the new one yet: until then a
+    /// configuration with another first key is refused.
     async fn take_added_keys(&mut self, config: &Config) -> Result<(), String> {
         let keyring = keyring(config).map_err(|error| error.to_string())?;
         let (new, first) = (keyring.fingerprints(), keyring.first());

@@ -133,7 +133,7 @@ pub enum StoreError {
     /// A running process could not open what a rotation seals. Nothing was changed.
     #[error(
         "these running adsidecars do not have the key {key}, and could not open what it encrypts: {pods}. Give all of \
-         them the new key beside the old one (they take a key that is added to a file into use by themselves; one in the \
+         them the new key beside the old one (they take a key that is added to a file by themselves; one in the \
          environment needs a restart), then rotate again; nothing was changed"
     )]
     KeyMissing {
@@ -232,8 +232,8 @@ impl TokenStore {
         Ok((Self::Sled(worker), opened))
     }
 
-    /// As [`open`](Self::open), but does not read the users of a shared store, which may be very many: they are read when
-    /// they are needed.
+    /// As [`open`](Self::open), but does not read the users of a shared store, which may be very many: they are read
+    /// when they are needed.
     ///
     /// # Errors
     ///
@@ -272,8 +272,8 @@ impl TokenStore {
         }
     }
 
-    /// Deletes the grant of `user` together with its pending grants and found accounts, and returns once that is durable. Returns `false`
-    /// if there was no grant.
+    /// Deletes the grant of `user` together with its pending grants and found accounts, and returns once that is
+    /// durable. Returns `false` if there was no grant.
     ///
     /// Old ciphertext remains in sled's log until it is overwritten, in databases that were moved aside, and in
     /// PostgreSQL's write-ahead log and backups. Only destroying the key makes it worthless.

@@ -14,6 +14,7 @@ use reqwest::Method;
 use serde_json::Value;
 use world::{Fault, Listener, Rule};
 
+use crate::commands::Serving;
 use crate::harness::{FERNET_KEY, Harness, code, eventually, json};
 
 const REFRESH: &str = "/api/auth/amazon/refresh";
@@ -355,4 +356,44 @@ async fn a_request_in_flight_at_logout_completes_and_the_next_is_rejected() {
     assert!(json(first).await.is_array());
     assert_eq!(harness.ads_calls().len(), 1);
     assert_eq!(harness.status_of("default").await["expires_at"], Value::Null);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_refresh_that_lands_while_amazons_401_is_looked_at_serves_its_caller() {
+    let harness = Harness::start().await;
+    harness.log_in("default").await;
+    // No other refresh is forced within 30 s of this one.
+    harness.sandbox.set_fault(Rule::from(Fault::TokenUnauthorized).at(Listener::Na));
+    assert_eq!(harness.get("/v2/profiles").await.status(), 200);
+    harness.sandbox.set_fault(Rule::from(Fault::TokenUnauthorized).at(Listener::Na));
+    let release = hold("rejection_seen");
+    let (url, before) = (harness.proxy_url("/v2/profiles"), harness.ads_calls().len());
+    let caller = tokio::spawn(harness.client.get(url).send());
+    eventually("Amazon's rejection", async || (harness.ads_calls().len() > before).then_some(())).await;
+    assert_eq!(harness.post(REFRESH).await.status(), 200);
+    drop(release);
+    assert_eq!(caller.await.unwrap().unwrap().status(), 200, "the new token is used");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_refusal_to_serve_and_a_kill_are_not_reported_as_a_lost_grant() {
+    let mut harness = Harness::with_running_clock("").await;
+    harness.log_in("default").await;
+    harness.stop_sidecar().await;
+    let mut serving = Serving::start(&harness, &[]).await;
+    // With a `Retry-After`, so that no other refresh is running when the process is killed.
+    harness.sandbox.set_fault(Rule::from(Fault::too_many(Some(60))).at(Listener::Lwa));
+    let refresh = async |serving: &Serving| {
+        let url = format!("http://{}{REFRESH}", serving.proxy);
+        harness.client.post(url).send().await.unwrap().status().as_u16()
+    };
+    assert_eq!(refresh(&serving).await, 503);
+    serving.signal("KILL");
+    serving.ended().await;
+    let serving = Serving::start(&harness, &[]).await;
+    assert_eq!(refresh(&serving).await, 200);
+    let metrics = harness.client.get(format!("http://{}/metrics", serving.admin)).send().await.unwrap();
+    let metrics = metrics.text().await.unwrap();
+    let recovered = "adsidecar_token_refresh_interrupted_total{outcome=\"recovered\"} 0";
+    assert!(metrics.lines().any(|line| line == recovered), "nothing was interrupted");
 }

@@ -6,7 +6,7 @@
 //! sent, and a process may read a row and act on it much later. At the end, when all processes have read the row until
 //! nothing changes, the last login or logout must be in force everywhere.
 //!
-//! `RUNS` is the number of runs (many by default, they are short), `SEED` the first seed. `KNOWN_BAD=1` compares
+//! `RUNS` is the number of runs (few by default), `SEED` the first seed. `KNOWN_BAD=1` compares
 //! generations alone, as the first version did: then a refresh of an old grant undoes a logout, and the test must fail.
 
 use adsidecar::domain::grant::{Verdict, Version};
@@ -35,13 +35,14 @@ struct Write {
     seen: Option<u64>,
     /// Whether a person waits for it: then it is repeated until it is in force.
     is_wish: bool,
-    /// A refresh stores what it has got over what the database has lost.
+    /// Whether it is the result of a refresh, which is stored over what the database has lost.
+    is_refresh: bool,
+    /// What the process knew when it sent the write.
     known: Version,
 }
 
 #[derive(Clone, Copy, Debug)]
 enum Epoch {
-    Stored,
     Exactly(u64),
     New,
 }
@@ -88,7 +89,6 @@ impl World {
         let was = self.row.version;
         let generation = write.generation.unwrap_or(was.generation + 1);
         let epoch = match write.epoch {
-            Epoch::Stored => was.epoch,
             Epoch::Exactly(epoch) => epoch,
             Epoch::New => self.clock.max(was.epoch + 1),
         };
@@ -112,6 +112,7 @@ impl World {
             epoch: Epoch::Exactly(version.epoch),
             seen: Some(row.version.generation),
             is_wish: false,
+            is_refresh: false,
             known,
         };
         match known.reconcile(held.is_some(), row.version, row.content.is_some()) {
@@ -129,12 +130,15 @@ impl World {
         let written = self.apply(write);
         let pod = &mut self.pods[write.pod];
         if written {
-            *pod = Pod { known: pod.known.max(self.row.version), held: self.row.content };
+            // If its process has gone on, the statement had been given up, and its result is not heard.
+            if self.row.version >= pod.known {
+                *pod = Pod { known: self.row.version, held: self.row.content };
+            }
         } else if write.is_wish {
             // `Postgres::consent` reads the row and tries again.
             let seen = write.seen.map(|_| self.row.version.generation);
             self.sent.push(Write { generation: None, seen, ..write });
-        } else if let (Some(_), Epoch::Stored) = (write.content, write.epoch)
+        } else if write.is_refresh
             && let Verdict::PutBack(version) = write.known.reconcile(true, self.row.version, self.row.content.is_some())
         {
             // `TokenManager::store_over_loss`.
@@ -154,7 +158,16 @@ impl World {
                 let seen = logs_in.then_some(self.row.version.generation);
                 let (content, known) = (self.wish, self.pods[pod].known);
                 let epoch = Epoch::New;
-                self.sent.push(Write { pod, content, generation: None, epoch, seen, is_wish: true, known });
+                self.sent.push(Write {
+                    pod,
+                    content,
+                    generation: None,
+                    epoch,
+                    seen,
+                    is_wish: true,
+                    is_refresh: false,
+                    known,
+                });
             }
             // A refresh: the process reads the row, and stores its result much later.
             2 | 3 => {
@@ -162,15 +175,17 @@ impl World {
                 let Pod { known, held } = self.pods[pod];
                 if let Some((login, refreshes)) = held.filter(|_| known == self.row.version) {
                     let (content, seen) = (Some((login, refreshes + 1)), Some(known.generation));
-                    let (generation, epoch) = (Some(known.generation + 1), Epoch::Stored);
-                    self.sent.push(Write { pod, content, generation, epoch, seen, is_wish: false, known });
+                    let (generation, epoch) = (Some(known.generation + 1), Epoch::Exactly(known.epoch));
+                    let is_refresh = true;
+                    self.sent.push(Write { pod, content, generation, epoch, seen, is_wish: false, is_refresh, known });
                 }
             }
             // A configured grant, where the user has none.
             4 if self.logins == 0 && self.row.content.is_none() => {
                 let (known, seen) = (self.pods[pod].known, Some(self.row.version.generation));
-                let (content, epoch) = (Some((0, 0)), Epoch::New);
-                self.sent.push(Write { pod, content, generation: None, epoch, seen, is_wish: false, known });
+                let (content, epoch) = (Some((0, 0)), Epoch::Exactly(self.row.version.epoch + 1));
+                let (is_wish, is_refresh) = (false, false);
+                self.sent.push(Write { pod, content, generation: None, epoch, seen, is_wish, is_refresh, known });
             }
             // A failover to a standby that lags.
             5 => {
@@ -226,7 +241,7 @@ fn run(seed: u64, known_bad: bool) -> Result<(), String> {
 #[test]
 fn the_last_login_or_logout_is_in_force_whatever_the_database_loses() {
     let number = |name: &str, default: u64| std::env::var(name).map_or(default, |text| text.parse().unwrap());
-    let (first, runs) = (number("SEED", 1), number("RUNS", 200_000));
+    let (first, runs) = (number("SEED", 1), number("RUNS", 20_000));
     let known_bad = std::env::var_os("KNOWN_BAD").is_some();
     let failures: Vec<_> = (first..first + runs).filter_map(|seed| run(seed, known_bad).err()).take(3).collect();
     assert!(failures.is_empty(), "{failures:#?}");

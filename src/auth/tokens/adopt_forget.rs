@@ -64,7 +64,7 @@ impl TokenManager {
         let (stored, current) = (entry.stored(), entry.held().grant().map(|grant| grant.generation));
         grant.used_at = Some(self.0.clock.now());
         let put = match current == seen {
-            true => self.timed("put", shared.put_new(user, &grant, stored.generation)).await?,
+            true => self.timed("put", shared.put_new(user, &grant, stored)).await?,
             false => None,
         };
         let Some(version) = put else {

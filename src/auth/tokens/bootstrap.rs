@@ -1,7 +1,10 @@
 //! Adopts `amazon.refresh_token`, a grant given in the configuration.
 
+use std::sync::Arc;
+
 use sha2::{Digest, Sha256};
 
+use super::user_state::UserState;
 use super::{TokenError, TokenManager};
 use crate::domain::account::UserId;
 use crate::domain::grant::{Grant, RefreshToken};
@@ -37,7 +40,13 @@ impl TokenManager {
             return Ok(());
         }
         Box::pin(self.look(&user)).await?;
-        let generation = self.entry(&user).and_then(|entry| Some(entry.held().grant()?.generation));
+        let entry = self.entry(&user);
+        let is_this = |entry: &Arc<UserState>| entry.held().grant().is_some_and(|grant| grant.refresh_token == *token);
+        if entry.as_ref().is_some_and(is_this) {
+            // Another process has just adopted it, or this one did before it was stopped.
+            return self.0.store.set_note(ADOPTED, hash).await;
+        }
+        let generation = entry.and_then(|entry| Some(entry.held().grant()?.generation));
         if generation.is_some()
             && generation != refused
             && !matches!(self.refresh(&user).await, Err(TokenError::LoginRequired { .. }))

@@ -1,5 +1,5 @@
-//! Background refreshes in a store that several processes share: the database says which are due, and each process claims
-//! as many as it can make. None of them plans for the others, and none has to know all users.
+//! Background refreshes in a store that several processes share: the database says which are due, and each process
+//! claims as many as it can make. None of them plans for the others, and none has to know all users.
 
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;

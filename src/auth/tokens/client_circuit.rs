@@ -1,10 +1,11 @@
-//! A brake for answers of Login with Amazon that are about our client, and so affect all users: it refuses our client, asks
-//! us to wait, or is down. While it does, adsidecar probes with one user's grant from time to time instead of retrying for
-//! every user, so that a wrong secret or an outage does not cause a storm of calls. Afterwards the rate grows slowly.
+//! A brake for answers of Login with Amazon that are about our client, and so affect all users: it refuses our client,
+//! asks us to wait, or is down. While it does, adsidecar probes with one user's grant from time to time instead of
+//! retrying for every user, so that a wrong secret or an outage does not cause a storm of calls. Afterwards the rate
+//! grows slowly.
 //!
-//! `invalid_client` (RFC 6749, section 5.2) and 429 are about the client. Any other error may be about one grant: one that
-//! an operator must resolve counts as the client's once two users have met it with no success in between, one that passes
-//! by itself once [`MANY`] have.
+//! `invalid_client` (RFC 6749, section 5.2) and 429 are about the client. Any other error may be about one grant: one
+//! that an operator must resolve counts as the client's once two users have met it with no success in between, one that
+//! passes by itself once [`MANY`] have.
 //!
 //! Processes that share a store share the brake too: see [`TokenManager::call_permit`].
 
@@ -16,6 +17,7 @@ use jiff::SignedDuration;
 use tokio::time::{Instant, sleep_until};
 
 use super::TokenManager;
+use super::refresh_task::jitter;
 use crate::auth::lwa::LwaError;
 use crate::domain::account::UserId;
 use crate::domain::clock_reading::ClockReading;
@@ -25,7 +27,8 @@ use crate::domain::grant::{Failure, Outcome, Remedy, Tokens, backoff};
 const MANY: usize = 5;
 /// Longest `Retry-After` that holds back all users.
 const MAX_WAIT: Duration = Duration::from_secs(60);
-/// After an outage, calls begin this far apart, and twice as often after each period, until they are as close as the last.
+/// After an outage, calls begin this far apart, and twice as often after each period, until they are as close as the
+/// last.
 const FIRST_GAP: Duration = Duration::from_millis(100);
 const GAP_PERIOD: Duration = Duration::from_secs(2);
 const LAST_GAP: Duration = Duration::from_millis(3);
@@ -217,12 +220,22 @@ impl TokenManager {
             None => Ok(permit),
             Some((code, wait)) => {
                 let failure = Failure { code, remedy: remedy_of(code), detail: None };
-                Err(Outcome::Failed { failure, retry_after: Some(wait) })
+                // During an outage each user keeps its own backoff, which spreads the users; the brake spares the
+                // calls. In a shared store each attempt costs statements: it waits for the brake, and is spread behind
+                // it.
+                let is_outage = failure.remedy == Remedy::Time && code != "throttled";
+                let retry_after = match (is_outage, self.0.store.shared()) {
+                    (true, None) => None,
+                    (true, Some(_)) => Some(wait.mul_f64(1.0 + jitter())),
+                    (false, _) => Some(wait),
+                };
+                Err(Outcome::Failed { failure, retry_after })
             }
         }
     }
 
-    /// Tells the other processes that the brake holds, or no longer does. If it fails, each of them finds out by itself.
+    /// Tells the other processes that the brake holds, or no longer does. If it fails, each of them finds out by
+    /// itself.
     pub(super) async fn share_brake(&self) {
         let Some(shared) = self.0.store.shared() else { return };
         let held = self.0.circuit.cached_rejection(self.0.clock.reading());

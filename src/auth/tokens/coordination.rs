@@ -7,6 +7,9 @@
 //!
 //! A [`Version`] never decreases. If a stored version is lower than the one that this process knows, the database lost
 //! data (for example, failover to a lagging standby), and this process restores what it knows: [`Version::reconcile`].
+//!
+//! This file is long because all that is done about a row of another process, by whichever way this one hears of it,
+//! stands in one place.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicI64, Ordering::Relaxed};
@@ -37,9 +40,9 @@ const NOTIFIED_PAUSE: Duration = Duration::from_millis(40);
 const CURRENT: Duration = Duration::from_secs(2);
 /// How long a request waits for the row of its user, while this process does not know what others have changed.
 const ASK_LIMIT: Duration = Duration::from_secs(1);
-/// First interval for checking whether another process has finished its refresh, which doubles up to the second, and the
-/// maximum wait for its lease (`LEASE_WAIT`). A lease expires after 15 s, after which at most one other process may take
-/// it first.
+/// First interval for checking whether another process has finished its refresh, which doubles up to the second, and
+/// the maximum wait for its lease (`LEASE_WAIT`). A lease expires after 15 s, after which at most one other process may
+/// take it first.
 const LEASE_CHECK: Duration = Duration::from_millis(100);
 const LEASE_CHECK_MAX: Duration = Duration::from_millis(800);
 const LEASE_WAIT: Duration = Duration::from_secs(35);
@@ -229,8 +232,8 @@ impl TokenManager {
         }
     }
 
-    /// Says again and again that this process is alive, and which keys it has; and seals with the key that a rotation made
-    /// the first one. Runs until dropped.
+    /// Says again and again that this process is alive, and which keys it has; and seals with the key that a rotation
+    /// made the first one. Runs until dropped.
     async fn publish_pod(&self, follower: &Follower) {
         loop {
             sleep(PUBLISH).await;
@@ -251,8 +254,8 @@ impl TokenManager {
         }
     }
 
-    /// Forgets the users that were not used for the longest time, beyond `store.cache`, unless something is going on for
-    /// them. They are read again when they are needed.
+    /// Forgets the users that were not used for the longest time, beyond `store.cache`, unless something is going on
+    /// for them. They are read again when they are needed.
     fn trim(&self) {
         let cache = self.0.settings.load().cache;
         let mut users = self.0.users.write().unwrap_or_else(PoisonError::into_inner);
@@ -382,8 +385,8 @@ impl TokenManager {
         self.catch_up_unless(entry, write, false).await
     }
 
-    /// As [`catch_up`](Self::catch_up). If a person asked for a refresh, another process's failure does not count, unless
-    /// Login with Amazon asked all processes to wait.
+    /// As [`catch_up`](Self::catch_up). If a person asked for a refresh, another process's failure does not count,
+    /// unless Login with Amazon asked all processes to wait.
     async fn catch_up_unless(
         &self,
         entry: &Arc<UserState>,
@@ -440,7 +443,7 @@ impl TokenManager {
                     put.then(|| (newer, Some(Grant { generation: newer.generation, ..Grant::clone(grant) })))
                 }
                 Verdict::RepeatLogout(newer) => {
-                    tracing::warn!(%user, "the database has an older version than this process: the logout is repeated");
+                    tracing::warn!(%user, "the database has an older version than this process: logged out again");
                     let erased = self.timed("erase", store.repeat_logout(user, newer, version.generation)).await?;
                     erased.then_some((newer, None))
                 }
@@ -543,10 +546,7 @@ impl TokenManager {
             (Coordination::Shared(Follower { store, .. }), None) => {
                 self.timed("put", store.consent(user, grant, since.elapsed())).await
             }
-            _ => {
-                let saved = self.timed("put", self.0.store.save(user, grant, expected)).await;
-                saved.map(|generation| Version { generation, ..entry.stored() })
-            }
+            _ => self.save(entry, grant, expected).await,
         };
         match saved {
             Ok(version) => {

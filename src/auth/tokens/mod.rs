@@ -10,6 +10,11 @@
 //! `client_circuit` permits it, and `prepare` records it first (`refresh_journal`); `TokenManager::store` writes the
 //! new grant; `publish` makes it current and reschedules the user (`scheduler`); dropping the task wakes the waiters.
 //!
+//! With a shared store the users that are not in memory are read when they are needed (`coordination`), and the
+//! database says which refreshes are due (`claims`).
+//!
+//! This file is long because it documents what the manager does for its callers in one place.
+//!
 //! The hot path, [`TokenManager::bearer`] with a token that does not expire soon, takes no lock that a refresh holds.
 
 mod scheduler;
@@ -274,7 +279,7 @@ impl TokenManager {
     /// Handles Amazon's rejection of an unexpired `bearer`: returns a different token to retry with, or `None` if there
     /// is none; then the caller gets Amazon's rejection. One forced refresh serves all concurrent callers.
     pub async fn invalidate(&self, user: &UserId, bearer: &HeaderValue) -> Option<HeaderValue> {
-        let entry = self.entry(user)?;
+        let entry = self.find(user).await.ok()?;
         let until = Instant::now() + WAIT_WITHOUT_TOKEN;
         loop {
             let changed = entry.changed();
@@ -283,9 +288,12 @@ impl TokenManager {
             }
             let start_refresh = || self.start_refresh(&entry, RefreshReason::Rejected(bearer.clone()));
             // A refresh task that was already running may end without a token call: then this caller forces one.
-            if !entry.force(self.0.clock.reading(), FORCED_SPACING, start_refresh)
-                || timeout_at(until, changed.wait()).await.is_err()
-            {
+            fail_point!("rejection_seen");
+            if !entry.force(self.0.clock.reading(), FORCED_SPACING, start_refresh) {
+                // No refresh is running or may be forced, but one may have ended since the token was compared.
+                return self.other_than(&entry, bearer);
+            }
+            if timeout_at(until, changed.wait()).await.is_err() {
                 return None;
             }
         }

@@ -121,6 +121,10 @@ impl TokenManager {
         let user = &entry.user;
         match (self.0.store.shared(), expected) {
             (Some(shared), None) => self.timed("put", shared.consent(user, grant, Duration::ZERO)).await,
+            (Some(shared), Some(generation)) => {
+                let of = Version { generation, ..entry.stored() };
+                self.timed("put", shared.put_refreshed(user, grant, of)).await
+            }
             _ => {
                 let generation = self.timed("put", self.0.store.save(user, grant, expected)).await?;
                 Ok(Version { generation, ..entry.stored() })

@@ -140,8 +140,8 @@ impl TokenManager {
         entries.iter().map(|entry| health_of(&self.status_of(entry))).filter(|user| user.state != State::None).collect()
     }
 
-    /// The health of the users with a grant, for the metrics; of the first 10,000 in a shared store. One that fails leaves
-    /// the users that this process holds.
+    /// The health of the users with a grant, for the metrics; of the first 10,000 in a shared store. One that fails
+    /// leaves the users that this process holds.
     pub async fn health(&self) -> Vec<UserHealth> {
         let Some(shared) = self.0.store.shared() else { return self.held_health() };
         let Ok(users) = self.timed("list", shared.overview(OVERVIEW_ROWS)).await else { return self.held_health() };

@@ -183,8 +183,8 @@ impl PgConnection {
     }
 
     /// Runs `statements` that create or change tables, as one transaction. Returns `false` if it is to be tried again:
-    /// another process created them at the same moment, which PostgreSQL reports as an error despite `IF NOT EXISTS`, or
-    /// a transaction held a table for long.
+    /// another process created them at the same moment, which PostgreSQL reports as an error despite `IF NOT EXISTS`,
+    /// or a transaction held a table for long.
     pub(super) async fn create(&self, statements: &str) -> Result<bool, StoreError> {
         let until = Instant::now() + MIGRATION_DEADLINE;
         let connected = timeout(self.purpose.deadline(), self.client()).await;

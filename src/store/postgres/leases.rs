@@ -53,8 +53,8 @@ impl Postgres {
         if rows.is_empty() { Ok(Lease::Denied) } else { Ok(Lease::Acquired { interrupted: first_row(&rows, 0)? }) }
     }
 
-    /// Takes the leases of at most `limit` users whose background refresh is due at `now`. A claimed refresh is due again
-    /// 20 s later, so that another process makes it if this one ends.
+    /// Takes the leases of at most `limit` users whose background refresh is due at `now`. A claimed refresh is due
+    /// again 20 s later, so that another process makes it if this one ends.
     ///
     /// # Errors
     ///
@@ -62,7 +62,8 @@ impl Postgres {
     pub async fn claim_due(&self, now: Timestamp, limit: usize) -> Result<Vec<Claimed>, StoreError> {
         const CLAIM: &str = concat!(
             "UPDATE adsidecar_grants AS g SET lease_owner = $1, \
-             lease_until = clock_timestamp() + interval '15 seconds', due_at = to_timestamp($2) + interval '20 seconds' \
+             lease_until = clock_timestamp() + interval '15 seconds', \
+             due_at = to_timestamp($2) + interval '20 seconds' \
              FROM (SELECT user_id, lease_owner FROM adsidecar_grants WHERE record IS NOT NULL \
              AND due_at <= to_timestamp($2) AND (lease_until IS NULL OR lease_until < clock_timestamp()) \
              AND (retry_at IS NULL OR retry_at <= clock_timestamp()) \
@@ -83,9 +84,9 @@ impl Postgres {
         Ok(claimed)
     }
 
-    /// Releases the lease after a refresh that stored no change: a stored change releases it itself. Says to all processes
-    /// how the refresh of `generation` failed, if it did, and when the background tries again: `due`, `None` if the user
-    /// is idle by then.
+    /// Releases the lease after a refresh that stored no change: a stored change releases it itself. Says to all
+    /// processes how the refresh of `generation` failed, if it did, and when the background tries again: `due`, `None`
+    /// if the user is idle by then.
     ///
     /// # Errors
     ///

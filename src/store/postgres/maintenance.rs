@@ -89,8 +89,8 @@ impl Postgres {
         Ok(done)
     }
 
-    /// Seals every record with the first key that another key seals, in batches, and returns how many there were. What an
-    /// interrupted pass has done is not done again, and several processes may do it at once.
+    /// Seals every record with the first key that another key seals, in batches, and returns how many there were. What
+    /// an interrupted pass has done is not done again, and several processes may do it at once.
     async fn reseal_all(&self, ring: &Keyring, done: &mut Reseal) -> Result<usize, StoreError> {
         const OTHERS: &str = "SELECT user_id, record, generation, hashtextextended(record, 0) FROM adsidecar_grants \
                               WHERE record IS NOT NULL AND user_id > $1 AND sealed_with IS DISTINCT FROM $2 \

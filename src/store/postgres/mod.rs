@@ -4,9 +4,9 @@
 //! make, and reads the row itself before it requests a token. No database lock is held during a request to Login with
 //! Amazon; instead:
 //!
-//! - A user's row has a [`Version`] that rises with each change, logouts included (a logout keeps the row and removes its
-//!   record). Each write says which generation it saw: one based on another generation changes nothing and fails with
-//!   [`Conflict`](StoreError::Conflict). The rule is one function in `schema.sql`, `adsidecar_write`.
+//! - A user's row has a [`Version`] that rises with each change, logouts included (a logout keeps the row and removes
+//!   its record). Each write says which generation it saw: one based on another generation changes nothing and fails
+//!   with [`Conflict`](StoreError::Conflict). The rule is one function in `schema.sql`, `adsidecar_write`.
 //! - A process takes the row's *lease* before it requests a token, for 15 s by the database's clock. If it dies while
 //!   holding the lease, the other processes wait at most that long.
 //!
@@ -78,8 +78,8 @@ const MAX_ATTEMPTS: usize = 10;
 /// The note that holds the schema version of the tables, and the version that this program supports.
 const SCHEMA_NOTE: &str = "schema";
 const SCHEMA_VERSION: &str = "1";
-/// The note that holds the number of the last migration, and the number of the last one in `schema.sql`. A migration only
-/// adds to the tables of a schema version, so that processes of the previous release keep working.
+/// The note that holds the number of the last migration, and the number of the last one in `schema.sql`. A migration
+/// only adds to the tables of a schema version, so that processes of the previous release keep working.
 const MIGRATION_NOTE: &str = "migration";
 const MIGRATION: u32 = 2;
 /// The note that holds the fingerprint of the key that seals.
@@ -168,7 +168,8 @@ struct StoredRow {
 }
 
 impl Postgres {
-    /// Connects, creates missing tables, and checks the key. Reads all records if `read_all`. Blocks until that is done.
+    /// Connects, creates missing tables, and checks the key. Reads all records if `read_all`. Blocks until that is
+    /// done.
     pub(super) fn open(
         url: ConnectionUrl,
         keyring: Arc<Keyring>,
@@ -302,14 +303,32 @@ impl Postgres {
     /// See [`TokenStore::save`](super::TokenStore::save).
     pub(super) async fn save(&self, user: &UserId, grant: &Grant, expected: Option<u64>) -> Result<u64, StoreError> {
         match expected {
-            Some(expected) => self.compare_and_swap(user, grant, expected).await,
+            Some(expected) => self.compare_and_swap(user, grant, expected, Epoch::Stored).await,
             None => Ok(self.consent(user, grant, Duration::ZERO).await?.generation),
         }
     }
 
+    /// Stores the result of a refresh of the version `of`. Its epoch is compared too: after a failover that lost
+    /// commits, another grant may have the same generation, and this one is newer if its login was.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError::Conflict`] if the stored generation is not that of `of`, or the stored epoch is higher; any other
+    /// [`StoreError`] if the database cannot be read or written.
+    pub async fn put_refreshed(&self, user: &UserId, grant: &Grant, of: Version) -> Result<Version, StoreError> {
+        let generation = self.compare_and_swap(user, grant, of.generation, Epoch::Exactly(of.epoch)).await?;
+        Ok(Version { generation, ..of })
+    }
+
     /// Stores `grant` if the stored generation is `expected`.
-    async fn compare_and_swap(&self, user: &UserId, grant: &Grant, expected: u64) -> Result<u64, StoreError> {
-        let written = self.write(user, Some(grant), grant.generation, Epoch::Stored, Some(expected)).await?;
+    async fn compare_and_swap(
+        &self,
+        user: &UserId,
+        grant: &Grant,
+        expected: u64,
+        epoch: Epoch,
+    ) -> Result<u64, StoreError> {
+        let written = self.write(user, Some(grant), grant.generation, epoch, Some(expected)).await?;
         if !written.done {
             let ring = self.0.keyring.load_full();
             let holds_grant = |row: StoredRow| is_same_grant(&row.record(), user, grant, &ring);
@@ -320,8 +339,8 @@ impl Postgres {
         Ok(grant.generation)
     }
 
-    /// Stores `grant`, to which a person consented `age` ago, over whatever is stored, under a version above every earlier
-    /// one. Fails with [`StoreError::Conflict`] if somebody has logged in or out since.
+    /// Stores `grant`, to which a person consented `age` ago, over whatever is stored, under a version above every
+    /// earlier one. Fails with [`StoreError::Conflict`] if somebody has logged in or out since.
     ///
     /// # Errors
     ///
@@ -345,20 +364,20 @@ impl Postgres {
         Err(StoreError::Conflict)
     }
 
-    /// Stores a grant that no person just consented to, as a login, if the stored generation is still `seen`. Returns its
-    /// version; `None` if there is another row now.
+    /// Stores a grant that no person just consented to, in place of the version `seen`, if that is still stored. Its
+    /// epoch is only just above: each login or logout that the database may have lost is newer. Returns its version;
+    /// `None` if there is another row now.
     ///
     /// # Errors
     ///
     /// [`StoreError`] if the database cannot be written.
-    pub async fn put_new(&self, user: &UserId, grant: &Grant, seen: u64) -> Result<Option<Version>, StoreError> {
-        let grant = Grant { generation: seen + 1, ..grant.clone() };
-        let written = self.write(user, Some(&grant), grant.generation, Epoch::Age(Duration::ZERO), Some(seen)).await?;
-        Ok(written.done.then_some(written.version))
+    pub async fn put_new(&self, user: &UserId, grant: &Grant, seen: Version) -> Result<Option<Version>, StoreError> {
+        let version = Version { epoch: seen.epoch + 1, generation: seen.generation + 1 };
+        Ok(self.put_back(user, grant, version, seen.generation).await?.then_some(version))
     }
 
-    /// Stores a grant that the database has lost again, under `version`, if the stored generation is still `seen`. Returns
-    /// whether it is stored now.
+    /// Stores a grant that the database has lost again, under `version`, if the stored generation is still `seen`.
+    /// Returns whether it is stored now.
     ///
     /// # Errors
     ///
@@ -391,8 +410,8 @@ impl Postgres {
         Ok(self.log_out(user).await?.0)
     }
 
-    /// Removes the grant of `user`, whatever its version. Returns whether there was one, and the version of the logout. It
-    /// is recorded also if there was none: the database may have lost a login that a process is about to restore.
+    /// Removes the grant of `user`, whatever its version. Returns whether there was one, and the version of the logout.
+    /// It is recorded also if there was none: the database may have lost a login that a process is about to restore.
     ///
     /// # Errors
     ///
@@ -402,8 +421,8 @@ impl Postgres {
         Ok((written.was_present, written.version))
     }
 
-    /// The only way in which a process changes what is stored for a user: see `adsidecar_write` in `schema.sql`. Without
-    /// a grant it is a logout. A `generation` of 0 is the next one.
+    /// The only way in which a process changes what is stored for a user: see `adsidecar_write` in `schema.sql`.
+    /// Without a grant it is a logout. A `generation` of 0 is the next one.
     async fn write(
         &self,
         user: &UserId,
@@ -540,8 +559,8 @@ impl Postgres {
         result
     }
 
-    /// As [`query`](Self::query), over the connection for bulk work. It says nothing about the health of the store, which
-    /// requests depend on.
+    /// As [`query`](Self::query), over the connection for bulk work. It says nothing about the health of the store,
+    /// which requests depend on.
     async fn bulk_query(&self, statement: &str, parameters: &Parameters<'_>) -> Result<Vec<Row>, StoreError> {
         Box::pin(self.0.bulk.query(statement, parameters, OnDisconnect::Resend)).await
     }

@@ -10,8 +10,8 @@ SET LOCAL lock_timeout = '2s';
 
 -- Migration 1.
 
--- One row per user. A logout removes the record but keeps the row: the user's generation never decreases, so that a write
--- based on an earlier generation cannot succeed.
+-- One row per user. A logout removes the record but keeps the row: the user's generation never decreases, so that a
+-- write based on an earlier generation cannot succeed.
 CREATE TABLE IF NOT EXISTS adsidecar_grants (
     user_id text COLLATE "C" PRIMARY KEY,
     record text,
@@ -44,17 +44,16 @@ CREATE TABLE IF NOT EXISTS adsidecar_notes (
 
 -- Migration 2.
 
--- change: the number of the row's last change, by which processes follow changes without comparing rows.
--- epoch: when the user last logged in or out, in microseconds by the database's clock; a refresh does not change it. Of two
--- states of a user the one with the higher epoch is the newer one, whatever their generations: after a failover that lost
--- commits, generations may repeat, and a login or logout that was lost is still older than one after it.
--- described: a hash of the record that the following columns describe; NULL if a process has yet to describe it.
--- sealed_with: the fingerprint of the key that seals the record; `unknown` or `damaged` if it yields no grant.
--- expires_at, updated_at, consented_at, used_at: as in the record, whose seal alone makes them trustworthy. They are for
--- lists and counts.
--- due_at: when the next background refresh is due; NULL if the user is idle.
--- refused, failure, attempts, retry_at: how the last refresh of this generation failed: Login with Amazon refused the
--- grant, or could not be asked; how many have failed; and when the next process may ask.
+-- change: the number of the row's last change, by which processes follow changes without comparing rows. epoch: when
+-- the user last logged in or out, in microseconds by the database's clock; a refresh does not change it. Of two states
+-- of a user the one with the higher epoch is the newer one, whatever their generations: after a failover that lost
+-- commits, generations may repeat, and a login or logout that was lost is still older than one after it. described: a
+-- hash of the record that the following columns describe; NULL if a process has yet to describe it. sealed_with: the
+-- fingerprint of the key that seals the record; `unknown` or `damaged` if it yields no grant. expires_at, updated_at,
+-- consented_at, used_at: as in the record, whose seal alone makes them trustworthy. They are for lists and counts.
+-- due_at: when the next background refresh is due; NULL if the user is idle. refused, failure, attempts, retry_at: how
+-- the last refresh of this generation failed: Login with Amazon refused the grant, or could not be asked; how many have
+-- failed; and when the next process may ask.
 CREATE SEQUENCE IF NOT EXISTS adsidecar_changes;
 ALTER TABLE adsidecar_grants
     ADD COLUMN IF NOT EXISTS change bigint NOT NULL DEFAULT 0,
@@ -74,12 +73,14 @@ CREATE INDEX IF NOT EXISTS adsidecar_grants_change ON adsidecar_grants (change);
 CREATE INDEX IF NOT EXISTS adsidecar_grants_due ON adsidecar_grants (due_at) WHERE record IS NOT NULL;
 CREATE INDEX IF NOT EXISTS adsidecar_grants_undescribed ON adsidecar_grants (user_id)
     WHERE record IS NOT NULL AND described IS NULL;
+CREATE INDEX IF NOT EXISTS adsidecar_grants_unknown ON adsidecar_grants (user_id)
+    WHERE record IS NOT NULL AND sealed_with = 'unknown';
 CREATE INDEX IF NOT EXISTS adsidecar_grants_failing ON adsidecar_grants (user_id)
     WHERE record IS NOT NULL AND (refused IS NOT NULL OR failure IS NOT NULL);
 
--- Numbers every change, whoever makes it: this version, the previous one, or a person with psql. It runs with the rights
--- of its owner, so that a role with access to the tables alone needs no right on the sequence. A lease is no change, and
--- neither is a record that is only sealed with another key.
+-- Numbers every change, whoever makes it: this version, the previous one, or a person with psql. It runs with the
+-- rights of its owner, so that a role with access to the tables alone needs no right on the sequence. A lease is no
+-- change, and neither is a record that is only sealed with another key.
 CREATE OR REPLACE FUNCTION adsidecar_number_change() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path FROM CURRENT AS $$
 BEGIN
@@ -114,11 +115,12 @@ CREATE TRIGGER adsidecar_number_update BEFORE UPDATE OF record, generation, epoc
     EXECUTE FUNCTION adsidecar_number_change();
 
 -- The rule: the only statement by which a process stores or removes a user's grant. `seen` is the generation of the row
--- that the decision is based on, 0 for no row; NULL for a logout, which a person wants whatever is stored. The write happens
--- only if that is still the stored generation, and if neither generation nor epoch would decrease. A NULL generation is
--- the next one. `age` says how many seconds ago a person logged in or out, for a write that makes a new epoch: one that
--- was delayed changes nothing if somebody has logged in or out since. Without an age the epoch is `epoch`, or the stored one
--- if that is NULL. Returns whether the row was written, whether there was a grant, and the version of the row now.
+-- that the decision is based on, 0 for no row; NULL for a logout, which a person wants whatever is stored. The write
+-- happens only if that is still the stored generation, and if neither generation nor epoch would decrease. A NULL
+-- generation is the next one. `age` says how many seconds ago a person logged in or out, for a write that makes a new
+-- epoch: one that was delayed changes nothing if somebody has logged in or out since. Without an age the epoch is
+-- `epoch`, or the stored one if that is NULL. Returns whether the row was written, whether there was a grant, and the
+-- version of the row now.
 --
 -- A login or logout takes its change number while it holds the advisory lock, with the row locked first. So these
 -- numbers become visible in their order, and a process that has read up to a number has missed none below it. A refresh
