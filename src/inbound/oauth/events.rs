@@ -14,7 +14,6 @@ use http::header::{CONTENT_TYPE, HeaderValue};
 use http::request::Parts;
 use http::{Method, Response};
 use http_body::{Body, Frame};
-use hyper::body::Incoming;
 use tokio::sync::broadcast::Receiver;
 use tokio::sync::broadcast::error::RecvError;
 use tokio::time::Interval;
@@ -26,6 +25,7 @@ use super::{FullResponse, LoginError, OauthEndpoints};
 use crate::domain::account::UserId;
 use crate::domain::event::Event;
 use crate::inbound::destination::Endpoint;
+use crate::server::CallerBody;
 
 /// A comment is sent this often, so that nothing in between takes the connection for dead.
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
@@ -44,7 +44,7 @@ impl OauthEndpoints {
         &self,
         cors: Option<HeaderValue>,
         parts: &Parts,
-        body: Incoming,
+        body: CallerBody,
         request_id: &str,
     ) -> Result<Response<EventStream>, FullResponse> {
         let begun = self.begin_stream(parts, body).await;
@@ -62,7 +62,7 @@ impl OauthEndpoints {
         Ok(answer)
     }
 
-    async fn begin_stream(&self, parts: &Parts, body: Incoming) -> Result<EventStream, LoginError> {
+    async fn begin_stream(&self, parts: &Parts, body: CallerBody) -> Result<EventStream, LoginError> {
         if parts.method != Method::GET {
             return Err(LoginError::Method(Endpoint::Events.allow()));
         }

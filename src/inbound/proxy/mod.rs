@@ -229,7 +229,7 @@ impl Proxy {
         key: &str,
         route: &RoutedRequest<'_>,
         parts: &Parts,
-        incoming: Incoming,
+        incoming: CallerBody,
         target: &Target,
         telemetry: &mut RequestTelemetry<'_>,
     ) -> Result<Response<Body>, ProxyError> {
@@ -257,7 +257,7 @@ impl Proxy {
         &self,
         route: &RoutedRequest<'_>,
         parts: &Parts,
-        incoming: Incoming,
+        incoming: CallerBody,
         target: &Target,
         telemetry: &mut RequestTelemetry<'_>,
     ) -> Result<Response<Body>, ProxyError> {
