@@ -80,7 +80,7 @@ impl Sidecar {
     pub(super) async fn running_or_own(config: Config) -> Result<Self, Failed> {
         match Self::running(&config).await? {
             Some(running) => Ok(running),
-            None => Self::own(config, Listen::Tcp("127.0.0.1:0".into())).await,
+            None => Box::pin(Self::own(config, Listen::Tcp("127.0.0.1:0".into()))).await,
         }
     }
 

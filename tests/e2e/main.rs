@@ -44,6 +44,7 @@ mod fleet;
 mod siblings;
 mod stores;
 mod threats;
+mod throttle;
 mod token_endpoint;
 mod tokens;
 mod upstream_faults;

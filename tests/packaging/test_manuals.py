@@ -204,16 +204,17 @@ def test_a_curl_line_in_a_block_is_run(blocks):
     assert all(line.startswith("curl ") for line in curl_lines(blocks))
 
 
-def test_every_curl_line_succeeds_when_it_is_pasted(blocks, sandbox):
+def test_every_curl_line_succeeds_when_it_is_pasted(blocks, sandbox, tmp_path):
     lines = curl_lines(blocks)
     assert len(lines) > 20
     failed = []
     for line in lines:
         command = at_sandbox(line, sandbox)
         assert command != line, f"goes to no listener of the sandbox: {line}"
-        command += " --silent --show-error --output /dev/null --write-out '%{http_code}'"
-        run = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=CURL_SECONDS)
-        if run.returncode != 0 or not run.stdout.startswith("2"):
+        # The status goes to standard error: a line may write its response into a file, for the next line.
+        command += " --silent --show-error --write-out '%{stderr}%{http_code}'"
+        run = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=CURL_SECONDS)
+        if run.returncode != 0 or not run.stderr[-3:].startswith("2"):
             failed.append(f"{run.stdout} {run.stderr}: {line}")
     assert failed == []
 

@@ -30,6 +30,7 @@ use crate::store::TokenStore;
 use crate::store::keyring::Fingerprint;
 use crate::telemetry::log::LogHandle;
 use crate::telemetry::metrics::Metrics;
+use crate::throttle::Memory;
 
 /// Settings of the admin listener.
 #[derive(Clone, Debug, Default)]
@@ -63,6 +64,8 @@ pub struct Admin {
     pub(crate) connections: Arc<[(&'static str, Count)]>,
     pub(crate) log: Option<LogHandle>,
     pub(crate) store: TokenStore,
+    /// What the throttle has learned.
+    pub(crate) throttle: Arc<Memory>,
     /// The latest rotation of keys.
     pub(crate) rotation: tokio::sync::watch::Receiver<Rotation>,
     pub(crate) request_ids: Arc<RequestIds>,
@@ -137,14 +140,14 @@ impl Reloader {
 /// Returns the current number of open connections.
 pub(crate) type Count = Box<dyn Fn() -> usize + Send + Sync>;
 
-type FullResponse = Response<Body>;
+type AdminResponse = Response<Body>;
 
 /// The body of a response of the admin listener: in memory, or streamed.
 pub type Body = UnsyncBoxBody<Bytes, std::io::Error>;
 
 impl Admin {
     /// Serves a request on the admin listener. Always returns a response.
-    pub async fn serve(&self, request: Request<Incoming>, peer: Peer) -> FullResponse {
+    pub async fn serve(&self, request: Request<Incoming>, peer: Peer) -> AdminResponse {
         let (parts, body) = request.into_parts();
         let served = self.dispatch(&parts, body, peer).await;
         let id = self.request_ids.of(&parts.headers);
@@ -155,7 +158,7 @@ impl Admin {
         response
     }
 
-    async fn dispatch(&self, parts: &Parts, body: Incoming, peer: Peer) -> Result<FullResponse, Problem> {
+    async fn dispatch(&self, parts: &Parts, body: Incoming, peer: Peer) -> Result<AdminResponse, Problem> {
         // A HEAD is a GET whose body the server leaves out (RFC 9110, section 9.3.2).
         let method = if parts.method == Method::HEAD { &Method::GET } else { &parts.method };
         let path = parts.uri.path();
@@ -215,7 +218,7 @@ impl Admin {
         }
     }
 
-    fn started(&self) -> FullResponse {
+    fn started(&self) -> AdminResponse {
         match *self.stage.borrow() {
             Stage::Starting => say(StatusCode::SERVICE_UNAVAILABLE, "starting\n"),
             Stage::Serving | Stage::Draining => say(StatusCode::OK, "started\n"),
@@ -225,7 +228,7 @@ impl Admin {
     /// Ready while the listeners serve, the store works and no shutdown was requested. Neither Amazon nor a missing
     /// login makes a pod unready, and nor does a shared store that fails: all pods lose it at once, and each still serves
     /// from memory.
-    fn ready(&self) -> FullResponse {
+    fn ready(&self) -> AdminResponse {
         match *self.stage.borrow() {
             Stage::Starting => say(StatusCode::SERVICE_UNAVAILABLE, "starting\n"),
             Stage::Draining => say(StatusCode::SERVICE_UNAVAILABLE, "draining\n"),
@@ -237,7 +240,7 @@ impl Admin {
         }
     }
 
-    async fn metrics(&self) -> Result<FullResponse, Problem> {
+    async fn metrics(&self) -> Result<AdminResponse, Problem> {
         for (listener, count) in self.connections.iter() {
             self.metrics.connections.with_label_values(&[listener]).set(i64::try_from(count()).unwrap_or(i64::MAX));
         }
@@ -249,6 +252,7 @@ impl Admin {
         let store = self.store.health();
         let records = store.records.iter().map(|(sealed, count)| (sealed.to_string(), *count));
         self.metrics.set_store_contents(records, store.unreadable(), store.recoveries);
+        self.throttle.show();
         if let Some(log) = &self.log {
             self.metrics.log_lines(log.dropped());
         }
@@ -268,7 +272,7 @@ impl Admin {
         Ok(response)
     }
 
-    async fn set_level(&self, body: Incoming) -> Result<FullResponse, Problem> {
+    async fn set_level(&self, body: Incoming) -> Result<AdminResponse, Problem> {
         let bad = || {
             Problem::new(Code::BadRequest, "The body is not a log level.", "Send error, warn, info, debug or trace.")
         };
@@ -282,7 +286,7 @@ impl Admin {
     }
 
     /// Starts a rotation for `adsidecar key rotate`, whose first key must be the first one of this process.
-    async fn rotate(&self, query: &str) -> Result<FullResponse, Problem> {
+    async fn rotate(&self, query: &str) -> Result<AdminResponse, Problem> {
         let Some(key) = query.strip_prefix("key=") else {
             return Err(Problem::new(
                 Code::BadRequest,
@@ -298,7 +302,7 @@ impl Admin {
     }
 
     /// The progress of the rotation. The error is the store's, and holds no secret.
-    async fn rotation(&self) -> FullResponse {
+    async fn rotation(&self) -> AdminResponse {
         // If this fails, the last count is shown.
         let _ = self.store.count_records().await;
         let (rotation, store) = (self.rotation.borrow().clone(), self.store.health());
@@ -361,7 +365,7 @@ fn check_input(parts: &Parts, method: &Method, body: &Incoming) -> Result<(), Pr
     Ok(())
 }
 
-fn say(status: StatusCode, text: &'static str) -> FullResponse {
+fn say(status: StatusCode, text: &'static str) -> AdminResponse {
     let mut response = Response::new(bytes(Bytes::from_static(text.as_bytes())));
     *response.status_mut() = status;
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));

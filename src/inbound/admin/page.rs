@@ -7,10 +7,11 @@ use http::{HeaderMap, Response};
 use jiff::Timestamp;
 use maud::{DOCTYPE, Markup, PreEscaped, html};
 
-use super::{Admin, FullResponse, Stage};
+use super::{Admin, AdminResponse, Stage};
 use crate::auth::tokens::Status;
 use crate::domain::account::UserId;
 use crate::domain::grant::State;
+use crate::throttle::BucketStatus;
 
 /// The page loads nothing, runs nothing, sends nothing, and may not be framed.
 const POLICY: &str = "default-src 'none'; style-src 'sha256-teTQxtI+4pqNDyTh0fy86uW97eAew2RUI7Iq/W2DD3I='; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
@@ -27,7 +28,7 @@ const FRAME_OPTIONS: HeaderName = HeaderName::from_static("x-frame-options");
 
 impl Admin {
     /// Renders the page, for a request with these headers.
-    pub(super) async fn page(&self, headers: &HeaderMap) -> FullResponse {
+    pub(super) async fn page(&self, headers: &HeaderMap) -> AdminResponse {
         let now = self.clock.now();
         let mut users = self.tokens.most_urgent(MAX_ROWS + 1).await;
         users.sort_by(|a, b| a.user_id.cmp(&b.user_id));
@@ -50,6 +51,7 @@ impl Admin {
                     @if users.len() > MAX_ROWS {
                         p { "There are more: see " code { "adsidecar users list" } "." }
                     }
+                    (limits(&self.throttle.status()))
                     (self.about_links(headers))
                     footer { "As of " (time(now)) ". " a href=(here) { "Refresh" } }
                 }
@@ -121,6 +123,36 @@ fn table(users: &[Status], now: Timestamp, login_base: Option<&str>) -> Markup {
     }
 }
 
+/// What Amazon was seen to allow. Nothing as long as it has refused no request.
+fn limits(buckets: &[BucketStatus]) -> Markup {
+    html! {
+        @if !buckets.is_empty() {
+            h1 { "Limits of Amazon's" }
+            table {
+                tr {
+                    th { "Region" } th { "API family" } th { "Kind" } th { "Learned rate" } th { "Paused for" }
+                    th { "Waiting" } th { "Refused so far" }
+                }
+                @for bucket in buckets.iter().take(MAX_ROWS) {
+                    tr {
+                        td { (bucket.name.region.as_str()) }
+                        td { (bucket.name.family.name) }
+                        td { (bucket.name.kind.as_str()) }
+                        td { (format!("{:.1} per second", bucket.rate)) }
+                        @if bucket.paused > 0.0 {
+                            td class="wait" { (format!("{:.0} s", bucket.paused.ceil())) }
+                        } @else {
+                            td class="ok" { "–" }
+                        }
+                        td { (bucket.waiting) }
+                        td { (bucket.refusals) }
+                    }
+                }
+            }
+        }
+    }
+}
+
 fn login_link(user: &UserId, base: Option<&str>) -> Markup {
     let name: String = url::form_urlencoded::byte_serialize(user.as_str().as_bytes()).collect();
     html! {
@@ -165,7 +197,7 @@ fn distance(seconds: i64) -> String {
     if seconds < 0 { format!("{size} {unit} ago") } else { format!("in {size} {unit}") }
 }
 
-fn page_response(page: Markup) -> FullResponse {
+fn page_response(page: Markup) -> AdminResponse {
     let mut response = Response::new(super::bytes(page.into_string()));
     let headers = response.headers_mut();
     for (name, value) in [
