@@ -1,9 +1,9 @@
 //! Coordination of refreshes: within one process, or with other processes that share the store
 //! ([`Postgres`]).
 //!
-//! In a shared store the stored record is authoritative: a process reads it before each refresh, and follows the changes
-//! of others ([`Follower`]). A lease lets one process at a time refresh a user's token; the others wait and use the token
-//! it stored.
+//! In a shared store the stored record is authoritative: a process reads it before each refresh, and follows the
+//! changes of others ([`Follower`]). A lease lets one process at a time refresh a user's token; the others wait and use
+//! the token it stored.
 //!
 //! A [`Version`] never decreases. If a stored version is lower than the one that this process knows, the database lost
 //! data (for example, failover to a lagging standby), and this process restores what it knows: [`Version::reconcile`].
