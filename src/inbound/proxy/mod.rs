@@ -214,10 +214,12 @@ impl Proxy {
         if route.family.is_unknown() {
             self.metrics.unknown_family.inc();
         }
+        fail_point!("spine");
+        let body = self.body(parts, incoming)?;
         match self.polls.as_ref().and_then(|polls| Some((polls, polls::key(&route, parts, target)?))) {
             // Boxed: rare requests must not make the future of every request large.
-            Some((polls, key)) => Box::pin(self.poll(polls, &key, &route, parts, incoming, target, telemetry)).await,
-            None => self.exchange(&route, parts, incoming, target, telemetry).await,
+            Some((polls, key)) => Box::pin(self.poll(polls, &key, &route, parts, body, target, telemetry)).await,
+            None => self.exchange(&route, parts, body, target, telemetry).await,
         }
     }
 
@@ -229,7 +231,7 @@ impl Proxy {
         key: &str,
         route: &RoutedRequest<'_>,
         parts: &Parts,
-        incoming: CallerBody,
+        body: RequestBody,
         target: &Target,
         telemetry: &mut RequestTelemetry<'_>,
     ) -> Result<Response<Body>, ProxyError> {
@@ -245,7 +247,7 @@ impl Proxy {
                 }
             }
         };
-        let response = self.exchange(route, parts, incoming, target, telemetry).await?;
+        let response = self.exchange(route, parts, body, target, telemetry).await?;
         Ok(match leader {
             Some(leader) => leader.share(response).await,
             None => response,
@@ -257,12 +259,10 @@ impl Proxy {
         &self,
         route: &RoutedRequest<'_>,
         parts: &Parts,
-        incoming: CallerBody,
+        body: RequestBody,
         target: &Target,
         telemetry: &mut RequestTelemetry<'_>,
     ) -> Result<Response<Body>, ProxyError> {
-        fail_point!("spine");
-        let body = self.body(parts, incoming)?;
         let mut pass = self.throttle(route, parts, target).await?;
         let Bearer { value: bearer, check_clock } = self.access_token(&route.user).await?;
         let request = UpstreamRequest { route, parts, target, bearer: &bearer };

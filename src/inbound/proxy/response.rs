@@ -113,9 +113,7 @@ impl Body {
             Some(Source::Amazon(rest)) => Self::read(read, Some(Ok(rest))),
             Some(Source::Read(None, rest)) => Self::read(read, rest),
             // Only Amazon's bodies are read in parts.
-            Some(Source::Own(_) | Source::Events(_) | Source::Read(Some(_), _)) => {
-                Self::read(read, Some(Err(ResponseAborted::Truncated)))
-            }
+            Some(_) => Self::read(read, Some(Err(ResponseAborted::Truncated))),
         }
     }
 
