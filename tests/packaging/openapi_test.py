@@ -10,10 +10,10 @@ import pytest
 import yaml
 
 # The parameters of requests that need some.
-QUERIES = {"beginLogin": "?user_id=anna", "status": "?user_id=default", "exportUser": "?user_id=default"}
+QUERIES = {"beginLogin": "?user_id=anna", "status": "?user_id=default", "exportUser": "?user_id=nobody"}
 BODIES = {"setLogLevel": b"info", "restore": b"{}", "placeholderToken": b"grant_type=refresh_token&refresh_token=x&client_id=x&client_secret=x"}
 # These are sent without a required parameter, and are refused as described.
-REFUSED = {"endLogin": 400, "confirm": 400, "rotate": 400, "importUser": 400}
+REFUSED = {"endLogin": 400, "confirm": 400, "rotate": 400, "importUser": 400, "exportUser": 404}
 # It ends the sidecar, so it is called last.
 LAST = "quit"
 
@@ -44,7 +44,10 @@ def response_to(url: str, method: str, body: bytes | None) -> tuple[int, str, st
         request.add_header("Content-Type", "application/x-www-form-urlencoded")
     try:
         with opener.open(request, timeout=30) as answer:
-            return answer.status, answer.headers.get_content_type(), answer.read().decode()
+            kind = answer.headers.get_content_type()
+            # The event stream ends with the sidecar: its first line is enough.
+            text = answer.readline() if kind == "text/event-stream" else answer.read()
+            return answer.status, kind, text.decode()
     except urllib.error.HTTPError as refused:
         return refused.code, refused.headers.get_content_type(), refused.read().decode()
 
