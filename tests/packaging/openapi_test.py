@@ -44,7 +44,10 @@ def response_to(url: str, method: str, body: bytes | None) -> tuple[int, str, st
         request.add_header("Content-Type", "application/x-www-form-urlencoded")
     try:
         with opener.open(request, timeout=30) as answer:
-            return answer.status, answer.headers.get_content_type(), answer.read().decode()
+            kind = answer.headers.get_content_type()
+            # The event stream ends with the sidecar: its first line is enough.
+            text = answer.readline() if kind == "text/event-stream" else answer.read()
+            return answer.status, kind, text.decode()
     except urllib.error.HTTPError as refused:
         return refused.code, refused.headers.get_content_type(), refused.read().decode()
 
