@@ -280,7 +280,7 @@ struct Exchange {
 }
 
 impl UpstreamBody {
-    pub(super) fn http1(
+    fn http1(
         incoming: Incoming,
         in_flight: CountGuard,
         pool: Arc<OriginPool>,
@@ -294,7 +294,7 @@ impl UpstreamBody {
         Self { source: Source::Http1(incoming, exchange), _in_flight: in_flight }
     }
 
-    pub(super) fn http2(incoming: http2::Incoming, in_flight: CountGuard) -> Self {
+    fn http2(incoming: http2::Incoming, in_flight: CountGuard) -> Self {
         Self { source: Source::Http2(incoming), _in_flight: in_flight }
     }
 }
