@@ -32,7 +32,7 @@
 //! 9. `upstream/mod.rs` (`send`, until the head of the response; `UpstreamBody` streams the rest), `upstream/pool.rs`
 //!    (`connection`, and the choice of the protocol), `upstream/http2.rs` (`Slot::send`).
 //! 10. `throttle/pass.rs` (`responded`), `throttle/bucket.rs` (`accepted`), `inbound/proxy/response.rs` (`to_caller`:
-//!    strips Amazon's hop-by-hop headers; `Body` streams the rest).
+//!     strips Amazon's hop-by-hop headers; `Body` streams the rest).
 //!
 //! Not in every request: the first after ten seconds compares clocks (`auth/tokens/clock_skew.rs`); after a 401 or 403
 //! `inbound/proxy/auth_rejection.rs` decides whether a new token can help; `inbound/proxy/retry.rs` decides whether a
