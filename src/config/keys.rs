@@ -581,7 +581,7 @@ pub const KEYS: &[Key] = &[
         name: "throttle.families",
         kind: List,
         default: Value(""),
-        help: "Other modes for single [API families](#api-families): each `family=mode`, such as `reporting=queue` or \
+        help: "Other modes for single [API families](#which-headers-are-attached): each `family=mode`, such as `reporting=queue` or \
                 `mcp=off`",
         ..KEY
     },
