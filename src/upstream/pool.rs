@@ -463,6 +463,9 @@ impl Connections {
             if !idle.is_closed() {
                 return Some(Connection::Http1(idle.connection));
             }
+            if idle.connection.reused {
+                pool.idle_limit.closed_after(idle.since.elapsed());
+            }
         }
     }
 
