@@ -15,7 +15,7 @@
 //!
 //! 1. Once per connection: `server/mod.rs` (`accept`), `server/registry.rs` (`register`, counts it against the limits),
 //!    `server/connection.rs` (`run`, `serve_http`: hyper reads each request), `server/io.rs` (the socket; `detach`
-//!    copies each request head out of hyper's buffer).
+//!    copies each request head out of hyper's buffer), `server/caller_body.rs` (tells when the request's body has ended).
 //! 2. `app/mod.rs` (the closure `serve_proxy`, which takes the current services), `inbound/proxy/mod.rs`, the spine:
 //!    `serve` always returns a response, and `forward` is the list of the steps below.
 //! 3. `inbound/request_id.rs` (`of`), `inbound/proxy/request_telemetry.rs` (`begin`: a guard around all other steps;
@@ -29,13 +29,15 @@
 //! 7. `auth/tokens/mod.rs` (`bearer`), `domain/clock.rs` (`reading`), `auth/tokens/user_state.rs` (`held`),
 //!    `domain/grant/state.rs` (`valid_token`, `expiring`): the current token. One that expires soon is refreshed first.
 //! 8. `domain/headers.rs` (`to_amazon`: strips hop-by-hop headers, attaches ours).
-//! 9. `upstream/mod.rs` (`send`, until the head of the response), `upstream/pool.rs` (`connection`, and the choice of
-//!    the protocol), `upstream/upstream_body.rs` (the rest of the response, as a stream).
-//! 10. `throttle/pass.rs` (`responded`), `throttle/bucket.rs` (`accepted`), `inbound/proxy/response.rs` (`to_caller`: strips Amazon's hop-by-hop headers; `Body` streams the rest).
+//! 9. `upstream/mod.rs` (`send`, until the head of the response; `UpstreamBody` streams the rest), `upstream/pool.rs`
+//!    (`connection`, and the choice of the protocol), `upstream/http2.rs` (`Slot::send`).
+//! 10. `throttle/pass.rs` (`responded`), `throttle/bucket.rs` (`accepted`), `inbound/proxy/response.rs` (`to_caller`:
+//!     strips Amazon's hop-by-hop headers; `Body` streams the rest).
 //!
 //! Not in every request: the first after ten seconds compares clocks (`auth/tokens/clock_skew.rs`); after a 401 or 403
 //! `inbound/proxy/auth_rejection.rs` decides whether a new token can help; `inbound/proxy/retry.rs` decides whether a
-//! request is sent again; `inbound/proxy/error_mapping.rs` turns an error into a response.
+//! request is sent again; `inbound/proxy/polls.rs` answers a poll from another one (`throttle.coalesce_polls`);
+//! `inbound/proxy/error_mapping.rs` turns an error into a response.
 //!
 //! # Invariants
 //!
@@ -54,7 +56,9 @@
 //! # Decisions that may surprise
 //!
 //! - The connection pool is our own ([`upstream`]): it has to say whether a request was ever written, which decides
-//!   whether it may be repeated. Connecting (RFC 8305) is hyper-util's, HTTP is hyper's.
+//!   whether it may be repeated. Over HTTP/2 it uses `h2` and not hyper's client, to know the streams that the server
+//!   allows and to let windows follow the network path; HTTP/1.1 is hyper's. It tries all addresses of a host itself:
+//!   hyper-util's connector spends seconds on a dead one.
 //! - One task per listener enforces the head and idle timeouts, instead of a timer per request ([`server`]).
 //! - A table of keys parses the configuration, not serde, which stops at the first problem and quotes the value that it
 //!   rejects ([`config`]).
@@ -97,6 +101,7 @@ pub mod cli;
 pub mod app;
 pub mod config;
 pub mod inbound;
+pub mod notify;
 pub mod auth;
 pub mod throttle;
 pub mod upstream;

@@ -16,7 +16,6 @@ use arc_swap::ArcSwap;
 use bytes::Bytes;
 use http::{Request, Response};
 use http_body_util::Full;
-use hyper::body::Incoming;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -30,8 +29,10 @@ use crate::domain::account::UserId;
 use crate::domain::clock::Clock;
 use crate::domain::grant::State;
 use crate::inbound::admin::{self, Asked, Count, Reloader, Stage};
-use crate::inbound::problem::{Code, Problem};
-use crate::server::{CannedResponses, Limits, Listener, Peer, Phase};
+use crate::inbound::early_responses::EarlyResponses;
+use crate::inbound::request_id::RequestIds;
+use crate::notify::{Events, Notifier};
+use crate::server::{CallerBody, Limits, Listener, OwnResponses, Peer, Phase};
 use crate::store::keyring::{Fingerprint, KeyError};
 use crate::store::{Opened, StoreError, TokenStore};
 use crate::telemetry::log::{Dropped, LogHandle};
@@ -135,7 +136,8 @@ impl App {
             metrics.clone(),
         );
         let rotations = Rotations::new(store.clone(), keys[0]);
-        let listeners = bind(&config).await?;
+        let request_ids = Arc::<RequestIds>::default();
+        let listeners = bind(&config, Arc::new(EarlyResponses::new(request_ids.clone()))).await?;
         let [proxy, login, admin] = &listeners;
         let addresses = Addresses { proxy: proxy.addresses(), login: login.addresses(), admin: admin.addresses() };
         let (reloader, asked) = Reloader::new();
@@ -159,7 +161,9 @@ impl App {
                 ("admin", Box::new(admin.count())),
             ]
             .into(),
-            request_ids: Arc::default(),
+            request_ids,
+            events: Events::default(),
+            notify: Arc::default(),
             proxy: addresses.proxy.first().copied(),
         };
         let (limits, fixed) = ([proxy.limits(), login.limits(), admin.limits()], RestartOnly::of(&config));
@@ -230,6 +234,15 @@ impl App {
         let (pending_logins, clock) = (process.pending_logins.clone(), process.clock.clone());
         tasks.spawn(async move { pending_logins.keep(&clock).await });
         tasks.spawn(close_idle_connections(services.clone()));
+        let notifier = Notifier {
+            settings: process.notify.clone(),
+            tokens: process.tokens.clone(),
+            store: process.store.clone(),
+            metrics: process.metrics.clone(),
+            clock: process.clock.clone(),
+            events: process.events.clone(),
+        };
+        tasks.spawn(notifier.run());
         let directory = process.directory.clone();
         tasks.spawn(async move { directory.run().await });
 
@@ -274,6 +287,7 @@ impl Running {
         tracing::info!("draining");
         process.stage.send_replace(Stage::Draining);
         self.phase.send_replace(Phase::Draining);
+        process.events.end();
         let shutdown = self.services.load().shutdown;
         // Requests that wait for their turn get an answer before their connections are closed.
         process.throttle.drain(shutdown.accept + shutdown.drain.mul_f64(QUEUE_SHARE_OF_DRAIN));
@@ -312,30 +326,17 @@ fn bind_remedy(key: &str, error: &std::io::Error) -> String {
 }
 
 /// Binds the proxy, login and admin listeners.
-async fn bind(config: &Config) -> Result<[Listener; 3], BuildError> {
-    let late = Problem::new(
-        Code::RequestTimeout,
-        "The head of the request did not arrive in time.",
-        "Send it without pauses.",
-    )
-    .raw();
-    let overloaded = Problem::new(
-        Code::Overloaded,
-        "Every connection that proxy.max_connections allows is busy.",
-        "Try again after the time in Retry-After, keep connections open, or raise proxy.max_connections.",
-    );
-    let canned =
-        CannedResponses { head_timeout: late, overloaded: overloaded.retry_after(Duration::from_secs(1)).raw() };
+async fn bind(config: &Config, own: Arc<dyn OwnResponses>) -> Result<[Listener; 3], BuildError> {
     let [proxy, login, admin] = listener_limits(config.limits);
     let failed = |key| move |source| BuildError::Bind { key, source };
     Ok([
-        Listener::bind(&config.proxy_listen, config.proxy_listen_default, config.socket_mode, proxy, canned.clone())
+        Listener::bind(&config.proxy_listen, config.proxy_listen_default, config.socket_mode, proxy, own.clone())
             .await
             .map_err(failed("proxy.listen"))?,
-        Listener::bind(&config.login_listen, false, OWN_SOCKET, login, canned.clone())
+        Listener::bind(&config.login_listen, false, OWN_SOCKET, login, own.clone())
             .await
             .map_err(failed("login.listen"))?,
-        Listener::bind(&config.admin_listen, config.admin_listen_default, OWN_SOCKET, admin, canned)
+        Listener::bind(&config.admin_listen, config.admin_listen_default, OWN_SOCKET, admin, own)
             .await
             .map_err(failed("admin.listen"))?,
     ])
@@ -368,11 +369,11 @@ async fn adopt_configured(tokens: TokenManager) {
     }
 }
 
-async fn serve_login(services: Arc<Services>, request: Request<Incoming>, peer: Peer) -> Response<Full<Bytes>> {
+async fn serve_login(services: Arc<Services>, request: Request<CallerBody>, peer: Peer) -> Response<Full<Bytes>> {
     services.login.serve_callback(request, peer).await
 }
 
-async fn serve_admin(services: Arc<Services>, request: Request<Incoming>, peer: Peer) -> Response<admin::Body> {
+async fn serve_admin(services: Arc<Services>, request: Request<CallerBody>, peer: Peer) -> Response<admin::Body> {
     services.admin.serve(request, peer).await
 }
 

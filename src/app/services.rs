@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 
+use arc_swap::ArcSwap;
 use http::HeaderValue;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -21,6 +22,7 @@ use crate::inbound::admission::{self, Admission};
 use crate::inbound::oauth::OauthEndpoints;
 use crate::inbound::proxy::Proxy;
 use crate::inbound::request_id::RequestIds;
+use crate::notify::{self, Events};
 use crate::store::TokenStore;
 use crate::telemetry::log::LogHandle;
 use crate::telemetry::metrics::Metrics;
@@ -52,6 +54,8 @@ pub(super) struct ProcessState {
     pub(super) reloader: Reloader,
     pub(super) connections: Arc<[(&'static str, Count)]>,
     pub(super) request_ids: Arc<RequestIds>,
+    pub(super) events: Events,
+    pub(super) notify: Arc<ArcSwap<notify::Settings>>,
     /// The proxy listener's TCP address.
     pub(super) proxy: Option<SocketAddr>,
 }
@@ -100,6 +104,7 @@ impl Services {
             token_shim: config.proxy.token_shim,
             authority: authority.clone(),
             request_ids: request_ids.clone(),
+            events: process.events.clone(),
         };
         let admin = Admin {
             admission: admin_admission,
@@ -120,6 +125,7 @@ impl Services {
         };
         let throttle = Throttle::new(config.throttle, &config.proxy.client_id, &process.throttle);
         let login_of_proxy = oauth(&proxy_admission);
+        process.notify.store(Arc::new(notify::Settings { login_base: admin.login_base.clone(), ..config.notify }));
         Ok(Self {
             login: oauth(&login_admission),
             admin,

@@ -60,7 +60,12 @@ pub(super) fn run(command: Explain, config: &Config) -> Result<(), Failed> {
         Err(failed) if name.is_some_and(|name| !is_configured(name)) => return Err(failed),
         Err(_) => Snapshot::default(),
     };
-    let what = Explained { settings: &config.proxy, origins: &config.upstream.origins, found: &found };
+    let what = Explained {
+        settings: &config.proxy,
+        origins: &config.upstream.origins,
+        throttle: &config.throttle,
+        found: &found,
+    };
     let explanation = explain(&what, &command.method, &command.path, &caller)
         .map_err(|why| Failed::because(format!("adsidecar would refuse the request: {why}")))?;
     match command.output {
@@ -95,6 +100,7 @@ fn text(explanation: &Explanation) -> String {
     );
     let verdict = if forwarded.policy.allowed { "allowed" } else { "denied" };
     let _ = writeln!(text, "  policy   {verdict}: {}", forwarded.policy.why);
+    let _ = writeln!(text, "  throttle {}, mode {}", forwarded.throttle.bucket, forwarded.throttle.mode);
     text += "\nHeaders that Amazon receives\n";
     text += &columns(&forwarded.headers);
     if !forwarded.left_out.is_empty() {

@@ -90,8 +90,16 @@ const EXAMPLES: &[(&str, &[&str])] = &[
         "store restore",
         &["adsidecar store restore adsidecar-2026-08-01.json", "adsidecar store restore --replace < dump.json"],
     ),
+    (
+        "notify test",
+        &[
+            "adsidecar notify test --config adsidecar.toml",
+            "ADSIDECAR_NOTIFY__URL=https://hooks.example.com/x adsidecar notify test",
+        ],
+    ),
     ("health", &["adsidecar health", "adsidecar health --ready   # as a readiness probe"]),
     ("wait", &["adsidecar wait --timeout 2m && python3 report.py"]),
+    ("manual", &["adsidecar manual /usr/share/man/man1"]),
     ("version", &["adsidecar version"]),
     (
         "completions",
@@ -100,7 +108,7 @@ const EXAMPLES: &[(&str, &[&str])] = &[
 ];
 
 /// Commands that read no configuration.
-const WITHOUT_CONFIGURATION: [&str; 3] = ["key new", "version", "completions"];
+const WITHOUT_CONFIGURATION: [&str; 4] = ["key new", "manual", "version", "completions"];
 
 const SETTINGS: &str = "\
 Settings, each overriding the one before:

@@ -9,11 +9,13 @@ mod health;
 mod help;
 mod login;
 mod key;
+mod notify;
 mod process;
 mod serve;
 mod sidecar;
 mod status;
 mod store;
+mod systemd;
 mod users;
 
 use std::ffi::OsString;
@@ -78,6 +80,9 @@ enum Command {
     /// Back up and restore the store
     #[command(subcommand)]
     Store(store::Store),
+    /// Try notifications
+    #[command(subcommand)]
+    Notify(notify::Notify),
     /// Check that the running sidecar is alive: an exec probe that needs no shell
     Health {
         /// Check that it is ready instead
@@ -92,6 +97,12 @@ enum Command {
     },
     /// Print the version
     Version,
+    /// Write the man pages into a directory, for packages
+    #[command(hide = true)]
+    Manual {
+        /// An existing directory
+        directory: PathBuf,
+    },
     /// Print completions for a shell
     Completions {
         /// bash, elvish, fish, powershell or zsh
@@ -187,9 +198,12 @@ fn dispatch(arguments: Arguments) -> Result<(), Failed> {
         Command::Users(command) => users::run(command, load()?),
         Command::Key(command) => key::run(&command, load),
         Command::Store(command) => store::run(command, load()?),
+        Command::Notify(command) => notify::run(&command, load()?),
         Command::Health { ready } => health::health(&admin_listen()?, ready),
         Command::Wait { timeout } => health::wait(&admin_listen()?, timeout),
         Command::Version => print(concat!("adsidecar ", env!("CARGO_PKG_VERSION"), "\n")),
+        Command::Manual { directory } => clap_mangen::generate_to(command(), &directory)
+            .map_err(|error| Failed::because(format!("{}: {error}", directory.display()))),
         Command::Completions { shell } => {
             // Not written to standard output directly, because clap panics where its reader has closed it.
             let mut script = Vec::new();

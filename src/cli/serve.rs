@@ -7,7 +7,7 @@ use rustix::process::{WaitOptions, wait};
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::first_words::FirstWords;
-use super::{Failed, process};
+use super::{Failed, process, systemd};
 use crate::app::App;
 use crate::config::{Config, Sources};
 use crate::domain::clock::Clock;
@@ -47,14 +47,18 @@ async fn serve(config: Config, sources: Sources, log: LogHandle) -> Result<(), F
     }
     let first_words = FirstWords::for_terminal(&config);
     let app = App::build(config, Clock::system(), Some(log)).await?.reloading(sources);
-    if let Some(words) = first_words {
-        let (serving, addresses) = (app.serving(), app.addresses().clone());
-        tokio::spawn(async move {
-            if let Some(users) = serving.await {
-                words.write(&addresses, &users);
-            }
-        });
-    }
+    let (serving, addresses) = (app.serving(), app.addresses().clone());
+    tokio::spawn(async move {
+        let Some(users) = serving.await else { return };
+        systemd::notify("READY=1");
+        if let Some(words) = first_words {
+            words.write(&addresses, &users);
+        }
+    });
+    let stop = async {
+        stop.await;
+        systemd::notify("STOPPING=1");
+    };
     let reloader = app.reloader();
     tokio::spawn(async move {
         while hangup.recv().await.is_some() {

@@ -195,6 +195,13 @@ pub const KEYS: &[Key] = &[
         ..KEY
     },
     Key {
+        name: "amazon.proxy",
+        kind: Secret,
+        default: Value("none"),
+        help: "A proxy to Login with Amazon's token endpoint, as `upstream.proxy`",
+        ..KEY
+    },
+    Key {
         name: "proxy.listen",
         kind: Addresses,
         default: Implied("127.0.0.1:8001, [::1]:8001"),
@@ -502,10 +509,11 @@ pub const KEYS: &[Key] = &[
     },
     Key {
         name: "upstream.proxy",
-        kind: Text,
+        kind: Secret,
         default: Value("none"),
-        not_built: Some("an outgoing proxy is not built yet: remove it"),
-        help: "An outgoing HTTP proxy. Not built yet: any other value is refused",
+        help: "A proxy to the Ads hosts: `http://user:password@host:port` (HTTP CONNECT), `socks5://…`, or \
+                `environment` for `HTTPS_PROXY`, `ALL_PROXY` and `NO_PROXY`, which are ignored otherwise. TLS is verified \
+                through it",
         ..KEY
     },
     Key {
@@ -545,6 +553,14 @@ pub const KEYS: &[Key] = &[
         kind: Duration("100ms", "15m"),
         default: Value("30s"),
         help: "In mode `queue`, the longest wait. A request whose turn would come later gets `429 throttled` at once",
+        ..KEY
+    },
+    Key {
+        name: "throttle.coalesce_polls",
+        kind: Flag,
+        default: Value("false"),
+        help: "Whether polls for the same report, export or AMC run by several callers within a second are answered from \
+                one of them",
         ..KEY
     },
     Key {
@@ -596,6 +612,37 @@ pub const KEYS: &[Key] = &[
         default: Value("false"),
         help: "One line for each request to Amazon, at any level: user, API family, outcome; no path, no query, no \
                 secret. See [Logs](../deploy/README.md#logs)",
+        ..KEY
+    },
+    Key {
+        name: "notify.url",
+        kind: Secret,
+        default: Described { text: "none", example: "https://hooks.example.com/services/…" },
+        help: "Where events are posted that need a person, such as a login that is needed: see \
+               [Notifications](../deploy/README.md#notifications). Treated as a secret, because those of chat programs \
+               are",
+        ..KEY
+    },
+    Key {
+        name: "notify.secret",
+        kind: Secret,
+        default: Described { text: "none", example: "whsec_…" },
+        help: "Signs each event, as [Standard Webhooks](https://www.standardwebhooks.com) say. Behind `whsec_` it is \
+               base64",
+        ..KEY
+    },
+    Key {
+        name: "notify.failing_after",
+        kind: Duration("0s", "7d"),
+        default: Value("15m"),
+        help: "How long refreshes must fail until `refresh_failing` is told",
+        ..KEY
+    },
+    Key {
+        name: "notify.throttled_after",
+        kind: Duration("0s", "7d"),
+        default: Value("5m"),
+        help: "How long Amazon must throttle until `throttled` is told",
         ..KEY
     },
     Key {

@@ -16,6 +16,7 @@ use crate::auth::accounts::Automatic;
 use crate::auth::{login, lwa, tokens};
 use crate::domain::secret::Secret;
 use crate::inbound::{admin, admission, proxy};
+use crate::notify;
 use crate::server::Listen;
 use crate::telemetry::{log, metrics};
 use crate::{server, store, throttle, upstream};
@@ -82,6 +83,8 @@ pub struct Config {
     pub metrics: metrics::Settings,
     /// For the log.
     pub log: log::Settings,
+    /// `[notify]`.
+    pub notify: notify::Settings,
     /// `[shutdown]`.
     pub shutdown: Shutdown,
     /// Values that were repaired, each with its key, source and remedy.

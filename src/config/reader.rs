@@ -17,10 +17,14 @@ use super::names;
 use super::print::{Effective, duration, list, quoted};
 use super::sources::{Given, Merged, WHOLE_FILE};
 use crate::domain::credential::{self, Checked, Credential};
+use crate::domain::outgoing_proxy::OutgoingProxy;
 use crate::domain::secret::Secret;
 
 /// Longest single text, in bytes: a URL, an id, a token. Amazon's tokens have at most 2,048.
 const MAX_TEXT: usize = 4096;
+
+/// The word for no outgoing proxy.
+const NO_PROXY: &str = "none";
 
 /// Reads keys, and collects problems and effective values.
 pub(super) struct Reader<'a> {
@@ -331,6 +335,40 @@ impl<'a> Reader<'a> {
         let secrets: Vec<_> = checked.iter().map(|checked| Secret::new(checked.text.as_str())).collect();
         self.effective.set_secrets(names::row(key).name, &secrets);
         secrets
+    }
+
+    /// An outgoing proxy. `None` for the word `none`, and for `environment` if that names none.
+    pub(super) fn proxy(&mut self, key: &str) -> Option<OutgoingProxy> {
+        let name = names::row(key).name;
+        let text = if self.is_given(key) { self.given_text(key)? } else { NO_PROXY.to_owned() };
+        let text = text.trim();
+        let parsed = match text {
+            NO_PROXY => Ok(None),
+            "environment" => match self.merged.environment_proxy() {
+                Some((variable, url, except)) => OutgoingProxy::parse(url, variable)
+                    .map(|proxy| Some(OutgoingProxy { except: except.map(str::to_owned), ..proxy }))
+                    .map_err(|error| format!("refers to {variable}, which {error}")),
+                None => {
+                    self.doubt(key, "neither HTTPS_PROXY nor ALL_PROXY is set, so no proxy is used");
+                    Ok(None)
+                }
+            },
+            url => OutgoingProxy::parse(url, name).map(Some).map_err(str::to_owned),
+        };
+        match parsed {
+            Ok(Some(proxy)) if proxy.credentials.is_some() && proxy.named_by == name => {
+                self.effective.set_secrets(name, &[Secret::new(text)]);
+                Some(proxy)
+            }
+            Ok(proxy) => {
+                self.record(key, quoted(text));
+                proxy
+            }
+            Err(error) => {
+                self.wrong(key, error);
+                None
+            }
+        }
     }
 
     /// The certificates in the PEM file that `key` names.

@@ -21,6 +21,7 @@ use crate::domain::grant::{RefreshPolicy, RefreshToken};
 use crate::domain::policy::{self, Allow, Mode, Rules};
 use crate::domain::throttle_mode::ThrottleMode;
 use crate::inbound::{admin, admission, proxy};
+use crate::notify;
 use crate::server::Listen;
 use crate::store::keyring::{KeyError, Keyring};
 use crate::telemetry::{log, metrics};
@@ -73,6 +74,7 @@ pub(super) fn resolve(merged: &Merged, problems: Vec<ConfigError>) -> Result<Con
         fernet_keys: fernet_keys(read, environment),
         metrics: metrics::Settings { max_user_series: read.count("metrics.max_user_series") },
         log: log(read, environment),
+        notify: notify(read),
         shutdown: Shutdown { accept: read.duration("shutdown.accept"), drain: read.duration("shutdown.drain") },
         warnings: read.take_warnings(),
         effective: read.take_effective(),
@@ -118,6 +120,7 @@ fn lwa(read: &mut Reader<'_>, environment: Environment) -> lwa::Settings {
             .unwrap_or_default(),
         authorize_url: read.parsed("amazon.authorize_url", checks::https_or_local_url),
         token_url: read.parsed("amazon.token_url", checks::https_url),
+        proxy: read.proxy("amazon.proxy"),
         extra_roots: read.certificates("amazon.ca_file"),
     };
     if !settings.redirect_uri.is_empty() && !checks::is_callback(&settings.redirect_uri) {
@@ -303,6 +306,7 @@ fn upstream(read: &mut Reader<'_>) -> upstream::Settings {
         extra_roots: read.certificates("upstream.ca_file"),
         http2: read
             .choice("upstream.http2", [("auto", Http2::Auto), ("never", Http2::Never), ("always", Http2::Always)]),
+        proxy: read.proxy("upstream.proxy"),
         connect_timeout: read.duration("upstream.connect_timeout"),
         response_timeout: read.duration("upstream.response_timeout"),
         idle_timeout: read.duration_or_auto("upstream.idle_timeout").map_or(IdleTimeout::Auto, IdleTimeout::AtMost),
@@ -322,6 +326,7 @@ fn throttle(read: &mut Reader<'_>) -> throttle::Settings {
         max_waiting: read.count("throttle.max_waiting"),
         max_waiting_bytes: usize::try_from(read.size("throttle.max_waiting_bytes"))
             .expect("the table bounds it at 1 GiB, which fits into the memory of any machine"),
+        coalesce_polls: read.flag("throttle.coalesce_polls").unwrap_or_default(),
         families,
     }
 }
@@ -345,6 +350,30 @@ fn log(read: &mut Reader<'_>, environment: Environment) -> log::Settings {
         format_given: read.is_given("log.format"),
         level: read.choice("log.level", log::Level::ALL.map(|level| (level.as_str(), level))),
         audit: read.flag("log.audit").unwrap_or_default(),
+    }
+}
+
+fn notify(read: &mut Reader<'_>) -> notify::Settings {
+    let url = read.secret("notify.url").and_then(|url| match checks::web_url(url.expose()) {
+        Ok(_) => Some(url),
+        Err(flaw) => {
+            read.wrong("notify.url", flaw);
+            None
+        }
+    });
+    let secret = read.secret("notify.secret");
+    if secret.is_some() && url.is_none() && !read.is_given("notify.url") {
+        read.wrong("notify.secret", "signs nothing: set notify.url too");
+    }
+    if secret.as_ref().is_some_and(|secret| !notify::is_secret(secret)) {
+        read.wrong("notify.secret", "is not base64 behind whsec_: correct it, or remove that prefix");
+    }
+    notify::Settings {
+        url,
+        secret,
+        failing_after: read.duration("notify.failing_after"),
+        throttled_after: read.duration("notify.throttled_after"),
+        login_base: None,
     }
 }
 

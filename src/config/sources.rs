@@ -24,7 +24,8 @@ pub(super) const WHOLE_FILE: &str = "the configuration file";
 pub struct Sources {
     /// The TOML file of `--config`. Where it is absent, `ADSIDECAR_CONFIG` of `env` names the file, if anything does.
     pub file: Option<PathBuf>,
-    /// The environment, as name and value. Other programs' names are ignored.
+    /// The environment, as name and value. Other programs' names are ignored, but for those of outgoing proxies where a
+    /// key refers to them.
     pub env: Vec<(String, String)>,
     /// The values of `--set`, split at the first `=`, in their order: of two for one key the later one applies.
     pub sets: Vec<(String, String)>,
@@ -44,17 +45,28 @@ impl Sources {
 
 /// Whether a variable is meant for adsidecar, even if it is misspelled.
 fn is_ours(name: &str) -> bool {
-    name == names::CONFIG_VARIABLE || names::by_guide_name(name).is_some() || is_prefixed(name)
+    name == names::CONFIG_VARIABLE
+        || names::by_guide_name(name).is_some()
+        || is_prefixed(name)
+        || PROXIES.contains(&name)
+        || EXCEPTIONS.contains(&name)
 }
 
 fn is_prefixed(name: &str) -> bool {
     name.starts_with(names::PREFIX) && name.contains("__")
 }
 
+/// The variables that name an outgoing proxy for HTTPS, as curl reads them: the first that is set applies.
+const PROXIES: [&str; 4] = ["https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"];
+/// The variables that list the hosts to reach without it.
+const EXCEPTIONS: [&str; 2] = ["no_proxy", "NO_PROXY"];
+
 /// All layers in one, with the origin of each value.
 pub(super) struct Merged {
     figment: Figment,
     root: Value,
+    /// Those of [`PROXIES`] and [`EXCEPTIONS`] that are set.
+    proxies: Vec<(String, String)>,
 }
 
 /// A value as it was given.
@@ -74,6 +86,16 @@ impl Merged {
             None => Given::Value(value),
         };
         Some((given, self.source(key)))
+    }
+
+    /// The outgoing proxy of the environment: the variable that names it, its URL, and the hosts to reach without it.
+    pub(super) fn environment_proxy(&self) -> Option<(&str, &str, Option<&str>)> {
+        let first = |names: &[&str]| {
+            let set = |wanted: &&str| self.proxies.iter().find(|(name, _)| name == wanted);
+            names.iter().find_map(set).map(|(name, value)| (name.as_str(), value.as_str()))
+        };
+        let (name, url) = first(&PROXIES)?;
+        Some((name, url, first(&EXCEPTIONS).map(|(_, hosts)| hosts)))
     }
 
     /// Each file that a key names, whether it can be read or not.
@@ -117,7 +139,9 @@ pub(super) fn merge(sources: &Sources, problems: &mut Vec<ConfigError>) -> Merge
         }
     }
     let root = figment.find_value("").unwrap_or_else(|_| Value::from(Dict::new()));
-    Merged { figment, root }
+    let listed = |name: &str| PROXIES.contains(&name) || EXCEPTIONS.contains(&name);
+    let set = sources.env.iter().filter(|(name, value)| listed(name) && !value.trim().is_empty());
+    Merged { figment, root, proxies: set.cloned().collect() }
 }
 
 /// One key in one layer.

@@ -261,13 +261,19 @@ const BAD_FILES: &[(&str, &str, &str)] = &[
     ("[policy]\nmode = 'canary-9f3a'", "policy.mode", "`enforce` or `observe`"),
     ("[throttle]\nmode = 'canary-9f3a'", "throttle.mode", "`off` or `observe`"),
     ("[throttle]\nqueue_timeout = '16m'", "throttle.queue_timeout", "to 15m"),
+    ("[throttle]\ncoalesce_polls = 'canary-9f3a'", "throttle.coalesce_polls", "`true` or `false`"),
     ("[throttle]\nmax_waiting = 0", "throttle.max_waiting", "from 1 to"),
     ("[throttle]\nmax_waiting_bytes = '2GiB'", "throttle.max_waiting_bytes", "at most"),
     ("[throttle]\nfamilies = ['canary-9f3a']", "throttle.families", "family=mode"),
     ("[throttle]\nfamilies = ['canary-9f3a=queue']", "throttle.families", "no API family"),
     ("[throttle]\nfamilies = ['mcp=canary-9f3a']", "throttle.families", "off, observe, enforce or queue"),
     ("[throttle]\nfamilies = ['mcp=off', 'mcp=queue']", "throttle.families", "names mcp twice"),
-    ("[upstream]\nproxy = 'http://u:canary-9f3a@proxy:3128'", "upstream.proxy", "not built yet"),
+    // Outgoing proxies.
+    ("[upstream]\nproxy = 'http://u:canary-9f3a@proxy'", "upstream.proxy", "names no port"),
+    ("[upstream]\nproxy = 'https://u:canary-9f3a@proxy:3128'", "upstream.proxy", "http://host:port"),
+    ("[upstream]\nproxy = 'canary-9f3a'", "upstream.proxy", "http://host:port"),
+    ("[amazon]\nproxy = 'socks5://canary-9f3a:x@proxy:1080/x'", "amazon.proxy", "more than a host and a port"),
+    ("[amazon]\nproxy = ''", "amazon.proxy", "is empty"),
     ("[log]\naudit = 'canary-9f3a'", "log.audit", "`true` or `false`"),
     ("[admin]\npublic_url = 'canary-9f3a'", "admin.public_url", "https://"),
     ("[admin]\npublic_url = 'https://canary-9f3a@ads.example'", "admin.public_url", "before the @"),
@@ -1043,6 +1049,44 @@ fn a_shared_store_is_told_without_its_url_and_needs_a_key_that_all_can_have() {
     let client = [("amazon.client_id", "x"), ("amazon.client_secret", "x"), ("environment", "development")];
     let keyless = Given::nothing().set(&client).set(&[("store.kind", "postgres"), ("store.postgres_url", url)]);
     one_problem(&keyless, &["missing Fernet key"]);
+}
+
+#[test]
+fn an_outgoing_proxy_is_used_only_where_a_key_says_so_and_its_password_is_not_shown() {
+    let environment = [
+        ("HTTPS_PROXY", "http://ann:canary-9f3a@upper:3128"),
+        ("ALL_PROXY", "socks5://all:1080"),
+        ("NO_PROXY", "api.amazon.com,10.0.0.0/8"),
+    ];
+    let urls = |given: &Given| {
+        let config = given.config();
+        let shown = format!("{}{config:?}", config.redacted_toml());
+        assert!(!shown.contains("canary"), "{shown}");
+        [config.lwa.proxy, config.upstream.proxy].map(|proxy| proxy.map(|proxy| (proxy.url(), proxy.named_by)))
+    };
+    let named = |url: &str, by: &str| Some((url.to_owned(), by.to_owned()));
+    let given = || Given::required().env(&environment);
+    assert_eq!(urls(&given()), [None, None]);
+    assert_eq!(urls(&given().set(&[("upstream.proxy", "none"), ("amazon.proxy", "none")])), [None, None]);
+    let own = given().set(&[("upstream.proxy", "http://bob:canary-9f3a@own:8080"), ("amazon.proxy", "environment")]);
+    let expected = [named("http://upper:3128", "HTTPS_PROXY"), named("http://own:8080", "upstream.proxy")];
+    assert_eq!(urls(&own), expected);
+    let proxy = own.config().lwa.proxy.unwrap();
+    assert!(!proxy.is_for("api.amazon.com") && !proxy.is_for("10.1.2.3") && proxy.is_for("api.amazon.co.uk"));
+    let printed = own.config().redacted_toml();
+    assert!(printed.contains("proxy = \"environment\"") && printed.contains("proxy = \"…\""), "{printed}");
+    let asked = || given().set(&[("upstream.proxy", "environment")]);
+    let lower = asked().env(&[("https_proxy", "http://lower:1")]);
+    assert_eq!(urls(&lower)[1], named("http://lower:1", "https_proxy"));
+    let all = asked().without("HTTPS_PROXY");
+    assert_eq!(urls(&all)[1], named("socks5://all:1080", "ALL_PROXY"));
+    one_problem(&asked().env(&[("HTTPS_PROXY", "canary-9f3a")]), &["upstream.proxy", "HTTPS_PROXY, which is not a"]);
+    let none = Given::required().set(&[("upstream.proxy", "environment")]);
+    assert_eq!(urls(&none)[1], None);
+    assert!(none.config().warnings.iter().any(|warning| warning.to_string().contains("HTTPS_PROXY")));
+    let file = Given::required();
+    let path = file.write("proxy", "http://ann:canary-9f3a@file:3128\n");
+    assert_eq!(urls(&file.set(&[("amazon.proxy_file", &path)]))[0], named("http://file:3128", "amazon.proxy"));
 }
 
 #[test]

@@ -11,6 +11,8 @@ pub mod policy;
 #[cfg(test)]
 mod published;
 pub mod credential;
+pub mod outgoing_proxy;
 pub mod tls;
 pub mod secret;
+pub mod event;
 pub mod throttle_mode;

@@ -193,8 +193,21 @@ const READING_POSTS: &[&str] = &[
 /// path can be a word such as `list`: `…/properties/{propertyName}` sets a property.
 const CHANGING_POSTS: &[&str] = &["/advertisingAccounts/**"];
 
-/// Headers by which some frameworks override the method of the request line, in lower case and with `-`.
-const METHOD_OVERRIDES: [&str; 3] = ["x-http-method-override", "x-http-method", "x-method-override"];
+/// Headers by which some frameworks and servers override the method or the target of the request line, in lower case
+/// and with `-`.
+const OVERRIDES: [&str; 8] = [
+    "x-http-method-override",
+    "x-http-method",
+    "x-method-override",
+    "x-original-method",
+    "x-original-url",
+    "x-original-uri",
+    "x-rewrite-url",
+    "x-rewrite-uri",
+];
+
+/// The query parameter by which some frameworks override the method, in lower case.
+const METHOD_PARAMETER: &str = "_method";
 
 impl Rules {
     /// Creates rules from `read_only` and `allow` as configured. An empty list allows everything.
@@ -223,16 +236,17 @@ impl Rules {
         self.allow.iter().flatten()
     }
 
-    /// Checks a request against the rules. `path` is the path sent upstream, without its query.
+    /// Checks a request against the rules. `path` and `query` are those sent upstream.
     ///
     /// # Errors
     /// Returns why the request violates a rule.
-    pub fn check(&self, method: &Method, path: &str, headers: &HeaderMap) -> Result<(), Denied> {
+    pub fn check(&self, method: &Method, path: &str, query: Option<&str>, headers: &HeaderMap) -> Result<(), Denied> {
         if self.is_empty() {
             return Ok(());
         }
         let path = &merge_slashes(path);
-        if is_ambiguous(path) || headers.keys().any(|name| overrides_method(name.as_str())) {
+        let overridden = headers.keys().any(|name| is_override(name.as_str())) || query.is_some_and(overrides_method);
+        if overridden || is_ambiguous(path) {
             return Err(Denied::Ambiguous);
         }
         if self.read_only && !is_read(method, path) {
@@ -358,9 +372,20 @@ fn decoded(bytes: &[u8]) -> Vec<u8> {
     percent_encoding::percent_decode(bytes).collect()
 }
 
-/// Whether the header `name` (in lower case) overrides the method, also when spelled with `_`.
-fn overrides_method(name: &str) -> bool {
-    METHOD_OVERRIDES.contains(&name.replace('_', "-").as_str())
+/// Whether the header `name` (in lower case) overrides the method or the target, also when spelled with `_`.
+fn is_override(name: &str) -> bool {
+    OVERRIDES.contains(&name.replace('_', "-").as_str())
+}
+
+/// Whether a parameter of `query` overrides the method: `_method` or the name of such a header, in any letter case, also
+/// with up to two rounds of percent-encoding, separated by `&` or `;`, and as `_method[]`.
+fn overrides_method(query: &str) -> bool {
+    query.split(['&', ';']).any(|parameter| {
+        let name = decoded(&decoded(parameter.split('=').next().unwrap_or_default().as_bytes()));
+        let name = String::from_utf8_lossy(&name).to_ascii_lowercase();
+        let name = name.split('[').next().unwrap_or_default().trim_matches([' ', '+', '\0']);
+        name == METHOD_PARAMETER || is_override(name)
+    })
 }
 
 #[cfg(test)]
@@ -376,7 +401,7 @@ mod tests {
 
     fn check(rules: &Rules, line: &str) -> Result<(), Denied> {
         let (method, path) = line.split_once(' ').unwrap();
-        rules.check(&method.parse().unwrap(), path, &HeaderMap::new())
+        rules.check(&method.parse().unwrap(), path, None, &HeaderMap::new())
     }
 
     #[test]
@@ -544,12 +569,19 @@ mod tests {
 
     #[test]
     fn method_override_headers_are_rejected() {
-        for name in ["X-HTTP-Method-Override", "x-http-method", "X_Method_Override", "x-http_method-override"] {
+        for name in [
+            "X-HTTP-Method-Override",
+            "x-http-method",
+            "X_Method_Override",
+            "x-http_method-override",
+            "X-Original-URL",
+            "x_rewrite_url",
+        ] {
             let mut headers = HeaderMap::new();
             headers.insert(name.parse::<http::HeaderName>().unwrap(), "DELETE".parse().unwrap());
             let rules = Rules::new(true, Vec::new());
-            assert_eq!(rules.check(&Method::GET, "/x", &headers), Err(Denied::Ambiguous), "{name}");
-            assert_eq!(Rules::default().check(&Method::GET, "/x", &headers), Ok(()), "there are no rules");
+            assert_eq!(rules.check(&Method::GET, "/x", None, &headers), Err(Denied::Ambiguous), "{name}");
+            assert_eq!(Rules::default().check(&Method::GET, "/x", None, &headers), Ok(()), "there are no rules");
         }
     }
 
@@ -609,7 +641,7 @@ mod tests {
         #[test]
         fn no_path_lets_an_unsafe_method_pass(path in "/[ -~]{0,40}") {
             for method in [Method::PUT, Method::PATCH, Method::DELETE] {
-                prop_assert!(Rules::new(true, Vec::new()).check(&method, &path, &HeaderMap::new()).is_err());
+                prop_assert!(Rules::new(true, Vec::new()).check(&method, &path, None, &HeaderMap::new()).is_err());
             }
         }
 

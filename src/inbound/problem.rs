@@ -15,6 +15,7 @@ use serde::Serialize;
 use crate::domain::headers::ERROR;
 use crate::inbound::admission::Refusal;
 use crate::inbound::destination::BadTarget;
+use crate::inbound::request_id::REQUEST_ID;
 
 /// The code of an error that adsidecar itself responds with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -289,12 +290,13 @@ impl Problem {
     }
 
     /// The response as bytes of HTTP/1.1, for a connection that is closed before its request was read.
-    pub fn raw(self) -> Bytes {
-        let body = self.document("");
+    pub fn raw(self, request_id: &HeaderValue) -> Bytes {
+        let id = request_id.to_str().unwrap_or_default();
+        let body = self.document(id);
         let (status, code) = (self.code.status(), self.code.as_str());
         let retry_after = self.retry_after.map(|wait| format!("{RETRY_AFTER}: {}\r\n", seconds(wait)));
         let head = format!(
-            "HTTP/1.1 {status}\r\nconnection: close\r\n{ERROR}: {code}\r\n{}content-type: application/problem+json\r\n\
+            "HTTP/1.1 {status}\r\nconnection: close\r\n{ERROR}: {code}\r\n{REQUEST_ID}: {id}\r\n{}content-type: application/problem+json\r\n\
              content-length: {}\r\n\r\n",
             retry_after.unwrap_or_default(),
             body.len()

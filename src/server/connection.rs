@@ -8,13 +8,13 @@ use std::future::poll_fn;
 use std::io::Result;
 use std::os::fd::AsFd;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::header::{CONNECTION, HeaderValue};
-use http::{Request, Response};
+use http::header::{CONNECTION, CONTENT_TYPE, HeaderName, HeaderValue};
+use http::{HeaderMap, Request, Response, Version};
 use http_body::Body;
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
@@ -24,6 +24,7 @@ use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpStream, UnixStream};
 
 use super::Peer;
+use super::caller_body::CallerBody;
 use super::io::{BusyBody, MonitoredSocket, detach};
 use super::registry::{Command, Slot};
 
@@ -31,9 +32,15 @@ use super::registry::{Command, Slot};
 const MAX_HEAD: usize = 32 << 10;
 /// Largest read buffer of one connection, in bytes.
 const MAX_BUFFER: usize = 64 << 10;
-/// How long a caller may continue to send a body after it was rejected. Closing a socket with unread bytes resets the
-/// connection, and the caller would never see the response (RFC 9112, section 9.6).
+/// How long a caller may continue to send after its last response. Closing a socket with unread bytes resets the
+/// connection, and the caller might never see the response (RFC 9112, section 9.6).
 const LINGER: Duration = Duration::from_secs(2);
+
+/// Tells a client how long the connection stays open without a request, so that it does not send one just as the
+/// connection is closed (RFC 9112, section 9.3, leaves the parameters to the implementations; Node and others read it).
+const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
+/// The media type of server-sent events, in lower case.
+const EVENT_STREAM: &[u8] = b"text/event-stream";
 
 /// The stream of a connection: TCP or Unix.
 pub(super) trait Socket: AsyncRead + AsyncWrite + AsFd + Unpin + Send + 'static {
@@ -58,59 +65,98 @@ enum Served<S, V> {
     /// The connection is idle and may be parked.
     Idle(MonitoredSocket<S>, V),
     /// A request head was not complete in time.
-    HeadTimeout(S),
+    HeadTimeout(MonitoredSocket<S>),
     /// HTTP on the connection has ended; the socket has to be closed.
-    Ended(S),
+    Ended(MonitoredSocket<S>),
+    /// A response broke off.
+    Broken(MonitoredSocket<S>),
     /// The caller does not read; the socket was reset.
     Reset,
 }
 
 /// Serves one connection until it is closed.
-pub(super) async fn run<S, H, F, B>(stream: S, peer: Peer, slot: Slot, shared: super::ListenerContext<H>)
+pub(super) async fn run<S, H, F, B>(stream: S, peer: Peer, slot: Slot, context: Arc<super::ListenerContext<H>>)
 where
     S: Socket,
-    H: Fn(Request<Incoming>, Peer) -> F + Clone + Send + Sync + 'static,
+    H: Fn(Request<CallerBody>, Peer) -> F + Clone + Send + Sync + 'static,
     F: Future<Output = Response<B>> + Send + 'static,
     B: Body<Data = Bytes> + Send + Unpin + 'static,
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
-    let super::ListenerContext { handler, canned, .. } = shared;
-    // Whether the current request has a body.
-    let uploads = AtomicBool::new(false);
     let mut service = service_fn(|request: Request<Incoming>| {
-        let busy = slot.begin_request();
-        uploads.store(!request.is_end_stream(), Relaxed);
-        let request = detach(request);
-        let (handler, slot) = (&handler, &slot);
+        let version = request.version();
+        let (busy, uploading) = slot.begin_request(version == Version::HTTP_10, !request.is_end_stream());
+        let (parts, incoming) = detach(request).into_parts();
+        let keeps_alive = version == Version::HTTP_11 && !asks_to_close(&parts.headers);
+        let (body, remainder) = CallerBody::new(incoming, uploading, &parts.headers);
+        let request = Request::from_parts(parts, body);
+        let (context, slot) = (&context, &slot);
         // Boxed, so that an idle connection does not take the memory of a busy one. The handler is called inside the
         // box: a future created outside would first exist, at full size, in this one.
         Box::pin(async move {
-            let mut response = handler(request, peer).await.map(|body| BusyBody::new(body, busy));
+            let mut response = (context.handler)(request, peer).await.map(|body| BusyBody::new(body, busy));
+            if let Some(remainder) = remainder {
+                remainder.answered(&mut response);
+            }
+            if is_event_stream(&response) {
+                slot.streams_events();
+            }
             if slot.draining() {
                 response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+            } else if keeps_alive && !response.headers().contains_key(CONNECTION) {
+                response.headers_mut().insert(KEEP_ALIVE, context.limits.load().keep_alive());
             }
             Ok::<_, Infallible>(response)
         })
     });
-    let mut socket = MonitoredSocket::new(stream, slot.activity());
+    let mut socket = MonitoredSocket::new(stream, slot.activity(), context.own.clone());
     let mut closing = false;
     // Alternate between serving and parking until the connection ends. The futures are boxed for the same reason.
-    let (socket, response) = loop {
-        let served = Box::pin(serve_http(socket, service, &slot, &uploads, &mut closing)).await;
+    let (mut socket, response, served) = loop {
+        let served = Box::pin(serve_http(socket, service, &slot, &mut closing)).await;
         (socket, service) = match served {
             Served::Idle(socket, service) => (socket, service),
-            Served::HeadTimeout(socket) => break (socket, Some(canned.head_timeout)),
-            Served::Ended(socket) => break (socket, None),
+            Served::HeadTimeout(socket) => break (socket, Some(context.own.head_timeout()), true),
+            Served::Ended(socket) => break (socket, None, true),
+            // Dropped as it is: a graceful end would look like the end of the body.
+            Served::Broken(_) if slot.serves_http10() => return,
+            Served::Broken(socket) => break (socket, None, true),
             Served::Reset => {
-                tracing::debug!(?peer, "reset a connection whose caller does not read its response");
+                tracing::warn!(
+                    ?peer,
+                    "gave up a caller that read nothing of its response for proxy.write_timeout, and reset its \
+                     connection"
+                );
                 return;
             }
         };
         if !socket.has_unread() && !park(&socket, &slot).await {
-            break (socket.into_inner(), None);
+            break (socket, None, false);
         }
     };
-    Box::pin(close(socket, response, uploads.into_inner() && !closing)).await;
+    socket.close_gracefully();
+    // An idle connection that has to make room makes it at once.
+    let linger = slot.has_unread_upload() || response.is_some() || (served && !closing);
+    let close = Box::pin(close(socket.into_inner(), response, linger));
+    if slot.draining() {
+        // A shutdown does not wait for the rest of an upload.
+        drop(slot);
+        close.await;
+    } else {
+        close.await;
+    }
+}
+
+/// Whether the connection is to be closed after the response.
+fn asks_to_close(headers: &HeaderMap) -> bool {
+    let lines = headers.get_all(CONNECTION).iter().filter_map(|line| line.to_str().ok());
+    lines.flat_map(|line| line.split(',')).any(|option| option.trim().eq_ignore_ascii_case("close"))
+}
+
+/// Whether `response` is a stream of server-sent events.
+fn is_event_stream<B>(response: &Response<B>) -> bool {
+    let kind = response.headers().get(CONTENT_TYPE).map_or(&b""[..], HeaderValue::as_bytes);
+    kind.get(..EVENT_STREAM.len()).is_some_and(|start| start.eq_ignore_ascii_case(EVENT_STREAM))
 }
 
 /// Lets hyper serve the connection until it ends or may be parked. `closing` is set once the connection was told to
@@ -118,13 +164,7 @@ where
 ///
 /// The function is long because it is one loop over every command that a connection can get, and each exit has to take
 /// the socket back from hyper.
-async fn serve_http<S, V, B>(
-    socket: MonitoredSocket<S>,
-    service: V,
-    slot: &Slot,
-    uploads: &AtomicBool,
-    closing: &mut bool,
-) -> Served<S, V>
+async fn serve_http<S, V, B>(socket: MonitoredSocket<S>, service: V, slot: &Slot, closing: &mut bool) -> Served<S, V>
 where
     S: Socket,
     V: HttpService<Incoming, ResBody = B> + Unpin,
@@ -136,55 +176,80 @@ where
     let mut builder = http1::Builder::new();
     builder.half_close(false).auto_date_header(false).max_header_size(MAX_HEAD).max_buf_size(MAX_BUFFER);
     let mut connection = builder.serve_connection(TokioIo::new(socket), service);
-    let into_socket = |parts: http1::Parts<TokioIo<MonitoredSocket<S>>, V>| parts.io.into_inner().into_inner();
+    let into_socket = |parts: http1::Parts<TokioIo<MonitoredSocket<S>>, V>| parts.io.into_inner();
+    // Whether hyper still has to be told to close.
+    let mut untold = *closing;
     loop {
-        // Drive hyper until the connection ends or may be parked, or until a command arrives.
+        // hyper, when told to close, may forget what it has not written yet.
+        if untold && !slot.is_unwritten() {
+            untold = false;
+            Pin::new(&mut connection).graceful_shutdown();
+        }
+        // Drive hyper until the connection ends or may be parked, or until a command arrives. hyper was just polled
+        // when it is pending, so it has written everything it was given and the socket accepts.
         let served = poll_fn(|cx| match connection.poll_without_shutdown(cx) {
-            Poll::Ready(ended) => Poll::Ready(Some(ended)),
-            // hyper was just polled, so it has written everything it was given. It may still be reading the body of a
-            // request that already has its response; do not interrupt that.
-            Poll::Pending if slot.may_park() && !uploads.load(Relaxed) && !*closing => Poll::Ready(None),
+            Poll::Ready(ended) => Poll::Ready(Step::Ended(ended)),
+            Poll::Pending if *closing && slot.is_in_rest() => Poll::Ready(Step::Ended(Ok(()))),
+            Poll::Pending if untold && !slot.is_unwritten() => Poll::Ready(Step::Written),
+            Poll::Pending if slot.may_park() && !*closing => Poll::Ready(Step::Idle),
             Poll::Pending => Poll::Pending,
         });
         let command = tokio::select! {
             biased;
-            served = served => match served {
-                None => {
+            step = served => match step {
+                Step::Written => continue,
+                Step::Idle => {
                     let parts = connection.into_parts();
                     let mut socket = parts.io.into_inner();
                     // hyper may have read the start of the next head together with the previous one.
                     socket.unread(&parts.read_buf);
                     return Served::Idle(socket, parts.service);
                 }
-                Some(ended) => {
-                    if let Err(error) = ended {
-                        tracing::debug!(%error, "connection ended");
-                    }
-                    return Served::Ended(into_socket(connection.into_parts()));
+                // hyper forgets what it has not written if the request's body ends meanwhile and the connection with it.
+                Step::Ended(Ok(())) if slot.is_unwritten() => {
+                    return Served::Broken(into_socket(connection.into_parts()));
+                }
+                Step::Ended(Ok(())) => return Served::Ended(into_socket(connection.into_parts())),
+                Step::Ended(Err(error)) => {
+                    tracing::debug!(%error, "connection ended");
+                    // After an error of its parser hyper has written a response, and it is whole.
+                    let whole = error.is_parse();
+                    let socket = into_socket(connection.into_parts());
+                    return if whole { Served::Ended(socket) } else { Served::Broken(socket) };
                 }
             },
             command = slot.command() => command,
         };
         match command {
             // A request head that has started may still be completed, within its timeout.
-            Command::Close => {
-                *closing = true;
-                Pin::new(&mut connection).graceful_shutdown();
-            }
-            // hyper has written nothing for an incomplete head, so the canned response can be sent.
+            Command::Close => (*closing, untold) = (true, true),
+            // Nothing else is in progress, and hyper has written nothing for an incomplete head, so the canned response
+            // can be sent.
             Command::HeadTimeout if slot.is_in_head() => {
                 return Served::HeadTimeout(into_socket(connection.into_parts()));
             }
-            // The head was completed in the meantime.
-            Command::HeadTimeout => {}
+            Command::EndUpload if slot.is_in_rest() => return Served::Ended(into_socket(connection.into_parts())),
+            // It was done in the meantime.
+            Command::HeadTimeout | Command::EndUpload => {}
+            Command::Abort => return Served::Broken(into_socket(connection.into_parts())),
             Command::Reset => {
                 // A linger time of zero makes the kernel discard unsent data and send a reset.
-                let socket = into_socket(connection.into_parts());
+                let socket = into_socket(connection.into_parts()).into_inner();
                 let _ = rustix::net::sockopt::set_socket_linger(&socket, Some(Duration::ZERO));
                 return Served::Reset;
             }
         }
     }
+}
+
+/// What a poll of hyper led to.
+enum Step {
+    /// HTTP on the connection has ended.
+    Ended(hyper::Result<()>),
+    /// Everything is written, and the connection was told to close.
+    Written,
+    /// The connection may be parked.
+    Idle,
 }
 
 /// Parks the connection until there is data to read. Returns `false` if the connection is told to close before that.
@@ -194,10 +259,11 @@ async fn park<S: Socket>(socket: &MonitoredSocket<S>, slot: &Slot) -> bool {
             biased;
             // A socket error is found by the next read.
             _ = poll_fn(|cx| socket.get_ref().poll_readable(cx)) => return true,
-            command = slot.command() => match command {
-                Command::Close => return false,
-                Command::HeadTimeout | Command::Reset => {}
-            },
+            command = slot.command() => {
+                if matches!(command, Command::Close | Command::Abort) {
+                    return false;
+                }
+            }
         }
     }
 }
@@ -217,19 +283,36 @@ pub(super) async fn close(mut socket: impl AsyncRead + AsyncWrite + Unpin, respo
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-    use std::sync::atomic::AtomicUsize;
+    use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
     use std::time::Instant;
 
+    use arc_swap::ArcSwap;
     use http_body_util::{BodyExt, Full};
     use tokio::io::AsyncReadExt;
 
-    use super::super::CannedResponses;
     use super::super::registry::{MAX_ACTIVE, Registry};
+    use super::super::{Limits, OwnResponses};
     use super::*;
 
     const REQUEST: &[u8] = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n";
-    const RESPONSE: &[u8] = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nhi";
+    const RESPONSE: &[u8] = b"HTTP/1.1 200 OK\r\nkeep-alive: timeout=60\r\ncontent-length: 2\r\n\r\nhi";
+
+    #[derive(Debug)]
+    struct Own;
+
+    impl OwnResponses for Own {
+        fn head_timeout(&self) -> Bytes {
+            Bytes::from_static(b"late")
+        }
+
+        fn overloaded(&self) -> Bytes {
+            Bytes::new()
+        }
+
+        fn request_id(&self) -> HeaderValue {
+            HeaderValue::from_static("id")
+        }
+    }
 
     /// A connection that is being served, and the caller's end of it.
     struct Scene {
@@ -246,15 +329,26 @@ mod tests {
                 registry.simulate_crowd();
             }
             let counted = requests.clone();
-            let handler = move |request: Request<Incoming>, _: Peer| {
+            let handler = move |request: Request<CallerBody>, _: Peer| {
                 counted.fetch_add(1, Relaxed);
                 // Continue to read the body after the response.
                 tokio::spawn(request.into_body().collect());
                 async { Response::new(Full::from("hi")) }
             };
-            let canned = CannedResponses { head_timeout: Bytes::from_static(b"late"), overloaded: Bytes::new() };
-            let context = super::super::ListenerContext { handler, registry: registry.clone(), canned };
-            let connection = run(stream, Peer::Unix(None), registry.register(), context);
+            let limits = Arc::new(ArcSwap::from_pointee(Limits {
+                max_connections: usize::MAX,
+                header_timeout: Duration::MAX,
+                idle_timeout: Duration::from_secs(60),
+                write_timeout: Duration::MAX,
+            }));
+            let context = super::super::ListenerContext {
+                handler,
+                registry: registry.clone(),
+                own: Arc::new(Own),
+                limits,
+                share: 100,
+            };
+            let connection = run(stream, Peer::Unix(None), registry.register(), Arc::new(context));
             // An app may keep ten thousand idle connections open, so the future has to be small.
             let size = std::mem::size_of_val(&connection);
             assert!(size <= 800, "{size} bytes");

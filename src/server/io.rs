@@ -1,38 +1,63 @@
 //! What a connection reads and writes: its socket and response bodies, which record its activity in the registry, and
 //! the request heads.
 
-use std::io::{IoSlice, Result};
+use std::io::{ErrorKind, IoSlice, Result};
+use std::os::fd::AsFd;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use http::{HeaderValue, Request, Uri};
 use http_body::{Body, Frame, SizeHint};
+use rustix::net::sockopt::set_socket_linger;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use super::registry::{Activity, Busy};
+use super::OwnResponses;
+use super::registry::{Activity, Busy, Command};
 
 /// A socket that records when data arrives and when it accepts no more data.
+///
+/// It also does what hyper leaves out: it notices that the caller has hung up while hyper does not read, because its
+/// buffer still holds something; it adds the request id to the answers of hyper's parser; and it makes the kernel reset
+/// the connection of a caller of HTTP/1.0 whose response breaks off.
 #[derive(Debug)]
 pub(super) struct MonitoredSocket<S> {
     socket: S,
     activity: Arc<Activity>,
+    own: Arc<dyn OwnResponses>,
     /// Whether the last write was blocked.
     blocked: bool,
-    /// Bytes that hyper read but did not use; the next read returns them.
+    /// Whether hyper has read since its last flush and found nothing, so that the next data, or the end of the
+    /// connection, wakes the task.
+    awaits_data: bool,
+    /// Whether closing the socket resets the connection.
+    resets: bool,
+    /// Bytes that hyper read but did not use, or that arrived while it did not read; the next read returns them.
     unread: Bytes,
+    /// How much of a request's body was read after the response was written.
+    rest: usize,
 }
 
+/// Most bytes of a request's body that are read after the response was written.
+const MAX_REST: usize = 1 << 20;
+
+/// Most bytes that are read ahead while hyper does not read. Behind more of them, a hang-up is not noticed.
+const READ_AHEAD: usize = 4 << 10;
+
 impl<S> MonitoredSocket<S> {
-    pub(super) fn new(socket: S, activity: Arc<Activity>) -> Self {
-        Self { socket, activity, blocked: false, unread: Bytes::new() }
+    pub(super) fn new(socket: S, activity: Arc<Activity>, own: Arc<dyn OwnResponses>) -> Self {
+        let (blocked, awaits_data, resets, unread, rest) = (false, false, false, Bytes::new(), 0);
+        Self { socket, activity, own, blocked, awaits_data, resets, unread, rest }
     }
 
-    /// Lets the next read return `bytes`.
+    /// Lets the next read return `bytes`, which were read before what is still unread. Line breaks before a request line
+    /// mean nothing (RFC 9112, section 2.2).
     pub(super) fn unread(&mut self, bytes: &[u8]) {
+        let start = bytes.iter().position(|byte| !is_line_break(byte)).unwrap_or(bytes.len());
         // Copied, because even an empty slice would keep hyper's buffer alive.
-        self.unread = Bytes::copy_from_slice(bytes);
+        self.unread = Bytes::from([&bytes[start..], &self.unread].concat());
     }
 
     pub(super) fn has_unread(&self) -> bool {
@@ -55,6 +80,79 @@ impl<S> MonitoredSocket<S> {
         }
         written
     }
+
+    /// Records data that hyper has read.
+    fn received(&mut self, data: &[u8]) {
+        self.activity.bytes_received(data);
+        if self.activity.is_in_rest() {
+            self.rest += data.len();
+            if self.rest > MAX_REST {
+                self.activity.send(Command::EndUpload);
+            }
+        } else {
+            self.rest = 0;
+        }
+    }
+}
+
+fn is_line_break(byte: &u8) -> bool {
+    matches!(byte, b'\r' | b'\n')
+}
+
+impl<S: AsyncRead + Unpin> MonitoredSocket<S> {
+    /// Fails if the caller has hung up while its request waits for the response. hyper itself looks only while its
+    /// buffer is empty, and a line break behind a body, which some clients send, stays in it.
+    fn watch_for_hang_up(&mut self, cx: &mut Context<'_>) -> Result<()> {
+        let hyper_reads = std::mem::take(&mut self.awaits_data);
+        while !hyper_reads && self.unread.len() < READ_AHEAD && self.activity.watches() {
+            let mut space = [0; 512];
+            let mut buf = ReadBuf::new(&mut space);
+            match Pin::new(&mut self.socket).poll_read(cx, &mut buf)? {
+                Poll::Pending => break,
+                Poll::Ready(()) if buf.filled().is_empty() => return Err(ErrorKind::ConnectionAborted.into()),
+                Poll::Ready(()) => self.unread = Bytes::from([&self.unread, buf.filled()].concat()),
+            }
+        }
+        Ok(())
+    }
+}
+
+impl<S: AsFd> MonitoredSocket<S> {
+    /// Before the first byte of a response to HTTP/1.0: lets the kernel reset the connection when it is closed, also if
+    /// the process dies. Its caller would take any other end for the end of the body.
+    fn reset_when_closed(&mut self) {
+        if !self.resets && self.activity.serves_http10() {
+            self.resets = set_socket_linger(&self.socket, Some(Duration::ZERO)).is_ok();
+        }
+    }
+
+    /// Lets the socket be closed gracefully.
+    pub(super) fn close_gracefully(&mut self) {
+        if std::mem::take(&mut self.resets) {
+            let _ = set_socket_linger(&self.socket, None);
+        }
+    }
+}
+
+/// The answer of hyper's parser, with a request id.
+fn with_request_id(answer: &[u8], id: &HeaderValue) -> Option<Vec<u8>> {
+    let head =
+        answer.strip_suffix(b"\r\n").filter(|head| head.starts_with(b"HTTP/1.1 4") && head.ends_with(b"\r\n"))?;
+    Some([head, b"x-request-id: ", id.as_bytes(), b"\r\n\r\n"].concat())
+}
+
+impl<S: AsyncWrite + AsFd + Unpin> MonitoredSocket<S> {
+    /// Writes `bytes`, which may be the answer of hyper's parser.
+    fn write(&mut self, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<Result<usize>> {
+        if self.activity.is_rejecting_head()
+            && let Some(answer) = with_request_id(bytes, &self.own.request_id())
+        {
+            // It is a few hundred bytes, and everything before it was written: the socket takes it whole, or the
+            // connection, which is closed after it, ends within it.
+            return Pin::new(&mut self.socket).poll_write(cx, &answer).map_ok(|_| bytes.len());
+        }
+        Pin::new(&mut self.socket).poll_write(cx, bytes)
+    }
 }
 
 impl<S: AsyncRead + Unpin> AsyncRead for MonitoredSocket<S> {
@@ -67,20 +165,23 @@ impl<S: AsyncRead + Unpin> AsyncRead for MonitoredSocket<S> {
             buf.put_slice(&self.unread.split_to(length));
             Poll::Ready(Ok(()))
         };
+        self.awaits_data = read.is_pending();
         if buf.filled().len() > before {
-            self.activity.bytes_received();
+            self.received(&buf.filled()[before..]);
         }
         read
     }
 }
 
-impl<S: AsyncWrite + Unpin> AsyncWrite for MonitoredSocket<S> {
+impl<S: AsyncRead + AsyncWrite + AsFd + Unpin> AsyncWrite for MonitoredSocket<S> {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<Result<usize>> {
-        let written = Pin::new(&mut self.socket).poll_write(cx, bytes);
+        self.reset_when_closed();
+        let written = self.write(cx, bytes);
         self.record(written)
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<()>> {
+        self.watch_for_hang_up(cx)?;
         Pin::new(&mut self.socket).poll_flush(cx)
     }
 
@@ -93,7 +194,11 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for MonitoredSocket<S> {
         cx: &mut Context<'_>,
         parts: &[IoSlice<'_>],
     ) -> Poll<Result<usize>> {
-        let written = Pin::new(&mut self.socket).poll_write_vectored(cx, parts);
+        self.reset_when_closed();
+        let written = match parts {
+            [only] => self.write(cx, only),
+            _ => Pin::new(&mut self.socket).poll_write_vectored(cx, parts),
+        };
         self.record(written)
     }
 
@@ -193,7 +298,7 @@ mod tests {
     fn a_response_body_is_not_polled_while_the_caller_does_not_read() {
         let registry = Arc::<Registry>::default();
         let slot = registry.register();
-        let mut body = BusyBody::new(Full::new(Bytes::from_static(b"response")), slot.begin_request());
+        let mut body = BusyBody::new(Full::new(Bytes::from_static(b"response")), slot.begin_request(false, false).0);
         let woken = Arc::new(Woken(false.into()));
         let waker = waker(woken.clone());
         let cx = &mut Context::from_waker(&waker);

@@ -5,13 +5,20 @@
 //! limits:
 //!
 //! - A request head that is not complete in time gets a 408.
-//! - A connection that is idle for too long is closed.
+//! - A connection that is idle for too long is closed. It is idle when both directions are over: the response was
+//!   written, and the request's body has ended.
 //! - A connection whose caller does not read its response is reset.
+//! - A request's body that is still arriving when the response was written may continue for a while only.
 //!
-//! When a listener is at its connection limit, the connection that has been idle longest is closed for a new one.
+//! Nothing of the server's own is written while anything of a response is unwritten or a request's body is under way.
+//!
+//! When a listener is at its connection limit, or descriptors run short, the connection that has been idle longest is
+//! closed for a new one.
 
 mod registry;
+mod caller_body;
 mod connection;
+mod descriptors;
 mod io;
 
 use std::fs::Permissions;
@@ -24,10 +31,11 @@ use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 use bytes::Bytes;
-use http::{Request, Response};
-use hyper::body::Incoming;
+use http::{HeaderValue, Request, Response};
 use tokio::net::{TcpListener, UnixListener, UnixSocket};
 use tokio::sync::watch;
+
+pub use caller_body::CallerBody;
 
 use connection::close;
 use registry::Registry;
@@ -64,6 +72,21 @@ pub struct Limits {
     pub write_timeout: Duration,
 }
 
+impl Limits {
+    /// The value of `Keep-Alive`: how long the connection stays open without a request.
+    fn keep_alive(&self) -> HeaderValue {
+        let text = format!("timeout={}", self.idle_timeout.as_secs());
+        HeaderValue::from_maybe_shared(Bytes::from(text)).unwrap_or(HeaderValue::from_static("timeout=0"))
+    }
+}
+
+/// How much response data the kernel takes of a connection that cannot be sent yet, in bytes. Once a caller reads
+/// slowly, data that it has not read is also data that the kernel does not take, so that a caller that reads anything
+/// is told from one that reads nothing: by default the kernel takes 4 MiB, and takes no more until a third of them was
+/// read. What is on the way to the caller is not limited, so a fast caller notices nothing.
+#[cfg(target_os = "linux")]
+const MAX_UNSENT: u32 = 128 << 10;
+
 /// Backlog of a Unix socket: connections that wait to be accepted. tokio uses the same number for TCP.
 const BACKLOG: u32 = 1024;
 /// Pause of the accept loop after an error, such as too many open file descriptors. Requests in progress continue and
@@ -81,13 +104,14 @@ pub enum Peer {
     Unix(Option<u32>),
 }
 
-/// Canned HTTP/1.1 responses for connections that are rejected before a request was read.
-#[derive(Clone, Debug)]
-pub struct CannedResponses {
+/// HTTP/1.1 responses, as bytes, for connections that are rejected before a request was read.
+pub trait OwnResponses: std::fmt::Debug + Send + Sync {
     /// The request head was not complete in time.
-    pub head_timeout: Bytes,
+    fn head_timeout(&self) -> Bytes;
     /// The listener is at its connection limit.
-    pub overloaded: Bytes,
+    fn overloaded(&self) -> Bytes;
+    /// A new id for the response to a request that could not be parsed.
+    fn request_id(&self) -> HeaderValue;
 }
 
 /// A listener (proxy, login or admin) whose sockets are bound. It serves once [`run`](Self::run) is called.
@@ -95,7 +119,7 @@ pub struct CannedResponses {
 pub struct Listener {
     sockets: Vec<BoundSocket>,
     limits: Arc<ArcSwap<Limits>>,
-    canned: CannedResponses,
+    own: Arc<dyn OwnResponses>,
     registry: Arc<Registry>,
 }
 
@@ -130,7 +154,7 @@ impl Listener {
         ipv6_if_any: bool,
         socket_mode: u32,
         limits: Limits,
-        canned: CannedResponses,
+        own: Arc<dyn OwnResponses>,
     ) -> Result<Self> {
         let mut sockets = Vec::new();
         for address in listen {
@@ -144,7 +168,7 @@ impl Listener {
             }
         }
         let limits = Arc::new(ArcSwap::from_pointee(limits));
-        Ok(Self { sockets, limits, canned, registry: Arc::default() })
+        Ok(Self { sockets, limits, own, registry: Arc::default() })
     }
 
     /// Returns the bound TCP addresses, in the order of `listen`.
@@ -171,17 +195,20 @@ impl Listener {
     /// [`Phase::Closed`].
     pub async fn run<H, F, B>(self, handler: H, mut phase: watch::Receiver<Phase>)
     where
-        H: Fn(Request<Incoming>, Peer) -> F + Clone + Send + Sync + 'static,
+        H: Fn(Request<CallerBody>, Peer) -> F + Clone + Send + Sync + 'static,
         F: Future<Output = Response<B>> + Send + 'static,
         B: http_body::Body<Data = Bytes> + Send + Unpin + 'static,
         B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
     {
-        let Self { sockets, limits, canned, registry } = self;
-        let context = ListenerContext { handler, registry: registry.clone(), canned };
+        let Self { sockets, limits, own, registry } = self;
+        let share = descriptors::share();
+        let context =
+            Arc::new(ListenerContext { handler, registry: registry.clone(), own, limits: limits.clone(), share });
         let reaper = tokio::spawn(registry.clone().enforce(limits.clone()));
+        let _abort = AbortOnDrop(registry.clone());
         let mut tasks = tokio::task::JoinSet::new();
         for socket in sockets {
-            tasks.spawn(accept(socket, limits.clone(), context.clone(), phase.clone()));
+            tasks.spawn(accept(socket, context.clone(), phase.clone()));
         }
         // `wait_for` also returns when the sender is dropped, which counts as `Closed`.
         let _ = phase.wait_for(|phase| *phase >= Phase::Draining).await;
@@ -193,11 +220,24 @@ impl Listener {
     }
 }
 
+/// Breaks off what is still in flight when the listener is dropped.
+struct AbortOnDrop(Arc<Registry>);
+
+impl Drop for AbortOnDrop {
+    fn drop(&mut self) {
+        self.0.abort_all();
+    }
+}
+
 /// Binds a TCP address.
 async fn tcp(address: &str) -> Result<TcpListener> {
-    TcpListener::bind(address)
-        .await
-        .map_err(|error| Error::new(error.kind(), format!("cannot listen on {address}: {error}")))
+    let bound = TcpListener::bind(address).await.and_then(|socket| {
+        // Accepted connections inherit it.
+        #[cfg(target_os = "linux")]
+        socket2::SockRef::from(&socket).set_tcp_notsent_lowat(MAX_UNSENT)?;
+        Ok(socket)
+    });
+    bound.map_err(|error| Error::new(error.kind(), format!("cannot listen on {address}: {error}")))
 }
 
 /// Binds a Unix socket with the file mode `mode`. A socket file that a dead process left behind is replaced; one that
@@ -218,13 +258,9 @@ fn unix(path: &PathBuf, mode: u32) -> Result<BoundSocket> {
 }
 
 /// Accepts connections until `phase` is [`Phase::Closed`], and spawns a task for each.
-async fn accept<H, F, B>(
-    socket: BoundSocket,
-    limits: Arc<ArcSwap<Limits>>,
-    context: ListenerContext<H>,
-    mut phase: watch::Receiver<Phase>,
-) where
-    H: Fn(Request<Incoming>, Peer) -> F + Clone + Send + Sync + 'static,
+async fn accept<H, F, B>(socket: BoundSocket, context: Arc<ListenerContext<H>>, mut phase: watch::Receiver<Phase>)
+where
+    H: Fn(Request<CallerBody>, Peer) -> F + Clone + Send + Sync + 'static,
     F: Future<Output = Response<B>> + Send + 'static,
     B: http_body::Body<Data = Bytes> + Send + Unpin + 'static,
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
@@ -241,7 +277,9 @@ async fn accept<H, F, B>(
         let stream = match accepted {
             Ok(stream) => stream,
             Err(error) => {
-                tracing::warn!(%error, "cannot accept a connection");
+                // The caller that has been idle longest makes room, if that helps.
+                let closing = descriptors::are_used_up(&error) && context.registry.make_room(0);
+                tracing::warn!(%error, closing, "cannot accept a connection");
                 tokio::time::sleep(ACCEPT_PAUSE).await;
                 continue;
             }
@@ -252,11 +290,11 @@ async fn accept<H, F, B>(
         let room = tokio::select! {
             biased;
             _ = phase.wait_for(|phase| *phase == Phase::Closed) => return,
-            room = context.registry.wait_for_room(&limits, until) => room,
+            room = context.registry.wait_for_room(&context.limits, context.share, until) => room,
         };
         if !room {
             tracing::warn!("overloaded: every connection that proxy.max_connections allows is busy");
-            let response = context.canned.overloaded.clone();
+            let response = context.own.overloaded();
             match stream {
                 Stream::Tcp(stream, _) => drop(tokio::spawn(close(stream, Some(response), true))),
                 Stream::Unix(stream) => drop(tokio::spawn(close(stream, Some(response), true))),
@@ -280,11 +318,13 @@ async fn accept<H, F, B>(
 }
 
 /// What all connections of a listener share.
-#[derive(Clone)]
 struct ListenerContext<H> {
     handler: H,
     registry: Arc<Registry>,
-    canned: CannedResponses,
+    own: Arc<dyn OwnResponses>,
+    limits: Arc<ArcSwap<Limits>>,
+    /// Most open connections for want of file descriptors.
+    share: usize,
 }
 
 /// An accepted connection.

@@ -42,7 +42,8 @@ pub(super) struct Slot {
 #[derive(Debug)]
 pub(super) struct Activity {
     accepted: Instant,
-    /// A [`Doing`] in the two low bits; above them, when it started, in microseconds since `accepted`.
+    /// The [flags](flag) in the low bits; above them, since when it has been [doing](Doing) what they mean, in
+    /// microseconds since `accepted`.
     state: AtomicU64,
     /// When the socket stopped accepting response data, in microseconds since `accepted`, plus one; 0 while it accepts
     /// data.
@@ -55,48 +56,98 @@ pub(super) struct Activity {
     commanded: Notify,
 }
 
+/// The facts about a connection from which [`Doing`] follows. A request and its response end independently of each
+/// other, so one connection may have several of them.
+mod flag {
+    /// Part of a request head was received.
+    pub(super) const HEAD: u64 = 1;
+    /// A request has no response yet, or one whose body has not ended.
+    pub(super) const RESPONSE: u64 = 1 << 1;
+    /// The body of the latest request has not ended.
+    pub(super) const UPLOAD: u64 = 1 << 2;
+    /// The socket does not accept response data that is ready to be written.
+    pub(super) const UNWRITTEN: u64 = 1 << 3;
+    /// It was told to close to make room.
+    pub(super) const CLOSING: u64 = 1 << 4;
+    /// The response is an event stream.
+    pub(super) const EVENTS: u64 = 1 << 5;
+    /// The body of the latest request was not read to its end.
+    pub(super) const UNREAD: u64 = 1 << 6;
+    /// The latest request is of HTTP/1.0, whose callers take the end of the connection for the end of a body.
+    pub(super) const HTTP10: u64 = 1 << 7;
+    /// A request head is being parsed, and everything before it was answered and written.
+    pub(super) const PARSING: u64 = 1 << 8;
+    /// Whoever writes the response looks for a hang-up once the request's body has ended.
+    pub(super) const WATCHED: u64 = 1 << 9;
+    /// The number of flags.
+    pub(super) const BITS: u32 = 10;
+    pub(super) const ALL: u64 = (1 << BITS) - 1;
+}
+
 /// What a connection is doing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Doing {
     /// It waits for a request.
-    Idle = 0,
+    Idle,
     /// It receives a request head.
-    Head = 1,
-    /// It serves a request.
-    Busy = 2,
+    Head,
+    /// It serves a request, or writes its response.
+    Busy,
+    /// The response was written, and the request's body is still arriving.
+    Rest,
     /// It was told to close to make room.
-    Closing = 3,
+    Closing,
 }
 
 impl Doing {
     fn of(state: u64) -> Self {
-        match state & 3 {
-            0 => Self::Idle,
-            1 => Self::Head,
-            2 => Self::Busy,
-            _ => Self::Closing,
+        match state {
+            _ if state & flag::CLOSING != 0 => Self::Closing,
+            _ if state & (flag::RESPONSE | flag::UNWRITTEN) != 0 => Self::Busy,
+            _ if state & flag::UPLOAD != 0 => Self::Rest,
+            _ if state & flag::HEAD != 0 => Self::Head,
+            _ => Self::Idle,
         }
     }
 }
 
 /// A command to a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
 pub(super) enum Command {
     /// Complete the request in flight, then close.
-    Close,
+    Close = 1,
     /// Reject the request head that was not complete in time.
     HeadTimeout,
     /// Reset the connection, because the caller does not read its response.
     Reset,
+    /// Close the connection, whose response was written, although the request's body is still arriving.
+    EndUpload,
+    /// Break the response off, if there is one, and close.
+    Abort,
 }
 
-/// Marks the connection as busy with a request until it is dropped.
+/// Marks the connection as busy with a response until it is dropped.
 #[derive(Debug)]
 pub(super) struct Busy(Arc<Activity>);
+
+/// Marks the body of the connection's request as unfinished until it is dropped.
+#[derive(Debug)]
+pub(super) struct Uploading {
+    activity: Arc<Activity>,
+    complete: bool,
+}
 
 /// Counts a connection as active, that is, not parked, until it is dropped.
 #[derive(Debug)]
 pub(super) struct Active<'a>(&'a Registry);
+
+/// How long a request's body may continue to arrive after the response was written. Some servers respond early and read
+/// the rest, so it is read, but it must not keep the connection for ever.
+const REST_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How often a shutdown looks whether only event streams are left.
+const DRAIN_CHECK: Duration = Duration::from_millis(50);
 
 /// Up to this number of connections stay active between two requests, which takes 1 MiB of memory and saves the cost of
 /// resuming them. Further connections are parked whenever they are idle.
@@ -110,7 +161,7 @@ impl Registry {
     pub(super) fn register(self: &Arc<Self>) -> Slot {
         let activity = Arc::new(Activity {
             accepted: Instant::now(),
-            state: AtomicU64::new(Doing::Idle as u64),
+            state: AtomicU64::new(0),
             blocked_since: AtomicU64::new(0),
             writable: AtomicWaker::new(),
             command: AtomicU8::new(0),
@@ -133,7 +184,8 @@ impl Registry {
         self.draining.store(true, Relaxed);
     }
 
-    /// Closes idle connections now and busy ones after their request. Returns when every connection is closed.
+    /// Closes idle connections now and busy ones after their request. Returns when every connection is closed. Event
+    /// streams, which may never end, are broken off once nothing else is in flight.
     pub(super) async fn close_all(&self) {
         for activity in self.lock().open.values() {
             activity.send(Command::Close);
@@ -143,16 +195,31 @@ impl Registry {
             if self.len() == 0 {
                 return;
             }
-            freed.await;
+            self.end_events();
+            let _ = tokio::time::timeout(DRAIN_CHECK, freed).await;
         }
     }
 
-    /// Waits until there is room for an accepted connection; at the limit, closes the connection that has been idle
+    /// Breaks event streams off if no connection does anything else.
+    fn end_events(&self) {
+        let slots = self.lock();
+        if slots.open.values().all(|activity| activity.has(flag::EVENTS)) {
+            slots.open.values().for_each(|activity| activity.send(Command::Abort));
+        }
+    }
+
+    /// Breaks every response off.
+    pub(super) fn abort_all(&self) {
+        self.lock().open.values().for_each(|activity| activity.send(Command::Abort));
+    }
+
+    /// Waits until there is room for an accepted connection: at most `share` may be open, and as many as `limits` allow.
+    /// At the limit, closes the connection that has been idle
     /// longest. Returns `false` if there is still no room at `until`.
-    pub(super) async fn wait_for_room(&self, limits: &ArcSwap<Limits>, until: Instant) -> bool {
+    pub(super) async fn wait_for_room(&self, limits: &ArcSwap<Limits>, share: usize, until: Instant) -> bool {
         loop {
             let freed = self.freed.notified();
-            if self.make_room(limits.load().max_connections) {
+            if self.make_room(limits.load().max_connections.min(share)) {
                 return true;
             }
             if Instant::now() >= until {
@@ -164,7 +231,7 @@ impl Registry {
 
     /// Whether fewer than `max` connections are open or remain after those that are closing. If not, tells the
     /// connection that has been idle longest to close; `false` if none is idle.
-    fn make_room(&self, max: usize) -> bool {
+    pub(super) fn make_room(&self, max: usize) -> bool {
         let slots = self.lock();
         if slots.open.len() < max {
             return true;
@@ -182,7 +249,7 @@ impl Registry {
             return true;
         }
         longest.is_some_and(|(_, activity)| {
-            activity.set(Doing::Closing);
+            activity.change(flag::CLOSING, 0);
             activity.send(Command::Close);
             true
         })
@@ -200,6 +267,7 @@ impl Registry {
                     _ if activity.blocked_for() >= limits.write_timeout => activity.send(Command::Reset),
                     (Doing::Head, since) if since >= limits.header_timeout => activity.send(Command::HeadTimeout),
                     (Doing::Idle, since) if since >= limits.idle_timeout => activity.send(Command::Close),
+                    (Doing::Rest, since) if since >= REST_TIMEOUT => activity.send(Command::EndUpload),
                     _ => {}
                 }
             }
@@ -234,15 +302,43 @@ impl Slot {
         self.activity.clone()
     }
 
-    /// Records that a request head is complete. The connection is busy until the guard is dropped.
-    pub(super) fn begin_request(&self) -> Busy {
-        self.activity.set(Doing::Busy);
-        Busy(self.activity.clone())
+    /// Records that a request head is complete. The connection is busy until the guards are dropped: that of the
+    /// response, and that of the request's body, if it has one.
+    pub(super) fn begin_request(&self, http10: bool, body: bool) -> (Busy, Option<Uploading>) {
+        let begun = flag::RESPONSE | if body { flag::UPLOAD } else { 0 } | if http10 { flag::HTTP10 } else { 0 };
+        self.activity.change(begun, flag::ALL & !flag::UNWRITTEN);
+        let uploading = body.then(|| Uploading { activity: self.activity.clone(), complete: false });
+        (Busy(self.activity.clone()), uploading)
     }
 
-    /// Whether part of a request head was received.
+    /// Records that the response in progress is an event stream.
+    pub(super) fn streams_events(&self) {
+        self.activity.change(flag::EVENTS, 0);
+    }
+
+    /// Whether part of a request head was received, nothing else is in progress, and nothing is unwritten.
     pub(super) fn is_in_head(&self) -> bool {
         self.activity.doing().0 == Doing::Head
+    }
+
+    /// Whether the response was written while the request's body is still arriving.
+    pub(super) fn is_in_rest(&self) -> bool {
+        self.activity.doing().0 == Doing::Rest
+    }
+
+    /// Whether response data waits for the socket.
+    pub(super) fn is_unwritten(&self) -> bool {
+        self.activity.has(flag::UNWRITTEN)
+    }
+
+    /// Whether the body of the latest request was not read to its end.
+    pub(super) fn has_unread_upload(&self) -> bool {
+        self.activity.has(flag::UPLOAD) || self.activity.has(flag::UNREAD)
+    }
+
+    /// Whether the latest request is of HTTP/1.0.
+    pub(super) fn serves_http10(&self) -> bool {
+        self.activity.has(flag::HTTP10)
     }
 
     /// Counts the connection as active until the guard is dropped.
@@ -272,6 +368,8 @@ impl Slot {
                 1 => return Command::Close,
                 2 => return Command::HeadTimeout,
                 3 => return Command::Reset,
+                4 => return Command::EndUpload,
+                5 => return Command::Abort,
                 _ => commanded.await,
             }
         }
@@ -286,19 +384,59 @@ impl Drop for Slot {
 }
 
 impl Activity {
-    /// Records that data arrived: on an idle connection it starts a request head.
-    pub(super) fn bytes_received(&self) {
-        if Doing::of(self.state.load(Relaxed)) == Doing::Idle {
-            self.set(Doing::Head);
+    /// Records that data arrived. Unless it belongs to the body of a request, it starts a request head; line breaks
+    /// alone do not (RFC 9112, section 2.2).
+    pub(super) fn bytes_received(&self, data: &[u8]) {
+        let flags = self.state.load(Relaxed);
+        let heard = flag::HEAD | flag::PARSING;
+        if flags & flag::UPLOAD != 0 || flags & heard == heard || data.iter().all(|byte| matches!(byte, b'\r' | b'\n'))
+        {
+            return;
         }
+        // Data that arrives during a response may wait in hyper's buffer until that was written.
+        let before = flags & (flag::RESPONSE | flag::UNWRITTEN) == 0;
+        self.change(if before { heard } else { flag::HEAD }, 0);
     }
 
     /// Records that the socket stopped (`true`) or resumed (`false`) accepting response data.
     pub(super) fn write_blocked(&self, blocked: bool) {
         self.blocked_since.store(if blocked { self.age() + 1 } else { 0 }, Relaxed);
-        if !blocked {
+        if blocked {
+            self.change(flag::UNWRITTEN, 0);
+        } else {
+            self.change(0, flag::UNWRITTEN);
             self.writable.wake();
         }
+    }
+
+    /// Whether what is written now is the answer of hyper's parser to a head that it rejects.
+    pub(super) fn is_rejecting_head(&self) -> bool {
+        let flags = self.state.load(Relaxed);
+        flags & flag::PARSING != 0 && flags & (flag::RESPONSE | flag::UPLOAD | flag::UNWRITTEN) == 0
+    }
+
+    /// Whether a request of HTTP/1.0 is being answered.
+    pub(super) fn serves_http10(&self) -> bool {
+        self.has(flag::HTTP10)
+    }
+
+    /// Whether a response is in progress to a request that was read to its end. If its body is still being read, the
+    /// connection's task is woken at the end of the body.
+    pub(super) fn watches(&self) -> bool {
+        let flags = self.state.load(Relaxed) & flag::ALL;
+        if flags & (flag::RESPONSE | flag::UPLOAD | flag::WATCHED) == flag::RESPONSE | flag::UPLOAD {
+            self.change(flag::WATCHED, 0);
+        }
+        self.state.load(Relaxed) & (flag::RESPONSE | flag::UPLOAD) == flag::RESPONSE
+    }
+
+    /// Whether the response was written while the request's body is still arriving.
+    pub(super) fn is_in_rest(&self) -> bool {
+        Doing::of(self.state.load(Relaxed)) == Doing::Rest
+    }
+
+    fn has(&self, flag: u64) -> bool {
+        self.state.load(Relaxed) & flag != 0
     }
 
     /// Returns for how long the socket has accepted no response data.
@@ -314,25 +452,28 @@ impl Activity {
         u64::try_from(self.accepted.elapsed().as_micros()).unwrap_or(u64::MAX)
     }
 
-    /// Records what the connection does from now on.
-    fn set(&self, doing: Doing) {
-        self.state.store(self.age() << 2 | doing as u64, Relaxed);
+    /// Removes the flags `cleared`, then adds the flags `set`. If the connection does something else from now on, that
+    /// begins now. The guard of a body may be dropped in another task, so this is one atomic step.
+    fn change(&self, set: u64, cleared: u64) {
+        let now = self.age();
+        let changed = |state: u64| {
+            let next = state & flag::ALL & !cleared | set;
+            let since = if Doing::of(next) == Doing::of(state) { state >> flag::BITS } else { now };
+            Some(since << flag::BITS | next)
+        };
+        // The closure never refuses.
+        let _ = self.state.fetch_update(Relaxed, Relaxed, changed);
     }
 
     /// Returns what the connection is doing, and for how long.
     fn doing(&self) -> (Doing, Duration) {
         let state = self.state.load(Relaxed);
-        (Doing::of(state), self.accepted.elapsed().saturating_sub(Duration::from_micros(state >> 2)))
+        (Doing::of(state), self.accepted.elapsed().saturating_sub(Duration::from_micros(state >> flag::BITS)))
     }
 
     /// Sends a command to the connection, in place of one that was not executed yet.
-    fn send(&self, command: Command) {
-        let number = match command {
-            Command::Close => 1,
-            Command::HeadTimeout => 2,
-            Command::Reset => 3,
-        };
-        self.command.store(number, Relaxed);
+    pub(super) fn send(&self, command: Command) {
+        self.command.store(command as u8, Relaxed);
         self.commanded.notify_one();
     }
 }
@@ -358,6 +499,22 @@ impl Busy {
 
 impl Drop for Busy {
     fn drop(&mut self) {
-        self.0.set(Doing::Idle);
+        self.0.change(0, flag::RESPONSE | flag::EVENTS);
+    }
+}
+
+impl Uploading {
+    /// Records that the body was read to its end.
+    pub(super) fn complete(mut self) {
+        self.complete = true;
+    }
+}
+
+impl Drop for Uploading {
+    fn drop(&mut self) {
+        self.activity.change(if self.complete { 0 } else { flag::UNREAD }, flag::UPLOAD);
+        if self.activity.has(flag::WATCHED) {
+            self.activity.commanded.notify_one();
+        }
     }
 }

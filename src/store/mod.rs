@@ -22,11 +22,13 @@ mod backup;
 mod files;
 pub mod imported_record;
 pub mod keyring;
+mod notices;
 mod pending_grant;
 mod postgres;
 mod sled;
 pub mod stored_grant;
 
+pub use self::notices::Notice;
 pub use self::pending_grant::PendingGrant;
 pub use self::postgres::{
     Changes, Claimed, ConnectionUrl, Content, FailedRefresh, Lease, Lookup, PUBLISH, Pod, Poll, Postgres, UserOverview,

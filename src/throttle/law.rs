@@ -59,6 +59,10 @@ const QUICK: f64 = 0.7;
 /// Time between two refusals in which the rate cannot have risen much, so that the limit has fallen, in seconds.
 const QUICKLY: Seconds = 4.0;
 
+/// How much longer than the rate allows calls are expected to wait: in a long queue a refusal often intervenes, and pauses
+/// all of them. In the campaign `throttle-storm` the longest waits were a fifth longer without it.
+const MARGIN: f64 = 1.1;
+
 /// Seconds' worth of calls that may follow each other at once after a break; at least one call.
 const BURST: Seconds = 0.1;
 
@@ -186,7 +190,7 @@ impl Law {
         self.tat = self.tat.max(now) + weight / self.rate(now);
     }
 
-    /// How long, from `now`, until `calls` further calls were sent, if none is refused meanwhile.
+    /// How long, from `now`, until `calls` further calls were sent, with a [`MARGIN`] for refusals meanwhile.
     pub fn expected(&self, now: Seconds, calls: f64) -> Seconds {
         let start = self.resumed.max(now);
         let sent = |wait: Seconds| self.volume(now + wait) - self.volume(start);
@@ -198,7 +202,8 @@ impl Law {
             let middle = f64::midpoint(least, most);
             if sent(middle) < calls { least = middle } else { most = middle }
         }
-        most.max(self.wait(now))
+        let paused = start - now;
+        (paused + MARGIN * (most - paused)).max(self.wait(now))
     }
 
     /// The number of calls that the rate allows from the end of the pause to `now`: the integral of
@@ -313,7 +318,7 @@ mod tests {
             }
             now += 0.001;
         }
-        assert!((told - now).abs() < 0.1 * now, "told {told}, was {now}");
+        assert!(told >= now && told <= 1.2 * now, "told {told}, was {now}");
     }
 
     proptest! {

@@ -56,6 +56,8 @@ pub struct Settings {
     pub max_waiting: usize,
     /// `throttle.max_waiting_bytes`: most bytes that waiting calls hold.
     pub max_waiting_bytes: usize,
+    /// `throttle.coalesce_polls`.
+    pub coalesce_polls: bool,
     /// `throttle.families`: the modes of single API families.
     pub families: Vec<FamilyMode>,
 }
@@ -265,6 +267,11 @@ impl Throttle {
     /// The mode for calls of `family` by an account whose own mode is `account`.
     pub fn mode(&self, family: &Family, account: Option<ThrottleMode>) -> ThrottleMode {
         account.unwrap_or(self.modes[family.index()])
+    }
+
+    /// The clock, if `throttle.coalesce_polls` is on.
+    pub fn coalesces_polls(&self) -> Option<Clock> {
+        self.settings.coalesce_polls.then(|| self.memory.clock.clone())
     }
 
     /// Decides about a call that is about to be sent.

@@ -13,7 +13,8 @@ const PATH: &str = "/sp/campaigns/list";
 
 fn settings(mode: ThrottleMode) -> Settings {
     let queue_timeout = Duration::from_secs(30);
-    Settings { mode, queue_timeout, max_waiting: 100, max_waiting_bytes: 1 << 20, families: Vec::new() }
+    let (max_waiting, max_waiting_bytes) = (100, 1 << 20);
+    Settings { mode, queue_timeout, max_waiting, max_waiting_bytes, coalesce_polls: false, families: Vec::new() }
 }
 
 fn memory() -> Arc<Memory> {

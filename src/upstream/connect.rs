@@ -13,10 +13,11 @@ use tokio_rustls::client::TlsStream;
 use url::Url;
 
 use super::activity::Activity;
+use super::dial::Dialer;
 use super::http2::{self, Driver, Http2 as Http2Connection};
 use super::read_ahead::ReadAhead;
 use super::windows::WindowBudget;
-use super::{ErrorKind, Http2, RequestBody, Settings, tcp};
+use super::{ErrorKind, Http2, RequestBody, Settings};
 
 /// Limit of rustls's buffer for data that the socket has not taken yet, in bytes. The default of 64 KiB holds a body
 /// chunk but not the overhead of its TLS records, so each chunk needed a second system call for its last 134 bytes.
@@ -29,7 +30,7 @@ const MAX_BUFFER: usize = 64 << 10;
 /// Opens connections to one origin.
 pub(super) struct Connector {
     host: String,
-    port: u16,
+    dialer: Dialer,
     name: ServerName<'static>,
     tls: TlsConnector,
     /// Like `tls`, but offers only HTTP/1.1.
@@ -65,7 +66,7 @@ pub(super) enum Offer {
 
 impl std::fmt::Debug for Connector {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Connector({}:{})", self.host, self.port)
+        write!(f, "Connector({})", self.host)
     }
 }
 
@@ -89,8 +90,8 @@ impl Connector {
         let host = origin.host_str().ok_or_else(bad)?.trim_start_matches('[').trim_end_matches(']').to_owned();
         Ok(Self {
             name: ServerName::try_from(host.clone()).map_err(|_| bad())?,
+            dialer: Dialer::new(&host, origin.port_or_known_default().ok_or_else(bad)?, settings),
             host,
-            port: origin.port_or_known_default().ok_or_else(bad)?,
             tls: with_alpn(tls, alpn),
             http1: with_alpn(tls, &[b"http/1.1"]),
             http2: settings.http2,
@@ -114,7 +115,7 @@ impl Connector {
     }
 
     async fn handshake(&self, offer: Offer) -> Result<Opened, ErrorKind> {
-        let tcp = tcp::connect(&self.host, self.port).await.map_err(|error| ErrorKind::Unreachable(Arc::new(error)))?;
+        let tcp = self.dialer.connect().await?;
         let tls = if matches!(offer, Offer::Http1) { &self.http1 } else { &self.tls };
         let stream = tls.connect(self.name.clone(), ReadAhead::new(tcp)).await;
         let mut stream = stream.map_err(|error| ErrorKind::Tls(Arc::new(error)))?;

@@ -2,6 +2,9 @@
 //!
 //! It is built on `h2` directly and not on hyper's client, because the pool needs what hyper hides: how many streams
 //! the server allows, whether it is about to close, the round trip, and flow-control windows that change.
+//!
+//! The file is long because handle, request, body and the connection's task share one state. In this order: the handle
+//! ([`Http2`]), a request ([`Slot`]), its upload, the body of its response ([`Incoming`]), the task ([`Driver`]).
 
 use std::future::poll_fn;
 use std::pin::Pin;

@@ -13,6 +13,10 @@ const MOST: Duration = Duration::from_secs(315);
 const LEAST: Duration = Duration::from_millis(500);
 /// For how long a close that was seen is believed.
 const BELIEVED: Duration = Duration::from_secs(600);
+/// The weight of one idle connection in the share of those that the server closes at once.
+const WEIGHT: f32 = 0.05;
+/// From this share on, any idle connection may be closed at any time.
+const MANY: f32 = 0.1;
 /// Margin of time before a close, for requests that may not be repeated: the longest round trip.
 const MARGIN: Duration = Duration::from_millis(100);
 
@@ -39,6 +43,9 @@ struct Learned {
     limit: Duration,
     /// The shortest idle time after which the server closed a connection, and when that was.
     closed: Option<(Duration, Instant)>,
+    /// The share of the connections released lately that the server closed within [`LEAST`]. A single reload of a load
+    /// balancer is forgotten after a few dozen requests.
+    closed_at_once: f32,
 }
 
 impl IdleLimit {
@@ -47,7 +54,7 @@ impl IdleLimit {
             IdleTimeout::Auto => MOST,
             IdleTimeout::AtMost(most) => most,
         };
-        Self { most, learned: Mutex::new(Learned { limit: AT_FIRST, closed: None }) }
+        Self { most, learned: Mutex::new(Learned { limit: AT_FIRST, closed: None, closed_at_once: 0.0 }) }
     }
 
     /// How long a connection may idle and still carry a request.
@@ -60,26 +67,36 @@ impl IdleLimit {
     pub(super) fn safe(&self) -> Duration {
         let learned = lock(&self.learned);
         let limit = learned.limit.min(self.most);
+        if learned.closed_at_once > MANY {
+            return Duration::ZERO;
+        }
         match learned.closed() {
             Some(closed) => limit.min((closed * 8 / 10).saturating_sub(MARGIN)),
             None => limit,
         }
     }
 
+    /// A connection became idle.
+    pub(super) fn released(&self) {
+        lock(&self.learned).closed_at_once *= 1.0 - WEIGHT;
+    }
+
     /// The server closed a connection that had idled this long, or announced that it would.
     pub(super) fn closed_after(&self, idle: Duration) {
         let mut learned = lock(&self.learned);
+        if idle < LEAST {
+            learned.closed_at_once += WEIGHT;
+            return;
+        }
         let shortest = learned.closed().map_or(idle, |closed| closed.min(idle));
         learned.closed = Some((shortest, Instant::now()));
-        if idle >= LEAST {
-            learned.limit = learned.limit.min(idle * 9 / 10);
-        }
+        learned.limit = learned.limit.min(idle * 9 / 10);
     }
 
     /// A connection idled up to the current limit, and the server had not closed it.
     pub(super) fn survived(&self) {
         let mut learned = lock(&self.learned);
-        let ceiling = learned.closed().filter(|closed| *closed >= LEAST).map_or(MOST, |closed| closed * 9 / 10);
+        let ceiling = learned.closed().map_or(MOST, |closed| closed * 9 / 10);
         learned.limit = (learned.limit * 5 / 4).min(ceiling).max(learned.limit);
     }
 }
@@ -115,8 +132,16 @@ mod tests {
     #[test]
     fn a_server_that_closes_at_once_gets_requests_that_may_not_be_repeated_on_new_connections_only() {
         let limit = IdleLimit::new(IdleTimeout::Auto);
-        limit.closed_after(Duration::from_millis(2));
+        for _ in 0..3 {
+            assert_eq!(limit.safe(), 55 * SECOND);
+            limit.released();
+            limit.closed_after(Duration::from_millis(2));
+        }
         assert_eq!((limit.current(), limit.safe()), (55 * SECOND, Duration::ZERO));
+        // One reload closes all connections at once, and is forgotten.
+        (0..60).for_each(|_| limit.closed_after(Duration::from_millis(2)));
+        (0..100).for_each(|_| limit.released());
+        assert_eq!(limit.safe(), 55 * SECOND);
     }
 
     #[test]

@@ -12,7 +12,6 @@
 
 mod activity;
 mod read_ahead;
-mod upstream_body;
 mod connect;
 mod connection;
 mod http2;
@@ -22,25 +21,30 @@ mod pool;
 mod protocol_choice;
 mod send_error;
 mod tcp;
+mod dial;
 mod windows;
 
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
 use http::header::{ACCEPT, CONTENT_LENGTH, HOST, TRANSFER_ENCODING};
 use http::{HeaderMap, HeaderValue, Request, Response, StatusCode};
-use http_body::Body as _;
+use http_body::{Body, Frame, SizeHint};
+use hyper::body::Incoming;
 use hyper::client::conn::TrySendError;
 use rustls::pki_types::CertificateDer;
 use url::Url;
 
+pub use dial::tunnel;
 pub use idle_limit::IdleTimeout;
 pub use request_body::{BodyError, ReplayBudget, ReplayBuffer, RequestBody};
 pub use send_error::{Broken, ErrorKind, Processed, ResponseAborted, SendError};
-pub use upstream_body::UpstreamBody;
 
 use crate::domain::account::Region;
+use crate::domain::outgoing_proxy::OutgoingProxy;
 use crate::domain::tls;
 use connection::{Connection, Http1Connection};
 use pool::OriginPool;
@@ -56,6 +60,8 @@ pub struct Settings {
     pub extra_roots: Vec<CertificateDer<'static>>,
     /// `upstream.http2`: which HTTP versions are offered.
     pub http2: Http2,
+    /// `upstream.proxy`: the proxy through which the hosts are reached.
+    pub proxy: Option<OutgoingProxy>,
     /// `upstream.connect_timeout`: limit for DNS, TCP and TLS together.
     pub connect_timeout: Duration,
     /// `upstream.response_timeout`: from the end of the request to the end of the response's head.
@@ -179,7 +185,12 @@ async fn over_http1(
     let reused = connection.reused;
     let response = connection.sender.try_send_request(request).await.map_err(|mut error: TrySendError<_>| {
         let unsent = error.take_message().map(Request::into_body);
-        SendError::over_http1(error.into_error(), unsent, reused)
+        let error = SendError::over_http1(error.into_error(), unsent, reused);
+        if matches!(error.processed, Processed::Stale) {
+            // The server closed it at this very moment.
+            pool.idle_limit.closed_after(Duration::ZERO);
+        }
+        error
     })?;
     let unusable = |kind| Err(SendError { kind, processed: Processed::Unknown });
     if response.status() == StatusCode::SWITCHING_PROTOCOLS {
@@ -244,6 +255,97 @@ async fn response_head(
             Err(_) => {
                 return Err(SendError { kind: ErrorKind::ResponseTimeout(wait), processed: Processed::Unknown });
             }
+        }
+    }
+}
+
+/// A response body, streamed from Amazon. After its last byte an HTTP/1.1 connection returns to the pool. If the body
+/// fails or is dropped before that, the connection is closed, or the HTTP/2 stream is reset.
+#[derive(Debug)]
+pub struct UpstreamBody {
+    source: Source,
+    /// Counts the request as in flight to its origin.
+    _in_flight: CountGuard,
+}
+
+#[derive(Debug)]
+enum Source {
+    /// The connection is there until it is released or closed.
+    Http1(Incoming, Option<Exchange>),
+    Http2(http2::Incoming),
+}
+
+/// An HTTP/1.1 connection that is in use for one request and its response.
+#[derive(Debug)]
+struct Exchange {
+    pool: Arc<OriginPool>,
+    connection: Http1Connection,
+    /// Tells whether the request body was sent completely; `None` if there is none.
+    request: Option<Arc<ReplayBuffer>>,
+}
+
+impl UpstreamBody {
+    fn http1(
+        incoming: Incoming,
+        in_flight: CountGuard,
+        pool: Arc<OriginPool>,
+        connection: Http1Connection,
+        request: Option<Arc<ReplayBuffer>>,
+    ) -> Self {
+        let mut exchange = Some(Exchange { pool, connection, request });
+        if incoming.is_end_stream() {
+            release(&mut exchange);
+        }
+        Self { source: Source::Http1(incoming, exchange), _in_flight: in_flight }
+    }
+
+    fn http2(incoming: http2::Incoming, in_flight: CountGuard) -> Self {
+        Self { source: Source::Http2(incoming), _in_flight: in_flight }
+    }
+}
+
+/// Returns the connection to the pool, or closes it if the request was not sent completely.
+fn release(exchange: &mut Option<Exchange>) {
+    if let Some(Exchange { pool, connection, request }) = exchange.take()
+        // After an early response the connection is still in the middle of the request.
+        && request.is_none_or(|request| request.ended())
+    {
+        pool.release(connection);
+    }
+}
+
+impl Body for UpstreamBody {
+    type Data = Bytes;
+    type Error = ResponseAborted;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, ResponseAborted>>> {
+        let (incoming, exchange) = match &mut self.source {
+            Source::Http1(incoming, exchange) => (incoming, exchange),
+            Source::Http2(incoming) => return incoming.poll_frame(cx),
+        };
+        let frame = ready!(Pin::new(&mut *incoming).poll_frame(cx));
+        match &frame {
+            Some(Err(_)) => *exchange = None,
+            Some(Ok(_)) if !incoming.is_end_stream() => {}
+            Some(Ok(_)) | None => release(exchange),
+        }
+        Poll::Ready(frame.map(|frame| frame.map_err(|error| ResponseAborted::Broken(error.into()))))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match &self.source {
+            Source::Http1(incoming, _) => incoming.is_end_stream(),
+            Source::Http2(incoming) => incoming.is_end_stream(),
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match &self.source {
+            Source::Http1(incoming, _) => incoming.size_hint(),
+            Source::Http2(incoming) => incoming.size_hint(),
         }
     }
 }

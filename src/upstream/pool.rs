@@ -2,7 +2,10 @@
 //!
 //! A request takes an open connection, or waits for the first that becomes usable: a new one, one that another request
 //! releases, or a free stream. Tasks open connections, not requests, so a caller that hangs up wastes none; a burst
-//! opens as many connections as it needs at the same time.
+//! opens as many connections as it needs at the same time. While an origin is in use, a connection that is given up is
+//! replaced in the background.
+//!
+//! The file is long because all of this changes one state, under one lock.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
@@ -199,6 +202,10 @@ impl OriginPool {
         }
         connections.waiters = still;
         self.waiting.store(connections.waiters.len(), Relaxed);
+        if let Some(oldest) = connections.shared.first() {
+            // It has most probably been told how many streams the server allows.
+            connections.expected = oldest.max_streams();
+        }
         let needed = connections.waiters.len().div_ceil(connections.expected);
         for _ in connections.opening..needed {
             self.open(connections, false);
@@ -245,7 +252,6 @@ impl OriginPool {
                 connections.idle.push_back(Idle::new(connection));
             }
             Opened::Http2 { connection, driver } => {
-                connections.expected = connection.max_streams();
                 connections.shared.push(connection.clone());
                 let pool = Arc::downgrade(self);
                 tokio::spawn(async move {
@@ -352,6 +358,7 @@ impl OriginPool {
         if connection.sender.is_closed() || connection.opened.elapsed() >= MAX_AGE {
             return;
         }
+        self.idle_limit.released();
         let mut connections = self.lock();
         if connections.idle.len() < MAX_IDLE {
             connections.idle.push_back(Idle::new(Http1Connection { reused: true, ..connection }));
@@ -494,6 +501,7 @@ mod tests {
             let settings = Settings {
                 origins: [origin.clone(), origin.clone(), origin.clone()],
                 extra_roots: Vec::new(),
+                proxy: None,
                 http2: Http2::Never,
                 connect_timeout: long,
                 response_timeout: long,

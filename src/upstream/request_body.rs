@@ -9,11 +9,11 @@ use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use http_body::{Body, Frame, SizeHint};
-use hyper::body::Incoming;
 use tokio::sync::Notify;
 use tokio::time::{Sleep, sleep};
 
 use super::lock;
+use crate::server::CallerBody;
 
 /// A request body: empty, replayed from an earlier attempt, or streamed from the caller. Trailers are dropped (RFC
 /// 9110, section 6.5.1).
@@ -39,7 +39,7 @@ enum Source {
 /// The part of a caller's body that was not read yet.
 #[derive(Debug)]
 struct Rest {
-    incoming: Incoming,
+    incoming: CallerBody,
     limit: u64,
     timeout: Duration,
 }
@@ -153,7 +153,7 @@ impl RequestBody {
     /// Streams the caller's body, of at most `max` bytes. A body of at most `replay_limit` bytes is buffered for a
     /// retry if `budget` allows it. The body fails with [`BodyError::Stalled`] if no data arrives for `timeout`.
     pub fn caller(
-        incoming: Incoming,
+        incoming: CallerBody,
         replay_limit: usize,
         budget: &Arc<ReplayBudget>,
         max: Option<u64>,

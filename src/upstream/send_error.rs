@@ -40,6 +40,14 @@ pub enum ErrorKind {
     /// No TCP connection could be opened: DNS failed, the port refused, or there is no route.
     #[error("cannot connect: {0}")]
     Unreachable(Arc<dyn Error + Send + Sync>),
+    /// The proxy could not be reached, or opened no tunnel.
+    #[error("{proxy}: {problem}")]
+    Proxy {
+        /// The proxy without its credentials, and the key that names it.
+        proxy: String,
+        /// What happened.
+        problem: String,
+    },
     /// The TLS handshake failed.
     #[error("TLS handshake failed: {0}")]
     Tls(Arc<std::io::Error>),

@@ -89,6 +89,7 @@ fn observe_the_limit(bencher: Bencher<'_, '_>, refused: bool) {
         queue_timeout: Duration::from_secs(30),
         max_waiting: 1000,
         max_waiting_bytes: 16 << 20,
+        coalesce_polls: false,
         families: Vec::new(),
     };
     let throttle = Throttle::new(settings, "client", &memory);

@@ -70,6 +70,13 @@ async fn an_explanation_says_why_and_what_is_left_out() {
         (Some("sponsored_products"), Some("the header X-Ads-Account"))
     );
     assert!(reasons(&told["headers"]).contains("profile_id of the account acme"), "{told}");
+    assert_eq!(told["throttle"]["bucket"], "eu/sponsored_products/read");
+    let slowed = ["POST", "/reporting/reports", "--account", "acme", "--set", "throttle.mode=enforce"];
+    let told = explained(&harness, &slowed).await;
+    assert_eq!(
+        (told["throttle"]["bucket"].as_str(), told["throttle"]["mode"].as_str()),
+        (Some("eu/reporting/create"), Some("enforce"))
+    );
     let told = explained(&harness, &["GET", "/a/acme/v2/profiles", "--header", "Authorization: Bearer canary"]).await;
     assert_eq!(told["selected_by"], "the prefix of the path");
     assert!(reasons(&told["left_out"]).contains("the access token is always adsidecar's"), "{told}");

@@ -234,9 +234,10 @@ async fn response_hop_by_hop_headers_are_dropped_and_cookies_pass() {
     let answer = harness.send_raw("GET /x HTTP/1.1\r\nHost: localhost\r\n\r\n").await;
     let mut names = answer.names();
     names.sort_unstable();
-    assert_eq!(names, ["server", "transfer-encoding", "via", "x-request-id"]);
+    assert_eq!(names, ["keep-alive", "server", "transfer-encoding", "via", "x-request-id"]);
     assert_eq!((answer.text().as_str(), answer.whole), ("ok", true));
     assert_ne!(answer.header("x-request-id"), Some("theirs"));
+    assert_eq!(answer.header("keep-alive"), Some("timeout=600"), "of this connection, not of Amazon's");
 }
 
 #[tokio::test(flavor = "multi_thread")]

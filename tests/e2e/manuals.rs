@@ -241,7 +241,7 @@ fn commands() -> String {
 /// The commands of a group, by their full names.
 fn add_commands(group: &clap::Command, above: &str, rows: &mut Vec<[String; 2]>) {
     let path = format!("{above}{} ", group.get_name());
-    for command in group.get_subcommands() {
+    for command in group.get_subcommands().filter(|command| !command.is_hide_set()) {
         if command.has_subcommands() {
             add_commands(command, &path, rows);
             continue;

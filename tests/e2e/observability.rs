@@ -321,6 +321,14 @@ async fn the_status_page_shows_users_and_login_links_and_runs_no_script() {
     let policy = header(&answer, "content-security-policy");
     assert!(policy.starts_with("default-src 'none'; ") && policy.contains("frame-ancestors 'none'"), "{policy}");
     let text = answer.text().await.unwrap();
+    assert!(
+        text.find("One user has to log in again.").unwrap() < text.find("a|nna").unwrap(),
+        "what needs a person is first"
+    );
+    assert!(
+        text.contains("prefers-color-scheme:dark") && text.contains("width=device-width, initial-scale=1"),
+        "{text}"
+    );
     for shown in
         ["a|nna", "fresh", "in 60 min", "2026-08-01 13:00:00 UTC", "in 365 d", "login_required", "invalid_grant"]
     {

@@ -164,3 +164,32 @@ async fn a_reload_applies_a_new_policy() {
     assert_eq!(harness.client.post(harness.admin_url("/reload")).send().await.unwrap().status(), 200);
     assert_eq!(ask(&harness, "POST /sp/campaigns", "").await.said(), (403, "policy_denied"));
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn where_a_policy_holds_nothing_overrides_the_method_or_the_path() {
+    let harness = logged_in("[[account]]\nname = \"reader\"\nread_only = true\n[[account]]\nname = \"free\"\n").await;
+    let overriding = [
+        ("", "X-Original-URL: /sp/campaigns\r\n"),
+        ("", "X_Rewrite_URL: /sp/campaigns\r\n"),
+        ("", "x-http-method-override: DELETE\r\n"),
+        ("?_method=DELETE", ""),
+        ("?a=b&_METHOD=delete", ""),
+        ("?a=b;%5fmethod=delete", ""),
+        ("?a&%255Fmethod[]=delete", ""),
+        ("?x-http-method-override=PUT", ""),
+    ];
+    for (query, headers) in overriding {
+        for line in ["GET", "POST"].map(|method| format!("{method} /a/reader/sp/campaigns/list{query}")) {
+            let answer = ask(&harness, &line, headers).await;
+            assert_eq!(answer.said(), (403, "policy_denied"), "{line} {headers}");
+            assert!(answer.json()["detail"].as_str().unwrap().contains("ambiguous"), "{answer:?}");
+        }
+    }
+    assert!(harness.ads_calls().is_empty(), "{:?}", harness.ads_calls());
+    // Without a policy there is nothing to get round, and a value is not a name.
+    for (query, headers) in overriding {
+        let answer = ask(&harness, &format!("GET /a/free/sandbox/echo{query}"), headers).await;
+        assert_eq!(answer.said().1, "", "it reached Amazon: {query} {headers}");
+    }
+    assert_eq!(ask(&harness, "GET /a/reader/sandbox/echo?method=_method&a_method=x", "").await.said(), (200, ""));
+}

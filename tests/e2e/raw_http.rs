@@ -58,7 +58,8 @@ impl Wire {
         Self::over(UnixStream::connect(path).await.unwrap())
     }
 
-    fn over(stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static) -> Self {
+    /// A client on a connection that the test opened.
+    pub fn over(stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static) -> Self {
         Self { stream: Box::new(stream), came: Vec::new(), http2: false }
     }
 
@@ -185,6 +186,20 @@ impl Wire {
     pub async fn everything(&mut self) -> String {
         while self.more().await {}
         String::from_utf8_lossy(&std::mem::take(&mut self.came)).into_owned()
+    }
+
+    /// Everything until the connection ends, and whether it ended cleanly instead of by a reset.
+    pub async fn until_it_ends(&mut self) -> (String, bool) {
+        let mut buffer = vec![0; 64 << 10];
+        let clean = loop {
+            let read = tokio::time::timeout(PATIENCE, self.stream.read(&mut buffer)).await;
+            match read.expect("the peer neither sent data nor closed the connection") {
+                Ok(0) => break true,
+                Ok(count) => self.came.extend_from_slice(&buffer[..count]),
+                Err(_) => break false,
+            }
+        };
+        (String::from_utf8_lossy(&std::mem::take(&mut self.came)).into_owned(), clean)
     }
 
     /// Whether the peer closes the connection without sending another byte.

@@ -291,6 +291,79 @@ async fn a_402_of_traffic_events_and_a_503_with_retry_after_are_refusals_and_a_4
     }
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_duplicate_report_is_amazons_425_with_a_hint() {
+    let harness = harness("queue").await;
+    let body = r#"{"code":"425","detail":"The Request is a duplicate of : 7d1b"}"#;
+    let fault = || Fault::Status { code: 425, headers: Vec::new(), body: body.into() };
+    for (path, hint) in [("/reporting/reports", "duplicate_report"), ("/sp/campaigns", "")] {
+        harness.sandbox.set_fault(Rule::from(fault()).at(Listener::Na));
+        let answer = harness.request(Method::POST, path).body("{}").send().await.unwrap();
+        assert_eq!((answer.status().as_u16(), header(&answer, "x-adsidecar-hint")), (425, hint), "{path}");
+        assert_eq!(answer.text().await.unwrap(), body, "Amazon's own hint, with the report's id");
+    }
+    assert_eq!(harness.ads_calls().len(), 2, "a duplicate is not sent again");
+}
+
+const POLL: &str = "/reporting/reports/7d1b";
+
+/// Amazon's responses to polls.
+fn report(harness: &Harness, body: &str) {
+    let headers = vec![("content-type".into(), "application/json".into()), ("x-amz-request-id".into(), "r1".into())];
+    let fault = Fault::Status { code: 200, headers, body: body.to_owned() };
+    harness.sandbox.set_fault(Rule::from(fault).at(Listener::Na).on("/reporting").next(100));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn polls_of_the_same_report_within_a_second_are_answered_from_one() {
+    for (coalesce, waiting, calls) in [("true", 1, 2), ("false", 10, 10)] {
+        let harness = Harness::set(&[("throttle.coalesce_polls", coalesce)]).await;
+        // The first poll is held, and then fails, as the sandbox has no such report. Another one takes over.
+        let gate = harness.sandbox.set_fault(Rule::from(Fault::Gate).at(Listener::Na).on("/reporting").next(1));
+        report(&harness, r#"{"status":"PENDING"}"#);
+        let polls: Vec<_> = (0..10).map(|_| tokio::spawn(harness.request(Method::GET, POLL).send())).collect();
+        eventually("the polls arrive", async || (harness.ads_calls().len() == waiting).then_some(())).await;
+        gate.release();
+        let mut answers = Vec::new();
+        for poll in polls {
+            answers.push(poll.await.unwrap().unwrap().status().as_u16());
+        }
+        assert_eq!(harness.ads_calls().len(), calls, "coalesce_polls = {coalesce}");
+        assert_eq!(answers.iter().filter(|status| **status == 200).count(), 9, "{answers:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_poll_is_answered_from_another_one_only_if_it_is_the_same_and_a_second_old() {
+    let accounts = format!(
+        "[[account]]\nname = \"a\"\nprofile_id = \"{PROFILE}\"\n[[account]]\nname = \"b\"\nprofile_id = \"{PROFILE}\"\n\
+         [throttle]\ncoalesce_polls = true\n"
+    );
+    let harness = Harness::with(&accounts).await;
+    harness.log_in("default").await;
+    harness.sandbox.clear_history();
+    report(&harness, r#"{"status":"PENDING"}"#);
+    let poll = async |path: &str, account: &str, accept: &str| {
+        let request = harness.request(Method::GET, path).header("x-ads-account", account).header("accept", accept);
+        let answer = request.send().await.unwrap();
+        let told = (answer.status().as_u16(), header(&answer, "x-amz-request-id").to_owned());
+        (told, answer.text().await.unwrap(), harness.ads_calls().len())
+    };
+    let pending = |calls| ((200, "r1".to_owned()), r#"{"status":"PENDING"}"#.to_owned(), calls);
+    assert_eq!(poll(POLL, "a", "*/*").await, pending(1));
+    assert_eq!(poll(POLL, "a", "*/*").await, pending(1), "answered from the first");
+    assert_eq!(poll(POLL, "b", "*/*").await, pending(2), "another account");
+    assert_eq!(poll(POLL, "a", "application/json").await, pending(3), "another header");
+    assert_eq!(poll("/reporting/reports/other", "a", "*/*").await, pending(4), "another report");
+    assert_eq!(poll("/v2/profiles", "a", "*/*").await.2, 5);
+    assert_eq!(poll("/v2/profiles", "a", "*/*").await.2, 6, "no poll");
+    harness.advance(1);
+    harness.sandbox.clear_faults();
+    report(&harness, r#"{"status":"COMPLETED"}"#);
+    let completed = ((200, "r1".to_owned()), r#"{"status":"COMPLETED"}"#.to_owned(), 7);
+    assert_eq!(poll(POLL, "a", "*/*").await, completed, "a second later it is sent");
+}
+
 /// One caller of the storm: `per_second` requests, each when its time has come and the one before is answered.
 async fn caller(request: RequestBuilder, first: Duration, per_second: f64, storm: Arc<Storm>) {
     let mut next = storm.begun + first;

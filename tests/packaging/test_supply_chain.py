@@ -117,3 +117,19 @@ def test_the_binary_under_test_has_no_fail_points(adsidecar):
     binary = adsidecar.read_bytes()
     assert b"the configuration was reloaded" in binary, "log lines can be found in the binary"
     assert b"fail points are compiled in" not in binary
+
+
+def test_both_crates_can_be_published(repository, tmp_path):
+    """Without a build: `cargo package` checks the metadata, and that each file that is needed is in the crate."""
+    command = ["cargo", "package", "--workspace", "--allow-dirty", "--no-verify", "--offline", "--target-dir", tmp_path]
+    packaged = subprocess.run(command, cwd=repository, capture_output=True, text=True)
+    assert packaged.returncode == 0, packaged.stderr
+    assert "no description, license" not in packaged.stderr and "manifest has no" not in packaged.stderr, packaged.stderr
+    crates = sorted(path.name for path in (tmp_path / "package").glob("*.crate"))
+    assert [crate.rsplit("-", 1)[0] for crate in crates] == ["adsidecar", "adsidecar-sandbox"]
+    listing = subprocess.run(
+        ["tar", "--list", "--file", tmp_path / "package" / crates[0]], check=True, capture_output=True, text=True
+    ).stdout
+    for path in ["src/main.rs", "src/store/postgres/schema.sql", "README.md", "LICENSE", "Cargo.lock"]:
+        assert f"/{path}\n" in listing, path
+    assert "/tests/" not in listing

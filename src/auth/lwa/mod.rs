@@ -1,7 +1,7 @@
 //! The Login with Amazon (LWA) client: exchanges an authorization code, refreshes a grant.
 //!
 //! It tolerates what LWA really sends (a lifetime as a string, no refresh token, HTML errors), and is strict about size
-//! and time. Each call opens its own connection, follows no redirects and ignores the environment's proxies: a token
+//! and time. Each call opens its own connection, follows no redirects and uses no proxy but `amazon.proxy`: a token
 //! call on a reused connection that is just being closed could not be repeated safely.
 
 pub mod answer;
@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 use reqwest::header::{CONTENT_TYPE, RETRY_AFTER};
-use reqwest::{Client, Response, StatusCode};
+use reqwest::{Client, Proxy, Response, StatusCode};
 use rustls::CertificateError;
 use rustls::pki_types::CertificateDer;
 use tokio::time::timeout;
@@ -21,6 +21,7 @@ use zeroize::Zeroizing;
 use crate::domain::account::Region;
 use crate::domain::clock::date_of;
 use crate::domain::grant::{RefreshToken, Tokens};
+use crate::domain::outgoing_proxy::OutgoingProxy;
 use crate::domain::secret::Secret;
 use crate::domain::tls;
 
@@ -41,6 +42,8 @@ pub struct Settings {
     pub authorize_url: Option<Url>,
     /// `amazon.token_url`, if it replaces the region's URL.
     pub token_url: Option<Url>,
+    /// `amazon.proxy`: the proxy through which the token endpoint is reached.
+    pub proxy: Option<OutgoingProxy>,
     /// `amazon.ca_file`: extra trust roots.
     pub extra_roots: Vec<CertificateDer<'static>>,
 }
@@ -88,7 +91,21 @@ pub enum LwaError {
 pub struct Lwa {
     http: Client,
     token_url: Url,
+    /// The proxy, if it is for `token_url`.
+    proxy: Option<OutgoingProxy>,
     settings: Settings,
+}
+
+/// The proxy as reqwest knows it.
+fn through(proxy: &OutgoingProxy) -> Result<Proxy, String> {
+    let failed = |_| format!("{}: its URL cannot be used", proxy.named_by);
+    // `h`: the proxy resolves names.
+    let mut url = Url::parse(&proxy.url().replacen("socks5:", "socks5h:", 1)).map_err(failed)?;
+    if let Some((user, password)) = &proxy.credentials {
+        // They are percent-encoded. Only a URL without a host takes none.
+        let _ = url.set_username(user).and_then(|()| url.set_password(Some(password.expose())));
+    }
+    Proxy::all(url).map_err(|_| format!("{}: its URL cannot be used", proxy.named_by))
 }
 
 impl Lwa {
@@ -98,7 +115,11 @@ impl Lwa {
     /// A message if TLS or the HTTP client cannot be set up, or the region's token URL is invalid.
     pub fn new(settings: Settings) -> Result<Self, String> {
         let tls = tls::client_config(&settings.extra_roots, &[b"http/1.1"]).map_err(|error| error.to_string())?;
-        let http = Client::builder()
+        let token_url = match settings.token_url.clone() {
+            Some(url) => url,
+            None => settings.region.token_url().parse().map_err(|error: url::ParseError| error.to_string())?,
+        };
+        let mut http = Client::builder()
             .tls_backend_preconfigured(tls)
             .redirect(reqwest::redirect::Policy::none())
             .no_proxy()
@@ -106,14 +127,14 @@ impl Lwa {
             .http1_only()
             .pool_max_idle_per_host(0)
             .connect_timeout(CONNECT_TIMEOUT)
-            .timeout(TIMEOUT)
-            .build()
-            .map_err(|error| error.to_string())?;
-        let token_url = match settings.token_url.clone() {
-            Some(url) => url,
-            None => settings.region.token_url().parse().map_err(|error: url::ParseError| error.to_string())?,
-        };
-        Ok(Self { http, token_url, settings })
+            .timeout(TIMEOUT);
+        let host = token_url.host_str().unwrap_or_default().trim_matches(['[', ']']);
+        let proxy = settings.proxy.clone().filter(|proxy| proxy.is_for(host));
+        if let Some(proxy) = &proxy {
+            http = http.proxy(through(proxy)?);
+        }
+        let http = http.build().map_err(|error| error.to_string())?;
+        Ok(Self { http, token_url, proxy, settings })
     }
 
     /// `amazon.scope`: the requested scopes, separated by spaces.
@@ -234,6 +255,16 @@ impl Lwa {
     /// Adds to `error` the host and the addresses that were tried.
     async fn tried(&self, error: LwaError) -> LwaError {
         let LwaError::TryLater { code, detail, retry_after, taken } = error else { return error };
+        if let Some(proxy) = &self.proxy {
+            // Names are resolved there.
+            let host = self.token_url.host_str().unwrap_or_default();
+            return LwaError::TryLater {
+                code,
+                detail: format!("{host} through {proxy}: {detail}"),
+                retry_after,
+                taken,
+            };
+        }
         let host = self.token_url.host_str().unwrap_or_default();
         let port = self.token_url.port_or_known_default().unwrap_or(443);
         let bare = host.trim_matches(['[', ']']);

@@ -82,7 +82,7 @@ impl TokenManager {
     }
 
     /// The status of every user with a grant that this process holds.
-    fn held_statuses(&self) -> Vec<Status> {
+    pub fn held_statuses(&self) -> Vec<Status> {
         let mut statuses: Vec<_> = self.entries().iter().map(|entry| self.status_of(entry)).collect();
         statuses.retain(|status| status.state != State::None);
         statuses

@@ -202,12 +202,14 @@ async fn hosts(config: &Config) -> Vec<Finding> {
         name: "Login with Amazon".to_owned(),
         url,
         roots: &config.lwa.extra_roots,
+        proxy: config.lwa.proxy.as_ref(),
         key: "amazon.token_url".to_owned(),
     });
     let ads = Region::ALL.into_iter().map(|region| Target {
         name: format!("the Ads API of {region}"),
         url: &config.upstream.origins[region as usize],
         roots: &config.upstream.extra_roots,
+        proxy: config.upstream.proxy.as_ref(),
         key: format!("upstream.{region}"),
     });
     let targets: Vec<_> = lwa.chain(ads).collect();

@@ -17,7 +17,9 @@ use url::Url;
 
 use super::findings::{Finding, Group};
 use crate::domain::clock::date_of;
+use crate::domain::outgoing_proxy::OutgoingProxy;
 use crate::domain::tls;
+use crate::upstream;
 
 /// Time limit of each step.
 const STEP: Duration = Duration::from_secs(4);
@@ -31,6 +33,8 @@ pub(super) struct Target<'a> {
     pub(super) name: String,
     pub(super) url: &'a Url,
     pub(super) roots: &'a [CertificateDer<'static>],
+    /// `upstream.proxy` or `amazon.proxy`.
+    pub(super) proxy: Option<&'a OutgoingProxy>,
     /// The key that names it.
     pub(super) key: String,
 }
@@ -51,27 +55,15 @@ async fn way(target: &Target<'_>) -> Result<Response<hyper::body::Incoming>, Box
     let wrong =
         |code, told: String, cure: String| Box::new(Finding::wrong(code, format!("{}: {told}", target.name), cure));
     let bare = host.trim_matches(['[', ']']);
-    let found = timeout(STEP, tokio::net::lookup_host((bare, port))).await;
-    let addresses: Vec<_> = match found {
-        Ok(Ok(addresses)) => addresses.collect(),
-        _ => {
-            return Err(wrong(
-                "dns",
-                format!("{host} does not resolve"),
-                format!("getent hosts {host}; {}", target.key),
-            ));
-        }
-    };
-    let stream = match timeout(STEP, connect(&addresses)).await {
-        Ok(Ok(stream)) => stream,
-        Ok(Err(error)) => {
-            let cure = format!("allow outgoing connections to {host}:{port}; {}", target.key);
-            return Err(wrong("unreachable", format!("{host}:{port}: {error}"), cure));
-        }
-        Err(_) => {
-            let cure = format!("allow outgoing connections to {host}:{port}; {}", target.key);
-            return Err(wrong("connect_timeout", format!("{host}:{port} does not answer within {STEP:?}"), cure));
-        }
+    let stream = match target.proxy.filter(|proxy| proxy.is_for(bare)) {
+        Some(proxy) => upstream::tunnel(proxy, target.url, STEP).await.map_err(|error| {
+            wrong(
+                "unreachable",
+                error.to_string(),
+                format!("the proxy and its rules for {host}:{port}; {}", proxy.named_by),
+            )
+        })?,
+        None => straight(target, &host, port).await?,
     };
     let late = || {
         let cure = format!("allow outgoing connections to {host}:{port}; {}", target.key);
@@ -102,6 +94,35 @@ async fn way(target: &Target<'_>) -> Result<Response<hyper::body::Incoming>, Box
             Err(wrong("unreachable", format!("{host}:{port}: {error}"), cure))
         }
         Err(_) => Err(late()),
+    }
+}
+
+/// Opens a connection to the host without a proxy.
+async fn straight(target: &Target<'_>, host: &str, port: u16) -> Result<TcpStream, Box<Finding>> {
+    let wrong =
+        |code, told: String, cure: String| Box::new(Finding::wrong(code, format!("{}: {told}", target.name), cure));
+    let bare = host.trim_matches(['[', ']']);
+    let found = timeout(STEP, tokio::net::lookup_host((bare, port))).await;
+    let addresses: Vec<_> = match found {
+        Ok(Ok(addresses)) => addresses.collect(),
+        _ => {
+            return Err(wrong(
+                "dns",
+                format!("{host} does not resolve"),
+                format!("getent hosts {host}; {}", target.key),
+            ));
+        }
+    };
+    match timeout(STEP, connect(&addresses)).await {
+        Ok(Ok(stream)) => Ok(stream),
+        Ok(Err(error)) => {
+            let cure = format!("allow outgoing connections to {host}:{port}; {}", target.key);
+            Err(wrong("unreachable", format!("{host}:{port}: {error}"), cure))
+        }
+        Err(_) => {
+            let cure = format!("allow outgoing connections to {host}:{port}; {}", target.key);
+            Err(wrong("connect_timeout", format!("{host}:{port} does not answer within {STEP:?}"), cure))
+        }
     }
 }
 

@@ -10,7 +10,6 @@ use http::header::{CONTENT_DISPOSITION, CONTENT_TYPE, HeaderValue};
 use http::{Response, StatusCode};
 use http_body::Frame;
 use http_body_util::{BodyExt, Limited, StreamBody};
-use hyper::body::Incoming;
 use serde::Serialize;
 use tokio::sync::mpsc;
 
@@ -21,6 +20,7 @@ use crate::domain::account::UserId;
 use crate::domain::grant::Grant;
 use crate::domain::secret::Secret;
 use crate::inbound::problem::{Code, Problem};
+use crate::server::CallerBody;
 use crate::store::imported_record::{Imported, read_token};
 use crate::store::{StoreError, TokenStore};
 
@@ -98,13 +98,13 @@ impl Admin {
     }
 
     /// `POST /restore`: takes a dump.
-    pub(super) async fn restore(&self, parameters: &Parameters, body: Incoming) -> Result<AdminResponse, Problem> {
+    pub(super) async fn restore(&self, parameters: &Parameters, body: CallerBody) -> Result<AdminResponse, Problem> {
         self.take_records(parameters, false, body).await
     }
 
     /// `POST /users/import`: a refresh token in clear text, or with `records=true` records as another service that
     /// follows Amazon's guide has stored them.
-    pub(super) async fn import(&self, parameters: &Parameters, body: Incoming) -> Result<AdminResponse, Problem> {
+    pub(super) async fn import(&self, parameters: &Parameters, body: CallerBody) -> Result<AdminResponse, Problem> {
         let verify = !parameters.flag("offline")?;
         if parameters.flag("records")? {
             if parameters.0.contains_key("user_id") {
@@ -160,7 +160,7 @@ impl Admin {
         &self,
         parameters: &Parameters,
         verify: bool,
-        body: Incoming,
+        body: CallerBody,
     ) -> Result<AdminResponse, Problem> {
         let (replace, dry_run) = (parameters.flag("replace")?, parameters.flag("dry_run")?);
         let mut outcome = Outcome::default();

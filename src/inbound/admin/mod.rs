@@ -13,7 +13,6 @@ use http::{Method, Request, Response, StatusCode};
 use http_body::Body as _;
 use http_body_util::combinators::UnsyncBoxBody;
 use http_body_util::{BodyExt, Full, Limited};
-use hyper::body::Incoming;
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 use url::{Url, form_urlencoded};
@@ -25,7 +24,7 @@ use crate::inbound::admission::{AdminAccess, Admission, Refusal};
 use crate::inbound::problem::{Code, Problem};
 use crate::inbound::request_id::{REQUEST_ID, RequestIds};
 use crate::inbound::route::is_selecting;
-use crate::server::Peer;
+use crate::server::{CallerBody, Peer};
 use crate::store::TokenStore;
 use crate::store::keyring::Fingerprint;
 use crate::telemetry::log::LogHandle;
@@ -147,7 +146,7 @@ pub type Body = UnsyncBoxBody<Bytes, std::io::Error>;
 
 impl Admin {
     /// Serves a request on the admin listener. Always returns a response.
-    pub async fn serve(&self, request: Request<Incoming>, peer: Peer) -> AdminResponse {
+    pub async fn serve(&self, request: Request<CallerBody>, peer: Peer) -> AdminResponse {
         let (parts, body) = request.into_parts();
         let served = self.dispatch(&parts, body, peer).await;
         let id = self.request_ids.of(&parts.headers);
@@ -158,7 +157,7 @@ impl Admin {
         response
     }
 
-    async fn dispatch(&self, parts: &Parts, body: Incoming, peer: Peer) -> Result<AdminResponse, Problem> {
+    async fn dispatch(&self, parts: &Parts, body: CallerBody, peer: Peer) -> Result<AdminResponse, Problem> {
         // A HEAD is a GET whose body the server leaves out (RFC 9110, section 9.3.2).
         let method = if parts.method == Method::HEAD { &Method::GET } else { &parts.method };
         let path = parts.uri.path();
@@ -272,7 +271,7 @@ impl Admin {
         Ok(response)
     }
 
-    async fn set_level(&self, body: Incoming) -> Result<AdminResponse, Problem> {
+    async fn set_level(&self, body: CallerBody) -> Result<AdminResponse, Problem> {
         let bad = || {
             Problem::new(Code::BadRequest, "The body is not a log level.", "Send error, warn, info, debug or trace.")
         };
@@ -336,7 +335,7 @@ fn bytes_of(body: Full<Bytes>) -> Body {
 
 /// Refuses a parameter, a body or a selecting header that the endpoint does not take: a request that says more than
 /// adsidecar understands must not be served as if it said less.
-fn check_input(parts: &Parts, method: &Method, body: &Incoming) -> Result<(), Problem> {
+fn check_input(parts: &Parts, method: &Method, body: &CallerBody) -> Result<(), Problem> {
     let path = parts.uri.path();
     let known: &[&str] = match (path, method) {
         ("/rotate", &Method::POST) => &["key"],

@@ -10,16 +10,13 @@ use maud::{DOCTYPE, Markup, PreEscaped, html};
 use super::{Admin, AdminResponse, Stage};
 use crate::auth::tokens::Status;
 use crate::domain::account::UserId;
-use crate::domain::grant::State;
+use crate::domain::grant::{ConsentAge, State};
 use crate::throttle::BucketStatus;
 
 /// The page loads nothing, runs nothing, sends nothing, and may not be framed.
-const POLICY: &str = "default-src 'none'; style-src 'sha256-teTQxtI+4pqNDyTh0fy86uW97eAew2RUI7Iq/W2DD3I='; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
-const STYLE: &str = "body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:72rem;padding:0 1rem;color:#1b1f24}\
-h1{font-size:1.4rem}h1 small{color:#57606a;font-weight:400}\
-table{border-collapse:collapse;width:100%}th,td{text-align:left;padding:.4rem .7rem;border-bottom:1px solid #d0d7de;vertical-align:top}\
-th{color:#57606a;font-weight:600}td small{color:#57606a;display:block}\
-.ok{color:#116329}.wait{color:#7d4e00}.bad{color:#b3261e;font-weight:600}footer{color:#57606a;margin-top:1.5rem}";
+const POLICY: &str = "default-src 'none'; style-src 'sha256-+xXR/ACr3cPdWJjzxgz7mddJFRJos9rCa/ZGozkrFRc='; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
+/// For light and dark, and from a phone to a wall: tables scroll by themselves.
+const STYLE: &str = include_str!("style.css");
 /// Seconds after which the browser reloads the page.
 const RELOAD_AFTER: &str = "30";
 /// Most users on the page, since a person reads it. Those who need attention come first.
@@ -40,19 +37,23 @@ impl Admin {
                 head {
                     meta charset="utf-8";
                     meta http-equiv="refresh" content=(RELOAD_AFTER);
-                    meta name="viewport" content="width=device-width";
+                    meta name="viewport" content="width=device-width, initial-scale=1";
                     title { "adsidecar" }
                     style { (PreEscaped(STYLE)) }
                 }
                 body {
-                    h1 { "adsidecar " small { (env!("CARGO_PKG_VERSION")) } }
-                    (self.process())
-                    (table(&users, now, self.login_base.as_deref()))
-                    @if users.len() > MAX_ROWS {
-                        p { "There are more: see " code { "adsidecar users list" } "." }
+                    main {
+                        h1 { "adsidecar " small { (env!("CARGO_PKG_VERSION")) } }
+                        (self.process())
+                        (self.attention(&users))
+                        h2 id="users" { "Users" }
+                        (table(&users, now, self.login_base.as_deref()))
+                        @if users.len() > MAX_ROWS {
+                            p { "There are more: see " code { "adsidecar users list" } "." }
+                        }
+                        (limits(&self.throttle.status()))
+                        (self.about_links(headers))
                     }
-                    (limits(&self.throttle.status()))
-                    (self.about_links(headers))
                     footer { "As of " (time(now)) ". " a href=(here) { "Refresh" } }
                 }
             }
@@ -81,6 +82,23 @@ impl Admin {
         }
     }
 
+    /// What needs a person, before anything that works. A process that is ready may serve users who are not.
+    fn attention(&self, users: &[Status]) -> Markup {
+        let of = |state| users.iter().filter(|user| user.state == state).count();
+        let (logins, failing) = (of(State::LoginRequired), of(State::Failing));
+        let ending = users.iter().filter(|user| user.consent == Some(ConsentAge::Ending)).count();
+        html! {
+            @if logins + failing + ending > 0 {
+                h2 { "What needs you" }
+                ul {
+                    @if logins > 0 { li class="bad" { (people(logins)) " to log in again." } }
+                    @if failing > 0 { li class="wait" { "Refreshes fail for " (users_of(failing)) ": see the last error." } }
+                    @if ending > 0 { li class="wait" { "The consent of " (users_of(ending)) " ends within 30 days." } }
+                }
+            }
+        }
+    }
+
     /// Explains when the login links do not work: a browser's login is bound to the host name under which it started.
     fn about_links(&self, headers: &HeaderMap) -> Markup {
         let host = headers.get(http::header::HOST).and_then(|host| host.to_str().ok()).unwrap_or_default();
@@ -95,12 +113,20 @@ impl Admin {
     }
 }
 
+fn people(count: usize) -> String {
+    if count == 1 { "One user has".to_owned() } else { format!("{count} users have") }
+}
+
+fn users_of(count: usize) -> String {
+    if count == 1 { "one user".to_owned() } else { format!("{count} users") }
+}
+
 fn table(users: &[Status], now: Timestamp, login_base: Option<&str>) -> Markup {
     html! {
-        table {
+        div class="scroll" tabindex="0" role="region" aria-labelledby="users" { table {
             tr {
-                th { "User" } th { "State" } th { "Token expires" } th { "Next refresh" } th { "Consent expires" }
-                th { "Last error" } th { "Log in" }
+                th scope="col" { "User" } th scope="col" { "State" } th scope="col" { "Token expires" } th scope="col" { "Next refresh" } th scope="col" { "Consent expires" }
+                th scope="col" { "Last error" } th scope="col" { "Log in" }
             }
             @if users.is_empty() {
                 tr {
@@ -119,7 +145,7 @@ fn table(users: &[Status], now: Timestamp, login_base: Option<&str>) -> Markup {
                     td { (login_link(&user.user_id, login_base)) }
                 }
             }
-        }
+        } }
     }
 }
 
@@ -127,11 +153,11 @@ fn table(users: &[Status], now: Timestamp, login_base: Option<&str>) -> Markup {
 fn limits(buckets: &[BucketStatus]) -> Markup {
     html! {
         @if !buckets.is_empty() {
-            h1 { "Limits of Amazon's" }
+            h2 id="limits" { "Limits of Amazon's" }
             table {
                 tr {
-                    th { "Region" } th { "API family" } th { "Kind" } th { "Learned rate" } th { "Paused for" }
-                    th { "Waiting" } th { "Refused so far" }
+                    th scope="col" { "Region" } th scope="col" { "API family" } th scope="col" { "Kind" } th scope="col" { "Learned rate" } th scope="col" { "Paused for" }
+                    th scope="col" { "Waiting" } th scope="col" { "Refused so far" }
                 }
                 @for bucket in buckets.iter().take(MAX_ROWS) {
                     tr {

@@ -9,13 +9,13 @@ use std::time::Duration;
 
 use bytes::{Buf, Bytes};
 use http_body_util::BodyExt;
-use hyper::body::Incoming;
 use serde::Deserializer;
 use serde::de::{self, MapAccess, Visitor};
 use serde_json::Value;
 use tokio::sync::mpsc;
 
 use crate::domain::account::UserId;
+use crate::server::CallerBody;
 
 /// Largest record. One of ours takes 2 KiB, or 5 KiB with the longest tokens.
 const MAX_RECORD: usize = 64 << 10;
@@ -28,7 +28,7 @@ const PROGRESS_TIMEOUT: Duration = Duration::from_secs(30);
 pub(super) type Entry = Result<(UserId, Value), String>;
 
 /// The entries of the object in `body`, in its order. After an error there are no more.
-pub(super) fn entries(mut body: Incoming) -> mpsc::Receiver<Entry> {
+pub(super) fn entries(mut body: CallerBody) -> mpsc::Receiver<Entry> {
     let (parts, received) = mpsc::channel::<Option<Bytes>>(QUEUE);
     let (entries, read) = mpsc::channel(QUEUE);
     tokio::spawn(async move {

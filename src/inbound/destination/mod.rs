@@ -41,6 +41,8 @@ pub enum Endpoint {
     Login,
     Callback,
     Status,
+    /// The event stream, which the proxy listener alone serves.
+    Events,
     Accounts,
     AccountsSync,
     Refresh,
@@ -148,6 +150,7 @@ impl Endpoint {
             LOGIN => Self::Login,
             CALLBACK => Self::Callback,
             STATUS => Self::Status,
+            "/api/auth/amazon/events" => Self::Events,
             ACCOUNTS => Self::Accounts,
             ACCOUNTS_SYNC => Self::AccountsSync,
             "/api/auth/amazon/refresh" => Self::Refresh,
@@ -170,7 +173,7 @@ impl Endpoint {
             Self::Login => &["user_id", "region", "return_to", "replace", "redirect"],
             Self::Status => &["user_id", "state", "after", "limit"],
             Self::Accounts => &["user_id", "name", "country", "type", "after", "limit"],
-            Self::Refresh | Self::Logout | Self::AccountsSync => &["user_id"],
+            Self::Refresh | Self::Logout | Self::AccountsSync | Self::Events => &["user_id"],
             Self::Confirm => &["grant"],
             Self::User | Self::Root | Self::Health | Self::StrayCallback | Self::Unknown => &[],
             Self::Callback | Self::Shim => return None,
@@ -183,6 +186,7 @@ impl Endpoint {
             Self::Login
             | Self::Callback
             | Self::Status
+            | Self::Events
             | Self::Accounts
             | Self::Root
             | Self::Health
@@ -304,7 +308,14 @@ impl Target {
             (Some(_), _) => return Err(BadTarget::Form("the scheme of an absolute target is http or https")),
             (None, Some(_)) => return Err(BadTarget::Form("only CONNECT takes an authority as its target")),
         };
-        let path_and_query = uri.path_and_query().cloned().unwrap_or(PathAndQuery::from_static("/"));
+        let mut path_and_query = uri.path_and_query().cloned().unwrap_or(PathAndQuery::from_static("/"));
+        // An empty path in the absolute form is `/` (RFC 9112, section 3.2.1).
+        if uri.authority().is_some()
+            && path_and_query.as_str().starts_with('?')
+            && let Ok(rooted) = format!("/{}", path_and_query.as_str()).parse()
+        {
+            path_and_query = rooted;
+        }
         let text = path_and_query.as_str();
         if text.len() > MAX_TARGET {
             return Err(BadTarget::TooLong);

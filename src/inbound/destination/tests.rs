@@ -40,6 +40,8 @@ fn an_absolute_target_names_its_region() {
     assert_eq!(read("http://api.amazon.co.uk/auth/o2/token").unwrap().of, Destination::Lwa);
     assert_eq!(read("http://localhost:8001/v2/profiles").unwrap().of, Destination::Local);
     assert_eq!(forwarded("http://advertising-api.amazon.com"), "/");
+    assert_eq!(forwarded("http://advertising-api.amazon.com?x=/y"), "/?x=/y");
+    assert_eq!(forwarded("http://localhost:8001?x=1"), "/?x=1");
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! The OAuth endpoints: `/api/auth/amazon/*`, and the token endpoint for SDKs (`token_endpoint`).
 
+mod events;
 mod accounts;
 mod errors;
 mod responses;
@@ -15,7 +16,6 @@ use http::header::{HeaderMap, HeaderValue, LINK, SET_COOKIE};
 use http::request::Parts;
 use http::{Method, Request, Response, StatusCode};
 use http_body_util::Full;
-use hyper::body::Incoming;
 use serde_json::json;
 
 use crate::auth::accounts::Directory;
@@ -31,10 +31,12 @@ use crate::inbound::admission::{Admission, Admitted, is_loopback, without_port};
 use crate::inbound::destination::{Endpoint, LOGIN};
 use crate::inbound::problem::Problem;
 use crate::inbound::request_id::{REQUEST_ID, RequestIds};
-use crate::server::Peer;
+use crate::notify::Events;
+use crate::server::{CallerBody, Peer};
 use crate::telemetry::metrics::Metrics;
 use errors::parameter;
 pub use errors::{LoginError, token_problem};
+pub use events::EventStream;
 use query::{Query, Users};
 pub use responses::add_private_headers;
 use responses::{allow_origin, cookie_of, is_prefetch, json, prefers_html, preflight, redirect};
@@ -63,11 +65,13 @@ pub struct OauthEndpoints {
     /// The proxy listener's authority, for the links in responses to requests without a `Host` of ours.
     pub(crate) authority: String,
     pub(crate) request_ids: Arc<RequestIds>,
+    /// For the event stream.
+    pub(crate) events: Events,
 }
 
 impl OauthEndpoints {
     /// Serves a request on the login listener. Always returns a response.
-    pub async fn serve_callback(&self, request: Request<Incoming>, peer: Peer) -> FullResponse {
+    pub async fn serve_callback(&self, request: Request<CallerBody>, peer: Peer) -> FullResponse {
         let (parts, body) = request.into_parts();
         let id = self.request_ids.of(&parts.headers);
         let request_id = id.to_str().unwrap_or_default();
@@ -90,7 +94,7 @@ impl OauthEndpoints {
         endpoint: Endpoint,
         cors: Option<HeaderValue>,
         parts: &Parts,
-        body: Incoming,
+        body: CallerBody,
         request_id: &str,
     ) -> FullResponse {
         let served = match (&parts.method, &cors) {
@@ -110,7 +114,7 @@ impl OauthEndpoints {
         response
     }
 
-    async fn endpoint(&self, endpoint: Endpoint, parts: &Parts, body: Incoming) -> Result<FullResponse, LoginError> {
+    async fn endpoint(&self, endpoint: Endpoint, parts: &Parts, body: CallerBody) -> Result<FullResponse, LoginError> {
         match endpoint {
             Endpoint::Shim if !self.token_shim => return Err(LoginError::NotFound(None)),
             Endpoint::Unknown => return Err(LoginError::NotFound(Endpoint::meant(parts.uri.path()))),
@@ -136,7 +140,7 @@ impl OauthEndpoints {
             Endpoint::User => self.logout(&query::user_in(parts.uri.path())?).await,
             Endpoint::Confirm => self.confirm(&query, &parts.headers).await,
             Endpoint::Root => Ok(self.root(&parts.headers)),
-            Endpoint::Shim | Endpoint::Health | Endpoint::StrayCallback | Endpoint::Unknown => {
+            Endpoint::Events | Endpoint::Shim | Endpoint::Health | Endpoint::StrayCallback | Endpoint::Unknown => {
                 Err(LoginError::NotFound(None))
             }
         }

@@ -12,9 +12,11 @@ use crate::auth::login::{LoginFailure, LoginOutcome};
 use crate::domain::headers::ERROR;
 
 /// The page loads nothing, runs nothing, sends nothing, and may not be framed.
-const POLICY: &str = "default-src 'none'; style-src 'sha256-xMSCLCVgCj9fVtEMGQaS2mRakulbKeWdod381JtJuNM='; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
-const STYLE: &str =
-    "body{font:16px/1.5 system-ui,sans-serif;max-width:34rem;margin:15vh auto;padding:0 1rem}h1{font-size:1.4rem}";
+const POLICY: &str = "default-src 'none'; style-src 'sha256-H7ytAUeXHaxeOH3RhzkOxEc7LmDT22BPtpCAZkn8bj0='; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
+/// In the colours that the browser has for light and dark, and readable on a phone.
+const STYLE: &str = ":root{color-scheme:light dark}\
+    body{font:16px/1.5 system-ui,sans-serif;max-width:34rem;margin:15vh auto;padding:0 1rem;overflow-wrap:anywhere}\
+    h1{font-size:1.4rem}";
 
 /// The page with the result of a login. It contains nothing of the query except the checked user id.
 pub(super) fn result(outcome: &Result<LoginOutcome, LoginFailure>) -> FullResponse {
@@ -52,8 +54,13 @@ fn page(title: &str, content: Markup) -> FullResponse {
     let page = html! {
         (DOCTYPE)
         html lang="en" {
-            head { meta charset="utf-8"; title { (title) } style { (maud::PreEscaped(STYLE)) } }
-            body { h1 { (title) } (content) }
+            head {
+                meta charset="utf-8";
+                meta name="viewport" content="width=device-width, initial-scale=1";
+                title { (title) }
+                style { (maud::PreEscaped(STYLE)) }
+            }
+            body { main { h1 { (title) } (content) } }
         }
     };
     let mut response: FullResponse = Response::new(Full::new(Bytes::from(page.into_string())));

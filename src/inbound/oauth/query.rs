@@ -9,7 +9,6 @@ use http::request::Parts;
 use http::{HeaderMap, Method};
 use http_body::Body as _;
 use http_body_util::{BodyExt, Limited};
-use hyper::body::Incoming;
 use percent_encoding::percent_decode_str;
 use serde::de::{MapAccess, Visitor};
 use serde::{Deserialize, Deserializer};
@@ -18,6 +17,7 @@ use super::{LoginError, parameter};
 use crate::domain::account::UserId;
 use crate::inbound::destination::{Endpoint, USERS};
 use crate::inbound::route::is_selecting;
+use crate::server::CallerBody;
 
 /// The user in `/api/auth/amazon/users/{user_id}`.
 pub(super) fn user_in(path: &str) -> Result<UserId, LoginError> {
@@ -44,7 +44,7 @@ pub(super) struct Users {
 impl Query {
     /// Reads the query of a request to `endpoint`, and the body if it is a `POST`: a form or a JSON object, as people
     /// send them. What names no parameter of the endpoint is refused: it may name the user that the caller means.
-    pub(super) async fn read(endpoint: Endpoint, parts: &Parts, body: Incoming) -> Result<Self, LoginError> {
+    pub(super) async fn read(endpoint: Endpoint, parts: &Parts, body: CallerBody) -> Result<Self, LoginError> {
         let known = endpoint.parameters();
         let mut query = Self::parse(parts.uri.query().unwrap_or_default(), known)?;
         // Amazon chooses what it sends to the callback, and SDKs what they send to the token endpoint.
@@ -91,7 +91,7 @@ impl Query {
         endpoint: Endpoint,
         known: &[&str],
         headers: &HeaderMap,
-        body: Incoming,
+        body: CallerBody,
     ) -> Result<Self, LoginError> {
         let mut query = Self(HashMap::new());
         let refused = |text: &str| LoginError::Parameter(text.to_owned());

@@ -6,12 +6,12 @@ use std::time::Duration;
 use http::header::{CONTENT_TYPE, HeaderMap};
 use http::request::Parts;
 use http_body_util::{BodyExt, Limited};
-use hyper::body::Incoming;
 use serde_json::{Value, json};
 
 use super::responses::json as answer_json;
 use super::{FullResponse, LoginError};
 use crate::inbound::admission::{Admission, Refusal};
+use crate::server::CallerBody;
 
 /// A token request is a few hundred bytes.
 const MAX_BODY: usize = 64 << 10;
@@ -23,7 +23,7 @@ const PLACEHOLDER: &str = "adsidecar-attaches-the-real-token";
 /// Answers as LWA does. Where caller tokens are set, the SDK's `client_secret` has to be one, unless its headers show
 /// one as on every other call (HTTP Basic among them: its password is the client secret, RFC 6749, section 2.3.1). It
 /// comes back as the placeholder, so that the SDK's next calls carry it as their bearer.
-pub(super) async fn serve(admission: &Admission, parts: &Parts, body: Incoming) -> Result<FullResponse, LoginError> {
+pub(super) async fn serve(admission: &Admission, parts: &Parts, body: CallerBody) -> Result<FullResponse, LoginError> {
     let headers = &parts.headers;
     let body = tokio::time::timeout(PATIENCE, Limited::new(body, MAX_BODY).collect()).await;
     let body =

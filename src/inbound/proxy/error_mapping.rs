@@ -74,7 +74,7 @@ impl ProxyError {
             Self::Send(error) => match error.kind {
                 ErrorKind::Body(_) => Fault::Caller,
                 // Amazon's certificates are valid; a handshake fails where a proxy in the network intercepts TLS.
-                ErrorKind::Tls(_) => Fault::Operator,
+                ErrorKind::Tls(_) | ErrorKind::Proxy { .. } => Fault::Operator,
                 _ => Fault::Amazon,
             },
         }
@@ -118,8 +118,8 @@ impl From<Denied> for Problem {
         let (detail, next_step) = match denied {
             Denied::Ambiguous => (
                 "A policy applies to this request, and its path or method is ambiguous.",
-                "Send the path without dot segments, empty segments, `;` and encoded separators, and the method in the \
-                 request line.",
+                "Send the path without dot segments, empty segments, `;` and encoded separators, and method and path in \
+                 the request line only: no X-HTTP-Method-Override, X-Original-URL or the like, and no _method parameter.",
             ),
             Denied::Changes => (
                 "The policy is read-only, and this request may change something at Amazon.",
@@ -181,6 +181,12 @@ impl From<ErrorKind> for Problem {
             ErrorKind::Unreachable(_) => {
                 Self::new(Code::UpstreamUnreachable, "Amazon's host could not be reached.", network)
             }
+            ErrorKind::Proxy { proxy, problem } => Self::new(
+                Code::UpstreamUnreachable,
+                format!("Amazon's host could not be reached through {proxy}: {problem}."),
+                "Ask the operator: the proxy has to be up, to accept these credentials, and to open tunnels to Amazon's \
+                 hosts.",
+            ),
             ErrorKind::Tls(_) => Self::new(
                 Code::UpstreamTls,
                 "The TLS handshake with Amazon's host failed.",

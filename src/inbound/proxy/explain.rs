@@ -16,6 +16,7 @@ use crate::domain::headers::{UpstreamHeaders, to_amazon};
 use crate::domain::policy::{Denied, Mode};
 use crate::inbound::destination::{BadTarget, Destination, Endpoint, Route, Target};
 use crate::inbound::route::{Accounts, RouteError, RoutedRequest, Selection};
+use crate::throttle;
 
 /// What adsidecar would do with a request.
 #[derive(Debug, Serialize)]
@@ -55,6 +56,8 @@ pub struct Forwarded {
     pub left_out: Vec<Line>,
     /// What the policy says.
     pub policy: PolicyVerdict,
+    /// Which limit of Amazon's the request counts against.
+    pub throttle: ThrottleBucket,
     /// What may be wrong. Nothing here blocks a request.
     pub hints: Vec<String>,
 }
@@ -81,6 +84,15 @@ pub struct PolicyVerdict {
     pub why: String,
 }
 
+/// The requests that share a limit, and what the throttle does about it.
+#[derive(Debug, Serialize)]
+pub struct ThrottleBucket {
+    /// Region, API family and kind of call.
+    pub bucket: String,
+    /// The mode that applies: that of the account, of the family, or `throttle.mode`.
+    pub mode: &'static str,
+}
+
 /// What [`explain`] needs beside the request.
 #[derive(Debug)]
 pub struct Explained<'a> {
@@ -88,6 +100,8 @@ pub struct Explained<'a> {
     pub settings: &'a Settings,
     /// `upstream.na`, `upstream.eu`, `upstream.fe`.
     pub origins: &'a [Url; 3],
+    /// `[throttle]`.
+    pub throttle: &'a throttle::Settings,
     /// The accounts that were found.
     pub found: &'a Snapshot,
 }
@@ -123,7 +137,11 @@ pub fn explain(what: &Explained<'_>, method: &Method, uri: &Uri, caller: &Header
     let sent = upstream_headers(what, &call, origin, caller);
     let headers = lines(&sent, &call, account, caller);
     let left_out = left_out(&sent, &call, account, caller);
-    let policy = verdict(call.rules.check(method, target.path(), caller), mode, call.rules.is_empty());
+    let policy = verdict(
+        call.rules.check(method, target.path(), target.path_and_query.query(), caller),
+        mode,
+        call.rules.is_empty(),
+    );
     let mut hints = hints(&call, account);
     hints.extend(account.into_iter().flat_map(|account| lint(account, &call, what)));
     Ok(Explanation::Amazon(Box::new(Forwarded {
@@ -138,6 +156,7 @@ pub fn explain(what: &Explained<'_>, method: &Method, uri: &Uri, caller: &Header
         headers,
         left_out,
         policy,
+        throttle: bucket(what, &call, method, target.path()),
         hints,
     })))
 }
@@ -279,6 +298,14 @@ fn left_out(sent: &HeaderMap, call: &RoutedRequest<'_>, account: Option<&Account
         lines.push(Line { name: context.key().to_owned(), value, why });
     }
     lines
+}
+
+fn bucket(what: &Explained<'_>, call: &RoutedRequest<'_>, method: &Method, path: &str) -> ThrottleBucket {
+    let kind = throttle::Kind::of(method, path);
+    let bucket = format!("{}/{}/{}", call.region, call.family.name, kind.as_str());
+    let of_family = what.throttle.families.iter().find(|own| own.family == call.family.name);
+    let mode = call.throttle().unwrap_or_else(|| of_family.map_or(what.throttle.mode, |own| own.mode));
+    ThrottleBucket { bucket, mode: mode.as_str() }
 }
 
 fn verdict(checked: Result<(), Denied>, mode: Mode, no_rules: bool) -> PolicyVerdict {

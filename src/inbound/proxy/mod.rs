@@ -5,6 +5,7 @@
 
 mod auth_rejection;
 mod error_mapping;
+mod polls;
 pub mod explain;
 mod request_telemetry;
 mod response;
@@ -17,8 +18,7 @@ use std::time::{Duration, Instant};
 use futures_util::FutureExt;
 use http::header::{CONTENT_LENGTH, HeaderValue};
 use http::request::Parts;
-use http::{Request, Response, StatusCode, Uri};
-use hyper::body::Incoming;
+use http::{Method, Request, Response, StatusCode, Uri};
 
 pub use error_mapping::ProxyError;
 pub use response::{Body, strip_response};
@@ -29,17 +29,18 @@ use crate::domain::account::{Account, Region, UserId};
 use crate::domain::headers::{self, UpstreamHeaders};
 use crate::domain::policy::{self, Mode};
 use crate::inbound::admission::{Admission, Admitted};
-use crate::inbound::destination::Target;
+use crate::inbound::destination::{Endpoint, Target};
 use crate::inbound::oauth::{OauthEndpoints, add_private_headers};
 use crate::inbound::problem::Problem;
 use crate::inbound::request_id::{self, RequestIds};
 pub use crate::inbound::route::Selection;
 use crate::inbound::route::{Accounts, RoutedRequest};
-use crate::server::Peer;
+use crate::server::{CallerBody, Peer};
 use crate::telemetry::metrics::Metrics;
 use crate::throttle::{Call, Entry, Pass, Throttle};
 use crate::upstream::{ReplayBudget, ReplayBuffer, RequestBody, Reuse, SendError, Upstream, UpstreamBody};
 use auth_rejection::{Rejection, Verdict};
+use polls::{Join, Polls};
 use request_telemetry::RequestTelemetry;
 use retry::Retry;
 
@@ -85,6 +86,8 @@ pub struct Proxy {
     admission: Admission,
     tokens: TokenManager,
     throttle: Throttle,
+    /// `None` unless `throttle.coalesce_polls` is on.
+    polls: Option<Polls>,
     upstream: Arc<Upstream>,
     oauth: OauthEndpoints,
     metrics: Arc<Metrics>,
@@ -128,6 +131,7 @@ impl Proxy {
             directory,
             admission,
             tokens,
+            polls: throttle.coalesces_polls().map(Polls::new),
             throttle,
             upstream,
             oauth,
@@ -140,7 +144,7 @@ impl Proxy {
     // Not an `async fn`: its future would hold the whole request in addition to its parts, for as long as it waits.
     pub fn serve(
         self: Arc<Self>,
-        request: Request<Incoming>,
+        request: Request<CallerBody>,
         peer: Peer,
     ) -> impl Future<Output = Response<Body>> + Send {
         let (mut parts, incoming) = request.into_parts();
@@ -166,7 +170,7 @@ impl Proxy {
     async fn dispatch<'a>(
         &'a self,
         parts: &Parts,
-        incoming: Incoming,
+        incoming: CallerBody,
         peer: Peer,
         telemetry: &mut RequestTelemetry<'a>,
     ) -> Result<Response<Body>, ProxyError> {
@@ -175,6 +179,13 @@ impl Proxy {
             Ok(Admitted::Own { endpoint, cors }) => {
                 telemetry.set_own_endpoint();
                 let id = telemetry.request_id();
+                if endpoint == Endpoint::Events && parts.method != Method::OPTIONS {
+                    let stream = Box::pin(self.oauth.event_stream(cors, parts, incoming, id)).await;
+                    return Ok(match stream {
+                        Ok(response) => response.map(Body::events),
+                        Err(refused) => refused.map(Body::own),
+                    });
+                }
                 // Boxed: rare requests must not make the future of every request large.
                 Ok(Box::pin(self.oauth.serve(endpoint, cors, parts, incoming, id)).await.map(Body::own))
             }
@@ -192,7 +203,7 @@ impl Proxy {
     async fn forward<'a>(
         &'a self,
         parts: &Parts,
-        incoming: Incoming,
+        incoming: CallerBody,
         target: &Target,
         telemetry: &mut RequestTelemetry<'a>,
     ) -> Result<Response<Body>, ProxyError> {
@@ -205,9 +216,56 @@ impl Proxy {
         }
         fail_point!("spine");
         let body = self.body(parts, incoming)?;
-        let mut pass = self.throttle(&route, parts, target).await?;
+        match self.polls.as_ref().and_then(|polls| Some((polls, polls::key(&route, parts, target)?))) {
+            // Boxed: rare requests must not make the future of every request large.
+            Some((polls, key)) => Box::pin(self.poll(polls, &key, &route, parts, body, target, telemetry)).await,
+            None => self.exchange(&route, parts, body, target, telemetry).await,
+        }
+    }
+
+    /// A poll under `throttle.coalesce_polls`: answered by another one of the last second, or sent.
+    #[allow(clippy::too_many_arguments, reason = "those of `exchange`, and what the polls share")]
+    async fn poll(
+        &self,
+        polls: &Polls,
+        key: &str,
+        route: &RoutedRequest<'_>,
+        parts: &Parts,
+        body: RequestBody,
+        target: &Target,
+        telemetry: &mut RequestTelemetry<'_>,
+    ) -> Result<Response<Body>, ProxyError> {
+        let leader = loop {
+            match polls.join(key) {
+                Join::Lead(leader) => break Some(leader),
+                Join::Alone => break None,
+                Join::Follow(other) => {
+                    if let Some(response) = other.answer().await {
+                        telemetry.set_response_from_amazon(response.status());
+                        return Ok(response);
+                    }
+                }
+            }
+        };
+        let response = self.exchange(route, parts, body, target, telemetry).await?;
+        Ok(match leader {
+            Some(leader) => leader.share(response).await,
+            None => response,
+        })
+    }
+
+    /// The exchange with Amazon, once it is decided that the request is sent.
+    async fn exchange(
+        &self,
+        route: &RoutedRequest<'_>,
+        parts: &Parts,
+        body: RequestBody,
+        target: &Target,
+        telemetry: &mut RequestTelemetry<'_>,
+    ) -> Result<Response<Body>, ProxyError> {
+        let mut pass = self.throttle(route, parts, target).await?;
         let Bearer { value: bearer, check_clock } = self.access_token(&route.user).await?;
-        let request = UpstreamRequest { route: &route, parts, target, bearer: &bearer };
+        let request = UpstreamRequest { route, parts, target, bearer: &bearer };
         let sent = body.progress();
         let mut response = self.send(request, body, &sent, &mut pass, telemetry).await?;
         if pass.may_go_again() {
@@ -236,7 +294,9 @@ impl Proxy {
         target: &Target,
         telemetry: &mut RequestTelemetry<'_>,
     ) -> Result<(), ProxyError> {
-        let Err(denied) = route.rules.check(&parts.method, target.path(), &parts.headers) else { return Ok(()) };
+        let query = target.path_and_query.query();
+        let checked = route.rules.check(&parts.method, target.path(), query, &parts.headers);
+        let Err(denied) = checked else { return Ok(()) };
         self.metrics.policy_denied.with_label_values(&[route.account_label(), self.policy_mode.as_str()]).inc();
         match self.policy_mode {
             Mode::Enforce => Err(ProxyError::Denied(denied)),
@@ -248,7 +308,7 @@ impl Proxy {
     }
 
     /// The caller's body, as a stream.
-    fn body(&self, parts: &Parts, incoming: Incoming) -> Result<RequestBody, ProxyError> {
+    fn body(&self, parts: &Parts, incoming: CallerBody) -> Result<RequestBody, ProxyError> {
         let length = parts.headers.get(CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse::<u64>().ok());
         match (length, self.max_body) {
             (Some(length), Some(max)) if length > max => Err(ProxyError::TooLarge),

@@ -4,14 +4,15 @@
 use std::pin::Pin;
 use std::task::{Context, Poll};
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use http::header::{CONNECTION, CONTENT_LENGTH, HeaderMap, HeaderValue, TRANSFER_ENCODING};
 use http::{Response, Version};
 use http_body::{Frame, SizeHint};
-use http_body_util::Full;
+use http_body_util::{BodyExt, Full};
 
 use super::request_telemetry::InFlight;
 use crate::domain::headers::{ConnectionOptions, ERROR, HINT, THROTTLE};
+use crate::inbound::oauth::EventStream;
 use crate::throttle::Waited;
 use crate::upstream::{ResponseAborted, UpstreamBody};
 
@@ -82,6 +83,7 @@ pub struct Body {
 #[derive(Debug)]
 enum Source {
     Own(Full<Bytes>),
+    Events(EventStream),
     Amazon(UpstreamBody),
     /// What was read of Amazon's response to understand it, then the rest, or the error that ended it.
     Read(Option<Bytes>, Option<Result<UpstreamBody, ResponseAborted>>),
@@ -92,12 +94,43 @@ impl Body {
         Self { source: Source::Own(body), _in_flight: None }
     }
 
+    pub(super) fn events(stream: EventStream) -> Self {
+        Self { source: Source::Events(stream), _in_flight: None }
+    }
+
     pub(super) fn amazon(response: UpstreamBody) -> Self {
         Self { source: Source::Amazon(response), _in_flight: None }
     }
 
     pub(super) fn read(read: Bytes, rest: Option<Result<UpstreamBody, ResponseAborted>>) -> Self {
         Self { source: Source::Read(Some(read).filter(|read| !read.is_empty()), rest), _in_flight: None }
+    }
+
+    /// What was read of a body, and what follows.
+    pub(super) fn read_then(read: Bytes, rest: Option<Self>) -> Self {
+        match rest.map(|rest| rest.source) {
+            None => Self::read(read, None),
+            Some(Source::Amazon(rest)) => Self::read(read, Some(Ok(rest))),
+            Some(Source::Read(None, rest)) => Self::read(read, rest),
+            // Only Amazon's bodies are read in parts.
+            Some(_) => Self::read(read, Some(Err(ResponseAborted::Truncated))),
+        }
+    }
+
+    /// Reads the body up to about `limit` bytes. Returns the rest if it did not end by then, or ended with an error.
+    pub(super) async fn read_up_to(mut self, limit: usize) -> (Bytes, Option<Self>) {
+        let mut read = BytesMut::new();
+        while read.len() < limit {
+            match self.frame().await {
+                Some(Ok(frame)) => read.extend(frame.into_data().ok()),
+                Some(Err(error)) => {
+                    let rest = Self { source: Source::Read(None, Some(Err(error))), _in_flight: None };
+                    return (read.freeze(), Some(rest));
+                }
+                None => return (read.freeze(), None),
+            }
+        }
+        (read.freeze(), Some(self))
     }
 
     /// Counts the request as in flight until the body is dropped.
@@ -116,6 +149,7 @@ impl http_body::Body for Body {
     ) -> Poll<Option<Result<Frame<Bytes>, ResponseAborted>>> {
         match &mut self.source {
             Source::Own(body) => Pin::new(body).poll_frame(cx).map_err(|never| match never {}),
+            Source::Events(stream) => Pin::new(stream).poll_frame(cx).map_err(|never| match never {}),
             Source::Amazon(response) => Pin::new(response).poll_frame(cx).map_err(log_upstream_abort),
             Source::Read(read, rest) => match (read.take(), rest) {
                 (Some(read), _) => Poll::Ready(Some(Ok(Frame::data(read)))),
@@ -128,6 +162,7 @@ impl http_body::Body for Body {
     fn is_end_stream(&self) -> bool {
         match &self.source {
             Source::Own(body) => body.is_end_stream(),
+            Source::Events(_) => false,
             Source::Amazon(response) => response.is_end_stream(),
             Source::Read(read, rest) => {
                 let complete = rest.as_ref().is_none_or(|rest| rest.as_ref().is_ok_and(http_body::Body::is_end_stream));
@@ -139,6 +174,7 @@ impl http_body::Body for Body {
     fn size_hint(&self) -> SizeHint {
         match &self.source {
             Source::Own(body) => body.size_hint(),
+            Source::Events(_) => SizeHint::default(),
             Source::Amazon(response) => response.size_hint(),
             Source::Read(read, None) => SizeHint::with_exact(read.as_ref().map_or(0, |read| read.len() as u64)),
             // The headers contain Amazon's own Content-Length.

@@ -34,6 +34,7 @@ mod connection_url;
 mod describe;
 mod leases;
 mod maintenance;
+mod notices;
 mod pending;
 mod pods;
 mod tls;

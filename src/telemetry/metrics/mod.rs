@@ -80,6 +80,7 @@ pub struct Metrics {
     store_recoveries: IntCounter,
     pub guard_denied: IntCounterVec,
     pub throttled: IntCounterVec,
+    pub notifications: IntCounterVec,
     throttle_rate: GaugeVec,
     throttle_paused_until: GaugeVec,
     throttle_waiting: IntGaugeVec,
@@ -264,6 +265,11 @@ impl Metrics {
                 "Time that requests waited for their turn, those that gave up included",
                 DURATIONS,
             )?,
+            notifications: r.counters(
+                "notifications_total",
+                "Events for notify.url: delivered, failed (and sent again), dropped",
+                &["result"],
+            )?,
             undecryptable_records: r.gauge(
                 "undecryptable_records",
                 "Stored grants that cannot be read, for example because their key was removed; they are \
@@ -381,6 +387,9 @@ impl Metrics {
         }
         for kind in ["expires_in_missing", "expires_in_too_long", "expires_in_unusable", "token_type_missing"] {
             self.token_answer_oddities.with_label_values(&[kind]);
+        }
+        for result in ["delivered", "failed", "dropped"] {
+            self.notifications.with_label_values(&[result]);
         }
         for mode in ["enforce", "observe"] {
             self.policy_denied.with_label_values(&["", mode]);

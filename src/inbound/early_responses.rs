@@ -1,0 +1,43 @@
+//! The responses to requests whose head was not read: the server sends them itself.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::{HeaderMap, HeaderValue};
+
+use super::problem::{Code, Problem};
+use super::request_id::RequestIds;
+use crate::server::OwnResponses;
+
+/// The responses of all listeners.
+#[derive(Debug)]
+pub struct EarlyResponses(Arc<RequestIds>);
+
+impl EarlyResponses {
+    /// Responses with the ids of `request_ids`.
+    pub fn new(request_ids: Arc<RequestIds>) -> Self {
+        Self(request_ids)
+    }
+}
+
+impl OwnResponses for EarlyResponses {
+    fn head_timeout(&self) -> Bytes {
+        Problem::new(Code::RequestTimeout, "The head of the request did not arrive in time.", "Send it without pauses.")
+            .raw(&self.request_id())
+    }
+
+    fn overloaded(&self) -> Bytes {
+        Problem::new(
+            Code::Overloaded,
+            "Every connection that proxy.max_connections allows is busy.",
+            "Try again after the time in Retry-After, keep connections open, or raise proxy.max_connections.",
+        )
+        .retry_after(Duration::from_secs(1))
+        .raw(&self.request_id())
+    }
+
+    fn request_id(&self) -> HeaderValue {
+        self.0.of(&HeaderMap::new())
+    }
+}
