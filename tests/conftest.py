@@ -56,10 +56,10 @@ class Sandbox:
         return self.process.wait(timeout=STOP_SECONDS)
 
 
-def start_sandbox(directory: Path) -> Sandbox:
+def start_sandbox(directory: Path, *words: str) -> Sandbox:
     listeners = [word for listener in ("proxy", "admin", "amazon", "control") for word in (f"--{listener}", "127.0.0.1:0")]
     command = [binary("ADSIDECAR_SANDBOX_BIN", "adsidecar-sandbox"), "--calm", "--json", *listeners]
-    command += ["--data", str(directory / "data")]
+    command += ["--data", str(directory / "data"), *words]
     log = directory / "sandbox.log"
     with log.open("w") as stderr:
         process = subprocess.Popen(

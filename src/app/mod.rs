@@ -292,8 +292,16 @@ async fn bind(config: &Config) -> Result<[Listener; 3], BuildError> {
         "Every connection that proxy.max_connections allows is busy.",
         "Try again after the time in Retry-After, keep connections open, or raise proxy.max_connections.",
     );
-    let canned =
-        CannedResponses { head_timeout: late, overloaded: overloaded.retry_after(Duration::from_secs(1)).raw() };
+    let bad_target = Problem::new(
+        Code::BadRequest,
+        "The target contains a character that no URL can, such as a quotation mark in the query.",
+        "Percent-encode it: %22 is a quotation mark, %3C and %3E are angle brackets, %60 is a backtick.",
+    );
+    let canned = CannedResponses {
+        head_timeout: late,
+        overloaded: overloaded.retry_after(Duration::from_secs(1)).raw(),
+        bad_target: bad_target.raw(),
+    };
     let [proxy, login, admin] = listener_limits(config.limits);
     let failed = |key| move |source| BuildError::Bind { key, source };
     Ok([

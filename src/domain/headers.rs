@@ -5,7 +5,8 @@
 //! (RFC 9110, section 7.6.1), and no duplicate of a managed header survives beside ours.
 
 use http::header::{
-    AUTHORIZATION, CONNECTION, CONTENT_LENGTH, HOST, HeaderMap, HeaderName, HeaderValue, TRANSFER_ENCODING,
+    AUTHORIZATION, CONNECTION, CONTENT_LENGTH, HOST, HeaderMap, HeaderName, HeaderValue, PROXY_AUTHORIZATION,
+    TRANSFER_ENCODING,
 };
 
 use crate::domain::account::{Context, Ids};
@@ -120,6 +121,13 @@ fn is_dropped_from_response(name: &str) -> bool {
             | "http2-settings"
     ) || name == ERROR.as_str()
         || name == HINT.as_str()
+}
+
+/// Whether a header is meant for adsidecar itself and never leaves it: an `X-Ads-*` header, also spelled with `_`, or the
+/// credentials for the proxy.
+pub fn is_for_sidecar(name: &str) -> bool {
+    let name = name.replace('_', "-");
+    name.starts_with("x-ads-") || name == PROXY_AUTHORIZATION.as_str()
 }
 
 /// What [`to_amazon`] does with one header of the caller.

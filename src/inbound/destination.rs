@@ -5,7 +5,7 @@ use http::Uri;
 use http::uri::PathAndQuery;
 use percent_encoding::percent_decode_str;
 
-use crate::domain::account::{Region, check_name};
+use crate::domain::account::{AmazonHost, Region, check_name};
 
 /// Longest path and query, in bytes. Amazon's gateways accept no more either.
 const MAX_TARGET: usize = 8 << 10;
@@ -28,8 +28,8 @@ pub struct Target {
 pub enum Destination {
     /// adsidecar: the origin form, or the absolute form with our own authority.
     Local,
-    /// The Ads API host of a region.
-    Ads(Region),
+    /// A host of the Ads API or of Amazon's MCP server.
+    Amazon(AmazonHost),
     /// A host of Login with Amazon.
     Lwa,
 }
@@ -94,8 +94,8 @@ fn host_of(authority: &str, is_ours: impl Fn(&str) -> bool) -> Result<Destinatio
 
 /// Which of Amazon's hosts `host` is, ignoring case; `None` if it is none of them.
 pub fn amazon_host(host: &str) -> Option<Destination> {
-    let ads = Region::ALL.into_iter().find(|region| host.eq_ignore_ascii_case(region.ads_host())).map(Destination::Ads);
-    ads.or_else(|| {
+    let served = AmazonHost::ALL.into_iter().find(|served| host.eq_ignore_ascii_case(served.name()));
+    served.map(Destination::Amazon).or_else(|| {
         let is_token_host = |region: &Region| {
             region.token_url().split('/').nth(2).is_some_and(|token_host| host.eq_ignore_ascii_case(token_host))
         };
@@ -155,8 +155,12 @@ mod tests {
 
     #[test]
     fn an_absolute_target_names_its_region() {
-        assert_eq!(read("http://advertising-api-eu.amazon.com/v2/profiles").unwrap().of, Destination::Ads(Region::Eu));
-        assert_eq!(read("https://ADVERTISING-API.amazon.com:443/x?y").unwrap().of, Destination::Ads(Region::Na));
+        let host = |target: &str| read(target).unwrap().of;
+        let (ads, mcp) = (AmazonHost::ads, AmazonHost::mcp);
+        assert_eq!(host("http://advertising-api-eu.amazon.com/v2/profiles"), Destination::Amazon(ads(Region::Eu)));
+        assert_eq!(host("https://ADVERTISING-API.amazon.com:443/x?y"), Destination::Amazon(ads(Region::Na)));
+        assert_eq!(host("http://advertising-ai.amazon.com/mcp"), Destination::Amazon(mcp(Region::Na)));
+        assert_eq!(host("http://advertising-ai-fe.amazon.com:80/mcp/lite"), Destination::Amazon(mcp(Region::Fe)));
         assert_eq!(read("http://advertising-api-fe.amazon.com:80//x").unwrap().path_and_query, "//x");
         assert_eq!(read("http://api.amazon.co.uk/auth/o2/token").unwrap().of, Destination::Lwa);
         assert_eq!(read("http://localhost:8001/v2/profiles").unwrap().of, Destination::Local);

@@ -37,6 +37,8 @@ pub enum Endpoint {
     Root,
     /// The health check of the login listener.
     Health,
+    /// Where an OAuth client looks for an authorization server: adsidecar is none, and Amazon must not answer.
+    Discovery,
     /// A login callback at a path that is not the callback's: its code must not leave.
     StrayCallback,
     Unknown,
@@ -63,12 +65,16 @@ impl Route {
         let own = match target.of {
             Destination::Local if target.account.is_some() => {
                 let near = || may_read_like_ours(target.path()) && is_below(&fold(target.path()), TOKEN_ROOT);
-                shim.or_else(|| near().then_some(Endpoint::Unknown))
+                let discovery =
+                    endpoint.filter(|own| *own == Endpoint::Discovery && fold(target.path()).contains("/.well-known"));
+                shim.or(discovery).or_else(|| near().then_some(Endpoint::Unknown))
             }
             Destination::Local => {
                 endpoint.or_else(|| is_stray_callback(method, target).then_some(Endpoint::StrayCallback))
             }
-            Destination::Ads(_) => endpoint.map(|_| Endpoint::Unknown),
+            Destination::Amazon(_) => {
+                endpoint.map(|own| if own == Endpoint::Discovery { own } else { Endpoint::Unknown })
+            }
             Destination::Lwa => Some(shim.unwrap_or(Endpoint::Unknown)),
         };
         own.map_or(Self::Upstream, Self::Own)
@@ -78,9 +84,14 @@ impl Route {
 /// The roots of adsidecar's own paths.
 const LOGIN_ROOT: &str = "/api/auth";
 const TOKEN_ROOT: &str = "/auth/o2";
-/// What MCP clients ask for to start an OAuth of their own (RFC 8414, RFC 9728, RFC 7591, OpenID Connect Discovery).
-/// Amazon must not answer: the OAuth is adsidecar's.
-const DISCOVERY: [&str; 4] = ["/.well-known/openid-configuration", "/register", "/authorize", "/favicon.ico"];
+/// What MCP clients ask for to start an OAuth of their own (RFC 7591, RFC 6749). Amazon must not answer: the OAuth is
+/// adsidecar's.
+const DISCOVERY: [&str; 2] = ["/register", "/authorize"];
+/// The documents about an authorization server, at the root or below another path (RFC 8414, RFC 9728, OpenID Connect
+/// Discovery).
+const DISCOVERY_DOCUMENTS: [&str; 2] = ["/.well-known/oauth-", "/.well-known/openid-configuration"];
+/// What browsers ask for on their own.
+const ICON: &str = "/favicon.ico";
 
 impl Endpoint {
     fn of(path: &str) -> Option<Self> {
@@ -91,12 +102,10 @@ impl Endpoint {
             return None;
         }
         let folded = fold(path);
-        let ours = is_below(&folded, LOGIN_ROOT)
-            || is_below(&folded, TOKEN_ROOT)
-            || folded == "/"
-            || folded.starts_with("/.well-known/oauth-")
-            || DISCOVERY.contains(&folded.as_str());
-        ours.then_some(Self::Unknown)
+        let discovery = DISCOVERY.contains(&folded.as_str())
+            || DISCOVERY_DOCUMENTS.iter().any(|document| folded.contains(document));
+        let ours = is_below(&folded, LOGIN_ROOT) || is_below(&folded, TOKEN_ROOT) || folded == "/" || folded == ICON;
+        if discovery { Some(Self::Discovery) } else { ours.then_some(Self::Unknown) }
     }
 
     fn exact(path: &str) -> Option<Self> {
@@ -126,7 +135,8 @@ impl Endpoint {
             Self::Status => &["user_id", "after", "limit"],
             Self::Refresh | Self::Logout => &["user_id"],
             Self::Confirm => &["grant"],
-            Self::User | Self::Root | Self::Health | Self::StrayCallback | Self::Unknown => &[],
+            Self::User | Self::Root | Self::Health => &[],
+            Self::Discovery | Self::StrayCallback | Self::Unknown => &[],
             Self::Callback | Self::Shim => return None,
         })
     }
@@ -139,6 +149,7 @@ impl Endpoint {
             | Self::Status
             | Self::Root
             | Self::Health
+            | Self::Discovery
             | Self::StrayCallback
             | Self::Unknown => Method::GET,
             Self::Refresh | Self::Logout | Self::Confirm | Self::Shim => Method::POST,
@@ -177,7 +188,7 @@ fn is_below(path: &str, root: &str) -> bool {
 
 /// Whether [`fold`] could turn `path` into one of ours. Every request pays for this check, and few for the folding.
 fn may_read_like_ours(path: &str) -> bool {
-    let starts = [LOGIN_ROOT, TOKEN_ROOT, "/.well-known"].into_iter().chain(DISCOVERY);
+    let starts = [LOGIN_ROOT, TOKEN_ROOT, ICON].into_iter().chain(DISCOVERY);
     let ours = |start: &str| path.get(..start.len()).is_some_and(|head| head.eq_ignore_ascii_case(start));
     path.bytes().any(|byte| matches!(byte, b'%' | b'\\' | b';'))
         || path.contains("//")
@@ -237,14 +248,24 @@ mod tests {
             "/%2561uth/o2/token",
             "/a/acme//auth/o2/token",
             "/a/acme/auth/O2/token",
-            "/.well-known/oauth-authorization-server",
-            "/.well-known/oauth-protected-resource/mcp",
-            "/.well-known/openid-configuration",
-            "/register",
-            "/authorize",
+            "/favicon.ico",
             "//",
         ] {
             assert_eq!(route(path), Route::Own(Endpoint::Unknown), "{path}");
+        }
+        for path in [
+            "/.well-known/oauth-authorization-server",
+            "/.well-known/oauth-protected-resource/mcp",
+            "/.well-known/openid-configuration",
+            "/mcp/.well-known/openid-configuration",
+            "/mcp/%2ewell-known/oauth-protected-resource",
+            "/a/acme/mcp/.well-known/openid-configuration",
+            "http://advertising-ai.amazon.com/.well-known/oauth-protected-resource/mcp",
+            "/register",
+            "//Register/",
+            "/authorize",
+        ] {
+            assert_eq!(route(path), Route::Own(Endpoint::Discovery), "{path}");
         }
         for path in
             ["/v2/profiles", "/api/authors", "/a/acme/api/auth/x", "/a/acme/", "/registers", "/sp/auth/o2/token"]

@@ -25,6 +25,7 @@ use tokio::net::{TcpStream, UnixStream};
 
 use super::io::{BusyBody, MonitoredSocket};
 use super::registry::{Command, Slot};
+use super::tunnel::{Tunnel, TunnelState};
 use super::{Peer, head};
 
 /// Largest request head, in bytes. The limit is exact; the size of the read buffer alone would be approximate.
@@ -53,12 +54,22 @@ impl Socket for UnixStream {
     }
 }
 
+/// What the service of a connection tells its loop.
+#[derive(Debug, Default)]
+struct ConnectionState {
+    /// Whether the current request has a body.
+    uploads: AtomicBool,
+    tunnel: TunnelState,
+}
+
 /// Why [`serve_http`] returned.
 enum Served<S, V> {
     /// The connection is idle and may be parked.
     Idle(MonitoredSocket<S>, V),
     /// A request head was not complete in time.
     HeadTimeout(S),
+    /// The parser rejected a request; holds its response, which is empty if the target is to blame.
+    Refused(S, Bytes),
     /// HTTP on the connection has ended; the socket has to be closed.
     Ended(S),
     /// The caller does not read; the socket was reset.
@@ -75,17 +86,21 @@ where
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
     let super::ListenerContext { handler, canned, .. } = shared;
-    // Whether the current request has a body.
-    let uploads = AtomicBool::new(false);
+    // Boxed, as are the futures below: an idle connection has to be small.
+    let state = Box::new(ConnectionState::default());
     let mut service = service_fn(|request: Request<Incoming>| {
         let busy = slot.begin_request();
-        uploads.store(!request.is_end_stream(), Relaxed);
-        let request = head::detach(request);
-        let (handler, slot) = (&handler, &slot);
+        state.uploads.store(!request.is_end_stream(), Relaxed);
+        let request = state.tunnel.unwrap(head::detach(request));
+        let wanted = Tunnel::wanted(&request);
+        let (handler, slot, tunnel) = (&handler, &slot, &state.tunnel);
         // Boxed, so that an idle connection does not take the memory of a busy one. The handler is called inside the
         // box: a future created outside would first exist, at full size, in this one.
         Box::pin(async move {
             let mut response = handler(request, peer).await.map(|body| BusyBody::new(body, busy));
+            if let Some(wanted) = wanted.filter(|_| response.status().is_success()) {
+                tunnel.open(wanted);
+            }
             if slot.draining() {
                 response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
             }
@@ -96,10 +111,14 @@ where
     let mut closing = false;
     // Alternate between serving and parking until the connection ends. The futures are boxed for the same reason.
     let (socket, response) = loop {
-        let served = Box::pin(serve_http(socket, service, &slot, &uploads, &mut closing)).await;
+        let served = Box::pin(serve_http(socket, service, &slot, &state, &mut closing)).await;
         (socket, service) = match served {
             Served::Idle(socket, service) => (socket, service),
-            Served::HeadTimeout(socket) => break (socket, Some(canned.head_timeout)),
+            Served::HeadTimeout(socket) => break (socket, Some(canned.head_timeout.clone())),
+            Served::Refused(socket, refusal) => {
+                state.uploads.store(true, Relaxed);
+                break (socket, Some(if refusal.is_empty() { canned.bad_target.clone() } else { refusal }));
+            }
             Served::Ended(socket) => break (socket, None),
             Served::Reset => {
                 tracing::debug!(?peer, "reset a connection whose caller does not read its response");
@@ -110,7 +129,7 @@ where
             break (socket.into_inner(), None);
         }
     };
-    Box::pin(close(socket, response, uploads.into_inner() && !closing)).await;
+    Box::pin(close(socket, response, state.uploads.into_inner() && !closing)).await;
 }
 
 /// Lets hyper serve the connection until it ends or may be parked. `closing` is set once the connection was told to
@@ -122,7 +141,7 @@ async fn serve_http<S, V, B>(
     socket: MonitoredSocket<S>,
     service: V,
     slot: &Slot,
-    uploads: &AtomicBool,
+    state: &ConnectionState,
     closing: &mut bool,
 ) -> Served<S, V>
 where
@@ -143,24 +162,30 @@ where
             Poll::Ready(ended) => Poll::Ready(Some(ended)),
             // hyper was just polled, so it has written everything it was given. It may still be reading the body of a
             // request that already has its response; do not interrupt that.
-            Poll::Pending if slot.may_park() && !uploads.load(Relaxed) && !*closing => Poll::Ready(None),
+            Poll::Pending if slot.may_park() && !state.uploads.load(Relaxed) && !*closing => Poll::Ready(None),
             Poll::Pending => Poll::Pending,
         });
         let command = tokio::select! {
             biased;
             served = served => match served {
                 None => {
-                    let parts = connection.into_parts();
-                    let mut socket = parts.io.into_inner();
-                    // hyper may have read the start of the next head together with the previous one.
-                    socket.unread(&parts.read_buf);
-                    return Served::Idle(socket, parts.service);
+                    return idle(connection.into_parts());
                 }
+                // A tunnel was opened: HTTP begins anew inside it.
+                Some(Ok(())) if state.tunnel.take_opened() && !*closing => return idle(connection.into_parts()),
                 Some(ended) => {
-                    if let Err(error) = ended {
+                    let error = ended.err();
+                    if let Some(error) = &error {
                         tracing::debug!(%error, "connection ended");
                     }
-                    return Served::Ended(into_socket(connection.into_parts()));
+                    let parts = connection.into_parts();
+                    let bad_target = error.is_some_and(|error| is_bad_target(&error, &parts.read_buf));
+                    let mut socket = parts.io.into_inner();
+                    return match socket.take_refusal() {
+                        Some(_) if bad_target => Served::Refused(socket.into_inner(), Bytes::new()),
+                        Some(refusal) => Served::Refused(socket.into_inner(), refusal),
+                        None => Served::Ended(socket.into_inner()),
+                    };
                 }
             },
             command = slot.command() => command,
@@ -185,6 +210,25 @@ where
             }
         }
     }
+}
+
+/// Whether hyper could not read a request because of a character that programs send and no URL can hold. Of other
+/// malformed requests nothing can be said. `unread` begins with the request.
+fn is_bad_target(error: &hyper::Error, unread: &[u8]) -> bool {
+    let line = unread.split(|byte| matches!(byte, b'\r' | b'\n')).find(|line| !line.is_empty()).unwrap_or_default();
+    let words: Vec<_> = line.split(|byte| *byte == b' ').collect();
+    let [_, target, b"HTTP/1.1" | b"HTTP/1.0"] = words.as_slice() else { return false };
+    error.is_parse()
+        && error.to_string().contains("invalid URI")
+        && target.iter().any(|byte| b"\"<>`^{|}\\".contains(byte) || !byte.is_ascii())
+}
+
+/// Takes the socket and the service back from hyper.
+fn idle<S: Socket, V>(parts: http1::Parts<TokioIo<MonitoredSocket<S>>, V>) -> Served<S, V> {
+    let mut socket = parts.io.into_inner();
+    // hyper may have read the start of the next head together with the previous one.
+    socket.unread(&parts.read_buf);
+    Served::Idle(socket, parts.service)
 }
 
 /// Parks the connection until there is data to read. Returns `false` if the connection is told to close before that.
@@ -252,7 +296,11 @@ mod tests {
                 tokio::spawn(request.into_body().collect());
                 async { Response::new(Full::from("hi")) }
             };
-            let canned = CannedResponses { head_timeout: Bytes::from_static(b"late"), overloaded: Bytes::new() };
+            let canned = Arc::new(CannedResponses {
+                head_timeout: Bytes::from_static(b"late"),
+                overloaded: Bytes::new(),
+                bad_target: Bytes::new(),
+            });
             let context = super::super::ListenerContext { handler, registry: registry.clone(), canned };
             let connection = run(stream, Peer::Unix(None), registry.register(), context);
             // An app may keep ten thousand idle connections open, so the future has to be small.

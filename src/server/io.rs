@@ -20,11 +20,16 @@ pub(super) struct MonitoredSocket<S> {
     blocked: bool,
     /// Bytes that hyper read but did not use; the next read returns them.
     unread: Bytes,
+    /// A refusal of hyper's parser that was held back.
+    refusal: Option<Box<[u8]>>,
 }
+
+/// What every response of adsidecar's carries, and hyper's own refusals do not.
+const REQUEST_ID: &[u8] = b"x-request-id";
 
 impl<S> MonitoredSocket<S> {
     pub(super) fn new(socket: S, activity: Arc<Activity>) -> Self {
-        Self { socket, activity, blocked: false, unread: Bytes::new() }
+        Self { socket, activity, blocked: false, unread: Bytes::new(), refusal: None }
     }
 
     /// Lets the next read return `bytes`.
@@ -43,6 +48,23 @@ impl<S> MonitoredSocket<S> {
 
     pub(super) fn into_inner(self) -> S {
         self.socket
+    }
+
+    /// The refusal that hyper's parser wrote, which was held back.
+    pub(super) fn take_refusal(&mut self) -> Option<Bytes> {
+        self.refusal.take().map(Bytes::from)
+    }
+
+    /// Holds back a refusal of hyper's parser: only its error says whether the caller can be told more. Every other
+    /// response has a request id.
+    fn holds_back(&mut self, bytes: &[u8]) -> bool {
+        let refusal = bytes.starts_with(b"HTTP/1.1 400 ")
+            && bytes.ends_with(b"\r\n\r\n")
+            && !bytes.windows(REQUEST_ID.len()).any(|name| name == REQUEST_ID);
+        if refusal {
+            self.refusal = Some(bytes.into());
+        }
+        refusal
     }
 
     /// Records whether a write was blocked. It records changes only, so an uninterrupted response costs nothing.
@@ -74,6 +96,9 @@ impl<S: AsyncRead + Unpin> AsyncRead for MonitoredSocket<S> {
 
 impl<S: AsyncWrite + Unpin> AsyncWrite for MonitoredSocket<S> {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<Result<usize>> {
+        if self.holds_back(bytes) {
+            return Poll::Ready(Ok(bytes.len()));
+        }
         let written = Pin::new(&mut self.socket).poll_write(cx, bytes);
         self.record(written)
     }
@@ -91,6 +116,11 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for MonitoredSocket<S> {
         cx: &mut Context<'_>,
         parts: &[IoSlice<'_>],
     ) -> Poll<Result<usize>> {
+        if let [only] = parts
+            && self.holds_back(only)
+        {
+            return Poll::Ready(Ok(only.len()));
+        }
         let written = Pin::new(&mut self.socket).poll_write_vectored(cx, parts);
         self.record(written)
     }

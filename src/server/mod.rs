@@ -14,6 +14,7 @@ mod registry;
 mod connection;
 mod head;
 mod io;
+mod tunnel;
 
 use std::fs::Permissions;
 use std::io::{Error, ErrorKind, Result};
@@ -89,6 +90,8 @@ pub struct CannedResponses {
     pub head_timeout: Bytes,
     /// The listener is at its connection limit.
     pub overloaded: Bytes,
+    /// The target contains a character that no URL can.
+    pub bad_target: Bytes,
 }
 
 /// A listener (proxy, login or admin) whose sockets are bound. It serves once [`run`](Self::run) is called.
@@ -178,7 +181,7 @@ impl Listener {
         B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
     {
         let Self { sockets, limits, canned, registry } = self;
-        let context = ListenerContext { handler, registry: registry.clone(), canned };
+        let context = ListenerContext { handler, registry: registry.clone(), canned: Arc::new(canned) };
         let reaper = tokio::spawn(registry.clone().enforce(limits.clone()));
         let mut tasks = tokio::task::JoinSet::new();
         for socket in sockets {
@@ -285,7 +288,7 @@ async fn accept<H, F, B>(
 struct ListenerContext<H> {
     handler: H,
     registry: Arc<Registry>,
-    canned: CannedResponses,
+    canned: Arc<CannedResponses>,
 }
 
 /// An accepted connection.

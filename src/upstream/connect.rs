@@ -119,8 +119,13 @@ impl Connector {
     }
 
     async fn handshake(&self, alpn: Alpn) -> Result<Connection, ErrorKind> {
-        let tcp = self.tcp.clone().call(self.uri.clone()).await;
-        let tcp = tcp.map_err(|error| ErrorKind::Unreachable(error.into()))?.into_inner();
+        let tcp = match self.tcp.clone().call(self.uri.clone()).await {
+            Ok(tcp) => tcp.into_inner(),
+            Err(error) => {
+                let causes = causes(&error);
+                return Err(ErrorKind::Unreachable(self.tried(&causes).await.into()));
+            }
+        };
         let tls = if alpn == Alpn::Http1 { &self.http1 } else { &self.tls };
         let mut stream = tls.connect(self.name.clone(), ReadAhead::new(tcp)).await.map_err(ErrorKind::Tls)?;
         stream.get_mut().1.set_buffer_limit(Some(WRITE_BUFFER));
@@ -149,6 +154,27 @@ impl Connector {
             Ok(Connection::Http1 { sender, reused: false })
         }
     }
+}
+
+impl Connector {
+    /// `causes` behind the host and the addresses that were tried: a search domain can lead a name elsewhere.
+    async fn tried(&self, causes: &str) -> String {
+        let (host, port) = (self.uri.host().unwrap_or_default(), self.uri.port_u16().unwrap_or(443));
+        let bare = host.trim_matches(['[', ']']);
+        let found = tokio::net::lookup_host((bare, port)).await;
+        let addresses: Vec<_> = found.into_iter().flatten().map(|address| address.ip().to_string()).collect();
+        match addresses.as_slice() {
+            [] => format!("{host}:{port}, for which no address was found: {causes}"),
+            [only] if only == bare => format!("{host}:{port}: {causes}"),
+            addresses => format!("{host}:{port} ({}): {causes}", addresses.join(", ")),
+        }
+    }
+}
+
+/// An error and its sources in one line.
+fn causes(error: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(Some(error), |error| error.source()).map(ToString::to_string);
+    causes.collect::<Vec<_>>().join(": ")
 }
 
 /// Returns a TLS connector that offers the protocols `alpn`.

@@ -1,7 +1,7 @@
-//! Pooled TLS connections to the Ads hosts.
+//! Pooled TLS connections to the hosts of the Ads API and of the MCP server.
 //!
-//! Each region has a stack of idle HTTP/1.1 connections, most recently used on top. If the server offers HTTP/2, the
-//! region also has one HTTP/2 connection that all requests share. HTTP/2 is cheaper at high concurrency; at low
+//! Each host has a stack of idle HTTP/1.1 connections, most recently used on top. If the server offers HTTP/2, the
+//! host also has one HTTP/2 connection that all requests share. HTTP/2 is cheaper at high concurrency; at low
 //! concurrency, steady traffic moves to HTTP/1.1 connections that are opened beside the shared one (`protocol_choice`).
 //!
 //! An HTTP/1.1 connection returns to the pool only after both its request and its response have been transferred
@@ -35,17 +35,17 @@ pub use request_body::{BodyError, ReplayBudget, ReplayBuffer, RequestBody};
 pub use send_error::{ErrorKind, Processed, SendError};
 pub use upstream_body::{ResponseAborted, UpstreamBody};
 
-use crate::domain::account::Region;
+use crate::domain::account::AmazonHost;
 use crate::domain::tls;
 use connection::{Connection, H2Connection};
 use pool::OriginPool;
 use protocol_choice::CountGuard;
 
-/// The addresses of the Ads hosts, and the timeouts for requests to them.
+/// The addresses of Amazon's hosts, and the timeouts for requests to them.
 #[derive(Clone, Debug)]
 pub struct Settings {
-    /// `upstream.na`, `upstream.eu`, `upstream.fe`: `https` origins without a path, indexed by [`Region`].
-    pub origins: [Url; 3],
+    /// `upstream.na`, …, `upstream.mcp_fe`: `https` origins without a path, in the order of [`AmazonHost::ALL`].
+    pub origins: [Url; AmazonHost::ALL.len()],
     /// `upstream.ca_file`: additional trust roots.
     pub extra_roots: Vec<CertificateDer<'static>>,
     /// `upstream.http2`: which HTTP versions are offered.
@@ -72,10 +72,10 @@ pub enum Http2 {
     Always,
 }
 
-/// The connection pools for the three Ads hosts.
+/// The connection pools, one for each of Amazon's hosts.
 #[derive(Debug)]
 pub struct Upstream {
-    pools: [Arc<OriginPool>; 3],
+    pools: Vec<Arc<OriginPool>>,
     response_timeout: Duration,
     idle_timeout: Duration,
 }
@@ -100,25 +100,25 @@ impl Upstream {
     pub fn new(settings: &Settings) -> Result<Self, rustls::Error> {
         // One configuration for all pools, because the trust roots are large.
         let tls = tls::client_config(&settings.extra_roots, &[])?;
-        let pool = |region: Region| OriginPool::new(&settings.origins[region as usize], settings, &tls).map(Arc::new);
+        let pool = |origin: &Url| OriginPool::new(origin, settings, &tls).map(Arc::new);
         Ok(Self {
-            pools: [pool(Region::Na)?, pool(Region::Eu)?, pool(Region::Fe)?],
+            pools: settings.origins.iter().map(pool).collect::<Result<_, _>>()?,
             response_timeout: settings.response_timeout,
             idle_timeout: settings.idle_timeout,
         })
     }
 
-    /// Returns the `Host` value for requests to `region`.
-    pub fn authority(&self, region: Region) -> &HeaderValue {
-        &self.pools[region as usize].authority
+    /// Returns the `Host` value for requests to `host`.
+    pub fn authority(&self, host: AmazonHost) -> &HeaderValue {
+        &self.pools[host.index()].authority
     }
 
-    /// Checks out a connection for one request to `region`: from the pool, or a new one.
+    /// Checks out a connection for one request to `host`: from the pool, or a new one.
     ///
     /// # Errors
     /// Fails if a new connection is needed and cannot be opened within `connect_timeout`.
-    pub async fn checkout(&self, region: Region, reuse: Reuse) -> Result<Checkout, ErrorKind> {
-        let pool = &self.pools[region as usize];
+    pub async fn checkout(&self, host: AmazonHost, reuse: Reuse) -> Result<Checkout, ErrorKind> {
+        let pool = &self.pools[host.index()];
         let (in_flight, low_concurrency) = pool.protocol_choice.enter();
         let transport = match pool.connection(reuse, low_concurrency, self.idle_timeout).await? {
             Connection::Http1 { sender, reused } => Transport::Http1 { sender, reused },

@@ -215,7 +215,7 @@ mod tests {
         let origin: Url = "https://localhost".parse().unwrap();
         let long = Duration::from_secs(60);
         let settings = Settings {
-            origins: [origin.clone(), origin.clone(), origin.clone()],
+            origins: std::array::from_fn(|_| origin.clone()),
             extra_roots: Vec::new(),
             http2: Http2::Never,
             connect_timeout: long,

@@ -10,7 +10,7 @@ use http::{HeaderMap, Request, StatusCode, Uri};
 use http_body_util::{BodyExt, Limited};
 use serde::Deserialize;
 
-use crate::domain::account::Region;
+use crate::domain::account::{AmazonHost, Region};
 use crate::domain::api_families::family;
 use crate::domain::headers::{UpstreamHeaders, to_amazon};
 use crate::upstream::{RequestBody, Reuse, Upstream};
@@ -62,7 +62,7 @@ impl Identity {
     async fn profiles_in(&self, region: Region, bearer: &HeaderValue) -> Option<Vec<String>> {
         let attach = UpstreamHeaders {
             family: family(PROFILES),
-            host: Some(self.upstream.authority(region)),
+            host: Some(self.upstream.authority(AmazonHost::ads(region))),
             bearer,
             client_id: &self.client_id,
             ids: None,
@@ -71,8 +71,8 @@ impl Identity {
         let mut request = Request::new(RequestBody::empty());
         *request.uri_mut() = Uri::from_static(PROFILES);
         *request.headers_mut() = to_amazon(&HeaderMap::new(), attach);
-        let answer =
-            self.upstream.checkout(region, Reuse::Fresh(Instant::now())).await.ok()?.send(request, false).await.ok()?;
+        let checkout = self.upstream.checkout(AmazonHost::ads(region), Reuse::Fresh(Instant::now())).await.ok()?;
+        let answer = checkout.send(request, false).await.ok()?;
         if answer.status() != StatusCode::OK {
             return None;
         }

@@ -15,6 +15,7 @@ use http::{Method, Request, Response, StatusCode};
 use http_body_util::Full;
 use hyper::body::Incoming;
 use serde_json::json;
+use url::Url;
 
 use crate::auth::login::{BeginError, Callback, Login, LoginFailure, LoginOutcome, LoginRequest, TEN_MINUTES};
 use crate::auth::tokens::{Status, TokenError, TokenManager};
@@ -53,6 +54,8 @@ pub struct OauthEndpoints {
     /// The region of logins that name none.
     pub(crate) region: Region,
     pub(crate) token_shim: bool,
+    /// The user of requests to Amazon that select none.
+    pub(crate) default_user: UserId,
     /// The proxy listener's authority, for the links in responses to requests without a `Host` of ours.
     pub(crate) authority: String,
     pub(crate) request_ids: Arc<RequestIds>,
@@ -65,6 +68,8 @@ pub enum LoginError {
     Refused(Refusal),
     /// No such endpoint; holds the path that was probably meant.
     NotFound(Option<String>),
+    /// A client looks for an authorization server; holds the user whose login it probably needs.
+    Discovery(UserId),
     /// A login's code and state at another path than the callback's, which it holds.
     StrayCallback(String),
     /// The endpoint has other methods.
@@ -101,7 +106,9 @@ impl OauthEndpoints {
             Ok(Admitted::Own { endpoint, cors }) => {
                 Box::pin(self.answer(endpoint, cors, &parts, body, request_id)).await
             }
-            Ok(Admitted::Upstream(_)) => LoginError::NotFound(None).problem(|_| String::new()).respond(request_id),
+            Ok(Admitted::Upstream(_) | Admitted::Tunnel) => {
+                LoginError::NotFound(None).problem(|_| String::new()).respond(request_id)
+            }
             Err(rejected) => Problem::from(rejected.refusal).respond(request_id),
         };
         add_private_headers(answer.headers_mut());
@@ -127,7 +134,7 @@ impl OauthEndpoints {
             if let LoginError::Refused(refusal) = &error {
                 self.metrics.guard_denied.with_label_values(&[refusal.reason()]).inc();
             }
-            error.problem(|user| self.login_url(&parts.headers, user)).respond(request_id)
+            error.problem(|user| self.login_step(&parts.headers, user)).respond(request_id)
         });
         if let Some(origin) = cors {
             allow_origin(answer.headers_mut(), origin);
@@ -140,6 +147,7 @@ impl OauthEndpoints {
         match endpoint {
             Endpoint::Shim if !self.token_shim => return Err(LoginError::NotFound(None)),
             Endpoint::Unknown => return Err(LoginError::NotFound(Endpoint::meant(parts.uri.path()))),
+            Endpoint::Discovery => return Err(LoginError::Discovery(self.default_user.clone())),
             Endpoint::Health => return Ok(Response::new(Full::default())),
             Endpoint::StrayCallback => return Err(LoginError::StrayCallback(self.login.callback_path().to_owned())),
             _ => {}
@@ -160,7 +168,7 @@ impl OauthEndpoints {
             Endpoint::User => self.logout(&query::user_in(parts.uri.path())?).await,
             Endpoint::Confirm => self.confirm(&query, &parts.headers).await,
             Endpoint::Root => Ok(self.root(&parts.headers)),
-            Endpoint::Shim | Endpoint::Health | Endpoint::StrayCallback | Endpoint::Unknown => {
+            Endpoint::Shim | Endpoint::Health | Endpoint::Discovery | Endpoint::StrayCallback | Endpoint::Unknown => {
                 Err(LoginError::NotFound(None))
             }
         }
@@ -226,7 +234,7 @@ impl OauthEndpoints {
             None => (Err(LoginFailure::State), None),
         };
         if let Err(trouble) = &ended {
-            tracing::info!(code = trouble.code(), "a login ended without a grant");
+            tracing::info!(code = trouble.code(), reason = pages::say(trouble), "a login ended without a grant");
         }
         if self.login.frontend_url().is_some() {
             return Ok(redirect(self.back_to_frontend(&ended, return_to.as_deref()).as_str()));
@@ -314,9 +322,10 @@ impl OauthEndpoints {
 
     /// What `GET /` says: a person or a health check looks at what listens here.
     fn root(&self, headers: &HeaderMap) -> Answer {
-        let login_url = self.login_url(headers, &UserId::default());
+        let login_url = self.login_url(headers, &self.default_user);
         if prefers_html(headers) {
-            return pages::root(&login_url);
+            // With a caller token a browser cannot follow a link.
+            return pages::root(Some(login_url.as_str()).filter(|_| !self.admission.needs_caller_token()));
         }
         json(
             StatusCode::OK,
@@ -355,14 +364,24 @@ impl OauthEndpoints {
     }
 
     /// The URL that starts a login, up to the user id.
-    pub fn login_base(authority: &str) -> String {
-        format!("http://{authority}{}?user_id=", LOGIN)
+    pub fn login_base(origin: &Url) -> String {
+        format!("{}{LOGIN}?user_id=", origin.origin().ascii_serialization())
+    }
+
+    /// What a person has to do so that `user` has a grant.
+    pub fn login_step(&self, headers: &HeaderMap, user: &UserId) -> String {
+        let url = self.login_url(headers, user);
+        if self.admission.needs_caller_token() {
+            format!("Request {url} with the caller token, open the auth_url of the response in a browser, and consent.")
+        } else {
+            format!("Open {url} in a browser and consent.")
+        }
     }
 }
 
 impl LoginError {
-    /// The response for the caller. `login_url` returns the URL that starts a user's login.
-    pub fn problem(self, login_url: impl Fn(&UserId) -> String) -> Problem {
+    /// The response for the caller. `login_step` says how a user logs in.
+    pub fn problem(self, login_step: impl Fn(&UserId) -> String) -> Problem {
         match self {
             Self::Refused(refusal) => refusal.into(),
             Self::NotFound(meant) => Problem::new(
@@ -372,6 +391,11 @@ impl LoginError {
                     || "See the endpoints in config/README.md.".to_owned(),
                     |path| format!("Did you mean {path}? See the endpoints in config/README.md."),
                 ),
+            ),
+            Self::Discovery(user) => Problem::new(
+                Code::NotFound,
+                "No client registers or authorizes itself here: adsidecar does the OAuth with Amazon.",
+                format!("If Amazon's login is missing: {} Then call again, without OAuth.", login_step(&user)),
             ),
             Self::StrayCallback(path) => Problem::new(
                 Code::NotFound,
@@ -386,8 +410,8 @@ impl LoginError {
                     .header(ALLOW, HeaderValue::from_static(allow))
             }
             Self::Parameter(detail) => Problem::new(Code::BadRequest, detail, "Send the parameter as described."),
-            Self::NoToken(error, user) => token_problem(error, &login_url(&user)),
-            Self::NotRefreshed(error, status) => token_problem(error, "").member("user", status),
+            Self::NoToken(error, user) => token_problem(error, login_step(&user)),
+            Self::NotRefreshed(error, status) => token_problem(error, String::new()).member("user", status),
             Self::TooMany(wait) => Problem::new(
                 Code::Throttled,
                 "Too many logins began just now, and were not finished.",
@@ -411,14 +435,14 @@ impl LoginError {
 }
 
 /// The response for a caller whose user has no valid access token.
-pub fn token_problem(error: TokenError, login_url: &str) -> Problem {
+pub fn token_problem(error: TokenError, login_step: String) -> Problem {
     match error {
         TokenError::LoginRequired { reason } => {
             let detail = match reason {
                 "no_grant" => "The user has no Amazon grant here.".to_owned(),
                 reason => format!("Login with Amazon rejected the user's grant ({reason})."),
             };
-            Problem::new(Code::LoginRequired, detail, format!("Open {login_url} in a browser and consent."))
+            Problem::new(Code::LoginRequired, detail, login_step)
                 .header(http::header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer realm=\"adsidecar\""))
         }
         TokenError::Unavailable { code: STORE_UNAVAILABLE, retry_after, .. } => Problem::new(

@@ -6,6 +6,8 @@
 mod auth_rejection;
 mod body;
 mod error_mapping;
+mod mcp;
+mod redaction;
 mod request_telemetry;
 mod retry;
 mod route;
@@ -16,15 +18,17 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures_util::FutureExt;
-use http::header::{CONTENT_LENGTH, HeaderValue};
+use http::header::{CONTENT_LENGTH, HeaderValue, WWW_AUTHENTICATE};
 use http::request::Parts;
 use http::{Request, Response, StatusCode, Uri};
+use http_body_util::Full;
 use hyper::body::Incoming;
 
 pub use body::Body;
 
 use crate::auth::tokens::{TokenError, TokenManager};
-use crate::domain::account::{Account, Region, UserId};
+use crate::domain::account::{Account, Region, Service, UserId};
+use crate::domain::grant::State;
 use crate::domain::headers::{self, HINT, UpstreamHeaders};
 use crate::domain::policy::{self, Denied, Mode};
 use crate::inbound::admission::{Admission, Admitted, Refusal};
@@ -35,10 +39,10 @@ use crate::inbound::request_id::{self, RequestIds};
 use crate::server::Peer;
 use crate::telemetry::metrics::Metrics;
 use crate::upstream::{ReplayBudget, ReplayBuffer, RequestBody, Reuse, SendError, Upstream, UpstreamBody};
-use auth_rejection::{Rejection, Verdict};
+use auth_rejection::{Rejection, Verdict, pass_on_refusal};
 use request_telemetry::RequestTelemetry;
 use retry::Retry;
-use route::{Accounts, RouteError, RoutedRequest};
+use route::{Accounts, RouteError, RoutedRequest, fallback};
 use upstream_request::UpstreamRequest;
 
 /// How callers select accounts, and how much of a request body is kept for a retry.
@@ -62,6 +66,13 @@ pub struct Settings {
     pub token_shim: bool,
     /// `[policy]`.
     pub policy: policy::Settings,
+}
+
+impl Settings {
+    /// The user of requests that select none.
+    pub fn default_user(&self) -> UserId {
+        fallback(&self.accounts).map_or_else(UserId::default, |account| account.user.clone())
+    }
 }
 
 /// `proxy.selection`: whether callers select their account.
@@ -164,6 +175,7 @@ impl Proxy {
                     telemetry.set_error(&error);
                     let problem = self.problem(error, &parts);
                     telemetry.set_own_error(problem.code());
+                    let problem = if mcp::is_call(&parts) { problem.for_mcp() } else { problem };
                     problem.respond(telemetry.request_id()).map(Body::own)
                 }
             };
@@ -181,6 +193,10 @@ impl Proxy {
     ) -> Result<Response<Body>, ProxyError> {
         match self.admission.proxy(parts, peer) {
             Ok(Admitted::Upstream(target)) => self.forward(parts, incoming, &target, telemetry).await,
+            Ok(Admitted::Tunnel) => {
+                telemetry.set_own_endpoint();
+                Ok(Response::new(Body::own(Full::default())))
+            }
             Ok(Admitted::Own { endpoint, cors }) => {
                 telemetry.set_own_endpoint();
                 let id = telemetry.request_id();
@@ -222,6 +238,7 @@ impl Proxy {
             StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => {
                 Box::pin(self.handle_rejection(response, request, sent, telemetry)).await?
             }
+            status if status.is_client_error() => Box::pin(pass_on_refusal(response, &bearer)).await,
             _ => response.map(Body::amazon),
         };
         Ok(to_caller(response, &call, telemetry))
@@ -304,7 +321,7 @@ impl Proxy {
         body: RequestBody,
         reuse: Reuse,
     ) -> Result<Response<UpstreamBody>, SendError> {
-        match self.upstream.checkout(request.call.region, reuse).await {
+        match self.upstream.checkout(request.call.host(), reuse).await {
             Ok(checkout) => checkout.send(self.to_amazon(request, body), request.accepts_event_stream()).await,
             Err(kind) => Err(kind.unsent(body)),
         }
@@ -314,7 +331,7 @@ impl Proxy {
         let UpstreamRequest { call, parts, target, bearer } = request;
         let attach = UpstreamHeaders {
             family: call.family,
-            host: Some(self.upstream.authority(call.region)),
+            host: Some(self.upstream.authority(call.host())),
             bearer,
             client_id: &self.client_id,
             ids: call.ids(),
@@ -338,26 +355,32 @@ impl Proxy {
     ) -> Result<Response<Body>, ProxyError> {
         let user = &request.call.user;
         if response.status() == StatusCode::FORBIDDEN && !(is_amc(request.target) && self.tokens.near_expiry(user)) {
-            return Ok(response.map(Body::amazon));
+            return Ok(pass_on_refusal(response, request.bearer).await);
         }
         let rejection = Rejection::read(response).await;
         let verdict = rejection.verdict();
         self.metrics.upstream_unauthorized.with_label_values(&[verdict.cause()]).inc();
         if let Verdict::Scope(hint) = verdict {
             telemetry.set_hint(hint);
-            return Ok(rejection.pass_on());
+            return Ok(rejection.pass_on(request.bearer));
         }
         let new_token = self.tokens.invalidate(user, request.bearer).await;
         let Some((Retry::NewToken(bearer), body)) = Retry::after_rejection(new_token, &sent) else {
-            return Ok(rejection.pass_on());
+            // The token lives by the clock, but its grant is gone: Amazon's text says nothing of that.
+            if self.tokens.status(user).state == State::LoginRequired {
+                telemetry.set_hint("login_required");
+            }
+            return Ok(rejection.pass_on(request.bearer));
         };
         self.metrics.replays.inc();
         let (response, _) = self.send(UpstreamRequest { bearer: &bearer, ..request }, body, telemetry).await?;
-        Ok(response.map(Body::amazon))
+        Ok(match response.status() {
+            status if status.is_client_error() => pass_on_refusal(response, &bearer).await,
+            _ => response.map(Body::amazon),
+        })
     }
 
     fn problem(&self, error: ProxyError, parts: &Parts) -> Problem {
-        let login_url = |user: &UserId| self.oauth.login_url(&parts.headers, user);
         match error {
             ProxyError::Refused(refusal) => {
                 self.metrics.guard_denied.with_label_values(&[refusal.reason()]).inc();
@@ -368,7 +391,7 @@ impl Proxy {
                 self.metrics.guard_denied.with_label_values(&["policy"]).inc();
                 denied.into()
             }
-            ProxyError::NoToken(error, user) => token_problem(error, &login_url(&user)),
+            ProxyError::NoToken(error, user) => token_problem(error, self.oauth.login_step(&parts.headers, &user)),
             ProxyError::TooLarge => error_mapping::too_large(),
             ProxyError::Panicked => error_mapping::panicked(),
             ProxyError::Send(error) => error.kind.into(),
@@ -390,6 +413,10 @@ fn to_caller(
     telemetry.set_response_from_amazon(response.status());
     *response.version_mut() = http::Version::HTTP_11;
     headers::to_caller(response.headers_mut());
+    if call.family.service == Service::Mcp {
+        // Amazon's challenge names an authorization server, and MCP clients would start an OAuth of their own there.
+        response.headers_mut().remove(WWW_AUTHENTICATE);
+    }
     if let Some(hint) = telemetry.take_hint().or_else(|| call.hint()) {
         response.headers_mut().insert(HINT, HeaderValue::from_static(hint));
     }

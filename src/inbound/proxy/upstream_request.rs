@@ -2,7 +2,7 @@
 
 use http::header::ACCEPT;
 use http::request::Parts;
-use http::{HeaderValue, Method};
+use http::{HeaderMap, HeaderValue, Method};
 
 use super::route::RoutedRequest;
 use crate::inbound::destination::Target;
@@ -20,13 +20,18 @@ impl UpstreamRequest<'_> {
     /// Whether the caller accepts an event stream, possibly beside other types: MCP clients list `application/json`
     /// first.
     pub(super) fn accepts_event_stream(self) -> bool {
-        let lines = self.parts.headers.get_all(ACCEPT).iter().filter_map(|line| line.to_str().ok());
-        let mut kinds = lines.flat_map(|line| line.split(',')).map(|kind| kind.split(';').next().unwrap_or_default());
-        kinds.any(|kind| kind.trim().eq_ignore_ascii_case("text/event-stream"))
+        accepts_event_stream(&self.parts.headers)
     }
 
     /// Whether the method is idempotent (RFC 9110, section 9.2.2).
     pub(super) fn is_idempotent(self) -> bool {
         matches!(self.parts.method, Method::GET | Method::HEAD | Method::PUT | Method::DELETE | Method::OPTIONS)
     }
+}
+
+/// Whether the request accepts an event stream.
+pub(super) fn accepts_event_stream(headers: &HeaderMap) -> bool {
+    let lines = headers.get_all(ACCEPT).iter().filter_map(|line| line.to_str().ok());
+    let mut kinds = lines.flat_map(|line| line.split(',')).map(|kind| kind.split(';').next().unwrap_or_default());
+    kinds.any(|kind| kind.trim().eq_ignore_ascii_case("text/event-stream"))
 }
