@@ -9,32 +9,32 @@
 //!
 //! # The path of one request
 //!
-//! An ordinary request to Amazon (a valid token, a pooled connection) passes through these files, in this order.
-//! [`inbound::proxy`] calls each step from the third on, and no step calls back into it.
+//! An ordinary request to Amazon (a valid token, a pooled connection) passes through these files, in this order and
+//! through none of them twice. [`inbound::proxy`] calls each step from the third on, and no step calls back into it.
+//! The test `floors` holds this list to files that exist, each named once, at most twenty without those of step 1.
 //!
 //! 1. Once per connection: `server/mod.rs` (`accept`), `server/registry.rs` (`register`, counts it against the limits),
-//!    `server/connection.rs` (`run`, `serve_http`: hyper reads each request through `server/io.rs`).
-//! 2. `server/head.rs` (`detach`), `app/mod.rs` (the closure `serve_proxy`, which takes the current services), then
-//!    `inbound/proxy/mod.rs`, the spine: `serve` always returns a response, and `forward` is the list of the steps
-//!    below.
-//! 3. `inbound/request_id.rs` (`of`), `inbound/proxy/request_telemetry.rs` (`begin`).
-//! 4. `inbound/admission/mod.rs` (`proxy`: peer, framing, method, `Host`), `inbound/destination.rs` (`Target::read`),
-//!    `inbound/endpoint.rs` (`Route::of`); `admission` then refuses browsers and checks the caller token. A path of
-//!    adsidecar's own goes to [`inbound::oauth`] instead.
-//! 5. `inbound/proxy/route.rs` (`select`: account, user, region), `domain/api_families.rs` (`family`),
-//!    `domain/policy.rs` (`check`).
+//!    `server/connection.rs` (`run`, `serve_http`: hyper reads each request), `server/io.rs` (the socket; `detach`
+//!    copies each request head out of hyper's buffer).
+//! 2. `app/mod.rs` (the closure `serve_proxy`, which takes the current services), `inbound/proxy/mod.rs`, the spine:
+//!    `serve` always returns a response, and `forward` is the list of the steps below.
+//! 3. `inbound/request_id.rs` (`of`), `inbound/proxy/request_telemetry.rs` (`begin`: a guard around all other steps;
+//!    its end records the metrics and the audit line), `telemetry/audit.rs` (only a check, unless `log.audit` is on).
+//! 4. `inbound/admission/mod.rs` (`proxy`: peer, framing, method, `Host`, browsers, caller token) and, between its
+//!    checks, `inbound/destination/mod.rs` (`Route::read`: is the request for Amazon or for [`inbound::oauth`]).
+//! 5. `inbound/route.rs` (`select`: account, user, region), `domain/api_families.rs` (`family`), `domain/policy.rs`
+//!    (`check`).
 //! 6. `upstream/request_body.rs` (`caller`: wraps the body, unread).
-//! 7. `auth/tokens/mod.rs` (`bearer`), `auth/tokens/user_state.rs` and `domain/grant/state.rs` (`valid_token`,
-//!    `expiring`): the current token, by one reading of `domain/clock.rs`. If it expires soon, a refresh comes first.
-//! 8. `upstream/mod.rs` (`checkout`), `upstream/protocol_choice.rs`, `upstream/pool.rs` (`connection`).
-//! 9. `domain/headers.rs` (`to_amazon`: strips hop-by-hop headers, attaches ours), `inbound/proxy/upstream_request.rs`
-//!    (`accepts_event_stream`).
-//! 10. `upstream/mod.rs` again (`send`, until the head of the response), `upstream/upstream_body.rs` (the rest
-//!     streams).
-//! 11. `auth/tokens/clock_skew.rs` (`observe_amazons_clock`, from the response's `Date`). Only after a 401 or 403:
-//!     `inbound/proxy/auth_rejection.rs` decides whether a new token can help.
-//! 12. `domain/headers.rs` again (`to_caller`), `request_telemetry.rs` again (`end`: the metrics and the
-//!     [audit line](telemetry::audit)), and `inbound/proxy/body.rs` streams the response's body to the caller.
+//! 7. `auth/tokens/mod.rs` (`bearer`), `domain/clock.rs` (`reading`), `auth/tokens/user_state.rs` (`held`),
+//!    `domain/grant/state.rs` (`valid_token`, `expiring`): the current token. One that expires soon is refreshed first.
+//! 8. `domain/headers.rs` (`to_amazon`: strips hop-by-hop headers, attaches ours).
+//! 9. `upstream/mod.rs` (`send`, until the head of the response), `upstream/pool.rs` (`connection`, and the choice of
+//!    the protocol), `upstream/upstream_body.rs` (the rest of the response, as a stream).
+//! 10. `inbound/proxy/response.rs` (`to_caller`: strips Amazon's hop-by-hop headers; `Body` streams the rest).
+//!
+//! Not in every request: the first after ten seconds compares clocks (`auth/tokens/clock_skew.rs`); after a 401 or 403
+//! `inbound/proxy/auth_rejection.rs` decides whether a new token can help; `inbound/proxy/retry.rs` decides whether a
+//! request is sent again; `inbound/proxy/error_mapping.rs` turns an error into a response.
 //!
 //! # Invariants
 //!

@@ -16,6 +16,21 @@ pub fn keyring(config: &Config) -> Result<Keyring, BuildError> {
     Ok(Keyring::new(&keys)?)
 }
 
+/// The ring that the configuration asks for, if it exists: no key is created.
+///
+/// # Errors
+/// [`BuildError`] if a key is unusable, or there is none.
+pub fn existing_keyring(config: &Config) -> Result<Keyring, BuildError> {
+    match &config.fernet_keys {
+        FernetKeys::Given(keys) => Ok(Keyring::new(keys)?),
+        FernetKeys::MakeBesideStore => {
+            let path = key_file(config);
+            let text = std::fs::read_to_string(&path).map_err(|source| BuildError::KeyFile { path, source })?;
+            Ok(Keyring::new(&[Secret::new(text.trim())])?)
+        }
+    }
+}
+
 /// Where the key of development lies: beside the store.
 pub fn key_file(config: &Config) -> PathBuf {
     let mut path = config.store.path.clone().into_os_string();

@@ -21,23 +21,25 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
+use crate::auth::accounts::Directory;
 use crate::auth::login::PendingLogins;
 use crate::auth::lwa::Lwa;
-use crate::auth::tokens::{Background, TokenManager};
+use crate::auth::tokens::{Background, Status, TokenManager};
 use crate::config::{Config, Sources};
 use crate::domain::account::UserId;
 use crate::domain::clock::Clock;
 use crate::domain::grant::State;
-use crate::inbound::admin::{Asked, Count, Reloader, Stage};
+use crate::inbound::admin::{self, Asked, Count, Reloader, Stage};
 use crate::inbound::problem::{Code, Problem};
 use crate::server::{CannedResponses, Limits, Listener, Peer, Phase};
 use crate::store::keyring::KeyError;
 use crate::store::{Opened, StoreError, TokenStore};
 use crate::telemetry::log::{Dropped, LogHandle};
 use crate::telemetry::metrics::Metrics;
-pub use keys::{key_file, keyring};
+pub use keys::{existing_keyring, key_file, keyring};
 use reload::{ControlLoop, RestartOnly, Watched};
 use rotation::Rotations;
+pub use services::local_authority;
 use services::{ProcessState, Services};
 
 /// Enough for the short requests of a kubelet, a scraper and an operator.
@@ -130,8 +132,10 @@ impl App {
         let [proxy, login, admin] = &listeners;
         let addresses = Addresses { proxy: proxy.addresses(), login: login.addresses(), admin: admin.addresses() };
         let (reloader, asked) = Reloader::new();
+        let directory = Directory::open(store.clone(), tokens.clone(), clock.clone()).await;
         let process = ProcessState {
             tokens,
+            directory,
             store: store.clone(),
             rotation: rotations.watch(),
             metrics,
@@ -164,6 +168,15 @@ impl App {
     /// A handle that asks the running process to reload its configuration.
     pub fn reloader(&self) -> Reloader {
         self.process.reloader.clone()
+    }
+
+    /// Completes once the listeners serve, with the status of every user; `None` if that never happens.
+    pub fn serving(&self) -> impl Future<Output = Option<Vec<Status>>> + Send + 'static {
+        let (mut stage, tokens) = (self.process.stage.subscribe(), self.process.tokens.clone());
+        async move {
+            stage.wait_for(|stage| *stage == Stage::Serving).await.ok()?;
+            Some(tokens.statuses())
+        }
     }
 
     /// The TCP addresses of the listeners.
@@ -205,6 +218,8 @@ impl App {
         let (pending_logins, clock) = (process.pending_logins.clone(), process.clock.clone());
         tasks.spawn(async move { pending_logins.keep(&clock).await });
         tasks.spawn(close_idle_connections(services.clone()));
+        let directory = process.directory.clone();
+        tasks.spawn(async move { directory.run().await });
 
         let (phase, admin_phase) = (watch::Sender::new(Phase::Open), watch::Sender::new(Phase::Open));
         let mut listeners = JoinSet::new();
@@ -348,7 +363,7 @@ async fn serve_login(services: Arc<Services>, request: Request<Incoming>, peer: 
     services.login.serve_callback(request, peer).await
 }
 
-async fn serve_admin(services: Arc<Services>, request: Request<Incoming>, peer: Peer) -> Response<Full<Bytes>> {
+async fn serve_admin(services: Arc<Services>, request: Request<Incoming>, peer: Peer) -> Response<admin::Body> {
     services.admin.serve(request, peer).await
 }
 

@@ -9,6 +9,7 @@ use tokio_util::sync::CancellationToken;
 use url::Url;
 
 use super::BuildError;
+use crate::auth::accounts::{Directory, Reach};
 use crate::auth::login::same_identity::Identity;
 use crate::auth::login::{Login, PendingLogins};
 use crate::auth::lwa::Lwa;
@@ -37,6 +38,7 @@ pub(super) struct Services {
 /// What a reload keeps.
 pub(super) struct ProcessState {
     pub(super) tokens: TokenManager,
+    pub(super) directory: Directory,
     pub(super) store: TokenStore,
     pub(super) rotation: watch::Receiver<Rotation>,
     pub(super) metrics: Arc<Metrics>,
@@ -63,6 +65,13 @@ impl Services {
         let upstream = Arc::new(Upstream::new(&config.upstream).map_err(|error| setting(&error))?);
         let client_id = HeaderValue::from_str(&config.proxy.client_id).map_err(|error| setting(&error))?;
         let ProcessState { tokens, metrics, request_ids, .. } = process;
+        process.directory.reconfigure(Reach {
+            upstream: upstream.clone(),
+            client_id: client_id.clone(),
+            home: config.proxy.region,
+            automatic: config.accounts_sync,
+            configured: config.proxy.accounts.clone(),
+        });
         let login = Login::new(
             config.login,
             lwa,
@@ -77,7 +86,7 @@ impl Services {
         // Amazon redirects browsers to the host of the redirect URI.
         let redirect_uri = config.lwa.redirect_uri.parse().ok();
         let login_admission = Admission::new(with_host_of(config.admission, redirect_uri.as_ref()));
-        let authority = process.proxy.map_or_else(|| "localhost:8001".to_owned(), authority);
+        let authority = process.proxy.map_or_else(|| "localhost:8001".to_owned(), local_authority);
         // A browser can begin a login only where its cookie belongs, and cannot send a caller token.
         let login_origin = login.loopback_origin().filter(|_| process.proxy.is_some());
         let login_origin = login_origin.filter(|_| !proxy_admission.needs_caller_token());
@@ -85,6 +94,7 @@ impl Services {
         let oauth = |admission: &Admission| OauthEndpoints {
             login: login.clone(),
             tokens: tokens.clone(),
+            directory: process.directory.clone(),
             admission: admission.clone(),
             metrics: metrics.clone(),
             region: config.proxy.region,
@@ -105,7 +115,7 @@ impl Services {
             request_ids: request_ids.clone(),
             clock: process.clock.clone(),
             public_url: config.admin.public_url,
-            login_base: login_origin.map(|origin| OauthEndpoints::login_base(&origin)),
+            login_base: login_origin.map(|origin| OauthEndpoints::login_base_at(&origin)),
             reloader: process.reloader.clone(),
             quit: process.quit.clone(),
         };
@@ -120,6 +130,7 @@ impl Services {
                 tokens.clone(),
                 upstream.clone(),
                 login_of_proxy,
+                process.directory.clone(),
                 metrics.clone(),
                 request_ids.clone(),
             )),
@@ -129,11 +140,12 @@ impl Services {
     }
 }
 
-/// The authority under which a browser on this machine reaches the proxy listener. On loopback it is `localhost`, not an
-/// address: that is the name in the redirect URI, and a login's cookie belongs to the name under which the login began.
-fn authority(proxy: SocketAddr) -> String {
-    let ip = proxy.ip();
-    if ip.is_loopback() || ip.is_unspecified() { format!("localhost:{}", proxy.port()) } else { proxy.to_string() }
+/// The authority under which a browser on this machine reaches the listener at `address`. On loopback it is `localhost`,
+/// not an address: that is the name in the redirect URI, and a login's cookie belongs to the name under which the login
+/// began.
+pub fn local_authority(address: SocketAddr) -> String {
+    let ip = address.ip();
+    if ip.is_loopback() || ip.is_unspecified() { format!("localhost:{}", address.port()) } else { address.to_string() }
 }
 
 /// `settings`, with the host of `url` allowed too.

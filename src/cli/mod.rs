@@ -1,10 +1,18 @@
 //! The commands: one file each, or two lines here.
 
+mod accounts;
 mod client;
+pub mod doctor;
+mod explain;
+mod first_words;
 mod health;
+mod help;
+mod login;
 mod key;
 mod process;
 mod serve;
+mod sidecar;
+mod status;
 mod store;
 mod users;
 
@@ -14,7 +22,7 @@ use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::{CommandFactory, Parser, Subcommand};
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
 pub use serve::asked_to_stop;
 
@@ -44,6 +52,23 @@ enum Command {
     Serve,
     /// Print the configuration without its secrets, or every problem in it
     Check,
+    /// Log a user in at Amazon, with a browser here or anywhere, and prove that it works
+    ///
+    /// Through the running sidecar if there is one, else into its store
+    Login(login::Login),
+    /// Show who is logged in, until when, and what needs a person
+    ///
+    /// Exits with 1 if something does
+    Status(status::Status),
+    /// Find out what is wrong, whose fault it is, and what fixes it
+    ///
+    /// Exits with 78 if it is the configuration, else with 1
+    Doctor(doctor::Doctor),
+    /// Show what would be sent to Amazon for a request, and why, without a call
+    Explain(explain::Explain),
+    /// List, show and look for the accounts that requests can select
+    #[command(subcommand)]
+    Accounts(accounts::Accounts),
     /// List, show, import, export and delete users
     #[command(subcommand)]
     Users(users::Users),
@@ -74,6 +99,16 @@ enum Command {
     },
 }
 
+/// How a command prints its result.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Output {
+    /// For people
+    #[default]
+    Text,
+    /// For programs
+    Json,
+}
+
 /// How a command ends (sysexits.h, where that has a number).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Exit {
@@ -99,7 +134,8 @@ pub struct Failed {
 /// Runs the command that `arguments` name. Says on standard error why it failed, if so.
 pub fn run(arguments: impl IntoIterator<Item = OsString>) -> Exit {
     process::harden();
-    match Arguments::try_parse_from(arguments) {
+    let parsed = command().try_get_matches_from(arguments).and_then(|matches| Arguments::from_arg_matches(&matches));
+    match parsed {
         Ok(arguments) => told(dispatch(arguments)),
         Err(error) => misused(&error),
     }
@@ -125,7 +161,7 @@ pub fn misused(error: &clap::Error) -> Exit {
 
 /// The commands with their arguments and help texts.
 pub fn command() -> clap::Command {
-    Arguments::command()
+    help::taught(Arguments::command())
 }
 
 fn dispatch(arguments: Arguments) -> Result<(), Failed> {
@@ -143,6 +179,11 @@ fn dispatch(arguments: Arguments) -> Result<(), Failed> {
             serve::run(config::load(&sources)?, sources)
         }
         Command::Check => print(load()?.redacted_toml()),
+        Command::Login(command) => login::run(command, load()?),
+        Command::Status(command) => status::run(&command, &load()?),
+        Command::Doctor(command) => doctor::run(&command, &sources(arguments.config, &arguments.set)?),
+        Command::Explain(command) => explain::run(command, &load()?),
+        Command::Accounts(command) => accounts::run(command, load()?),
         Command::Users(command) => users::run(command, load()?),
         Command::Key(command) => key::run(&command, load),
         Command::Store(command) => store::run(command, load()?),
@@ -152,7 +193,7 @@ fn dispatch(arguments: Arguments) -> Result<(), Failed> {
         Command::Completions { shell } => {
             // Not written to standard output directly, because clap panics where its reader has closed it.
             let mut script = Vec::new();
-            clap_complete::generate(shell, &mut Arguments::command(), "adsidecar", &mut script);
+            clap_complete::generate(shell, &mut command(), "adsidecar", &mut script);
             print(String::from_utf8_lossy(&script))
         }
     }
@@ -176,15 +217,38 @@ fn block_on<T>(future: impl Future<Output = T>) -> Result<T, Failed> {
 
 /// Writes the output of a command. A closed standard output is no error: its reader needs no more.
 pub fn print(text: impl AsRef<str>) -> Result<(), Failed> {
-    match std::io::stdout().write_all(text.as_ref().as_bytes()) {
+    print_bytes(text.as_ref().as_bytes())
+}
+
+fn print_bytes(bytes: &[u8]) -> Result<(), Failed> {
+    match std::io::stdout().write_all(bytes) {
         Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(Failed::because(error)),
         _ => Ok(()),
     }
 }
 
+/// Rows in aligned columns below a header.
+fn table<const N: usize>(head: [&str; N], rows: impl IntoIterator<Item = [String; N]>) -> String {
+    let rows: Vec<[String; N]> = std::iter::once(head.map(str::to_owned)).chain(rows).collect();
+    let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or_default();
+    let widths: [usize; N] = std::array::from_fn(width);
+    let mut text = String::new();
+    for row in &rows {
+        let cells = row.iter().zip(widths).map(|(cell, width)| format!("{cell:width$}")).collect::<Vec<_>>();
+        text += cells.join("  ").trim_end();
+        text.push('\n');
+    }
+    text
+}
+
 /// Says on standard error what was repaired.
 fn warn(message: impl Display) {
     let _ = writeln!(std::io::stderr(), "warning: {message}");
+}
+
+/// Says on standard error what to do next.
+fn hint(message: impl Display) {
+    let _ = writeln!(std::io::stderr(), "hint: {message}");
 }
 
 /// What is in `file`, or on standard input for `-` and for nothing.
@@ -206,6 +270,12 @@ impl Failed {
     /// Failed, exit code 1.
     pub fn because(message: impl Display) -> Self {
         Self { exit: Exit::Failed, message: message.to_string() }
+    }
+}
+
+impl Display for Failed {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.message)
     }
 }
 

@@ -6,6 +6,7 @@ use futures_util::FutureExt;
 use rustix::process::{WaitOptions, wait};
 use tokio::signal::unix::{SignalKind, signal};
 
+use super::first_words::FirstWords;
 use super::{Failed, process};
 use crate::app::App;
 use crate::config::{Config, Sources};
@@ -44,7 +45,16 @@ async fn serve(config: Config, sources: Sources, log: LogHandle) -> Result<(), F
     if std::process::id() == 1 {
         tokio::spawn(reap_children()?);
     }
+    let first_words = FirstWords::for_terminal(&config);
     let app = App::build(config, Clock::system(), Some(log)).await?.reloading(sources);
+    if let Some(words) = first_words {
+        let (serving, addresses) = (app.serving(), app.addresses().clone());
+        tokio::spawn(async move {
+            if let Some(users) = serving.await {
+                words.write(&addresses, &users);
+            }
+        });
+    }
     let reloader = app.reloader();
     tokio::spawn(async move {
         while hangup.recv().await.is_some() {

@@ -153,6 +153,15 @@ pub const KEYS: &[Key] = &[
         ..KEY
     },
     Key {
+        name: "amazon.profile_id",
+        kind: Text,
+        default: Described { text: "none", example: "1234567890" },
+        guide_name: Some("AMAZON_PROFILE_ID"),
+        help: "The profile of requests that select no account, in `amazon.region` and with the grant of user `default`: \
+                short for an account named `default` with this `profile_id`",
+        ..KEY
+    },
+    Key {
         name: "amazon.refresh_token",
         kind: Secret,
         default: Described { text: "none", example: "Atzr|…" },
@@ -336,6 +345,14 @@ pub const KEYS: &[Key] = &[
         default: Described { text: "none", example: "https://ads.internal/" },
         help: "The external URL of the status page, if a reverse proxy stands in front of the admin listener. Its \
                 host is accepted in `Host`, and links are built from it. The page then requires the caller token",
+        ..KEY
+    },
+    Key {
+        name: "accounts.sync",
+        kind: Word(&["daily", "off"]),
+        default: Value("daily"),
+        help: "`daily`: Amazon is asked which accounts a grant reaches after each login and once a day, so that callers \
+                can select them by their slugs. `off`: only on request (`adsidecar accounts sync`)",
         ..KEY
     },
     Key {
@@ -548,7 +565,7 @@ pub const KEYS: &[Key] = &[
     Key {
         name: "log.format",
         kind: Word(&["text", "json"]),
-        default: Described { text: "`json`, in development `text`", example: "json" },
+        default: Described { text: "`json`; in development, and on a terminal, `text`", example: "json" },
         help: "The format of the log on standard error. A reload does not change it",
         ..KEY
     },

@@ -12,6 +12,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use crate::auth::accounts::Automatic;
 use crate::auth::{login, lwa, tokens};
 use crate::domain::secret::Secret;
 use crate::inbound::{admin, admission, proxy};
@@ -59,6 +60,8 @@ pub struct Config {
     pub admin: admin::Settings,
     /// For the spine, with the accounts.
     pub proxy: proxy::Settings,
+    /// `accounts.sync`.
+    pub accounts_sync: Automatic,
     /// The checks before a request is served.
     pub admission: admission::Settings,
     /// For logins.

@@ -13,8 +13,9 @@ use super::print::quoted;
 use super::reader::{Reader, no_word};
 use super::sources::{Merged, WHOLE_FILE};
 use super::{Config, Environment, FernetKeys, Shutdown};
+use crate::auth::accounts::Automatic;
 use crate::auth::{login, lwa, tokens};
-use crate::domain::account::{AmazonHost, Region};
+use crate::domain::account::{Account, AmazonHost, Context, Ids, Region, UserId};
 use crate::domain::credential::Credential;
 use crate::domain::grant::{RefreshPolicy, RefreshToken};
 use crate::domain::policy::{self, Allow, Mode, Rules};
@@ -63,6 +64,10 @@ pub(super) fn resolve(merged: &Merged, problems: Vec<ConfigError>) -> Result<Con
         admin_listen_default,
         admin: admin::Settings { public_url: read.parsed("admin.public_url", checks::web_url) },
         proxy,
+        accounts_sync: match read.word("accounts.sync") {
+            Some("off") => Automatic::Off,
+            _ => Automatic::Daily,
+        },
         admission,
         login,
         lwa,
@@ -139,7 +144,7 @@ fn proxy(read: &mut Reader<'_>, lwa: &lwa::Settings) -> proxy::Settings {
     proxy::Settings {
         client_id: lwa.client_id.clone(),
         region: lwa.region,
-        accounts: accounts(read),
+        accounts: all_accounts(read),
         selection: match read.word("proxy.selection") {
             Some("fixed") => proxy::Selection::Fixed,
             _ => proxy::Selection::Header,
@@ -151,6 +156,37 @@ fn proxy(read: &mut Reader<'_>, lwa: &lwa::Settings) -> proxy::Settings {
         token_shim: read.flag("proxy.token_shim").unwrap_or_default(),
         policy: policy(read),
     }
+}
+
+/// The accounts, with one named `default` that has `amazon.profile_id`, if that is given.
+fn all_accounts(read: &mut Reader<'_>) -> Vec<Account> {
+    let mut accounts = accounts(read);
+    let profile = read.parsed("amazon.profile_id", |text| {
+        let digits = (1..=20).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_digit());
+        let profile = digits.then(|| text.to_owned());
+        profile.ok_or("is no profile id: write the number profileId of an entry of GET /v2/profiles")
+    });
+    let Some(profile) = profile else { return accounts };
+    let mut ids = Ids::default();
+    if ids.set(Context::Scope, &profile).is_err() {
+        return accounts;
+    }
+    if accounts.iter().any(|account| &*account.name == UserId::DEFAULT) {
+        read.wrong(
+            "amazon.profile_id",
+            "is the profile of requests that select no account, and so is the [[account]] named default: keep one of \
+             the two",
+        );
+    }
+    accounts.push(Account {
+        name: UserId::DEFAULT.into(),
+        user: UserId::default(),
+        region: None,
+        ids,
+        headers: Vec::new(),
+        rules: Rules::default(),
+    });
+    accounts
 }
 
 fn socket_mode(read: &mut Reader<'_>) -> u32 {
@@ -298,6 +334,7 @@ fn log(read: &mut Reader<'_>, environment: Environment) -> log::Settings {
     let level = read.word("log.level");
     log::Settings {
         format,
+        format_given: read.is_given("log.format"),
         level: log::Level::ALL.into_iter().find(|each| level == Some(each.as_str())).unwrap_or(log::Level::Info),
         audit: read.flag("log.audit").unwrap_or_default(),
     }

@@ -88,7 +88,7 @@ impl<'de> Deserialize<'de> for UserId {
 }
 
 /// One of the three regions of the Amazon Ads API. Tokens are global, data is regional.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Region {
     /// North America: US, CA, MX, BR.
@@ -270,6 +270,20 @@ impl Context {
         Self::AmcInstance,
         Self::Manager,
     ];
+
+    /// The configuration key of the id in `[[account]]`.
+    pub const fn key(self) -> &'static str {
+        match self {
+            Self::Scope => "profile_id",
+            Self::Marketplace => "marketplace_id",
+            Self::Advertiser => "advertiser_id",
+            Self::Entity => "entity_id",
+            Self::Account => "account_id",
+            Self::DspAdvertiser => "dsp_advertiser_id",
+            Self::AmcInstance => "amc_instance_id",
+            Self::Manager => "manager_account_id",
+        }
+    }
 }
 
 /// A configured account: a name for one combination of user, region and ids.

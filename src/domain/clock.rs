@@ -167,6 +167,27 @@ fn add(moved: &AtomicI64, by: SignedDuration) {
     let _ = moved.fetch_update(Relaxed, Relaxed, |moved| Some(moved.saturating_add(nanos)));
 }
 
+/// A time as people and programs read it: RFC 3339 in UTC, to the second.
+pub fn to_the_second(at: Timestamp) -> String {
+    at.strftime("%Y-%m-%dT%H:%M:%SZ").to_string()
+}
+
+/// `at` without what is below its milliseconds, for JSON.
+pub fn to_the_millisecond(at: Timestamp) -> Timestamp {
+    Timestamp::from_millisecond(at.as_millisecond()).unwrap_or(at)
+}
+
+/// Serializes a time [to the millisecond](to_the_millisecond).
+///
+/// # Errors
+/// Those of `serializer`.
+pub fn serialize_to_the_millisecond<S: serde::Serializer>(
+    at: &Option<Timestamp>,
+    serializer: S,
+) -> Result<S::Ok, S::Error> {
+    serde::Serialize::serialize(&at.map(to_the_millisecond), serializer)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

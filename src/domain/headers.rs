@@ -1,11 +1,12 @@
-//! Header rules for both directions: which headers are dropped, which are forwarded, and which are attached.
+//! The headers of a request to Amazon: which are dropped, which are forwarded, and which are attached. (Those of its
+//! response: `inbound/proxy/response.rs`.)
 //!
 //! The upstream request's header map starts empty. Permitted caller headers are copied into it first, and the headers
 //! that adsidecar manages are attached last. A caller therefore cannot strip a credential by naming it in `Connection`
 //! (RFC 9110, section 7.6.1), and no duplicate of a managed header survives beside ours.
 
 use http::header::{
-    AUTHORIZATION, CONNECTION, CONTENT_LENGTH, HOST, HeaderMap, HeaderName, HeaderValue, PROXY_AUTHORIZATION,
+    AUTHORIZATION, CONNECTION, CONTENT_LENGTH, HeaderMap, HeaderName, HeaderValue, PROXY_AUTHORIZATION,
     TRANSFER_ENCODING,
 };
 
@@ -17,8 +18,6 @@ use crate::domain::api_families::{ClientId, Family, context_of};
 pub struct UpstreamHeaders<'a> {
     /// The API family of the request path.
     pub family: &'static Family,
-    /// The value of `Host`; `None` where the protocol carries the host elsewhere (HTTP/2's `:authority`).
-    pub host: Option<&'a HeaderValue>,
     /// `Bearer <access token>`.
     pub bearer: &'a HeaderValue,
     /// The LWA client id.
@@ -31,7 +30,8 @@ pub struct UpstreamHeaders<'a> {
 
 /// Builds the headers of the upstream request from the headers that the caller sent and those in `attach`.
 ///
-/// Ids and fixed headers come first, credentials and `Host` last, so that a managed header has exactly one value.
+/// Ids and fixed headers come first, credentials last, so that a managed header has exactly one value. `Host` is absent:
+/// [`upstream`](crate::upstream) sets it, or HTTP/2's `:authority`.
 pub fn to_amazon(caller: &HeaderMap, attach: UpstreamHeaders<'_>) -> HeaderMap {
     let mut out = HeaderMap::with_capacity(caller.len() + 8);
     // 1. Copy what the caller may send, and note which contexts and which spelling of the client id it used.
@@ -68,35 +68,14 @@ pub fn to_amazon(caller: &HeaderMap, attach: UpstreamHeaders<'_>) -> HeaderMap {
     if let Some(ids) = attach.ids {
         attach_ids(&mut out, attach.family, ids, present);
     }
-    // 4. Attach the client id, the access token and the host.
+    // 4. Attach the client id and the access token.
     let spelling = match caller_spelling {
         Some(used) if attach.family.is_unknown() => used,
         _ => attach.family.client_id,
     };
     out.insert(spelling.name(), attach.client_id.clone());
     out.insert(AUTHORIZATION, attach.bearer.clone());
-    if let Some(host) = attach.host {
-        out.insert(HOST, host.clone());
-    }
     out
-}
-
-/// Removes from Amazon's response headers those that apply only to the connection between adsidecar and Amazon, and
-/// those that only adsidecar may set ([`ERROR`], [`HINT`]).
-pub fn to_caller(headers: &mut HeaderMap) {
-    let options = ConnectionOptions::of(headers);
-    for name in options.0 {
-        headers.remove(name);
-    }
-    if headers.contains_key(TRANSFER_ENCODING) {
-        // The body is chunked, so `Content-Length` does not describe it (RFC 9112, section 6.3).
-        headers.remove(CONTENT_LENGTH);
-    }
-    // One pass over the names present: most responses carry none of these headers.
-    let dropped: Vec<_> = headers.keys().filter(|name| is_dropped_from_response(name.as_str())).cloned().collect();
-    for name in dropped {
-        headers.remove(name);
-    }
 }
 
 /// Marks a response that adsidecar itself generated. The value is the error code.
@@ -104,30 +83,12 @@ pub const ERROR: HeaderName = HeaderName::from_static("x-adsidecar-error");
 /// Explains a response that came from Amazon. The value is a hint code.
 pub const HINT: HeaderName = HeaderName::from_static("x-adsidecar-hint");
 
-/// Whether a response header is withheld from the caller: hop-by-hop headers (RFC 9110, section 7.6.1, and older names
-/// that proxies commonly treat the same way) and the headers that only adsidecar sets.
-fn is_dropped_from_response(name: &str) -> bool {
-    matches!(
-        name,
-        "connection"
-            | "keep-alive"
-            | "proxy-connection"
-            | "proxy-authenticate"
-            | "proxy-authorization"
-            | "te"
-            | "trailer"
-            | "transfer-encoding"
-            | "upgrade"
-            | "http2-settings"
-    ) || name == ERROR.as_str()
-        || name == HINT.as_str()
-}
-
-/// Whether a header is meant for adsidecar itself and never leaves it: an `X-Ads-*` header, also spelled with `_`, or the
+/// Whether a header is or may be meant for adsidecar itself: an `X-Ads-*` header, whatever separates its words, or the
 /// credentials for the proxy.
 pub fn is_for_sidecar(name: &str) -> bool {
-    let name = name.replace('_', "-");
-    name.starts_with("x-ads-") || name == PROXY_AUTHORIZATION.as_str()
+    let letters = || name.bytes().filter(u8::is_ascii_alphanumeric);
+    let begins = |start: &[u8]| letters().take(start.len()).eq(start.iter().copied());
+    begins(b"xads") || begins(b"ads") || name == PROXY_AUTHORIZATION.as_str()
 }
 
 /// What [`to_amazon`] does with one header of the caller.
@@ -184,10 +145,12 @@ fn attach_ids(out: &mut HeaderMap, family: &Family, ids: &Ids, mut present: Cont
 }
 
 /// The header names that any `Connection` line lists (connection options, RFC 9110, section 7.6.1).
-struct ConnectionOptions(Vec<HeaderName>);
+#[derive(Debug)]
+pub struct ConnectionOptions(Vec<HeaderName>);
 
 impl ConnectionOptions {
-    fn of(headers: &HeaderMap) -> Self {
+    /// Reads every `Connection` line of `headers`.
+    pub fn of(headers: &HeaderMap) -> Self {
         let lines = headers.get_all(CONNECTION).iter();
         let tokens = lines.filter_map(|line| line.to_str().ok()).flat_map(|line| line.split(','));
         let named = tokens
@@ -198,6 +161,15 @@ impl ConnectionOptions {
 
     fn contains(&self, name: &HeaderName) -> bool {
         self.0.contains(name)
+    }
+}
+
+impl IntoIterator for ConnectionOptions {
+    type Item = HeaderName;
+    type IntoIter = std::vec::IntoIter<HeaderName>;
+
+    fn into_iter(self) -> Self::IntoIter {
+        self.0.into_iter()
     }
 }
 
@@ -248,7 +220,7 @@ mod tests {
         ids
     }
 
-    /// The upstream headers as sorted `name: value` lines, without the credentials and `Host`.
+    /// The upstream headers as sorted `name: value` lines, without the credentials.
     fn seen(path: &str, caller: &[(&str, &str)], account: &[(Context, &str)]) -> Vec<String> {
         let out = full(path, caller, account);
         let ours = ["authorization", "host"];
@@ -267,7 +239,6 @@ mod tests {
             &map(caller),
             UpstreamHeaders {
                 family: family(path),
-                host: Some(&HeaderValue::from_static("advertising-api.amazon.com")),
                 bearer: &HeaderValue::from_static("Bearer Atza|ours"),
                 client_id: &HeaderValue::from_static("ours"),
                 ids: Some(&ids),
@@ -387,7 +358,7 @@ mod tests {
         assert_eq!(all("amazon-advertising-api-clientid"), ["ours"]);
         assert_eq!(all("amazon-ads-clientid"), Vec::<&str>::new());
         assert_eq!(all("amazon-advertising-api-scope"), ["1"]);
-        assert_eq!(all("host"), ["advertising-api.amazon.com"]);
+        assert_eq!(all("host"), Vec::<&str>::new());
     }
 
     #[test]
@@ -533,7 +504,6 @@ mod tests {
             &HeaderMap::new(),
             UpstreamHeaders {
                 family: family("/sp/x"),
-                host: None,
                 bearer: &HeaderValue::from_static("Bearer x"),
                 client_id: &HeaderValue::from_static("c"),
                 ids: None,
@@ -551,31 +521,8 @@ mod tests {
         assert_eq!(full("/x", &[("content-length", "3")], &[])[CONTENT_LENGTH], "3");
     }
 
-    #[test]
-    fn a_response_loses_hop_by_hop_headers_and_forged_adsidecar_headers() {
-        let mut headers = map(&[
-            ("connection", "x-private, close"),
-            ("x-private", "1"),
-            ("transfer-encoding", "chunked"),
-            ("keep-alive", "timeout=5"),
-            ("x-adsidecar-error", "forged"),
-            ("set-cookie", "a=1"),
-            ("set-cookie", "b=2"),
-            ("x-amzn-requestid", "r"),
-        ]);
-        to_caller(&mut headers);
-        assert_eq!(headers, map(&[("set-cookie", "a=1"), ("set-cookie", "b=2"), ("x-amzn-requestid", "r")]));
-    }
-
-    #[test]
-    fn content_length_beside_chunked_is_not_returned() {
-        let mut headers = map(&[("content-length", "2"), ("transfer-encoding", "chunked")]);
-        to_caller(&mut headers);
-        assert_eq!(headers, map(&[]));
-    }
-
     proptest! {
-        /// Whatever the caller sends, the upstream request has one `Authorization`, one client id and one `Host`: ours.
+        /// Whatever the caller sends, the upstream request has one `Authorization` and one client id: ours.
         #[test]
         fn each_managed_header_has_exactly_one_value(
             spelled in proptest::collection::vec((0usize..6, any::<u32>(), any::<bool>()), 0..12)
@@ -593,13 +540,12 @@ mod tests {
             }
             let out = to_amazon(&caller, UpstreamHeaders {
                 family: family("/v2/profiles"),
-                host: Some(&HeaderValue::from_static("ours")),
                 bearer: &HeaderValue::from_static("ours"),
                 client_id: &HeaderValue::from_static("ours"),
                 ids: None,
                 fixed: &[],
             });
-            prop_assert_eq!(out.len(), 3);
+            prop_assert_eq!(out.len(), 2);
             prop_assert!(out.values().all(|value| value == "ours"));
         }
     }

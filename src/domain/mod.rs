@@ -5,6 +5,7 @@ pub mod api_families;
 pub mod grant;
 pub mod clock;
 pub mod clock_reading;
+pub mod found_account;
 pub mod account;
 pub mod policy;
 #[cfg(test)]

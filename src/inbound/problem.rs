@@ -303,6 +303,11 @@ impl Problem {
         self.code
     }
 
+    /// What the caller can do about it.
+    pub fn next_step(&self) -> &str {
+        &self.next_step
+    }
+
     /// The HTTP response.
     pub fn respond(self, request_id: &str) -> Response<Full<Bytes>> {
         let mut response = Response::new(Full::new(self.document(request_id)));

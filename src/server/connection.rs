@@ -23,10 +23,10 @@ use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpStream, UnixStream};
 
-use super::io::{BusyBody, MonitoredSocket};
+use super::Peer;
+use super::io::{BusyBody, MonitoredSocket, detach};
 use super::registry::{Command, Slot};
 use super::tunnel::{Tunnel, TunnelState};
-use super::{Peer, head};
 
 /// Largest request head, in bytes. The limit is exact; the size of the read buffer alone would be approximate.
 const MAX_HEAD: usize = 32 << 10;
@@ -91,7 +91,7 @@ where
     let mut service = service_fn(|request: Request<Incoming>| {
         let busy = slot.begin_request();
         state.uploads.store(!request.is_end_stream(), Relaxed);
-        let request = state.tunnel.unwrap(head::detach(request));
+        let request = state.tunnel.unwrap(detach(request));
         let wanted = Tunnel::wanted(&request);
         let (handler, slot, tunnel) = (&handler, &slot, &state.tunnel);
         // Boxed, so that an idle connection does not take the memory of a busy one. The handler is called inside the

@@ -12,7 +12,6 @@
 
 mod registry;
 mod connection;
-mod head;
 mod io;
 mod tunnel;
 

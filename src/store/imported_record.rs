@@ -8,7 +8,8 @@ use zeroize::Zeroizing;
 
 use crate::domain::account::UserId;
 use crate::domain::credential::{self, Credential};
-use crate::domain::grant::{AccessToken, Grant};
+use crate::domain::grant::{AccessToken, Grant, RefreshToken};
+use crate::domain::secret::Secret;
 use crate::store::keyring::Keyring;
 use crate::store::stored_grant::{StoredGrant, StoredGrantError, parse_time};
 
@@ -81,6 +82,28 @@ pub fn read(record: Value, user: &UserId, keyring: &Keyring) -> Result<Imported,
     whole.then_some(()).ok_or_else(|| at("generation")("is not a whole number"))?;
     let Imported { grant, .. } = opened(record.into(), user, keyring)?;
     Ok(Imported { grant, repairs })
+}
+
+/// Reads a refresh token in clear text, and how it was repaired.
+///
+/// # Errors
+///
+/// What the text looks like and what to do, as the end of a sentence about the text. No part of it is quoted.
+pub fn read_token(text: &str, now: Timestamp) -> Result<(Grant, Vec<&'static str>), String> {
+    // A file, and standard input, end with a line end, which is no mistake.
+    let checked = credential::read(Credential::RefreshToken, text.trim())?;
+    let token = RefreshToken::new(Secret::new(checked.text.as_str()));
+    let grant = Grant {
+        refresh_token: token.map_err(|error| format!("is no refresh token: {error}"))?,
+        previous: None,
+        access: None,
+        updated_at: now,
+        consented_at: None,
+        used_at: None,
+        scope: None,
+        generation: 0,
+    };
+    Ok((grant, checked.repairs))
 }
 
 fn opened(record: Value, user: &UserId, keyring: &Keyring) -> Result<Imported, StoredGrantError> {

@@ -18,6 +18,7 @@ use crate::domain::secret::Secret;
 use crate::store::keyring::{Fingerprint, Keyring};
 use crate::store::stored_grant::StoredGrantError;
 
+mod backup;
 mod files;
 pub mod imported_record;
 pub mod keyring;
@@ -238,7 +239,7 @@ impl TokenStore {
         }
     }
 
-    /// Deletes the grant of `user` together with its pending grants, and returns once that is durable. Returns `false`
+    /// Deletes the grant of `user` together with its pending grants and found accounts, and returns once that is durable. Returns `false`
     /// if there was no grant.
     ///
     /// Old ciphertext remains in sled's log until it is overwritten, in databases that were moved aside, and in
@@ -251,9 +252,17 @@ impl TokenStore {
         match self {
             Self::Sled(worker) => {
                 let user = user.clone();
-                worker.call(move |engine| engine.erase(&user)).await
+                worker
+                    .call(move |engine| {
+                        let erased = engine.erase(&user)?;
+                        engine.erase_accounts(&user).map(|()| erased)
+                    })
+                    .await
             }
-            Self::Postgres(store) => store.erase(user).await,
+            Self::Postgres(store) => {
+                let erased = store.erase(user).await?;
+                store.erase_accounts(user).await.map(|()| erased)
+            }
         }
     }
 
@@ -294,6 +303,61 @@ impl TokenStore {
         match self {
             Self::Sled(worker) => worker.call(|engine| engine.dump()).await,
             Self::Postgres(store) => store.dump().await,
+        }
+    }
+
+    /// Stores the accounts that were found for `user`, sealed; `plain` replaces what was stored for that user.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError`] if the store cannot be written.
+    pub async fn save_accounts(&self, user: &UserId, plain: String) -> Result<(), StoreError> {
+        match self {
+            Self::Sled(worker) => {
+                let user = user.clone();
+                worker.call(move |engine| engine.save_accounts(&user, &plain)).await
+            }
+            Self::Postgres(store) => store.save_accounts(user, &plain).await,
+        }
+    }
+
+    /// Returns every text that [`save_accounts`](Self::save_accounts) stored last. One that no key opens is logged and
+    /// left out: accounts can be found again.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError`] if the store cannot be read.
+    pub async fn accounts(&self) -> Result<Vec<String>, StoreError> {
+        match self {
+            Self::Sled(worker) => worker.call(|engine| engine.accounts()).await,
+            Self::Postgres(store) => store.accounts().await,
+        }
+    }
+
+    /// Deletes the accounts that were found for `user`.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError`] if the store cannot be written.
+    pub async fn erase_accounts(&self, user: &UserId) -> Result<(), StoreError> {
+        match self {
+            Self::Sled(worker) => {
+                let user = user.clone();
+                worker.call(move |engine| engine.erase_accounts(&user)).await
+            }
+            Self::Postgres(store) => store.erase_accounts(user).await,
+        }
+    }
+
+    /// A text that differs after each change of the accounts by any process; `None` if no other process uses the store.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError`] if the store cannot be read.
+    pub async fn accounts_version(&self) -> Result<Option<String>, StoreError> {
+        match self {
+            Self::Sled(_) => Ok(None),
+            Self::Postgres(store) => store.accounts_version().await.map(Some),
         }
     }
 

@@ -89,7 +89,6 @@ impl AuditEvent {
 
     /// Writes the audit line.
     pub fn write(&self, outcome: &AuditOutcome<'_>) {
-        let milliseconds = |time: Duration| time.as_micros() as f64 / 1000.0;
         tracing::info!(
             target: AUDIT_TARGET,
             request_id = outcome.request_id,
@@ -109,6 +108,11 @@ impl AuditEvent {
             "call"
         );
     }
+}
+
+/// A duration as the fields of the log hold it: in milliseconds, with a resolution of one microsecond.
+pub fn milliseconds(time: Duration) -> f64 {
+    time.as_micros() as f64 / 1000.0
 }
 
 #[cfg(test)]

@@ -2,7 +2,7 @@
 //!
 //! Each host has a stack of idle HTTP/1.1 connections, most recently used on top. If the server offers HTTP/2, the
 //! host also has one HTTP/2 connection that all requests share. HTTP/2 is cheaper at high concurrency; at low
-//! concurrency, steady traffic moves to HTTP/1.1 connections that are opened beside the shared one (`protocol_choice`).
+//! concurrency, steady traffic moves to HTTP/1.1 connections that are opened beside the shared one (`pool`).
 //!
 //! An HTTP/1.1 connection returns to the pool only after both its request and its response have been transferred
 //! completely. In every other case it is closed.
@@ -16,15 +16,14 @@ mod connect;
 mod connection;
 mod request_body;
 mod pool;
-mod protocol_choice;
 mod send_error;
 
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use http::header::{CONTENT_LENGTH, TRANSFER_ENCODING};
-use http::{HeaderValue, Request, Response, StatusCode};
+use http::header::{ACCEPT, CONTENT_LENGTH, HOST, TRANSFER_ENCODING};
+use http::{HeaderMap, HeaderValue, Request, Response, StatusCode};
 use http_body::Body as _;
 use hyper::body::Incoming;
 use hyper::client::conn::{TrySendError, http1, http2};
@@ -38,8 +37,7 @@ pub use upstream_body::{ResponseAborted, UpstreamBody};
 use crate::domain::account::AmazonHost;
 use crate::domain::tls;
 use connection::{Connection, H2Connection};
-use pool::OriginPool;
-use protocol_choice::CountGuard;
+use pool::{CountGuard, OriginPool};
 
 /// The addresses of Amazon's hosts, and the timeouts for requests to them.
 #[derive(Clone, Debug)]
@@ -108,19 +106,57 @@ impl Upstream {
         })
     }
 
-    /// Returns the `Host` value for requests to `host`.
-    pub fn authority(&self, host: AmazonHost) -> &HeaderValue {
-        &self.pools[host.index()].authority
-    }
-
-    /// Checks out a connection for one request to `host`: from the pool, or a new one.
+    /// Sends `request`, which has an origin-form target and our headers without `Host`, to `host`: on a
+    /// pooled connection if `reuse` allows it and one is available, else on a new one. Returns the response once its
+    /// head has arrived.
+    ///
+    /// The response timeout does not apply to a request that accepts an event stream, which may stay silent for a long
+    /// time.
     ///
     /// # Errors
-    /// Fails if a new connection is needed and cannot be opened within `connect_timeout`.
-    pub async fn checkout(&self, host: AmazonHost, reuse: Reuse) -> Result<Checkout, ErrorKind> {
+    /// [`SendError`] if no connection can be opened within `connect_timeout`, or no response head arrives.
+    // hyper's future is boxed: otherwise every waiting request would hold the request several times.
+    pub async fn send(
+        &self,
+        host: AmazonHost,
+        reuse: Reuse,
+        mut request: Request<RequestBody>,
+    ) -> Result<Response<UpstreamBody>, SendError> {
         let pool = &self.pools[host.index()];
         let (in_flight, low_concurrency) = pool.protocol_choice.enter();
-        let transport = match pool.connection(reuse, low_concurrency, self.idle_timeout).await? {
+        let mut transport = match pool.connection(reuse, low_concurrency, self.idle_timeout).await {
+            Ok(connection) => self.transport(pool, connection, low_concurrency),
+            Err(kind) => return Err(kind.unsent(request.into_body())),
+        };
+        let progress = request.body().progress();
+        let wait = (!accepts_event_stream(request.headers())).then_some(self.response_timeout);
+        let sent: Pin<Box<dyn Future<Output = Sent> + Send>> = match &mut transport {
+            Transport::Http1 { sender, .. } => {
+                frame(&mut request);
+                request.headers_mut().insert(HOST, pool.authority.clone());
+                Box::pin(sender.try_send_request(request))
+            }
+            Transport::Http2 { sender, .. } => Box::pin(sender.try_send_request(pool.with_authority(request))),
+        };
+        let response = response_head(sent, &progress, wait).await;
+        let response = response.map_err(|error| error.into_send_error(transport.reused()))?;
+        match transport {
+            Transport::Http1 { .. } if response.status() == StatusCode::SWITCHING_PROTOCOLS => {
+                Err(SendError { kind: ErrorKind::Switched, processed: Processed::Unknown })
+            }
+            Transport::Http1 { sender, .. } => {
+                Ok(response.map(|incoming| UpstreamBody::http1(incoming, in_flight, pool.clone(), sender, progress)))
+            }
+            Transport::Http2 { share, .. } => {
+                Ok(response.map(|incoming| UpstreamBody::http2(incoming, in_flight, share)))
+            }
+        }
+    }
+
+    /// Counts the request on a shared connection, and opens HTTP/1.1 connections beside it for steady traffic at low
+    /// concurrency.
+    fn transport(&self, pool: &Arc<OriginPool>, connection: Connection, low_concurrency: bool) -> Transport {
+        match connection {
             Connection::Http1 { sender, reused } => Transport::Http1 { sender, reused },
             Connection::Http2(H2Connection { sender, streams, activity, .. }) => {
                 let (share, others) = CountGuard::increment(&streams);
@@ -128,14 +164,13 @@ impl Upstream {
                     // Silence counts from the first request that waits.
                     activity.touch();
                 }
-                // Steady traffic at low concurrency: one HTTP/1.1 connection for each request now in flight.
+                // One connection for each request now in flight.
                 if pool.protocol_choice.should_add_http1(low_concurrency, self.idle_timeout) {
                     pool.add_http1(others + 1);
                 }
                 Transport::Http2 { sender, share }
             }
-        };
-        Ok(Checkout { pool: pool.clone(), in_flight, transport, response_timeout: self.response_timeout })
+        }
     }
 
     /// Closes connections that have been idle for too long. Returns the time until the next call should be made.
@@ -147,60 +182,11 @@ impl Upstream {
     }
 }
 
-/// A connection that was checked out for one request.
-#[derive(Debug)]
-pub struct Checkout {
-    pool: Arc<OriginPool>,
-    in_flight: CountGuard,
-    transport: Transport,
-    response_timeout: Duration,
-}
-
+/// A connection that carries one request.
 #[derive(Debug)]
 enum Transport {
     Http1 { sender: http1::SendRequest<RequestBody>, reused: bool },
     Http2 { sender: http2::SendRequest<RequestBody>, share: CountGuard },
-}
-
-impl Checkout {
-    /// Sends `request`, which has an origin-form target and our headers. Returns the response once its head has
-    /// arrived. With `unlimited_wait` the response timeout does not apply, because an event stream may stay silent for
-    /// a long time.
-    ///
-    /// # Errors
-    /// The future resolves to a [`SendError`] if no response head arrives.
-    // Not an `async fn`, and hyper's future is boxed: otherwise every waiting request would hold the request four
-    // times.
-    pub fn send(
-        self,
-        mut request: Request<RequestBody>,
-        unlimited_wait: bool,
-    ) -> impl Future<Output = Result<Response<UpstreamBody>, SendError>> + Send {
-        let Self { pool, in_flight, mut transport, response_timeout } = self;
-        let progress = request.body().progress();
-        let sent: Pin<Box<dyn Future<Output = Sent> + Send>> = match &mut transport {
-            Transport::Http1 { sender, .. } => {
-                frame(&mut request);
-                Box::pin(sender.try_send_request(request))
-            }
-            Transport::Http2 { sender, .. } => Box::pin(sender.try_send_request(pool.with_authority(request))),
-        };
-        async move {
-            let response = response_head(sent, &progress, (!unlimited_wait).then_some(response_timeout)).await;
-            let response = response.map_err(|error| error.into_send_error(transport.reused()))?;
-            match transport {
-                Transport::Http1 { .. } if response.status() == StatusCode::SWITCHING_PROTOCOLS => {
-                    Err(SendError { kind: ErrorKind::Switched, processed: Processed::Unknown })
-                }
-                Transport::Http1 { sender, .. } => {
-                    Ok(response.map(|incoming| UpstreamBody::http1(incoming, in_flight, pool, sender, progress)))
-                }
-                Transport::Http2 { share, .. } => {
-                    Ok(response.map(|incoming| UpstreamBody::http2(incoming, in_flight, share)))
-                }
-            }
-        }
-    }
 }
 
 impl Transport {
@@ -215,6 +201,13 @@ impl Transport {
 
 /// hyper's result for one request.
 type Sent = Result<Response<Incoming>, TrySendError<Request<RequestBody>>>;
+
+/// Whether the caller accepts an event stream, possibly beside other types: MCP clients list `application/json` first.
+pub fn accepts_event_stream(headers: &HeaderMap) -> bool {
+    let lines = headers.get_all(ACCEPT).iter().filter_map(|line| line.to_str().ok());
+    let mut kinds = lines.flat_map(|line| line.split(',')).map(|kind| kind.split(';').next().unwrap_or_default());
+    kinds.any(|kind| kind.trim().eq_ignore_ascii_case("text/event-stream"))
+}
 
 /// Sets `Transfer-Encoding: chunked` for a body without a length. Without a framing header hyper drops the body of a
 /// GET or HEAD.

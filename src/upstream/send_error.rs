@@ -61,7 +61,7 @@ pub enum ErrorKind {
 
 impl ErrorKind {
     /// Turns a failure that occurred before the request was sent into a [`SendError`] that returns its body.
-    pub fn unsent(self, body: RequestBody) -> SendError {
+    pub(super) fn unsent(self, body: RequestBody) -> SendError {
         SendError { kind: self, processed: Processed::Unsent(body) }
     }
 }

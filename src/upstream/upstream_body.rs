@@ -9,7 +9,7 @@ use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 use hyper::client::conn::http1;
 
-use super::protocol_choice::CountGuard;
+use super::pool::CountGuard;
 use super::{OriginPool, ReplayBuffer, RequestBody};
 
 /// A response body ended before its last byte.

@@ -1,7 +1,7 @@
 //! The commands, run from the shipped binary.
 
 use std::collections::BTreeMap;
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
@@ -80,9 +80,14 @@ pub async fn run(harness: &Harness, arguments: &[&str], input: &str) -> Ran {
 
 /// As above, beside the sidecar that runs in this process.
 pub async fn beside(harness: &Harness, arguments: &[&str]) -> Ran {
+    beside_with(harness, arguments, "").await
+}
+
+/// As above, with this standard input.
+pub async fn beside_with(harness: &Harness, arguments: &[&str], input: &str) -> Ran {
     let listeners =
         [format!("proxy.listen={}", harness.proxy_address()), format!("admin.listen={}", harness.admin_address())];
-    run(harness, &[arguments, &["--set", &listeners[0], "--set", &listeners[1]]].concat(), "").await
+    run(harness, &[arguments, &["--set", &listeners[0], "--set", &listeners[1]]].concat(), input).await
 }
 
 /// A sidecar in a separate process.
@@ -113,8 +118,14 @@ impl Serving {
 
     /// A process that was started with known addresses; collects its log.
     pub fn told(mut child: Child, proxy: String, admin: String) -> Self {
+        let stderr = child.stderr.take().unwrap();
+        Self::reading(child, stderr, proxy, admin)
+    }
+
+    /// As above, where `output` is what it says.
+    pub fn reading(child: Child, output: impl Read + Send + 'static, proxy: String, admin: String) -> Self {
         let log = Arc::new(Mutex::new(String::new()));
-        let (lines, kept) = (BufReader::new(child.stderr.take().unwrap()).lines(), log.clone());
+        let (lines, kept) = (BufReader::new(output).lines(), log.clone());
         std::thread::spawn(move || {
             for line in lines.map_while(Result::ok) {
                 kept.lock().unwrap().push_str(&(line + "\n"));
@@ -327,11 +338,21 @@ async fn the_users_are_listed_alone_and_beside_a_running_sidecar() {
     let alone = run(&harness, &["users", "list"], "").await;
     assert_eq!(alone.code, DONE, "{}", alone.err);
     assert_eq!(running.out, alone.out);
-    let lines: Vec<Vec<&str>> = alone.out.lines().map(|line| line.split('\t').collect()).collect();
+    let (header, rows) = alone.out.split_once('\n').unwrap();
+    assert!(header.starts_with("USER    STATE  TOKEN EXPIRES         CONSENT EXPIRES"), "{header}");
+    let lines: Vec<Vec<&str>> = rows.lines().map(|line| line.split_whitespace().collect()).collect();
     assert_eq!(lines.len(), 3);
     for (number, line) in lines.iter().enumerate() {
         assert_eq!((line[0], line[1]), (format!("user-{number}").as_str(), "fresh"));
         assert!(line[2].parse::<jiff::Timestamp>().is_ok());
+        assert_eq!(line[2].len(), "2026-08-01T12:00:00Z".len(), "nothing is printed in nanoseconds");
+    }
+    harness.start_sidecar().await;
+    for arguments in [["users", "list", "-o", "json"], ["users", "list", "--output", "json"]] {
+        let listed = beside(&harness, &arguments).await;
+        let users: Value = serde_json::from_str(&listed.out).unwrap();
+        assert_eq!((users[2]["user_id"].as_str(), users[2]["state"].as_str()), (Some("user-2"), Some("fresh")));
+        assert_eq!(users.as_array().unwrap().len(), 3);
     }
     assert!(!alone.out.contains("Atz"));
 }
@@ -340,7 +361,8 @@ async fn the_users_are_listed_alone_and_beside_a_running_sidecar() {
 async fn a_command_beside_a_running_sidecar_sends_the_caller_token() {
     let harness = Harness::with("[proxy]\nlisten = \"127.0.0.1:0\"\ncaller_token = \"one-token\"\n").await;
     let listed = beside(&harness, &["users", "list"]).await;
-    assert_eq!((listed.code, listed.out.as_str()), (DONE, ""), "{}", listed.err);
+    assert_eq!((listed.code, listed.out.lines().count()), (DONE, 1), "the header alone: {}", listed.out);
+    assert!(listed.err.contains("nobody is logged in"), "{}", listed.err);
     let wrong = beside(&harness, &["users", "list", "--set", "proxy.caller_token=another-token"]).await;
     assert_eq!(wrong.code, FAILED);
     assert!(wrong.err.contains("407") && !wrong.err.contains("another-token"), "{}", wrong.err);
@@ -403,7 +425,7 @@ async fn without_a_key_development_creates_one_and_production_does_not_start() {
     let key = std::fs::metadata(format!("{store}.key")).unwrap();
     assert_eq!(std::os::unix::fs::PermissionsExt::mode(&key.permissions()) & 0o777, 0o600);
     let again = bare(&[&["users", "list"], &arguments[..]].concat(), "").await;
-    assert!(again.out.starts_with("default\tfresh\t"), "{}{}", again.out, again.err);
+    assert!(again.out.contains("\ndefault  fresh  "), "{}{}", again.out, again.err);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -416,7 +438,7 @@ async fn a_refresh_token_is_imported_after_verification() {
         assert!(input.is_empty() || !ran.err.contains(input), "{}", ran.err);
     }
     let listed = run(&harness, &["users", "list"], "").await.out;
-    assert_eq!(listed.lines().count(), 1, "{listed}");
+    assert_eq!(listed.lines().count(), 2, "{listed}");
 
     let taken = run(&harness, &["users", "import", "--user", "shop"], &format!("{token}\n")).await;
     assert_eq!((taken.code, taken.out.as_str()), (DONE, "1 grants imported\n"), "{}", taken.err);
@@ -467,7 +489,7 @@ async fn the_records_of_another_service_are_imported() {
         assert_eq!(ran.code, FAILED, "{bad}");
         assert!(!ran.err.contains("canary") && !ran.err.contains("gAAAA"), "{}", ran.err);
     }
-    assert_eq!(run(&harness, &["users", "list"], "").await.out.lines().count(), 1, "an import is all or nothing");
+    assert_eq!(run(&harness, &["users", "list"], "").await.out.lines().count(), 2, "an import is all or nothing");
 
     std::fs::write(&file, records.to_string()).unwrap();
     let taken = run(&harness, &["users", "import", "--records", &path, "--offline"], "").await;

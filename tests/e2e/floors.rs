@@ -78,6 +78,43 @@ fn a_planted_cycle_and_a_planted_upward_dependency_are_found() {
     assert!(!uses.iter().any(|(from, _)| from == &path("b")), "a comment does not count as a use");
 }
 
+/// Files on the path of one ordinary request, besides those that serve its connection.
+const MOST_FILES_OF_A_REQUEST: usize = 20;
+
+#[test]
+fn a_request_passes_through_at_most_twenty_files_and_through_none_twice() {
+    let library = fs::read_to_string(source().join("lib.rs")).unwrap();
+    let path = request_path(&library);
+    let missing: Vec<_> = path.iter().flatten().filter(|file| !source().join(file).is_file()).collect();
+    assert!(missing.is_empty(), "listed in src/lib.rs, but not there: {missing:?}");
+    let (connection, request) = path.split_first().unwrap();
+    let mut twice: Vec<_> = path.iter().flatten().collect();
+    twice.sort();
+    twice.dedup();
+    let files = request.iter().flatten().count();
+    assert_eq!(twice.len(), connection.len() + files, "a file is listed twice: {path:?}");
+    assert_eq!((path.len(), connection.len()), (10, 4), "{path:?}");
+    assert!((1..=MOST_FILES_OF_A_REQUEST).contains(&files), "{files} files: {request:?}");
+}
+
+/// The files of each step of "The path of one request" in `src/lib.rs`.
+fn request_path(library: &str) -> Vec<Vec<String>> {
+    let section = library.split("//! # The path of one request\n").nth(1).unwrap().split("//! # ").next().unwrap();
+    let mut steps: Vec<Vec<String>> = Vec::new();
+    for line in section.lines().map(|line| line.trim_start_matches("//!")) {
+        let text = line.trim_start();
+        if text.split_once(". ").is_some_and(|(number, _)| number.parse::<usize>() == Ok(steps.len() + 1)) {
+            steps.push(Vec::new());
+        } else if !line.starts_with("    ") {
+            // A paragraph before or after the list.
+            continue;
+        }
+        let names = text.split('`').skip(1).step_by(2).filter(|name| name.ends_with(".rs"));
+        steps.last_mut().unwrap().extend(names.map(str::to_owned));
+    }
+    steps
+}
+
 fn source() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("src")
 }

@@ -170,9 +170,11 @@ impl Harness {
     fn write_config(&self) -> PathBuf {
         let path = |path: &Path| format!("{:?}", path.to_str().unwrap());
         let (ca, store) = (path(&self.directory.path().join("ca.pem")), path(&self.store_path()));
+        // Without searches of its own for accounts, so that a test sees only the calls that it makes.
+        let accounts = if self.extra.contains("[accounts]") { "" } else { "[accounts]\nsync = \"off\"\n" };
         let listeners = if self.extra.contains("[proxy]") { "" } else { "[proxy]\nlisten = \"127.0.0.1:0\"\n" };
         let text = format!(
-            "environment = \"development\"\n{listeners}\n[admin]\nlisten = \"127.0.0.1:0\"\n[amazon]\nclient_id = \"{CLIENT_ID}\"\n\
+            "environment = \"development\"\n{listeners}\n{accounts}[admin]\nlisten = \"127.0.0.1:0\"\n[amazon]\nclient_id = \"{CLIENT_ID}\"\n\
              client_secret = \"{CLIENT_SECRET}\"\nredirect_uri = \"{RETURN_URL}\"\nauthorize_url = \"{}\"\n\
              token_url = \"{}\"\nca_file = {ca}\n[store]\npath = {store}\nfernet_keys = \"{FERNET_KEY}\"\n[upstream]\n\
              na = \"{}\"\neu = \"{}\"\nfe = \"{}\"\nmcp_na = \"{}\"\nmcp_eu = \"{}\"\nmcp_fe = \"{}\"\nca_file = {ca}\n\
@@ -270,6 +272,14 @@ impl Harness {
         let location = ended.headers().get("location").map_or("", |location| location.to_str().unwrap());
         let success = ended.status() == StatusCode::OK || location.contains("status=success");
         assert!(success, "{ended:?}");
+    }
+
+    /// Logs the default user in at a sidecar that needs this caller token.
+    pub async fn log_in_with(&self, caller_token: &str) {
+        let login = self.request(Method::GET, "/api/auth/amazon/login").header("x-ads-sidecar-token", caller_token);
+        let begun = json(login.send().await.unwrap()).await;
+        let callback = self.consent(begun["auth_url"].as_str().unwrap()).await;
+        assert_eq!(self.get(&callback).await.status(), StatusCode::OK);
     }
 
     /// Consents as a user does. Returns the path and query of the callback to which Amazon redirects.

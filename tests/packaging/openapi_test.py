@@ -10,10 +10,10 @@ import pytest
 import yaml
 
 # The parameters of requests that need some.
-QUERIES = {"beginLogin": "?user_id=anna", "status": "?user_id=default"}
-BODIES = {"setLogLevel": b"info", "placeholderToken": b"grant_type=refresh_token&refresh_token=x&client_id=x&client_secret=x"}
+QUERIES = {"beginLogin": "?user_id=anna", "status": "?user_id=default", "exportUser": "?user_id=default"}
+BODIES = {"setLogLevel": b"info", "restore": b"{}", "placeholderToken": b"grant_type=refresh_token&refresh_token=x&client_id=x&client_secret=x"}
 # These are sent without a required parameter, and are refused as described.
-REFUSED = {"endLogin": 400, "confirm": 400, "rotate": 400}
+REFUSED = {"endLogin": 400, "confirm": 400, "rotate": 400, "importUser": 400}
 # It ends the sidecar, so it is called last.
 LAST = "quit"
 

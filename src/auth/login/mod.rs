@@ -105,6 +105,17 @@ pub enum LoginOutcome {
     Pending(Secret),
 }
 
+/// How a login stands.
+#[derive(Clone, Debug)]
+pub enum Progress {
+    /// Its callback has not come yet.
+    Waiting,
+    /// Its callback came to this process.
+    Ended(Result<LoginOutcome, LoginFailure>),
+    /// It never began, has expired, or its callback came to another process.
+    Unknown,
+}
+
 /// Why a login failed; [`LoginFailure::code`] is the callback's `error`.
 #[derive(Clone, Debug)]
 pub enum LoginFailure {
@@ -212,6 +223,20 @@ impl Login {
         self.0.pending.begin(&state, pending, &self.0.clock).await?;
         let cookie = cookie.map(|(name, value)| (name, Secret::new(value)));
         Ok(LoginStarted { auth_url, state: Secret::new(state), cookie })
+    }
+
+    /// How the login with `state` stands. Consumes nothing.
+    ///
+    /// # Errors
+    /// [`StoreError`] if the shared store fails.
+    pub async fn progress(&self, state: &str) -> Result<Progress, StoreError> {
+        let now = self.0.clock.now();
+        if let Some(finished) = self.0.pending.finished(state, now) {
+            return Ok(Progress::Ended(finished.outcome));
+        }
+        // A callback that is being processed has taken its login already.
+        let waiting = self.0.pending.is_finished(state, now) || self.0.pending.login_of(state, now).await?.is_some();
+        Ok(if waiting { Progress::Waiting } else { Progress::Unknown })
     }
 
     /// Finishes a login with the callback's parameters. `cookie` returns the value of the request's cookie with a given
@@ -334,7 +359,7 @@ impl Login {
     async fn has_other_identity(&self, new: &PendingGrant) -> bool {
         let Some(access) = &new.grant.access else { return false };
         match self.0.tokens.bearer(&new.user).await {
-            Ok(current) => Box::pin(self.0.identity.differs(&current, access.token.bearer())).await,
+            Ok(current) => Box::pin(self.0.identity.differs(&current.value, access.token.bearer())).await,
             // There is no current grant, or none with a valid access token to compare.
             Err(_) => false,
         }

@@ -147,6 +147,11 @@ impl PendingLogins {
         lock(&self.finished).get(&hash(state), now).is_some()
     }
 
+    /// How the login with `state` ended at this process, if it has.
+    pub(super) fn finished(&self, state: &str, now: Timestamp) -> Option<Finished> {
+        lock(&self.finished).get(&hash(state), now)?.get().cloned()
+    }
+
     /// Writes the pending logins whenever they change, and deletes expired entries. Runs until dropped.
     pub async fn keep(&self, clock: &Clock) {
         loop {

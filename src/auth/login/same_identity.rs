@@ -60,23 +60,17 @@ impl Identity {
     }
 
     async fn profiles_in(&self, region: Region, bearer: &HeaderValue) -> Option<Vec<String>> {
-        let attach = UpstreamHeaders {
-            family: family(PROFILES),
-            host: Some(self.upstream.authority(AmazonHost::ads(region))),
-            bearer,
-            client_id: &self.client_id,
-            ids: None,
-            fixed: &[],
-        };
+        let attach =
+            UpstreamHeaders { family: family(PROFILES), bearer, client_id: &self.client_id, ids: None, fixed: &[] };
         let mut request = Request::new(RequestBody::empty());
         *request.uri_mut() = Uri::from_static(PROFILES);
         *request.headers_mut() = to_amazon(&HeaderMap::new(), attach);
-        let checkout = self.upstream.checkout(AmazonHost::ads(region), Reuse::Fresh(Instant::now())).await.ok()?;
-        let answer = checkout.send(request, false).await.ok()?;
-        if answer.status() != StatusCode::OK {
+        let host = AmazonHost::ads(region);
+        let response = self.upstream.send(host, Reuse::Fresh(Instant::now()), request).await.ok()?;
+        if response.status() != StatusCode::OK {
             return None;
         }
-        let body: Bytes = Limited::new(answer.into_body(), MAX_BODY).collect().await.ok()?.to_bytes();
+        let body: Bytes = Limited::new(response.into_body(), MAX_BODY).collect().await.ok()?.to_bytes();
         let profiles: Vec<Profile> = serde_json::from_slice(&body).ok()?;
         Some(profiles.into_iter().map(|profile| profile.id.to_string()).collect())
     }

@@ -1,11 +1,15 @@
-//! Adopts a new grant, and forgets one on logout.
+//! What a caller or an operator does to one user's grant: adopt a new one, forget it on logout, refresh it now.
 
 use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::time::timeout;
 
 use super::coordination::Coordination;
-use super::{Status, TokenManager};
+use super::refresh_task::RefreshReason;
+use super::{Status, TokenError, TokenManager, WAIT_FOR_RETRY, WAIT_WITHOUT_TOKEN};
 use crate::domain::account::UserId;
-use crate::domain::grant::{Grant, GrantState, LiveGrant};
+use crate::domain::grant::{Grant, GrantState, LiveGrant, Remedy};
 use crate::store::StoreError;
 
 impl TokenManager {
@@ -74,5 +78,43 @@ impl TokenManager {
         entry.wake();
         tracing::info!(%user, "the user was logged out");
         Ok(erased || held)
+    }
+
+    /// Refreshes the token of `user` now, even if it is still valid, or joins the running refresh.
+    ///
+    /// # Errors
+    /// [`TokenError::LoginRequired`] if the user has no usable grant; [`TokenError::Unavailable`] if the refresh failed,
+    /// did not end within 12 s, or if the shared store cannot be read.
+    pub async fn refresh(&self, user: &UserId) -> Result<Status, TokenError> {
+        let no_grant = TokenError::LoginRequired { reason: "no_grant" };
+        let entry = self.find(user).await?;
+        let held = entry.held().clone();
+        if let GrantState::Failing { retry_at, .. } = &*held {
+            let _ = timeout(WAIT_FOR_RETRY, self.0.clock.sleep_until(*retry_at)).await;
+        }
+        let changed = entry.changed();
+        let before = entry.held().grant().map(|grant| grant.generation);
+        if !entry.held().backs_off(self.0.clock.reading()) {
+            self.start_refresh(&entry, RefreshReason::Manual);
+            let _ = timeout(WAIT_WITHOUT_TOKEN, changed.wait()).await;
+        }
+        let now = self.0.clock.reading();
+        match &**entry.held() {
+            GrantState::Nothing => Err(no_grant),
+            GrantState::LoginRequired { reason, .. } => Err(TokenError::LoginRequired { reason }),
+            GrantState::Failing { failure, retry_at, .. } => Err(TokenError::Unavailable {
+                code: failure.code,
+                remedy: failure.remedy,
+                detail: failure.detail.clone(),
+                retry_after: Duration::try_from(*retry_at - now.uptime).unwrap_or_default(),
+            }),
+            GrantState::Fresh(grant) if Some(grant.generation) == before => Err(TokenError::Unavailable {
+                code: "timeout",
+                remedy: Remedy::Time,
+                detail: None,
+                retry_after: Duration::from_secs(1),
+            }),
+            GrantState::Fresh(_) => Ok(self.status_of(&entry)),
+        }
     }
 }

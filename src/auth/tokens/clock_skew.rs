@@ -1,7 +1,5 @@
 //! Clock checks: skew against the `Date` of Amazon's responses, and jumps against the monotonic clock.
 
-use std::sync::atomic::Ordering::Relaxed;
-
 use http::HeaderMap;
 use jiff::{SignedDuration, Timestamp};
 
@@ -9,8 +7,6 @@ use super::TokenManager;
 use crate::domain::clock::date_of;
 use crate::domain::clock_reading::ClockReading;
 
-/// Minimum time, in seconds, between two Ads API responses whose `Date` is read.
-const LISTEN_EVERY: i64 = 10;
 /// The clocks drift apart by less than this between two checks, unless one was stepped or the machine was suspended.
 const JUMP: SignedDuration = SignedDuration::from_secs(1);
 
@@ -18,13 +14,8 @@ const JUMP: SignedDuration = SignedDuration::from_secs(1);
 const SHIFT: SignedDuration = SignedDuration::from_secs(30);
 
 impl TokenManager {
-    /// Measures the clock skew from the headers of an Ads API response, at most every `LISTEN_EVERY` seconds.
+    /// Measures the clock skew from the headers of an Ads API response.
     pub fn observe_amazons_clock(&self, headers: &HeaderMap) {
-        let uptime = self.0.clock.uptime().as_secs();
-        if uptime < self.0.listen_at.load(Relaxed) {
-            return;
-        }
-        self.0.listen_at.store(uptime.saturating_add(LISTEN_EVERY), Relaxed);
         if let Some(time) = date_of(headers) {
             self.observe_server_time(time);
         }

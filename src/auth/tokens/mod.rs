@@ -21,6 +21,7 @@ mod refresh_journal;
 mod client_circuit;
 mod status;
 mod coordination;
+mod import;
 mod sync;
 
 use std::collections::HashMap;
@@ -38,6 +39,7 @@ use tokio_util::task::TaskTracker;
 use crate::auth::lwa::Lwa;
 use crate::domain::account::UserId;
 use crate::domain::clock::Clock;
+use crate::domain::clock_reading::ClockReading;
 use crate::domain::grant::{Failure, Grant, GrantState, RefreshPolicy, RefreshToken, Remedy};
 use crate::store::{StoreError, TokenStore};
 use crate::telemetry::metrics::Metrics;
@@ -79,6 +81,18 @@ const STORE_PERIOD: Duration = Duration::from_secs(1);
 const SPREAD_EACH: Duration = Duration::from_millis(60);
 const SPREAD_MAX: Duration = Duration::from_secs(60);
 
+/// Minimum time, in seconds, between two requests whose response's `Date` is compared with this machine's clock.
+const CHECK_CLOCK_EVERY: i64 = 10;
+
+/// The credential for one request to Amazon.
+#[derive(Clone, Debug)]
+pub struct Bearer {
+    /// `Bearer <access token>`, the value of `Authorization`.
+    pub value: HeaderValue,
+    /// Whether the response's headers are to be passed to [`TokenManager::observe_amazons_clock`].
+    pub check_clock: bool,
+}
+
 /// Keeps every user's access token fresh. Clones are handles to the same manager.
 #[derive(Clone, Debug)]
 pub struct TokenManager(Arc<Inner>);
@@ -100,8 +114,8 @@ struct Inner {
     circuit: ClientCircuit,
     coordination: Coordination,
     interrupted: Interrupted,
-    /// Uptime in seconds from which the `Date` of the next Ads API response is read.
-    listen_at: AtomicI64,
+    /// Uptime, in seconds, of the next comparison of Amazon's clock with this machine's.
+    next_clock_check: AtomicI64,
 }
 
 /// Why there is no token for a caller.
@@ -162,17 +176,17 @@ impl TokenManager {
             unsaved: AtomicUsize::new(0),
             circuit: ClientCircuit::default(),
             interrupted: Interrupted::default(),
-            listen_at: AtomicI64::new(i64::MIN),
+            next_clock_check: AtomicI64::new(i64::MIN),
         }));
         let scheduler = Scheduler::new(changes);
         (manager.clone(), Background { manager, scheduler })
     }
 
-    /// Returns `Bearer <token>` for a request on behalf of `user`, refreshing the token first if necessary.
+    /// Returns the credential for a request on behalf of `user`, refreshing the token first if necessary.
     ///
     /// # Errors
     /// [`TokenError`] if the user has no usable grant, or no valid token could be obtained in time.
-    pub async fn bearer(&self, user: &UserId) -> Result<HeaderValue, TokenError> {
+    pub async fn bearer(&self, user: &UserId) -> Result<Bearer, TokenError> {
         let entry = match self.entry(user) {
             Some(entry) => entry,
             None => self.find(user).await?,
@@ -180,10 +194,21 @@ impl TokenManager {
         let now = self.0.clock.reading();
         entry.mark_used(now);
         let held = entry.held();
-        match held.valid_token(now) {
-            Some(access) if !held.expiring(self.policy(), now) => Ok(access.bearer().clone()),
-            _ => Box::pin(self.refreshed_bearer(&entry)).await,
+        let value = match held.valid_token(now) {
+            Some(access) if !held.expiring(self.policy(), now) => access.bearer().clone(),
+            _ => Box::pin(self.refreshed_bearer(&entry)).await?,
+        };
+        Ok(Bearer { value, check_clock: self.check_clock(now) })
+    }
+
+    /// Whether a request at `now` is the first after [`CHECK_CLOCK_EVERY`].
+    fn check_clock(&self, now: ClockReading) -> bool {
+        let (uptime, next) = (now.uptime.as_secs(), self.0.next_clock_check.load(Relaxed));
+        let due = uptime >= next;
+        if due {
+            self.0.next_clock_check.store(uptime.saturating_add(CHECK_CLOCK_EVERY), Relaxed);
         }
+        due
     }
 
     /// The slow path of [`bearer`](Self::bearer): the token expires within the margin or has expired.
@@ -265,44 +290,6 @@ impl TokenManager {
     /// Whether the access token of `user` expires within the margin or has expired.
     pub fn near_expiry(&self, user: &UserId) -> bool {
         self.entry(user).is_some_and(|entry| entry.held().expiring(self.policy(), self.0.clock.reading()))
-    }
-
-    /// Refreshes the token of `user` now, even if it is still valid, or joins the running refresh.
-    ///
-    /// # Errors
-    /// [`TokenError::LoginRequired`] if the user has no usable grant; [`TokenError::Unavailable`] if the refresh failed,
-    /// did not end within 12 s, or if the shared store cannot be read.
-    pub async fn refresh(&self, user: &UserId) -> Result<Status, TokenError> {
-        let no_grant = TokenError::LoginRequired { reason: "no_grant" };
-        let entry = self.find(user).await?;
-        let held = entry.held().clone();
-        if let GrantState::Failing { retry_at, .. } = &*held {
-            let _ = timeout(WAIT_FOR_RETRY, self.0.clock.sleep_until(*retry_at)).await;
-        }
-        let changed = entry.changed();
-        let before = entry.held().grant().map(|grant| grant.generation);
-        if !entry.held().backs_off(self.0.clock.reading()) {
-            self.start_refresh(&entry, RefreshReason::Manual);
-            let _ = timeout(WAIT_WITHOUT_TOKEN, changed.wait()).await;
-        }
-        let now = self.0.clock.reading();
-        match &**entry.held() {
-            GrantState::Nothing => Err(no_grant),
-            GrantState::LoginRequired { reason, .. } => Err(TokenError::LoginRequired { reason }),
-            GrantState::Failing { failure, retry_at, .. } => Err(TokenError::Unavailable {
-                code: failure.code,
-                remedy: failure.remedy,
-                detail: failure.detail.clone(),
-                retry_after: Duration::try_from(*retry_at - now.uptime).unwrap_or_default(),
-            }),
-            GrantState::Fresh(grant) if Some(grant.generation) == before => Err(TokenError::Unavailable {
-                code: "timeout",
-                remedy: Remedy::Time,
-                detail: None,
-                retry_after: Duration::from_secs(1),
-            }),
-            GrantState::Fresh(_) => Ok(self.status_of(&entry)),
-        }
     }
 
     /// Whether every grant in memory is stored and the store works.

@@ -5,6 +5,7 @@ use jiff::Timestamp;
 use super::TokenManager;
 use super::user_state::UserState;
 use crate::domain::account::UserId;
+use crate::domain::clock::{serialize_to_the_millisecond, to_the_second};
 use crate::domain::clock_reading::ClockReading;
 use crate::domain::grant::{ConsentAge, GrantState, State};
 use crate::telemetry::metrics::UserHealth;
@@ -17,18 +18,23 @@ pub struct Status {
     /// The state of the user's grant.
     pub state: State,
     /// When the access token expires.
+    #[serde(serialize_with = "serialize_to_the_millisecond")]
     pub expires_at: Option<Timestamp>,
     /// When the tokens last changed.
+    #[serde(serialize_with = "serialize_to_the_millisecond")]
     pub updated_at: Option<Timestamp>,
     /// When a person consented, if known.
+    #[serde(serialize_with = "serialize_to_the_millisecond")]
     pub consented_at: Option<Timestamp>,
     /// When that consent expires.
+    #[serde(serialize_with = "serialize_to_the_millisecond")]
     pub consent_expires_at: Option<Timestamp>,
     /// Whether the consent is valid, about to expire or expired; a refresh does not extend it.
     pub consent: Option<ConsentAge>,
     /// Error code of the last refresh, if it failed.
     pub last_error: Option<&'static str>,
     /// When the next background refresh is due.
+    #[serde(serialize_with = "serialize_to_the_millisecond")]
     pub next_refresh_at: Option<Timestamp>,
 }
 
@@ -81,7 +87,8 @@ impl TokenManager {
         if let (Some(ConsentAge::Ending | ConsentAge::Ended), Some(expires_at)) = (age, expires_at)
             && entry.mark_consent_end_logged()
         {
-            tracing::warn!(user = %entry.user, %expires_at, "the consent ends, and no refresh extends it: the user has \
+            let expires_at = to_the_second(expires_at);
+            tracing::warn!(user = %entry.user, expires_at, "the consent ends, and no refresh extends it: the user has \
                 to log in again before it expires");
         }
     }

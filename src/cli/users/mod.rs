@@ -1,5 +1,6 @@
 //! `adsidecar users`.
 
+mod list;
 mod single_user;
 
 use std::collections::BTreeMap;
@@ -9,6 +10,7 @@ use std::sync::Arc;
 use clap::Subcommand;
 use http::Method;
 use jiff::Timestamp;
+use serde::Deserialize;
 use serde_json::Value;
 
 use super::{Failed, block_on, client, print, read, warn};
@@ -16,16 +18,19 @@ use crate::app;
 use crate::auth::lwa::Lwa;
 use crate::config::Config;
 use crate::domain::account::UserId;
-use crate::domain::credential::{self, Credential};
-use crate::domain::grant::{Grant, RefreshToken};
+use crate::domain::grant::Grant;
 use crate::domain::secret::Secret;
 use crate::store::imported_record::{self, Imported};
 use crate::store::{Opened, StoreError, TokenStore};
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Users {
-    /// List users, their state and when the access token expires
-    List,
+    /// List users, their state and when token and consent expire
+    List {
+        /// `table` with a header line, or `json`
+        #[arg(short, long, default_value = "table")]
+        output: list::Output,
+    },
     /// Show the status of one user; never a token
     Show {
         /// User id, as shown by adsidecar users list
@@ -68,105 +73,80 @@ pub(super) enum Users {
 
 pub(super) fn run(command: Users, config: Config) -> Result<(), Failed> {
     match command {
-        Users::List => list(&config),
+        Users::List { output } => list::run(&config, output),
         Users::Show { user } => single_user::show(&config, &user),
         Users::Export { user, records } => single_user::export(&config, &user, records),
         Users::Forget { user } => single_user::forget(&config, &user),
         Users::Import { user, records, offline, replace } => {
-            let lwa = if offline { None } else { Some(Lwa::new(config.lwa.clone()).map_err(Failed::because)?) };
+            let verify = if offline { Verify::Offline } else { Verify::ByRefresh };
             match records {
-                Some(file) => take_records(&config, &read(Some(&file), "the records")?, replace, lwa),
-                None => take_token(&config, user, replace, lwa),
+                Some(file) => take_records(&config, read(Some(&file), "the records")?, replace, verify),
+                None => take_token(&config, user, replace, verify),
             }
         }
     }
 }
 
-/// One line per user, from the running sidecar where one holds the store.
-fn list(config: &Config) -> Result<(), Failed> {
-    let Some((store, opened)) = open_unless_held(config)? else { return list_of_running(config) };
-    block_on(store.close())??;
-    let now = Timestamp::now();
-    let mut lines = String::new();
-    for (user, grant) in opened.users {
-        lines += &match grant {
-            Ok(grant) => {
-                let expires_at = grant.access.as_ref().map(|access| access.expires_at);
-                let state = grant.state(config.tokens.policy, now);
-                line(user.as_str(), state.as_str(), expires_at.map(|at| at.to_string()).as_deref())
-            }
-            Err(error) => line(user.as_str(), &format!("unreadable: {error}"), None),
-        };
-    }
-    print(lines)
+/// Whether an imported grant is tried before it is stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Verify {
+    /// By a refresh at Login with Amazon.
+    ByRefresh,
+    /// Only when it is first used.
+    Offline,
 }
 
-fn list_of_running(config: &Config) -> Result<(), Failed> {
-    let headers = client::caller_token(config);
-    let mut after = String::new();
-    let mut lines = String::new();
-    loop {
-        let name: String = url::form_urlencoded::byte_serialize(after.as_bytes()).collect();
-        let path = format!("/api/auth/amazon/status?after={name}");
-        let (status, body) = block_on(client::request(&config.proxy_listen, Method::GET, &path, &headers))??;
-        let answer: Value = serde_json::from_slice(&body).unwrap_or_default();
-        let Some(users) = answer["users"].as_array() else {
-            return Err(Failed::because(format!("the running sidecar answered {status} to the status request")));
-        };
-        for user in users {
-            lines += &line(
-                user["user_id"].as_str().unwrap_or_default(),
-                user["state"].as_str().unwrap_or_default(),
-                user["expires_at"].as_str(),
-            );
-        }
-        match users.last().and_then(|user| user["user_id"].as_str()) {
-            Some(last) => last.clone_into(&mut after),
-            None => return print(lines),
+impl Verify {
+    fn lwa(self, config: &Config) -> Result<Option<Lwa>, Failed> {
+        match self {
+            Self::Offline => Ok(None),
+            Self::ByRefresh => Lwa::new(config.lwa.clone()).map(Some).map_err(Failed::because),
         }
     }
 }
 
 /// The store and what is in it; `None` where a running sidecar holds it.
-fn open_unless_held(config: &Config) -> Result<Option<(TokenStore, Opened)>, Failed> {
+pub(super) fn open_unless_held(config: &Config) -> Result<Option<(TokenStore, Opened)>, Failed> {
     match TokenStore::open(&config.store, Arc::new(app::keyring(config)?)) {
         Err(StoreError::Locked { .. }) => Ok(None),
         opened => Ok(Some(opened?)),
     }
 }
 
-fn line(user: &str, state: &str, expires_at: Option<&str>) -> String {
-    format!("{user}\t{state}\t{}\n", expires_at.unwrap_or("-"))
-}
-
-fn take_token(config: &Config, user: UserId, replace: bool, lwa: Option<Lwa>) -> Result<(), Failed> {
+fn take_token(config: &Config, user: UserId, replace: bool, verify: Verify) -> Result<(), Failed> {
     let text = Secret::new(read(None, "the refresh token")?);
-    // Standard input ends with a line end, which is no mistake.
-    let checked = credential::read(Credential::RefreshToken, text.expose().trim())
+    let (grant, repairs) = imported_record::read_token(text.expose(), Timestamp::now())
         .map_err(|flaw| Failed::because(format!("what was read {flaw}")))?;
-    checked.repairs.iter().for_each(|repair| warn(format!("what was read {repair}")));
-    let token = Secret::new(checked.text.as_str());
-    let refresh_token =
-        RefreshToken::new(token).map_err(|error| Failed::because(format!("this is no refresh token: {error}")))?;
-    let grant = Grant {
-        refresh_token,
-        previous: None,
-        access: None,
-        updated_at: Timestamp::now(),
-        consented_at: None,
-        used_at: None,
-        scope: None,
-        generation: 0,
-    };
-    let (store, opened) = TokenStore::open(&config.store, Arc::new(app::keyring(config)?))?;
-    let known = opened.users.into_iter().map(|(user, _)| user).collect();
-    take(store, known, vec![(user, grant)], replace, lwa)
+    repairs.iter().for_each(|repair| warn(format!("what was read {repair}")));
+    match TokenStore::open(&config.store, Arc::new(app::keyring(config)?)) {
+        Err(held @ StoreError::Locked { .. }) => {
+            let name: String = url::form_urlencoded::byte_serialize(user.as_str().as_bytes()).collect();
+            let offline = verify == Verify::Offline;
+            let path = format!("/users/import?user_id={name}&offline={offline}&replace={replace}");
+            let token = grant.refresh_token.secret().expose().to_owned();
+            imported(&block_on(import_at_running(config, &held, &path, token.into()))??)
+        }
+        opened => {
+            let (store, opened) = opened?;
+            let known = opened.users.into_iter().map(|(user, _)| user).collect();
+            take(store, known, vec![(user, grant)], replace, verify.lwa(config)?)
+        }
+    }
 }
 
 /// Takes `{"<user_id>": <record>}`, sealed by a key of the ring. Nothing is stored unless all records can be read.
-pub(super) fn take_records(config: &Config, json: &str, replace: bool, lwa: Option<Lwa>) -> Result<(), Failed> {
+pub(super) fn take_records(config: &Config, json: String, replace: bool, verify: Verify) -> Result<(), Failed> {
     let keyring = Arc::new(app::keyring(config)?);
-    let records: BTreeMap<UserId, Value> = serde_json::from_str(json)
+    let (store, opened) = match TokenStore::open(&config.store, keyring.clone()) {
+        Err(held @ StoreError::Locked { .. }) => {
+            let path = format!("/users/import?records=true&offline={}&replace={replace}", verify == Verify::Offline);
+            let json = bytes::Bytes::from(json);
+            block_on(import_at_running(config, &held, &format!("{path}&dry_run=true"), json.clone()))??;
+            return imported(&block_on(import_at_running(config, &held, &path, json))??);
+        }
+        opened => opened?,
+    };
+    let records: BTreeMap<UserId, Value> = serde_json::from_str(&json)
         .map_err(|error| Failed::because(format!("this is no JSON object of records by user id: {error}")))?;
     let mut grants = Vec::new();
     let mut problems = String::new();
@@ -182,13 +162,51 @@ pub(super) fn take_records(config: &Config, json: &str, replace: bool, lwa: Opti
         }
     }
     if !problems.is_empty() {
+        block_on(store.close())??;
         return Err(Failed::because(format!(
             "{problems}nothing was imported: correct these records, or take them out"
         )));
     }
-    let (store, opened) = TokenStore::open(&config.store, keyring)?;
     let known = opened.users.into_iter().map(|(user, _)| user).collect();
-    take(store, known, grants, replace, lwa)
+    take(store, known, grants, replace, verify.lwa(config)?)
+}
+
+/// What the running sidecar says that it imported.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct Outcome {
+    imported: usize,
+    refused: usize,
+    problems: Vec<String>,
+    repairs: Vec<String>,
+}
+
+/// Lets the running sidecar import `body`. Fails before anything is printed if it refuses the whole of it.
+async fn import_at_running(
+    config: &Config,
+    held: &StoreError,
+    path: &str,
+    body: bytes::Bytes,
+) -> Result<Outcome, Failed> {
+    let response = client::at_holder(config, held, Method::POST, path, body).await?;
+    let status = response.status();
+    let body = client::collect(response).await?;
+    let document: Value = serde_json::from_slice(&body).unwrap_or_default();
+    let outcome = if status.is_success() { &document } else { &document["outcome"] };
+    let outcome = Outcome::deserialize(outcome).map_err(|_| client::refused(status, &body))?;
+    if path.ends_with("&dry_run=true") && outcome.refused > 0 {
+        let problems = outcome.problems.join("\n");
+        return Err(Failed::because(format!(
+            "{problems}\nnothing was imported: correct these records, or take them out"
+        )));
+    }
+    Ok(outcome)
+}
+
+fn imported(outcome: &Outcome) -> Result<(), Failed> {
+    outcome.repairs.iter().for_each(warn);
+    print(format!("{} grants imported\n", outcome.imported))?;
+    if outcome.refused == 0 { Ok(()) } else { Err(Failed::because(outcome.problems.join("\n"))) }
 }
 
 /// Stores `grants`, each verified by a refresh first where `lwa` is given.

@@ -3,15 +3,18 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use bytes::Bytes;
 use http::{Method, StatusCode};
 use jiff::Timestamp;
 use serde_json::{Value, json};
 
 use super::{Failed, open_unless_held};
 use crate::app;
-use crate::cli::{block_on, client, print};
+use crate::cli::client::refused;
+use crate::cli::{block_on, client, print, print_bytes};
 use crate::config::Config;
 use crate::domain::account::UserId;
+use crate::domain::clock::to_the_millisecond;
 use crate::domain::grant::Grant;
 use crate::store::{Opened, StoreError, TokenStore};
 
@@ -29,7 +32,10 @@ pub(super) fn show(config: &Config, user: &UserId) -> Result<(), Failed> {
 
 /// The refresh token of `user` in the clear, or with `records` the record as it is stored.
 pub(super) fn export(config: &Config, user: &UserId, records: bool) -> Result<(), Failed> {
-    let (store, _) = TokenStore::open(&config.store, Arc::new(app::keyring(config)?))?;
+    let store = match TokenStore::open(&config.store, Arc::new(app::keyring(config)?)) {
+        Err(held @ StoreError::Locked { .. }) => return block_on(export_of_running(config, &held, user, records))?,
+        opened => opened?.0,
+    };
     let (grant, mut dump) = block_on(async {
         let found = (store.load(user).await, store.dump().await);
         store.close().await?;
@@ -41,6 +47,22 @@ pub(super) fn export(config: &Config, user: &UserId, records: bool) -> Result<()
         return print(serde_json::to_string_pretty(&record).map_err(Failed::because)? + "\n");
     }
     print(format!("{}\n", grant.refresh_token.secret().expose()))
+}
+
+async fn export_of_running(config: &Config, held: &StoreError, user: &UserId, records: bool) -> Result<(), Failed> {
+    let path = format!("/users/export?user_id={}&records={records}", encoded(user));
+    let response = client::at_holder(config, held, Method::GET, &path, Bytes::new()).await?;
+    let status = response.status();
+    let body = client::collect(response).await?;
+    match status {
+        StatusCode::OK if records => {
+            let record: Value = serde_json::from_slice(&body).map_err(Failed::because)?;
+            print(serde_json::to_string_pretty(&record).map_err(Failed::because)? + "\n")
+        }
+        StatusCode::OK => print_bytes(&body),
+        StatusCode::NOT_FOUND => Err(unknown(user)),
+        _ => Err(client::refused(status, &body)),
+    }
 }
 
 /// Deletes the tokens of `user`, through the running sidecar if one has the store open, and says whether there were any.
@@ -90,10 +112,10 @@ fn stored(config: &Config, user: &UserId, opened: Opened) -> Result<Value, Faile
     Ok(json!({
         "user_id": user,
         "state": grant.state(config.tokens.policy, now),
-        "expires_at": grant.access.as_ref().map(|access| access.expires_at),
-        "updated_at": grant.updated_at,
-        "consented_at": grant.consented_at,
-        "consent_expires_at": grant.consent_expires_at(),
+        "expires_at": grant.access.as_ref().map(|access| to_the_millisecond(access.expires_at)),
+        "updated_at": to_the_millisecond(grant.updated_at),
+        "consented_at": grant.consented_at.map(to_the_millisecond),
+        "consent_expires_at": grant.consent_expires_at().map(to_the_millisecond),
         "consent": grant.consent(now),
         "scope": grant.scope,
     }))
@@ -105,10 +127,4 @@ fn encoded(user: &UserId) -> String {
 
 fn unknown(user: &UserId) -> Failed {
     Failed::because(format!("{user} has no grant here; `adsidecar users list` names those who have"))
-}
-
-fn refused(status: StatusCode, body: &[u8]) -> Failed {
-    let document: Value = serde_json::from_slice(body).unwrap_or_default();
-    let detail = document["detail"].as_str().unwrap_or("no reason was given");
-    Failed::because(format!("the running sidecar answered {status}: {detail}"))
 }

@@ -224,6 +224,18 @@ impl State {
             Self::None => "none",
         }
     }
+
+    /// The sort key for a person: users that have to log in come first, then those that may have to soon.
+    pub fn urgency(self) -> u8 {
+        match self {
+            Self::LoginRequired => 0,
+            Self::Failing => 1,
+            Self::Expiring => 2,
+            Self::Fresh => 3,
+            Self::Idle => 4,
+            Self::None => 5,
+        }
+    }
 }
 
 impl GrantState {

@@ -1,6 +1,8 @@
 //! The admin listener: probes, metrics, the status page, and the operations on a running process.
 
+mod backup;
 mod page;
+mod records;
 
 use std::sync::Arc;
 
@@ -8,17 +10,21 @@ use bytes::Bytes;
 use http::header::{ALLOW, CACHE_CONTROL, CONTENT_TYPE, HeaderValue};
 use http::request::Parts;
 use http::{Method, Request, Response, StatusCode};
+use http_body::Body as _;
+use http_body_util::combinators::UnsyncBoxBody;
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::Incoming;
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
-use url::Url;
+use url::{Url, form_urlencoded};
 
+use self::backup::Parameters;
 use crate::auth::tokens::TokenManager;
 use crate::domain::clock::Clock;
 use crate::inbound::admission::{AdminAccess, Admission, Refusal};
 use crate::inbound::problem::{Code, Problem};
 use crate::inbound::request_id::{REQUEST_ID, RequestIds};
+use crate::inbound::route::is_selecting;
 use crate::server::Peer;
 use crate::store::TokenStore;
 use crate::store::keyring::Fingerprint;
@@ -131,7 +137,10 @@ impl Reloader {
 /// Returns the current number of open connections.
 pub(crate) type Count = Box<dyn Fn() -> usize + Send + Sync>;
 
-type Answer = Response<Full<Bytes>>;
+type Answer = Response<Body>;
+
+/// The body of a response of the admin listener: in memory, or streamed.
+pub type Body = UnsyncBoxBody<Bytes, std::io::Error>;
 
 impl Admin {
     /// Serves a request on the admin listener. Always returns a response.
@@ -139,7 +148,8 @@ impl Admin {
         let (parts, body) = request.into_parts();
         let answer = self.answer(&parts, body, peer).await;
         let id = self.request_ids.of(&parts.headers);
-        let mut answer = answer.unwrap_or_else(|problem| problem.respond(id.to_str().unwrap_or_default()));
+        let mut answer =
+            answer.unwrap_or_else(|problem| problem.respond(id.to_str().unwrap_or_default()).map(bytes_of));
         answer.headers_mut().insert(REQUEST_ID, id);
         answer.headers_mut().insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
         answer
@@ -152,11 +162,18 @@ impl Admin {
         let access = match (path, method) {
             ("/livez" | "/readyz" | "/startupz" | "/metrics", &Method::GET) => AdminAccess::Probe,
             ("/", &Method::GET) => AdminAccess::Page,
-            ("/quitquitquit" | "/reload" | "/rotate", &Method::POST) => AdminAccess::Operator,
+            ("/quitquitquit" | "/reload" | "/rotate" | "/users/import" | "/restore", &Method::POST) => {
+                AdminAccess::Operator
+            }
+            ("/dump", &Method::GET) => AdminAccess::Operator,
+            ("/users/export", &Method::GET) => AdminAccess::Secrets,
             ("/log", &Method::PUT) | ("/rotate", &Method::GET) => AdminAccess::Operator,
             _ => AdminAccess::Anyone,
         };
         self.admission.admin(parts, peer, access).map_err(|refusal| self.refused(refusal))?;
+        if access != AdminAccess::Anyone || (path, method) == ("/log", &Method::GET) {
+            check_input(parts, method, &body)?;
+        }
         match (path, method) {
             ("/livez", &Method::GET) => Ok(say(StatusCode::OK, "alive\n")),
             ("/readyz", &Method::GET) => Ok(self.ready()),
@@ -180,8 +197,14 @@ impl Admin {
             ("/log", &Method::PUT) => self.set_level(body).await,
             ("/rotate", &Method::GET) => Ok(self.rotation()),
             ("/rotate", &Method::POST) => self.rotate(parts.uri.query().unwrap_or_default()).await,
-            ("/" | "/livez" | "/readyz" | "/startupz" | "/metrics", _) => Err(other_method("GET, HEAD")),
-            ("/quitquitquit" | "/reload", _) => Err(other_method("POST")),
+            ("/dump", &Method::GET) => Ok(self.dump()),
+            ("/restore", &Method::POST) => self.restore(&Parameters::read(parts.uri.query()), body).await,
+            ("/users/import", &Method::POST) => self.import(&Parameters::read(parts.uri.query()), body).await,
+            ("/users/export", &Method::GET) => self.export(&Parameters::read(parts.uri.query())).await,
+            ("/" | "/dump" | "/users/export" | "/livez" | "/readyz" | "/startupz" | "/metrics", _) => {
+                Err(other_method("GET, HEAD"))
+            }
+            ("/quitquitquit" | "/reload" | "/restore" | "/users/import", _) => Err(other_method("POST")),
             ("/log", _) => Err(other_method("GET, HEAD, PUT")),
             ("/rotate", _) => Err(other_method("GET, HEAD, POST")),
             _ => Err(Problem::new(
@@ -229,7 +252,7 @@ impl Admin {
                 "See the log for the reason, and report it.",
             )
         })?;
-        let mut answer = Response::new(Full::new(page));
+        let mut answer = Response::new(bytes(page));
         answer.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8"));
         Ok(answer)
     }
@@ -275,7 +298,7 @@ impl Admin {
             "unreadable": store.unreadable(),
             "error": rotation.error,
         });
-        let mut answer = Response::new(Full::new(Bytes::from(text.to_string())));
+        let mut answer = Response::new(bytes(text.to_string()));
         answer.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
         answer
     }
@@ -286,8 +309,47 @@ impl Admin {
     }
 }
 
+fn bytes(bytes: impl Into<Bytes>) -> Body {
+    bytes_of(Full::new(bytes.into()))
+}
+
+fn bytes_of(body: Full<Bytes>) -> Body {
+    body.map_err(backup::never).boxed_unsync()
+}
+
+/// Refuses a parameter, a body or a selecting header that the endpoint does not take: a request that says more than
+/// adsidecar understands must not be served as if it said less.
+fn check_input(parts: &Parts, method: &Method, body: &Incoming) -> Result<(), Problem> {
+    let path = parts.uri.path();
+    let known: &[&str] = match (path, method) {
+        ("/rotate", &Method::POST) => &["key"],
+        ("/restore", &Method::POST) => &["replace", "dry_run"],
+        ("/users/import", &Method::POST) => &["user_id", "records", "offline", "replace", "dry_run"],
+        ("/users/export", &Method::GET) => &["user_id", "records"],
+        _ => &[],
+    };
+    let names = form_urlencoded::parse(parts.uri.query().unwrap_or_default().as_bytes());
+    let names = names.map(|(name, _)| name.into_owned()).collect::<Vec<_>>();
+    let refused = |detail: String| Err(Problem::new(Code::BadRequest, detail, "Send the request without it."));
+    if let Some(name) = names.iter().find(|name| !known.contains(&name.as_str())) {
+        let name: String = name.chars().filter(|c| c.is_ascii_alphanumeric() || "_-.".contains(*c)).take(40).collect();
+        return refused(format!("{path} takes no parameter {name}."));
+    }
+    if let Some(name) = names.iter().enumerate().find_map(|(at, name)| names[..at].contains(name).then_some(name)) {
+        return refused(format!("The parameter {name} is repeated."));
+    }
+    if let Some(name) = parts.headers.keys().find(|name| is_selecting(name.as_str())) {
+        return refused(format!("The header {name} means nothing on the admin listener."));
+    }
+    let takes_body = [("/log", &Method::PUT), ("/restore", &Method::POST), ("/users/import", &Method::POST)];
+    if !body.is_end_stream() && !takes_body.contains(&(path, method)) {
+        return refused(format!("{path} takes no body."));
+    }
+    Ok(())
+}
+
 fn say(status: StatusCode, text: &'static str) -> Answer {
-    let mut answer = Response::new(Full::new(Bytes::from_static(text.as_bytes())));
+    let mut answer = Response::new(bytes(Bytes::from_static(text.as_bytes())));
     *answer.status_mut() = status;
     answer.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
     answer

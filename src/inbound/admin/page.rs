@@ -1,11 +1,9 @@
 //! The status page. It is rendered on the server, and contains no script.
 
-use bytes::Bytes;
 use http::header::{
     CONTENT_SECURITY_POLICY, CONTENT_TYPE, HeaderName, HeaderValue, REFERRER_POLICY, X_CONTENT_TYPE_OPTIONS,
 };
 use http::{HeaderMap, Response};
-use http_body_util::Full;
 use jiff::Timestamp;
 use maud::{DOCTYPE, Markup, PreEscaped, html};
 
@@ -33,7 +31,7 @@ impl Admin {
     pub(super) fn page(&self, headers: &HeaderMap) -> Answer {
         let now = self.clock.now();
         let mut users = self.tokens.statuses();
-        users.sort_by_key(|user| urgency(user.state));
+        users.sort_by_key(|user| user.state.urgency());
         let here = self.public_url.as_ref().map_or("/", url::Url::as_str);
         let page = html! {
             (DOCTYPE)
@@ -134,18 +132,6 @@ fn login_link(user: &UserId, base: Option<&str>) -> Markup {
     }
 }
 
-/// The sort key: users that need a login come first, then those that may need one soon.
-fn urgency(state: State) -> u8 {
-    match state {
-        State::LoginRequired => 0,
-        State::Failing => 1,
-        State::Expiring => 2,
-        State::Fresh => 3,
-        State::Idle => 4,
-        State::None => 5,
-    }
-}
-
 fn class(state: State) -> &'static str {
     match state {
         State::LoginRequired => "bad",
@@ -180,7 +166,7 @@ fn distance(seconds: i64) -> String {
 }
 
 fn page_response(page: Markup) -> Answer {
-    let mut answer = Response::new(Full::new(Bytes::from(page.into_string())));
+    let mut answer = Response::new(super::bytes(page.into_string()));
     let headers = answer.headers_mut();
     for (name, value) in [
         (CONTENT_TYPE, "text/html; charset=utf-8"),

@@ -18,8 +18,7 @@ use http::request::Parts;
 use http::{HeaderValue, Method};
 
 use crate::domain::secret::Secret;
-use crate::inbound::destination::{BadTarget, Destination, Target, amazon_host};
-use crate::inbound::endpoint::{Endpoint, HEALTH, Navigable, Route};
+use crate::inbound::destination::{BadTarget, Endpoint, HEALTH, Navigable, Route, Target, amazon_host};
 use crate::server::Peer;
 
 /// What the listeners accept.
@@ -104,6 +103,8 @@ pub enum AdminAccess {
     Page,
     /// An operator: a caller on this machine, or one that shows a caller token.
     Operator,
+    /// An operator who gets refresh tokens in clear text: where a caller token is set, one that shows it.
+    Secrets,
 }
 
 impl From<Refusal> for Rejected {
@@ -149,13 +150,12 @@ impl Admission {
         if request.method == Method::CONNECT {
             return Ok(self.tunnel(request, peer)?);
         }
-        let target = self.target(request, peer)?;
-        match Route::of(&request.method, &target) {
+        match self.route(request, peer)? {
             Route::Own(endpoint) => {
                 let cors = self.own_endpoint(endpoint, headers).map_err(|refusal| refusal.at(endpoint))?;
                 Ok(Admitted::Own { endpoint, cors })
             }
-            Route::Upstream => {
+            Route::Upstream(target) => {
                 self.no_page(headers)?;
                 self.caller(headers)?;
                 Ok(Admitted::Upstream(target))
@@ -174,8 +174,7 @@ impl Admission {
             framing(&request.headers)?;
             return Ok(Admitted::Own { endpoint: Endpoint::Health, cors: None });
         }
-        let target = self.target(request, peer)?;
-        match Route::of(&request.method, &target) {
+        match self.route(request, peer)? {
             Route::Own(endpoint @ Endpoint::Callback) => {
                 let cors = self.own_endpoint(endpoint, &request.headers)?;
                 Ok(Admitted::Own { endpoint, cors })
@@ -197,9 +196,10 @@ impl Admission {
         if access == AdminAccess::Probe {
             return framing(headers);
         }
-        self.target(request, peer)?;
+        self.route(request, peer)?;
         match access {
             AdminAccess::Page | AdminAccess::Operator => self.operator(headers, peer),
+            AdminAccess::Secrets => self.operator(headers, peer).and_then(|()| self.caller(headers)),
             AdminAccess::Probe | AdminAccess::Anyone => Ok(()),
         }
     }
@@ -224,17 +224,13 @@ impl Admission {
 
     /// Sound framing, a known method, a `Host` that is ours (or Amazon's, in the absolute form), a target that
     /// adsidecar can serve.
-    fn target(&self, request: &Parts, peer: Peer) -> Result<Target, Refusal> {
+    fn route(&self, request: &Parts, peer: Peer) -> Result<Route, Refusal> {
         framing(&request.headers)?;
         method(&request.method)?;
         self.host(request, peer)?;
-        let target = Target::read(&request.uri, |authority| self.is_own_host(authority)).map_err(Refusal::Target)?;
-        // `proxy.allowed_hosts` may hold one of Amazon's hosts (a hosts file, `curl --connect-to`): it names its region.
-        let named = host_value(&request.headers).ok().and_then(without_port).and_then(amazon_host);
-        match (target.of, named) {
-            (Destination::Local, Some(of)) => Ok(Target { of, ..target }),
-            _ => Ok(target),
-        }
+        let host = host_value(&request.headers).ok().and_then(without_port);
+        Route::read(&request.method, &request.uri, host, |authority| self.is_own_host(authority))
+            .map_err(Refusal::Target)
     }
 
     /// Returns the origin to allow in the response's CORS headers.

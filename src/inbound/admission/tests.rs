@@ -25,8 +25,8 @@ fn parts(target: &str, headers: &[(&str, &str)]) -> Parts {
     request.body(()).unwrap().into_parts().0
 }
 
-fn host(value: &str) -> Result<Target, Refusal> {
-    admission().target(&parts("/x", &[("host", value)]), tcp())
+fn host(value: &str) -> Result<Route, Refusal> {
+    admission().route(&parts("/x", &[("host", value)]), tcp())
 }
 
 #[test]
@@ -78,13 +78,13 @@ fn no_other_spelling_of_loopback_passes() {
 
 #[test]
 fn one_host_and_no_more() {
-    assert_eq!(admission().target(&parts("/", &[]), tcp()), Err(Refusal::NoHost));
+    assert_eq!(admission().route(&parts("/", &[]), tcp()), Err(Refusal::NoHost));
     assert_eq!(host(""), Err(Refusal::NoHost));
     assert_eq!(
-        admission().target(&parts("/", &[("host", "localhost"), ("host", "localhost")]), tcp()),
+        admission().route(&parts("/", &[("host", "localhost"), ("host", "localhost")]), tcp()),
         Err(Refusal::NoHost)
     );
-    assert!(admission().target(&parts("/", &[]), Peer::Unix(None)).is_ok());
+    assert!(admission().route(&parts("/", &[]), Peer::Unix(None)).is_ok());
 }
 
 #[test]
@@ -101,10 +101,10 @@ fn at_a_unix_socket_another_user_is_refused() {
 #[test]
 fn amazons_host_passes_with_the_absolute_form_alone() {
     let amazon = [("host", "advertising-api-eu.amazon.com")];
-    assert_eq!(admission().target(&parts("/v2/profiles", &amazon), tcp()), Err(Refusal::Host));
-    assert!(admission().target(&parts("http://advertising-api-eu.amazon.com/v2/profiles", &amazon), tcp()).is_ok());
+    assert_eq!(admission().route(&parts("/v2/profiles", &amazon), tcp()), Err(Refusal::Host));
+    assert!(admission().route(&parts("http://advertising-api-eu.amazon.com/v2/profiles", &amazon), tcp()).is_ok());
     let foreign = parts("http://evil.test/", &[("host", "localhost")]);
-    assert_eq!(admission().target(&foreign, tcp()), Err(Refusal::Target(BadTarget::Foreign)));
+    assert_eq!(admission().route(&foreign, tcp()), Err(Refusal::Target(BadTarget::Foreign)));
 }
 
 #[test]
@@ -114,10 +114,10 @@ fn framing_that_can_be_read_in_two_ways_is_refused() {
     {
         let mut headers = vec![("host", "localhost")];
         headers.extend(codings.iter().map(|coding| ("transfer-encoding", *coding)));
-        assert_eq!(admission().target(&parts("/", &headers), tcp()), Err(Refusal::Framing), "{codings:?}");
+        assert_eq!(admission().route(&parts("/", &headers), tcp()), Err(Refusal::Framing), "{codings:?}");
     }
     let chunked = [("host", "localhost"), ("transfer-encoding", "Chunked")];
-    assert!(admission().target(&parts("/", &chunked), tcp()).is_ok());
+    assert!(admission().route(&parts("/", &chunked), tcp()).is_ok());
 }
 
 #[test]
@@ -125,7 +125,7 @@ fn methods_that_tunnel_or_echo_are_refused() {
     for name in ["TRACE", "get", "PROPFIND"] {
         let mut parts = parts("/", &[("host", "localhost")]);
         parts.method = name.parse().unwrap();
-        assert_eq!(admission().target(&parts, tcp()), Err(Refusal::Method), "{name}");
+        assert_eq!(admission().route(&parts, tcp()), Err(Refusal::Method), "{name}");
     }
 }
 
@@ -248,6 +248,6 @@ fn the_known_methods_pass() {
     for name in ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"] {
         let mut parts = parts("/", &[("host", "localhost")]);
         parts.method = name.parse().unwrap();
-        assert!(admission().target(&parts, tcp()).is_ok(), "{name}");
+        assert!(admission().route(&parts, tcp()).is_ok(), "{name}");
     }
 }

@@ -1,5 +1,6 @@
 //! The OAuth endpoints: `/api/auth/amazon/*`, and the token endpoint for SDKs (`token_endpoint`).
 
+mod accounts;
 mod responses;
 mod pages;
 mod query;
@@ -17,14 +18,18 @@ use hyper::body::Incoming;
 use serde_json::json;
 use url::Url;
 
-use crate::auth::login::{BeginError, Callback, Login, LoginFailure, LoginOutcome, LoginRequest, TEN_MINUTES};
+use crate::auth::accounts::Directory;
+use crate::auth::login::{
+    BeginError, Callback, Login, LoginFailure, LoginOutcome, LoginRequest, Progress, TEN_MINUTES,
+};
 use crate::auth::tokens::{Status, TokenError, TokenManager};
 use crate::domain::account::{Region, UserId};
+use crate::domain::clock::to_the_millisecond;
 use crate::domain::grant::STORE_UNAVAILABLE;
 use crate::domain::headers::ERROR;
 use crate::domain::secret::Secret;
 use crate::inbound::admission::{Admission, Admitted, Refusal, is_loopback, without_port};
-use crate::inbound::endpoint::{CALLBACK, Endpoint, LOGIN};
+use crate::inbound::destination::{CALLBACK, Endpoint, LOGIN};
 use crate::inbound::problem::{Code, Problem};
 use crate::inbound::request_id::{REQUEST_ID, RequestIds};
 use crate::server::Peer;
@@ -49,6 +54,7 @@ const PAGE: usize = 1000;
 pub struct OauthEndpoints {
     pub(crate) login: Login,
     pub(crate) tokens: TokenManager,
+    pub(crate) directory: Directory,
     pub(crate) admission: Admission,
     pub(crate) metrics: Arc<Metrics>,
     /// The region of logins that name none.
@@ -84,6 +90,8 @@ pub enum LoginError {
     TooMany(std::time::Duration),
     /// The store failed.
     Store(StoreError),
+    /// No region answered when accounts were looked for; holds the reasons.
+    NoRegion(String),
     /// The grant belongs to a different Amazon identity than the user's current one.
     Identity,
     /// The state or the pending grant is unknown or has expired; holds the sentence for the caller.
@@ -163,6 +171,8 @@ impl OauthEndpoints {
             Endpoint::Login => self.begin(&query, parts).await,
             Endpoint::Callback => self.callback(&query, &parts.headers).await,
             Endpoint::Status => self.status(&query, &parts.headers).await,
+            Endpoint::Accounts => self.accounts(&query, &parts.headers),
+            Endpoint::AccountsSync => self.sync_accounts(&query).await,
             Endpoint::Refresh => self.refresh(&query, &parts.headers).await,
             Endpoint::Logout => self.logout(&query.user()?).await,
             Endpoint::User => self.logout(&query::user_in(parts.uri.path())?).await,
@@ -233,8 +243,12 @@ impl OauthEndpoints {
             Some(callback) => self.login.finish(callback, |name| cookie_of(headers, name)).await,
             None => (Err(LoginFailure::State), None),
         };
-        if let Err(trouble) = &ended {
-            tracing::info!(code = trouble.code(), reason = pages::say(trouble), "a login ended without a grant");
+        match &ended {
+            Ok(LoginOutcome::Stored(status)) => self.directory.sync_soon(&status.user_id),
+            Ok(LoginOutcome::Pending(_)) => {}
+            Err(trouble) => {
+                tracing::info!(code = trouble.code(), reason = pages::say(trouble), "a login ended without a grant");
+            }
         }
         if self.login.frontend_url().is_some() {
             return Ok(redirect(self.back_to_frontend(&ended, return_to.as_deref()).as_str()));
@@ -245,7 +259,7 @@ impl OauthEndpoints {
         Ok(match ended {
             Ok(LoginOutcome::Stored(status)) => json(
                 StatusCode::OK,
-                &json!({ "status": "success", "user_id": status.user_id, "expires_at": status.expires_at }),
+                &json!({ "status": "success", "user_id": status.user_id, "expires_at": status.expires_at.map(to_the_millisecond) }),
             ),
             Ok(LoginOutcome::Pending(grant)) => {
                 json(StatusCode::OK, &json!({ "status": "pending", "grant": grant.expose() }))
@@ -280,6 +294,12 @@ impl OauthEndpoints {
     }
 
     async fn status(&self, query: &Query, headers: &HeaderMap) -> Result<Answer, LoginError> {
+        if let Some(state) = query.get("state") {
+            if ["user_id", "after", "limit"].into_iter().any(|name| query.get(name).is_some()) {
+                return Err(LoginError::Parameter("state stands alone: it names one login.".to_owned()));
+            }
+            return self.login_progress(state).await;
+        }
         if query.get("user_id").is_some() {
             let user = query.user()?;
             // If the shared store fails, the response shows what this process knows.
@@ -291,6 +311,19 @@ impl OauthEndpoints {
         let statuses = self.tokens.statuses().into_iter().filter(|status| status.user_id.as_str() > after.as_str());
         let users: Vec<_> = statuses.take(limit).map(|status| self.with_link(status, headers)).collect();
         Ok(json(StatusCode::OK, &json!({ "users": users })))
+    }
+
+    /// How a login stands, for the program that started it and so knows its state. Neither the user nor a pending grant
+    /// is named: a browser knows the state too.
+    async fn login_progress(&self, state: &str) -> Result<Answer, LoginError> {
+        let (login, error) = match self.login.progress(state).await.map_err(LoginError::Store)? {
+            Progress::Waiting => ("waiting", None),
+            Progress::Ended(Ok(LoginOutcome::Stored(_))) => ("success", None),
+            Progress::Ended(Ok(LoginOutcome::Pending(_))) => ("pending", None),
+            Progress::Ended(Err(failure)) => ("error", Some(failure.code())),
+            Progress::Unknown => ("unknown", None),
+        };
+        Ok(json(StatusCode::OK, &json!({ "login": login, "error": error })))
     }
 
     async fn refresh(&self, query: &Query, headers: &HeaderMap) -> Result<Answer, LoginError> {
@@ -307,6 +340,7 @@ impl OauthEndpoints {
 
     async fn logout(&self, user: &UserId) -> Result<Answer, LoginError> {
         self.login.forget(user).await.map_err(LoginError::Store)?;
+        self.directory.forget(user);
         let mut answer = Response::new(Full::default());
         *answer.status_mut() = StatusCode::NO_CONTENT;
         answer.headers_mut().insert(LINK, HeaderValue::from_static(AMAZONS_APPS_PAGE));
@@ -317,6 +351,7 @@ impl OauthEndpoints {
         let id = query.get("grant").ok_or_else(|| parameter("grant", "the id that the frontend was sent"))?;
         let confirmed = self.login.confirm(id).await.map_err(LoginError::Store)?;
         let confirmed = confirmed.ok_or(LoginError::State(NO_PENDING_GRANT))?;
+        self.directory.sync_soon(&confirmed.user_id);
         Ok(json(StatusCode::OK, &self.with_link(confirmed, headers)))
     }
 
@@ -364,7 +399,12 @@ impl OauthEndpoints {
     }
 
     /// The URL that starts a login, up to the user id.
-    pub fn login_base(origin: &Url) -> String {
+    pub fn login_base(authority: &str) -> String {
+        format!("http://{authority}{LOGIN}?user_id=")
+    }
+
+    /// As [`login_base`](Self::login_base), at the origin of a redirect URI.
+    pub fn login_base_at(origin: &Url) -> String {
         format!("{}{LOGIN}?user_id=", origin.origin().ascii_serialization())
     }
 
@@ -424,6 +464,11 @@ impl LoginError {
                 "Try again; if it persists, check adsidecar's log, and the volume of store.path or PostgreSQL.",
             )
             .retry_after(std::time::Duration::from_secs(1)),
+            Self::NoRegion(failures) => Problem::new(
+                Code::UpstreamUnreachable,
+                format!("No region of the Amazon Ads API listed profiles ({failures}). What was found before is kept."),
+                "Try again later; adsidecar doctor names the cause.",
+            ),
             Self::Identity => Problem::new(
                 Code::IdentityChanged,
                 pages::say(&LoginFailure::Identity),

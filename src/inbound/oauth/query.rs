@@ -16,8 +16,8 @@ use serde::{Deserialize, Deserializer};
 
 use super::{LoginError, parameter};
 use crate::domain::account::UserId;
-use crate::inbound::destination::is_selecting;
-use crate::inbound::endpoint::{Endpoint, USERS};
+use crate::inbound::destination::{Endpoint, USERS};
+use crate::inbound::route::is_selecting;
 
 /// The user in `/api/auth/amazon/users/{user_id}`.
 pub(super) fn user_in(path: &str) -> Result<UserId, LoginError> {

@@ -1,16 +1,58 @@
 //! Turns the spine's errors into problem documents for callers, and says whose fault they are.
 
-use super::ProxyError;
-use super::route::RouteError;
 use crate::auth::tokens::TokenError;
+use crate::domain::account::UserId;
 use crate::domain::grant::{Remedy, STORE_UNAVAILABLE};
 use crate::domain::policy::Denied;
 use crate::inbound::admission::Refusal;
+use crate::inbound::oauth::token_problem;
 use crate::inbound::problem::{Code, Problem};
+use crate::inbound::route::RouteError;
 use crate::telemetry::audit::Fault;
-use crate::upstream::{BodyError, ErrorKind};
+use crate::upstream::{BodyError, ErrorKind, SendError};
+
+/// Why adsidecar responds with an error of its own instead of Amazon's response.
+#[derive(Debug)]
+pub enum ProxyError {
+    /// The request failed a check of [`admission`](crate::inbound::admission).
+    Refused(Refusal),
+    /// The request selects an unknown account, or a header that selects is invalid.
+    Unroutable(RouteError),
+    /// The policy forbids it.
+    Denied(Denied),
+    /// There is no access token for the user.
+    NoToken(TokenError, UserId),
+    /// `Content-Length` is larger than `proxy.max_body`.
+    TooLarge,
+    /// Amazon could not be reached, or did not respond.
+    Send(SendError),
+    /// A step panicked, which is a bug in adsidecar; the process and the connection go on.
+    Panicked,
+}
 
 impl ProxyError {
+    /// The response to the caller. `login_step` says how a user logs in.
+    pub(super) fn into_problem(self, login_step: impl FnOnce(&UserId) -> String) -> Problem {
+        match self {
+            Self::Refused(refusal) => refusal.into(),
+            Self::Unroutable(error) => error.into(),
+            Self::Denied(denied) => denied.into(),
+            Self::NoToken(error, user) => token_problem(error, login_step(&user)),
+            Self::TooLarge => too_large(),
+            Self::Panicked => panicked(),
+            Self::Send(error) => error.kind.into(),
+        }
+    }
+
+    /// The label of the metric `guard_denied`; `None` if no guard rejected the request.
+    pub(super) fn guard_reason(&self) -> Option<&'static str> {
+        match self {
+            Self::Refused(refusal) => Some(refusal.reason()),
+            Self::Denied(_) => Some("policy"),
+            _ => None,
+        }
+    }
+
     /// Whose fault it is.
     pub(super) fn fault(&self) -> Fault {
         match self {
@@ -127,12 +169,12 @@ impl From<ErrorKind> for Problem {
     }
 }
 
-pub(super) fn too_large() -> Problem {
+fn too_large() -> Problem {
     Problem::new(Code::BodyTooLarge, "The body is larger than proxy.max_body.", "Send less, or raise proxy.max_body.")
         .close()
 }
 
-pub(super) fn panicked() -> Problem {
+fn panicked() -> Problem {
     Problem::new(
         Code::Internal,
         "adsidecar failed because of a defect; the request may have been processed.",

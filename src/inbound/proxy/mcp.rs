@@ -3,10 +3,10 @@
 use http::Method;
 use http::request::Parts;
 
-use super::upstream_request::accepts_event_stream;
 use crate::domain::account::Service;
 use crate::domain::api_families::family;
 use crate::inbound::destination::Target;
+use crate::upstream::accepts_event_stream;
 
 /// Whether a request is a message of an MCP client to the MCP server: a `POST` that accepts an event stream, as the
 /// protocol demands of every client ("Transports", Model Context Protocol).

@@ -4,14 +4,13 @@
 //! steps of a request to Amazon, each one call that may fail.
 
 mod auth_rejection;
-mod body;
 mod error_mapping;
+pub mod explain;
 mod mcp;
 mod redaction;
 mod request_telemetry;
+mod response;
 mod retry;
-mod route;
-mod upstream_request;
 
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
@@ -24,26 +23,28 @@ use http::{Request, Response, StatusCode, Uri};
 use http_body_util::Full;
 use hyper::body::Incoming;
 
-pub use body::Body;
+pub use error_mapping::ProxyError;
+pub use response::{Body, strip_response};
 
-use crate::auth::tokens::{TokenError, TokenManager};
+use crate::auth::accounts::Directory;
+use crate::auth::tokens::{Bearer, TokenManager};
 use crate::domain::account::{Account, Region, Service, UserId};
 use crate::domain::grant::State;
-use crate::domain::headers::{self, HINT, UpstreamHeaders};
-use crate::domain::policy::{self, Denied, Mode};
-use crate::inbound::admission::{Admission, Admitted, Refusal};
+use crate::domain::headers::{self, UpstreamHeaders};
+use crate::domain::policy::{self, Mode};
+use crate::inbound::admission::{Admission, Admitted};
 use crate::inbound::destination::Target;
-use crate::inbound::oauth::{OauthEndpoints, add_private_headers, token_problem};
+use crate::inbound::oauth::{OauthEndpoints, add_private_headers};
 use crate::inbound::problem::Problem;
 use crate::inbound::request_id::{self, RequestIds};
+pub use crate::inbound::route::Selection;
+use crate::inbound::route::{Accounts, RoutedRequest, fallback};
 use crate::server::Peer;
 use crate::telemetry::metrics::Metrics;
 use crate::upstream::{ReplayBudget, ReplayBuffer, RequestBody, Reuse, SendError, Upstream, UpstreamBody};
 use auth_rejection::{Rejection, Verdict, pass_on_refusal};
 use request_telemetry::RequestTelemetry;
 use retry::Retry;
-use route::{Accounts, RouteError, RoutedRequest, fallback};
-use upstream_request::UpstreamRequest;
 
 /// How callers select accounts, and how much of a request body is kept for a retry.
 #[derive(Clone, Debug)]
@@ -75,21 +76,11 @@ impl Settings {
     }
 }
 
-/// `proxy.selection`: whether callers select their account.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Selection {
-    /// By path prefix or header.
-    #[default]
-    Header,
-    /// Always the default account; the callers' selection is ignored.
-    Fixed,
-}
-
 /// Serves the proxy listener.
 #[derive(Debug)]
 pub struct Proxy {
     accounts: Accounts,
+    directory: Directory,
     client_id: HeaderValue,
     replay_limit: usize,
     /// Shared by the replay buffers of all requests.
@@ -105,23 +96,13 @@ pub struct Proxy {
     request_ids: Arc<RequestIds>,
 }
 
-/// Why adsidecar responds with an error of its own instead of Amazon's response.
-#[derive(Debug)]
-pub enum ProxyError {
-    /// The request failed a check of [`Admission`].
-    Refused(Refusal),
-    /// The request selects an unknown account, or a header that selects is invalid.
-    Unroutable(RouteError),
-    /// The policy forbids it.
-    Denied(Denied),
-    /// There is no access token for the user.
-    NoToken(TokenError, UserId),
-    /// `Content-Length` is larger than `proxy.max_body`.
-    TooLarge,
-    /// Amazon could not be reached, or did not respond.
-    Send(SendError),
-    /// A step panicked, which is a bug in adsidecar; the process and the connection go on.
-    Panicked,
+/// A request that is ready to be sent to Amazon, except for its body.
+#[derive(Clone, Copy)]
+struct UpstreamRequest<'a> {
+    call: &'a RoutedRequest<'a>,
+    parts: &'a Parts,
+    target: &'a Target,
+    bearer: &'a HeaderValue,
 }
 
 impl Proxy {
@@ -134,6 +115,7 @@ impl Proxy {
         tokens: TokenManager,
         upstream: Arc<Upstream>,
         oauth: OauthEndpoints,
+        directory: Directory,
         metrics: Arc<Metrics>,
         request_ids: Arc<RequestIds>,
     ) -> Self {
@@ -147,6 +129,7 @@ impl Proxy {
             body_timeout: settings.body_timeout,
             accounts: Accounts::new(settings.accounts, settings.region, settings.selection, settings.policy.rules),
             policy_mode: settings.policy.mode,
+            directory,
             admission,
             tokens,
             upstream,
@@ -174,7 +157,7 @@ impl Proxy {
                 Err(error) => {
                     telemetry.set_error(&error);
                     let problem = self.problem(error, &parts);
-                    telemetry.set_own_error(problem.code());
+                    telemetry.set_own_error(&problem);
                     let problem = if mcp::is_call(&parts) { problem.for_mcp() } else { problem };
                     problem.respond(telemetry.request_id()).map(Body::own)
                 }
@@ -221,7 +204,8 @@ impl Proxy {
         target: &Target,
         telemetry: &mut RequestTelemetry<'a>,
     ) -> Result<Response<Body>, ProxyError> {
-        let call = self.accounts.select(target, &parts.headers)?;
+        let found = self.directory.snapshot();
+        let call = self.accounts.select(target, &parts.headers, &found)?;
         telemetry.set_route(&call);
         self.enforce_policy(&call, parts, target, telemetry)?;
         if call.family.is_unknown() {
@@ -229,19 +213,25 @@ impl Proxy {
         }
         fail_point!("spine");
         let body = self.body(parts, incoming)?;
-        let bearer = self.access_token(&call.user).await?;
+        let Bearer { value: bearer, check_clock } = self.access_token(&call.user).await?;
         let request = UpstreamRequest { call: &call, parts, target, bearer: &bearer };
         let (response, sent) = self.send(request, body, telemetry).await?;
-        // The `Date` of the response shows the skew of this machine's clock.
-        self.tokens.observe_amazons_clock(response.headers());
-        let response = match response.status() {
+        if check_clock {
+            self.tokens.observe_amazons_clock(response.headers());
+        }
+        let mut response = match response.status() {
             StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => {
                 Box::pin(self.handle_rejection(response, request, sent, telemetry)).await?
             }
             status if status.is_client_error() => Box::pin(pass_on_refusal(response, &bearer)).await,
             _ => response.map(Body::amazon),
         };
-        Ok(to_caller(response, &call, telemetry))
+        if call.family.service == Service::Mcp {
+            // Amazon's challenge names an authorization server, and MCP clients would start an OAuth of their own there.
+            response.headers_mut().remove(WWW_AUTHENTICATE);
+        }
+        telemetry.set_response_from_amazon(response.status());
+        Ok(response::to_caller(response, telemetry.take_hint().or_else(|| call.hint())))
     }
 
     /// Refuses what the policy forbids. In observe mode, counts such a request and lets it pass.
@@ -253,7 +243,7 @@ impl Proxy {
         telemetry: &mut RequestTelemetry<'_>,
     ) -> Result<(), ProxyError> {
         let Err(denied) = call.rules.check(&parts.method, target.path(), &parts.headers) else { return Ok(()) };
-        self.metrics.policy_denied.with_label_values(&[call.account_name(), self.policy_mode.as_str()]).inc();
+        self.metrics.policy_denied.with_label_values(&[call.account_label(), self.policy_mode.as_str()]).inc();
         match self.policy_mode {
             Mode::Enforce => Err(ProxyError::Denied(denied)),
             Mode::Observe => {
@@ -278,7 +268,7 @@ impl Proxy {
         }
     }
 
-    async fn access_token(&self, user: &UserId) -> Result<HeaderValue, ProxyError> {
+    async fn access_token(&self, user: &UserId) -> Result<Bearer, ProxyError> {
         self.tokens.bearer(user).await.map_err(|error| ProxyError::NoToken(error, user.clone()))
     }
 
@@ -296,7 +286,7 @@ impl Proxy {
         let mut sent = self.attempt(request, body, Reuse::Allowed).await;
         let mut attempts = 1;
         while let Err(error) = sent {
-            match Box::pin(Retry::after_error(error, request, &buffer, attempts)).await {
+            match Box::pin(Retry::after_error(error, &request.parts.method, &buffer, attempts)).await {
                 // Boxed: rare requests must not make the future of every request large.
                 Ok((retry, body)) => sent = Box::pin(self.attempt(request, body, retry.reuse())).await,
                 Err(error) => {
@@ -315,23 +305,19 @@ impl Proxy {
         Ok((response, buffer))
     }
 
-    async fn attempt(
+    fn attempt(
         &self,
         request: UpstreamRequest<'_>,
         body: RequestBody,
         reuse: Reuse,
-    ) -> Result<Response<UpstreamBody>, SendError> {
-        match self.upstream.checkout(request.call.host(), reuse).await {
-            Ok(checkout) => checkout.send(self.to_amazon(request, body), request.accepts_event_stream()).await,
-            Err(kind) => Err(kind.unsent(body)),
-        }
+    ) -> impl Future<Output = Result<Response<UpstreamBody>, SendError>> + Send {
+        self.upstream.send(request.call.host(), reuse, self.to_amazon(request, body))
     }
 
     fn to_amazon(&self, request: UpstreamRequest<'_>, body: RequestBody) -> Request<RequestBody> {
         let UpstreamRequest { call, parts, target, bearer } = request;
         let attach = UpstreamHeaders {
             family: call.family,
-            host: Some(self.upstream.authority(call.host())),
             bearer,
             client_id: &self.client_id,
             ids: call.ids(),
@@ -381,44 +367,14 @@ impl Proxy {
     }
 
     fn problem(&self, error: ProxyError, parts: &Parts) -> Problem {
-        match error {
-            ProxyError::Refused(refusal) => {
-                self.metrics.guard_denied.with_label_values(&[refusal.reason()]).inc();
-                refusal.into()
-            }
-            ProxyError::Unroutable(error) => error.into(),
-            ProxyError::Denied(denied) => {
-                self.metrics.guard_denied.with_label_values(&["policy"]).inc();
-                denied.into()
-            }
-            ProxyError::NoToken(error, user) => token_problem(error, self.oauth.login_step(&parts.headers, &user)),
-            ProxyError::TooLarge => error_mapping::too_large(),
-            ProxyError::Panicked => error_mapping::panicked(),
-            ProxyError::Send(error) => error.kind.into(),
+        if let Some(reason) = error.guard_reason() {
+            self.metrics.guard_denied.with_label_values(&[reason]).inc();
         }
+        error.into_problem(|user| self.oauth.login_step(&parts.headers, user))
     }
 }
 
 /// AMC responds to expired credentials with 403 ("Make your first call", Amazon Marketing Cloud).
 fn is_amc(target: &Target) -> bool {
     target.path().split('/').find(|segment| !segment.is_empty()) == Some("amc")
-}
-
-/// Amazon's response as the caller gets it: without hop-by-hop headers, and with `X-Adsidecar-Hint` if there is one.
-fn to_caller(
-    mut response: Response<Body>,
-    call: &RoutedRequest<'_>,
-    telemetry: &mut RequestTelemetry<'_>,
-) -> Response<Body> {
-    telemetry.set_response_from_amazon(response.status());
-    *response.version_mut() = http::Version::HTTP_11;
-    headers::to_caller(response.headers_mut());
-    if call.family.service == Service::Mcp {
-        // Amazon's challenge names an authorization server, and MCP clients would start an OAuth of their own there.
-        response.headers_mut().remove(WWW_AUTHENTICATE);
-    }
-    if let Some(hint) = telemetry.take_hint().or_else(|| call.hint()) {
-        response.headers_mut().insert(HINT, HeaderValue::from_static(hint));
-    }
-    response
 }

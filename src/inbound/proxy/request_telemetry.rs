@@ -7,13 +7,13 @@ use std::time::{Duration, Instant};
 use http::header::HeaderName;
 use http::{HeaderMap, HeaderValue, Method, Response, StatusCode};
 
-use super::route::RoutedRequest;
 use super::{Body, ProxyError};
 use crate::auth::tokens::TokenError;
 use crate::domain::account::Region;
-use crate::inbound::problem::Code;
+use crate::inbound::problem::Problem;
 use crate::inbound::request_id::REQUEST_ID;
-use crate::telemetry::audit::{AuditEvent, AuditOutcome, Fault};
+use crate::inbound::route::RoutedRequest;
+use crate::telemetry::audit::{AuditEvent, AuditOutcome, Fault, milliseconds};
 use crate::telemetry::metrics::Metrics;
 
 /// The status counted for a caller that disconnected before the response began, as nginx does.
@@ -32,7 +32,7 @@ pub(super) struct RequestTelemetry<'a> {
     metrics: &'a Metrics,
     begun: Instant,
     method: &'static str,
-    account: &'a str,
+    account: String,
     region: &'static str,
     source: &'static str,
     hint: Option<&'static str>,
@@ -40,6 +40,8 @@ pub(super) struct RequestTelemetry<'a> {
     amazon_id: Option<HeaderValue>,
     /// Why there is no response from Amazon, for the log.
     error: Option<String>,
+    /// What an operator can do about it, for the log.
+    remedy: Option<String>,
     /// Whose fault a failure is; `None` if nothing failed.
     fault: Option<Fault>,
     in_flight: Option<InFlight>,
@@ -58,13 +60,14 @@ impl<'a> RequestTelemetry<'a> {
         Self {
             begun: Instant::now(),
             method: label(method),
-            account: "",
+            account: String::new(),
             region: "",
             source: "sidecar",
             hint: None,
             request_id,
             amazon_id: None,
             error: None,
+            remedy: None,
             // The default, for a caller that disconnects.
             fault: Some(Fault::Caller),
             in_flight: Some(InFlight(metrics.clone())),
@@ -83,8 +86,8 @@ impl<'a> RequestTelemetry<'a> {
         self.audit = None;
     }
 
-    pub(super) fn set_route(&mut self, call: &RoutedRequest<'a>) {
-        self.account = call.account_name();
+    pub(super) fn set_route(&mut self, call: &RoutedRequest<'_>) {
+        call.account_label().clone_into(&mut self.account);
         self.region = call.region.as_str();
         if let Some(audit) = &mut self.audit {
             call.account_name().clone_into(&mut audit.account);
@@ -143,10 +146,13 @@ impl<'a> RequestTelemetry<'a> {
         self.fault = Fault::of_amazons_response(status);
     }
 
-    /// Records that the caller gets adsidecar's own error `code`.
-    pub(super) fn set_own_error(&mut self, code: Code) {
+    /// Records that the caller gets adsidecar's own error `problem`.
+    pub(super) fn set_own_error(&mut self, problem: &Problem) {
+        if is_failure(problem.code().status().as_u16()) {
+            self.remedy = Some(problem.next_step().to_owned());
+        }
         if let Some(audit) = &mut self.audit {
-            audit.code = code.as_str();
+            audit.code = problem.code().as_str();
         }
     }
 
@@ -164,7 +170,7 @@ impl<'a> RequestTelemetry<'a> {
         self.ended = true;
         let took = self.begun.elapsed();
         let mut text = [0u8; 3];
-        let labels = [self.account, self.region, self.method, digits(status, &mut text), self.source];
+        let labels = [self.account.as_str(), self.region, self.method, digits(status, &mut text), self.source];
         self.metrics.requests.with_label_values(&labels).inc();
         self.metrics.request_duration.with_label_values(&[self.source]).observe(took.as_secs_f64());
         if let Some(audit) = &self.audit {
@@ -190,7 +196,7 @@ impl<'a> RequestTelemetry<'a> {
                 method = self.method,
                 status,
                 source = self.source,
-                ?took,
+                took_ms = milliseconds(took),
                 "request"
             );
         }
@@ -207,7 +213,8 @@ impl<'a> RequestTelemetry<'a> {
             status,
             source = self.source,
             error = self.error,
-            ?took,
+            hint = self.remedy.as_deref().or_else(|| amazons_failure(status)),
+            took_ms = milliseconds(took),
             "request failed"
         );
     }
@@ -233,6 +240,15 @@ impl Drop for InFlight {
 
 fn is_failure(status: u16) -> bool {
     status == 429 || status >= 500
+}
+
+/// What an operator can do about a failure that is Amazon's response.
+fn amazons_failure(status: u16) -> Option<&'static str> {
+    match status {
+        429 => Some("Amazon throttles this client: send fewer requests, and wait for Retry-After"),
+        500.. => Some("the failure is Amazon's: quote amazon_request_id to its support"),
+        _ => None,
+    }
 }
 
 /// The metric's label. Unknown methods are `other`, so that callers cannot create series.

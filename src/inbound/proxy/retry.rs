@@ -3,9 +3,8 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use http::HeaderValue;
+use http::{HeaderValue, Method};
 
-use super::upstream_request::UpstreamRequest;
 use crate::upstream::{ErrorKind, Processed, ReplayBuffer, RequestBody, Reuse, SendError};
 
 /// Why it is safe, and useful, to send a request once more.
@@ -26,14 +25,14 @@ pub(super) enum Retry {
 const MAX_ATTEMPTS: u32 = 3;
 
 impl Retry {
-    /// Decides after a failed attempt. `sent` is what the attempt took of the caller's body, and `attempts` the number
+    /// Decides after a failed attempt of a request with `method`. `sent` is what the attempt took of the caller's body, and `attempts` the number
     /// of attempts so far.
     ///
     /// # Errors
     /// Returns the error if the request must not be sent again.
     pub(super) async fn after_error(
         error: SendError,
-        request: UpstreamRequest<'_>,
+        method: &Method,
         sent: &Option<Arc<ReplayBuffer>>,
         attempts: u32,
     ) -> Result<(Self, RequestBody), SendError> {
@@ -45,7 +44,7 @@ impl Retry {
         let retry = match error.processed {
             Processed::Unsent(body) => return Ok((Self::Unsent { http1: false }, body)),
             Processed::Refused { http1 } => Self::Unsent { http1 },
-            Processed::Stale if attempts == 1 && request.is_idempotent() => Self::StaleIdempotent,
+            Processed::Stale if attempts == 1 && is_idempotent(method) => Self::StaleIdempotent,
             Processed::Stale | Processed::Unknown => return Err(error),
         };
         let body = match sent {
@@ -83,4 +82,9 @@ fn body_again(sent: &Option<Arc<ReplayBuffer>>) -> Option<RequestBody> {
         None => Some(RequestBody::empty()),
         Some(buffer) => buffer.replay(),
     }
+}
+
+/// RFC 9110, section 9.2.2.
+fn is_idempotent(method: &Method) -> bool {
+    matches!(*method, Method::GET | Method::HEAD | Method::PUT | Method::DELETE | Method::OPTIONS)
 }

@@ -9,6 +9,7 @@ use super::connection::{OnDisconnect, Parameters};
 use super::{KEY_NOTE, Postgres, StoredRow, digest, locked, sealed_json};
 use crate::domain::account::UserId;
 use crate::domain::grant::Grant;
+use crate::store::backup::value;
 use crate::store::keyring::Keyring;
 use crate::store::{Reseal, Sealed, StoreError, Users};
 
@@ -23,13 +24,35 @@ impl Postgres {
 
     /// See [`TokenStore::dump`](crate::store::TokenStore::dump).
     pub(in crate::store) async fn dump(&self) -> Result<BTreeMap<UserId, serde_json::Value>, StoreError> {
-        let value = |row: StoredRow| {
-            let value = serde_json::from_str(&row.json).unwrap_or(serde_json::Value::String(row.json));
-            (row.user, value)
-        };
         let mut all = BTreeMap::new();
-        self.for_each_row(|row| all.extend([value(row)])).await?;
+        self.for_each_row(|row| all.extend([(row.user, value(row.json.as_bytes()))])).await?;
         Ok(all)
+    }
+
+    /// See [`TokenStore::records_after`](crate::store::TokenStore::records_after).
+    pub(in crate::store) async fn records_after(
+        &self,
+        after: Option<&UserId>,
+    ) -> Result<Vec<(UserId, serde_json::Value)>, StoreError> {
+        let mut last = after.map_or_else(String::new, |user| user.as_str().to_owned());
+        loop {
+            let (rows, next) = self.page(&last).await?;
+            match next {
+                // A page of rows that we did not write.
+                Some(next) if rows.is_empty() => last = next,
+                _ => return Ok(rows.into_iter().map(|row| (row.user, value(row.json.as_bytes()))).collect()),
+            }
+        }
+    }
+
+    /// See [`TokenStore::record`](crate::store::TokenStore::record).
+    pub(in crate::store) async fn record(&self, user: &UserId) -> Result<Option<serde_json::Value>, StoreError> {
+        Ok(self.row(user).await?.0.map(|row| value(row.json.as_bytes())))
+    }
+
+    /// The keys in use.
+    pub(in crate::store) fn keyring(&self) -> Arc<Keyring> {
+        self.0.keyring.load_full()
     }
 
     /// See [`TokenStore::rekey`](crate::store::TokenStore::rekey).

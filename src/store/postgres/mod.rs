@@ -15,6 +15,7 @@
 //! Write access to the database suffices to delete a record or to restore an older one, but not to forge one: see
 //! [`StoredGrant`].
 
+mod accounts;
 mod changes;
 mod connection;
 mod connection_url;

@@ -128,11 +128,12 @@ impl Postgres {
         let grant = |text: &str| PendingGrant::open(text, ring).map(|pending| pending.seal(ring));
         let login = |text: &str| ring.open(text).map(|opened| ring.seal(&opened.plain));
         self.reseal_table(GRANTS, grant).await?;
-        self.reseal_table(LOGINS, login).await
+        self.reseal_table(LOGINS, login).await?;
+        self.reseal_accounts(ring).await
     }
 
     /// Reseals each row that `select` returns and that `reseal` can open, unless another process has changed it.
-    async fn reseal_table(
+    pub(super) async fn reseal_table(
         &self,
         [select, update]: [&str; 2],
         reseal: impl Fn(&str) -> Option<String>,

@@ -11,6 +11,7 @@ use std::collections::{BTreeMap, HashSet};
 use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, ErrorKind};
+use std::ops::Bound;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::thread;
@@ -87,6 +88,11 @@ impl Database {
         Ok(found.map(|json| StoredGrant::parse(&json)))
     }
 
+    /// Reads the record of `user` as bytes.
+    pub(super) fn get_raw(&self, user: &UserId) -> Result<Option<sled::IVec>, StoreError> {
+        self.grants.get(user.as_str()).map_err(|error| self.sled_error(error))
+    }
+
     /// Replaces the record of `user`; durable after [`commit`](Self::commit).
     pub(super) fn put(&self, user: &UserId, record: &StoredGrant) -> Result<(), StoreError> {
         self.grants.insert(user.as_str(), record.to_json()).map(drop).map_err(|error| self.sled_error(error))
@@ -104,7 +110,16 @@ impl Database {
 
     /// Iterates over all records as bytes. A key that is not a user id was not written by us and is skipped.
     pub(super) fn raw(&self) -> impl Iterator<Item = Result<(UserId, sled::IVec), StoreError>> {
-        let entries = self.grants.iter().map(|entry| {
+        self.raw_after(None)
+    }
+
+    /// As [`raw`](Self::raw), from the first record after that of `after`.
+    pub(super) fn raw_after(
+        &self,
+        after: Option<&UserId>,
+    ) -> impl Iterator<Item = Result<(UserId, sled::IVec), StoreError>> {
+        let start = after.map_or(Bound::Unbounded, |user| Bound::Excluded(user.as_str().as_bytes().to_vec()));
+        let entries = self.grants.range((start, Bound::<Vec<u8>>::Unbounded)).map(|entry| {
             let (key, json) = entry?;
             (0..READS_PER_RECORD).try_for_each(|_| self.grants.get(&key).map(drop))?;
             Ok((key, json))

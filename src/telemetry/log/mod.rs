@@ -41,6 +41,8 @@ const QUEUE_LINES: usize = 4096;
 pub struct Settings {
     /// `log.format`; default `json` in production, `text` in development.
     pub format: Format,
+    /// Whether the configuration names the format. If it does not, a terminal gets text.
+    pub format_given: bool,
     /// `log.level`: the least important level that is written.
     pub level: Level,
     /// `log.audit`: whether to write one line for each request to Amazon.
@@ -100,13 +102,23 @@ pub struct Dropped {
 ///
 /// If the process already has a log (a test harness, or a second sidecar in one process), that log stays in place and
 /// the returned handle has no effect.
-pub fn init(settings: Settings) -> LogHandle {
+pub fn init(mut settings: Settings) -> LogHandle {
+    if !settings.format_given && std::io::stderr().is_terminal() {
+        settings.format = Format::Text;
+    }
     let queue = NonBlockingBuilder::default().lossy(true).buffered_lines_limit(QUEUE_LINES);
     let (writer, thread) = queue.finish(std::io::stderr());
     let queue_drops = writer.error_counter();
-    let (subscriber, handle) = build(settings, writer, std::io::stderr().is_terminal());
+    let (subscriber, handle) = build(settings, writer, colours());
     let _ = subscriber.try_init();
     LogHandle { queue_drops: Some(queue_drops), writer: Arc::new(Mutex::new(Some(thread))), ..handle }
+}
+
+/// Whether standard error is a terminal whose user wants colours (`NO_COLOR` is empty or unset, see no-color.org).
+pub fn colours() -> bool {
+    let unwanted = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
+    let dumb = std::env::var_os("TERM").is_some_and(|terminal| terminal == "dumb");
+    std::io::stderr().is_terminal() && !unwanted && !dumb
 }
 
 impl LogHandle {
@@ -239,7 +251,8 @@ mod tests {
     fn written(format: Format, level: Level, lines: impl FnOnce(&LogHandle)) -> String {
         let output = Output::default();
         let writer = output.clone();
-        let (subscriber, handle) = build(Settings { format, level, audit: false }, move || writer.clone(), false);
+        let (subscriber, handle) =
+            build(Settings { format, format_given: true, level, audit: false }, move || writer.clone(), false);
         tracing::subscriber::with_default(subscriber, || lines(&handle));
         let bytes = output.0.lock().unwrap().clone();
         String::from_utf8(bytes).unwrap()
@@ -293,7 +306,8 @@ mod tests {
                 !tracing::event_enabled!(target: AUDIT_TARGET, tracing::Level::INFO),
                 "a disabled audit log costs nothing"
             );
-            handle.reconfigure(Settings { format: Format::Text, level: Level::Error, audit: true });
+            let format = Format::Text;
+            handle.reconfigure(Settings { format, format_given: true, level: Level::Error, audit: true });
             tracing::info!(target: AUDIT_TARGET, "on");
             handle.set_level(Level::Warn);
             tracing::info!(target: AUDIT_TARGET, "still");

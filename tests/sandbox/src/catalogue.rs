@@ -14,6 +14,10 @@ pub struct Catalogue {
     pub advertisers: Vec<Advertiser>,
     /// The profiles of all regions.
     pub profiles: Vec<Profile>,
+    /// The manager accounts.
+    pub managers: Vec<ManagerAccount>,
+    /// The DSP advertisers.
+    pub dsp_advertisers: Vec<DspAdvertiser>,
     /// The AMC accounts.
     pub amc_accounts: Vec<AmcAccount>,
     /// The Sponsored Products campaigns.
@@ -55,8 +59,38 @@ pub struct Profile {
     pub marketplace: &'static str,
     /// `ENTITY…` of a vendor, or the seller id.
     pub account: String,
-    /// `seller` or `vendor`.
+    /// `seller`, `vendor` or `agency`.
     pub kind: &'static str,
+    /// Its name; by default that of its owner.
+    pub name: Option<String>,
+}
+
+/// A manager account, which holds profiles.
+#[derive(Clone, Debug)]
+pub struct ManagerAccount {
+    /// Its id.
+    pub id: String,
+    /// Its name.
+    pub name: String,
+    /// The profiles that it holds.
+    pub profiles: Vec<u64>,
+    /// The owner: [`Advertiser::id`].
+    pub advertiser: String,
+}
+
+/// A DSP advertiser of an agency profile.
+#[derive(Clone, Debug)]
+pub struct DspAdvertiser {
+    /// Its id.
+    pub id: String,
+    /// Its name.
+    pub name: String,
+    /// `DE` …
+    pub country: &'static str,
+    /// `EUR` …
+    pub currency: &'static str,
+    /// The agency profile that it belongs to.
+    pub profile: u64,
 }
 
 /// An AMC account with its instance.
@@ -206,6 +240,9 @@ impl Profile {
     }
 
     fn name(&self) -> String {
+        if let Some(name) = &self.name {
+            return name.clone();
+        }
         format!("{} {}", if self.kind == "seller" { "Meadow Tools" } else { "Harbour Books" }, self.country)
     }
 }
@@ -236,6 +273,7 @@ fn seeded_profiles(tools: &str, books: &str) -> Vec<Profile> {
             marketplace,
             account: account.into(),
             kind,
+            name: None,
         })
         .collect()
 }

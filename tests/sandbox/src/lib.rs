@@ -65,7 +65,10 @@ use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio_rustls::TlsAcceptor;
 
-pub use catalogue::{Advertiser, AmcAccount, Budget, Campaign, Catalogue, Execution, Profile, Report, Workflow};
+pub use catalogue::{
+    Advertiser, AmcAccount, Budget, Campaign, Catalogue, DspAdvertiser, Execution, ManagerAccount, Profile, Report,
+    Workflow,
+};
 pub use fault::{Fault, FaultHandle, Rule, When};
 pub use history::{Call, LwaCalls};
 pub use test_endpoints::pseudo_random_bytes;

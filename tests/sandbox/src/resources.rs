@@ -27,6 +27,8 @@ pub(super) fn answer(world: &mut World, call: &Passed<'_>, family: &str) -> Resp
     match (method.as_str(), call.path) {
         ("GET", ["v2", "profiles"]) => list_profiles(world, call),
         ("GET", ["v2", "profiles", id]) => get_profile(world, call, id),
+        ("GET", ["managerAccounts"]) => list_managers(world, call),
+        ("GET", ["dsp", "advertisers"]) => list_dsp_advertisers(world, call),
         ("POST", ["sp", "campaigns", "list"]) => list_campaigns(world, call),
         ("POST", ["sp", "campaigns"]) => write_campaigns(world, call, create_campaign),
         ("PUT", ["sp", "campaigns"]) => write_campaigns(world, call, update_campaign),
@@ -56,6 +58,44 @@ fn list_profiles(world: &World, call: &Passed<'_>) -> Response<Body> {
     reply::add(&mut response, SET_COOKIE, "session-id=130-1234567-1234567; Domain=.amazon.com; Path=/; Secure");
     reply::add(&mut response, SET_COOKIE, "session-id-time=2082787201l; Domain=.amazon.com; Path=/; Secure");
     response
+}
+
+/// The manager accounts of the user. Every region lists the same ones.
+fn list_managers(world: &World, call: &Passed<'_>) -> Response<Body> {
+    let managers = world.catalogue.managers.iter().filter(|manager| manager.advertiser == call.advertiser);
+    let linked = |id: &u64| json!({ "profileId": id.to_string(), "accountType": "SELLER" });
+    let managers: Vec<Value> = managers
+        .map(|manager| {
+            json!({
+                "managerAccountId": manager.id,
+                "managerAccountName": manager.name,
+                "linkedAccounts": manager.profiles.iter().map(linked).collect::<Vec<_>>(),
+            })
+        })
+        .collect();
+    reply::json(StatusCode::OK, &json!({ "managerAccounts": managers }))
+}
+
+/// A page of the DSP advertisers of the profile in the Scope header.
+fn list_dsp_advertisers(world: &World, call: &Passed<'_>) -> Response<Body> {
+    let number = |name: &str| {
+        let mut pairs = call.query.split('&').filter_map(|pair| pair.split_once('='));
+        pairs.find(|(key, _)| *key == name).and_then(|(_, value)| value.parse::<usize>().ok())
+    };
+    let (start, count) = (number("startIndex").unwrap_or(0), number("count").unwrap_or(20).min(LARGEST_PAGE));
+    let all = world.catalogue.dsp_advertisers.iter().filter(|one| Some(one.profile) == call.profile);
+    let total = all.clone().count();
+    let page: Vec<Value> = all
+        .skip(start)
+        .take(count)
+        .map(|one| {
+            json!({
+                "advertiserId": one.id, "name": one.name, "country": one.country, "currency": one.currency,
+                "timezone": "Europe/Paris", "url": "https://example.com",
+            })
+        })
+        .collect();
+    reply::json(StatusCode::OK, &json!({ "totalResults": total, "response": page }))
 }
 
 fn get_profile(world: &World, call: &Passed<'_>, id: &str) -> Response<Body> {

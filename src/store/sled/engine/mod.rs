@@ -1,5 +1,6 @@
 //! Every operation on the database and its mirror, as the store's thread runs them.
 
+mod accounts;
 mod reconcile;
 
 use std::collections::BTreeMap;
@@ -11,9 +12,13 @@ use super::database::Database;
 use super::mirror::Mirror;
 use crate::domain::account::UserId;
 use crate::domain::grant::Grant;
+use crate::store::backup::value;
 use crate::store::keyring::{Fingerprint, Keyring};
 use crate::store::stored_grant::{ParsedRecord, StoredGrant, is_same_grant, open_record};
 use crate::store::{Health, Opened, PendingGrant, Sealed, StoreError, Users, files};
+
+/// Most records of one page of a dump: about 200 KiB.
+const PAGE_RECORDS: usize = 100;
 
 /// The database, its mirror and its keys.
 pub(in crate::store) struct Engine {
@@ -149,9 +154,28 @@ impl Engine {
 
     pub(in crate::store) fn dump(&mut self) -> Result<BTreeMap<UserId, serde_json::Value>, StoreError> {
         let (database, ..) = self.components()?;
-        let text = |json: &[u8]| serde_json::Value::String(String::from_utf8_lossy(json).into_owned());
-        let value = |json: &[u8]| serde_json::from_slice(json).unwrap_or_else(|_| text(json));
         database.raw().map(|entry| entry.map(|(user, json)| (user, value(&json)))).collect()
+    }
+
+    /// See [`TokenStore::records_after`](crate::store::TokenStore::records_after).
+    pub(in crate::store) fn records_after(
+        &mut self,
+        after: Option<&UserId>,
+    ) -> Result<Vec<(UserId, serde_json::Value)>, StoreError> {
+        let (database, ..) = self.components()?;
+        let page = database.raw_after(after).take(PAGE_RECORDS);
+        page.map(|entry| entry.map(|(user, json)| (user, value(&json)))).collect()
+    }
+
+    /// See [`TokenStore::record`](crate::store::TokenStore::record).
+    pub(in crate::store) fn record(&mut self, user: &UserId) -> Result<Option<serde_json::Value>, StoreError> {
+        let (database, ..) = self.components()?;
+        Ok(database.get_raw(user)?.map(|json| value(&json)))
+    }
+
+    /// The keys in use.
+    pub(in crate::store) fn keyring(&self) -> Arc<Keyring> {
+        self.keyring.clone()
     }
 
     pub(in crate::store) fn users(&mut self) -> Result<Vec<UserId>, StoreError> {
@@ -176,13 +200,16 @@ impl Engine {
         Ok(ResealOutcome::Resealed)
     }
 
-    /// Seals pending grants and logins again, whatever key sealed them: they are few and short-lived.
+    /// Seals pending grants, pending logins and found accounts again, whatever key sealed them: they are few.
     pub(in crate::store) fn reseal_pending(&mut self) -> Result<(), StoreError> {
         for pending in self.mirror.pending_grants(&self.keyring)? {
             self.mirror.save_pending_grant(&pending, &self.keyring)?;
         }
         let logins = self.mirror.pending_logins(&self.keyring)?;
-        logins.map_or(Ok(()), |logins| self.mirror.save_pending_logins(&logins, &self.keyring))
+        if let Some(logins) = logins {
+            self.mirror.save_pending_logins(&logins, &self.keyring)?;
+        }
+        self.reseal_accounts()
     }
 
     pub(in crate::store) fn save_pending_grant(&mut self, pending: &PendingGrant) -> Result<(), StoreError> {

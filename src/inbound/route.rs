@@ -6,11 +6,11 @@ use std::sync::Arc;
 
 use http::header::{HeaderMap, HeaderName, HeaderValue};
 
-use super::Selection;
+use crate::auth::accounts::Snapshot;
 use crate::domain::account::{Account, AmazonHost, BadName, BadRegion, Ids, Region, Service, UserId};
 use crate::domain::api_families::{Family, family, mcp_family};
 use crate::domain::policy::Rules;
-use crate::inbound::destination::{Destination, SELECTORS, Target, is_selecting};
+use crate::inbound::destination::{Destination, Target};
 
 const X_ADS_ACCOUNT: HeaderName = HeaderName::from_static("x-ads-account");
 const X_ADS_USER: HeaderName = HeaderName::from_static("x-ads-user");
@@ -35,6 +35,8 @@ pub(super) struct Accounts {
 #[derive(Debug)]
 pub(super) struct RoutedRequest<'a> {
     account: Option<&'a Account>,
+    /// The account's name in metrics.
+    label: &'a str,
     /// The user whose grant authorizes the request.
     pub(super) user: UserId,
     /// The region whose host gets the request.
@@ -47,10 +49,21 @@ pub(super) struct RoutedRequest<'a> {
     pub(super) rules: &'a Rules,
 }
 
+/// `proxy.selection`: whether callers select their account.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Selection {
+    /// By path prefix or header.
+    #[default]
+    Header,
+    /// Always the default account; the callers' selection is ignored.
+    Fixed,
+}
+
 /// Why no account could be selected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RouteError {
-    /// No account of this name is configured.
+    /// No account of this name is configured or found.
     Unknown,
     /// An `X-Ads-*` header is invalid; holds the reason.
     Bad(&'static str),
@@ -76,7 +89,14 @@ impl Accounts {
 
     /// Routes a request. The first that applies selects the account or user: the path's prefix, `X-Ads-Account`,
     /// `X-Ads-User`, the account named `default`, the only account, the user `default`.
-    pub(super) fn select(&self, target: &Target, headers: &HeaderMap) -> Result<RoutedRequest<'_>, RouteError> {
+    ///
+    /// A name of the configuration wins over the slug of a found account.
+    pub(super) fn select<'a>(
+        &'a self,
+        target: &Target,
+        headers: &HeaderMap,
+        found: &'a Snapshot,
+    ) -> Result<RoutedRequest<'a>, RouteError> {
         let host_region = if let Destination::Amazon(host) = target.of { Some(host.region) } else { None };
         if self.selection == Selection::Fixed {
             return Ok(self.call(target, self.fallback(), None, host_region));
@@ -89,7 +109,10 @@ impl Accounts {
         if let Some(name) =
             target.account.as_deref().map_or_else(|| single(headers, &X_ADS_ACCOUNT), |name| Ok(Some(name)))?
         {
-            let account = self.by_name.get(name).ok_or(RouteError::Unknown)?;
+            let Some(account) = self.by_name.get(name) else {
+                let entry = found.get(name).ok_or(RouteError::Unknown)?;
+                return Ok(self.found_call(target, &entry.account, region, found));
+            };
             return Ok(self.call(target, Some(account), None, region));
         }
         if let Some(user) = single(headers, &X_ADS_USER)? {
@@ -103,6 +126,20 @@ impl Accounts {
 
     fn fallback(&self) -> Option<&Account> {
         self.fallback.as_deref()
+    }
+
+    /// A found account has no rules of its own: those of all accounts of its user together hold.
+    fn found_call<'a>(
+        &'a self,
+        target: &Target,
+        account: &'a Account,
+        asked: Option<Region>,
+        found: &Snapshot,
+    ) -> RoutedRequest<'a> {
+        let rules = self.rules_by_user.get(&account.user).unwrap_or(&self.rules);
+        // Thousands of accounts must not become thousands of series.
+        let label = if found.is_large() { "found" } else { &*account.name };
+        RoutedRequest { rules, label, ..self.call(target, Some(account), None, asked) }
     }
 
     fn call<'a>(
@@ -119,11 +156,12 @@ impl Accounts {
             Some(account) => &account.rules,
             None => self.rules_by_user.get(&user).unwrap_or(&self.rules),
         };
+        let label = account.map_or("", |account| &account.name);
         let family = match target.of {
             Destination::Amazon(AmazonHost { service: Service::Mcp, .. }) => mcp_family(),
             _ => family(target.path()),
         };
-        RoutedRequest { account, user, region, at_home: region == home, family, rules }
+        RoutedRequest { account, label, user, region, at_home: region == home, family, rules }
     }
 }
 
@@ -136,6 +174,11 @@ impl<'a> RoutedRequest<'a> {
     /// The account's name; empty if there is none.
     pub(super) fn account_name(&self) -> &'a str {
         self.account.map_or("", |account| &account.name)
+    }
+
+    /// The account's name in metrics; empty if there is none.
+    pub(super) fn account_label(&self) -> &'a str {
+        self.label
     }
 
     /// The account's ids; `None` in any other region than the account's own, where they are invalid.
@@ -157,6 +200,28 @@ impl<'a> RoutedRequest<'a> {
 pub(super) fn fallback<A: Borrow<Account>>(accounts: &[A]) -> Option<&A> {
     let only = if let [only] = accounts { Some(only) } else { None };
     accounts.iter().find(|account| &*(*account).borrow().name == "default").or(only)
+}
+
+/// The headers that select an account, a user and a region.
+const SELECTORS: [&str; 3] = ["x-ads-account", "x-ads-user", "x-ads-region"];
+
+/// Whether a header is, or could be meant as, one that selects: any `X-Ads-*` whatever separates its words, and what is
+/// one letter away from a selecting header; but not the caller token.
+pub(super) fn is_selecting(name: &str) -> bool {
+    let mut letters = name.bytes().filter(u8::is_ascii_alphanumeric);
+    // Every header of every request is asked, so a look at three letters comes before anything that allocates.
+    let start = [letters.next(), letters.next(), letters.next()];
+    if !matches!(start, [Some(b'x'), Some(b'a'), Some(b'd')] | [Some(b'a'), Some(b'd'), Some(b's')])
+        || name == "x-ads-sidecar-token"
+    {
+        return false;
+    }
+    let mut words = name.split(|c: char| !c.is_ascii_alphanumeric()).filter(|word| !word.is_empty());
+    if (words.next(), words.next()) == (Some("x"), Some("ads")) {
+        return true;
+    }
+    let plain = |name: &str| name.chars().filter(char::is_ascii_alphanumeric).collect::<String>();
+    SELECTORS.iter().any(|selector| strsim::levenshtein(&plain(selector), &plain(name)) <= 1)
 }
 
 fn is_selector(name: &HeaderName) -> bool {
@@ -211,7 +276,9 @@ mod tests {
             map.append(*name, value.parse().unwrap());
         }
         let target = Target::read(&target.parse().unwrap(), |_| false).unwrap();
-        accounts.select(&target, &map).map(|call| (call.account_name().to_owned(), call.user.to_string(), call.region))
+        accounts
+            .select(&target, &map, &Snapshot::default())
+            .map(|call| (call.account_name().to_owned(), call.user.to_string(), call.region))
     }
 
     #[test]
@@ -267,7 +334,7 @@ mod tests {
             let accounts = Accounts::new(all.clone(), Region::Na, Selection::Header, rules);
             let headers = HeaderMap::from_iter([(HeaderName::from_static(name), value.parse().unwrap())]);
             let target = Target::read(&"/x".parse().unwrap(), |_| false).unwrap();
-            accounts.select(&target, &headers).unwrap().rules.clone()
+            accounts.select(&target, &headers, &Snapshot::default()).unwrap().rules.clone()
         };
         let of = |name, value| rules_of(Rules::default(), name, value).read_only();
         assert_eq!(

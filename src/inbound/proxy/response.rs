@@ -1,16 +1,68 @@
-//! The body of a response to the caller: adsidecar's own, or Amazon's, streamed.
+//! The response to the caller: Amazon's without the headers that end here, and the body, adsidecar's own or Amazon's,
+//! streamed.
 
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
 use bytes::Bytes;
-use http::HeaderValue;
+use http::header::{CONNECTION, CONTENT_LENGTH, HeaderMap, HeaderValue, TRANSFER_ENCODING};
+use http::{Response, Version};
 use http_body::{Body as _, Frame, SizeHint};
 use http_body_util::Full;
 
 use super::redaction::Redactor;
 use super::request_telemetry::InFlight;
+use crate::domain::headers::{ConnectionOptions, ERROR, HINT};
 use crate::upstream::{ResponseAborted, UpstreamBody};
+
+/// Amazon's response as the caller gets it: without the headers that [`strip_response`] removes, and with
+/// `X-Adsidecar-Hint` if there is a hint.
+pub(super) fn to_caller(mut response: Response<Body>, hint: Option<&'static str>) -> Response<Body> {
+    *response.version_mut() = Version::HTTP_11;
+    strip_response(response.headers_mut());
+    if let Some(hint) = hint {
+        response.headers_mut().insert(HINT, HeaderValue::from_static(hint));
+    }
+    response
+}
+
+/// Removes from Amazon's response headers those that apply only to the connection between adsidecar and Amazon, and
+/// those that only adsidecar may set ([`ERROR`], [`HINT`]).
+pub fn strip_response(headers: &mut HeaderMap) {
+    if headers.contains_key(CONNECTION) {
+        for name in ConnectionOptions::of(headers) {
+            headers.remove(name);
+        }
+    }
+    if headers.contains_key(TRANSFER_ENCODING) {
+        // The body is chunked, so `Content-Length` does not describe it (RFC 9112, section 6.3).
+        headers.remove(CONTENT_LENGTH);
+    }
+    // One pass over the names present: most responses carry none of these headers.
+    let dropped: Vec<_> = headers.keys().filter(|name| is_dropped_from_response(name.as_str())).cloned().collect();
+    for name in dropped {
+        headers.remove(name);
+    }
+}
+
+/// Whether a response header is withheld from the caller: hop-by-hop headers (RFC 9110, section 7.6.1, and older names
+/// that proxies commonly treat the same way) and the headers that only adsidecar sets.
+fn is_dropped_from_response(name: &str) -> bool {
+    matches!(
+        name,
+        "connection"
+            | "keep-alive"
+            | "proxy-connection"
+            | "proxy-authenticate"
+            | "proxy-authorization"
+            | "te"
+            | "trailer"
+            | "transfer-encoding"
+            | "upgrade"
+            | "http2-settings"
+    ) || name == ERROR.as_str()
+        || name == HINT.as_str()
+}
 
 /// The body of a response of the proxy listener.
 #[derive(Debug)]
@@ -25,7 +77,7 @@ pub struct Body {
 enum Source {
     Own(Full<Bytes>),
     Amazon(UpstreamBody),
-    /// What was read of Amazon's answer to understand it, then the rest, or how it broke off.
+    /// What was read of Amazon's response to understand it, then the rest, or the error that ended it.
     Read(Option<Bytes>, Option<Result<UpstreamBody, ResponseAborted>>),
 }
 
@@ -34,8 +86,8 @@ impl Body {
         Self::from(Source::Own(body))
     }
 
-    pub(super) fn amazon(answer: UpstreamBody) -> Self {
-        Self::from(Source::Amazon(answer))
+    pub(super) fn amazon(response: UpstreamBody) -> Self {
+        Self::from(Source::Amazon(response))
     }
 
     pub(super) fn read(read: Bytes, rest: Option<Result<UpstreamBody, ResponseAborted>>) -> Self {
@@ -63,7 +115,7 @@ impl Source {
     fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, ResponseAborted>>> {
         match self {
             Source::Own(body) => Pin::new(body).poll_frame(cx).map_err(|never| match never {}),
-            Source::Amazon(answer) => Pin::new(answer).poll_frame(cx).map_err(log_upstream_abort),
+            Source::Amazon(response) => Pin::new(response).poll_frame(cx).map_err(log_upstream_abort),
             Source::Read(read, rest) => match (read.take(), rest) {
                 (Some(read), _) => Poll::Ready(Some(Ok(Frame::data(read)))),
                 (None, Some(Ok(rest))) => Pin::new(rest).poll_frame(cx).map_err(log_upstream_abort),
@@ -75,7 +127,7 @@ impl Source {
     fn is_end_stream(&self) -> bool {
         match self {
             Source::Own(body) => body.is_end_stream(),
-            Source::Amazon(answer) => answer.is_end_stream(),
+            Source::Amazon(response) => response.is_end_stream(),
             Source::Read(read, rest) => {
                 let ended = rest.as_ref().is_none_or(|rest| rest.as_ref().is_ok_and(http_body::Body::is_end_stream));
                 read.is_none() && ended
@@ -86,7 +138,7 @@ impl Source {
     fn size_hint(&self) -> SizeHint {
         match self {
             Source::Own(body) => body.size_hint(),
-            Source::Amazon(answer) => answer.size_hint(),
+            Source::Amazon(response) => response.size_hint(),
             Source::Read(read, None) => SizeHint::with_exact(read.as_ref().map_or(0, |read| read.len() as u64)),
             // The headers contain Amazon's own Content-Length.
             Source::Read(_, Some(_)) => SizeHint::default(),
@@ -134,8 +186,48 @@ impl http_body::Body for Body {
     }
 }
 
-/// The caller sees its connection break; here it is said who broke off first.
+/// Logs that Amazon ended the response early: the caller only sees its own connection break.
 fn log_upstream_abort(error: ResponseAborted) -> ResponseAborted {
-    tracing::warn!(%error, "Amazon's answer broke off");
+    tracing::warn!(%error, "Amazon's response ended before its last byte");
     error
+}
+
+#[cfg(test)]
+mod tests {
+    use http::HeaderName;
+
+    use super::*;
+
+    fn map(pairs: &[(&'static str, &'static str)]) -> HeaderMap {
+        pairs.iter().map(|(name, value)| (HeaderName::from_static(name), HeaderValue::from_static(value))).fold(
+            HeaderMap::new(),
+            |mut headers, (name, value)| {
+                headers.append(name, value);
+                headers
+            },
+        )
+    }
+
+    #[test]
+    fn a_response_loses_hop_by_hop_headers_and_forged_adsidecar_headers() {
+        let mut headers = map(&[
+            ("connection", "x-private, close"),
+            ("x-private", "1"),
+            ("transfer-encoding", "chunked"),
+            ("keep-alive", "timeout=5"),
+            ("x-adsidecar-error", "forged"),
+            ("set-cookie", "a=1"),
+            ("set-cookie", "b=2"),
+            ("x-amzn-requestid", "r"),
+        ]);
+        strip_response(&mut headers);
+        assert_eq!(headers, map(&[("set-cookie", "a=1"), ("set-cookie", "b=2"), ("x-amzn-requestid", "r")]));
+    }
+
+    #[test]
+    fn content_length_beside_chunked_is_not_returned() {
+        let mut headers = map(&[("content-length", "2"), ("transfer-encoding", "chunked")]);
+        strip_response(&mut headers);
+        assert_eq!(headers, map(&[]));
+    }
 }
