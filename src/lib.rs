@@ -34,7 +34,9 @@
 //!
 //! Not in every request: the first after ten seconds compares clocks (`auth/tokens/clock_skew.rs`); after a 401 or 403
 //! `inbound/proxy/auth_rejection.rs` decides whether a new token can help; `inbound/proxy/retry.rs` decides whether a
-//! request is sent again; `inbound/proxy/error_mapping.rs` turns an error into a response.
+//! request is sent again; `inbound/proxy/error_mapping.rs` turns an error into a response. `inbound/proxy/redaction.rs`
+//! searches a 4xx for the access token, `inbound/proxy/mcp.rs` recognizes MCP clients when an error is theirs, and
+//! `server/tunnel.rs` unwraps requests inside a tunnel that `CONNECT` opened.
 //!
 //! # Invariants
 //!
@@ -75,7 +77,8 @@
 /// - In each request to Amazon, before its token: `spine`.
 /// - With the action `return`, each of these breaks a promise, so that a campaign can prove that it would notice:
 ///   `refresh_blind` (a logout is not undone by a running refresh), `refresh_duplicated` (one refresh at a time),
-///   `refresh_unjournaled` (a lost grant is reported), `clock_wall_alone` (every clock limits a token).
+///   `refresh_unjournaled` (a lost grant is reported), `clock_wall_alone` (every clock limits a token), `window_fixed`
+///   (HTTP/2 windows follow the network path).
 ///
 /// As with `fail::fail_point!`, `FAILPOINTS="<name>=<action>"` in the environment, or `fail::cfg` in a test, sets the
 /// action of a fail point.

@@ -32,7 +32,7 @@ use crate::domain::grant::State;
 use crate::inbound::admin::{self, Asked, Count, Reloader, Stage};
 use crate::inbound::problem::{Code, Problem};
 use crate::server::{CannedResponses, Limits, Listener, Peer, Phase};
-use crate::store::keyring::KeyError;
+use crate::store::keyring::{Fingerprint, KeyError};
 use crate::store::{Opened, StoreError, TokenStore};
 use crate::telemetry::log::{Dropped, LogHandle};
 use crate::telemetry::metrics::Metrics;
@@ -49,6 +49,9 @@ const OWN_SOCKET: u32 = 0o600;
 /// How long a shutdown waits for token calls in flight: their own timeout, and a little more.
 const SETTLE: Duration = Duration::from_secs(12);
 
+/// At most this many users are reported when the listeners serve.
+const SHOWN_AT_START: usize = 1000;
+
 /// adsidecar with its listeners bound; it does not serve yet.
 pub struct App {
     addresses: Addresses,
@@ -58,6 +61,7 @@ pub struct App {
     process: ProcessState,
     background: Background,
     fixed: RestartOnly,
+    keys: Vec<Fingerprint>,
     rotations: Rotations,
     watched: Option<Watched>,
     asked: mpsc::Receiver<Asked>,
@@ -112,8 +116,8 @@ impl App {
     pub async fn build(config: Config, clock: Clock, log: Option<LogHandle>) -> Result<Self, BuildError> {
         let setting = |error: &dyn std::fmt::Display| BuildError::Setting(error.to_string());
         let keyring = Arc::new(keyring(&config)?);
-        let first = keyring.first();
-        let (store, opened) = TokenStore::open(&config.store, keyring)?;
+        let keys = keyring.fingerprints();
+        let (store, opened) = TokenStore::open_to_serve(&config.store, keyring)?;
         report(&opened);
         let started_at = clock.now().as_duration().as_secs_f64();
         let metrics = Arc::new(Metrics::new(config.metrics, started_at).map_err(|error| setting(&error))?);
@@ -127,7 +131,7 @@ impl App {
             clock.clone(),
             metrics.clone(),
         );
-        let rotations = Rotations::new(store.clone(), first);
+        let rotations = Rotations::new(store.clone(), keys[0]);
         let listeners = bind(&config).await?;
         let [proxy, login, admin] = &listeners;
         let addresses = Addresses { proxy: proxy.addresses(), login: login.addresses(), admin: admin.addresses() };
@@ -156,7 +160,8 @@ impl App {
         };
         let (limits, fixed) = ([proxy.limits(), login.limits(), admin.limits()], RestartOnly::of(&config));
         let services = Arc::new(ArcSwap::from_pointee(Services::new(config, lwa, &process)?));
-        Ok(Self { addresses, listeners, limits, services, process, background, fixed, rotations, watched: None, asked })
+        let watched = None;
+        Ok(Self { addresses, listeners, limits, services, process, background, fixed, keys, rotations, watched, asked })
     }
 
     /// Reloads the configuration from `sources` on request, and whenever one of their files changes.
@@ -170,12 +175,12 @@ impl App {
         self.process.reloader.clone()
     }
 
-    /// Completes once the listeners serve, with the status of every user; `None` if that never happens.
+    /// Completes once the listeners serve, with the status of every user, or the first 1,000; `None` if that never happens.
     pub fn serving(&self) -> impl Future<Output = Option<Vec<Status>>> + Send + 'static {
         let (mut stage, tokens) = (self.process.stage.subscribe(), self.process.tokens.clone());
         async move {
             stage.wait_for(|stage| *stage == Stage::Serving).await.ok()?;
-            Some(tokens.statuses())
+            Some(tokens.statuses("", SHOWN_AT_START).await)
         }
     }
 
@@ -191,7 +196,7 @@ impl App {
     /// # Errors
     /// [`StoreError`] if the store cannot be closed cleanly.
     pub async fn run(self, stop: impl Future<Output = ()>) -> Result<(), StoreError> {
-        let (mut control, running) = self.start().await;
+        let (mut control, running) = Box::pin(self.start()).await;
         tokio::select! {
             () = stop => {}
             () = control.run() => {}
@@ -202,12 +207,14 @@ impl App {
     /// Starts the background tasks and the listeners.
     async fn start(self) -> (ControlLoop, Running) {
         let Self { addresses, listeners: [proxy, login, admin], limits, services, process, background, .. } = self;
-        let Self { fixed, mut rotations, watched, asked, .. } = self;
+        let Self { fixed, keys, mut rotations, watched, asked, .. } = self;
         let mut tasks = JoinSet::new();
 
         // amazon.refresh_token is adopted before the first request. If there is a grant already, that one is tried
         // first, and requests use it meanwhile.
         let adopting = adopt_configured(process.tokens.clone());
+        // In a shared store nobody has been read yet. If it fails, adopting fails too.
+        let _ = Box::pin(process.tokens.look(&UserId::default())).await;
         match process.tokens.status(&UserId::default()).state {
             State::None => adopting.await,
             _ => drop(tasks.spawn(adopting)),
@@ -239,7 +246,10 @@ impl App {
         rotations.resume().await;
         let running = Running { listeners, phase, tasks, _admin_phase: admin_phase, services: services.clone() };
         let told = Dropped::default();
-        (ControlLoop { watched, asked, fixed, rotations, services, limits, process, told }, running)
+        (
+            ControlLoop { watched, asked, fixed, keys, rotations, services, limits, process, awaited_key: None, told },
+            running,
+        )
     }
 }
 

@@ -16,6 +16,7 @@ use crate::auth::lwa::Lwa;
 use crate::config::{self, Config, Sources};
 use crate::inbound::admin::Asked;
 use crate::server::Limits;
+use crate::store::keyring::Fingerprint;
 use crate::telemetry::log::{Dropped, LogHandle};
 
 /// Interval for checking the files. A check is one `stat` per file, which follows the symlinks that the kubelet
@@ -31,6 +32,10 @@ pub(super) struct ControlLoop {
     pub(super) services: Arc<ArcSwap<Services>>,
     pub(super) limits: [Arc<ArcSwap<Limits>>; 3],
     pub(super) process: ProcessState,
+    /// The keys in use. The first one seals, unless another process has rotated the keys of a shared store since.
+    pub(super) keys: Vec<Fingerprint>,
+    /// The first key of a configuration that was refused because that key does not encrypt yet.
+    pub(super) awaited_key: Option<Fingerprint>,
     /// The number of dropped log lines that the log has reported.
     pub(super) told: Dropped,
 }
@@ -44,15 +49,16 @@ impl ControlLoop {
                 () = self.process.quit.cancelled() => return,
                 // Sending the answer fails if the requester has gone.
                 Some(asked) = self.asked.recv() => match asked {
-                    Asked::Reload(answer) => drop(answer.send(self.reload())),
+                    Asked::Reload(answer) => drop(answer.send(self.reload().await)),
                     Asked::Rotate(key, answer) => drop(answer.send(self.rotate(&key).await)),
                 },
                 _ = look.tick() => {
                     self.tell_dropped();
-                    if self.watched.as_ref().is_some_and(Watched::changed) {
-                        tracing::info!("a file of the configuration changed");
+                    let is_awaited = self.awaited_key.is_some_and(|key| key == self.first_key());
+                    if is_awaited || self.watched.as_ref().is_some_and(Watched::changed) {
+                        tracing::info!("a file of the configuration changed, or the keys were rotated");
                         // The result is logged and counted.
-                        let _ = self.reload();
+                        let _ = self.reload().await;
                     }
                 }
             }
@@ -69,8 +75,8 @@ impl ControlLoop {
         }
     }
 
-    fn reload(&mut self) -> Result<(), String> {
-        let reloaded = self.take_over();
+    async fn reload(&mut self) -> Result<(), String> {
+        let reloaded = self.take_over().await;
         let now = self.process.clock.now().as_duration().as_secs_f64();
         self.process.metrics.reloaded(now, reloaded.is_ok());
         match &reloaded {
@@ -93,17 +99,20 @@ impl ControlLoop {
                  the same store.fernet_keys. Environment variables are read only at start: use a file, or restart it"
             ));
         }
+        self.process.store.require_key(first).await.map_err(|error| error.to_string())?;
+        self.keys = keyring.fingerprints();
         self.process.store.rekey(keyring).await.map_err(|error| error.to_string())?;
         self.fixed.takes_keys_of(&config);
         self.rotations.begin(first).await.map_err(|error| error.to_string())?;
         // A reload was refused as long as this process had the old keys. The result is logged and counted.
-        let _ = self.reload();
+        let _ = self.reload().await;
         Ok(())
     }
 
-    fn take_over(&mut self) -> Result<(), String> {
+    async fn take_over(&mut self) -> Result<(), String> {
         let watched = self.watched.as_mut().ok_or("this process was started without configuration sources")?;
         let config = watched.read()?;
+        self.take_added_keys(&config).await?;
         needs_restart(&self.fixed, &config)?;
         let lwa = Lwa::new(config.lwa.clone())?;
         let (tokens, metrics, limits, log) = (config.tokens.clone(), config.metrics, config.limits, config.log);
@@ -122,6 +131,40 @@ impl ControlLoop {
         self.process.tokens.reconfigure(tokens, lwa);
         tokio::spawn(adopt_configured(self.process.tokens.clone()));
         Ok(())
+    }
+}
+
+impl ControlLoop {
+    /// Takes keys of `config` into use that are added to the present ones: they open records from now on. Which key seals
+    /// changes only by a rotation, because other processes may not have the new one yet: until then a configuration with
+    /// another first key is refused.
+    async fn take_added_keys(&mut self, config: &Config) -> Result<(), String> {
+        let keyring = keyring(config).map_err(|error| error.to_string())?;
+        let (new, first) = (keyring.fingerprints(), keyring.first());
+        self.awaited_key = None;
+        if !self.keys.iter().all(|key| new.contains(key)) {
+            return Ok(());
+        }
+        if new.len() > self.keys.len() {
+            let keyring = keyring.sealing_with(self.first_key());
+            self.keys = keyring.fingerprints();
+            self.process.store.add_keys(Arc::new(keyring)).await.map_err(|error| error.to_string())?;
+            tracing::info!("a Fernet key was added: it decrypts from now on");
+        }
+        if first != self.first_key() {
+            self.awaited_key = Some(first);
+            return Err(format!(
+                "{KEYS}: every key decrypts, but the first one, {first}, does not encrypt yet: `adsidecar key rotate` \
+                 takes it into use, and the rest of the new configuration with it"
+            ));
+        }
+        self.fixed.takes_keys_of(config);
+        Ok(())
+    }
+
+    /// The key that encrypts now. Another process may have rotated the keys of a shared store.
+    fn first_key(&self) -> Fingerprint {
+        self.process.store.shared().map_or(self.keys[0], |store| store.first_key())
     }
 }
 

@@ -140,9 +140,9 @@ impl Services {
     }
 }
 
-/// The authority under which a browser on this machine reaches the listener at `address`. On loopback it is `localhost`,
-/// not an address: that is the name in the redirect URI, and a login's cookie belongs to the name under which the login
-/// began.
+/// The authority under which a browser on this machine reaches the listener at `address`. On loopback it is
+/// `localhost`, not an address: that is the name in the redirect URI, and a login's cookie belongs to the name under
+/// which the login began.
 pub fn local_authority(address: SocketAddr) -> String {
     let ip = address.ip();
     if ip.is_loopback() || ip.is_unspecified() { format!("localhost:{}", address.port()) } else { address.to_string() }

@@ -36,12 +36,17 @@ pub(super) fn run(command: &Key, load: impl FnOnce() -> Result<Config, Failed>) 
 fn rotate(config: &Config) -> Result<(), Failed> {
     let keyring = Arc::new(app::keyring(config)?);
     let first = keyring.first();
-    let (resealed, unreadable) = match TokenStore::open(&config.store, keyring) {
+    let (resealed, unreadable) = match TokenStore::open(&config.store, keyring.clone()) {
         Err(StoreError::Locked { .. }) => block_on(rotate_running(config, &first.to_string()))??,
         opened => {
             let (store, _) = opened?;
             let done = block_on(async {
-                let done = store.reseal().await;
+                let rotate = async {
+                    store.require_key(first).await?;
+                    store.rekey(keyring).await?;
+                    store.reseal().await
+                };
+                let done = rotate.await;
                 store.close().await?;
                 done
             })??;

@@ -289,7 +289,9 @@ impl From<StoreError> for Failed {
     fn from(error: StoreError) -> Self {
         let exit = match error {
             StoreError::Locked { .. } => Exit::Held,
-            StoreError::WrongKey { .. } | StoreError::UnsupportedSchema { .. } => Exit::Config,
+            StoreError::WrongKey { .. } | StoreError::KeyMissing { .. } | StoreError::UnsupportedSchema { .. } => {
+                Exit::Config
+            }
             _ => Exit::Failed,
         };
         Self { exit, message: error.to_string() }

@@ -13,8 +13,8 @@ use std::fmt;
 
 use self::Default::{Described, Implied, Value};
 use self::Kind::{
-    Addresses, Certificates, Count, Duration, Flag, Headers, Id, List, Numbers, Path, Secret, Secrets, Size,
-    SizeOrNone, Text, Url, Word,
+    Addresses, Certificates, Count, Duration, DurationOrAuto, Flag, Headers, Id, List, Numbers, Path, Secret, Secrets,
+    Size, SizeOrNone, Text, Url, Word,
 };
 use crate::domain::account::Context;
 
@@ -54,6 +54,8 @@ pub enum Kind {
     Count(usize, usize),
     /// A duration, at least and at most.
     Duration(&'static str, &'static str),
+    /// A duration, at least and at most, or `auto`.
+    DurationOrAuto(&'static str, &'static str),
     /// A number of bytes, at most.
     Size(&'static str),
     /// A number of bytes, or `none`.
@@ -395,6 +397,15 @@ pub const KEYS: &[Key] = &[
         ..KEY
     },
     Key {
+        name: "store.cache",
+        kind: Count(10, 1_000_000),
+        default: Value("1000"),
+        restart: true,
+        help: "With `postgres`: the users that are held in memory, those used last. Others are read from the database \
+                when a request needs them",
+        ..KEY
+    },
+    Key {
         name: "refresh.margin",
         kind: Duration("10s", "30m"),
         default: Value("5m"),
@@ -426,7 +437,7 @@ pub const KEYS: &[Key] = &[
         name: "refresh.concurrency",
         kind: Count(1, 256),
         default: Value("8"),
-        help: "Concurrent background refreshes",
+        help: "Concurrent background refreshes of this process; several on one PostgreSQL have as many each",
         ..KEY
     },
     Key {
@@ -503,9 +514,11 @@ pub const KEYS: &[Key] = &[
     },
     Key {
         name: "upstream.idle_timeout",
-        kind: Duration("10ms", "1h"),
-        default: Value("4s"),
-        help: "How long an idle connection to Amazon is kept. It should be shorter than the server's own limit",
+        kind: DurationOrAuto("10ms", "1h"),
+        default: Value("auto"),
+        help: "How long an idle connection to Amazon is kept. `auto`: as long as the server is seen to allow, 55s at \
+                first. A duration bounds that. While a region is in use (the last five minutes), a connection that is \
+                given up is replaced in the background",
         ..KEY
     },
     Key {
@@ -740,6 +753,7 @@ impl fmt::Display for Kind {
             Word(words) => write!(f, "`{}`", words.join("`, `")),
             Count(least, most) => write!(f, "number, {least} to {most}"),
             Duration(least, most) => write!(f, "duration, {least} to {most}"),
+            DurationOrAuto(least, most) => write!(f, "`auto`, or a duration, {least} to {most}"),
             Size(most) => write!(f, "size, at most {most}"),
             SizeOrNone => f.write_str("size or `none`"),
             List => f.write_str("list of texts"),

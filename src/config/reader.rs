@@ -131,8 +131,25 @@ impl<'a> Reader<'a> {
         self.parsed(key, |text| Ok::<_, String>(text.to_owned()))
     }
 
+    /// What the word given for `key`, or its default, stands for. `values` has a value for each word of the table.
+    ///
+    /// # Panics
+    /// If the table has other words, which no word given by a user can cause; or if it has no default.
+    pub(super) fn choice<T: Copy, const N: usize>(&mut self, key: &str, values: [(&str, T); N]) -> T {
+        self.choice_or_none(key, values).unwrap_or_else(|| unreachable!("{key} has no default in the table"))
+    }
+
+    /// [`choice`](Self::choice) for a key whose default depends on others; `None` if no word is given.
+    pub(super) fn choice_or_none<T: Copy, const N: usize>(&mut self, key: &str, values: [(&str, T); N]) -> Option<T> {
+        let Kind::Word(words) = names::row(key).kind else { unreachable!("{key} has another type in the table") };
+        // Before a word is read, so that each start of a process with a word too many ends here.
+        assert!(words.iter().eq(values.iter().map(|(word, _)| word)), "{key} has other words in the table: {words:?}");
+        let word = self.word(key)?;
+        values.into_iter().find(|(each, _)| *each == word).map(|(_, value)| value)
+    }
+
     /// One of the words of the table.
-    pub(super) fn word(&mut self, key: &str) -> Option<&'static str> {
+    fn word(&mut self, key: &str) -> Option<&'static str> {
         let Kind::Word(words) = names::row(key).kind else { unreachable!("{key} has another type in the table") };
         self.parsed(key, |text| {
             words.iter().copied().find(|word| text.eq_ignore_ascii_case(word)).ok_or_else(|| no_word(words))
@@ -167,20 +184,17 @@ impl<'a> Reader<'a> {
 
     /// A duration within the bounds of the table.
     pub(super) fn duration(&mut self, key: &str) -> Duration {
-        let Kind::Duration(least, most) = names::row(key).kind else {
-            unreachable!("{key} has another type in the table")
+        self.shown(key, |text| bounded_duration(key, text), |value| duration(*value)).unwrap_or_default()
+    }
+
+    /// A duration within the bounds of the table; `None` for the word `auto`.
+    pub(super) fn duration_or_auto(&mut self, key: &str) -> Option<Duration> {
+        let parse = |text: &str| match text {
+            "auto" => Ok(None),
+            _ => bounded_duration(key, text).map(Some),
         };
-        let bound = |text| humantime::parse_duration(text).expect("the bounds of the table are durations");
-        let (least, most) = (bound(least), bound(most));
-        let parse = |text: &str| match humantime::parse_duration(text) {
-            Err(_) => Err("is not a duration: write a number and its unit, such as 30s, 5m or 7d".to_owned()),
-            Ok(duration) if !(least..=most).contains(&duration) => {
-                let (least, most) = (humantime::format_duration(least), humantime::format_duration(most));
-                Err(format!("is out of bounds: write a duration from {least} to {most}"))
-            }
-            Ok(duration) => Ok(duration),
-        };
-        self.shown(key, parse, |value| duration(*value)).unwrap_or_default()
+        let show = |value: &Option<Duration>| value.map_or_else(|| quoted("auto"), duration);
+        self.shown(key, parse, show).flatten()
     }
 
     /// A number of bytes, up to the bound of the table.
@@ -420,6 +434,23 @@ fn checked_secret(text: &str) -> Result<Secret, &'static str> {
             Err("holds a blank or a character that is not ASCII: copy it once more, without anything around")
         }
         _ => Err("is longer than 4096 characters: check that it is the right value"),
+    }
+}
+
+/// Reads the value of `key`, a duration within the bounds of the table.
+fn bounded_duration(key: &str, text: &str) -> Result<Duration, String> {
+    let (Kind::Duration(least, most) | Kind::DurationOrAuto(least, most)) = names::row(key).kind else {
+        unreachable!("{key} has another type in the table")
+    };
+    let bound = |text| humantime::parse_duration(text).expect("the bounds of the table are durations");
+    let (least, most) = (bound(least), bound(most));
+    match humantime::parse_duration(text) {
+        Err(_) => Err("is not a duration: write a number and its unit, such as 30s, 5m or 7d".to_owned()),
+        Ok(duration) if !(least..=most).contains(&duration) => {
+            let (least, most) = (humantime::format_duration(least), humantime::format_duration(most));
+            Err(format!("is out of bounds: write a duration from {least} to {most}"))
+        }
+        Ok(duration) => Ok(duration),
     }
 }
 

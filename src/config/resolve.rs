@@ -32,10 +32,8 @@ const FERNET_CURE: &str = "missing Fernet key: set store.fernet_keys or store.fe
 pub(super) fn resolve(merged: &Merged, problems: Vec<ConfigError>) -> Result<Config, ConfigErrors> {
     let mut read = Reader::new(merged, problems);
     let read = &mut read;
-    let environment = match read.word("environment") {
-        Some("development") => Environment::Development,
-        _ => Environment::Production,
-    };
+    let environment = read
+        .choice("environment", [("production", Environment::Production), ("development", Environment::Development)]);
     not_built_yet(read);
 
     let lwa = lwa(read, environment);
@@ -64,10 +62,7 @@ pub(super) fn resolve(merged: &Merged, problems: Vec<ConfigError>) -> Result<Con
         admin_listen_default,
         admin: admin::Settings { public_url: read.parsed("admin.public_url", checks::web_url) },
         proxy,
-        accounts_sync: match read.word("accounts.sync") {
-            Some("off") => Automatic::Off,
-            _ => Automatic::Daily,
-        },
+        accounts_sync: read.choice("accounts.sync", [("daily", Automatic::Daily), ("off", Automatic::Off)]),
         admission,
         login,
         lwa,
@@ -127,8 +122,8 @@ fn lwa(read: &mut Reader<'_>, environment: Environment) -> lwa::Settings {
     if !settings.redirect_uri.is_empty() && !checks::is_callback(&settings.redirect_uri) {
         read.doubt(
             "amazon.redirect_uri",
-            "does not have the path /api/auth/amazon/callback: a login ends there only if something in between rewrites \
-             the path",
+            "does not have the path /api/auth/amazon/callback: a login ends there only if something in between \
+             rewrites the path",
         );
     }
     if settings.authorize_url.is_none() {
@@ -145,10 +140,8 @@ fn proxy(read: &mut Reader<'_>, lwa: &lwa::Settings) -> proxy::Settings {
         client_id: lwa.client_id.clone(),
         region: lwa.region,
         accounts: all_accounts(read),
-        selection: match read.word("proxy.selection") {
-            Some("fixed") => proxy::Selection::Fixed,
-            _ => proxy::Selection::Header,
-        },
+        selection: read
+            .choice("proxy.selection", [("header", proxy::Selection::Header), ("fixed", proxy::Selection::Fixed)]),
         replay_limit: usize::try_from(read.size("proxy.replay_limit"))
             .expect("the table bounds it at 64 MiB, which fit into the memory of any machine"),
         max_body: read.size_or_none("proxy.max_body"),
@@ -198,10 +191,7 @@ fn socket_mode(read: &mut Reader<'_>) -> u32 {
 fn policy(read: &mut Reader<'_>) -> policy::Settings {
     let allow = read.entries("policy.allow", |text| text.parse::<Allow>().map_err(|error| format!("entry {error}")));
     policy::Settings {
-        mode: match read.word("policy.mode") {
-            Some("observe") => Mode::Observe,
-            _ => Mode::Enforce,
-        },
+        mode: read.choice("policy.mode", [("enforce", Mode::Enforce), ("observe", Mode::Observe)]),
         rules: Rules::new(read.flag("policy.read_only").unwrap_or_default(), allow),
     }
 }
@@ -234,7 +224,7 @@ fn admission_settings(read: &mut Reader<'_>, frontend_origin: Option<String>) ->
 
 fn store(read: &mut Reader<'_>) -> store::Settings {
     let path = PathBuf::from(read.text("store.path").unwrap_or_default());
-    let shared = read.word("store.kind") == Some("postgres");
+    let shared = read.choice("store.kind", [("sled", false), ("postgres", true)]);
     let url = match (shared, read.is_given("store.postgres_url")) {
         (true, true) => read.secret("store.postgres_url"),
         (true, false) => {
@@ -299,23 +289,21 @@ fn tokens(read: &mut Reader<'_>) -> tokens::Settings {
         policy,
         sweep: read.duration("refresh.sweep"),
         concurrency: read.count("refresh.concurrency"),
+        cache: read.count("store.cache"),
         adopt,
     }
 }
 
 fn upstream(read: &mut Reader<'_>) -> upstream::Settings {
-    use upstream::Http2;
+    use upstream::{Http2, IdleTimeout};
     upstream::Settings {
         origins: AmazonHost::ALL.map(|host| origin(read, host.key())),
         extra_roots: read.certificates("upstream.ca_file"),
-        http2: match read.word("upstream.http2") {
-            Some("never") => Http2::Never,
-            Some("always") => Http2::Always,
-            _ => Http2::Auto,
-        },
+        http2: read
+            .choice("upstream.http2", [("auto", Http2::Auto), ("never", Http2::Never), ("always", Http2::Always)]),
         connect_timeout: read.duration("upstream.connect_timeout"),
         response_timeout: read.duration("upstream.response_timeout"),
-        idle_timeout: read.duration("upstream.idle_timeout"),
+        idle_timeout: read.duration_or_auto("upstream.idle_timeout").map_or(IdleTimeout::Auto, IdleTimeout::AtMost),
     }
 }
 
@@ -326,16 +314,16 @@ fn origin(read: &mut Reader<'_>, key: &str) -> Url {
 }
 
 fn log(read: &mut Reader<'_>, environment: Environment) -> log::Settings {
-    let format = match (read.word("log.format"), environment) {
-        (Some("text"), _) | (None, Environment::Development) => log::Format::Text,
-        _ => log::Format::Json,
-    };
+    let given = read.choice_or_none("log.format", [("text", log::Format::Text), ("json", log::Format::Json)]);
+    let format = given.unwrap_or(match environment {
+        Environment::Development => log::Format::Text,
+        Environment::Production => log::Format::Json,
+    });
     read.record("log.format", quoted(if format == log::Format::Text { "text" } else { "json" }));
-    let level = read.word("log.level");
     log::Settings {
         format,
         format_given: read.is_given("log.format"),
-        level: log::Level::ALL.into_iter().find(|each| level == Some(each.as_str())).unwrap_or(log::Level::Info),
+        level: read.choice("log.level", log::Level::ALL.map(|level| (level.as_str(), level))),
         audit: read.flag("log.audit").unwrap_or_default(),
     }
 }
@@ -366,8 +354,8 @@ fn remote_is_meant(read: &mut Reader<'_>, listens: &[Listen], allowed: bool) {
         (false, true) => "set proxy.allow_remote = true",
         (true, false) => "set proxy.caller_token or proxy.caller_token_file",
         (false, false) => {
-            "set proxy.allow_remote = true, and proxy.caller_token or proxy.caller_token_file (a sidecar needs neither: \
-             it listens on 127.0.0.1)"
+            "set proxy.allow_remote = true, and proxy.caller_token or proxy.caller_token_file (a sidecar needs \
+             neither: it listens on 127.0.0.1)"
         }
     };
     read.wrong("proxy.listen", format!("can be reached by other machines: {cure}"));

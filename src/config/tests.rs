@@ -1102,7 +1102,7 @@ fn the_defaults_are_those_of_the_manual() {
     let upstream = config.upstream;
     assert_eq!(upstream.http2, upstream::Http2::Auto);
     let timeouts = (upstream.connect_timeout, upstream.response_timeout, upstream.idle_timeout);
-    assert_eq!(timeouts, (seconds(5), seconds(120), seconds(4)));
+    assert_eq!(timeouts, (seconds(5), seconds(120), upstream::IdleTimeout::Auto));
     assert_eq!(config.metrics.max_user_series, 1000);
     assert_eq!((config.log.format, config.log.level), (log::Format::Json, log::Level::Info));
     assert!(!config.log.audit);
@@ -1153,4 +1153,29 @@ fn the_sandbox_file_points_at_the_sandbox_and_nowhere_else() {
     assert_eq!((config.lwa.extra_roots.len(), config.upstream.extra_roots.len()), (1, 1));
     assert_eq!(config.fernet_keys, FernetKeys::MakeBesideStore);
     assert!(config.store.path.starts_with("data/sandbox"));
+}
+
+/// A word that `resolve` forgot would mean the same as another.
+#[test]
+fn each_word_of_the_table_means_something_of_its_own() {
+    let words = KEYS.iter().filter(|key| key.not_built.is_none()).filter_map(|key| match key.kind {
+        super::keys::Kind::Word(words) => Some((key.name, words)),
+        _ => None,
+    });
+    let mut keys = 0;
+    for (key, words) in words {
+        let meaning = |word: &&str| {
+            let given = Given::required().set(&[(key, word)]);
+            let given = match *word {
+                "postgres" => given.set(&[("store.postgres_url", "postgres://a@localhost/b")]),
+                _ => given,
+            };
+            let config = Config { effective: Default::default(), ..given.config() };
+            format!("{config:?}")
+        };
+        let meanings: std::collections::BTreeSet<_> = words.iter().map(meaning).collect();
+        assert_eq!(meanings.len(), words.len(), "{key}: two of {words:?} mean the same");
+        keys += 1;
+    }
+    assert!(keys >= 8, "{keys} keys with words");
 }

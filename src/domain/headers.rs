@@ -30,8 +30,8 @@ pub struct UpstreamHeaders<'a> {
 
 /// Builds the headers of the upstream request from the headers that the caller sent and those in `attach`.
 ///
-/// Ids and fixed headers come first, credentials last, so that a managed header has exactly one value. `Host` is absent:
-/// [`upstream`](crate::upstream) sets it, or HTTP/2's `:authority`.
+/// Ids and fixed headers come first, credentials last, so that a managed header has exactly one value. `Host` is
+/// absent: [`upstream`](crate::upstream) sets it, or HTTP/2's `:authority`.
 pub fn to_amazon(caller: &HeaderMap, attach: UpstreamHeaders<'_>) -> HeaderMap {
     let mut out = HeaderMap::with_capacity(caller.len() + 8);
     // 1. Copy what the caller may send, and note which contexts and which spelling of the client id it used.

@@ -99,29 +99,30 @@ impl Accounts {
     ) -> Result<RoutedRequest<'a>, RouteError> {
         let host_region = if let Destination::Amazon(host) = target.of { Some(host.region) } else { None };
         if self.selection == Selection::Fixed {
-            return Ok(self.call(target, self.fallback(), None, host_region));
+            return Ok(self.routed(target, self.fallback(), None, host_region));
         }
         if let Some(name) = headers.keys().find(|name| is_selecting(name.as_str()) && !is_selector(name)) {
             return Err(RouteError::UnknownHeader(nearest(name.as_str())));
         }
-        let said_region = single(headers, &X_ADS_REGION)?.map(str::parse).transpose();
-        let region = host_region.or(said_region.map_err(|BadRegion| RouteError::Bad("X-Ads-Region is na, eu or fe."))?);
+        let header_region = single(headers, &X_ADS_REGION)?.map(str::parse).transpose();
+        let region =
+            host_region.or(header_region.map_err(|BadRegion| RouteError::Bad("X-Ads-Region is na, eu or fe."))?);
         if let Some(name) =
             target.account.as_deref().map_or_else(|| single(headers, &X_ADS_ACCOUNT), |name| Ok(Some(name)))?
         {
             let Some(account) = self.by_name.get(name) else {
                 let entry = found.get(name).ok_or(RouteError::Unknown)?;
-                return Ok(self.found_call(target, &entry.account, region, found));
+                return Ok(self.route_found(target, &entry.account, region, found));
             };
-            return Ok(self.call(target, Some(account), None, region));
+            return Ok(self.routed(target, Some(account), None, region));
         }
         if let Some(user) = single(headers, &X_ADS_USER)? {
             let user = user
                 .parse()
                 .map_err(|BadName| RouteError::Bad("X-Ads-User is 1 to 128 of A-Z a-z 0-9 . _ @ : | + -."))?;
-            return Ok(self.call(target, None, Some(user), region));
+            return Ok(self.routed(target, None, Some(user), region));
         }
-        Ok(self.call(target, self.fallback(), None, region))
+        Ok(self.routed(target, self.fallback(), None, region))
     }
 
     fn fallback(&self) -> Option<&Account> {
@@ -129,7 +130,7 @@ impl Accounts {
     }
 
     /// A found account has no rules of its own: those of all accounts of its user together hold.
-    fn found_call<'a>(
+    fn route_found<'a>(
         &'a self,
         target: &Target,
         account: &'a Account,
@@ -139,18 +140,18 @@ impl Accounts {
         let rules = self.rules_by_user.get(&account.user).unwrap_or(&self.rules);
         // Thousands of accounts must not become thousands of series.
         let label = if found.is_large() { "found" } else { &*account.name };
-        RoutedRequest { rules, label, ..self.call(target, Some(account), None, asked) }
+        RoutedRequest { rules, label, ..self.routed(target, Some(account), None, asked) }
     }
 
-    fn call<'a>(
+    fn routed<'a>(
         &'a self,
         target: &Target,
         account: Option<&'a Account>,
         user: Option<UserId>,
-        asked: Option<Region>,
+        requested: Option<Region>,
     ) -> RoutedRequest<'a> {
         let home = account.and_then(|account| account.region).unwrap_or(self.region);
-        let region = asked.unwrap_or(home);
+        let region = requested.unwrap_or(home);
         let user = user.or_else(|| account.map(|account| account.user.clone())).unwrap_or_default();
         let rules = match account {
             Some(account) => &account.rules,
@@ -278,7 +279,7 @@ mod tests {
         let target = Target::read(&target.parse().unwrap(), |_| false).unwrap();
         accounts
             .select(&target, &map, &Snapshot::default())
-            .map(|call| (call.account_name().to_owned(), call.user.to_string(), call.region))
+            .map(|route| (route.account_name().to_owned(), route.user.to_string(), route.region))
     }
 
     #[test]
@@ -349,8 +350,8 @@ mod tests {
 
     #[test]
     fn fixed_selection_ignores_what_callers_say() {
-        let said = [("x-ads-account", "b"), ("x-ads-user", "u"), ("x-ads-region", "eu")];
-        let call = select(&["default", "b"], Selection::Fixed, "/a/b/x", &said).unwrap();
-        assert_eq!(call, ("default".into(), "user-of-default".into(), Region::Na));
+        let sent = [("x-ads-account", "b"), ("x-ads-user", "u"), ("x-ads-region", "eu")];
+        let route = select(&["default", "b"], Selection::Fixed, "/a/b/x", &sent).unwrap();
+        assert_eq!(route, ("default".into(), "user-of-default".into(), Region::Na));
     }
 }

@@ -213,14 +213,21 @@ where
 }
 
 /// Whether hyper could not read a request because of a character that programs send and no URL can hold. Of other
-/// malformed requests nothing can be said. `unread` begins with the request.
+/// malformed requests nothing can be said. `unread` is what hyper left: the request from its beginning, or, if its line
+/// was well-formed but for such a character, what follows the head.
 fn is_bad_target(error: &hyper::Error, unread: &[u8]) -> bool {
+    const METHODS: [&[u8]; 9] =
+        [b"GET", b"HEAD", b"POST", b"PUT", b"PATCH", b"DELETE", b"OPTIONS", b"CONNECT", b"TRACE"];
     let line = unread.split(|byte| matches!(byte, b'\r' | b'\n')).find(|line| !line.is_empty()).unwrap_or_default();
-    let words: Vec<_> = line.split(|byte| *byte == b' ').collect();
-    let [_, target, b"HTTP/1.1" | b"HTTP/1.0"] = words.as_slice() else { return false };
-    error.is_parse()
-        && error.to_string().contains("invalid URI")
-        && target.iter().any(|byte| b"\"<>`^{|}\\".contains(byte) || !byte.is_ascii())
+    let words: Vec<_> = line.splitn(4, |byte| *byte == b' ').collect();
+    let bad = match words.as_slice() {
+        [_, target, b"HTTP/1.1" | b"HTTP/1.0"] => {
+            target.iter().any(|byte| b"\"<>`^{|}\\".contains(byte) || !byte.is_ascii())
+        }
+        [method, ..] => !METHODS.contains(method),
+        [] => true,
+    };
+    bad && error.is_parse() && error.to_string().contains("invalid URI")
 }
 
 /// Takes the socket and the service back from hyper.

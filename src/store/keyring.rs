@@ -38,6 +38,7 @@ const BASE64: GeneralPurpose = GeneralPurpose::new(
 /// One or more Fernet keys in order of precedence: the first one seals.
 pub struct Keyring(Vec<Key>);
 
+#[derive(Clone)]
 struct Key {
     fernet: Fernet,
     fingerprint: Fingerprint,
@@ -128,6 +129,16 @@ impl Keyring {
             let plain = key.fernet.decrypt_at_time(token, None, END_OF_TIME).ok()?;
             Some(Unsealed { plain: Zeroizing::new(plain), key_index })
         })
+    }
+
+    /// The same keys, of which the one with the fingerprint `first` seals, if it is among them.
+    #[must_use]
+    pub fn sealing_with(&self, first: Fingerprint) -> Self {
+        let mut keys: Vec<Key> = self.0.iter().map(Key::clone).collect();
+        if let Some(at) = keys.iter().position(|key| key.fingerprint == first) {
+            keys[..=at].rotate_right(1);
+        }
+        Self(keys)
     }
 
     /// The fingerprint of the key that seals.

@@ -28,7 +28,9 @@ mod sled;
 pub mod stored_grant;
 
 pub use self::pending_grant::PendingGrant;
-pub use self::postgres::{ConnectionUrl, Lease, Lookup, Postgres};
+pub use self::postgres::{
+    Changes, Claimed, ConnectionUrl, Content, FailedRefresh, Lease, Lookup, PUBLISH, Pod, Poll, Postgres, UserOverview,
+};
 use self::sled::{ResealOutcome, Worker};
 pub use self::stored_grant::Sealed;
 
@@ -126,6 +128,18 @@ pub enum StoreError {
         /// The keys of the keyring.
         have: Vec<Fingerprint>,
     },
+    /// A running process could not open what a rotation seals. Nothing was changed.
+    #[error(
+        "these running adsidecars do not have the key {key}, and could not open what it encrypts: {pods}. Give all of \
+         them the new key beside the old one (they take a key that is added to a file into use by themselves; one in the \
+         environment needs a restart), then rotate again; nothing was changed"
+    )]
+    KeyMissing {
+        /// The first key of the new keyring.
+        key: Fingerprint,
+        /// The processes, with the keys that they have.
+        pods: String,
+    },
     /// The stored generation is not the one that the change was based on, or no grant is stored.
     #[error("the stored grant has changed since it was read: read it again")]
     Conflict,
@@ -158,6 +172,11 @@ pub enum StoreError {
         /// sled's description of the damage.
         reason: String,
     },
+    /// Another transaction holds the user's row in PostgreSQL for longer than a statement waits. Nothing was written.
+    #[error(
+        "PostgreSQL: another transaction holds a lock on the row: end it (pg_stat_activity shows it), then try again"
+    )]
+    RowLocked,
     /// PostgreSQL reported an error or did not answer in time. A write may still be applied.
     #[error("PostgreSQL: {reason}")]
     Postgres {
@@ -204,11 +223,23 @@ impl TokenStore {
     /// [`StoreError`] if the store is locked, was sealed with another key, or cannot be read or written.
     pub fn open(settings: &Settings, keyring: Arc<Keyring>) -> Result<(Self, Opened), StoreError> {
         if let Some(url) = &settings.postgres {
-            let (store, opened) = Postgres::open(url.clone(), keyring)?;
+            let (store, opened) = Postgres::open(url.clone(), keyring, true)?;
             return Ok((Self::Postgres(store), opened));
         }
         let (worker, opened) = Worker::start(settings.path.clone(), keyring)?;
         Ok((Self::Sled(worker), opened))
+    }
+
+    /// As [`open`](Self::open), but does not read the users of a shared store, which may be very many: they are read when
+    /// they are needed.
+    ///
+    /// # Errors
+    ///
+    /// As [`open`](Self::open).
+    pub fn open_to_serve(settings: &Settings, keyring: Arc<Keyring>) -> Result<(Self, Opened), StoreError> {
+        let Some(url) = &settings.postgres else { return Self::open(settings, keyring) };
+        let (store, opened) = Postgres::open(url.clone(), keyring, false)?;
+        Ok((Self::Postgres(store), opened))
     }
 
     /// The PostgreSQL store, which other processes may use too; `None` for sled.
@@ -470,6 +501,32 @@ impl TokenStore {
         }
     }
 
+    /// Takes keys into use that are added to the present ones: they open records from now on, and the present first key
+    /// goes on sealing.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError`] if the store cannot be read or written.
+    pub async fn add_keys(&self, keyring: Arc<Keyring>) -> Result<(), StoreError> {
+        match self {
+            Self::Sled(worker) => worker.call(move |engine| engine.rekey(keyring)).await,
+            Self::Postgres(store) => store.add_keys(&keyring).await,
+        }
+    }
+
+    /// Fails if a running process could not open what the key `first` seals; ask before [`rekey`](Self::rekey) makes it
+    /// the first one. A local directory has one process.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError::KeyMissing`], which names the processes; any other [`StoreError`] if the store cannot be read.
+    pub async fn require_key(&self, first: Fingerprint) -> Result<(), StoreError> {
+        match self {
+            Self::Sled(_) => Ok(()),
+            Self::Postgres(store) => store.require_key(first).await,
+        }
+    }
+
     /// Seals every record, and its mirror file, with the first key. After an interruption the next call continues with
     /// the records that are left. Other operations run in between.
     ///
@@ -491,6 +548,18 @@ impl TokenStore {
         }
         worker.call(|engine| engine.reseal_pending()).await?;
         Ok(done)
+    }
+
+    /// Counts the records of a shared store for [`health`](Self::health), which otherwise says what was counted last.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError`] if the store cannot be read.
+    pub async fn count_records(&self) -> Result<(), StoreError> {
+        match self {
+            Self::Sled(_) => Ok(()),
+            Self::Postgres(store) => store.count_records().await,
+        }
     }
 
     /// Returns the state of the store without waiting for it.

@@ -1,8 +1,8 @@
 //! Pooled TLS connections to the hosts of the Ads API and of the MCP server.
 //!
-//! Each host has a stack of idle HTTP/1.1 connections, most recently used on top. If the server offers HTTP/2, the
-//! host also has one HTTP/2 connection that all requests share. HTTP/2 is cheaper at high concurrency; at low
-//! concurrency, steady traffic moves to HTTP/1.1 connections that are opened beside the shared one (`pool`).
+//! Each host has a pool ([`pool`]) of HTTP/2 connections, which many requests share ([`http2`]), and of idle HTTP/1.1
+//! connections. HTTP/2 is cheaper at high concurrency; at low concurrency, steady traffic moves to HTTP/1.1 connections
+//! that are opened beside the shared one ([`protocol_choice`]).
 //!
 //! An HTTP/1.1 connection returns to the pool only after both its request and its response have been transferred
 //! completely. In every other case it is closed.
@@ -10,13 +10,19 @@
 //! The pool never retries a request. It reports whether Amazon may have processed it ([`Processed`]), and
 //! `inbound::proxy`, which still has the caller's request, retries on a [`Reuse::Fresh`] connection.
 
+mod activity;
 mod read_ahead;
 mod upstream_body;
 mod connect;
 mod connection;
+mod http2;
+mod idle_limit;
 mod request_body;
 mod pool;
+mod protocol_choice;
 mod send_error;
+mod tcp;
+mod windows;
 
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -25,19 +31,21 @@ use std::time::{Duration, Instant};
 use http::header::{ACCEPT, CONTENT_LENGTH, HOST, TRANSFER_ENCODING};
 use http::{HeaderMap, HeaderValue, Request, Response, StatusCode};
 use http_body::Body as _;
-use hyper::body::Incoming;
-use hyper::client::conn::{TrySendError, http1, http2};
+use hyper::client::conn::TrySendError;
 use rustls::pki_types::CertificateDer;
 use url::Url;
 
+pub use idle_limit::IdleTimeout;
 pub use request_body::{BodyError, ReplayBudget, ReplayBuffer, RequestBody};
-pub use send_error::{ErrorKind, Processed, SendError};
-pub use upstream_body::{ResponseAborted, UpstreamBody};
+pub use send_error::{Broken, ErrorKind, Processed, ResponseAborted, SendError};
+pub use upstream_body::UpstreamBody;
 
 use crate::domain::account::AmazonHost;
 use crate::domain::tls;
-use connection::{Connection, H2Connection};
-use pool::{CountGuard, OriginPool};
+use connection::{Connection, Http1Connection};
+use pool::OriginPool;
+use protocol_choice::CountGuard;
+use windows::WindowBudget;
 
 /// The addresses of Amazon's hosts, and the timeouts for requests to them.
 #[derive(Clone, Debug)]
@@ -52,9 +60,8 @@ pub struct Settings {
     pub connect_timeout: Duration,
     /// `upstream.response_timeout`: from the end of the request to the end of the response's head.
     pub response_timeout: Duration,
-    /// `upstream.idle_timeout`: how long an unused connection stays in the pool. It should be shorter than the server's
-    /// own idle timeout; otherwise a request can meet a connection that the server is just closing.
-    pub idle_timeout: Duration,
+    /// `upstream.idle_timeout`: how long an unused connection stays in the pool.
+    pub idle_timeout: IdleTimeout,
 }
 
 /// Which HTTP versions adsidecar offers to Amazon.
@@ -75,7 +82,6 @@ pub enum Http2 {
 pub struct Upstream {
     pools: Vec<Arc<OriginPool>>,
     response_timeout: Duration,
-    idle_timeout: Duration,
 }
 
 /// Whether a pooled connection may carry the request.
@@ -83,6 +89,8 @@ pub struct Upstream {
 pub enum Reuse {
     /// Use a pooled connection if one is available.
     Allowed,
+    /// The same, for a request that may not be repeated: not one that the server may be closing right now.
+    Unrepeatable,
     /// Open a new connection, for a retry. Requests that failed together may share an HTTP/2 connection that was opened
     /// after this time.
     Fresh(Instant),
@@ -98,24 +106,23 @@ impl Upstream {
     pub fn new(settings: &Settings) -> Result<Self, rustls::Error> {
         // One configuration for all pools, because the trust roots are large.
         let tls = tls::client_config(&settings.extra_roots, &[])?;
-        let pool = |origin: &Url| OriginPool::new(origin, settings, &tls).map(Arc::new);
+        let budget = Arc::<WindowBudget>::default();
+        let pool = |origin: &Url| OriginPool::new(origin, settings, &tls, &budget).map(Arc::new);
         Ok(Self {
             pools: settings.origins.iter().map(pool).collect::<Result<_, _>>()?,
             response_timeout: settings.response_timeout,
-            idle_timeout: settings.idle_timeout,
         })
     }
 
-    /// Sends `request`, which has an origin-form target and our headers without `Host`, to `host`: on a
-    /// pooled connection if `reuse` allows it and one is available, else on a new one. Returns the response once its
-    /// head has arrived.
+    /// Sends `request`, which has an origin-form target and our headers without `Host`, to `host`, on a
+    /// connection that `reuse` allows. Returns the response once its head has arrived.
     ///
     /// The response timeout does not apply to a request that accepts an event stream, which may stay silent for a long
     /// time.
     ///
     /// # Errors
     /// [`SendError`] if no connection can be opened within `connect_timeout`, or no response head arrives.
-    // hyper's future is boxed: otherwise every waiting request would hold the request several times.
+    // The connection's future is boxed: otherwise every waiting request would hold the request several times.
     pub async fn send(
         &self,
         host: AmazonHost,
@@ -124,83 +131,85 @@ impl Upstream {
     ) -> Result<Response<UpstreamBody>, SendError> {
         let pool = &self.pools[host.index()];
         let (in_flight, low_concurrency) = pool.protocol_choice.enter();
-        let mut transport = match pool.connection(reuse, low_concurrency, self.idle_timeout).await {
-            Ok(connection) => self.transport(pool, connection, low_concurrency),
+        let connection = match pool.connection(reuse, low_concurrency).await {
+            Ok(connection) => connection,
             Err(kind) => return Err(kind.unsent(request.into_body())),
         };
         let progress = request.body().progress();
         let wait = (!accepts_event_stream(request.headers())).then_some(self.response_timeout);
-        let sent: Pin<Box<dyn Future<Output = Sent> + Send>> = match &mut transport {
-            Transport::Http1 { sender, .. } => {
+        let sent: Sent = match connection {
+            Connection::Http1(connection) => {
                 frame(&mut request);
                 request.headers_mut().insert(HOST, pool.authority.clone());
-                Box::pin(sender.try_send_request(request))
+                Box::pin(over_http1(connection, request, pool.clone(), in_flight, progress.clone()))
             }
-            Transport::Http2 { sender, .. } => Box::pin(sender.try_send_request(pool.with_authority(request))),
+            Connection::Http2(slot) => {
+                // Steady traffic at low concurrency: one HTTP/1.1 connection for each request now in flight.
+                if pool.protocol_choice.should_add_http1(low_concurrency, pool.idle_limit.current()) {
+                    pool.add_http1(slot.others() + 1);
+                }
+                let request = pool.with_authority(request);
+                Box::pin(async move {
+                    let response = slot.send(request).await.map_err(SendError::over_http2)?;
+                    Ok(response.map(|incoming| UpstreamBody::http2(incoming, in_flight)))
+                })
+            }
         };
-        let response = response_head(sent, &progress, wait).await;
-        let response = response.map_err(|error| error.into_send_error(transport.reused()))?;
-        match transport {
-            Transport::Http1 { .. } if response.status() == StatusCode::SWITCHING_PROTOCOLS => {
-                Err(SendError { kind: ErrorKind::Switched, processed: Processed::Unknown })
-            }
-            Transport::Http1 { sender, .. } => {
-                Ok(response.map(|incoming| UpstreamBody::http1(incoming, in_flight, pool.clone(), sender, progress)))
-            }
-            Transport::Http2 { share, .. } => {
-                Ok(response.map(|incoming| UpstreamBody::http2(incoming, in_flight, share)))
-            }
-        }
+        response_head(sent, progress, wait).await
     }
 
-    /// Counts the request on a shared connection, and opens HTTP/1.1 connections beside it for steady traffic at low
-    /// concurrency.
-    fn transport(&self, pool: &Arc<OriginPool>, connection: Connection, low_concurrency: bool) -> Transport {
-        match connection {
-            Connection::Http1 { sender, reused } => Transport::Http1 { sender, reused },
-            Connection::Http2(H2Connection { sender, streams, activity, .. }) => {
-                let (share, others) = CountGuard::increment(&streams);
-                if others == 0 {
-                    // Silence counts from the first request that waits.
-                    activity.touch();
-                }
-                // One connection for each request now in flight.
-                if pool.protocol_choice.should_add_http1(low_concurrency, self.idle_timeout) {
-                    pool.add_http1(others + 1);
-                }
-                Transport::Http2 { sender, share }
-            }
-        }
-    }
-
-    /// Closes connections that have been idle for too long. Returns the time until the next call should be made.
+    /// Closes connections that have been idle for too long, and replaces them where they are in use. Returns the time
+    /// until the next call should be made.
     pub fn prune(&self) -> Duration {
-        for pool in &self.pools {
-            pool.prune(self.idle_timeout);
-        }
-        (self.idle_timeout / 2).max(Duration::from_millis(100))
+        self.pools.iter().for_each(OriginPool::prune);
+        let shortest = self.pools.iter().map(|pool| pool.idle_limit.current() / 2).min().unwrap_or_default();
+        shortest.clamp(Duration::from_millis(100), Duration::from_secs(1))
     }
 }
 
-/// A connection that carries one request.
-#[derive(Debug)]
-enum Transport {
-    Http1 { sender: http1::SendRequest<RequestBody>, reused: bool },
-    Http2 { sender: http2::SendRequest<RequestBody>, share: CountGuard },
-}
-
-impl Transport {
-    /// Whether the connection may have carried an earlier request.
-    fn reused(&self) -> bool {
-        match self {
-            Self::Http1 { reused, .. } => *reused,
-            Self::Http2 { .. } => true,
-        }
+/// Sends a request on an HTTP/1.1 connection.
+async fn over_http1(
+    mut connection: Http1Connection,
+    request: Request<RequestBody>,
+    pool: Arc<OriginPool>,
+    in_flight: CountGuard,
+    progress: Option<Arc<ReplayBuffer>>,
+) -> Result<Response<UpstreamBody>, SendError> {
+    let reused = connection.reused;
+    let response = connection.sender.try_send_request(request).await.map_err(|mut error: TrySendError<_>| {
+        let unsent = error.take_message().map(Request::into_body);
+        SendError::over_http1(error.into_error(), unsent, reused)
+    })?;
+    let unusable = |kind| Err(SendError { kind, processed: Processed::Unknown });
+    if response.status() == StatusCode::SWITCHING_PROTOCOLS {
+        return unusable(ErrorKind::Switched);
     }
+    if let Some(coding) = other_coding(response.headers()) {
+        return unusable(ErrorKind::TransferCoding(coding));
+    }
+    if let Some(limit) = announced_limit(response.headers()) {
+        pool.idle_limit.closed_after(limit);
+    }
+    Ok(response.map(|incoming| UpstreamBody::http1(incoming, in_flight, pool, connection, progress)))
 }
 
-/// hyper's result for one request.
-type Sent = Result<Response<Incoming>, TrySendError<Request<RequestBody>>>;
+/// Returns a transfer coding other than `chunked`, which hyper undoes. We ask for none (RFC 9112, section 7).
+fn other_coding(headers: &HeaderMap) -> Option<String> {
+    let lines = headers.get_all(TRANSFER_ENCODING).iter();
+    let codings = lines.flat_map(|line| line.as_bytes().split(|byte| *byte == b',')).map(<[u8]>::trim_ascii);
+    let mut others = codings.filter(|coding| !coding.is_empty() && !coding.eq_ignore_ascii_case(b"chunked"));
+    others.next().map(|coding| String::from_utf8_lossy(coding).into_owned())
+}
+
+/// The idle limit that the server announced (`Keep-Alive: timeout=5`).
+fn announced_limit(headers: &HeaderMap) -> Option<Duration> {
+    let text = headers.get("keep-alive")?.to_str().ok()?;
+    let seconds = text.split([',', ' ']).find_map(|part| part.strip_prefix("timeout="))?;
+    seconds.parse().ok().map(Duration::from_secs)
+}
+
+/// The request on its way, until the head of its response.
+type Sent = Pin<Box<dyn Future<Output = Result<Response<UpstreamBody>, SendError>> + Send>>;
 
 /// Whether the caller accepts an event stream, possibly beside other types: MCP clients list `application/json` first.
 pub fn accepts_event_stream(headers: &HeaderMap) -> bool {
@@ -217,44 +226,23 @@ fn frame(request: &mut Request<RequestBody>) {
     }
 }
 
-/// Waits for the response head, for at most `wait` after hyper took the last byte of the request body; without a limit
+/// Waits for the response head, for at most `wait` after the last byte of the request body was taken; without a limit
 /// if `wait` is `None`.
 async fn response_head(
-    mut sent: Pin<Box<dyn Future<Output = Sent> + Send>>,
-    progress: &Option<Arc<ReplayBuffer>>,
+    mut sent: Sent,
+    progress: Option<Arc<ReplayBuffer>>,
     wait: Option<Duration>,
-) -> Result<Response<Incoming>, NoHead> {
-    let Some(wait) = wait else { return sent.await.map_err(NoHead::from) };
+) -> Result<Response<UpstreamBody>, SendError> {
+    let Some(wait) = wait else { return sent.await };
     loop {
         let before = progress.as_ref().map(|buffer| buffer.taken());
         match tokio::time::timeout(wait, &mut sent).await {
-            Ok(result) => return result.map_err(NoHead::from),
+            Ok(result) => return result,
             // The request body is still being sent, so the response timeout has not started.
             Err(_) if progress.as_ref().map(|buffer| buffer.taken()) != before => {}
-            Err(_) => return Err(NoHead::TimedOut(wait)),
-        }
-    }
-}
-
-/// Why no response head arrived.
-enum NoHead {
-    Error { error: hyper::Error, unsent: Option<RequestBody> },
-    TimedOut(Duration),
-}
-
-impl From<TrySendError<Request<RequestBody>>> for NoHead {
-    fn from(mut error: TrySendError<Request<RequestBody>>) -> Self {
-        let unsent = error.take_message().map(Request::into_body);
-        Self::Error { error: error.into_error(), unsent }
-    }
-}
-
-impl NoHead {
-    /// Adds whether a retry would be safe; `reused` tells whether the connection came from the pool.
-    fn into_send_error(self, reused: bool) -> SendError {
-        match self {
-            Self::TimedOut(wait) => SendError { kind: ErrorKind::ResponseTimeout(wait), processed: Processed::Unknown },
-            Self::Error { error, unsent } => SendError::from_hyper(error, unsent, reused),
+            Err(_) => {
+                return Err(SendError { kind: ErrorKind::ResponseTimeout(wait), processed: Processed::Unknown });
+            }
         }
     }
 }

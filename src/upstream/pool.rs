@@ -1,19 +1,28 @@
 //! The connection pool of one regional origin.
+//!
+//! A request takes an open connection, or waits for the first that becomes usable: a new one, one that another request
+//! releases, or a free stream. Tasks open connections, not requests, so a caller that hangs up wastes none; a burst
+//! opens as many connections as it needs at the same time.
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
-use std::sync::{Arc, Mutex};
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use http::{HeaderValue, Request, Uri};
-use hyper::client::conn::http1;
+use tokio::sync::oneshot;
 use url::Url;
 
-use super::connect::{Alpn, Connector};
-use super::connection::{Connection, H2Connection, MAX_STREAMS};
+use super::activity::Activity;
+use super::connect::{Connector, Offer, Opened};
+use super::connection::{Connection, Http1Connection};
+use super::http2::{Http2 as Http2Connection, KEPT_WARM_FOR, SlotOwner, WeakHttp2};
+use super::idle_limit::IdleLimit;
+use super::protocol_choice::ProtocolChoice;
+use super::windows::{MAX_STREAMS, WindowBudget, first_window};
 use super::{ErrorKind, Http2, RequestBody, Reuse, Settings, lock};
 
-/// The connections to one origin: idle HTTP/1.1 connections, and at most two HTTP/2 connections for new requests.
+/// The connections to one origin.
 #[derive(Debug)]
 pub(super) struct OriginPool {
     connector: Connector,
@@ -21,22 +30,52 @@ pub(super) struct OriginPool {
     pub(super) authority: HeaderValue,
     /// The scheme and authority that HTTP/2 sends as `:scheme` and `:authority`.
     origin: http::uri::Parts,
-    /// Idle HTTP/1.1 connections, oldest first.
-    idle: Mutex<VecDeque<Idle>>,
-    /// The HTTP/2 connection that requests share, and the one that takes requests while the first is full.
-    shared: Mutex<[Option<H2Connection>; 2]>,
     pub(super) protocol_choice: ProtocolChoice,
-    /// Whether the last new connection used HTTP/1.1, so that each request needs its own connection.
-    http1_only: AtomicBool,
-    /// Held while a connection that may become shared is opened, so that a burst of requests opens only one.
-    connecting: tokio::sync::Mutex<()>,
+    pub(super) idle_limit: IdleLimit,
+    /// When a request last used the origin.
+    used: Arc<Activity>,
+    connections: Mutex<Connections>,
+    /// The number of waiting requests, to know without a lock that there are none.
+    waiting: AtomicUsize,
+}
+
+#[derive(Debug)]
+struct Connections {
+    /// Idle HTTP/1.1 connections, oldest first.
+    idle: VecDeque<Idle>,
+    /// HTTP/2 connections that take requests, oldest first.
+    shared: Vec<Http2Connection>,
+    waiters: VecDeque<Waiter>,
+    /// Connections that are being opened.
+    opening: usize,
+    /// How many requests a new connection is expected to carry: one over HTTP/1.1.
+    expected: usize,
+    /// When a connection may be opened in the background again.
+    background_at: Option<Instant>,
 }
 
 /// An idle HTTP/1.1 connection, and when it became idle.
 #[derive(Debug)]
 struct Idle {
-    sender: http1::SendRequest<RequestBody>,
+    connection: Http1Connection,
     since: Instant,
+}
+
+impl Idle {
+    fn new(connection: Http1Connection) -> Self {
+        Self { connection, since: Instant::now() }
+    }
+
+    fn is_closed(&self) -> bool {
+        self.connection.sender.is_closed()
+    }
+}
+
+/// A request that waits for a connection.
+#[derive(Debug)]
+struct Waiter {
+    reuse: Reuse,
+    deliver: oneshot::Sender<Result<Connection, ErrorKind>>,
 }
 
 /// Most idle connections; a connection released beyond that is closed, so that a burst does not hold file descriptors.
@@ -45,10 +84,23 @@ const MAX_IDLE: usize = 1024;
 /// the connection becomes ready only after the server has read the rest, which may never happen. A usable connection is
 /// ready within microseconds.
 const READY: Duration = Duration::from_millis(100);
+/// The age from which a connection is replaced, so that changes in DNS are followed.
+const MAX_AGE: Duration = Duration::from_secs(600);
+/// A connection that had no request for this long did not end because of one.
+const IDLED: Duration = Duration::from_millis(100);
+/// Shortest time between connections that are opened in the background.
+const PACE: Duration = Duration::from_secs(1);
+/// The same after one could not be opened, or the server closed it unused.
+const RETRY: Duration = Duration::from_secs(10);
 
 impl OriginPool {
-    pub(super) fn new(origin: &Url, settings: &Settings, tls: &rustls::ClientConfig) -> Result<Self, rustls::Error> {
-        let connector = Connector::new(origin, settings, tls)?;
+    pub(super) fn new(
+        origin: &Url,
+        settings: &Settings,
+        tls: &rustls::ClientConfig,
+        budget: &Arc<WindowBudget>,
+    ) -> Result<Self, rustls::Error> {
+        let connector = Connector::new(origin, settings, tls, budget)?;
         let text = match origin.port() {
             Some(port) => format!("{}:{port}", origin.host_str().unwrap_or_default()),
             None => origin.host_str().unwrap_or_default().to_owned(),
@@ -58,94 +110,224 @@ impl OriginPool {
         let mut parts = http::uri::Parts::default();
         parts.scheme = Some(http::uri::Scheme::HTTPS);
         parts.authority = Some(text.parse().map_err(|error: http::uri::InvalidUri| bad(error.to_string()))?);
+        let expected = if settings.http2 == Http2::Never { 1 } else { MAX_STREAMS };
         Ok(Self {
             connector,
             authority,
             origin: parts,
-            idle: Mutex::default(),
-            shared: Mutex::default(),
             protocol_choice: ProtocolChoice::default(),
-            http1_only: AtomicBool::new(settings.http2 == Http2::Never),
-            connecting: tokio::sync::Mutex::default(),
+            idle_limit: IdleLimit::new(settings.idle_timeout),
+            used: Activity::never(),
+            connections: Mutex::new(Connections {
+                idle: VecDeque::new(),
+                shared: Vec::new(),
+                waiters: VecDeque::new(),
+                opening: 0,
+                expected,
+                background_at: None,
+            }),
+            waiting: AtomicUsize::new(0),
         })
     }
 
-    /// Returns a connection for one request: from the pool if `reuse` allows it and one is available, else a new one.
-    /// `low_concurrency` prefers an idle HTTP/1.1 connection to the shared one.
+    /// Returns a connection for one request: from the pool if `reuse` allows it and one is usable, else the first that
+    /// becomes usable. `low_concurrency` prefers an idle HTTP/1.1 connection to a shared one.
     pub(super) async fn connection(
-        &self,
+        self: &Arc<Self>,
         reuse: Reuse,
         low_concurrency: bool,
-        idle_timeout: Duration,
     ) -> Result<Connection, ErrorKind> {
-        let pooled = async || match reuse {
-            Reuse::Allowed => self.pooled(low_concurrency, idle_timeout).await,
-            Reuse::Fresh(since) => self.shared(Some(since)).await,
-            Reuse::FreshHttp1 => None,
-        };
-        if let Some(connection) = pooled().await {
-            return Ok(connection);
-        }
+        self.used.touch();
         if reuse == Reuse::FreshHttp1 && self.connector.may_speak_http1() {
-            return Box::pin(self.connector.connect(Alpn::Http1)).await;
+            return Box::pin(self.new_http1()).await.map(Connection::Http1);
         }
-        if self.http1_only.load(Relaxed) {
-            return self.connect().await;
-        }
-        // Wait for a connection that another request is opening, for at most the connect timeout; after that this
-        // request opens its own.
-        let _one = tokio::time::timeout(self.connector.timeout(), self.connecting.lock()).await;
-        match pooled().await {
-            Some(connection) => Ok(connection),
-            None => self.connect().await,
-        }
-    }
-
-    /// Takes a connection from the pool, and drops expired and closed ones on the way.
-    async fn pooled(&self, low_concurrency: bool, idle_timeout: Duration) -> Option<Connection> {
-        if !low_concurrency && let Some(shared) = self.shared(None).await {
-            return Some(shared);
-        }
-        while let Some(Idle { mut sender, since }) = self.pop() {
-            // Usually the connection is ready at once, which needs no timer.
-            if since.elapsed() < idle_timeout
-                && (sender.is_ready() || matches!(tokio::time::timeout(READY, sender.ready()).await, Ok(Ok(()))))
-            {
-                return Some(Connection::Http1 { sender, reused: true });
+        loop {
+            let taken = lock(&self.connections).take(self, reuse, low_concurrency);
+            match taken {
+                None => break,
+                Some(mut connection) => {
+                    if is_usable(&mut connection).await {
+                        return Ok(connection);
+                    }
+                    if let Connection::Http2(slot) = &connection {
+                        let dead = slot.connection().clone();
+                        self.lock().shared.retain(|other| !other.is(&dead));
+                    }
+                }
             }
         }
-        self.shared(None).await
+        let (deliver, delivery) = oneshot::channel();
+        {
+            let mut connections = self.lock();
+            connections.waiters.push_back(Waiter { reuse, deliver });
+            self.serve(&mut connections);
+        }
+        // The task that opens connections delivers one, or an error; it does not end before.
+        delivery.await.unwrap_or_else(|_| Err(ErrorKind::Unreachable(Arc::new(std::io::Error::other("shutting down")))))
     }
 
-    /// Returns an HTTP/2 connection that has room for another request, and was opened after `since`.
-    async fn shared(&self, since: Option<Instant>) -> Option<Connection> {
-        let both = lock(&self.shared).clone();
-        let usable = |shared: &H2Connection| {
-            !shared.is_full() && !shared.is_silent() && since.is_none_or(|since| shared.opened >= since)
+    fn lock(&self) -> MutexGuard<'_, Connections> {
+        lock(&self.connections)
+    }
+
+    async fn new_http1(self: &Arc<Self>) -> Result<Http1Connection, ErrorKind> {
+        match self.connector.connect(Offer::Http1).await? {
+            Opened::Http1 { sender, driver } => {
+                self.run_http1(driver);
+                Ok(Http1Connection { sender, reused: false, opened: Instant::now() })
+            }
+            Opened::Http2 { .. } => unreachable!("only HTTP/1.1 was offered"),
+        }
+    }
+
+    /// Gives waiting requests the connections that are usable now, and opens as many as the others need.
+    fn serve(self: &Arc<Self>, connections: &mut Connections) {
+        let mut still = VecDeque::new();
+        while let Some(waiter) = connections.waiters.pop_front() {
+            if waiter.deliver.is_closed() {
+                continue;
+            }
+            match connections.take(self, waiter.reuse, false) {
+                None => still.push_back(waiter),
+                // A caller that hung up just now gives its connection back, which must not happen under the lock.
+                Some(connection) => {
+                    if let Err(Ok(connection)) = waiter.deliver.send(Ok(connection)) {
+                        self.take_back(connections, connection);
+                    }
+                }
+            }
+        }
+        connections.waiters = still;
+        self.waiting.store(connections.waiters.len(), Relaxed);
+        let needed = connections.waiters.len().div_ceil(connections.expected);
+        for _ in connections.opening..needed {
+            self.open(connections, false);
+        }
+    }
+
+    /// Keeps a connection that a caller did not take.
+    fn take_back(&self, connections: &mut Connections, connection: Connection) {
+        match connection {
+            Connection::Http1(connection) => connections.idle.push_back(Idle::new(connection)),
+            Connection::Http2(slot) => slot.release_unnoticed(),
+        }
+    }
+
+    /// Starts a task that opens a connection: for those who wait, or in the background for the next request.
+    fn open(self: &Arc<Self>, connections: &mut Connections, background: bool) {
+        connections.opening += 1;
+        let offer = Offer::Configured {
+            first_window: first_window(self.protocol_choice.in_flight()),
+            max_streams: connections.expected.max(2),
+            used: self.used.clone(),
         };
-        for mut shared in both.into_iter().flatten().filter(usable) {
-            if shared.sender.ready().await.is_ok() {
-                return Some(Connection::Http2(shared));
+        let pool = self.clone();
+        tokio::spawn(async move {
+            // Boxed, because connecting is rare and its future is large.
+            let opened = Box::pin(pool.connector.connect(offer)).await;
+            let mut connections = pool.lock();
+            connections.opening -= 1;
+            match opened {
+                Ok(opened) => pool.add(&mut connections, opened),
+                Err(error) => connections.fail(error, background),
             }
-        }
-        None
+            pool.serve(&mut connections);
+        });
     }
 
-    /// Opens a connection. An HTTP/2 connection becomes the shared one, or the overflow if the shared one is full.
-    async fn connect(&self) -> Result<Connection, ErrorKind> {
-        let overflow = lock(&self.shared)[0]
-            .as_ref()
-            .is_some_and(|shared| shared.is_full() && !shared.is_silent() && !shared.sender.is_closed());
-        let hundreds = self.protocol_choice.in_flight() / MAX_STREAMS;
-        let alpn = if overflow { Alpn::Overflow { hundreds } } else { Alpn::Configured };
-        // Boxed, because connecting is rare and its future is large.
-        let connection = Box::pin(self.connector.connect(alpn)).await?;
-        self.http1_only.store(matches!(connection, Connection::Http1 { .. }), Relaxed);
-        if let Connection::Http2(shared) = &connection {
-            // A full overflow connection that is replaced here closes after its last request.
-            lock(&self.shared)[usize::from(overflow)] = Some(shared.clone());
+    /// Adds a new connection.
+    fn add(self: &Arc<Self>, connections: &mut Connections, opened: Opened) {
+        match opened {
+            Opened::Http1 { sender, driver } => {
+                connections.expected = 1;
+                self.run_http1(driver);
+                let connection = Http1Connection { sender, reused: false, opened: Instant::now() };
+                connections.idle.push_back(Idle::new(connection));
+            }
+            Opened::Http2 { connection, driver } => {
+                connections.expected = connection.max_streams();
+                connections.shared.push(connection.clone());
+                let pool = Arc::downgrade(self);
+                tokio::spawn(async move {
+                    // The handle must not keep an unused connection open.
+                    let connection = connection.downgrade();
+                    driver.await;
+                    if let Some(pool) = pool.upgrade() {
+                        pool.http2_ended(&connection);
+                    }
+                });
+            }
         }
-        Ok(connection)
+    }
+
+    fn run_http1<D>(self: &Arc<Self>, driver: D)
+    where
+        D: Future<Output = Result<(), hyper::Error>> + Send + 'static,
+    {
+        let pool = Arc::downgrade(self);
+        tokio::spawn(async move {
+            // A request on the connection gets its error.
+            if let Err(error) = driver.await {
+                tracing::trace!(%error, "connection to Amazon ended");
+            }
+            if let Some(pool) = pool.upgrade() {
+                pool.http1_ended();
+            }
+        });
+    }
+
+    /// An HTTP/1.1 connection has ended. If it was idle, the server closed it.
+    fn http1_ended(self: &Arc<Self>) {
+        let mut connections = self.lock();
+        let (mut idled, mut unused) = (false, false);
+        connections.idle.retain(|idle| {
+            let closed = idle.is_closed();
+            if closed && idle.connection.reused {
+                self.idle_limit.closed_after(idle.since.elapsed());
+                idled |= idle.since.elapsed() >= IDLED;
+            }
+            unused |= closed && !idle.connection.reused;
+            !closed
+        });
+        self.ended(&mut connections, idled, unused);
+    }
+
+    /// An HTTP/2 connection has ended. If it was idle and still in the pool, the server closed it.
+    fn http2_ended(self: &Arc<Self>, connection: &WeakHttp2) {
+        let mut connections = self.lock();
+        let before = connections.shared.len();
+        connections.shared.retain(|other| !connection.is(other));
+        let idle = connection.idle_for().filter(|idle| connections.shared.len() < before && *idle >= IDLED);
+        if let (Some(idle), true) = (idle, connection.was_used()) {
+            self.idle_limit.closed_after(idle);
+        }
+        self.ended(&mut connections, idle.is_some(), !connection.was_used());
+    }
+
+    /// Replaces a connection that the server closed while it idled. One that broke is replaced with the next look at all
+    /// connections, because a request that is sent again opens one too.
+    fn ended(self: &Arc<Self>, connections: &mut Connections, idled: bool, unused: bool) {
+        if unused {
+            connections.background_at = Some(Instant::now() + RETRY);
+        }
+        if idled {
+            self.keep_warm(connections);
+        }
+    }
+
+    /// Opens a connection for the next request, if the origin was used lately and has none that will last. A request in
+    /// flight will leave its own.
+    fn keep_warm(self: &Arc<Self>, connections: &mut Connections) {
+        let (limit, now) = (self.idle_limit.current() * 9 / 10, Instant::now());
+        let lasts = |idle: &Idle| !idle.is_closed() && idle.since.elapsed() < limit;
+        let ready = connections.idle.iter().any(lasts)
+            || connections.shared.iter().any(|shared| !shared.is_closing() && !is_old(shared, limit));
+        let may = connections.background_at.is_none_or(|at| at <= now);
+        let quiet = connections.opening == 0 && self.protocol_choice.in_flight() == 0;
+        if !ready && may && quiet && self.used.elapsed() < KEPT_WARM_FOR {
+            connections.background_at = Some(now + PACE);
+            self.open(connections, true);
+        }
     }
 
     /// Starts a task that opens `count` HTTP/1.1 connections, one after the other, and puts them into the pool. It does
@@ -158,32 +340,46 @@ impl OriginPool {
         tokio::spawn(async move {
             for _ in 0..count {
                 // On failure requests continue to use the shared connection.
-                let Ok(Connection::Http1 { sender, .. }) = pool.connector.connect(Alpn::Http1).await else { break };
-                pool.release(sender);
+                let Ok(connection) = pool.new_http1().await else { break };
+                pool.release(connection);
             }
             pool.protocol_choice.adding.store(false, Relaxed);
         });
     }
 
-    fn pop(&self) -> Option<Idle> {
-        lock(&self.idle).pop_back()
-    }
-
-    /// Returns a connection to the pool, or closes it if the pool is full.
-    pub(super) fn release(&self, sender: http1::SendRequest<RequestBody>) {
-        let mut idle = lock(&self.idle);
-        if idle.len() < MAX_IDLE && !sender.is_closed() {
-            idle.push_back(Idle { sender, since: Instant::now() });
+    /// Returns a connection to the pool, or closes it if it is too old or the pool is full.
+    pub(super) fn release(self: &Arc<Self>, connection: Http1Connection) {
+        if connection.sender.is_closed() || connection.opened.elapsed() >= MAX_AGE {
+            return;
+        }
+        let mut connections = self.lock();
+        if connections.idle.len() < MAX_IDLE {
+            connections.idle.push_back(Idle::new(Http1Connection { reused: true, ..connection }));
+        }
+        if !connections.waiters.is_empty() {
+            self.serve(&mut connections);
         }
     }
 
-    /// Closes connections that have been idle for `idle_timeout` or were closed by the server.
-    pub(super) fn prune(&self, idle_timeout: Duration) {
-        let mut idle = lock(&self.idle);
-        // The oldest connections come first.
-        let old = idle.iter().take_while(|idle| idle.since.elapsed() >= idle_timeout).count();
-        idle.drain(..old);
-        idle.retain(|idle| !idle.sender.is_closed());
+    /// Gives up connections that have idled for too long or are too old. While the origin is in use, the last one is
+    /// replaced shortly before.
+    pub(super) fn prune(self: &Arc<Self>) {
+        let limit = self.idle_limit.current();
+        let mut connections = self.lock();
+        self.keep_warm(&mut connections);
+        let mut survived = false;
+        connections.idle.retain(|idle| {
+            let over = idle.since.elapsed() >= limit;
+            survived |= over && !idle.is_closed();
+            !over && idle.connection.opened.elapsed() < MAX_AGE && !idle.is_closed()
+        });
+        connections.shared.retain(|shared| {
+            survived |= !shared.is_closing() && shared.idle_for().is_some_and(|idle| idle >= limit);
+            !shared.is_closing() && !is_old(shared, limit)
+        });
+        if survived {
+            self.idle_limit.survived();
+        }
     }
 
     /// Puts the authority into the target, as HTTP/2 requires (RFC 9113, section 8.3.1).
@@ -200,150 +396,119 @@ impl OriginPool {
     }
 }
 
-/// Below this concurrency HTTP/1.1 costs less CPU.
-const LOW_CONCURRENCY: usize = 12;
-/// After this many consecutive requests at low concurrency on the shared connection, HTTP/1.1 connections are opened. A
-/// TLS handshake costs as much CPU as a few dozen requests.
-const ADD_HTTP1_AFTER: u32 = 64;
-
-/// Chooses whether a request uses the shared HTTP/2 connection or an HTTP/1.1 connection of its own, from the
-/// concurrency of requests to one origin and how steady it is.
-///
-/// At high concurrency HTTP/2 is cheap, because the frames of several requests share one TLS record and one system
-/// call. At low concurrency that advantage is missing, but framing, HPACK and two more tasks still cost CPU. Measured,
-/// HTTP/2 takes 5 to 25 % more CPU than HTTP/1.1 for up to eight concurrent requests, and 5 to 10 % less for sixteen
-/// and more.
-///
-/// Only steady traffic justifies additional connections. The shared connection stays open for occasional requests and
-/// for bursts.
-#[derive(Debug, Default)]
-pub(super) struct ProtocolChoice {
-    in_flight: Arc<AtomicUsize>,
-    run: Mutex<Run>,
-    /// Whether a task is opening HTTP/1.1 connections.
-    pub(super) adding: AtomicBool,
-}
-
-/// A run of consecutive requests at low concurrency on the shared connection.
-#[derive(Debug, Default)]
-struct Run {
-    since: Option<Instant>,
-    requests: u32,
-}
-
-/// Keeps a counter incremented until it is dropped.
-#[derive(Debug)]
-pub(super) struct CountGuard(Arc<AtomicUsize>);
-
-impl CountGuard {
-    /// Increments `count`, and returns the guard and the value before.
-    pub(super) fn increment(count: &Arc<AtomicUsize>) -> (Self, usize) {
-        let others = count.fetch_add(1, Relaxed);
-        (Self(count.clone()), others)
-    }
-}
-
-impl Drop for CountGuard {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Relaxed);
-    }
-}
-
-impl ProtocolChoice {
-    /// Counts a request as in flight while the guard exists, and returns whether concurrency is low.
-    pub(super) fn enter(&self) -> (CountGuard, bool) {
-        let (guard, others) = CountGuard::increment(&self.in_flight);
-        (guard, others < LOW_CONCURRENCY)
-    }
-
-    /// Returns the number of requests in flight.
-    pub(super) fn in_flight(&self) -> usize {
-        self.in_flight.load(Relaxed)
-    }
-
-    /// Records a request on the shared connection. Returns `true` if it completes a run of [`ADD_HTTP1_AFTER`] requests
-    /// at low concurrency within `period`, so that HTTP/1.1 connections should be opened.
-    pub(super) fn should_add_http1(&self, low_concurrency: bool, period: Duration) -> bool {
-        let mut run = lock(&self.run);
-        if !low_concurrency {
-            *run = Run::default();
-            return false;
+impl SlotOwner for OriginPool {
+    fn slot_freed(self: Arc<Self>) {
+        if self.waiting.load(Relaxed) > 0 {
+            self.serve(&mut self.lock());
         }
-        let now = Instant::now();
-        let since = run.since.filter(|since| now.duration_since(*since) < period).unwrap_or_else(|| {
-            run.requests = 0;
-            now
-        });
-        *run = Run { since: Some(since), requests: run.requests + 1 };
-        let complete = run.requests == ADD_HTTP1_AFTER;
-        if complete {
-            *run = Run::default();
-        }
-        complete
     }
+}
+
+/// Whether a shared connection should be given up: it has idled for too long, or is so old that DNS may have changed.
+fn is_old(connection: &Http2Connection, limit: Duration) -> bool {
+    connection.opened().elapsed() >= MAX_AGE || connection.idle_for().is_some_and(|idle| idle >= limit)
+}
+
+/// Whether the connection can carry a request now.
+async fn is_usable(connection: &mut Connection) -> bool {
+    match connection {
+        // Usually the connection is ready at once, which needs no timer.
+        Connection::Http1(Http1Connection { sender, .. }) => {
+            sender.is_ready() || matches!(tokio::time::timeout(READY, sender.ready()).await, Ok(Ok(())))
+        }
+        Connection::Http2(slot) => slot.is_alive().await,
+    }
+}
+
+impl Connections {
+    /// Takes a connection that `reuse` allows.
+    fn take(&mut self, pool: &Arc<OriginPool>, reuse: Reuse, low_concurrency: bool) -> Option<Connection> {
+        if low_concurrency {
+            self.take_idle(pool, reuse).or_else(|| self.take_shared(pool, reuse))
+        } else {
+            self.take_shared(pool, reuse).or_else(|| self.take_idle(pool, reuse))
+        }
+    }
+
+    fn take_shared(&self, pool: &Arc<OriginPool>, reuse: Reuse) -> Option<Connection> {
+        let limit = pool.idle_limit.current();
+        let usable = |shared: &&Http2Connection| {
+            let new = if let Reuse::Fresh(since) = reuse { shared.opened() >= since } else { true };
+            new && shared.idle_for().is_none_or(|idle| idle < limit)
+        };
+        self.shared.iter().filter(usable).find_map(|shared| shared.reserve(pool)).map(Connection::Http2)
+    }
+
+    fn take_idle(&mut self, pool: &Arc<OriginPool>, reuse: Reuse) -> Option<Connection> {
+        let most = match reuse {
+            Reuse::Allowed => pool.idle_limit.current(),
+            Reuse::Unrepeatable => pool.idle_limit.safe(),
+            Reuse::Fresh(_) | Reuse::FreshHttp1 => Duration::MAX,
+        };
+        let usable = |idle: &Idle| match reuse {
+            Reuse::Fresh(since) => !idle.connection.reused && idle.connection.opened >= since,
+            Reuse::FreshHttp1 => !idle.connection.reused,
+            Reuse::Allowed | Reuse::Unrepeatable => idle.since.elapsed() < most || is_new(idle),
+        };
+        loop {
+            let found = self.idle.iter().rposition(usable)?;
+            let idle = self.idle.remove(found)?;
+            if !idle.is_closed() {
+                return Some(Connection::Http1(idle.connection));
+            }
+        }
+    }
+
+    /// Tells those who wait for a connection that it could not be opened.
+    fn fail(&mut self, error: ErrorKind, background: bool) {
+        if background {
+            tracing::debug!(%error, "no connection could be opened in the background");
+            self.background_at = Some(Instant::now() + RETRY);
+        }
+        let count = self.expected.min(self.waiters.len());
+        for waiter in self.waiters.drain(..if background { 0 } else { count }) {
+            let _ = waiter.deliver.send(Err(error.clone()));
+        }
+    }
+}
+
+/// Whether a connection was opened just now, for a request that waited for it.
+fn is_new(idle: &Idle) -> bool {
+    !idle.connection.reused && idle.since.elapsed() < READY
 }
 
 #[cfg(test)]
 mod tests {
+    use hyper::client::conn::http1;
     use hyper_util::rt::TokioIo;
 
     use super::*;
     use crate::domain::tls;
+    use crate::upstream::IdleTimeout;
 
     #[tokio::test]
     async fn a_connection_that_has_idled_for_idle_timeout_is_never_taken_from_the_pool() {
         let origin: Url = "https://localhost".parse().unwrap();
         let long = Duration::from_secs(60);
-        let settings = Settings {
-            origins: std::array::from_fn(|_| origin.clone()),
-            extra_roots: Vec::new(),
-            http2: Http2::Never,
-            connect_timeout: long,
-            response_timeout: long,
-            idle_timeout: long,
-        };
-        let pool = OriginPool::new(&origin, &settings, &tls::client_config(&[], &[]).unwrap()).unwrap();
         for (idle_timeout, taken) in [(long, true), (Duration::ZERO, false)] {
+            let settings = Settings {
+                origins: std::array::from_fn(|_| origin.clone()),
+                extra_roots: Vec::new(),
+                http2: Http2::Never,
+                connect_timeout: long,
+                response_timeout: long,
+                idle_timeout: IdleTimeout::AtMost(idle_timeout),
+            };
+            let tls = tls::client_config(&[], &[]).unwrap();
+            let pool = Arc::new(OriginPool::new(&origin, &settings, &tls, &Arc::default()).unwrap());
             let (ours, _theirs) = tokio::io::duplex(1024);
             let (sender, connection) = http1::handshake(TokioIo::new(ours)).await.unwrap();
             tokio::spawn(connection);
-            pool.release(sender);
-            assert_eq!(pool.pooled(true, idle_timeout).await.is_some(), taken, "{idle_timeout:?}");
-            assert!(pool.pop().is_none(), "it is used, or closed");
+            pool.release(Http1Connection { sender, reused: false, opened: Instant::now() });
+            let reuse = lock(&pool.connections).take(&pool, Reuse::Allowed, true);
+            assert_eq!(reuse.is_some(), taken, "{idle_timeout:?}");
+            pool.prune();
+            assert!(lock(&pool.connections).idle.is_empty(), "it is used, or closed");
         }
-    }
-
-    const PERIOD: Duration = Duration::from_secs(60);
-
-    #[test]
-    fn concurrency_is_low_until_more_requests_are_in_flight() {
-        let choice = ProtocolChoice::default();
-        let requests: Vec<_> = (0..=LOW_CONCURRENCY).map(|_| choice.enter()).collect();
-        let low: Vec<_> = requests.iter().map(|(_, low)| *low).collect();
-        assert!(low[..LOW_CONCURRENCY].iter().all(|low| *low) && !low[LOW_CONCURRENCY]);
-        drop(requests);
-        assert!(choice.enter().1, "completed requests do not count");
-    }
-
-    #[test]
-    fn occasional_requests_complete_no_run() {
-        let choice = ProtocolChoice::default();
-        assert!((0..3 * ADD_HTTP1_AFTER).all(|_| !choice.should_add_http1(true, Duration::ZERO)));
-    }
-
-    #[test]
-    fn each_run_at_low_concurrency_completes_once() {
-        let choice = ProtocolChoice::default();
-        let completed: Vec<_> = (1..=2 * ADD_HTTP1_AFTER).filter(|_| choice.should_add_http1(true, PERIOD)).collect();
-        assert_eq!(completed, [ADD_HTTP1_AFTER, 2 * ADD_HTTP1_AFTER]);
-    }
-
-    #[test]
-    fn high_concurrency_restarts_the_run() {
-        let choice = ProtocolChoice::default();
-        assert!((1..ADD_HTTP1_AFTER).all(|_| !choice.should_add_http1(true, PERIOD)));
-        assert!(!choice.should_add_http1(false, PERIOD));
-        assert!((1..ADD_HTTP1_AFTER).all(|_| !choice.should_add_http1(true, PERIOD)));
-        assert!(choice.should_add_http1(true, PERIOD));
     }
 }

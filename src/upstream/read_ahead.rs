@@ -14,7 +14,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::task::coop::poll_proceed;
 use tokio_util::io::poll_read_buf;
 
-use super::connection::Activity;
+use super::activity::Activity;
 
 /// Largest read, in bytes: four TLS records. Larger reads save few system calls and evict other data from the
 /// processor's cache.

@@ -1,6 +1,7 @@
-//! Why a request got no response, and whether Amazon may have processed it.
+//! Why a request got no response, or only a part of one, and whether Amazon may have processed it.
 
 use std::error::Error;
+use std::sync::Arc;
 use std::time::Duration;
 
 use h2::Reason;
@@ -34,17 +35,20 @@ pub enum Processed {
 }
 
 /// Failures up to the head of the response.
-#[derive(Debug, thiserror::Error)]
+#[derive(Clone, Debug, thiserror::Error)]
 pub enum ErrorKind {
     /// No TCP connection could be opened: DNS failed, the port refused, or there is no route.
     #[error("cannot connect: {0}")]
-    Unreachable(Box<dyn Error + Send + Sync>),
+    Unreachable(Arc<dyn Error + Send + Sync>),
     /// The TLS handshake failed.
     #[error("TLS handshake failed: {0}")]
-    Tls(std::io::Error),
+    Tls(Arc<std::io::Error>),
     /// The connection broke, or the server did not send HTTP.
     #[error("connection broke: {0}")]
-    Reset(hyper::Error),
+    Reset(Broken),
+    /// The response has a transfer coding that was not asked for, so its body cannot be passed on.
+    #[error("the server sent the transfer coding {0:?}")]
+    TransferCoding(String),
     /// The server sent 101 although no upgrade was requested; the bytes that follow are not HTTP.
     #[error("the server switched protocols without being asked to")]
     Switched,
@@ -59,6 +63,53 @@ pub enum ErrorKind {
     Body(BodyError),
 }
 
+/// A connection broke, or a stream of it.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum Broken {
+    /// An HTTP/1.1 connection.
+    #[error(transparent)]
+    Http1(Arc<hyper::Error>),
+    /// An HTTP/2 connection.
+    #[error(transparent)]
+    Http2(Arc<h2::Error>),
+}
+
+/// A response body ended before its last byte.
+#[derive(Debug, thiserror::Error)]
+pub enum ResponseAborted {
+    /// The connection or the HTTP/2 stream broke.
+    #[error(transparent)]
+    Broken(#[from] Broken),
+    /// The server ended the HTTP/2 stream without an error, but also without END_STREAM (RFC 9113, section 8.1).
+    #[error("the HTTP/2 stream ended without END_STREAM")]
+    Truncated,
+    /// adsidecar withholds the rest of a refusal that quotes the access token, because it could not be searched.
+    #[error("the rest of a compressed refusal that quotes the access token was withheld")]
+    Withheld,
+}
+
+/// Why a request on an HTTP/2 connection got no response.
+pub(super) enum NoResponse {
+    /// Nothing of it was sent; here is its body.
+    Unsent(h2::Error, RequestBody),
+    /// The caller's body failed.
+    Body(BodyError),
+    /// The stream or the connection broke.
+    Broken(h2::Error),
+}
+
+impl From<hyper::Error> for Broken {
+    fn from(error: hyper::Error) -> Self {
+        Self::Http1(error.into())
+    }
+}
+
+impl From<h2::Error> for Broken {
+    fn from(error: h2::Error) -> Self {
+        Self::Http2(error.into())
+    }
+}
+
 impl ErrorKind {
     /// Turns a failure that occurred before the request was sent into a [`SendError`] that returns its body.
     pub(super) fn unsent(self, body: RequestBody) -> SendError {
@@ -67,30 +118,38 @@ impl ErrorKind {
 }
 
 impl SendError {
-    /// Classifies an error of hyper's. `unsent` is the body if hyper gave it back; `reused` tells whether the
-    /// connection came from the pool.
-    pub(super) fn from_hyper(error: hyper::Error, unsent: Option<RequestBody>, reused: bool) -> Self {
+    /// Classifies an error of hyper's on an HTTP/1.1 connection. `unsent` is the body if hyper gave it back; `reused`
+    /// tells whether the connection came from the pool.
+    pub(super) fn over_http1(error: hyper::Error, unsent: Option<RequestBody>, reused: bool) -> Self {
         if let Some(body) = source::<BodyError>(&error) {
             return Self { kind: ErrorKind::Body(*body), processed: Processed::Unknown };
         }
         let processed = match unsent {
             Some(body) => Processed::Unsent(body),
-            None => match source::<h2::Error>(&error) {
-                Some(error) => processed_over_http2(error),
-                // Any other error, such as a response that is not HTTP, came from the server, so the connection was not
-                // stale. A timeout is that of a ping over HTTP/2.
-                None if reused && (breaks(&error) || error.is_timeout()) => Processed::Stale,
-                None => Processed::Unknown,
-            },
+            // Any other error, such as a response that is not HTTP, came from the server, so the connection was not
+            // stale.
+            None if reused && breaks(&error) => Processed::Stale,
+            None => Processed::Unknown,
         };
-        Self { kind: ErrorKind::Reset(error), processed }
+        Self { kind: ErrorKind::Reset(error.into()), processed }
+    }
+
+    /// Classifies the end of an HTTP/2 stream or connection.
+    pub(super) fn over_http2(failure: NoResponse) -> Self {
+        match failure {
+            NoResponse::Unsent(error, body) => ErrorKind::Reset(error.into()).unsent(body),
+            NoResponse::Body(error) => Self { kind: ErrorKind::Body(error), processed: Processed::Unknown },
+            NoResponse::Broken(error) => {
+                let processed = processed_over_http2(&error);
+                Self { kind: ErrorKind::Reset(error.into()), processed }
+            }
+        }
     }
 }
 
 /// What the end of an HTTP/2 stream or connection says about a request without a response.
 fn processed_over_http2(error: &h2::Error) -> Processed {
-    let reason = error.reason();
-    match reason {
+    match error.reason() {
         // h2 ends only those streams with a GOAWAY that are above its last stream. A server has not processed them,
         // whatever its reason is (RFC 9113, section 6.8).
         _ if error.is_remote() && error.is_go_away() => Processed::Refused { http1: false },

@@ -63,7 +63,9 @@ fn open(path: &str) -> TokenStore {
             let degraded = opened.degraded.is_some();
             say(&format!(
                 "open {}",
-                serde_json::json!({ "users": users, "recovered": recovered, "unusable": unusable, "degraded": degraded })
+                serde_json::json!({
+                    "users": users, "recovered": recovered, "unusable": unusable, "degraded": degraded
+                })
             ));
             store
         }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, LazyLock, Mutex};
 use std::time::{Duration, Instant};
 
 use adsidecar::domain::secret::Secret;
@@ -17,7 +17,9 @@ use world::{CLIENT_ID, CLIENT_SECRET, Fault, Listener, RETURN_URL, Rule, SCOPE};
 
 use crate::harness::{FERNET_KEY, Harness, eventually, json};
 
-pub const BINARY: &str = env!("CARGO_BIN_EXE_adsidecar");
+/// The binary under test: that of `ADSIDECAR_BIN`, as in pytest, else the one that cargo has built for the tests.
+pub static BINARY: LazyLock<String> =
+    LazyLock::new(|| std::env::var("ADSIDECAR_BIN").unwrap_or_else(|_| env!("CARGO_BIN_EXE_adsidecar").to_owned()));
 pub const OTHER_KEY: &str = "AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8=";
 /// Exit codes (sysexits.h).
 pub const DONE: i32 = 0;
@@ -42,7 +44,7 @@ pub async fn stopped() -> Harness {
 }
 
 pub fn command(arguments: &[&str]) -> Command {
-    let mut command = Command::new(BINARY);
+    let mut command = Command::new(&*BINARY);
     command.args(arguments).env_clear().stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     command
 }
@@ -476,13 +478,14 @@ async fn the_records_of_another_service_are_imported() {
     let path = file.to_str().unwrap().to_owned();
 
     let foreign = Fernet::new(OTHER_KEY).unwrap().encrypt(b"Atzr|x");
+    let mixed = |bad: Value| object!({ "good": record(&one, &zoneless), "bad": bad }).to_string();
     for bad in [
         "canary".to_owned(),
         "[]".into(),
         object!({ "good": record(&one, &zoneless), "a b": record(&two, &zoneless) }).to_string(),
-        object!({ "good": record(&one, &zoneless), "bad": { "refresh_token": "canary", "updated_at": "2026-01-01T11:00:00" } }).to_string(),
-        object!({ "good": record(&one, &zoneless), "bad": { "refresh_token": foreign, "updated_at": "2026-01-01T11:00:00" } }).to_string(),
-        object!({ "good": record(&one, &zoneless), "bad": { "refresh_token": sealed("Atzr|x"), "updated_at": "yesterday" } }).to_string(),
+        mixed(object!({ "refresh_token": "canary", "updated_at": "2026-01-01T11:00:00" })),
+        mixed(object!({ "refresh_token": foreign, "updated_at": "2026-01-01T11:00:00" })),
+        mixed(object!({ "refresh_token": sealed("Atzr|x"), "updated_at": "yesterday" })),
     ] {
         std::fs::write(&file, &bad).unwrap();
         let ran = run(&harness, &["users", "import", "--records", &path, "--offline"], "").await;

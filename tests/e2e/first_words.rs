@@ -18,7 +18,7 @@ fn at_a_terminal(harness: &Harness, arguments: &str, no_color: &str) -> Serving 
         "-f",
         "-e",
         "-c",
-        &format!("exec timeout --foreground 60 {BINARY} serve --config {file} {arguments}"),
+        &format!("exec timeout --foreground 60 {} serve --config {file} {arguments}", *BINARY),
         "/dev/null",
     ]);
     script.env_clear().env("PATH", "/usr/bin:/bin").env("NO_COLOR", no_color).env("TERM", "xterm");

@@ -145,7 +145,9 @@ fn help(key: &Key) -> String {
         Default::Value(_) | Default::Implied(_) => {}
     }
     match &key.kind {
-        Kind::Count(..) | Kind::Duration(..) | Kind::Size(_) => write!(text, " A {}.", key.kind).unwrap(),
+        Kind::Count(..) | Kind::Duration(..) | Kind::DurationOrAuto(..) | Kind::Size(_) => {
+            write!(text, " A {}.", key.kind).unwrap()
+        }
         Kind::Word(words) if !words.iter().all(|word| text.contains(&format!("`{word}`"))) => {
             write!(text, " One of {}.", key.kind).unwrap();
         }

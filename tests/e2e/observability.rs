@@ -8,7 +8,7 @@ use std::time::Duration;
 use reqwest::{Response, StatusCode};
 use world::{Fault, Listener, Rule};
 
-use crate::commands::{Serving, command, stopped};
+use crate::commands::{BINARY, Serving, command, stopped};
 use crate::harness::{FERNET_KEY, Harness, code, eventually, header, json};
 use crate::raw_http::Wire;
 
@@ -336,7 +336,7 @@ async fn the_status_page_shows_users_and_login_links_and_runs_no_script() {
 
 /// The program as the first process of a PID namespace, like a container's entry point.
 fn as_process_1(harness: &Harness) -> Command {
-    let arguments = ["--pid", "--fork", "--kill-child", env!("CARGO_BIN_EXE_adsidecar"), "--config"];
+    let arguments = ["--pid", "--fork", "--kill-child", &BINARY, "--config"];
     let mut unshare = Command::new("unshare");
     unshare.args(arguments).arg(harness.config_file());
     unshare.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());

@@ -23,26 +23,26 @@ const REFRESH: &str = "/api/auth/amazon/refresh";
 const LOGOUT: &str = "/api/auth/amazon/logout";
 
 /// A database, a sandbox, and two adsidecars that use both.
-struct Pair {
-    a: Harness,
-    b: Replica,
-    cluster: Cluster,
-    sql: Sql,
+pub struct Pair {
+    pub a: Harness,
+    pub b: Replica,
+    pub cluster: Cluster,
+    pub sql: Sql,
 }
 
 impl Pair {
     /// No user is logged in, and the clock is frozen.
-    async fn start() -> Self {
+    pub async fn start() -> Self {
         Self::with("").await
     }
 
-    async fn with(extra: &str) -> Self {
+    pub async fn with(extra: &str) -> Self {
         let cluster = Cluster::start();
         let url = cluster.url();
         Self::over(cluster, &url, extra, Clock::frozen("2026-08-01T12:00:00Z".parse().unwrap())).await
     }
 
-    async fn over(cluster: Cluster, url: &str, extra: &str, clock: Clock) -> Self {
+    pub async fn over(cluster: Cluster, url: &str, extra: &str, clock: Clock) -> Self {
         let sets = [("store.kind", "postgres"), ("store.postgres_url", url)];
         let a = Harness::built(Options::calm(clock), extra, &sets).await;
         let b = Replica::beside(&a, &[]).await;
@@ -51,7 +51,7 @@ impl Pair {
     }
 
     /// The generation, and whether there is a record.
-    async fn row(&self, user: &str) -> (i64, bool) {
+    pub async fn row(&self, user: &str) -> (i64, bool) {
         let row =
             format!("SELECT generation || ' ' || (record IS NOT NULL) FROM adsidecar_grants WHERE user_id = '{user}'");
         let text = self.sql.one(&row).await.expect("the user has a row");
@@ -60,26 +60,27 @@ impl Pair {
     }
 
     async fn records(&self) -> String {
-        let all = "SELECT string_agg(user_id || generation || coalesce(record, ''), ',' ORDER BY user_id) FROM adsidecar_grants";
+        let all = "SELECT string_agg(user_id || generation || coalesce(record, ''), ',' ORDER BY user_id) \
+                   FROM adsidecar_grants";
         self.sql.one(all).await.unwrap()
     }
 }
 
 /// Another adsidecar in this process, with the same configuration and clock.
-struct Replica {
-    client: reqwest::Client,
-    proxy: SocketAddr,
-    admin: SocketAddr,
+pub struct Replica {
+    pub client: reqwest::Client,
+    pub proxy: SocketAddr,
+    pub admin: SocketAddr,
     stop: Option<oneshot::Sender<()>>,
     ended: Option<JoinHandle<()>>,
 }
 
 impl Replica {
-    async fn beside(harness: &Harness, sets: &[(&str, &str)]) -> Self {
+    pub async fn beside(harness: &Harness, sets: &[(&str, &str)]) -> Self {
         Self::with_clock(harness, sets, harness.clock.clone()).await
     }
 
-    async fn with_clock(harness: &Harness, sets: &[(&str, &str)], clock: Clock) -> Self {
+    pub async fn with_clock(harness: &Harness, sets: &[(&str, &str)], clock: Clock) -> Self {
         let more = sets.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned()));
         let sets = harness.sets.iter().cloned().chain(more).collect();
         let sources = Sources { file: Some(harness.config_file()), env: Vec::new(), sets };
@@ -93,46 +94,46 @@ impl Replica {
         replica
     }
 
-    async fn send(&self, method: Method, path: &str) -> Response {
+    pub async fn send(&self, method: Method, path: &str) -> Response {
         self.client.request(method, format!("http://{}{path}", self.proxy)).send().await.unwrap()
     }
 
-    async fn get(&self, path: &str) -> Response {
+    pub async fn get(&self, path: &str) -> Response {
         self.send(Method::GET, path).await
     }
 
-    async fn post(&self, path: &str) -> Response {
+    pub async fn post(&self, path: &str) -> Response {
         self.send(Method::POST, path).await
     }
 
-    async fn call(&self, user: &str) -> Response {
+    pub async fn call(&self, user: &str) -> Response {
         let url = format!("http://{}/v2/profiles", self.proxy);
         self.client.get(url).header("x-ads-user", user).send().await.unwrap()
     }
 
-    async fn state_of(&self, user: &str) -> String {
+    pub async fn state_of(&self, user: &str) -> String {
         let status = json(self.get(&format!("/api/auth/amazon/status?user_id={user}")).await).await;
         status["state"].as_str().unwrap().to_owned()
     }
 
-    async fn admin(&self, path: &str) -> (u16, String) {
+    pub async fn admin(&self, path: &str) -> (u16, String) {
         let answer = self.client.get(format!("http://{}{path}", self.admin)).send().await.unwrap();
         (answer.status().as_u16(), answer.text().await.unwrap())
     }
 
-    async fn metric(&self, series: &str) -> f64 {
+    pub async fn metric(&self, series: &str) -> f64 {
         let text = self.admin("/metrics").await.1;
         let line = text.lines().find_map(|line| line.strip_prefix(series)?.strip_prefix(' ').map(str::to_owned));
         line.map_or(0.0, |value| value.parse().unwrap())
     }
 
-    async fn stop(&mut self) {
+    pub async fn stop(&mut self) {
         self.stop.take().unwrap().send(()).unwrap();
         self.ended.take().unwrap().await.unwrap();
     }
 }
 
-async fn call(harness: &Harness, user: &str) -> Response {
+pub async fn call(harness: &Harness, user: &str) -> Response {
     harness.request(Method::GET, "/v2/profiles").header("x-ads-user", user).send().await.unwrap()
 }
 
@@ -176,7 +177,7 @@ async fn an_unusable_database_fails_the_start_immediately_with_the_remedy() {
         cluster.url_of("postgres", &socket, "postgres", "")
     }] {
         let ran = list(&url).await;
-        assert_eq!((ran.code, ran.out.as_str()), (DONE, ""), "{url}: {}", ran.err);
+        assert_eq!((ran.code, ran.out.lines().count()), (DONE, 1), "the heading alone: {url}: {}{}", ran.out, ran.err);
     }
     let down = of("localhost", "");
     cluster.crash();
@@ -707,8 +708,11 @@ async fn during_a_database_outage_valid_tokens_are_used_and_nothing_is_refreshed
     assert_eq!(pair.b.get("/v2/profiles").await.status(), 200);
     assert_eq!((pair.b.admin("/readyz").await.0, pair.b.metric("adsidecar_store_up").await), (200, 1.0));
     pair.cluster.crash();
-    eventually("the outage to be noticed", async || (pair.b.admin("/readyz").await.0 == 503).then_some(())).await;
-    assert_eq!(pair.b.metric("adsidecar_store_up").await, 0.0);
+    eventually("the outage to be noticed", async || (pair.b.metric("adsidecar_store_up").await == 0.0).then_some(()))
+        .await;
+    let ready = pair.b.admin("/readyz").await;
+    assert_eq!(ready.0, 200, "it still serves from memory: {}", ready.1);
+    assert!(ready.1.contains("degraded"), "{}", ready.1);
     assert_eq!(pair.b.admin("/livez").await.0, 200);
     pair.a.sandbox.clear_history();
     assert_eq!(pair.b.get("/v2/profiles").await.status(), 200, "the access token has not expired");
@@ -734,7 +738,7 @@ async fn during_a_database_outage_valid_tokens_are_used_and_nothing_is_refreshed
     .await;
     eventually("recovery of both replicas", async || (pair.a.get("/v2/profiles").await.status() == 200).then_some(()))
         .await;
-    eventually("readiness", async || (pair.b.admin("/readyz").await.0 == 200).then_some(())).await;
+    eventually("readiness", async || (pair.b.admin("/readyz").await.1 == "ready\n").then_some(())).await;
     assert_eq!(pair.b.metric("adsidecar_store_up").await, 1.0);
     assert_eq!(pair.a.sandbox.refreshes(), 1, "one of the two refreshed");
 }
@@ -832,12 +836,13 @@ async fn a_role_with_row_access_only_suffices_for_existing_tables() {
     let cluster = Cluster::start();
     let sql = cluster.connect().await;
     let schema = include_str!("../../src/store/postgres/schema.sql");
-    sql.run(&format!(
-        "{schema} CREATE ROLE ads LOGIN PASSWORD '{PASSWORD}'; GRANT SELECT, INSERT, UPDATE, DELETE ON adsidecar_grants, \
-         adsidecar_logins, adsidecar_waiting, adsidecar_notes TO ads;"
-    ))
-    .await;
-    let url = cluster.url_of("ads", "127.0.0.1", "postgres", "");
+    // As the manual says it.
+    let manual = include_str!("../../deploy/README.md");
+    let block = manual.split("<!-- postgres -->").nth(1).and_then(|rest| rest.split("```").nth(1)).unwrap();
+    let role = block.strip_prefix("sql").unwrap().replace('…', PASSWORD);
+    assert!(role.contains("CREATE ROLE adsidecar") && role.contains(PASSWORD), "{role}");
+    sql.run(&format!("{schema} {role}")).await;
+    let url = cluster.url_of("adsidecar", "127.0.0.1", "postgres", "");
     let pair = Pair::over(cluster, &url, "", Clock::frozen("2026-08-01T12:00:00Z".parse().unwrap())).await;
     pair.a.log_in("anna").await;
     assert_eq!(pair.b.post(&format!("{REFRESH}?user_id=anna")).await.status(), 200);
@@ -883,18 +888,29 @@ async fn commands_work_on_a_shared_store_beside_running_replicas() {
     command(&["users", "import", "--user", "carol"], &token).await;
     assert_eq!(call(&pair.a, "carol").await.status(), 200, "an unknown user is looked up in the database");
 
-    // Keys: first all replicas get both keys, then a rotation seals all records with the new one, beside running
-    // replicas.
-    let both = format!("store.fernet_keys={FERNET_KEY},{OTHER_KEY}");
-    let third = Replica::beside(&pair.a, &[("store.fernet_keys", &both["store.fernet_keys=".len()..])]).await;
+    // Keys: a rotation is refused while a running replica lacks the new key, and seals all records with it once all have
+    // both.
+    let both = format!("{FERNET_KEY},{OTHER_KEY}");
+    let third = Replica::beside(&pair.a, &[("store.fernet_keys", &both)]).await;
     let rotate = format!("store.fernet_keys={OTHER_KEY},{FERNET_KEY}");
-    let told = command(&["key", "rotate", "--set", &rotate], "").await;
-    assert!(told.starts_with("3 grants re-encrypted"), "{told}");
+    let words: Vec<_> =
+        ["key", "rotate", "--set", &rotate].into_iter().chain(sets.iter().map(String::as_str)).collect();
+    let records = pair.records().await;
+    let refused = run(&pair.a, &words, "").await;
+    assert_eq!(refused.code, CONFIG, "{}", refused.err);
+    assert!(refused.err.contains("do not have the key") && refused.err.contains("seen"), "{}", refused.err);
+    assert_eq!(pair.records().await, records, "nothing was changed");
+    let mut pair = pair;
+    pair.b.stop().await;
+    pair.b = Replica::beside(&pair.a, &[("store.fernet_keys", &both)]).await;
+    pair.a.stop_sidecar().await;
+    let told = run(&pair.a, &words, "").await;
+    assert!(told.out.starts_with("3 grants re-encrypted"), "{}{}", told.out, told.err);
     for user in ["anna", "bob", "carol"] {
         assert_eq!(third.post(&format!("{REFRESH}?user_id={user}")).await.status(), 200, "{user}");
     }
-    // That replica's first key is the old one, so replicas with only the old key can read all records again.
-    let unreadable = async || pair.b.metric("adsidecar_undecryptable_records").await;
-    eventually("all records to be readable", async || (unreadable().await == 0.0).then_some(())).await;
-    assert_eq!(call(&pair.a, "anna").await.status(), 200);
+    for replica in [&third, &pair.b] {
+        assert_eq!(replica.metric("adsidecar_undecryptable_records").await, 0.0);
+        assert_eq!(replica.call("anna").await.status(), 200);
+    }
 }

@@ -27,7 +27,7 @@ fn is_root() -> bool {
 async fn unprivileged(harness: &Harness) -> Serving {
     let place = harness.directory.path();
     let binary = place.join("adsidecar");
-    std::fs::copy(BINARY, &binary).unwrap();
+    std::fs::copy(&*BINARY, &binary).unwrap();
     let store = place.join("own");
     std::fs::create_dir(&store).unwrap();
     for open in [place, &binary, &store] {
@@ -172,7 +172,7 @@ async fn without_file_descriptors_it_keeps_running_and_recovers() {
     let harness = stopped().await;
     let mut starved = Command::new("/bin/sh");
     let file = harness.config_file();
-    starved.args(["-c", "ulimit -n 64; exec \"$@\"", "sh", BINARY, "serve", "--config", file.to_str().unwrap()]);
+    starved.args(["-c", "ulimit -n 64; exec \"$@\"", "sh", &BINARY, "serve", "--config", file.to_str().unwrap()]);
     starved.env_clear().stdin(std::process::Stdio::null()).stderr(std::process::Stdio::piped());
     let mut serving = Serving::spawn(starved).await;
     serving.says("fewer descriptors than proxy.max_connections may need").await;

@@ -1,5 +1,5 @@
-//! Generated requests: what adsidecar does not understand changes nothing, nothing that reads like its own path leaves, and
-//! no credential of a wrong shape is sent to Login with Amazon.
+//! Generated requests: what adsidecar does not understand changes nothing, nothing that reads like its own path leaves,
+//! and no credential of a wrong shape is sent to Login with Amazon.
 //!
 //! The cases are the same in every run; `PROPTEST_RNG_SEED` chooses others.
 
@@ -290,7 +290,7 @@ fn wrong_shapes(token: &str) -> Vec<String> {
         format!("\u{201c}{token}\u{201d}"),
         format!("{token}\0"),
         format!("<{token}>"),
-        bare.to_owned(),
+        format!("IwEBI{bare}"),
         "Atzr".to_owned(),
         "Atzr|".to_owned(),
         format!("Atza|{bare}"),
@@ -322,7 +322,7 @@ async fn no_credential_of_a_wrong_shape_is_sent_to_login_with_amazon() {
         let in_file = vec![("AMAZON_REFRESH_TOKEN_FILE".to_owned(), file.to_str().unwrap().to_owned())];
         for env in [vec![env("AMAZON_REFRESH_TOKEN")], in_file] {
             let sources = Sources { file: Some(harness.config_file()), env, sets: harness.sets.clone() };
-            let refused = config::load(&sources).map(|_| ()).unwrap_err().to_string();
+            let refused = config::load(&sources).map(|_| ()).expect_err(shape).to_string();
             assert!(refused.contains("amazon.refresh_token") && !refused.contains(&token[5..]), "{shape:?}: {refused}");
         }
         let imported = run(&harness, &["users", "import", "--user", "imported"], shape).await;

@@ -23,6 +23,7 @@ macro_rules! fail_point {
 
 #[path = "../../src/auth/tokens/user_state.rs"]
 mod user_state;
+mod shared_store;
 mod sync;
 
 use std::sync::Arc;

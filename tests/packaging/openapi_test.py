@@ -84,7 +84,8 @@ def test_every_endpoint_and_every_reference_is_there(described, repository):
     text = (repository / "config" / "openapi.yaml").read_text()
     for reference in re.findall(r'\$ref: "(#/[^"]+)"', text):
         assert resolved(described, {"$ref": reference}), reference
-    source = (repository / "src" / "inbound" / "endpoint.rs").read_text().split("#[cfg(test)]")[0] + (repository / "src" / "inbound" / "admin" / "mod.rs").read_text()
+    sources = [repository / "src" / "inbound" / folder / "mod.rs" for folder in ("destination", "admin")]
+    source = "".join(file.read_text() for file in sources)
     known = set(re.findall(r'"(/(?:api/auth/amazon/|auth/o2/)?[a-z]+)"', source)) | {"/"}
     # Paths that are answered with 404 only, and the health check of the login listener, which is no API.
     known -= {"/register", "/authorize", "/healthz"}

@@ -22,6 +22,7 @@ ALERTS = {
     "AdsTokenExpired",
     "AdsClientRejected",
     "AdsStoreDown",
+    "AdsStoreLag",
     "AdsThrottled",
     "AdsUpstreamErrors",
     "AdsSidecarDown",

@@ -6,8 +6,13 @@ A comment above each fenced block says what the tests do with it:
 - `<!-- sandbox -->`: against a running sandbox; each curl line of a shell block, or a whole sample in Python, Node or Java;
 - `<!-- shell -->`: a script in an empty directory, with adsidecar in PATH and a configuration in the environment;
 - `<!-- config -->`: a configuration file, by `adsidecar check`;
-- `<!-- job -->`, `<!-- systemd -->`: by a test of its own;
-- `<!-- not run: REASON -->`: not at all.
+- `<!-- build -->`: a cargo line is a step of tests/run, and what it builds is run as shown;
+- `<!-- start -->`: the variables with values of the test, then adsidecar until it serves;
+- `<!-- page -->`: in Node, which says where the page would go;
+- `<!-- published port -->`: a container's variables, in a process without Docker, and the request to it;
+- `<!-- campaign -->`: with fewer cycles;
+- `<!-- job -->`, `<!-- systemd -->`: by a test of its own; `<!-- postgres -->`: by tests/e2e/postgres.rs;
+- `<!-- not run: REASON -->`: not at all, for one of the reasons in tests/README.md.
 
 Blocks of text and pictures have no comment.
 """
@@ -22,6 +27,8 @@ import socket
 import subprocess
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,7 +51,19 @@ README_LINES = 200
 
 # An optional comment, then a fenced block; both may be indented, as in a list.
 BLOCK = re.compile(r"(?:^ *<!-- (?P<mark>[^\n]*?) -->\n)?^(?P<indent> *)```(?P<kind>\w*)\n(?P<text>.*?)^ *```$", re.MULTILINE | re.DOTALL)
-MARKS = ("sandbox", "shell", "config", "job", "systemd")
+MARKS = (
+    "sandbox",
+    "shell",
+    "config",
+    "build",
+    "start",
+    "page",
+    "published port",
+    "campaign",
+    "job",
+    "systemd",
+    "postgres",
+)
 
 # What runs a sample, and the file that it expects.
 SAMPLES = {
@@ -168,26 +187,34 @@ def test_every_link_leads_somewhere(manuals, repository):
 
 
 def test_every_block_says_how_it_is_tested(blocks):
-    wrong = [str(block) for block in blocks if block.kind != "text" and block.mark not in MARKS and not re.match(r"not run: \S", block.mark)]
-    assert wrong == []
+    unmarked = [block for block in blocks if block.kind != "text" and block.mark not in MARKS]
+    assert [str(block) for block in unmarked if not block.mark.startswith("not run: ")] == []
+
+
+def test_the_reasons_not_to_run_a_block_stand_in_one_place(blocks, manuals):
+    reasons = [row[0] for row in rows(section(manuals["tests/README.md"], "What the tests do with the manuals"))]
+    given = [block.mark.removeprefix("not run: ") for block in blocks if block.mark.startswith("not run: ")]
+    assert set(given) == set(reasons)
+    assert len(given) <= 10, "ten were left when the others began to be run"
 
 
 def test_a_curl_line_in_a_block_is_run(blocks):
-    elsewhere = [block for block in blocks if block.mark.startswith("not run") and re.search(r"^curl ", block.text, re.MULTILINE)]
-    assert [block.text.split()[-1] for block in elsewhere] == ["http://localhost:8001/api/auth/amazon/login"], "run by a test below"
+    run = ("sandbox", "published port", "job")
+    assert [str(block) for block in blocks if block.mark not in run and re.search(r"^curl ", block.text, re.MULTILINE)] == []
     assert all(line.startswith("curl ") for line in curl_lines(blocks))
 
 
-def test_every_curl_line_succeeds_when_it_is_pasted(blocks, sandbox):
+def test_every_curl_line_succeeds_when_it_is_pasted(blocks, sandbox, tmp_path):
     lines = curl_lines(blocks)
     assert len(lines) > 20
     failed = []
     for line in lines:
         command = at_sandbox(line, sandbox)
         assert command != line, f"goes to no listener of the sandbox: {line}"
-        command += " --silent --show-error --output /dev/null --write-out '%{http_code}'"
-        run = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=CURL_SECONDS)
-        if run.returncode != 0 or not run.stdout.startswith("2"):
+        # The status goes to standard error: a line may write its response into a file, for the next line.
+        command += " --silent --show-error --write-out '%{stderr}%{http_code}'"
+        run = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=CURL_SECONDS)
+        if run.returncode != 0 or not run.stderr[-3:].startswith("2"):
             failed.append(f"{run.stdout} {run.stderr}: {line}")
     assert failed == []
 
@@ -268,27 +295,86 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def test_a_login_through_a_published_port(adsidecar, standalone, tmp_path):
-    """Docker Desktop's login: the listener on every address, a caller token, and a callback that needs none."""
-    port, admin = free_port(), free_port()
-    environment = {
-        **standalone,
-        "ADSIDECAR_PROXY__LISTEN": f"0.0.0.0:{port}",
-        "ADSIDECAR_PROXY__ALLOW_REMOTE": "true",
-        "ADSIDECAR_PROXY__CALLER_TOKEN": "a-caller-token-of-the-test-0123456789",
-        "ADSIDECAR_ADMIN__LISTEN": f"127.0.0.1:{admin}",
-    }
-    base = f"http://localhost:{port}/api/auth/amazon"
-    with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen([adsidecar], cwd=tmp_path, env=environment, stderr=log)
+def marked(blocks: list[Block], mark: str) -> list[Block]:
+    found = [block for block in blocks if block.mark == mark]
+    assert found, f"no block is marked {mark}"
+    return found
+
+
+@contextmanager
+def serving(command: list[str], environment: dict[str, str], directory: Path) -> Iterator[None]:
+    """adsidecar, from the moment at which it serves until it has ended without an error."""
+    with (directory / "log").open("w") as log:
+        process = subprocess.Popen(command, cwd=directory, env=environment, stderr=log)
     try:
-        subprocess.run([adsidecar, "wait"], cwd=tmp_path, env=environment, check=True, timeout=70)
-        assert status_of(f"{base}/login") == 407
-        assert status_of(f"{base}/login", **{"X-Ads-Sidecar-Token": "a-caller-token-of-the-test-0123456789"}) == 200
-        assert status_of(f"{base}/callback?code=any&state=any") == 400, "state_invalid: the callback itself needs no token"
+        subprocess.run(["adsidecar", "wait"], cwd=directory, env=environment, check=True, timeout=70)
+        yield
     finally:
         process.terminate()
-        assert process.wait(30) == 0, (tmp_path / "log").read_text()
+        assert process.wait(30) == 0, (directory / "log").read_text()
+
+
+def test_the_build_of_the_manual_is_a_step_of_tests_run_and_its_binary_runs(blocks, standalone, tmp_path, repository):
+    steps = (repository / "tests" / "run").read_text()
+    for block in marked(blocks, "build"):
+        build, *commands = block.text.splitlines()
+        assert re.search(rf"^(if )?step .*{re.escape(build)} --locked", steps, re.MULTILINE), build
+        assert commands
+        for command in commands:
+            words = command.replace("target/dist/adsidecar", "adsidecar").split()
+            run = subprocess.run(words, cwd=tmp_path, env=standalone, capture_output=True, text=True, timeout=CURL_SECONDS)
+            assert run.returncode == 0 and run.stdout.strip(), run.stderr
+
+
+def test_three_variables_start_it(blocks, standalone, tmp_path):
+    [block] = marked(blocks, "start")
+    *exports, program = block.text.splitlines()
+    assert program == "target/dist/adsidecar"
+    named = {line.removeprefix("export ").partition("=")[0] for line in exports}
+    given = {name for name in standalone if name in named}
+    assert named == given and len(named) == 3
+    port, admin = free_port(), free_port()
+    listeners = {"ADSIDECAR_PROXY__LISTEN": f"127.0.0.1:{port}", "ADSIDECAR_ADMIN__LISTEN": f"127.0.0.1:{admin}"}
+    environment = {"PATH": standalone["PATH"], **{name: standalone[name] for name in named}, **listeners}
+    with serving(["adsidecar"], environment, tmp_path):
+        assert status_of(f"http://localhost:{port}/api/auth/amazon/login") == 200
+    assert (tmp_path / "data").is_dir(), "the tokens are stored under data/"
+
+
+def test_a_page_gets_the_address_of_amazons_consent_page(blocks, sandbox, tmp_path):
+    [block] = marked(blocks, "page")
+    there = "globalThis.location = { assign: (url) => console.log(String(url)) };\n"
+    (tmp_path / "page.mjs").write_text(there + at_sandbox(block.text, sandbox))
+    run = subprocess.run(["node", "page.mjs"], cwd=tmp_path, capture_output=True, text=True, timeout=SAMPLE_SECONDS)
+    assert run.returncode == 0, run.stderr
+    assert re.match(r"https?://\S+\?.*state=", run.stdout), run.stdout
+
+
+def test_a_login_through_a_published_port(blocks, standalone, tmp_path):
+    """Docker Desktop's login: the listener on every address, a caller token, and a callback that needs none."""
+    container, request = [block.text.strip() for block in marked(blocks, "published port")]
+    port, admin = free_port(), free_port()
+    token = "a-caller-token-of-the-test-0123456789"
+    variables = dict(re.findall(r"--env (\w+)=(\S+)", container.replace('"$TOKEN"', token).replace(":8001", f":{port}")))
+    assert set(variables) == {f"ADSIDECAR_PROXY__{name}" for name in ("LISTEN", "ALLOW_REMOTE", "CALLER_TOKEN")}
+    environment = {**standalone, **variables, "ADSIDECAR_ADMIN__LISTEN": f"127.0.0.1:{admin}"}
+    base = f"http://localhost:{port}/api/auth/amazon"
+    with serving(["adsidecar"], environment, tmp_path):
+        assert status_of(f"{base}/login") == 407
+        command = request.replace("http://localhost:8001", f"http://localhost:{port}") + " --fail --silent"
+        run = subprocess.run(["bash", "-c", command], env={**environment, "TOKEN": token}, capture_output=True, text=True, timeout=CURL_SECONDS)
+        assert run.returncode == 0 and json.loads(run.stdout)["auth_url"], run.stderr
+        assert status_of(f"{base}/callback?code=any&state=any") == 400, "state_invalid: the callback itself needs no token"
+
+
+def test_the_campaign_of_the_manual_runs(blocks, repository, target_directory, adsidecar):
+    writer = target_directory / "debug" / "examples" / "store-writer"
+    environment = {**os.environ, "ADSIDECAR_BIN": str(adsidecar), "ADSIDECAR_STORE_WRITER": str(writer), "PYTHONDONTWRITEBYTECODE": "1"}
+    for line in "".join(block.text for block in marked(blocks, "campaign")).splitlines():
+        words = line.replace("--cycles 100", "--cycles 12").split()
+        assert words != line.split(), f"takes as long as by hand: {line}"
+        run = subprocess.run(words, cwd=repository, env=environment, capture_output=True, text=True, timeout=SAMPLE_SECONDS)
+        assert run.returncode == 0, f"{line}: {run.stdout}{run.stderr}"
 
 
 def test_the_systemd_unit_is_valid_and_gives_it_time_to_end(blocks, adsidecar, tmp_path):

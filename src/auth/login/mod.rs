@@ -4,6 +4,8 @@
 //! code is exchanged. A cookie binds a login that a browser started to that browser (RFC 9700, section 4.7). Pending
 //! logins and pending grants survive a restart: see [`PendingLogins`].
 
+mod expiring_map;
+mod outcome;
 mod pending_logins;
 pub mod same_identity;
 
@@ -24,8 +26,11 @@ use crate::domain::clock::Clock;
 use crate::domain::grant::{Access, Grant, Tokens};
 use crate::domain::secret::Secret;
 use crate::store::{PendingGrant, StoreError};
-use pending_logins::{Finished, PendingLogin, hash};
-pub use pending_logins::{PendingLogins, TEN_MINUTES};
+pub use expiring_map::TEN_MINUTES;
+use expiring_map::hash;
+pub use outcome::{BeginError, LoginFailure, LoginOutcome};
+pub use pending_logins::PendingLogins;
+use pending_logins::{Finished, PendingLogin};
 
 /// Login settings, apart from those of the LWA client.
 #[derive(Clone, Debug)]
@@ -82,29 +87,6 @@ pub struct LoginStarted {
     pub cookie: Option<(String, Secret)>,
 }
 
-/// Why a login could not be started.
-#[derive(Debug, thiserror::Error)]
-pub enum BeginError {
-    /// The URL of the consent page is invalid.
-    #[error(transparent)]
-    Page(#[from] url::ParseError),
-    /// Rate limit exceeded; holds the time until the next login is allowed.
-    #[error("too many logins were started in a short time")]
-    TooMany(Duration),
-    /// The shared store failed.
-    #[error(transparent)]
-    Store(StoreError),
-}
-
-/// The result of a successful login.
-#[derive(Clone, Debug)]
-pub enum LoginOutcome {
-    /// The grant is in use.
-    Stored(Box<Status>),
-    /// The grant is pending: the app has to confirm it, with this one-time id.
-    Pending(Secret),
-}
-
 /// How a login stands.
 #[derive(Clone, Debug)]
 pub enum Progress {
@@ -116,40 +98,13 @@ pub enum Progress {
     Unknown,
 }
 
-/// Why a login failed; [`LoginFailure::code`] is the callback's `error`.
-#[derive(Clone, Debug)]
-pub enum LoginFailure {
-    /// Amazon's own error, mapped to the fixed list of codes.
-    Amazon(&'static str),
-    /// The state is unknown, expired, or bound to another browser.
-    State,
-    /// A program's login whose callback was delivered before.
-    Completed,
-    /// LWA returned no grant for the code.
-    Exchange,
-    /// The grant belongs to a different Amazon identity than the user's current one.
-    Identity,
-}
-
-impl LoginFailure {
-    /// The callback's `error` code: one of a fixed list.
-    pub fn code(&self) -> &'static str {
-        match self {
-            Self::Amazon(code) => code,
-            Self::State | Self::Completed => "state_invalid",
-            Self::Exchange => "exchange_failed",
-            Self::Identity => "identity_changed",
-        }
-    }
-}
-
 /// The callback parameters used here; the parser has already rejected duplicates.
 #[derive(Debug)]
 pub struct Callback {
     /// The `state` parameter.
     pub state: Secret,
     /// `Ok` with the `code` parameter, or `Err` with the `error` parameter.
-    pub answer: Result<Secret, String>,
+    pub result: Result<Secret, String>,
     /// The `scope` parameter: the scopes the user consented to.
     pub scope: Option<String>,
 }
@@ -177,8 +132,8 @@ impl Login {
         self.0.lwa.redirect_path()
     }
 
-    /// The origin of `amazon.redirect_uri` if it is on this machine's loopback: browsers return there after a login, and
-    /// the login's cookie belongs to that name.
+    /// The origin of `amazon.redirect_uri` if it is on this machine's loopback: browsers return there after a login,
+    /// and the login's cookie belongs to that name.
     pub fn loopback_origin(&self) -> Option<Url> {
         let mut url = Url::parse(self.0.lwa.redirect_uri()).ok()?;
         let loopback = matches!(url.host_str(), Some("localhost" | "127.0.0.1" | "[::1]"));
@@ -192,8 +147,8 @@ impl Login {
         self.0.settings.secure_cookies
     }
 
-    /// Resolves `return_to` on the frontend's origin; `None` if it would lead to another origin, or if it holds a parameter
-    /// that the callback sets: with it anybody could forge a result.
+    /// Resolves `return_to` on the frontend's origin; `None` if it would lead to another origin, or if it holds a
+    /// parameter that the callback sets: with it anybody could forge a result.
     pub fn return_url(&self, return_to: &str) -> Option<Url> {
         let frontend = self.frontend_url()?;
         // The URL standard reads a backslash as a slash, so `/\evil` would name a host.
@@ -288,7 +243,7 @@ impl Login {
 
     /// Whether the pending login with `state` was started by the browser that sent `cookie`, or by a program.
     async fn check_cookie(&self, state: &str, cookie: &Option<String>) -> Result<(), LoginFailure> {
-        let login = self.0.pending.login_of(state, self.0.clock.now()).await.map_err(store_failed)?;
+        let login = self.0.pending.login_of(state, self.0.clock.now()).await.map_err(LoginFailure::of_store)?;
         let login = login.ok_or(LoginFailure::State)?;
         if login.cookie.is_none() || login.cookie == *cookie { Ok(()) } else { Err(LoginFailure::State) }
     }
@@ -296,10 +251,10 @@ impl Login {
     /// Consumes the pending login and its code. An error consumed nothing, and is not remembered.
     async fn finish_first(&self, callback: Callback) -> Result<Finished, LoginFailure> {
         let login = self.0.pending.take_login(callback.state.expose(), self.0.clock.now()).await;
-        let begun = login.map_err(store_failed)?.ok_or(LoginFailure::State)?;
+        let begun = login.map_err(LoginFailure::of_store)?.ok_or(LoginFailure::State)?;
         let (return_to, bound) = (begun.return_to.clone(), begun.cookie.clone());
-        let outcome = match callback.answer {
-            Err(error) => Err(LoginFailure::Amazon(known_error(&error))),
+        let outcome = match callback.result {
+            Err(error) => Err(LoginFailure::of_amazon(&error)),
             Ok(code) => self.exchange(&code, begun, callback.scope).await,
         };
         Ok(Finished { outcome, return_to, cookie: bound })
@@ -437,17 +392,6 @@ fn is_scope(text: &str) -> bool {
     text.len() <= 512 && text.bytes().all(|b| b == b' ' || (b.is_ascii_graphic() && !b"\"\\".contains(&b)))
 }
 
-fn store_failed(error: StoreError) -> LoginFailure {
-    tracing::error!(%error, "the store failed during a login callback: the user has to try again");
-    LoginFailure::Amazon("temporarily_unavailable")
-}
-
-/// Amazon's `error`, if it is on the list of codes we pass on, else `other`.
-fn known_error(error: &str) -> &'static str {
-    let known = ["access_denied", "invalid_scope", "server_error", "temporarily_unavailable"];
-    known.into_iter().find(|known| *known == error).unwrap_or("other")
-}
-
 /// The name of the binding cookie. Each login has its own, so that concurrent logins in one browser do not interfere.
 fn cookie_name(state: &str) -> String {
     format!("adsidecar_login_{}", &hash(state)[..8])
@@ -459,16 +403,4 @@ fn random() -> String {
     // Without randomness neither logins nor TLS can work.
     getrandom::fill(&mut bits).expect("the operating system gives random bytes");
     BASE64_URL_SAFE_NO_PAD.encode(bits)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn errors_outside_the_list_are_other() {
-        assert_eq!(known_error("<script>"), "other");
-        assert_eq!(known_error("unauthorized_client"), "other");
-        assert_eq!(known_error("access_denied"), "access_denied");
-    }
 }

@@ -7,25 +7,20 @@
 //! started in its last second must be restarted.) The end of a login is written at once: its state must not be accepted
 //! a second time.
 
-use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
 use tokio::sync::{Notify, OnceCell};
 
-use super::{BeginError, LoginFailure, LoginOutcome};
+use super::expiring_map::{ExpiringMap, hash, is_valid};
+use super::outcome::{BeginError, LoginFailure, LoginOutcome};
 use crate::domain::account::UserId;
 use crate::domain::clock::Clock;
 use crate::domain::secret::Secret;
-use crate::store::{PendingGrant, StoreError, TokenStore};
+use crate::store::{PendingGrant, Postgres, StoreError, TokenStore};
 
-/// Lifetime of a state and of a grant that needs confirmation.
-pub const TEN_MINUTES: Duration = Duration::from_secs(600);
-/// Maximum number of pending logins, and of pending grants; the newest evicts the oldest.
-const MAX_PENDING: usize = 1000;
 /// Rate limit for starting logins: burst size, and refill per second (`PER_SECOND`). Beyond it a flood would evict
 /// pending logins.
 const BURST: f64 = 2000.0;
@@ -38,13 +33,29 @@ const PAUSE: Duration = Duration::from_secs(1);
 /// Pending logins and pending grants. Survives a configuration reload.
 #[derive(Debug)]
 pub struct PendingLogins {
-    logins: Mutex<ExpiringMap<PendingLogin>>,
+    coordination: Coordination,
     rate_limiter: Mutex<RateLimiter>,
-    /// Grants that wait for confirmation, by the hash of their one-time id.
+    /// Grants that wait for confirmation, by the hash of their one-time id. In a shared store, only those that the
+    /// store did not take.
     grants: Mutex<ExpiringMap<PendingGrant>>,
     /// The outcomes of finished logins, by the hash of their state.
     finished: Mutex<ExpiringMap<Arc<OnceCell<Finished>>>>,
     store: TokenStore,
+}
+
+/// Whether other processes may continue a login that this one started.
+#[derive(Debug)]
+enum Coordination {
+    /// One process: pending logins are in its memory, and in the store for the next process.
+    Local(LocalLogins),
+    /// Several processes on one database, which alone holds the pending logins.
+    Shared(Postgres),
+}
+
+/// The pending logins of the only process.
+#[derive(Debug)]
+struct LocalLogins {
+    pending: Mutex<ExpiringMap<PendingLogin>>,
     changed: Notify,
     /// Held while pending logins are written, so that an older list never overwrites a newer one.
     writing: tokio::sync::Mutex<()>,
@@ -72,24 +83,35 @@ pub(super) struct Finished {
     pub(super) cookie: Option<String>,
 }
 
-impl PendingLogins {
-    /// Loads the pending logins of the previous process from `store`. `leftovers` returns its pending grants.
-    pub async fn open(store: TokenStore) -> Self {
-        let logins = match store.pending_logins().await {
+impl Coordination {
+    async fn open(store: &TokenStore) -> Self {
+        if let Some(shared) = store.shared() {
+            return Self::Shared(shared.clone());
+        }
+        let pending = match store.pending_logins().await {
             Ok(text) => text.and_then(|text| serde_json::from_str(text.expose()).ok()).unwrap_or_default(),
             Err(error) => {
                 tracing::error!(%error, "pending logins cannot be read: users must restart them");
                 ExpiringMap::default()
             }
         };
+        Self::Local(LocalLogins {
+            pending: Mutex::new(pending),
+            changed: Notify::new(),
+            writing: tokio::sync::Mutex::default(),
+        })
+    }
+}
+
+impl PendingLogins {
+    /// Loads the pending logins of the previous process from `store`. `leftovers` returns its pending grants.
+    pub async fn open(store: TokenStore) -> Self {
         Self {
-            logins: Mutex::new(logins),
+            coordination: Coordination::open(&store).await,
             rate_limiter: Mutex::default(),
             grants: Mutex::default(),
             finished: Mutex::default(),
             store,
-            changed: Notify::new(),
-            writing: tokio::sync::Mutex::default(),
         }
     }
 
@@ -97,35 +119,41 @@ impl PendingLogins {
     pub(super) async fn begin(&self, state: &str, login: PendingLogin, clock: &Clock) -> Result<(), BeginError> {
         lock(&self.rate_limiter).take(clock.uptime()).map_err(BeginError::TooMany)?;
         let (state, now) = (hash(state), clock.now());
-        if let Some(shared) = self.store.shared() {
-            let text = serde_json::to_string(&(&state, now, login)).expect("names, times and texts are JSON");
-            return shared.save_pending_login(&state, &Secret::new(text)).await.map_err(BeginError::Store);
+        match &self.coordination {
+            Coordination::Local(logins) => {
+                lock(&logins.pending).insert(state, login, now);
+                logins.changed.notify_one();
+                Ok(())
+            }
+            Coordination::Shared(shared) => {
+                let text = serde_json::to_string(&(&state, now, login)).expect("names, times and texts are JSON");
+                shared.save_pending_login(&state, &Secret::new(text)).await.map_err(BeginError::Store)
+            }
         }
-        lock(&self.logins).insert(state, login, now);
-        self.changed.notify_one();
-        Ok(())
     }
 
     /// Returns the pending login with `state` without removing it.
     pub(super) async fn login_of(&self, state: &str, now: Timestamp) -> Result<Option<PendingLogin>, StoreError> {
         let state = hash(state);
-        match self.store.shared() {
-            Some(shared) => Ok(read_login(shared.pending_login(&state).await?, &state, now)),
-            None => Ok(lock(&self.logins).get(&state, now).cloned()),
+        match &self.coordination {
+            Coordination::Local(logins) => Ok(lock(&logins.pending).get(&state, now).cloned()),
+            Coordination::Shared(shared) => Ok(read_login(shared.pending_login(&state).await?, &state, now)),
         }
     }
 
     /// Removes and returns a pending login, so that its state is accepted once. Returns after the removal is written.
     pub(super) async fn take_login(&self, state: &str, now: Timestamp) -> Result<Option<PendingLogin>, StoreError> {
         let state = hash(state);
-        if let Some(shared) = self.store.shared() {
-            return Ok(read_login(shared.take_pending_login(&state).await?, &state, now));
+        match &self.coordination {
+            Coordination::Local(logins) => {
+                let login = lock(&logins.pending).take(&state, now);
+                if login.is_some() {
+                    self.write_logins().await;
+                }
+                Ok(login)
+            }
+            Coordination::Shared(shared) => Ok(read_login(shared.take_pending_login(&state).await?, &state, now)),
         }
-        let login = lock(&self.logins).take(&state, now);
-        if login.is_some() {
-            self.write_logins().await;
-        }
-        Ok(login)
     }
 
     /// The place for the outcome of the login with `state`, shared by all deliveries of its callback. A callback that
@@ -155,23 +183,31 @@ impl PendingLogins {
     /// Writes the pending logins whenever they change, and deletes expired entries. Runs until dropped.
     pub async fn keep(&self, clock: &Clock) {
         loop {
-            // The timeout also sweeps without a change, so that abandoned logins do not stay on disk forever.
-            let changed = tokio::time::timeout(SWEEP, self.changed.notified()).await.is_ok();
-            if self.sweep(clock.now()).await || changed {
-                self.write_logins().await;
+            match &self.coordination {
+                Coordination::Local(logins) => {
+                    // The timeout also sweeps without a change, so that abandoned logins do not stay on disk forever.
+                    let changed = tokio::time::timeout(SWEEP, logins.changed.notified()).await.is_ok();
+                    let expired = lock(&logins.pending).sweep(clock.now());
+                    if changed || !expired.is_empty() {
+                        self.write_logins().await;
+                    }
+                }
+                Coordination::Shared(shared) => {
+                    tokio::time::sleep(SWEEP).await;
+                    // If this fails, the next round deletes the expired logins.
+                    let _ = shared.delete_expired_logins().await;
+                }
             }
-            if let Some(shared) = self.store.shared() {
-                // If this fails, the next round deletes the expired logins.
-                let _ = shared.delete_expired_logins().await;
-            }
+            self.sweep_grants(clock.now()).await;
             tokio::time::sleep(PAUSE).await;
         }
     }
 
-    /// Writes the pending logins to the store; logs a failure.
+    /// Writes the pending logins of the only process to the store; logs a failure.
     pub async fn write_logins(&self) {
-        let _writing = self.writing.lock().await;
-        let text = serde_json::to_string(&*lock(&self.logins)).expect("names, times and texts are JSON");
+        let Coordination::Local(logins) = &self.coordination else { return };
+        let _writing = logins.writing.lock().await;
+        let text = serde_json::to_string(&*lock(&logins.pending)).expect("names, times and texts are JSON");
         if let Err(error) = self.store.save_pending_logins(Secret::new(text)).await {
             tracing::error!(%error, "pending logins could not be stored: after a restart users must restart them");
         }
@@ -182,7 +218,7 @@ impl PendingLogins {
         if let Err(error) = self.store.save_pending_grant(pending).await {
             tracing::error!(user = %pending.user, %error, "a new grant could not be stored; it is in memory only until \
                 it is in use");
-            if self.store.shared().is_some() && pending.confirm {
+            if self.is_shared() && pending.confirm {
                 // Until then only this process can confirm it.
                 lock(&self.grants).insert(pending.id.clone(), pending.clone(), pending.since);
             }
@@ -198,11 +234,11 @@ impl PendingLogins {
 
     /// Keeps a pending grant until the app confirms it. With a shared store the stored copy is enough.
     pub(super) async fn keep_for_confirmation(&self, pending: PendingGrant, now: Timestamp) {
-        if self.store.shared().is_some() {
+        if self.is_shared() {
             return;
         }
         let evicted = lock(&self.grants).insert(pending.id.clone(), pending, now);
-        self.sweep(now).await;
+        self.sweep_grants(now).await;
         if let Some(oldest) = evicted {
             self.delete_grant(&oldest.id).await;
         }
@@ -212,8 +248,8 @@ impl PendingLogins {
     pub(super) async fn take_grant(&self, id: &str, now: Timestamp) -> Result<Option<PendingGrant>, StoreError> {
         let id = hash(id);
         let here = lock(&self.grants).take(&id, now);
-        match self.store.shared() {
-            Some(shared) if here.is_none() => {
+        match &self.coordination {
+            Coordination::Shared(shared) if here.is_none() => {
                 shared.confirm_pending_grant(&id, |pending| is_valid(pending.since, now)).await
             }
             _ => Ok(here),
@@ -222,12 +258,12 @@ impl PendingLogins {
 
     /// Whether other processes share the store, and may end without finishing a login.
     pub(super) fn is_shared(&self) -> bool {
-        self.store.shared().is_some()
+        matches!(self.coordination, Coordination::Shared(_))
     }
 
     /// Removes the pending grants of `user` from memory; the store deletes its own copies.
     pub(super) fn forget(&self, user: &UserId) {
-        lock(&self.grants).by_hash.retain(|_, (.., pending)| pending.user != *user);
+        lock(&self.grants).remove_if(|pending| pending.user == *user);
     }
 
     /// The pending grants of processes that have ended. Expired ones that needed confirmation are deleted; the others
@@ -245,14 +281,12 @@ impl PendingLogins {
         valid
     }
 
-    /// Deletes expired entries. Returns whether any of them was a login.
-    async fn sweep(&self, now: Timestamp) -> bool {
-        let logins = lock(&self.logins).sweep(now);
+    /// Deletes expired pending grants.
+    async fn sweep_grants(&self, now: Timestamp) {
         let expired = lock(&self.grants).sweep(now);
         for pending in expired {
             self.delete_grant(&pending.id).await;
         }
-        !logins.is_empty()
     }
 }
 
@@ -282,62 +316,11 @@ impl RateLimiter {
     }
 }
 
-/// The SHA-256 of `text` in hexadecimal, stored in place of a secret that only has to be recognized.
-pub(super) fn hash(text: &str) -> String {
-    format!("{:x}", Sha256::digest(text.as_bytes()))
-}
-
-/// A map whose entries can be taken once, within ten minutes.
-#[derive(Debug, Serialize, Deserialize)]
-struct ExpiringMap<T> {
-    taken_in: u64,
-    by_hash: HashMap<String, (u64, Timestamp, T)>,
-}
-
-impl<T> Default for ExpiringMap<T> {
-    fn default() -> Self {
-        Self { taken_in: 0, by_hash: HashMap::new() }
-    }
-}
-
-impl<T> ExpiringMap<T> {
-    /// Inserts `value` and returns the evicted oldest entry if the map was full.
-    fn insert(&mut self, hash: String, value: T, now: Timestamp) -> Option<T> {
-        let full = self.by_hash.len() >= MAX_PENDING;
-        let oldest = || self.by_hash.iter().min_by_key(|(_, (order, ..))| *order).map(|(hash, _)| hash.clone());
-        let evicted = full.then(oldest).flatten().and_then(|oldest| self.by_hash.remove(&oldest));
-        self.taken_in += 1;
-        self.by_hash.insert(hash, (self.taken_in, now, value));
-        evicted.map(|(.., value)| value)
-    }
-
-    fn get(&self, hash: &str, now: Timestamp) -> Option<&T> {
-        self.by_hash.get(hash).filter(|(_, since, _)| is_valid(*since, now)).map(|(.., thing)| thing)
-    }
-
-    /// Removes and returns an entry. An expired one yields `None` and stays until the next sweep.
-    fn take(&mut self, hash: &str, now: Timestamp) -> Option<T> {
-        self.by_hash.get(hash).filter(|(_, since, _)| is_valid(*since, now))?;
-        self.by_hash.remove(hash).map(|(.., value)| value)
-    }
-
-    /// Removes and returns all expired entries.
-    fn sweep(&mut self, now: Timestamp) -> Vec<T> {
-        let expired = self.by_hash.extract_if(|_, (_, since, _)| !is_valid(*since, now));
-        expired.map(|(_, (.., value))| value).collect()
-    }
-}
-
-/// A login as PostgreSQL holds it. The state's hash is encrypted with the login, so that nobody with database access can
-/// swap two logins.
+/// A login as PostgreSQL holds it. The state's hash is encrypted with the login, so that nobody with database access
+/// can swap two logins.
 fn read_login(text: Option<Secret>, state: &str, now: Timestamp) -> Option<PendingLogin> {
     let login = text.and_then(|text| serde_json::from_str::<(String, Timestamp, PendingLogin)>(text.expose()).ok());
     login.filter(|(name, since, _)| name == state && is_valid(*since, now)).map(|(.., begun)| begun)
-}
-
-/// Whether an entry created at `since` has not expired. If the clock is set back, it lives at most ten minutes longer.
-fn is_valid(since: Timestamp, now: Timestamp) -> bool {
-    Duration::try_from(now.duration_since(since)).unwrap_or_default() < TEN_MINUTES
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -364,22 +347,6 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_entry_is_returned_once_and_only_before_it_expires() {
-        let now = Timestamp::UNIX_EPOCH;
-        let mut map = ExpiringMap::default();
-        map.insert(hash("1"), "a", now);
-        assert_eq!(map.take(&hash("2"), now), None);
-        assert_eq!(map.take(&hash("1"), now), Some("a"));
-        assert_eq!(map.take(&hash("1"), now), None);
-        map.insert(hash("1"), "a", now);
-        assert_eq!(map.take(&hash("1"), now + TEN_MINUTES), None);
-        map.insert(hash("1"), "a", now);
-        map.insert(hash("2"), "b", now + TEN_MINUTES);
-        assert_eq!(map.sweep(now + TEN_MINUTES), ["a"]);
-        assert_eq!(map.take(&hash("2"), now + TEN_MINUTES), Some("b"));
-    }
-
-    #[test]
     fn a_burst_passes_and_a_flood_is_limited() {
         let mut rate_limiter = RateLimiter::default();
         let at = SignedDuration::from_secs(100);
@@ -387,18 +354,5 @@ mod tests {
         assert_eq!(rate_limiter.take(at), Err(Duration::from_millis(50)));
         let later = at + SignedDuration::from_secs(1);
         assert_eq!((0..100).filter(|_| rate_limiter.take(later).is_ok()).count(), PER_SECOND as usize);
-    }
-
-    #[test]
-    fn the_newest_entry_evicts_the_oldest() {
-        let now = Timestamp::UNIX_EPOCH;
-        let mut map = ExpiringMap::default();
-        for number in 0..=MAX_PENDING {
-            let evicted = map.insert(hash(&number.to_string()), number, now);
-            assert_eq!(evicted, (number == MAX_PENDING).then_some(0));
-        }
-        assert_eq!(map.take(&hash("0"), now), None);
-        assert_eq!(map.take(&hash("1"), now), Some(1));
-        assert_eq!(map.take(&hash("1000"), now), Some(1000));
     }
 }

@@ -175,6 +175,23 @@ impl Lwa {
         self.call(&[("grant_type", "refresh_token"), ("refresh_token", token.secret().expose())]).await
     }
 
+    /// Number of client secrets, which [`refresh_with`](Self::refresh_with) takes by their index. While Amazon propagates a
+    /// new secret, it may refuse either one.
+    pub fn secrets(&self) -> usize {
+        self.settings.client_secrets.len()
+    }
+
+    /// Refreshes a grant with one client secret: one request, which ends after 10 s at the latest.
+    ///
+    /// # Errors
+    /// As [`refresh`](Self::refresh).
+    pub async fn refresh_with(&self, token: &RefreshToken, secret: usize) -> Result<Tokens, LwaError> {
+        let Some(secret) = self.settings.client_secrets.get(secret) else {
+            return Err(LwaError::Operator { code: "invalid_client" });
+        };
+        self.call_with(&[("grant_type", "refresh_token"), ("refresh_token", token.secret().expose())], secret).await
+    }
+
     /// Tries the client secrets in order: while Amazon propagates a new secret, it may refuse either one.
     async fn call(&self, grant: &[(&str, &str)]) -> Result<Tokens, LwaError> {
         let mut outcome = Err(LwaError::Operator { code: "invalid_client" });

@@ -5,7 +5,6 @@ use std::time::Duration;
 
 use tokio::time::timeout;
 
-use super::coordination::Coordination;
 use super::refresh_task::RefreshReason;
 use super::{Status, TokenError, TokenManager, WAIT_FOR_RETRY, WAIT_WITHOUT_TOKEN};
 use crate::domain::account::UserId;
@@ -30,7 +29,7 @@ impl TokenManager {
     /// from memory, since its code is spent and nobody else has it, and a task retries until it is stored.
     pub async fn adopt(&self, user: &UserId, grant: Grant) -> Status {
         let (manager, user) = (self.clone(), user.clone());
-        self.uninterrupted(async move { manager.adopt_now(&user, grant).await }).await
+        self.uninterrupted(async move { Box::pin(manager.adopt_now(&user, grant)).await }).await
     }
 
     async fn adopt_now(&self, user: &UserId, mut grant: Grant) -> Status {
@@ -47,6 +46,41 @@ impl TokenManager {
         self.status_of(&entry)
     }
 
+    /// Replaces the grant of `user` that has the generation `seen`, `None` if the user has none, with `grant`, which no
+    /// person has just consented to. If there is another one now, that one is kept.
+    pub(super) async fn adopt_instead(
+        &self,
+        user: &UserId,
+        mut grant: Grant,
+        seen: Option<u64>,
+    ) -> Result<(), StoreError> {
+        let Some(shared) = self.0.store.shared() else {
+            self.adopt_now(user, grant).await;
+            return Ok(());
+        };
+        let entry = self.entry_or_new(user);
+        let write = entry.write().await;
+        self.catch_up(&entry, &write).await?;
+        let (stored, current) = (entry.stored(), entry.held().grant().map(|grant| grant.generation));
+        grant.used_at = Some(self.0.clock.now());
+        let put = match current == seen {
+            true => self.timed("put", shared.put_new(user, &grant, stored.generation)).await?,
+            false => None,
+        };
+        let Some(version) = put else {
+            tracing::info!(%user, "amazon.refresh_token is not adopted: another login came first");
+            return self.catch_up(&entry, &write).await.map(drop);
+        };
+        grant.generation = version.generation;
+        write.note_stored(version);
+        let now = self.0.clock.reading();
+        entry.mark_used(now);
+        self.publish(&entry, &write, GrantState::Fresh(Arc::new(LiveGrant::loaded(grant, now))));
+        entry.wake();
+        tracing::info!(%user, "amazon.refresh_token is in use");
+        Ok(())
+    }
+
     /// Whether the current grant of `user` is stored.
     pub fn is_stored(&self, user: &UserId) -> bool {
         self.entry(user).is_none_or(|entry| !entry.is_unsaved())
@@ -58,7 +92,7 @@ impl TokenManager {
     /// [`StoreError`] if the store fails; then the grant stays in use.
     pub async fn forget(&self, user: &UserId) -> Result<bool, StoreError> {
         let (manager, user) = (self.clone(), user.clone());
-        self.uninterrupted(async move { manager.forget_now(&user).await }).await
+        self.uninterrupted(async move { Box::pin(manager.forget_now(&user)).await }).await
     }
 
     async fn forget_now(&self, user: &UserId) -> Result<bool, StoreError> {
@@ -67,11 +101,15 @@ impl TokenManager {
             return self.timed("erase", self.0.store.erase(user)).await;
         };
         let write = entry.write().await;
-        let erased = self.timed("erase", self.0.store.erase(user)).await?;
-        if erased && let Coordination::Shared(_) = self.0.coordination {
-            // In a shared store a logout has its own generation.
-            write.note_stored(write.stored() + 1);
-        }
+        let erased = match self.0.store.shared() {
+            None => self.timed("erase", self.0.store.erase(user)).await?,
+            Some(shared) => {
+                // In a shared store a logout has its own version.
+                let (was_present, version) = self.timed("erase", shared.log_out(user)).await?;
+                write.note_stored(version);
+                was_present
+            }
+        };
         entry.set_unsaved(false);
         let held = entry.held().grant().is_some();
         self.publish(&entry, &write, GrantState::Nothing);
@@ -83,8 +121,8 @@ impl TokenManager {
     /// Refreshes the token of `user` now, even if it is still valid, or joins the running refresh.
     ///
     /// # Errors
-    /// [`TokenError::LoginRequired`] if the user has no usable grant; [`TokenError::Unavailable`] if the refresh failed,
-    /// did not end within 12 s, or if the shared store cannot be read.
+    /// [`TokenError::LoginRequired`] if the user has no usable grant; [`TokenError::Unavailable`] if the refresh
+    /// failed, did not end within 12 s, or if the shared store cannot be read.
     pub async fn refresh(&self, user: &UserId) -> Result<Status, TokenError> {
         let no_grant = TokenError::LoginRequired { reason: "no_grant" };
         let entry = self.find(user).await?;

@@ -18,6 +18,12 @@ impl TokenManager {
     /// # Errors
     /// [`StoreError`] if the note cannot be read or written.
     pub async fn adopt_configured(&self) -> Result<(), StoreError> {
+        self.adopt_configured_instead(None).await
+    }
+
+    /// As [`adopt_configured`](Self::adopt_configured). LWA has just refused the grant of the generation `refused`, so
+    /// that it is not asked again.
+    pub(super) async fn adopt_configured_instead(&self, refused: Option<u64>) -> Result<(), StoreError> {
         let settings = self.0.settings.load_full();
         let Some(token) = &settings.adopt else { return Ok(()) };
         let user = UserId::default();
@@ -30,8 +36,12 @@ impl TokenManager {
                 that cannot be read");
             return Ok(());
         }
-        let has_grant = self.entry(&user).is_some_and(|entry| entry.held().grant().is_some());
-        if has_grant && !matches!(self.refresh(&user).await, Err(TokenError::LoginRequired { .. })) {
+        Box::pin(self.look(&user)).await?;
+        let generation = self.entry(&user).and_then(|entry| Some(entry.held().grant()?.generation));
+        if generation.is_some()
+            && generation != refused
+            && !matches!(self.refresh(&user).await, Err(TokenError::LoginRequired { .. }))
+        {
             return Ok(());
         }
         let grant = Grant {
@@ -44,7 +54,9 @@ impl TokenManager {
             scope: None,
             generation: 0,
         };
-        self.adopt(&user, grant).await;
+        // What it replaces: nothing, or the grant that was refused. A login that was stored meanwhile is kept.
+        let manager = self.clone();
+        self.uninterrupted(async move { Box::pin(manager.adopt_instead(&user, grant, generation)).await }).await?;
         self.0.store.set_note(ADOPTED, hash).await
     }
 }

@@ -27,7 +27,7 @@ impl TokenManager {
     /// [`StoreError`] if the store fails. Then nothing changes: unlike the grant of a login, this one exists elsewhere.
     pub async fn import(&self, user: &UserId, grant: Grant, replace: bool) -> Result<bool, StoreError> {
         let (manager, user) = (self.clone(), user.clone());
-        self.uninterrupted(async move { manager.import_now(&user, grant, replace).await }).await
+        self.uninterrupted(async move { Box::pin(manager.import_now(&user, grant, replace)).await }).await
     }
 
     async fn import_now(&self, user: &UserId, mut grant: Grant, replace: bool) -> Result<bool, StoreError> {
@@ -37,8 +37,9 @@ impl TokenManager {
             return Ok(false);
         }
         grant.generation = write.next_generation();
-        grant.generation = self.timed("put", self.0.store.save(user, &grant, None)).await?;
-        write.note_stored(grant.generation);
+        let version = self.save(&entry, &grant, None).await?;
+        grant.generation = version.generation;
+        write.note_stored(version);
         entry.set_unsaved(false);
         let now = self.0.clock.reading();
         entry.mark_used_at(now.uptime_at(grant.used_at.unwrap_or(grant.updated_at)));

@@ -1,17 +1,19 @@
 //! Keeps each user's access token fresh.
 //!
 //! Each refresh runs in a task of its own (`RefreshTask` in the code), at most one per user, and callers wait for its
-//! result. A caller that hangs up cancels nothing. What follows from a result is a pure function ([`GrantState::next`]);
-//! a new grant is stored before it is published, and dropped if the user's grant changed meanwhile (logout, a new login).
+//! result. A caller that hangs up cancels nothing. What follows from a result is a pure function
+//! ([`GrantState::next`]); a new grant is stored before it is published, and dropped if the user's grant changed
+//! meanwhile (logout, a new login).
 //!
 //! One refresh, step by step: `start_refresh` (`refresh_task`) spawns `RefreshTask::run`; `acquire` (`coordination`)
 //! returns the grant, after waiting for the lease if processes share the store; `token_call` sends the request, if
-//! `client_circuit` permits it, and `prepare` records it first (`refresh_journal`); `TokenManager::store` writes the new
-//! grant; `publish` makes it current and reschedules the user (`scheduler`); dropping the task wakes the waiters.
+//! `client_circuit` permits it, and `prepare` records it first (`refresh_journal`); `TokenManager::store` writes the
+//! new grant; `publish` makes it current and reschedules the user (`scheduler`); dropping the task wakes the waiters.
 //!
 //! The hot path, [`TokenManager::bearer`] with a token that does not expire soon, takes no lock that a refresh holds.
 
 mod scheduler;
+mod claims;
 mod adopt_forget;
 mod clock_skew;
 mod bootstrap;
@@ -59,8 +61,10 @@ pub struct Settings {
     pub policy: RefreshPolicy,
     /// `refresh.sweep`: interval at which every user is rescheduled, so that none is missed.
     pub sweep: Duration,
-    /// `refresh.concurrency`: maximum number of concurrent background refreshes.
+    /// `refresh.concurrency`: maximum number of concurrent background refreshes of this process.
     pub concurrency: usize,
+    /// `store.cache`: number of users of a shared store that are held in memory.
+    pub cache: usize,
     /// `amazon.refresh_token`: adopted as the grant of user `default`.
     pub adopt: Option<RefreshToken>,
 }
@@ -156,6 +160,9 @@ impl TokenManager {
         clock: Clock,
         metrics: Arc<Metrics>,
     ) -> (Self, Background) {
+        if let Some(shared) = store.shared() {
+            shared.set_policy(settings.policy);
+        }
         let (scheduler, changes) = mpsc::unbounded_channel();
         let grants: Vec<_> = grants.into_iter().collect();
         // A single user is refreshed at once; a thousand users must not all call Login with Amazon at the same time.
@@ -191,6 +198,9 @@ impl TokenManager {
             Some(entry) => entry,
             None => self.find(user).await?,
         };
+        if self.is_behind() {
+            Box::pin(self.ask(&entry)).await;
+        }
         let now = self.0.clock.reading();
         entry.mark_used(now);
         let held = entry.held();
@@ -297,6 +307,16 @@ impl TokenManager {
         self.0.unsaved.load(Relaxed) == 0 && self.0.store.health().up
     }
 
+    /// The number of users that this process holds in memory.
+    pub fn held_users(&self) -> usize {
+        self.0.users.read().unwrap_or_else(PoisonError::into_inner).len()
+    }
+
+    /// Whether the store fails, or this process does not know what others have changed in it.
+    pub fn is_degraded(&self) -> bool {
+        !self.stored() || self.is_behind()
+    }
+
     /// Probes a failed store until it works; any operation makes it try to reopen.
     async fn watch_store(&self) {
         loop {
@@ -309,6 +329,9 @@ impl TokenManager {
 
     /// Applies new settings and reschedules the refresh of every known user.
     pub fn reconfigure(&self, settings: Settings, lwa: Lwa) {
+        if let Some(shared) = self.0.store.shared() {
+            shared.set_policy(settings.policy);
+        }
         self.0.settings.store(Arc::new(settings));
         self.0.lwa.store(Arc::new(lwa));
         // The new settings may have corrected the client secret.
@@ -378,6 +401,6 @@ impl Background {
     /// Refreshes tokens before callers need them, and notices when a failed store works again. Runs until dropped.
     pub async fn run(self) {
         self.manager.look_for_interrupted().await;
-        tokio::join!(self.scheduler.run(&self.manager), self.manager.follow_store());
+        tokio::join!(self.manager.schedule(self.scheduler), self.manager.follow_store());
     }
 }

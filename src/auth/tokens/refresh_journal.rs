@@ -46,6 +46,15 @@ impl Interrupted {
         self.begun().remove(user).is_some_and(|begun| begun.lost)
     }
 
+    /// Records that LWA answered the refresh without a token, or was not reached: nothing can be lost by it. An earlier
+    /// response that may have been lost stays recorded.
+    pub(super) fn answered(&self, user: &UserId) {
+        let mut begun = self.begun();
+        if begun.get(user).is_some_and(|begun| !begun.lost) {
+            begun.remove(user);
+        }
+    }
+
     fn begin(&self, user: &UserId, generation: u64) {
         let mut begun = self.begun();
         if begun.get(user).is_none_or(|begun| begun.generation != generation) {

@@ -7,13 +7,14 @@ use std::time::Duration;
 
 use futures_util::FutureExt;
 use http::HeaderValue;
+use tokio::time::Instant;
 
 use super::user_state::{UserState, Writing};
 use super::{GrantState, TokenManager};
 use crate::auth::lwa::LwaError;
 use crate::domain::account::UserId;
 use crate::domain::clock_reading::ClockReading;
-use crate::domain::grant::{Failure, Grant, LiveGrant, Outcome, RefreshToken, Remedy, Tokens};
+use crate::domain::grant::{Failure, Grant, LiveGrant, Outcome, RefreshToken, Remedy, Tokens, Version};
 use crate::store::StoreError;
 
 /// Interval between attempts to store a grant that is newer in memory than on disk.
@@ -24,6 +25,13 @@ const STORE_RETRY: Duration = Duration::from_secs(1);
 pub(super) enum RefreshReason {
     /// The background schedule: the refresh is due.
     Due,
+    /// The refresh was due, and this process has claimed it in a shared store.
+    Claimed {
+        /// The generation whose lease this process has.
+        generation: u64,
+        /// Whether another process ended during a refresh of it.
+        interrupted: bool,
+    },
     /// A caller needs a token, and the current one expires within the margin or has expired.
     OnDemand,
     /// Amazon rejected this token.
@@ -76,14 +84,22 @@ impl TokenManager {
     ) -> bool {
         let user = &entry.user;
         let expected = self.0.coordination.expected(expected);
-        match self.timed("put", self.0.store.save(user, grant, expected)).await {
-            Ok(generation) => {
-                grant.generation = generation;
-                write.note_stored(generation);
+        let since = Instant::now();
+        let mut saved = self.save(entry, grant, expected).await;
+        if matches!(saved, Err(StoreError::Conflict)) && expected.is_some() {
+            saved = match self.store_over_loss(entry, write, grant).await {
+                Ok(true) => Ok(entry.stored()),
+                Ok(false) => return false,
+                Err(error) => Err(error),
+            };
+        }
+        match saved {
+            Ok(version) => {
+                grant.generation = version.generation;
+                write.note_stored(version);
                 entry.set_unsaved(false);
                 return true;
             }
-            Err(StoreError::Conflict) if expected.is_some() => return false,
             Err(error) => {
                 tracing::error!(%user, %error, "token_not_persisted: the grant is in memory only; adsidecar keeps \
                     trying to store it");
@@ -91,8 +107,25 @@ impl TokenManager {
         }
         entry.set_unsaved(true);
         self.0.unsaved.fetch_add(1, Relaxed);
-        self.0.tasks.spawn(keep_storing(self.clone(), entry.clone(), grant.clone(), expected));
+        self.0.tasks.spawn(keep_storing(self.clone(), entry.clone(), grant.clone(), expected, since));
         true
+    }
+
+    /// Stores `grant`, and returns its version in the store.
+    pub(super) async fn save(
+        &self,
+        entry: &UserState,
+        grant: &Grant,
+        expected: Option<u64>,
+    ) -> Result<Version, StoreError> {
+        let user = &entry.user;
+        match (self.0.store.shared(), expected) {
+            (Some(shared), None) => self.timed("put", shared.consent(user, grant, Duration::ZERO)).await,
+            _ => {
+                let generation = self.timed("put", self.0.store.save(user, grant, expected)).await?;
+                Ok(Version { generation, ..entry.stored() })
+            }
+        }
     }
 }
 
@@ -124,10 +157,6 @@ impl RefreshTask {
         fail_point!("refresh_begun");
         let response = self.refresh_with_fallback(&grant).await;
         fail_point!("refresh_answered", |_| std::process::abort());
-        if response.is_err() {
-            self.release().await;
-        }
-
         let user = &self.entry.user;
         let write = self.entry.write().await;
         let Some(held) = write.unchanged_since(grant.generation) else {
@@ -154,14 +183,20 @@ impl RefreshTask {
             Err(outcome) => outcome,
         };
         let refused = matches!(outcome, Outcome::Rejected(_));
+        let has_failed = !matches!(outcome, Outcome::Refreshed(_));
         let next = held.next(outcome, self.manager.0.clock.reading(), jitter());
+        if has_failed {
+            self.release(grant.generation, Some(&next)).await;
+            self.manager.0.interrupted.answered(user);
+            self.manager.settle_journal().await;
+        }
         self.log(&held, &next);
         // Waiters are woken when this task is dropped: if woken now, a retry would join a task that has nothing left to
         // do.
         self.manager.publish(&self.entry, &write, next);
         drop(write);
         if refused {
-            self.after_refusal().await;
+            self.after_refusal(grant.generation).await;
         }
     }
 
@@ -192,20 +227,25 @@ impl RefreshTask {
         refresh_token: &RefreshToken,
     ) -> Result<(Tokens, ClockReading), Outcome> {
         let TokenManager(inner) = &self.manager;
-        let permit = inner.circuit.permit().await;
-        if let Some((code, wait)) = inner.circuit.cached_rejection(inner.clock.reading()) {
-            return Err(Outcome::Failed {
-                failure: Failure { code, remedy: Remedy::Operator, detail: None },
-                retry_after: Some(wait),
-            });
-        }
+        let permit = self.manager.call_permit().await?;
         let user = &self.entry.user;
-        self.prepare(grant.generation).await.map_err(|failure| Outcome::Failed { failure, retry_after: None })?;
-        let sent_at = inner.clock.reading();
+        let lwa = inner.lwa.load_full();
         let begun = std::time::Instant::now();
-        let response = inner.lwa.load_full().refresh(refresh_token).await;
+        let mut sent_at = inner.clock.reading();
+        let mut response = Err(LwaError::Operator { code: "invalid_client" });
+        for secret in 0..lwa.secrets() {
+            // Each request is made under a lease that outlives it, and for a grant that is still the stored one.
+            self.prepare(grant.generation).await.map_err(|failure| Outcome::Failed { failure, retry_after: None })?;
+            sent_at = inner.clock.reading();
+            response = lwa.refresh_with(refresh_token, secret).await;
+            if !matches!(response, Err(LwaError::Operator { code: "invalid_client" })) {
+                break;
+            }
+        }
         inner.metrics.token_refresh_duration.observe(begun.elapsed().as_secs_f64());
-        inner.circuit.update(&self.entry.user, &response, sent_at, inner.clock.reading(), jitter());
+        if inner.circuit.update(&self.entry.user, &response, sent_at, inner.clock.reading(), jitter()) {
+            self.manager.share_brake().await;
+        }
         drop(permit);
         self.count(&response);
         match response {
@@ -244,12 +284,12 @@ impl RefreshTask {
         }
     }
 
-    async fn after_refusal(&self) {
+    async fn after_refusal(&self, generation: u64) {
         self.end_refresh_with("lost");
         self.manager.settle_journal().await;
         // At startup the stored grant's validity was unknown: amazon.refresh_token may be there to replace it.
         if self.entry.user == UserId::default()
-            && let Err(error) = self.manager.adopt_configured().await
+            && let Err(error) = self.manager.adopt_configured_instead(Some(generation)).await
         {
             tracing::error!(%error, "amazon.refresh_token could not be stored; adsidecar tries again at the next \
                 start");
@@ -265,7 +305,7 @@ impl RefreshTask {
             RefreshReason::OnDemand => held.expiring(policy, now),
             // The rejected token may have expired meanwhile.
             RefreshReason::Rejected(bearer) => held.valid_token(now).is_none_or(|access| access.bearer() == bearer),
-            RefreshReason::Manual => true,
+            RefreshReason::Manual | RefreshReason::Claimed { .. } => true,
         };
         held.grant().filter(|_| wanted && !held.backs_off(now)).cloned()
     }
@@ -310,14 +350,20 @@ impl RefreshTask {
 }
 
 /// Retries until `grant` is stored or superseded.
-async fn keep_storing(manager: TokenManager, entry: Arc<UserState>, mut grant: Grant, expected: Option<u64>) {
+async fn keep_storing(
+    manager: TokenManager,
+    entry: Arc<UserState>,
+    mut grant: Grant,
+    expected: Option<u64>,
+    since: Instant,
+) {
     loop {
         tokio::time::sleep(STORE_RETRY).await;
         let write = entry.write().await;
         if write.unchanged_since(grant.generation).is_none() {
             break;
         }
-        match manager.store_again(&entry, &write, &mut grant, expected).await {
+        match manager.store_again(&entry, &write, &mut grant, expected, since).await {
             Ok(()) => {
                 tracing::info!(user = %entry.user, "the grant that was in memory only is now stored");
                 break;
@@ -343,7 +389,7 @@ fn outcome(error: LwaError) -> Outcome {
 }
 
 /// Random jitter in `0.0..1.0`.
-fn jitter() -> f64 {
+pub(super) fn jitter() -> f64 {
     // Without randomness there is no jitter; a constant is good enough.
     getrandom::u64().map_or(0.5, |bits| (bits >> 11) as f64 / (1u64 << 53) as f64)
 }

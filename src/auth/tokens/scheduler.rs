@@ -36,6 +36,11 @@ impl Scheduler {
         Self { changes, plans: BinaryHeap::new() }
     }
 
+    /// The users whose schedule changed, for a schedule that the shared store keeps.
+    pub(super) fn into_changes(self) -> mpsc::UnboundedReceiver<Arc<UserState>> {
+        self.changes
+    }
+
     /// Runs due refreshes, at most `refresh.concurrency` at once, until all senders of changes are gone.
     pub(super) async fn run(mut self, manager: &TokenManager) {
         let mut concurrency = 0;

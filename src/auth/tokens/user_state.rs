@@ -11,7 +11,7 @@ use jiff::SignedDuration;
 use super::sync::{AtomicBool, AtomicI64, Mutex, PoisonError, SeqCst, WriteGuard, WriteLock, watch};
 use crate::domain::account::UserId;
 use crate::domain::clock_reading::ClockReading;
-use crate::domain::grant::{Grant, GrantState, LiveGrant, RefreshPolicy, Remedy, STORE_UNAVAILABLE};
+use crate::domain::grant::{Grant, GrantState, LiveGrant, RefreshPolicy, Remedy, STORE_UNAVAILABLE, Version};
 
 /// One user's grant state, schedule, and refresh task flag.
 #[derive(Debug)]
@@ -34,8 +34,10 @@ pub(super) struct UserState {
     consent_end_logged: AtomicBool,
     /// The highest generation ever used; a logout does not reset it.
     generation: Mutex<u64>,
-    /// The highest generation known to be stored, including those of logouts.
-    stored: Mutex<u64>,
+    /// The highest version known to be stored, including those of logouts.
+    stored: Mutex<Version>,
+    /// When the store was last read for this user, in milliseconds since the coordination began; for a shared store.
+    read_at: AtomicI64,
     /// Whether the grant is in memory only, while a task retries to store it.
     unsaved: AtomicBool,
     write: WriteLock<()>,
@@ -74,7 +76,8 @@ impl UserState {
             not_before: if spread.is_zero() { SignedDuration::MIN } else { now.uptime.saturating_add(wait) },
             consent_end_logged: AtomicBool::new(false),
             generation: Mutex::new(grant.as_ref().map_or(0, |grant| grant.generation)),
-            stored: Mutex::new(grant.as_ref().map_or(0, |grant| grant.generation)),
+            stored: Mutex::new(Version { epoch: 0, generation: grant.as_ref().map_or(0, |grant| grant.generation) }),
+            read_at: AtomicI64::new(i64::MIN),
             unsaved: AtomicBool::new(false),
             write: WriteLock::new(()),
             held: ArcSwap::from_pointee(match grant {
@@ -147,9 +150,9 @@ impl UserState {
         self.refreshing.load(SeqCst)
     }
 
-    /// Starts a forced refresh with `start_refresh` unless the last one was less than `spacing` ago. Returns whether a refresh
-    /// task is running now. Check, timestamp and start happen under one lock, so that concurrent callers join the same
-    /// task.
+    /// Starts a forced refresh with `start_refresh` unless the last one was less than `spacing` ago. Returns whether a
+    /// refresh task is running now. Check, timestamp and start happen under one lock, so that concurrent callers join
+    /// the same task.
     pub(super) fn force(&self, now: ClockReading, spacing: SignedDuration, start_refresh: impl FnOnce()) -> bool {
         let mut forced_at = self.forced_at.lock().unwrap_or_else(PoisonError::into_inner);
         let may = forced_at.is_none_or(|at| now.uptime >= at.saturating_add(spacing));
@@ -158,6 +161,20 @@ impl UserState {
             start_refresh();
         }
         self.is_refreshing()
+    }
+
+    /// The highest version known to be stored.
+    pub(super) fn stored(&self) -> Version {
+        *self.stored.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// When the store was last read for this user, in milliseconds since the coordination began.
+    pub(super) fn read_at(&self) -> i64 {
+        self.read_at.load(SeqCst)
+    }
+
+    pub(super) fn set_read_at(&self, milliseconds: i64) {
+        self.read_at.store(milliseconds, SeqCst);
     }
 
     /// Whether the grant is in memory only.
@@ -205,21 +222,16 @@ impl Writing<'_> {
         *generation
     }
 
-    /// The highest generation known to be stored.
-    pub(super) fn stored(&self) -> u64 {
-        *self.entry.stored.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Records that this version is stored, by this process or another.
+    pub(super) fn note_stored(&self, version: Version) {
+        let mut stored = self.entry.stored.lock().unwrap_or_else(PoisonError::into_inner);
+        *stored = version.max(*stored);
+        let mut generation = self.entry.generation.lock().unwrap_or_else(PoisonError::into_inner);
+        *generation = version.generation.max(*generation);
     }
 
-    /// Records that this generation is stored, by this process or another.
-    pub(super) fn note_stored(&self, generation: u64) {
-        for known in [&self.entry.stored, &self.entry.generation] {
-            let mut known = known.lock().unwrap_or_else(PoisonError::into_inner);
-            *known = generation.max(*known);
-        }
-    }
-
-    /// Makes `held` the current state. The caller must also [wake](UserState::wake) the waiters: at once, or at the end of
-    /// the refresh task.
+    /// Makes `held` the current state. The caller must also [wake](UserState::wake) the waiters: at once, or at the end
+    /// of the refresh task.
     pub(super) fn publish(&self, held: GrantState) {
         let consent = |held: &GrantState| held.grant().and_then(|grant| grant.consented_at);
         if consent(&held) != consent(&self.entry.held()) {

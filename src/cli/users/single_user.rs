@@ -65,7 +65,8 @@ async fn export_of_running(config: &Config, held: &StoreError, user: &UserId, re
     }
 }
 
-/// Deletes the tokens of `user`, through the running sidecar if one has the store open, and says whether there were any.
+/// Deletes the tokens of `user`, through the running sidecar if one has the store open, and says whether there were
+/// any.
 pub(super) fn forget(config: &Config, user: &UserId) -> Result<(), Failed> {
     let known = match open_unless_held(config)? {
         None => {

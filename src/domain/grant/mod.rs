@@ -2,6 +2,7 @@
 //! [`GrantState::next`], [`GrantState::due`], [`GrantState::state`].
 
 mod state;
+mod version;
 
 use std::time::Duration;
 
@@ -11,6 +12,7 @@ use jiff::{SignedDuration, Timestamp};
 use crate::domain::secret::Secret;
 pub(crate) use state::backoff;
 pub use state::{Failure, GrantState, LiveGrant, Outcome, RefreshPolicy, Remedy, STORE_UNAVAILABLE, State};
+pub use version::{Verdict, Version};
 
 /// Longest accepted token, in bytes. LWA documents at most 2,048 bytes for an access token ("Access tokens", Login with
 /// Amazon).
@@ -144,7 +146,12 @@ impl Grant {
 
     /// Returns when the consent expires, or `None` if its date is unknown or it does not expire.
     pub fn consent_expires_at(&self) -> Option<Timestamp> {
-        let expires = self.consented_at.filter(|at| *at >= Self::CONSENT_EXPIRES_SINCE);
+        Self::consent_expires(self.consented_at)
+    }
+
+    /// Returns when a consent given at `consented_at` expires, or `None` if its date is unknown or it does not expire.
+    pub fn consent_expires(consented_at: Option<Timestamp>) -> Option<Timestamp> {
+        let expires = consented_at.filter(|at| *at >= Self::CONSENT_EXPIRES_SINCE);
         expires.and_then(|at| at.checked_add(Self::CONSENT).ok())
     }
 

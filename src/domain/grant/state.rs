@@ -119,6 +119,22 @@ impl Grant {
         let used = now.uptime_at(self.used_at.unwrap_or(self.updated_at));
         GrantState::Fresh(Arc::new(LiveGrant::loaded(self.clone(), now))).state(policy, used, now)
     }
+
+    /// Returns when the background should refresh this grant next, by the wall clock, for a schedule that several
+    /// processes share; `None` if the user is idle by then. `jitter`, random in `0.0..1.0`, spreads users whose tokens
+    /// expire together.
+    pub fn due_at(&self, policy: RefreshPolicy, jitter: f64) -> Option<Timestamp> {
+        let due = match &self.access {
+            Some(access) => {
+                let ahead = signed(policy.ahead + policy.ahead.mul_f64(0.2 * jitter));
+                let wanted = access.expires_at.checked_sub(ahead).unwrap_or(Timestamp::MIN);
+                wanted.max(self.updated_at.checked_add(REFRESH_SPACING).unwrap_or(Timestamp::MAX))
+            }
+            None => self.updated_at,
+        };
+        let idle_at = self.used_at.unwrap_or(self.updated_at).checked_add(signed(policy.idle_after));
+        idle_at.map_or(true, |idle_at| due <= idle_at).then_some(due)
+    }
 }
 
 /// The current state of one user's grant.
@@ -343,7 +359,7 @@ impl GrantState {
     }
 
     /// Returns the number of consecutive failed refreshes.
-    fn attempts(&self) -> u32 {
+    pub fn attempts(&self) -> u32 {
         if let Self::Failing { attempts, .. } = self { *attempts } else { 0 }
     }
 }

@@ -15,7 +15,7 @@ use serde::Serialize;
 use tokio::sync::mpsc;
 
 use super::records::entries;
-use super::{Admin, Answer, bytes};
+use super::{Admin, AdminResponse, bytes};
 use crate::auth::lwa::LwaError;
 use crate::domain::account::UserId;
 use crate::domain::grant::Grant;
@@ -84,27 +84,27 @@ impl Parameters {
 impl Admin {
     /// `GET /dump`: every record, encrypted, as `store restore` and `users import --records` take them. It breaks off
     /// if the store fails, and never ends cleanly then.
-    pub(super) fn dump(&self) -> Answer {
+    pub(super) fn dump(&self) -> AdminResponse {
         let (sender, receiver) = mpsc::channel(PAGES);
         tokio::spawn(write_dump(self.store.clone(), sender));
         let frames = futures_util::stream::unfold(receiver, async |mut receiver| {
             Some((receiver.recv().await?.map(Frame::data), receiver))
         });
-        let mut answer = Response::new(StreamBody::new(Box::pin(frames)).boxed_unsync());
-        let headers = answer.headers_mut();
+        let mut response = Response::new(StreamBody::new(Box::pin(frames)).boxed_unsync());
+        let headers = response.headers_mut();
         headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
         headers.insert(CONTENT_DISPOSITION, HeaderValue::from_static("attachment; filename=\"adsidecar-grants.json\""));
-        answer
+        response
     }
 
     /// `POST /restore`: takes a dump.
-    pub(super) async fn restore(&self, parameters: &Parameters, body: Incoming) -> Result<Answer, Problem> {
+    pub(super) async fn restore(&self, parameters: &Parameters, body: Incoming) -> Result<AdminResponse, Problem> {
         self.take_records(parameters, false, body).await
     }
 
     /// `POST /users/import`: a refresh token in clear text, or with `records=true` records as another service that
     /// follows Amazon's guide has stored them.
-    pub(super) async fn import(&self, parameters: &Parameters, body: Incoming) -> Result<Answer, Problem> {
+    pub(super) async fn import(&self, parameters: &Parameters, body: Incoming) -> Result<AdminResponse, Problem> {
         let verify = !parameters.flag("offline")?;
         if parameters.flag("records")? {
             if parameters.0.contains_key("user_id") {
@@ -131,7 +131,7 @@ impl Admin {
     }
 
     /// `GET /users/export`: the refresh token of a user in clear text, or with `records=true` the encrypted record.
-    pub(super) async fn export(&self, parameters: &Parameters) -> Result<Answer, Problem> {
+    pub(super) async fn export(&self, parameters: &Parameters) -> Result<AdminResponse, Problem> {
         let user = parameters.user()?;
         let unknown = || {
             Problem::new(Code::NotFound, "The user has no grant.", "See adsidecar users list, or the status endpoint.")
@@ -151,12 +151,17 @@ impl Admin {
             loaded => loaded.map_err(store_failed)?.ok_or_else(unknown)?,
         };
         tracing::warn!(%user, "an operator exported the refresh token in clear text");
-        let mut answer = Response::new(bytes(format!("{}\n", grant.refresh_token.secret().expose())));
-        answer.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
-        Ok(answer)
+        let mut response = Response::new(bytes(format!("{}\n", grant.refresh_token.secret().expose())));
+        response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
+        Ok(response)
     }
 
-    async fn take_records(&self, parameters: &Parameters, verify: bool, body: Incoming) -> Result<Answer, Problem> {
+    async fn take_records(
+        &self,
+        parameters: &Parameters,
+        verify: bool,
+        body: Incoming,
+    ) -> Result<AdminResponse, Problem> {
         let (replace, dry_run) = (parameters.flag("replace")?, parameters.flag("dry_run")?);
         let mut outcome = Outcome::default();
         let mut entries = entries(body);
@@ -248,12 +253,12 @@ async fn write_dump(store: TokenStore, pages: mpsc::Sender<io::Result<Bytes>>) {
     }
 }
 
-fn json(value: &impl Serialize) -> Answer {
+fn json(value: &impl Serialize) -> AdminResponse {
     let text = serde_json::to_string(value).unwrap_or_default() + "\n";
-    let mut answer = Response::new(bytes(text));
-    *answer.status_mut() = StatusCode::OK;
-    answer.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
-    answer
+    let mut response = Response::new(bytes(text));
+    *response.status_mut() = StatusCode::OK;
+    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    response
 }
 
 fn bad(detail: String, next_step: String) -> Problem {

@@ -137,25 +137,25 @@ impl Reloader {
 /// Returns the current number of open connections.
 pub(crate) type Count = Box<dyn Fn() -> usize + Send + Sync>;
 
-type Answer = Response<Body>;
+type AdminResponse = Response<Body>;
 
 /// The body of a response of the admin listener: in memory, or streamed.
 pub type Body = UnsyncBoxBody<Bytes, std::io::Error>;
 
 impl Admin {
     /// Serves a request on the admin listener. Always returns a response.
-    pub async fn serve(&self, request: Request<Incoming>, peer: Peer) -> Answer {
+    pub async fn serve(&self, request: Request<Incoming>, peer: Peer) -> AdminResponse {
         let (parts, body) = request.into_parts();
-        let answer = self.answer(&parts, body, peer).await;
+        let served = self.dispatch(&parts, body, peer).await;
         let id = self.request_ids.of(&parts.headers);
-        let mut answer =
-            answer.unwrap_or_else(|problem| problem.respond(id.to_str().unwrap_or_default()).map(bytes_of));
-        answer.headers_mut().insert(REQUEST_ID, id);
-        answer.headers_mut().insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
-        answer
+        let mut response =
+            served.unwrap_or_else(|problem| problem.respond(id.to_str().unwrap_or_default()).map(bytes_of));
+        response.headers_mut().insert(REQUEST_ID, id);
+        response.headers_mut().insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
+        response
     }
 
-    async fn answer(&self, parts: &Parts, body: Incoming, peer: Peer) -> Result<Answer, Problem> {
+    async fn dispatch(&self, parts: &Parts, body: Incoming, peer: Peer) -> Result<AdminResponse, Problem> {
         // A HEAD is a GET whose body the server leaves out (RFC 9110, section 9.3.2).
         let method = if parts.method == Method::HEAD { &Method::GET } else { &parts.method };
         let path = parts.uri.path();
@@ -178,8 +178,8 @@ impl Admin {
             ("/livez", &Method::GET) => Ok(say(StatusCode::OK, "alive\n")),
             ("/readyz", &Method::GET) => Ok(self.ready()),
             ("/startupz", &Method::GET) => Ok(self.started()),
-            ("/metrics", &Method::GET) => self.metrics(),
-            ("/", &Method::GET) => Ok(self.page(&parts.headers)),
+            ("/metrics", &Method::GET) => self.metrics().await,
+            ("/", &Method::GET) => Ok(self.page(&parts.headers).await),
             ("/quitquitquit", &Method::POST) => {
                 self.quit.cancel();
                 Ok(say(StatusCode::OK, "draining\n"))
@@ -195,7 +195,7 @@ impl Admin {
                 Ok(say(StatusCode::OK, self.log.as_ref().map_or("off", |log| log.level().as_str())))
             }
             ("/log", &Method::PUT) => self.set_level(body).await,
-            ("/rotate", &Method::GET) => Ok(self.rotation()),
+            ("/rotate", &Method::GET) => Ok(self.rotation().await),
             ("/rotate", &Method::POST) => self.rotate(parts.uri.query().unwrap_or_default()).await,
             ("/dump", &Method::GET) => Ok(self.dump()),
             ("/restore", &Method::POST) => self.restore(&Parameters::read(parts.uri.query()), body).await,
@@ -215,7 +215,7 @@ impl Admin {
         }
     }
 
-    fn started(&self) -> Answer {
+    fn started(&self) -> AdminResponse {
         match *self.stage.borrow() {
             Stage::Starting => say(StatusCode::SERVICE_UNAVAILABLE, "starting\n"),
             Stage::Serving | Stage::Draining => say(StatusCode::OK, "started\n"),
@@ -223,28 +223,37 @@ impl Admin {
     }
 
     /// Ready while the listeners serve, the store works and no shutdown was requested. Neither Amazon nor a missing
-    /// login makes a pod unready.
-    fn ready(&self) -> Answer {
+    /// login makes a pod unready, and nor does a shared store that fails: all pods lose it at once, and each still serves
+    /// from memory.
+    fn ready(&self) -> AdminResponse {
         match *self.stage.borrow() {
             Stage::Starting => say(StatusCode::SERVICE_UNAVAILABLE, "starting\n"),
             Stage::Draining => say(StatusCode::SERVICE_UNAVAILABLE, "draining\n"),
+            Stage::Serving if self.store.shared().is_some() && self.tokens.is_degraded() => {
+                say(StatusCode::OK, "ready, but degraded: valid tokens are used from memory, and none is refreshed\n")
+            }
             Stage::Serving if !self.tokens.stored() => say(StatusCode::SERVICE_UNAVAILABLE, "store unavailable\n"),
             Stage::Serving => say(StatusCode::OK, "ready\n"),
         }
     }
 
-    fn metrics(&self) -> Result<Answer, Problem> {
+    async fn metrics(&self) -> Result<AdminResponse, Problem> {
         for (listener, count) in self.connections.iter() {
             self.metrics.connections.with_label_values(&[listener]).set(i64::try_from(count()).unwrap_or(i64::MAX));
         }
         self.metrics.store_up.set(i64::from(self.tokens.stored()));
+        self.metrics.store_lag.set(self.tokens.store_lag().as_secs_f64());
+        self.metrics.store_cached_users.set(i64::try_from(self.tokens.held_users()).unwrap_or(i64::MAX));
+        // If this fails, the last count is shown.
+        let _ = self.store.count_records().await;
         let store = self.store.health();
         let records = store.records.iter().map(|(sealed, count)| (sealed.to_string(), *count));
         self.metrics.set_store_contents(records, store.unreadable(), store.recoveries);
         if let Some(log) = &self.log {
             self.metrics.log_lines(log.dropped());
         }
-        let page = self.metrics.page(|| self.tokens.health()).map_err(|error| {
+        let users = self.tokens.health().await;
+        let page = self.metrics.page(|| users).map_err(|error| {
             tracing::error!(%error, "the metrics cannot be rendered");
             Problem::new(
                 Code::Internal,
@@ -252,12 +261,14 @@ impl Admin {
                 "See the log for the reason, and report it.",
             )
         })?;
-        let mut answer = Response::new(bytes(page));
-        answer.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8"));
-        Ok(answer)
+        let mut response = Response::new(bytes(page));
+        response
+            .headers_mut()
+            .insert(CONTENT_TYPE, HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8"));
+        Ok(response)
     }
 
-    async fn set_level(&self, body: Incoming) -> Result<Answer, Problem> {
+    async fn set_level(&self, body: Incoming) -> Result<AdminResponse, Problem> {
         let bad = || {
             Problem::new(Code::BadRequest, "The body is not a log level.", "Send error, warn, info, debug or trace.")
         };
@@ -271,7 +282,7 @@ impl Admin {
     }
 
     /// Starts a rotation for `adsidecar key rotate`, whose first key must be the first one of this process.
-    async fn rotate(&self, query: &str) -> Result<Answer, Problem> {
+    async fn rotate(&self, query: &str) -> Result<AdminResponse, Problem> {
         let Some(key) = query.strip_prefix("key=") else {
             return Err(Problem::new(
                 Code::BadRequest,
@@ -283,11 +294,13 @@ impl Admin {
             Problem::new(Code::BadRequest, problem, "Correct that, then rotate again: the rotation continues.")
         };
         self.reloader.rotate(key.to_owned()).await.map_err(refused)?;
-        Ok(self.rotation())
+        Ok(self.rotation().await)
     }
 
     /// The progress of the rotation. The error is the store's, and holds no secret.
-    fn rotation(&self) -> Answer {
+    async fn rotation(&self) -> AdminResponse {
+        // If this fails, the last count is shown.
+        let _ = self.store.count_records().await;
         let (rotation, store) = (self.rotation.borrow().clone(), self.store.health());
         let left = store.under_other_keys(rotation.key);
         let text = serde_json::json!({
@@ -298,9 +311,9 @@ impl Admin {
             "unreadable": store.unreadable(),
             "error": rotation.error,
         });
-        let mut answer = Response::new(bytes(text.to_string()));
-        answer.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
-        answer
+        let mut response = Response::new(bytes(text.to_string()));
+        response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        response
     }
 
     fn refused(&self, refusal: Refusal) -> Problem {
@@ -348,11 +361,11 @@ fn check_input(parts: &Parts, method: &Method, body: &Incoming) -> Result<(), Pr
     Ok(())
 }
 
-fn say(status: StatusCode, text: &'static str) -> Answer {
-    let mut answer = Response::new(bytes(Bytes::from_static(text.as_bytes())));
-    *answer.status_mut() = status;
-    answer.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
-    answer
+fn say(status: StatusCode, text: &'static str) -> AdminResponse {
+    let mut response = Response::new(bytes(Bytes::from_static(text.as_bytes())));
+    *response.status_mut() = status;
+    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
+    response
 }
 
 fn other_method(allow: &'static str) -> Problem {

@@ -7,7 +7,7 @@ use http::{HeaderMap, Response};
 use jiff::Timestamp;
 use maud::{DOCTYPE, Markup, PreEscaped, html};
 
-use super::{Admin, Answer, Stage};
+use super::{Admin, AdminResponse, Stage};
 use crate::auth::tokens::Status;
 use crate::domain::account::UserId;
 use crate::domain::grant::State;
@@ -28,9 +28,10 @@ const FRAME_OPTIONS: HeaderName = HeaderName::from_static("x-frame-options");
 
 impl Admin {
     /// Renders the page, for a request with these headers.
-    pub(super) fn page(&self, headers: &HeaderMap) -> Answer {
+    pub(super) async fn page(&self, headers: &HeaderMap) -> AdminResponse {
         let now = self.clock.now();
-        let mut users = self.tokens.statuses();
+        let mut users = self.tokens.most_urgent(MAX_ROWS + 1).await;
+        users.sort_by(|a, b| a.user_id.cmp(&b.user_id));
         users.sort_by_key(|user| user.state.urgency());
         let here = self.public_url.as_ref().map_or("/", url::Url::as_str);
         let page = html! {
@@ -48,7 +49,7 @@ impl Admin {
                     (self.process())
                     (table(&users, now, self.login_base.as_deref()))
                     @if users.len() > MAX_ROWS {
-                        p { "And " (users.len() - MAX_ROWS) " more: see " code { "adsidecar users list" } "." }
+                        p { "There are more: see " code { "adsidecar users list" } "." }
                     }
                     (self.about_links(headers))
                     footer { "As of " (time(now)) ". " a href=(here) { "Refresh" } }
@@ -63,6 +64,9 @@ impl Admin {
         let (class, text) = match *self.stage.borrow() {
             Stage::Starting => ("wait", "starting"),
             Stage::Draining => ("wait", "draining: it is about to stop"),
+            Stage::Serving if self.store.shared().is_some() && self.tokens.is_degraded() => {
+                ("bad", "degraded: the database fails, valid tokens are used from memory; see the log")
+            }
             Stage::Serving if !self.tokens.stored() => ("bad", "not ready: the store fails, see the log"),
             Stage::Serving => ("ok", "ready"),
         };
@@ -165,9 +169,9 @@ fn distance(seconds: i64) -> String {
     if seconds < 0 { format!("{size} {unit} ago") } else { format!("in {size} {unit}") }
 }
 
-fn page_response(page: Markup) -> Answer {
-    let mut answer = Response::new(super::bytes(page.into_string()));
-    let headers = answer.headers_mut();
+fn page_response(page: Markup) -> AdminResponse {
+    let mut response = Response::new(super::bytes(page.into_string()));
+    let headers = response.headers_mut();
     for (name, value) in [
         (CONTENT_TYPE, "text/html; charset=utf-8"),
         (CONTENT_SECURITY_POLICY, POLICY),
@@ -177,7 +181,7 @@ fn page_response(page: Markup) -> Answer {
     ] {
         headers.insert(name, HeaderValue::from_static(value));
     }
-    answer
+    response
 }
 
 #[cfg(test)]

@@ -1,5 +1,5 @@
-//! Reads the target of a request (the host, the account prefix and the path), and decides whether one of adsidecar's own
-//! endpoints or Amazon serves it. Path and query are forwarded byte for byte; only the account prefix is removed.
+//! Reads the target of a request (the host, the account prefix and the path), and decides whether one of adsidecar's
+//! own endpoints or Amazon serves it. Path and query are forwarded byte for byte; only the account prefix is removed.
 //! (Which account, user and region a request to Amazon gets is decided later, in `route`.)
 
 #[cfg(test)]
@@ -82,7 +82,8 @@ impl Route {
         is_ours: impl Fn(&str) -> bool,
     ) -> Result<Self, BadTarget> {
         let mut target = Target::read(uri, is_ours)?;
-        // `proxy.allowed_hosts` may hold one of Amazon's hosts (a hosts file, `curl --connect-to`): it names its region.
+        // `proxy.allowed_hosts` may hold one of Amazon's hosts (a hosts file, `curl --connect-to`): it names its
+        // region.
         if target.of == Destination::Local
             && let Some(of) = host.and_then(amazon_host)
         {
@@ -91,9 +92,9 @@ impl Route {
         Ok(Self::of(method, target))
     }
 
-    /// Requests for adsidecar's own paths are never forwarded, even if they name one of Amazon's hosts or spell the path
-    /// differently. Of the paths on Amazon's hosts and below an account's prefix, adsidecar serves the token endpoint
-    /// alone.
+    /// Requests for adsidecar's own paths are never forwarded, even if they name one of Amazon's hosts or spell the
+    /// path differently. Of the paths on Amazon's hosts and below an account's prefix, adsidecar serves the token
+    /// endpoint alone.
     fn of(method: &Method, target: Target) -> Self {
         let endpoint = Endpoint::of(target.path());
         let shim = endpoint.filter(|endpoint| *endpoint == Endpoint::Shim);

@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 
 use super::query::{Query, Users};
 use super::responses::json;
-use super::{Answer, LoginError, OauthEndpoints, parameter};
+use super::{FullResponse, LoginError, OauthEndpoints, parameter};
 use crate::auth::accounts::{Filter, SyncError, UserAccounts, list};
 
 /// Most accounts in one response.
@@ -13,7 +13,7 @@ const PAGE: usize = 500;
 
 impl OauthEndpoints {
     /// A page of accounts, and how the last search ended for their users.
-    pub(super) fn accounts(&self, query: &Query, headers: &HeaderMap) -> Result<Answer, LoginError> {
+    pub(super) fn accounts(&self, query: &Query, headers: &HeaderMap) -> Result<FullResponse, LoginError> {
         let Users { after, limit } = query.page(PAGE)?;
         let filter =
             Filter {
@@ -43,7 +43,7 @@ impl OauthEndpoints {
     }
 
     /// Searches for the accounts of one user now.
-    pub(super) async fn sync_accounts(&self, query: &Query) -> Result<Answer, LoginError> {
+    pub(super) async fn sync_accounts(&self, query: &Query) -> Result<FullResponse, LoginError> {
         let user = query.user()?;
         match self.directory.sync(&user).await {
             Ok(accounts) => Ok(json(StatusCode::OK, &searched_json(&accounts))),

@@ -1,6 +1,7 @@
 //! The OAuth endpoints: `/api/auth/amazon/*`, and the token endpoint for SDKs (`token_endpoint`).
 
 mod accounts;
+mod errors;
 mod responses;
 mod pages;
 mod query;
@@ -10,7 +11,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use cookie::{Cookie, SameSite};
-use http::header::{ALLOW, HeaderMap, HeaderValue, LINK, SET_COOKIE};
+use http::header::{HeaderMap, HeaderValue, LINK, SET_COOKIE};
 use http::request::Parts;
 use http::{Method, Request, Response, StatusCode};
 use http_body_util::Full;
@@ -25,21 +26,21 @@ use crate::auth::login::{
 use crate::auth::tokens::{Status, TokenError, TokenManager};
 use crate::domain::account::{Region, UserId};
 use crate::domain::clock::to_the_millisecond;
-use crate::domain::grant::STORE_UNAVAILABLE;
 use crate::domain::headers::ERROR;
 use crate::domain::secret::Secret;
-use crate::inbound::admission::{Admission, Admitted, Refusal, is_loopback, without_port};
-use crate::inbound::destination::{CALLBACK, Endpoint, LOGIN};
-use crate::inbound::problem::{Code, Problem};
+use crate::inbound::admission::{Admission, Admitted, is_loopback, without_port};
+use crate::inbound::destination::{Endpoint, LOGIN};
+use crate::inbound::problem::Problem;
 use crate::inbound::request_id::{REQUEST_ID, RequestIds};
 use crate::server::Peer;
-use crate::store::StoreError;
 use crate::telemetry::metrics::Metrics;
+use errors::parameter;
+pub use errors::{LoginError, token_problem};
 use query::{Query, Users};
 pub use responses::add_private_headers;
 use responses::{allow_origin, cookie_of, is_prefetch, json, prefers_html, preflight, redirect};
 
-type Answer = Response<Full<Bytes>>;
+type FullResponse = Response<Full<Bytes>>;
 
 /// Amazon's page where a user removes an app: LWA has no revocation endpoint.
 const AMAZONS_APPS_PAGE: &str =
@@ -67,91 +68,54 @@ pub struct OauthEndpoints {
     pub(crate) request_ids: Arc<RequestIds>,
 }
 
-/// Why an endpoint responds with an error.
-#[derive(Debug)]
-pub enum LoginError {
-    /// The caller token is missing or wrong.
-    Refused(Refusal),
-    /// No such endpoint; holds the path that was probably meant.
-    NotFound(Option<String>),
-    /// A client looks for an authorization server; holds the user whose login it probably needs.
-    Discovery(UserId),
-    /// A login's code and state at another path than the callback's, which it holds.
-    StrayCallback(String),
-    /// The endpoint has other methods.
-    Method(&'static str),
-    /// A parameter is invalid; holds the sentence for the caller.
-    Parameter(String),
-    /// The user has no grant, or its access token could not be refreshed.
-    NoToken(TokenError, UserId),
-    /// A forced refresh failed; with the user's status.
-    NotRefreshed(TokenError, serde_json::Value),
-    /// Too many logins began just now; says after what time there is room.
-    TooMany(std::time::Duration),
-    /// The store failed.
-    Store(StoreError),
-    /// No region answered when accounts were looked for; holds the reasons.
-    NoRegion(String),
-    /// The grant belongs to a different Amazon identity than the user's current one.
-    Identity,
-    /// The state or the pending grant is unknown or has expired; holds the sentence for the caller.
-    State(&'static str),
-}
-
-impl From<Refusal> for LoginError {
-    fn from(refusal: Refusal) -> Self {
-        Self::Refused(refusal)
-    }
-}
-
 impl OauthEndpoints {
     /// Serves a request on the login listener. Always returns a response.
-    pub async fn serve_callback(&self, request: Request<Incoming>, peer: Peer) -> Answer {
+    pub async fn serve_callback(&self, request: Request<Incoming>, peer: Peer) -> FullResponse {
         let (parts, body) = request.into_parts();
         let id = self.request_ids.of(&parts.headers);
         let request_id = id.to_str().unwrap_or_default();
-        let mut answer = match self.admission.login(&parts, peer) {
+        let mut response = match self.admission.login(&parts, peer) {
             Ok(Admitted::Own { endpoint, cors }) => {
-                Box::pin(self.answer(endpoint, cors, &parts, body, request_id)).await
+                Box::pin(self.serve(endpoint, cors, &parts, body, request_id)).await
             }
             Ok(Admitted::Upstream(_) | Admitted::Tunnel) => {
                 LoginError::NotFound(None).problem(|_| String::new()).respond(request_id)
             }
             Err(rejected) => Problem::from(rejected.refusal).respond(request_id),
         };
-        add_private_headers(answer.headers_mut());
-        answer.headers_mut().insert(REQUEST_ID, id);
-        answer
+        add_private_headers(response.headers_mut());
+        response.headers_mut().insert(REQUEST_ID, id);
+        response
     }
 
     /// Serves an admitted request to `endpoint`. Always returns a response. If `cors` is an origin, its pages may read
     /// the response, even if it reports an error.
-    pub async fn answer(
+    pub async fn serve(
         &self,
         endpoint: Endpoint,
         cors: Option<HeaderValue>,
         parts: &Parts,
         body: Incoming,
         request_id: &str,
-    ) -> Answer {
-        let answered = match (&parts.method, &cors) {
+    ) -> FullResponse {
+        let served = match (&parts.method, &cors) {
             (&Method::OPTIONS, Some(_)) if endpoint != Endpoint::Unknown => Ok(preflight()),
             _ => self.endpoint(endpoint, parts, body).await,
         };
-        let mut answer = answered.unwrap_or_else(|error| {
+        let mut response = served.unwrap_or_else(|error| {
             if let LoginError::Refused(refusal) = &error {
                 self.metrics.guard_denied.with_label_values(&[refusal.reason()]).inc();
             }
             error.problem(|user| self.login_step(&parts.headers, user)).respond(request_id)
         });
         if let Some(origin) = cors {
-            allow_origin(answer.headers_mut(), origin);
+            allow_origin(response.headers_mut(), origin);
         }
-        add_private_headers(answer.headers_mut());
-        answer
+        add_private_headers(response.headers_mut());
+        response
     }
 
-    async fn endpoint(&self, endpoint: Endpoint, parts: &Parts, body: Incoming) -> Result<Answer, LoginError> {
+    async fn endpoint(&self, endpoint: Endpoint, parts: &Parts, body: Incoming) -> Result<FullResponse, LoginError> {
         match endpoint {
             Endpoint::Shim if !self.token_shim => return Err(LoginError::NotFound(None)),
             Endpoint::Unknown => return Err(LoginError::NotFound(Endpoint::meant(parts.uri.path()))),
@@ -164,7 +128,7 @@ impl OauthEndpoints {
             return Err(LoginError::Method(endpoint.allow()));
         }
         if endpoint == Endpoint::Shim {
-            return token_endpoint::answer(&self.admission, parts, body).await;
+            return token_endpoint::serve(&self.admission, parts, body).await;
         }
         let query = Query::read(endpoint, parts, body).await?;
         match endpoint {
@@ -184,7 +148,7 @@ impl OauthEndpoints {
         }
     }
 
-    async fn begin(&self, query: &Query, parts: &Parts) -> Result<Answer, LoginError> {
+    async fn begin(&self, query: &Query, parts: &Parts) -> Result<FullResponse, LoginError> {
         let headers = &parts.headers;
         let region = match query.get("region") {
             Some(region) => region.parse().map_err(|_| parameter("region", "na, eu or fe"))?,
@@ -197,17 +161,17 @@ impl OauthEndpoints {
         let replace = query.flag("replace")?;
         let navigation = headers.get("sec-fetch-mode").is_some_and(|mode| mode == "navigate") || prefers_html(headers);
         let by_browser = navigation || headers.contains_key(http::header::ORIGIN);
-        let wish = LoginRequest { user: query.user()?, region, return_to, replace, by_browser };
+        let request = LoginRequest { user: query.user()?, region, return_to, replace, by_browser };
         // Every parameter has been checked by now.
         if navigation && let Some(url) = self.at_redirect_origin(parts) {
             return Ok(redirect(&url));
         }
-        let begin = self.login.begin(wish).await.map_err(|error| match error {
+        let begin = self.login.begin(request).await.map_err(|error| match error {
             BeginError::Page(_) => parameter("region", "one whose consent page is a URL"),
             BeginError::TooMany(wait) => LoginError::TooMany(wait),
             BeginError::Store(error) => LoginError::Store(error),
         })?;
-        let mut answer = if query.flag("redirect")? || navigation {
+        let mut response = if query.flag("redirect")? || navigation {
             redirect(begin.auth_url.as_str())
         } else {
             json(StatusCode::OK, &json!({ "auth_url": begin.auth_url.as_str(), "state": begin.state.expose() }))
@@ -219,9 +183,9 @@ impl OauthEndpoints {
                 .secure(self.login.secure_cookies())
                 .path(self.login.callback_path().to_owned())
                 .max_age(cookie::time::Duration::seconds(TEN_MINUTES.as_secs() as i64));
-            answer.headers_mut().extend(HeaderValue::from_str(&cookie.to_string()).map(|value| (SET_COOKIE, value)));
+            response.headers_mut().extend(HeaderValue::from_str(&cookie.to_string()).map(|value| (SET_COOKIE, value)));
         }
-        Ok(answer)
+        Ok(response)
     }
 
     /// The same URL at the origin of `amazon.redirect_uri`, for a browser that uses another name of this machine: it
@@ -233,30 +197,30 @@ impl OauthEndpoints {
         elsewhere.then(|| origin.join(parts.uri.path_and_query()?.as_str()).ok()).flatten().map(String::from)
     }
 
-    async fn callback(&self, query: &Query, headers: &HeaderMap) -> Result<Answer, LoginError> {
+    async fn callback(&self, query: &Query, headers: &HeaderMap) -> Result<FullResponse, LoginError> {
         if is_prefetch(headers) {
             let mut nothing = Response::new(Full::default());
             *nothing.status_mut() = StatusCode::NO_CONTENT;
             return Ok(nothing);
         }
-        let (ended, return_to) = match callback(query)? {
+        let (outcome, return_to) = match callback(query)? {
             Some(callback) => self.login.finish(callback, |name| cookie_of(headers, name)).await,
             None => (Err(LoginFailure::State), None),
         };
-        match &ended {
+        match &outcome {
             Ok(LoginOutcome::Stored(status)) => self.directory.sync_soon(&status.user_id),
             Ok(LoginOutcome::Pending(_)) => {}
-            Err(trouble) => {
-                tracing::info!(code = trouble.code(), reason = pages::say(trouble), "a login ended without a grant");
+            Err(failure) => {
+                tracing::info!(code = failure.code(), reason = pages::say(failure), "a login ended without a grant");
             }
         }
         if self.login.frontend_url().is_some() {
-            return Ok(redirect(self.back_to_frontend(&ended, return_to.as_deref()).as_str()));
+            return Ok(redirect(self.back_to_frontend(&outcome, return_to.as_deref()).as_str()));
         }
         if prefers_html(headers) {
-            return Ok(pages::result(&ended));
+            return Ok(pages::result(&outcome));
         }
-        Ok(match ended {
+        Ok(match outcome {
             Ok(LoginOutcome::Stored(status)) => json(
                 StatusCode::OK,
                 &json!({ "status": "success", "user_id": status.user_id, "expires_at": status.expires_at.map(to_the_millisecond) }),
@@ -268,32 +232,32 @@ impl OauthEndpoints {
                 return Err(LoginError::State(pages::say(&failure)));
             }
             Err(LoginFailure::Identity) => return Err(LoginError::Identity),
-            Err(trouble) => {
-                let mut answer = json(pages::status(&trouble), &pages::document(&trouble));
-                answer.headers_mut().insert(ERROR, HeaderValue::from_static(trouble.code()));
-                answer
+            Err(failure) => {
+                let mut response = json(pages::status(&failure), &pages::document(&failure));
+                response.headers_mut().insert(ERROR, HeaderValue::from_static(failure.code()));
+                response
             }
         })
     }
 
-    fn back_to_frontend(&self, ended: &Result<LoginOutcome, LoginFailure>, return_to: Option<&str>) -> String {
+    fn back_to_frontend(&self, outcome: &Result<LoginOutcome, LoginFailure>, return_to: Option<&str>) -> String {
         let url = return_to.and_then(|path| self.login.return_url(path));
         let Some(mut url) = url.or_else(|| self.login.frontend_url().cloned()) else { return String::new() };
-        match ended {
+        match outcome {
             Ok(LoginOutcome::Stored(status)) => {
                 url.query_pairs_mut().append_pair("status", "success").append_pair("user_id", status.user_id.as_str());
             }
             Ok(LoginOutcome::Pending(grant)) => {
                 url.query_pairs_mut().append_pair("status", "pending").append_pair("grant", grant.expose());
             }
-            Err(trouble) => {
-                url.query_pairs_mut().append_pair("status", "error").append_pair("error", trouble.code());
+            Err(failure) => {
+                url.query_pairs_mut().append_pair("status", "error").append_pair("error", failure.code());
             }
         }
         url.into()
     }
 
-    async fn status(&self, query: &Query, headers: &HeaderMap) -> Result<Answer, LoginError> {
+    async fn status(&self, query: &Query, headers: &HeaderMap) -> Result<FullResponse, LoginError> {
         if let Some(state) = query.get("state") {
             if ["user_id", "after", "limit"].into_iter().any(|name| query.get(name).is_some()) {
                 return Err(LoginError::Parameter("state stands alone: it names one login.".to_owned()));
@@ -303,19 +267,19 @@ impl OauthEndpoints {
         if query.get("user_id").is_some() {
             let user = query.user()?;
             // If the shared store fails, the response shows what this process knows.
-            let _ = self.tokens.look(&user).await;
+            let _ = Box::pin(self.tokens.look(&user)).await;
             let status = self.tokens.status(&user);
             return Ok(json(StatusCode::OK, &self.with_link(status, headers)));
         }
         let Users { after, limit } = query.page(PAGE)?;
-        let statuses = self.tokens.statuses().into_iter().filter(|status| status.user_id.as_str() > after.as_str());
-        let users: Vec<_> = statuses.take(limit).map(|status| self.with_link(status, headers)).collect();
+        let statuses = Box::pin(self.tokens.statuses(after.as_str(), limit)).await;
+        let users: Vec<_> = statuses.into_iter().map(|status| self.with_link(status, headers)).collect();
         Ok(json(StatusCode::OK, &json!({ "users": users })))
     }
 
     /// How a login stands, for the program that started it and so knows its state. Neither the user nor a pending grant
     /// is named: a browser knows the state too.
-    async fn login_progress(&self, state: &str) -> Result<Answer, LoginError> {
+    async fn login_progress(&self, state: &str) -> Result<FullResponse, LoginError> {
         let (login, error) = match self.login.progress(state).await.map_err(LoginError::Store)? {
             Progress::Waiting => ("waiting", None),
             Progress::Ended(Ok(LoginOutcome::Stored(_))) => ("success", None),
@@ -326,7 +290,7 @@ impl OauthEndpoints {
         Ok(json(StatusCode::OK, &json!({ "login": login, "error": error })))
     }
 
-    async fn refresh(&self, query: &Query, headers: &HeaderMap) -> Result<Answer, LoginError> {
+    async fn refresh(&self, query: &Query, headers: &HeaderMap) -> Result<FullResponse, LoginError> {
         let user = query.user()?;
         match self.tokens.refresh(&user).await {
             Ok(status) => Ok(json(StatusCode::OK, &self.with_link(status, headers))),
@@ -338,16 +302,16 @@ impl OauthEndpoints {
         }
     }
 
-    async fn logout(&self, user: &UserId) -> Result<Answer, LoginError> {
+    async fn logout(&self, user: &UserId) -> Result<FullResponse, LoginError> {
         self.login.forget(user).await.map_err(LoginError::Store)?;
         self.directory.forget(user);
-        let mut answer = Response::new(Full::default());
-        *answer.status_mut() = StatusCode::NO_CONTENT;
-        answer.headers_mut().insert(LINK, HeaderValue::from_static(AMAZONS_APPS_PAGE));
-        Ok(answer)
+        let mut response = Response::new(Full::default());
+        *response.status_mut() = StatusCode::NO_CONTENT;
+        response.headers_mut().insert(LINK, HeaderValue::from_static(AMAZONS_APPS_PAGE));
+        Ok(response)
     }
 
-    async fn confirm(&self, query: &Query, headers: &HeaderMap) -> Result<Answer, LoginError> {
+    async fn confirm(&self, query: &Query, headers: &HeaderMap) -> Result<FullResponse, LoginError> {
         let id = query.get("grant").ok_or_else(|| parameter("grant", "the id that the frontend was sent"))?;
         let confirmed = self.login.confirm(id).await.map_err(LoginError::Store)?;
         let confirmed = confirmed.ok_or(LoginError::State(NO_PENDING_GRANT))?;
@@ -356,7 +320,7 @@ impl OauthEndpoints {
     }
 
     /// What `GET /` says: a person or a health check looks at what listens here.
-    fn root(&self, headers: &HeaderMap) -> Answer {
+    fn root(&self, headers: &HeaderMap) -> FullResponse {
         let login_url = self.login_url(headers, &self.default_user);
         if prefers_html(headers) {
             // With a caller token a browser cannot follow a link.
@@ -419,97 +383,6 @@ impl OauthEndpoints {
     }
 }
 
-impl LoginError {
-    /// The response for the caller. `login_step` says how a user logs in.
-    pub fn problem(self, login_step: impl Fn(&UserId) -> String) -> Problem {
-        match self {
-            Self::Refused(refusal) => refusal.into(),
-            Self::NotFound(meant) => Problem::new(
-                Code::NotFound,
-                "adsidecar does not send this path to Amazon, and has no endpoint there.",
-                meant.map_or_else(
-                    || "See the endpoints in config/README.md.".to_owned(),
-                    |path| format!("Did you mean {path}? See the endpoints in config/README.md."),
-                ),
-            ),
-            Self::Discovery(user) => Problem::new(
-                Code::NotFound,
-                "No client registers or authorizes itself here: adsidecar does the OAuth with Amazon.",
-                format!("If Amazon's login is missing: {} Then call again, without OAuth.", login_step(&user)),
-            ),
-            Self::StrayCallback(path) => Problem::new(
-                Code::NotFound,
-                "A login came back at a path that is not adsidecar's callback; its code was not sent anywhere.",
-                format!(
-                    "Set amazon.redirect_uri, and the allowed return URL at Amazon, to a URL with the path {CALLBACK} \
-                     (configured is {path})."
-                ),
-            ),
-            Self::Method(allow) => {
-                Problem::new(Code::MethodNotAllowed, "The endpoint does not have this method.", format!("Use {allow}."))
-                    .header(ALLOW, HeaderValue::from_static(allow))
-            }
-            Self::Parameter(detail) => Problem::new(Code::BadRequest, detail, "Send the parameter as described."),
-            Self::NoToken(error, user) => token_problem(error, login_step(&user)),
-            Self::NotRefreshed(error, status) => token_problem(error, String::new()).member("user", status),
-            Self::TooMany(wait) => Problem::new(
-                Code::Throttled,
-                "Too many logins began just now, and were not finished.",
-                "Start one login per person, and try again after the time in Retry-After.",
-            )
-            .retry_after(wait),
-            Self::Store(_) => Problem::new(
-                Code::StoreUnavailable,
-                "The store rejected the change.",
-                "Try again; if it persists, check adsidecar's log, and the volume of store.path or PostgreSQL.",
-            )
-            .retry_after(std::time::Duration::from_secs(1)),
-            Self::NoRegion(failures) => Problem::new(
-                Code::UpstreamUnreachable,
-                format!("No region of the Amazon Ads API listed profiles ({failures}). What was found before is kept."),
-                "Try again later; adsidecar doctor names the cause.",
-            ),
-            Self::Identity => Problem::new(
-                Code::IdentityChanged,
-                pages::say(&LoginFailure::Identity),
-                "Sign in as the same Amazon user, or start the login with replace=true.",
-            ),
-            Self::State(detail) => Problem::new(Code::StateInvalid, detail, "Start the login again."),
-        }
-    }
-}
-
-/// The response for a caller whose user has no valid access token.
-pub fn token_problem(error: TokenError, login_step: String) -> Problem {
-    match error {
-        TokenError::LoginRequired { reason } => {
-            let detail = match reason {
-                "no_grant" => "The user has no Amazon grant here.".to_owned(),
-                reason => format!("Login with Amazon rejected the user's grant ({reason})."),
-            };
-            Problem::new(Code::LoginRequired, detail, login_step)
-                .header(http::header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer realm=\"adsidecar\""))
-        }
-        TokenError::Unavailable { code: STORE_UNAVAILABLE, retry_after, .. } => Problem::new(
-            Code::StoreUnavailable,
-            "The shared store does not respond, and without it no access token is refreshed.",
-            "Try again after the time in Retry-After; if it persists, check adsidecar's log and PostgreSQL.",
-        )
-        .retry_after(retry_after),
-        TokenError::Unavailable { code, remedy, detail, retry_after } => {
-            let next_step = match remedy {
-                crate::domain::grant::Remedy::Time => "Try again after the time in Retry-After.",
-                crate::domain::grant::Remedy::Operator => {
-                    "Login with Amazon rejects this client: check amazon.client_id and amazon.client_secret."
-                }
-            };
-            let cause = detail.map(|detail| format!(": {detail}")).unwrap_or_default();
-            let detail = format!("The access token could not be refreshed ({code}{cause}).");
-            Problem::new(Code::TokenUnavailable, detail, next_step).retry_after(retry_after)
-        }
-    }
-}
-
 /// Reads the parameters of a callback's query; `None` if Amazon never sends them like this.
 ///
 /// # Errors
@@ -519,15 +392,11 @@ pub fn read_callback(query: &str) -> Result<Option<Callback>, LoginError> {
 }
 
 fn callback(query: &Query) -> Result<Option<Callback>, LoginError> {
-    let answer = match (query.get("code"), query.get("error")) {
+    let result = match (query.get("code"), query.get("error")) {
         (Some(code), None) => Ok(Secret::new(code)),
         (None, Some(error)) => Err(error.to_owned()),
         _ => return Ok(None),
     };
     let state = query.get("state").map(Secret::new);
-    Ok(state.map(|state| Callback { state, answer, scope: query.get("scope").map(str::to_owned) }))
-}
-
-fn parameter(name: &str, legal: &str) -> LoginError {
-    LoginError::Parameter(format!("{name} must be {legal}."))
+    Ok(state.map(|state| Callback { state, result, scope: query.get("scope").map(str::to_owned) }))
 }

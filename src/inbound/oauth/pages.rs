@@ -7,7 +7,7 @@ use http_body_util::Full;
 use maud::{DOCTYPE, Markup, html};
 use serde_json::{Value, json};
 
-use super::Answer;
+use super::FullResponse;
 use crate::auth::login::{LoginFailure, LoginOutcome};
 use crate::domain::headers::ERROR;
 
@@ -17,8 +17,8 @@ const STYLE: &str =
     "body{font:16px/1.5 system-ui,sans-serif;max-width:34rem;margin:15vh auto;padding:0 1rem}h1{font-size:1.4rem}";
 
 /// The page with the result of a login. It contains nothing of the query except the checked user id.
-pub(super) fn result(ended: &Result<LoginOutcome, LoginFailure>) -> Answer {
-    let (title, text) = match ended {
+pub(super) fn result(outcome: &Result<LoginOutcome, LoginFailure>) -> FullResponse {
+    let (title, text) = match outcome {
         Ok(LoginOutcome::Stored(status)) => (
             "Connected to Amazon Ads",
             format!("The grant of user {} is stored. You can close this page.", status.user_id),
@@ -26,18 +26,18 @@ pub(super) fn result(ended: &Result<LoginOutcome, LoginFailure>) -> Answer {
         Ok(LoginOutcome::Pending(_)) => {
             ("Almost there", "The app has to confirm the grant. You can close this page.".to_owned())
         }
-        Err(trouble) => ("Not connected", say(trouble).to_owned()),
+        Err(failure) => ("Not connected", say(failure).to_owned()),
     };
-    let mut answer = page(title, html! { p { (text) } });
-    if let Err(trouble) = ended {
-        answer.headers_mut().insert(ERROR, HeaderValue::from_static(trouble.code()));
-        *answer.status_mut() = status(trouble);
+    let mut response = page(title, html! { p { (text) } });
+    if let Err(failure) = outcome {
+        response.headers_mut().insert(ERROR, HeaderValue::from_static(failure.code()));
+        *response.status_mut() = status(failure);
     }
-    answer
+    response
 }
 
 /// What a person sees who opens the proxy listener's address.
-pub(super) fn root(login_url: Option<&str>) -> Answer {
+pub(super) fn root(login_url: Option<&str>) -> FullResponse {
     page(
         "adsidecar",
         html! {
@@ -51,7 +51,7 @@ pub(super) fn root(login_url: Option<&str>) -> Answer {
     )
 }
 
-fn page(title: &str, content: Markup) -> Answer {
+fn page(title: &str, content: Markup) -> FullResponse {
     let page = html! {
         (DOCTYPE)
         html lang="en" {
@@ -59,21 +59,21 @@ fn page(title: &str, content: Markup) -> Answer {
             body { h1 { (title) } (content) }
         }
     };
-    let mut answer: Answer = Response::new(Full::new(Bytes::from(page.into_string())));
-    let headers = answer.headers_mut();
+    let mut response: FullResponse = Response::new(Full::new(Bytes::from(page.into_string())));
+    let headers = response.headers_mut();
     headers.insert(CONTENT_TYPE, HeaderValue::from_static("text/html; charset=utf-8"));
     headers.insert(CONTENT_SECURITY_POLICY, HeaderValue::from_static(POLICY));
-    answer
+    response
 }
 
 /// The same result for a program, as JSON.
-pub(super) fn document(trouble: &LoginFailure) -> Value {
-    json!({ "status": "error", "error": trouble.code(), "code": trouble.code(), "detail": say(trouble) })
+pub(super) fn document(failure: &LoginFailure) -> Value {
+    json!({ "status": "error", "error": failure.code(), "code": failure.code(), "detail": say(failure) })
 }
 
 /// The status of a failed login.
-pub(super) fn status(trouble: &LoginFailure) -> StatusCode {
-    match trouble {
+pub(super) fn status(failure: &LoginFailure) -> StatusCode {
+    match failure {
         LoginFailure::Amazon(_) | LoginFailure::State | LoginFailure::Completed => StatusCode::BAD_REQUEST,
         LoginFailure::Identity => StatusCode::CONFLICT,
         LoginFailure::Exchange => StatusCode::BAD_GATEWAY,
@@ -81,21 +81,21 @@ pub(super) fn status(trouble: &LoginFailure) -> StatusCode {
 }
 
 /// The failure in a sentence for a person, with the remedy.
-pub(super) fn say(trouble: &LoginFailure) -> &'static str {
-    match trouble {
+pub(super) fn say(failure: &LoginFailure) -> &'static str {
+    match failure {
         LoginFailure::Amazon("access_denied") => "Consent was not given. Start the login again to change that.",
         LoginFailure::Amazon("invalid_scope") => {
             "Amazon rejects the scope for this client: the app may not be approved for the Amazon Ads API yet."
         }
         LoginFailure::Amazon(_) => "Amazon could not finish the login. Start it again in a moment.",
         LoginFailure::State => {
-            "This login has expired, was started in another browser, or its cookie is missing. Start it again; a page that \
-             starts it with fetch() needs `credentials: \"include\"`."
+            "This login has expired, was started in another browser, or its cookie is missing. Start it again; a page \
+             that starts it with fetch() needs `credentials: \"include\"`."
         }
         LoginFailure::Completed => "This login was completed already.",
         LoginFailure::Identity => {
-            "You signed in as another Amazon user than before: none of the profiles is the same. Your earlier connection is \
-             unchanged."
+            "You signed in as another Amazon user than before: none of the profiles is the same. Your earlier \
+             connection is unchanged."
         }
         LoginFailure::Exchange => {
             "Amazon did not exchange the code for tokens. Start the login again; the log says why."

@@ -10,7 +10,7 @@ use http::{Response, StatusCode};
 use http_body_util::Full;
 use serde::Serialize;
 
-use super::Answer;
+use super::FullResponse;
 
 /// Whether the caller prefers HTML to JSON: `Accept` lists `text/html` before any `application/json` or `*/*`.
 pub(super) fn prefers_html(headers: &HeaderMap) -> bool {
@@ -34,28 +34,28 @@ pub(super) fn cookie_of(headers: &HeaderMap, name: &str) -> Option<String> {
     cookies.find(|cookie| cookie.name() == name).map(|cookie| cookie.value().to_owned())
 }
 
-pub(super) fn json(status: StatusCode, value: &impl Serialize) -> Answer {
-    let mut answer = Response::new(Full::new(serde_json::to_vec(value).unwrap_or_default().into()));
-    *answer.status_mut() = status;
-    answer.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
-    answer
+pub(super) fn json(status: StatusCode, value: &impl Serialize) -> FullResponse {
+    let mut response = Response::new(Full::new(serde_json::to_vec(value).unwrap_or_default().into()));
+    *response.status_mut() = status;
+    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    response
 }
 
-pub(super) fn redirect(location: &str) -> Answer {
-    let mut answer = Response::new(Full::default());
-    *answer.status_mut() = StatusCode::FOUND;
-    answer.headers_mut().extend(HeaderValue::from_str(location).map(|location| (LOCATION, location)));
-    answer
+pub(super) fn redirect(location: &str) -> FullResponse {
+    let mut response = Response::new(Full::default());
+    *response.status_mut() = StatusCode::FOUND;
+    response.headers_mut().extend(HeaderValue::from_str(location).map(|location| (LOCATION, location)));
+    response
 }
 
-pub(super) fn preflight() -> Answer {
-    let mut answer = Response::new(Full::default());
-    *answer.status_mut() = StatusCode::NO_CONTENT;
-    let headers = answer.headers_mut();
+pub(super) fn preflight() -> FullResponse {
+    let mut response = Response::new(Full::default());
+    *response.status_mut() = StatusCode::NO_CONTENT;
+    let headers = response.headers_mut();
     headers.insert(ACCESS_CONTROL_ALLOW_METHODS, HeaderValue::from_static("GET, POST, DELETE"));
     headers.insert(ACCESS_CONTROL_ALLOW_HEADERS, HeaderValue::from_static("accept, content-type, x-request-id"));
     headers.insert(ACCESS_CONTROL_MAX_AGE, HeaderValue::from_static("600"));
-    answer
+    response
 }
 
 pub(super) fn allow_origin(headers: &mut HeaderMap, origin: HeaderValue) {

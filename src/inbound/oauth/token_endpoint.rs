@@ -10,7 +10,7 @@ use hyper::body::Incoming;
 use serde_json::{Value, json};
 
 use super::responses::json as answer_json;
-use super::{Answer, LoginError};
+use super::{FullResponse, LoginError};
 use crate::inbound::admission::{Admission, Refusal};
 
 /// A token request is a few hundred bytes.
@@ -20,10 +20,10 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// The placeholder token, if no caller token is configured.
 const PLACEHOLDER: &str = "adsidecar-attaches-the-real-token";
 
-/// Answers as LWA does. Where caller tokens are set, the SDK's `client_secret` has to be one, unless its headers show one
-/// as on every other call (HTTP Basic among them: its password is the client secret, RFC 6749, section 2.3.1). It comes
-/// back as the placeholder, so that the SDK's next calls carry it as their bearer.
-pub(super) async fn answer(admission: &Admission, parts: &Parts, body: Incoming) -> Result<Answer, LoginError> {
+/// Answers as LWA does. Where caller tokens are set, the SDK's `client_secret` has to be one, unless its headers show
+/// one as on every other call (HTTP Basic among them: its password is the client secret, RFC 6749, section 2.3.1). It
+/// comes back as the placeholder, so that the SDK's next calls carry it as their bearer.
+pub(super) async fn serve(admission: &Admission, parts: &Parts, body: Incoming) -> Result<FullResponse, LoginError> {
     let headers = &parts.headers;
     let body = tokio::time::timeout(PATIENCE, Limited::new(body, MAX_BODY).collect()).await;
     let body =

@@ -159,11 +159,11 @@ mod tests {
     use super::*;
 
     fn verdict(coding: Option<&'static str>, body: &[u8]) -> Verdict {
-        let mut answer = Response::new(());
+        let mut response = Response::new(());
         if let Some(coding) = coding {
-            answer.headers_mut().insert(CONTENT_ENCODING, coding.parse().unwrap());
+            response.headers_mut().insert(CONTENT_ENCODING, coding.parse().unwrap());
         }
-        Rejection { head: answer.into_parts().0, read: Bytes::copy_from_slice(body), rest: None }.verdict()
+        Rejection { head: response.into_parts().0, read: Bytes::copy_from_slice(body), rest: None }.verdict()
     }
 
     #[test]

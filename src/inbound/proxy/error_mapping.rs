@@ -139,7 +139,7 @@ impl From<ErrorKind> for Problem {
                 "The TLS handshake with Amazon's host failed.",
                 "If a proxy in your network intercepts TLS, set its CA as upstream.ca_file.",
             ),
-            ErrorKind::Reset(_) | ErrorKind::Switched => Self::new(
+            ErrorKind::Reset(_) | ErrorKind::TransferCoding(_) | ErrorKind::Switched => Self::new(
                 Code::UpstreamReset,
                 "The connection to Amazon broke before a response arrived.",
                 "The request may have been processed: check before you repeat one that changes something.",

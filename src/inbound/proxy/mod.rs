@@ -99,7 +99,7 @@ pub struct Proxy {
 /// A request that is ready to be sent to Amazon, except for its body.
 #[derive(Clone, Copy)]
 struct UpstreamRequest<'a> {
-    call: &'a RoutedRequest<'a>,
+    route: &'a RoutedRequest<'a>,
     parts: &'a Parts,
     target: &'a Target,
     bearer: &'a HeaderValue,
@@ -151,8 +151,8 @@ impl Proxy {
             let id = self.request_ids.of(&parts.headers);
             request_id::replace(&mut parts.headers, &id);
             let mut telemetry = RequestTelemetry::begin(&self.metrics, &parts.method, id);
-            let answered = AssertUnwindSafe(self.dispatch(&parts, incoming, peer, &mut telemetry)).catch_unwind().await;
-            let response = match answered.unwrap_or(Err(ProxyError::Panicked)) {
+            let served = AssertUnwindSafe(self.dispatch(&parts, incoming, peer, &mut telemetry)).catch_unwind().await;
+            let response = match served.unwrap_or(Err(ProxyError::Panicked)) {
                 Ok(response) => response,
                 Err(error) => {
                     telemetry.set_error(&error);
@@ -184,7 +184,7 @@ impl Proxy {
                 telemetry.set_own_endpoint();
                 let id = telemetry.request_id();
                 // Boxed: rare requests must not make the future of every request large.
-                Ok(Box::pin(self.oauth.answer(endpoint, cors, parts, incoming, id)).await.map(Body::own))
+                Ok(Box::pin(self.oauth.serve(endpoint, cors, parts, incoming, id)).await.map(Body::own))
             }
             Err(rejected) if rejected.endpoint.is_some() => {
                 telemetry.set_own_endpoint();
@@ -205,16 +205,16 @@ impl Proxy {
         telemetry: &mut RequestTelemetry<'a>,
     ) -> Result<Response<Body>, ProxyError> {
         let found = self.directory.snapshot();
-        let call = self.accounts.select(target, &parts.headers, &found)?;
-        telemetry.set_route(&call);
-        self.enforce_policy(&call, parts, target, telemetry)?;
-        if call.family.is_unknown() {
+        let route = self.accounts.select(target, &parts.headers, &found)?;
+        telemetry.set_route(&route);
+        self.enforce_policy(&route, parts, target, telemetry)?;
+        if route.family.is_unknown() {
             self.metrics.unknown_family.inc();
         }
         fail_point!("spine");
         let body = self.body(parts, incoming)?;
-        let Bearer { value: bearer, check_clock } = self.access_token(&call.user).await?;
-        let request = UpstreamRequest { call: &call, parts, target, bearer: &bearer };
+        let Bearer { value: bearer, check_clock } = self.access_token(&route.user).await?;
+        let request = UpstreamRequest { route: &route, parts, target, bearer: &bearer };
         let (response, sent) = self.send(request, body, telemetry).await?;
         if check_clock {
             self.tokens.observe_amazons_clock(response.headers());
@@ -226,24 +226,24 @@ impl Proxy {
             status if status.is_client_error() => Box::pin(pass_on_refusal(response, &bearer)).await,
             _ => response.map(Body::amazon),
         };
-        if call.family.service == Service::Mcp {
+        if route.family.service == Service::Mcp {
             // Amazon's challenge names an authorization server, and MCP clients would start an OAuth of their own there.
             response.headers_mut().remove(WWW_AUTHENTICATE);
         }
         telemetry.set_response_from_amazon(response.status());
-        Ok(response::to_caller(response, telemetry.take_hint().or_else(|| call.hint())))
+        Ok(response::to_caller(response, telemetry.take_hint().or_else(|| route.hint())))
     }
 
     /// Refuses what the policy forbids. In observe mode, counts such a request and lets it pass.
     fn enforce_policy(
         &self,
-        call: &RoutedRequest<'_>,
+        route: &RoutedRequest<'_>,
         parts: &Parts,
         target: &Target,
         telemetry: &mut RequestTelemetry<'_>,
     ) -> Result<(), ProxyError> {
-        let Err(denied) = call.rules.check(&parts.method, target.path(), &parts.headers) else { return Ok(()) };
-        self.metrics.policy_denied.with_label_values(&[call.account_label(), self.policy_mode.as_str()]).inc();
+        let Err(denied) = route.rules.check(&parts.method, target.path(), &parts.headers) else { return Ok(()) };
+        self.metrics.policy_denied.with_label_values(&[route.account_label(), self.policy_mode.as_str()]).inc();
         match self.policy_mode {
             Mode::Enforce => Err(ProxyError::Denied(denied)),
             Mode::Observe => {
@@ -280,10 +280,10 @@ impl Proxy {
         body: RequestBody,
         telemetry: &mut RequestTelemetry<'_>,
     ) -> Result<(Response<UpstreamBody>, Option<Arc<ReplayBuffer>>), ProxyError> {
-        let region = request.call.region;
+        let region = request.route.region;
         let buffer = body.progress();
         let begun = Instant::now();
-        let mut sent = self.attempt(request, body, Reuse::Allowed).await;
+        let mut sent = self.attempt(request, body, retry::first_reuse(&request.parts.method)).await;
         let mut attempts = 1;
         while let Err(error) = sent {
             match Box::pin(Retry::after_error(error, &request.parts.method, &buffer, attempts)).await {
@@ -311,17 +311,17 @@ impl Proxy {
         body: RequestBody,
         reuse: Reuse,
     ) -> impl Future<Output = Result<Response<UpstreamBody>, SendError>> + Send {
-        self.upstream.send(request.call.host(), reuse, self.to_amazon(request, body))
+        self.upstream.send(request.route.host(), reuse, self.to_amazon(request, body))
     }
 
     fn to_amazon(&self, request: UpstreamRequest<'_>, body: RequestBody) -> Request<RequestBody> {
-        let UpstreamRequest { call, parts, target, bearer } = request;
+        let UpstreamRequest { route, parts, target, bearer } = request;
         let attach = UpstreamHeaders {
-            family: call.family,
+            family: route.family,
             bearer,
             client_id: &self.client_id,
-            ids: call.ids(),
-            fixed: call.fixed_headers(),
+            ids: route.ids(),
+            fixed: route.fixed_headers(),
         };
         let mut request = Request::new(body);
         *request.method_mut() = parts.method.clone();
@@ -339,7 +339,7 @@ impl Proxy {
         sent: Option<Arc<ReplayBuffer>>,
         telemetry: &mut RequestTelemetry<'_>,
     ) -> Result<Response<Body>, ProxyError> {
-        let user = &request.call.user;
+        let user = &request.route.user;
         if response.status() == StatusCode::FORBIDDEN && !(is_amc(request.target) && self.tokens.near_expiry(user)) {
             return Ok(pass_on_refusal(response, request.bearer).await);
         }

@@ -47,7 +47,7 @@ pub(super) struct RequestTelemetry<'a> {
     in_flight: Option<InFlight>,
     /// `None` if `log.audit` is off.
     audit: Option<Box<AuditEvent>>,
-    ended: bool,
+    recorded: bool,
 }
 
 /// Counts a request as in flight until its response is complete.
@@ -72,7 +72,7 @@ impl<'a> RequestTelemetry<'a> {
             fault: Some(Fault::Caller),
             in_flight: Some(InFlight(metrics.clone())),
             audit: AuditEvent::begin(),
-            ended: false,
+            recorded: false,
             metrics,
         }
     }
@@ -86,13 +86,13 @@ impl<'a> RequestTelemetry<'a> {
         self.audit = None;
     }
 
-    pub(super) fn set_route(&mut self, call: &RoutedRequest<'_>) {
-        call.account_label().clone_into(&mut self.account);
-        self.region = call.region.as_str();
+    pub(super) fn set_route(&mut self, route: &RoutedRequest<'_>) {
+        route.account_label().clone_into(&mut self.account);
+        self.region = route.region.as_str();
         if let Some(audit) = &mut self.audit {
-            call.account_name().clone_into(&mut audit.account);
-            call.user.as_str().clone_into(&mut audit.user);
-            (audit.region, audit.family) = (call.region.as_str(), call.family.name);
+            route.account_name().clone_into(&mut audit.account);
+            route.user.as_str().clone_into(&mut audit.user);
+            (audit.region, audit.family) = (route.region.as_str(), route.family.name);
         }
     }
 
@@ -167,7 +167,7 @@ impl<'a> RequestTelemetry<'a> {
     }
 
     fn record(&mut self, status: u16) {
-        self.ended = true;
+        self.recorded = true;
         let took = self.begun.elapsed();
         let mut text = [0u8; 3];
         let labels = [self.account.as_str(), self.region, self.method, digits(status, &mut text), self.source];
@@ -226,7 +226,7 @@ impl<'a> RequestTelemetry<'a> {
 
 impl Drop for RequestTelemetry<'_> {
     fn drop(&mut self) {
-        if !self.ended {
+        if !self.recorded {
             self.record(CLIENT_CLOSED);
         }
     }

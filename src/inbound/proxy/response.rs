@@ -129,8 +129,8 @@ impl Source {
             Source::Own(body) => body.is_end_stream(),
             Source::Amazon(response) => response.is_end_stream(),
             Source::Read(read, rest) => {
-                let ended = rest.as_ref().is_none_or(|rest| rest.as_ref().is_ok_and(http_body::Body::is_end_stream));
-                read.is_none() && ended
+                let complete = rest.as_ref().is_none_or(|rest| rest.as_ref().is_ok_and(http_body::Body::is_end_stream));
+                read.is_none() && complete
             }
         }
     }

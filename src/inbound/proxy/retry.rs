@@ -25,8 +25,8 @@ pub(super) enum Retry {
 const MAX_ATTEMPTS: u32 = 3;
 
 impl Retry {
-    /// Decides after a failed attempt of a request with `method`. `sent` is what the attempt took of the caller's body, and `attempts` the number
-    /// of attempts so far.
+    /// Decides after a failed attempt of a request with `method`. `sent` is what the attempt took of the caller's body,
+    /// and `attempts` the number of attempts so far.
     ///
     /// # Errors
     /// Returns the error if the request must not be sent again.
@@ -82,6 +82,11 @@ fn body_again(sent: &Option<Arc<ReplayBuffer>>) -> Option<RequestBody> {
         None => Some(RequestBody::empty()),
         Some(buffer) => buffer.replay(),
     }
+}
+
+/// Which connection may carry the first attempt.
+pub(super) fn first_reuse(method: &Method) -> Reuse {
+    if is_idempotent(method) { Reuse::Allowed } else { Reuse::Unrepeatable }
 }
 
 /// RFC 9110, section 9.2.2.

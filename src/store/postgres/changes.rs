@@ -1,94 +1,158 @@
-//! Detects changes made by other processes: compares rows with what this process remembers of them.
+//! Follows the changes that other processes make.
+//!
+//! The database numbers every change (`schema.sql`), and a process reads those above the number that it has reached, in
+//! pages of bounded size. It never reads the table: what it has to compare after a failure are the users that it holds.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, Instant};
 
-use tokio_postgres::Row;
+use jiff::Timestamp;
 use tokio_postgres::types::Type;
 
-use super::connection::OnDisconnect;
-use super::{PAGE_ROWS, Postgres, column, first_row, locked};
+use super::connection::{OnDisconnect, Parameters};
+use super::{Lookup, Postgres, USER_COLUMN, column, first_row, locked, read_row};
 use crate::domain::account::UserId;
+use crate::domain::grant::Version;
 use crate::store::StoreError;
 
-/// Overlap of consecutive polls, in seconds: a row becomes visible shortly after its `changed_at`, when its transaction
-/// commits.
-const OVERLAP_SECONDS: f64 = 30.0;
-/// Interval for comparing all rows, which also finds changes that did not update `changed_at`. All rows are compared
-/// after each new connection too.
-const FULL_COMPARISON_INTERVAL: Duration = Duration::from_secs(60);
+/// Maximum number of changes per poll. Whoever is further behind compares what it holds instead.
+const PAGE: i64 = 5000;
+/// For how long each change is read again: a refresh becomes visible when its transaction commits, and others with
+/// higher numbers may have done so before. Logins and logouts become visible in the order of their numbers.
+const OVERLAP: Duration = Duration::from_secs(2);
+/// Maximum number of rows per statement that reads the rows of given users.
+const BATCH: usize = 500;
 
 /// Up to where changes have been read.
-#[derive(Clone, Copy, Debug, Default)]
-pub(super) struct ChangeCursor {
-    /// The database's clock at the last poll, in seconds of the Unix epoch.
-    at: f64,
-    /// When all rows were last compared, and over which connection.
-    full_comparison: Option<(Instant, u64)>,
+#[derive(Clone, Debug)]
+pub(super) struct Position {
+    /// The highest change number at each poll of the last [`OVERLAP`], and before it. Never empty.
+    heads: VecDeque<(Instant, i64)>,
+    /// The connection over which it was read. Another one may lead to another server, which may have lost commits.
+    connection: u64,
+}
+
+impl Position {
+    /// The change number from which on changes are read.
+    fn from(&self) -> i64 {
+        self.heads.front().map_or(0, |(_, change)| *change)
+    }
+
+    fn head(&self) -> i64 {
+        self.heads.back().map_or(0, |(_, change)| *change)
+    }
+
+    fn reach(&mut self, change: i64, now: Instant) {
+        self.heads.push_back((now, change));
+        while self.heads.get(1).is_some_and(|(at, _)| now.duration_since(*at) >= OVERLAP) {
+            self.heads.pop_front();
+        }
+    }
+}
+
+/// What other processes have changed.
+#[derive(Debug)]
+pub enum Changes {
+    /// These rows, and no others, have a new version.
+    Rows(Vec<(UserId, Version)>),
+    /// Nothing is certain: compare every user that you hold with the database.
+    Unknown,
+}
+
+/// What a poll found.
+#[derive(Debug)]
+pub struct Poll {
+    /// What other processes have changed since the last poll.
+    pub changes: Changes,
+    /// When the next background refresh is due; `None` if there is none.
+    pub due_at: Option<Timestamp>,
+    /// The error code for which no process may call Login with Amazon, and for how long.
+    pub brake: Option<(String, Duration)>,
+    /// Whether there are records that nobody has [described](Postgres::describe_page).
+    pub has_undescribed: bool,
 }
 
 impl Postgres {
-    /// Returns the users whose row differs from what this process remembers.
+    /// Returns the changes since the last poll. Costs a few reads of indexes when nothing has changed.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError::Postgres`] if the database cannot be read. The next call then returns the same changes.
+    pub async fn poll(&self) -> Result<Poll, StoreError> {
+        const SINCE: &str = "SELECT head.change, g.user_id, g.generation, g.epoch, head.due_at, head.undescribed, \
+                             head.brake, extract(epoch FROM clock_timestamp())::float8 \
+                             FROM (SELECT (SELECT coalesce(max(change), 0) FROM adsidecar_grants) AS change, \
+                             (SELECT extract(epoch FROM min(due_at))::float8 FROM adsidecar_grants \
+                             WHERE record IS NOT NULL) AS due_at, \
+                             (SELECT value FROM adsidecar_notes WHERE name = 'brake') AS brake, \
+                             EXISTS (SELECT FROM adsidecar_grants WHERE record IS NOT NULL AND described IS NULL) \
+                             AS undescribed) AS head \
+                             LEFT JOIN LATERAL (SELECT user_id, generation, epoch, change FROM adsidecar_grants \
+                             WHERE change > $1 ORDER BY change LIMIT $2) AS g ON true ORDER BY g.change";
+        let previous = locked(&self.0.position).clone();
+        let from = previous.as_ref().map_or(i64::MAX, Position::from);
+        let parameters: &Parameters<'_> = &[(&from, Type::INT8), (&PAGE, Type::INT8)];
+        let rows = self.query(SINCE, parameters, OnDisconnect::Resend).await?;
+        let (head, connection): (i64, _) = (first_row(&rows, 0)?, self.0.connection.connects());
+        let due_at = first_row::<Option<f64>>(&rows, 4)?
+            .and_then(|seconds| Timestamp::from_microsecond((seconds * 1e6) as i64).ok());
+        let has_undescribed = first_row(&rows, 5)?;
+        let brake: Option<String> = first_row(&rows, 6)?;
+        let brake = brake.and_then(|brake| super::brake::parse(&brake, first_row(&rows, 7).ok()?));
+        let is_full = i64::try_from(rows.len()).unwrap_or(PAGE) >= PAGE;
+        let continued = previous.filter(|previous| previous.connection == connection && previous.head() <= head);
+        let now = Instant::now();
+        let Some(mut position) = continued.filter(|_| !is_full) else {
+            *locked(&self.0.position) = Some(Position { heads: [(now, head)].into(), connection });
+            return Ok(Poll { changes: Changes::Unknown, due_at, brake, has_undescribed });
+        };
+        position.reach(head, now);
+        *locked(&self.0.position) = Some(position);
+        let mut changed = Vec::new();
+        for row in &rows {
+            // A row whose key is not a user id was not written by us.
+            let user = column::<Option<String>>(row, 1)?.and_then(|name| name.parse::<UserId>().ok());
+            if let Some(user) = user {
+                let (generation, epoch): (i64, i64) = (column(row, 2)?, column(row, 3)?);
+                let version = Version { epoch: epoch.unsigned_abs(), generation: generation.unsigned_abs() };
+                changed.push((user, version));
+            }
+        }
+        Ok(Poll { changes: Changes::Rows(changed), due_at, brake, has_undescribed })
+    }
+
+    /// Forgets up to where changes were read, because what was read could not be used: the next call of
+    /// [`poll`](Self::poll) says so.
+    pub fn lose_position(&self) {
+        *locked(&self.0.position) = None;
+    }
+
+    /// Returns when another process has stored a login or logout. Never returns behind a pooler, and may miss one: poll
+    /// as well.
+    pub async fn notified(&self) {
+        self.0.connection.notified().await;
+    }
+
+    /// Reads what is stored for each of `users`, over the connection for bulk work, a page at a time.
     ///
     /// # Errors
     ///
     /// [`StoreError::Postgres`] if the database cannot be read.
-    pub async fn changed_users(&self) -> Result<Vec<UserId>, StoreError> {
-        const SINCE: &str = "SELECT extract(epoch FROM clock_timestamp())::float8, g.user_id, g.generation, \
-                             sha256(convert_to(g.record, 'UTF8')) \
-                             FROM (SELECT 1) AS one LEFT JOIN adsidecar_grants AS g \
-                             ON g.changed_at > to_timestamp($1)";
-        let previous = *locked(&self.0.cursor);
-        let rows = self.query(SINCE, &[(&(previous.at - OVERLAP_SECONDS), Type::FLOAT8)], OnDisconnect::Resend).await?;
-        let mut changed = BTreeSet::new();
-        for row in &rows {
-            changed.extend(self.compare_row(row, 1)?.1);
-        }
-        // Compare all rows if the last full comparison is too old or used another connection.
-        let connection = self.0.connection.connects();
-        let is_recent = |(at, over): &(Instant, u64)| at.elapsed() < FULL_COMPARISON_INTERVAL && *over == connection;
-        let full_comparison = match previous.full_comparison.filter(is_recent) {
-            Some(recent) => recent,
-            None => {
-                changed.extend(self.compare_all().await?);
-                (Instant::now(), connection)
-            }
-        };
-        *locked(&self.0.cursor) = ChangeCursor { at: first_row(&rows, 0)?, full_comparison: Some(full_comparison) };
-        Ok(changed.into_iter().collect())
-    }
-
-    /// Compares all rows with what this process remembers, and returns the users that differ or are gone.
-    async fn compare_all(&self) -> Result<Vec<UserId>, StoreError> {
-        const ALL: &str = "SELECT user_id, generation, sha256(convert_to(record, 'UTF8')) FROM adsidecar_grants \
-                           WHERE record IS NOT NULL AND user_id > $1 ORDER BY user_id LIMIT $2";
-        let (mut after, mut changed) = (String::new(), Vec::new());
-        let mut gone: BTreeSet<UserId> = locked(&self.0.known).keys().cloned().collect();
-        loop {
-            let rows = self.query(ALL, &[(&after, Type::TEXT), (&PAGE_ROWS, Type::INT8)], OnDisconnect::Resend).await?;
+    pub async fn lookup_all(&self, users: &[UserId]) -> Result<Vec<(UserId, Lookup)>, StoreError> {
+        const ROWS: &str = concat!("SELECT ", row_columns!(), " FROM adsidecar_grants AS g WHERE user_id = ANY ($1)");
+        let mut all = Vec::with_capacity(users.len());
+        for users in users.chunks(BATCH) {
+            let names: Vec<&str> = users.iter().map(UserId::as_str).collect();
+            let rows = self.bulk_query(ROWS, &[(&names, Type::TEXT_ARRAY)]).await?;
+            let mut found = BTreeMap::new();
             for row in &rows {
-                let (user, differs) = self.compare_row(row, 0)?;
-                changed.extend(differs);
-                user.map(|user| gone.remove(&user));
+                found.insert(column::<String>(row, USER_COLUMN)?, row);
             }
-            match rows.last() {
-                Some(last) => after = column(last, 0)?,
-                None => break,
+            for user in users {
+                let read = found.get(user.as_str()).map(|row| read_row(user, row)).transpose()?;
+                all.push((user.clone(), self.opened(user, read.unwrap_or_default())));
             }
         }
-        changed.extend(gone);
-        Ok(changed)
-    }
-
-    /// Compares a row of user id, generation and digest, which start at column `at`. Returns the row's user, and the
-    /// user again if the row differs from what this process remembers.
-    fn compare_row(&self, row: &Row, at: usize) -> Result<(Option<UserId>, Option<UserId>), StoreError> {
-        let user = column::<Option<String>>(row, at)?.and_then(|name| name.parse::<UserId>().ok());
-        let Some(user) = user else { return Ok((None, None)) };
-        let (generation, digest): (i64, Option<Vec<u8>>) = (column(row, at + 1)?, column(row, at + 2)?);
-        let known = locked(&self.0.known);
-        let known = known.get(&user).map(|known| (known.generation, &known.digest));
-        let differs = known != digest.as_ref().map(|digest| (generation, digest));
-        Ok((Some(user.clone()), differs.then_some(user)))
+        Ok(all)
     }
 }

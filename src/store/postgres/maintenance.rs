@@ -5,13 +5,17 @@ use std::sync::Arc;
 
 use tokio_postgres::types::Type;
 
-use super::connection::{OnDisconnect, Parameters};
-use super::{KEY_NOTE, Postgres, StoredRow, digest, locked, sealed_json};
+use super::connection::Parameters;
+use super::{KEY_NOTE, PAGE_ROWS, Postgres, StoredRow, column, sealed_json};
 use crate::domain::account::UserId;
-use crate::domain::grant::Grant;
 use crate::store::backup::value;
 use crate::store::keyring::Keyring;
 use crate::store::{Reseal, Sealed, StoreError, Users};
+
+/// Number of records that are sealed again per statement.
+const RESEAL_ROWS: i64 = 200;
+/// Number of times that all records are looked at, because others still sealed some with their previous key.
+const MAX_PASSES: usize = 4;
 
 impl Postgres {
     /// See [`TokenStore::scan`](crate::store::TokenStore::scan).
@@ -36,7 +40,7 @@ impl Postgres {
     ) -> Result<Vec<(UserId, serde_json::Value)>, StoreError> {
         let mut last = after.map_or_else(String::new, |user| user.as_str().to_owned());
         loop {
-            let (rows, next) = self.page(&last).await?;
+            let (rows, next) = self.page(&last, PAGE_ROWS).await?;
             match next {
                 // A page of rows that we did not write.
                 Some(next) if rows.is_empty() => last = next,
@@ -47,7 +51,7 @@ impl Postgres {
 
     /// See [`TokenStore::record`](crate::store::TokenStore::record).
     pub(in crate::store) async fn record(&self, user: &UserId) -> Result<Option<serde_json::Value>, StoreError> {
-        Ok(self.row(user).await?.0.map(|row| value(row.json.as_bytes())))
+        Ok(self.row(user).await?.stored.map(|row| value(row.json.as_bytes())))
     }
 
     /// The keys in use.
@@ -64,65 +68,71 @@ impl Postgres {
         }
         self.set_key(found.as_deref(), &keyring).await?;
         self.0.keyring.store(keyring.clone());
-        self.for_each_row(|row| {
-            let (_, sealed) = row.open(&keyring);
-            // A row that has changed since it was remembered will be reported as changed, and read then.
-            let mut known = locked(&self.0.known);
-            let known = known.get_mut(&row.user).filter(|known| known.digest == digest(&row.json));
-            if let Some(known) = known {
-                known.sealed = sealed;
-            }
-        })
-        .await
+        self.retry_unknown().await?;
+        self.count_records().await
     }
 
     /// See [`TokenStore::reseal`](crate::store::TokenStore::reseal).
     pub(in crate::store) async fn reseal(&self) -> Result<Reseal, StoreError> {
         let ring = self.0.keyring.load_full();
         let mut done = Reseal::default();
-        let mut after = Some(String::new());
-        while let Some(last) = after {
-            let (rows, next) = self.page(&last).await?;
-            for row in rows {
-                self.reseal_row(row, &ring, &mut done).await?;
+        for _ in 0..MAX_PASSES {
+            let resealed = self.reseal_all(&ring, &mut done).await?;
+            done.resealed += resealed;
+            // Another process may have stored a grant with its previous key behind this pass.
+            if resealed == 0 {
+                break;
             }
-            after = next;
         }
         self.reseal_pending(&ring).await?;
+        self.count_records().await?;
         Ok(done)
     }
 
-    /// Seals one row with the first key, unless it already is, and counts the result in `done`.
-    async fn reseal_row(&self, row: StoredRow, ring: &Keyring, done: &mut Reseal) -> Result<(), StoreError> {
-        let mut next = Some(row);
-        // Try again if another process changed the row meanwhile.
-        while let Some(row) = next {
-            let (Ok(record), (Ok(grant), _)) = (row.record(), row.open(ring)) else {
-                done.unreadable += 1;
-                break;
-            };
-            if record.key_index(ring) == Some(0) {
-                break;
+    /// Seals every record with the first key that another key seals, in batches, and returns how many there were. What an
+    /// interrupted pass has done is not done again, and several processes may do it at once.
+    async fn reseal_all(&self, ring: &Keyring, done: &mut Reseal) -> Result<usize, StoreError> {
+        const OTHERS: &str = "SELECT user_id, record, generation, hashtextextended(record, 0) FROM adsidecar_grants \
+                              WHERE record IS NOT NULL AND user_id > $1 AND sealed_with IS DISTINCT FROM $2 \
+                              ORDER BY user_id LIMIT $3";
+        const RESEAL: &str = "UPDATE adsidecar_grants AS g SET record = d.record, \
+                              described = hashtextextended(d.record, 0), sealed_with = d.sealed_with, \
+                              expires_at = d.expires_at, updated_at = d.updated_at, consented_at = d.consented_at, \
+                              used_at = d.used_at, due_at = coalesce(g.due_at, d.due_at) \
+                              FROM jsonb_to_recordset($1::text::jsonb) AS d (user_id text, hash bigint, record text, \
+                              sealed_with text, expires_at timestamptz, updated_at timestamptz, \
+                              consented_at timestamptz, used_at timestamptz, due_at timestamptz) \
+                              WHERE g.user_id = d.user_id AND hashtextextended(g.record, 0) = d.hash \
+                              RETURNING g.user_id";
+        let (first, mut after, mut resealed) = (ring.first().to_string(), String::new(), 0);
+        done.unreadable = 0;
+        loop {
+            let parameters: &Parameters<'_> = &[(&after, Type::TEXT), (&first, Type::TEXT), (&RESEAL_ROWS, Type::INT8)];
+            let rows = self.bulk_query(OTHERS, parameters).await?;
+            let Some(last) = rows.last() else { return Ok(resealed) };
+            after = column(last, 0)?;
+            let mut batch = Vec::with_capacity(rows.len());
+            for row in &rows {
+                let Ok(user) = column::<String>(row, 0)?.parse::<UserId>() else { continue };
+                let row_of = StoredRow { user, json: column(row, 1)?, generation: column(row, 2)? };
+                let (Ok(record), (Ok(grant), _)) = (row_of.record(), row_of.open(ring)) else {
+                    done.unreadable += 1;
+                    continue;
+                };
+                if record.key_index(ring) == Some(0) {
+                    // Nobody has described it yet.
+                    continue;
+                }
+                let mut about = self.describe(&row_of.user, &grant, Sealed::By(ring.first()));
+                about["user_id"] = row_of.user.as_str().into();
+                about["hash"] = column::<i64>(row, 3)?.into();
+                about["record"] = sealed_json(&grant, &row_of.user, ring).into();
+                batch.push(about);
             }
-            if self.reseal_unchanged(&row, &grant, ring).await? {
-                done.resealed += 1;
-                break;
+            if !batch.is_empty() {
+                let batch = serde_json::Value::from(batch).to_string();
+                resealed += self.bulk_query(RESEAL, &[(&batch, Type::TEXT)]).await?.len();
             }
-            next = self.row(&row.user).await?.0;
         }
-        Ok(())
-    }
-
-    /// Seals one row with the first key. Returns `false` if the row has changed since `row` was read.
-    async fn reseal_unchanged(&self, row: &StoredRow, grant: &Grant, ring: &Keyring) -> Result<bool, StoreError> {
-        const RESEAL: &str = "UPDATE adsidecar_grants SET record = $2, changed_at = clock_timestamp() \
-                              WHERE user_id = $1 AND record = $3 RETURNING generation";
-        let (name, json) = (row.user.as_str(), sealed_json(grant, &row.user, ring));
-        let parameters: &Parameters<'_> = &[(&name, Type::TEXT), (&json, Type::TEXT), (&row.json, Type::TEXT)];
-        let done = !self.query(RESEAL, parameters, OnDisconnect::Resend).await?.is_empty();
-        if done {
-            self.remember(&row.user, &json, row.generation, Sealed::By(ring.first()));
-        }
-        Ok(done)
     }
 }

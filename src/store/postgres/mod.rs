@@ -1,13 +1,16 @@
 //! Grants in a PostgreSQL database that several processes share.
 //!
-//! The database is authoritative. Each process caches it in memory, polls for changes every second, and reads the row
-//! itself before it requests a token. No database lock is held during a request to Login with Amazon; instead:
+//! The database is authoritative. Each process keeps what it read in memory, follows the [changes](Changes) that others
+//! make, and reads the row itself before it requests a token. No database lock is held during a request to Login with
+//! Amazon; instead:
 //!
-//! - A user's row has a *generation* that rises with each change, logouts included (a logout keeps the row and removes
-//!   its record). Each write is a compare-and-swap: one based on an older generation matches no row and fails with
-//!   [`Conflict`](StoreError::Conflict).
+//! - A user's row has a [`Version`] that rises with each change, logouts included (a logout keeps the row and removes its
+//!   record). Each write says which generation it saw: one based on another generation changes nothing and fails with
+//!   [`Conflict`](StoreError::Conflict). The rule is one function in `schema.sql`, `adsidecar_write`.
 //! - A process takes the row's *lease* before it requests a token, for 15 s by the database's clock. If it dies while
 //!   holding the lease, the other processes wait at most that long.
+//!
+//! Statements that somebody waits for and work on many rows have a connection each.
 //!
 //! This file is long because each operation stands beside its SQL statement, so that what is atomic can be seen in one
 //! place.
@@ -15,42 +18,69 @@
 //! Write access to the database suffices to delete a record or to restore an older one, but not to forge one: see
 //! [`StoredGrant`].
 
+/// The columns that [`read_row`] reads, of a table with the alias `g`; the user id is the last one.
+macro_rules! row_columns {
+    () => {
+        "g.record, g.generation, g.epoch, g.refused, g.failure, \
+         extract(epoch FROM g.retry_at - clock_timestamp())::float8, g.attempts, g.user_id"
+    };
+}
+
 mod accounts;
+mod brake;
 mod changes;
 mod connection;
 mod connection_url;
+mod describe;
+mod leases;
 mod maintenance;
 mod pending;
+mod pods;
 mod tls;
 
 use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use arc_swap::ArcSwap;
-use jiff::Timestamp;
-use sha2::{Digest, Sha256};
 use tokio_postgres::Row;
-use tokio_postgres::types::{FromSql, Type};
+use tokio_postgres::types::{FromSql, ToSql, Type};
 
 use super::{Health, Opened, Sealed, StoreError, Users};
 use crate::domain::account::UserId;
-use crate::domain::grant::Grant;
+use crate::domain::grant::{Grant, RefreshPolicy, Version};
 use crate::store::keyring::{Fingerprint, Keyring};
 use crate::store::stored_grant::{StoredGrant, StoredGrantError, is_same_grant, open_record};
-use changes::ChangeCursor;
-use connection::{OnDisconnect, Parameters, PgConnection};
+use changes::Position;
+pub use changes::{Changes, Poll};
+use connection::{OnDisconnect, Parameters, PgConnection, Purpose};
 pub use connection_url::ConnectionUrl;
+pub use describe::UserOverview;
+pub use leases::{Claimed, Lease};
+pub use pods::{PUBLISH, Pod};
 
 const SCHEMA: &str = include_str!("schema.sql");
 
 /// Maximum number of rows per statement, so that each completes well within its deadline.
 const PAGE_ROWS: i64 = 500;
+/// Number of rows by which a start without a note of the key checks it.
+const FIRST_ROWS: i64 = 20;
+/// When refreshes become due for records that a command stores: the defaults of the configuration.
+const DEFAULT_POLICY: RefreshPolicy = RefreshPolicy {
+    margin: Duration::from_mins(5),
+    ahead: Duration::from_mins(15),
+    idle_after: Duration::from_hours(7 * 24),
+};
 /// Number of attempts at a write that conflicts with writes of other processes.
 const MAX_ATTEMPTS: usize = 10;
 /// The note that holds the schema version of the tables, and the version that this program supports.
 const SCHEMA_NOTE: &str = "schema";
 const SCHEMA_VERSION: &str = "1";
+/// The note that holds the number of the last migration, and the number of the last one in `schema.sql`. A migration only
+/// adds to the tables of a schema version, so that processes of the previous release keep working.
+const MIGRATION_NOTE: &str = "migration";
+const MIGRATION: u32 = 2;
 /// The note that holds the fingerprint of the key that seals.
 const KEY_NOTE: &str = "key";
 
@@ -60,52 +90,73 @@ pub struct Postgres(Arc<Inner>);
 
 struct Inner {
     connection: PgConnection,
+    /// For work on many rows, and for rows that another transaction has locked.
+    bulk: PgConnection,
     keyring: ArcSwap<Keyring>,
     /// The name of this process as a lease owner: random, and new for each start.
     owner: String,
-    /// The rows with a record, as this process last read or wrote them.
-    known: Mutex<BTreeMap<UserId, KnownRow>>,
-    cursor: Mutex<ChangeCursor>,
+    /// When refreshes become due.
+    policy: ArcSwap<RefreshPolicy>,
+    /// The number of records by what they are sealed with, when they were last counted.
+    records: Mutex<BTreeMap<Sealed, usize>>,
+    position: Mutex<Option<Position>>,
     /// Whether the last operation succeeded, and why the most recent failed one failed.
     health: Mutex<(bool, Option<String>)>,
 }
 
-/// What this process remembers of a row, to detect changes made by others.
-#[derive(Clone, Debug, PartialEq, Eq)]
-struct KnownRow {
-    generation: i64,
-    /// SHA-256 of the record's JSON.
-    digest: Vec<u8>,
-    sealed: Sealed,
-}
-
 /// What is stored for a user, as [`Postgres::lookup`] found it.
 #[derive(Debug)]
-pub enum Lookup {
+pub struct Lookup {
+    /// The version of the row.
+    pub version: Version,
+    /// What the row holds.
+    pub content: Content,
+    /// How the last refresh of this version failed, at whatever process; `None` if it did not.
+    pub failed: Option<FailedRefresh>,
+}
+
+/// How a refresh failed, as the row says it to all processes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FailedRefresh {
+    /// Whether Login with Amazon refused the grant. Otherwise the next attempt may succeed.
+    pub refused: bool,
+    /// The error code.
+    pub code: String,
+    /// Number of refreshes that have failed one after the other.
+    pub attempts: u32,
+    /// How long no process may try again, by the database's clock.
+    pub retry_in: Duration,
+}
+
+/// The content of a user's row.
+#[derive(Debug)]
+pub enum Content {
     /// The stored grant.
     Grant(Box<Grant>),
     /// No grant is stored.
-    Absent {
-        /// The generation of the logout; 0 if the user never had a grant.
-        generation: u64,
-        /// When the user was logged out, by the database's clock.
-        since: Option<Timestamp>,
-    },
+    Absent,
     /// A record that yields no grant.
     Unreadable(StoredGrantError),
 }
 
-/// The outcome of [`Postgres::acquire_lease`]: whether this process may request a token.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Lease {
-    /// This process holds the lease: no other process requests a token for this user.
-    Acquired {
-        /// Another process held the lease for the same generation and let it expire, so the result of its token request
-        /// is unknown.
-        interrupted: bool,
-    },
-    /// Another process holds the lease, or the stored generation has changed.
-    Denied,
+/// The epoch that a write gives to a row.
+#[derive(Clone, Copy, Debug)]
+enum Epoch {
+    /// The stored one.
+    Stored,
+    /// This one.
+    Exactly(u64),
+    /// A new one: a person logged in or out so long ago.
+    Age(Duration),
+}
+
+/// What a write did.
+struct Written {
+    done: bool,
+    /// Whether there was a grant before.
+    was_present: bool,
+    /// The version of the row now.
+    version: Version,
 }
 
 /// A row with a record.
@@ -116,16 +167,21 @@ struct StoredRow {
 }
 
 impl Postgres {
-    /// Connects, creates missing tables, checks the key, and reads all records. Blocks until that is done.
-    pub(super) fn open(url: ConnectionUrl, keyring: Arc<Keyring>) -> Result<(Self, Opened), StoreError> {
+    /// Connects, creates missing tables, and checks the key. Reads all records if `read_all`. Blocks until that is done.
+    pub(super) fn open(
+        url: ConnectionUrl,
+        keyring: Arc<Keyring>,
+        read_all: bool,
+    ) -> Result<(Self, Opened), StoreError> {
         let open = move || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
             let runtime = runtime.map_err(|error| StoreError::Postgres { reason: error.to_string() })?;
             runtime.block_on(async move {
                 let store = Self::new(url, keyring);
-                let opened = store.prepare().await?;
+                let opened = store.prepare(read_all).await?;
                 // The connection belongs to this runtime, which ends here. The first operation opens another.
                 store.0.connection.disconnect().await;
+                store.0.bulk.disconnect().await;
                 Ok((store, opened))
             })
         };
@@ -140,17 +196,19 @@ impl Postgres {
         let random = getrandom::u64().and_then(|high| Ok((high, getrandom::u64()?)));
         let (high, low) = random.expect("the operating system provides random bytes");
         Self(Arc::new(Inner {
-            connection: PgConnection::new(url),
+            connection: PgConnection::new(url.clone(), Purpose::Requests),
+            bulk: PgConnection::new(url, Purpose::Bulk),
             keyring: ArcSwap::new(keyring),
             owner: format!("{high:016x}{low:016x}"),
-            known: Mutex::default(),
-            cursor: Mutex::default(),
+            policy: ArcSwap::from_pointee(DEFAULT_POLICY),
+            records: Mutex::default(),
+            position: Mutex::default(),
             health: Mutex::new((true, None)),
         }))
     }
 
-    /// Creates missing tables, checks schema version and key, and reads all records.
-    async fn prepare(&self) -> Result<Opened, StoreError> {
+    /// Creates missing tables, and checks schema version and key. Reads all records, or the first few to check the key.
+    async fn prepare(&self, read_all: bool) -> Result<Opened, StoreError> {
         self.create_tables().await?;
         match self.note(SCHEMA_NOTE).await? {
             None => self.set_note(SCHEMA_NOTE, SCHEMA_VERSION).await?,
@@ -163,18 +221,37 @@ impl Postgres {
         if key.is_some_and(|key| !ring.fingerprints().contains(&key)) {
             return Err(self.wrong_key(key));
         }
-        let users = self.read_all(&ring).await?;
+        let users = match read_all {
+            true => self.scan().await?,
+            false => self
+                .page("", FIRST_ROWS)
+                .await?
+                .0
+                .into_iter()
+                .map(|row| (row.user.clone(), row.open(&ring).0))
+                .collect(),
+        };
         let undecryptable =
             |(_, grant): &(UserId, Result<Grant, _>)| matches!(grant, Err(StoredGrantError::Undecryptable));
         if key.is_none() && !users.is_empty() && users.iter().all(undecryptable) {
             return Err(self.wrong_key(None));
         }
-        self.set_key(found.as_deref(), &ring).await?;
+        match key {
+            // A command does not change which key seals; that is for a rotation, or for a process that serves.
+            Some(noted) if read_all => self.0.keyring.store(Arc::new(ring.sealing_with(noted))),
+            _ => self.set_key(found.as_deref(), &ring).await?,
+        }
+        if read_all {
+            self.count_records().await?;
+        } else {
+            self.publish_pod().await?;
+        }
+        let users = if read_all { users } else { Users::new() };
         Ok(Opened { users, ..Opened::default() })
     }
 
-    /// Creates the tables, but only if one is missing: PostgreSQL rejects `CREATE TABLE IF NOT EXISTS` from a role
-    /// without the privilege even if the table exists.
+    /// Creates the tables, and migrates those of an earlier release; but only if that is needed: PostgreSQL rejects
+    /// `CREATE TABLE IF NOT EXISTS` from a role without the privilege even if the table exists.
     async fn create_tables(&self) -> Result<(), StoreError> {
         const EXIST: &str = "SELECT to_regclass('adsidecar_grants') IS NOT NULL \
                              AND to_regclass('adsidecar_logins') IS NOT NULL \
@@ -183,9 +260,17 @@ impl Postgres {
         for _ in 0..MAX_ATTEMPTS {
             let rows = self.query(EXIST, &[], OnDisconnect::Resend).await?;
             if first_row(&rows, 0)? {
-                return Ok(());
+                let number = self.note(MIGRATION_NOTE).await?.and_then(|number| number.parse::<u32>().ok());
+                // A higher number is that of a newer release, whose tables this one can use: see SCHEMA_VERSION.
+                if number.is_some_and(|number| number >= MIGRATION) {
+                    return Ok(());
+                }
+                // Tables of another schema version are not ours to migrate.
+                if self.note(SCHEMA_NOTE).await?.is_some_and(|version| version != SCHEMA_VERSION) {
+                    return Ok(());
+                }
             }
-            self.0.connection.create(SCHEMA).await?;
+            self.0.bulk.create(SCHEMA).await?;
         }
         Err(StoreError::Postgres { reason: "the created tables are not in the search_path of the role".into() })
     }
@@ -217,119 +302,197 @@ impl Postgres {
     pub(super) async fn save(&self, user: &UserId, grant: &Grant, expected: Option<u64>) -> Result<u64, StoreError> {
         match expected {
             Some(expected) => self.compare_and_swap(user, grant, expected).await,
-            None => self.overwrite(user, grant).await,
+            None => Ok(self.consent(user, grant, Duration::ZERO).await?.generation),
         }
     }
 
     /// Stores `grant` if the stored generation is `expected`.
     async fn compare_and_swap(&self, user: &UserId, grant: &Grant, expected: u64) -> Result<u64, StoreError> {
-        const REPLACE: &str = "UPDATE adsidecar_grants SET record = $2, generation = $3, \
-                               changed_at = clock_timestamp(), lease_owner = NULL, lease_until = NULL \
-                               WHERE user_id = $1 AND generation = $4 AND record IS NOT NULL RETURNING generation";
-        let ring = self.0.keyring.load_full();
-        let (name, generation) = (user.as_str(), to_bigint(grant.generation));
-        let (json, expected) = (sealed_json(grant, user, &ring), to_bigint(expected));
-        let parameters: &Parameters<'_> =
-            &[(&name, Type::TEXT), (&json, Type::TEXT), (&generation, Type::INT8), (&expected, Type::INT8)];
-        let done = !self.query(REPLACE, parameters, OnDisconnect::Resend).await?.is_empty();
-        let holds_grant = |row: StoredRow| is_same_grant(&row.record(), user, grant, &ring);
-        if !done && !self.row(user).await?.0.is_some_and(holds_grant) {
-            return Err(StoreError::Conflict);
+        let written = self.write(user, Some(grant), grant.generation, Epoch::Stored, Some(expected)).await?;
+        if !written.done {
+            let ring = self.0.keyring.load_full();
+            let holds_grant = |row: StoredRow| is_same_grant(&row.record(), user, grant, &ring);
+            if !self.row(user).await?.stored.is_some_and(holds_grant) {
+                return Err(StoreError::Conflict);
+            }
         }
-        self.remember(user, &json, generation, Sealed::By(ring.first()));
         Ok(grant.generation)
     }
 
-    /// Stores `grant` over whatever is stored, under a generation above every earlier one.
-    async fn overwrite(&self, user: &UserId, grant: &Grant) -> Result<u64, StoreError> {
-        const PUT: &str = "INSERT INTO adsidecar_grants AS g (user_id, record, generation, changed_at) \
-                           VALUES ($1, $2, $3, clock_timestamp()) ON CONFLICT (user_id) DO UPDATE \
-                           SET record = excluded.record, generation = excluded.generation, \
-                           changed_at = excluded.changed_at, lease_owner = NULL, lease_until = NULL \
-                           WHERE g.generation = $4 RETURNING g.generation";
-        let ring = self.0.keyring.load_full();
-        let name = user.as_str();
+    /// Stores `grant`, to which a person consented `age` ago, over whatever is stored, under a version above every earlier
+    /// one. Fails with [`StoreError::Conflict`] if somebody has logged in or out since.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError`] if the database cannot be read or written.
+    pub async fn consent(&self, user: &UserId, grant: &Grant, age: Duration) -> Result<Version, StoreError> {
+        let mut seen = self.row(user).await?.version.generation;
         for _ in 0..MAX_ATTEMPTS {
-            let stored = self.row(user).await?.1;
-            let generation = stored.saturating_add(1).max(to_bigint(grant.generation));
-            let raised = Grant { generation: generation.unsigned_abs(), ..grant.clone() };
-            let json = sealed_json(&raised, user, &ring);
-            let parameters: &Parameters<'_> =
-                &[(&name, Type::TEXT), (&json, Type::TEXT), (&generation, Type::INT8), (&stored, Type::INT8)];
-            if !self.query(PUT, parameters, OnDisconnect::Resend).await?.is_empty() {
-                self.remember(user, &json, generation, Sealed::By(ring.first()));
-                return Ok(raised.generation);
+            let generation = seen.saturating_add(1).max(grant.generation);
+            let raised = Grant { generation, ..grant.clone() };
+            let written = self.write(user, Some(&raised), generation, Epoch::Age(age), Some(seen)).await?;
+            if written.done {
+                return Ok(written.version);
             }
+            if written.version.generation == seen && !age.is_zero() {
+                // Somebody has logged in or out since.
+                return Err(StoreError::Conflict);
+            }
+            // A refresh, or another login, at the same moment: this one comes after it.
+            seen = self.row(user).await?.version.generation;
         }
         Err(StoreError::Conflict)
     }
 
+    /// Stores a grant that no person just consented to, as a login, if the stored generation is still `seen`. Returns its
+    /// version; `None` if there is another row now.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError`] if the database cannot be written.
+    pub async fn put_new(&self, user: &UserId, grant: &Grant, seen: u64) -> Result<Option<Version>, StoreError> {
+        let grant = Grant { generation: seen + 1, ..grant.clone() };
+        let written = self.write(user, Some(&grant), grant.generation, Epoch::Age(Duration::ZERO), Some(seen)).await?;
+        Ok(written.done.then_some(written.version))
+    }
+
+    /// Stores a grant that the database has lost again, under `version`, if the stored generation is still `seen`. Returns
+    /// whether it is stored now.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError`] if the database cannot be written.
+    pub async fn put_back(
+        &self,
+        user: &UserId,
+        grant: &Grant,
+        version: Version,
+        seen: u64,
+    ) -> Result<bool, StoreError> {
+        let grant = Grant { generation: version.generation, ..grant.clone() };
+        let epoch = Epoch::Exactly(version.epoch);
+        Ok(self.write(user, Some(&grant), version.generation, epoch, Some(seen)).await?.done)
+    }
+
+    /// Removes the grant of `user` again, under `version`, if the stored generation is still `seen`: the database has
+    /// lost the logout. Returns whether it is removed now.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError`] if the database cannot be written.
+    pub async fn repeat_logout(&self, user: &UserId, version: Version, seen: u64) -> Result<bool, StoreError> {
+        let epoch = Epoch::Exactly(version.epoch);
+        Ok(self.write(user, None, version.generation, epoch, Some(seen)).await?.done)
+    }
+
     /// See [`TokenStore::erase`](super::TokenStore::erase).
     pub(super) async fn erase(&self, user: &UserId) -> Result<bool, StoreError> {
-        const ERASE: &str = "WITH waiting AS (DELETE FROM adsidecar_waiting WHERE user_id = $1) \
-                             UPDATE adsidecar_grants SET record = NULL, generation = generation + 1, \
-                             changed_at = clock_timestamp(), lease_owner = NULL, lease_until = NULL \
-                             WHERE user_id = $1 AND record IS NOT NULL RETURNING generation";
-        let name = user.as_str();
-        let rows = self.query(ERASE, &[(&name, Type::TEXT)], OnDisconnect::Resend).await?;
-        locked(&self.0.known).remove(user);
-        Ok(!rows.is_empty())
+        Ok(self.log_out(user).await?.0)
+    }
+
+    /// Removes the grant of `user`, whatever its version. Returns whether there was one, and the version of the logout. It
+    /// is recorded also if there was none: the database may have lost a login that a process is about to restore.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError`] if the database cannot be written.
+    pub async fn log_out(&self, user: &UserId) -> Result<(bool, Version), StoreError> {
+        let written = self.write(user, None, 0, Epoch::Age(Duration::ZERO), None).await?;
+        Ok((written.was_present, written.version))
+    }
+
+    /// The only way in which a process changes what is stored for a user: see `adsidecar_write` in `schema.sql`. Without
+    /// a grant it is a logout. A `generation` of 0 is the next one.
+    async fn write(
+        &self,
+        user: &UserId,
+        grant: Option<&Grant>,
+        generation: u64,
+        epoch: Epoch,
+        seen: Option<u64>,
+    ) -> Result<Written, StoreError> {
+        const WRITE: &str = "SELECT written, was_present, now_generation, now_epoch \
+                             FROM adsidecar_write($1, $2, $3, $4, $5, $6, $7, $8)";
+        let ring = self.0.keyring.load_full();
+        let (name, json) = (user.as_str(), grant.map(|grant| sealed_json(grant, user, &ring)));
+        let (epoch, age, seen) = match epoch {
+            Epoch::Stored => (None, None, seen.map(to_bigint)),
+            Epoch::Exactly(epoch) => (Some(to_bigint(epoch)), None, seen.map(to_bigint)),
+            Epoch::Age(age) => (None, Some(age.as_secs_f64()), seen.map(to_bigint)),
+        };
+        let generation = (generation > 0).then(|| to_bigint(generation));
+        let about = grant.map(|grant| self.describe(user, grant, Sealed::By(ring.first())).to_string());
+        let rows = self
+            .patiently(WRITE, OnDisconnect::Resend, |patience| {
+                [
+                    (&name as &(dyn ToSql + Sync), Type::TEXT),
+                    (&json, Type::TEXT),
+                    (&generation, Type::INT8),
+                    (&epoch, Type::INT8),
+                    (&age, Type::FLOAT8),
+                    (&seen, Type::INT8),
+                    (&about, Type::TEXT),
+                    (patience, Type::TEXT),
+                ]
+            })
+            .await?;
+        Ok(Written {
+            done: first_row(&rows, 0)?,
+            was_present: first_row(&rows, 1)?,
+            version: Version { generation: unsigned(&rows, 2)?, epoch: unsigned(&rows, 3)? },
+        })
+    }
+
+    /// Runs a statement that may meet a locked row: then it is repeated over the connection for bulk work, where nobody
+    /// waits behind it. `parameters` gets the time that the statement may wait for the lock.
+    async fn patiently<'a, const N: usize>(
+        &self,
+        statement: &str,
+        on_disconnect: OnDisconnect,
+        parameters: impl Fn(&'a &'static str) -> [(&'a (dyn ToSql + Sync), Type); N],
+    ) -> Result<Vec<Row>, StoreError> {
+        static HASTY: &str = Purpose::Requests.lock_timeout();
+        static PATIENT: &str = Purpose::Bulk.lock_timeout();
+        match self.query(statement, &parameters(&HASTY), on_disconnect).await {
+            Err(StoreError::RowLocked) => {
+                let parameters = parameters(&PATIENT);
+                let over_bulk = self.0.bulk.query(statement, &parameters, on_disconnect);
+                let limit = Purpose::Requests.deadline();
+                tokio::time::timeout(limit, Box::pin(over_bulk)).await.unwrap_or(Err(StoreError::RowLocked))
+            }
+            result => result,
+        }
     }
 
     /// See [`TokenStore::load`](super::TokenStore::load).
     pub(super) async fn load(&self, user: &UserId) -> Result<Option<Grant>, StoreError> {
         let ring = self.0.keyring.load_full();
-        let row = self.row(user).await?.0;
+        let row = self.row(user).await?.stored;
         Ok(row.map(|row| row.open(&ring).0).transpose()?)
     }
 
-    /// Reads what is stored for `user` now. [`changed_users`](Self::changed_users) then no longer reports this state.
+    /// Reads what is stored for `user` now.
     ///
     /// # Errors
     ///
     /// [`StoreError::Postgres`] if the database cannot be read.
     pub async fn lookup(&self, user: &UserId) -> Result<Lookup, StoreError> {
+        let row = self.row(user).await?;
+        Ok(self.opened(user, row))
+    }
+
+    /// Opens the record of a row as it was read.
+    fn opened(&self, user: &UserId, row: RowRead) -> Lookup {
         let ring = self.0.keyring.load_full();
-        let (row, generation, since) = self.row(user).await?;
-        let Some(row) = row else {
-            locked(&self.0.known).remove(user);
-            let since = since.and_then(|seconds| Timestamp::from_microsecond((seconds * 1e6) as i64).ok());
-            return Ok(Lookup::Absent { generation: generation.unsigned_abs(), since });
+        let RowRead { stored, version, failed } = row;
+        let content = match stored {
+            None => Content::Absent,
+            Some(row) => {
+                debug_assert_eq!(row.user, *user);
+                row.open(&ring).0.map_or_else(Content::Unreadable, |grant| Content::Grant(Box::new(grant)))
+            }
         };
-        let (grant, sealed) = row.open(&ring);
-        self.remember(user, &row.json, generation, sealed);
-        Ok(grant.map_or_else(Lookup::Unreadable, |grant| Lookup::Grant(Box::new(grant))))
-    }
-
-    /// Takes, or prolongs, the lease of `user` for 15 s, if the stored generation is `generation`.
-    ///
-    /// # Errors
-    ///
-    /// [`StoreError::Postgres`] if the database cannot be written.
-    pub async fn acquire_lease(&self, user: &UserId, generation: u64) -> Result<Lease, StoreError> {
-        const LEASE: &str = "UPDATE adsidecar_grants AS g SET lease_owner = $2, \
-                             lease_until = clock_timestamp() + interval '15 seconds' \
-                             FROM (SELECT user_id, lease_owner FROM adsidecar_grants \
-                             WHERE user_id = $1 FOR UPDATE) AS old \
-                             WHERE g.user_id = old.user_id AND g.generation = $3 AND g.record IS NOT NULL \
-                             AND (g.lease_until IS NULL OR g.lease_until < clock_timestamp() OR g.lease_owner = $2) \
-                             RETURNING old.lease_owner IS NOT NULL AND old.lease_owner <> $2";
-        let (name, owner, generation) = (user.as_str(), &self.0.owner, to_bigint(generation));
-        let parameters: &Parameters<'_> = &[(&name, Type::TEXT), (owner, Type::TEXT), (&generation, Type::INT8)];
-        let rows = self.query(LEASE, parameters, OnDisconnect::Resend).await?;
-        if rows.is_empty() { Ok(Lease::Denied) } else { Ok(Lease::Acquired { interrupted: first_row(&rows, 0)? }) }
-    }
-
-    /// Releases the lease after a refresh that stored no change: a stored change releases it itself.
-    ///
-    /// # Errors
-    ///
-    /// [`StoreError::Postgres`] if the database cannot be written. The lease then expires by itself.
-    pub async fn release_lease(&self, user: &UserId) -> Result<(), StoreError> {
-        const RELEASE: &str = "UPDATE adsidecar_grants SET lease_owner = NULL, lease_until = NULL \
-                               WHERE user_id = $1 AND lease_owner = $2 RETURNING generation";
-        let name = user.as_str();
-        self.query(RELEASE, &[(&name, Type::TEXT), (&self.0.owner, Type::TEXT)], OnDisconnect::Resend).await.map(drop)
+        Lookup { version, content, failed }
     }
 
     pub(super) async fn note(&self, name: &str) -> Result<Option<String>, StoreError> {
@@ -345,16 +508,16 @@ impl Postgres {
     }
 
     pub(super) fn health(&self) -> Health {
-        let mut records = BTreeMap::new();
-        for known in locked(&self.0.known).values() {
-            *records.entry(known.sealed).or_default() += 1;
-        }
+        let records = locked(&self.0.records).clone();
         let (up, last_error) = locked(&self.0.health).clone();
         Health { up, last_error, recoveries: 0, records }
     }
 
     pub(super) async fn close(&self) -> Result<(), StoreError> {
+        // If this fails, the process counts as alive for half a minute more.
+        let _ = self.withdraw_pod().await;
         self.0.connection.close().await;
+        self.0.bulk.close().await;
         Ok(())
     }
 
@@ -368,30 +531,25 @@ impl Postgres {
         // Boxed, to keep the futures of all callers small.
         let result = Box::pin(self.0.connection.query(statement, parameters, on_disconnect)).await;
         let mut health = locked(&self.0.health);
-        health.0 = result.is_ok();
+        // A locked row says nothing about the database.
+        health.0 = result.is_ok() || matches!(result, Err(StoreError::RowLocked));
         if let Err(error) = &result {
             health.1 = Some(error.to_string());
         }
         result
     }
 
-    /// Reads the grants of all users, and remembers each row.
-    async fn read_all(&self, ring: &Keyring) -> Result<Users, StoreError> {
-        let mut users = Users::new();
-        self.for_each_row(|row| {
-            let (grant, sealed) = row.open(ring);
-            self.remember(&row.user, &row.json, row.generation, sealed);
-            users.push((row.user, grant));
-        })
-        .await?;
-        Ok(users)
+    /// As [`query`](Self::query), over the connection for bulk work. It says nothing about the health of the store, which
+    /// requests depend on.
+    async fn bulk_query(&self, statement: &str, parameters: &Parameters<'_>) -> Result<Vec<Row>, StoreError> {
+        Box::pin(self.0.bulk.query(statement, parameters, OnDisconnect::Resend)).await
     }
 
     /// Calls `visit` with every row that has a record, ordered by user id.
     async fn for_each_row(&self, mut visit: impl FnMut(StoredRow)) -> Result<(), StoreError> {
         let mut after = Some(String::new());
         while let Some(last) = after {
-            let (rows, next) = self.page(&last).await?;
+            let (rows, next) = self.page(&last, PAGE_ROWS).await?;
             rows.into_iter().for_each(&mut visit);
             after = next;
         }
@@ -400,10 +558,10 @@ impl Postgres {
 
     /// Reads the next page of rows with a record after the user id `after`, and returns where the page after it starts.
     /// A row whose key is not a user id was not written by us and is skipped.
-    async fn page(&self, after: &str) -> Result<(Vec<StoredRow>, Option<String>), StoreError> {
+    async fn page(&self, after: &str, limit: i64) -> Result<(Vec<StoredRow>, Option<String>), StoreError> {
         const ROWS: &str = "SELECT user_id, record, generation FROM adsidecar_grants \
                             WHERE record IS NOT NULL AND user_id > $1 ORDER BY user_id LIMIT $2";
-        let rows = self.query(ROWS, &[(&after, Type::TEXT), (&PAGE_ROWS, Type::INT8)], OnDisconnect::Resend).await?;
+        let rows = self.bulk_query(ROWS, &[(&after, Type::TEXT), (&limit, Type::INT8)]).await?;
         let mut page = Vec::new();
         for row in &rows {
             if let Ok(user) = column::<String>(row, 0)?.parse() {
@@ -413,23 +571,38 @@ impl Postgres {
         Ok((page, rows.last().map(|last| column(last, 0)).transpose()?))
     }
 
-    /// Reads the row of `user`: its record, its generation (0 if there is no row), and when it was changed, in seconds
-    /// of the Unix epoch.
-    async fn row(&self, user: &UserId) -> Result<(Option<StoredRow>, i64, Option<f64>), StoreError> {
-        const ROW: &str = "SELECT record, generation, extract(epoch FROM changed_at)::float8 FROM adsidecar_grants \
-                           WHERE user_id = $1";
+    /// Reads the row of `user`.
+    async fn row(&self, user: &UserId) -> Result<RowRead, StoreError> {
+        const ROW: &str = concat!("SELECT ", row_columns!(), " FROM adsidecar_grants AS g WHERE user_id = $1");
         let name = user.as_str();
         let rows = self.query(ROW, &[(&name, Type::TEXT)], OnDisconnect::Resend).await?;
-        let Some(row) = rows.first() else { return Ok((None, 0, None)) };
-        let generation = column(row, 1)?;
-        let stored = column::<Option<String>>(row, 0)?.map(|json| StoredRow { user: user.clone(), json, generation });
-        Ok((stored, generation, Some(column(row, 2)?)))
+        rows.first().map_or_else(|| Ok(RowRead::default()), |row| read_row(user, row))
     }
+}
 
-    /// Remembers a row as this process read or wrote it.
-    fn remember(&self, user: &UserId, json: &str, generation: i64, sealed: Sealed) {
-        locked(&self.0.known).insert(user.clone(), KnownRow { generation, digest: digest(json), sealed });
-    }
+/// The index of the user id among [`row_columns`].
+const USER_COLUMN: usize = 7;
+
+/// A user's row as it was read; the default is no row.
+#[derive(Default)]
+struct RowRead {
+    /// The row, if it has a record.
+    stored: Option<StoredRow>,
+    version: Version,
+    failed: Option<FailedRefresh>,
+}
+
+/// Reads the [`row_columns`].
+fn read_row(user: &UserId, row: &Row) -> Result<RowRead, StoreError> {
+    let (generation, epoch): (i64, i64) = (column(row, 1)?, column(row, 2)?);
+    let stored = column::<Option<String>>(row, 0)?.map(|json| StoredRow { user: user.clone(), json, generation });
+    let seconds = |seconds: Option<f64>| Duration::try_from_secs_f64(seconds?.max(0.0)).ok();
+    let (refused, failure): (Option<String>, Option<String>) = (column(row, 3)?, column(row, 4)?);
+    let (is_refused, retry_in) = (refused.is_some(), seconds(column(row, 5)?).unwrap_or_default());
+    let attempts = column::<Option<i32>>(row, 6)?.and_then(|attempts| u32::try_from(attempts).ok()).unwrap_or(1);
+    let failed = refused.or(failure).map(|code| FailedRefresh { refused: is_refused, code, attempts, retry_in });
+    let version = Version { epoch: epoch.unsigned_abs(), generation: generation.unsigned_abs() };
+    Ok(RowRead { stored, version, failed })
 }
 
 impl StoredRow {
@@ -455,10 +628,6 @@ fn sealed_json(grant: &Grant, user: &UserId, ring: &Keyring) -> String {
     String::from_utf8(StoredGrant::seal(grant, user, ring).to_json()).expect("JSON is UTF-8")
 }
 
-fn digest(json: &str) -> Vec<u8> {
-    Sha256::digest(json).to_vec()
-}
-
 /// Converts a generation to PostgreSQL's `bigint`, which is signed. No generation ever reaches its maximum.
 fn to_bigint(generation: u64) -> i64 {
     i64::try_from(generation).unwrap_or(i64::MAX - 1)
@@ -470,6 +639,11 @@ fn column<'a, T: FromSql<'a>>(row: &'a Row, at: usize) -> Result<T, StoreError> 
         reason: format!("the tables do not have the schema of this version: {error}"),
     };
     row.try_get(at).map_err(other)
+}
+
+/// Reads a column of the first row that is never negative.
+fn unsigned(rows: &[Row], at: usize) -> Result<u64, StoreError> {
+    first_row::<i64>(rows, at).map(i64::unsigned_abs)
 }
 
 /// Reads a column of the first row, for a statement that always returns one.

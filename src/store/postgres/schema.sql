@@ -1,5 +1,14 @@
--- adsidecar creates these tables at startup if one is missing. A role that may not create tables needs SELECT, INSERT,
--- UPDATE and DELETE on all four.
+-- The tables, and the one rule by which a user's row changes. adsidecar runs this file at startup if a table is missing
+-- or the note `migration` is lower than the last number below: in one transaction, under an advisory lock. Every
+-- statement may be repeated, and each migration only adds, so that processes of the previous version keep working
+-- during a rolling update. A role that may not create tables needs SELECT, INSERT, UPDATE and DELETE on all four.
+SET LOCAL statement_timeout = 0;
+SET LOCAL lock_timeout = 0;
+SELECT pg_advisory_xact_lock(4837205517302918401);
+-- Requests wait behind a change of a table that waits itself: it rather fails, and is tried again.
+SET LOCAL lock_timeout = '2s';
+
+-- Migration 1.
 
 -- One row per user. A logout removes the record but keeps the row: the user's generation never decreases, so that a write
 -- based on an earlier generation cannot succeed.
@@ -32,3 +41,154 @@ CREATE TABLE IF NOT EXISTS adsidecar_notes (
     name text PRIMARY KEY,
     value text NOT NULL
 );
+
+-- Migration 2.
+
+-- change: the number of the row's last change, by which processes follow changes without comparing rows.
+-- epoch: when the user last logged in or out, in microseconds by the database's clock; a refresh does not change it. Of two
+-- states of a user the one with the higher epoch is the newer one, whatever their generations: after a failover that lost
+-- commits, generations may repeat, and a login or logout that was lost is still older than one after it.
+-- described: a hash of the record that the following columns describe; NULL if a process has yet to describe it.
+-- sealed_with: the fingerprint of the key that seals the record; `unknown` or `damaged` if it yields no grant.
+-- expires_at, updated_at, consented_at, used_at: as in the record, whose seal alone makes them trustworthy. They are for
+-- lists and counts.
+-- due_at: when the next background refresh is due; NULL if the user is idle.
+-- refused, failure, attempts, retry_at: how the last refresh of this generation failed: Login with Amazon refused the
+-- grant, or could not be asked; how many have failed; and when the next process may ask.
+CREATE SEQUENCE IF NOT EXISTS adsidecar_changes;
+ALTER TABLE adsidecar_grants
+    ADD COLUMN IF NOT EXISTS change bigint NOT NULL DEFAULT 0,
+    ADD COLUMN IF NOT EXISTS epoch bigint NOT NULL DEFAULT 0,
+    ADD COLUMN IF NOT EXISTS described bigint,
+    ADD COLUMN IF NOT EXISTS sealed_with text,
+    ADD COLUMN IF NOT EXISTS expires_at timestamptz,
+    ADD COLUMN IF NOT EXISTS updated_at timestamptz,
+    ADD COLUMN IF NOT EXISTS consented_at timestamptz,
+    ADD COLUMN IF NOT EXISTS used_at timestamptz,
+    ADD COLUMN IF NOT EXISTS due_at timestamptz,
+    ADD COLUMN IF NOT EXISTS refused text,
+    ADD COLUMN IF NOT EXISTS failure text,
+    ADD COLUMN IF NOT EXISTS attempts integer,
+    ADD COLUMN IF NOT EXISTS retry_at timestamptz;
+CREATE INDEX IF NOT EXISTS adsidecar_grants_change ON adsidecar_grants (change);
+CREATE INDEX IF NOT EXISTS adsidecar_grants_due ON adsidecar_grants (due_at) WHERE record IS NOT NULL;
+CREATE INDEX IF NOT EXISTS adsidecar_grants_undescribed ON adsidecar_grants (user_id)
+    WHERE record IS NOT NULL AND described IS NULL;
+CREATE INDEX IF NOT EXISTS adsidecar_grants_failing ON adsidecar_grants (user_id)
+    WHERE record IS NOT NULL AND (refused IS NOT NULL OR failure IS NOT NULL);
+
+-- Numbers every change, whoever makes it: this version, the previous one, or a person with psql. It runs with the rights
+-- of its owner, so that a role with access to the tables alone needs no right on the sequence. A lease is no change, and
+-- neither is a record that is only sealed with another key.
+CREATE OR REPLACE FUNCTION adsidecar_number_change() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path FROM CURRENT AS $$
+BEGIN
+    IF TG_OP = 'INSERT' THEN
+        NEW.change := nextval('adsidecar_changes');
+    ELSIF (NEW.record IS NULL) <> (OLD.record IS NULL) OR NEW.generation <> OLD.generation
+        OR NEW.epoch <> OLD.epoch THEN
+        NEW.change := nextval('adsidecar_changes');
+        IF (NEW.record IS NULL) <> (OLD.record IS NULL) AND NEW.epoch = OLD.epoch THEN
+            -- The previous version, or a person, logged the user in or out.
+            NEW.epoch := greatest(OLD.epoch + 1, (extract(epoch FROM clock_timestamp()) * 1000000)::bigint);
+        END IF;
+        NEW.refused := NULL;
+        NEW.failure := NULL;
+        NEW.attempts := NULL;
+        NEW.retry_at := NULL;
+    END IF;
+    IF NEW.record IS NULL OR NEW.described IS DISTINCT FROM hashtextextended(NEW.record, 0) THEN
+        NEW.described := NULL;
+        NEW.sealed_with := NULL;
+        NEW.due_at := NULL;
+    END IF;
+    RETURN NEW;
+END $$;
+DROP TRIGGER IF EXISTS adsidecar_number_insert ON adsidecar_grants;
+CREATE TRIGGER adsidecar_number_insert BEFORE INSERT ON adsidecar_grants
+    FOR EACH ROW EXECUTE FUNCTION adsidecar_number_change();
+DROP TRIGGER IF EXISTS adsidecar_number_update ON adsidecar_grants;
+CREATE TRIGGER adsidecar_number_update BEFORE UPDATE OF record, generation, epoch ON adsidecar_grants
+    FOR EACH ROW WHEN (NEW.record IS DISTINCT FROM OLD.record OR NEW.generation <> OLD.generation
+                       OR NEW.epoch <> OLD.epoch)
+    EXECUTE FUNCTION adsidecar_number_change();
+
+-- The rule: the only statement by which a process stores or removes a user's grant. `seen` is the generation of the row
+-- that the decision is based on, 0 for no row; NULL for a logout, which a person wants whatever is stored. The write happens
+-- only if that is still the stored generation, and if neither generation nor epoch would decrease. A NULL generation is
+-- the next one. `age` says how many seconds ago a person logged in or out, for a write that makes a new epoch: one that
+-- was delayed changes nothing if somebody has logged in or out since. Without an age the epoch is `epoch`, or the stored one
+-- if that is NULL. Returns whether the row was written, whether there was a grant, and the version of the row now.
+--
+-- A login or logout takes its change number while it holds the advisory lock, with the row locked first. So these
+-- numbers become visible in their order, and a process that has read up to a number has missed none below it. A refresh
+-- takes no such lock: who misses one reads the row when the token that it has expires.
+--
+-- `about` is a JSON object with the columns that describe the record; NULL if another process has to describe it.
+CREATE OR REPLACE FUNCTION adsidecar_write(
+    p_user text, p_record text, p_generation bigint, p_epoch bigint, p_age double precision, p_seen bigint,
+    p_about text, p_patience text
+) RETURNS TABLE (written boolean, was_present boolean, now_generation bigint, now_epoch bigint)
+LANGUAGE plpgsql AS $$
+DECLARE
+    about jsonb := p_about::jsonb;
+    was_generation bigint;
+    was_epoch bigint;
+    there boolean;
+BEGIN
+    PERFORM set_config('lock_timeout', p_patience, true);
+    SELECT g.generation, g.epoch, g.record IS NOT NULL INTO was_generation, was_epoch, was_present
+        FROM adsidecar_grants AS g WHERE g.user_id = p_user FOR UPDATE;
+    there := FOUND;
+    was_generation := coalesce(was_generation, 0);
+    was_epoch := coalesce(was_epoch, 0);
+    was_present := coalesce(was_present, false);
+    now_generation := coalesce(p_generation, was_generation + 1);
+    now_epoch := coalesce(p_epoch, was_epoch);
+    IF p_age IS NOT NULL THEN
+        now_epoch := ((extract(epoch FROM clock_timestamp()) - p_age) * 1000000)::bigint;
+    END IF;
+    IF p_age = 0 THEN
+        now_epoch := greatest(now_epoch, was_epoch + 1);
+    END IF;
+    written := coalesce(p_seen = was_generation, true) AND now_generation > was_generation AND now_epoch >= was_epoch
+        AND (p_age IS NULL OR now_epoch > was_epoch);
+    IF written THEN
+        IF now_epoch > was_epoch THEN
+            PERFORM pg_advisory_xact_lock(4837205517302918402);
+        END IF;
+        IF there THEN
+            UPDATE adsidecar_grants AS g SET record = p_record, generation = now_generation, epoch = now_epoch,
+                changed_at = clock_timestamp(), lease_owner = NULL, lease_until = NULL,
+                described = CASE WHEN about IS NOT NULL THEN hashtextextended(p_record, 0) END,
+                sealed_with = about->>'sealed_with', expires_at = (about->>'expires_at')::timestamptz,
+                updated_at = (about->>'updated_at')::timestamptz,
+                consented_at = (about->>'consented_at')::timestamptz, used_at = (about->>'used_at')::timestamptz,
+                due_at = (about->>'due_at')::timestamptz WHERE g.user_id = p_user;
+        ELSE
+            INSERT INTO adsidecar_grants (user_id, record, generation, epoch, changed_at, described, sealed_with,
+                    expires_at, updated_at, consented_at, used_at, due_at)
+                VALUES (p_user, p_record, now_generation, now_epoch, clock_timestamp(),
+                    CASE WHEN about IS NOT NULL THEN hashtextextended(p_record, 0) END, about->>'sealed_with',
+                    (about->>'expires_at')::timestamptz, (about->>'updated_at')::timestamptz,
+                    (about->>'consented_at')::timestamptz, (about->>'used_at')::timestamptz,
+                    (about->>'due_at')::timestamptz)
+                ON CONFLICT (user_id) DO NOTHING;
+            written := FOUND;
+        END IF;
+        IF now_epoch > was_epoch THEN
+            PERFORM pg_notify('adsidecar', '');
+        END IF;
+    END IF;
+    IF p_record IS NULL AND written THEN
+        DELETE FROM adsidecar_waiting AS w WHERE w.user_id = p_user;
+    END IF;
+    IF NOT written THEN
+        now_generation := was_generation;
+        now_epoch := was_epoch;
+    END IF;
+    RETURN NEXT;
+END $$;
+
+INSERT INTO adsidecar_notes (name, value) VALUES ('migration', '2')
+    ON CONFLICT (name) DO UPDATE SET value = excluded.value WHERE adsidecar_notes.value::int < 2;

@@ -72,6 +72,8 @@ pub struct Metrics {
     pub token_refresh: IntCounterVec,
     pub token_refresh_duration: Histogram,
     pub store_up: IntGauge,
+    pub store_lag: Gauge,
+    pub store_cached_users: IntGauge,
     pub store_operation_duration: HistogramVec,
     pub store_errors: IntCounterVec,
     store_records: IntGaugeVec,
@@ -182,6 +184,15 @@ impl Metrics {
                 DURATIONS,
             )?,
             store_up: r.gauge("store_up", "0: the store fails, or a change is not on disk yet")?,
+            store_lag: r.float(
+                "store_lag_seconds",
+                "For how long changes that other processes made in a shared store may be unknown here; about 1 is \
+                     ordinary, 0: no process shares the store",
+            )?,
+            store_cached_users: r.gauge(
+                "store_cached_users",
+                "Users that this process holds in memory; of a shared store at most about store.cache",
+            )?,
             store_operation_duration: r.histograms(
                 "store_operation_duration_seconds",
                 "Duration of store operations",

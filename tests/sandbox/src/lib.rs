@@ -1,5 +1,5 @@
-//! A stand-in for Amazon on loopback: Login with Amazon, and the Ads API and the MCP server of the three regions, over real
-//! TLS.
+//! A stand-in for Amazon on loopback: Login with Amazon, and the Ads API and the MCP server of the three regions, over
+//! real TLS.
 //!
 //! End-to-end tests start it in their own process; `adsidecar-sandbox` starts it as a program. A [`World`] of plain
 //! data behind one lock holds all state; HTTP is a thin layer over it. The sandbox implements Amazon's contract from

@@ -1,7 +1,7 @@
 //! Amazon's MCP server: `/mcp` and `/mcp/lite`, streamable HTTP without sessions ("Transports", Model Context Protocol).
 //!
-//! It has one tool, `list_profiles`. A `GET` opens an event stream whose notifications are released one by one, as those of
-//! `/sandbox/events?step=1`.
+//! It has one tool, `list_profiles`. A `GET` opens an event stream whose notifications are released one by one, as those
+//! of `/sandbox/events?step=1`.
 
 use http::header::{ACCEPT, ALLOW, WWW_AUTHENTICATE};
 use http::{HeaderMap, Method, Response, StatusCode};

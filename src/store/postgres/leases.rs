@@ -1,0 +1,122 @@
+//! Leases: which process may request a token for a user, and which refreshes are due.
+
+use jiff::Timestamp;
+use tokio_postgres::types::Type;
+
+use super::connection::{OnDisconnect, Parameters};
+use super::{FailedRefresh, Lookup, Postgres, USER_COLUMN, column, first_row, read_row, to_bigint};
+use crate::domain::account::UserId;
+use crate::store::StoreError;
+
+/// The outcome of [`Postgres::acquire_lease`]: whether this process may request a token.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Lease {
+    /// This process holds the lease: no other process requests a token for this user.
+    Acquired {
+        /// Another process held the lease for the same generation and let it expire, so the result of its token request
+        /// is unknown.
+        interrupted: bool,
+    },
+    /// Another process holds the lease, or the stored generation has changed.
+    Denied,
+}
+
+/// A refresh that is due, and whose lease this process has taken.
+#[derive(Debug)]
+pub struct Claimed {
+    /// The user to refresh.
+    pub user: UserId,
+    /// The row as it was when the lease was taken.
+    pub lookup: Lookup,
+    /// As [`Lease::Acquired`] has it.
+    pub interrupted: bool,
+}
+
+impl Postgres {
+    /// Takes, or prolongs, the lease of `user` for 15 s, if the stored generation is `generation`. A row that is just
+    /// being written counts as leased to another process.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError::Postgres`] if the database cannot be written.
+    pub async fn acquire_lease(&self, user: &UserId, generation: u64) -> Result<Lease, StoreError> {
+        const LEASE: &str = "UPDATE adsidecar_grants AS g SET lease_owner = $2, \
+                             lease_until = clock_timestamp() + interval '15 seconds' \
+                             FROM (SELECT user_id, lease_owner FROM adsidecar_grants \
+                             WHERE user_id = $1 FOR UPDATE SKIP LOCKED) AS old \
+                             WHERE g.user_id = old.user_id AND g.generation = $3 AND g.record IS NOT NULL \
+                             AND (g.lease_until IS NULL OR g.lease_until < clock_timestamp() OR g.lease_owner = $2) \
+                             RETURNING old.lease_owner IS NOT NULL AND old.lease_owner <> $2";
+        let (name, owner, generation) = (user.as_str(), &self.0.owner, to_bigint(generation));
+        let parameters: &Parameters<'_> = &[(&name, Type::TEXT), (owner, Type::TEXT), (&generation, Type::INT8)];
+        let rows = self.query(LEASE, parameters, OnDisconnect::Resend).await?;
+        if rows.is_empty() { Ok(Lease::Denied) } else { Ok(Lease::Acquired { interrupted: first_row(&rows, 0)? }) }
+    }
+
+    /// Takes the leases of at most `limit` users whose background refresh is due at `now`. A claimed refresh is due again
+    /// 20 s later, so that another process makes it if this one ends.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError::Postgres`] if the database cannot be written.
+    pub async fn claim_due(&self, now: Timestamp, limit: usize) -> Result<Vec<Claimed>, StoreError> {
+        const CLAIM: &str = concat!(
+            "UPDATE adsidecar_grants AS g SET lease_owner = $1, \
+             lease_until = clock_timestamp() + interval '15 seconds', due_at = to_timestamp($2) + interval '20 seconds' \
+             FROM (SELECT user_id, lease_owner FROM adsidecar_grants WHERE record IS NOT NULL \
+             AND due_at <= to_timestamp($2) AND (lease_until IS NULL OR lease_until < clock_timestamp()) \
+             AND (retry_at IS NULL OR retry_at <= clock_timestamp()) \
+             ORDER BY due_at LIMIT $3 FOR UPDATE SKIP LOCKED) AS old WHERE g.user_id = old.user_id RETURNING ",
+            row_columns!(),
+            ", old.lease_owner IS NOT NULL AND old.lease_owner <> $1"
+        );
+        let (now, limit) = (now.as_duration().as_secs_f64(), i64::try_from(limit).unwrap_or(i64::MAX));
+        let parameters: &Parameters<'_> = &[(&self.0.owner, Type::TEXT), (&now, Type::FLOAT8), (&limit, Type::INT8)];
+        // If the response is lost, the leases of this process expire, and the refreshes are due again.
+        let rows = self.query(CLAIM, parameters, OnDisconnect::Fail).await?;
+        let mut claimed = Vec::with_capacity(rows.len());
+        for row in &rows {
+            let Ok(user) = column::<String>(row, USER_COLUMN)?.parse::<UserId>() else { continue };
+            let lookup = self.opened(&user, read_row(&user, row)?);
+            claimed.push(Claimed { user, lookup, interrupted: column(row, USER_COLUMN + 1)? });
+        }
+        Ok(claimed)
+    }
+
+    /// Releases the lease after a refresh that stored no change: a stored change releases it itself. Says to all processes
+    /// how the refresh of `generation` failed, if it did, and when the background tries again: `due`, `None` if the user
+    /// is idle by then.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError::Postgres`] if the database cannot be written. The lease then expires by itself.
+    pub async fn release_lease(
+        &self,
+        user: &UserId,
+        generation: u64,
+        failed: Option<&FailedRefresh>,
+        due: Option<Timestamp>,
+    ) -> Result<(), StoreError> {
+        const RELEASE: &str = "UPDATE adsidecar_grants SET lease_owner = NULL, lease_until = NULL, \
+                               refused = $4, failure = $5, attempts = $8, due_at = to_timestamp($7), \
+                               retry_at = clock_timestamp() + make_interval(secs => $6) \
+                               WHERE user_id = $1 AND lease_owner = $2 AND generation = $3 RETURNING generation";
+        let (name, generation) = (user.as_str(), to_bigint(generation));
+        let code = |refused| failed.filter(|failed| failed.refused == refused).map(|failed| failed.code.clone());
+        let (refused, failure) = (code(true), code(false));
+        let retry_in = failed.map(|failed| failed.retry_in.as_secs_f64());
+        let attempts = failed.map(|failed| i32::try_from(failed.attempts).unwrap_or(i32::MAX));
+        let due = due.map(|due| due.as_duration().as_secs_f64());
+        let parameters: &Parameters<'_> = &[
+            (&name, Type::TEXT),
+            (&self.0.owner, Type::TEXT),
+            (&generation, Type::INT8),
+            (&refused, Type::TEXT),
+            (&failure, Type::TEXT),
+            (&retry_in, Type::FLOAT8),
+            (&due, Type::FLOAT8),
+            (&attempts, Type::INT4),
+        ];
+        self.query(RELEASE, parameters, OnDisconnect::Resend).await.map(drop)
+    }
+}

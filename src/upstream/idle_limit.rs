@@ -1,0 +1,128 @@
+//! How long an origin lets a connection idle, learned from the closes that are seen.
+
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+use super::lock;
+
+/// The limit until a close is seen: most load balancers close after 60 seconds.
+const AT_FIRST: Duration = Duration::from_secs(55);
+/// The largest limit: a NAT gateway of Amazon's forgets a connection after 350 seconds.
+const MOST: Duration = Duration::from_secs(315);
+/// A server that closes sooner than this after a response has another reason than idleness.
+const LEAST: Duration = Duration::from_millis(500);
+/// For how long a close that was seen is believed.
+const BELIEVED: Duration = Duration::from_secs(600);
+/// Margin of time before a close, for requests that may not be repeated: the longest round trip.
+const MARGIN: Duration = Duration::from_millis(100);
+
+/// `upstream.idle_timeout`: how long an unused connection is kept.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum IdleTimeout {
+    /// As long as the server is seen to allow.
+    #[default]
+    Auto,
+    /// The same, but at most this long.
+    AtMost(Duration),
+}
+
+/// What is known about an origin's limit.
+#[derive(Debug)]
+pub(super) struct IdleLimit {
+    most: Duration,
+    learned: Mutex<Learned>,
+}
+
+#[derive(Debug)]
+struct Learned {
+    /// The current limit.
+    limit: Duration,
+    /// The shortest idle time after which the server closed a connection, and when that was.
+    closed: Option<(Duration, Instant)>,
+}
+
+impl IdleLimit {
+    pub(super) fn new(timeout: IdleTimeout) -> Self {
+        let most = match timeout {
+            IdleTimeout::Auto => MOST,
+            IdleTimeout::AtMost(most) => most,
+        };
+        Self { most, learned: Mutex::new(Learned { limit: AT_FIRST, closed: None }) }
+    }
+
+    /// How long a connection may idle and still carry a request.
+    pub(super) fn current(&self) -> Duration {
+        lock(&self.learned).limit.min(self.most)
+    }
+
+    /// How long a connection may idle and still carry a request that may not be repeated: the server is not closing it
+    /// while the request is on its way.
+    pub(super) fn safe(&self) -> Duration {
+        let learned = lock(&self.learned);
+        let limit = learned.limit.min(self.most);
+        match learned.closed() {
+            Some(closed) => limit.min((closed * 8 / 10).saturating_sub(MARGIN)),
+            None => limit,
+        }
+    }
+
+    /// The server closed a connection that had idled this long, or announced that it would.
+    pub(super) fn closed_after(&self, idle: Duration) {
+        let mut learned = lock(&self.learned);
+        let shortest = learned.closed().map_or(idle, |closed| closed.min(idle));
+        learned.closed = Some((shortest, Instant::now()));
+        if idle >= LEAST {
+            learned.limit = learned.limit.min(idle * 9 / 10);
+        }
+    }
+
+    /// A connection idled up to the current limit, and the server had not closed it.
+    pub(super) fn survived(&self) {
+        let mut learned = lock(&self.learned);
+        let ceiling = learned.closed().filter(|closed| *closed >= LEAST).map_or(MOST, |closed| closed * 9 / 10);
+        learned.limit = (learned.limit * 5 / 4).min(ceiling).max(learned.limit);
+    }
+}
+
+impl Learned {
+    fn closed(&self) -> Option<Duration> {
+        self.closed.filter(|(_, at)| at.elapsed() < BELIEVED).map(|(idle, _)| idle)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    #[test]
+    fn the_limit_follows_what_the_server_does() {
+        let limit = IdleLimit::new(IdleTimeout::Auto);
+        assert_eq!((limit.current(), limit.safe()), (55 * SECOND, 55 * SECOND));
+        limit.survived();
+        assert!(limit.current() > 60 * SECOND);
+        limit.closed_after(60 * SECOND);
+        limit.survived();
+        assert_eq!(limit.current(), 54 * SECOND, "it does not try again at once");
+        limit.closed_after(5 * SECOND);
+        assert_eq!(limit.current(), 5 * SECOND * 9 / 10);
+        assert!(limit.safe() < limit.current());
+        (0..100).for_each(|_| limit.survived());
+        assert_eq!(limit.current(), 5 * SECOND * 9 / 10);
+    }
+
+    #[test]
+    fn a_server_that_closes_at_once_gets_requests_that_may_not_be_repeated_on_new_connections_only() {
+        let limit = IdleLimit::new(IdleTimeout::Auto);
+        limit.closed_after(Duration::from_millis(2));
+        assert_eq!((limit.current(), limit.safe()), (55 * SECOND, Duration::ZERO));
+    }
+
+    #[test]
+    fn a_configured_duration_bounds_the_limit() {
+        let limit = IdleLimit::new(IdleTimeout::AtMost(SECOND));
+        (0..10).for_each(|_| limit.survived());
+        assert_eq!((limit.current(), limit.safe()), (SECOND, SECOND));
+    }
+}

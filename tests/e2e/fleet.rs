@@ -1,0 +1,328 @@
+//! Several adsidecars on one PostgreSQL with many users: nothing that somebody waits for grows with the table, the answer
+//! to one process counts for all, and nothing older overwrites anything newer.
+
+use std::time::{Duration, Instant};
+
+use adsidecar::domain::clock::Clock;
+use reqwest::Method;
+use world::{CLIENT_SECRET, Fault, Listener, Options, Rule};
+
+use crate::commands::OTHER_KEY;
+use crate::harness::{FERNET_KEY, Harness, code, eventually, json};
+use crate::postgres::{Pair, Replica, call};
+use crate::postgres_server::{Bouncer, Cluster, Sql};
+use crate::refresh_tasks::hold;
+
+const REFRESH: &str = "/api/auth/amazon/refresh";
+const LOGOUT: &str = "/api/auth/amazon/logout";
+
+fn frozen() -> Clock {
+    Clock::frozen("2026-08-01T12:00:00Z".parse().unwrap())
+}
+
+/// Adds rows of the size of real ones. No process has to open them: they are described, and idle.
+async fn add_users(sql: &Sql, count: u32) {
+    sql.run(&format!(
+        "INSERT INTO adsidecar_grants (user_id, record, generation, epoch, changed_at, described, sealed_with, updated_at) \
+         SELECT 'bulk-' || n, record, 1, 1, now(), hashtextextended(record, 0), 'damaged', now() \
+         FROM (SELECT n, repeat(md5(n::text), 40) AS record FROM generate_series(1, {count}) AS n) AS rows; \
+         ANALYZE adsidecar_grants"
+    ))
+    .await;
+}
+
+/// The number of rows that the server has read from the table of grants.
+async fn rows_read(sql: &Sql) -> i64 {
+    sql.run("SELECT pg_stat_force_next_flush()").await;
+    let read = "SELECT seq_tup_read + coalesce(idx_tup_fetch, 0) FROM pg_stat_user_tables \
+                WHERE relname = 'adsidecar_grants'";
+    sql.one(read).await.unwrap().parse().unwrap()
+}
+
+/// Logs users in at one replica and out again, and returns how long the other one took to obey each logout.
+async fn logout_delays(pair: &Pair, rounds: usize) -> Vec<Duration> {
+    let mut delays = Vec::new();
+    for round in 0..rounds {
+        let user = format!("user-{round}");
+        pair.a.log_in(&user).await;
+        assert_eq!(pair.b.call(&user).await.status(), 200, "a login is found at once");
+        assert_eq!(pair.a.post(&format!("{LOGOUT}?user_id={user}")).await.status(), 204);
+        let begun = Instant::now();
+        eventually("the logout to be obeyed", async || {
+            (code(&pair.b.call(&user).await) == "login_required").then_some(())
+        })
+        .await;
+        delays.push(begun.elapsed());
+    }
+    delays.sort_unstable();
+    delays
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_logout_is_obeyed_within_a_second_beside_a_hundred_thousand_users() {
+    let pair = Pair::start().await;
+    add_users(&pair.sql, 100_000).await;
+    // This replica starts beside the full table, and reads none of it.
+    let before = rows_read(&pair.sql).await;
+    let begun = Instant::now();
+    let third = Replica::beside(&pair.a, &[]).await;
+    let took = begun.elapsed();
+    assert!(took < Duration::from_secs(5), "{took:?}");
+    let delays = logout_delays(&pair, 20).await;
+    let late = delays.iter().filter(|delay| **delay > Duration::from_secs(1)).count();
+    assert!(late <= 1, "on a busy machine one may be late: {delays:?}");
+    assert_eq!(third.call("user-7").await.status(), 401);
+    let read = rows_read(&pair.sql).await - before;
+    assert!(read < 5000, "nobody reads the table: {read} rows");
+    for replica in [&pair.b, &third] {
+        assert!(replica.metric("adsidecar_store_lag_seconds").await < 2.0);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn behind_a_pooler_a_logout_is_obeyed_by_the_next_poll() {
+    let cluster = Cluster::start();
+    let bouncer = Bouncer::before(&cluster, 3);
+    let pair = Pair::over(cluster, &bouncer.url(), "", frozen()).await;
+    add_users(&pair.sql, 1000).await;
+    let delays = logout_delays(&pair, 10).await;
+    let late = delays.iter().filter(|delay| **delay > Duration::from_millis(1200)).count();
+    assert!(late <= 1, "on a busy machine one may be late: {delays:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_replica_that_cannot_follow_says_so_and_asks_for_each_row_before_it_uses_a_token() {
+    let pair = Pair::start().await;
+    pair.a.log_in("anna").await;
+    assert_eq!(pair.b.call("anna").await.status(), 200);
+    // The poll fails, and nothing else does.
+    pair.sql.run("ALTER TABLE adsidecar_notes RENAME TO hidden").await;
+    eventually("the lag to be reported", async || {
+        (pair.b.metric("adsidecar_store_lag_seconds").await > 2.0).then_some(())
+    })
+    .await;
+    let ready = pair.b.admin("/readyz").await;
+    assert_eq!(ready.0, 200);
+    assert!(ready.1.contains("degraded"), "{}", ready.1);
+    assert_eq!(pair.b.call("anna").await.status(), 200);
+    pair.sql.run("UPDATE adsidecar_grants SET record = NULL, generation = generation + 1").await;
+    eventually("the logout to be obeyed", async || {
+        (code(&pair.b.call("anna").await) == "login_required").then_some(())
+    })
+    .await;
+    pair.sql.run("ALTER TABLE hidden RENAME TO adsidecar_notes").await;
+    eventually("the replica to follow again", async || (pair.b.admin("/readyz").await.1 == "ready\n").then_some(()))
+        .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_locked_row_delays_no_other_user() {
+    let pair = Pair::start().await;
+    pair.a.log_in("anna").await;
+    let locker = pair.cluster.connect().await;
+    locker.run("BEGIN; SELECT FROM adsidecar_grants WHERE user_id = 'anna' FOR UPDATE").await;
+    let logout = {
+        let url = pair.a.proxy_url(&format!("{LOGOUT}?user_id=anna"));
+        tokio::spawn(pair.a.client.post(url).send())
+    };
+    for round in 0..20 {
+        let begun = Instant::now();
+        let user = format!("user-{round}");
+        pair.a.log_in(&user).await;
+        assert_eq!(pair.b.call(&user).await.status(), 200);
+        assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
+    }
+    let answer = logout.await.unwrap().unwrap();
+    assert_eq!(code(&answer), "store_unavailable", "the locked user is told");
+    let stored = "SELECT count(*) FROM adsidecar_grants WHERE record IS NOT NULL";
+    assert_eq!(pair.sql.one(stored).await.as_deref(), Some("21"));
+    assert_eq!(pair.a.metric("adsidecar_store_up").await, 1.0, "the database works");
+    locker.run("ROLLBACK").await;
+    assert_eq!(pair.a.post(&format!("{LOGOUT}?user_id=anna")).await.status(), 204);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_slow_statement_is_ended_at_the_server() {
+    let pair = Pair::start().await;
+    pair.a.log_in("anna").await;
+    assert_eq!(pair.b.call("anna").await.status(), 200);
+    let locker = pair.cluster.connect().await;
+    locker.run("BEGIN; LOCK TABLE adsidecar_grants IN ACCESS EXCLUSIVE MODE").await;
+    let waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' \
+                   AND application_name = 'adsidecar' AND now() - query_start > interval '3 seconds'";
+    let begun = Instant::now();
+    while begun.elapsed() < Duration::from_secs(5) {
+        assert_eq!(pair.b.call("anna").await.status(), 200, "the token is served from memory");
+        assert_eq!(pair.sql.one(waiting).await.as_deref(), Some("0"), "no abandoned statement goes on");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    locker.run("ROLLBACK").await;
+    eventually("the store to work again", async || (pair.b.admin("/readyz").await.1 == "ready\n").then_some(())).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_users_that_were_used_last_are_held_in_memory_and_all_are_listed() {
+    let pair = Pair::start().await;
+    let small = Replica::beside(&pair.a, &[("store.cache", "10")]).await;
+    let users: Vec<_> = (10..40).map(|number| format!("user-{number}")).collect();
+    for user in &users {
+        pair.a.log_in(user).await;
+        assert_eq!(small.call(user).await.status(), 200);
+    }
+    eventually("the others to be forgotten", async || {
+        (small.metric("adsidecar_store_cached_users").await <= 10.0).then_some(())
+    })
+    .await;
+    for user in users.iter().rev() {
+        assert_eq!(small.call(user).await.status(), 200, "each is read again when it is needed");
+    }
+    assert_eq!(pair.a.sandbox.refreshes(), 0);
+    let mut listed = Vec::new();
+    while let Some(page) = {
+        let after = listed.last().cloned().unwrap_or_default();
+        let path = format!("/api/auth/amazon/status?after={after}&limit=7");
+        let page = json(small.get(&path).await).await;
+        let names: Vec<_> =
+            page["users"].as_array().unwrap().iter().map(|user| user["user_id"].as_str().unwrap().to_owned()).collect();
+        (!names.is_empty()).then_some(names)
+    } {
+        listed.extend(page);
+    }
+    assert_eq!(listed, users);
+    assert_eq!(small.metric("adsidecar_users{state=\"fresh\"}").await, 30.0);
+    let page = small.admin("/").await.1;
+    assert!(users.iter().all(|user| page.contains(user.as_str())), "the status page has all of them");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn due_refreshes_are_shared_among_replicas_that_hold_none_of_the_users() {
+    let cluster = Cluster::start();
+    let url = cluster.url();
+    let mut pair = Pair::over(cluster, &url, "", frozen()).await;
+    let users: Vec<_> = (10..40).map(|number| format!("user-{number}")).collect();
+    for user in &users {
+        pair.a.log_in(user).await;
+    }
+    pair.b.stop().await;
+    pair.b = Replica::beside(&pair.a, &[]).await;
+    pair.a.sandbox.clear_history();
+    // Past `refresh.ahead` of all of them.
+    pair.a.advance(3000);
+    let refreshed = "SELECT count(*) FROM adsidecar_grants WHERE generation = 2 AND lease_owner IS NULL";
+    eventually("all users to be refreshed", async || (pair.sql.one(refreshed).await? == "30").then_some(())).await;
+    assert_eq!(pair.a.sandbox.refreshes(), 30, "each of them once");
+    let success = "adsidecar_token_refresh_total{reason=\"\",result=\"success\"}";
+    let (here, there) = (pair.a.metric(success).await, pair.b.metric(success).await);
+    assert_eq!(here + there, 30.0);
+    assert!(here > 0.0 && there > 0.0, "{here} and {there}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_refusal_counts_for_all_replicas() {
+    let pair = Pair::start().await;
+    pair.a.log_in("anna").await;
+    assert_eq!(pair.b.call("anna").await.status(), 200);
+    pair.a.sandbox.clear_history();
+    pair.a.sandbox.set_fault(Rule::from(Fault::too_many(Some(30))).at(Listener::Lwa).always());
+    pair.a.advance(3600);
+    assert_eq!(code(&call(&pair.a, "anna").await), "token_unavailable");
+    let asked = pair.a.sandbox.refreshes();
+    assert_eq!(asked, 1);
+    let answer = pair.b.call("anna").await;
+    assert_eq!(code(&answer), "token_unavailable");
+    assert!(answer.headers().contains_key("retry-after"));
+    assert_eq!(pair.a.sandbox.refreshes(), asked, "the other replica does not ask again");
+    let third = Replica::beside(&pair.a, &[]).await;
+    assert_eq!(code(&third.call("anna").await), "token_unavailable");
+    assert_eq!(pair.a.sandbox.refreshes(), asked, "nor does one that starts now");
+    assert_eq!(third.metric("adsidecar_users{state=\"failing\"}").await, 1.0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_generation_is_compared_before_each_client_secret() {
+    let cluster = Cluster::start();
+    let url = cluster.url();
+    let sets = [("store.kind", "postgres"), ("store.postgres_url", url.as_str())];
+    let mut harness = Harness::built(Options::calm(frozen()), "", &sets).await;
+    harness.log_in("default").await;
+    harness.restart_with("amazon.client_secret", &format!("not-spread-yet,{CLIENT_SECRET}")).await;
+    let sql = cluster.connect().await;
+    harness.sandbox.clear_history();
+    let gate = harness.sandbox.set_fault(Rule::from(Fault::Gate).at(Listener::Lwa));
+    let refresh = tokio::spawn(harness.client.post(harness.proxy_url(REFRESH)).send());
+    gate.reached(1).await;
+    // As if this process had been suspended for longer than its lease, and another one had refreshed.
+    sql.run(
+        "UPDATE adsidecar_grants SET lease_owner = 'other', lease_until = clock_timestamp() + interval '15 seconds'",
+    )
+    .await;
+    gate.release();
+    refresh.await.unwrap().unwrap();
+    assert_eq!(harness.sandbox.refreshes(), 1, "the second secret is not tried without the lease");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn of_six_replicas_one_adopts_the_configured_refresh_token_and_a_login_is_never_overwritten() {
+    let pair = Pair::start().await;
+    let other = "Atzr|configured-elsewhere";
+    let configured = [("amazon.refresh_token", other)];
+    let starts = (0..6).map(|_| Replica::beside(&pair.a, &configured));
+    let replicas = futures_util::future::join_all(starts).await;
+    assert_eq!(pair.row("default").await, (1, true), "one of them adopted it");
+    drop(replicas);
+    // The grant is refused, and while a starting process hears so, a person logs in.
+    pair.sql.run("DELETE FROM adsidecar_notes WHERE name = 'adopted_refresh_token'").await;
+    let release = hold("refresh_answered");
+    let configured = [("amazon.refresh_token", "Atzr|another-one")];
+    let starting = Replica::beside(&pair.a, &configured);
+    let (starting, ()) = tokio::join!(starting, async {
+        eventually("the refusal", async || (pair.a.sandbox.refreshes() > 0).then_some(())).await;
+        pair.a.log_in("default").await;
+        drop(release);
+    });
+    let row = pair.row("default").await;
+    eventually("the login to be in use", async || (starting.call("default").await.status() == 200).then_some(())).await;
+    assert_eq!(pair.row("default").await, row, "the login is kept");
+    assert_eq!(call(&pair.a, "default").await.status(), 200);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_key_is_rotated_by_one_recipe_while_all_replicas_serve() {
+    let cluster = Cluster::start();
+    let url = cluster.url();
+    let directory = tempfile::tempdir().unwrap();
+    let keys = directory.path().join("keys");
+    std::fs::write(&keys, FERNET_KEY).unwrap();
+    let file = keys.to_str().unwrap();
+    let mut harness =
+        Harness::built(Options::calm(Clock::system()), "", &[("store.kind", "postgres"), ("store.postgres_url", &url)])
+            .await;
+    harness.restart_with("store.fernet_keys_file", file).await;
+    let other = Replica::beside(&harness, &[]).await;
+    for user in ["anna", "bob"] {
+        harness.log_in(user).await;
+        assert_eq!(other.call(user).await.status(), 200);
+    }
+    // 1. The new key before the old one: each process takes it by itself, to open records with.
+    std::fs::write(&keys, format!("{OTHER_KEY},{FERNET_KEY}")).unwrap();
+    let sql = cluster.connect().await;
+    let with_both = "SELECT count(*) FROM adsidecar_notes WHERE value LIKE '%\"keys\":[\"________\",\"________\"]%'";
+    eventually("both processes to have both keys", async || (sql.one(with_both).await? == "2").then_some(())).await;
+    // 2. The rotation.
+    let sets: Vec<_> =
+        harness.sets.iter().flat_map(|(key, value)| ["--set".to_owned(), format!("{key}={value}")]).collect();
+    let words: Vec<_> = ["key", "rotate"].into_iter().chain(sets.iter().map(String::as_str)).collect();
+    let rotated = crate::commands::run(&harness, &words, "").await;
+    assert!(rotated.out.starts_with("2 grants re-encrypted"), "{}{}", rotated.out, rotated.err);
+    for user in ["anna", "bob"] {
+        let url = format!("{REFRESH}?user_id={user}");
+        assert_eq!(harness.post(&url).await.status(), 200);
+        assert_eq!(other.post(&url).await.status(), 200);
+    }
+    assert_eq!(harness.metric("adsidecar_undecryptable_records").await, 0.0);
+    assert_eq!(other.metric("adsidecar_undecryptable_records").await, 0.0);
+    assert_eq!(
+        harness.request(Method::GET, "/v2/profiles").header("x-ads-user", "anna").send().await.unwrap().status(),
+        200
+    );
+}
