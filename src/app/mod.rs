@@ -319,8 +319,8 @@ async fn bind(config: &Config) -> Result<[Listener; 3], BuildError> {
     );
     let bad_target = Problem::new(
         Code::BadRequest,
-        "The target contains a character that no URL can, such as a quotation mark in the query.",
-        "Percent-encode it: %22 is a quotation mark, %3C and %3E are angle brackets, %60 is a backtick.",
+        "The target contains a character that no URL can, such as a quotation mark in the query, or is no path.",
+        "Percent-encode such characters: %22 is a quotation mark, %3C and %3E are angle brackets. A path begins with /.",
     );
     let canned = CannedResponses {
         head_timeout: late,

@@ -297,7 +297,7 @@ fn tokens(read: &mut Reader<'_>) -> tokens::Settings {
 fn upstream(read: &mut Reader<'_>) -> upstream::Settings {
     use upstream::{Http2, IdleTimeout};
     upstream::Settings {
-        origins: AmazonHost::ALL.map(|host| origin(read, host.key())),
+        origins: Box::new(AmazonHost::ALL.map(|host| origin(read, host.key()))),
         extra_roots: read.certificates("upstream.ca_file"),
         http2: read
             .choice("upstream.http2", [("auto", Http2::Auto), ("never", Http2::Never), ("always", Http2::Always)]),

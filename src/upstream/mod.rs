@@ -51,7 +51,8 @@ use windows::WindowBudget;
 #[derive(Clone, Debug)]
 pub struct Settings {
     /// `upstream.na`, …, `upstream.mcp_fe`: `https` origins without a path, in the order of [`AmazonHost::ALL`].
-    pub origins: [Url; AmazonHost::ALL.len()],
+    // Boxed: the configuration is moved through futures, which must stay small.
+    pub origins: Box<[Url; AmazonHost::ALL.len()]>,
     /// `upstream.ca_file`: additional trust roots.
     pub extra_roots: Vec<CertificateDer<'static>>,
     /// `upstream.http2`: which HTTP versions are offered.

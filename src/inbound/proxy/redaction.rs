@@ -62,7 +62,7 @@ impl Redactor {
             while self.matched > 0 && self.needle.0.get(self.matched) != Some(byte) {
                 self.shrink(self.fallback[self.matched], &mut out);
             }
-            if self.needle.0.first().is_some() && self.needle.0[self.matched] == *byte {
+            if self.needle.0.get(self.matched) == Some(byte) {
                 self.matched += 1;
             } else {
                 out.extend_from_slice(&[*byte]);
