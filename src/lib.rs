@@ -11,7 +11,7 @@
 //!
 //! An ordinary request to Amazon (a valid token, a pooled connection) passes through these files, in this order and
 //! through none of them twice. [`inbound::proxy`] calls each step from the third on, and no step calls back into it.
-//! The test `floors` holds this list to files that exist, each named once, at most twenty without those of step 1.
+//! The test `floors` holds this list to files that exist, each named once, at most twenty-four without those of step 1.
 //!
 //! 1. Once per connection: `server/mod.rs` (`accept`), `server/registry.rs` (`register`, counts it against the limits),
 //!    `server/connection.rs` (`run`, `serve_http`: hyper reads each request), `server/io.rs` (the socket; `detach`
@@ -24,13 +24,14 @@
 //!    checks, `inbound/destination/mod.rs` (`Route::read`: is the request for Amazon or for [`inbound::oauth`]).
 //! 5. `inbound/route.rs` (`select`: account, user, region), `domain/api_families.rs` (`family`), `domain/policy.rs`
 //!    (`check`).
-//! 6. `upstream/request_body.rs` (`caller`: wraps the body, unread).
+//! 6. `upstream/request_body.rs` (`caller`: wraps the body, unread), `throttle/mod.rs` (`enter`),
+//!    `throttle/classify.rs` (`Kind::of`): it waits only if Amazon refused others like it.
 //! 7. `auth/tokens/mod.rs` (`bearer`), `domain/clock.rs` (`reading`), `auth/tokens/user_state.rs` (`held`),
 //!    `domain/grant/state.rs` (`valid_token`, `expiring`): the current token. One that expires soon is refreshed first.
 //! 8. `domain/headers.rs` (`to_amazon`: strips hop-by-hop headers, attaches ours).
 //! 9. `upstream/mod.rs` (`send`, until the head of the response), `upstream/pool.rs` (`connection`, and the choice of
 //!    the protocol), `upstream/upstream_body.rs` (the rest of the response, as a stream).
-//! 10. `inbound/proxy/response.rs` (`to_caller`: strips Amazon's hop-by-hop headers; `Body` streams the rest).
+//! 10. `throttle/pass.rs` (`responded`), `throttle/bucket.rs` (`accepted`), `inbound/proxy/response.rs` (`to_caller`: strips Amazon's hop-by-hop headers; `Body` streams the rest).
 //!
 //! Not in every request: the first after ten seconds compares clocks (`auth/tokens/clock_skew.rs`); after a 401 or 403
 //! `inbound/proxy/auth_rejection.rs` decides whether a new token can help; `inbound/proxy/retry.rs` decides whether a
@@ -63,6 +64,8 @@
 //!   ([`store`]).
 //! - A grant that the disk rejects is used from memory, and storing it is retried until it succeeds: its code is spent,
 //!   so dropping it helps nobody ([`auth::tokens`]).
+//! - The throttle has one bucket for each API family, region and kind of request, in an array: bounded, and read without a
+//!   lock until Amazon refuses a request ([`throttle`]).
 //! - A reload builds new services and swaps all of them at once; requests in flight keep the previous ones ([`app`]).
 //! - TLS client settings are in [`domain::tls`]: they are pure, and `auth`, `upstream` and `store` all use them.
 //! - Each folder has a `mod.rs`, so that `src/` contains one entry per layer.
@@ -97,6 +100,7 @@ pub mod app;
 pub mod config;
 pub mod inbound;
 pub mod auth;
+pub mod throttle;
 pub mod upstream;
 pub mod store;
 pub mod server;

@@ -36,6 +36,7 @@ use crate::store::keyring::{Fingerprint, KeyError};
 use crate::store::{Opened, StoreError, TokenStore};
 use crate::telemetry::log::{Dropped, LogHandle};
 use crate::telemetry::metrics::Metrics;
+use crate::throttle;
 pub use keys::{existing_keyring, key_file, keyring};
 use reload::{ControlLoop, RestartOnly, Watched};
 use rotation::Rotations;
@@ -46,6 +47,8 @@ use services::{ProcessState, Services};
 const ADMIN_CONNECTIONS: usize = 256;
 /// The file mode of the Unix sockets of the login and admin listeners: for the user that adsidecar runs as.
 const OWN_SOCKET: u32 = 0o600;
+/// Share of `shutdown.drain` for which requests may still wait for their turn. The rest is for Amazon's response.
+const QUEUE_SHARE_OF_DRAIN: f64 = 0.8;
 /// How long a shutdown waits for token calls in flight: their own timeout, and a little more.
 const SETTLE: Duration = Duration::from_secs(12);
 
@@ -138,6 +141,7 @@ impl App {
         let (reloader, asked) = Reloader::new();
         let directory = Directory::open(store.clone(), tokens.clone(), clock.clone()).await;
         let process = ProcessState {
+            throttle: Arc::new(throttle::Memory::new(clock.clone(), metrics.clone())),
             tokens,
             directory,
             store: store.clone(),
@@ -270,6 +274,8 @@ impl Running {
         process.stage.send_replace(Stage::Draining);
         self.phase.send_replace(Phase::Draining);
         let shutdown = self.services.load().shutdown;
+        // Requests that wait for their turn get an answer before their connections are closed.
+        process.throttle.drain(shutdown.accept + shutdown.drain.mul_f64(QUEUE_SHARE_OF_DRAIN));
         tokio::time::sleep(shutdown.accept).await;
 
         self.phase.send_replace(Phase::Closed);

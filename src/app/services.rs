@@ -24,6 +24,7 @@ use crate::inbound::request_id::RequestIds;
 use crate::store::TokenStore;
 use crate::telemetry::log::LogHandle;
 use crate::telemetry::metrics::Metrics;
+use crate::throttle::{self, Throttle};
 use crate::upstream::Upstream;
 
 /// The handlers of the listeners. A reload creates new ones; requests in flight keep theirs.
@@ -40,6 +41,7 @@ pub(super) struct ProcessState {
     pub(super) tokens: TokenManager,
     pub(super) directory: Directory,
     pub(super) store: TokenStore,
+    pub(super) throttle: Arc<throttle::Memory>,
     pub(super) rotation: watch::Receiver<Rotation>,
     pub(super) metrics: Arc<Metrics>,
     pub(super) clock: Clock,
@@ -111,6 +113,7 @@ impl Services {
             connections: process.connections.clone(),
             log: process.log.clone(),
             store: process.store.clone(),
+            throttle: process.throttle.clone(),
             rotation: process.rotation.clone(),
             request_ids: request_ids.clone(),
             clock: process.clock.clone(),
@@ -119,6 +122,7 @@ impl Services {
             reloader: process.reloader.clone(),
             quit: process.quit.clone(),
         };
+        let throttle = Throttle::new(config.throttle, &config.proxy.client_id, &process.throttle);
         let login_of_proxy = oauth(&proxy_admission);
         Ok(Self {
             login: oauth(&login_admission),
@@ -129,6 +133,7 @@ impl Services {
                 proxy_admission,
                 tokens.clone(),
                 upstream.clone(),
+                throttle,
                 login_of_proxy,
                 process.directory.clone(),
                 metrics.clone(),

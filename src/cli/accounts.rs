@@ -1,4 +1,4 @@
-//! `adsidecar accounts list|show|sync`: the accounts that requests can select, each with the header and the URL to send.
+//! `adsidecar accounts list|show|sync`: the accounts that requests can select, each with its header and its URL.
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -143,7 +143,7 @@ fn show(name: &str, output: Output, config: &Config) -> Result<(), Failed> {
 }
 
 async fn sync(user: Option<UserId>, output: Output, config: Config) -> Result<(), Failed> {
-    let sidecar = Sidecar::running_or_own(config).await?;
+    let sidecar = Box::pin(Sidecar::running_or_own(config)).await?;
     let ended = sync_through(&sidecar, user, output).await;
     let closed = sidecar.close().await;
     ended.and(closed)
@@ -236,6 +236,9 @@ async fn of_running(sidecar: &Sidecar, filter: &Filter) -> Result<Vec<Listed>, F
 }
 
 async fn of_store(config: &Config) -> Result<Snapshot, Failed> {
+    if config.store.postgres.is_none() && !config.store.path.exists() {
+        return Ok(Snapshot::default());
+    }
     let Some((store, _)) = users::open_unless_held(config)? else {
         return Err(Failed {
             exit: Exit::Held,

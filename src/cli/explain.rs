@@ -52,9 +52,14 @@ pub(super) fn run(command: Explain, config: &Config) -> Result<(), Failed> {
     for (name, value) in command.header {
         caller.append(name, value);
     }
-    // Only a name that the configuration does not know can be one that was found.
-    let named = command.account.is_some() || command.path.path().starts_with("/a/");
-    let found = if named { block_on(accounts::found(config))?? } else { Snapshot::default() };
+    // What was found tells more about any account; without it only a name that the configuration knows is explained.
+    let name = command.account.as_deref().or_else(|| command.path.path().strip_prefix("/a/")?.split('/').next());
+    let is_configured = |name: &str| config.proxy.accounts.iter().any(|account| &*account.name == name);
+    let found = match block_on(accounts::found(config))? {
+        Ok(found) => found,
+        Err(failed) if name.is_some_and(|name| !is_configured(name)) => return Err(failed),
+        Err(_) => Snapshot::default(),
+    };
     let what = Explained { settings: &config.proxy, origins: &config.upstream.origins, found: &found };
     let explanation = explain(&what, &command.method, &command.path, &caller)
         .map_err(|why| Failed::because(format!("adsidecar would refuse the request: {why}")))?;

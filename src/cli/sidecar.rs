@@ -80,7 +80,7 @@ impl Sidecar {
     pub(super) async fn running_or_own(config: Config) -> Result<Self, Failed> {
         match Self::running(&config).await? {
             Some(running) => Ok(running),
-            None => Self::own(config, Listen::Tcp("127.0.0.1:0".into())).await,
+            None => Box::pin(Self::own(config, Listen::Tcp("127.0.0.1:0".into()))).await,
         }
     }
 
@@ -99,7 +99,7 @@ impl Sidecar {
         (config.login_listen, config.admin_listen, config.admin_listen_default) = (Vec::new(), Vec::new(), false);
         (config.login.frontend_url, config.login.confirm) = (None, false);
         let caller_token = config.admission.caller_tokens.first().cloned();
-        let app = App::build(config, Clock::system(), None).await.map_err(|error| match error {
+        let app = Box::pin(App::build(config, Clock::system(), None)).await.map_err(|error| match error {
             BuildError::Store(StoreError::Locked { .. }) => Failed { exit: Exit::Held, message: held },
             other => other.into(),
         })?;

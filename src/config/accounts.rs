@@ -7,7 +7,9 @@ use super::keys::{ACCOUNT, ACCOUNT_KEYS, Kind};
 use super::names;
 use super::reader::{Reader, scalar};
 use crate::domain::account::{Account, Ids, Region, UserId, check_name};
+use crate::domain::found_account::doubtful_id;
 use crate::domain::policy::{Allow, Rules};
+use crate::domain::throttle_mode::ThrottleMode;
 
 /// Longest value of a header that an account always sends, in bytes. The longest one that Amazon documents is an id.
 const MAX_HEADER: usize = 1024;
@@ -73,6 +75,12 @@ impl Table<'_, '_> {
         self.read.wrong_at(ACCOUNT, &key, message);
     }
 
+    /// Notes a value that is accepted and probably not what is meant.
+    fn doubt(&mut self, key: &str, message: &str) {
+        let key = format!("{}: {key}", self.place);
+        self.read.doubt_at(ACCOUNT, &key, message);
+    }
+
     fn parsed<T>(&mut self, key: &str, parse: impl FnOnce(&str) -> Result<T, String>) -> Option<T> {
         match scalar(self.dict.get(key)?).and_then(|text| parse(&text)) {
             Ok(value) => Some(value),
@@ -107,6 +115,8 @@ fn account(table: &mut Table<'_, '_>) -> Account {
         ids: ids(table),
         headers: headers(table),
         rules: rules(table),
+        throttle: table
+            .parsed("throttle", |text| text.parse::<ThrottleMode>().map_err(|error| format!("is refused: {error}"))),
     }
 }
 
@@ -114,7 +124,12 @@ fn ids(table: &mut Table<'_, '_>) -> Ids {
     let mut ids = Ids::default();
     for key in ACCOUNT_KEYS {
         if let Kind::Id(context) = key.kind {
-            table.parsed(key.name, |id| ids.set(context, id).map_err(|error| format!("is refused: {error}")));
+            let set = table.parsed(key.name, |id| {
+                ids.set(context, id).map(|()| doubtful_id(context, id)).map_err(|error| format!("is refused: {error}"))
+            });
+            if let Some(Some(doubt)) = set {
+                table.doubt(key.name, &format!("is probably another kind of id: {doubt}"));
+            }
         }
     }
     ids

@@ -555,17 +555,39 @@ pub const KEYS: &[Key] = &[
     Key {
         name: "throttle.mode",
         kind: Word(&["off", "observe", "enforce", "queue"]),
-        default: Value("off"),
-        not_built: Some("the throttle is not built yet: write off"),
-        help: "The rate of requests to Amazon. Not built yet: any other value is refused",
+        default: Value("observe"),
+        help: "What happens while Amazon refuses requests with 429. `off`: nothing. `observe`: adsidecar learns the \
+                limits and shows them, and touches no request. `enforce`: requests get `429 throttled` at once, and \
+                Amazon is spared. `queue`: they wait for their turn. See [Throttle](#throttle)",
         ..KEY
     },
     Key {
         name: "throttle.queue_timeout",
-        kind: Text,
+        kind: Duration("100ms", "15m"),
         default: Value("30s"),
-        not_built: Some("the throttle is not built yet: remove it"),
-        help: "Not built yet: any other value is refused",
+        help: "In mode `queue`, the longest wait. A request whose turn would come later gets `429 throttled` at once",
+        ..KEY
+    },
+    Key {
+        name: "throttle.max_waiting",
+        kind: Count(1, 1_000_000),
+        default: Value("1000"),
+        help: "Most requests that wait at once. Further ones get `429 throttled`",
+        ..KEY
+    },
+    Key {
+        name: "throttle.max_waiting_bytes",
+        kind: Size("1GiB"),
+        default: Value("16MiB"),
+        help: "Most bytes that waiting requests hold together",
+        ..KEY
+    },
+    Key {
+        name: "throttle.families",
+        kind: List,
+        default: Value(""),
+        help: "Other modes for single [API families](#api-families): each `family=mode`, such as `reporting=queue` or \
+                `mcp=off`",
         ..KEY
     },
     Key {
@@ -723,6 +745,13 @@ pub const ACCOUNT_KEYS: &[Key] = &[
         kind: List,
         default: Value(""),
         help: "Like `policy.allow`, for requests of this account",
+        ..KEY
+    },
+    Key {
+        name: "throttle",
+        kind: Word(&["off", "observe", "enforce", "queue"]),
+        default: Described { text: "`throttle.mode`, or that of the family", example: "queue" },
+        help: "Like `throttle.mode`, for requests of this account; it precedes `throttle.families`",
         ..KEY
     },
 ];

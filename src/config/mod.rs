@@ -18,7 +18,7 @@ use crate::domain::secret::Secret;
 use crate::inbound::{admin, admission, proxy};
 use crate::server::Listen;
 use crate::telemetry::{log, metrics};
-use crate::{server, store, upstream};
+use crate::{server, store, throttle, upstream};
 
 mod accounts;
 mod checks;
@@ -70,6 +70,8 @@ pub struct Config {
     pub lwa: lwa::Settings,
     /// For the connections to the Ads hosts.
     pub upstream: upstream::Settings,
+    /// `[throttle]`.
+    pub throttle: throttle::Settings,
     /// For the tokens.
     pub tokens: tokens::Settings,
     /// For the store.

@@ -67,6 +67,12 @@ impl<'a> Reader<'a> {
         self.problems.push(ConfigError { key: place.to_owned(), source, message: message.into() });
     }
 
+    /// As [`doubt`](Self::doubt), for one place in the value of `key`.
+    pub(super) fn doubt_at(&mut self, key: &str, place: &str, message: &str) {
+        let source = Some(self.source(key));
+        self.warnings.push(ConfigError { key: place.to_owned(), source, message: message.to_owned() });
+    }
+
     /// Records that the value of `key` is legal and probably not what is meant.
     pub(super) fn doubt(&mut self, key: &str, message: impl Into<String>) {
         let source = Some(self.source(key));

@@ -19,11 +19,12 @@ use crate::domain::account::{Account, AmazonHost, Context, Ids, Region, UserId};
 use crate::domain::credential::Credential;
 use crate::domain::grant::{RefreshPolicy, RefreshToken};
 use crate::domain::policy::{self, Allow, Mode, Rules};
+use crate::domain::throttle_mode::ThrottleMode;
 use crate::inbound::{admin, admission, proxy};
 use crate::server::Listen;
 use crate::store::keyring::{KeyError, Keyring};
 use crate::telemetry::{log, metrics};
-use crate::{server, store, upstream};
+use crate::{server, store, throttle, upstream};
 
 const FERNET_CURE: &str = "missing Fernet key: set store.fernet_keys or store.fernet_keys_file (environment: \
                            FERNET_KEY); `adsidecar key new` makes one";
@@ -67,6 +68,7 @@ pub(super) fn resolve(merged: &Merged, problems: Vec<ConfigError>) -> Result<Con
         login,
         lwa,
         upstream: upstream(read),
+        throttle: throttle(read),
         tokens: tokens(read),
         store: store(read),
         fernet_keys: fernet_keys(read, environment),
@@ -178,6 +180,7 @@ fn all_accounts(read: &mut Reader<'_>) -> Vec<Account> {
         ids,
         headers: Vec::new(),
         rules: Rules::default(),
+        throttle: None,
     });
     accounts
 }
@@ -304,6 +307,23 @@ fn upstream(read: &mut Reader<'_>) -> upstream::Settings {
         connect_timeout: read.duration("upstream.connect_timeout"),
         response_timeout: read.duration("upstream.response_timeout"),
         idle_timeout: read.duration_or_auto("upstream.idle_timeout").map_or(IdleTimeout::Auto, IdleTimeout::AtMost),
+    }
+}
+
+fn throttle(read: &mut Reader<'_>) -> throttle::Settings {
+    let families = read.entries("throttle.families", str::parse::<throttle::FamilyMode>);
+    for (index, family) in families.iter().enumerate() {
+        if families[..index].iter().any(|earlier| earlier.family == family.family) {
+            read.wrong("throttle.families", format!("names {} twice: keep one of the two", family.family));
+        }
+    }
+    throttle::Settings {
+        mode: read.choice("throttle.mode", ThrottleMode::ALL.map(|mode| (mode.as_str(), mode))),
+        queue_timeout: read.duration("throttle.queue_timeout"),
+        max_waiting: read.count("throttle.max_waiting"),
+        max_waiting_bytes: usize::try_from(read.size("throttle.max_waiting_bytes"))
+            .expect("the table bounds it at 1 GiB, which fits into the memory of any machine"),
+        families,
     }
 }
 

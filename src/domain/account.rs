@@ -8,6 +8,7 @@ use http::{HeaderName, HeaderValue};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::domain::policy::Rules;
+use crate::domain::throttle_mode::ThrottleMode;
 
 /// The key of one Amazon grant: 1 to 128 of `A-Z a-z 0-9 . _ @ : | + -`, but not `.` or `..`.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -301,6 +302,8 @@ pub struct Account {
     pub headers: Vec<(HeaderName, HeaderValue)>,
     /// Policy rules for the account's requests, in addition to `[policy]`.
     pub rules: Rules,
+    /// The account's own mode of the throttle; `None` stands for that of the API family.
+    pub throttle: Option<ThrottleMode>,
 }
 
 /// The ids of one account by [`Context`], as header values.

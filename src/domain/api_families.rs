@@ -484,6 +484,9 @@ static TABLE: &[Family] = &[
 /// [`ROWS_BY_FIRST_LETTER`] has one bit for each row.
 const _: () = assert!(TABLE.len() <= u64::BITS as usize, "widen the bit sets of the index");
 
+/// The number of families, that of unmatched paths included.
+pub const COUNT: usize = TABLE.len() + 1;
+
 /// All families in the order in which they are tried, the family of unmatched paths last.
 pub fn families() -> impl Iterator<Item = &'static Family> {
     TABLE.iter().chain([&UNKNOWN])
@@ -542,6 +545,13 @@ const fn rows_with_first(letter: u8) -> u64 {
 }
 
 impl Family {
+    /// The family's place in [`families`], below [`COUNT`].
+    pub fn index(&self) -> usize {
+        // Every family is a row of the table, or the one for unmatched paths.
+        let bytes = std::ptr::from_ref(self).addr().wrapping_sub(TABLE.as_ptr().addr());
+        (bytes / size_of::<Self>()).min(TABLE.len())
+    }
+
     /// Whether this is the family of paths that no row matches.
     pub fn is_unknown(&self) -> bool {
         self.paths.is_empty()
@@ -591,6 +601,12 @@ mod tests {
             assert!(family(path).is_unknown(), "{path}");
         }
         assert_eq!(headers("/small"), ["amazon-advertising-api-scope"]);
+    }
+
+    #[test]
+    fn the_index_of_a_family_is_its_place() {
+        let indexes: Vec<_> = families().map(Family::index).collect();
+        assert_eq!(indexes, (0..COUNT).collect::<Vec<_>>());
     }
 
     #[test]

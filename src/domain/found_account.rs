@@ -142,6 +142,7 @@ impl FoundAccount {
             ids,
             headers: Vec::new(),
             rules: Rules::default(),
+            throttle: None,
         }
     }
 
@@ -255,15 +256,13 @@ pub fn assign_slugs(accounts: &mut [FoundAccount], user: &UserId, taken: impl Fn
         }
     }
     // Two with the same id are one; the rest is numbered, should Amazon list one twice.
-    for index in 0..accounts.len() {
-        if accounts[index].slug.is_empty() {
-            let [plain, .., last] = accounts[index].slugs(user);
-            let free = (2..).map(|number| format!("{last}-{number}"));
-            let slug = free.into_iter().find(|slug| !taken(slug) && !used.contains(slug)).unwrap_or(last);
-            used.insert(slug.clone());
-            accounts[index].slug = slug;
-            accounts[index].clash = Some(plain);
-        }
+    for account in accounts.iter_mut().filter(|account| account.slug.is_empty()) {
+        let [plain, .., last] = account.slugs(user);
+        let mut free = (2..).map(|number| format!("{last}-{number}"));
+        let slug = free.find(|slug| !taken(slug) && !used.contains(slug)).unwrap_or(last);
+        used.insert(slug.clone());
+        account.slug = slug;
+        account.clash = Some(plain);
     }
 }
 

@@ -80,6 +80,8 @@ pub fn to_amazon(caller: &HeaderMap, attach: UpstreamHeaders<'_>) -> HeaderMap {
 
 /// Marks a response that adsidecar itself generated. The value is the error code.
 pub const ERROR: HeaderName = HeaderName::from_static("x-adsidecar-error");
+/// Says how long a request waited for its turn. The value is `wait=<seconds>, expected=<seconds>, bucket=<bucket>`.
+pub const THROTTLE: HeaderName = HeaderName::from_static("x-adsidecar-throttle");
 /// Explains a response that came from Amazon. The value is a hint code.
 pub const HINT: HeaderName = HeaderName::from_static("x-adsidecar-hint");
 

@@ -13,3 +13,4 @@ mod published;
 pub mod credential;
 pub mod tls;
 pub mod secret;
+pub mod throttle_mode;

@@ -167,9 +167,9 @@ impl Code {
             Self::BodyTooLarge => ("The body is larger than `proxy.max_body`", "Send less, or raise the limit"),
             Self::UriTooLong => ("The target is longer than 8 KiB", "Send long lists in a body"),
             Self::Throttled => (
-                "Too many logins were started (2,000 at once, then 20 per second). A 429 from Amazon does not carry \
-                 this header",
-                "Start one login per person; wait for `Retry-After`",
+                "Amazon refuses requests like this one, and [throttle](#throttle) does not let it wait; or too many logins \
+                 were started (2,000 at once, then 20 per second). A 429 from Amazon does not carry this header",
+                "Wait for `Retry-After`. Start one login per person",
             ),
             Self::Internal => ("A defect in adsidecar", "Check its log, and report it"),
             Self::UpstreamUnreachable => ("No connection to Amazon's host", "Check DNS and egress rules, then retry"),

@@ -10,6 +10,7 @@ use crate::auth::accounts::Snapshot;
 use crate::domain::account::{Account, AmazonHost, BadName, BadRegion, Ids, Region, Service, UserId};
 use crate::domain::api_families::{Family, family, mcp_family};
 use crate::domain::policy::Rules;
+use crate::domain::throttle_mode::ThrottleMode;
 use crate::inbound::destination::{Destination, Target};
 
 const X_ADS_ACCOUNT: HeaderName = HeaderName::from_static("x-ads-account");
@@ -191,6 +192,16 @@ impl<'a> RoutedRequest<'a> {
         self.account.map_or(&[], |account| &account.headers)
     }
 
+    /// For the throttle: the account's name, or the user if there is none. Waiting requests of several take turns.
+    pub(super) fn fair_share(&self) -> &str {
+        self.account.map_or(self.user.as_str(), |account| &account.name)
+    }
+
+    /// The account's own mode of the throttle.
+    pub(super) fn throttle(&self) -> Option<ThrottleMode> {
+        self.account.and_then(|account| account.throttle)
+    }
+
     /// The value of `X-Adsidecar-Hint`, if the selected region is not the account's own.
     pub(super) fn hint(&self) -> Option<&'static str> {
         (self.account.is_some() && !self.at_home).then_some("region_mismatch")
@@ -261,6 +272,7 @@ mod tests {
             ids: Ids::default(),
             headers: Vec::new(),
             rules: Rules::default(),
+            throttle: None,
         }
     }
 

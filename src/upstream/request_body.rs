@@ -232,6 +232,11 @@ impl ReplayBuffer {
         Some(RequestBody(Source::ReplayBuffer { chunks, left: state.taken }))
     }
 
+    /// Returns the number of bytes that it holds.
+    pub fn held(&self) -> usize {
+        lock(&self.state).reserved
+    }
+
     /// Whether hyper took the whole body.
     pub(super) fn ended(&self) -> bool {
         lock(&self.state).ended

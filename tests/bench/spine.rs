@@ -2,19 +2,26 @@
 //!
 //! Times depend on the machine; the instruction counts of `tests/bench/instructions` do not.
 
+use std::sync::Arc;
+use std::time::Duration;
+
 use adsidecar::app::App;
 use adsidecar::config::{self, Sources};
-use adsidecar::domain::account::{Context, Ids};
+use adsidecar::domain::account::{Context, Ids, Region};
 use adsidecar::domain::api_families::family;
 use adsidecar::domain::clock::Clock;
 use adsidecar::domain::headers::{UpstreamHeaders, to_amazon};
+use adsidecar::domain::throttle_mode::ThrottleMode;
+
 use adsidecar::inbound::admission::{Admission, Settings};
 use adsidecar::inbound::proxy::strip_response;
 use adsidecar::inbound::request_id::RequestIds;
 use adsidecar::server::Peer;
+use adsidecar::telemetry::metrics::{self, Metrics};
+use adsidecar::throttle::{self, Call, Entry, Memory, Throttle};
 use divan::{Bencher, black_box};
 use http::request::Parts;
-use http::{HeaderMap, HeaderValue, Request};
+use http::{HeaderMap, HeaderValue, Method, Request, StatusCode};
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -70,6 +77,31 @@ fn headers_for_amazon(bencher: Bencher<'_, '_>) {
         fixed: &[],
     };
     bencher.bench_local(|| to_amazon(black_box(&call.headers), attach));
+}
+
+/// What the throttle costs a request in mode `observe`: before a refusal, and after one.
+#[divan::bench(args = [false, true], threads = [1, 2])]
+fn observe_the_limit(bencher: Bencher<'_, '_>, refused: bool) {
+    let metrics = Metrics::new(metrics::Settings { max_user_series: 1 }, 0.0).unwrap();
+    let memory = Arc::new(Memory::new(Clock::system(), Arc::new(metrics)));
+    let settings = throttle::Settings {
+        mode: ThrottleMode::Observe,
+        queue_timeout: Duration::from_secs(30),
+        max_waiting: 1000,
+        max_waiting_bytes: 16 << 20,
+        families: Vec::new(),
+    };
+    let throttle = Throttle::new(settings, "client", &memory);
+    let (path, answer) = ("/sp/campaigns/list", HeaderMap::new());
+    let send = |status| {
+        let call = Call::new(Region::Na, family(path), &Method::POST, black_box(path), "account");
+        let Entry::Pass(mut pass) = throttle.enter(call) else { unreachable!("observe delays no request") };
+        pass.responded(status, &answer);
+    };
+    if refused {
+        send(StatusCode::TOO_MANY_REQUESTS);
+    }
+    bencher.bench(|| send(StatusCode::OK));
 }
 
 #[divan::bench]

@@ -111,9 +111,12 @@ async fn what_is_wrong_with_the_configuration_and_its_secrets_is_named_before_th
     let pre = || vec!["--pre".to_owned()];
     let healthy = diagnose(&harness, &pre(), &[]).await;
     assert_eq!((healthy.code, healthy.wrong()), (DONE, vec![]), "{}", healthy.document);
-    let account = |text: &str| {
+    let mut number = 0;
+    let mut account = |text: &str| {
+        number += 1;
         let text = text.to_owned();
-        with(&changed(&harness, "account.toml", move |base| format!("{base}\n[[account]]\n{text}\n")), &["--pre"])
+        let file = format!("account-{number}.toml");
+        with(&changed(&harness, &file, move |base| format!("{base}\n[[account]]\n{text}\n")), &["--pre"])
     };
     let keyless = |base: String| -> String {
         base.lines().filter(|line| !line.starts_with("fernet_keys")).map(|line| format!("{line}\n")).collect()
@@ -142,11 +145,7 @@ async fn what_is_wrong_with_the_configuration_and_its_secrets_is_named_before_th
             with(&changed(&harness, "keyless.toml", keyless), &["--set", "environment=production"]),
         ),
         ("fernet_key_malformed", "adsidecar key new", set(&[("store.fernet_keys", "canary-key")])),
-        (
-            "secret_file_unreadable",
-            "amazon.client_secret_file",
-            set(&[("amazon.client_secret_file", "/nowhere/secret")]),
-        ),
+        ("secret_file_unreadable", "amazon.client_secret", set(&[("amazon.client_secret_file", "/nowhere/secret")])),
         ("store_unwritable", "store.path", set(&[("store.path", "/proc/adsidecar/store")])),
         ("store_key_wrong", "store.fernet_keys", set(&[("store.fernet_keys", OTHER_KEY)])),
         (

@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-use crate::commands::{DONE, FAILED, Ran, command, run};
+use crate::commands::{DONE, FAILED, Ran, beside, command, run};
 use crate::harness::Harness;
 
 const ACCOUNTS: &str = "[[account]]\nname = \"acme\"\nuser = \"anna\"\nregion = \"eu\"\nprofile_id = \"77\"\n\
@@ -65,7 +65,10 @@ async fn an_explanation_says_why_and_what_is_left_out() {
     let reasons = |lines: &Value| lines.as_array().unwrap().iter().map(Value::to_string).collect::<Vec<_>>().join("\n");
 
     let told = explained(&harness, &["GET", "/sp/campaigns/list", "--account", "acme"]).await;
-    assert_eq!((told["family"].as_str(), told["selected_by"].as_str()), (Some("sp"), Some("the header X-Ads-Account")));
+    assert_eq!(
+        (told["family"].as_str(), told["selected_by"].as_str()),
+        (Some("sponsored_products"), Some("the header X-Ads-Account"))
+    );
     assert!(reasons(&told["headers"]).contains("profile_id of the account acme"), "{told}");
     let told = explained(&harness, &["GET", "/a/acme/v2/profiles", "--header", "Authorization: Bearer canary"]).await;
     assert_eq!(told["selected_by"], "the prefix of the path");
@@ -85,7 +88,7 @@ async fn an_explanation_says_why_and_what_is_left_out() {
         (&["GET", "/x", "--header", "X-Ads-Acount: a"], "bad_request"),
         (&["PUT", "/sp/campaigns", "--account", "bound"], "policy_denied"),
     ] {
-        let ran = run(&harness, &[&["explain"], arguments].concat(), "").await;
+        let ran = beside(&harness, &[&["explain"], arguments].concat()).await;
         assert_eq!(ran.code, FAILED, "{arguments:?}");
         assert!(ran.err.contains(says), "{says} in {}", ran.err);
     }
@@ -93,6 +96,43 @@ async fn an_explanation_says_why_and_what_is_left_out() {
     assert!(text.contains("policy   denied: it may change something"), "{text}");
     assert!(text.contains("amazon-advertising-api-scope") && text.contains("88"), "{text}");
     assert!(harness.ads_calls().is_empty(), "nothing was sent");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn ids_of_the_wrong_kind_another_region_and_an_agency_are_hints_and_block_nothing() {
+    let extra = "[[account]]\nname = \"kind\"\nprofile_id = \"ENTITY1\"\n\
+                 [[account]]\nname = \"region\"\nregion = \"fe\"\nprofile_id = \"71\"\n\
+                 [[account]]\nname = \"agency\"\nregion = \"eu\"\nprofile_id = \"72\"\n";
+    let mut harness = Harness::with_running_clock(extra).await;
+    harness.sandbox.world(|world| {
+        let profiles = &mut world.catalogue.profiles;
+        let template = profiles.iter().find(|one| one.region == world::Listener::Eu).unwrap().clone();
+        profiles.push(world::Profile { id: 71, ..template.clone() });
+        profiles.push(world::Profile { id: 72, kind: "agency", ..template });
+    });
+    harness.log_in("default").await;
+    assert_eq!(harness.post("/api/auth/amazon/accounts/sync").await.status(), 200);
+    let call = harness.request(reqwest::Method::GET, "/sd/campaigns").header("x-ads-account", "kind");
+    call.send().await.unwrap();
+    assert_eq!(harness.seen().header("amazon-advertising-api-scope"), Some("ENTITY1"), "a hint, never a block");
+    harness.stop_sidecar().await;
+    for (account, says) in [
+        ("kind", "profile_id of the account kind is probably another kind of id"),
+        ("region", "belongs to the region eu"),
+        ("agency", "is an agency's, which has no campaigns"),
+    ] {
+        let told = explained(&harness, &["GET", "/sd/campaigns", "--account", account]).await;
+        assert!(told["hints"].to_string().contains(says), "{told}");
+    }
+    let profiles = explained(&harness, &["GET", "/v2/profiles", "--account", "agency"]).await;
+    assert!(!profiles["hints"].to_string().contains("agency's"), "{profiles}");
+    let checked = run(&harness, &["check"], "").await;
+    assert_eq!(checked.code, DONE);
+    assert!(
+        checked.err.contains("[[account]] number 1: profile_id") && checked.err.contains("a number"),
+        "{}",
+        checked.err
+    );
 }
 
 /// Runs `status` beside the sidecar of the harness.

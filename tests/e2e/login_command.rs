@@ -143,13 +143,18 @@ async fn without_a_sidecar_the_command_takes_the_callback_itself_and_stores_the_
     let port = free_port();
     let redirect_uri = format!("http://localhost:{port}/api/auth/amazon/callback");
     harness.sandbox.world(|world| world.clients[0].return_urls.push(redirect_uri));
-    let login = Running::start(&harness, &["--no-browser", "--port", &port.to_string()], &[]).await;
+    let port_text = port.to_string();
+    let arguments = ["--no-browser", "--port", &port_text, "--set", "accounts.sync=daily"];
+    let login = Running::start(&harness, &arguments, &[]).await;
     let callback = harness.consent(&login.auth_url).await;
     let page = harness.client.get(format!("http://localhost:{port}{callback}")).send().await.unwrap();
     assert_eq!(page.status(), 200);
     let (code, text) = login.ended().await;
     assert_eq!(code, DONE, "{text}");
     assert!(text.contains("default is logged in\n") && text.contains("na  2 profiles"), "{text}");
+    assert!(text.contains("7 accounts have names now"), "{text}");
+    let named = run(&harness, &["accounts", "show", "meadow-tools-de"], "").await;
+    assert_eq!(named.code, DONE, "{}", named.err);
 
     let listed = run(&harness, &["users", "list"], "").await;
     assert!(listed.out.contains("\ndefault ") && listed.out.contains("fresh"), "{}{}", listed.out, listed.err);

@@ -46,6 +46,7 @@ mod fleet;
 mod siblings;
 mod stores;
 mod threats;
+mod throttle;
 mod token_endpoint;
 mod tokens;
 mod tunnels;

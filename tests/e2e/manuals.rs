@@ -17,7 +17,7 @@ const COLUMNS: usize = 120;
 fn the_generated_tables_of_the_manuals_are_those_of_the_code() {
     let config = [("families", families_table()), ("errors", errors()), ("keys", keys()), ("commands", commands())];
     check("config/README.md", |text| config.iter().fold(text, |text, (name, table)| with_table(&text, name, table)));
-    check("deploy/README.md", |text| with_table(&text, "metrics", &metrics()));
+    check("deploy/README.md", |text| with_table(&with_table(&text, "metrics", &metrics()), "doctor", &doctor()));
 }
 
 #[test]
@@ -260,6 +260,14 @@ fn add_commands(group: &clap::Command, above: &str, rows: &mut Vec<[String; 2]>)
         let what: Vec<_> = about.split("\n\n").map(|paragraph| paragraph.replace('\n', " ")).collect();
         rows.push([format!("`{usage}`"), what.join(". ")]);
     }
+}
+
+fn doctor() -> String {
+    let rows = adsidecar::cli::doctor::CODES.iter().map(|row| {
+        let code = format!("`{}`{}", row.code, if row.fails { "" } else { " (warns)" });
+        [row.group.title().to_owned(), code, row.means.to_owned(), row.fault.to_owned(), row.cure.to_owned()]
+    });
+    table(["group", "code", "what it means", "whose fault", "what fixes it"], rows)
 }
 
 fn families_table() -> String {

@@ -24,6 +24,7 @@ ALERTS = {
     "AdsStoreDown",
     "AdsStoreLag",
     "AdsThrottled",
+    "AdsThrottleRefuses",
     "AdsUpstreamErrors",
     "AdsSidecarDown",
     "AdsKeyMismatch",

@@ -1,5 +1,5 @@
-//! The directory of accounts: which accounts each user's grant reaches, found at Amazon and stored, so that a caller can
-//! select one by its slug.
+//! The directory of accounts: which accounts each user's grant reaches, found at Amazon and stored, so that a caller
+//! can select one by its slug.
 //!
 //! Amazon is asked after a login, on request, and once a day (`accounts.sync`). What a source lists is taken; what it
 //! does not list any more is marked as missing and stays selectable; a source that does not answer changes nothing.
@@ -13,6 +13,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use arc_swap::{ArcSwap, ArcSwapOption};
+use futures_util::StreamExt;
 use http::HeaderValue;
 use jiff::{SignedDuration, Timestamp};
 use tokio::sync::Notify;
@@ -45,6 +46,8 @@ const CHECK: Duration = Duration::from_secs(15);
 const CHECK_SHARED: Duration = Duration::from_secs(2);
 /// How long an account that Amazon does not list any more stays.
 const KEEP_MISSING: SignedDuration = SignedDuration::from_hours(30 * 24);
+/// Most automatic searches at a time.
+const CONCURRENCY: usize = 2;
 /// Time limit of one search.
 const TIMEOUT: Duration = Duration::from_secs(120);
 /// After a search in which nothing answered, the next automatic one.
@@ -126,9 +129,22 @@ impl Snapshot {
         let names: HashSet<&str> = configured.iter().map(|account| &*account.name).collect();
         let mut stored: Vec<_> = stored.into_iter().collect();
         stored.sort_by(|one, other| one.user_id.cmp(&other.user_id));
+        // A slug that is stored belongs to its user, in whatever order the users come.
+        let mut owners: HashMap<String, UserId> = HashMap::new();
+        for user in &stored {
+            for account in user.accounts.iter().filter(|account| !account.slug.is_empty()) {
+                owners.entry(account.slug.clone()).or_insert_with(|| user.user_id.clone());
+            }
+        }
         for mut user in stored {
-            let taken = |slug: &str| names.contains(slug) || snapshot.by_slug.contains_key(slug);
-            assign_slugs(&mut user.accounts, &user.user_id, taken);
+            let taken = |slug: &str| {
+                names.contains(slug)
+                    || snapshot.by_slug.contains_key(slug)
+                    || owners.get(slug).is_some_and(|owner| *owner != user.user_id)
+            };
+            let mut accounts = std::mem::take(&mut user.accounts);
+            assign_slugs(&mut accounts, &user.user_id, taken);
+            user.accounts = accounts;
             for found in &user.accounts {
                 let entry = Entry { found: found.clone(), account: found.to_account(&user.user_id) };
                 snapshot.by_slug.insert(found.slug.clone(), entry);
@@ -221,12 +237,7 @@ impl Directory {
     /// # Errors
     /// [`SyncError`] if there is no token, no region answers, or the store fails.
     pub async fn sync(&self, user: &UserId) -> Result<Arc<UserAccounts>, SyncError> {
-        let (directory, user) = (self.clone(), user.clone());
-        // A caller that hangs up must not leave half a list.
-        self.0.tokens.uninterrupted(async move { directory.sync_now(&user).await }).await
-    }
-
-    async fn sync_now(&self, user: &UserId) -> Result<Arc<UserAccounts>, SyncError> {
+        // A caller that hangs up leaves what was known before: everything changes at the end, at once.
         let turn = lock(&self.0.searching).entry(user.clone()).or_default().clone();
         let _turn = turn.lock().await;
         let bearer = self.0.tokens.bearer(user).await.map_err(SyncError::NoToken)?;
@@ -254,6 +265,10 @@ impl Directory {
         let merged = snapshot.users.get(user).cloned().ok_or_else(|| SyncError::NoRegion(failures.clone()))?;
         let text = serde_json::to_string(&*merged).expect("texts, numbers and times are JSON");
         self.0.store.save_accounts(user, text).await.map_err(SyncError::Store)?;
+        if self.0.tokens.status(user).state == State::None {
+            self.forget(user);
+            self.0.store.erase_accounts(user).await.map_err(SyncError::Store)?;
+        }
         tracing::info!(%user, accounts = merged.accounts.len(), "accounts were looked for");
         if answered { Ok(merged) } else { Err(SyncError::NoRegion(failures)) }
     }
@@ -271,12 +286,12 @@ impl Directory {
                 }
                 _ => {}
             }
-            for user in self.due() {
-                match self.sync(&user).await {
-                    Ok(_) => {}
-                    Err(error) => tracing::warn!(%user, reason = %error.reason(), "accounts could not be looked for"),
+            let searches = futures_util::stream::iter(self.due()).for_each_concurrent(CONCURRENCY, async |user| {
+                if let Err(error) = Box::pin(self.sync(&user)).await {
+                    tracing::warn!(%user, reason = %error.reason(), "accounts could not be looked for");
                 }
-            }
+            });
+            searches.await;
         }
     }
 
@@ -444,6 +459,20 @@ mod tests {
         assert_eq!(names(&revoked), [("1", true), ("2", true), ("3", true)], "an empty answer deletes nothing");
         let later = merge(&user, Some(&revoked), empty(), now + KEEP_MISSING);
         assert_eq!(names(&later), []);
+    }
+
+    #[test]
+    fn a_stored_slug_stays_with_its_user_whoever_comes_later() {
+        let now: Timestamp = "2026-08-01T12:00:00Z".parse().unwrap();
+        let of = |user: &str, slug: &str| UserAccounts {
+            user_id: user.parse().unwrap(),
+            synced_at: now,
+            outcomes: Vec::new(),
+            accounts: vec![FoundAccount { slug: slug.into(), ..profile("7", Region::Eu) }],
+        };
+        let snapshot = Snapshot::of([of("zoe", "shop-7-de"), of("anna", "")], &[]);
+        assert_eq!(snapshot.get("shop-7-de").unwrap().account.user.as_str(), "zoe");
+        assert_eq!(snapshot.users["anna"].accounts[0].slug, "shop-7-de-seller");
     }
 
     #[test]

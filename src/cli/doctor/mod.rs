@@ -136,9 +136,9 @@ async fn examine(command: &Doctor, sources: &Sources, url: Option<Listen>) -> Re
     let sidecar = match running {
         Some(sidecar) => Ok(sidecar),
         None if !store_works => Err("the store cannot be opened".to_owned()),
-        None => {
-            Sidecar::own(config.clone(), Listen::Tcp("127.0.0.1:0".into())).await.map_err(|failed| failed.to_string())
-        }
+        None => Box::pin(Sidecar::own(config.clone(), Listen::Tcp("127.0.0.1:0".into())))
+            .await
+            .map_err(|failed| failed.to_string()),
     };
     match sidecar {
         Ok(sidecar) => {

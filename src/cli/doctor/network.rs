@@ -124,7 +124,7 @@ fn host_of(url: &Url) -> String {
     url.host_str().unwrap_or_default().to_owned()
 }
 
-/// What the differences from the clocks of Amazon's hosts mean. The smallest one counts: a cache may hold an old `Date`.
+/// What the differences from the clocks of Amazon's hosts mean. The smallest counts: a cache may hold an old `Date`.
 pub(super) fn clock(skews: &[SignedDuration]) -> Finding {
     let Some(skew) = skews.iter().min_by_key(|skew| skew.abs()) else {
         return Finding::skipped(Group::Clock, "clock", "no host of Amazon's told the time");

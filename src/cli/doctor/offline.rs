@@ -25,10 +25,12 @@ pub(super) fn configuration(sources: &Sources, findings: &mut Vec<Finding>) -> O
             return None;
         }
     };
-    if config.warnings.is_empty() {
+    // Ids of accounts have a check of their own.
+    let doubts: Vec<_> = config.warnings.iter().filter(|doubt| !doubt.key.starts_with("[[account]]")).collect();
+    if doubts.is_empty() {
         findings.push(Finding::ok(Group::Configuration, "configuration", "every value is understood"));
     }
-    for doubt in &config.warnings {
+    for doubt in doubts {
         findings.push(Finding::wrong("config_doubtful", doubt, doubt.key.clone()));
     }
     Some(config)

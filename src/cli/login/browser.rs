@@ -40,7 +40,8 @@ pub(super) fn show(auth_url: &str, port: Option<u16>, no_browser: bool) {
         Some(_) => "if the browser cannot show the last page, paste its URL here.\n",
         None => "then paste the URL of the page on which the browser ends here.\n",
     };
-    let _ = write!(std::io::stderr(), "{text}");
+    // Nothing is left to say where the output is closed.
+    let _ = std::io::stdout().write_all(text.as_bytes()).and_then(|()| std::io::stdout().flush());
 }
 
 fn place(variable: impl Fn(&str) -> Option<String>, exists: impl Fn(&str) -> bool) -> Place {

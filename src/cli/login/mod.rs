@@ -18,6 +18,7 @@ use url::Url;
 
 use super::sidecar::{Reply, Sidecar, encoded};
 use super::{Exit, Failed, block_on, print};
+use crate::auth::accounts::Automatic;
 use crate::config::Config;
 use crate::domain::account::{Region, UserId};
 use crate::server::Listen;
@@ -58,7 +59,7 @@ pub(super) struct Login {
 /// Logs a user in.
 pub(super) fn run(command: Login, config: Config) -> Result<(), Failed> {
     block_on(async {
-        let sidecar = sidecar(&command, config.clone()).await?;
+        let sidecar = Box::pin(sidecar(&command, config.clone())).await?;
         let ended = log_in(&command, &config, &sidecar).await;
         let closed = sidecar.close().await;
         ended.and(closed)
@@ -84,7 +85,7 @@ async fn sidecar(command: &Login, mut config: Config) -> Result<Sidecar, Failed>
     }
     match loopback_port(&config.lwa.redirect_uri) {
         Some(port) => {
-            let own = Sidecar::own(config, Listen::Tcp(format!("127.0.0.1:{port}"))).await;
+            let own = Box::pin(Sidecar::own(config, Listen::Tcp(format!("127.0.0.1:{port}")))).await;
             own.map_err(|failed| match failed.message.contains("address is in use") {
                 true => Failed::because(format!(
                     "another process has port {port} of localhost, to which Amazon sends the browser: stop it, or wait \
@@ -94,7 +95,7 @@ async fn sidecar(command: &Login, mut config: Config) -> Result<Sidecar, Failed>
                 false => failed,
             })
         }
-        None => Sidecar::own(config, Listen::Tcp("127.0.0.1:0".into())).await,
+        None => Box::pin(Sidecar::own(config, Listen::Tcp("127.0.0.1:0".into()))).await,
     }
 }
 
@@ -130,7 +131,17 @@ async fn log_in(command: &Login, config: &Config, sidecar: &Sidecar) -> Result<(
     waiting.finish(command.timeout).await?;
     let status = sidecar.status(user).await?;
     let proof = prove(sidecar, user).await?;
-    print(format!("{user} is logged in\n{}", summary(&proof, &status, sidecar, user)))
+    print(format!("{user} is logged in\n{}", summary(&proof, &status, sidecar, user)))?;
+    if sidecar.is_own() && config.accounts_sync == Automatic::Daily {
+        // A running sidecar does this by itself.
+        let path = format!("/api/auth/amazon/accounts/sync?user_id={}", encoded(user.as_str()));
+        let found = sidecar.request(Method::POST, &path, &[], super::sidecar::AMAZON).await?;
+        if found.status == StatusCode::OK {
+            let count = &found.json()["accounts"];
+            return print(format!("{count} accounts have names now: adsidecar accounts list\n"));
+        }
+    }
+    Ok(())
 }
 
 fn state_of(begun: &Reply) -> Option<String> {

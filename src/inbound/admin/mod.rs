@@ -30,6 +30,7 @@ use crate::store::TokenStore;
 use crate::store::keyring::Fingerprint;
 use crate::telemetry::log::LogHandle;
 use crate::telemetry::metrics::Metrics;
+use crate::throttle::Memory;
 
 /// Settings of the admin listener.
 #[derive(Clone, Debug, Default)]
@@ -63,6 +64,8 @@ pub struct Admin {
     pub(crate) connections: Arc<[(&'static str, Count)]>,
     pub(crate) log: Option<LogHandle>,
     pub(crate) store: TokenStore,
+    /// What the throttle has learned.
+    pub(crate) throttle: Arc<Memory>,
     /// The latest rotation of keys.
     pub(crate) rotation: tokio::sync::watch::Receiver<Rotation>,
     pub(crate) request_ids: Arc<RequestIds>,
@@ -249,6 +252,7 @@ impl Admin {
         let store = self.store.health();
         let records = store.records.iter().map(|(sealed, count)| (sealed.to_string(), *count));
         self.metrics.set_store_contents(records, store.unreadable(), store.recoveries);
+        self.throttle.show();
         if let Some(log) = &self.log {
             self.metrics.log_lines(log.dropped());
         }

@@ -12,6 +12,7 @@ use crate::auth::tokens::Status;
 use crate::domain::account::UserId;
 use crate::domain::grant::State;
 use crate::inbound::admission::is_loopback;
+use crate::throttle::BucketStatus;
 
 /// The page loads nothing, runs nothing, sends nothing, and may not be framed.
 const POLICY: &str = "default-src 'none'; style-src 'sha256-teTQxtI+4pqNDyTh0fy86uW97eAew2RUI7Iq/W2DD3I='; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
@@ -51,6 +52,7 @@ impl Admin {
                     @if users.len() > MAX_ROWS {
                         p { "There are more: see " code { "adsidecar users list" } "." }
                     }
+                    (limits(&self.throttle.status()))
                     (self.about_links(headers))
                     footer { "As of " (time(now)) ". " a href=(here) { "Refresh" } }
                 }
@@ -119,6 +121,36 @@ fn table(users: &[Status], now: Timestamp, login_base: Option<&str>) -> Markup {
                     td { (time_and_distance(user.consent_expires_at, now)) }
                     td { (user.last_error.unwrap_or("–")) }
                     td { (login_link(&user.user_id, login_base)) }
+                }
+            }
+        }
+    }
+}
+
+/// What Amazon was seen to allow. Nothing as long as it has refused no request.
+fn limits(buckets: &[BucketStatus]) -> Markup {
+    html! {
+        @if !buckets.is_empty() {
+            h1 { "Limits of Amazon's" }
+            table {
+                tr {
+                    th { "Region" } th { "API family" } th { "Kind" } th { "Learned rate" } th { "Paused for" }
+                    th { "Waiting" } th { "Refused so far" }
+                }
+                @for bucket in buckets.iter().take(MAX_ROWS) {
+                    tr {
+                        td { (bucket.name.region.as_str()) }
+                        td { (bucket.name.family.name) }
+                        td { (bucket.name.kind.as_str()) }
+                        td { (format!("{:.1} per second", bucket.rate)) }
+                        @if bucket.paused > 0.0 {
+                            td class="wait" { (format!("{:.0} s", bucket.paused.ceil())) }
+                        } @else {
+                            td class="ok" { "–" }
+                        }
+                        td { (bucket.waiting) }
+                        td { (bucket.refusals) }
+                    }
                 }
             }
         }

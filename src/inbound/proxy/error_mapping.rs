@@ -1,14 +1,18 @@
 //! Turns the spine's errors into problem documents for callers, and says whose fault they are.
 
+use http::{HeaderName, HeaderValue};
+
 use crate::auth::tokens::TokenError;
 use crate::domain::account::UserId;
 use crate::domain::grant::{Remedy, STORE_UNAVAILABLE};
+use crate::domain::headers::THROTTLE;
 use crate::domain::policy::Denied;
 use crate::inbound::admission::Refusal;
 use crate::inbound::oauth::token_problem;
 use crate::inbound::problem::{Code, Problem};
 use crate::inbound::route::RouteError;
 use crate::telemetry::audit::Fault;
+use crate::throttle::{Reason, Throttled};
 use crate::upstream::{BodyError, ErrorKind, SendError};
 
 /// Why adsidecar responds with an error of its own instead of Amazon's response.
@@ -22,6 +26,8 @@ pub enum ProxyError {
     Denied(Denied),
     /// There is no access token for the user.
     NoToken(TokenError, UserId),
+    /// Amazon refuses requests like this one, and waiting is not allowed or would take too long.
+    Throttled(Throttled),
     /// `Content-Length` is larger than `proxy.max_body`.
     TooLarge,
     /// Amazon could not be reached, or did not respond.
@@ -38,6 +44,7 @@ impl ProxyError {
             Self::Unroutable(error) => error.into(),
             Self::Denied(denied) => denied.into(),
             Self::NoToken(error, user) => token_problem(error, login_step(&user)),
+            Self::Throttled(throttled) => throttled.into(),
             Self::TooLarge => too_large(),
             Self::Panicked => panicked(),
             Self::Send(error) => error.kind.into(),
@@ -57,6 +64,7 @@ impl ProxyError {
     pub(super) fn fault(&self) -> Fault {
         match self {
             Self::Refused(_) | Self::Unroutable(_) | Self::Denied(_) | Self::TooLarge => Fault::Caller,
+            Self::Throttled(_) => Fault::Amazon,
             // A person has to consent, or the operator has to correct the client's credentials or the database.
             Self::NoToken(TokenError::LoginRequired { .. }, _)
             | Self::NoToken(TokenError::Unavailable { remedy: Remedy::Operator, .. }, _)
@@ -126,6 +134,45 @@ impl From<Denied> for Problem {
         Self::new(Code::PolicyDenied, detail, next_step)
     }
 }
+
+impl From<Throttled> for Problem {
+    fn from(throttled: Throttled) -> Self {
+        let Throttled { bucket, wait, reason } = throttled;
+        let (detail, next_step) = match reason {
+            Reason::Paused => (
+                "Amazon refuses requests like this one at the moment, so it was not sent.",
+                "Repeat it after the time in Retry-After, or let requests wait: throttle.mode = queue.",
+            ),
+            Reason::TooLate => (
+                "Amazon limits requests like this one, and its turn does not come in time.",
+                "Repeat it after the time in Retry-After, or raise throttle.queue_timeout.",
+            ),
+            Reason::Full => (
+                "Amazon limits requests like this one, and too many wait for their turn already.",
+                "Repeat it after the time in Retry-After, send fewer at once, or raise throttle.max_waiting.",
+            ),
+            Reason::Draining => (
+                "Amazon limits requests like this one, and adsidecar stops before its turn.",
+                "Repeat it after the time in Retry-After.",
+            ),
+        };
+        let seconds = wait.as_secs_f64();
+        let mut problem = Self::new(Code::Throttled, detail, next_step).retry_after(wait);
+        // draft-ietf-httpapi-ratelimit-headers, section 4: nothing is left of this quota until the wait is over.
+        for (name, value) in [
+            (THROTTLE, format!("wait={seconds:.3}, bucket={bucket}")),
+            (RATE_LIMIT, format!("\"{bucket}\";r=0;t={}", seconds.ceil())),
+        ] {
+            if let Ok(value) = HeaderValue::try_from(value) {
+                problem = problem.header(name, value);
+            }
+        }
+        problem
+    }
+}
+
+/// `RateLimit`, draft-ietf-httpapi-ratelimit-headers.
+const RATE_LIMIT: HeaderName = HeaderName::from_static("ratelimit");
 
 impl From<ErrorKind> for Problem {
     fn from(kind: ErrorKind) -> Self {

@@ -11,6 +11,7 @@ use url::Url;
 use super::Settings;
 use crate::auth::accounts::Snapshot;
 use crate::domain::account::{Account, AmazonHost, Context};
+use crate::domain::found_account::{AccountType, doubtful_id};
 use crate::domain::headers::{UpstreamHeaders, to_amazon};
 use crate::domain::policy::{Denied, Mode};
 use crate::inbound::destination::{BadTarget, Destination, Endpoint, Route, Target};
@@ -123,7 +124,8 @@ pub fn explain(what: &Explained<'_>, method: &Method, uri: &Uri, caller: &Header
     let headers = lines(&sent, &call, account, caller);
     let left_out = left_out(&sent, &call, account, caller);
     let policy = verdict(call.rules.check(method, target.path(), caller), mode, call.rules.is_empty());
-    let hints = hints(&call, account);
+    let mut hints = hints(&call, account);
+    hints.extend(account.into_iter().flat_map(|account| lint(account, &call, what)));
     Ok(Explanation::Amazon(Box::new(Forwarded {
         method: method.to_string(),
         url,
@@ -319,6 +321,44 @@ fn hints(call: &RoutedRequest<'_>, account: Option<&Account>) -> Vec<String> {
             format!("the account {} does not define them", account.name)
         });
         hints.push(format!("{} also takes {}, and {whose}", call.family.name, missing.join(", ")));
+    }
+    hints
+}
+
+/// What is probably wrong with the ids of an account, by their form and by what was found at Amazon. Never a reason to
+/// refuse a request.
+fn lint(account: &Account, call: &RoutedRequest<'_>, what: &Explained<'_>) -> Vec<String> {
+    let name = &account.name;
+    let id = |account: &Account, context: Context| {
+        account.ids.get(context).and_then(|id| id.to_str().ok()).map(str::to_owned)
+    };
+    let mut hints = Vec::new();
+    for context in Context::ALL {
+        let doubt = id(account, context).and_then(|id| doubtful_id(context, &id));
+        hints.extend(
+            doubt.map(|doubt| {
+                format!("{} of the account {name} is probably another kind of id: {doubt}", context.key())
+            }),
+        );
+    }
+    let Some(profile) = id(account, Context::Scope) else { return hints };
+    let found = what.found.entries().filter(|entry| entry.found.kind.is_profile());
+    let found = found.into_iter().find(|entry| id(&entry.account, Context::Scope).as_ref() == Some(&profile));
+    let Some(found) = found.map(|entry| &entry.found) else { return hints };
+    let home = account.region.unwrap_or(what.settings.region);
+    if found.region != home {
+        hints.push(format!(
+            "the profile {profile} belongs to the region {}, and the account {name} to {home}: set region = \"{}\"",
+            found.region, found.region
+        ));
+    }
+    let needs_campaigns = !matches!(call.family.name, "profiles" | "accounts") && !call.family.name.starts_with("dsp");
+    if found.kind == AccountType::Agency && needs_campaigns {
+        hints.push(format!(
+            "the profile {profile} is an agency's, which has no campaigns: {} needs the profile of an advertiser \
+             (adsidecar accounts list)",
+            call.family.name
+        ));
     }
     hints
 }

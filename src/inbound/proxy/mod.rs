@@ -41,10 +41,15 @@ pub use crate::inbound::route::Selection;
 use crate::inbound::route::{Accounts, RoutedRequest, fallback};
 use crate::server::Peer;
 use crate::telemetry::metrics::Metrics;
+use crate::throttle::{Call, Entry, Pass, Throttle};
 use crate::upstream::{ReplayBudget, ReplayBuffer, RequestBody, Reuse, SendError, Upstream, UpstreamBody};
 use auth_rejection::{Rejection, Verdict, pass_on_refusal};
 use request_telemetry::RequestTelemetry;
 use retry::Retry;
+
+/// What a waiting request holds besides its path and a body that Amazon refused, in bytes: its head in parsed form, the
+/// buffers of its connection, and its future.
+const WAITING_BYTES: usize = 8 << 10;
 
 /// How callers select accounts, and how much of a request body is kept for a retry.
 #[derive(Clone, Debug)]
@@ -90,6 +95,7 @@ pub struct Proxy {
     policy_mode: Mode,
     admission: Admission,
     tokens: TokenManager,
+    throttle: Throttle,
     upstream: Arc<Upstream>,
     oauth: OauthEndpoints,
     metrics: Arc<Metrics>,
@@ -114,6 +120,7 @@ impl Proxy {
         admission: Admission,
         tokens: TokenManager,
         upstream: Arc<Upstream>,
+        throttle: Throttle,
         oauth: OauthEndpoints,
         directory: Directory,
         metrics: Arc<Metrics>,
@@ -132,6 +139,7 @@ impl Proxy {
             directory,
             admission,
             tokens,
+            throttle,
             upstream,
             oauth,
             metrics,
@@ -213,15 +221,21 @@ impl Proxy {
         }
         fail_point!("spine");
         let body = self.body(parts, incoming)?;
+        let mut pass = self.throttle(&route, parts, target).await?;
         let Bearer { value: bearer, check_clock } = self.access_token(&route.user).await?;
         let request = UpstreamRequest { route: &route, parts, target, bearer: &bearer };
-        let (response, sent) = self.send(request, body, telemetry).await?;
+        let sent = body.progress();
+        let mut response = self.send(request, body, &sent, &mut pass, telemetry).await?;
+        if pass.may_go_again() {
+            // Boxed: rare requests must not make the future of every request large.
+            response = Box::pin(self.wait_and_send_again(response, request, &sent, &mut pass, telemetry)).await?;
+        }
         if check_clock {
             self.tokens.observe_amazons_clock(response.headers());
         }
         let mut response = match response.status() {
             StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => {
-                Box::pin(self.handle_rejection(response, request, sent, telemetry)).await?
+                Box::pin(self.handle_rejection(response, request, &sent, &mut pass, telemetry)).await?
             }
             status if status.is_client_error() => Box::pin(pass_on_refusal(response, &bearer)).await,
             _ => response.map(Body::amazon),
@@ -231,7 +245,8 @@ impl Proxy {
             response.headers_mut().remove(WWW_AUTHENTICATE);
         }
         telemetry.set_response_from_amazon(response.status());
-        Ok(response::to_caller(response, telemetry.take_hint().or_else(|| route.hint())))
+        let hint = telemetry.take_hint().or_else(|| pass.hint()).or_else(|| route.hint());
+        Ok(response::to_caller(response, hint, pass.waited()))
     }
 
     /// Refuses what the policy forbids. In observe mode, counts such a request and lets it pass.
@@ -268,25 +283,75 @@ impl Proxy {
         }
     }
 
+    /// The request's turn: at once, unless Amazon refuses requests like this one and the mode is `enforce` or `queue`.
+    async fn throttle<'a>(
+        &'a self,
+        route: &'a RoutedRequest<'a>,
+        parts: &Parts,
+        target: &Target,
+    ) -> Result<Pass<'a>, ProxyError> {
+        let path = target.path();
+        let request = Call {
+            mode: route.throttle(),
+            bytes: WAITING_BYTES + path.len(),
+            ..Call::new(route.region, route.family, &parts.method, path, route.fair_share())
+        };
+        match self.throttle.enter(request) {
+            Entry::Pass(pass) => Ok(pass),
+            // Boxed: rare requests must not make the future of every request large.
+            Entry::Wait(ticket) => Box::pin(ticket.turn()).await.map_err(ProxyError::Throttled),
+            Entry::Refuse(throttled) => Err(ProxyError::Throttled(throttled)),
+        }
+    }
+
+    /// After Amazon refused the request because there were too many: waits for another turn and sends it again, as long
+    /// as [`Retry`] says so. Returns Amazon's refusal if there is no turn in time.
+    async fn wait_and_send_again<'a>(
+        &'a self,
+        mut response: Response<UpstreamBody>,
+        request: UpstreamRequest<'_>,
+        sent: &Option<Arc<ReplayBuffer>>,
+        pass: &mut Pass<'a>,
+        telemetry: &mut RequestTelemetry<'_>,
+    ) -> Result<Response<UpstreamBody>, ProxyError> {
+        while pass.may_go_again()
+            && let Some((Retry::Throttled, body)) = Retry::after_refusal(sent)
+            && let Some(entry) = pass.again(sent.as_ref().map_or(0, |sent| sent.held()))
+        {
+            // The connection is free while the request waits.
+            drop(response);
+            *pass = match entry {
+                Entry::Pass(pass) => pass,
+                Entry::Wait(ticket) => ticket.turn().await.map_err(ProxyError::Throttled)?,
+                Entry::Refuse(throttled) => return Err(ProxyError::Throttled(throttled)),
+            };
+            // The access token may have expired meanwhile.
+            let bearer = self.access_token(&request.route.user).await?.value;
+            response = self.send(UpstreamRequest { bearer: &bearer, ..request }, body, sent, pass, telemetry).await?;
+        }
+        Ok(response)
+    }
+
     async fn access_token(&self, user: &UserId) -> Result<Bearer, ProxyError> {
         self.tokens.bearer(user).await.map_err(|error| ProxyError::NoToken(error, user.clone()))
     }
 
-    /// Sends the request, and again as long as [`Retry`] says so. Returns the response with the replay buffer of the
-    /// body; `None` if the body was empty.
+    /// Sends the request, and again as long as [`Retry`] says so. `buffer` is the replay buffer of the body; `None` if
+    /// the body is empty.
     async fn send(
         &self,
         request: UpstreamRequest<'_>,
         body: RequestBody,
+        buffer: &Option<Arc<ReplayBuffer>>,
+        pass: &mut Pass<'_>,
         telemetry: &mut RequestTelemetry<'_>,
-    ) -> Result<(Response<UpstreamBody>, Option<Arc<ReplayBuffer>>), ProxyError> {
+    ) -> Result<Response<UpstreamBody>, ProxyError> {
         let region = request.route.region;
-        let buffer = body.progress();
         let begun = Instant::now();
         let mut sent = self.attempt(request, body, retry::first_reuse(&request.parts.method)).await;
         let mut attempts = 1;
         while let Err(error) = sent {
-            match Box::pin(Retry::after_error(error, &request.parts.method, &buffer, attempts)).await {
+            match Box::pin(Retry::after_error(error, &request.parts.method, buffer, attempts)).await {
                 // Boxed: rare requests must not make the future of every request large.
                 Ok((retry, body)) => sent = Box::pin(self.attempt(request, body, retry.reuse())).await,
                 Err(error) => {
@@ -298,11 +363,12 @@ impl Proxy {
         }
         telemetry.record_upstream_time(region, begun.elapsed());
         let response = sent.map_err(ProxyError::Send)?;
-        if let Some(buffer) = &buffer {
+        if let Some(buffer) = buffer {
             buffer.responded();
         }
+        pass.responded(response.status(), response.headers());
         telemetry.record_upstream_response(region, response.status(), response.headers());
-        Ok((response, buffer))
+        Ok(response)
     }
 
     fn attempt(
@@ -336,7 +402,8 @@ impl Proxy {
         &self,
         response: Response<UpstreamBody>,
         request: UpstreamRequest<'_>,
-        sent: Option<Arc<ReplayBuffer>>,
+        sent: &Option<Arc<ReplayBuffer>>,
+        pass: &mut Pass<'_>,
         telemetry: &mut RequestTelemetry<'_>,
     ) -> Result<Response<Body>, ProxyError> {
         let user = &request.route.user;
@@ -351,7 +418,7 @@ impl Proxy {
             return Ok(rejection.pass_on(request.bearer));
         }
         let new_token = self.tokens.invalidate(user, request.bearer).await;
-        let Some((Retry::NewToken(bearer), body)) = Retry::after_rejection(new_token, &sent) else {
+        let Some((Retry::NewToken(bearer), body)) = Retry::after_rejection(new_token, sent) else {
             // The token lives by the clock, but its grant is gone: Amazon's text says nothing of that.
             if self.tokens.status(user).state == State::LoginRequired {
                 telemetry.set_hint("login_required");
@@ -359,7 +426,7 @@ impl Proxy {
             return Ok(rejection.pass_on(request.bearer));
         };
         self.metrics.replays.inc();
-        let (response, _) = self.send(UpstreamRequest { bearer: &bearer, ..request }, body, telemetry).await?;
+        let response = self.send(UpstreamRequest { bearer: &bearer, ..request }, body, sent, pass, telemetry).await?;
         Ok(match response.status() {
             status if status.is_client_error() => pass_on_refusal(response, &bearer).await,
             _ => response.map(Body::amazon),
@@ -369,6 +436,9 @@ impl Proxy {
     fn problem(&self, error: ProxyError, parts: &Parts) -> Problem {
         if let Some(reason) = error.guard_reason() {
             self.metrics.guard_denied.with_label_values(&[reason]).inc();
+        }
+        if let ProxyError::Throttled(throttled) = &error {
+            self.metrics.throttled.with_label_values(&[throttled.bucket.region.as_str(), "sidecar"]).inc();
         }
         error.into_problem(|user| self.oauth.login_step(&parts.headers, user))
     }

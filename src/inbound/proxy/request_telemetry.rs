@@ -127,6 +127,7 @@ impl<'a> RequestTelemetry<'a> {
         self.error = match error {
             ProxyError::Send(error) => Some(error.kind.to_string()),
             ProxyError::NoToken(TokenError::Unavailable { code, .. }, _) => Some((*code).to_owned()),
+            ProxyError::Throttled(throttled) => Some(format!("throttled: {}", throttled.bucket)),
             ProxyError::Panicked => Some("a step panicked".to_owned()),
             _ => None,
         };

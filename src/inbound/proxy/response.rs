@@ -12,22 +12,30 @@ use http_body_util::Full;
 
 use super::redaction::Redactor;
 use super::request_telemetry::InFlight;
-use crate::domain::headers::{ConnectionOptions, ERROR, HINT};
+use crate::domain::headers::{ConnectionOptions, ERROR, HINT, THROTTLE};
+use crate::throttle::Waited;
 use crate::upstream::{ResponseAborted, UpstreamBody};
 
-/// Amazon's response as the caller gets it: without the headers that [`strip_response`] removes, and with
-/// `X-Adsidecar-Hint` if there is a hint.
-pub(super) fn to_caller(mut response: Response<Body>, hint: Option<&'static str>) -> Response<Body> {
+/// Amazon's response as the caller gets it: without the headers that [`strip_response`] removes, with
+/// `X-Adsidecar-Hint` if there is a hint, and with `X-Adsidecar-Throttle` if the request waited for its turn.
+pub(super) fn to_caller(
+    mut response: Response<Body>,
+    hint: Option<&'static str>,
+    waited: Option<Waited>,
+) -> Response<Body> {
     *response.version_mut() = Version::HTTP_11;
     strip_response(response.headers_mut());
     if let Some(hint) = hint {
         response.headers_mut().insert(HINT, HeaderValue::from_static(hint));
     }
+    if let Some(waited) = waited.and_then(|waited| HeaderValue::try_from(waited.to_string()).ok()) {
+        response.headers_mut().insert(THROTTLE, waited);
+    }
     response
 }
 
 /// Removes from Amazon's response headers those that apply only to the connection between adsidecar and Amazon, and
-/// those that only adsidecar may set ([`ERROR`], [`HINT`]).
+/// those that only adsidecar may set ([`ERROR`], [`HINT`], [`THROTTLE`]).
 pub fn strip_response(headers: &mut HeaderMap) {
     if headers.contains_key(CONNECTION) {
         for name in ConnectionOptions::of(headers) {
@@ -62,6 +70,7 @@ fn is_dropped_from_response(name: &str) -> bool {
             | "http2-settings"
     ) || name == ERROR.as_str()
         || name == HINT.as_str()
+        || name == THROTTLE.as_str()
 }
 
 /// The body of a response of the proxy listener.

@@ -18,6 +18,8 @@ pub(super) enum Retry {
     StaleIdempotent,
     /// Amazon rejected the access token, so it did not process the request; this is another token.
     NewToken(HeaderValue),
+    /// Amazon refused the request because there were too many, so it did not process it. It waits for its turn first.
+    Throttled,
 }
 
 /// Most attempts for a request that the server did not process. The connection of the second attempt may be closed too,
@@ -62,8 +64,14 @@ impl Retry {
         match self {
             Self::Unsent { http1: true } => Reuse::FreshHttp1,
             Self::Unsent { http1: false } | Self::StaleIdempotent => Reuse::Fresh(Instant::now()),
-            Self::NewToken(_) => Reuse::Allowed,
+            Self::NewToken(_) | Self::Throttled => Reuse::Allowed,
         }
+    }
+
+    /// Decides after Amazon refused the request because there were too many. `sent` as in
+    /// [`after_error`](Self::after_error).
+    pub(super) fn after_refusal(sent: &Option<Arc<ReplayBuffer>>) -> Option<(Self, RequestBody)> {
+        body_again(sent).map(|body| (Self::Throttled, body))
     }
 
     /// Decides after Amazon rejected the access token. `new_token` is a different one; `sent` as in

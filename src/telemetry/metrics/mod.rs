@@ -80,6 +80,11 @@ pub struct Metrics {
     store_recoveries: IntCounter,
     pub guard_denied: IntCounterVec,
     pub throttled: IntCounterVec,
+    throttle_rate: GaugeVec,
+    throttle_paused_until: GaugeVec,
+    throttle_waiting: IntGaugeVec,
+    throttle_waiting_bytes: IntGauge,
+    pub throttle_wait: Histogram,
     undecryptable_records: IntGauge,
     pub policy_denied: IntCounterVec,
     pub clock_skew: Gauge,
@@ -232,7 +237,33 @@ impl Metrics {
                 "Refreshes whose response may have been lost, by the fate of the grant: recovered or lost",
                 &["outcome"],
             )?,
-            throttled: r.counters("throttled_total", "429 responses from Amazon (by=\"amazon\")", &["region", "by"])?,
+            throttled: r.counters(
+                "throttled_total",
+                "429 responses from Amazon (by=\"amazon\"), also those that no caller saw because the request was sent \
+                     again, and of adsidecar itself (by=\"sidecar\")",
+                &["region", "by"],
+            )?,
+            throttle_rate: r.floats(
+                "throttle_rate",
+                "Learned rate in requests per second; absent until Amazon has refused one",
+                &["region", "family", "kind"],
+            )?,
+            throttle_paused_until: r.floats(
+                "throttle_paused_until_timestamp_seconds",
+                "When Amazon will probably accept requests again; 0: now",
+                &["region", "family", "kind"],
+            )?,
+            throttle_waiting: r.gauges(
+                "throttle_waiting",
+                "Requests that wait for their turn",
+                &["region", "family", "kind"],
+            )?,
+            throttle_waiting_bytes: r.gauge("throttle_waiting_bytes", "Bytes that waiting requests hold")?,
+            throttle_wait: r.histogram(
+                "throttle_wait_seconds",
+                "Time that requests waited for their turn, those that gave up included",
+                DURATIONS,
+            )?,
             undecryptable_records: r.gauge(
                 "undecryptable_records",
                 "Stored grants that cannot be read, for example because their key was removed; they are \
@@ -309,6 +340,21 @@ impl Metrics {
         self.store_recoveries.inc_by(recoveries.saturating_sub(self.store_recoveries.get()));
     }
 
+    /// Sets the metrics about the throttle: each bucket's region, family and kind, learned rate, end of the pause in
+    /// seconds since 1970 (0: none) and waiting requests; and the bytes that these hold.
+    pub fn set_throttle<'b>(
+        &self,
+        buckets: impl IntoIterator<Item = ([&'b str; 3], f64, f64, usize)>,
+        waiting_bytes: usize,
+    ) {
+        self.throttle_waiting_bytes.set(i64::try_from(waiting_bytes).unwrap_or(i64::MAX));
+        for (labels, rate, paused_until, waiting) in buckets {
+            self.throttle_rate.with_label_values(&labels).set(rate);
+            self.throttle_paused_until.with_label_values(&labels).set(paused_until);
+            self.throttle_waiting.with_label_values(&labels).set(i64::try_from(waiting).unwrap_or(i64::MAX));
+        }
+    }
+
     /// Creates the series that alerts and `rate()` need to exist before their first event.
     fn create_series(&self) {
         self.refresh_interrupted.with_label_values(&["lost"]);
@@ -317,7 +363,9 @@ impl Metrics {
             self.token_refresh.with_label_values(&["failure", reason]);
         }
         for region in [Region::Na, Region::Eu, Region::Fe] {
-            self.throttled.with_label_values(&[region.as_str(), "amazon"]);
+            for by in ["amazon", "sidecar"] {
+                self.throttled.with_label_values(&[region.as_str(), by]);
+            }
             self.upstream_duration.with_label_values(&[region.as_str()]);
         }
         for source in ["amazon", "sidecar"] {

@@ -4,6 +4,7 @@
 use std::ffi::OsString;
 use std::io::Write;
 use std::net::{SocketAddr, TcpListener};
+use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
 
 use clap::Parser;
@@ -11,7 +12,7 @@ use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
 use serde_json::{Value, json};
 
-use crate::{Addresses, CLIENT_ID, CLIENT_SECRET, Listener, Options, Sandbox};
+use crate::{Addresses, CLIENT_ID, CLIENT_SECRET, Listener, Options, RateLimit, Sandbox};
 use adsidecar::app::App;
 use adsidecar::cli::{Exit, Failed, asked_to_stop, misused, print, told};
 use adsidecar::config::{self, Config, FernetKeys, Sources};
@@ -37,6 +38,9 @@ struct Arguments {
     /// The default: earlier versions offered HTTP/1.1 alone
     #[arg(long, hide = true)]
     http2: bool,
+    /// Requests per second that the stand-in serves, for each client, region and API family; more get 429
+    #[arg(long, value_name = "NUMBER")]
+    limit: Option<NonZeroU32>,
     /// Address of adsidecar's proxy listener [default: 127.0.0.1:8001 and [::1]:8001]
     #[arg(long, value_name = "ADDRESS")]
     proxy: Option<SocketAddr>,
@@ -78,6 +82,7 @@ fn serve(arguments: &Arguments) -> Result<(), Failed> {
         let log = log::init(config.log);
         let account = first_account(&sandbox);
         let (redirect_uri, fernet_key) = (config.lwa.redirect_uri.clone(), key_of(&config));
+        sandbox.set_limits(arguments.limit.map(|limit| RateLimit::of(limit.get().into())).as_slice());
         sandbox.world(|world| world.allow_return_url(&redirect_uri));
         let app = App::build(config, clock, Some(log.clone())).await?.reloading(sources);
         let facts = Facts {

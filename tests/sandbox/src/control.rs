@@ -11,6 +11,7 @@
 //! | `DELETE /history` | deletes them |
 //! | `POST /trouble` | adds a [`Rule`] (or a list of them): `{"trouble": {"status": {"code": 503}}, "door": "na", "path": "/v2", "when": {"next": 3}}`; `door`, `path`, `when` are optional |
 //! | `DELETE /trouble` | removes all rules, and releases the calls that they hold |
+//! | `POST /limits` | replaces the rate limits of the Ads listeners: a list of [`RateLimit`]s, the first that matches applies: `[{"per_second": 20, "burst": 20, "path": "/sp", "told": "nothing"}]`; `told` is `seconds` (default), `date`, `nothing`, `html` or `{"text": "…"}` |
 //! | `POST /clock` | `{"advance": "1h"}`: moves the sandbox's clock; `-1h` moves it back; returns the time |
 //! | `POST /consent` | records a consent: `{"want": "code"}` (default; also `redirect_uri`, `scope`, `advertiser`, `client_id`, `code_challenge` with S256) answers `{"code"}`; `{"want": "grant"}` answers `{"refresh_token", "access_token", "expires_in"}` |
 //! | `POST /revoke` | `{"refresh_token": "Atzr\|…"}`, or `{}` for all: revokes grants; returns `{"revoked": n}` |
@@ -27,6 +28,7 @@ use serde_json::{Value, json};
 
 use super::fault::Rule;
 use super::history::Call;
+use super::limits::RateLimit;
 use super::reply::{self, Body};
 use super::state::SandboxState;
 use super::world::{Challenge, World};
@@ -114,6 +116,15 @@ pub(super) fn answer(shared: &SandboxState, head: &Parts, body: &Bytes) -> Respo
             shared.world().faults.clear();
             reply::empty(StatusCode::NO_CONTENT)
         }
+        (&Method::POST, "/limits") => with(body, |limits: Vec<RateLimit>| {
+            let usable = |limit: &RateLimit| limit.per_second > 0.0 && limit.burst >= 1.0 && limit.burst.is_finite();
+            if !limits.iter().all(usable) {
+                return (StatusCode::BAD_REQUEST, json!({ "error": "per_second is above 0, and burst at least 1" }));
+            }
+            let mut world = shared.world();
+            world.limits.set(limits);
+            (StatusCode::OK, json!({ "limits": world.limits.rules(), "refused": world.limits.refusals() }))
+        }),
         (&Method::POST, "/clock") => with(body, |Advance { advance }| match advance.parse::<SignedDuration>() {
             Ok(by) => {
                 shared.clock.advance(by);
@@ -184,9 +195,11 @@ fn overview(shared: &SandboxState) -> Response<Body> {
         "grants": world.grants.iter().filter(|grant| !grant.revoked).count(),
         "calls": world.history.calls().count(),
         "lwa": world.history.lwa_calls(),
+        "limits": world.limits.rules(),
+        "refused": world.limits.refusals(),
         "trouble": world.faults.rules().collect::<Vec<_>>(),
         "endpoints": ["GET /", "GET /ca.pem", "GET /history", "DELETE /history", "POST /trouble", "DELETE /trouble",
-                      "POST /clock", "POST /consent", "POST /revoke", "POST /events", "GET /ap/oa"],
+                      "POST /limits", "POST /clock", "POST /consent", "POST /revoke", "POST /events", "GET /ap/oa"],
     });
     reply::json(StatusCode::OK, &body)
 }

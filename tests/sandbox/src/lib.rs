@@ -38,6 +38,7 @@ mod grants_file;
 mod header_requirements;
 mod listeners;
 mod history;
+mod limits;
 mod lwa;
 mod mcp;
 mod published;
@@ -71,6 +72,7 @@ pub use catalogue::{
 };
 pub use fault::{Fault, FaultHandle, Rule, When};
 pub use history::{Call, LwaCalls};
+pub use limits::{RateLimit, Told};
 pub use test_endpoints::pseudo_random_bytes;
 pub use tls::IdentityError;
 pub use world::{
@@ -377,6 +379,16 @@ impl Sandbox {
     /// Removes every rule and releases the calls that they hold.
     pub fn clear_faults(&self) {
         self.shared.world().faults.clear();
+    }
+
+    /// Replaces the rate limits of the Ads listeners. The first that matches a call applies; none by default.
+    pub fn set_limits(&self, limits: impl Into<Vec<RateLimit>>) {
+        self.shared.world().limits.set(limits.into());
+    }
+
+    /// The number of calls that the rate limits refused so far.
+    pub fn limited(&self) -> u64 {
+        self.shared.world().limits.refusals()
     }
 
     /// Releases `count` events of `/sandbox/events?step=1`.

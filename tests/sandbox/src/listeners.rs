@@ -184,6 +184,9 @@ fn real_response(shared: &SandboxState, call: &CompleteCall<'_>, fault: Option<&
     if call.listener == Listener::Lwa {
         return lwa::answer(&mut world, call.head, &call.received.kept, fault, shared.auto_consent, now);
     }
+    if let Some(refusal) = world.limits.refuse(call.listener, call.head.uri.path(), &call.head.headers, now) {
+        return refusal;
+    }
     let arrived = call::Arrived {
         listener: call.listener,
         port: call.port,

@@ -13,6 +13,7 @@ use sha2::{Digest, Sha256};
 use super::catalogue::Catalogue;
 use super::fault::Faults;
 use super::history::History;
+use super::limits::Limits;
 
 /// The client id of the seeded client.
 pub const CLIENT_ID: &str = "amzn1.application-oa2-client.sandbox";
@@ -49,6 +50,7 @@ pub struct World {
     access: HashMap<String, Access>,
     pub(super) history: History,
     pub(super) faults: Faults,
+    pub(super) limits: Limits,
 }
 
 /// One LWA client.
@@ -183,6 +185,7 @@ impl World {
             access: HashMap::new(),
             history: History::default(),
             faults: Faults::default(),
+            limits: Limits::default(),
         }
     }
 

@@ -1,0 +1,318 @@
+//! One bucket: the calls that share a limit of Amazon's, with what was learned about it, and the queue before it.
+
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use jiff::SignedDuration;
+use tokio::sync::{Notify, oneshot};
+
+use super::classify::Kind;
+use super::law::{Law, Refusal, Seconds};
+use super::queue::Queue;
+use crate::domain::account::Region;
+use crate::domain::api_families::Family;
+use crate::domain::clock::Clock;
+
+/// What a bucket is about.
+#[derive(Clone, Copy, Debug)]
+pub struct BucketName {
+    /// The region whose host serves the calls.
+    pub region: Region,
+    /// The API family of the calls.
+    pub family: &'static Family,
+    /// The kind of the calls.
+    pub kind: Kind,
+}
+
+impl std::fmt::Display for BucketName {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}/{}/{}", self.region.as_str(), self.family.name, self.kind.as_str())
+    }
+}
+
+/// The calls that share one limit. Requests read it without a lock until Amazon refuses one of them.
+#[derive(Debug)]
+pub(super) struct Bucket {
+    pub(super) name: BucketName,
+    counts: Counts,
+    /// Responses that were refusals.
+    refusals: AtomicU64,
+    /// The law's epoch; 0 until the first refusal.
+    epoch: AtomicU32,
+    /// Whether a refusal arrived since the last accepted call.
+    refusing: AtomicBool,
+    state: Mutex<State>,
+    /// Notified when the law or the queue changed.
+    changed: Notify,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    law: Option<Law>,
+    queue: Queue<u32>,
+    waiting: usize,
+    /// Whether a task gives the waiting calls their turns.
+    dispatching: bool,
+}
+
+/// What a bucket says to a call.
+#[derive(Debug)]
+pub(super) enum Turn {
+    /// It may be sent now, in this epoch.
+    Now(u32),
+    /// It may be sent later, in about this many seconds.
+    Later(Seconds),
+}
+
+/// What is known about a bucket, for people.
+#[derive(Clone, Debug)]
+pub struct BucketStatus {
+    /// The bucket.
+    pub name: BucketName,
+    /// The learned rate, in calls per second.
+    pub rate: f64,
+    /// The rest of the pause, in seconds; 0 if there is none.
+    pub paused: Seconds,
+    /// Calls that wait.
+    pub waiting: usize,
+    /// Refusals so far.
+    pub refusals: u64,
+}
+
+impl Bucket {
+    pub(super) fn new(name: BucketName) -> Self {
+        Self {
+            name,
+            counts: Counts::default(),
+            refusals: AtomicU64::new(0),
+            epoch: AtomicU32::new(0),
+            refusing: AtomicBool::new(false),
+            state: Mutex::default(),
+            changed: Notify::new(),
+        }
+    }
+
+    /// The current epoch; 0 as long as nothing was refused.
+    pub(super) fn epoch(&self) -> u32 {
+        self.epoch.load(Relaxed)
+    }
+
+    /// Counts a call that Amazon accepted.
+    pub(super) fn accepted(&self, now: Seconds) {
+        self.counts.add(now);
+        if self.refusing.load(Relaxed)
+            && self.refusing.swap(false, Relaxed)
+            && let Some(law) = &mut self.lock().law
+        {
+            law.accepted();
+        }
+    }
+
+    /// Learns from a refusal, whose counts are filled in here.
+    pub(super) fn refused(&self, refusal: Refusal, published: Option<f64>) {
+        let refusal = Refusal { peak: self.counts.peak(refusal.at), ..refusal };
+        self.refusals.fetch_add(1, Relaxed);
+        self.refusing.store(true, Relaxed);
+        let mut state = self.lock();
+        match &mut state.law {
+            Some(law) => law.refused(&refusal),
+            None => state.law = Some(Law::begin(&refusal, published)),
+        }
+        self.epoch.store(state.law.as_ref().map_or(0, Law::epoch), Relaxed);
+        drop(state);
+        self.changed.notify_one();
+    }
+
+    /// The rest of the pause, in seconds; 0 if calls are not paused.
+    pub(super) fn paused(&self, now: Seconds) -> Seconds {
+        self.lock().law.as_ref().map_or(0.0, |law| (law.paused_until() - now).max(0.0))
+    }
+
+    /// Whether a call of this weight may be sent now, behind those that wait already.
+    pub(super) fn turn(&self, now: Seconds, weight: f64) -> Turn {
+        let mut state = self.lock();
+        let State { law: Some(law), queue, waiting, .. } = &mut *state else { return Turn::Now(0) };
+        if queue.is_empty() && law.wait(now) <= 0.0 {
+            law.take(now, weight);
+            return Turn::Now(law.epoch());
+        }
+        Turn::Later(law.expected(now, *waiting as f64 + weight))
+    }
+
+    /// Puts a call of `account` into the queue; `first`: before the account's other calls.
+    pub(super) fn wait(self: &Arc<Self>, account: &str, first: bool, clock: &Clock) -> Place {
+        let mut state = self.lock();
+        let turn = state.queue.push(account, first);
+        state.waiting += 1;
+        let begin = !std::mem::replace(&mut state.dispatching, true);
+        drop(state);
+        if begin {
+            tokio::spawn(dispatch(self.clone(), clock.clone()));
+        }
+        Place { bucket: self.clone(), turn }
+    }
+
+    /// Counts the weight of a call beyond 1, once it had its turn.
+    pub(super) fn take_more(&self, now: Seconds, weight: f64) {
+        if let Some(law) = self.lock().law.as_mut().filter(|_| weight > 0.0) {
+            law.take(now, weight);
+        }
+    }
+
+    /// What was learned; `None` as long as nothing was refused.
+    pub(super) fn status(&self, now: Seconds) -> Option<BucketStatus> {
+        let state = self.lock();
+        let law = state.law.as_ref()?;
+        Some(BucketStatus {
+            name: self.name,
+            rate: law.rate(now),
+            paused: (law.paused_until() - now).max(0.0),
+            waiting: state.waiting,
+            refusals: self.refusals.load(Relaxed),
+        })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A call's place in the queue. Dropping it leaves the queue.
+#[derive(Debug)]
+pub(super) struct Place {
+    bucket: Arc<Bucket>,
+    turn: oneshot::Receiver<u32>,
+}
+
+impl Place {
+    /// Waits for the call's turn, at most until the uptime `deadline`. Returns the epoch, or `None` if the time is up.
+    pub(super) async fn turn(&mut self, clock: &Clock, deadline: SignedDuration) -> Option<u32> {
+        tokio::select! {
+            biased;
+            epoch = &mut self.turn => epoch.ok(),
+            () = clock.sleep_until(deadline) => {
+                // The turn may have come in this very moment.
+                self.turn.close();
+                self.turn.try_recv().ok()
+            }
+        }
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.turn.close();
+        let mut state = self.bucket.lock();
+        state.waiting -= 1;
+        let waiting = state.waiting;
+        state.queue.sweep(waiting);
+    }
+}
+
+/// Gives the waiting calls of a bucket their turns, as the law allows, until none waits.
+async fn dispatch(bucket: Arc<Bucket>, clock: Clock) {
+    loop {
+        let changed = bucket.changed.notified();
+        let now = clock.uptime();
+        let Some(wait) = bucket.next_turns(now.as_secs_f64()) else { return };
+        let until = now.saturating_add(SignedDuration::try_from_secs_f64(wait).unwrap_or(SignedDuration::MAX));
+        tokio::select! {
+            () = clock.sleep_until(until) => {}
+            () = changed => {}
+        }
+    }
+}
+
+impl Bucket {
+    /// Gives their turns to the calls that may be sent now. Returns the time until the next turn, or `None` if no call
+    /// waits.
+    fn next_turns(&self, now: Seconds) -> Option<Seconds> {
+        let mut state = self.lock();
+        let State { law, queue, dispatching, .. } = &mut *state;
+        loop {
+            if queue.is_empty() {
+                *dispatching = false;
+                return None;
+            }
+            let wait = law.as_ref().map_or(0.0, |law| law.wait(now));
+            if wait > 0.0 {
+                return Some(wait);
+            }
+            let epoch = law.as_ref().map_or(0, Law::epoch);
+            // A call that gave up takes no turn.
+            if queue.pop().is_some_and(|call| call.send(epoch).is_ok())
+                && let Some(law) = law
+            {
+                law.take(now, 1.0);
+            }
+        }
+    }
+}
+
+// The counts: without locks, because every response is counted.
+
+/// Slots in which the last seconds are counted.
+const SLOTS: u64 = 16;
+/// Slots per second. A burst may begin in the middle of one, so a second is counted as two neighbours.
+const PER_SECOND: f64 = 2.0;
+/// Bits of a slot that hold the count; those above hold the slot's number since the beginning.
+const COUNT_BITS: u32 = 24;
+
+/// The calls of one bucket that Amazon accepted.
+#[derive(Debug, Default)]
+struct Counts {
+    slots: [AtomicU64; SLOTS as usize],
+}
+
+impl Counts {
+    /// Counts a call that was accepted at `now`.
+    fn add(&self, now: Seconds) {
+        let number = (now * PER_SECOND) as u64;
+        let slot = &self.slots[(number % SLOTS) as usize];
+        let seen = slot.load(Relaxed);
+        if seen >> COUNT_BITS == number {
+            slot.fetch_add(1, Relaxed);
+        } else if slot.compare_exchange(seen, number << COUNT_BITS | 1, Relaxed, Relaxed).is_err() {
+            // Another thread began this slot.
+            slot.fetch_add(1, Relaxed);
+        }
+    }
+
+    /// The most calls that were accepted within one of the last seconds.
+    fn peak(&self, now: Seconds) -> f64 {
+        let current = (now * PER_SECOND) as u64;
+        let count = |number: u64| {
+            let slot = self.slots[(number % SLOTS) as usize].load(Relaxed);
+            if slot >> COUNT_BITS == number { slot & ((1 << COUNT_BITS) - 1) } else { 0 }
+        };
+        let seconds =
+            (current.saturating_sub(SLOTS - 2)..=current).map(|slot| count(slot) + count(slot.wrapping_sub(1)));
+        seconds.max().unwrap_or_default() as f64
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_peak_is_the_busiest_of_the_last_seconds() {
+        let counts = Counts::default();
+        for (second, calls) in [(100.0, 5), (101.8, 4), (102.1, 5), (104.0, 2)] {
+            (0..calls).for_each(|_| counts.add(second));
+        }
+        let peaks = [104.0, 109.4, 109.6, 110.1, 120.0].map(|now| counts.peak(now));
+        assert_eq!(peaks, [9.0, 9.0, 5.0, 2.0, 0.0], "four and five calls came within a second");
+    }
+
+    #[test]
+    fn threads_that_count_at_once_lose_no_call() {
+        let counts = Counts::default();
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| (0..1000).for_each(|_| counts.add(7.5)));
+            }
+        });
+        assert_eq!(counts.peak(7.5), 4000.0);
+    }
+}
