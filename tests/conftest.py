@@ -118,6 +118,24 @@ def sandbox_of_its_own(tmp_path):
     running.stop()
 
 
+@pytest.fixture(scope="module")
+def sandbox_without_grant(tmp_path_factory):
+    """A sandbox for one test module, in which nobody is logged in."""
+    running = start_sandbox(tmp_path_factory.mktemp("without-grant"), "--no-login")
+    yield running
+    running.stop()
+
+
+@pytest.fixture(scope="session")
+def installed_clients() -> Path:
+    """Where tests/run has installed the client libraries that have an environment of their own."""
+    default = REPOSITORY / os.environ.get("CARGO_TARGET_DIR", "target") / "test-mcp"
+    path = Path(os.environ.get("ADSIDECAR_TEST_MCP", default))
+    if not (path / "node_modules" / "undici").is_dir():
+        pytest.fail(f"no client libraries at {path}: run tests/run once, or set ADSIDECAR_TEST_MCP")
+    return path
+
+
 @pytest.fixture(autouse=True)
 def no_proxy_from_the_environment(monkeypatch):
     """The machine's own proxy settings would lead the clients around adsidecar."""

@@ -10,8 +10,6 @@ from pathlib import Path
 import pytest
 import requests
 
-from conftest import REPOSITORY, bare_environment, start_sandbox
-
 HERE = Path(__file__).parent / "mcp"
 # Longer than any client takes to give up.
 LIMIT_SECONDS = 60
@@ -19,27 +17,9 @@ LIMIT_SECONDS = 60
 CLIENTS = ["mcp 1", "mcp 2", "fastmcp 3", "fastmcp 4", "npm sdk", "mcp-remote"]
 
 
-@pytest.fixture(scope="module")
-def installed() -> Path:
-    """Where tests/run has installed the clients."""
-    default = REPOSITORY / os.environ.get("CARGO_TARGET_DIR", "target") / "test-mcp"
-    path = Path(os.environ.get("ADSIDECAR_TEST_MCP", default))
-    if not (path / "node_modules").is_dir():
-        pytest.fail(f"no MCP clients at {path}: run tests/run once, or set ADSIDECAR_TEST_MCP")
-    return path
-
-
-@pytest.fixture(scope="module")
-def without_grant(tmp_path_factory):
-    """A sandbox in which nobody is logged in."""
-    running = start_sandbox(tmp_path_factory.mktemp("without-grant"), "--no-login")
-    yield running
-    running.stop()
-
-
 def run(client: str, installed: Path, home: Path, url: str) -> str:
     """Lists the tools at `url`. Returns all that the client shows."""
-    environment = bare_environment(HOME=str(home), NODE_PATH=str(installed / "node_modules"), NO_COLOR="1")
+    environment = {"PATH": os.environ["PATH"], "HOME": str(home), "NO_COLOR": "1"}
     if client == "mcp-remote":
         return run_mcp_remote(installed, environment, url)
     library, version = client.split()
@@ -91,25 +71,25 @@ def calls(sandbox, listener: str) -> list:
 
 @pytest.mark.parametrize("client", CLIENTS)
 @pytest.mark.parametrize("path", ["/mcp", "/mcp/lite"])
-def test_each_client_lists_the_tools(client, path, installed, tmp_path, sandbox):
-    shown = run(client, installed, tmp_path, sandbox.proxy + path)
+def test_each_client_lists_the_tools(client, path, installed_clients, tmp_path, sandbox):
+    shown = run(client, installed_clients, tmp_path, sandbox.proxy + path)
     assert "list_profiles" in shown, shown
     assert {call["status"] for call in calls(sandbox, "mcp_na")} <= {200, 202}
 
 
 @pytest.mark.parametrize("client", CLIENTS)
-def test_without_a_grant_each_client_shows_the_login_link_and_ends(client, installed, tmp_path, without_grant):
-    shown = run(client, installed, tmp_path, without_grant.proxy + "/mcp")
-    assert f"{without_grant.proxy}/api/auth/amazon/login?user_id=default" in shown, shown
-    assert not calls(without_grant, "mcp_na") and not calls(without_grant, "na"), "nothing left"
+def test_without_a_grant_each_client_shows_the_login_link_and_ends(client, installed_clients, tmp_path, sandbox_without_grant):
+    shown = run(client, installed_clients, tmp_path, sandbox_without_grant.proxy + "/mcp")
+    assert f"{sandbox_without_grant.proxy}/api/auth/amazon/login?user_id=default" in shown, shown
+    assert not calls(sandbox_without_grant, "mcp_na") and not calls(sandbox_without_grant, "na"), "nothing left"
 
 
 @pytest.mark.parametrize("client", CLIENTS)
-def test_a_401_of_amazons_starts_no_oauth_at_amazon(client, installed, tmp_path, sandbox_of_its_own):
+def test_a_401_of_amazons_starts_no_oauth_at_amazon(client, installed_clients, tmp_path, sandbox_of_its_own):
     sandbox = sandbox_of_its_own
     rule = {"trouble": "token_unauthorized", "door": "mcp_na", "when": "always"}
     assert requests.post(f"{sandbox.control}/trouble", json=rule, timeout=30).status_code == 201
-    shown = run(client, installed, tmp_path, sandbox.proxy + "/mcp")
+    shown = run(client, installed_clients, tmp_path, sandbox.proxy + "/mcp")
     assert "list_profiles" not in shown and "lwa.amazon.com" not in shown, shown
     paths = {call["target"] for call in calls(sandbox, "mcp_na")}
     assert paths == {"/mcp"}, "discovery is answered here"
