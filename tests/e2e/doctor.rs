@@ -325,7 +325,7 @@ async fn what_amazon_answers_to_the_grants_is_named() {
     harness.sandbox.world(|world| world.revoke_all());
     assert_named(&diagnose(&harness, &beside, &[]).await, "login_required", "adsidecar login --user default");
     harness.log_in("default").await;
-    assert_eq!(diagnose(&harness, &beside, &[]).await.wrong(), Vec::<&str>::new());
+    assert_eq!(diagnose(&harness, &beside, &[]).await.wrong(), ["config_doubtful"]);
 }
 
 #[tokio::test(flavor = "multi_thread")]
