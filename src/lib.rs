@@ -37,7 +37,9 @@
 //! Not in every request: the first after ten seconds compares clocks (`auth/tokens/clock_skew.rs`); after a 401 or 403
 //! `inbound/proxy/auth_rejection.rs` decides whether a new token can help; `inbound/proxy/retry.rs` decides whether a
 //! request is sent again; `inbound/proxy/polls.rs` answers a poll from another one (`throttle.coalesce_polls`);
-//! `inbound/proxy/error_mapping.rs` turns an error into a response.
+//! `inbound/proxy/error_mapping.rs` turns an error into a response. `inbound/proxy/redaction.rs` searches a 4xx for the
+//! access token, `inbound/proxy/mcp.rs` recognizes MCP clients when an error is theirs, and `server/tunnel.rs` unwraps
+//! requests inside a tunnel that `CONNECT` opened.
 //!
 //! # Invariants
 //!

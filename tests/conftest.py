@@ -56,10 +56,10 @@ class Sandbox:
         return self.process.wait(timeout=STOP_SECONDS)
 
 
-def start_sandbox(directory: Path) -> Sandbox:
+def start_sandbox(directory: Path, *words: str) -> Sandbox:
     listeners = [word for listener in ("proxy", "admin", "amazon", "control") for word in (f"--{listener}", "127.0.0.1:0")]
     command = [binary("ADSIDECAR_SANDBOX_BIN", "adsidecar-sandbox"), "--calm", "--json", *listeners]
-    command += ["--data", str(directory / "data")]
+    command += ["--data", str(directory / "data"), *words]
     log = directory / "sandbox.log"
     with log.open("w") as stderr:
         process = subprocess.Popen(
@@ -116,6 +116,24 @@ def sandbox_of_its_own(tmp_path):
     running = start_sandbox(tmp_path)
     yield running
     running.stop()
+
+
+@pytest.fixture(scope="module")
+def sandbox_without_grant(tmp_path_factory):
+    """A sandbox for one test module, in which nobody is logged in."""
+    running = start_sandbox(tmp_path_factory.mktemp("without-grant"), "--no-login")
+    yield running
+    running.stop()
+
+
+@pytest.fixture(scope="session")
+def installed_clients() -> Path:
+    """Where tests/run has installed the client libraries that have an environment of their own."""
+    default = REPOSITORY / os.environ.get("CARGO_TARGET_DIR", "target") / "test-mcp"
+    path = Path(os.environ.get("ADSIDECAR_TEST_MCP", default))
+    if not (path / "node_modules" / "undici").is_dir():
+        pytest.fail(f"no client libraries at {path}: run tests/run once, or set ADSIDECAR_TEST_MCP")
+    return path
 
 
 @pytest.fixture(autouse=True)

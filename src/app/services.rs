@@ -92,8 +92,11 @@ impl Services {
         // Amazon redirects browsers to the host of the redirect URI.
         let redirect_uri = config.lwa.redirect_uri.parse().ok();
         let login_admission = Admission::new(with_host_of(config.admission, redirect_uri.as_ref()));
-        let own_authority = process.proxy.map(local_authority);
-        let authority = own_authority.clone().unwrap_or_else(|| "localhost:8001".to_owned());
+        let authority = process.proxy.map_or_else(|| "localhost:8001".to_owned(), local_authority);
+        // A browser can begin a login only where its cookie belongs, and cannot send a caller token.
+        let login_origin = login.loopback_origin().filter(|_| process.proxy.is_some());
+        let login_origin = login_origin.filter(|_| !proxy_admission.needs_caller_token());
+        let default_user = config.proxy.default_user();
         let oauth = |admission: &Admission| OauthEndpoints {
             login: login.clone(),
             tokens: tokens.clone(),
@@ -102,6 +105,7 @@ impl Services {
             metrics: metrics.clone(),
             region: config.proxy.region,
             token_shim: config.proxy.token_shim,
+            default_user: default_user.clone(),
             authority: authority.clone(),
             request_ids: request_ids.clone(),
             events: process.events.clone(),
@@ -119,7 +123,7 @@ impl Services {
             request_ids: request_ids.clone(),
             clock: process.clock.clone(),
             public_url: config.admin.public_url,
-            login_base: own_authority.map(|authority| OauthEndpoints::login_base(&authority)),
+            login_base: login_origin.map(|origin| OauthEndpoints::login_base_at(&origin)),
             reloader: process.reloader.clone(),
             quit: process.quit.clone(),
         };

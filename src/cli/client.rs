@@ -50,8 +50,15 @@ pub(super) async fn exchange_within(
     let listen = addresses.first().ok_or_else(|| Failed::because("the listener is off in the configuration"))?;
     let exchange = async {
         match listen {
-            Listen::Tcp(address) => exchange(TcpStream::connect(local(address)).await?, method, path, headers).await,
-            Listen::Unix(socket) => exchange(UnixStream::connect(socket).await?, method, path, headers).await,
+            Listen::Tcp(address) => {
+                // With its port: links in the response are built from it.
+                let host =
+                    address.rsplit_once(':').map_or("localhost".to_owned(), |(_, port)| format!("localhost:{port}"));
+                exchange(TcpStream::connect(local(address)).await?, method, path, &host, headers).await
+            }
+            Listen::Unix(socket) => {
+                exchange(UnixStream::connect(socket).await?, method, path, "localhost", headers).await
+            }
         }
     };
     let response = tokio::time::timeout(timeout, exchange).await;
@@ -81,6 +88,7 @@ async fn exchange<S>(
     stream: S,
     method: Method,
     path: &str,
+    host: &str,
     headers: &[(&str, &str)],
 ) -> Result<Response<Bytes>, AnyError>
 where
@@ -88,7 +96,7 @@ where
 {
     let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await?;
     let driver = tokio::spawn(connection);
-    let mut request = Request::builder().method(method).uri(path).header(HOST, "localhost");
+    let mut request = Request::builder().method(method).uri(path).header(HOST, host);
     for (name, value) in headers {
         request = request.header(*name, *value);
     }

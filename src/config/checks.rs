@@ -53,6 +53,11 @@ pub(super) fn is_remote(listen: &Listen) -> bool {
     addresses(listen).iter().any(|address| !is_loopback(address.ip()))
 }
 
+/// The TCP port of an address; `None` for a Unix socket.
+pub(super) fn port(listen: &Listen) -> Option<u16> {
+    addresses(listen).first().map(SocketAddr::port)
+}
+
 /// Whether both cannot be bound at once. Port 0 never clashes: the system chooses a free port each time.
 pub(super) fn clash(a: &Listen, b: &Listen) -> bool {
     if let (Listen::Unix(a), Listen::Unix(b)) = (a, b) {
@@ -91,7 +96,7 @@ pub(super) fn web_url(text: &str) -> Result<Url, &'static str> {
 }
 
 /// Whether the URL's host is this machine.
-fn is_local(url: &Url) -> bool {
+pub(super) fn is_local(url: &Url) -> bool {
     match url.host() {
         Some(Host::Domain(name)) => name == "localhost",
         Some(Host::Ipv4(ip)) => is_loopback(ip.into()),

@@ -469,6 +469,27 @@ pub const KEYS: &[Key] = &[
         ..KEY
     },
     Key {
+        name: "upstream.mcp_na",
+        kind: Url,
+        default: Value("https://advertising-ai.amazon.com"),
+        help: "Amazon's MCP server in region `na`: an `https` origin, without a path",
+        ..KEY
+    },
+    Key {
+        name: "upstream.mcp_eu",
+        kind: Url,
+        default: Value("https://advertising-ai-eu.amazon.com"),
+        help: "Amazon's MCP server in region `eu`: an `https` origin, without a path",
+        ..KEY
+    },
+    Key {
+        name: "upstream.mcp_fe",
+        kind: Url,
+        default: Value("https://advertising-ai-fe.amazon.com"),
+        help: "Amazon's MCP server in region `fe`: an `https` origin, without a path",
+        ..KEY
+    },
+    Key {
         name: "upstream.ca_file",
         kind: Certificates,
         default: Described { text: "none", example: "/etc/ssl/private-ca.pem" },

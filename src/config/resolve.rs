@@ -15,7 +15,7 @@ use super::sources::{Merged, WHOLE_FILE};
 use super::{Config, Environment, FernetKeys, Shutdown};
 use crate::auth::accounts::Automatic;
 use crate::auth::{login, lwa, tokens};
-use crate::domain::account::{Account, Context, Ids, Region, UserId};
+use crate::domain::account::{Account, AmazonHost, Context, Ids, Region, UserId};
 use crate::domain::credential::Credential;
 use crate::domain::grant::{RefreshPolicy, RefreshToken};
 use crate::domain::policy::{self, Allow, Mode, Rules};
@@ -51,6 +51,7 @@ pub(super) fn resolve(merged: &Merged, problems: Vec<ConfigError>) -> Result<Con
         read,
         &[("proxy.listen", &proxy_listen), ("login.listen", &login_listen), ("admin.listen", &admin_listen)],
     );
+    redirect_uri_arrives(read, &lwa.redirect_uri, &[&proxy_listen, &login_listen]);
     let config = Config {
         environment,
         proxy_listen,
@@ -302,7 +303,7 @@ fn tokens(read: &mut Reader<'_>) -> tokens::Settings {
 fn upstream(read: &mut Reader<'_>) -> upstream::Settings {
     use upstream::{Http2, IdleTimeout};
     upstream::Settings {
-        origins: Region::ALL.map(|region| origin(read, region)),
+        origins: Box::new(AmazonHost::ALL.map(|host| origin(read, host.key()))),
         extra_roots: read.certificates("upstream.ca_file"),
         http2: read
             .choice("upstream.http2", [("auto", Http2::Auto), ("never", Http2::Never), ("always", Http2::Always)]),
@@ -331,10 +332,9 @@ fn throttle(read: &mut Reader<'_>) -> throttle::Settings {
     }
 }
 
-fn origin(read: &mut Reader<'_>, region: Region) -> Url {
-    let key = format!("upstream.{region}");
-    let origin = read.parsed(&key, checks::https_origin).expect("the table has an origin for each region");
-    read.record(&key, quoted(origin.as_str().trim_end_matches('/')));
+fn origin(read: &mut Reader<'_>, key: &str) -> Url {
+    let origin = read.parsed(key, checks::https_origin).expect("the table has an origin for each host");
+    read.record(key, quoted(origin.as_str().trim_end_matches('/')));
     origin
 }
 
@@ -408,6 +408,25 @@ fn remote_is_meant(read: &mut Reader<'_>, listens: &[Listen], allowed: bool) {
         }
     };
     read.wrong("proxy.listen", format!("can be reached by other machines: {cure}"));
+}
+
+/// Names a redirect URI on this machine at whose port nobody listens. Something in between may forward it, as a container's
+/// published port does, so it is not refused.
+fn redirect_uri_arrives(read: &mut Reader<'_>, redirect_uri: &str, listens: &[&Vec<Listen>]) {
+    let Some(url) = Url::parse(redirect_uri).ok().filter(checks::is_local) else { return };
+    let ports: Option<Vec<u16>> = listens.iter().flat_map(|listens| listens.iter()).map(checks::port).collect();
+    // Port 0 becomes any port, and behind a Unix socket there is something in between.
+    let Some(ports) = ports.filter(|ports| !ports.is_empty() && !ports.contains(&0)) else { return };
+    let Some(port) = url.port_or_known_default().filter(|port| !ports.contains(port)) else { return };
+    let ports: Vec<_> = ports.iter().map(u16::to_string).collect();
+    read.doubt(
+        "amazon.redirect_uri",
+        format!(
+            "leads to port {port} of this machine, where adsidecar does not listen (it does at {}): a login ends there \
+             only if something in between forwards the port",
+            ports.join(", ")
+        ),
+    );
 }
 
 /// Refuses two listeners at one address.

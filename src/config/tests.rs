@@ -602,6 +602,28 @@ fn a_redirect_uri_that_does_not_lead_to_the_callback_is_named_and_still_taken() 
 }
 
 #[test]
+fn a_redirect_uri_at_whose_port_nobody_listens_is_named_and_still_taken() {
+    let callback = |origin: &str| format!("{origin}/api/auth/amazon/callback");
+    for (origin, listens, named) in [
+        ("http://localhost:8001", &[][..], false),
+        ("http://localhost:8002", &[], true),
+        ("http://127.0.0.1:3000", &[("ADSIDECAR_PROXY__LISTEN", "127.0.0.1:3001")], true),
+        ("http://localhost:3001", &[("ADSIDECAR_PROXY__LISTEN", "127.0.0.1:3001")], false),
+        ("http://[::1]:3001", &[("ADSIDECAR_LOGIN__LISTEN", "127.0.0.1:3001")], false),
+        ("http://localhost", &[], true),
+        // Any port, something in between, and another machine.
+        ("http://localhost:3000", &[("ADSIDECAR_PROXY__LISTEN", "127.0.0.1:0")], false),
+        ("http://localhost:3000", &[("ADSIDECAR_PROXY__LISTEN", "unix:/run/ads.sock")], false),
+        ("https://app.example", &[], false),
+    ] {
+        let uri = callback(origin);
+        let config = Given::required().env(&[("AMAZON_OAUTH_REDIRECT_URI", &uri)]).env(listens).config();
+        let warned = config.warnings.iter().any(|warning| warning.to_string().contains("does not listen"));
+        assert_eq!((config.lwa.redirect_uri.as_str(), warned), (uri.as_str(), named), "{listens:?}");
+    }
+}
+
+#[test]
 fn the_json_of_a_secrets_manager_is_not_taken_for_two_secrets() {
     let blob = format!("{{\"client_id\":\"{CANARY}\",\"client_secret\":\"{CANARY}\"}}");
     let given = Given::required().env(&[("AMAZON_CLIENT_SECRET", &blob)]);
@@ -1121,7 +1143,10 @@ fn the_defaults_are_those_of_the_manual() {
         [
             "https://advertising-api.amazon.com/",
             "https://advertising-api-eu.amazon.com/",
-            "https://advertising-api-fe.amazon.com/"
+            "https://advertising-api-fe.amazon.com/",
+            "https://advertising-ai.amazon.com/",
+            "https://advertising-ai-eu.amazon.com/",
+            "https://advertising-ai-fe.amazon.com/"
         ]
     );
     let upstream = config.upstream;
@@ -1162,11 +1187,12 @@ fn the_sandbox_file_points_at_the_sandbox_and_nowhere_else() {
     // The default listeners of `adsidecar-sandbox`.
     let ours = |url: &url::Url| {
         ["localhost", "127.0.0.1"].contains(&url.host_str().unwrap())
-            && url.port().is_some_and(|port| (8440..=8443).contains(&port) || port == 8450)
+            && url.port().is_some_and(|port| (8440..=8446).contains(&port) || port == 8450)
     };
     assert!(config.upstream.origins.iter().chain(&config.lwa.authorize_url).chain(&config.lwa.token_url).all(ours));
     let ports = config.upstream.origins.each_ref().map(url::Url::port);
-    assert_eq!(ports, [Some(8441), Some(8442), Some(8443)], "na, eu, fe");
+    let expected = [8441, 8442, 8443, 8444, 8445, 8446].map(Some);
+    assert_eq!(ports, expected, "na, eu, fe, and the MCP hosts");
     let return_url = "http://localhost:8001/api/auth/amazon/callback";
     assert_eq!(config.lwa.redirect_uri, return_url, "the only one that the sandbox knows");
     // The sandbox's own adsidecar has the default listeners, and holds data/sandbox/adsidecar.sled.

@@ -123,6 +123,15 @@ impl Region {
         }
     }
 
+    /// Returns the host of Amazon's MCP server ("Get started with the Amazon Ads MCP server").
+    pub fn mcp_host(self) -> &'static str {
+        match self {
+            Self::Na => "advertising-ai.amazon.com",
+            Self::Eu => "advertising-ai-eu.amazon.com",
+            Self::Fe => "advertising-ai-fe.amazon.com",
+        }
+    }
+
     /// Returns the authorization endpoint, to which a browser is sent for consent ("Authorization grants", Amazon Ads
     /// API).
     pub fn authorize_url(self) -> &'static str {
@@ -159,6 +168,72 @@ pub struct BadRegion;
 impl fmt::Display for Region {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.as_str())
+    }
+}
+
+/// An Amazon service with a host of its own in each region.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Service {
+    /// The Amazon Ads API.
+    #[default]
+    Ads,
+    /// The Amazon Ads MCP server.
+    Mcp,
+}
+
+/// One of the hosts to which requests are forwarded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AmazonHost {
+    /// The service at the host.
+    pub service: Service,
+    /// The region whose data it serves.
+    pub region: Region,
+}
+
+impl AmazonHost {
+    /// Every host, in the order of [`index`](Self::index).
+    pub const ALL: [Self; 6] = [
+        Self::ads(Region::Na),
+        Self::ads(Region::Eu),
+        Self::ads(Region::Fe),
+        Self::mcp(Region::Na),
+        Self::mcp(Region::Eu),
+        Self::mcp(Region::Fe),
+    ];
+
+    /// The Ads API of `region`.
+    pub const fn ads(region: Region) -> Self {
+        Self { service: Service::Ads, region }
+    }
+
+    /// The MCP server of `region`.
+    pub const fn mcp(region: Region) -> Self {
+        Self { service: Service::Mcp, region }
+    }
+
+    /// Its place in [`ALL`](Self::ALL).
+    pub const fn index(self) -> usize {
+        self.region as usize + if matches!(self.service, Service::Mcp) { Region::ALL.len() } else { 0 }
+    }
+
+    /// Returns the host's name at Amazon.
+    pub fn name(self) -> &'static str {
+        match self.service {
+            Service::Ads => self.region.ads_host(),
+            Service::Mcp => self.region.mcp_host(),
+        }
+    }
+
+    /// Returns the configuration key of the host's origin, such as `upstream.na`.
+    pub fn key(self) -> &'static str {
+        match (self.service, self.region) {
+            (Service::Ads, Region::Na) => "upstream.na",
+            (Service::Ads, Region::Eu) => "upstream.eu",
+            (Service::Ads, Region::Fe) => "upstream.fe",
+            (Service::Mcp, Region::Na) => "upstream.mcp_na",
+            (Service::Mcp, Region::Eu) => "upstream.mcp_eu",
+            (Service::Mcp, Region::Fe) => "upstream.mcp_fe",
+        }
     }
 }
 
@@ -284,6 +359,13 @@ mod tests {
         ids.set(Context::Account, "amzn1.ads-account.g.abc_1").unwrap();
         assert_eq!(ids.get(Context::Account).unwrap(), "amzn1.ads-account.g.abc_1");
         assert!(ids.get(Context::Scope).is_none());
+    }
+
+    #[test]
+    fn each_host_stands_at_its_index() {
+        for (index, host) in AmazonHost::ALL.into_iter().enumerate() {
+            assert_eq!(host.index(), index);
+        }
     }
 
     #[test]

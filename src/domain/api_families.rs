@@ -8,7 +8,7 @@
 
 use http::HeaderName;
 
-use crate::domain::account::Context;
+use crate::domain::account::{Context, Service};
 
 /// The header that carries the client id.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -112,6 +112,8 @@ pub struct Family {
     pub name: &'static str,
     /// Path prefixes: `/a/*/b` matches that path and every path below it; `*` matches any one segment.
     pub paths: &'static [&'static str],
+    /// The service whose hosts serve the paths.
+    pub service: Service,
     /// The header that carries the client id.
     pub client_id: ClientId,
     /// The context headers, each attached if the account defines its id.
@@ -123,8 +125,15 @@ pub struct Family {
 }
 
 /// The columns that most rows share.
-const ROW: Family =
-    Family { name: "", paths: &[], client_id: ClientId::Api, context: &[], on_request: &[], exclusive: None };
+const ROW: Family = Family {
+    name: "",
+    paths: &[],
+    service: Service::Ads,
+    client_id: ClientId::Api,
+    context: &[],
+    on_request: &[],
+    exclusive: None,
+};
 
 /// The same for the Ads API v1 and the MCP server.
 const ADS_ROW: Family = Family { client_id: ClientId::Ads, ..ROW };
@@ -272,7 +281,7 @@ static TABLE: &[Family] = &[
         ..ADS_ROW
     },
     Family { name: "ads_api_v1", paths: &["/adsApi/v1"], context: &[Scope, Account], ..ADS_ROW },
-    Family { name: "mcp", paths: &["/mcp"], ..ADS_ROW },
+    Family { name: "mcp", paths: &["/mcp"], service: Service::Mcp, ..ADS_ROW },
     // The DSP.
     Family { name: "dsp_streams", paths: &["/dsp/streams"], context: &[StreamAccount], ..ROW },
     Family {
@@ -481,6 +490,11 @@ pub const COUNT: usize = TABLE.len() + 1;
 /// All families in the order in which they are tried, the family of unmatched paths last.
 pub fn families() -> impl Iterator<Item = &'static Family> {
     TABLE.iter().chain([&UNKNOWN])
+}
+
+/// Returns the family of every path on the hosts of Amazon's MCP server.
+pub fn mcp_family() -> &'static Family {
+    family("/mcp")
 }
 
 /// Returns the family of `path`, which is the path sent upstream, without its query. If no row matches, returns the

@@ -5,7 +5,10 @@
 //! that adsidecar manages are attached last. A caller therefore cannot strip a credential by naming it in `Connection`
 //! (RFC 9110, section 7.6.1), and no duplicate of a managed header survives beside ours.
 
-use http::header::{AUTHORIZATION, CONNECTION, CONTENT_LENGTH, HeaderMap, HeaderName, HeaderValue, TRANSFER_ENCODING};
+use http::header::{
+    AUTHORIZATION, CONNECTION, CONTENT_LENGTH, HeaderMap, HeaderName, HeaderValue, PROXY_AUTHORIZATION,
+    TRANSFER_ENCODING,
+};
 
 use crate::domain::account::{Context, Ids};
 use crate::domain::api_families::{ClientId, Family, context_of};
@@ -81,6 +84,14 @@ pub const ERROR: HeaderName = HeaderName::from_static("x-adsidecar-error");
 pub const THROTTLE: HeaderName = HeaderName::from_static("x-adsidecar-throttle");
 /// Explains a response that came from Amazon. The value is a hint code.
 pub const HINT: HeaderName = HeaderName::from_static("x-adsidecar-hint");
+
+/// Whether a header is or may be meant for adsidecar itself: an `X-Ads-*` header, whatever separates its words, or the
+/// credentials for the proxy.
+pub fn is_for_sidecar(name: &str) -> bool {
+    let letters = || name.bytes().filter(u8::is_ascii_alphanumeric);
+    let begins = |start: &[u8]| letters().take(start.len()).eq(start.iter().copied());
+    begins(b"xads") || begins(b"ads") || name == PROXY_AUTHORIZATION.as_str()
+}
 
 /// What [`to_amazon`] does with one header of the caller.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

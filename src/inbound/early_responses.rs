@@ -37,6 +37,15 @@ impl OwnResponses for EarlyResponses {
         .raw(&self.request_id())
     }
 
+    fn bad_target(&self) -> Bytes {
+        Problem::new(
+            Code::BadRequest,
+            "The target contains a character that no URL can, such as a quotation mark in the query, or is no path.",
+            "Percent-encode such characters: %22 is a quotation mark, %3C and %3E are angle brackets. A path begins with /.",
+        )
+        .raw(&self.request_id())
+    }
+
     fn request_id(&self) -> HeaderValue {
         self.0.of(&HeaderMap::new())
     }

@@ -7,9 +7,11 @@ use std::time::Duration;
 use bytes::Bytes;
 use http::header::{
     ALLOW, CACHE_CONTROL, CONNECTION, CONTENT_TYPE, HeaderName, HeaderValue, PROXY_AUTHENTICATE, RETRY_AFTER,
+    WWW_AUTHENTICATE,
 };
 use http::{Response, StatusCode};
 use http_body_util::Full;
+use hyper::ext::ReasonPhrase;
 use serde::Serialize;
 
 use crate::domain::headers::ERROR;
@@ -149,7 +151,7 @@ impl Code {
                 ("No such endpoint under `/api/auth/` or `/auth/o2/`, or on the admin listener", "Check the path")
             }
             Self::MethodNotAllowed => (
-                "`CONNECT`, `TRACE`, or a method that the endpoint does not have",
+                "`TRACE`, `CONNECT` to anything but port 80 of an Amazon host, or a method that the endpoint does not have",
                 "See `Allow`; with a proxy setting use `http://` URLs",
             ),
             Self::CallerUnauthorized => {
@@ -212,6 +214,8 @@ pub struct Problem {
     headers: Vec<(HeaderName, HeaderValue)>,
     /// A member of the document beyond the usual ones.
     member: Option<Box<(&'static str, serde_json::Value)>>,
+    /// Whether the caller is an MCP client, which reads JSON-RPC.
+    for_mcp: bool,
 }
 
 /// RFC 9457, section 3.1, and our own members.
@@ -227,14 +231,36 @@ struct Document<'a> {
     request_id: &'a str,
     #[serde(flatten)]
     member: Option<HashMap<&'static str, &'a serde_json::Value>>,
+    #[serde(flatten)]
+    rpc: Option<RpcError>,
 }
+
+/// An error of JSON-RPC 2.0 (section 5.1), as further members of the document. The id is null: the request's body was
+/// not read.
+#[derive(Serialize)]
+struct RpcError {
+    jsonrpc: &'static str,
+    id: Option<u64>,
+    error: RpcErrorObject,
+}
+
+#[derive(Serialize)]
+struct RpcErrorObject {
+    code: i32,
+    message: String,
+}
+
+/// Of the range that JSON-RPC 2.0 leaves to servers.
+const RPC_SERVER_ERROR: i32 = -32_001;
+/// Longest reason phrase in a status line.
+const MAX_REASON: usize = 400;
 
 impl Problem {
     /// Creates the error from what happened (`detail`) and what the caller can do about it (`next_step`). Neither may
     /// hold a secret.
     pub fn new(code: Code, detail: impl Into<Cow<'static, str>>, next_step: impl Into<Cow<'static, str>>) -> Self {
         let (detail, next_step) = (detail.into(), next_step.into());
-        Self { code, detail, next_step, retry_after: None, headers: Vec::new(), member: None }
+        Self { code, detail, next_step, retry_after: None, headers: Vec::new(), member: None, for_mcp: false }
     }
 
     /// Adds `Retry-After`: `wait`, rounded up to whole seconds, at least 1.
@@ -264,6 +290,15 @@ impl Problem {
         self.header(CONNECTION, HeaderValue::from_static("close"))
     }
 
+    /// Puts the error into the forms that MCP clients show to a person: an error of JSON-RPC in the same document, and the
+    /// reason phrase. Some show the one, some the other. Without the challenge: with it they would start an OAuth of
+    /// their own, and wait for its end.
+    #[must_use]
+    pub fn for_mcp(mut self) -> Self {
+        self.headers.retain(|(name, _)| name != WWW_AUTHENTICATE);
+        Self { for_mcp: true, ..self }
+    }
+
     /// The error code.
     pub fn code(&self) -> Code {
         self.code
@@ -280,12 +315,17 @@ impl Problem {
         *response.status_mut() = self.code.status();
         let headers = response.headers_mut();
         headers.insert(ERROR, HeaderValue::from_static(self.code.as_str()));
-        headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/problem+json"));
+        let kind = if self.for_mcp { "application/json" } else { "application/problem+json" };
+        headers.insert(CONTENT_TYPE, HeaderValue::from_static(kind));
         headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
         if let Some(wait) = self.retry_after {
             headers.insert(RETRY_AFTER, HeaderValue::from(seconds(wait)));
         }
-        headers.extend(self.headers);
+        headers.extend(self.headers.iter().cloned());
+        let reason = self.for_mcp.then(|| self.message()).filter(|reason| reason.len() <= MAX_REASON);
+        if let Some(reason) = reason.and_then(|reason| ReasonPhrase::try_from(reason.into_bytes()).ok()) {
+            response.extensions_mut().insert(reason);
+        }
         response
     }
 
@@ -304,6 +344,11 @@ impl Problem {
         [head.as_bytes(), &body].concat().into()
     }
 
+    /// What happened and what to do, as one text.
+    fn message(&self) -> String {
+        format!("{} {}", self.detail, self.next_step)
+    }
+
     fn document(&self, request_id: &str) -> Bytes {
         let document = Document {
             r#type: format!("urn:adsidecar:problem:{}", self.code.as_str()),
@@ -314,6 +359,11 @@ impl Problem {
             next_step: &self.next_step,
             retryable: self.code.retryable(),
             request_id,
+            rpc: self.for_mcp.then(|| RpcError {
+                jsonrpc: "2.0",
+                id: None,
+                error: RpcErrorObject { code: RPC_SERVER_ERROR, message: self.message() },
+            }),
             member: self.member.as_deref().map(|(name, value)| HashMap::from([(*name, value)])),
         };
         // Strings and numbers always serialize.
@@ -356,7 +406,7 @@ impl From<Refusal> for Problem {
             }
             Refusal::Method => Self::new(
                 Code::MethodNotAllowed,
-                "CONNECT, TRACE and unknown methods are not served.",
+                "Neither TRACE nor unknown methods are served, and CONNECT only to port 80 of an Amazon Ads host.",
                 "As a forward proxy adsidecar accepts http:// URLs: use http://advertising-api.amazon.com/. It speaks \
                  TLS to Amazon itself.",
             )
@@ -365,7 +415,14 @@ impl From<Refusal> for Problem {
             Refusal::CrossSite => Self::new(
                 Code::CrossSite,
                 "A web page sent this request.",
-                "Call adsidecar from a server; only pages of login.frontend_url's origin may use the OAuth endpoints.",
+                "Call adsidecar from a server; only pages of login.frontend_url's origin may use the OAuth endpoints. A \
+                 person who was sent a login link pastes it into the browser's address bar.",
+            ),
+            Refusal::TypedAddress => Self::new(
+                Code::CrossSite,
+                "A browser opened this address by itself, as when a person types it; requests to Amazon are for programs.",
+                "Use curl or another program. One that is built on a browser (Electron) needs proxy.caller_token, and \
+                 sends it. Pages for a person: / and /api/auth/amazon/login.",
             ),
             Refusal::Caller => Self::new(
                 Code::CallerUnauthorized,

@@ -1,13 +1,14 @@
 //! Routes a request: which account, user, region and API family it gets.
 
+use std::borrow::Borrow;
 use std::collections::HashMap;
 use std::sync::Arc;
 
 use http::header::{HeaderMap, HeaderName, HeaderValue};
 
 use crate::auth::accounts::Snapshot;
-use crate::domain::account::{Account, BadName, BadRegion, Ids, Region, UserId};
-use crate::domain::api_families::{Family, family};
+use crate::domain::account::{Account, AmazonHost, BadName, BadRegion, Ids, Region, Service, UserId};
+use crate::domain::api_families::{Family, family, mcp_family};
 use crate::domain::policy::Rules;
 use crate::domain::throttle_mode::ThrottleMode;
 use crate::inbound::destination::{Destination, Target};
@@ -39,7 +40,7 @@ pub(super) struct RoutedRequest<'a> {
     label: &'a str,
     /// The user whose grant authorizes the request.
     pub(super) user: UserId,
-    /// The region whose Ads API host gets the request.
+    /// The region whose host gets the request.
     pub(super) region: Region,
     /// Whether `region` is the account's own.
     at_home: bool,
@@ -82,8 +83,7 @@ impl Accounts {
             account.rules = rules.and(&account.rules);
         }
         let accounts: Vec<_> = accounts.into_iter().map(Arc::new).collect();
-        let only = if let [only] = accounts.as_slice() { Some(only) } else { None };
-        let fallback = accounts.iter().find(|account| &*account.name == "default").or(only).cloned();
+        let fallback = fallback(&accounts).cloned();
         let by_name = accounts.into_iter().map(|account| (account.name.to_string(), account)).collect();
         Self { by_name, fallback, region, selection, rules, rules_by_user }
     }
@@ -98,7 +98,7 @@ impl Accounts {
         headers: &HeaderMap,
         found: &'a Snapshot,
     ) -> Result<RoutedRequest<'a>, RouteError> {
-        let host_region = if let Destination::Ads(region) = target.of { Some(region) } else { None };
+        let host_region = if let Destination::Amazon(host) = target.of { Some(host.region) } else { None };
         if self.selection == Selection::Fixed {
             return Ok(self.routed(target, self.fallback(), None, host_region));
         }
@@ -159,11 +159,20 @@ impl Accounts {
             None => self.rules_by_user.get(&user).unwrap_or(&self.rules),
         };
         let label = account.map_or("", |account| &account.name);
-        RoutedRequest { account, label, user, region, at_home: region == home, family: family(target.path()), rules }
+        let family = match target.of {
+            Destination::Amazon(AmazonHost { service: Service::Mcp, .. }) => mcp_family(),
+            _ => family(target.path()),
+        };
+        RoutedRequest { account, label, user, region, at_home: region == home, family, rules }
     }
 }
 
 impl<'a> RoutedRequest<'a> {
+    /// The host that gets the request.
+    pub(super) fn host(&self) -> AmazonHost {
+        AmazonHost { service: self.family.service, region: self.region }
+    }
+
     /// The account's name; empty if there is none.
     pub(super) fn account_name(&self) -> &'a str {
         self.account.map_or("", |account| &account.name)
@@ -197,6 +206,12 @@ impl<'a> RoutedRequest<'a> {
     pub(super) fn hint(&self) -> Option<&'static str> {
         (self.account.is_some() && !self.at_home).then_some("region_mismatch")
     }
+}
+
+/// The account of requests that select none: the one named `default`, or the only one.
+pub(super) fn fallback<A: Borrow<Account>>(accounts: &[A]) -> Option<&A> {
+    let only = if let [only] = accounts { Some(only) } else { None };
+    accounts.iter().find(|account| &*(*account).borrow().name == "default").or(only)
 }
 
 /// The headers that select an account, a user and a region.

@@ -27,6 +27,7 @@ use super::Peer;
 use super::caller_body::CallerBody;
 use super::io::{BusyBody, MonitoredSocket, detach};
 use super::registry::{Command, Slot};
+use super::tunnel::{Tunnel, TunnelState};
 
 /// Largest request head, in bytes. The limit is exact; the size of the read buffer alone would be approximate.
 const MAX_HEAD: usize = 32 << 10;
@@ -60,12 +61,22 @@ impl Socket for UnixStream {
     }
 }
 
+/// What the service of a connection tells its loop.
+#[derive(Debug, Default)]
+struct ConnectionState {
+    /// Whether the current request has a body.
+    uploads: AtomicBool,
+    tunnel: TunnelState,
+}
+
 /// Why [`serve_http`] returned.
 enum Served<S, V> {
     /// The connection is idle and may be parked.
     Idle(MonitoredSocket<S>, V),
     /// A request head was not complete in time.
     HeadTimeout(MonitoredSocket<S>),
+    /// The parser rejected a request; holds its response, or nothing if the target is to blame.
+    Refused(MonitoredSocket<S>, Option<Bytes>),
     /// HTTP on the connection has ended; the socket has to be closed.
     Ended(MonitoredSocket<S>),
     /// A response broke off.
@@ -83,20 +94,27 @@ where
     B: Body<Data = Bytes> + Send + Unpin + 'static,
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
+    // Boxed, as are the futures below: an idle connection has to be small.
+    let tunnel = Box::new(TunnelState::default());
     let mut service = service_fn(|request: Request<Incoming>| {
         let version = request.version();
         let (busy, uploading) = slot.begin_request(version == Version::HTTP_10, !request.is_end_stream());
-        let (parts, incoming) = detach(request).into_parts();
+        let request = tunnel.unwrap(detach(request));
+        let wanted = Tunnel::wanted(&request);
+        let (parts, incoming) = request.into_parts();
         let keeps_alive = version == Version::HTTP_11 && !asks_to_close(&parts.headers);
         let (body, remainder) = CallerBody::new(incoming, uploading, &parts.headers);
         let request = Request::from_parts(parts, body);
-        let (context, slot) = (&context, &slot);
+        let (context, slot, tunnel) = (&context, &slot, &tunnel);
         // Boxed, so that an idle connection does not take the memory of a busy one. The handler is called inside the
         // box: a future created outside would first exist, at full size, in this one.
         Box::pin(async move {
             let mut response = (context.handler)(request, peer).await.map(|body| BusyBody::new(body, busy));
             if let Some(remainder) = remainder {
                 remainder.answered(&mut response);
+            }
+            if let Some(wanted) = wanted.filter(|_| response.status().is_success()) {
+                tunnel.open(wanted);
             }
             if is_event_stream(&response) {
                 slot.streams_events();
@@ -113,10 +131,13 @@ where
     let mut closing = false;
     // Alternate between serving and parking until the connection ends. The futures are boxed for the same reason.
     let (mut socket, response, served) = loop {
-        let served = Box::pin(serve_http(socket, service, &slot, &mut closing)).await;
+        let served = Box::pin(serve_http(socket, service, &slot, &tunnel, &mut closing)).await;
         (socket, service) = match served {
             Served::Idle(socket, service) => (socket, service),
             Served::HeadTimeout(socket) => break (socket, Some(context.own.head_timeout()), true),
+            Served::Refused(socket, refusal) => {
+                break (socket, Some(refusal.unwrap_or_else(|| context.own.bad_target())), true);
+            }
             Served::Ended(socket) => break (socket, None, true),
             // Dropped as it is: a graceful end would look like the end of the body.
             Served::Broken(_) if slot.serves_http10() => return,
@@ -164,7 +185,13 @@ fn is_event_stream<B>(response: &Response<B>) -> bool {
 ///
 /// The function is long because it is one loop over every command that a connection can get, and each exit has to take
 /// the socket back from hyper.
-async fn serve_http<S, V, B>(socket: MonitoredSocket<S>, service: V, slot: &Slot, closing: &mut bool) -> Served<S, V>
+async fn serve_http<S, V, B>(
+    socket: MonitoredSocket<S>,
+    service: V,
+    slot: &Slot,
+    tunnel: &TunnelState,
+    closing: &mut bool,
+) -> Served<S, V>
 where
     S: Socket,
     V: HttpService<Incoming, ResBody = B> + Unpin,
@@ -198,13 +225,9 @@ where
             biased;
             step = served => match step {
                 Step::Written => continue,
-                Step::Idle => {
-                    let parts = connection.into_parts();
-                    let mut socket = parts.io.into_inner();
-                    // hyper may have read the start of the next head together with the previous one.
-                    socket.unread(&parts.read_buf);
-                    return Served::Idle(socket, parts.service);
-                }
+                Step::Idle => return idle(connection.into_parts()),
+                // HTTP begins anew inside the tunnel.
+                Step::Ended(Ok(())) if tunnel.take_opened() && !*closing => return idle(connection.into_parts()),
                 // hyper forgets what it has not written if the request's body ends meanwhile and the connection with it.
                 Step::Ended(Ok(())) if slot.is_unwritten() => {
                     return Served::Broken(into_socket(connection.into_parts()));
@@ -214,8 +237,14 @@ where
                     tracing::debug!(%error, "connection ended");
                     // After an error of its parser hyper has written a response, and it is whole.
                     let whole = error.is_parse();
-                    let socket = into_socket(connection.into_parts());
-                    return if whole { Served::Ended(socket) } else { Served::Broken(socket) };
+                    let parts = connection.into_parts();
+                    let bad_target = is_bad_target(&error, &parts.read_buf);
+                    let mut socket = parts.io.into_inner();
+                    return match socket.take_refusal() {
+                        Some(refusal) => Served::Refused(socket, Some(refusal).filter(|_| !bad_target)),
+                        None if whole => Served::Ended(socket),
+                        None => Served::Broken(socket),
+                    };
                 }
             },
             command = slot.command() => command,
@@ -250,6 +279,32 @@ enum Step {
     Written,
     /// The connection may be parked.
     Idle,
+}
+
+/// Whether hyper could not read a request because of a character that programs send and no URL can hold. Of other
+/// malformed requests nothing can be said. `unread` is what hyper left: the request from its beginning, or, if its line
+/// was well-formed but for such a character, what follows the head.
+fn is_bad_target(error: &hyper::Error, unread: &[u8]) -> bool {
+    const METHODS: [&[u8]; 9] =
+        [b"GET", b"HEAD", b"POST", b"PUT", b"PATCH", b"DELETE", b"OPTIONS", b"CONNECT", b"TRACE"];
+    let line = unread.split(|byte| matches!(byte, b'\r' | b'\n')).find(|line| !line.is_empty()).unwrap_or_default();
+    let words: Vec<_> = line.splitn(4, |byte| *byte == b' ').collect();
+    let bad = match words.as_slice() {
+        [_, target, b"HTTP/1.1" | b"HTTP/1.0"] => {
+            target.iter().any(|byte| b"\"<>`^{|}\\".contains(byte) || !byte.is_ascii())
+        }
+        [method, ..] => !METHODS.contains(method),
+        [] => true,
+    };
+    bad && error.is_parse() && error.to_string().contains("invalid URI")
+}
+
+/// Takes the socket and the service back from hyper.
+fn idle<S: Socket, V>(parts: http1::Parts<TokioIo<MonitoredSocket<S>>, V>) -> Served<S, V> {
+    let mut socket = parts.io.into_inner();
+    // hyper may have read the start of the next head together with the previous one.
+    socket.unread(&parts.read_buf);
+    Served::Idle(socket, parts.service)
 }
 
 /// Parks the connection until there is data to read. Returns `false` if the connection is told to close before that.
@@ -306,6 +361,10 @@ mod tests {
         }
 
         fn overloaded(&self) -> Bytes {
+            Bytes::new()
+        }
+
+        fn bad_target(&self) -> Bytes {
             Bytes::new()
         }
 

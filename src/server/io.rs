@@ -38,6 +38,8 @@ pub(super) struct MonitoredSocket<S> {
     unread: Bytes,
     /// How much of a request's body was read after the response was written.
     rest: usize,
+    /// A refusal of hyper's parser, held back: only its error says whether the caller can be told more.
+    refusal: Option<Bytes>,
 }
 
 /// Most bytes of a request's body that are read after the response was written.
@@ -49,7 +51,7 @@ const READ_AHEAD: usize = 4 << 10;
 impl<S> MonitoredSocket<S> {
     pub(super) fn new(socket: S, activity: Arc<Activity>, own: Arc<dyn OwnResponses>) -> Self {
         let (blocked, awaits_data, resets, unread, rest) = (false, false, false, Bytes::new(), 0);
-        Self { socket, activity, own, blocked, awaits_data, resets, unread, rest }
+        Self { socket, activity, own, blocked, awaits_data, resets, unread, rest, refusal: None }
     }
 
     /// Lets the next read return `bytes`, which were read before what is still unread. Line breaks before a request line
@@ -70,6 +72,28 @@ impl<S> MonitoredSocket<S> {
 
     pub(super) fn into_inner(self) -> S {
         self.socket
+    }
+
+    /// The refusal that hyper's parser wrote, which was held back.
+    pub(super) fn take_refusal(&mut self) -> Option<Bytes> {
+        self.refusal.take().map(Bytes::from)
+    }
+
+    /// Holds back a refusal of hyper's parser: only its error says whether the caller can be told more. Every other
+    /// response has a request id.
+    fn holds_back(&mut self, bytes: &[u8]) -> bool {
+        let refusal = bytes.starts_with(b"HTTP/1.1 400 ")
+            && bytes.ends_with(b"\r\n\r\n")
+            && !bytes.windows(REQUEST_ID.len()).any(|name| name == REQUEST_ID);
+        if refusal {
+            self.refusal = Some(bytes.into());
+        }
+        refusal
+    }
+
+    /// The refusal that hyper's parser wrote, which was held back.
+    pub(super) fn take_refusal(&mut self) -> Option<Bytes> {
+        self.refusal.take()
     }
 
     /// Records whether a write was blocked. It records changes only, so an uninterrupted response costs nothing.
@@ -142,14 +166,13 @@ fn with_request_id(answer: &[u8], id: &HeaderValue) -> Option<Vec<u8>> {
 }
 
 impl<S: AsyncWrite + AsFd + Unpin> MonitoredSocket<S> {
-    /// Writes `bytes`, which may be the answer of hyper's parser.
+    /// Writes `bytes`. If they are the answer of hyper's parser, holds them back, with a request id.
     fn write(&mut self, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<Result<usize>> {
         if self.activity.is_rejecting_head()
             && let Some(answer) = with_request_id(bytes, &self.own.request_id())
         {
-            // It is a few hundred bytes, and everything before it was written: the socket takes it whole, or the
-            // connection, which is closed after it, ends within it.
-            return Pin::new(&mut self.socket).poll_write(cx, &answer).map_ok(|_| bytes.len());
+            self.refusal = Some(answer.into());
+            return Poll::Ready(Ok(bytes.len()));
         }
         Pin::new(&mut self.socket).poll_write(cx, bytes)
     }

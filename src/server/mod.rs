@@ -20,6 +20,7 @@ mod caller_body;
 mod connection;
 mod descriptors;
 mod io;
+mod tunnel;
 
 use std::fs::Permissions;
 use std::io::{Error, ErrorKind, Result};
@@ -110,6 +111,8 @@ pub trait OwnResponses: std::fmt::Debug + Send + Sync {
     fn head_timeout(&self) -> Bytes;
     /// The listener is at its connection limit.
     fn overloaded(&self) -> Bytes;
+    /// The target contains a character that no URL can.
+    fn bad_target(&self) -> Bytes;
     /// A new id for the response to a request that could not be parsed.
     fn request_id(&self) -> HeaderValue;
 }

@@ -1,5 +1,6 @@
 //! Opens a connection: TCP, TLS, and the HTTP version that ALPN selected.
 
+use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 

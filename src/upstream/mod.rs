@@ -1,6 +1,6 @@
-//! Pooled TLS connections to the Ads hosts.
+//! Pooled TLS connections to the hosts of the Ads API and of the MCP server.
 //!
-//! Each region has a pool ([`pool`]) of HTTP/2 connections, which many requests share ([`http2`]), and of idle HTTP/1.1
+//! Each host has a pool ([`pool`]) of HTTP/2 connections, which many requests share ([`http2`]), and of idle HTTP/1.1
 //! connections. HTTP/2 is cheaper at high concurrency; at low concurrency, steady traffic moves to HTTP/1.1 connections
 //! that are opened beside the shared one ([`protocol_choice`]).
 //!
@@ -43,7 +43,7 @@ pub use idle_limit::IdleTimeout;
 pub use request_body::{BodyError, ReplayBudget, ReplayBuffer, RequestBody};
 pub use send_error::{Broken, ErrorKind, Processed, ResponseAborted, SendError};
 
-use crate::domain::account::Region;
+use crate::domain::account::AmazonHost;
 use crate::domain::outgoing_proxy::OutgoingProxy;
 use crate::domain::tls;
 use connection::{Connection, Http1Connection};
@@ -51,11 +51,12 @@ use pool::OriginPool;
 use protocol_choice::CountGuard;
 use windows::WindowBudget;
 
-/// The addresses of the Ads hosts, and the timeouts for requests to them.
+/// The addresses of Amazon's hosts, and the timeouts for requests to them.
 #[derive(Clone, Debug)]
 pub struct Settings {
-    /// `upstream.na`, `upstream.eu`, `upstream.fe`: `https` origins without a path, indexed by [`Region`].
-    pub origins: [Url; 3],
+    /// `upstream.na`, …, `upstream.mcp_fe`: `https` origins without a path, in the order of [`AmazonHost::ALL`].
+    // Boxed: the configuration is moved through futures, which must stay small.
+    pub origins: Box<[Url; AmazonHost::ALL.len()]>,
     /// `upstream.ca_file`: additional trust roots.
     pub extra_roots: Vec<CertificateDer<'static>>,
     /// `upstream.http2`: which HTTP versions are offered.
@@ -83,10 +84,10 @@ pub enum Http2 {
     Always,
 }
 
-/// The connection pools for the three Ads hosts.
+/// The connection pools, one for each of Amazon's hosts.
 #[derive(Debug)]
 pub struct Upstream {
-    pools: [Arc<OriginPool>; 3],
+    pools: Vec<Arc<OriginPool>>,
     response_timeout: Duration,
 }
 
@@ -113,16 +114,15 @@ impl Upstream {
         // One configuration for all pools, because the trust roots are large.
         let tls = tls::client_config(&settings.extra_roots, &[])?;
         let budget = Arc::<WindowBudget>::default();
-        let pool =
-            |region: Region| OriginPool::new(&settings.origins[region as usize], settings, &tls, &budget).map(Arc::new);
+        let pool = |origin: &Url| OriginPool::new(origin, settings, &tls, &budget).map(Arc::new);
         Ok(Self {
-            pools: [pool(Region::Na)?, pool(Region::Eu)?, pool(Region::Fe)?],
+            pools: settings.origins.iter().map(pool).collect::<Result<_, _>>()?,
             response_timeout: settings.response_timeout,
         })
     }
 
-    /// Sends `request`, which has an origin-form target and our headers without `Host`, to the Ads host of `region`, on
-    /// a connection that `reuse` allows. Returns the response once its head has arrived.
+    /// Sends `request`, which has an origin-form target and our headers without `Host`, to `host`, on a
+    /// connection that `reuse` allows. Returns the response once its head has arrived.
     ///
     /// The response timeout does not apply to a request that accepts an event stream, which may stay silent for a long
     /// time.
@@ -132,11 +132,11 @@ impl Upstream {
     // The connection's future is boxed: otherwise every waiting request would hold the request several times.
     pub async fn send(
         &self,
-        region: Region,
+        host: AmazonHost,
         reuse: Reuse,
         mut request: Request<RequestBody>,
     ) -> Result<Response<UpstreamBody>, SendError> {
-        let pool = &self.pools[region as usize];
+        let pool = &self.pools[host.index()];
         let (in_flight, low_concurrency) = pool.protocol_choice.enter();
         let connection = match pool.connection(reuse, low_concurrency).await {
             Ok(connection) => connection,
@@ -224,7 +224,7 @@ fn announced_limit(headers: &HeaderMap) -> Option<Duration> {
 type Sent = Pin<Box<dyn Future<Output = Result<Response<UpstreamBody>, SendError>> + Send>>;
 
 /// Whether the caller accepts an event stream, possibly beside other types: MCP clients list `application/json` first.
-fn accepts_event_stream(headers: &HeaderMap) -> bool {
+pub fn accepts_event_stream(headers: &HeaderMap) -> bool {
     let lines = headers.get_all(ACCEPT).iter().filter_map(|line| line.to_str().ok());
     let mut kinds = lines.flat_map(|line| line.split(',')).map(|kind| kind.split(';').next().unwrap_or_default());
     kinds.any(|kind| kind.trim().eq_ignore_ascii_case("text/event-stream"))

@@ -502,7 +502,7 @@ mod tests {
         let long = Duration::from_secs(60);
         for (idle_timeout, taken) in [(long, true), (Duration::ZERO, false)] {
             let settings = Settings {
-                origins: [origin.clone(), origin.clone(), origin.clone()],
+                origins: Box::new(std::array::from_fn(|_| origin.clone())),
                 extra_roots: Vec::new(),
                 proxy: None,
                 http2: Http2::Never,

@@ -91,6 +91,9 @@ pub enum ResponseAborted {
     /// The server ended the HTTP/2 stream without an error, but also without END_STREAM (RFC 9113, section 8.1).
     #[error("the HTTP/2 stream ended without END_STREAM")]
     Truncated,
+    /// adsidecar withholds the rest of a refusal that quotes the access token, because it could not be searched.
+    #[error("the rest of a compressed refusal that quotes the access token was withheld")]
+    Withheld,
 }
 
 /// Why a request on an HTTP/2 connection got no response.

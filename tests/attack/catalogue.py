@@ -206,9 +206,10 @@ def request_lines():
                  f"GET {ECHO}\0 HTTP/1.1", f"GET {ECHO}?\x01 HTTP/1.1", f"GET {ECHO}?\x7f HTTP/1.1",
                  f"G(E)T {ECHO} HTTP/1.1", f"GET{{}} {ECHO} HTTP/1.1",
                  f"G@T {ECHO} HTTP/1.1", f"G/T {ECHO} HTTP/1.1", f"GET: {ECHO} HTTP/1.1", f"\"GET\" {ECHO} HTTP/1.1",
-                 f"GET {ECHO}<x> HTTP/1.1",
                  f"GET {ECHO} HTTP/1.1\r", f"GET {ECHO}\r HTTP/1.1", f"GE\rT {ECHO} HTTP/1.1"]:
         yield repr(line), f"{line}\r\n{host}".encode("latin-1"), BARE
+    for line in [f"GET {ECHO}<x> HTTP/1.1", f'GET {ECHO}?a="b" HTTP/1.1', f'POST {ECHO}?"<>" HTTP/1.0']:
+        yield repr(line), f"{line}\r\n{host}".encode("latin-1"), REFUSED
     yield "the preface of HTTP/2", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", Outcome(0)
     yield "a TLS client's first bytes", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"A" * 64 + b"\r\n\r\n", BARE
     yield "an SSH client's first bytes", b"SSH-2.0-OpenSSH_9.2\r\n\r\n", BARE
@@ -224,7 +225,8 @@ def methods():
                    "SEARCH", "QUERY", "G", "GETT", "PUTT", "M-SEARCH",
                    "BASELINE-CONTROL", "X'Y", "GET!", "a.b", "VERSION_CONTROL", "~"]:
         yield method, got(method=method), NO_METHOD
-    for target in ["advertising-api.amazon.com:443", "localhost:22", "evil.test:443"]:
+    for target in ["advertising-api.amazon.com:443", "localhost:22", "evil.test:443", "evil.test:80",
+                   "advertising-api.amazon.com.evil.test:80", "127.0.0.1:80"]:
         raw = f"CONNECT {target} HTTP/1.1\r\n{MARK}Host: {target}\r\n\r\n".encode()
         yield f"CONNECT {target}", raw, NO_METHOD
     for method in ["GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]:
@@ -304,7 +306,7 @@ def targets():
     for target in ["*", "localhost:80", "evil.test:443", "x"]:
         yield target, got(target), REFUSED_KEPT
     for target in ["sandbox/echo", "?x", "a/b", "/sandbox/echo?\xe9"]:
-        yield target, got(target), BARE
+        yield target, got(target), REFUSED
     for target in ["/api/auth", "/api/auth/", "/api/auth/x", "/api/auth/amazon", "/api/auth/amazon/",
                    "/api/auth/amazon/token", "/api/auth/amazon/login/", "/auth/o2", "/auth/o2/x", "/auth/o2/token/x",
                    "/API/AUTH/AMAZON/STATUS", "/x/../api/auth/amazon/status", "/%61pi/auth/amazon/status",

@@ -82,7 +82,9 @@ class Sandbox:
         )
         self.control = json.loads(self.process.stdout.readline())["control"]
         overview = self.order("GET", "/")
-        self.lwa, self.na, self.eu, self.fe = (overview["addresses"][listener] for listener in ("lwa", "na", "eu", "fe"))
+        addresses = overview["addresses"]
+        self.lwa, self.na, self.eu, self.fe = (addresses[listener] for listener in ("lwa", "na", "eu", "fe"))
+        self.mcp = "".join(f'mcp_{region} = "https://{addresses[f"mcp_{region}"]}"\n' for region in ("na", "eu", "fe"))
         self.ca_file = self.directory / "ca.pem"
 
     def order(self, method: str, path: str, body=None):
@@ -132,7 +134,7 @@ class Sidecar:
             f'token_url = "https://{sandbox.lwa}/auth/o2/token"\nca_file = {ca}\n'
             f'[store]\npath = {json.dumps(str(self.store))}\nfernet_keys = "{FERNET_KEY}"\n'
             f'[upstream]\nna = "https://{sandbox.na}"\neu = "https://{sandbox.eu}"\nfe = "https://{sandbox.fe}"\n'
-            f"ca_file = {ca}\n{extra}\n"
+            f"{sandbox.mcp}ca_file = {ca}\n{extra}\n"
         )
 
     def command(self, *words: str, stdin: str = "", check: bool = True, **environment: str):

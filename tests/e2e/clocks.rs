@@ -214,6 +214,26 @@ async fn after_a_suspend_with_a_wrong_clock_amazons_next_response_corrects_it() 
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn tokens_found_expired_by_amazons_clock_after_a_restart_are_refreshed_at_once() {
+    let mut apart = Apart::start("", 0).await;
+    for user in ["a", "b", "c"] {
+        apart.harness.log_in(user).await;
+    }
+    apart.harness.stop_sidecar().await;
+    apart.amazons.advance(secs(3700));
+    // By this machine's clock all three live for 58 minutes.
+    apart.restart(-3600).await;
+    apart.harness.sandbox.clear_history();
+    assert_eq!(apart.get("a").await, 200);
+    // The first refreshes after a start are spread over some seconds. Neither a sweep nor a planned refresh is due.
+    apart.pass(15);
+    let sandbox = &apart.harness.sandbox;
+    eventually("the others are refreshed too", async || (sandbox.refreshes() == 3).then_some(())).await;
+    assert_eq!((apart.get("b").await, apart.get("c").await), (200, 200));
+    assert_eq!(apart.said(), [401, 200, 200, 200], "one call found it out");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn the_clock_skew_is_measured_from_some_ads_api_responses() {
     let apart = Apart::start("", 0).await;
     apart.harness.log_in("default").await;

@@ -177,12 +177,16 @@ impl Harness {
             "environment = \"development\"\n{listeners}\n{accounts}[admin]\nlisten = \"127.0.0.1:0\"\n[amazon]\nclient_id = \"{CLIENT_ID}\"\n\
              client_secret = \"{CLIENT_SECRET}\"\nredirect_uri = \"{RETURN_URL}\"\nauthorize_url = \"{}\"\n\
              token_url = \"{}\"\nca_file = {ca}\n[store]\npath = {store}\nfernet_keys = \"{FERNET_KEY}\"\n[upstream]\n\
-             na = \"{}\"\neu = \"{}\"\nfe = \"{}\"\nca_file = {ca}\n{}\n",
+             na = \"{}\"\neu = \"{}\"\nfe = \"{}\"\nmcp_na = \"{}\"\nmcp_eu = \"{}\"\nmcp_fe = \"{}\"\nca_file = {ca}\n\
+             {}\n",
             self.sandbox.authorize_url(),
             self.sandbox.token_url(),
             self.sandbox.origin(Listener::Na),
             self.sandbox.origin(Listener::Eu),
             self.sandbox.origin(Listener::Fe),
+            self.sandbox.origin(Listener::McpNa),
+            self.sandbox.origin(Listener::McpEu),
+            self.sandbox.origin(Listener::McpFe),
             self.extra,
         );
         std::fs::write(self.config_file(), text).unwrap();

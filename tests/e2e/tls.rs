@@ -176,6 +176,11 @@ async fn refreshes_only_behind_the_good_one(what: &str, chain: Chain, ca_file: &
     let state = if what == "good" { &refreshed["state"] } else { &refreshed["user"]["state"] };
     assert_eq!(*state, if what == "good" { "fresh" } else { "failing" }, "{what}: {refreshed}");
     assert_eq!(spoken > 0, what == "good", "{what}: neither the secret nor the grant is sent");
+    // The cause and its cure are in the response.
+    let (detail, wrong_clock) =
+        (refreshed["detail"].as_str().unwrap_or_default(), ["expired", "not valid yet"].contains(&what));
+    assert_eq!(detail.contains("this machine's clock says"), wrong_clock, "{what}: {detail}");
+    assert_eq!(detail.contains("amazon.ca_file"), what != "good" && !wrong_clock, "{what}: {detail}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -116,3 +116,66 @@ async fn only_the_first_64_kib_of_a_rejection_are_inspected_and_all_of_it_passes
     let (reply, calls, refreshes) = refused("gzip", gzip(&bomb)).await;
     assert_eq!((reply.header("x-adsidecar-hint"), calls, refreshes), (None, 2, 1));
 }
+
+/// The reply to a request that Amazon answers with this head, and with a body that quotes the access token three times, in
+/// chunks of `size` bytes.
+async fn quoted(head: &'static str, pack: fn(&[u8]) -> Vec<u8>, size: usize) -> Reply {
+    let amazon = Scripted::start(move |mut wire: Wire, _| async move {
+        while let Some(request) = wire.head().await {
+            let token = request.split("Bearer Atza|").nth(1).unwrap().split("\r\n").next().unwrap().to_owned();
+            let body = format!("'Atza|{token}' is not valid in 'Bearer Atza|{token}' or Atza%7C{token}.");
+            let body = pack(body.as_bytes());
+            wire.send(format!("{head}Transfer-Encoding: chunked\r\n\r\n")).await;
+            for part in body.chunks(size) {
+                wire.send(format!("{:x}\r\n", part.len())).await;
+                wire.send(part).await;
+                wire.send("\r\n").await;
+            }
+            wire.send("0\r\n\r\n").await;
+        }
+    })
+    .await;
+    let harness = Harness::before(&amazon, &[]).await;
+    harness.send_raw("GET /x HTTP/1.1\r\nHost: localhost\r\n\r\n").await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_refusal_of_amazons_quotes_the_access_token() {
+    let plain: fn(&[u8]) -> Vec<u8> = <[u8]>::to_vec;
+    for (status, coding, pack, size) in [
+        ("400 Bad Request", "", plain, 7),
+        ("401 Unauthorized", "", plain, 1),
+        ("403 Forbidden", "", plain, 100),
+        ("404 Not Found", "Content-Encoding: identity\r\n", plain, 100_000),
+        ("429 Too Many Requests", "Content-Encoding: gzip\r\n", gzip, 9),
+        ("401 Unauthorized", "Content-Encoding: gzip\r\n", gzip, 9),
+        ("403 Forbidden", "Content-Encoding: deflate\r\n", zlib, 9),
+        ("403 Forbidden", "Content-Encoding: br\r\n", brotli, 100),
+    ] {
+        let head: &'static str = format!("HTTP/1.1 {status}\r\n{coding}").leak();
+        let reply = quoted(head, pack, size).await;
+        let text = reply.text();
+        let stars = text.bytes().filter(|byte| *byte == b'*').count();
+        assert!(reply.whole && text.starts_with("'Atza|***") && text.ends_with("*."), "{status} {coding}: {reply:?}");
+        // Everything but the token's characters is Amazon's.
+        assert_eq!(text.replace('*', ""), "'Atza|' is not valid in 'Bearer Atza|' or Atza%7C.", "{status} {coding}");
+        assert!(stars > 300 && stars % 3 == 0, "{stars}");
+        let inflated = !coding.is_empty() && !coding.contains("identity");
+        assert_eq!(reply.header("content-encoding").is_none(), inflated || coding.is_empty(), "{coding}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_no_refusal_is_not_searched() {
+    let plain: fn(&[u8]) -> Vec<u8> = <[u8]>::to_vec;
+    for head in ["HTTP/1.1 200 OK\r\n", "HTTP/1.1 207 Multi-Status\r\n"] {
+        let reply = quoted(head, plain, 50).await;
+        assert!(!reply.text().contains('*'), "{reply:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_compressed_refusal_without_the_token_passes_byte_for_byte() {
+    let (reply, calls, _) = refused("gzip", gzip(TOKEN)).await;
+    assert_eq!((reply.body, reply.whole, calls), (gzip(TOKEN), true, 2));
+}

@@ -21,6 +21,12 @@ async fn a_user_is_shown_alone_and_beside_a_running_sidecar() {
     assert!(nobody.err.contains("nobody") && !nobody.err.contains("shop-1"), "{}", nobody.err);
     let running = beside(&harness, &["users", "show", "shop-1"]).await;
     assert_eq!(running.code, DONE, "{}", running.err);
+    let link = "http://localhost:8001/api/auth/amazon/login?user_id=shop-1";
+    assert_eq!(shown(&running.out)["login_url"], link, "at the origin of the redirect URI");
+    harness.restart_with("amazon.redirect_uri", "https://app.example/api/auth/amazon/callback").await;
+    let elsewhere = beside(&harness, &["users", "show", "shop-1"]).await;
+    let link = harness.proxy_url("/api/auth/amazon/login?user_id=shop-1");
+    assert_eq!(shown(&elsewhere.out)["login_url"], link.as_str(), "at the listener's own port");
     harness.stop_sidecar().await;
     assert_eq!(run(&harness, &["users", "show", "nobody"], "").await.code, FAILED);
     let alone = run(&harness, &["users", "show", "shop-1"], "").await;

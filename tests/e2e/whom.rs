@@ -1,8 +1,9 @@
 //! Whatever names a user or an account, and is not understood, is refused: it is never ignored in favour of the default.
 
+use adsidecar::domain::clock::Clock;
 use reqwest::Method;
 use serde_json::Value;
-use world::{Fault, Listener, Rule};
+use world::{Fault, Listener, Options, Rule};
 
 use crate::harness::{Harness, code, eventually, header, json};
 
@@ -330,4 +331,145 @@ async fn one_users_trouble_at_login_with_amazon_stays_one_users_and_that_of_two_
     harness.sandbox.clear_history();
     assert_eq!(code(&refresh("anna").await), "token_unavailable");
     assert_eq!(harness.sandbox.refreshes(), 0, "nobody is asked again so soon");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_4xx_of_the_sandbox_and_no_answer_at_the_root_shows_a_token() {
+    let harness = Harness::start().await;
+    harness.log_in("default").await;
+    harness.get("/v2/profiles").await;
+    let bearer = harness.seen().header("authorization").unwrap().to_owned();
+    let token = bearer.strip_prefix("Bearer Atza|").unwrap().to_owned();
+    // The gateway quotes the header for every path that it does not know.
+    for path in ["/", "/favicon.ico", "/unknown", "/v9/profiles", "/sp", "/a/b/c?x=1", "/sandbox/status/418", "/mcp/x"]
+    {
+        for region in ["na", "eu", "fe"] {
+            let answer = harness.request(Method::GET, path);
+            // The root is adsidecar's own, where no header selects a region.
+            let answer = if path == "/" { answer } else { answer.header("x-ads-region", region) };
+            let answer = answer.send().await.unwrap();
+            let (status, head) = (answer.status(), format!("{:?}", answer.headers()));
+            let text = answer.text().await.unwrap();
+            assert!(path == "/" || status.is_client_error(), "{path}: {status}");
+            assert!(![&head, &text].iter().any(|shown| shown.contains(&token[..20])), "{path}: {text}");
+        }
+    }
+    let text = harness.get("/unknown").await.text().await.unwrap();
+    assert!(text.contains("not a valid key=value pair") && text.contains("Bearer Atza|***"), "{text}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_offers_a_login_link_that_cannot_work() {
+    let token = "caller_token = \"knock-knock-knock-knock\"\n";
+    let harness = Harness::with(&format!("[proxy]\nlisten = \"127.0.0.1:0\"\n{token}")).await;
+    let shown = |call: reqwest::RequestBuilder| call.header("x-ads-sidecar-token", "knock-knock-knock-knock").send();
+    // A browser cannot send the caller token.
+    let page = shown(harness.client.get(harness.admin_url("/"))).await.unwrap().text().await.unwrap();
+    let root = shown(harness.request(Method::GET, "/").header("accept", "text/html")).await.unwrap();
+    let root = root.text().await.unwrap();
+    for text in [page, root] {
+        assert!(!text.contains("/login?") && text.contains("which a browser cannot send"), "{text}");
+    }
+    let refused = shown(harness.request(Method::GET, "/v2/profiles")).await.unwrap();
+    assert_eq!(code(&refused), "login_required");
+    let next_step = json(refused).await["next_step"].as_str().unwrap().to_owned();
+    assert!(
+        next_step.starts_with("Request http://localhost:8001/api/auth/amazon/login?user_id=default with"),
+        "{next_step}"
+    );
+    // Where the redirect URI leads to another host, a browser's cookie would not come back from here.
+    let harness = Harness::built(
+        Options::calm(Clock::frozen("2026-08-01T12:00:00Z".parse().unwrap())),
+        "",
+        &[("amazon.redirect_uri", "https://app.example/api/auth/amazon/callback")],
+    )
+    .await;
+    let page = harness.client.get(harness.admin_url("/")).send().await.unwrap().text().await.unwrap();
+    assert!(!page.contains("/login?") && page.contains("amazon.redirect_uri"), "{page}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_401_of_amazons_for_a_grant_that_is_gone_says_that_a_login_is_needed() {
+    let harness = Harness::start().await;
+    harness.log_in("default").await;
+    // The user has removed the app: the access token lives by the clock, and Amazon accepts neither it nor the grant.
+    harness.sandbox.world(|world| {
+        world.revoke_all();
+        world.expire_access_tokens();
+    });
+    for _ in 0..3 {
+        let refused = harness.get("/v2/profiles").await;
+        let hint = refused.headers()["x-adsidecar-hint"].to_str().unwrap().to_owned();
+        assert_eq!((refused.status().as_u16(), code(&refused), hint.as_str()), (401, "", "login_required"));
+        assert_eq!(refused.text().await.unwrap(), r#"{"message":"Unauthorized"}"#);
+    }
+    assert_eq!(harness.sandbox.refreshes(), 1, "no refresh per call");
+    assert_eq!(harness.status_of("default").await["state"], "login_required");
+    // Another user's 401, whose grant is good, has none.
+    harness.log_in("anna").await;
+    harness.sandbox.set_fault(Rule::from(Fault::TokenUnauthorized).at(Listener::Na).next(2));
+    let call = harness.request(Method::GET, "/v2/profiles").header("x-ads-user", "anna").send().await.unwrap();
+    assert_eq!((call.status().as_u16(), call.headers().get("x-adsidecar-hint")), (401, None));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_program_built_on_a_browser_is_served_with_a_caller_token_and_a_person_is_told_what_was_typed() {
+    let mut harness = Harness::start().await;
+    harness.log_in("default").await;
+    harness.sandbox.clear_history();
+    let call =
+        |headers: &str| format!("POST /mcp HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n{headers}\r\n{{}}");
+    let none = "Sec-Fetch-Site: none\r\n";
+    let typed = harness.send_raw(call(none)).await;
+    assert_eq!(typed.said(), (403, "cross_site"));
+    assert!(typed.json()["detail"].as_str().unwrap().contains("types it"), "{typed:?}");
+    let page = harness.send_raw(call("Origin: http://evil.test\r\nSec-Fetch-Site: none\r\n")).await;
+    assert!(page.json()["detail"].as_str().unwrap().contains("web page"), "{page:?}");
+    assert!(harness.ads_calls().is_empty());
+
+    harness.restart_with("proxy.caller_token", "knock-knock-knock-knock").await;
+    let token = "X-Ads-Sidecar-Token: knock-knock-knock-knock\r\n";
+    assert_eq!(harness.send_raw(call(&format!("{none}{token}"))).await.said().1, "", "an Electron app");
+    assert_eq!(harness.ads_calls().len(), 1);
+    for signs in [
+        "Origin: http://localhost\r\nSec-Fetch-Site: none\r\n",
+        "Origin: null\r\n",
+        "Sec-Fetch-Site: same-origin\r\n",
+        "Sec-Fetch-Site: cross-site\r\n",
+        "Sec-Fetch-Site: none\r\nAccess-Control-Request-Method: POST\r\n",
+        "Sec-Fetch-Site: none, none\r\n",
+    ] {
+        assert_eq!(harness.send_raw(call(&format!("{signs}{token}"))).await.said(), (403, "cross_site"), "{signs}");
+    }
+    for wrong in ["", "X-Ads-Sidecar-Token: wrong\r\n"] {
+        assert_eq!(harness.send_raw(call(&format!("{none}{wrong}"))).await.said(), (403, "cross_site"), "{wrong}");
+    }
+    assert_eq!(harness.ads_calls().len(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_target_with_a_character_that_no_url_can_hold_is_refused_in_words() {
+    let harness = Harness::start().await;
+    harness.log_in("default").await;
+    harness.sandbox.clear_history();
+    for target in ["/v2/profiles?name=\"a\"", "/v2/profiles?a=<b>", "/sp/<x>", "/x?a=\"", "/x?\u{e9}>"] {
+        for body in ["", "Content-Length: 70000\r\n"] {
+            let mut wire = harness.dial().await;
+            wire.send(format!("POST {target} HTTP/1.1\r\nHost: localhost\r\n{body}\r\n")).await;
+            if !body.is_empty() {
+                wire.send(&[b'x'; 70_000]).await;
+            }
+            let refused = wire.reply().await;
+            assert_eq!(refused.said(), (400, "bad_request"), "{target} {body}");
+            assert!(refused.json()["next_step"].as_str().unwrap().contains("%22"), "{refused:?}");
+            assert!(wire.closes().await, "{target}");
+        }
+    }
+    // Other bytes that never became a request get the parser's bare refusal, and a response of Amazon's passes.
+    let bare = harness.send_raw("GET / HTTP/1.1\r\nHost : localhost\r\n\r\n").await;
+    assert_eq!((bare.said(), bare.body.len()), ((400, ""), 0), "{bare:?}");
+    harness.sandbox.set_fault(Fault::Status { code: 400, headers: Vec::new(), body: String::new() });
+    let amazons = harness.send_raw("GET /v2/profiles HTTP/1.1\r\nHost: localhost\r\nX-Request-Id: a\r\n\r\n").await;
+    assert_eq!((amazons.said(), amazons.header("x-request-id")), ((400, ""), Some("a")));
+    assert_eq!(harness.ads_calls().len(), 1);
 }

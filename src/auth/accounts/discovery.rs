@@ -13,7 +13,7 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
 use super::outcome::{Outcome, Source, Status};
-use crate::domain::account::{Context, Ids, Region};
+use crate::domain::account::{AmazonHost, Context, Ids, Region};
 use crate::domain::api_families::family;
 use crate::domain::found_account::{AccountType, FoundAccount, marketplace};
 use crate::domain::headers::{UpstreamHeaders, to_amazon};
@@ -215,7 +215,7 @@ impl Discovery {
         let unreachable =
             || Unanswered { code: "unreachable", detail: format!("the host of {region} is not reachable") };
         // A fresh connection: a request that met a stale one would have to be repeated here.
-        let sent = self.upstream.send(region, Reuse::Fresh(Instant::now()), request).await;
+        let sent = self.upstream.send(AmazonHost::ads(region), Reuse::Fresh(Instant::now()), request).await;
         let response = sent.map_err(|_| unreachable())?;
         let (head, body) = response.into_parts();
         let body = Limited::new(body, MAX_BODY).collect().await.map_err(|_| Unanswered {

@@ -10,7 +10,7 @@ use http::{HeaderMap, Request, StatusCode, Uri};
 use http_body_util::{BodyExt, Limited};
 use serde::Deserialize;
 
-use crate::domain::account::Region;
+use crate::domain::account::{AmazonHost, Region};
 use crate::domain::api_families::family;
 use crate::domain::headers::{UpstreamHeaders, to_amazon};
 use crate::upstream::{RequestBody, Reuse, Upstream};
@@ -65,7 +65,8 @@ impl Identity {
         let mut request = Request::new(RequestBody::empty());
         *request.uri_mut() = Uri::from_static(PROFILES);
         *request.headers_mut() = to_amazon(&HeaderMap::new(), attach);
-        let response = self.upstream.send(region, Reuse::Fresh(Instant::now()), request).await.ok()?;
+        let host = AmazonHost::ads(region);
+        let response = self.upstream.send(host, Reuse::Fresh(Instant::now()), request).await.ok()?;
         if response.status() != StatusCode::OK {
             return None;
         }

@@ -10,6 +10,9 @@ use crate::domain::clock_reading::ClockReading;
 /// The clocks drift apart by less than this between two checks, unless one was stepped or the machine was suspended.
 const JUMP: SignedDuration = SignedDuration::from_secs(1);
 
+/// A smaller change of what is known of Amazon's clock moves no refresh: margins are minutes.
+const SHIFT: SignedDuration = SignedDuration::from_secs(30);
+
 impl TokenManager {
     /// Measures the clock skew from the headers of an Ads API response.
     pub fn observe_amazons_clock(&self, headers: &HeaderMap) {
@@ -19,9 +22,22 @@ impl TokenManager {
     }
 
     pub(super) fn observe_server_time(&self, time: Timestamp) {
-        let skew = self.0.clock.set_amazon_time(time).as_secs_f64();
+        let before = self.0.clock.reading();
+        let skew = self.0.clock.set_amazon_time(time);
         // A `Date` is truncated to the whole second.
-        self.0.metrics.clock_skew.set(skew.floor());
+        self.0.metrics.clock_skew.set(skew.as_secs_f64().floor());
+        // Until the first response after a start, the wall clock was all that was known.
+        let expected = before.amazon.unwrap_or(before.wall);
+        if time.duration_since(expected).abs() > SHIFT {
+            tracing::info!(
+                seconds = skew.as_secs(),
+                "Amazon's clock differs from what was known: refreshes are rescheduled"
+            );
+            for entry in self.entries() {
+                // Sending fails only during shutdown, when the scheduler is gone.
+                let _ = self.0.scheduler.send(entry);
+            }
+        }
     }
 
     /// Whether the wall clock was stepped, or the machine was suspended, between two clock readings.

@@ -11,6 +11,7 @@ use super::{Admin, AdminResponse, Stage};
 use crate::auth::tokens::Status;
 use crate::domain::account::UserId;
 use crate::domain::grant::{ConsentAge, State};
+use crate::inbound::admission::is_loopback;
 use crate::throttle::BucketStatus;
 
 /// The page loads nothing, runs nothing, sends nothing, and may not be framed.
@@ -99,15 +100,18 @@ impl Admin {
         }
     }
 
-    /// Explains when the login links do not work: a browser's login is bound to the host name under which it started.
+    /// Explains why there are no login links, or where they work: a browser's login is bound to the host name under which it
+    /// started.
     fn about_links(&self, headers: &HeaderMap) -> Markup {
         let host = headers.get(http::header::HOST).and_then(|host| host.to_str().ok()).unwrap_or_default();
         let name = host.rsplit_once(':').map_or(host, |(name, _)| name);
         html! {
             @if self.admission.needs_caller_token() {
                 p { "A caller token is set, which a browser cannot send: let your app request the login URL." }
-            } @else if !name.eq_ignore_ascii_case("localhost") {
-                p { "The login links work where this page was opened as " code { "http://localhost" } "." }
+            } @else if self.login_base.is_none() {
+                p { "A login belongs to the host of " code { "amazon.redirect_uri" } ": let your app request the login URL." }
+            } @else if !is_loopback(name) {
+                p { "The login links lead to this machine: they work in a browser on it, or through a forwarded port." }
             }
         }
     }
@@ -182,7 +186,7 @@ fn limits(buckets: &[BucketStatus]) -> Markup {
 fn login_link(user: &UserId, base: Option<&str>) -> Markup {
     let name: String = url::form_urlencoded::byte_serialize(user.as_str().as_bytes()).collect();
     html! {
-        // If the proxy listener uses Unix sockets only, a browser cannot reach it.
+        // Where a browser cannot begin a login there is no link.
         @match base {
             Some(base) => { a href={ (base) (name) } { "log in" } }
             None => { "–" }

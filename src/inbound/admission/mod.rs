@@ -11,8 +11,8 @@ mod tests;
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
 use http::header::{
-    ACCESS_CONTROL_REQUEST_METHOD, AUTHORIZATION, HOST, HeaderMap, HeaderName, ORIGIN, PROXY_AUTHORIZATION,
-    TRANSFER_ENCODING,
+    ACCESS_CONTROL_REQUEST_METHOD, AUTHORIZATION, CONTENT_LENGTH, HOST, HeaderMap, HeaderName, ORIGIN,
+    PROXY_AUTHORIZATION, TRANSFER_ENCODING,
 };
 use http::request::Parts;
 use http::{HeaderValue, Method};
@@ -58,6 +58,8 @@ pub enum Refusal {
     Method,
     /// The caller is a web page.
     CrossSite,
+    /// A browser opened an address of Amazon's on its own: a person typed it, or opened a bookmark.
+    TypedAddress,
     /// The caller token is missing or wrong.
     Caller,
     /// The process at the other end of a Unix socket runs as another user.
@@ -76,6 +78,8 @@ pub enum Admitted {
     },
     /// For Amazon.
     Upstream(Target),
+    /// A tunnel to one of Amazon's hosts, inside which plain HTTP is served as its absolute form.
+    Tunnel,
 }
 
 /// A request that failed a check.
@@ -122,7 +126,7 @@ impl Refusal {
             Self::Host => "host",
             Self::Target(_) => "target",
             Self::Method => "method",
-            Self::CrossSite => "cross_site",
+            Self::CrossSite | Self::TypedAddress => "cross_site",
             Self::Caller => "caller_token",
             Self::Peer => "peer_uid",
         }
@@ -143,13 +147,16 @@ impl Admission {
     pub fn proxy(&self, request: &Parts, peer: Peer) -> Result<Admitted, Rejected> {
         self.peer(peer)?;
         let headers = &request.headers;
+        if request.method == Method::CONNECT {
+            return Ok(self.tunnel(request, peer)?);
+        }
         match self.route(request, peer)? {
             Route::Own(endpoint) => {
                 let cors = self.own_endpoint(endpoint, headers).map_err(|refusal| refusal.at(endpoint))?;
                 Ok(Admitted::Own { endpoint, cors })
             }
             Route::Upstream(target) => {
-                self.no_browser(headers)?;
+                self.no_page(headers)?;
                 self.caller(headers)?;
                 Ok(Admitted::Upstream(target))
             }
@@ -197,6 +204,24 @@ impl Admission {
         }
     }
 
+    /// A tunnel is opened only to port 80 of one of Amazon's hosts: adsidecar cannot see into TLS, and is no open proxy.
+    fn tunnel(&self, request: &Parts, peer: Peer) -> Result<Admitted, Refusal> {
+        let headers = &request.headers;
+        framing(headers)?;
+        let host = request.uri.authority().and_then(|authority| authority.as_str().strip_suffix(":80"));
+        if host.and_then(amazon_host).is_none() {
+            return Err(Refusal::Method);
+        }
+        // The bytes behind the head belong to the tunnel, not to a body (RFC 9110, section 9.3.6).
+        if headers.contains_key(TRANSFER_ENCODING) || headers.contains_key(CONTENT_LENGTH) {
+            return Err(Refusal::Framing);
+        }
+        self.host(request, peer)?;
+        self.no_page(headers)?;
+        self.caller(headers)?;
+        Ok(Admitted::Tunnel)
+    }
+
     /// Sound framing, a known method, a `Host` that is ours (or Amazon's, in the absolute form), a target that
     /// adsidecar can serve.
     fn route(&self, request: &Parts, peer: Peer) -> Result<Route, Refusal> {
@@ -239,6 +264,19 @@ impl Admission {
         let signs = [ORIGIN, SEC_FETCH_SITE, ACCESS_CONTROL_REQUEST_METHOD];
         let browser = signs.iter().any(|sign| headers.contains_key(sign));
         if browser { Err(Refusal::CrossSite) } else { Ok(()) }
+    }
+
+    /// As [`no_browser`](Self::no_browser), but admits a program that is built on a browser (an Electron app sends
+    /// `Sec-Fetch-Site: none` and cannot help it), if it shows a caller token: no web page has that.
+    fn no_page(&self, headers: &HeaderMap) -> Result<(), Refusal> {
+        let on_its_own = headers.get(SEC_FETCH_SITE).is_some_and(|site| site == "none")
+            && !headers.contains_key(ORIGIN)
+            && !headers.contains_key(ACCESS_CONTROL_REQUEST_METHOD);
+        match self.no_browser(headers) {
+            Err(_) if on_its_own && self.shown_token(headers).is_some() => Ok(()),
+            Err(_) if on_its_own => Err(Refusal::TypedAddress),
+            checked => checked,
+        }
     }
 
     /// Admits callers that are not browsers, pages of the frontend's origin, and browsers that navigate from a page

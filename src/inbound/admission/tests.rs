@@ -236,10 +236,11 @@ fn each_refusal_has_a_label_of_its_own() {
         target,
         Refusal::Method,
         Refusal::CrossSite,
+        Refusal::TypedAddress,
         Refusal::Caller,
     ];
     let labels = all.map(Refusal::reason);
-    assert_eq!(labels, ["framing", "no_host", "host", "target", "method", "cross_site", "caller_token"]);
+    assert_eq!(labels, ["framing", "no_host", "host", "target", "method", "cross_site", "cross_site", "caller_token"]);
 }
 
 #[test]

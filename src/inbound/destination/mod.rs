@@ -9,7 +9,7 @@ use http::uri::PathAndQuery;
 use http::{Method, Uri};
 use percent_encoding::percent_decode_str;
 
-use crate::domain::account::{Region, check_name};
+use crate::domain::account::{AmazonHost, Region, check_name};
 
 pub(super) const LOGIN: &str = "/api/auth/amazon/login";
 pub(super) const CALLBACK: &str = "/api/auth/amazon/callback";
@@ -53,6 +53,8 @@ pub enum Endpoint {
     Root,
     /// The health check of the login listener.
     Health,
+    /// Where an OAuth client looks for an authorization server: adsidecar is none, and Amazon must not answer.
+    Discovery,
     /// A login callback at a path that is not the callback's: its code must not leave.
     StrayCallback,
     Unknown,
@@ -101,12 +103,15 @@ impl Route {
         let own = match target.of {
             Destination::Local if target.account.is_some() => {
                 let near = || may_read_like_ours(target.path()) && is_below(&fold(target.path()), TOKEN_ROOT);
-                shim.or_else(|| near().then_some(Endpoint::Unknown))
+                let is_document = |own: &Endpoint| *own == Endpoint::Discovery && is_document(&fold(target.path()));
+                shim.or(endpoint.filter(is_document)).or_else(|| near().then_some(Endpoint::Unknown))
             }
             Destination::Local => {
                 endpoint.or_else(|| is_stray_callback(method, &target).then_some(Endpoint::StrayCallback))
             }
-            Destination::Ads(_) => endpoint.map(|_| Endpoint::Unknown),
+            Destination::Amazon(_) => {
+                endpoint.map(|own| if own == Endpoint::Discovery { own } else { Endpoint::Unknown })
+            }
             Destination::Lwa => Some(shim.unwrap_or(Endpoint::Unknown)),
         };
         own.map_or_else(|| Self::Upstream(target), Self::Own)
@@ -124,8 +129,10 @@ const ACCOUNT_ROOT: &str = "/a";
 const DISCOVERY: [&str; 2] = ["/.well-known/oauth-", "/.well-known/openid-configuration"];
 /// Where clients register, consent and fetch tokens if they found no such document, or guess (RFC 7591, the MCP
 /// specification of 2025-03-26). A request for a token holds secrets of the caller's.
-const NOBODYS: [&str; 8] =
-    ["/register", "/authorize", "/token", "/oauth/token", "/oauth2/token", "/o2/token", "/auth/token", "/favicon.ico"];
+const NOBODYS: [&str; 7] =
+    ["/register", "/authorize", "/token", "/oauth/token", "/oauth2/token", "/o2/token", "/auth/token"];
+/// What browsers ask for on their own.
+const ICON: &str = "/favicon.ico";
 
 impl Endpoint {
     fn of(path: &str) -> Option<Self> {
@@ -136,12 +143,9 @@ impl Endpoint {
             return None;
         }
         let folded = fold(path);
-        let ours = is_below(&folded, LOGIN_ROOT)
-            || is_below(&folded, TOKEN_ROOT)
-            || folded == "/"
-            || DISCOVERY.iter().any(|document| folded.contains(document))
-            || NOBODYS.contains(&folded.as_str());
-        ours.then_some(Self::Unknown)
+        let ours = is_below(&folded, LOGIN_ROOT) || is_below(&folded, TOKEN_ROOT) || folded == "/" || folded == ICON;
+        let discovery = is_document(&folded) || NOBODYS.contains(&folded.as_str());
+        if discovery { Some(Self::Discovery) } else { ours.then_some(Self::Unknown) }
     }
 
     fn exact(path: &str) -> Option<Self> {
@@ -175,7 +179,8 @@ impl Endpoint {
             Self::Accounts => &["user_id", "name", "country", "type", "after", "limit"],
             Self::Refresh | Self::Logout | Self::AccountsSync | Self::Events => &["user_id"],
             Self::Confirm => &["grant"],
-            Self::User | Self::Root | Self::Health | Self::StrayCallback | Self::Unknown => &[],
+            Self::User | Self::Root | Self::Health => &[],
+            Self::Discovery | Self::StrayCallback | Self::Unknown => &[],
             Self::Callback | Self::Shim => return None,
         })
     }
@@ -190,6 +195,7 @@ impl Endpoint {
             | Self::Accounts
             | Self::Root
             | Self::Health
+            | Self::Discovery
             | Self::StrayCallback
             | Self::Unknown => Method::GET,
             Self::Refresh | Self::Logout | Self::AccountsSync | Self::Confirm | Self::Shim => Method::POST,
@@ -222,13 +228,18 @@ impl Endpoint {
     }
 }
 
+/// Whether `path`, folded, is a document about an authorization server.
+fn is_document(path: &str) -> bool {
+    DISCOVERY.iter().any(|document| path.contains(document))
+}
+
 fn is_below(path: &str, root: &str) -> bool {
     path.strip_prefix(root).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
 }
 
 /// Whether [`fold`] could turn `path` into one of ours. Every request pays for this check, and few for the folding.
 fn may_read_like_ours(path: &str) -> bool {
-    let starts = [LOGIN_ROOT, TOKEN_ROOT, "/A/"].into_iter().chain(NOBODYS);
+    let starts = [LOGIN_ROOT, TOKEN_ROOT, ICON, "/A/"].into_iter().chain(NOBODYS);
     let ours = |start: &str| path.get(..start.len()).is_some_and(|head| head.eq_ignore_ascii_case(start));
     path.bytes().any(|byte| matches!(byte, b'%' | b'\\' | b';'))
         || path.contains("//")
@@ -279,8 +290,8 @@ pub struct Target {
 pub enum Destination {
     /// adsidecar: the origin form, or the absolute form with our own authority.
     Local,
-    /// The Ads API host of a region.
-    Ads(Region),
+    /// A host of the Ads API or of Amazon's MCP server.
+    Amazon(AmazonHost),
     /// A host of Login with Amazon.
     Lwa,
 }
@@ -356,8 +367,8 @@ fn host_of(authority: &str, is_ours: impl Fn(&str) -> bool) -> Result<Destinatio
 
 /// Which of Amazon's hosts `host` is, ignoring case; `None` if it is none of them.
 pub fn amazon_host(host: &str) -> Option<Destination> {
-    let ads = Region::ALL.into_iter().find(|region| host.eq_ignore_ascii_case(region.ads_host())).map(Destination::Ads);
-    ads.or_else(|| {
+    let served = AmazonHost::ALL.into_iter().find(|served| host.eq_ignore_ascii_case(served.name()));
+    served.map(Destination::Amazon).or_else(|| {
         let is_token_host = |region: &Region| {
             region.token_url().split('/').nth(2).is_some_and(|token_host| host.eq_ignore_ascii_case(token_host))
         };

@@ -34,8 +34,12 @@ fn path_and_query_are_forwarded_unchanged() {
 
 #[test]
 fn an_absolute_target_names_its_region() {
-    assert_eq!(read("http://advertising-api-eu.amazon.com/v2/profiles").unwrap().of, Destination::Ads(Region::Eu));
-    assert_eq!(read("https://ADVERTISING-API.amazon.com:443/x?y").unwrap().of, Destination::Ads(Region::Na));
+    let host = |target: &str| read(target).unwrap().of;
+    let (ads, mcp) = (AmazonHost::ads, AmazonHost::mcp);
+    assert_eq!(host("http://advertising-api-eu.amazon.com/v2/profiles"), Destination::Amazon(ads(Region::Eu)));
+    assert_eq!(host("https://ADVERTISING-API.amazon.com:443/x?y"), Destination::Amazon(ads(Region::Na)));
+    assert_eq!(host("http://advertising-ai.amazon.com/mcp"), Destination::Amazon(mcp(Region::Na)));
+    assert_eq!(host("http://advertising-ai-fe.amazon.com:80/mcp/lite"), Destination::Amazon(mcp(Region::Fe)));
     assert_eq!(read("http://advertising-api-fe.amazon.com:80//x").unwrap().path_and_query, "//x");
     assert_eq!(read("http://api.amazon.co.uk/auth/o2/token").unwrap().of, Destination::Lwa);
     assert_eq!(read("http://localhost:8001/v2/profiles").unwrap().of, Destination::Local);
@@ -79,14 +83,25 @@ fn no_path_that_reads_like_ours_is_forwarded() {
         "/%2561uth/o2/token",
         "/a/acme//auth/o2/token",
         "/a/acme/auth/O2/token",
-        "/.well-known/oauth-authorization-server",
-        "/.well-known/oauth-protected-resource/mcp",
-        "/.well-known/openid-configuration",
-        "/register",
-        "/authorize",
+        "/favicon.ico",
         "//",
     ] {
         assert_eq!(route(path), Route::Own(Endpoint::Unknown), "{path}");
+    }
+    for path in [
+        "/.well-known/oauth-authorization-server",
+        "/.well-known/oauth-protected-resource/mcp",
+        "/.well-known/openid-configuration",
+        "/mcp/.well-known/openid-configuration",
+        "/mcp/%2ewell-known/oauth-protected-resource",
+        "/a/acme/mcp/.well-known/openid-configuration",
+        "http://advertising-ai.amazon.com/.well-known/oauth-protected-resource/mcp",
+        "/register",
+        "//Register/",
+        "/authorize",
+        "/oauth/token",
+    ] {
+        assert_eq!(route(path), Route::Own(Endpoint::Discovery), "{path}");
     }
     for path in ["/v2/profiles", "/api/authors", "/a/acme/api/auth/x", "/a/acme/", "/registers", "/sp/auth/o2/token"] {
         assert!(matches!(route(path), Route::Upstream(_)), "{path}");

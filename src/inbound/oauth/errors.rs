@@ -22,6 +22,8 @@ pub enum LoginError {
     Refused(Refusal),
     /// No such endpoint; holds the path that was probably meant.
     NotFound(Option<String>),
+    /// A client looks for an authorization server; holds the user whose login it probably needs.
+    Discovery(UserId),
     /// A login's code and state at another path than the callback's, which it holds.
     StrayCallback(String),
     /// The endpoint has other methods.
@@ -51,8 +53,8 @@ impl From<Refusal> for LoginError {
 }
 
 impl LoginError {
-    /// The response for the caller. `login_url` returns the URL that starts a user's login.
-    pub fn problem(self, login_url: impl Fn(&UserId) -> String) -> Problem {
+    /// The response for the caller. `login_step` says how a user logs in.
+    pub fn problem(self, login_step: impl Fn(&UserId) -> String) -> Problem {
         match self {
             Self::Refused(refusal) => refusal.into(),
             Self::NotFound(meant) => Problem::new(
@@ -62,6 +64,11 @@ impl LoginError {
                     || "See the endpoints in config/README.md.".to_owned(),
                     |path| format!("Did you mean {path}? See the endpoints in config/README.md."),
                 ),
+            ),
+            Self::Discovery(user) => Problem::new(
+                Code::NotFound,
+                "No client registers or authorizes itself here: adsidecar does the OAuth with Amazon.",
+                format!("If Amazon's login is missing: {} Then call again, without OAuth.", login_step(&user)),
             ),
             Self::StrayCallback(path) => Problem::new(
                 Code::NotFound,
@@ -76,8 +83,8 @@ impl LoginError {
                     .header(ALLOW, HeaderValue::from_static(allow))
             }
             Self::Parameter(detail) => Problem::new(Code::BadRequest, detail, "Send the parameter as described."),
-            Self::NoToken(error, user) => token_problem(error, &login_url(&user)),
-            Self::NotRefreshed(error, status) => token_problem(error, "").member("user", status),
+            Self::NoToken(error, user) => token_problem(error, login_step(&user)),
+            Self::NotRefreshed(error, status) => token_problem(error, String::new()).member("user", status),
             Self::TooMany(wait) => Problem::new(
                 Code::Throttled,
                 "Too many logins began just now, and were not finished.",
@@ -106,14 +113,14 @@ impl LoginError {
 }
 
 /// The response for a caller whose user has no valid access token.
-pub fn token_problem(error: TokenError, login_url: &str) -> Problem {
+pub fn token_problem(error: TokenError, login_step: String) -> Problem {
     match error {
         TokenError::LoginRequired { reason } => {
             let detail = match reason {
                 "no_grant" => "The user has no Amazon grant here.".to_owned(),
                 reason => format!("Login with Amazon rejected the user's grant ({reason})."),
             };
-            Problem::new(Code::LoginRequired, detail, format!("Open {login_url} in a browser and consent."))
+            Problem::new(Code::LoginRequired, detail, login_step)
                 .header(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer realm=\"adsidecar\""))
         }
         TokenError::Unavailable { code: STORE_UNAVAILABLE, retry_after, .. } => Problem::new(

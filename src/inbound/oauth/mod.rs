@@ -17,6 +17,7 @@ use http::request::Parts;
 use http::{Method, Request, Response, StatusCode};
 use http_body_util::Full;
 use serde_json::json;
+use url::Url;
 
 use crate::auth::accounts::Directory;
 use crate::auth::login::{
@@ -62,6 +63,8 @@ pub struct OauthEndpoints {
     /// The region of logins that name none.
     pub(crate) region: Region,
     pub(crate) token_shim: bool,
+    /// The user of requests to Amazon that select none.
+    pub(crate) default_user: UserId,
     /// The proxy listener's authority, for the links in responses to requests without a `Host` of ours.
     pub(crate) authority: String,
     pub(crate) request_ids: Arc<RequestIds>,
@@ -79,7 +82,9 @@ impl OauthEndpoints {
             Ok(Admitted::Own { endpoint, cors }) => {
                 Box::pin(self.serve(endpoint, cors, &parts, body, request_id)).await
             }
-            Ok(Admitted::Upstream(_)) => LoginError::NotFound(None).problem(|_| String::new()).respond(request_id),
+            Ok(Admitted::Upstream(_) | Admitted::Tunnel) => {
+                LoginError::NotFound(None).problem(|_| String::new()).respond(request_id)
+            }
             Err(rejected) => Problem::from(rejected.refusal).respond(request_id),
         };
         add_private_headers(response.headers_mut());
@@ -105,7 +110,7 @@ impl OauthEndpoints {
             if let LoginError::Refused(refusal) = &error {
                 self.metrics.guard_denied.with_label_values(&[refusal.reason()]).inc();
             }
-            error.problem(|user| self.login_url(&parts.headers, user)).respond(request_id)
+            error.problem(|user| self.login_step(&parts.headers, user)).respond(request_id)
         });
         if let Some(origin) = cors {
             allow_origin(response.headers_mut(), origin);
@@ -118,6 +123,7 @@ impl OauthEndpoints {
         match endpoint {
             Endpoint::Shim if !self.token_shim => return Err(LoginError::NotFound(None)),
             Endpoint::Unknown => return Err(LoginError::NotFound(Endpoint::meant(parts.uri.path()))),
+            Endpoint::Discovery => return Err(LoginError::Discovery(self.default_user.clone())),
             Endpoint::Health => return Ok(Response::new(Full::default())),
             Endpoint::StrayCallback => return Err(LoginError::StrayCallback(self.login.callback_path().to_owned())),
             _ => {}
@@ -140,7 +146,7 @@ impl OauthEndpoints {
             Endpoint::User => self.logout(&query::user_in(parts.uri.path())?).await,
             Endpoint::Confirm => self.confirm(&query, &parts.headers).await,
             Endpoint::Root => Ok(self.root(&parts.headers)),
-            Endpoint::Events | Endpoint::Shim | Endpoint::Health | Endpoint::StrayCallback | Endpoint::Unknown => {
+            Endpoint::Events | Endpoint::Shim | Endpoint::Health | Endpoint::Discovery | Endpoint::StrayCallback | Endpoint::Unknown => {
                 Err(LoginError::NotFound(None))
             }
         }
@@ -208,7 +214,9 @@ impl OauthEndpoints {
         match &outcome {
             Ok(LoginOutcome::Stored(status)) => self.directory.sync_soon(&status.user_id),
             Ok(LoginOutcome::Pending(_)) => {}
-            Err(failure) => tracing::info!(code = failure.code(), "a login ended without a grant"),
+            Err(failure) => {
+                tracing::info!(code = failure.code(), reason = pages::say(failure), "a login ended without a grant");
+            }
         }
         if self.login.frontend_url().is_some() {
             return Ok(redirect(self.back_to_frontend(&outcome, return_to.as_deref()).as_str()));
@@ -317,9 +325,10 @@ impl OauthEndpoints {
 
     /// What `GET /` says: a person or a health check looks at what listens here.
     fn root(&self, headers: &HeaderMap) -> FullResponse {
-        let login_url = self.login_url(headers, &UserId::default());
+        let login_url = self.login_url(headers, &self.default_user);
         if prefers_html(headers) {
-            return pages::root(&login_url);
+            // With a caller token a browser cannot follow a link.
+            return pages::root(Some(login_url.as_str()).filter(|_| !self.admission.needs_caller_token()));
         }
         json(
             StatusCode::OK,
@@ -359,7 +368,22 @@ impl OauthEndpoints {
 
     /// The URL that starts a login, up to the user id.
     pub fn login_base(authority: &str) -> String {
-        format!("http://{authority}{}?user_id=", LOGIN)
+        format!("http://{authority}{LOGIN}?user_id=")
+    }
+
+    /// As [`login_base`](Self::login_base), at the origin of a redirect URI.
+    pub fn login_base_at(origin: &Url) -> String {
+        format!("{}{LOGIN}?user_id=", origin.origin().ascii_serialization())
+    }
+
+    /// What a person has to do so that `user` has a grant.
+    pub fn login_step(&self, headers: &HeaderMap, user: &UserId) -> String {
+        let url = self.login_url(headers, user);
+        if self.admission.needs_caller_token() {
+            format!("Request {url} with the caller token, open the auth_url of the response in a browser, and consent.")
+        } else {
+            format!("Open {url} in a browser and consent.")
+        }
     }
 }
 

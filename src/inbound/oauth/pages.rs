@@ -39,13 +39,16 @@ pub(super) fn result(outcome: &Result<LoginOutcome, LoginFailure>) -> FullRespon
 }
 
 /// What a person sees who opens the proxy listener's address.
-pub(super) fn root(login_url: &str) -> FullResponse {
+pub(super) fn root(login_url: Option<&str>) -> FullResponse {
     page(
         "adsidecar",
         html! {
             p { "Requests to this address go to the Amazon Ads API with the headers that each path needs." }
             p { "Users and their tokens: " code { "/api/auth/amazon/status" } }
-            p { "To log in: " a href=(login_url) { (login_url) } }
+            @match login_url {
+                Some(login_url) => { p { "To log in: " a href=(login_url) { (login_url) } } }
+                None => { p { "A caller token is set, which a browser cannot send: let your app request the login URL." } }
+            }
         },
     )
 }

@@ -1,4 +1,5 @@
-//! What Amazon means by a 401: it rejects the access token, or the token has no access to the requested scope.
+//! What Amazon means by a 401: it rejects the access token, or the token has no access to the requested scope; and how a
+//! refusal is passed on without the token that it may quote.
 
 use std::io::Read;
 use std::time::Duration;
@@ -6,17 +7,21 @@ use std::time::Duration;
 use brotli_decompressor::Decompressor;
 use bytes::{Bytes, BytesMut};
 use flate2::read::{DeflateDecoder, MultiGzDecoder, ZlibDecoder};
-use http::Response;
-use http::header::CONTENT_ENCODING;
+use http::header::{CONTENT_ENCODING, CONTENT_LENGTH, ETAG};
 use http::response::Parts;
+use http::{HeaderMap, HeaderValue, Response};
 use http_body_util::BodyExt;
 use tokio::time::timeout;
 
 use super::Body;
+use super::redaction::redacted;
 use crate::upstream::{ResponseAborted, UpstreamBody};
 
 /// How much of a rejection is read, in bytes; the rest is passed on unread.
 const MAX_READ: usize = 64 << 10;
+
+/// How much text is read from a compressed one, in bytes.
+const MAX_TEXT: usize = 4 * MAX_READ;
 
 /// Size of the decoder's input buffer for brotli, in bytes.
 const BROTLI_BUFFER: usize = 4096;
@@ -86,16 +91,47 @@ impl Rejection {
         scope.map_or(Verdict::Token, |(_, hint)| Verdict::Scope(hint))
     }
 
-    /// The response as Amazon sent it.
-    pub(super) fn pass_on(self) -> Response<Body> {
-        Response::from_parts(self.head, Body::read(self.read, self.rest))
+    /// The response as Amazon sent it, but without the token of `bearer`. A compressed text that quotes it is passed on
+    /// inflated.
+    pub(super) fn pass_on(mut self, bearer: &HeaderValue) -> Response<Body> {
+        if !is_encoded(&self.head.headers) {
+            return Response::from_parts(self.head, Body::read(self.read, self.rest).without_token(bearer));
+        }
+        let text = inflated(self.head.headers.get(CONTENT_ENCODING).map(|coding| coding.as_bytes()), &self.read);
+        let Some(clean) = redacted(bearer, &text) else {
+            return Response::from_parts(self.head, Body::read(self.read, self.rest));
+        };
+        let headers = &mut self.head.headers;
+        for name in [CONTENT_ENCODING, CONTENT_LENGTH, ETAG] {
+            headers.remove(name);
+        }
+        let whole = self.rest.is_none() && text.len() < MAX_TEXT;
+        // The part that was not read may quote the token too: the body breaks off before it.
+        let end = if whole { None } else { Some(Err(ResponseAborted::Withheld)) };
+        if whole {
+            headers.insert(CONTENT_LENGTH, clean.len().into());
+        }
+        Response::from_parts(self.head, Body::read(clean, end))
     }
+}
+
+/// A refusal of Amazon's as the caller gets it: as it came, but without the token of `bearer`. Only a compressed one is
+/// held until it is read.
+pub(super) async fn pass_on_refusal(response: Response<UpstreamBody>, bearer: &HeaderValue) -> Response<Body> {
+    if is_encoded(response.headers()) {
+        return Rejection::read(response).await.pass_on(bearer);
+    }
+    response.map(|body| Body::amazon(body).without_token(bearer))
+}
+
+fn is_encoded(headers: &HeaderMap) -> bool {
+    headers.get(CONTENT_ENCODING).is_some_and(|coding| !coding.as_bytes().eq_ignore_ascii_case(b"identity"))
 }
 
 /// The decoded text, for [`Rejection::verdict`] only: the caller gets the bytes as they came.
 fn inflated(coding: Option<&[u8]>, bytes: &[u8]) -> Vec<u8> {
     let mut text = Vec::new();
-    let limit = 4 * MAX_READ as u64;
+    let limit = MAX_TEXT as u64;
     // If decoding fails halfway, the text so far is used.
     let _ = match coding.map(<[u8]>::to_ascii_lowercase).as_deref() {
         Some(b"gzip" | b"x-gzip") => MultiGzDecoder::new(bytes).take(limit).read_to_end(&mut text),

@@ -37,13 +37,13 @@ pub enum ProxyError {
 }
 
 impl ProxyError {
-    /// The response to the caller. `login_url` returns the address at which a user logs in.
-    pub(super) fn into_problem(self, login_url: impl FnOnce(&UserId) -> String) -> Problem {
+    /// The response to the caller. `login_step` says how a user logs in.
+    pub(super) fn into_problem(self, login_step: impl FnOnce(&UserId) -> String) -> Problem {
         match self {
             Self::Refused(refusal) => refusal.into(),
             Self::Unroutable(error) => error.into(),
             Self::Denied(denied) => denied.into(),
-            Self::NoToken(error, user) => token_problem(error, &login_url(&user)),
+            Self::NoToken(error, user) => token_problem(error, login_step(&user)),
             Self::Throttled(throttled) => throttled.into(),
             Self::TooLarge => too_large(),
             Self::Panicked => panicked(),

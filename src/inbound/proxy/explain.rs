@@ -10,7 +10,7 @@ use url::Url;
 
 use super::Settings;
 use crate::auth::accounts::Snapshot;
-use crate::domain::account::{Account, Context};
+use crate::domain::account::{Account, AmazonHost, Context};
 use crate::domain::found_account::{AccountType, doubtful_id};
 use crate::domain::headers::{UpstreamHeaders, to_amazon};
 use crate::domain::policy::{Denied, Mode};
@@ -98,8 +98,8 @@ pub struct ThrottleBucket {
 pub struct Explained<'a> {
     /// The settings of the proxy listener.
     pub settings: &'a Settings,
-    /// `upstream.na`, `upstream.eu`, `upstream.fe`.
-    pub origins: &'a [Url; 3],
+    /// `upstream.na`, …, `upstream.mcp_fe`.
+    pub origins: &'a [Url; AmazonHost::ALL.len()],
     /// `[throttle]`.
     pub throttle: &'a throttle::Settings,
     /// The accounts that were found.
@@ -127,12 +127,12 @@ pub fn explain(what: &Explained<'_>, method: &Method, uri: &Uri, caller: &Header
     let configured = what.settings.accounts.iter().find(|account| *account.name == *call.account_name());
     let account = configured.or_else(|| what.found.get(call.account_name()).map(|entry| &entry.account));
     let region_why = match (&target.of, caller.get("x-ads-region")) {
-        (Destination::Ads(_), _) => "the host of the URL".to_owned(),
+        (Destination::Amazon(_), _) => "the host of the URL".to_owned(),
         (_, Some(_)) if selection == Selection::Header => "the header X-Ads-Region".to_owned(),
         _ if account.is_some_and(|account| account.region.is_some()) => "the account's region".to_owned(),
         _ => "amazon.region".to_owned(),
     };
-    let origin = &what.origins[call.region as usize];
+    let origin = &what.origins[call.host().index()];
     let url = format!("{}{}", origin.as_str().trim_end_matches('/'), target.path_and_query);
     let sent = upstream_headers(what, &call, origin, caller);
     let headers = lines(&sent, &call, account, caller);

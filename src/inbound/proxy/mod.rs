@@ -7,6 +7,8 @@ mod auth_rejection;
 mod error_mapping;
 mod polls;
 pub mod explain;
+mod mcp;
+mod redaction;
 mod request_telemetry;
 mod response;
 mod retry;
@@ -16,16 +18,18 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures_util::FutureExt;
-use http::header::{CONTENT_LENGTH, HeaderValue};
+use http::header::{CONTENT_LENGTH, HeaderValue, WWW_AUTHENTICATE};
 use http::request::Parts;
 use http::{Method, Request, Response, StatusCode, Uri};
+use http_body_util::Full;
 
 pub use error_mapping::ProxyError;
 pub use response::{Body, strip_response};
 
 use crate::auth::accounts::Directory;
 use crate::auth::tokens::{Bearer, TokenManager};
-use crate::domain::account::{Account, Region, UserId};
+use crate::domain::account::{Account, Region, Service, UserId};
+use crate::domain::grant::State;
 use crate::domain::headers::{self, UpstreamHeaders};
 use crate::domain::policy::{self, Mode};
 use crate::inbound::admission::{Admission, Admitted};
@@ -34,12 +38,12 @@ use crate::inbound::oauth::{OauthEndpoints, add_private_headers};
 use crate::inbound::problem::Problem;
 use crate::inbound::request_id::{self, RequestIds};
 pub use crate::inbound::route::Selection;
-use crate::inbound::route::{Accounts, RoutedRequest};
+use crate::inbound::route::{Accounts, RoutedRequest, fallback};
 use crate::server::{CallerBody, Peer};
 use crate::telemetry::metrics::Metrics;
 use crate::throttle::{Call, Entry, Pass, Throttle};
 use crate::upstream::{ReplayBudget, ReplayBuffer, RequestBody, Reuse, SendError, Upstream, UpstreamBody};
-use auth_rejection::{Rejection, Verdict};
+use auth_rejection::{Rejection, Verdict, pass_on_refusal};
 use polls::{Join, Polls};
 use request_telemetry::RequestTelemetry;
 use retry::Retry;
@@ -69,6 +73,13 @@ pub struct Settings {
     pub token_shim: bool,
     /// `[policy]`.
     pub policy: policy::Settings,
+}
+
+impl Settings {
+    /// The user of requests that select none.
+    pub fn default_user(&self) -> UserId {
+        fallback(&self.accounts).map_or_else(UserId::default, |account| account.user.clone())
+    }
 }
 
 /// Serves the proxy listener.
@@ -159,6 +170,7 @@ impl Proxy {
                     telemetry.set_error(&error);
                     let problem = self.problem(error, &parts);
                     telemetry.set_own_error(&problem);
+                    let problem = if mcp::is_call(&parts) { problem.for_mcp() } else { problem };
                     problem.respond(telemetry.request_id()).map(Body::own)
                 }
             };
@@ -176,6 +188,10 @@ impl Proxy {
     ) -> Result<Response<Body>, ProxyError> {
         match self.admission.proxy(parts, peer) {
             Ok(Admitted::Upstream(target)) => self.forward(parts, incoming, &target, telemetry).await,
+            Ok(Admitted::Tunnel) => {
+                telemetry.set_own_endpoint();
+                Ok(Response::new(Body::own(Full::default())))
+            }
             Ok(Admitted::Own { endpoint, cors }) => {
                 telemetry.set_own_endpoint();
                 let id = telemetry.request_id();
@@ -275,12 +291,17 @@ impl Proxy {
         if check_clock {
             self.tokens.observe_amazons_clock(response.headers());
         }
-        let response = match response.status() {
+        let mut response = match response.status() {
             StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => {
                 Box::pin(self.handle_rejection(response, request, &sent, &mut pass, telemetry)).await?
             }
+            status if status.is_client_error() => Box::pin(pass_on_refusal(response, &bearer)).await,
             _ => response.map(Body::amazon),
         };
+        if route.family.service == Service::Mcp {
+            // Amazon's challenge names an authorization server, and MCP clients would start an OAuth of their own there.
+            response.headers_mut().remove(WWW_AUTHENTICATE);
+        }
         telemetry.set_response_from_amazon(response.status());
         let hint = telemetry.take_hint().or_else(|| pass.hint()).or_else(|| route.hint());
         Ok(response::to_caller(response, hint, pass.waited()))
@@ -416,7 +437,7 @@ impl Proxy {
         body: RequestBody,
         reuse: Reuse,
     ) -> impl Future<Output = Result<Response<UpstreamBody>, SendError>> + Send {
-        self.upstream.send(request.route.region, reuse, self.to_amazon(request, body))
+        self.upstream.send(request.route.host(), reuse, self.to_amazon(request, body))
     }
 
     fn to_amazon(&self, request: UpstreamRequest<'_>, body: RequestBody) -> Request<RequestBody> {
@@ -447,22 +468,29 @@ impl Proxy {
     ) -> Result<Response<Body>, ProxyError> {
         let user = &request.route.user;
         if response.status() == StatusCode::FORBIDDEN && !(is_amc(request.target) && self.tokens.near_expiry(user)) {
-            return Ok(response.map(Body::amazon));
+            return Ok(pass_on_refusal(response, request.bearer).await);
         }
         let rejection = Rejection::read(response).await;
         let verdict = rejection.verdict();
         self.metrics.upstream_unauthorized.with_label_values(&[verdict.cause()]).inc();
         if let Verdict::Scope(hint) = verdict {
             telemetry.set_hint(hint);
-            return Ok(rejection.pass_on());
+            return Ok(rejection.pass_on(request.bearer));
         }
         let new_token = self.tokens.invalidate(user, request.bearer).await;
         let Some((Retry::NewToken(bearer), body)) = Retry::after_rejection(new_token, sent) else {
-            return Ok(rejection.pass_on());
+            // The token lives by the clock, but its grant is gone: Amazon's text says nothing of that.
+            if self.tokens.status(user).state == State::LoginRequired {
+                telemetry.set_hint("login_required");
+            }
+            return Ok(rejection.pass_on(request.bearer));
         };
         self.metrics.replays.inc();
         let response = self.send(UpstreamRequest { bearer: &bearer, ..request }, body, sent, pass, telemetry).await?;
-        Ok(response.map(Body::amazon))
+        Ok(match response.status() {
+            status if status.is_client_error() => pass_on_refusal(response, &bearer).await,
+            _ => response.map(Body::amazon),
+        })
     }
 
     fn problem(&self, error: ProxyError, parts: &Parts) -> Problem {
@@ -472,7 +500,7 @@ impl Proxy {
         if let ProxyError::Throttled(throttled) = &error {
             self.metrics.throttled.with_label_values(&[throttled.bucket.region.as_str(), "sidecar"]).inc();
         }
-        error.into_problem(|user| self.oauth.login_url(&parts.headers, user))
+        error.into_problem(|user| self.oauth.login_step(&parts.headers, user))
     }
 }
 

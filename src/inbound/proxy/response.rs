@@ -2,14 +2,15 @@
 //! streamed.
 
 use std::pin::Pin;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 
 use bytes::{Bytes, BytesMut};
 use http::header::{CONNECTION, CONTENT_LENGTH, HeaderMap, HeaderValue, TRANSFER_ENCODING};
 use http::{Response, Version};
-use http_body::{Frame, SizeHint};
+use http_body::{Body as _, Frame, SizeHint};
 use http_body_util::{BodyExt, Full};
 
+use super::redaction::Redactor;
 use super::request_telemetry::InFlight;
 use crate::domain::headers::{ConnectionOptions, ERROR, HINT, THROTTLE};
 use crate::inbound::oauth::EventStream;
@@ -77,6 +78,8 @@ fn is_dropped_from_response(name: &str) -> bool {
 #[derive(Debug)]
 pub struct Body {
     source: Source,
+    /// Only for a refusal of Amazon's.
+    redactor: Option<Box<Redactor>>,
     _in_flight: Option<InFlight>,
 }
 
@@ -91,7 +94,7 @@ enum Source {
 
 impl Body {
     pub(super) fn own(body: Full<Bytes>) -> Self {
-        Self { source: Source::Own(body), _in_flight: None }
+        Self::from(Source::Own(body))
     }
 
     pub(super) fn events(stream: EventStream) -> Self {
@@ -99,11 +102,16 @@ impl Body {
     }
 
     pub(super) fn amazon(response: UpstreamBody) -> Self {
-        Self { source: Source::Amazon(response), _in_flight: None }
+        Self::from(Source::Amazon(response))
     }
 
     pub(super) fn read(read: Bytes, rest: Option<Result<UpstreamBody, ResponseAborted>>) -> Self {
-        Self { source: Source::Read(Some(read).filter(|read| !read.is_empty()), rest), _in_flight: None }
+        Self::from(Source::Read(Some(read).filter(|read| !read.is_empty()), rest))
+    }
+
+    /// Replaces the token of `bearer` wherever the body quotes it.
+    pub(super) fn without_token(self, bearer: &HeaderValue) -> Self {
+        Self { redactor: Some(Box::new(Redactor::new(bearer))), ..self }
     }
 
     /// What was read of a body, and what follows.
@@ -139,15 +147,15 @@ impl Body {
     }
 }
 
-impl http_body::Body for Body {
-    type Data = Bytes;
-    type Error = ResponseAborted;
+impl From<Source> for Body {
+    fn from(source: Source) -> Self {
+        Self { source, redactor: None, _in_flight: None }
+    }
+}
 
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, ResponseAborted>>> {
-        match &mut self.source {
+impl Source {
+    fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, ResponseAborted>>> {
+        match self {
             Source::Own(body) => Pin::new(body).poll_frame(cx).map_err(|never| match never {}),
             Source::Events(stream) => Pin::new(stream).poll_frame(cx).map_err(|never| match never {}),
             Source::Amazon(response) => Pin::new(response).poll_frame(cx).map_err(log_upstream_abort),
@@ -160,7 +168,7 @@ impl http_body::Body for Body {
     }
 
     fn is_end_stream(&self) -> bool {
-        match &self.source {
+        match self {
             Source::Own(body) => body.is_end_stream(),
             Source::Events(_) => false,
             Source::Amazon(response) => response.is_end_stream(),
@@ -172,13 +180,53 @@ impl http_body::Body for Body {
     }
 
     fn size_hint(&self) -> SizeHint {
-        match &self.source {
+        match self {
             Source::Own(body) => body.size_hint(),
             Source::Events(_) => SizeHint::default(),
             Source::Amazon(response) => response.size_hint(),
             Source::Read(read, None) => SizeHint::with_exact(read.as_ref().map_or(0, |read| read.len() as u64)),
             // The headers contain Amazon's own Content-Length.
             Source::Read(_, Some(_)) => SizeHint::default(),
+        }
+    }
+}
+
+impl http_body::Body for Body {
+    type Data = Bytes;
+    type Error = ResponseAborted;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, ResponseAborted>>> {
+        let Self { source, redactor, .. } = &mut *self;
+        let Some(redactor) = redactor else { return source.poll_frame(cx) };
+        loop {
+            let passed = match ready!(source.poll_frame(cx)) {
+                Some(Ok(frame)) => match frame.into_data() {
+                    Ok(data) => redactor.chunk(&data),
+                    Err(trailers) => return Poll::Ready(Some(Ok(trailers))),
+                },
+                Some(Err(error)) => return Poll::Ready(Some(Err(error))),
+                None if redactor.held() == 0 => return Poll::Ready(None),
+                None => redactor.end(),
+            };
+            if !passed.is_empty() {
+                return Poll::Ready(Some(Ok(Frame::data(passed))));
+            }
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.source.is_end_stream() && self.redactor.as_ref().is_none_or(|redactor| redactor.held() == 0)
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        let hint = self.source.size_hint();
+        // What is held back is still to come. A body of unknown length stays one.
+        match (hint.exact(), &self.redactor) {
+            (Some(length), Some(redactor)) => SizeHint::with_exact(length + redactor.held() as u64),
+            _ => hint,
         }
     }
 }

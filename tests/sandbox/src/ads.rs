@@ -59,7 +59,7 @@ fn check_and_route(
     })
 }
 
-fn refuse_leaks(call: &Arrived<'_>) -> Result<(), Refused> {
+pub(super) fn refuse_leaks(call: &Arrived<'_>) -> Result<(), Refused> {
     let refuse = |text: &str| Err(Refused::coded(StatusCode::BAD_REQUEST, text));
     if !call.target.starts_with('/') {
         return refuse("The request target is not in origin form");
@@ -81,6 +81,9 @@ fn host_is_ours(call: &Arrived<'_>) -> bool {
         Listener::Na => "advertising-api.amazon.com",
         Listener::Eu => "advertising-api-eu.amazon.com",
         Listener::Fe => "advertising-api-fe.amazon.com",
+        Listener::McpNa => "advertising-ai.amazon.com",
+        Listener::McpEu => "advertising-ai-eu.amazon.com",
+        Listener::McpFe => "advertising-ai-fe.amazon.com",
         Listener::Lwa => return false,
     };
     let port = format!(":{}", call.port);
@@ -88,7 +91,7 @@ fn host_is_ours(call: &Arrived<'_>) -> bool {
     host == real || name.is_some_and(|name| [real, "localhost", "127.0.0.1", "[::1]"].contains(&name))
 }
 
-fn authenticate<'w>(world: &'w World, headers: &HeaderMap, now: Timestamp) -> Result<&'w Access, Refused> {
+pub(super) fn authenticate<'w>(world: &'w World, headers: &HeaderMap, now: Timestamp) -> Result<&'w Access, Refused> {
     let mut values = headers.get_all(AUTHORIZATION).iter();
     let value = values.next().ok_or(Refused::Unauthorized)?;
     if values.next().is_some() {
@@ -100,7 +103,7 @@ fn authenticate<'w>(world: &'w World, headers: &HeaderMap, now: Timestamp) -> Re
 }
 
 /// The client id must be the one that the token was issued to.
-fn check_client(demand: &Requirements, access: &Access, headers: &HeaderMap) -> Result<(), Refused> {
+pub(super) fn check_client(demand: &Requirements, access: &Access, headers: &HeaderMap) -> Result<(), Refused> {
     let sent = demand.client_id.iter().find_map(|name| headers.get(*name));
     if sent.is_some_and(|sent| sent.as_bytes() == access.client_id.as_bytes()) {
         return Ok(());

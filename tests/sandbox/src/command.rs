@@ -21,7 +21,8 @@ use adsidecar::domain::tls;
 use adsidecar::store::keyring::Keyring;
 use adsidecar::telemetry::log;
 
-/// A stand-in for Amazon with an adsidecar in front of it. It never contacts Amazon and keeps no data.
+/// A stand-in for Amazon with an adsidecar in front of it. It never contacts Amazon, and keeps data only
+/// with `--data`.
 #[derive(Debug, Parser)]
 #[command(name = "adsidecar-sandbox", version)]
 struct Arguments {
@@ -31,8 +32,11 @@ struct Arguments {
     /// Do not log in the user `default`: print the login link instead
     #[arg(long)]
     no_login: bool,
-    /// Offer HTTP/2 on the Ads listeners, through ALPN
-    #[arg(long)]
+    /// Offer HTTP/1.1 alone; without this, the listeners offer HTTP/2 too, through ALPN
+    #[arg(long, conflicts_with = "http2")]
+    http1: bool,
+    /// The default: earlier versions offered HTTP/1.1 alone
+    #[arg(long, hide = true)]
     http2: bool,
     /// Requests per second that the stand-in serves, for each client, region and API family; more get 429
     #[arg(long, value_name = "NUMBER")]
@@ -43,13 +47,15 @@ struct Arguments {
     /// Address of adsidecar's admin listener [default: 127.0.0.1:9464 and [::1]:9464]
     #[arg(long, value_name = "ADDRESS")]
     admin: Option<SocketAddr>,
-    /// Address of the stand-in for Login with Amazon; the Ads hosts na, eu and fe use the next three ports
+    /// Address of the stand-in for Login with Amazon; the Ads hosts na, eu and fe use the next three ports, and the hosts
+    /// of the MCP server the three after them
     #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:8440")]
     amazon: SocketAddr,
     /// Address of the control port, which sets faults and time and shows the history
     #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:8450")]
     control: SocketAddr,
-    /// Directory for the throw-away CA, the configuration and the store [default: one that is removed at exit]
+    /// Directory for the throw-away CA, the configuration, the store and the grants that Amazon knows [default: one that is
+    /// removed at exit]
     #[arg(long, value_name = "DIRECTORY")]
     data: Option<PathBuf>,
     /// Print all addresses and paths as one line of JSON
@@ -70,7 +76,7 @@ fn serve(arguments: &Arguments) -> Result<(), Failed> {
     let runtime = tokio::runtime::Runtime::new().map_err(Failed::because)?;
     runtime.block_on(async {
         let clock = Clock::system();
-        let sandbox = start(arguments, clock.clone()).await?;
+        let sandbox = start(arguments, clock.clone(), &directory.path).await?;
         let sources = configure(arguments, &sandbox, &directory.path)?;
         let config = config::load(&sources)?;
         let log = log::init(config.log);
@@ -100,16 +106,16 @@ fn serve(arguments: &Arguments) -> Result<(), Failed> {
     })
 }
 
-async fn start(arguments: &Arguments, clock: Clock) -> Result<Sandbox, Failed> {
+async fn start(arguments: &Arguments, clock: Clock, directory: &Path) -> Result<Sandbox, Failed> {
     let mut options = if arguments.calm { Options::calm(clock) } else { Options::rough(clock) };
     options.auto_consent = false;
-    options.http2 = arguments.http2;
+    options.http2 = !arguments.http1;
+    options.grants_file = arguments.data.is_some().then(|| directory.join("amazon-grants.json"));
     let listener = |offset: u16| {
         let port = arguments.amazon.port();
         SocketAddr::new(arguments.amazon.ip(), if port == 0 { 0 } else { port.saturating_add(offset) })
     };
-    options.listen =
-        Addresses { lwa: listener(0), na: listener(1), eu: listener(2), fe: listener(3), control: arguments.control };
+    options.listen = Addresses::new([0, 1, 2, 3, 4, 5, 6].map(listener), arguments.control);
     Sandbox::start(options).await.map_err(Failed::because)
 }
 
@@ -136,12 +142,15 @@ fn configure(arguments: &Arguments, sandbox: &Sandbox, directory: &Path) -> Resu
         text += &format!("\n[admin]\nlisten = {}\n", quoted(&free_port(admin)?.to_string()));
     }
     text += &format!(
-        "\n[store]\npath = {}\n\n[upstream]\nna = {}\neu = {}\nfe = {}\nca_file = {}\n\n[[account]]\nname = \"default\"\n\
+        "\n[store]\npath = {}\n\n[upstream]\nna = {}\neu = {}\nfe = {}\nmcp_na = {}\nmcp_eu = {}\nmcp_fe = {}\nca_file = {}\n\n[[account]]\nname = \"default\"\n\
          profile_id = {}\nadvertiser_id = {}\nmarketplace_id = {}\n",
         quoted(&directory.join("adsidecar.sled").to_string_lossy()),
         quoted(&sandbox.origin(Listener::Na)),
         quoted(&sandbox.origin(Listener::Eu)),
         quoted(&sandbox.origin(Listener::Fe)),
+        quoted(&sandbox.origin(Listener::McpNa)),
+        quoted(&sandbox.origin(Listener::McpEu)),
+        quoted(&sandbox.origin(Listener::McpFe)),
         quoted(&ca.to_string_lossy()),
         quoted(&account.profile_id),
         quoted(&account.advertiser_id),

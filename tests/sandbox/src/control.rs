@@ -52,11 +52,19 @@ struct Let {
     count: usize,
 }
 
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum Rules {
-    One(Rule),
-    Many(Vec<Rule>),
+/// The body of `POST /trouble`, for a caller that sent another one. With another fault in the place of `status`, or a list
+/// of such objects.
+fn rule_shape() -> Value {
+    json!({ "trouble": { "status": { "code": 503 } }, "door": "na", "path": "/v2", "when": { "next": 3 } })
+}
+
+/// One rule, or a list of them. Not an untagged enum: its errors do not say what is wrong.
+fn rules(body: &[u8]) -> serde_json::Result<Vec<Rule>> {
+    if body.trim_ascii_start().first() == Some(&b'[') {
+        serde_json::from_slice(body)
+    } else {
+        serde_json::from_slice(body).map(|rule| vec![rule])
+    }
 }
 
 #[derive(Default, Deserialize)]
@@ -91,17 +99,19 @@ pub(super) fn answer(shared: &SandboxState, head: &Parts, body: &Bytes) -> Respo
             shared.world().history.clear();
             reply::empty(StatusCode::NO_CONTENT)
         }
-        (&Method::POST, "/trouble") => with(body, |rules: Rules| {
-            let mut world = shared.world();
-            let rules = match rules {
-                Rules::One(rule) => vec![rule],
-                Rules::Many(rules) => rules,
-            };
-            for rule in rules {
-                world.faults.add(rule, 0);
+        (&Method::POST, "/trouble") => match rules(body) {
+            Ok(rules) => {
+                let mut world = shared.world();
+                for rule in rules {
+                    world.faults.add(rule, 0);
+                }
+                reply::json(StatusCode::CREATED, &json!({ "rules": world.faults.rules().collect::<Vec<_>>() }))
             }
-            (StatusCode::CREATED, json!({ "rules": world.faults.rules().collect::<Vec<_>>() }))
-        }),
+            Err(error) => {
+                let body = json!({ "error": error.to_string(), "expected": rule_shape() });
+                reply::json(StatusCode::BAD_REQUEST, &body)
+            }
+        },
         (&Method::DELETE, "/trouble") => {
             shared.world().faults.clear();
             reply::empty(StatusCode::NO_CONTENT)

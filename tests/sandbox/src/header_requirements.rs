@@ -96,7 +96,6 @@ const REQUIREMENTS: &[Requirements] = &[
         ..PLAIN
     },
     Requirements { name: "Ads API v1", paths: &["/adsApi/v1"], client_id: &[ADS_CLIENT_ID], ..PLAIN },
-    Requirements { name: "MCP", paths: &["/mcp"], client_id: &[ADS_CLIENT_ID], ..PLAIN },
     Requirements { name: "DSP streams", paths: &["/dsp/streams"], required: &[STREAM_ACCOUNT_ID], ..PLAIN },
     Requirements { name: "streams", paths: &["/streams"], one_of: &[SCOPE, ACCOUNT_ID], ..PLAIN },
     Requirements { name: "DSP measurement and conversions", paths: &["/dsp/measurement", "/measurement"], ..PLAIN },
@@ -144,6 +143,10 @@ const REQUIREMENTS: &[Requirements] = &[
     // The sandbox's test endpoints.
     Requirements { name: "sandbox", paths: &["/sandbox"], client_id: &[API_CLIENT_ID, ADS_CLIENT_ID], ..PLAIN },
 ];
+
+/// The paths of the MCP server, which has hosts of its own.
+pub(super) static MCP: Requirements =
+    Requirements { name: "MCP", paths: &["/mcp"], client_id: &[ADS_CLIENT_ID], ..PLAIN };
 
 /// The family of published operations that no other row covers.
 static PUBLISHED: Requirements = Requirements { name: "published operations", ..PLAIN };
@@ -244,8 +247,9 @@ pub(super) fn leak(headers: &HeaderMap) -> Option<String> {
     let foreign = headers.iter().find(|(name, value)| {
         let hyphened = name.as_str().replace('_', "-");
         let twin = hyphened != name.as_str() && managed(&hyphened);
-        // A client may send `close` to its next hop; any other value was meant for another hop.
-        let hop = hyphened == "connection" && !value.as_bytes().eq_ignore_ascii_case(b"close");
+        // Any client may say to its next hop whether it keeps the connection; any other value was meant for another hop.
+        let plain = |word: &[u8]| value.as_bytes().eq_ignore_ascii_case(word);
+        let hop = hyphened == "connection" && !plain(b"close") && !plain(b"keep-alive");
         let framing = hyphened == "transfer-encoding" && !value.as_bytes().eq_ignore_ascii_case(b"chunked");
         let named = NAMES.contains(&hyphened.as_str()) || BEGINNINGS.iter().any(|begin| hyphened.starts_with(begin));
         twin || hop || framing || named

@@ -1,4 +1,5 @@
-//! A stand-in for Amazon on loopback: Login with Amazon and the Ads API of the three regions, over real TLS.
+//! A stand-in for Amazon on loopback: Login with Amazon, and the Ads API and the MCP server of the three regions, over
+//! real TLS.
 //!
 //! End-to-end tests start it in their own process; `adsidecar-sandbox` starts it as a program. A [`World`] of plain
 //! data behind one lock holds all state; HTTP is a thin layer over it. The sandbox implements Amazon's contract from
@@ -8,8 +9,8 @@
 //! the Ads listeners serve test endpoints ([`test_endpoints`]), and a [`control`] port serves tests that run in another
 //! process.
 //!
-//! It cannot be mistaken for production: it binds to loopback only, keeps nothing on disk, and its consent page says
-//! what it is.
+//! It cannot be mistaken for production: it binds to loopback only, keeps nothing on disk unless it is given a directory,
+//! and its consent page says what it is.
 //!
 //! ```no_run
 //! # async fn example() -> Result<(), Box<dyn std::error::Error>> {
@@ -33,11 +34,13 @@ mod call;
 mod catalogue;
 pub mod command;
 pub mod control;
+mod grants_file;
 mod header_requirements;
 mod listeners;
 mod history;
 mod limits;
 mod lwa;
+mod mcp;
 mod published;
 pub mod test_endpoints;
 mod reply;
@@ -52,7 +55,7 @@ mod tests;
 
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex};
 
@@ -94,6 +97,25 @@ pub enum Listener {
     Eu,
     /// The Ads API of the Far East.
     Fe,
+    /// The MCP server of North America.
+    #[serde(rename = "mcp_na")]
+    McpNa,
+    /// The MCP server of Europe.
+    #[serde(rename = "mcp_eu")]
+    McpEu,
+    /// The MCP server of the Far East.
+    #[serde(rename = "mcp_fe")]
+    McpFe,
+}
+
+impl Listener {
+    /// Every listener, in the order of their default ports.
+    pub const ALL: [Self; 7] = [Self::Lwa, Self::Na, Self::Eu, Self::Fe, Self::McpNa, Self::McpEu, Self::McpFe];
+
+    /// Whether it is an MCP server.
+    pub fn is_mcp(self) -> bool {
+        matches!(self, Self::McpNa | Self::McpEu | Self::McpFe)
+    }
 }
 
 /// The addresses that the sandbox listens on. The operating system chooses a port for 0.
@@ -107,6 +129,12 @@ pub struct Addresses {
     pub eu: SocketAddr,
     /// The Ads API of the Far East, over TLS.
     pub fe: SocketAddr,
+    /// The MCP server of North America, over TLS.
+    pub mcp_na: SocketAddr,
+    /// The MCP server of Europe, over TLS.
+    pub mcp_eu: SocketAddr,
+    /// The MCP server of the Far East, over TLS.
+    pub mcp_fe: SocketAddr,
     /// The control port, plain HTTP.
     pub control: SocketAddr,
 }
@@ -114,7 +142,28 @@ pub struct Addresses {
 impl Default for Addresses {
     fn default() -> Self {
         let any = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
-        Self { lwa: any, na: any, eu: any, fe: any, control: any }
+        Self::new([any; Listener::ALL.len()], any)
+    }
+}
+
+impl Addresses {
+    /// The addresses of the listeners in the order of [`Listener::ALL`], and that of the control port.
+    pub fn new(amazon: [SocketAddr; Listener::ALL.len()], control: SocketAddr) -> Self {
+        let [lwa, na, eu, fe, mcp_na, mcp_eu, mcp_fe] = amazon;
+        Self { lwa, na, eu, fe, mcp_na, mcp_eu, mcp_fe, control }
+    }
+
+    /// The address of a listener.
+    pub fn of(&self, listener: Listener) -> SocketAddr {
+        match listener {
+            Listener::Lwa => self.lwa,
+            Listener::Na => self.na,
+            Listener::Eu => self.eu,
+            Listener::Fe => self.fe,
+            Listener::McpNa => self.mcp_na,
+            Listener::McpEu => self.mcp_eu,
+            Listener::McpFe => self.mcp_fe,
+        }
     }
 }
 
@@ -132,6 +181,8 @@ pub struct Options {
     /// Whether to imitate production's latency and failures: 5 to 40 ms per call, and a 500 for one LWA call in a
     /// hundred.
     pub rough: bool,
+    /// The file that keeps the grants and access tokens from one start to the next; `None`: they end with the process.
+    pub grants_file: Option<PathBuf>,
     /// The initial state.
     pub world: World,
 }
@@ -145,6 +196,7 @@ impl Options {
             http2: false,
             auto_consent: true,
             rough: false,
+            grants_file: None,
             world: World::seeded(),
         }
     }
@@ -169,6 +221,14 @@ pub enum StartError {
         /// The error of the operating system.
         source: io::Error,
     },
+    /// The file with the grants cannot be read.
+    #[error("{}: {source}; remove the file, or repair it", .file.display())]
+    Grants {
+        /// The file.
+        file: PathBuf,
+        /// What is wrong with it.
+        source: io::Error,
+    },
     /// The certificate could not be made.
     #[error(transparent)]
     Identity(#[from] IdentityError),
@@ -184,11 +244,19 @@ impl Sandbox {
     /// Binds every listener, then serves each in a task of its own.
     pub async fn start(options: Options) -> Result<Self, StartError> {
         let identity = tls::throw_away(options.http2)?;
-        let Addresses { lwa, na, eu, fe, control } = options.listen;
-        let (lwa, na, eu, fe) = (bind(lwa).await?, bind(na).await?, bind(eu).await?, bind(fe).await?);
-        let control = bind(control).await?;
-        let addresses = Addresses { lwa: lwa.1, na: na.1, eu: eu.1, fe: fe.1, control: control.1 };
+        let mut sockets = Vec::new();
+        let mut amazon = [options.listen.control; Listener::ALL.len()];
+        for (listener, bound) in Listener::ALL.into_iter().zip(&mut amazon) {
+            let (socket, address) = bind(options.listen.of(listener)).await?;
+            *bound = address;
+            sockets.push((socket, listener));
+        }
+        let control = bind(options.listen.control).await?;
+        let addresses = Addresses::new(amazon, control.1);
         let mut world = options.world;
+        if let Some(file) = &options.grants_file {
+            grants_file::read(file, &mut world).map_err(|source| StartError::Grants { file: file.clone(), source })?;
+        }
         if options.rough {
             // The first failure falls at a varying place in the first hundred calls, but never on the first call: that
             // one belongs to the login that `adsidecar-sandbox` performs at startup, which is not retried.
@@ -204,13 +272,14 @@ impl Sandbox {
             addresses,
             auto_consent: options.auto_consent,
             rough: options.rough,
+            grants_file: options.grants_file,
             events: Arc::new(Semaphore::new(0)),
             connections: AtomicU64::new(0),
         });
         let mut tasks = JoinSet::new();
-        for (socket, listener) in [(lwa, Listener::Lwa), (na, Listener::Na), (eu, Listener::Eu), (fe, Listener::Fe)] {
+        for (socket, listener) in sockets {
             let tls = TlsAcceptor::from(identity.server.clone());
-            tasks.spawn(listeners::serve(socket.0, Some(listener), Some(tls), shared.clone()));
+            tasks.spawn(listeners::serve(socket, Some(listener), Some(tls), shared.clone()));
         }
         tasks.spawn(listeners::serve(control.0, None, None, shared.clone()));
         Ok(Self { shared, tasks })
@@ -223,14 +292,7 @@ impl Sandbox {
 
     /// The origin of a listener, such as `https://127.0.0.1:43211`.
     pub fn origin(&self, listener: Listener) -> String {
-        let addresses = self.shared.addresses;
-        let address = match listener {
-            Listener::Lwa => addresses.lwa,
-            Listener::Na => addresses.na,
-            Listener::Eu => addresses.eu,
-            Listener::Fe => addresses.fe,
-        };
-        format!("https://{address}")
+        format!("https://{}", self.shared.addresses.of(listener))
     }
 
     /// The URL of the consent page.

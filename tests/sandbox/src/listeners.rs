@@ -27,7 +27,7 @@ use super::history::{Received, raw_target, receive};
 use super::reply::{self, Body};
 
 use super::state::SandboxState;
-use super::{Listener, ads, call, control, http_date, lwa};
+use super::{Listener, ads, call, control, http_date, lwa, mcp};
 
 /// Where [`Fault::CloseMidBody`] truncates bodies longer than twice this.
 const BROKEN_AFTER_BYTES: usize = 4096;
@@ -100,7 +100,11 @@ async fn serve_connection(
 async fn serve_control(shared: &SandboxState, request: Request<Incoming>) -> Response<Body> {
     let (head, body) = request.into_parts();
     let received = receive(body).await;
-    control::answer(shared, &head, &received.kept)
+    let response = control::answer(shared, &head, &received.kept);
+    if head.method == http::Method::POST {
+        shared.keep_grants();
+    }
+    response
 }
 
 /// Returned by the service to make hyper drop the connection.
@@ -150,6 +154,12 @@ async fn serve_amazon(
     let fault = hold_or_delay(chosen).await;
     let call = CompleteCall { listener, port: connection.port, head: &head, target: &target, received: &received };
     let mut response = substitute(fault.as_ref()).unwrap_or_else(|| real_response(shared, &call, fault.as_ref()));
+    if listener == Listener::Lwa {
+        shared.keep_grants();
+    }
+    if listener.is_mcp() && response.status() == StatusCode::UNAUTHORIZED {
+        mcp::challenge(&mut response);
+    }
     // hyper would send the system time; clients that compare clocks must see the sandbox's time.
     if !response.headers().contains_key(DATE) {
         reply::set(&mut response, DATE, &http_date(shared.clock.now()));
@@ -186,6 +196,9 @@ fn real_response(shared: &SandboxState, call: &CompleteCall<'_>, fault: Option<&
         body_len: call.received.len,
         body_sha256: &call.received.sha256,
     };
+    if call.listener.is_mcp() {
+        return mcp::answer(&world, &arrived, &shared.events, now);
+    }
     ads::answer(&mut world, &arrived, &shared.events, now)
 }
 

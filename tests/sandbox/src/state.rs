@@ -1,12 +1,14 @@
 //! What all listeners of the sandbox share.
 
+use std::io::Write;
+use std::path::PathBuf;
 use std::sync::atomic::AtomicU64;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use adsidecar::domain::clock::Clock;
 
 use super::world::World;
-use super::{Addresses, test_endpoints};
+use super::{Addresses, grants_file, test_endpoints};
 
 /// State behind every listener.
 pub(super) struct SandboxState {
@@ -16,6 +18,7 @@ pub(super) struct SandboxState {
     pub(super) addresses: Addresses,
     pub(super) auto_consent: bool,
     pub(super) rough: bool,
+    pub(super) grants_file: Option<PathBuf>,
     pub(super) events: test_endpoints::Events,
     pub(super) connections: AtomicU64,
 }
@@ -24,5 +27,14 @@ impl SandboxState {
     /// The world, locked. A poisoned lock is ignored, so that the panic of one test does not hide behind it.
     pub(super) fn world(&self) -> MutexGuard<'_, World> {
         self.world.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Writes the grants to disk after a change, if they are to be kept.
+    pub(super) fn keep_grants(&self) {
+        let Some(file) = &self.grants_file else { return };
+        if let Err(error) = grants_file::write(file, &self.world()) {
+            // A standard error that is gone is no reason to fail.
+            let _ = writeln!(std::io::stderr(), "{}: {error}; the grants end with this process", file.display());
+        }
     }
 }

@@ -50,7 +50,8 @@ pub(super) fn answer(call: &Arrived<'_>, passed: &Passed<'_>, events: &Events) -
         ["sandbox", "cookies"] => cookies(),
         ["sandbox", "events"] => {
             let count = param(passed.query, "count").and_then(|text| text.parse().ok()).unwrap_or(3);
-            stream_events(count, flag(passed.query, "step").then(|| events.clone()))
+            let event = |number| format!("id: {number}\nevent: message\ndata: {{\"number\":{number}}}\n\n");
+            stream_events(count, flag(passed.query, "step").then(|| events.clone()), event)
         }
         _ => coded(StatusCode::NOT_FOUND, "The sandbox has no such path of its own"),
     }
@@ -171,7 +172,7 @@ fn cookies() -> Response<Body> {
 }
 
 /// Sends the events from a separate task, so that each is flushed before the next is created.
-fn stream_events(count: u32, steps: Option<Events>) -> Response<Body> {
+pub(super) fn stream_events(count: u32, steps: Option<Events>, event: fn(u32) -> String) -> Response<Body> {
     // The channel holds one event; the next waits until that one was taken.
     let (sender, receiver) = mpsc::channel(1);
     tokio::spawn(async move {
@@ -184,8 +185,7 @@ fn stream_events(count: u32, steps: Option<Events>) -> Response<Body> {
                 let Ok(permit) = permit else { return };
                 permit.forget();
             }
-            let event = format!("id: {number}\nevent: message\ndata: {{\"number\":{number}}}\n\n");
-            if sender.send(Bytes::from(event)).await.is_err() {
+            if sender.send(Bytes::from(event(number))).await.is_err() {
                 return;
             }
         }

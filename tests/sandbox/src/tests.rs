@@ -730,10 +730,20 @@ async fn the_control_port_refuses_foreign_hosts_and_origins() {
 
 #[tokio::test]
 async fn the_control_port_changes_the_world() {
-    let setup = Setup::new().await;
+    let setup = &Setup::new().await;
     let post = |path: &'static str, body: &'static str| setup.control(Method::POST, path, body, &[]);
     assert_eq!(post("/clock", r#"{"advance":"soon"}"#).await.status, 400);
-    assert_eq!(post("/trouble", r#"{"trouble":"mischief"}"#).await.status, 400);
+    for wrong in [r#"{"trouble":"mischief"}"#, r#"{"status":503}"#, r#"[{"trouble":{"status":503}}]"#, "503", ""] {
+        let send = |body: String| async move { setup.control(Method::POST, "/trouble", &body, &[]).await };
+        let refused = send(wrong.to_owned()).await;
+        assert_eq!(refused.status, 400, "{wrong}");
+        let body = refused.json();
+        assert!(body["error"].as_str().unwrap().len() > 10, "{body}");
+        // What is expected is accepted.
+        assert_eq!(send(body["expected"].to_string()).await.status, 201);
+        assert_eq!(send(format!("[{}]", body["expected"])).await.status, 201);
+    }
+    setup.sandbox.clear_faults();
     assert_eq!(post("/consent", r#"{"advertiser":"nobody"}"#).await.status, 400);
 
     let grant = post("/consent", r#"{"want":"grant"}"#).await.json();
@@ -805,4 +815,37 @@ async fn stopping_the_sandbox_closes_its_connections() {
     let mut byte = [0];
     let read = tokio::io::AsyncReadExt::read(&mut stream, &mut byte).await;
     assert!(!matches!(read, Ok(1..)), "{read:?}");
+}
+
+#[tokio::test]
+async fn the_grants_outlive_a_restart_if_a_file_keeps_them() {
+    let file = std::env::temp_dir().join(format!("adsidecar-grants-{}.json", super::world::random_text(9)));
+    let clock = Clock::frozen("2026-08-01T12:00:00Z".parse().unwrap());
+    let start = || Sandbox::start(Options { grants_file: Some(file.clone()), ..Options::calm(clock.clone()) });
+    let first = Setup { sandbox: start().await.unwrap(), clock: clock.clone() };
+    let (kept, revoked) = (first.grant(), first.grant());
+    first.sandbox.world(|world| world.revoke(&revoked.refresh_token));
+    // Any call of a client writes the file.
+    let refreshed = first.refresh(&kept.refresh_token).await;
+    assert_eq!(refreshed.status, 200, "{refreshed:?}");
+    let access_token = refreshed.json()["access_token"].as_str().unwrap().to_owned();
+    first.sandbox.stop().await;
+    let second = Setup { sandbox: start().await.unwrap(), clock: clock.clone() };
+    assert_eq!(second.refresh(&kept.refresh_token).await.status, 200);
+    assert_eq!(second.refresh(&revoked.refresh_token).await.status, 400);
+    let now = second.clock.now();
+    assert!(second.sandbox.world(|world| world.access(&access_token, now).is_some()), "living tokens too");
+    std::fs::write(&file, "{").unwrap();
+    let damaged = start().await.map(|_| ()).unwrap_err().to_string();
+    assert!(damaged.contains(".json: ") && damaged.contains("remove the file"), "{damaged}");
+    std::fs::remove_file(&file).unwrap();
+}
+
+#[tokio::test]
+async fn a_plain_http_client_may_say_that_it_keeps_the_connection() {
+    let setup = Setup::new().await;
+    for word in ["keep-alive", "Keep-Alive", "close"] {
+        let call = setup.api(Listener::Na, "GET", "/v2/profiles").header("connection", word);
+        assert_eq!(setup.get(call).await.status, 200, "{word}");
+    }
 }

@@ -10,7 +10,7 @@ use rustls::ServerConfig;
 use rustls::pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
 
 /// The names in the leaf: loopback, and the hosts that a test may resolve to loopback.
-const NAMES: [&str; 12] = [
+const NAMES: [&str; 15] = [
     "localhost",
     "127.0.0.1",
     "::1",
@@ -23,6 +23,9 @@ const NAMES: [&str; 12] = [
     "advertising-api.amazon.com",
     "advertising-api-eu.amazon.com",
     "advertising-api-fe.amazon.com",
+    "advertising-ai.amazon.com",
+    "advertising-ai-eu.amazon.com",
+    "advertising-ai-fe.amazon.com",
 ];
 
 /// What the listeners need, and what a client needs to trust them.

@@ -7,7 +7,7 @@ use std::collections::HashMap;
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use jiff::{SignedDuration, Timestamp};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::catalogue::Catalogue;
@@ -67,7 +67,7 @@ pub struct Client {
 }
 
 /// One user's permission for one client.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Grant {
     /// `Atzr|…`
     pub refresh_token: String,
@@ -84,7 +84,7 @@ pub struct Grant {
 }
 
 /// An access token that has not expired.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Access {
     /// The client that requested it.
     pub client_id: String,
@@ -139,6 +139,14 @@ pub(super) struct Twist {
     pub(super) rotate: bool,
 }
 
+/// What outlives a restart.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Kept {
+    grants: Vec<Grant>,
+    access: HashMap<String, Access>,
+}
+
 /// The tokens that the token endpoint issued.
 #[derive(Clone, Debug)]
 pub struct Issued {
@@ -179,6 +187,17 @@ impl World {
             faults: Faults::default(),
             limits: Limits::default(),
         }
+    }
+
+    /// What outlives a restart.
+    pub(super) fn kept(&self) -> Kept {
+        Kept { grants: self.grants.clone(), access: self.access.clone() }
+    }
+
+    /// Adds what an earlier process kept.
+    pub(super) fn restore(&mut self, kept: Kept) {
+        self.grants.extend(kept.grants);
+        self.access.extend(kept.access);
     }
 
     /// Adds an Allowed Return URL to every client.
