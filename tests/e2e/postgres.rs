@@ -44,8 +44,8 @@ impl Pair {
 
     pub async fn over(cluster: Cluster, url: &str, extra: &str, clock: Clock) -> Self {
         let sets = [("store.kind", "postgres"), ("store.postgres_url", url)];
-        let a = Harness::built(Options::calm(clock), extra, &sets).await;
-        let b = Replica::beside(&a, &[]).await;
+        let a = Box::pin(Harness::built(Options::calm(clock), extra, &sets)).await;
+        let b = Box::pin(Replica::beside(&a, &[])).await;
         let sql = cluster.connect().await;
         Self { a, b, cluster, sql }
     }
@@ -85,7 +85,7 @@ impl Replica {
         let sets = harness.sets.iter().cloned().chain(more).collect();
         let sources = Sources { file: Some(harness.config_file()), env: Vec::new(), sets };
         let config = config::load(&sources).unwrap_or_else(|problems| panic!("{problems}"));
-        let app = App::build(config, clock, None).await.unwrap().reloading(sources);
+        let app = Box::pin(App::build(config, clock, None)).await.unwrap().reloading(sources);
         let (proxy, admin) = (app.addresses().proxy[0], app.addresses().admin[0]);
         let (stop, stopped) = oneshot::channel::<()>();
         let ended = tokio::spawn(async move { app.run(async { drop(stopped.await) }).await.unwrap() });
