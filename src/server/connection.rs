@@ -61,14 +61,6 @@ impl Socket for UnixStream {
     }
 }
 
-/// What the service of a connection tells its loop.
-#[derive(Debug, Default)]
-struct ConnectionState {
-    /// Whether the current request has a body.
-    uploads: AtomicBool,
-    tunnel: TunnelState,
-}
-
 /// Why [`serve_http`] returned.
 enum Served<S, V> {
     /// The connection is idle and may be parked.

@@ -76,23 +76,6 @@ impl<S> MonitoredSocket<S> {
 
     /// The refusal that hyper's parser wrote, which was held back.
     pub(super) fn take_refusal(&mut self) -> Option<Bytes> {
-        self.refusal.take().map(Bytes::from)
-    }
-
-    /// Holds back a refusal of hyper's parser: only its error says whether the caller can be told more. Every other
-    /// response has a request id.
-    fn holds_back(&mut self, bytes: &[u8]) -> bool {
-        let refusal = bytes.starts_with(b"HTTP/1.1 400 ")
-            && bytes.ends_with(b"\r\n\r\n")
-            && !bytes.windows(REQUEST_ID.len()).any(|name| name == REQUEST_ID);
-        if refusal {
-            self.refusal = Some(bytes.into());
-        }
-        refusal
-    }
-
-    /// The refusal that hyper's parser wrote, which was held back.
-    pub(super) fn take_refusal(&mut self) -> Option<Bytes> {
         self.refusal.take()
     }
 

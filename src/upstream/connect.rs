@@ -1,6 +1,5 @@
 //! Opens a connection: TCP, TLS, and the HTTP version that ALPN selected.
 
-use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 

@@ -146,9 +146,12 @@ impl OauthEndpoints {
             Endpoint::User => self.logout(&query::user_in(parts.uri.path())?).await,
             Endpoint::Confirm => self.confirm(&query, &parts.headers).await,
             Endpoint::Root => Ok(self.root(&parts.headers)),
-            Endpoint::Events | Endpoint::Shim | Endpoint::Health | Endpoint::Discovery | Endpoint::StrayCallback | Endpoint::Unknown => {
-                Err(LoginError::NotFound(None))
-            }
+            Endpoint::Events
+            | Endpoint::Shim
+            | Endpoint::Health
+            | Endpoint::Discovery
+            | Endpoint::StrayCallback
+            | Endpoint::Unknown => Err(LoginError::NotFound(None)),
         }
     }
 

@@ -98,7 +98,7 @@ impl Body {
     }
 
     pub(super) fn events(stream: EventStream) -> Self {
-        Self { source: Source::Events(stream), _in_flight: None }
+        Self::from(Source::Events(stream))
     }
 
     pub(super) fn amazon(response: UpstreamBody) -> Self {
@@ -132,7 +132,7 @@ impl Body {
             match self.frame().await {
                 Some(Ok(frame)) => read.extend(frame.into_data().ok()),
                 Some(Err(error)) => {
-                    let rest = Self { source: Source::Read(None, Some(Err(error))), _in_flight: None };
+                    let rest = Self::from(Source::Read(None, Some(Err(error))));
                     return (read.freeze(), Some(rest));
                 }
                 None => return (read.freeze(), None),
