@@ -638,7 +638,7 @@ pub const KEYS: &[Key] = &[
     Key {
         name: "notify.url",
         kind: Secret,
-        default: Described { text: "none", example: "https://hooks.example.com/services/…" },
+        default: Described { text: "none", example: "https://hooks.example.com/services/T0/B0/x" },
         help: "Where events are posted that need a person, such as a login that is needed: see \
                [Notifications](../deploy/README.md#notifications). Treated as a secret, because those of chat programs \
                are",
@@ -647,7 +647,7 @@ pub const KEYS: &[Key] = &[
     Key {
         name: "notify.secret",
         kind: Secret,
-        default: Described { text: "none", example: "whsec_…" },
+        default: Described { text: "none", example: "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw" },
         help: "Signs each event, as [Standard Webhooks](https://www.standardwebhooks.com) say. Behind `whsec_` it is \
                base64",
         ..KEY

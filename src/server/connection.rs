@@ -67,8 +67,8 @@ enum Served<S, V> {
     Idle(MonitoredSocket<S>, V),
     /// A request head was not complete in time.
     HeadTimeout(MonitoredSocket<S>),
-    /// The parser rejected a request; holds its response, or nothing if the target is to blame.
-    Refused(MonitoredSocket<S>, Option<Bytes>),
+    /// The parser rejected a request; its response was held back. Holds whether the target is to blame.
+    Refused(MonitoredSocket<S>, bool),
     /// HTTP on the connection has ended; the socket has to be closed.
     Ended(MonitoredSocket<S>),
     /// A response broke off.
@@ -127,12 +127,16 @@ where
         (socket, service) = match served {
             Served::Idle(socket, service) => (socket, service),
             Served::HeadTimeout(socket) => break (socket, Some(context.own.head_timeout()), true),
-            Served::Refused(socket, refusal) => {
+            Served::Refused(mut socket, bad_target) => {
+                let refusal = socket.take_refusal().filter(|_| !bad_target);
                 break (socket, Some(refusal.unwrap_or_else(|| context.own.bad_target())), true);
             }
             Served::Ended(socket) => break (socket, None, true),
             // Dropped as it is: a graceful end would look like the end of the body.
-            Served::Broken(_) if slot.serves_http10() => return,
+            Served::Broken(mut socket) if slot.serves_http10() => {
+                socket.reset_when_closed();
+                return;
+            }
             Served::Broken(socket) => break (socket, None, true),
             Served::Reset => {
                 tracing::warn!(
@@ -231,11 +235,11 @@ where
                     let whole = error.is_parse();
                     let parts = connection.into_parts();
                     let bad_target = is_bad_target(&error, &parts.read_buf);
-                    let mut socket = parts.io.into_inner();
-                    return match socket.take_refusal() {
-                        Some(refusal) => Served::Refused(socket, Some(refusal).filter(|_| !bad_target)),
-                        None if whole => Served::Ended(socket),
-                        None => Served::Broken(socket),
+                    let socket = parts.io.into_inner();
+                    return match whole {
+                        _ if socket.has_refusal() => Served::Refused(socket, bad_target),
+                        true => Served::Ended(socket),
+                        false => Served::Broken(socket),
                     };
                 }
             },

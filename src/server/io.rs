@@ -39,7 +39,7 @@ pub(super) struct MonitoredSocket<S> {
     /// How much of a request's body was read after the response was written.
     rest: usize,
     /// A refusal of hyper's parser, held back: only its error says whether the caller can be told more.
-    refusal: Option<Bytes>,
+    refusal: Option<Box<Vec<u8>>>,
 }
 
 /// Most bytes of a request's body that are read after the response was written.
@@ -76,7 +76,11 @@ impl<S> MonitoredSocket<S> {
 
     /// The refusal that hyper's parser wrote, which was held back.
     pub(super) fn take_refusal(&mut self) -> Option<Bytes> {
-        self.refusal.take()
+        self.refusal.take().map(|refusal| Bytes::from(*refusal))
+    }
+
+    pub(super) fn has_refusal(&self) -> bool {
+        self.refusal.is_some()
     }
 
     /// Records whether a write was blocked. It records changes only, so an uninterrupted response costs nothing.
@@ -127,7 +131,7 @@ impl<S: AsyncRead + Unpin> MonitoredSocket<S> {
 impl<S: AsFd> MonitoredSocket<S> {
     /// Before the first byte of a response to HTTP/1.0: lets the kernel reset the connection when it is closed, also if
     /// the process dies. Its caller would take any other end for the end of the body.
-    fn reset_when_closed(&mut self) {
+    pub(super) fn reset_when_closed(&mut self) {
         if !self.resets && self.activity.serves_http10() {
             self.resets = set_socket_linger(&self.socket, Some(Duration::ZERO)).is_ok();
         }
@@ -154,7 +158,7 @@ impl<S: AsyncWrite + AsFd + Unpin> MonitoredSocket<S> {
         if self.activity.is_rejecting_head()
             && let Some(answer) = with_request_id(bytes, &self.own.request_id())
         {
-            self.refusal = Some(answer.into());
+            self.refusal = Some(Box::new(answer));
             return Poll::Ready(Ok(bytes.len()));
         }
         Pin::new(&mut self.socket).poll_write(cx, bytes)

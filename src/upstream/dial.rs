@@ -68,7 +68,11 @@ impl Dialer {
             Some(proxy) => proxy.open(&self.host, self.port).await,
             None => {
                 let opened = tcp::connect(&self.host, self.port).await;
-                opened.map_err(|error| ErrorKind::Unreachable(Arc::new(error)))
+                opened.map_err(|error| {
+                    // A search domain can lead a name elsewhere, so it stands beside the address that was tried.
+                    let named = std::io::Error::new(error.kind(), format!("{}:{}: {error}", self.host, self.port));
+                    ErrorKind::Unreachable(Arc::new(named))
+                })
             }
         }
     }
