@@ -96,7 +96,8 @@ impl Upload {
         self.begun = true;
         let frame = ready!(Pin::new(&mut self.incoming).poll_frame(cx));
         match &frame {
-            Some(Ok(_)) if !self.incoming.is_end_stream() => {}
+            // Trailers end a body, and whoever reads it may not ask for more.
+            Some(Ok(frame)) if frame.is_data() && !self.incoming.is_end_stream() => {}
             Some(Ok(_)) | None => drop(self.uploading.take().map(Uploading::complete)),
             // The connection ends too.
             Some(Err(_)) => self.uploading = None,

@@ -39,7 +39,7 @@ pub(super) struct MonitoredSocket<S> {
     /// How much of a request's body was read after the response was written.
     rest: usize,
     /// A refusal of hyper's parser, held back: only its error says whether the caller can be told more.
-    refusal: Option<Box<Vec<u8>>>,
+    refusal: Option<Box<Bytes>>,
 }
 
 /// Most bytes of a request's body that are read after the response was written.
@@ -76,7 +76,7 @@ impl<S> MonitoredSocket<S> {
 
     /// The refusal that hyper's parser wrote, which was held back.
     pub(super) fn take_refusal(&mut self) -> Option<Bytes> {
-        self.refusal.take().map(|refusal| Bytes::from(*refusal))
+        self.refusal.take().map(|refusal| *refusal)
     }
 
     pub(super) fn has_refusal(&self) -> bool {
@@ -158,7 +158,7 @@ impl<S: AsyncWrite + AsFd + Unpin> MonitoredSocket<S> {
         if self.activity.is_rejecting_head()
             && let Some(answer) = with_request_id(bytes, &self.own.request_id())
         {
-            self.refusal = Some(Box::new(answer));
+            self.refusal = Some(Box::new(answer.into()));
             return Poll::Ready(Ok(bytes.len()));
         }
         Pin::new(&mut self.socket).poll_write(cx, bytes)

@@ -8,10 +8,10 @@
 //! - A refusal **pauses** all calls: for `Retry-After`, or for a default that doubles with each refusal in a row.
 //! - It **halves** the rate, once per overload: calls that were under way already when the first of them was refused
 //!   say nothing new.
-//! - The rate returns within [`RECOVERY`] seconds to just below the *ceiling*, the limit as it was last seen, then
+//! - The rate returns within `RECOVERY` seconds to just below the *ceiling*, the limit as it was last seen, then
 //!   **rises slowly**, and faster the longer no refusal follows.
-//! - The **ceiling** is [`KEPT`] of the rate at which Amazon refused last. After two refusals in quick succession it is
-//!   [`QUICK`] of that rate: the limit has fallen.
+//! - The **ceiling** is `KEPT` of the rate at which Amazon refused last. After two refusals in quick succession it is
+//!   `QUICK` of that rate: the limit has fallen.
 //!
 //! Latency plays no part: it says nothing about a quota. `tests/bench/throttle.rs` simulates the law beside others, and
 //! justifies the constants.
@@ -190,7 +190,7 @@ impl Law {
         self.tat = self.tat.max(now) + weight / self.rate(now);
     }
 
-    /// How long, from `now`, until `calls` further calls were sent, with a [`MARGIN`] for refusals meanwhile.
+    /// How long, from `now`, until `calls` further calls were sent, with a `MARGIN` for refusals meanwhile.
     pub fn expected(&self, now: Seconds, calls: f64) -> Seconds {
         let start = self.resumed.max(now);
         let sent = |wait: Seconds| self.volume(now + wait) - self.volume(start);

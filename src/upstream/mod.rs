@@ -1,8 +1,8 @@
 //! Pooled TLS connections to the hosts of the Ads API and of the MCP server.
 //!
-//! Each host has a pool ([`pool`]) of HTTP/2 connections, which many requests share ([`http2`]), and of idle HTTP/1.1
+//! Each host has a pool (`pool`) of HTTP/2 connections, which many requests share (`http2`), and of idle HTTP/1.1
 //! connections. HTTP/2 is cheaper at high concurrency; at low concurrency, steady traffic moves to HTTP/1.1 connections
-//! that are opened beside the shared one ([`protocol_choice`]).
+//! that are opened beside the shared one (`protocol_choice`).
 //!
 //! An HTTP/1.1 connection returns to the pool only after both its request and its response have been transferred
 //! completely. In every other case it is closed.

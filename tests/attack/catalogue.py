@@ -207,13 +207,17 @@ def request_lines():
                  f"G(E)T {ECHO} HTTP/1.1", f"GET{{}} {ECHO} HTTP/1.1",
                  f"G@T {ECHO} HTTP/1.1", f"G/T {ECHO} HTTP/1.1", f"GET: {ECHO} HTTP/1.1", f"\"GET\" {ECHO} HTTP/1.1",
                  f"GET {ECHO} HTTP/1.1\r", f"GET {ECHO}\r HTTP/1.1", f"GE\rT {ECHO} HTTP/1.1"]:
-        yield repr(line), f"{line}\r\n{host}".encode("latin-1"), BARE
+        # Where the parser read a method, it is the target that it cannot read, and the answer says so.
+        target = line in [f"GET {ECHO}", f"GET  {ECHO} HTTP/1.1", f"GET {ECHO}\tHTTP/1.1", "GET HTTP/1.1",
+                          f"GET {ECHO}\x0bHTTP/1.1", f"GET {ECHO}\0 HTTP/1.1", f"GET {ECHO}?\x01 HTTP/1.1",
+                          f"GET {ECHO}?\x7f HTTP/1.1", f"GET {ECHO}\r HTTP/1.1"]
+        yield repr(line), f"{line}\r\n{host}".encode("latin-1"), REFUSED if target else BARE
     for line in [f"GET {ECHO}<x> HTTP/1.1", f'GET {ECHO}?a="b" HTTP/1.1', f'POST {ECHO}?"<>" HTTP/1.0']:
         yield repr(line), f"{line}\r\n{host}".encode("latin-1"), REFUSED
     yield "the preface of HTTP/2", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", Outcome(0)
     yield "a TLS client's first bytes", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"A" * 64 + b"\r\n\r\n", BARE
     yield "an SSH client's first bytes", b"SSH-2.0-OpenSSH_9.2\r\n\r\n", BARE
-    yield "a mail", b"EHLO localhost\r\n\r\n", BARE
+    yield "a mail", b"EHLO localhost\r\n\r\n", REFUSED
     yield "a Redis command", b"*1\r\n$4\r\nINFO\r\n\r\n", BARE
     yield "a PROXY line", b"PROXY TCP4 127.0.0.1 127.0.0.1 1 2\r\n" + got().replace(MARK.encode(), b""), BARE
     yield "empty lines first", b"\r\n\r\n" + got(), passes("GET")

@@ -120,7 +120,7 @@ impl Postgres {
         self.bulk_query(RETRY, &[]).await.map(drop)
     }
 
-    /// Counts the records by what they are sealed with, for [`health`](Self::health).
+    /// Counts the records by what they are sealed with, for `health`.
     ///
     /// # Errors
     ///
