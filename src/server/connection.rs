@@ -234,7 +234,7 @@ where
                     // After an error of its parser hyper has written a response, and it is whole.
                     let whole = error.is_parse();
                     let parts = connection.into_parts();
-                    let bad_target = is_bad_target(&error);
+                    let bad_target = is_bad_target(&error, &parts.read_buf);
                     let socket = parts.io.into_inner();
                     return match whole {
                         _ if socket.has_refusal() => Served::Refused(socket, bad_target),
@@ -277,9 +277,25 @@ enum Step {
     Idle,
 }
 
-/// Whether hyper could not read the target of a request: programs send characters that no URL can hold.
-fn is_bad_target(error: &hyper::Error) -> bool {
-    error.is_parse() && error.to_string().contains("invalid URI")
+/// Whether hyper could not read a request because of a character that programs send and no URL can hold. Of other
+/// malformed requests nothing can be said. `unread` is what hyper left: the request from its beginning, or, if its line
+/// was well-formed but for such a character, what follows its head.
+fn is_bad_target(error: &hyper::Error, unread: &[u8]) -> bool {
+    const METHODS: [&[u8]; 9] =
+        [b"GET", b"HEAD", b"POST", b"PUT", b"PATCH", b"DELETE", b"OPTIONS", b"CONNECT", b"TRACE"];
+    let line = unread.split(|byte| matches!(byte, b'\r' | b'\n')).find(|line| !line.is_empty()).unwrap_or_default();
+    let words: Vec<_> = line.splitn(4, |byte| *byte == b' ').collect();
+    let bad = match words.as_slice() {
+        [method, target, b"HTTP/1.1" | b"HTTP/1.0"] => {
+            let holds_none = |byte: &u8| b"\"<>`^{|}\\".contains(byte) || !byte.is_ascii();
+            // A line without a fault was not refused: the request before it was, and is gone.
+            let follows = METHODS.contains(method) && target.iter().all(u8::is_ascii_graphic);
+            target.iter().any(holds_none) || follows
+        }
+        [method, ..] => !METHODS.contains(method),
+        [] => true,
+    };
+    bad && error.is_parse() && error.to_string().contains("invalid URI")
 }
 
 /// Takes the socket and the service back from hyper.
