@@ -1,5 +1,7 @@
 //! Reads single keys by the type that the table gives them, and records each effective value. An invalid value is
 //! recorded as a problem and replaced by the default, so that all problems are found.
+//!
+//! The file is long because each type of the table has a method of its own; none of them is longer than a screen.
 
 use std::fmt::Display;
 use std::path::Path;

@@ -1,4 +1,6 @@
 //! From the layers to a [`Config`]: each key of the table is read here once, into the field that uses it.
+//!
+//! The file is long because it reads each key of the table once, section by section.
 
 use std::path::PathBuf;
 

@@ -78,6 +78,7 @@ enum Served<S, V> {
 }
 
 /// Serves one connection until it is closed.
+// The function is long because it lists every way in which a connection can end, and what the caller then sees.
 pub(super) async fn run<S, H, F, B>(stream: S, peer: Peer, slot: Slot, context: Arc<super::ListenerContext<H>>)
 where
     S: Socket,

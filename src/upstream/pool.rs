@@ -220,7 +220,7 @@ impl OriginPool {
         }
     }
 
-    /// Starts a task that opens a connection: for those who wait, or in the background for the next request.
+    /// Starts a task that opens a connection: for the requests that wait, or in the background for the next request.
     fn open(self: &Arc<Self>, connections: &mut Connections, background: bool) {
         connections.opening += 1;
         let offer = Offer::Configured {
@@ -469,7 +469,7 @@ impl Connections {
         }
     }
 
-    /// Tells those who wait for a connection that it could not be opened.
+    /// Tells the requests that wait for a connection that it could not be opened.
     fn fail(&mut self, error: ErrorKind, background: bool) {
         if background {
             tracing::debug!(%error, "no connection could be opened in the background");

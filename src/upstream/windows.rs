@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
-/// Most concurrent requests on one connection, if the server allows so many.
+/// Most concurrent requests on one connection, if the server allows that number.
 pub(super) const MAX_STREAMS: usize = 100;
 
 /// Bytes by which all windows together may grow.

@@ -45,7 +45,7 @@ struct Call {
     /// The length of Amazon's body.
     length: usize,
     chunked: bool,
-    /// Amazon closes the connection after so many bytes of the body.
+    /// Amazon closes the connection after this many bytes of the body.
     broken_after: Option<usize>,
     /// Amazon answers before it reads the request's body.
     early: bool,

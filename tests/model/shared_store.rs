@@ -205,7 +205,7 @@ impl World {
         }
     }
 
-    /// Lets everything come to an end: no more failovers, all statements applied, all rows read.
+    /// Lets everything finish: no more failovers, all statements applied, all rows read.
     fn settle(&mut self) {
         for _ in 0..200 {
             while !self.sent.is_empty() {

@@ -1,5 +1,7 @@
 //! Asks Amazon which accounts a grant reaches: profiles of the three regions, manager accounts, DSP advertisers, AMC
 //! accounts and instances.
+//!
+//! The file is long because each of Amazon's four lists has a shape of its own, and they are read in one pass.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};

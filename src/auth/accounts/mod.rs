@@ -3,6 +3,8 @@
 //!
 //! Amazon is asked after a login, on request, and once a day (`accounts.sync`). What a source lists is taken; what it
 //! does not list any more is marked as missing and stays selectable; a source that does not answer changes nothing.
+//!
+//! The file is a little over 400 lines: what is listed, stored and selected shares one lock and one snapshot.
 
 mod discovery;
 mod listing;
@@ -95,7 +97,7 @@ pub struct Snapshot {
     /// What is stored for each user.
     pub users: BTreeMap<UserId, Arc<UserAccounts>>,
     by_slug: HashMap<String, Entry>,
-    /// Whether there are so many accounts that metrics must not name them.
+    /// Whether there are too many accounts to name each in the metrics.
     many: bool,
 }
 
@@ -175,7 +177,7 @@ impl Snapshot {
         self.by_slug.is_empty()
     }
 
-    /// Whether there are so many accounts that metrics name none of them.
+    /// Whether there are too many accounts to name each in the metrics.
     pub fn is_large(&self) -> bool {
         self.many
     }

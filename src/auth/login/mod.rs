@@ -3,6 +3,8 @@
 //! A state is 256 random bits, stored as a hash, valid for ten minutes and for one callback: it is removed before the
 //! code is exchanged. A cookie binds a login that a browser started to that browser (RFC 9700, section 4.7). Pending
 //! logins and pending grants survive a restart: see [`PendingLogins`].
+//!
+//! The file is a little over 400 lines: start, callback and confirmation are one story, told in order.
 
 mod expiring_map;
 mod outcome;

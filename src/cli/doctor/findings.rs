@@ -1,4 +1,6 @@
 //! What the doctor can say: groups, findings, and the table of every code with its fault and its cure.
+//!
+//! The file is long because it is a table: one row for each code.
 
 use std::fmt;
 

@@ -1,8 +1,8 @@
 //! `adsidecar doctor`: what is wrong, whose fault it is, and what fixes it.
 //!
 //! The offline checks come first and need nothing. The online checks run in parallel, each with its own time limit, and
-//! prove by use: through the running sidecar, or one inside the command. Nothing is changed but the tokens that Amazon
-//! renews.
+//! prove by use: through the running sidecar, or one inside the command. They change nothing but the
+//! tokens that they refresh.
 
 mod findings;
 mod network;

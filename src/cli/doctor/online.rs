@@ -116,6 +116,7 @@ pub(super) async fn by_use(config: &Config, sidecar: &Sidecar, findings: &mut Ve
 type Profiles = BTreeMap<Region, Vec<Value>>;
 
 /// Refreshes one user's token, and lists the profiles of each region with it. `None` without a token.
+// The function is long because it lists the findings about a user, in the order in which they exclude each other.
 async fn one_user(sidecar: &Sidecar, user: &UserId) -> (Vec<Finding>, Option<Profiles>) {
     let mut findings = Vec::new();
     let path = format!("/api/auth/amazon/refresh?user_id={}", encoded(user.as_str()));

@@ -2,6 +2,8 @@
 //!
 //! The browser's return to the callback and a pasted redirect URL race each other: whichever arrives first finishes the
 //! login. All work is done by a sidecar, the running one or one inside this command.
+//!
+//! The file is a little over 400 lines: the command is one conversation, in the order in which a person has it.
 
 mod browser;
 mod pasted;

@@ -1,4 +1,6 @@
 //! The OAuth endpoints: `/api/auth/amazon/*`, and the token endpoint for SDKs (`token_endpoint`).
+//!
+//! The file is a little over 400 lines: each endpoint is one method, and what they share is in the other files.
 
 mod events;
 mod accounts;
