@@ -35,6 +35,7 @@ mod mcp;
 mod nginx;
 mod notify;
 mod observability;
+mod page;
 mod policy;
 mod process;
 mod proxies;

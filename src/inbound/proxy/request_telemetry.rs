@@ -13,7 +13,7 @@ use crate::domain::account::Region;
 use crate::inbound::problem::Problem;
 use crate::inbound::request_id::REQUEST_ID;
 use crate::inbound::route::RoutedRequest;
-use crate::telemetry::audit::{AuditEvent, AuditOutcome, Fault, milliseconds};
+use crate::telemetry::audit::{AuditEvent, AuditOutcome, Fault, RecentCall, milliseconds};
 use crate::telemetry::metrics::Metrics;
 
 /// The status counted for a caller that disconnected before the response began, as nginx does.
@@ -34,6 +34,7 @@ pub(super) struct RequestTelemetry<'a> {
     method: &'static str,
     account: String,
     region: &'static str,
+    family: &'static str,
     source: &'static str,
     hint: Option<&'static str>,
     request_id: HeaderValue,
@@ -47,6 +48,8 @@ pub(super) struct RequestTelemetry<'a> {
     in_flight: Option<InFlight>,
     /// `None` if `log.audit` is off.
     audit: Option<Box<AuditEvent>>,
+    /// Whether adsidecar's own endpoint serves the request.
+    is_own: bool,
     recorded: bool,
 }
 
@@ -62,6 +65,7 @@ impl<'a> RequestTelemetry<'a> {
             method: label(method),
             account: String::new(),
             region: "",
+            family: "",
             source: "sidecar",
             hint: None,
             request_id,
@@ -72,6 +76,7 @@ impl<'a> RequestTelemetry<'a> {
             fault: Some(Fault::Caller),
             in_flight: Some(InFlight(metrics.clone())),
             audit: AuditEvent::begin(),
+            is_own: false,
             recorded: false,
             metrics,
         }
@@ -81,14 +86,14 @@ impl<'a> RequestTelemetry<'a> {
         self.request_id.to_str().unwrap_or_default()
     }
 
-    /// Records that adsidecar's own endpoint serves the request: it gets no audit line.
+    /// Records that adsidecar's own endpoint serves the request: it gets no audit line, and is no call to Amazon.
     pub(super) fn set_own_endpoint(&mut self) {
-        self.audit = None;
+        (self.audit, self.is_own) = (None, true);
     }
 
     pub(super) fn set_route(&mut self, route: &RoutedRequest<'_>) {
         route.account_label().clone_into(&mut self.account);
-        self.region = route.region.as_str();
+        (self.region, self.family) = (route.region.as_str(), route.family.name);
         if let Some(audit) = &mut self.audit {
             route.account_name().clone_into(&mut audit.account);
             route.user.as_str().clone_into(&mut audit.user);
@@ -200,6 +205,18 @@ impl<'a> RequestTelemetry<'a> {
                 took_ms = milliseconds(took),
                 "request"
             );
+        }
+        if !self.is_own {
+            self.metrics.recent_calls.remember(RecentCall {
+                ended: self.begun + took,
+                took,
+                method: self.method,
+                family: self.family,
+                account: std::mem::take(&mut self.account),
+                status,
+                fault: self.fault,
+                request_id: self.request_id().into(),
+            });
         }
     }
 
