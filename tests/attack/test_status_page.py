@@ -109,6 +109,15 @@ def busy(driven, sandbox):
     for user in ["anna", "bert", "agency|paris"]:
         log_in(driven, sandbox, user)
     order(f"{sandbox.proxy}/api/auth/amazon/accounts/sync?user_id=anna", "POST")
+    for minute in range(52):
+        # Some minutes have more calls, and a few of them fail.
+        for number in range(minute * 7 % 11 + minute % 4):
+            order(f"{sandbox.proxy}/v2/profiles", X_Ads_User="anna")
+        if minute % 13 == 5:
+            fault(sandbox, {"status": {"code": 503}}, door="na")
+            order(f"{sandbox.proxy}/v2/profiles", X_Ads_User="anna")
+        order(f"{sandbox.control}/clock", "POST", b'{"advance": "1m"}')
+        order(f"{sandbox.admin}/?part=true")
     for number in range(12):
         order(f"{sandbox.proxy}/v2/profiles", X_Ads_User="anna", X_Request_Id=f"morning-{number}")
     fault(sandbox, {"status": {"code": 503}}, door="na")
