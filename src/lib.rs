@@ -19,7 +19,8 @@
 //! 2. `app/mod.rs` (the closure `serve_proxy`, which takes the current services), `inbound/proxy/mod.rs`, the spine:
 //!    `serve` always returns a response, and `forward` is the list of the steps below.
 //! 3. `inbound/request_id.rs` (`of`), `inbound/proxy/request_telemetry.rs` (`begin`: a guard around all other steps;
-//!    its end records the metrics and the audit line), `telemetry/audit.rs` (only a check, unless `log.audit` is on).
+//!    its end records the metrics and the audit line), `telemetry/audit.rs` (`remember`, for the status page; the line
+//!    only if `log.audit` is on).
 //! 4. `inbound/admission/mod.rs` (`proxy`: peer, framing, method, `Host`, browsers, caller token) and, between its
 //!    checks, `inbound/destination/mod.rs` (`Route::read`: is the request for Amazon or for [`inbound::oauth`]).
 //! 5. `inbound/route.rs` (`select`: account, user, region), `domain/api_families.rs` (`family`), `domain/policy.rs`
