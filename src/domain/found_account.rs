@@ -228,8 +228,8 @@ pub fn slug(text: &str) -> String {
 /// Gives a slug to each of the accounts of `user` that has none. `taken` tells which slugs others have: accounts of the
 /// configuration, and those of other users.
 ///
-/// An account keeps its slug as long as it is stored. New accounts that lay claim to the same slug all get a longer one:
-/// none of them is what a caller means who knows only the short one.
+/// An account keeps its slug as long as it is stored. New accounts that lay claim to the same slug all get a longer
+/// one: none of them is what a caller means who knows only the short one.
 pub fn assign_slugs(accounts: &mut [FoundAccount], user: &UserId, taken: impl Fn(&str) -> bool) {
     let mut used: BTreeSet<String> = BTreeSet::new();
     for account in accounts.iter_mut() {

@@ -87,8 +87,8 @@ struct Link {
     task: Option<Waker>,
 }
 
-/// Opens the HTTP/2 connection on `socket`, whose reads `activity` records. Returns its handle, and the future that runs
-/// it. `max_streams` is assumed until the server says how many it allows.
+/// Opens the HTTP/2 connection on `socket`, whose reads `activity` records. Returns its handle, and the future that
+/// runs it. `max_streams` is assumed until the server says how many it allows.
 ///
 /// # Errors
 /// Fails if the connection breaks.

@@ -647,6 +647,7 @@ async fn help_is_a_command_too() {
 }
 
 #[test]
+// Covers: situation 33.
 fn completions_into_a_closed_pipe_end_quietly() {
     let mut child = command(&["completions", "bash"]);
     let (reader, writer) = std::io::pipe().unwrap();

@@ -22,6 +22,7 @@ mod first_words;
 mod floors;
 mod request_target;
 mod framing;
+mod fuzz_corpora;
 mod guard;
 mod headers;
 mod http2;

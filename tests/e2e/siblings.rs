@@ -44,6 +44,7 @@ async fn what_the_admin_listener_does_not_understand_does_nothing_and_is_named()
 }
 
 #[tokio::test(flavor = "multi_thread")]
+// Covers: situation 2.
 async fn a_selector_or_an_account_prefix_in_another_spelling_is_refused_and_nothing_is_sent() {
     let harness = Harness::with("[[account]]\nname = \"default\"\nprofile_id = \"1\"\n").await;
     harness.log_in("default").await;
@@ -87,6 +88,7 @@ async fn a_selector_or_an_account_prefix_in_another_spelling_is_refused_and_noth
 }
 
 #[tokio::test(flavor = "multi_thread")]
+// Covers: situation 24.
 async fn an_oauth_client_that_looks_for_its_endpoints_finds_none_at_amazon() {
     let harness = Harness::start().await;
     harness.log_in("default").await;

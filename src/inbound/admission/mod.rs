@@ -204,7 +204,8 @@ impl Admission {
         }
     }
 
-    /// A tunnel is opened only to port 80 of one of Amazon's hosts: adsidecar cannot see into TLS, and is no open proxy.
+    /// A tunnel is opened only to port 80 of one of Amazon's hosts: adsidecar cannot see into TLS, and is no open
+    /// proxy.
     fn tunnel(&self, request: &Parts, peer: Peer) -> Result<Admitted, Refusal> {
         let headers = &request.headers;
         framing(headers)?;

@@ -230,10 +230,10 @@ impl OauthEndpoints {
             return Ok(pages::result(&outcome));
         }
         Ok(match outcome {
-            Ok(LoginOutcome::Stored(status)) => json(
-                StatusCode::OK,
-                &json!({ "status": "success", "user_id": status.user_id, "expires_at": status.expires_at.map(to_the_millisecond) }),
-            ),
+            Ok(LoginOutcome::Stored(Status { user_id, expires_at, .. })) => {
+                let expires_at = expires_at.map(to_the_millisecond);
+                json(StatusCode::OK, &json!({ "status": "success", "user_id": user_id, "expires_at": expires_at }))
+            }
             Ok(LoginOutcome::Pending(grant)) => {
                 json(StatusCode::OK, &json!({ "status": "pending", "grant": grant.expose() }))
             }

@@ -184,8 +184,8 @@ fn no_route(error: RouteError) -> &'static str {
         }
         RouteError::Bad(why) => why,
         RouteError::UnknownHeader(_) => {
-            "a header begins with X-Ads- and is none of X-Ads-Account, X-Ads-User, X-Ads-Region and X-Ads-Sidecar-Token \
-             (400 bad_request)"
+            "a header begins with X-Ads- and is none of X-Ads-Account, X-Ads-User, X-Ads-Region and \
+             X-Ads-Sidecar-Token (400 bad_request)"
         }
     }
 }

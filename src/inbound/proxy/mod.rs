@@ -93,7 +93,8 @@ pub struct Proxy {
     replay_budget: Arc<ReplayBudget>,
     max_body: Option<u64>,
     body_timeout: Duration,
-    policy_mode: Mode,
+    /// `policy.mode`; `None` if neither `[policy]` nor an account has rules.
+    policy: Option<Mode>,
     admission: Admission,
     tokens: TokenManager,
     throttle: Throttle,
@@ -131,6 +132,8 @@ impl Proxy {
     ) -> Self {
         // The series exists from the start, so that an alert can tell "nothing was denied" from "no data".
         metrics.policy_denied.with_label_values(&["", settings.policy.mode.as_str()]);
+        let mut all_rules = settings.accounts.iter().map(|account| &account.rules).chain([&settings.policy.rules]);
+        let policy = all_rules.any(|rules| !rules.is_empty()).then_some(settings.policy.mode);
         Self {
             client_id,
             replay_limit: settings.replay_limit,
@@ -138,7 +141,7 @@ impl Proxy {
             max_body: settings.max_body,
             body_timeout: settings.body_timeout,
             accounts: Accounts::new(settings.accounts, settings.region, settings.selection, settings.policy.rules),
-            policy_mode: settings.policy.mode,
+            policy,
             directory,
             admission,
             tokens,
@@ -226,7 +229,9 @@ impl Proxy {
         let found = self.directory.snapshot();
         let route = self.accounts.select(target, &parts.headers, &found)?;
         telemetry.set_route(&route);
-        self.enforce_policy(&route, parts, target, telemetry)?;
+        if let Some(mode) = self.policy {
+            self.enforce_policy(mode, &route, parts, target, telemetry)?;
+        }
         if route.family.is_unknown() {
             self.metrics.unknown_family.inc();
         }
@@ -257,7 +262,7 @@ impl Proxy {
                 Join::Alone => break None,
                 Join::Follow(other) => {
                     if let Some(response) = other.answer().await {
-                        telemetry.set_response_from_amazon(response.status());
+                        telemetry.set_response_from_amazon();
                         return Ok(response);
                     }
                 }
@@ -299,10 +304,11 @@ impl Proxy {
             _ => response.map(Body::amazon),
         };
         if route.family.service == Service::Mcp {
-            // Amazon's challenge names an authorization server, and MCP clients would start an OAuth of their own there.
+            // Amazon's challenge names an authorization server, and MCP clients would start an OAuth of their own
+            // there.
             response.headers_mut().remove(WWW_AUTHENTICATE);
         }
-        telemetry.set_response_from_amazon(response.status());
+        telemetry.set_response_from_amazon();
         let hint = telemetry.take_hint().or_else(|| pass.hint()).or_else(|| route.hint());
         Ok(response::to_caller(response, hint, pass.waited()))
     }
@@ -310,6 +316,7 @@ impl Proxy {
     /// Refuses what the policy forbids. In observe mode, counts such a request and lets it pass.
     fn enforce_policy(
         &self,
+        mode: Mode,
         route: &RoutedRequest<'_>,
         parts: &Parts,
         target: &Target,
@@ -318,8 +325,8 @@ impl Proxy {
         let query = target.path_and_query.query();
         let checked = route.rules.check(&parts.method, target.path(), query, &parts.headers);
         let Err(denied) = checked else { return Ok(()) };
-        self.metrics.policy_denied.with_label_values(&[route.account_label(), self.policy_mode.as_str()]).inc();
-        match self.policy_mode {
+        self.metrics.policy_denied.with_label_values(&[route.account_label(), mode.as_str()]).inc();
+        match mode {
             Mode::Enforce => Err(ProxyError::Denied(denied)),
             Mode::Observe => {
                 telemetry.set_would_be_denied();

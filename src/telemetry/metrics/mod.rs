@@ -324,8 +324,8 @@ impl Metrics {
         Ok(metrics)
     }
 
-    /// The name (without `adsidecar_`), labels and help text of each metric, in the order of the manual, without those of
-    /// the process itself.
+    /// The name (without `adsidecar_`), labels and help text of each metric, in the order of the manual, without those
+    /// of the process itself.
     pub fn descriptions(&self) -> &[Desc] {
         &self.descriptions
     }

@@ -3,20 +3,24 @@
 //! Plain HTTP on loopback, JSON in and out. The `Host` must be a loopback name and there must be no `Origin`, so that
 //! no web page in a browser can reach it.
 //!
-//! | endpoint | does |
-//! |---|---|
-//! | `GET /` | the current state: addresses, client, clock, fault rules, counts, endpoints |
-//! | `GET /ca.pem` | the certificate of the throw-away CA |
-//! | `GET /history` | `{"calls": [...], "lwa": {...}}`: every call received, unchanged; `?door=na` selects one listener |
-//! | `DELETE /history` | deletes them |
-//! | `POST /trouble` | adds a [`Rule`] (or a list of them): `{"trouble": {"status": {"code": 503}}, "door": "na", "path": "/v2", "when": {"next": 3}}`; `door`, `path`, `when` are optional |
-//! | `DELETE /trouble` | removes all rules, and releases the calls that they hold |
-//! | `POST /limits` | replaces the rate limits of the Ads listeners: a list of [`RateLimit`]s, the first that matches applies: `[{"per_second": 20, "burst": 20, "path": "/sp", "told": "nothing"}]`; `told` is `seconds` (default), `date`, `nothing`, `html` or `{"text": "…"}` |
-//! | `POST /clock` | `{"advance": "1h"}`: moves the sandbox's clock; `-1h` moves it back; returns the time |
-//! | `POST /consent` | records a consent: `{"want": "code"}` (default; also `redirect_uri`, `scope`, `advertiser`, `client_id`, `code_challenge` with S256) answers `{"code"}`; `{"want": "grant"}` answers `{"refresh_token", "access_token", "expires_in"}` |
-//! | `POST /revoke` | `{"refresh_token": "Atzr\|…"}`, or `{}` for all: revokes grants; returns `{"revoked": n}` |
-//! | `POST /events` | `{"count": 1}`: releases `count` events of `/sandbox/events?step=1` |
-//! | `GET /ap/oa` | the consent page again, for a browser that does not know the throw-away CA |
+//! - `GET /`: the current state: addresses, client, clock, fault rules, counts, endpoints
+//! - `GET /ca.pem`: the certificate of the throw-away CA
+//! - `GET /history`: `{"calls": [...], "lwa": {...}}`: every call received, unchanged; `?door=na` selects one listener
+//! - `DELETE /history`: deletes them
+//! - `POST /trouble`: adds a [`Rule`] (or a list of them):
+//!   `{"trouble": {"status": {"code": 503}}, "door": "na", "path": "/v2", "when": {"next": 3}}`; `door`, `path` and
+//!   `when` are optional
+//! - `DELETE /trouble`: removes all rules, and releases the calls that they hold
+//! - `POST /limits`: replaces the rate limits of the Ads listeners: a list of [`RateLimit`]s, of which the first that
+//!   matches applies: `[{"per_second": 20, "burst": 20, "path": "/sp", "told": "nothing"}]`; `told` is `seconds` (the
+//!   default), `date`, `nothing`, `html` or `{"text": "…"}`
+//! - `POST /clock`: `{"advance": "1h"}` moves the sandbox's clock, and `-1h` moves it back; returns the time
+//! - `POST /consent`: records a consent. `{"want": "code"}` (the default; also `redirect_uri`, `scope`, `advertiser`,
+//!   `client_id`, `code_challenge` with S256) returns `{"code"}`; `{"want": "grant"}` returns
+//!   `{"refresh_token", "access_token", "expires_in"}`
+//! - `POST /revoke`: `{"refresh_token": "Atzr|…"}`, or `{}` for all: revokes grants; returns `{"revoked": n}`
+//! - `POST /events`: `{"count": 1}` releases `count` events of `/sandbox/events?step=1`
+//! - `GET /ap/oa`: the consent page again, for a browser that does not know the throw-away CA
 
 use bytes::Bytes;
 use http::request::Parts;
@@ -52,8 +56,8 @@ struct Let {
     count: usize,
 }
 
-/// The body of `POST /trouble`, for a caller that sent another one. With another fault in the place of `status`, or a list
-/// of such objects.
+/// The body of `POST /trouble`, for a caller that sent another one. With another fault in the place of `status`, or a
+/// list of such objects.
 fn rule_shape() -> Value {
     json!({ "trouble": { "status": { "code": 503 } }, "door": "na", "path": "/v2", "when": { "next": 3 } })
 }
