@@ -10,7 +10,7 @@ use serde_json::Value;
 
 use super::sidecar::{AMAZON, Sidecar, encoded};
 use super::{Exit, Failed, Output, block_on, print, table, users};
-use crate::auth::accounts::{Filter, Listed, Snapshot, UserAccounts, list};
+use crate::auth::accounts::{Filter, Listed, Snapshot, UserAccounts, check_country, list};
 use crate::config::Config;
 use crate::domain::account::UserId;
 use crate::domain::found_account::{AccountType, FoundAccount};
@@ -50,7 +50,7 @@ pub(super) struct List {
     #[arg(long, value_name = "TEXT")]
     name: Option<String>,
     /// Those of one country, such as DE
-    #[arg(long)]
+    #[arg(long, value_name = "CODE", value_parser = check_country)]
     country: Option<String>,
     /// Those of one type: seller, vendor, agency, dsp_advertiser, manager, amc or other
     #[arg(long = "type", value_name = "TYPE")]

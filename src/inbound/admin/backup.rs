@@ -123,7 +123,7 @@ impl Admin {
             .map_err(|flaw| bad(format!("The body {flaw}."), "Send one refresh token, as text.".into()))?;
         let grant = if verify { self.tokens.verify(&grant).await.map_err(not_verified)? } else { grant };
         if !self.tokens.import(&user, grant, replace).await.map_err(store_failed)? {
-            let next = "Send replace=true to replace it.".into();
+            let next = "Send replace=true (on the command line, --replace) to replace it.".into();
             return Err(bad(format!("The user {user} has a grant already."), next));
         }
         let repairs = repairs.iter().map(|repair| format!("the token {repair}")).collect();
@@ -216,7 +216,7 @@ impl Admin {
         };
         match self.tokens.import(user, grant, replace).await.map_err(store_failed)? {
             true => Ok(Ok(())),
-            false => Ok(Err(format!("{user}: has a grant already; replace=true replaces it"))),
+            false => Ok(Err(format!("{user}: has a grant already; replace=true (--replace) replaces it"))),
         }
     }
 }
@@ -272,7 +272,9 @@ fn store_failed(error: StoreError) -> Problem {
 
 fn not_verified(error: LwaError) -> Problem {
     match error {
-        LwaError::Refused { .. } => bad(error.to_string(), "Send offline=true to keep it unverified.".into()),
+        LwaError::Refused { .. } => {
+            bad(error.to_string(), "Send offline=true (on the command line, --offline) to keep it unverified.".into())
+        }
         LwaError::TryLater { .. } | LwaError::Operator { .. } => Problem::new(
             Code::TokenUnavailable,
             error.to_string(),

@@ -362,7 +362,8 @@ fn framing(headers: &HeaderMap) -> Result<(), Refusal> {
     }
 }
 
-fn method(method: &Method) -> Result<(), Refusal> {
+/// The methods that are served, on every listener.
+pub(super) fn method(method: &Method) -> Result<(), Refusal> {
     match *method {
         Method::GET | Method::HEAD | Method::POST | Method::PUT | Method::PATCH | Method::DELETE | Method::OPTIONS => {
             Ok(())

@@ -14,6 +14,7 @@ use crate::domain::account::{Account, AmazonHost, Context};
 use crate::domain::found_account::{AccountType, doubtful_id};
 use crate::domain::headers::{UpstreamHeaders, to_amazon};
 use crate::domain::policy::{Denied, Mode};
+use crate::inbound::admission;
 use crate::inbound::destination::{BadTarget, Destination, Endpoint, Route, Target};
 use crate::inbound::route::{Accounts, RouteError, RoutedRequest, Selection};
 use crate::throttle;
@@ -115,6 +116,9 @@ pub fn explain(what: &Explained<'_>, method: &Method, uri: &Uri, caller: &Header
         let name = authority.rsplit_once(':').map_or(authority, |(name, _)| name);
         ["localhost", "127.0.0.1", "[::1]"].contains(&name.to_ascii_lowercase().as_str())
     };
+    if admission::method(method).is_err() {
+        return Err(format!("{method} is no method that it serves; methods are upper-case (405 method_not_allowed)"));
+    }
     let target = match Route::read(method, uri, None, is_own).map_err(no_target)? {
         Route::Own(endpoint) => return Ok(Explanation::Adsidecar { why: own(endpoint) }),
         Route::Upstream(target) => target,

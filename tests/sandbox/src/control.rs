@@ -95,6 +95,9 @@ pub(super) fn answer(shared: &SandboxState, head: &Parts, body: &Bytes) -> Respo
     if let Some(text) = foreign(&head.headers) {
         return reply::json(StatusCode::FORBIDDEN, &json!({ "error": text }));
     }
+    if let Some(text) = not_understood(head, body) {
+        return reply::json(StatusCode::BAD_REQUEST, &json!({ "error": text }));
+    }
     match (&head.method, head.uri.path()) {
         (&Method::GET, "/") => overview(shared),
         (&Method::GET, "/ca.pem") => reply::answer(StatusCode::OK, "application/x-pem-file", shared.ca_pem.clone()),
@@ -155,6 +158,21 @@ pub(super) fn answer(shared: &SandboxState, head: &Parts, body: &Bytes) -> Respo
         }
         _ => reply::json(StatusCode::NOT_FOUND, &json!({ "error": "no such endpoint: GET / lists them" })),
     }
+}
+
+/// What an endpoint does not take: a query or a body that means nothing there may name what the caller wants to change.
+fn not_understood(head: &Parts, body: &Bytes) -> Option<String> {
+    let path = head.uri.path();
+    if let Some(query) = head.uri.query().filter(|query| !query.is_empty() && path != lwa::CONSENT) {
+        match (&head.method, path) {
+            (&Method::GET, "/history") if query.starts_with("door=") => {}
+            (&Method::GET, "/history") => return Some("GET /history takes one parameter: door".to_owned()),
+            (&Method::POST, _) => return Some(format!("POST {path} takes no query: its parameters are in the body")),
+            (method, _) => return Some(format!("{method} {path} takes no query")),
+        }
+    }
+    let has_body = !body.is_empty() && head.method != Method::POST;
+    has_body.then(|| format!("{} {path} takes no body", head.method))
 }
 
 /// Why the control port rejects a request, if it does not come from a program on this machine.
