@@ -29,7 +29,6 @@ use tokio::sync::watch;
 pub use bucket::{BucketName, BucketStatus, Kind};
 pub use pass::{Call, Entry, Pass, Reason, Throttled, Ticket, Waited};
 
-use crate::domain::account::Region;
 use crate::domain::api_families::{self, Family};
 use crate::domain::clock::Clock;
 use crate::domain::throttle_mode::ThrottleMode;

@@ -6,6 +6,7 @@ use jiff::SignedDuration;
 use tokio::task::JoinHandle;
 
 use super::*;
+use crate::domain::account::Region;
 use crate::domain::api_families::family;
 use crate::telemetry::metrics;
 

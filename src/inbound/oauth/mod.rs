@@ -230,9 +230,10 @@ impl OauthEndpoints {
             return Ok(pages::result(&outcome));
         }
         Ok(match outcome {
-            Ok(LoginOutcome::Stored(Status { user_id, expires_at, .. })) => {
-                let expires_at = expires_at.map(to_the_millisecond);
-                json(StatusCode::OK, &json!({ "status": "success", "user_id": user_id, "expires_at": expires_at }))
+            Ok(LoginOutcome::Stored(stored)) => {
+                let expires_at = stored.expires_at.map(to_the_millisecond);
+                let told = json!({ "status": "success", "user_id": stored.user_id, "expires_at": expires_at });
+                json(StatusCode::OK, &told)
             }
             Ok(LoginOutcome::Pending(grant)) => {
                 json(StatusCode::OK, &json!({ "status": "pending", "grant": grant.expose() }))

@@ -132,8 +132,8 @@ impl Proxy {
     ) -> Self {
         // The series exists from the start, so that an alert can tell "nothing was denied" from "no data".
         metrics.policy_denied.with_label_values(&["", settings.policy.mode.as_str()]);
-        let mut all_rules = settings.accounts.iter().map(|account| &account.rules).chain([&settings.policy.rules]);
-        let policy = all_rules.any(|rules| !rules.is_empty()).then_some(settings.policy.mode);
+        let account_has_rules = settings.accounts.iter().any(|account| !account.rules.is_empty());
+        let policy = (account_has_rules || !settings.policy.rules.is_empty()).then_some(settings.policy.mode);
         Self {
             client_id,
             replay_limit: settings.replay_limit,
