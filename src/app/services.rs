@@ -75,7 +75,7 @@ impl Services {
             upstream: upstream.clone(),
             client_id: client_id.clone(),
             home: config.proxy.region,
-            sync: config.accounts_sync,
+            automatic: config.accounts_sync,
             configured: config.proxy.accounts.clone(),
         });
         let login = Login::new(

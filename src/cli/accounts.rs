@@ -10,10 +10,10 @@ use serde_json::Value;
 
 use super::sidecar::{AMAZON, Sidecar, encoded};
 use super::{Exit, Failed, Output, block_on, print, table, users};
-use crate::auth::accounts::{Filter, Listed, Snapshot, UserAccounts, check_country, list};
+use crate::auth::accounts::{Filter, Listed, Snapshot, UserAccounts, list};
 use crate::config::Config;
 use crate::domain::account::UserId;
-use crate::domain::found_account::{AccountType, FoundAccount};
+use crate::domain::found_account::{AccountType, FoundAccount, check_country};
 use crate::server::Listen;
 
 #[derive(Debug, Subcommand)]

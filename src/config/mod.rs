@@ -12,7 +12,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use crate::auth::accounts::SyncMode;
+use crate::auth::accounts::Automatic;
 use crate::auth::{login, lwa, tokens};
 use crate::domain::secret::Secret;
 use crate::inbound::{admin, admission, proxy};
@@ -62,7 +62,7 @@ pub struct Config {
     /// For the spine, with the accounts.
     pub proxy: proxy::Settings,
     /// `accounts.sync`.
-    pub accounts_sync: SyncMode,
+    pub accounts_sync: Automatic,
     /// The checks before a request is served.
     pub admission: admission::Settings,
     /// For logins.

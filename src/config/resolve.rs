@@ -15,7 +15,7 @@ use super::print::quoted;
 use super::reader::{Reader, no_word};
 use super::sources::{Merged, WHOLE_FILE};
 use super::{Config, Environment, FernetKeys, Shutdown};
-use crate::auth::accounts::SyncMode;
+use crate::auth::accounts::Automatic;
 use crate::auth::{login, lwa, tokens};
 use crate::domain::account::{Account, AmazonHost, Context, Ids, Region, UserId};
 use crate::domain::credential::Credential;
@@ -66,7 +66,7 @@ pub(super) fn resolve(merged: &Merged, problems: Vec<ConfigError>) -> Result<Con
         admin_listen_default,
         admin: admin::Settings { public_url: read.parsed("admin.public_url", checks::web_url) },
         proxy,
-        accounts_sync: read.choice("accounts.sync", [("daily", SyncMode::Daily), ("off", SyncMode::Off)]),
+        accounts_sync: read.choice("accounts.sync", [("daily", Automatic::Daily), ("off", Automatic::Off)]),
         admission,
         login,
         lwa,

@@ -68,6 +68,15 @@ impl FromStr for AccountType {
 #[error("a type is seller, vendor, agency, dsp_advertiser, manager, amc or other")]
 pub struct BadType;
 
+/// Checks the code of a country, as Amazon writes it.
+///
+/// # Errors
+/// What is wrong, if it is not two letters: then no account could match.
+pub fn check_country(text: &str) -> Result<String, &'static str> {
+    let is_code = text.len() == 2 && text.bytes().all(|byte| byte.is_ascii_alphabetic());
+    if is_code { Ok(text.to_owned()) } else { Err("two letters, such as DE") }
+}
+
 impl fmt::Display for AccountType {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.as_str())

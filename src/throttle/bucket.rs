@@ -1,102 +1,17 @@
 //! One bucket: the calls that share a limit of Amazon's, with what was learned about it, and the queue before it.
-//! Amazon limits each endpoint on its own, so calls of different kinds share no bucket: a storm of polls never holds
-//! back the creation of a report.
-//!
-//! The file is a little over 400 lines, so that an ordinary call passes through this file and `pass` alone.
 
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use http::Method;
 use jiff::SignedDuration;
 use tokio::sync::{Notify, oneshot};
 
+use super::classify::Kind;
 use super::law::{Law, Refusal, Seconds};
 use super::queue::Queue;
 use crate::domain::account::Region;
-use crate::domain::api_families::{self, Family};
+use crate::domain::api_families::Family;
 use crate::domain::clock::Clock;
-
-/// The kinds of calls of one API family.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Kind {
-    /// Reads or lists.
-    Read,
-    /// Changes something.
-    Write,
-    /// Starts an asynchronous job: a report, an export, an AMC workflow run. Amazon limits these most.
-    Create,
-    /// Asks for the state of such a job.
-    Poll,
-}
-
-impl Kind {
-    /// Every kind, in the order of the discriminants.
-    pub const ALL: [Self; 4] = [Self::Read, Self::Write, Self::Create, Self::Poll];
-
-    /// The kind as the metrics' label, and in `X-Adsidecar-Throttle`.
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            Self::Read => "read",
-            Self::Write => "write",
-            Self::Create => "create",
-            Self::Poll => "poll",
-        }
-    }
-
-    /// The kind of the call `method path`. An unexpected path gets a kind that is merely less precise: it decides which
-    /// calls wait for each other, never whether one is allowed.
-    pub fn of(method: &Method, path: &str) -> Self {
-        let mut segments = path.split('/').filter(|segment| !segment.is_empty());
-        let mut first = || segments.next().unwrap_or_default();
-        let (a, b, c, d) = (first(), first(), first(), first());
-        let last = path.trim_end_matches('/').rsplit('/').next().unwrap_or_default();
-        let reads = matches!(*method, Method::GET | Method::HEAD | Method::OPTIONS);
-        let job = match (a, b) {
-            ("reporting", "reports") => job(reads, !c.is_empty()),
-            ("exports", _) => job(reads, !b.is_empty()),
-            (_, "export") if c.is_empty() => job(reads, false),
-            ("accounts", _) if c == "dsp" && d == "reports" => job(reads, segments.next().is_some()),
-            ("amc", "reporting") if d == "workflowExecutions" => job(reads, segments.next().is_some()),
-            ("adsApi", "v1") if d == "reports" => match c {
-                "create" => Some(Self::Create),
-                "retrieve" => Some(Self::Poll),
-                _ => None,
-            },
-            ("mmm", _) | ("insights", "brandMetrics") | ("attribution", _) if last == "report" || c == "reports" => {
-                job(reads, !d.is_empty())
-            }
-            ("v2", "reports" | "snapshots") => job(reads, !c.is_empty()),
-            ("v2", _) if matches!(last, "report" | "snapshot") => job(reads, false),
-            _ => None,
-        };
-        let reading_post = || {
-            *method == Method::POST
-                && (matches!(last, "list" | "query" | "search" | "count" | "recommendations" | "forecasts")
-                    || (a, b) == ("adsApi", "v1") && matches!(c, "query" | "retrieve"))
-        };
-        match job {
-            Some(kind) => kind,
-            None if reads || reading_post() => Self::Read,
-            None => Self::Write,
-        }
-    }
-}
-
-/// The kind of a call to a collection of jobs, or to `one` of them. A job is not listed, and changing one is rare.
-fn job(reads: bool, one: bool) -> Option<Kind> {
-    match (reads, one) {
-        (true, true) => Some(Kind::Poll),
-        (false, false) => Some(Kind::Create),
-        _ => None,
-    }
-}
-
-/// What a call counts in its bucket: lists of the "extended" representation count five times (Amazon's rate-limiting
-/// page).
-pub(super) fn weight(path: &str) -> f64 {
-    if path.split('/').any(|segment| segment == "extended") { 5.0 } else { 1.0 }
-}
 
 /// What a bucket is about.
 #[derive(Clone, Copy, Debug)]
@@ -138,28 +53,6 @@ struct State {
     waiting: usize,
     /// Whether a task gives the waiting calls their turns.
     dispatching: bool,
-}
-
-/// The buckets of one client, by family, region and kind.
-#[derive(Debug)]
-pub(super) struct Buckets(Box<[OnceLock<Arc<Bucket>>]>);
-
-impl Buckets {
-    pub(super) fn new() -> Self {
-        let count = api_families::COUNT * Region::ALL.len() * Kind::ALL.len();
-        Self((0..count).map(|_| OnceLock::new()).collect())
-    }
-
-    /// The buckets of which anything is known.
-    pub(super) fn known(&self) -> impl Iterator<Item = &Arc<Bucket>> {
-        self.0.iter().filter_map(OnceLock::get)
-    }
-
-    /// The bucket of this name, which is created for its first call.
-    pub(super) fn of(&self, name: BucketName) -> &Arc<Bucket> {
-        let region = Region::ALL.len() * name.family.index() + name.region as usize;
-        self.0[Kind::ALL.len() * region + name.kind as usize].get_or_init(|| Arc::new(Bucket::new(name)))
-    }
 }
 
 /// What a bucket says to a call.

@@ -59,8 +59,8 @@ const QUICK: f64 = 0.7;
 /// Time between two refusals in which the rate cannot have risen much, so that the limit has fallen, in seconds.
 const QUICKLY: Seconds = 4.0;
 
-/// How much longer than the rate allows calls are expected to wait: in a long queue a refusal often intervenes, and
-/// pauses all of them. In the campaign `throttle-storm` the longest waits were a fifth longer without it.
+/// How much longer than the rate allows calls are expected to wait: in a long queue a refusal often intervenes, and pauses
+/// all of them. In the campaign `throttle-storm` the longest waits were a fifth longer without it.
 const MARGIN: f64 = 1.1;
 
 /// Seconds' worth of calls that may follow each other at once after a break; at least one call.

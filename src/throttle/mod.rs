@@ -20,20 +20,22 @@ mod room;
 
 use std::fmt;
 use std::str::FromStr;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use jiff::SignedDuration;
 use tokio::sync::watch;
 
-pub use bucket::{BucketName, BucketStatus, Kind};
-pub use pass::{Call, Entry, Pass, Reason, Throttled, Ticket, Waited};
+pub use bucket::{BucketName, BucketStatus};
+pub use classify::Kind;
+pub use pass::{Pass, Ticket, Waited};
 
+use crate::domain::account::Region;
 use crate::domain::api_families::{self, Family};
 use crate::domain::clock::Clock;
 use crate::domain::throttle_mode::ThrottleMode;
 use crate::telemetry::metrics::Metrics;
-use bucket::Buckets;
+use bucket::Bucket;
 use law::Seconds;
 use room::Room;
 
@@ -107,6 +109,10 @@ pub struct Memory {
     drain: watch::Sender<Option<SignedDuration>>,
 }
 
+/// The buckets of one client, by family, region and kind.
+#[derive(Debug)]
+struct Buckets(Box<[OnceLock<Arc<Bucket>>]>);
+
 /// The throttle of one configuration.
 #[derive(Debug)]
 pub struct Throttle {
@@ -115,6 +121,68 @@ pub struct Throttle {
     modes: Vec<ThrottleMode>,
     buckets: Arc<Buckets>,
     memory: Arc<Memory>,
+}
+
+/// A call that is about to be sent.
+#[derive(Clone, Copy, Debug)]
+pub struct Call<'a> {
+    /// The region whose host gets the call.
+    pub region: Region,
+    /// The API family of its path.
+    pub family: &'static Family,
+    /// Its kind.
+    pub kind: Kind,
+    /// What it counts, in calls.
+    pub weight: f64,
+    /// The account, or the user of a call without an account: waiting calls of several take turns.
+    pub account: &'a str,
+    /// The account's own mode, if it has one.
+    pub mode: Option<ThrottleMode>,
+    /// The bytes that the call holds while it waits.
+    pub bytes: usize,
+}
+
+impl<'a> Call<'a> {
+    /// The call `method path` of `account`, with weight and kind by its path.
+    pub fn new(region: Region, family: &'static Family, method: &http::Method, path: &str, account: &'a str) -> Self {
+        let (kind, weight) = (Kind::of(method, path), classify::weight(path));
+        Self { region, family, kind, weight, account, mode: None, bytes: 0 }
+    }
+}
+
+/// Why a call is refused instead of sent.
+#[derive(Clone, Copy, Debug)]
+pub struct Throttled {
+    /// The bucket.
+    pub bucket: BucketName,
+    /// When the call will probably be accepted.
+    pub wait: Duration,
+    /// Why it did not wait for that.
+    pub reason: Reason,
+}
+
+/// Why a call does not wait.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reason {
+    /// Amazon refuses calls, and the mode is `enforce`.
+    Paused,
+    /// Its turn would come after `throttle.queue_timeout`.
+    TooLate,
+    /// As many calls or bytes wait as may.
+    Full,
+    /// adsidecar shuts down before its turn.
+    Draining,
+}
+
+/// What the throttle says to a call.
+#[derive(Debug)]
+pub enum Entry<'a> {
+    /// Send it now.
+    Pass(Pass<'a>),
+    /// Wait for its turn.
+    Wait(Ticket<'a>),
+    /// Refuse it.
+    Refuse(Throttled),
 }
 
 impl Memory {
@@ -136,7 +204,7 @@ impl Memory {
         let clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
         let buckets = clients.last().map(|(_, buckets)| buckets.clone());
         drop(clients);
-        let buckets = buckets.iter().flat_map(|buckets| buckets.known());
+        let buckets = buckets.iter().flat_map(|buckets| buckets.0.iter().filter_map(OnceLock::get));
         buckets.filter_map(|bucket| bucket.status(now)).collect()
     }
 
@@ -158,7 +226,11 @@ impl Memory {
         let known = clients.iter().position(|(name, _)| name == client);
         let entry = match known {
             Some(index) => clients.remove(index),
-            None => (client.to_owned(), Arc::new(Buckets::new())),
+            None => {
+                let count = api_families::COUNT * Region::ALL.len() * Kind::ALL.len();
+                let buckets = Buckets((0..count).map(|_| OnceLock::new()).collect());
+                (client.to_owned(), Arc::new(buckets))
+            }
         };
         let buckets = entry.1.clone();
         if clients.len() == MAX_CLIENTS {
@@ -174,6 +246,13 @@ impl Memory {
     }
 }
 
+impl Buckets {
+    fn of(&self, name: BucketName) -> &Arc<Bucket> {
+        let region = Region::ALL.len() * name.family.index() + name.region as usize;
+        self.0[Kind::ALL.len() * region + name.kind as usize].get_or_init(|| Arc::new(Bucket::new(name)))
+    }
+}
+
 impl Throttle {
     /// A view of `memory` for the client `client_id`.
     pub fn new(settings: Settings, client_id: &str, memory: &Arc<Memory>) -> Self {
@@ -185,9 +264,34 @@ impl Throttle {
         Self { modes, settings, buckets: memory.buckets_of(client_id), memory: memory.clone() }
     }
 
+    /// The mode for calls of `family` by an account whose own mode is `account`.
+    pub fn mode(&self, family: &Family, account: Option<ThrottleMode>) -> ThrottleMode {
+        account.unwrap_or(self.modes[family.index()])
+    }
+
     /// The clock, if `throttle.coalesce_polls` is on.
     pub fn coalesces_polls(&self) -> Option<Clock> {
         self.settings.coalesce_polls.then(|| self.memory.clock.clone())
+    }
+
+    /// Decides about a call that is about to be sent.
+    pub fn enter<'a>(&'a self, call: Call<'a>) -> Entry<'a> {
+        let mode = self.mode(call.family, call.mode);
+        if mode == ThrottleMode::Off {
+            return Entry::Pass(Pass::unobserved());
+        }
+        let bucket = self.buckets.of(BucketName { region: call.region, family: call.family, kind: call.kind });
+        let pass = Pass::new(self, bucket, call, mode);
+        if bucket.epoch() == 0 || mode == ThrottleMode::Observe {
+            return Entry::Pass(pass);
+        }
+        pass.enter(false)
+    }
+
+    fn refuse(bucket: BucketName, wait: Seconds, reason: Reason) -> Throttled {
+        // More than a pause can be only behind many calls; and the estimate ends there.
+        let wait = Duration::from_secs_f64(wait.clamp(0.001, law::MAX_PAUSE));
+        Throttled { bucket, wait, reason }
     }
 }
 

@@ -1,20 +1,16 @@
-//! One call's way through the throttle: [`Throttle::enter`], the pass with which it is sent, and the ticket with which
-//! it waits.
+//! One call's way through the throttle: the pass with which it is sent, and the ticket with which it waits.
 
 use std::fmt;
 use std::sync::Arc;
-use std::time::Duration;
 
 use http::{HeaderMap, StatusCode};
 use jiff::SignedDuration;
 
-use super::bucket::{self, Bucket, BucketName, Kind, Place, Turn};
-use super::classify::{self, Verdict};
-use super::law::{self, Refusal, Seconds};
+use super::bucket::{Bucket, Place, Turn};
+use super::classify::{self, Kind, Verdict};
+use super::law::{Refusal, Seconds};
 use super::room::Held;
-use super::{Throttle, published};
-use crate::domain::account::Region;
-use crate::domain::api_families::Family;
+use super::{BucketName, Call, Entry, Reason, Throttle, Throttled, published};
 use crate::domain::throttle_mode::ThrottleMode;
 
 /// Most times that a call is sent although Amazon refused it, apart from the first. Each of them had its turn, so more
@@ -23,95 +19,6 @@ const MAX_AGAIN: u32 = 8;
 
 /// The status of a duplicate: `425 Too Early`.
 const TOO_EARLY: u16 = 425;
-
-/// A call that is about to be sent.
-#[derive(Clone, Copy, Debug)]
-pub struct Call<'a> {
-    /// The region whose host gets the call.
-    pub region: Region,
-    /// The API family of its path.
-    pub family: &'static Family,
-    /// Its kind.
-    pub kind: Kind,
-    /// What it counts, in calls.
-    pub weight: f64,
-    /// The account, or the user of a call without an account: waiting calls of several take turns.
-    pub account: &'a str,
-    /// The account's own mode, if it has one.
-    pub mode: Option<ThrottleMode>,
-    /// The bytes that the call holds while it waits.
-    pub bytes: usize,
-}
-
-impl<'a> Call<'a> {
-    /// The call `method path` of `account`, with weight and kind by its path.
-    pub fn new(region: Region, family: &'static Family, method: &http::Method, path: &str, account: &'a str) -> Self {
-        let (kind, weight) = (Kind::of(method, path), bucket::weight(path));
-        Self { region, family, kind, weight, account, mode: None, bytes: 0 }
-    }
-}
-
-/// Why a call is refused instead of sent.
-#[derive(Clone, Copy, Debug)]
-pub struct Throttled {
-    /// The bucket.
-    pub bucket: BucketName,
-    /// When the call will probably be accepted.
-    pub wait: Duration,
-    /// Why it did not wait for that.
-    pub reason: Reason,
-}
-
-/// Why a call does not wait.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Reason {
-    /// Amazon refuses calls, and the mode is `enforce`.
-    Paused,
-    /// Its turn would come after `throttle.queue_timeout`.
-    TooLate,
-    /// As many calls or bytes wait as may.
-    Full,
-    /// adsidecar shuts down before its turn.
-    Draining,
-}
-
-/// What the throttle says to a call.
-#[derive(Debug)]
-pub enum Entry<'a> {
-    /// Send it now.
-    Pass(Pass<'a>),
-    /// Wait for its turn.
-    Wait(Ticket<'a>),
-    /// Refuse it.
-    Refuse(Throttled),
-}
-
-impl Throttle {
-    /// The mode for calls of `family` by an account whose own mode is `account`.
-    pub fn mode(&self, family: &Family, account: Option<ThrottleMode>) -> ThrottleMode {
-        account.unwrap_or(self.modes[family.index()])
-    }
-
-    /// Decides about a call that is about to be sent.
-    pub fn enter<'a>(&'a self, call: Call<'a>) -> Entry<'a> {
-        let mode = self.mode(call.family, call.mode);
-        if mode == ThrottleMode::Off {
-            return Entry::Pass(Pass::unobserved());
-        }
-        let bucket = self.buckets.of(BucketName { region: call.region, family: call.family, kind: call.kind });
-        let pass = Pass::new(self, bucket, call, mode);
-        if bucket.epoch() == 0 || mode == ThrottleMode::Observe {
-            return Entry::Pass(pass);
-        }
-        pass.enter(false)
-    }
-
-    fn refuse(bucket: BucketName, wait: Seconds, reason: Reason) -> Throttled {
-        // More than a pause can be only behind many calls; and the estimate ends there.
-        let wait = Duration::from_secs_f64(wait.clamp(0.001, law::MAX_PAUSE));
-        Throttled { bucket, wait, reason }
-    }
-}
 
 /// The right to send a call once. The response is told to it, and says whether the call may be sent again.
 #[derive(Debug)]
@@ -197,9 +104,6 @@ impl<'a> Pass<'a> {
         let memory = &observed.throttle.memory;
         let now = memory.now();
         (observed.refused, observed.status) = (false, status.as_u16());
-        if status.is_success() {
-            return observed.bucket.accepted(now);
-        }
         match classify::read(status, headers, observed.call.family, memory.clock.now()) {
             Verdict::Accepted => observed.bucket.accepted(now),
             Verdict::Refused { advised, unprocessed } => {
@@ -302,9 +206,8 @@ impl<'a> Ticket<'a> {
         let (epoch, drained) = loop {
             let end = *drain.borrow_and_update();
             let deadline = end.map_or(self.deadline, |end| end.min(self.deadline));
-            let ends_first = end.is_some_and(|end| end < self.deadline);
             tokio::select! {
-                epoch = self.place.turn(&memory.clock, deadline) => break (epoch, ends_first),
+                epoch = self.place.turn(&memory.clock, deadline) => break (epoch, end.is_some_and(|end| end < self.deadline)),
                 Ok(()) = drain.changed() => {}
             }
         };

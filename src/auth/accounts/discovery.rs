@@ -14,7 +14,7 @@ use http_body_util::{BodyExt, Limited};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
-use super::outcome::{Outcome, Source, SourceStatus};
+use super::outcome::{Outcome, Source, Status};
 use crate::domain::account::{AmazonHost, Context, Ids, Region};
 use crate::domain::api_families::family;
 use crate::domain::found_account::{AccountType, FoundAccount, marketplace};
@@ -260,15 +260,15 @@ impl Found {
     ) {
         let count = accounts.len();
         let (status, code, detail) = match failure {
-            None if count == 0 => (SourceStatus::Empty, None, None),
-            None => (SourceStatus::Found, None, None),
+            None if count == 0 => (Status::Empty, None, None),
+            None => (Status::Found, None, None),
             // Most grants reach neither manager accounts nor DSP nor AMC, which is nothing to repair.
             Some(Unanswered { code: code @ ("unauthorized" | "forbidden" | "refused"), detail })
                 if source != Source::Profiles =>
             {
-                (SourceStatus::NoAccess, Some(code.to_owned()), Some(detail))
+                (Status::NoAccess, Some(code.to_owned()), Some(detail))
             }
-            Some(Unanswered { code, detail }) => (SourceStatus::Failed, Some(code.to_owned()), Some(detail)),
+            Some(Unanswered { code, detail }) => (Status::Failed, Some(code.to_owned()), Some(detail)),
         };
         self.outcomes.push(Outcome { source, region, status, count, code, detail });
         for account in accounts {

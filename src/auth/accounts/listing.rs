@@ -8,15 +8,6 @@ use super::Snapshot;
 use crate::domain::account::{Account, Context, Region, UserId};
 use crate::domain::found_account::{AccountType, FoundAccount};
 
-/// Checks the code of a country, as Amazon writes it.
-///
-/// # Errors
-/// What is wrong, if it is no two letters: then no account could match.
-pub fn check_country(text: &str) -> Result<String, &'static str> {
-    let is_code = text.len() == 2 && text.bytes().all(|byte| byte.is_ascii_alphabetic());
-    if is_code { Ok(text.to_owned()) } else { Err("two letters, such as DE") }
-}
-
 /// Which accounts to list.
 #[derive(Clone, Debug, Default)]
 pub struct Filter {
@@ -78,18 +69,19 @@ pub fn list(snapshot: &Snapshot, configured: &[Account], filter: &Filter, base_u
     all
 }
 
-/// Whether both are the same profile, or the same other thing if they have no profile. A DSP advertiser has the profile
-/// of its agency, and is not the agency.
+/// Whether both are the same profile, or the same other thing if they have no profile.
 fn is_same(found: &Account, configured: &Account) -> bool {
-    let has = |account: &Account, context| account.ids.get(context).is_some();
-    let share = |context| has(found, context) && found.ids.get(context) == configured.ids.get(context);
-    let shares_an_id = if has(configured, Context::Scope) {
-        share(Context::Scope)
-    } else {
-        [Context::DspAdvertiser, Context::AmcInstance, Context::Manager].into_iter().any(share)
+    let main = [Context::DspAdvertiser, Context::AmcInstance, Context::Manager];
+    let contexts = match configured.ids.get(Context::Scope) {
+        Some(_) => &[Context::Scope][..],
+        None => &main,
     };
-    let both_advertisers_or_none = has(found, Context::DspAdvertiser) == has(configured, Context::DspAdvertiser);
-    found.user == configured.user && shares_an_id && both_advertisers_or_none
+    let others = |account: &Account| main.map(|context| account.ids.get(context).is_some());
+    found.user == configured.user
+        && contexts
+            .iter()
+            .any(|context| found.ids.get(*context).is_some() && found.ids.get(*context) == configured.ids.get(*context))
+        && (others(found)[0] == others(configured)[0])
 }
 
 fn configured_one(account: &Account, found: Option<&FoundAccount>, base_url: &str) -> Listed {

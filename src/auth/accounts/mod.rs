@@ -23,17 +23,17 @@ use tokio::sync::Notify;
 use crate::auth::tokens::{TokenError, TokenManager};
 use crate::domain::account::{Account, Context, Region, UserId};
 use crate::domain::clock::Clock;
-use crate::domain::found_account::{AccountType, FoundAccount, assign_slugs};
+use crate::domain::found_account::{FoundAccount, assign_slugs};
 use crate::domain::grant::State;
 use crate::store::{StoreError, TokenStore};
 use crate::upstream::Upstream;
 use discovery::{Discovery, Found};
-pub use listing::{Filter, Listed, check_country, list};
-pub use outcome::{Outcome, Source, SourceStatus, UserAccounts};
+pub use listing::{Filter, Listed, list};
+pub use outcome::{Outcome, Source, Status, UserAccounts};
 
 /// `accounts.sync`: when Amazon is asked without a request.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum SyncMode {
+pub enum Automatic {
     /// After a login, and once a day.
     #[default]
     Daily,
@@ -43,10 +43,10 @@ pub enum SyncMode {
 
 /// Interval of the automatic search.
 const DAY: SignedDuration = SignedDuration::from_hours(24);
-/// Interval for checking whose search is due; with a shared store also for changes of other processes.
+/// How often it is checked whose search is due, and with a shared store whether other processes changed something.
 const CHECK: Duration = Duration::from_secs(15);
 const CHECK_SHARED: Duration = Duration::from_secs(2);
-/// How long an account stays that Amazon does not list any more.
+/// How long an account that Amazon does not list any more stays.
 const KEEP_MISSING: SignedDuration = SignedDuration::from_hours(30 * 24);
 /// Most automatic searches at a time.
 const CONCURRENCY: usize = 2;
@@ -70,7 +70,7 @@ struct Inner {
     /// Serializes changes of the snapshot.
     changing: Mutex<()>,
     /// One search per user at a time.
-    searching: SearchLocks,
+    searching: Mutex<HashMap<UserId, Arc<tokio::sync::Mutex<()>>>>,
     /// Users who have just logged in.
     wanted: Mutex<HashSet<UserId>>,
     wake: Notify,
@@ -86,7 +86,7 @@ pub struct Reach {
     /// `amazon.region`.
     pub home: Region,
     /// `accounts.sync`.
-    pub sync: SyncMode,
+    pub automatic: Automatic,
     /// The accounts of the configuration, whose names win.
     pub configured: Vec<Account>,
 }
@@ -96,14 +96,14 @@ pub struct Reach {
 pub struct Snapshot {
     /// What is stored for each user.
     pub users: BTreeMap<UserId, Arc<UserAccounts>>,
-    by_slug: HashMap<String, SelectableAccount>,
+    by_slug: HashMap<String, Entry>,
     /// Whether there are too many accounts to name each in the metrics.
     many: bool,
 }
 
 /// A found account, ready for requests.
 #[derive(Debug)]
-pub struct SelectableAccount {
+pub struct Entry {
     /// What was found.
     pub found: FoundAccount,
     /// The account that requests get.
@@ -148,7 +148,7 @@ impl Snapshot {
             assign_slugs(&mut accounts, &user.user_id, taken);
             user.accounts = accounts;
             for found in &user.accounts {
-                let entry = SelectableAccount { found: found.clone(), account: found.to_account(&user.user_id) };
+                let entry = Entry { found: found.clone(), account: found.to_account(&user.user_id) };
                 snapshot.by_slug.insert(found.slug.clone(), entry);
             }
             snapshot.users.insert(user.user_id.clone(), Arc::new(user));
@@ -158,12 +158,12 @@ impl Snapshot {
     }
 
     /// The account with this slug.
-    pub fn get(&self, slug: &str) -> Option<&SelectableAccount> {
+    pub fn get(&self, slug: &str) -> Option<&Entry> {
         self.by_slug.get(slug)
     }
 
     /// Every found account.
-    pub fn entries(&self) -> impl Iterator<Item = &SelectableAccount> {
+    pub fn entries(&self) -> impl Iterator<Item = &Entry> {
         self.by_slug.values()
     }
 
@@ -193,7 +193,7 @@ impl Directory {
             reach: ArcSwapOption::empty(),
             snapshot: ArcSwap::default(),
             changing: Mutex::default(),
-            searching: SearchLocks::default(),
+            searching: Mutex::default(),
             wanted: Mutex::default(),
             wake: Notify::new(),
         }));
@@ -218,7 +218,7 @@ impl Directory {
     }
 
     fn is_automatic(&self) -> bool {
-        self.0.reach.load().as_ref().is_some_and(|reach| reach.sync == SyncMode::Daily)
+        self.0.reach.load().as_ref().is_some_and(|reach| reach.automatic == Automatic::Daily)
     }
 
     /// Searches for the accounts of `user` soon, if searches are automatic.
@@ -240,8 +240,8 @@ impl Directory {
     /// [`SyncError`] if there is no token, no region answers, or the store fails.
     pub async fn sync(&self, user: &UserId) -> Result<Arc<UserAccounts>, SyncError> {
         // A caller that hangs up leaves what was known before: everything changes at the end, at once.
-        let search = self.0.searching.of(user);
-        let _searching = search.lock().await;
+        let turn = lock(&self.0.searching).entry(user.clone()).or_default().clone();
+        let _turn = turn.lock().await;
         let bearer = self.0.tokens.bearer(user).await.map_err(SyncError::NoToken)?;
         let Some(reach) = self.0.reach.load_full() else {
             return Err(SyncError::NoRegion("adsidecar is still starting".to_owned()));
@@ -341,19 +341,6 @@ impl Directory {
     }
 }
 
-/// The locks that keep searches for one user apart.
-#[derive(Debug, Default)]
-struct SearchLocks(Mutex<HashMap<UserId, Arc<tokio::sync::Mutex<()>>>>);
-
-impl SearchLocks {
-    /// The lock of `user`. Those that nobody holds are dropped: a caller may name any user, also one who does not exist.
-    fn of(&self, user: &UserId) -> Arc<tokio::sync::Mutex<()>> {
-        let mut locks = lock(&self.0);
-        locks.retain(|_, search| Arc::strong_count(search) > 1);
-        locks.entry(user.clone()).or_default().clone()
-    }
-}
-
 impl SyncError {
     /// The reason, for the log.
     pub fn reason(&self) -> String {
@@ -393,6 +380,7 @@ fn merge(user: &UserId, before: Option<&UserAccounts>, found: Found, now: Timest
 
 /// Whether the source that lists `account` answered.
 fn answered_for(account: &FoundAccount, outcomes: &[Outcome]) -> bool {
+    use crate::domain::found_account::AccountType;
     let (source, region) = match account.kind {
         AccountType::DspAdvertiser => (Source::DspAdvertisers, Some(account.region)),
         AccountType::Manager => (Source::ManagerAccounts, Some(account.region)),
@@ -400,9 +388,7 @@ fn answered_for(account: &FoundAccount, outcomes: &[Outcome]) -> bool {
         _ => (Source::Profiles, Some(account.region)),
     };
     outcomes.iter().any(|outcome| {
-        outcome.source == source
-            && outcome.region == region
-            && matches!(outcome.status, SourceStatus::Found | SourceStatus::Empty)
+        outcome.source == source && outcome.region == region && matches!(outcome.status, Status::Found | Status::Empty)
     })
 }
 
@@ -415,7 +401,7 @@ fn is_another_identity(known: &[FoundAccount], found: &[FoundAccount], outcomes:
     };
     let (known, found) = (profiles(known), profiles(found));
     let of_profiles = || outcomes.iter().filter(|outcome| outcome.source == Source::Profiles);
-    let all = of_profiles().count() == 3 && of_profiles().all(|outcome| outcome.status != SourceStatus::Failed);
+    let all = of_profiles().count() == 3 && of_profiles().all(|outcome| outcome.status != Status::Failed);
     all && !known.is_empty() && !found.is_empty() && known.is_disjoint(&found)
 }
 
@@ -426,6 +412,7 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::domain::found_account::AccountType;
 
     fn profile(id: &str, region: Region) -> FoundAccount {
         FoundAccount {
@@ -442,7 +429,7 @@ mod tests {
         }
     }
 
-    fn answer(region: Region, status: SourceStatus) -> Outcome {
+    fn answer(region: Region, status: Status) -> Outcome {
         Outcome { source: Source::Profiles, region: Some(region), status, count: 0, code: None, detail: None }
     }
 
@@ -458,18 +445,18 @@ mod tests {
         let all = |status| Region::ALL.map(|region| answer(region, status)).to_vec();
         let first = Found {
             accounts: vec![profile("1", Region::Na), profile("2", Region::Eu), profile("3", Region::Eu)],
-            outcomes: all(SourceStatus::Found),
+            outcomes: all(Status::Found),
         };
         let first = merge(&user, None, first, now);
         let outcomes = vec![
-            answer(Region::Na, SourceStatus::Failed),
-            answer(Region::Eu, SourceStatus::Found),
-            answer(Region::Fe, SourceStatus::Empty),
+            answer(Region::Na, Status::Failed),
+            answer(Region::Eu, Status::Found),
+            answer(Region::Fe, Status::Empty),
         ];
         let second = Found { accounts: vec![profile("2", Region::Eu)], outcomes };
         let second = merge(&user, Some(&first), second, now);
         assert_eq!(names(&second), [("1", false), ("2", false), ("3", true)]);
-        let empty = || Found { accounts: Vec::new(), outcomes: all(SourceStatus::Empty) };
+        let empty = || Found { accounts: Vec::new(), outcomes: all(Status::Empty) };
         let revoked = merge(&user, Some(&second), empty(), now);
         assert_eq!(names(&revoked), [("1", true), ("2", true), ("3", true)], "an empty answer deletes nothing");
         let later = merge(&user, Some(&revoked), empty(), now + KEEP_MISSING);
@@ -490,28 +477,13 @@ mod tests {
         assert_eq!(snapshot.users["anna"].accounts[0].slug, "shop-7-de-seller");
     }
 
-    #[tokio::test]
-    async fn searches_for_users_who_do_not_exist_leave_nothing_behind_and_one_users_exclude_each_other() {
-        let locks = SearchLocks::default();
-        let anna = locks.of(&"anna".parse().unwrap());
-        let searching = anna.lock().await;
-        for number in 0..1000 {
-            let nobody = locks.of(&format!("nobody{number}").parse().unwrap());
-            drop(nobody.lock().await);
-        }
-        assert!(lock(&locks.0).len() <= 2, "anna's, and the last one's");
-        assert!(locks.of(&"anna".parse().unwrap()).try_lock().is_err(), "her first search still runs");
-        drop(searching);
-        assert!(locks.of(&"anna".parse().unwrap()).try_lock().is_ok());
-    }
-
     #[test]
     fn another_identity_inherits_no_accounts() {
         let now: Timestamp = "2026-08-01T12:00:00Z".parse().unwrap();
         let user = UserId::default();
         let found = |id: &str| Found {
             accounts: vec![profile(id, Region::Na)],
-            outcomes: Region::ALL.map(|region| answer(region, SourceStatus::Found)).to_vec(),
+            outcomes: Region::ALL.map(|region| answer(region, Status::Found)).to_vec(),
         };
         let first = merge(&user, None, found("1"), now);
         assert_eq!(names(&merge(&user, Some(&first), found("2"), now)), [("2", false)]);

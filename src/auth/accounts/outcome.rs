@@ -28,7 +28,7 @@ pub struct Outcome {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub region: Option<Region>,
     /// Whether it answered.
-    pub status: SourceStatus,
+    pub status: Status,
     /// Number of accounts in the answer.
     pub count: usize,
     /// Why there is no answer: `unauthorized`, `forbidden`, `throttled`, `server_error`, `refused`, `unreachable`,
@@ -57,7 +57,7 @@ pub enum Source {
 /// Whether a source answered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum SourceStatus {
+pub enum Status {
     /// It lists accounts.
     Found,
     /// It answered with an empty list.
@@ -71,7 +71,7 @@ pub enum SourceStatus {
 impl UserAccounts {
     /// Whether at least one region listed its profiles.
     pub fn any_region_answered(&self) -> bool {
-        let answered = |outcome: &Outcome| matches!(outcome.status, SourceStatus::Found | SourceStatus::Empty);
+        let answered = |outcome: &Outcome| matches!(outcome.status, Status::Found | Status::Empty);
         self.outcomes.iter().any(|outcome| outcome.source == Source::Profiles && answered(outcome))
     }
 

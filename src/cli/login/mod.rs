@@ -20,7 +20,7 @@ use url::Url;
 
 use super::sidecar::{Reply, Sidecar, encoded};
 use super::{Exit, Failed, block_on, print};
-use crate::auth::accounts::SyncMode;
+use crate::auth::accounts::Automatic;
 use crate::config::Config;
 use crate::domain::account::{Region, UserId};
 use crate::server::Listen;
@@ -134,7 +134,7 @@ async fn log_in(command: &Login, config: &Config, sidecar: &Sidecar) -> Result<(
     let status = sidecar.status(user).await?;
     let proof = prove(sidecar, user).await?;
     print(format!("{user} is logged in\n{}", summary(&proof, &status, sidecar, user)))?;
-    if sidecar.is_own() && config.accounts_sync == SyncMode::Daily {
+    if sidecar.is_own() && config.accounts_sync == Automatic::Daily {
         // A running sidecar does this by itself.
         let path = format!("/api/auth/amazon/accounts/sync?user_id={}", encoded(user.as_str()));
         let found = sidecar.request(Method::POST, &path, &[], super::sidecar::AMAZON).await?;

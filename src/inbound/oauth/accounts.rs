@@ -6,8 +6,8 @@ use serde_json::{Value, json};
 use super::query::{Query, Users};
 use super::responses::json;
 use super::{FullResponse, LoginError, OauthEndpoints, parameter};
-use crate::auth::accounts::{Filter, SyncError, UserAccounts, check_country, list};
-use crate::domain::found_account::BadType;
+use crate::auth::accounts::{Filter, SyncError, UserAccounts, list};
+use crate::domain::found_account::{BadType, check_country};
 
 /// Most accounts in one response.
 const PAGE: usize = 500;
