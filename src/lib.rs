@@ -11,7 +11,7 @@
 //!
 //! An ordinary request to Amazon (a valid token, a pooled connection) passes through these files, in this order and
 //! through none of them twice. [`inbound::proxy`] calls each step from the third on, and no step calls back into it.
-//! The test `floors` holds this list to files that exist, each named once, at most twenty-four without those of step 1.
+//! The test `floors` holds this list to files that exist, each named once, at most twenty-two without those of step 1.
 //!
 //! 1. Once per connection: `server/mod.rs` (`accept`), `server/registry.rs` (`register`, counts it against the limits),
 //!    `server/connection.rs` (`run`, `serve_http`: hyper reads each request), `server/io.rs` (the socket; `detach`
@@ -24,19 +24,20 @@
 //!    checks, `inbound/destination/mod.rs` (`Route::read`: is the request for Amazon or for [`inbound::oauth`]).
 //! 5. `inbound/route.rs` (`select`: account, user, region), `domain/api_families.rs` (`family`), `domain/policy.rs`
 //!    (`check`).
-//! 6. `upstream/request_body.rs` (`caller`: wraps the body, unread), `throttle/mod.rs` (`enter`),
-//!    `throttle/classify.rs` (`Kind::of`): it waits only if Amazon refused others like it.
+//! 6. `upstream/request_body.rs` (`caller`: wraps the body, unread), `throttle/mod.rs` (`enter`,
+//!    `Kind::of`): it waits only if Amazon refused others like it.
 //! 7. `auth/tokens/mod.rs` (`bearer`), `domain/clock.rs` (`reading`), `auth/tokens/user_state.rs` (`held`),
 //!    `domain/grant/state.rs` (`valid_token`, `expiring`): the current token. One that expires soon is refreshed first.
 //! 8. `domain/headers.rs` (`to_amazon`: strips hop-by-hop headers, attaches ours).
 //! 9. `upstream/mod.rs` (`send`, until the head of the response; `UpstreamBody` streams the rest), `upstream/pool.rs`
 //!    (`connection`, and the choice of the protocol), `upstream/http2.rs` (`Slot::send`).
-//! 10. `throttle/pass.rs` (`responded`), `throttle/bucket.rs` (`accepted`), `inbound/proxy/response.rs` (`to_caller`:
-//!     strips Amazon's hop-by-hop headers; `Body` streams the rest).
+//! 10. `throttle/bucket.rs` (`accepted`), `inbound/proxy/response.rs` (`to_caller`: strips Amazon's hop-by-hop headers;
+//!     `Body` streams the rest).
 //!
 //! Not in every request: the first after ten seconds compares clocks (`auth/tokens/clock_skew.rs`); after a 401 or 403
 //! `inbound/proxy/auth_rejection.rs` decides whether a new token can help; `inbound/proxy/retry.rs` decides whether a
-//! request is sent again; `inbound/proxy/polls.rs` answers a poll from another one (`throttle.coalesce_polls`);
+//! request is sent again; `throttle/pass.rs` is for requests that Amazon refuses, that wait, or that a gate counts, whose
+//! responses `inbound/proxy/jobs.rs` reads along; `inbound/proxy/polls.rs` answers a poll from another one (`throttle.coalesce_polls`);
 //! `inbound/proxy/error_mapping.rs` turns an error into a response. `inbound/proxy/redaction.rs` searches a 4xx for the
 //! access token, `inbound/proxy/mcp.rs` recognizes MCP clients when an error is theirs, and `server/tunnel.rs` unwraps
 //! requests inside a tunnel that `CONNECT` opened.
