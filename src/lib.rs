@@ -26,9 +26,8 @@
 //! 4. `inbound/admission/mod.rs` (`proxy`: peer, framing, method, `Host`, browsers, caller token) and, between its
 //!    checks, `inbound/destination/mod.rs` (`Route::read`: is the request for Amazon or for [`inbound::oauth`]).
 //! 5. `inbound/route.rs` (`select`: account, user, region), `domain/api_families.rs` (`family`).
-//! 6. `upstream/request_body.rs` (`caller`: wraps the body, unread), `throttle/pass.rs` (`enter`; at step 10
-//!    `responded`), `throttle/bucket.rs` (`Kind::of`; at step 10 `accepted`): it waits only if Amazon refused others
-//!    like it.
+//! 6. `upstream/request_body.rs` (`caller`: wraps the body, unread), `throttle/mod.rs` (`Kind::of`, `enter`; at step 10
+//!    `responded`), `throttle/bucket.rs` (at step 10 `accepted`): it waits only if Amazon refused others like it.
 //! 7. `auth/tokens/mod.rs` (`bearer`), `domain/clock.rs` (`reading`), `auth/tokens/user_state.rs` (`held`),
 //!    `domain/grant/state.rs` (`valid_token`, `expiring`): the current token. One that expires soon is refreshed first.
 //! 8. `domain/headers.rs` (`to_amazon`: strips hop-by-hop headers, attaches ours).
@@ -38,9 +37,10 @@
 //!
 //! Not in every request: `domain/policy.rs` checks it if there is a policy, `telemetry/audit.rs` writes its line if
 //! `log.audit` is on; the first after ten seconds compares clocks (`auth/tokens/clock_skew.rs`); after a 401 or 403
-//! `inbound/proxy/auth_rejection.rs` decides whether a new token can help; `throttle/classify.rs` reads a failure, and
-//! `inbound/proxy/retry.rs` decides whether a request is sent again; `inbound/proxy/polls.rs` answers a poll from
-//! another one (`throttle.coalesce_polls`); `inbound/proxy/error_mapping.rs` turns an error into a response.
+//! `inbound/proxy/auth_rejection.rs` decides whether a new token can help; `inbound/proxy/retry.rs` decides whether a
+//! request is sent again; `throttle/pass.rs` is for requests that Amazon refuses, that wait, or that a gate counts,
+//! whose responses `inbound/proxy/jobs.rs` reads along; `inbound/proxy/polls.rs` answers a poll from another one
+//! (`throttle.coalesce_polls`); `inbound/proxy/error_mapping.rs` turns an error into a response.
 //! `inbound/proxy/redaction.rs` searches a 4xx for the access token, `inbound/proxy/mcp.rs` recognizes MCP clients when
 //! an error is theirs, and `server/tunnel.rs` unwraps requests inside a tunnel that `CONNECT` opened.
 //!

@@ -53,6 +53,8 @@ mod siblings;
 mod stores;
 mod threats;
 mod throttle;
+mod throttle_counts;
+mod throttle_fleet;
 mod token_endpoint;
 mod tokens;
 mod tunnels;

@@ -228,8 +228,8 @@ impl Admin {
         Ok(if taken { Ok(()) } else { Err(has_grant()) })
     }
 
-    /// Whether this process knows that `user` has a grant. Then a token that would not replace it is not verified: Login
-    /// with Amazon may rotate what it is shown.
+    /// Whether this process knows that `user` has a grant. Then a token that would not replace it is not verified:
+    /// Login with Amazon may rotate what it is shown.
     fn has_grant(&self, user: &UserId) -> bool {
         self.tokens.status(user).state != State::None
     }

@@ -166,7 +166,7 @@ fn limits(buckets: &[BucketStatus]) -> Markup {
                 @for bucket in buckets.iter().take(MAX_ROWS) {
                     tr {
                         td { (bucket.name.region.as_str()) }
-                        td { (bucket.name.family.name) }
+                        td { (bucket.name.group) }
                         td { (bucket.name.kind.as_str()) }
                         td { (format!("{:.1} per second", bucket.rate)) }
                         @if bucket.paused > 0.0 {

@@ -145,6 +145,10 @@ impl From<Throttled> for Problem {
                 "Amazon refuses requests like this one at the moment, so it was not sent.",
                 "Repeat it after the time in Retry-After, or let requests wait: throttle.mode = queue.",
             ),
+            Reason::AtOnce => (
+                "As many exports, AMC workflow runs or traffic events run as Amazon allows at a time.",
+                "Repeat it when one has ended, or let requests wait: throttle.mode = queue.",
+            ),
             Reason::TooLate => (
                 "Amazon limits requests like this one, and its turn does not come in time.",
                 "Repeat it after the time in Retry-After, or raise throttle.queue_timeout.",

@@ -305,8 +305,7 @@ fn left_out(sent: &HeaderMap, call: &RoutedRequest<'_>, account: Option<&Account
 }
 
 fn bucket(what: &Explained<'_>, call: &RoutedRequest<'_>, method: &Method, path: &str) -> ThrottleBucket {
-    let kind = throttle::Kind::of(method, path);
-    let bucket = format!("{}/{}/{}", call.region, call.family.name, kind.as_str());
+    let bucket = throttle::Call::new(call.region, call.family, method, path, "").bucket().to_string();
     let of_family = what.throttle.families.iter().find(|own| own.family == call.family.name);
     let mode = call.throttle().unwrap_or_else(|| of_family.map_or(what.throttle.mode, |own| own.mode));
     ThrottleBucket { bucket, mode: mode.as_str() }

@@ -5,6 +5,7 @@
 
 mod auth_rejection;
 mod error_mapping;
+mod jobs;
 mod polls;
 pub mod explain;
 mod mcp;
@@ -44,6 +45,7 @@ use crate::telemetry::metrics::Metrics;
 use crate::throttle::{Call, Entry, Pass, Throttle};
 use crate::upstream::{ReplayBudget, ReplayBuffer, RequestBody, Reuse, SendError, Upstream, UpstreamBody};
 use auth_rejection::{Rejection, Verdict, pass_on_refusal};
+use jobs::JobListener;
 use polls::{Join, Polls};
 use request_telemetry::RequestTelemetry;
 use retry::Retry;
@@ -97,7 +99,7 @@ pub struct Proxy {
     policy: Option<Mode>,
     admission: Admission,
     tokens: TokenManager,
-    throttle: Throttle,
+    throttle: Arc<Throttle>,
     /// `None` unless `throttle.coalesce_polls` is on.
     polls: Option<Polls>,
     upstream: Arc<Upstream>,
@@ -124,7 +126,7 @@ impl Proxy {
         admission: Admission,
         tokens: TokenManager,
         upstream: Arc<Upstream>,
-        throttle: Throttle,
+        throttle: Arc<Throttle>,
         oauth: OauthEndpoints,
         directory: Directory,
         metrics: Arc<Metrics>,
@@ -296,12 +298,13 @@ impl Proxy {
         if check_clock {
             self.tokens.observe_amazons_clock(response.headers());
         }
+        let listener = JobListener::of(&mut pass, response.headers());
         let mut response = match response.status() {
             StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => {
                 Box::pin(self.handle_rejection(response, request, &sent, &mut pass, telemetry)).await?
             }
             status if status.is_client_error() => Box::pin(pass_on_refusal(response, &bearer)).await,
-            _ => response.map(Body::amazon),
+            _ => response.map(|body| Body::amazon(body).heard_by(listener)),
         };
         if route.family.service == Service::Mcp {
             // Amazon's challenge names an authorization server, and MCP clients would start an OAuth of their own
@@ -355,7 +358,7 @@ impl Proxy {
         &'a self,
         route: &'a RoutedRequest<'a>,
         parts: &Parts,
-        target: &Target,
+        target: &'a Target,
     ) -> Result<Pass<'a>, ProxyError> {
         let path = target.path();
         let request = Call {

@@ -14,6 +14,8 @@
 //! - `POST /limits`: replaces the rate limits of the Ads listeners: a list of [`RateLimit`]s, of which the first that
 //!   matches applies: `[{"per_second": 20, "burst": 20, "path": "/sp", "told": "nothing"}]`; `told` is `seconds` (the
 //!   default), `date`, `nothing`, `html` or `{"text": "…"}`
+//! - `POST /jobs`: [`JobLimits`]: how many exports and AMC workflow runs there are at once, and how long they run:
+//!   `{"exports": 5, "runs": 10, "seconds": 2}`
 //! - `POST /clock`: `{"advance": "1h"}` moves the sandbox's clock, and `-1h` moves it back; returns the time
 //! - `POST /consent`: records a consent. `{"want": "code"}` (the default; also `redirect_uri`, `scope`, `advertiser`,
 //!   `client_id`, `code_challenge` with S256) returns `{"code"}`; `{"want": "grant"}` returns
@@ -32,6 +34,7 @@ use serde_json::{Value, json};
 
 use super::fault::Rule;
 use super::history::Call;
+use super::jobs::JobLimits;
 use super::limits::RateLimit;
 use super::reply::{self, Body};
 use super::state::SandboxState;
@@ -132,6 +135,10 @@ pub(super) fn answer(shared: &SandboxState, head: &Parts, body: &Bytes) -> Respo
             world.limits.set(limits);
             (StatusCode::OK, json!({ "limits": world.limits.rules(), "refused": world.limits.refusals() }))
         }),
+        (&Method::POST, "/jobs") => with(body, |limits: JobLimits| {
+            shared.world().jobs.set(limits);
+            (StatusCode::OK, json!({ "jobs": limits }))
+        }),
         (&Method::POST, "/clock") => with(body, |Advance { advance }| match advance.parse::<SignedDuration>() {
             Ok(by) => {
                 shared.clock.advance(by);
@@ -221,7 +228,8 @@ fn overview(shared: &SandboxState) -> Response<Body> {
         "refused": world.limits.refusals(),
         "trouble": world.faults.rules().collect::<Vec<_>>(),
         "endpoints": ["GET /", "GET /ca.pem", "GET /history", "DELETE /history", "POST /trouble", "DELETE /trouble",
-                      "POST /limits", "POST /clock", "POST /consent", "POST /revoke", "POST /events", "GET /ap/oa"],
+                      "POST /limits", "POST /jobs", "POST /clock", "POST /consent", "POST /revoke", "POST /events",
+                      "GET /ap/oa"],
     });
     reply::json(StatusCode::OK, &body)
 }
