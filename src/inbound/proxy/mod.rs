@@ -2,6 +2,8 @@
 //!
 //! [`Proxy::serve`] always responds. `Proxy::dispatch` decides who serves the request, and `Proxy::forward` lists the
 //! steps of a request to Amazon, each one call that may fail.
+//!
+//! The file is long because it is the whole way of a request: to follow one, read this file alone.
 
 mod auth_rejection;
 mod error_mapping;
