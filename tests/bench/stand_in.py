@@ -1,4 +1,5 @@
-"""A stand-in for Amazon that is fast enough to measure against: nginx with a throw-away certificate. Also nginx as a peer."""
+"""A stand-in for Amazon that is fast enough to measure against: nginx with a throw-away certificate. Also nginx as a peer,
+and adsidecar in front of the stand-in."""
 
 import json
 import os
@@ -43,6 +44,30 @@ STAND_IN = """
     location / {{ if ($whole = 0) {{ return 403; }} try_files $uri =404; }}
   }}
   server {{ listen unix:{place}/took.sock; return 200 '{{}}'; }}
+"""
+
+ADSIDECAR = """
+environment = "production"
+[amazon]
+client_id = "{client}"
+client_secret = "bench"
+refresh_token = "Atzr|x"
+token_url = "https://localhost:{amazon}/auth/o2/token"
+ca_file = "{place}/ca.pem"
+[proxy]
+listen = "127.0.0.1:{port}"
+[admin]
+listen = "127.0.0.1:{admin}"
+[store]
+path = "{place}/store-{port}"
+fernet_keys = "cw_0x689RpI-jtRR7oE8h_eQsKImvJapLeSbXpwF4e4="
+[upstream]
+na = "https://localhost:{upstream}"
+ca_file = "{place}/ca.pem"
+http2 = "{http2}"
+[[account]]
+name = "default"
+profile_id = "1"
 """
 
 
@@ -99,3 +124,13 @@ def nginx(place: Path, name: str, core: int, port: int, rest: str, **values) -> 
     rest = rest.format(place=place, port=port, token=TOKEN, client=CLIENT, profiles=PROFILES, **values)
     config.write_text(NGINX.format(place=place, name=name, rest=rest))
     return Running(core, port, "nginx", "-c", str(config), "-p", str(place), log=place / f"{name}.log")
+
+
+def adsidecar(place: Path, core: int, amazon: int, upstream: int, http2: str, *before: str) -> Running:
+    """adsidecar with a token of the stand-in at port `amazon`, calling port `upstream`; `before` begins its command."""
+    port, admin = free_port(), free_port()
+    config = place / f"adsidecar-{port}.toml"
+    words = {"port": port, "admin": admin, "amazon": amazon, "upstream": upstream, "http2": http2}
+    config.write_text(ADSIDECAR.format(place=place, client=CLIENT, **words))
+    command = [*before, binary("adsidecar"), "--config", str(config)]
+    return Running(core, port, *command, log=place / f"adsidecar-{port}.log")
