@@ -1,6 +1,7 @@
 """A stand-in for Amazon that is fast enough to measure against: nginx with a throw-away certificate. Also nginx as a
 peer, and adsidecar in front of the stand-in."""
 
+import atexit
 import json
 import os
 import re
@@ -98,6 +99,7 @@ class Running:
             self.process = subprocess.Popen(
                 ["taskset", "--cpu-list", str(core), *command], stdout=out, stderr=out, env={"PATH": os.environ["PATH"]}
             )
+        atexit.register(self.process.terminate)
         until(f"{command[0]} at port {port}, see {log}", self.listens, 60)
 
     def listens(self) -> bool:

@@ -13,6 +13,7 @@ A comment above each fenced block says what the tests do with it:
 - `<!-- published port -->`: a container's variables, in a process without Docker, and the request to it;
 - `<!-- campaign -->`: with fewer cycles;
 - `<!-- job -->`, `<!-- systemd -->`: by a test of its own; `<!-- postgres -->`: by tests/e2e/postgres.rs;
+- `<!-- recipe: FILE -->`: as that file, by tests/clients/test_recipes.py;
 - `<!-- not run: REASON -->`: not at all, for one of the reasons in tests/README.md.
 
 Blocks of text and pictures have no comment.
@@ -192,7 +193,7 @@ def test_every_link_leads_somewhere(manuals, repository):
 
 def test_every_block_says_how_it_is_tested(blocks):
     unmarked = [block for block in blocks if block.kind != "text" and block.mark not in MARKS]
-    assert [str(block) for block in unmarked if not block.mark.startswith("not run: ")] == []
+    assert [str(block) for block in unmarked if not block.mark.startswith(("not run: ", "recipe: "))] == []
 
 
 def test_the_reasons_not_to_run_a_block_stand_in_one_place(blocks, manuals):

@@ -95,7 +95,10 @@ pub struct Lwa {
 }
 
 /// The proxy as reqwest knows it.
-fn through(proxy: &OutgoingProxy) -> Result<Proxy, String> {
+///
+/// # Errors
+/// A sentence if reqwest takes no such URL.
+pub fn through(proxy: &OutgoingProxy) -> Result<Proxy, String> {
     let failed = |_| format!("{}: its URL cannot be used", proxy.named_by);
     // `h`: the proxy resolves names.
     let mut url = Url::parse(&proxy.url().replacen("socks5:", "socks5h:", 1)).map_err(failed)?;

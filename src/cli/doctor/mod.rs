@@ -14,6 +14,7 @@ use std::fmt::Write;
 use std::time::{Duration, Instant};
 
 use clap::Args;
+use futures_util::future::join_all;
 use http::Method;
 use serde_json::{Value, json};
 use url::Url;
@@ -21,7 +22,7 @@ use url::Url;
 use super::sidecar::Sidecar;
 use super::{Exit, Failed, Output, block_on, client, print};
 use crate::config::{Config, Sources};
-use crate::domain::account::{Context, Region};
+use crate::domain::account::{AmazonHost, Context, Region};
 use crate::server::Listen;
 pub use findings::{CODES, Code, Group};
 use findings::{Finding, Status};
@@ -211,15 +212,19 @@ async fn hosts(config: &Config) -> Vec<Finding> {
         proxy: config.lwa.proxy.as_ref(),
         key: "amazon.token_url".to_owned(),
     });
-    let ads = Region::ALL.into_iter().map(|region| Target {
-        name: format!("the Ads API of {region}"),
-        url: &config.upstream.origins[region as usize],
+    let of_service = |service: &'static str, host: AmazonHost| Target {
+        name: format!("{service} of {}", host.region),
+        url: &config.upstream.origins[host.index()],
         roots: &config.upstream.extra_roots,
         proxy: config.upstream.proxy.as_ref(),
-        key: format!("upstream.{region}"),
-    });
+        key: host.key().to_owned(),
+    };
+    let ads = Region::ALL.into_iter().map(|region| of_service("the Ads API", AmazonHost::ads(region)));
+    let mcp: Vec<_> = Region::ALL.map(|region| of_service("the MCP server", AmazonHost::mcp(region))).into();
     let targets: Vec<_> = lwa.chain(ads).collect();
-    let probed = futures_util::future::join_all(targets.iter().map(network::probe)).await;
+    let (probed, mcp) =
+        tokio::join!(join_all(targets.iter().map(network::probe)), join_all(mcp.iter().map(network::probe_mcp)));
+    let probed: Vec<_> = probed.into_iter().chain(mcp).collect();
     let skews: Vec<_> = probed.iter().filter_map(|(_, skew)| *skew).collect();
     let mut findings: Vec<_> = probed.into_iter().map(|(finding, _)| finding).collect();
     findings.push(network::clock(&skews));

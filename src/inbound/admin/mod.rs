@@ -167,8 +167,7 @@ impl Admin {
             ("/quitquitquit" | "/reload" | "/rotate" | "/users/import" | "/restore", &Method::POST) => {
                 AdminAccess::Operator
             }
-            ("/dump", &Method::GET) => AdminAccess::Operator,
-            ("/users/export", &Method::GET) => AdminAccess::Secrets,
+            ("/dump" | "/users/export", &Method::GET) => AdminAccess::Operator,
             ("/log", &Method::PUT) | ("/rotate", &Method::GET) => AdminAccess::Operator,
             _ => AdminAccess::Anyone,
         };

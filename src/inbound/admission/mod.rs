@@ -103,8 +103,6 @@ pub enum AdminAccess {
     Page,
     /// An operator: a caller on this machine, or one that shows a caller token.
     Operator,
-    /// An operator who gets refresh tokens in clear text: where a caller token is set, one that shows it.
-    Secrets,
 }
 
 impl From<Refusal> for Rejected {
@@ -199,7 +197,6 @@ impl Admission {
         self.route(request, peer)?;
         match access {
             AdminAccess::Page | AdminAccess::Operator => self.operator(headers, peer),
-            AdminAccess::Secrets => self.operator(headers, peer).and_then(|()| self.caller(headers)),
             AdminAccess::Probe | AdminAccess::Anyone => Ok(()),
         }
     }

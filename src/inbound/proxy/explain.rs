@@ -13,6 +13,7 @@ use crate::auth::accounts::Snapshot;
 use crate::domain::account::{Account, AmazonHost, Context};
 use crate::domain::found_account::{AccountType, doubtful_id};
 use crate::domain::headers::{UpstreamHeaders, to_amazon};
+use crate::domain::outgoing_proxy::OutgoingProxy;
 use crate::domain::policy::{Denied, Mode};
 use crate::inbound::admission;
 use crate::inbound::destination::{BadTarget, Destination, Endpoint, Route, Target};
@@ -39,6 +40,8 @@ pub struct Forwarded {
     pub method: String,
     /// The URL that is requested.
     pub url: String,
+    /// The outgoing proxy through which it is reached, and the key that names it; `None` without one.
+    pub through: Option<String>,
     /// `na`, `eu` or `fe`.
     pub region: &'static str,
     /// Why this region.
@@ -101,6 +104,8 @@ pub struct Explained<'a> {
     pub settings: &'a Settings,
     /// `upstream.na`, …, `upstream.mcp_fe`.
     pub origins: &'a [Url; AmazonHost::ALL.len()],
+    /// `upstream.proxy`.
+    pub outgoing_proxy: Option<&'a OutgoingProxy>,
     /// `[throttle]`.
     pub throttle: &'a throttle::Settings,
     /// The accounts that were found.
@@ -138,6 +143,8 @@ pub fn explain(what: &Explained<'_>, method: &Method, uri: &Uri, caller: &Header
     };
     let origin = &what.origins[call.host().index()];
     let url = format!("{}{}", origin.as_str().trim_end_matches('/'), target.path_and_query);
+    let host = origin.host_str().unwrap_or_default().trim_matches(['[', ']']);
+    let through = what.outgoing_proxy.filter(|proxy| proxy.is_for(host)).map(ToString::to_string);
     let sent = upstream_headers(what, &call, origin, caller);
     let headers = lines(&sent, &call, account, caller);
     let left_out = left_out(&sent, &call, account, caller);
@@ -151,6 +158,7 @@ pub fn explain(what: &Explained<'_>, method: &Method, uri: &Uri, caller: &Header
     Ok(Explanation::Amazon(Box::new(Forwarded {
         method: method.to_string(),
         url,
+        through,
         region: call.region.as_str(),
         region_why,
         account: Some(call.account_name().to_owned()).filter(|name| !name.is_empty()),
