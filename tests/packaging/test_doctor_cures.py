@@ -1,5 +1,6 @@
-"""`adsidecar doctor` names a cure for each fault, and the cure works: a fault is injected, the cure is carried out word for word
-(its command is run, or the key that it names is corrected and no other), and the doctor finds the fault no more.
+"""`adsidecar doctor` names a cure for each fault, and the cure works: a fault is injected, the cure is carried out word
+for word (its command is run, or the key that it names is corrected and no other), and the doctor finds the fault no
+more.
 """
 
 import json
@@ -51,7 +52,9 @@ class Installation:
     def write(self) -> None:
         lines = []
         for section in sorted({key.partition(".")[0] for key in self.settings if "." in key}):
-            own = {key.partition(".")[2]: value for key, value in self.settings.items() if key.startswith(f"{section}.")}
+            own = {
+                key.partition(".")[2]: value for key, value in self.settings.items() if key.startswith(f"{section}.")
+            }
             lines += [f"[{section}]", *(f"{key} = {json.dumps(value)}" for key, value in own.items())]
         for account in self.accounts:
             lines += ["[[account]]", *(f"{key} = {json.dumps(value)}" for key, value in account.items())]
@@ -166,7 +169,8 @@ def log_in(installation: Installation, command: str) -> None:
 
 
 def restore(installation: Installation, cure: str, right: dict) -> None:
-    """Corrects the first key that a cure names, or all where it is a list, and no other. `right` has its value; a key without one is removed."""
+    """Corrects the first key that a cure names, or all where it is a list, and no other. `right` has its value; a key
+    without one is removed."""
     of_account = re.match(r'(?P<key>\w+)(?: = "(?P<value>\w+)")? of the account (?P<name>[\w-]+)', cure)
     if of_account:
         [account] = [one for one in installation.accounts if one["name"] == of_account["name"]]
@@ -470,8 +474,14 @@ def everything(installation: Installation) -> list[dict]:
 
 TROUBLES = [
     ("region_unauthorized", {"trouble": "token_unauthorized", "door": "eu", "path": "/v2/profiles", "when": "always"}),
-    ("region_forbidden", {"trouble": {"status": {"code": 403}}, "door": "fe", "path": "/v2/profiles", "when": "always"}),
-    ("region_throttled", {"trouble": {"status": {"code": 429}}, "door": "na", "path": "/v2/profiles", "when": "always"}),
+    (
+        "region_forbidden",
+        {"trouble": {"status": {"code": 403}}, "door": "fe", "path": "/v2/profiles", "when": "always"},
+    ),
+    (
+        "region_throttled",
+        {"trouble": {"status": {"code": 429}}, "door": "na", "path": "/v2/profiles", "when": "always"},
+    ),
     ("region_failed", {"trouble": {"status": {"code": 500}}, "door": "na", "path": "/v2/profiles", "when": "always"}),
     ("lwa_unavailable", {"trouble": {"status": {"code": 503}}, "door": "lwa", "path": "/auth/", "when": "always"}),
     ("refresh_failed", {"trouble": {"status": {"code": 503}}, "door": "lwa", "path": "/auth/", "when": "always"}),
