@@ -177,7 +177,9 @@ impl App {
             request_ids,
             events: Events::default(),
             notify: Arc::default(),
+            page: Arc::default(),
             proxy: addresses.proxy.first().copied(),
+            admin: addresses.admin.first().copied(),
         };
         let (limits, fixed) = ([proxy.limits(), login.limits(), admin.limits()], RestartOnly::of(&config));
         let services = Arc::new(ArcSwap::from_pointee(Services::new(config, lwa, &process)?));

@@ -306,6 +306,11 @@ impl Problem {
         self.code
     }
 
+    /// What happened.
+    pub fn detail(&self) -> &str {
+        &self.detail
+    }
+
     /// What the caller can do about it.
     pub fn next_step(&self) -> &str {
         &self.next_step

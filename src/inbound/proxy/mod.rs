@@ -212,7 +212,8 @@ impl Proxy {
             }
             Err(rejected) if rejected.endpoint.is_some() => {
                 telemetry.set_own_endpoint();
-                let mut response = self.problem(rejected.refusal.into(), parts).respond(telemetry.request_id());
+                let problem = self.problem(rejected.refusal.into(), parts);
+                let mut response = self.oauth.refuse(&parts.headers, problem, telemetry.request_id());
                 add_private_headers(response.headers_mut());
                 Ok(response.map(Body::own))
             }
