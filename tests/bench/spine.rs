@@ -155,7 +155,7 @@ impl Setup {
             std::fs::write(&file, config).unwrap();
             let sources = Sources { file: Some(file), env: Vec::new(), sets: Vec::new() };
             let config = config::load(&sources).unwrap_or_else(|problems| panic!("{problems}"));
-            let app = Box::pin(App::build(config, Clock::system(), None)).await.unwrap();
+            let app = App::build(config, Clock::system(), None).await.unwrap();
             let proxy = app.addresses().proxy[0];
             tokio::spawn(app.run(std::future::pending()));
             (sandbox, TcpStream::connect(proxy).await.unwrap())

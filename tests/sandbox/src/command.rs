@@ -84,7 +84,7 @@ fn serve(arguments: &Arguments) -> Result<(), Failed> {
         let (redirect_uri, fernet_key) = (config.lwa.redirect_uri.clone(), key_of(&config));
         sandbox.set_limits(arguments.limit.map(|limit| RateLimit::of(limit.get().into())).as_slice());
         sandbox.world(|world| world.allow_return_url(&redirect_uri));
-        let app = Box::pin(App::build(config, clock, Some(log.clone()))).await?.reloading(sources);
+        let app = App::build(config, clock, Some(log.clone())).await?.reloading(sources);
         let facts = Facts {
             proxy: format!("http://localhost:{}", app.addresses().proxy[0].port()),
             admin: format!("http://localhost:{}", app.addresses().admin[0].port()),
