@@ -177,6 +177,7 @@ impl<'a> RequestTelemetry<'a> {
     fn record(&mut self, status: u16) {
         self.recorded = true;
         let took = self.begun.elapsed();
+        let fault = self.fault_of(status);
         let mut text = [0u8; 3];
         let labels = [self.account.as_str(), self.region, self.method, digits(status, &mut text), self.source];
         self.metrics.requests.with_label_values(&labels).inc();
@@ -188,7 +189,7 @@ impl<'a> RequestTelemetry<'a> {
                 method: self.method,
                 status,
                 source: self.source,
-                fault: self.fault_of(status),
+                fault,
                 took,
             });
         }
@@ -216,7 +217,7 @@ impl<'a> RequestTelemetry<'a> {
                 family: self.family,
                 account: std::mem::take(&mut self.account),
                 status,
-                fault: self.fault_of(status),
+                fault,
                 request_id: self.request_id().into(),
             });
         }
