@@ -118,7 +118,7 @@ impl App {
     /// # Errors
     /// [`BuildError`] if a key, the store, an address or a setting is unusable.
     pub async fn build(config: Config, clock: Clock, log: Option<LogHandle>) -> Result<Self, BuildError> {
-        Self::build_on(Inherited::default(), config, clock, log).await
+        Box::pin(Self::build_on(Inherited::default(), config, clock, log)).await
     }
 
     /// As [`build`](Self::build), on sockets that the service manager has opened. Each needs a listener.
