@@ -252,12 +252,14 @@ impl App {
             tokens: process.tokens.clone(),
             store: process.store.clone(),
             metrics: process.metrics.clone(),
+            throttle: process.throttle.clone(),
             clock: process.clock.clone(),
             events: process.events.clone(),
         };
         tasks.spawn(notifier.run());
         let directory = process.directory.clone();
         tasks.spawn(async move { directory.run().await });
+        tasks.spawn(throttle::fleet::keep(process.throttle.clone(), process.store.clone()));
 
         let (phase, admin_phase) = (watch::Sender::new(Phase::Open), watch::Sender::new(Phase::Open));
         let mut listeners = JoinSet::new();

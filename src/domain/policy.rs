@@ -377,8 +377,8 @@ fn is_override(name: &str) -> bool {
     OVERRIDES.contains(&name.replace('_', "-").as_str())
 }
 
-/// Whether a parameter of `query` overrides the method: `_method` or the name of such a header, in any letter case, also
-/// with up to two rounds of percent-encoding, separated by `&` or `;`, and as `_method[]`.
+/// Whether a parameter of `query` overrides the method: `_method` or the name of such a header, in any letter case,
+/// also with up to two rounds of percent-encoding, separated by `&` or `;`, and as `_method[]`.
 fn overrides_method(query: &str) -> bool {
     query.split(['&', ';']).any(|parameter| {
         let name = decoded(&decoded(parameter.split('=').next().unwrap_or_default().as_bytes()));

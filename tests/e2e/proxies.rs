@@ -60,7 +60,10 @@ impl Server {
     async fn squid(lines: &str) -> Self {
         Self::start(|path, port| {
             let helper = path.join("helper.sh");
-            let known = format!("#!/bin/sh\nwhile read user word; do\n[ \"$user $word\" = \"ann {PASSWORD}\" ] && echo OK || echo ERR\ndone\n");
+            let known = format!(
+                "#!/bin/sh\nwhile read user word; do\n[ \"$user $word\" = \"ann {PASSWORD}\" ] && echo \
+                OK || echo ERR\ndone\n"
+            );
             fs::write(&helper, known).unwrap();
             fs::set_permissions(&helper, fs::Permissions::from_mode(0o755)).unwrap();
             let common = "pid_filename {path}/pid\ncache_log {path}/cache.log\naccess_log stdio:{path}/access.log\n\

@@ -10,7 +10,7 @@ use world::{Fault, Listener, RateLimit, Rule, Told};
 
 use crate::harness::{Harness, code, eventually, header, json};
 
-const PROFILE: &str = "3012345678901234561";
+pub const PROFILE: &str = "3012345678901234561";
 const LIST: &str = "/sp/campaigns/list";
 
 /// A sidecar in this mode on a frozen clock, with user `default` logged in.
@@ -56,7 +56,7 @@ async fn waiting(harness: &Harness, path: &str) -> JoinHandle<Response> {
     task
 }
 
-async fn waiting_bytes(harness: &Harness) -> f64 {
+pub async fn waiting_bytes(harness: &Harness) -> f64 {
     harness.metric("adsidecar_throttle_waiting_bytes").await
 }
 

@@ -63,7 +63,9 @@ def test_the_unit_is_valid_and_hardened(repository, tmp_path):
     # The program is looked up where the package puts it, which this machine does not have.
     text = (repository / "deploy/debian/adsidecar.service").read_text()
     unit = tmp_path / "adsidecar.service"
-    unit.write_text(text.replace("/usr/bin/adsidecar serve", "/bin/true serve").replace("man:adsidecar(1)", "man:true(1)"))
+    unit.write_text(
+        text.replace("/usr/bin/adsidecar serve", "/bin/true serve").replace("man:adsidecar(1)", "man:true(1)")
+    )
     verified = subprocess.run(["systemd-analyze", "verify", "--man=no", unit], capture_output=True, text=True)
     own = [line for line in verified.stderr.splitlines() if "adsidecar.service" in line]
     assert verified.returncode == 0 and not own, verified.stderr
@@ -141,7 +143,8 @@ def test_it_installs_serves_a_user_of_the_sandbox_and_goes_without_a_trace_but_i
             curl --silent --fail --unix-socket /run/admin.sock http://localhost/readyz && break
             sleep 0.1
         done
-        curl --silent --show-error --fail --unix-socket /run/ads.sock http://localhost/v2/profiles || (cat /tmp/log; exit 1)
+        curl --silent --show-error --fail --unix-socket /run/ads.sock http://localhost/v2/profiles \\
+            || (cat /tmp/log; exit 1)
 
         echo
         # A person logs in, with a browser elsewhere, and pastes the URL at which it ended.

@@ -357,7 +357,8 @@ async fn prove(sidecar: &Sidecar, user: &UserId) -> Result<Proof, Failed> {
     let why: Vec<_> =
         proof.into_iter().map(|(region, result)| format!("  {region}: {}", result.err().unwrap_or_default())).collect();
     Err(Failed::because(format!(
-        "the grant of {user} is stored, but no region accepted a request with it:\n{}\nadsidecar doctor names the cause",
+        "the grant of {user} is stored, but no region accepted a request with it:\n{}\nadsidecar doctor names the \
+         cause",
         why.join("\n")
     )))
 }

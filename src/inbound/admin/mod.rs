@@ -224,8 +224,8 @@ impl Admin {
     }
 
     /// Ready while the listeners serve, the store works and no shutdown was requested. Neither Amazon nor a missing
-    /// login makes a pod unready, and nor does a shared store that fails: all pods lose it at once, and each still serves
-    /// from memory.
+    /// login makes a pod unready, and nor does a shared store that fails: all pods lose it at once, and each still
+    /// serves from memory.
     fn ready(&self) -> AdminResponse {
         match *self.stage.borrow() {
             Stage::Starting => say(StatusCode::SERVICE_UNAVAILABLE, "starting\n"),

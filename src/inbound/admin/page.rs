@@ -100,8 +100,8 @@ impl Admin {
         }
     }
 
-    /// Explains why there are no login links, or where they work: a browser's login is bound to the host name under which it
-    /// started.
+    /// Explains why there are no login links, or where they work: a browser's login is bound to the host name under
+    /// which it started.
     fn about_links(&self, headers: &HeaderMap) -> Markup {
         let host = headers.get(http::header::HOST).and_then(|host| host.to_str().ok()).unwrap_or_default();
         let name = host.rsplit_once(':').map_or(host, |(name, _)| name);
@@ -166,7 +166,7 @@ fn limits(buckets: &[BucketStatus]) -> Markup {
                 @for bucket in buckets.iter().take(MAX_ROWS) {
                     tr {
                         td { (bucket.name.region.as_str()) }
-                        td { (bucket.name.family.name) }
+                        td { (bucket.name.group) }
                         td { (bucket.name.kind.as_str()) }
                         td { (format!("{:.1} per second", bucket.rate)) }
                         @if bucket.paused > 0.0 {

@@ -201,7 +201,8 @@ impl Admission {
         }
     }
 
-    /// A tunnel is opened only to port 80 of one of Amazon's hosts: adsidecar cannot see into TLS, and is no open proxy.
+    /// A tunnel is opened only to port 80 of one of Amazon's hosts: adsidecar cannot see into TLS, and is no open
+    /// proxy.
     fn tunnel(&self, request: &Parts, peer: Peer) -> Result<Admitted, Refusal> {
         let headers = &request.headers;
         framing(headers)?;
@@ -358,7 +359,8 @@ fn framing(headers: &HeaderMap) -> Result<(), Refusal> {
     }
 }
 
-fn method(method: &Method) -> Result<(), Refusal> {
+/// The methods that are served, on every listener.
+pub(super) fn method(method: &Method) -> Result<(), Refusal> {
     match *method {
         Method::GET | Method::HEAD | Method::POST | Method::PUT | Method::PATCH | Method::DELETE | Method::OPTIONS => {
             Ok(())

@@ -12,7 +12,8 @@ use crate::auth::login::{LoginFailure, LoginOutcome};
 use crate::domain::headers::ERROR;
 
 /// The page loads nothing, runs nothing, sends nothing, and may not be framed.
-const POLICY: &str = "default-src 'none'; style-src 'sha256-H7ytAUeXHaxeOH3RhzkOxEc7LmDT22BPtpCAZkn8bj0='; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
+const POLICY: &str = "default-src 'none'; style-src 'sha256-H7ytAUeXHaxeOH3RhzkOxEc7LmDT22BPtpCAZkn8bj0='; base-uri \
+    'none'; form-action 'none'; frame-ancestors 'none'";
 /// In the colours that the browser has for light and dark, and readable on a phone.
 const STYLE: &str = ":root{color-scheme:light dark}\
     body{font:16px/1.5 system-ui,sans-serif;max-width:34rem;margin:15vh auto;padding:0 1rem;overflow-wrap:anywhere}\
@@ -47,7 +48,8 @@ pub(super) fn root(login_url: Option<&str>) -> FullResponse {
             p { "Users and their tokens: " code { "/api/auth/amazon/status" } }
             @match login_url {
                 Some(login_url) => { p { "To log in: " a href=(login_url) { (login_url) } } }
-                None => { p { "A caller token is set, which a browser cannot send: let your app request the login URL." } }
+                None => { p { "A caller token is set, which a browser cannot send: let your app request the login \
+                    URL." } }
             }
         },
     )

@@ -15,6 +15,7 @@ use crate::domain::found_account::{AccountType, doubtful_id};
 use crate::domain::headers::{UpstreamHeaders, to_amazon};
 use crate::domain::outgoing_proxy::OutgoingProxy;
 use crate::domain::policy::{Denied, Mode};
+use crate::inbound::admission;
 use crate::inbound::destination::{BadTarget, Destination, Endpoint, Route, Target};
 use crate::inbound::route::{Accounts, RouteError, RoutedRequest, Selection};
 use crate::throttle;
@@ -120,6 +121,9 @@ pub fn explain(what: &Explained<'_>, method: &Method, uri: &Uri, caller: &Header
         let name = authority.rsplit_once(':').map_or(authority, |(name, _)| name);
         ["localhost", "127.0.0.1", "[::1]"].contains(&name.to_ascii_lowercase().as_str())
     };
+    if admission::method(method).is_err() {
+        return Err(format!("{method} is no method that it serves; methods are upper-case (405 method_not_allowed)"));
+    }
     let target = match Route::read(method, uri, None, is_own).map_err(no_target)? {
         Route::Own(endpoint) => return Ok(Explanation::Adsidecar { why: own(endpoint) }),
         Route::Upstream(target) => target,
@@ -192,8 +196,8 @@ fn no_route(error: RouteError) -> &'static str {
         }
         RouteError::Bad(why) => why,
         RouteError::UnknownHeader(_) => {
-            "a header begins with X-Ads- and is none of X-Ads-Account, X-Ads-User, X-Ads-Region and X-Ads-Sidecar-Token \
-             (400 bad_request)"
+            "a header begins with X-Ads- and is none of X-Ads-Account, X-Ads-User, X-Ads-Region and \
+             X-Ads-Sidecar-Token (400 bad_request)"
         }
     }
 }
@@ -309,8 +313,7 @@ fn left_out(sent: &HeaderMap, call: &RoutedRequest<'_>, account: Option<&Account
 }
 
 fn bucket(what: &Explained<'_>, call: &RoutedRequest<'_>, method: &Method, path: &str) -> ThrottleBucket {
-    let kind = throttle::Kind::of(method, path);
-    let bucket = format!("{}/{}/{}", call.region, call.family.name, kind.as_str());
+    let bucket = throttle::Call::new(call.region, call.family, method, path, "").bucket().to_string();
     let of_family = what.throttle.families.iter().find(|own| own.family == call.family.name);
     let mode = call.throttle().unwrap_or_else(|| of_family.map_or(what.throttle.mode, |own| own.mode));
     ThrottleBucket { bucket, mode: mode.as_str() }
