@@ -74,8 +74,10 @@ impl Services {
         let upstream = Arc::new(Upstream::new(&config.upstream).map_err(|error| setting(&error))?);
         let client_id = HeaderValue::from_str(&config.proxy.client_id).map_err(|error| setting(&error))?;
         let ProcessState { tokens, metrics, request_ids, .. } = process;
+        let throttle = Arc::new(Throttle::new(config.throttle, &config.proxy.client_id, &process.throttle));
         process.directory.reconfigure(Reach {
             upstream: upstream.clone(),
+            throttle: throttle.clone(),
             client_id: client_id.clone(),
             home: config.proxy.region,
             automatic: config.accounts_sync,
@@ -138,7 +140,6 @@ impl Services {
             reloader: process.reloader.clone(),
             quit: process.quit.clone(),
         };
-        let throttle = Throttle::new(config.throttle, &config.proxy.client_id, &process.throttle);
         let login_of_proxy = oauth(&proxy_admission);
         process.notify.store(Arc::new(notify::Settings { login_base: admin.login_base.clone(), ..config.notify }));
         Ok(Self {

@@ -21,8 +21,8 @@ const HIDDEN: &str = "\"…\"";
 #[derive(Clone, Debug, Default)]
 pub(super) struct Effective(BTreeMap<&'static str, Shown>, Origins);
 
-/// The source of each key that was given, in any layer. Not shown by `Debug`: the same values from other sources are the
-/// same configuration.
+/// The source of each key that was given, in any layer. Not shown by `Debug`: the same values from other sources are
+/// the same configuration.
 #[derive(Clone, Default)]
 struct Origins(BTreeMap<&'static str, String>);
 

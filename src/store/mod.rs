@@ -31,7 +31,8 @@ pub mod stored_grant;
 pub use self::notices::Notice;
 pub use self::pending_grant::PendingGrant;
 pub use self::postgres::{
-    Changes, Claimed, ConnectionUrl, Content, FailedRefresh, Lease, Lookup, PUBLISH, Pod, Poll, Postgres, UserOverview,
+    Changes, Claimed, ConnectionUrl, Content, FailedRefresh, Lease, Lookup, PUBLISH, Pod, Poll, Postgres, SharedLimit,
+    ThrottleReport, ThrottleRow, UserOverview,
 };
 use self::sled::{ResealOutcome, Worker};
 pub use self::stored_grant::Sealed;

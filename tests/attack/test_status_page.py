@@ -144,7 +144,10 @@ def fits(browser) -> None:
 
 
 def findings(browser, axe: str) -> list[str]:
-    script = axe + "; const done = arguments[arguments.length - 1]; axe.run(document).then(done, (error) => done(`${error}`));"
+    script = (
+        axe
+        + "; const done = arguments[arguments.length - 1]; axe.run(document).then(done, (error) => done(`${error}`));"
+    )
     result = browser.order("POST", "/execute/async", {"script": script, "args": []})
     assert isinstance(result, dict) and len(result["passes"]) > 10, result
     return [f"{each['impact']} {each['id']}: {each['nodes'][0]['html'][:200]}" for each in result["violations"]]
@@ -212,7 +215,9 @@ def test_login_refresh_find_accounts_and_log_out_by_the_keyboard_alone(sandbox_o
     before = order(f"{sandbox.control}/history?door=lwa")
     browser.press(ENTER)
     says(browser, "The access token of user kim was refreshed.")
-    refreshes = [json.loads(text)["lwa"]["refreshes"] for text in (before, order(f"{sandbox.control}/history?door=lwa"))]
+    refreshes = [
+        json.loads(text)["lwa"]["refreshes"] for text in (before, order(f"{sandbox.control}/history?door=lwa"))
+    ]
     assert refreshes[1] == refreshes[0] + 1
 
     focus(browser, "Find accounts kim")
@@ -358,7 +363,8 @@ const read = [];
 const settled = [];
 const wait = (ms) => new Promise((go) => setTimeout(go, ms));
 const forms = {refresh: "user_id=anna", logout: "user_id=anna", sync: "user_id=anna", reload: "", log: "level=trace"};
-const paths = ["/", "/page/users", "/page/accounts", "/page/calls?part=true", "/page/settings", "/page/script.js", "/log"];
+const paths = ["/", "/page/users", "/page/accounts", "/page/calls?part=true", "/page/settings",
+      "/page/script.js", "/log"];
 const ask = (path, options) => settled.push((async () => {
   try {
     const answer = await fetch(base + path, options);
@@ -383,11 +389,13 @@ for (const [action, fields] of Object.entries(forms)) {
   for (const sent of ["", key]) {
     const body = new URLSearchParams(`${fields}&form_key=${sent}`);
     ask(`/page/${action}`, {method: "POST", mode: "no-cors", body});
-    ask(`/page/${action}`, {method: "POST", mode: "no-cors", credentials: "include", referrerPolicy: "no-referrer", body});
+    const options = {method: "POST", mode: "no-cors", credentials: "include", referrerPolicy: "no-referrer", body};
+    ask(`/page/${action}`, options);
     ask(`/page/${action}`, {method: "POST", headers: {"X-Own": "1"}, body});
     navigator.sendBeacon(`${base}/page/${action}`, body);
     const frame = Object.assign(document.createElement("iframe"), {name: `${action}${sent}`});
-    const form = Object.assign(document.createElement("form"), {method: "post", action: `${base}/page/${action}`, target: frame.name});
+    const attributes = {method: "post", action: `${base}/page/${action}`, target: frame.name};
+    const form = Object.assign(document.createElement("form"), attributes);
     for (const [name, value] of body) form.append(Object.assign(document.createElement("input"), {name, value}));
     document.body.append(frame, form);
     form.submit();
@@ -471,7 +479,9 @@ def test_with_a_caller_token_the_page_works_and_offers_no_login(sandbox_of_its_o
     file = Path(sandbox.config)
     text = file.read_text()
     token = f'caller_token = "{TOKEN}"'
-    file.write_text(text.replace("[proxy]\n", f"[proxy]\n{token}\n") if "[proxy]\n" in text else f"{text}\n[proxy]\n{token}\n")
+    file.write_text(
+        text.replace("[proxy]\n", f"[proxy]\n{token}\n") if "[proxy]\n" in text else f"{text}\n[proxy]\n{token}\n"
+    )
     assert order(f"{sandbox.admin}/reload", "POST") == "reloaded\n"
     browser.go(f"{admin(sandbox)}/page/users")
     assert "let your app request the login URL" in browser.text()

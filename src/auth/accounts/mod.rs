@@ -26,6 +26,7 @@ use crate::domain::clock::Clock;
 use crate::domain::found_account::{FoundAccount, assign_slugs};
 use crate::domain::grant::State;
 use crate::store::{StoreError, TokenStore};
+use crate::throttle::Throttle;
 use crate::upstream::Upstream;
 use discovery::{Discovery, Found};
 pub use listing::{Filter, Listed, list};
@@ -81,6 +82,8 @@ struct Inner {
 pub struct Reach {
     /// The connections to Amazon.
     pub upstream: Arc<Upstream>,
+    /// What Amazon's 429s have taught about this client.
+    pub throttle: Arc<Throttle>,
     /// `amazon.client_id`.
     pub client_id: HeaderValue,
     /// `amazon.region`.
@@ -248,6 +251,7 @@ impl Directory {
         };
         let discovery = Discovery {
             upstream: reach.upstream.clone(),
+            throttle: reach.throttle.clone(),
             client_id: reach.client_id.clone(),
             bearer: bearer.value,
             home: reach.home,

@@ -197,7 +197,8 @@ impl Login {
     }
 
     /// Finishes a login with the callback's parameters. `cookie` returns the value of the request's cookie with a given
-    /// name. A callback that is delivered again gets the first outcome; one without the login's cookie consumes nothing.
+    /// name. A callback that is delivered again gets the first outcome; one without the login's cookie consumes
+    /// nothing.
     pub async fn finish(&self, callback: Callback, cookie: impl FnOnce(&str) -> Option<String>) -> LoginEnded {
         let cookie = cookie(&cookie_name(callback.state.expose())).map(|value| hash(&value));
         let login = self.clone();

@@ -178,8 +178,7 @@ impl Admin {
             ("/quitquitquit" | "/reload" | "/rotate" | "/users/import" | "/restore", &Method::POST) => {
                 AdminAccess::Operator
             }
-            ("/dump", &Method::GET) => AdminAccess::Operator,
-            ("/users/export", &Method::GET) => AdminAccess::Secrets,
+            ("/dump" | "/users/export", &Method::GET) => AdminAccess::Operator,
             ("/log", &Method::PUT) | ("/rotate", &Method::GET) => AdminAccess::Operator,
             _ => page.map_or(AdminAccess::Anyone, View::access),
         };
@@ -238,8 +237,8 @@ impl Admin {
     }
 
     /// Ready while the listeners serve, the store works and no shutdown was requested. Neither Amazon nor a missing
-    /// login makes a pod unready, and nor does a shared store that fails: all pods lose it at once, and each still serves
-    /// from memory.
+    /// login makes a pod unready, and nor does a shared store that fails: all pods lose it at once, and each still
+    /// serves from memory.
     fn ready(&self) -> AdminResponse {
         match *self.stage.borrow() {
             Stage::Starting => say(StatusCode::SERVICE_UNAVAILABLE, "starting\n"),

@@ -105,8 +105,6 @@ pub enum AdminAccess {
     Form,
     /// An operator: a caller on this machine, or one that shows a caller token.
     Operator,
-    /// An operator who gets refresh tokens in clear text: where a caller token is set, one that shows it.
-    Secrets,
 }
 
 impl From<Refusal> for Rejected {
@@ -202,12 +200,12 @@ impl Admission {
         self.route(request, peer)?;
         match access {
             AdminAccess::Page | AdminAccess::Form | AdminAccess::Operator => self.operator(headers, peer),
-            AdminAccess::Secrets => self.operator(headers, peer).and_then(|()| self.caller(headers)),
             AdminAccess::Probe | AdminAccess::Anyone => Ok(()),
         }
     }
 
-    /// A tunnel is opened only to port 80 of one of Amazon's hosts: adsidecar cannot see into TLS, and is no open proxy.
+    /// A tunnel is opened only to port 80 of one of Amazon's hosts: adsidecar cannot see into TLS, and is no open
+    /// proxy.
     fn tunnel(&self, request: &Parts, peer: Peer) -> Result<Admitted, Refusal> {
         let headers = &request.headers;
         framing(headers)?;
@@ -379,7 +377,8 @@ fn framing(headers: &HeaderMap) -> Result<(), Refusal> {
     }
 }
 
-fn method(method: &Method) -> Result<(), Refusal> {
+/// The methods that are served, on every listener.
+pub(super) fn method(method: &Method) -> Result<(), Refusal> {
     match *method {
         Method::GET | Method::HEAD | Method::POST | Method::PUT | Method::PATCH | Method::DELETE | Method::OPTIONS => {
             Ok(())

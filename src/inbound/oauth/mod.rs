@@ -244,10 +244,11 @@ impl OauthEndpoints {
             return Ok(pages::result(&outcome, again, self.status_page(headers)));
         }
         Ok(match outcome {
-            Ok(LoginOutcome::Stored(status)) => json(
-                StatusCode::OK,
-                &json!({ "status": "success", "user_id": status.user_id, "expires_at": status.expires_at.map(to_the_millisecond) }),
-            ),
+            Ok(LoginOutcome::Stored(stored)) => {
+                let expires_at = stored.expires_at.map(to_the_millisecond);
+                let told = json!({ "status": "success", "user_id": stored.user_id, "expires_at": expires_at });
+                json(StatusCode::OK, &told)
+            }
             Ok(LoginOutcome::Pending(grant)) => {
                 json(StatusCode::OK, &json!({ "status": "pending", "grant": grant.expose() }))
             }

@@ -3,6 +3,7 @@
 //! The file is long because it is a list: each metric with its help text, in the order of the manual.
 
 mod budget;
+mod recent_calls;
 mod register;
 
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
@@ -17,9 +18,9 @@ use prometheus::{
 
 use crate::domain::account::Region;
 use crate::domain::grant::State;
-use crate::telemetry::audit::RecentCalls;
 use crate::telemetry::log::Dropped;
 use budget::Budget;
+pub use recent_calls::{RecentCall, RecentCalls};
 use register::Register;
 
 /// Limits of the exported metrics.
@@ -87,6 +88,7 @@ pub struct Metrics {
     throttle_rate: GaugeVec,
     throttle_paused_until: GaugeVec,
     throttle_waiting: IntGaugeVec,
+    throttle_running: IntGaugeVec,
     throttle_waiting_bytes: IntGauge,
     pub throttle_wait: Histogram,
     undecryptable_records: IntGauge,
@@ -278,6 +280,12 @@ impl Metrics {
                 "Requests that wait for their turn",
                 &["region", "family", "kind"],
             )?,
+            throttle_running: r.gauges(
+                "throttle_running",
+                "Exports, AMC workflow runs and requests with traffic events that run at Amazon, as far as they passed \
+                 here",
+                &["region", "family"],
+            )?,
             throttle_waiting_bytes: r.gauge("throttle_waiting_bytes", "Bytes that waiting requests hold")?,
             throttle_wait: r.histogram(
                 "throttle_wait_seconds",
@@ -343,8 +351,8 @@ impl Metrics {
         Ok(metrics)
     }
 
-    /// The name (without `adsidecar_`), labels and help text of each metric, in the order of the manual, without those of
-    /// the process itself.
+    /// The name (without `adsidecar_`), labels and help text of each metric, in the order of the manual, without those
+    /// of the process itself.
     pub fn descriptions(&self) -> &[Desc] {
         &self.descriptions
     }
@@ -366,12 +374,18 @@ impl Metrics {
     }
 
     /// Sets the metrics about the throttle: each bucket's region, family and kind, learned rate, end of the pause in
-    /// seconds since 1970 (0: none) and waiting requests; and the bytes that these hold.
+    /// seconds since 1970 (0: none) and waiting requests; what runs at Amazon, by region and family; and the bytes that
+    /// waiting requests hold.
     pub fn set_throttle<'b>(
         &self,
         buckets: impl IntoIterator<Item = ([&'b str; 3], f64, f64, usize)>,
+        running: impl IntoIterator<Item = ([&'b str; 2], usize)>,
         waiting_bytes: usize,
     ) {
+        self.throttle_running.reset();
+        for (labels, count) in running {
+            self.throttle_running.with_label_values(&labels).add(i64::try_from(count).unwrap_or(i64::MAX));
+        }
         self.throttle_waiting_bytes.set(i64::try_from(waiting_bytes).unwrap_or(i64::MAX));
         for (labels, rate, paused_until, waiting) in buckets {
             self.throttle_rate.with_label_values(&labels).set(rate);

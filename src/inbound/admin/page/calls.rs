@@ -7,7 +7,8 @@ use maud::{Markup, html};
 
 use super::{Context, View, bad_parameter, pause_button};
 use crate::inbound::problem::Problem;
-use crate::telemetry::audit::{Fault, RecentCall, milliseconds};
+use crate::telemetry::audit::{Fault, milliseconds};
+use crate::telemetry::metrics::RecentCall;
 
 /// Most calls on the page.
 const ROWS: usize = 100;

@@ -35,7 +35,7 @@ impl Context<'_> {
                         th scope="col" { "Refused so far" }
                     } }
                     tbody { @for bucket in buckets.iter().take(ROWS) { tr {
-                        th scope="row" { (bucket.name.family.name) }
+                        th scope="row" { (bucket.name.group) }
                         td data-label="Region" { (bucket.name.region.as_str()) }
                         td data-label="Kind" { (bucket.name.kind.as_str()) }
                         td data-label="Learned rate" { (format!("{:.1} per second", bucket.rate)) }
