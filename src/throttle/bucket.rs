@@ -119,6 +119,16 @@ pub(super) struct Report {
     pub(super) want: f64,
     /// The calls per second that it sends.
     pub(super) sent: f64,
+    /// The most calls that it sent within a second, lately.
+    pub(super) peak: f64,
+}
+
+/// What the other processes send together, in calls per second.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Others {
+    pub(super) sent: f64,
+    /// The most that each of them sent within a second, lately.
+    pub(super) peak: f64,
 }
 
 /// What is known about a bucket, for people.
@@ -245,6 +255,7 @@ impl Bucket {
             learned: changed.then_some(learned),
             want: sent + state.waiting as f64,
             sent,
+            peak: self.counts.peak(now),
         })
     }
 
@@ -253,8 +264,8 @@ impl Bucket {
         self.counts.peak(now) > 0.0
     }
 
-    /// Learns what other processes know: `share` of the rate is this one's, `others` the calls per second that they send.
-    pub(super) fn hear(&self, learned: Learned, others: f64, share: impl FnOnce(f64) -> f64, now: Seconds) {
+    /// Learns what other processes know: `share` of the rate is this one's, and `others` is what they send.
+    pub(super) fn hear(&self, learned: Learned, others: Others, share: impl FnOnce(f64) -> f64, now: Seconds) {
         let mut state = self.lock();
         let law = match &mut state.law {
             Some(law) => {
@@ -263,10 +274,11 @@ impl Bucket {
             }
             law => law.insert(Law::knowing(learned, published::rate(&self.name), now)),
         };
+        law.guess(self.counts.peak(now) + others.peak);
         law.share = share(law.rate(now));
         let known = law.learned;
         self.epoch.store(known.epoch, Relaxed);
-        state.others = others;
+        state.others = others.sent;
         // What this process knows beyond `learned` is still to be told.
         state.told = Some(if known.is_news_to(learned) { learned } else { known });
         drop(state);

@@ -137,6 +137,13 @@ impl Law {
         law
     }
 
+    /// Corrects the guess after the first refusal: all processes together sent `peak` calls within a second.
+    pub fn guess(&mut self, peak: f64) {
+        if self.learned.epoch == 1 {
+            self.learned.ceiling = self.learned.ceiling.max(peak.min(self.published) / 2.0);
+        }
+    }
+
     /// The law from `now` on, by what another process has learned.
     pub fn knowing(learned: Learned, published: Option<f64>, now: Seconds) -> Self {
         Self { learned, share: 1.0, published: published.unwrap_or(f64::INFINITY), tat: now }
