@@ -1,4 +1,6 @@
-//! The buckets. One bucket: the calls that share a limit of Amazon's, what was learned about it, and the queue before it.
+//! The buckets. Each has the calls that share a limit of Amazon's, what was learned about it, and the queue before it.
+//!
+//! A little over 400 lines: what the atomics and the lock of a bucket guard has to be seen in one place.
 
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -244,7 +246,7 @@ impl Bucket {
         })
     }
 
-    /// For other processes: what this one knows and does. `None` if nothing was refused, or no call was accepted or waits.
+    /// For other processes: what this one knows and does. `None` if nothing was refused, or the bucket is not in use.
     pub(super) fn report(&self, now: Seconds) -> Option<Report> {
         let sent = self.counts.rate(now);
         let state = self.lock();

@@ -3,8 +3,8 @@
 //!
 //! Nothing here is on a call's path. What was learned about all buckets is exchanged in one statement, twice a second
 //! while Amazon's limits matter, at once after a refusal, and now and then otherwise. So it arrives late, and what two
-//! processes learned apart is merged ([`Learned::hear`]). While the database fails, each process keeps its last share and
-//! goes on learning from its own refusals.
+//! processes learned apart is merged ([`Learned::hear`]). While the database fails, each process keeps its last share
+//! and goes on learning from its own refusals.
 
 use std::collections::HashMap;
 use std::sync::Arc;

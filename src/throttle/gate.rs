@@ -1,13 +1,15 @@
 //! Gates by count: what Amazon runs at once, such as five exports of an endpoint.
 //!
 //! A gate counts what adsidecar knows of, and holds nothing before Amazon refused a call that it counts. When a call
-//! "ends" differs. One with traffic events ends with its response. An export or an AMC workflow run goes on at Amazon after
-//! its creation was answered, and adsidecar sends no polls of its own. So its end is learned from what passes by:
+//! "ends" differs. One with traffic events ends with its response. An export or an AMC workflow run goes on at Amazon
+//! after its creation was answered, and adsidecar sends no polls of its own. So its end is learned from what passes by:
 //!
 //! - the response to a caller's poll names a final state, or says that the job does not exist;
-//! - nothing ended for a while, so the gate lets one call *probe*. If Amazon accepts it, the oldest job has ended unseen;
-//! - Amazon refuses a call although fewer run here than it allows: others run the rest. The gate knows nothing of them, and
-//!   leaves that refusal to the bucket's [law](super::law).
+//! - nothing ended for a while, so the gate lets one call *probe*. If Amazon accepts it, the oldest job ended unseen;
+//! - Amazon refuses a call although fewer run here than it allows: others run the rest. The gate knows nothing of
+//!   them, and leaves that refusal to the bucket's [law](super::law).
+//!
+//! A little over 400 lines: places, jobs and waiting calls are one state under one lock.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

@@ -13,8 +13,8 @@
 //! - The **ceiling** is `KEPT` of the rate at which Amazon refused last. After two refusals in quick succession it is
 //!   `QUICK` of that rate: the limit has fallen.
 //!
-//! Latency plays no part: it says nothing about a quota. `tests/bench/throttle.rs` simulates the law beside others, and
-//! justifies the constants.
+//! Latency plays no part: it says nothing about a quota. `tests/bench/throttle_simulation.rs` simulates the law beside
+//! others, and justifies the constants. More than 400 lines with the tests, which share the law's private constants.
 
 /// Seconds of monotonic time since an arbitrary instant.
 pub type Seconds = f64;
@@ -59,8 +59,8 @@ const QUICK: f64 = 0.7;
 /// Time between two refusals in which the rate cannot have risen much, so that the limit has fallen, in seconds.
 const QUICKLY: Seconds = 4.0;
 
-/// How much longer than the rate allows calls are expected to wait: in a long queue a refusal often intervenes, and pauses
-/// all of them. In the campaign `throttle-storm` the longest waits were a fifth longer without it.
+/// How much longer than the rate allows calls are expected to wait: in a long queue a refusal often intervenes, and
+/// pauses all of them. In the campaign `throttle-storm` the longest waits were a fifth longer without it.
 const MARGIN: f64 = 1.1;
 
 /// By how much two processes may tell the same instant differently, in seconds.

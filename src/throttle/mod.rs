@@ -1,6 +1,6 @@
 //! What Amazon's 429s teach: how fast calls may be sent, and which of them wait.
 //!
-//! Amazon limits each client by region and endpoint, does not publish most of the limits, and changes them with its load.
+//! Amazon limits each client by region and endpoint, publishes few of the limits, and changes them with its load.
 //! A sidecar is the one place that sees all callers of a client. Calls of one client, region, API family and [`Kind`]
 //! share a bucket. A [`law`] learns each bucket's rate from Amazon's refusals alone; a queue gives waiting calls their
 //! turns, round robin between accounts. Where Amazon allows so many at a time, a gate counts them.

@@ -11,7 +11,7 @@ const CAMPAIGNS: &str = "/campaigns/export";
 const AD_GROUPS: &str = "/adGroups/export";
 const RUNS: &str = "/amc/reporting/amcsandboxtools/workflowExecutions";
 
-/// A sidecar in this mode, before an Amazon that runs five exports and ten AMC workflow runs at once, each for `seconds`.
+/// A sidecar in this mode, before an Amazon that runs five exports and ten AMC runs at once, each for `seconds`.
 async fn harness(mode: &str, seconds: f64) -> Harness {
     let sets = [("throttle.mode", mode), ("throttle.queue_timeout", "15m"), ("accounts.sync", "off")];
     let harness = Harness::set(&sets).await;

@@ -49,8 +49,8 @@ pub struct ThrottleRow {
     pub bucket: String,
     /// What is known; `None` if no process has said anything yet.
     pub limit: Option<SharedLimit>,
-    /// What the other processes could send, do send, and sent within a second at most, in calls per second, for each that
-    /// has said so lately.
+    /// What each other process could send, does send, and sent within a second at most, in calls per second, if it has
+    /// said so lately.
     pub others: Vec<[f64; 3]>,
 }
 
