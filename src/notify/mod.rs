@@ -1,5 +1,5 @@
-//! Tells people and the app what needs them: watches the users' grants, sends each event to `notify.url`, and hands it to
-//! the event stream of the proxy listener.
+//! Tells people and the app what needs them: watches the users' grants, sends each event to `notify.url`, and hands it
+//! to the event stream of the proxy listener.
 //!
 //! An event is delivered at least once, and by one of several processes that share a store: each process notices it,
 //! one of them [claims](crate::store::TokenStore::claim_notice) it, and marks it as done once the receiver has it.

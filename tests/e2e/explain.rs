@@ -62,6 +62,26 @@ async fn an_explanation_names_the_host_and_headers_that_amazon_then_receives() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_explanation_knows_the_mcp_hosts_and_the_outgoing_proxy() {
+    let harness = Harness::with_running_clock(ACCOUNTS).await;
+    for (path, listener) in [("/mcp", Listener::McpEu), ("/mcp/lite", Listener::McpEu), ("/v2/profiles", Listener::Eu)]
+    {
+        let told = explained(&harness, &["POST", path, "--account", "acme"]).await;
+        assert_eq!(told["url"], format!("{}{path}", harness.sandbox.origin(listener)));
+        assert_eq!(told["through"], Value::Null);
+    }
+    let told = explained(&harness, &["GET", "http://advertising-ai-fe.amazon.com/mcp"]).await;
+    assert_eq!(told["url"], format!("{}/mcp", harness.sandbox.origin(Listener::McpFe)));
+
+    let proxy = ["--set", "upstream.proxy=http://ann:canary@proxy.example:3128"];
+    let told = explained(&harness, &[&["GET", "/sd/campaigns"], &proxy[..]].concat()).await;
+    assert_eq!(told["through"], "the proxy http://proxy.example:3128 (upstream.proxy)");
+    let ran = run(&harness, &[&["explain", "GET", "/sd/campaigns"], &proxy[..]].concat(), "").await;
+    assert!(ran.out.contains("\n  through  the proxy http://proxy.example:3128 (upstream.proxy)\n"), "{}", ran.out);
+    assert!(!ran.out.contains("canary"), "{}", ran.out);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn an_explanation_says_why_and_what_is_left_out() {
     let harness = Harness::with_running_clock(ACCOUNTS).await;
     let reasons = |lines: &Value| lines.as_array().unwrap().iter().map(Value::to_string).collect::<Vec<_>>().join("\n");

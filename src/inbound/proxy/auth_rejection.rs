@@ -1,5 +1,5 @@
-//! What Amazon means by a 401: it rejects the access token, or the token has no access to the requested scope; and how a
-//! refusal is passed on without the token that it may quote.
+//! What Amazon means by a 401: it rejects the access token, or the token has no access to the requested scope; and how
+//! a refusal is passed on without the token that it may quote.
 
 use std::io::Read;
 use std::time::Duration;

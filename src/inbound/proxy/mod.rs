@@ -2,6 +2,8 @@
 //!
 //! [`Proxy::serve`] always responds. `Proxy::dispatch` decides who serves the request, and `Proxy::forward` lists the
 //! steps of a request to Amazon, each one call that may fail.
+//!
+//! The file is long because it is the whole way of a request: to follow one, read this file alone.
 
 mod auth_rejection;
 mod error_mapping;
@@ -95,7 +97,8 @@ pub struct Proxy {
     replay_budget: Arc<ReplayBudget>,
     max_body: Option<u64>,
     body_timeout: Duration,
-    policy_mode: Mode,
+    /// `policy.mode`; `None` if neither `[policy]` nor an account has rules.
+    policy: Option<Mode>,
     admission: Admission,
     tokens: TokenManager,
     throttle: Arc<Throttle>,
@@ -133,6 +136,8 @@ impl Proxy {
     ) -> Self {
         // The series exists from the start, so that an alert can tell "nothing was denied" from "no data".
         metrics.policy_denied.with_label_values(&["", settings.policy.mode.as_str()]);
+        let account_has_rules = settings.accounts.iter().any(|account| !account.rules.is_empty());
+        let policy = (account_has_rules || !settings.policy.rules.is_empty()).then_some(settings.policy.mode);
         Self {
             client_id,
             replay_limit: settings.replay_limit,
@@ -140,7 +145,7 @@ impl Proxy {
             max_body: settings.max_body,
             body_timeout: settings.body_timeout,
             accounts: Accounts::new(settings.accounts, settings.region, settings.selection, settings.policy.rules),
-            policy_mode: settings.policy.mode,
+            policy,
             directory,
             admission,
             tokens,
@@ -209,7 +214,8 @@ impl Proxy {
             }
             Err(rejected) if rejected.endpoint.is_some() => {
                 telemetry.set_own_endpoint();
-                let mut response = self.problem(rejected.refusal.into(), parts).respond(telemetry.request_id());
+                let problem = self.problem(rejected.refusal.into(), parts);
+                let mut response = self.oauth.refuse(&parts.headers, problem, telemetry.request_id());
                 add_private_headers(response.headers_mut());
                 Ok(response.map(Body::own))
             }
@@ -228,7 +234,9 @@ impl Proxy {
         let found = self.directory.snapshot();
         let route = self.accounts.select(target, &parts.headers, &found)?;
         telemetry.set_route(&route);
-        self.enforce_policy(&route, parts, target, telemetry)?;
+        if let Some(mode) = self.policy {
+            self.enforce_policy(mode, &route, parts, target, telemetry)?;
+        }
         if route.family.is_unknown() {
             self.metrics.unknown_family.inc();
         }
@@ -259,7 +267,7 @@ impl Proxy {
                 Join::Alone => break None,
                 Join::Follow(other) => {
                     if let Some(response) = other.answer().await {
-                        telemetry.set_response_from_amazon(response.status());
+                        telemetry.set_response_from_amazon();
                         return Ok(response);
                     }
                 }
@@ -302,10 +310,11 @@ impl Proxy {
             _ => response.map(|body| Body::amazon(body).heard_by(listener)),
         };
         if route.family.service == Service::Mcp {
-            // Amazon's challenge names an authorization server, and MCP clients would start an OAuth of their own there.
+            // Amazon's challenge names an authorization server, and MCP clients would start an OAuth of their own
+            // there.
             response.headers_mut().remove(WWW_AUTHENTICATE);
         }
-        telemetry.set_response_from_amazon(response.status());
+        telemetry.set_response_from_amazon();
         let hint = telemetry.take_hint().or_else(|| pass.hint()).or_else(|| route.hint());
         Ok(response::to_caller(response, hint, pass.waited()))
     }
@@ -313,6 +322,7 @@ impl Proxy {
     /// Refuses what the policy forbids. In observe mode, counts such a request and lets it pass.
     fn enforce_policy(
         &self,
+        mode: Mode,
         route: &RoutedRequest<'_>,
         parts: &Parts,
         target: &Target,
@@ -321,8 +331,8 @@ impl Proxy {
         let query = target.path_and_query.query();
         let checked = route.rules.check(&parts.method, target.path(), query, &parts.headers);
         let Err(denied) = checked else { return Ok(()) };
-        self.metrics.policy_denied.with_label_values(&[route.account_label(), self.policy_mode.as_str()]).inc();
-        match self.policy_mode {
+        self.metrics.policy_denied.with_label_values(&[route.account_label(), mode.as_str()]).inc();
+        match mode {
             Mode::Enforce => Err(ProxyError::Denied(denied)),
             Mode::Observe => {
                 telemetry.set_would_be_denied();

@@ -1,8 +1,8 @@
 -- The tables, and the one rule by which a user's row changes. adsidecar runs this file at startup if a table is missing
--- or the note `migration` is lower than the last number: in one transaction with throttle.sql, which follows, and under an
--- advisory lock. Every statement may be repeated, and each migration only adds, so that processes of the previous version
--- keep working during a rolling update. A role that may not create tables needs SELECT, INSERT, UPDATE and DELETE on all
--- five.
+-- or the note `migration` is lower than the last number: in one transaction with throttle.sql, which follows, and under
+-- an advisory lock. Every statement may be repeated, and each migration only adds, so that processes of the previous
+-- version keep working during a rolling update. A role that may not create tables needs SELECT, INSERT, UPDATE and
+-- DELETE on all five.
 SET LOCAL statement_timeout = 0;
 SET LOCAL lock_timeout = 0;
 SELECT pg_advisory_xact_lock(4837205517302918401);

@@ -9,8 +9,8 @@
 //! the Ads listeners serve test endpoints ([`test_endpoints`]), and a [`control`] port serves tests that run in another
 //! process.
 //!
-//! It cannot be mistaken for production: it binds to loopback only, keeps nothing on disk unless it is given a directory,
-//! and its consent page says what it is.
+//! It cannot be mistaken for production: it binds to loopback only, keeps nothing on disk unless it is given a
+//! directory, and its consent page says what it is.
 //!
 //! ```no_run
 //! # async fn example() -> Result<(), Box<dyn std::error::Error>> {
