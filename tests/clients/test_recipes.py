@@ -1,5 +1,5 @@
-"""The clients of deploy/RECIPES.md, from its text: each reaches the right host of Amazon with the right headers, and without a
-grant shows the login link."""
+"""The clients of deploy/RECIPES.md, from its text: each reaches the right host of Amazon with the right headers, and
+without a grant shows the login link."""
 
 import json
 import os
@@ -59,8 +59,8 @@ def run(file: Path, installed: Path, **variables: str) -> subprocess.CompletedPr
         ".sh": ["bash", "-euo", "pipefail"],
     }[file.suffix]
     assert shutil.which(command[0]), f"tests/run installs {command[0]}"
-    cache = {"HOME": os.environ.get("HOME", str(file.parent)), "GOCACHE": str(installed / "go-cache"), "GO111MODULE": "off"}
-    environment = {"PATH": os.environ["PATH"], **cache, **variables}
+    go = {"GOCACHE": str(installed / "go-cache"), "GO111MODULE": "off"}
+    environment = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", str(file.parent)), **go, **variables}
     return subprocess.run(
         [*command, file], cwd=file.parent, env=environment, capture_output=True, text=True, timeout=LIMIT_SECONDS
     )
@@ -121,8 +121,8 @@ def free_port() -> int:
 
 @pytest.fixture
 def web_app(sandbox_without_grant, adsidecar, installed, tmp_path):
-    """The FastAPI app, with an adsidecar that has a login listener as an Ingress would reach it. The base URLs of both, and
-    of the login listener."""
+    """The FastAPI app, with an adsidecar that has a login listener as an Ingress would reach it. The base URLs of both,
+    and of the login listener."""
     sandbox, ports = sandbox_without_grant, [free_port() for _ in range(4)]
     app, proxy, login, admin = (f"http://localhost:{port}" for port in ports)
     settings = {
@@ -139,7 +139,8 @@ def web_app(sandbox_without_grant, adsidecar, installed, tmp_path):
     written("app.py", proxy, ACCOUNT, installed, tmp_path)
     with (tmp_path / "log").open("w") as log:
         processes = [
-            subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=log, stderr=log) for command in (serve, uvicorn)
+            subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=log, stderr=log)
+            for command in (serve, uvicorn)
         ]
         try:
             wait_until_served(f"{admin}/readyz", f"{app}/docs")
@@ -210,24 +211,28 @@ def test_the_web_app_connects_each_user_and_nobody_for_somebody_else(web_app):
 
 @pytest.fixture
 def airbyte(installed, tmp_path) -> dict:
-    """The variables with which the Airbyte recipe runs: the installed connector, a copy whose manifest it may change, and a
-    pip that installs nothing."""
+    """The variables with which the Airbyte recipe runs: the installed connector, a copy whose manifest it may change,
+    and a pip that installs nothing."""
     package = next((installed / "airbyte").glob("lib/python*/site-packages/source_amazon_ads"))
     shutil.copytree(package, tmp_path / "packages" / package.name)
     programs = tmp_path / "programs"
     programs.mkdir()
     (programs / "pip").symlink_to("/bin/true")
-    return {"PATH": f"{programs}:{installed / 'airbyte' / 'bin'}:{os.environ['PATH']}", "PYTHONPATH": str(tmp_path / "packages")}
+    path = f"{programs}:{installed / 'airbyte' / 'bin'}:{os.environ['PATH']}"
+    return {"PATH": path, "PYTHONPATH": str(tmp_path / "packages")}
 
 
 def test_airbytes_connector_shows_the_login_link_and_reads_nothing(sandbox_without_grant, airbyte, installed, tmp_path):
     sandbox = sandbox_without_grant
     ended = run(written("airbyte.sh", sandbox.proxy, ACCOUNT, installed, tmp_path), installed, **airbyte)
     assert '"status":"SUCCEEDED"' not in ended.stdout.replace(" ", ""), ended.stdout
-    assert f"{sandbox.proxy}/api/auth/amazon/login?user_id=default" in ended.stdout + ended.stderr, ended.stdout + ended.stderr
+    shown = ended.stdout + ended.stderr
+    assert f"{sandbox.proxy}/api/auth/amazon/login?user_id=default" in shown, shown
 
 
-def test_airbytes_connector_checks_its_connection_and_reads_from_the_region_of_its_setting(sandbox, airbyte, installed, tmp_path):
+def test_airbytes_connector_checks_its_connection_and_reads_from_the_region_of_its_setting(
+    sandbox, airbyte, installed, tmp_path
+):
     requests.delete(f"{sandbox.control}/history", timeout=30)
     script = written("airbyte.sh", sandbox.proxy, ACCOUNT, installed, tmp_path)
     stream = {"name": "profiles", "json_schema": {}, "supported_sync_modes": ["full_refresh"]}
@@ -238,7 +243,8 @@ def test_airbytes_connector_checks_its_connection_and_reads_from_the_region_of_i
     ended = run(script, installed, **airbyte)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     messages = [json.loads(line) for line in ended.stdout.splitlines() if line.startswith("{")]
-    assert [one["connectionStatus"]["status"] for one in messages if one["type"] == "CONNECTION_STATUS"] == ["SUCCEEDED"]
+    checked = [one["connectionStatus"] for one in messages if one["type"] == "CONNECTION_STATUS"]
+    assert [one["status"] for one in checked] == ["SUCCEEDED"]
     countries = [one["record"]["data"]["countryCode"] for one in messages if one["type"] == "RECORD"]
     assert countries == ["UK", "DE"], ended.stdout
     served = calls(sandbox)
@@ -247,7 +253,8 @@ def test_airbytes_connector_checks_its_connection_and_reads_from_the_region_of_i
 
 def test_the_versions_that_the_manual_names_are_those_that_are_run():
     here = Path(__file__).parent / "recipes"
-    pinned = dict(re.findall(r"^([\w-]+)==(\S+)$", "\n".join(path.read_text() for path in here.glob("*.txt")), re.MULTILINE))
+    lists = "\n".join(path.read_text() for path in here.glob("*.txt"))
+    pinned = dict(re.findall(r"^([\w-]+)==(\S+)$", lists, re.MULTILINE))
     package = json.loads((here / "package.json").read_text())
     for name, version in (
         ("python-amazon-ad-api", pinned["python-amazon-ad-api"]),

@@ -1,5 +1,5 @@
-"""deploy/compose.yaml, without a container engine: its services are started as processes, in its order, with its variables and
-commands; what only an engine reads is compared with the image and with adsidecar's own limits."""
+"""deploy/compose.yaml, without a container engine: its services are started as processes, in its order, with its
+variables and commands; what only an engine reads is compared with the image and with adsidecar's own limits."""
 
 import json
 import os

@@ -1,5 +1,5 @@
-"""`adsidecar doctor` names a cure for each fault, and the cure works: a fault is injected, the cure is carried out word for word
-(its command is run, or the key that it names is corrected and no other), and the doctor finds the fault no more.
+"""`adsidecar doctor` names a cure for each fault, and the cure works: a fault is injected, the cure is carried out word
+for word (its command is run, or the key that it names is corrected and no other), and the doctor finds the fault no more.
 """
 
 import json
@@ -52,8 +52,8 @@ class Installation:
     def write(self) -> None:
         lines = []
         for section in sorted({key.partition(".")[0] for key in self.settings if "." in key}):
-            own = {key.partition(".")[2]: value for key, value in self.settings.items() if key.startswith(f"{section}.")}
-            lines += [f"[{section}]", *(f"{key} = {json.dumps(value)}" for key, value in own.items())]
+            own = [(key.split("."), value) for key, value in self.settings.items() if key.startswith(f"{section}.")]
+            lines += [f"[{section}]", *(f"{key[1]} = {json.dumps(value)}" for key, value in own)]
         for account in self.accounts:
             lines += ["[[account]]", *(f"{key} = {json.dumps(value)}" for key, value in account.items())]
         top = [f"{key} = {json.dumps(value)}" for key, value in self.settings.items() if "." not in key]
@@ -167,7 +167,8 @@ def log_in(installation: Installation, command: str) -> None:
 
 
 def restore(installation: Installation, cure: str, right: dict) -> None:
-    """Corrects the first key that a cure names, or all where it is a list, and no other. `right` has its value; a key without one is removed."""
+    """Corrects the first key that a cure names, or all where it is a list, and no other. `right` has its value; a key
+    without one is removed."""
     of_account = re.match(r'(?P<key>\w+)(?: = "(?P<value>\w+)")? of the account (?P<name>[\w-]+)', cure)
     if of_account:
         [account] = [one for one in installation.accounts if one["name"] == of_account["name"]]
@@ -487,18 +488,18 @@ def everything(installation: Installation) -> list[dict]:
 
 
 TROUBLES = [
-    ("region_unauthorized", {"trouble": "token_unauthorized", "door": "eu", "path": "/v2/profiles", "when": "always"}),
-    ("region_forbidden", {"trouble": {"status": {"code": 403}}, "door": "fe", "path": "/v2/profiles", "when": "always"}),
-    ("region_throttled", {"trouble": {"status": {"code": 429}}, "door": "na", "path": "/v2/profiles", "when": "always"}),
-    ("region_failed", {"trouble": {"status": {"code": 500}}, "door": "na", "path": "/v2/profiles", "when": "always"}),
-    ("lwa_unavailable", {"trouble": {"status": {"code": 503}}, "door": "lwa", "path": "/auth/", "when": "always"}),
-    ("refresh_failed", {"trouble": {"status": {"code": 503}}, "door": "lwa", "path": "/auth/", "when": "always"}),
+    ("region_unauthorized", "token_unauthorized", "eu", "/v2/profiles"),
+    ("region_forbidden", {"status": {"code": 403}}, "fe", "/v2/profiles"),
+    ("region_throttled", {"status": {"code": 429}}, "na", "/v2/profiles"),
+    ("region_failed", {"status": {"code": 500}}, "na", "/v2/profiles"),
+    ("lwa_unavailable", {"status": {"code": 503}}, "lwa", "/auth/"),
+    ("refresh_failed", {"status": {"code": 503}}, "lwa", "/auth/"),
 ]
 
 
-@pytest.mark.parametrize(("code", "rule"), TROUBLES, ids=[case[0] for case in TROUBLES])
-def test_what_amazon_refuses_is_over_when_the_command_of_the_cure_says_so(code, rule, beside, sandbox):
-    control(sandbox, "POST", "/trouble", rule)
+@pytest.mark.parametrize(("code", "trouble", "door", "path"), TROUBLES, ids=[case[0] for case in TROUBLES])
+def test_what_amazon_refuses_is_over_when_the_command_of_the_cure_says_so(code, trouble, door, path, beside, sandbox):
+    control(sandbox, "POST", "/trouble", {"trouble": trouble, "door": door, "path": path, "when": "always"})
     try:
         cure = show(beside, code)
     finally:
