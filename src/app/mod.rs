@@ -1,5 +1,7 @@
 //! The whole application: [`App::build`] opens the store and binds every listener, [`App::run`] starts, serves and
 //! drains. `main`, the sandbox and the tests all use it.
+//!
+//! The file is a little over 400 lines: what a process does from its start to its end is read from top to bottom.
 
 mod services;
 mod keys;
@@ -177,7 +179,9 @@ impl App {
             request_ids,
             events: Events::default(),
             notify: Arc::default(),
+            page: Arc::default(),
             proxy: addresses.proxy.first().copied(),
+            admin: addresses.admin.first().copied(),
         };
         let (limits, fixed) = ([proxy.limits(), login.limits(), admin.limits()], RestartOnly::of(&config));
         let services = Arc::new(ArcSwap::from_pointee(Services::new(config, lwa, &process)?));

@@ -97,8 +97,8 @@ fn text(explanation: &Explanation) -> String {
     let account = account.as_deref().unwrap_or("none");
     let through = through.as_ref().map(|proxy| format!("  through  {proxy}\n")).unwrap_or_default();
     let mut text = format!(
-        "{method} {url}\n{through}  region   {region}: {region_why}\n  account  {account}: {selected_by}\n  \
-         user     {user}\n  family   {family}\n"
+        "{method} {url}\n{through}  region   {region}: {region_why}\n  account  {account}: {selected_by}\n  user     \
+         {user}\n  family   {family}\n"
     );
     let verdict = if forwarded.policy.allowed { "allowed" } else { "denied" };
     let _ = writeln!(text, "  policy   {verdict}: {}", forwarded.policy.why);

@@ -43,7 +43,7 @@ struct Report {
     throttle: Value,
     /// What Amazon's 429s have taught; empty until there was one.
     limits: Vec<Value>,
-    /// What runs at Amazon, where it allows so many at a time.
+    /// What runs at Amazon, where it limits the number at a time.
     running: Vec<Value>,
     /// What needs a person, each with its cure.
     problems: Vec<String>,

@@ -1,4 +1,6 @@
 //! adsidecar's own errors: their codes, statuses and bodies (RFC 9457). No other module knows a status of an error.
+//!
+//! The file is long because it is a table: one row for each code, from which the manual's table is made.
 
 use std::borrow::Cow;
 use std::collections::HashMap;
@@ -304,6 +306,11 @@ impl Problem {
     /// The error code.
     pub fn code(&self) -> Code {
         self.code
+    }
+
+    /// What happened.
+    pub fn detail(&self) -> &str {
+        &self.detail
     }
 
     /// What the caller can do about it.

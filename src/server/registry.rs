@@ -1,4 +1,6 @@
 //! The registry of a listener's connections: what each is doing, and which have to be closed.
+//!
+//! The file is long because every state of a connection, and what each limit does to it, stand in one place.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering::Relaxed};

@@ -9,6 +9,8 @@
 //!   unseen;
 //! - Amazon refuses a call although fewer run here than it allows: others run the rest. The gate knows nothing of them,
 //!   and leaves that refusal to the bucket's [law](super::law).
+//!
+//! The file is a little over 400 lines: what each of these three does to the counts is understood only together.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -25,7 +27,7 @@ use crate::domain::clock::Clock;
 /// Most gates of one client. AMC has one for each instance; beyond this number runs are not counted.
 const MAX_GATES: usize = 1000;
 
-/// Most jobs that one gate counts. Only a gate that never held a call has so many: the oldest is forgotten.
+/// Most jobs that one gate counts. Only a gate that never held a call can have more: the oldest is forgotten.
 const MAX_JOBS: usize = 1000;
 
 /// How long a gate holds calls after Amazon's last refusal, in seconds. Amazon's counts may change.

@@ -54,7 +54,7 @@ pub struct Ticket<'a> {
 enum Waits {
     /// Its turn in the bucket.
     Turn(Place),
-    /// That something ends of which Amazon runs only so many at once.
+    /// That something ends of which Amazon runs a limited number at once.
     End(GatePlace),
 }
 

@@ -59,8 +59,12 @@ def run(file: Path, installed: Path, **variables: str) -> subprocess.CompletedPr
         ".sh": ["bash", "-euo", "pipefail"],
     }[file.suffix]
     assert shutil.which(command[0]), f"tests/run installs {command[0]}"
-    go = {"GOCACHE": str(installed / "go-cache"), "GO111MODULE": "off"}
-    environment = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", str(file.parent)), **go, **variables}
+    cache = {
+        "HOME": os.environ.get("HOME", str(file.parent)),
+        "GOCACHE": str(installed / "go-cache"),
+        "GO111MODULE": "off",
+    }
+    environment = {"PATH": os.environ["PATH"], **cache, **variables}
     return subprocess.run(
         [*command, file], cwd=file.parent, env=environment, capture_output=True, text=True, timeout=LIMIT_SECONDS
     )
@@ -218,16 +222,19 @@ def airbyte(installed, tmp_path) -> dict:
     programs = tmp_path / "programs"
     programs.mkdir()
     (programs / "pip").symlink_to("/bin/true")
-    path = f"{programs}:{installed / 'airbyte' / 'bin'}:{os.environ['PATH']}"
-    return {"PATH": path, "PYTHONPATH": str(tmp_path / "packages")}
+    return {
+        "PATH": f"{programs}:{installed / 'airbyte' / 'bin'}:{os.environ['PATH']}",
+        "PYTHONPATH": str(tmp_path / "packages"),
+    }
 
 
 def test_airbytes_connector_shows_the_login_link_and_reads_nothing(sandbox_without_grant, airbyte, installed, tmp_path):
     sandbox = sandbox_without_grant
     ended = run(written("airbyte.sh", sandbox.proxy, ACCOUNT, installed, tmp_path), installed, **airbyte)
     assert '"status":"SUCCEEDED"' not in ended.stdout.replace(" ", ""), ended.stdout
-    shown = ended.stdout + ended.stderr
-    assert f"{sandbox.proxy}/api/auth/amazon/login?user_id=default" in shown, shown
+    assert f"{sandbox.proxy}/api/auth/amazon/login?user_id=default" in ended.stdout + ended.stderr, (
+        ended.stdout + ended.stderr
+    )
 
 
 def test_airbytes_connector_checks_its_connection_and_reads_from_the_region_of_its_setting(
@@ -243,8 +250,9 @@ def test_airbytes_connector_checks_its_connection_and_reads_from_the_region_of_i
     ended = run(script, installed, **airbyte)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     messages = [json.loads(line) for line in ended.stdout.splitlines() if line.startswith("{")]
-    checked = [one["connectionStatus"] for one in messages if one["type"] == "CONNECTION_STATUS"]
-    assert [one["status"] for one in checked] == ["SUCCEEDED"]
+    assert [one["connectionStatus"]["status"] for one in messages if one["type"] == "CONNECTION_STATUS"] == [
+        "SUCCEEDED"
+    ]
     countries = [one["record"]["data"]["countryCode"] for one in messages if one["type"] == "RECORD"]
     assert countries == ["UK", "DE"], ended.stdout
     served = calls(sandbox)
@@ -253,8 +261,9 @@ def test_airbytes_connector_checks_its_connection_and_reads_from_the_region_of_i
 
 def test_the_versions_that_the_manual_names_are_those_that_are_run():
     here = Path(__file__).parent / "recipes"
-    lists = "\n".join(path.read_text() for path in here.glob("*.txt"))
-    pinned = dict(re.findall(r"^([\w-]+)==(\S+)$", lists, re.MULTILINE))
+    pinned = dict(
+        re.findall(r"^([\w-]+)==(\S+)$", "\n".join(path.read_text() for path in here.glob("*.txt")), re.MULTILINE)
+    )
     package = json.loads((here / "package.json").read_text())
     for name, version in (
         ("python-amazon-ad-api", pinned["python-amazon-ad-api"]),

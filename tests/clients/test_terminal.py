@@ -25,8 +25,9 @@ class Terminal:
         words = " ".join(f"{name}={shlex.quote(value)}" for name, value in environment.items())
         # The shell outlives a Ctrl-C, and the command is killed by it.
         line = f"trap : INT; env -i {words} {shlex.join(map(str, command))}; printf '\\nexit=%s\\n' $?; exec cat"
-        size = ["-x", str(columns), "-y", "50"]
-        self.tmux("-f", "/dev/null", "new-session", "-d", *size, f"bash -c {shlex.quote(line)}")
+        self.tmux(
+            "-f", "/dev/null", "new-session", "-d", "-x", str(columns), "-y", "50", f"bash -c {shlex.quote(line)}"
+        )
 
     def tmux(self, *words: str) -> str:
         # A server of this test's own, without the person's configuration.
@@ -158,8 +159,13 @@ def test_the_browsers_return_ends_it_and_a_second_run_changes_nothing(logged_out
     terminal = login("--user", "anna", BROWSER=browser("allow"))
     code, screen = terminal.ended()
     assert code == 0 and "a browser was opened" in screen, screen
-    reached = ("na  2 profiles: Meadow Tools US", "eu  2 profiles", "fe  2 profiles")
-    for told in ("anna is logged in", *reached, "days, at"):
+    for told in (
+        "anna is logged in",
+        "na  2 profiles: Meadow Tools US",
+        "eu  2 profiles",
+        "fe  2 profiles",
+        "days, at",
+    ):
         assert told in screen, screen
     assert status(logged_out, "anna")["state"] == "fresh"
     # What it says last is a command, which works.

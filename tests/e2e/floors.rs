@@ -117,6 +117,25 @@ fn no_line_is_longer_than_120_columns() {
     assert!(long.is_empty(), "{}", long.join("\n"));
 }
 
+/// Lines that a file may have without a reason, its tests not counted.
+const MOST_LINES: usize = 400;
+
+#[test]
+fn a_file_past_400_lines_says_why_in_its_first_comment() {
+    let sandbox = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/sandbox/src");
+    let mut silent = Vec::new();
+    for file in rust_files(&source()).into_iter().chain(rust_files(&sandbox)) {
+        let text = fs::read_to_string(&file).unwrap();
+        let code = text.split("#[cfg(test)]\nmod tests").next().unwrap_or_default().lines().count();
+        let comment: Vec<_> = text.lines().map_while(|line| line.strip_prefix("//!")).collect();
+        let says_why = comment.concat().contains("file is ");
+        if code > MOST_LINES && !says_why && !file.ends_with("tests.rs") {
+            silent.push(format!("{}: {code} lines", file.display()));
+        }
+    }
+    assert!(silent.is_empty(), "{}", silent.join("\n"));
+}
+
 /// Files on the path of one ordinary request, besides those that serve its connection.
 const MOST_FILES_OF_A_REQUEST: usize = 20;
 

@@ -36,6 +36,7 @@ mod mcp;
 mod nginx;
 mod notify;
 mod observability;
+mod page;
 mod policy;
 mod process;
 mod proxies;

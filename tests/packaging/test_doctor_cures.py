@@ -1,5 +1,6 @@
 """`adsidecar doctor` names a cure for each fault, and the cure works: a fault is injected, the cure is carried out word
-for word (its command is run, or the key that it names is corrected and no other), and the doctor finds the fault no more.
+for word (its command is run, or the key that it names is corrected and no other), and the doctor finds the fault no
+more.
 """
 
 import json
@@ -52,8 +53,10 @@ class Installation:
     def write(self) -> None:
         lines = []
         for section in sorted({key.partition(".")[0] for key in self.settings if "." in key}):
-            own = [(key.split("."), value) for key, value in self.settings.items() if key.startswith(f"{section}.")]
-            lines += [f"[{section}]", *(f"{key[1]} = {json.dumps(value)}" for key, value in own)]
+            own = {
+                key.partition(".")[2]: value for key, value in self.settings.items() if key.startswith(f"{section}.")
+            }
+            lines += [f"[{section}]", *(f"{key} = {json.dumps(value)}" for key, value in own.items())]
         for account in self.accounts:
             lines += ["[[account]]", *(f"{key} = {json.dumps(value)}" for key, value in account.items())]
         top = [f"{key} = {json.dumps(value)}" for key, value in self.settings.items() if "." not in key]
@@ -488,18 +491,24 @@ def everything(installation: Installation) -> list[dict]:
 
 
 TROUBLES = [
-    ("region_unauthorized", "token_unauthorized", "eu", "/v2/profiles"),
-    ("region_forbidden", {"status": {"code": 403}}, "fe", "/v2/profiles"),
-    ("region_throttled", {"status": {"code": 429}}, "na", "/v2/profiles"),
-    ("region_failed", {"status": {"code": 500}}, "na", "/v2/profiles"),
-    ("lwa_unavailable", {"status": {"code": 503}}, "lwa", "/auth/"),
-    ("refresh_failed", {"status": {"code": 503}}, "lwa", "/auth/"),
+    ("region_unauthorized", {"trouble": "token_unauthorized", "door": "eu", "path": "/v2/profiles", "when": "always"}),
+    (
+        "region_forbidden",
+        {"trouble": {"status": {"code": 403}}, "door": "fe", "path": "/v2/profiles", "when": "always"},
+    ),
+    (
+        "region_throttled",
+        {"trouble": {"status": {"code": 429}}, "door": "na", "path": "/v2/profiles", "when": "always"},
+    ),
+    ("region_failed", {"trouble": {"status": {"code": 500}}, "door": "na", "path": "/v2/profiles", "when": "always"}),
+    ("lwa_unavailable", {"trouble": {"status": {"code": 503}}, "door": "lwa", "path": "/auth/", "when": "always"}),
+    ("refresh_failed", {"trouble": {"status": {"code": 503}}, "door": "lwa", "path": "/auth/", "when": "always"}),
 ]
 
 
-@pytest.mark.parametrize(("code", "trouble", "door", "path"), TROUBLES, ids=[case[0] for case in TROUBLES])
-def test_what_amazon_refuses_is_over_when_the_command_of_the_cure_says_so(code, trouble, door, path, beside, sandbox):
-    control(sandbox, "POST", "/trouble", {"trouble": trouble, "door": door, "path": path, "when": "always"})
+@pytest.mark.parametrize(("code", "rule"), TROUBLES, ids=[case[0] for case in TROUBLES])
+def test_what_amazon_refuses_is_over_when_the_command_of_the_cure_says_so(code, rule, beside, sandbox):
+    control(sandbox, "POST", "/trouble", rule)
     try:
         cure = show(beside, code)
     finally:

@@ -101,6 +101,8 @@ pub enum AdminAccess {
     Anyone,
     /// An operator's browser, which opens the status page itself: by its address, a bookmark, or a reload.
     Page,
+    /// A form that the status page itself sends, in an operator's browser.
+    Form,
     /// An operator: a caller on this machine, or one that shows a caller token.
     Operator,
 }
@@ -189,6 +191,7 @@ impl Admission {
         let headers = &request.headers;
         match access {
             AdminAccess::Page if !headers.contains_key(ORIGIN) => drop(self.browser(headers, Navigable::Never)?),
+            AdminAccess::Form => own_page(headers)?,
             _ => self.no_browser(headers)?,
         }
         if access == AdminAccess::Probe {
@@ -196,7 +199,7 @@ impl Admission {
         }
         self.route(request, peer)?;
         match access {
-            AdminAccess::Page | AdminAccess::Operator => self.operator(headers, peer),
+            AdminAccess::Page | AdminAccess::Form | AdminAccess::Operator => self.operator(headers, peer),
             AdminAccess::Probe | AdminAccess::Anyone => Ok(()),
         }
     }
@@ -339,6 +342,21 @@ impl Admission {
             is_loopback(name) || self.0.allowed_hosts.iter().any(|host| host.eq_ignore_ascii_case(name))
         })
     }
+}
+
+/// Admits a page of the origin that the request is sent to, and callers that are not browsers. That the authority in
+/// `Host` is ours is checked later.
+fn own_page(headers: &HeaderMap) -> Result<(), Refusal> {
+    let host = host_value(headers)?;
+    let is_ours = |origin: &HeaderValue| {
+        let origin = origin.to_str().unwrap_or_default();
+        let authority = origin.strip_prefix("http://").or_else(|| origin.strip_prefix("https://"));
+        authority.is_some_and(|authority| authority.eq_ignore_ascii_case(host))
+    };
+    let same_origin = headers.get_all(ORIGIN).iter().all(is_ours)
+        && headers.get_all(SEC_FETCH_SITE).iter().all(|site| site == "same-origin")
+        && !headers.contains_key(ACCESS_CONTROL_REQUEST_METHOD);
+    if same_origin { Ok(()) } else { Err(Refusal::CrossSite) }
 }
 
 /// An exact loopback address and a loopback `Host`, or a Unix socket.

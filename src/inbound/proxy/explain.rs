@@ -2,6 +2,8 @@
 //!
 //! The headers are made by the code that makes those of real requests; the reasons are found by comparing the result
 //! with its inputs.
+//!
+//! The file is a little over 400 lines: it says everything that is known of a request, in one place.
 
 use http::header::{AUTHORIZATION, HOST};
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Uri};

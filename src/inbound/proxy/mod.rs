@@ -2,6 +2,8 @@
 //!
 //! [`Proxy::serve`] always responds. `Proxy::dispatch` decides who serves the request, and `Proxy::forward` lists the
 //! steps of a request to Amazon, each one call that may fail.
+//!
+//! The file is long because it is the whole way of a request: to follow one, read this file alone.
 
 mod auth_rejection;
 mod error_mapping;
@@ -212,7 +214,8 @@ impl Proxy {
             }
             Err(rejected) if rejected.endpoint.is_some() => {
                 telemetry.set_own_endpoint();
-                let mut response = self.problem(rejected.refusal.into(), parts).respond(telemetry.request_id());
+                let problem = self.problem(rejected.refusal.into(), parts);
+                let mut response = self.oauth.refuse(&parts.headers, problem, telemetry.request_id());
                 add_private_headers(response.headers_mut());
                 Ok(response.map(Body::own))
             }

@@ -15,7 +15,7 @@ use crate::inbound::request_id::REQUEST_ID;
 use crate::inbound::route::RoutedRequest;
 use crate::telemetry::audit::{AuditEvent, AuditOutcome, Fault, milliseconds};
 use crate::telemetry::log::AUDIT_TARGET;
-use crate::telemetry::metrics::Metrics;
+use crate::telemetry::metrics::{Metrics, RecentCall};
 
 /// The status counted for a caller that disconnected before the response began, as nginx does.
 const CLIENT_CLOSED: u16 = 499;
@@ -38,6 +38,7 @@ pub(super) struct RequestTelemetry<'a> {
     method: &'static str,
     account: String,
     region: &'static str,
+    family: &'static str,
     source: &'static str,
     hint: Option<&'static str>,
     request_id: HeaderValue,
@@ -51,6 +52,8 @@ pub(super) struct RequestTelemetry<'a> {
     in_flight: Option<InFlight>,
     /// `None` if `log.audit` is off.
     audit: Option<Box<AuditEvent>>,
+    /// Whether adsidecar's own endpoint serves the request.
+    is_own: bool,
     recorded: bool,
 }
 
@@ -66,6 +69,7 @@ impl<'a> RequestTelemetry<'a> {
             method: label(method),
             account: String::new(),
             region: "",
+            family: "",
             source: "sidecar",
             hint: None,
             request_id,
@@ -75,6 +79,7 @@ impl<'a> RequestTelemetry<'a> {
             fault: Fault::Caller,
             in_flight: Some(InFlight(metrics.clone())),
             audit: tracing::event_enabled!(target: AUDIT_TARGET, tracing::Level::INFO).then(Box::default),
+            is_own: false,
             recorded: false,
             metrics,
         }
@@ -84,14 +89,14 @@ impl<'a> RequestTelemetry<'a> {
         self.request_id.to_str().unwrap_or_default()
     }
 
-    /// Records that adsidecar's own endpoint serves the request: it gets no audit line.
+    /// Records that adsidecar's own endpoint serves the request: it gets no audit line, and is no call to Amazon.
     pub(super) fn set_own_endpoint(&mut self) {
-        self.audit = None;
+        (self.audit, self.is_own) = (None, true);
     }
 
     pub(super) fn set_route(&mut self, route: &RoutedRequest<'_>) {
         route.account_label().clone_into(&mut self.account);
-        self.region = route.region.as_str();
+        (self.region, self.family) = (route.region.as_str(), route.family.name);
         if let Some(audit) = &mut self.audit {
             route.account_name().clone_into(&mut audit.account);
             route.user.as_str().clone_into(&mut audit.user);
@@ -172,6 +177,7 @@ impl<'a> RequestTelemetry<'a> {
     fn record(&mut self, status: u16) {
         self.recorded = true;
         let took = self.begun.elapsed();
+        let fault = self.fault_of(status);
         let mut text = [0u8; 3];
         let labels = [self.account.as_str(), self.region, self.method, digits(status, &mut text), self.source];
         self.metrics.requests.with_label_values(&labels).inc();
@@ -183,7 +189,7 @@ impl<'a> RequestTelemetry<'a> {
                 method: self.method,
                 status,
                 source: self.source,
-                fault: if self.source == AMAZON { Fault::of_amazons_response(status) } else { Some(self.fault) },
+                fault,
                 took,
             });
         }
@@ -202,6 +208,27 @@ impl<'a> RequestTelemetry<'a> {
                 took_ms = milliseconds(took),
                 "request"
             );
+        }
+        if !self.is_own {
+            self.metrics.recent_calls.remember(RecentCall {
+                ended: self.begun + took,
+                took,
+                method: self.method,
+                family: self.family,
+                account: std::mem::take(&mut self.account),
+                status,
+                fault,
+                request_id: self.request_id().into(),
+            });
+        }
+    }
+
+    /// Whose fault a response with this status is; `None` if nothing failed.
+    fn fault_of(&self, status: u16) -> Option<Fault> {
+        match self.source {
+            AMAZON if status < 400 => None,
+            AMAZON => Fault::of_amazons_response(status),
+            _ => Some(self.fault),
         }
     }
 

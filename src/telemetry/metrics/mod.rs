@@ -3,6 +3,7 @@
 //! The file is long because it is a list: each metric with its help text, in the order of the manual.
 
 mod budget;
+mod recent_calls;
 mod register;
 
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
@@ -10,7 +11,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use prometheus::core::Desc;
+use prometheus::core::{Collector, Desc};
 use prometheus::{
     Gauge, GaugeVec, Histogram, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Registry, TextEncoder,
 };
@@ -19,6 +20,7 @@ use crate::domain::account::Region;
 use crate::domain::grant::State;
 use crate::telemetry::log::Dropped;
 use budget::Budget;
+pub use recent_calls::{RecentCall, RecentCalls};
 use register::Register;
 
 /// Limits of the exported metrics.
@@ -61,6 +63,8 @@ pub struct Metrics {
     descriptions: Vec<Desc>,
     max_user_series: AtomicUsize,
     page: Mutex<Page>,
+    /// No metric: the latest requests, for the status page.
+    pub recent_calls: RecentCalls,
     pub requests: IntCounterVec,
     pub request_duration: HistogramVec,
     pub upstream_duration: HistogramVec,
@@ -104,6 +108,21 @@ pub struct Metrics {
     consent_ending: IntGaugeVec,
     login_required: IntGaugeVec,
     users: IntGaugeVec,
+}
+
+/// Counts since the start, of which differences are charted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Totals {
+    /// Requests to the proxy listener.
+    pub requests: u64,
+    /// Those whose response has a status from 400.
+    pub errors: u64,
+    /// Refreshes of access tokens.
+    pub refreshes: u64,
+    /// Those that failed.
+    pub failed_refreshes: u64,
+    /// Requests that waited for their turn.
+    pub waits: u64,
 }
 
 /// The rendered metrics of the last scrape.
@@ -152,6 +171,7 @@ impl Metrics {
             reload_timestamp,
             reload_success,
             page: Mutex::new(Page { budget: Budget::new(Instant::now()), text: Bytes::new() }),
+            recent_calls: RecentCalls::default(),
             requests: r.counters(
                 "requests_total",
                 "Requests to the proxy listener; source tells whether amazon or the sidecar responded. \
@@ -489,6 +509,14 @@ impl Metrics {
         self.reload_success.get() == 1
     }
 
+    /// The counts since the start that the status page charts.
+    pub fn totals(&self) -> Totals {
+        let (requests, errors) = sums(&self.requests, |label, value| label == "status" && value >= "400");
+        let (refreshes, failed_refreshes) =
+            sums(&self.token_refresh, |label, value| label == "result" && value == "failure");
+        Totals { requests, errors, refreshes, failed_refreshes, waits: self.throttle_wait.get_sample_count() }
+    }
+
     /// Applies new limits.
     pub fn reconfigure(&self, settings: Settings) {
         self.max_user_series.store(settings.max_user_series, Relaxed);
@@ -501,6 +529,22 @@ impl Metrics {
             self.store_errors.with_label_values(&[op]).inc();
         }
     }
+}
+
+/// The sum of all series of `counters`, and of those with a label that `is_bad`.
+fn sums(counters: &IntCounterVec, is_bad: impl Fn(&str, &str) -> bool) -> (u64, u64) {
+    let (mut all, mut bad) = (0, 0);
+    for family in counters.collect() {
+        for series in family.get_metric() {
+            // A count of an integer counter.
+            let count = series.get_counter().get_value() as u64;
+            all += count;
+            if series.get_label().iter().any(|label| is_bad(label.name(), label.value())) {
+                bad += count;
+            }
+        }
+    }
+    (all, bad)
 }
 
 /// Merges `users` into one record for the shared series: the earliest times, and any reason to log in. `None` if there
