@@ -35,7 +35,8 @@ pub use self::found_accounts::{
 pub use self::notices::Notice;
 pub use self::pending_grant::PendingGrant;
 pub use self::postgres::{
-    Changes, Claimed, ConnectionUrl, Content, FailedRefresh, Lease, Lookup, PUBLISH, Pod, Poll, Postgres, UserOverview,
+    Changes, Claimed, ConnectionUrl, Content, FailedRefresh, Lease, Lookup, PUBLISH, Pod, Poll, Postgres, SharedLimit,
+    ThrottleReport, ThrottleRow, UserOverview,
 };
 use self::sled::{ResealOutcome, Worker};
 pub use self::stored_grant::Sealed;

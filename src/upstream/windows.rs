@@ -108,11 +108,13 @@ impl Windows {
         Some((self.stream, self.connection())).filter(|now| *now != self.announced)
     }
 
-    pub(super) fn announced(&mut self, windows: (u32, u32)) {
+    /// Records what h2 was told.
+    pub(super) fn set_announced(&mut self, windows: (u32, u32)) {
         self.announced = windows;
     }
 
-    /// Whether one more response fits into the connection's window, even if no caller reads.
+    /// Whether one more response fits into the connection's window, even if no caller reads. With first windows, that
+    /// holds for as many responses as the connection has streams.
     pub(super) fn has_room(&self) -> bool {
         self.stream == self.first || self.unread() + u64::from(self.first) <= u64::from(self.connection())
     }
@@ -144,11 +146,12 @@ impl Windows {
         BodyKey(key)
     }
 
-    /// An equal part of the connection's window for each large response. Half of the first windows stays for others.
+    /// An equal part of the connection's window for each large response, but for what is reserved.
     fn fair_share(&self) -> u32 {
         ((self.connection() - self.reserved()) / self.large().max(1)).max(self.first)
     }
 
+    /// What grown windows leave for responses that begin later: half of the first windows, in bytes.
     fn reserved(&self) -> u32 {
         self.first * MAX_STREAMS as u32 / 2
     }

@@ -1,5 +1,7 @@
-"""A stand-in for Amazon that is fast enough to measure against: nginx with a throw-away certificate. Also nginx as a peer."""
+"""A stand-in for Amazon that is fast enough to measure against: nginx with a throw-away certificate. Also nginx as a
+peer, and adsidecar in front of the stand-in."""
 
+import atexit
 import json
 import os
 import re
@@ -31,11 +33,15 @@ STAND_IN = """
   server {{
     listen 127.0.0.1:{amazon} ssl http2; ssl_certificate {place}/leaf.pem; ssl_certificate_key {place}/leaf.key;
     ssl_protocols TLSv1.2 TLSv1.3; root {place};
-    location = /auth/o2/token {{ return 200 '{{"access_token":"{token}","refresh_token":"Atzr|x","token_type":"bearer","expires_in":3600}}'; }}
+    location = /auth/o2/token {{
+        return 200
+            '{{"access_token":"{token}","refresh_token":"Atzr|x","token_type":"bearer","expires_in":3600}}';
+    }}
     location = /sp/small {{ if ($whole = 0) {{ return 403; }} return 200 '{profiles}'; }}
     location = /sp/upload {{
       if ($whole = 0) {{ return 403; }}
-      # Reads the whole body. A plain `return` does not, and nginx would treat the rest of many bodies as an HTTP/2 flood.
+      # Reads the whole body. A plain `return` does not, and nginx would treat the rest of many bodies as an HTTP/2
+      # flood.
       client_body_buffer_size 1m; proxy_pass_request_body off; proxy_set_header Content-Length "";
       proxy_pass http://unix:{place}/took.sock;
     }}
@@ -43,6 +49,30 @@ STAND_IN = """
     location / {{ if ($whole = 0) {{ return 403; }} try_files $uri =404; }}
   }}
   server {{ listen unix:{place}/took.sock; return 200 '{{}}'; }}
+"""
+
+ADSIDECAR = """
+environment = "production"
+[amazon]
+client_id = "{client}"
+client_secret = "bench"
+refresh_token = "Atzr|x"
+token_url = "https://localhost:{amazon}/auth/o2/token"
+ca_file = "{place}/ca.pem"
+[proxy]
+listen = "127.0.0.1:{port}"
+[admin]
+listen = "127.0.0.1:{admin}"
+[store]
+path = "{place}/store-{port}"
+fernet_keys = "cw_0x689RpI-jtRR7oE8h_eQsKImvJapLeSbXpwF4e4="
+[upstream]
+na = "https://localhost:{upstream}"
+ca_file = "{place}/ca.pem"
+http2 = "{http2}"
+[[account]]
+name = "default"
+profile_id = "1"
 """
 
 
@@ -69,6 +99,7 @@ class Running:
             self.process = subprocess.Popen(
                 ["taskset", "--cpu-list", str(core), *command], stdout=out, stderr=out, env={"PATH": os.environ["PATH"]}
             )
+        atexit.register(self.process.terminate)
         until(f"{command[0]} at port {port}, see {log}", self.listens, 60)
 
     def listens(self) -> bool:
@@ -99,3 +130,13 @@ def nginx(place: Path, name: str, core: int, port: int, rest: str, **values) -> 
     rest = rest.format(place=place, port=port, token=TOKEN, client=CLIENT, profiles=PROFILES, **values)
     config.write_text(NGINX.format(place=place, name=name, rest=rest))
     return Running(core, port, "nginx", "-c", str(config), "-p", str(place), log=place / f"{name}.log")
+
+
+def adsidecar(place: Path, core: int, amazon: int, upstream: int, http2: str, *before: str) -> Running:
+    """adsidecar with a token of the stand-in at port `amazon`, calling port `upstream`; `before` begins its command."""
+    port, admin = free_port(), free_port()
+    config = place / f"adsidecar-{port}.toml"
+    words = {"port": port, "admin": admin, "amazon": amazon, "upstream": upstream, "http2": http2}
+    config.write_text(ADSIDECAR.format(place=place, client=CLIENT, **words))
+    command = [*before, binary("adsidecar"), "--config", str(config)]
+    return Running(core, port, *command, log=place / f"adsidecar-{port}.log")

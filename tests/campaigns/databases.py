@@ -32,7 +32,9 @@ class Database:
 
     def run(self, program: str, *words: str) -> str:
         command = [str(self.programs / program), *words]
-        return subprocess.run(command, check=True, capture_output=True, text=True, cwd=self.directory, **self.user).stdout
+        return subprocess.run(
+            command, check=True, capture_output=True, text=True, cwd=self.directory, **self.user
+        ).stdout
 
     def start(self) -> None:
         command = [str(self.programs / "postgres"), "-D", str(self.directory / "data"), "-p", str(self.port)]

@@ -10,7 +10,7 @@ use world::{Fault, Listener, RateLimit, Rule, Told};
 
 use crate::harness::{Harness, code, eventually, header, json};
 
-const PROFILE: &str = "3012345678901234561";
+pub const PROFILE: &str = "3012345678901234561";
 const LIST: &str = "/sp/campaigns/list";
 
 /// A sidecar in this mode on a frozen clock, with user `default` logged in.
@@ -56,7 +56,7 @@ async fn waiting(harness: &Harness, path: &str) -> JoinHandle<Response> {
     task
 }
 
-async fn waiting_bytes(harness: &Harness) -> f64 {
+pub async fn waiting_bytes(harness: &Harness) -> f64 {
     harness.metric("adsidecar_throttle_waiting_bytes").await
 }
 
@@ -289,6 +289,13 @@ async fn a_402_of_traffic_events_and_a_503_with_retry_after_are_refusals_and_a_4
         assert!(harness.get(path).await.status().as_u16() >= 400);
         assert_eq!(code(&harness.get(path).await) == "throttled", refusal, "{path} {fault:?}");
     }
+    // A 503 may come from behind the operation, so what was refused with one is never sent a second time.
+    let harness = harness("queue").await;
+    harness.sandbox.set_fault(Rule::from(status(503, "1")).at(Listener::Na).next(1));
+    let before = harness.ads_calls().len();
+    let refused = harness.post("/v2/profiles").await;
+    assert_eq!((refused.status().as_u16(), code(&refused)), (503, ""), "Amazon's own, at once");
+    assert_eq!(harness.ads_calls().len() - before, 1);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -362,6 +369,11 @@ async fn a_poll_is_answered_from_another_one_only_if_it_is_the_same_and_a_second
     report(&harness, r#"{"status":"COMPLETED"}"#);
     let completed = ((200, "r1".to_owned()), r#"{"status":"COMPLETED"}"#.to_owned(), 7);
     assert_eq!(poll(POLL, "a", "*/*").await, completed, "a second later it is sent");
+    // The path that leaves is the same, and so are all headers: only the prefix names the account.
+    for (account, calls) in [("a", 8), ("a", 8), ("b", 9), ("b", 9), ("a", 9)] {
+        assert_eq!(harness.get(&format!("/a/{account}{POLL}")).await.status(), 200);
+        assert_eq!(harness.ads_calls().len(), calls, "{account}");
+    }
 }
 
 /// One caller of the storm: `per_second` requests, each when its time has come and the one before is answered.

@@ -33,6 +33,7 @@ use crate::domain::grant::State;
 use crate::store::{
     AccountsChanged, AccountsSaved, IndexedAccount, NewAccounts, StoreError, StoredAccounts, TokenStore,
 };
+use crate::throttle::Throttle;
 use crate::upstream::Upstream;
 use cache::Cache;
 use discovery::Discovery;
@@ -95,6 +96,8 @@ struct Inner {
 pub struct Reach {
     /// The connections to Amazon.
     pub upstream: Arc<Upstream>,
+    /// What Amazon's 429s have taught about this client.
+    pub throttle: Arc<Throttle>,
     /// `amazon.client_id`.
     pub client_id: HeaderValue,
     /// `amazon.region`.
@@ -218,6 +221,7 @@ impl Directory {
         };
         let discovery = Discovery {
             upstream: reach.upstream.clone(),
+            throttle: reach.throttle.clone(),
             client_id: reach.client_id.clone(),
             bearer: bearer.value,
             home: reach.home,

@@ -342,8 +342,8 @@ impl RefreshTask {
             }
             (_, GrantState::Failing { failure, .. }) => {
                 let cause = failure.detail.as_deref();
-                tracing::warn!(%user, code = failure.code, cause, "refresh failed and will be retried; the previous token is \
-                    used until it expires");
+                tracing::warn!(%user, code = failure.code, cause, "refresh failed and will be retried; the previous \
+                    token is used until it expires");
             }
             (GrantState::LoginRequired { .. }, GrantState::LoginRequired { .. }) => {}
             (_, GrantState::LoginRequired { reason, .. }) => {

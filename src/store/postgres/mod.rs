@@ -37,6 +37,7 @@ mod maintenance;
 mod notices;
 mod pending;
 mod pods;
+mod throttle;
 mod tls;
 
 use std::collections::BTreeMap;
@@ -61,8 +62,9 @@ pub use connection_url::ConnectionUrl;
 pub use describe::UserOverview;
 pub use leases::{Claimed, Lease};
 pub use pods::{PUBLISH, Pod};
+pub use throttle::{SharedLimit, ThrottleReport, ThrottleRow};
 
-const SCHEMA: &str = include_str!("schema.sql");
+const SCHEMA: &str = concat!(include_str!("schema.sql"), include_str!("throttle.sql"));
 
 /// Maximum number of rows per statement, so that each completes well within its deadline.
 const PAGE_ROWS: i64 = 500;
@@ -79,10 +81,10 @@ const MAX_ATTEMPTS: usize = 10;
 /// The note that holds the schema version of the tables, and the version that this program supports.
 const SCHEMA_NOTE: &str = "schema";
 const SCHEMA_VERSION: &str = "1";
-/// The note that holds the number of the last migration, and the number of the last one in `schema.sql`. A migration
+/// The note that holds the number of the last migration, and the number of the last one in [`SCHEMA`]. A migration
 /// only adds to the tables of a schema version, so that processes of the previous release keep working.
 const MIGRATION_NOTE: &str = "migration";
-const MIGRATION: u32 = 3;
+const MIGRATION: u32 = 4;
 /// The note that holds the fingerprint of the key that seals.
 const KEY_NOTE: &str = "key";
 
@@ -264,7 +266,9 @@ impl Postgres {
         const EXIST: &str = "SELECT to_regclass('adsidecar_grants') IS NOT NULL \
                              AND to_regclass('adsidecar_logins') IS NOT NULL \
                              AND to_regclass('adsidecar_waiting') IS NOT NULL \
-                             AND to_regclass('adsidecar_notes') IS NOT NULL";
+                             AND to_regclass('adsidecar_notes') IS NOT NULL \
+                             AND to_regclass('adsidecar_throttle') IS NOT NULL \
+                             AND to_regclass('adsidecar_slugs') IS NOT NULL";
         for _ in 0..MAX_ATTEMPTS {
             let rows = self.query(EXIST, &[], OnDisconnect::Resend).await?;
             if first_row(&rows, 0)? {

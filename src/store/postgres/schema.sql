@@ -1,7 +1,8 @@
 -- The tables, and the one rule by which a user's row changes. adsidecar runs this file at startup if a table is missing
--- or the note `migration` is lower than the last number below: in one transaction, under an advisory lock. Every
--- statement may be repeated, and each migration only adds, so that processes of the previous version keep working
--- during a rolling update. A role that may not create tables needs SELECT, INSERT, UPDATE and DELETE on all six.
+-- or the note `migration` is lower than the last number: in one transaction with throttle.sql, which follows, and under
+-- an advisory lock. Every statement may be repeated, and each migration only adds, so that processes of the previous
+-- version keep working during a rolling update. A role that may not create tables needs SELECT, INSERT, UPDATE and
+-- DELETE on all seven.
 SET LOCAL statement_timeout = 0;
 SET LOCAL lock_timeout = 0;
 SELECT pg_advisory_xact_lock(4837205517302918401);
@@ -53,7 +54,7 @@ CREATE TABLE IF NOT EXISTS adsidecar_notes (
 -- consented_at, used_at: as in the record, whose seal alone makes them trustworthy. They are for lists and counts.
 -- due_at: when the next background refresh is due; NULL if the user is idle. refused, failure, attempts, retry_at: how
 -- the last refresh of this generation failed: Login with Amazon refused the grant, or could not be asked; how many have
--- failed; and when the next process may ask. accounts (migration 3): the version of the accounts that were found for
+-- failed; and when the next process may ask. accounts (migration 4): the version of the accounts that were found for
 -- the user, so that who follows the changes of this table hears of those too.
 CREATE SEQUENCE IF NOT EXISTS adsidecar_changes;
 ALTER TABLE adsidecar_grants
@@ -199,7 +200,7 @@ BEGIN
     RETURN NEXT;
 END $$;
 
--- Migration 3.
+-- Migration 4. (Migration 3 is throttle.sql.)
 
 -- The accounts that were found for each user, sealed. version: the number of the last change, from the sequence of all
 -- changes. indexed_at: the changed_at of what adsidecar_slugs lists; another one means that the previous version, which
@@ -291,5 +292,5 @@ BEGIN
     RETURN NEXT;
 END $$;
 
-INSERT INTO adsidecar_notes (name, value) VALUES ('migration', '3')
-    ON CONFLICT (name) DO UPDATE SET value = excluded.value WHERE adsidecar_notes.value::int < 3;
+INSERT INTO adsidecar_notes (name, value) VALUES ('migration', '4')
+    ON CONFLICT (name) DO UPDATE SET value = excluded.value WHERE adsidecar_notes.value::int < 4;
