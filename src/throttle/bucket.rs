@@ -1,6 +1,6 @@
 //! The buckets. Each has the calls that share a limit of Amazon's, what was learned about it, and the queue before it.
 //!
-//! A little over 400 lines: what the atomics and the lock of a bucket guard has to be seen in one place.
+//! The file is a little over 400 lines: what the atomics and the lock of a bucket guard is to be seen in one place.
 
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};

@@ -9,7 +9,7 @@
 //! - Amazon refuses a call although fewer run here than it allows: others run the rest. The gate knows nothing of
 //!   them, and leaves that refusal to the bucket's [law](super::law).
 //!
-//! A little over 400 lines: places, jobs and waiting calls are one state under one lock.
+//! The file is a little over 400 lines: places, jobs and waiting calls are one state under one lock.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

@@ -14,7 +14,7 @@
 //!   `QUICK` of that rate: the limit has fallen.
 //!
 //! Latency plays no part: it says nothing about a quota. `tests/bench/throttle_simulation.rs` simulates the law beside
-//! others, and justifies the constants. More than 400 lines with the tests, which share the law's private constants.
+//! others, and justifies the constants.
 
 /// Seconds of monotonic time since an arbitrary instant.
 pub type Seconds = f64;
