@@ -22,7 +22,7 @@
 //! 2. `app/mod.rs` (the closure `serve_proxy`, which takes the current services), `inbound/proxy/mod.rs`, the spine:
 //!    `serve` always returns a response, and `forward` is the list of the steps below.
 //! 3. `inbound/request_id.rs` (`of`), `inbound/proxy/request_telemetry.rs` (`begin`: a guard around all other steps;
-//!    its end records the metrics, the audit line, and the call for the status page).
+//!    its end records the metrics and the audit line).
 //! 4. `inbound/admission/mod.rs` (`proxy`: peer, framing, method, `Host`, browsers, caller token) and, between its
 //!    checks, `inbound/destination/mod.rs` (`Route::read`: is the request for Amazon or for [`inbound::oauth`]).
 //! 5. `inbound/route.rs` (`select`: account, user, region), `domain/api_families.rs` (`family`).
@@ -80,8 +80,8 @@
 /// Fail points: places where tests and campaigns pause, break or end the process. They exist only with the feature
 /// `failpoints`.
 ///
-/// - During a refresh: `refresh_begun`, `refresh_answered` (LWA has responded), `refresh_stored`. The action `return`
-///   of the last two ends the process.
+/// - During a refresh: `refresh_begun`, `refresh_answered` (LWA has responded), `refresh_stored`; `refresh_refused` after
+///   a refusal. The action `return` of the second and the third ends the process.
 /// - During a write to disk: `save_refused` (`return`: the write fails), `save_unsynced` and `save_synced` (`return`
 ///   ends the process).
 /// - In each request to Amazon, before its token: `spine`; after Amazon has rejected its token: `rejection_seen`.
