@@ -40,11 +40,13 @@ pub(super) fn result(
             @if let Err(LoginFailure::Identity) = outcome {
                 p { "Try again and sign in as the same Amazon user, or replace the earlier connection by this one." }
             }
-            p class="line" {
-                @if let Some(url) = &again { a class="button" href=(url) { "Try again" } }
-                @if let Some(url) = &replace { a class="button second" href=(url) { "Replace" } }
-                (link_to(status_page))
+            @if let Some(url) = &again {
+                p class="line" {
+                    a class="button" href=(url) { "Try again" }
+                    @if let Some(url) = &replace { a class="button second" href=(url) { "Replace" } }
+                }
             }
+            (address_of(status_page))
             @if let Err(failure) = outcome { p class="soft" { "Code: " code { (failure.code()) } } }
         },
     );
@@ -62,7 +64,7 @@ pub(super) fn problem(problem: &Problem, request_id: &str, status_page: Option<&
         &html! {
             p { (problem.detail()) }
             p { (problem.next_step()) }
-            (link_to(status_page))
+            (address_of(status_page))
             p class="soft" { "Code: " code { (problem.code().as_str()) } ", request id: " code { (request_id) } }
         },
     );
@@ -86,13 +88,14 @@ pub(super) fn root(login_url: Option<&str>, status_page: Option<&str>) -> FullRe
                     p { "A caller token is set, which a browser cannot send: let your app request the login URL." }
                 }
             }
-            (link_to(status_page))
+            (address_of(status_page))
         },
     )
 }
 
-fn link_to(status_page: Option<&str>) -> Markup {
-    html! { @if let Some(url) = status_page { a href=(url) { "Status page" } } }
+/// The address of the status page, to type or to copy: it refuses browsers that come from a page of another origin.
+fn address_of(status_page: Option<&str>) -> Markup {
+    html! { @if let Some(url) = status_page { p { "All users are on the status page: " code { (url) } } } }
 }
 
 fn page(title: &str, content: &Markup) -> FullResponse {

@@ -3,7 +3,7 @@
 use http::header::HOST;
 use maud::{Markup, html};
 
-use super::users::{ROWS_OF_OVERVIEW, by_urgency};
+use super::users::{LISTED, ROWS_OF_OVERVIEW, by_urgency};
 use super::{Context, View, charts, pause_button};
 use crate::auth::tokens::Status;
 use crate::domain::grant::{ConsentAge, State};
@@ -23,7 +23,7 @@ impl Context<'_> {
     /// What the script refreshes.
     pub(super) async fn overview_part(&self) -> Markup {
         let admin = self.admin;
-        let mut users = admin.tokens.most_urgent(super::users::SEARCHED).await;
+        let mut users = admin.tokens.most_urgent(LISTED).await;
         by_urgency(&mut users);
         let minutes = admin.page_state.hour.minutes(admin.clock.uptime(), &admin.metrics);
         html! {

@@ -13,8 +13,11 @@ use crate::inbound::problem::Problem;
 pub(super) const ROWS_OF_OVERVIEW: usize = 50;
 /// Most users on the page of users.
 const ROWS: usize = 100;
-/// Most users of a shared store that are looked through; of these, those first whose refresh failed.
-pub(super) const SEARCHED: usize = 5000;
+/// Most users of a shared store that the first page reads, those first whose refresh failed. It reads them every few
+/// seconds as long as it is open.
+pub(super) const LISTED: usize = 500;
+/// Most users of a shared store that a search reads.
+const SEARCHED: usize = 5000;
 
 /// Sorts by name, those first who need attention.
 pub(super) fn by_urgency(users: &mut [Status]) {
