@@ -156,7 +156,7 @@ impl App {
         let [proxy, login, admin] = &listeners;
         let addresses = Addresses { proxy: proxy.addresses(), login: login.addresses(), admin: admin.addresses() };
         let (reloader, asked) = Reloader::new();
-        let directory = Directory::open(store.clone(), tokens.clone(), clock.clone()).await;
+        let directory = Directory::new(store.clone(), tokens.clone(), clock.clone());
         let process = ProcessState {
             throttle: Arc::new(throttle::Memory::new(clock.clone(), metrics.clone())),
             tokens,

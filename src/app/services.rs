@@ -81,6 +81,7 @@ impl Services {
             client_id: client_id.clone(),
             home: config.proxy.region,
             automatic: config.accounts_sync,
+            cache: config.tokens.cache,
             configured: config.proxy.accounts.clone(),
         });
         let login = Login::new(

@@ -408,8 +408,8 @@ pub const KEYS: &[Key] = &[
         kind: Count(10, 1_000_000),
         default: Value("1000"),
         restart: true,
-        help: "With `postgres`: the users that are held in memory, those used last. Others are read from the database \
-                when a request needs them",
+        help: "The users that are held in memory, those used last: with `postgres` their grants, and with either store \
+                the accounts that were found for them. Others are read when a request needs them",
         ..KEY
     },
     Key {

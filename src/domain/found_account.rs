@@ -234,6 +234,17 @@ pub fn slug(text: &str) -> String {
     out.trim_end_matches('-').to_owned()
 }
 
+/// Every slug that [`assign_slugs`] may give to one of the accounts of `user`, and those that they have; but not those
+/// that it numbers.
+pub fn candidate_slugs(accounts: &[FoundAccount], user: &UserId) -> Vec<String> {
+    let slugs: BTreeSet<String> = accounts
+        .iter()
+        .flat_map(|account| account.slugs(user).into_iter().chain([account.slug.clone()]))
+        .filter(|slug| !slug.is_empty())
+        .collect();
+    slugs.into_iter().collect()
+}
+
 /// Gives a slug to each of the accounts of `user` that has none. `taken` tells which slugs others have: accounts of the
 /// configuration, and those of other users.
 ///

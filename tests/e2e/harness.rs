@@ -162,6 +162,11 @@ impl Harness {
         self.start_sidecar().await;
     }
 
+    /// Adds TOML sections to the configuration of the next start.
+    pub fn add_configuration(&mut self, sections: &str) {
+        self.extra.push_str(sections);
+    }
+
     /// Returns when the sidecar has stopped without a request from the harness.
     pub async fn ended(&mut self) {
         self.running.take().expect("the sidecar is running").ended.await.unwrap();

@@ -6,6 +6,7 @@ mod postgres_server;
 mod harness;
 mod raw_http;
 
+mod account_index;
 mod admin;
 mod backup;
 mod tls;

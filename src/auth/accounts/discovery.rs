@@ -50,6 +50,7 @@ pub(super) struct Discovery {
 }
 
 /// What was found, and how each source answered.
+#[derive(Clone)]
 pub(super) struct Found {
     pub(super) accounts: Vec<FoundAccount>,
     pub(super) outcomes: Vec<Outcome>,

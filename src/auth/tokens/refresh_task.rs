@@ -289,6 +289,7 @@ impl RefreshTask {
     }
 
     async fn after_refusal(&self, generation: u64) {
+        fail_point!("refresh_refused");
         self.end_refresh_with("lost");
         self.manager.settle_journal().await;
         // At startup the stored grant's validity was unknown: amazon.refresh_token may be there to replace it.

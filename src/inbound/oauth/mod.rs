@@ -153,7 +153,7 @@ impl OauthEndpoints {
             Endpoint::Login => self.begin(&query, parts).await,
             Endpoint::Callback => self.callback(&query, &parts.headers).await,
             Endpoint::Status => self.status(&query, &parts.headers).await,
-            Endpoint::Accounts => self.accounts(&query, &parts.headers),
+            Endpoint::Accounts => self.accounts(&query, &parts.headers).await,
             Endpoint::AccountsSync => self.sync_accounts(&query).await,
             Endpoint::Refresh => self.refresh(&query, &parts.headers).await,
             Endpoint::Logout => self.logout(&query.user()?).await,

@@ -19,7 +19,7 @@ use crate::domain::outgoing_proxy::OutgoingProxy;
 use crate::domain::policy::{Denied, Mode};
 use crate::inbound::admission;
 use crate::inbound::destination::{BadTarget, Destination, Endpoint, Route, Target};
-use crate::inbound::route::{Accounts, RouteError, RoutedRequest, Selection};
+use crate::inbound::route::{Accounts, Found, RouteError, RoutedRequest, Selection};
 use crate::throttle;
 
 /// What adsidecar would do with a request.
@@ -133,7 +133,9 @@ pub fn explain(what: &Explained<'_>, method: &Method, uri: &Uri, caller: &Header
     let settings = what.settings.clone();
     let (mode, selection, default_region) = (settings.policy.mode, settings.selection, settings.region);
     let accounts = Accounts::new(settings.accounts, default_region, selection, settings.policy.rules);
-    let call = accounts.select(&target, caller, what.found).map_err(|error| no_route(error).to_owned())?;
+    let other = accounts.other_name(&target, caller).and_then(|slug| what.found.get(slug));
+    let other = other.map(|entry| Found { account: &entry.account, is_named: true });
+    let call = accounts.select(&target, caller, other).map_err(|error| no_route(error).to_owned())?;
     let selected_by = selected_by(&call, &target, caller, selection);
     let configured = what.settings.accounts.iter().find(|account| *account.name == *call.account_name());
     let account = configured.or_else(|| what.found.get(call.account_name()).map(|entry| &entry.account));

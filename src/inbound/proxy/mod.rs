@@ -29,10 +29,10 @@ use http_body_util::Full;
 pub use error_mapping::ProxyError;
 pub use response::{Body, strip_response};
 
-use crate::auth::accounts::Directory;
-use crate::auth::tokens::{Bearer, TokenManager};
+use crate::auth::accounts::{Directory, Entry as FoundEntry};
+use crate::auth::tokens::{Bearer, TokenError, TokenManager};
 use crate::domain::account::{Account, Region, Service, UserId};
-use crate::domain::grant::State;
+use crate::domain::grant::{Remedy, STORE_UNAVAILABLE, State};
 use crate::domain::headers::{self, UpstreamHeaders};
 use crate::domain::policy::{self, Mode};
 use crate::inbound::admission::{Admission, Admitted};
@@ -41,7 +41,7 @@ use crate::inbound::oauth::{OauthEndpoints, add_private_headers};
 use crate::inbound::problem::Problem;
 use crate::inbound::request_id::{self, RequestIds};
 pub use crate::inbound::route::Selection;
-use crate::inbound::route::{Accounts, RoutedRequest, fallback};
+use crate::inbound::route::{Accounts, Found, RoutedRequest, fallback};
 use crate::server::{CallerBody, Peer};
 use crate::telemetry::metrics::Metrics;
 use crate::throttle::{Call, Entry, Pass, Throttle};
@@ -55,6 +55,9 @@ use retry::Retry;
 /// What a waiting request holds besides its path and a body that Amazon refused, in bytes: its head in parsed form, the
 /// buffers of its connection, and its future.
 const WAITING_BYTES: usize = 8 << 10;
+
+/// When a request may find the store working again that could not look up its account.
+const STORE_RETRY: Duration = Duration::from_secs(1);
 
 /// How callers select accounts, and how much of a request body is kept for a retry.
 #[derive(Clone, Debug)]
@@ -231,8 +234,13 @@ impl Proxy {
         target: &Target,
         telemetry: &mut RequestTelemetry<'a>,
     ) -> Result<Response<Body>, ProxyError> {
-        let found = self.directory.snapshot();
-        let route = self.accounts.select(target, &parts.headers, &found)?;
+        let found = match self.accounts.other_name(target, &parts.headers) {
+            Some(slug) => self.found_account(slug).await?,
+            None => None,
+        };
+        let found =
+            found.as_deref().map(|entry| Found { account: &entry.account, is_named: !self.directory.is_large() });
+        let route = self.accounts.select(target, &parts.headers, found)?;
         telemetry.set_route(&route);
         if let Some(mode) = self.policy {
             self.enforce_policy(mode, &route, parts, target, telemetry)?;
@@ -247,6 +255,19 @@ impl Proxy {
             Some((polls, key)) => Box::pin(self.poll(polls, &key, &route, parts, body, target, telemetry)).await,
             None => self.exchange(&route, parts, body, target, telemetry).await,
         }
+    }
+
+    /// The found account with this slug.
+    async fn found_account(&self, slug: &str) -> Result<Option<Arc<FoundEntry>>, ProxyError> {
+        if let Some(known) = self.directory.account_in_memory(slug) {
+            return Ok(known);
+        }
+        // Boxed: rare requests must not make the future of every request large.
+        Box::pin(self.directory.account(slug)).await.map_err(|_| {
+            let (code, remedy) = (STORE_UNAVAILABLE, Remedy::Time);
+            let error = TokenError::Unavailable { code, remedy, detail: None, retry_after: STORE_RETRY };
+            ProxyError::NoToken(error, UserId::default())
+        })
     }
 
     /// A poll under `throttle.coalesce_polls`: answered by another one of the last second, or sent.

@@ -46,10 +46,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
+use tokio::sync::Notify;
 use tokio_postgres::Row;
 use tokio_postgres::types::{FromSql, ToSql, Type};
 
-use super::{Health, Opened, Sealed, StoreError, Users};
+use super::{AccountsChanged, Health, Opened, Sealed, StoreError, Users};
 use crate::domain::account::UserId;
 use crate::domain::grant::{Grant, RefreshPolicy, Version};
 use crate::store::keyring::{Fingerprint, Keyring};
@@ -83,7 +84,7 @@ const SCHEMA_VERSION: &str = "1";
 /// The note that holds the number of the last migration, and the number of the last one in [`SCHEMA`]. A migration
 /// only adds to the tables of a schema version, so that processes of the previous release keep working.
 const MIGRATION_NOTE: &str = "migration";
-const MIGRATION: u32 = 3;
+const MIGRATION: u32 = 4;
 /// The note that holds the fingerprint of the key that seals.
 const KEY_NOTE: &str = "key";
 
@@ -103,6 +104,9 @@ struct Inner {
     /// The number of records by what they are sealed with, when they were last counted.
     records: Mutex<BTreeMap<Sealed, usize>>,
     position: Mutex<Option<Position>>,
+    /// Whose accounts have changed, until somebody takes it; and notified of it.
+    accounts_changed: Mutex<Option<AccountsChanged>>,
+    accounts_told: Notify,
     /// Whether the last operation succeeded, and why the most recent failed one failed.
     health: Mutex<(bool, Option<String>)>,
 }
@@ -207,6 +211,8 @@ impl Postgres {
             policy: ArcSwap::from_pointee(DEFAULT_POLICY),
             records: Mutex::default(),
             position: Mutex::default(),
+            accounts_changed: Mutex::default(),
+            accounts_told: Notify::new(),
             health: Mutex::new((true, None)),
         }))
     }
@@ -261,7 +267,8 @@ impl Postgres {
                              AND to_regclass('adsidecar_logins') IS NOT NULL \
                              AND to_regclass('adsidecar_waiting') IS NOT NULL \
                              AND to_regclass('adsidecar_notes') IS NOT NULL \
-                             AND to_regclass('adsidecar_throttle') IS NOT NULL";
+                             AND to_regclass('adsidecar_throttle') IS NOT NULL \
+                             AND to_regclass('adsidecar_slugs') IS NOT NULL";
         for _ in 0..MAX_ATTEMPTS {
             let rows = self.query(EXIST, &[], OnDisconnect::Resend).await?;
             if first_row(&rows, 0)? {

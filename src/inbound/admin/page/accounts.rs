@@ -4,26 +4,26 @@ use maud::{Markup, html};
 
 use super::view::Action;
 use super::{Context, Query, View, bad_parameter, copy_button, distance};
-use crate::auth::accounts::{Filter, Listed, Status, UserAccounts, list};
+use crate::auth::accounts::{Filter, Listed, Page, Status, UserAccounts};
 use crate::domain::account::Region;
 use crate::domain::found_account::AccountType;
-use crate::inbound::problem::Problem;
+use crate::inbound::problem::{Code, Problem};
+use crate::store::StoreError;
 
 /// Most accounts on the page, and most users above them.
 const ROWS: usize = 100;
 const USERS: usize = 20;
 
 impl Context<'_> {
-    pub(super) fn accounts(&self) -> Result<Markup, Problem> {
+    pub(super) async fn accounts(&self) -> Result<Markup, Problem> {
         let filter = filter(&self.query)?;
-        let snapshot = self.admin.directory.snapshot();
-        let all = list(&snapshot, &self.admin.directory.configured(), &filter, &self.admin.proxy_url);
-        let total = all.len();
-        let after = self.query.text("after");
-        let mut rest = all.into_iter().filter(|account| account.slug.as_str() > after);
-        let page: Vec<_> = rest.by_ref().take(ROWS).collect();
-        let next = rest.next().and(page.last()).map(|last| last.slug.as_str());
-        let searched = snapshot.users.values().filter(|user| filter.user.as_ref().is_none_or(|of| *of == user.user_id));
+        let failed = |error: StoreError| {
+            Problem::new(Code::StoreUnavailable, error.to_string(), "Check the log and the store, then try again.")
+        };
+        let (after, base_url) = (self.query.text("after"), &self.admin.proxy_url);
+        let listed = self.admin.directory.list(&filter, after, ROWS, base_url).await.map_err(failed)?;
+        let Page { accounts: page, total, next, users: searched } = listed;
+        let next = next.as_deref();
         Ok(html! {
             h1 { "Accounts" }
             (self.notice()?)
@@ -32,11 +32,10 @@ impl Context<'_> {
             @if !page.is_empty() { (account_table(&page)) }
             @if let Some(next) = next { p { a href=(self.next_link(next)) { "Next accounts" } } }
             h2 { "Found for" }
-            @let searched: Vec<_> = searched.take(USERS).collect();
             @if searched.is_empty() {
                 p { "Amazon was not asked yet. " a href=(self.link(View::Users)) { "Find the accounts of a user" } }
             }
-            ul { @for user in searched { li { (self.searched(user)) } } }
+            ul { @for user in searched.iter().take(USERS) { li { (self.searched(user)) } } }
         })
     }
 

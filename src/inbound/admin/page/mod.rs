@@ -133,7 +133,7 @@ impl Context<'_> {
             View::Throttle if is_part => return Ok(part(&self.throttle_part())),
             View::Overview => self.overview().await,
             View::Users => self.users().await?,
-            View::Accounts => self.accounts()?,
+            View::Accounts => self.accounts().await?,
             View::Calls => self.calls()?,
             View::Throttle => self.throttle(),
             View::Settings => self.settings()?,
