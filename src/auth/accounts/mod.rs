@@ -6,6 +6,8 @@
 //!
 //! Accounts are read when a request names one. The store has an index of all slugs, and the accounts of the users that
 //! were used last are in memory ([`Cache`]).
+//!
+//! The file is a little over 400 lines: a search, what it stores and what a request then selects are read together.
 
 mod cache;
 mod discovery;
