@@ -329,7 +329,10 @@ def test_a_login_that_fails_is_readable_on_a_phone_and_leads_on(sandbox_of_its_o
         sign_in_as_another(browser)
         shows("You signed in as another Amazon user", f"another-{theme}-360")
         drop_answers(browser, 409)
-        assert json.loads(order(f"{sandbox.proxy}/api/auth/amazon/status?user_id=kim"))["updated_at"] == before["updated_at"]
+        assert (
+            json.loads(order(f"{sandbox.proxy}/api/auth/amazon/status?user_id=kim"))["updated_at"]
+            == before["updated_at"]
+        )
         focus(browser, "Try again")
         focus(browser, "Replace")
         browser.press(ENTER)

@@ -128,7 +128,7 @@ fn a_file_past_400_lines_says_why_in_its_first_comment() {
         let text = fs::read_to_string(&file).unwrap();
         let code = text.split("#[cfg(test)]\nmod tests").next().unwrap_or_default().lines().count();
         let comment: Vec<_> = text.lines().map_while(|line| line.strip_prefix("//!")).collect();
-        let says_why = comment.concat().contains("file is ");
+        let says_why = ["file is ", "400 lines:"].iter().any(|words| comment.concat().contains(words));
         if code > MOST_LINES && !says_why && !file.ends_with("tests.rs") {
             silent.push(format!("{}: {code} lines", file.display()));
         }

@@ -234,7 +234,7 @@ def test_the_key_that_the_cure_names_is_the_one_to_correct(code, wrong, right, s
         del stopped.settings[key]
     cure = show(stopped, code, "--pre")
     if right is None:
-        # There is no PostgreSQL here: the cure names the URL, and the store of before needs none.
+        # There is no PostgreSQL here: the cure names the URL, and the previous store needs none.
         assert cure == "store.postgres_url"
         stopped.settings = healthy
     else:

@@ -6,6 +6,8 @@
 //!
 //! Accounts are read when a request names one. The store has an index of all slugs, and the accounts of the users that
 //! were used last are in memory ([`Cache`]).
+//!
+//! The file is a little over 400 lines: a search, what it stores and what a request then selects are read together.
 
 mod cache;
 mod discovery;
@@ -368,8 +370,8 @@ impl Directory {
         }
     }
 
-    /// Users whose last search is a day old, and who have a usable grant. Users who were never searched for are searched
-    /// for after their next login, or on request. No other process has claimed them.
+    /// Users whose last search is a day old, and who have a usable grant. Users who were never searched for are
+    /// searched for after their next login, or on request. No other process has claimed them.
     async fn claim(&self) -> Vec<UserId> {
         if !self.is_automatic() {
             return Vec::new();
@@ -411,7 +413,8 @@ impl Directory {
         let users: HashSet<_> = owners.into_iter().map(|(_, user)| user).collect();
         for user in users {
             if let Err(error) = self.rename(&user).await {
-                tracing::warn!(%user, %error, "an account whose slug is a configured name keeps it until the next sync");
+                tracing::warn!(%user, %error, "an account whose slug is a configured name keeps it until the next \
+                    sync");
             }
         }
     }

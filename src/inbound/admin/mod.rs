@@ -76,7 +76,7 @@ pub struct Admin {
     pub(crate) public_url: Option<Url>,
     /// The URL that starts a login, up to the user id; `None` if the proxy listener has no TCP address.
     pub(crate) login_base: Option<String>,
-    /// The proxy listener's URL, for who calls from this machine.
+    /// The proxy listener's URL, for callers on this machine.
     pub(crate) proxy_url: String,
     pub(crate) login: Login,
     pub(crate) directory: Directory,
