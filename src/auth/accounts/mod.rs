@@ -263,12 +263,12 @@ impl Directory {
             };
             match saved {
                 Ok(AccountsSaved::Stored(version)) => {
-                    let accounts = Arc::new(accounts);
-                    lock(&self.0.cache).put_stored(accounts.clone(), version, self.limit());
+                    // They are read when a request names one: most users are searched for and not used here.
+                    lock(&self.0.cache).changed(user, version);
                     if !self.is_large() {
                         self.count().await;
                     }
-                    return Ok(accounts);
+                    return Ok(Arc::new(accounts));
                 }
                 Ok(AccountsSaved::Taken(slugs)) => taken.extend(slugs),
                 Ok(AccountsSaved::Changed) => {}
