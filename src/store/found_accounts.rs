@@ -219,7 +219,8 @@ impl TokenStore {
         }
     }
 
-    /// Returns when accounts have changed, perhaps by another process. Never returns if no other process uses the store.
+    /// Returns when accounts have changed, perhaps by another process. Never returns if no other process uses the
+    /// store.
     pub async fn accounts_changed(&self) -> AccountsChanged {
         match self {
             Self::Sled(_) => std::future::pending().await,

@@ -436,8 +436,8 @@ impl TokenStore {
         }
     }
 
-    /// Reads the journal of refreshes of a local directory: for each user the generation whose refresh began last and has
-    /// not ended. `None` if there is none yet; a shared store has leases instead.
+    /// Reads the journal of refreshes of a local directory: for each user the generation whose refresh began last and
+    /// has not ended. `None` if there is none yet; a shared store has leases instead.
     ///
     /// # Errors
     ///
@@ -449,8 +449,8 @@ impl TokenStore {
         }
     }
 
-    /// Adds to the journal that refreshes of these generations have begun, or have ended (`None`). Returns its length in
-    /// bytes.
+    /// Adds to the journal that refreshes of these generations have begun, or have ended (`None`). Returns its length
+    /// in bytes.
     ///
     /// # Errors
     ///

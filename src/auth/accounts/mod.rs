@@ -6,6 +6,8 @@
 //!
 //! Accounts are read when a request names one. The store has an index of all slugs, and the accounts of the users that
 //! were used last are in memory ([`Cache`]).
+//!
+//! The file is over 400 lines: what is read, searched for, stored and renamed shares one cache and one lock per user.
 
 mod cache;
 mod discovery;
@@ -368,8 +370,8 @@ impl Directory {
         }
     }
 
-    /// Users whose last search is a day old, and who have a usable grant. Users who were never searched for are searched
-    /// for after their next login, or on request. No other process has claimed them.
+    /// Users whose last search is a day old, and who have a usable grant. Users who were never searched for are
+    /// searched for after their next login, or on request. No other process has claimed them.
     async fn claim(&self) -> Vec<UserId> {
         if !self.is_automatic() {
             return Vec::new();
@@ -411,7 +413,7 @@ impl Directory {
         let users: HashSet<_> = owners.into_iter().map(|(_, user)| user).collect();
         for user in users {
             if let Err(error) = self.rename(&user).await {
-                tracing::warn!(%user, %error, "an account whose slug is a configured name keeps it until the next sync");
+                tracing::warn!(%user, %error, "an account whose slug is a configured name keeps it for now");
             }
         }
     }

@@ -29,8 +29,8 @@ const NOTIFIED_PAUSE: Duration = Duration::from_millis(40);
 const CURRENT: Duration = Duration::from_secs(2);
 /// How long a request waits for the row of its user, while this process does not know what others have changed.
 const ASK_LIMIT: Duration = Duration::from_secs(1);
-/// After a new connection no refresh begins for this long: the database may have been away, or be another server that lost
-/// commits, and the others store again what they know within this time. Their retries come once a second.
+/// After a new connection no refresh begins for this long: the database may have been away, or be another server that
+/// lost commits, and the others store again what they know within this time. Their retries come once a second.
 const SETTLING: Duration = Duration::from_millis(2500);
 /// A user without a grant is read from the database at most this often per period, and otherwise remembered.
 const ABSENT_READS: u32 = 4;
@@ -103,8 +103,8 @@ impl Follower {
         settling.get_or_insert((self.store.connection(), Instant::now()));
     }
 
-    /// Returns once others have had the time to store again what a database has lost or could not take, if the connection
-    /// is another one than before. Returns whether that took time: then the row has to be read again.
+    /// Returns once others have had the time to store again what a database has lost or could not take, if the
+    /// connection is another one than before. Returns whether that took time: then the row has to be read again.
     pub(super) async fn settle(&self) -> bool {
         let until = {
             let mut settling = self.settling.lock().unwrap_or_else(PoisonError::into_inner);

@@ -1,5 +1,5 @@
-//! Before and after a refresh: who may make it. One process at a time has the lease of a user in a shared store; a single
-//! process writes its journal instead.
+//! Before and after a refresh: who may make it. One process at a time has the lease of a user in a shared store; a
+//! single process writes its journal instead.
 
 use std::sync::Arc;
 use std::time::Duration;

@@ -90,8 +90,8 @@ impl TokenManager {
         statuses
     }
 
-    /// A page of the users in a shared store, from at most `pages` of its own: records that yield no grant are left out.
-    /// Users that this process holds have the state that they have here.
+    /// A page of the users in a shared store, from at most `pages` of its own: records that yield no grant are left
+    /// out. Users that this process holds have the state that they have here.
     async fn stored_statuses(
         &self,
         shared: &Postgres,

@@ -86,8 +86,8 @@ impl Postgres {
 
     /// Releases the lease after a refresh that stored no change: a stored change releases it itself. Says to all
     /// processes how the refresh of `generation` failed, if it did, and when the background tries again: `due`, `None`
-    /// if the user is idle by then. If a response `may_be_lost`, the next process that takes the lease hears that it was
-    /// interrupted, as after the end of this one.
+    /// if the user is idle by then. If a response `may_be_lost`, the next process that takes the lease hears that it
+    /// was interrupted, as after the end of this one.
     ///
     /// # Errors
     ///

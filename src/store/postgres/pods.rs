@@ -43,7 +43,8 @@ struct PodNote {
 }
 
 impl Postgres {
-    /// Says that this process is alive, and which keys it has. Returns the key that seals, as the last rotation noted it.
+    /// Says that this process is alive, and which keys it has. Returns the key that seals, as the last rotation noted
+    /// it.
     ///
     /// # Errors
     ///

@@ -257,7 +257,8 @@ DROP TRIGGER IF EXISTS adsidecar_accounts_told ON adsidecar_accounts;
 CREATE TRIGGER adsidecar_accounts_told AFTER INSERT OR DELETE OR UPDATE OF changed_at ON adsidecar_accounts
     FOR EACH ROW EXECUTE FUNCTION adsidecar_tell_accounts();
 
--- Stores the accounts of a user, and lists them by their slugs. `seen` is the version that they are based on, 0 for none.
+-- Stores the accounts of a user, and lists them by their slugs. `seen` is the version that they are based on, 0 for
+-- none.
 -- Nothing is stored if another process has stored others since, if the user has no grant (any more), or if a slug
 -- belongs to another user. Returns the version now, NULL if nothing was stored, and the slugs that are taken.
 CREATE OR REPLACE FUNCTION adsidecar_save_accounts(
