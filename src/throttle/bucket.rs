@@ -1,7 +1,6 @@
-//! The buckets. One bucket: the calls that share a limit of Amazon's, what was learned about it, and the queue before
-//! it.
+//! The buckets. Each has the calls that share a limit of Amazon's, what was learned about it, and the queue before it.
 //!
-//! The file is a little over 400 lines, so that an ordinary call passes through this file and `mod.rs` alone.
+//! A little over 400 lines: what the atomics and the lock of a bucket guard has to be seen in one place.
 
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -122,6 +121,16 @@ pub(super) struct Report {
     pub(super) want: f64,
     /// The calls per second that it sends.
     pub(super) sent: f64,
+    /// The most calls that it sent within a second, lately.
+    pub(super) peak: f64,
+}
+
+/// What the other processes send together, in calls per second.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Others {
+    pub(super) sent: f64,
+    /// The most that each of them sent within a second, lately.
+    pub(super) peak: f64,
 }
 
 /// What is known about a bucket, for people.
@@ -237,8 +246,7 @@ impl Bucket {
         })
     }
 
-    /// For other processes: what this one knows and does. `None` if nothing was refused, or no call was accepted or
-    /// waits.
+    /// For other processes: what this one knows and does. `None` if nothing was refused, or the bucket is not in use.
     pub(super) fn report(&self, now: Seconds) -> Option<Report> {
         let sent = self.counts.rate(now);
         let state = self.lock();
@@ -249,6 +257,7 @@ impl Bucket {
             learned: changed.then_some(learned),
             want: sent + state.waiting as f64,
             sent,
+            peak: self.counts.peak(now),
         })
     }
 
@@ -257,9 +266,8 @@ impl Bucket {
         self.counts.peak(now) > 0.0
     }
 
-    /// Learns what other processes know: `share` of the rate is this one's, `others` the calls per second that they
-    /// send.
-    pub(super) fn hear(&self, learned: Learned, others: f64, share: impl FnOnce(f64) -> f64, now: Seconds) {
+    /// Learns what other processes know: `share` of the rate is this one's, and `others` is what they send.
+    pub(super) fn hear(&self, learned: Learned, others: Others, share: impl FnOnce(f64) -> f64, now: Seconds) {
         let mut state = self.lock();
         let law = match &mut state.law {
             Some(law) => {
@@ -268,10 +276,11 @@ impl Bucket {
             }
             law => law.insert(Law::knowing(learned, published::rate(&self.name), now)),
         };
+        law.guess(self.counts.peak(now) + others.peak);
         law.share = share(law.rate(now));
         let known = law.learned;
         self.epoch.store(known.epoch, Relaxed);
-        state.others = others;
+        state.others = others.sent;
         // What this process knows beyond `learned` is still to be told.
         state.told = Some(if known.is_news_to(learned) { learned } else { known });
         drop(state);

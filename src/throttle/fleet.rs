@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use tokio::time::{sleep, timeout};
 
-use super::bucket::{Buckets, Report};
+use super::bucket::{Buckets, Others, Report};
 use super::law::{Learned, Seconds};
 use super::memory::Memory;
 use crate::store::{SharedLimit, ThrottleReport, ThrottleRow, TokenStore};
@@ -65,7 +65,13 @@ fn to_share(report: &Report, now: Seconds) -> ThrottleReport {
         refused_ago: now - learned.refused,
         streak: learned.streak,
     });
-    ThrottleReport { bucket: report.bucket.to_string(), learned, want: report.want, sent: report.sent }
+    ThrottleReport {
+        bucket: report.bucket.to_string(),
+        learned,
+        want: report.want,
+        sent: report.sent,
+        peak: report.peak,
+    }
 }
 
 /// Takes over what the others know.
@@ -86,9 +92,12 @@ fn hear(memory: &Memory, rows: &[ThrottleRow], reports: &[Report]) {
             streak: limit.streak,
         };
         let want = own.get(&row.bucket).map_or(0.0, |report| report.want);
-        let others: Vec<f64> = row.others.iter().map(|(want, _)| *want).collect();
-        let sent = row.others.iter().map(|(_, sent)| sent).sum();
-        buckets.of(*name).hear(learned, sent, |rate| share(want, &others, rate), now);
+        let wants: Vec<f64> = row.others.iter().map(|[want, ..]| *want).collect();
+        let others = Others {
+            sent: row.others.iter().map(|[_, sent, _]| sent).sum(),
+            peak: row.others.iter().map(|[.., peak]| peak).sum(),
+        };
+        buckets.of(*name).hear(learned, others, |rate| share(want, &wants, rate), now);
     }
 }
 

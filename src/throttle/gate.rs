@@ -5,12 +5,11 @@
 //! after its creation was answered, and adsidecar sends no polls of its own. So its end is learned from what passes by:
 //!
 //! - the response to a caller's poll names a final state, or says that the job does not exist;
-//! - nothing ended for a while, so the gate lets one call *probe*. If Amazon accepts it, the oldest job has ended
-//!   unseen;
-//! - Amazon refuses a call although fewer run here than it allows: others run the rest. The gate knows nothing of them,
-//!   and leaves that refusal to the bucket's [law](super::law).
+//! - nothing ended for a while, so the gate lets one call *probe*. If Amazon accepts it, the oldest job ended unseen;
+//! - Amazon refuses a call although fewer run here than it allows: others run the rest. The gate knows nothing of
+//!   them, and leaves that refusal to the bucket's [law](super::law).
 //!
-//! The file is a little over 400 lines: what each of these three does to the counts is understood only together.
+//! A little over 400 lines: places, jobs and waiting calls are one state under one lock.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -27,7 +26,7 @@ use crate::domain::clock::Clock;
 /// Most gates of one client. AMC has one for each instance; beyond this number runs are not counted.
 const MAX_GATES: usize = 1000;
 
-/// Most jobs that one gate counts. Only a gate that never held a call can have more: the oldest is forgotten.
+/// Most jobs that one gate counts. Only a gate that never held a call has so many: the oldest is forgotten.
 const MAX_JOBS: usize = 1000;
 
 /// How long a gate holds calls after Amazon's last refusal, in seconds. Amazon's counts may change.

@@ -13,8 +13,8 @@
 //! - The **ceiling** is `KEPT` of the rate at which Amazon refused last. After two refusals in quick succession it is
 //!   `QUICK` of that rate: the limit has fallen.
 //!
-//! Latency plays no part: it says nothing about a quota. `tests/bench/throttle.rs` simulates the law beside others, and
-//! justifies the constants.
+//! Latency plays no part: it says nothing about a quota. `tests/bench/throttle_simulation.rs` simulates the law beside
+//! others, and justifies the constants. More than 400 lines with the tests, which share the law's private constants.
 
 /// Seconds of monotonic time since an arbitrary instant.
 pub type Seconds = f64;
@@ -135,6 +135,13 @@ impl Law {
         let mut law = Self::knowing(learned, published, refusal.at);
         law.pause(refusal);
         law
+    }
+
+    /// Corrects the guess after the first refusal: all processes together sent `peak` calls within a second.
+    pub fn guess(&mut self, peak: f64) {
+        if self.learned.epoch == 1 {
+            self.learned.ceiling = self.learned.ceiling.max(peak.min(self.published) / 2.0);
+        }
     }
 
     /// The law from `now` on, by what another process has learned.

@@ -1,9 +1,9 @@
 //! What Amazon's 429s teach: how fast calls may be sent, and which of them wait.
 //!
-//! Amazon limits each client by region and endpoint, does not publish most of the limits, and changes them with its
-//! load. A sidecar is the one place that sees all callers of a client. Calls of one client, region, API family and
-//! [`Kind`] share a bucket. A [`law`] learns each bucket's rate from Amazon's refusals alone; a queue gives waiting
-//! calls their turns, round robin between accounts. Where Amazon limits the number at a time, a gate counts them.
+//! Amazon limits each client by region and endpoint, publishes few of the limits, and changes them with its load.
+//! A sidecar is the one place that sees all callers of a client. Calls of one client, region, API family and [`Kind`]
+//! share a bucket. A [`law`] learns each bucket's rate from Amazon's refusals alone; a queue gives waiting calls their
+//! turns, round robin between accounts. Where Amazon limits the number at a time, a gate counts them.
 //!
 //! [`Memory`] is what was learned, and lasts as long as the process; processes with a shared store [share](fleet) it.
 //! [`Throttle`] is one configuration's view of it. A request asks [`Throttle::enter`] before it is sent and gets a

@@ -12,8 +12,8 @@ use crate::domain::clock::date_of;
 /// Default pause, in seconds, where `Retry-After` is absent. It doubles with each refusal in a row.
 const DEFAULT_PAUSE: Seconds = 1.0;
 
-/// Default pause for the creation of reports, exports and other jobs, in seconds. Amazon leaves out `Retry-After`
-/// there, and its guide says to wait longer: the limit follows the length of the region's queue, which changes slowly.
+/// Default pause for the creation of reports, exports and other jobs, in seconds. Amazon omits `Retry-After` there, and
+/// its guide says to wait longer: the limit follows the length of the region's queue, which changes slowly.
 const DEFAULT_PAUSE_OF_JOBS: Seconds = 5.0;
 
 /// What a response says about the limit.

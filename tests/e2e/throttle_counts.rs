@@ -1,4 +1,4 @@
-//! The throttle where Amazon limits the number at a time: exports, AMC workflow runs and traffic events.
+//! The throttle where Amazon allows so many at a time: exports, AMC workflow runs and traffic events.
 
 use reqwest::{Method, Response};
 use tokio::task::JoinHandle;
@@ -11,10 +11,10 @@ const CAMPAIGNS: &str = "/campaigns/export";
 const AD_GROUPS: &str = "/adGroups/export";
 const RUNS: &str = "/amc/reporting/amcsandboxtools/workflowExecutions";
 
-/// A sidecar in this mode, before an Amazon that runs five exports and ten AMC workflow runs at once, each for
-/// `seconds`.
+/// A sidecar in this mode, before an Amazon that runs five exports and ten AMC runs at once, each for `seconds`.
 async fn harness(mode: &str, seconds: f64) -> Harness {
-    let harness = Harness::set(&[("throttle.mode", mode), ("throttle.queue_timeout", "15m")]).await;
+    let sets = [("throttle.mode", mode), ("throttle.queue_timeout", "15m"), ("accounts.sync", "off")];
+    let harness = Harness::set(&sets).await;
     harness.sandbox.set_job_limits(JobLimits { exports: Some(5), runs: Some(10), seconds });
     harness
 }

@@ -105,7 +105,7 @@ impl Four {
         let sandbox = &self.pair.a.sandbox;
         sandbox.set_limits([RateLimit::of(LIMIT).told(Told::Seconds)]);
         let begun = Instant::now();
-        let (measured, end) = (begun + Duration::from_secs(6), begun + Duration::from_secs(6 + seconds));
+        let (measured, end) = (begun + Duration::from_secs(8), begun + Duration::from_secs(8 + seconds));
         let counts = Arc::new([AtomicUsize::new(0), AtomicUsize::new(0)]);
         let mut callers = JoinSet::new();
         let period = Duration::from_secs_f64(CALLERS as f64 / (3.0 * LIMIT));

@@ -21,6 +21,8 @@ pub struct ThrottleReport {
     pub want: f64,
     /// The calls per second that it sends.
     pub sent: f64,
+    /// The most calls that it sent within a second, lately.
+    pub peak: f64,
 }
 
 /// What is known about one limit. See `Learned` in `src/throttle/law.rs`.
@@ -47,8 +49,9 @@ pub struct ThrottleRow {
     pub bucket: String,
     /// What is known; `None` if no process has said anything yet.
     pub limit: Option<SharedLimit>,
-    /// What the other processes could send and do send, in calls per second, for each that has said so lately.
-    pub others: Vec<(f64, f64)>,
+    /// What each other process could send, does send, and sent within a second at most, in calls per second, if it has
+    /// said so lately.
+    pub others: Vec<[f64; 3]>,
 }
 
 /// After this many seconds without a word a process has no share any more.
@@ -74,12 +77,12 @@ impl Postgres {
         const SHARE: &str = "WITH now AS (SELECT extract(epoch FROM clock_timestamp())::float8 AS at), \
             mine AS (SELECT * FROM jsonb_to_recordset($2::text::jsonb) AS m (bucket text, epoch bigint, \
             ceiling float8, cubic float8, resumes_in float8, refused_ago float8, streak int, want float8, \
-            sent float8)), \
+            sent float8, peak float8)), \
             put AS (INSERT INTO adsidecar_throttle AS t (client, bucket, epoch, ceiling, cubic, resumed, refused, \
             streak, pods, changed) \
             SELECT $1, m.bucket, coalesce(m.epoch, 0), coalesce(m.ceiling, 0), coalesce(m.cubic, 0), \
             coalesce(now.at + m.resumes_in, 0), coalesce(now.at - m.refused_ago, 0), coalesce(m.streak, 0), \
-            jsonb_build_object($3::text, jsonb_build_array(m.want, m.sent, now.at)), now.at \
+            jsonb_build_object($3::text, jsonb_build_array(m.want, m.sent, m.peak, now.at)), now.at \
             FROM mine AS m, now ORDER BY m.bucket \
             ON CONFLICT (client, bucket) DO UPDATE SET epoch = greatest(t.epoch, excluded.epoch), \
             ceiling = CASE WHEN excluded.epoch > t.epoch THEN excluded.ceiling \
@@ -90,7 +93,7 @@ impl Postgres {
             streak = CASE WHEN excluded.epoch > 0 THEN excluded.streak ELSE t.streak END, \
             resumed = greatest(t.resumed, excluded.resumed), changed = excluded.changed, \
             pods = (SELECT coalesce(jsonb_object_agg(pod.key, pod.value), '{}') FROM jsonb_each(t.pods) AS pod \
-            WHERE (pod.value->>2)::float8 > excluded.changed - $4) || excluded.pods \
+            WHERE (pod.value->>3)::float8 > excluded.changed - $4) || excluded.pods \
             RETURNING t.*), \
             known AS (SELECT * FROM put UNION ALL SELECT t.* FROM adsidecar_throttle AS t, now WHERE t.client = $1 \
             AND t.changed > now.at - $5 AND t.bucket NOT IN (SELECT bucket FROM mine)) \
@@ -118,9 +121,9 @@ impl Postgres {
                 streak: streak.unsigned_abs(),
             };
             let (pods, now): (String, f64) = (column(row, 7)?, column(row, 8)?);
-            let pods: BTreeMap<String, [f64; 3]> = serde_json::from_str(&pods).unwrap_or_default();
-            let lives = |(name, [.., at]): &(&String, &[f64; 3])| *name != owner && now - at < LIVE_SECONDS;
-            let others = pods.iter().filter(lives).map(|(_, [want, sent, _])| (*want, *sent)).collect();
+            let pods: BTreeMap<String, [f64; 4]> = serde_json::from_str(&pods).unwrap_or_default();
+            let lives = |(name, [.., at]): &(&String, &[f64; 4])| *name != owner && now - at < LIVE_SECONDS;
+            let others = pods.iter().filter(lives).map(|(_, [want, sent, peak, _])| [*want, *sent, *peak]).collect();
             known.push(ThrottleRow { bucket: column(row, 0)?, limit: Some(limit).filter(|_| epoch > 0), others });
         }
         Ok(known)

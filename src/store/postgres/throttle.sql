@@ -1,10 +1,9 @@
--- Migration 3: what all processes have learned about Amazon's limits. It runs after schema.sql, in the same
--- transaction.
+-- Migration 3: what all processes have learned about Amazon's limits. It runs after schema.sql, in one transaction.
 
 -- One row per bucket of a client, such as `na/reporting/create`. Times are seconds of the Unix epoch by the database's
 -- clock. epoch: how often the rate was halved; 0 if no process has said so yet. ceiling, cubic, resumed, refused,
--- streak: see `Learned` in src/throttle/law.rs. pods: by process, the calls per second that it could send, those that
--- it sends, and when it said so.
+-- streak: see `Learned` in src/throttle/law.rs. pods: by process, the calls per second that it could send, those that it
+-- sends, the most that it sent within a second, and when it said so.
 CREATE TABLE IF NOT EXISTS adsidecar_throttle (
     client text NOT NULL,
     bucket text NOT NULL,

@@ -9,8 +9,7 @@ use super::Listener;
 use super::call::presigned;
 use super::reply::{self, Body};
 
-/// How many jobs run at once, and for how long. By default nothing is limited, and a job has ended when it is asked
-/// for.
+/// How many jobs run at once, and for how long. By default nothing is limited, and a job ends at once.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct JobLimits {
