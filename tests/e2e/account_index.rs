@@ -1,5 +1,5 @@
-//! Found accounts beside many others: nothing reads those that nobody asks for, two processes give no slug to two users,
-//! and an index that is lost or that the previous version did not write is made again.
+//! Found accounts beside many others: nothing reads those that nobody asks for, two processes give no slug to two
+//! users, and an index that is lost or that the previous version did not write is made again.
 
 use std::collections::BTreeSet;
 
@@ -44,7 +44,8 @@ async fn add_accounts(sql: &Sql, count: u32) {
          SELECT 'bulk-' || n, repeat(md5(n::text), 40), now(), now(), now() + interval '1 day' \
          FROM generate_series(1, {count}) AS n; \
          INSERT INTO adsidecar_slugs (slug, user_id, name, country, kind) \
-         SELECT 'zz-bulk-' || n || '-de', 'bulk-' || n, 'bulk ' || n, 'DE', 'seller' FROM generate_series(1, {count}) AS n; \
+         SELECT 'zz-bulk-' || n || '-de', 'bulk-' || n, 'bulk ' || n, 'DE', 'seller' \
+         FROM generate_series(1, {count}) AS n; \
          ANALYZE"
     ))
     .await;
@@ -133,7 +134,10 @@ async fn accounts_that_the_previous_version_stored_are_listed_in_the_index() {
     assert_eq!(pair.a.post(&format!("{SYNC}?user_id=anna")).await.status(), 200);
     // What the previous version's statement leaves.
     pair.sql
-        .run("DELETE FROM adsidecar_slugs; UPDATE adsidecar_accounts SET sealed = sealed, changed_at = clock_timestamp()")
+        .run(
+            "DELETE FROM adsidecar_slugs; \
+             UPDATE adsidecar_accounts SET sealed = sealed, changed_at = clock_timestamp()",
+        )
         .await;
     let third = Replica::beside(&pair.a, &[]).await;
     eventually("the slug to be known", async || call(&third, "meadow-tools-de").await.is_empty().then_some(())).await;
@@ -141,7 +145,10 @@ async fn accounts_that_the_previous_version_stored_are_listed_in_the_index() {
     assert_eq!(pair.sql.one(stored).await.as_deref(), Some("1"));
     // A list that no key opens is left to the next search, and blocks nothing.
     pair.sql
-        .run("UPDATE adsidecar_accounts SET sealed = 'nothing', changed_at = clock_timestamp(); DELETE FROM adsidecar_slugs")
+        .run(
+            "UPDATE adsidecar_accounts SET sealed = 'nothing', changed_at = clock_timestamp(); \
+             DELETE FROM adsidecar_slugs",
+        )
         .await;
     let fourth = Replica::beside(&pair.a, &[]).await;
     eventually("the list to be given up", async || (pair.sql.one(stored).await? == "1").then_some(())).await;

@@ -1,5 +1,5 @@
-//! The journal of refreshes: a file in the mirror's directory, to which a line is appended when a refresh begins or ends.
-//! It outlives the database, and a refresh costs one small write, however many others are in it.
+//! The journal of refreshes: a file in the mirror's directory, to which a line is appended when a refresh begins or
+//! ends. It outlives the database, and a refresh costs one small write, however many others are in it.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;

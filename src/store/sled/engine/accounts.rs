@@ -1,5 +1,5 @@
-//! The accounts that were found for each user: one sealed file per user in the mirror's directory, and an index in sled.
-//! They can be found again, so there is one copy of the files, and the index is made from them if it was lost.
+//! The accounts that were found for each user: one sealed file per user in the mirror's directory, and an index in
+//! sled. They can be found again, so there is one copy of the files, and the index is made from them if it was lost.
 
 use std::fs;
 use std::path::PathBuf;
