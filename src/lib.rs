@@ -80,8 +80,8 @@
 /// Fail points: places where tests and campaigns pause, break or end the process. They exist only with the feature
 /// `failpoints`.
 ///
-/// - During a refresh: `refresh_begun`, `refresh_answered` (LWA has responded), `refresh_stored`; `refresh_refused`
-///   after a refusal. The action `return` of the second and the third ends the process.
+/// - During a refresh: `refresh_begun`, `refresh_answered` (LWA has responded), `refresh_stored`; after a refusal
+///   `refresh_refused`. The action `return` of the second and the third ends the process.
 /// - During a write to disk: `save_refused` (`return`: the write fails), `save_unsynced` and `save_synced` (`return`
 ///   ends the process).
 /// - In each request to Amazon, before its token: `spine`; after Amazon has rejected its token: `rejection_seen`.

@@ -44,8 +44,8 @@ async fn add_accounts(sql: &Sql, count: u32) {
          SELECT 'bulk-' || n, repeat(md5(n::text), 40), now(), now(), now() + interval '1 day' \
          FROM generate_series(1, {count}) AS n; \
          INSERT INTO adsidecar_slugs (slug, user_id, name, country, kind) \
-         SELECT 'zz-bulk-' || n || '-de', 'bulk-' || n, 'bulk ' || n, 'DE', 'seller' FROM generate_series(1, {count}) \
-         AS n; \
+         SELECT 'zz-bulk-' || n || '-de', 'bulk-' || n, 'bulk ' || n, 'DE', 'seller' \
+         FROM generate_series(1, {count}) AS n; \
          ANALYZE"
     ))
     .await;
@@ -135,8 +135,8 @@ async fn accounts_that_the_previous_version_stored_are_listed_in_the_index() {
     // What the previous version's statement leaves.
     pair.sql
         .run(
-            "DELETE FROM adsidecar_slugs; UPDATE adsidecar_accounts SET sealed = sealed, changed_at = \
-            clock_timestamp()",
+            "DELETE FROM adsidecar_slugs; \
+             UPDATE adsidecar_accounts SET sealed = sealed, changed_at = clock_timestamp()",
         )
         .await;
     let third = Replica::beside(&pair.a, &[]).await;
@@ -146,8 +146,8 @@ async fn accounts_that_the_previous_version_stored_are_listed_in_the_index() {
     // A list that no key opens is left to the next search, and blocks nothing.
     pair.sql
         .run(
-            "UPDATE adsidecar_accounts SET sealed = 'nothing', changed_at = clock_timestamp(); DELETE FROM \
-            adsidecar_slugs",
+            "UPDATE adsidecar_accounts SET sealed = 'nothing', changed_at = clock_timestamp(); \
+             DELETE FROM adsidecar_slugs",
         )
         .await;
     let fourth = Replica::beside(&pair.a, &[]).await;

@@ -835,7 +835,10 @@ async fn a_database_restored_to_an_older_state_gets_the_known_grants_again() {
 async fn a_role_with_row_access_only_suffices_for_existing_tables() {
     let cluster = Cluster::start();
     let sql = cluster.connect().await;
-    let schema = include_str!("../../src/store/postgres/schema.sql");
+    let schema = concat!(
+        include_str!("../../src/store/postgres/schema.sql"),
+        include_str!("../../src/store/postgres/throttle.sql")
+    );
     // As the manual says it.
     let manual = include_str!("../../deploy/README.md");
     let block = manual.split("<!-- postgres -->").nth(1).and_then(|rest| rest.split("```").nth(1)).unwrap();

@@ -72,12 +72,6 @@ impl Cache {
         }
     }
 
-    /// Takes what this process has just stored.
-    pub(super) fn put_stored(&mut self, accounts: Arc<UserAccounts>, version: u64, limit: usize) {
-        self.hear(&accounts.user_id, version);
-        self.insert(accounts, version, limit);
-    }
-
     fn insert(&mut self, accounts: Arc<UserAccounts>, version: u64, limit: usize) {
         self.remove(&accounts.user_id);
         for found in &accounts.accounts {

@@ -7,7 +7,7 @@
 //! Accounts are read when a request names one. The store has an index of all slugs, and the accounts of the users that
 //! were used last are in memory ([`Cache`]).
 //!
-//! The file is a little over 400 lines: a search, what it stores and what a request then selects are read together.
+//! The file is over 400 lines: what is read, searched for, stored and renamed shares one cache and one lock per user.
 
 mod cache;
 mod discovery;
@@ -265,12 +265,12 @@ impl Directory {
             };
             match saved {
                 Ok(AccountsSaved::Stored(version)) => {
-                    let accounts = Arc::new(accounts);
-                    lock(&self.0.cache).put_stored(accounts.clone(), version, self.limit());
+                    // They are read when a request names one: most users are searched for and not used here.
+                    lock(&self.0.cache).changed(user, version);
                     if !self.is_large() {
                         self.count().await;
                     }
-                    return Ok(accounts);
+                    return Ok(Arc::new(accounts));
                 }
                 Ok(AccountsSaved::Taken(slugs)) => taken.extend(slugs),
                 Ok(AccountsSaved::Changed) => {}
@@ -413,8 +413,7 @@ impl Directory {
         let users: HashSet<_> = owners.into_iter().map(|(_, user)| user).collect();
         for user in users {
             if let Err(error) = self.rename(&user).await {
-                tracing::warn!(%user, %error, "an account whose slug is a configured name keeps it until the next \
-                    sync");
+                tracing::warn!(%user, %error, "an account whose slug is a configured name keeps it for now");
             }
         }
     }

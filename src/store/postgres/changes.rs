@@ -87,8 +87,8 @@ impl Postgres {
                              (SELECT value FROM adsidecar_notes WHERE name = 'brake') AS brake, \
                              EXISTS (SELECT FROM adsidecar_grants WHERE record IS NOT NULL AND described IS NULL) \
                              AS undescribed) AS head \
-                             LEFT JOIN LATERAL (SELECT user_id, generation, epoch, change, accounts FROM \
-                             adsidecar_grants \
+                             LEFT JOIN LATERAL (SELECT user_id, generation, epoch, change, accounts \
+                             FROM adsidecar_grants \
                              WHERE change > $1 ORDER BY change LIMIT $2) AS g ON true ORDER BY g.change";
         let previous = locked(&self.0.position).clone();
         let from = previous.as_ref().map_or(i64::MAX, Position::from);

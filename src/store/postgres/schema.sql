@@ -258,7 +258,8 @@ CREATE TRIGGER adsidecar_accounts_told AFTER INSERT OR DELETE OR UPDATE OF chang
     FOR EACH ROW EXECUTE FUNCTION adsidecar_tell_accounts();
 
 -- Stores the accounts of a user, and lists them by their slugs. `seen` is the version that they are based on, 0 for
--- none. Nothing is stored if another process has stored others since, if the user has no grant (any more), or if a slug
+-- none.
+-- Nothing is stored if another process has stored others since, if the user has no grant (any more), or if a slug
 -- belongs to another user. Returns the version now, NULL if nothing was stored, and the slugs that are taken.
 CREATE OR REPLACE FUNCTION adsidecar_save_accounts(
     p_user text, p_sealed text, p_slugs text, p_seen bigint, p_search_at double precision
