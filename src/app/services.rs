@@ -113,6 +113,7 @@ impl Services {
         let admin = Admin {
             admission: admin_admission,
             tokens: tokens.clone(),
+            directory: process.directory.clone(),
             metrics: metrics.clone(),
             stage: process.stage.subscribe(),
             connections: process.connections.clone(),

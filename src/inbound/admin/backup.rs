@@ -126,6 +126,7 @@ impl Admin {
             let next = "Send replace=true to replace it.".into();
             return Err(bad(format!("The user {user} has a grant already."), next));
         }
+        self.directory.warm([&user]);
         let repairs = repairs.iter().map(|repair| format!("the token {repair}")).collect();
         Ok(json(&Outcome { imported: 1, repairs, ..Outcome::default() }))
     }
@@ -215,7 +216,10 @@ impl Admin {
             },
         };
         match self.tokens.import(user, grant, replace).await.map_err(store_failed)? {
-            true => Ok(Ok(())),
+            true => {
+                self.directory.warm([user]);
+                Ok(Ok(()))
+            }
             false => Ok(Err(format!("{user}: has a grant already; replace=true replaces it"))),
         }
     }

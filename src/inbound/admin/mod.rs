@@ -18,6 +18,7 @@ use tokio_util::sync::CancellationToken;
 use url::{Url, form_urlencoded};
 
 use self::backup::Parameters;
+use crate::auth::accounts::Directory;
 use crate::auth::tokens::TokenManager;
 use crate::domain::clock::Clock;
 use crate::inbound::admission::{AdminAccess, Admission, Refusal};
@@ -57,6 +58,7 @@ pub enum Stage {
 pub struct Admin {
     pub(crate) admission: Admission,
     pub(crate) tokens: TokenManager,
+    pub(crate) directory: Directory,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) stage: tokio::sync::watch::Receiver<Stage>,
     /// Counts the open connections of each listener.
