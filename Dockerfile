@@ -1,9 +1,10 @@
 # syntax=docker/dockerfile:1
 # adsidecar as an image: one binary on distroless, no shell, nobody's root.
 #   docker build --tag adsidecar:0.1.0 .
-# Both bases are pinned by version. For a pin by digest put what `docker buildx imagetools inspect IMAGE` says behind the
-# names: it could not be asked where this was written. It builds for the machine's own architecture; only amd64 was tried.
-# The builder's Debian is the final stage's (bookworm is 12), so that the binary finds the glibc that it was linked with.
+# Both bases are pinned by version. For a pin by digest put what `docker buildx imagetools inspect IMAGE` says behind
+# the names: it could not be asked where this was written. It builds for the machine's own architecture; only amd64 was
+# tried. The builder's Debian is the final stage's (bookworm is 12), so that the binary finds the glibc that it was
+# linked with.
 
 FROM rust:1.95.0-slim-bookworm AS build
 # Set by BuildKit to the architecture that is built for: two that build at once do not share a cache of crates.

@@ -9,37 +9,40 @@
 //!
 //! # The path of one request
 //!
-//! An ordinary request to Amazon (a valid token, a pooled connection) passes through these files, in this order and
-//! through none of them twice. [`inbound::proxy`] calls each step from the third on, and no step calls back into it.
-//! The test `floors` holds this list to files that exist, each named once, at most twenty-four without those of step 1.
+//! An ordinary request to Amazon (a valid token, a pooled connection, no policy, no audit log) passes through these
+//! files, in this order. It passes through none of them twice, but for the throttle, which also learns from the
+//! response, and two leaves that several steps call: the clock and the metrics. [`inbound::proxy`] calls each step from
+//! the third on, and no step calls back into it. The test `floors` holds this list to files that exist, each named
+//! once, at most twenty without those of step 1.
 //!
 //! 1. Once per connection: `server/mod.rs` (`accept`), `server/registry.rs` (`register`, counts it against the limits),
 //!    `server/connection.rs` (`run`, `serve_http`: hyper reads each request), `server/io.rs` (the socket; `detach`
-//!    copies each request head out of hyper's buffer), `server/caller_body.rs` (tells when the request's body has ended).
+//!    copies each request head out of hyper's buffer), `server/caller_body.rs` (tells when the request's body has
+//!    ended).
 //! 2. `app/mod.rs` (the closure `serve_proxy`, which takes the current services), `inbound/proxy/mod.rs`, the spine:
 //!    `serve` always returns a response, and `forward` is the list of the steps below.
 //! 3. `inbound/request_id.rs` (`of`), `inbound/proxy/request_telemetry.rs` (`begin`: a guard around all other steps;
-//!    its end records the metrics and the audit line), `telemetry/audit.rs` (only a check, unless `log.audit` is on).
+//!    its end records the metrics and the audit line).
 //! 4. `inbound/admission/mod.rs` (`proxy`: peer, framing, method, `Host`, browsers, caller token) and, between its
 //!    checks, `inbound/destination/mod.rs` (`Route::read`: is the request for Amazon or for [`inbound::oauth`]).
-//! 5. `inbound/route.rs` (`select`: account, user, region), `domain/api_families.rs` (`family`), `domain/policy.rs`
-//!    (`check`).
-//! 6. `upstream/request_body.rs` (`caller`: wraps the body, unread), `throttle/mod.rs` (`enter`),
-//!    `throttle/classify.rs` (`Kind::of`): it waits only if Amazon refused others like it.
+//! 5. `inbound/route.rs` (`select`: account, user, region), `domain/api_families.rs` (`family`).
+//! 6. `upstream/request_body.rs` (`caller`: wraps the body, unread), `throttle/mod.rs` (`Kind::of`, `enter`; at step 10
+//!    `responded`), `throttle/bucket.rs` (at step 10 `accepted`): it waits only if Amazon refused others like it.
 //! 7. `auth/tokens/mod.rs` (`bearer`), `domain/clock.rs` (`reading`), `auth/tokens/user_state.rs` (`held`),
 //!    `domain/grant/state.rs` (`valid_token`, `expiring`): the current token. One that expires soon is refreshed first.
 //! 8. `domain/headers.rs` (`to_amazon`: strips hop-by-hop headers, attaches ours).
 //! 9. `upstream/mod.rs` (`send`, until the head of the response; `UpstreamBody` streams the rest), `upstream/pool.rs`
 //!    (`connection`, and the choice of the protocol), `upstream/http2.rs` (`Slot::send`).
-//! 10. `throttle/pass.rs` (`responded`), `throttle/bucket.rs` (`accepted`), `inbound/proxy/response.rs` (`to_caller`:
-//!     strips Amazon's hop-by-hop headers; `Body` streams the rest).
+//! 10. `inbound/proxy/response.rs` (`to_caller`: strips Amazon's hop-by-hop headers; `Body` streams the rest).
 //!
-//! Not in every request: the first after ten seconds compares clocks (`auth/tokens/clock_skew.rs`); after a 401 or 403
+//! Not in every request: `domain/policy.rs` checks it if there is a policy, `telemetry/audit.rs` writes its line if
+//! `log.audit` is on; the first after ten seconds compares clocks (`auth/tokens/clock_skew.rs`); after a 401 or 403
 //! `inbound/proxy/auth_rejection.rs` decides whether a new token can help; `inbound/proxy/retry.rs` decides whether a
-//! request is sent again; `inbound/proxy/polls.rs` answers a poll from another one (`throttle.coalesce_polls`);
-//! `inbound/proxy/error_mapping.rs` turns an error into a response. `inbound/proxy/redaction.rs` searches a 4xx for the
-//! access token, `inbound/proxy/mcp.rs` recognizes MCP clients when an error is theirs, and `server/tunnel.rs` unwraps
-//! requests inside a tunnel that `CONNECT` opened.
+//! request is sent again; `throttle/pass.rs` is for requests that Amazon refuses, that wait, or that a gate counts,
+//! whose responses `inbound/proxy/jobs.rs` reads along; `inbound/proxy/polls.rs` answers a poll from another one
+//! (`throttle.coalesce_polls`); `inbound/proxy/error_mapping.rs` turns an error into a response.
+//! `inbound/proxy/redaction.rs` searches a 4xx for the access token, `inbound/proxy/mcp.rs` recognizes MCP clients when
+//! an error is theirs, and `server/tunnel.rs` unwraps requests inside a tunnel that `CONNECT` opened.
 //!
 //! # Invariants
 //!
@@ -68,8 +71,8 @@
 //!   ([`store`]).
 //! - A grant that the disk rejects is used from memory, and storing it is retried until it succeeds: its code is spent,
 //!   so dropping it helps nobody ([`auth::tokens`]).
-//! - The throttle has one bucket for each API family, region and kind of request, in an array: bounded, and read without a
-//!   lock until Amazon refuses a request ([`throttle`]).
+//! - The throttle has one bucket for each API family, region and kind of request, in an array: bounded, and read
+//!   without a lock until Amazon refuses a request ([`throttle`]).
 //! - A reload builds new services and swaps all of them at once; requests in flight keep the previous ones ([`app`]).
 //! - TLS client settings are in [`domain::tls`]: they are pure, and `auth`, `upstream` and `store` all use them.
 //! - Each folder has a `mod.rs`, so that `src/` contains one entry per layer.
@@ -77,8 +80,8 @@
 /// Fail points: places where tests and campaigns pause, break or end the process. They exist only with the feature
 /// `failpoints`.
 ///
-/// - During a refresh: `refresh_begun`, `refresh_answered` (LWA has responded), `refresh_stored`. The action `return`
-///   of the last two ends the process.
+/// - During a refresh: `refresh_begun`, `refresh_answered` (LWA has responded), `refresh_stored`; `refresh_refused` after
+///   a refusal. The action `return` of the second and the third ends the process.
 /// - During a write to disk: `save_refused` (`return`: the write fails), `save_unsynced` and `save_synced` (`return`
 ///   ends the process).
 /// - In each request to Amazon, before its token: `spine`; after Amazon has rejected its token: `rejection_seen`.

@@ -57,7 +57,9 @@ class Sandbox:
 
 
 def start_sandbox(directory: Path, *words: str) -> Sandbox:
-    listeners = [word for listener in ("proxy", "admin", "amazon", "control") for word in (f"--{listener}", "127.0.0.1:0")]
+    listeners = [
+        word for listener in ("proxy", "admin", "amazon", "control") for word in (f"--{listener}", "127.0.0.1:0")
+    ]
     command = [binary("ADSIDECAR_SANDBOX_BIN", "adsidecar-sandbox"), "--calm", "--json", *listeners]
     command += ["--data", str(directory / "data"), *words]
     log = directory / "sandbox.log"

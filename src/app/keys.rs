@@ -44,7 +44,8 @@ fn development_key(config: &Config) -> Result<Secret, BuildError> {
     let (key, made) = made.map_err(|source| BuildError::KeyFile { path: path.clone(), source })?;
     if made {
         let path = path.display();
-        tracing::warn!(%path, "no Fernet key is configured: one was made for development; keep it as long as the store");
+        tracing::warn!(%path, "no Fernet key is configured: one was made for development; keep it as long as the \
+            store");
     }
     Ok(key)
 }

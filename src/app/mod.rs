@@ -1,5 +1,7 @@
 //! The whole application: [`App::build`] opens the store and binds every listener, [`App::run`] starts, serves and
 //! drains. `main`, the sandbox and the tests all use it.
+//!
+//! The file is a little over 400 lines: what a process does from its start to its end is read from top to bottom.
 
 mod services;
 mod keys;
@@ -32,7 +34,7 @@ use crate::inbound::admin::{self, Asked, Count, Reloader, Stage};
 use crate::inbound::early_responses::EarlyResponses;
 use crate::inbound::request_id::RequestIds;
 use crate::notify::{Events, Notifier};
-use crate::server::{CallerBody, Limits, Listener, OwnResponses, Peer, Phase};
+use crate::server::{CallerBody, Inherited, Limits, Listener, OwnResponses, Peer, Phase};
 use crate::store::keyring::{Fingerprint, KeyError};
 use crate::store::{Opened, StoreError, TokenStore};
 use crate::telemetry::log::{Dropped, LogHandle};
@@ -118,6 +120,19 @@ impl App {
     /// # Errors
     /// [`BuildError`] if a key, the store, an address or a setting is unusable.
     pub async fn build(config: Config, clock: Clock, log: Option<LogHandle>) -> Result<Self, BuildError> {
+        Box::pin(Self::build_on(Inherited::default(), config, clock, log)).await
+    }
+
+    /// As [`build`](Self::build), on sockets that the service manager has opened. Each needs a listener.
+    ///
+    /// # Errors
+    /// [`BuildError`] if a key, the store, an address, a socket or a setting is unusable.
+    pub async fn build_on(
+        inherited: Inherited,
+        config: Config,
+        clock: Clock,
+        log: Option<LogHandle>,
+    ) -> Result<Self, BuildError> {
         let setting = |error: &dyn std::fmt::Display| BuildError::Setting(error.to_string());
         let keyring = Arc::new(keyring(&config)?);
         let keys = keyring.fingerprints();
@@ -137,11 +152,11 @@ impl App {
         );
         let rotations = Rotations::new(store.clone(), keys[0]);
         let request_ids = Arc::<RequestIds>::default();
-        let listeners = bind(&config, Arc::new(EarlyResponses::new(request_ids.clone()))).await?;
+        let listeners = bind(&config, inherited, Arc::new(EarlyResponses::new(request_ids.clone()))).await?;
         let [proxy, login, admin] = &listeners;
         let addresses = Addresses { proxy: proxy.addresses(), login: login.addresses(), admin: admin.addresses() };
         let (reloader, asked) = Reloader::new();
-        let directory = Directory::open(store.clone(), tokens.clone(), clock.clone()).await;
+        let directory = Directory::new(store.clone(), tokens.clone(), clock.clone());
         let process = ProcessState {
             throttle: Arc::new(throttle::Memory::new(clock.clone(), metrics.clone())),
             tokens,
@@ -164,7 +179,9 @@ impl App {
             request_ids,
             events: Events::default(),
             notify: Arc::default(),
+            page: Arc::default(),
             proxy: addresses.proxy.first().copied(),
+            admin: addresses.admin.first().copied(),
         };
         let (limits, fixed) = ([proxy.limits(), login.limits(), admin.limits()], RestartOnly::of(&config));
         let services = Arc::new(ArcSwap::from_pointee(Services::new(config, lwa, &process)?));
@@ -239,12 +256,14 @@ impl App {
             tokens: process.tokens.clone(),
             store: process.store.clone(),
             metrics: process.metrics.clone(),
+            throttle: process.throttle.clone(),
             clock: process.clock.clone(),
             events: process.events.clone(),
         };
         tasks.spawn(notifier.run());
         let directory = process.directory.clone();
         tasks.spawn(async move { directory.run().await });
+        tasks.spawn(throttle::fleet::keep(process.throttle.clone(), process.store.clone()));
 
         let (phase, admin_phase) = (watch::Sender::new(Phase::Open), watch::Sender::new(Phase::Open));
         let mut listeners = JoinSet::new();
@@ -327,20 +346,29 @@ fn bind_remedy(key: &str, error: &std::io::Error) -> String {
 }
 
 /// Binds the proxy, login and admin listeners.
-async fn bind(config: &Config, own: Arc<dyn OwnResponses>) -> Result<[Listener; 3], BuildError> {
-    let [proxy, login, admin] = listener_limits(config.limits);
-    let failed = |key| move |source| BuildError::Bind { key, source };
-    Ok([
-        Listener::bind(&config.proxy_listen, config.proxy_listen_default, config.socket_mode, proxy, own.clone())
-            .await
-            .map_err(failed("proxy.listen"))?,
-        Listener::bind(&config.login_listen, false, OWN_SOCKET, login, own.clone())
-            .await
-            .map_err(failed("login.listen"))?,
-        Listener::bind(&config.admin_listen, config.admin_listen_default, OWN_SOCKET, admin, own)
-            .await
-            .map_err(failed("admin.listen"))?,
-    ])
+async fn bind(
+    config: &Config,
+    mut inherited: Inherited,
+    own: Arc<dyn OwnResponses>,
+) -> Result<[Listener; 3], BuildError> {
+    let limits = listener_limits(config.limits);
+    let addresses = [
+        ("proxy.listen", &config.proxy_listen, config.proxy_listen_default, config.socket_mode),
+        ("login.listen", &config.login_listen, false, OWN_SOCKET),
+        ("admin.listen", &config.admin_listen, config.admin_listen_default, OWN_SOCKET),
+    ];
+    let mut bound = Vec::with_capacity(addresses.len());
+    for ((key, listen, ipv6_if_any, mode), limits) in addresses.into_iter().zip(limits) {
+        let listener = Listener::bind(listen, ipv6_if_any, mode, limits, own.clone(), &mut inherited).await;
+        bound.push(listener.map_err(|source| BuildError::Bind { key, source })?);
+    }
+    if let [address, ..] = &inherited.left()[..] {
+        return Err(BuildError::Setting(format!(
+            "the service manager passes a socket for {address}, where no listener is configured: write that address in \
+             proxy.listen, login.listen or admin.listen, or take it out of the socket unit"
+        )));
+    }
+    Ok(bound.try_into().unwrap_or_else(|_| unreachable!("there are as many listeners as addresses")))
 }
 
 fn listener_limits(limits: Limits) -> [Limits; 3] {

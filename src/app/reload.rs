@@ -54,6 +54,7 @@ impl ControlLoop {
                 },
                 _ = look.tick() => {
                     self.tell_dropped();
+                    self.process.page.hour.roll(self.process.clock.uptime(), &self.process.metrics);
                     let is_awaited = self.awaited_key.is_some_and(|key| key == self.first_key());
                     if is_awaited || self.watched.as_ref().is_some_and(Watched::changed) {
                         tracing::info!("a file of the configuration changed, or the keys were rotated");

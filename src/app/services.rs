@@ -17,7 +17,7 @@ use crate::auth::lwa::Lwa;
 use crate::auth::tokens::TokenManager;
 use crate::config::{Config, Shutdown};
 use crate::domain::clock::Clock;
-use crate::inbound::admin::{Admin, Count, Reloader, Rotation, Stage};
+use crate::inbound::admin::{Admin, Count, PageState, Reloader, Rotation, Stage};
 use crate::inbound::admission::{self, Admission};
 use crate::inbound::oauth::OauthEndpoints;
 use crate::inbound::proxy::Proxy;
@@ -56,8 +56,10 @@ pub(super) struct ProcessState {
     pub(super) request_ids: Arc<RequestIds>,
     pub(super) events: Events,
     pub(super) notify: Arc<ArcSwap<notify::Settings>>,
-    /// The proxy listener's TCP address.
+    pub(super) page: Arc<PageState>,
+    /// The TCP addresses of the proxy and admin listeners.
     pub(super) proxy: Option<SocketAddr>,
+    pub(super) admin: Option<SocketAddr>,
 }
 
 impl Services {
@@ -68,14 +70,18 @@ impl Services {
     // More than 60 lines: a list of which handler gets what, which reads best whole.
     pub(super) fn new(config: Config, lwa: Lwa, process: &ProcessState) -> Result<Self, BuildError> {
         let setting = |error: &dyn std::fmt::Display| BuildError::Setting(error.to_string());
+        let settings = config.settings();
         let upstream = Arc::new(Upstream::new(&config.upstream).map_err(|error| setting(&error))?);
         let client_id = HeaderValue::from_str(&config.proxy.client_id).map_err(|error| setting(&error))?;
         let ProcessState { tokens, metrics, request_ids, .. } = process;
+        let throttle = Arc::new(Throttle::new(config.throttle, &config.proxy.client_id, &process.throttle));
         process.directory.reconfigure(Reach {
             upstream: upstream.clone(),
+            throttle: throttle.clone(),
             client_id: client_id.clone(),
             home: config.proxy.region,
             automatic: config.accounts_sync,
+            cache: config.tokens.cache,
             configured: config.proxy.accounts.clone(),
         });
         let login = Login::new(
@@ -97,6 +103,8 @@ impl Services {
         let login_origin = login.loopback_origin().filter(|_| process.proxy.is_some());
         let login_origin = login_origin.filter(|_| !proxy_admission.needs_caller_token());
         let default_user = config.proxy.default_user();
+        let status_page =
+            public_url.map(Url::to_string).or_else(|| Some(format!("http://{}/", local_authority(process.admin?))));
         let oauth = |admission: &Admission| OauthEndpoints {
             login: login.clone(),
             tokens: tokens.clone(),
@@ -109,6 +117,7 @@ impl Services {
             authority: authority.clone(),
             request_ids: request_ids.clone(),
             events: process.events.clone(),
+            status_page: status_page.clone(),
         };
         let admin = Admin {
             admission: admin_admission,
@@ -125,10 +134,13 @@ impl Services {
             clock: process.clock.clone(),
             public_url: config.admin.public_url,
             login_base: login_origin.map(|origin| OauthEndpoints::login_base_at(&origin)),
+            proxy_url: format!("http://{authority}"),
+            login: login.clone(),
+            settings,
+            page_state: process.page.clone(),
             reloader: process.reloader.clone(),
             quit: process.quit.clone(),
         };
-        let throttle = Throttle::new(config.throttle, &config.proxy.client_id, &process.throttle);
         let login_of_proxy = oauth(&proxy_admission);
         process.notify.store(Arc::new(notify::Settings { login_base: admin.login_base.clone(), ..config.notify }));
         Ok(Self {

@@ -13,7 +13,7 @@ use super::{Exit, Failed, Output, block_on, print, table, users};
 use crate::auth::accounts::{Filter, Listed, Snapshot, UserAccounts, list};
 use crate::config::Config;
 use crate::domain::account::UserId;
-use crate::domain::found_account::{AccountType, FoundAccount};
+use crate::domain::found_account::{AccountType, FoundAccount, check_country};
 use crate::server::Listen;
 
 #[derive(Debug, Subcommand)]
@@ -50,7 +50,7 @@ pub(super) struct List {
     #[arg(long, value_name = "TEXT")]
     name: Option<String>,
     /// Those of one country, such as DE
-    #[arg(long)]
+    #[arg(long, value_name = "CODE", value_parser = check_country)]
     country: Option<String>,
     /// Those of one type: seller, vendor, agency, dsp_advertiser, manager, amc or other
     #[arg(long = "type", value_name = "TYPE")]

@@ -107,8 +107,8 @@ where
     Ok(Response::from_parts(head, body))
 }
 
-/// Sends a request to the admin listener of the sidecar that holds the store, which `held` says. An import may take long,
-/// so only the connection has a timeout.
+/// Sends a request to the admin listener of the sidecar that holds the store, which `held` says. An import may take
+/// long, so only the connection has a timeout.
 ///
 /// # Errors
 /// [`Failed`] with the exit code 75 if the sidecar cannot be reached; it then has to be stopped.

@@ -63,6 +63,7 @@ pub(super) fn run(command: Explain, config: &Config) -> Result<(), Failed> {
     let what = Explained {
         settings: &config.proxy,
         origins: &config.upstream.origins,
+        outgoing_proxy: config.upstream.proxy.as_ref(),
         throttle: &config.throttle,
         found: &found,
     };
@@ -92,11 +93,12 @@ fn text(explanation: &Explanation) -> String {
         Explanation::Adsidecar { why } => return format!("adsidecar itself answers: {why}\n"),
         Explanation::Amazon(forwarded) => forwarded,
     };
-    let Forwarded { method, url, region, region_why, account, user, selected_by, family, .. } = &**forwarded;
+    let Forwarded { method, url, through, region, region_why, account, user, selected_by, family, .. } = &**forwarded;
     let account = account.as_deref().unwrap_or("none");
+    let through = through.as_ref().map(|proxy| format!("  through  {proxy}\n")).unwrap_or_default();
     let mut text = format!(
-        "{method} {url}\n  region   {region}: {region_why}\n  account  {account}: {selected_by}\n  user     {user}\n  \
-         family   {family}\n"
+        "{method} {url}\n{through}  region   {region}: {region_why}\n  account  {account}: {selected_by}\n  user     \
+         {user}\n  family   {family}\n"
     );
     let verdict = if forwarded.policy.allowed { "allowed" } else { "denied" };
     let _ = writeln!(text, "  policy   {verdict}: {}", forwarded.policy.why);

@@ -1,5 +1,5 @@
-//! What a person at a terminal reads when adsidecar starts to serve: where to send requests, who is logged in, and where
-//! to log in. A log collector never sees it.
+//! What a person at a terminal reads when adsidecar starts to serve: where to send requests, who is logged in, and
+//! where to log in. A log collector never sees it.
 
 use std::io::{IsTerminal, Write};
 use std::net::SocketAddr;

@@ -58,7 +58,8 @@ fn rotate(config: &Config) -> Result<(), Failed> {
     ))?;
     if unreadable > 0 {
         return Err(Failed::because(
-            "some grants need a key that is not configured: add it to store.fernet_keys, and keep the old keys until then",
+            "some grants need a key that is not configured: add it to store.fernet_keys, and keep the old keys until \
+             then",
         ));
     }
     Ok(())

@@ -11,6 +11,7 @@ use super::{Failed, process, systemd};
 use crate::app::App;
 use crate::config::{Config, Sources};
 use crate::domain::clock::Clock;
+use crate::server::Inherited;
 use crate::telemetry::log::{self, LogHandle};
 
 /// Signals within this time of the first belong to it.
@@ -18,6 +19,8 @@ const ONE_STOP: Duration = Duration::from_millis(500);
 
 /// Serves until SIGTERM or SIGINT. SIGHUP, and a change of the configuration's files, make it read them again.
 pub(super) fn run(config: Config, sources: Sources) -> Result<(), Failed> {
+    // Before any thread starts: it takes variables out of the environment.
+    let sockets = Inherited::from_environment().map_err(Failed::because)?;
     let log = log::init(config.log);
     config.log_warnings();
     process::remark(&config);
@@ -33,12 +36,12 @@ pub(super) fn run(config: Config, sources: Sources) -> Result<(), Failed> {
         _ => tokio::runtime::Builder::new_multi_thread(),
     };
     let runtime = builder.enable_all().build().map_err(Failed::because)?;
-    let ended = runtime.block_on(serve(config, sources, log.clone()));
+    let ended = runtime.block_on(serve(sockets, config, sources, log.clone()));
     log.close();
     ended
 }
 
-async fn serve(config: Config, sources: Sources, log: LogHandle) -> Result<(), Failed> {
+async fn serve(sockets: Inherited, config: Config, sources: Sources, log: LogHandle) -> Result<(), Failed> {
     // Before the store is opened: process 1 of a container ignores a signal that it has not asked for.
     let stop = asked_to_stop(log.clone())?;
     let mut hangup = signal(SignalKind::hangup()).map_err(Failed::because)?;
@@ -46,7 +49,7 @@ async fn serve(config: Config, sources: Sources, log: LogHandle) -> Result<(), F
         tokio::spawn(reap_children()?);
     }
     let first_words = FirstWords::for_terminal(&config);
-    let app = App::build(config, Clock::system(), Some(log)).await?.reloading(sources);
+    let app = App::build_on(sockets, config, Clock::system(), Some(log)).await?.reloading(sources);
     let (serving, addresses) = (app.serving(), app.addresses().clone());
     tokio::spawn(async move {
         let Some(users) = serving.await else { return };

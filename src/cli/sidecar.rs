@@ -117,16 +117,9 @@ impl Sidecar {
         self.own.is_some()
     }
 
-    /// The base URL for requests to it, as an app on this machine would write it.
-    pub(super) fn base_url(&self) -> String {
-        match self.listen.first() {
-            Some(Listen::Tcp(address)) => {
-                let port = address.rsplit(':').next().unwrap_or_default();
-                format!("http://localhost:{port}")
-            }
-            Some(Listen::Unix(path)) => format!("unix:{}", path.display()),
-            None => String::new(),
-        }
+    /// The command with which a person on this machine requests `path` of it.
+    pub(super) fn curl(&self, path: &str) -> String {
+        curl(&self.listen, path)
     }
 
     /// Sends a `GET` that adsidecar answers itself.
@@ -213,6 +206,18 @@ impl Reply {
             said("detail"),
             said("next_step")
         ))
+    }
+}
+
+/// The command with which a person on this machine requests `path` at the first of these addresses.
+pub(super) fn curl(listen: &[Listen], path: &str) -> String {
+    match listen.first() {
+        Some(Listen::Unix(socket)) => format!("curl --unix-socket {} http://localhost{path}", socket.display()),
+        Some(Listen::Tcp(address)) => {
+            let port = address.rsplit(':').next().unwrap_or_default();
+            format!("curl http://localhost:{port}{path}")
+        }
+        None => format!("curl http://localhost:8001{path}"),
     }
 }
 

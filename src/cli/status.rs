@@ -1,6 +1,7 @@
 //! `adsidecar status`: who is logged in, until when, and what is wrong. From the running sidecar, or without one from
 //! its store.
 
+use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::io::IsTerminal;
 use std::time::Duration;
@@ -40,6 +41,10 @@ struct Report {
     users: Vec<Value>,
     accounts: Value,
     throttle: Value,
+    /// What Amazon's 429s have taught; empty until there was one.
+    limits: Vec<Value>,
+    /// What runs at Amazon, where it limits the number at a time.
+    running: Vec<Value>,
     /// What needs a person, each with its cure.
     problems: Vec<String>,
 }
@@ -84,15 +89,15 @@ fn written(report: &Report, output: Output) -> Result<String, Failed> {
 }
 
 async fn report(config: &Config) -> Result<Report, Failed> {
-    let (sidecar, users, accounts, throttle) = match Sidecar::running(config).await? {
+    let mut report = match Sidecar::running(config).await? {
         Some(sidecar) => of_running(config, &sidecar).await?,
         None => of_store(config).await?,
     };
-    let problems = problems(&sidecar, &users);
-    Ok(Report { sidecar, users, accounts, throttle, problems })
+    report.problems = problems(&report.sidecar, &report.users);
+    Ok(report)
 }
 
-async fn of_running(config: &Config, sidecar: &Sidecar) -> Result<(Value, Vec<Value>, Value, Value), Failed> {
+async fn of_running(config: &Config, sidecar: &Sidecar) -> Result<Report, Failed> {
     let version = sidecar.get("/").await?.json()["version"].clone();
     let users = sidecar.statuses().await?;
     let listed = sidecar.get("/api/auth/amazon/accounts?limit=1").await?.json();
@@ -101,18 +106,18 @@ async fn of_running(config: &Config, sidecar: &Sidecar) -> Result<(Value, Vec<Va
         Ok((_, body)) => String::from_utf8_lossy(&body).trim_end().to_owned(),
         Err(failed) => failed.message,
     };
-    let throttle = match admin("/metrics").await {
-        Ok((_, body)) => throttled(&String::from_utf8_lossy(&body)),
-        Err(_) => Value::Null,
-    };
+    let metrics = admin("/metrics").await.map(|(_, body)| String::from_utf8_lossy(&body).into_owned());
+    let throttle = metrics.as_ref().map_or(Value::Null, |metrics| throttled(metrics));
+    let metrics = metrics.unwrap_or_default();
     let listens = config.proxy_listen.iter().map(ToString::to_string).collect::<Vec<_>>();
     let about = json!({ "running": true, "version": version, "readiness": readiness, "proxy": listens });
     let configured = config.proxy.accounts.len();
     let accounts = json!({ "configured": configured, "all": listed["total"] });
-    Ok((about, users, accounts, throttle))
+    let (limits, running) = (limits(&metrics), running(&metrics));
+    Ok(Report { sidecar: about, users, accounts, throttle, limits, running, problems: Vec::new() })
 }
 
-async fn of_store(config: &Config) -> Result<(Value, Vec<Value>, Value, Value), Failed> {
+async fn of_store(config: &Config) -> Result<Report, Failed> {
     let opened = users::open_unless_held(config)?;
     let Some((store, opened)) = opened else {
         return Err(Failed {
@@ -136,12 +141,15 @@ async fn of_store(config: &Config) -> Result<(Value, Vec<Value>, Value, Value), 
         }),
         Err(error) => json!({ "user_id": user, "state": "unreadable", "last_error": error.to_string() }),
     });
-    Ok((
-        json!({ "running": false }),
-        users.collect(),
-        json!({ "configured": config.proxy.accounts.len() }),
-        Value::Null,
-    ))
+    Ok(Report {
+        sidecar: json!({ "running": false }),
+        users: users.collect(),
+        accounts: json!({ "configured": config.proxy.accounts.len() }),
+        throttle: Value::Null,
+        limits: Vec::new(),
+        running: Vec::new(),
+        problems: Vec::new(),
+    })
 }
 
 /// How often requests were throttled, by region and by whom, from the metrics.
@@ -152,6 +160,41 @@ fn throttled(metrics: &str) -> Value {
         .filter(|(_, count)| *count > 0.0)
         .map(|(labels, count)| json!({ "labels": labels, "count": count }))
         .collect()
+}
+
+/// The learned limits, from the metrics: by region, API family and kind the rate, the rest of the pause in seconds, and
+/// the requests that wait.
+fn limits(metrics: &str) -> Vec<Value> {
+    let now = Timestamp::now().as_duration().as_secs_f64();
+    let paused: BTreeMap<_, _> = series(metrics, "adsidecar_throttle_paused_until_timestamp_seconds").collect();
+    let waiting: BTreeMap<_, _> = series(metrics, "adsidecar_throttle_waiting").collect();
+    let limits = series(metrics, "adsidecar_throttle_rate").map(|(labels, rate)| {
+        let paused_for = paused.get(&labels).map_or(0.0, |until| (until - now).max(0.0)).ceil();
+        let waiting = waiting.get(&labels).map_or(0, |waiting| *waiting as u64);
+        let [region, family, kind] = ["region", "family", "kind"].map(|name| labels.get(name).cloned());
+        json!({
+            "region": region, "family": family, "kind": kind, "rate": rate, "paused_for": paused_for, "waiting": waiting
+        })
+    });
+    limits.collect()
+}
+
+/// What runs at Amazon, from the metrics.
+fn running(metrics: &str) -> Vec<Value> {
+    let running = series(metrics, "adsidecar_throttle_running").map(|(labels, count)| {
+        json!({ "region": labels.get("region"), "family": labels.get("family"), "count": count as u64 })
+    });
+    running.collect()
+}
+
+/// The series of a metric, each by its labels. No label of the throttle's has a comma or a quote in it.
+fn series<'m>(metrics: &'m str, name: &'m str) -> impl Iterator<Item = (BTreeMap<String, String>, f64)> + 'm {
+    metrics.lines().filter_map(move |line| {
+        let (labels, value) = line.strip_prefix(name)?.strip_prefix('{')?.split_once("} ")?;
+        let labels = labels.split(',').filter_map(|label| label.split_once('='));
+        let labels = labels.map(|(name, value)| (name.to_owned(), value.trim_matches('"').to_owned()));
+        Some((labels.collect(), value.parse().ok()?))
+    })
 }
 
 fn problems(sidecar: &Value, users: &[Value]) -> Vec<String> {
@@ -227,6 +270,25 @@ fn text(report: &Report) -> String {
     for throttled in report.throttle.as_array().into_iter().flatten() {
         let _ =
             writeln!(text, "throttled: {} times ({})", throttled["count"], throttled["labels"].as_str().unwrap_or(""));
+    }
+    if !report.limits.is_empty() {
+        let rows = report.limits.iter().map(|limit| {
+            let paused = limit["paused_for"].as_f64().filter(|paused| *paused > 0.0);
+            [
+                cell(limit, "region"),
+                cell(limit, "family"),
+                cell(limit, "kind"),
+                format!("{:.1}/s", limit["rate"].as_f64().unwrap_or_default()),
+                paused.map_or("-".to_owned(), |paused| format!("{paused}s")),
+                limit["waiting"].to_string(),
+            ]
+        });
+        text += "\nAmazon's limits, as its 429s have shown them:\n";
+        text += &table(["REGION", "FAMILY", "KIND", "RATE", "PAUSED FOR", "WAITING"], rows);
+    }
+    for running in &report.running {
+        let (region, family) = (cell(running, "region"), cell(running, "family"));
+        let _ = writeln!(text, "running at Amazon: {} ({region}, {family})", running["count"]);
     }
     for problem in &report.problems {
         let _ = write!(text, "\n! {problem}\n");

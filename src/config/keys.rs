@@ -159,8 +159,8 @@ pub const KEYS: &[Key] = &[
         kind: Text,
         default: Described { text: "none", example: "1234567890" },
         guide_name: Some("AMAZON_PROFILE_ID"),
-        help: "The profile of requests that select no account, in `amazon.region` and with the grant of user `default`: \
-                short for an account named `default` with this `profile_id`",
+        help: "The profile of requests that select no account, in `amazon.region` and with the grant of user \
+                `default`: short for an account named `default` with this `profile_id`",
         ..KEY
     },
     Key {
@@ -360,8 +360,8 @@ pub const KEYS: &[Key] = &[
         name: "accounts.sync",
         kind: Word(&["daily", "off"]),
         default: Value("daily"),
-        help: "`daily`: Amazon is asked which accounts a grant reaches after each login and once a day, so that callers \
-                can select them by their slugs. `off`: only on request (`adsidecar accounts sync`)",
+        help: "`daily`: Amazon is asked which accounts a grant reaches after each login and once a day, so that \
+                callers can select them by their slugs. `off`: only on request (`adsidecar accounts sync`)",
         ..KEY
     },
     Key {
@@ -408,8 +408,8 @@ pub const KEYS: &[Key] = &[
         kind: Count(10, 1_000_000),
         default: Value("1000"),
         restart: true,
-        help: "With `postgres`: the users that are held in memory, those used last. Others are read from the database \
-                when a request needs them",
+        help: "The users that are held in memory, those used last: with `postgres` their grants, and with either store \
+                the accounts that were found for them. Others are read when a request needs them",
         ..KEY
     },
     Key {
@@ -533,8 +533,8 @@ pub const KEYS: &[Key] = &[
         kind: Secret,
         default: Value("none"),
         help: "A proxy to the Ads hosts: `http://user:password@host:port` (HTTP CONNECT), `socks5://…`, or \
-                `environment` for `HTTPS_PROXY`, `ALL_PROXY` and `NO_PROXY`, which are ignored otherwise. TLS is verified \
-                through it",
+                `environment` for `HTTPS_PROXY`, `ALL_PROXY` and `NO_PROXY`, which are ignored otherwise. TLS is \
+                verified through it",
         ..KEY
     },
     Key {
@@ -580,8 +580,8 @@ pub const KEYS: &[Key] = &[
         name: "throttle.coalesce_polls",
         kind: Flag,
         default: Value("false"),
-        help: "Whether polls for the same report, export or AMC run by several callers within a second are answered from \
-                one of them",
+        help: "Whether polls for the same report, export or AMC run by several callers within a second are answered \
+                from one of them",
         ..KEY
     },
     Key {
@@ -602,8 +602,8 @@ pub const KEYS: &[Key] = &[
         name: "throttle.families",
         kind: List,
         default: Value(""),
-        help: "Other modes for single [API families](#which-headers-are-attached): each `family=mode`, such as `reporting=queue` or \
-                `mcp=off`",
+        help: "Other modes for single [API families](#which-headers-are-attached): each `family=mode`, such as \
+                `reporting=queue` or `mcp=off`",
         ..KEY
     },
     Key {

@@ -1,24 +1,36 @@
 //! The effective configuration: the value of each key after defaults and derived values are applied, its secrets left
-//! out. `adsidecar check` prints it, and a reload compares it.
+//! out. `adsidecar check` prints it, the status page shows it with its sources, and a reload compares it.
 
 use std::collections::BTreeMap;
-use std::fmt::Display;
+use std::fmt::{self, Display};
 use std::time::Duration;
 
 use sha2::{Digest, Sha256};
 
 use super::Config;
-use super::keys::{ACCOUNT_KEYS, KEYS, Kind};
+use super::keys::{ACCOUNT, ACCOUNT_KEYS, KEYS, Kind};
 use crate::domain::account::Account;
 use crate::domain::policy::Rules;
 use crate::domain::secret::Secret;
+use crate::inbound::admin::Setting;
 
 /// Replaces a secret.
 const HIDDEN: &str = "\"…\"";
 
 /// The effective value of each key that was read.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Effective(BTreeMap<&'static str, Shown>);
+pub(super) struct Effective(BTreeMap<&'static str, Shown>, Origins);
+
+/// The source of each key that was given, in any layer. Not shown by `Debug`: the same values from other sources are
+/// the same configuration.
+#[derive(Clone, Default)]
+struct Origins(BTreeMap<&'static str, String>);
+
+impl fmt::Debug for Origins {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("…")
+    }
+}
 
 #[derive(Clone, Debug)]
 struct Shown {
@@ -66,6 +78,12 @@ impl Effective {
         }
     }
 
+    /// Records the source of each key; `source` returns `None` for a key that nobody gave.
+    pub(super) fn set_sources(&mut self, source: impl Fn(&str) -> Option<String>) {
+        let keys = KEYS.iter().map(|key| key.name).chain([ACCOUNT]);
+        self.1 = Origins(keys.filter_map(|key| Some((key, source(key)?))).collect());
+    }
+
     /// Does not print `key`, which has no effect beside the other values.
     pub(super) fn hide(&mut self, key: &'static str) {
         if let Some(shown) = self.0.get_mut(key) {
@@ -90,6 +108,25 @@ impl Config {
         }
         self.proxy.accounts.iter().for_each(|account| print_account(&mut page, account));
         page
+    }
+
+    /// The effective configuration for the status page: the same values as [`redacted_toml`](Self::redacted_toml), each
+    /// with its source.
+    pub fn settings(&self) -> Vec<Setting> {
+        let source = |key: &str| self.effective.1.0.get(key).cloned();
+        let of_key = |key: &super::keys::Key| {
+            let line = self.effective.0.get(key.name)?.line.as_deref()?;
+            let value = line.strip_prefix(last_part(key.name)).and_then(|rest| rest.strip_prefix(" = "));
+            let value = value.unwrap_or(line).to_owned();
+            Some(Setting { key: key.name, value, source: source(key.name), needs_restart: key.restart })
+        };
+        let of_account = |account: &Account| {
+            let mut text = String::new();
+            print_account(&mut text, account);
+            let value = text.trim().lines().skip(1).collect::<Vec<_>>().join("\n");
+            Setting { key: ACCOUNT, value, source: source(ACCOUNT), needs_restart: false }
+        };
+        KEYS.iter().filter_map(of_key).chain(self.proxy.accounts.iter().map(of_account)).collect()
     }
 
     /// The keys that only a restart can change, each with a text that is equal if and only if its value is. The text of

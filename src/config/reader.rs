@@ -54,7 +54,9 @@ impl<'a> Reader<'a> {
 
     /// The effective values, once everything is read; none are left.
     pub(super) fn take_effective(&mut self) -> Effective {
-        std::mem::take(&mut self.effective)
+        let mut effective = std::mem::take(&mut self.effective);
+        effective.set_sources(|key| self.merged.get(key).map(|(_, source)| source));
+        effective
     }
 
     /// The effective values so far, for those that are derived from other keys.

@@ -412,8 +412,8 @@ fn remote_is_meant(read: &mut Reader<'_>, listens: &[Listen], allowed: bool) {
     read.wrong("proxy.listen", format!("can be reached by other machines: {cure}"));
 }
 
-/// Names a redirect URI on this machine at whose port nobody listens. Something in between may forward it, as a container's
-/// published port does, so it is not refused.
+/// Names a redirect URI on this machine at whose port nobody listens. Something in between may forward it, as a
+/// container's published port does, so it is not refused.
 fn redirect_uri_arrives(read: &mut Reader<'_>, redirect_uri: &str, listens: &[&Vec<Listen>]) {
     let Some(url) = Url::parse(redirect_uri).ok().filter(checks::is_local) else { return };
     let ports: Option<Vec<u16>> = listens.iter().flat_map(|listens| listens.iter()).map(checks::port).collect();

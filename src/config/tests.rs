@@ -588,6 +588,7 @@ fn a_repaired_credential_is_reported_with_its_source_and_without_its_value() {
 }
 
 #[test]
+// Covers: situation 20.
 fn a_redirect_uri_that_does_not_lead_to_the_callback_is_named_and_still_taken() {
     for (uri, named) in [
         ("http://localhost:8001/callback", true),

@@ -68,6 +68,15 @@ impl FromStr for AccountType {
 #[error("a type is seller, vendor, agency, dsp_advertiser, manager, amc or other")]
 pub struct BadType;
 
+/// Checks the code of a country, as Amazon writes it.
+///
+/// # Errors
+/// What is wrong, if it is not two letters: then no account could match.
+pub fn check_country(text: &str) -> Result<String, &'static str> {
+    let is_code = text.len() == 2 && text.bytes().all(|byte| byte.is_ascii_alphabetic());
+    if is_code { Ok(text.to_owned()) } else { Err("two letters, such as DE") }
+}
+
 impl fmt::Display for AccountType {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.as_str())
@@ -225,11 +234,22 @@ pub fn slug(text: &str) -> String {
     out.trim_end_matches('-').to_owned()
 }
 
+/// Every slug that [`assign_slugs`] may give to one of the accounts of `user`, and those that they have; but not those
+/// that it numbers.
+pub fn candidate_slugs(accounts: &[FoundAccount], user: &UserId) -> Vec<String> {
+    let slugs: BTreeSet<String> = accounts
+        .iter()
+        .flat_map(|account| account.slugs(user).into_iter().chain([account.slug.clone()]))
+        .filter(|slug| !slug.is_empty())
+        .collect();
+    slugs.into_iter().collect()
+}
+
 /// Gives a slug to each of the accounts of `user` that has none. `taken` tells which slugs others have: accounts of the
 /// configuration, and those of other users.
 ///
-/// An account keeps its slug as long as it is stored. New accounts that lay claim to the same slug all get a longer one:
-/// none of them is what a caller means who knows only the short one.
+/// An account keeps its slug as long as it is stored. New accounts that lay claim to the same slug all get a longer
+/// one: none of them is what a caller means who knows only the short one.
 pub fn assign_slugs(accounts: &mut [FoundAccount], user: &UserId, taken: impl Fn(&str) -> bool) {
     let mut used: BTreeSet<String> = BTreeSet::new();
     for account in accounts.iter_mut() {

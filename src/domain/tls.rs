@@ -3,8 +3,9 @@
 
 use std::sync::Arc;
 
+use jiff::Timestamp;
 use rustls::pki_types::CertificateDer;
-use rustls::{ClientConfig, RootCertStore};
+use rustls::{CertificateError, ClientConfig, RootCertStore};
 
 /// Builds a client configuration that trusts Mozilla's roots and `extra_roots`, and offers the ALPN protocols `alpn`.
 /// Mozilla's roots are compiled in, so a container image needs no certificate store.
@@ -34,4 +35,38 @@ pub fn client_config_of(roots: RootCertStore, alpn: &[&[u8]]) -> Result<ClientCo
     let mut config = versions.with_root_certificates(roots).with_no_client_auth();
     config.alpn_protocols = alpn.iter().map(|name| name.to_vec()).collect();
     Ok(config)
+}
+
+/// What a TLS error usually comes from, and what to do. `owner` is whose certificate was expected ("Amazon's"), and
+/// `ca_key` the configuration key that names further trust roots for its hosts.
+pub fn explain(error: &rustls::Error, owner: &str, ca_key: &str) -> String {
+    use CertificateError::{Expired, ExpiredContext, NotValidYet, NotValidYetContext};
+    match error {
+        rustls::Error::InvalidCertificate(
+            Expired | ExpiredContext { .. } | NotValidYet | NotValidYetContext { .. },
+        ) => {
+            let now = Timestamp::now().strftime("%Y-%m-%d %H:%M UTC");
+            format!("this machine's clock says {now}, and at that time the certificate is not valid: set the clock")
+        }
+        rustls::Error::InvalidCertificate(_) => format!(
+            "the certificate is not {owner}: if a proxy in your network intercepts TLS, name its CA in {ca_key}"
+        ),
+        _ => "what answers there speaks no TLS that adsidecar accepts: look for a proxy or a filter in between"
+            .to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_certificate_that_is_not_valid_now_is_blamed_on_the_clock_and_any_other_on_interception() {
+        let explain = |error: rustls::Error| explain(&error, "Amazon's", "upstream.ca_file");
+        for error in [CertificateError::Expired, CertificateError::NotValidYet] {
+            assert!(explain(error.into()).contains("this machine's clock says"));
+        }
+        assert!(explain(CertificateError::UnknownIssuer.into()).contains("upstream.ca_file"));
+        assert!(!explain(rustls::Error::DecryptError).contains("upstream.ca_file"));
+    }
 }

@@ -41,7 +41,8 @@ impl OwnResponses for EarlyResponses {
         Problem::new(
             Code::BadRequest,
             "The target contains a character that no URL can, such as a quotation mark in the query, or is no path.",
-            "Percent-encode such characters: %22 is a quotation mark, %3C and %3E are angle brackets. A path begins with /.",
+            "Percent-encode such characters: %22 is a quotation mark, %3C and %3E are angle brackets. A path begins \
+             with /.",
         )
         .raw(&self.request_id())
     }

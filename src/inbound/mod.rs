@@ -8,6 +8,7 @@ pub mod proxy;
 pub mod oauth;
 pub mod admin;
 pub mod early_responses;
+pub mod look;
 pub mod problem;
 pub mod admission;
 pub mod destination;

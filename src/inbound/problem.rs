@@ -1,4 +1,6 @@
 //! adsidecar's own errors: their codes, statuses and bodies (RFC 9457). No other module knows a status of an error.
+//!
+//! The file is long because it is a table: one row for each code, from which the manual's table is made.
 
 use std::borrow::Cow;
 use std::collections::HashMap;
@@ -151,7 +153,8 @@ impl Code {
                 ("No such endpoint under `/api/auth/` or `/auth/o2/`, or on the admin listener", "Check the path")
             }
             Self::MethodNotAllowed => (
-                "`TRACE`, `CONNECT` to anything but port 80 of an Amazon host, or a method that the endpoint does not have",
+                "`TRACE`, `CONNECT` to anything but port 80 of an Amazon host, or a method that the endpoint does not \
+                 have",
                 "See `Allow`; with a proxy setting use `http://` URLs",
             ),
             Self::CallerUnauthorized => {
@@ -168,8 +171,8 @@ impl Code {
             Self::BodyTooLarge => ("The body is larger than `proxy.max_body`", "Send less, or raise the limit"),
             Self::UriTooLong => ("The target is longer than 8 KiB", "Send long lists in a body"),
             Self::Throttled => (
-                "Amazon refuses requests like this one, and [throttle](#throttle) does not let it wait; or too many logins \
-                 were started (2,000 at once, then 20 per second). A 429 from Amazon does not carry this header",
+                "Amazon refuses requests like this one, and [throttle](#throttle) does not let it wait; or too many \
+                 logins were started (2,000 at once, then 20 per second). A 429 from Amazon does not carry this header",
                 "Wait for `Retry-After`. Start one login per person",
             ),
             Self::Internal => ("A defect in adsidecar", "Check its log, and report it"),
@@ -180,7 +183,8 @@ impl Code {
             ),
             Self::UpstreamTls => (
                 "The TLS handshake with Amazon's host failed",
-                "If your network intercepts TLS, set its CA as `upstream.ca_file`",
+                "Set this machine's clock if it is wrong; if your network intercepts TLS, set its CA as \
+                 `upstream.ca_file`",
             ),
             Self::TokenUnavailable => (
                 "The access token has expired and cannot be refreshed now",
@@ -290,9 +294,9 @@ impl Problem {
         self.header(CONNECTION, HeaderValue::from_static("close"))
     }
 
-    /// Puts the error into the forms that MCP clients show to a person: an error of JSON-RPC in the same document, and the
-    /// reason phrase. Some show the one, some the other. Without the challenge: with it they would start an OAuth of
-    /// their own, and wait for its end.
+    /// Puts the error into the forms that MCP clients show to a person: an error of JSON-RPC in the same document, and
+    /// the reason phrase. Some show the one, some the other. Without the challenge: with it they would start an OAuth
+    /// of their own, and wait for its end.
     #[must_use]
     pub fn for_mcp(mut self) -> Self {
         self.headers.retain(|(name, _)| name != WWW_AUTHENTICATE);
@@ -302,6 +306,11 @@ impl Problem {
     /// The error code.
     pub fn code(&self) -> Code {
         self.code
+    }
+
+    /// What happened.
+    pub fn detail(&self) -> &str {
+        &self.detail
     }
 
     /// What the caller can do about it.
@@ -336,7 +345,8 @@ impl Problem {
         let (status, code) = (self.code.status(), self.code.as_str());
         let retry_after = self.retry_after.map(|wait| format!("{RETRY_AFTER}: {}\r\n", seconds(wait)));
         let head = format!(
-            "HTTP/1.1 {status}\r\nconnection: close\r\n{ERROR}: {code}\r\n{REQUEST_ID}: {id}\r\n{}content-type: application/problem+json\r\n\
+            "HTTP/1.1 {status}\r\nconnection: close\r\n{ERROR}: {code}\r\n{REQUEST_ID}: {id}\r\n{}content-type: \
+             application/problem+json\r\n\
              content-length: {}\r\n\r\n",
             retry_after.unwrap_or_default(),
             body.len()
@@ -415,12 +425,13 @@ impl From<Refusal> for Problem {
             Refusal::CrossSite => Self::new(
                 Code::CrossSite,
                 "A web page sent this request.",
-                "Call adsidecar from a server; only pages of login.frontend_url's origin may use the OAuth endpoints. A \
-                 person who was sent a login link pastes it into the browser's address bar.",
+                "Call adsidecar from a server; only pages of login.frontend_url's origin may use the OAuth endpoints. \
+                 A person who was sent a login link pastes it into the browser's address bar.",
             ),
             Refusal::TypedAddress => Self::new(
                 Code::CrossSite,
-                "A browser opened this address by itself, as when a person types it; requests to Amazon are for programs.",
+                "A browser opened this address by itself, as when a person types it; requests to Amazon are for \
+                 programs.",
                 "Use curl or another program. One that is built on a browser (Electron) needs proxy.caller_token, and \
                  sends it. Pages for a person: / and /api/auth/amazon/login.",
             ),

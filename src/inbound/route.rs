@@ -6,8 +6,7 @@ use std::sync::Arc;
 
 use http::header::{HeaderMap, HeaderName, HeaderValue};
 
-use crate::auth::accounts::Snapshot;
-use crate::domain::account::{Account, AmazonHost, BadName, BadRegion, Ids, Region, Service, UserId};
+use crate::domain::account::{Account, AmazonHost, BadName, BadRegion, Ids, Region, Service, UserId, check_name};
 use crate::domain::api_families::{Family, family, mcp_family};
 use crate::domain::policy::Rules;
 use crate::domain::throttle_mode::ThrottleMode;
@@ -48,6 +47,14 @@ pub(super) struct RoutedRequest<'a> {
     pub(super) family: &'static Family,
     /// The policy that the request must satisfy.
     pub(super) rules: &'a Rules,
+}
+
+/// A found account that a request selects.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Found<'a> {
+    pub(super) account: &'a Account,
+    /// Whether metrics name it.
+    pub(super) is_named: bool,
 }
 
 /// `proxy.selection`: whether callers select their account.
@@ -91,12 +98,13 @@ impl Accounts {
     /// Routes a request. The first that applies selects the account or user: the path's prefix, `X-Ads-Account`,
     /// `X-Ads-User`, the account named `default`, the only account, the user `default`.
     ///
-    /// A name of the configuration wins over the slug of a found account.
+    /// A name of the configuration wins over the slug of a found account. `found` is the found account whose slug is
+    /// [`other_name`](Self::other_name), if there is one.
     pub(super) fn select<'a>(
         &'a self,
         target: &Target,
         headers: &HeaderMap,
-        found: &'a Snapshot,
+        found: Option<Found<'a>>,
     ) -> Result<RoutedRequest<'a>, RouteError> {
         let host_region = if let Destination::Amazon(host) = target.of { Some(host.region) } else { None };
         if self.selection == Selection::Fixed {
@@ -108,12 +116,9 @@ impl Accounts {
         let header_region = single(headers, &X_ADS_REGION)?.map(str::parse).transpose();
         let region =
             host_region.or(header_region.map_err(|BadRegion| RouteError::Bad("X-Ads-Region is na, eu or fe."))?);
-        if let Some(name) =
-            target.account.as_deref().map_or_else(|| single(headers, &X_ADS_ACCOUNT), |name| Ok(Some(name)))?
-        {
+        if let Some(name) = named(target, headers)? {
             let Some(account) = self.by_name.get(name) else {
-                let entry = found.get(name).ok_or(RouteError::Unknown)?;
-                return Ok(self.route_found(target, &entry.account, region, found));
+                return Ok(self.route_found(target, found.ok_or(RouteError::Unknown)?, region));
             };
             return Ok(self.routed(target, Some(account), None, region));
         }
@@ -126,6 +131,13 @@ impl Accounts {
         Ok(self.routed(target, self.fallback(), None, region))
     }
 
+    /// The account that the request names, if no account of the configuration has that name.
+    pub(super) fn other_name<'r>(&self, target: &'r Target, headers: &'r HeaderMap) -> Option<&'r str> {
+        let name = named(target, headers).ok()??;
+        let is_other = self.selection == Selection::Header && !self.by_name.contains_key(name);
+        (is_other && check_name(name).is_ok()).then_some(name)
+    }
+
     fn fallback(&self) -> Option<&Account> {
         self.fallback.as_deref()
     }
@@ -134,13 +146,12 @@ impl Accounts {
     fn route_found<'a>(
         &'a self,
         target: &Target,
-        account: &'a Account,
+        Found { account, is_named }: Found<'a>,
         asked: Option<Region>,
-        found: &Snapshot,
     ) -> RoutedRequest<'a> {
         let rules = self.rules_by_user.get(&account.user).unwrap_or(&self.rules);
         // Thousands of accounts must not become thousands of series.
-        let label = if found.is_large() { "found" } else { &*account.name };
+        let label = if is_named { &*account.name } else { "found" };
         RoutedRequest { rules, label, ..self.routed(target, Some(account), None, asked) }
     }
 
@@ -248,6 +259,11 @@ fn nearest(name: &str) -> &'static str {
     known.into_iter().min_by_key(distance).unwrap_or("X-Ads-Account")
 }
 
+/// The name of the account that the path or the header selects.
+fn named<'r>(target: &'r Target, headers: &'r HeaderMap) -> Result<Option<&'r str>, RouteError> {
+    target.account.as_deref().map_or_else(|| single(headers, &X_ADS_ACCOUNT), |name| Ok(Some(name)))
+}
+
 /// The value of a header that selects; more than one would leave the choice to chance.
 fn single<'h>(headers: &'h HeaderMap, name: &HeaderName) -> Result<Option<&'h str>, RouteError> {
     let mut values = headers.get_all(name).iter();
@@ -290,7 +306,7 @@ mod tests {
         }
         let target = Target::read(&target.parse().unwrap(), |_| false).unwrap();
         accounts
-            .select(&target, &map, &Snapshot::default())
+            .select(&target, &map, None)
             .map(|route| (route.account_name().to_owned(), route.user.to_string(), route.region))
     }
 
@@ -347,7 +363,7 @@ mod tests {
             let accounts = Accounts::new(all.clone(), Region::Na, Selection::Header, rules);
             let headers = HeaderMap::from_iter([(HeaderName::from_static(name), value.parse().unwrap())]);
             let target = Target::read(&"/x".parse().unwrap(), |_| false).unwrap();
-            accounts.select(&target, &headers, &Snapshot::default()).unwrap().rules.clone()
+            accounts.select(&target, &headers, None).unwrap().rules.clone()
         };
         let of = |name, value| rules_of(Rules::default(), name, value).read_only();
         assert_eq!(

@@ -1,5 +1,5 @@
-//! Tells people and the app what needs them: watches the users' grants, sends each event to `notify.url`, and hands it to
-//! the event stream of the proxy listener.
+//! Tells people and the app what needs them: watches the users' grants, sends each event to `notify.url`, and hands it
+//! to the event stream of the proxy listener.
 //!
 //! An event is delivered at least once, and by one of several processes that share a store: each process notices it,
 //! one of them [claims](crate::store::TokenStore::claim_notice) it, and marks it as done once the receiver has it.
@@ -30,6 +30,7 @@ use crate::domain::secret::Secret;
 use crate::domain::tls;
 use crate::store::{Notice, TokenStore};
 use crate::telemetry::metrics::Metrics;
+use crate::throttle;
 use observer::{Observer, Patience};
 
 /// Where and when to notify.
@@ -101,6 +102,8 @@ pub struct Notifier {
     pub store: TokenStore,
     /// Counts deliveries, and knows of 429 responses.
     pub metrics: Arc<Metrics>,
+    /// Knows for how long Amazon wants no requests.
+    pub throttle: Arc<throttle::Memory>,
     /// The clock of the consents.
     pub clock: Clock,
     /// Where events are handed to the event stream.
@@ -151,12 +154,18 @@ impl Notifier {
         let mut observer = Observer::default();
         let mut queue = VecDeque::new();
         let mut looks = 0_u32;
+        // Looks at which requests to a region were paused: Amazon throttles also if none is sent that it could refuse.
+        let mut paused = [0_u64; 3];
         loop {
             let settings = self.settings.load_full();
             let statuses = self.statuses(looks).await;
             looks = looks.wrapping_add(1);
-            let throttled =
-                Region::ALL.map(|region| self.metrics.throttled.with_label_values(&[region.as_str(), "amazon"]).get());
+            let now_paused = self.throttle.paused();
+            let throttled = Region::ALL.map(|region| {
+                paused[region as usize] += u64::from(now_paused[region as usize]);
+                let refused = self.metrics.throttled.with_label_values(&[region.as_str(), "amazon"]).get();
+                refused + paused[region as usize]
+            });
             let patience = Patience {
                 failing: SignedDuration::try_from(settings.failing_after).unwrap_or(SignedDuration::MAX),
                 throttled: SignedDuration::try_from(settings.throttled_after).unwrap_or(SignedDuration::MAX),

@@ -60,7 +60,7 @@ struct Throttle {
 
 impl Observer {
     /// What has happened since the last look at `statuses`: of all users, if `complete`, so that one who is missing has
-    /// logged out. `throttled` counts the 429 responses of each region since the start.
+    /// logged out. `throttled` counts, for each region, the 429 responses since the start and the looks at a pause.
     pub(super) fn look(
         &mut self,
         statuses: &[Status],

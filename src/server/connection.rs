@@ -225,7 +225,8 @@ where
                 Step::Idle => return idle(connection.into_parts()),
                 // HTTP begins anew inside the tunnel.
                 Step::Ended(Ok(())) if tunnel.take_opened() && !*closing => return idle(connection.into_parts()),
-                // hyper forgets what it has not written if the request's body ends meanwhile and the connection with it.
+                // hyper forgets what it has not written if the request's body ends meanwhile and the connection with
+                // it.
                 Step::Ended(Ok(())) if slot.is_unwritten() => {
                     return Served::Broken(into_socket(connection.into_parts()));
                 }

@@ -54,8 +54,8 @@ impl<S> MonitoredSocket<S> {
         Self { socket, activity, own, blocked, awaits_data, resets, unread, rest, refusal: None }
     }
 
-    /// Lets the next read return `bytes`, which were read before what is still unread. Line breaks before a request line
-    /// mean nothing (RFC 9112, section 2.2).
+    /// Lets the next read return `bytes`, which were read before what is still unread. Line breaks before a request
+    /// line mean nothing (RFC 9112, section 2.2).
     pub(super) fn unread(&mut self, bytes: &[u8]) {
         let start = bytes.iter().position(|byte| !is_line_break(byte)).unwrap_or(bytes.len());
         // Copied, because even an empty slice would keep hyper's buffer alive.

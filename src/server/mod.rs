@@ -19,6 +19,7 @@ mod registry;
 mod caller_body;
 mod connection;
 mod descriptors;
+mod inherited;
 mod io;
 mod tunnel;
 
@@ -37,6 +38,7 @@ use tokio::net::{TcpListener, UnixListener, UnixSocket};
 use tokio::sync::watch;
 
 pub use caller_body::CallerBody;
+pub use inherited::Inherited;
 
 use connection::close;
 use registry::Registry;
@@ -126,11 +128,11 @@ pub struct Listener {
     registry: Arc<Registry>,
 }
 
-/// A socket that accepts connections. A Unix socket's file is removed on drop.
+/// A socket that accepts connections. The file of a Unix socket that was bound here is removed on drop.
 #[derive(Debug)]
 enum BoundSocket {
     Tcp(TcpListener),
-    Unix(UnixListener, PathBuf),
+    Unix(UnixListener, Option<PathBuf>),
 }
 
 /// The phases of a listener's life, in order. Shutdown first drains the listener and then closes it.
@@ -146,9 +148,9 @@ pub enum Phase {
 }
 
 impl Listener {
-    /// Binds every address of `listen`. With `ipv6_if_any`, an IPv6 address that cannot be bound is skipped, unless it
-    /// is in use. Port 0 selects a free port; see [`addresses`](Self::addresses). A Unix socket gets the file mode
-    /// `socket_mode`.
+    /// Binds every address of `listen`, but for those whose socket is in `inherited`. With `ipv6_if_any`, an IPv6
+    /// address that cannot be bound is skipped, unless it is in use. Port 0 selects a free port; see
+    /// [`addresses`](Self::addresses). A Unix socket that is bound here gets the file mode `socket_mode`.
     ///
     /// # Errors
     /// Fails if an address cannot be bound. The message names the address.
@@ -158,12 +160,16 @@ impl Listener {
         socket_mode: u32,
         limits: Limits,
         own: Arc<dyn OwnResponses>,
+        inherited: &mut Inherited,
     ) -> Result<Self> {
         let mut sockets = Vec::new();
         for address in listen {
             match address {
-                Listen::Unix(path) => sockets.push(unix(path, socket_mode)?),
-                Listen::Tcp(address) => match tcp(address).await {
+                Listen::Unix(path) => sockets.push(match inherited.unix(path) {
+                    Some(socket) => BoundSocket::Unix(UnixListener::from_std(socket)?, None),
+                    None => unix(path, socket_mode)?,
+                }),
+                Listen::Tcp(address) => match tcp(address, inherited).await {
                     Ok(socket) => sockets.push(BoundSocket::Tcp(socket)),
                     Err(error) if ipv6_if_any && address.starts_with('[') && error.kind() != ErrorKind::AddrInUse => {}
                     Err(error) => return Err(error),
@@ -232,9 +238,14 @@ impl Drop for AbortOnDrop {
     }
 }
 
-/// Binds a TCP address.
-async fn tcp(address: &str) -> Result<TcpListener> {
-    let bound = TcpListener::bind(address).await.and_then(|socket| {
+/// Binds a TCP address, if its socket was not passed on.
+async fn tcp(address: &str, inherited: &mut Inherited) -> Result<TcpListener> {
+    let resolved: Vec<_> = tokio::net::lookup_host(address).await.map(Iterator::collect).unwrap_or_default();
+    let bound = match inherited.tcp(&resolved) {
+        Some(socket) => TcpListener::from_std(socket),
+        None => TcpListener::bind(address).await,
+    };
+    let bound = bound.and_then(|socket| {
         // Accepted connections inherit it.
         #[cfg(target_os = "linux")]
         socket2::SockRef::from(&socket).set_tcp_notsent_lowat(MAX_UNSENT)?;
@@ -257,7 +268,7 @@ fn unix(path: &PathBuf, mode: u32) -> Result<BoundSocket> {
     let socket = UnixSocket::new_stream().map_err(context)?;
     socket.bind(path).map_err(context)?;
     std::fs::set_permissions(path, Permissions::from_mode(mode)).map_err(context)?;
-    Ok(BoundSocket::Unix(socket.listen(BACKLOG).map_err(context)?, path.clone()))
+    Ok(BoundSocket::Unix(socket.listen(BACKLOG).map_err(context)?, Some(path.clone())))
 }
 
 /// Accepts connections until `phase` is [`Phase::Closed`], and spawns a task for each.
@@ -347,7 +358,7 @@ impl BoundSocket {
 
 impl Drop for BoundSocket {
     fn drop(&mut self) {
-        if let Self::Unix(_, path) = self {
+        if let Self::Unix(_, Some(path)) = self {
             let _ = std::fs::remove_file(path);
         }
     }

@@ -1,4 +1,6 @@
 //! The registry of a listener's connections: what each is doing, and which have to be closed.
+//!
+//! The file is long because every state of a connection, and what each limit does to it, stand in one place.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering::Relaxed};
@@ -213,8 +215,8 @@ impl Registry {
         self.lock().open.values().for_each(|activity| activity.send(Command::Abort));
     }
 
-    /// Waits until there is room for an accepted connection: at most `share` may be open, and as many as `limits` allow.
-    /// At the limit, closes the connection that has been idle
+    /// Waits until there is room for an accepted connection: at most `share` may be open, and as many as `limits`
+    /// allow. At the limit, closes the connection that has been idle
     /// longest. Returns `false` if there is still no room at `until`.
     pub(super) async fn wait_for_room(&self, limits: &ArcSwap<Limits>, share: usize, until: Instant) -> bool {
         loop {

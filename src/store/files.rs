@@ -83,6 +83,22 @@ pub(super) fn replace(path: &Path, content: &[u8]) -> Result<(), StoreError> {
     sync_dir(parent(path))
 }
 
+/// Appends to a file, readable by the owner alone, and makes that durable. Returns its length.
+pub(super) fn append(path: &Path, content: &[u8]) -> Result<u64, StoreError> {
+    let is_new = !path.exists();
+    let write = || {
+        let mut file = OpenOptions::new().append(true).create(true).mode(0o600).open(path)?;
+        file.write_all(content)?;
+        file.sync_data()?;
+        Ok(file.metadata()?.len())
+    };
+    let length = write().map_err(|error| io_error(path, error))?;
+    if is_new {
+        sync_dir(parent(path))?;
+    }
+    Ok(length)
+}
+
 /// Deletes a file, and the temporary file that a crash may have left. Returns `false` if there was no file.
 pub(super) fn remove(path: &Path) -> Result<bool, StoreError> {
     let delete = |path: &Path| match fs::remove_file(path) {

@@ -20,6 +20,7 @@ use crate::store::stored_grant::StoredGrantError;
 
 mod backup;
 mod files;
+mod found_accounts;
 pub mod imported_record;
 pub mod keyring;
 mod notices;
@@ -28,10 +29,14 @@ mod postgres;
 mod sled;
 pub mod stored_grant;
 
+pub use self::found_accounts::{
+    AccountsChanged, AccountsPage, AccountsQuery, AccountsSaved, IndexedAccount, NewAccounts, StoredAccounts,
+};
 pub use self::notices::Notice;
 pub use self::pending_grant::PendingGrant;
 pub use self::postgres::{
-    Changes, Claimed, ConnectionUrl, Content, FailedRefresh, Lease, Lookup, PUBLISH, Pod, Poll, Postgres, UserOverview,
+    Changes, Claimed, ConnectionUrl, Content, FailedRefresh, Lease, Lookup, PUBLISH, Pod, Poll, Postgres, SharedLimit,
+    ThrottleReport, ThrottleRow, UserOverview,
 };
 use self::sled::{ResealOutcome, Worker};
 pub use self::stored_grant::Sealed;
@@ -292,10 +297,7 @@ impl TokenStore {
                     })
                     .await
             }
-            Self::Postgres(store) => {
-                let erased = store.erase(user).await?;
-                store.erase_accounts(user).await.map(|()| erased)
-            }
+            Self::Postgres(store) => store.erase(user).await,
         }
     }
 
@@ -336,61 +338,6 @@ impl TokenStore {
         match self {
             Self::Sled(worker) => worker.call(|engine| engine.dump()).await,
             Self::Postgres(store) => store.dump().await,
-        }
-    }
-
-    /// Stores the accounts that were found for `user`, sealed; `plain` replaces what was stored for that user.
-    ///
-    /// # Errors
-    ///
-    /// [`StoreError`] if the store cannot be written.
-    pub async fn save_accounts(&self, user: &UserId, plain: String) -> Result<(), StoreError> {
-        match self {
-            Self::Sled(worker) => {
-                let user = user.clone();
-                worker.call(move |engine| engine.save_accounts(&user, &plain)).await
-            }
-            Self::Postgres(store) => store.save_accounts(user, &plain).await,
-        }
-    }
-
-    /// Returns every text that [`save_accounts`](Self::save_accounts) stored last. One that no key opens is logged and
-    /// left out: accounts can be found again.
-    ///
-    /// # Errors
-    ///
-    /// [`StoreError`] if the store cannot be read.
-    pub async fn accounts(&self) -> Result<Vec<String>, StoreError> {
-        match self {
-            Self::Sled(worker) => worker.call(|engine| engine.accounts()).await,
-            Self::Postgres(store) => store.accounts().await,
-        }
-    }
-
-    /// Deletes the accounts that were found for `user`.
-    ///
-    /// # Errors
-    ///
-    /// [`StoreError`] if the store cannot be written.
-    pub async fn erase_accounts(&self, user: &UserId) -> Result<(), StoreError> {
-        match self {
-            Self::Sled(worker) => {
-                let user = user.clone();
-                worker.call(move |engine| engine.erase_accounts(&user)).await
-            }
-            Self::Postgres(store) => store.erase_accounts(user).await,
-        }
-    }
-
-    /// A text that differs after each change of the accounts by any process; `None` if no other process uses the store.
-    ///
-    /// # Errors
-    ///
-    /// [`StoreError`] if the store cannot be read.
-    pub async fn accounts_version(&self) -> Result<Option<String>, StoreError> {
-        match self {
-            Self::Sled(_) => Ok(None),
-            Self::Postgres(store) => store.accounts_version().await.map(Some),
         }
     }
 
@@ -486,6 +433,44 @@ impl TokenStore {
         match self {
             Self::Sled(worker) => worker.call(move |engine| engine.set_note(key, &value)).await,
             Self::Postgres(store) => store.set_note(key, &value).await,
+        }
+    }
+
+    /// Reads the journal of refreshes of a local directory: for each user the generation whose refresh began last and has
+    /// not ended. `None` if there is none yet; a shared store has leases instead.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError`] if the store cannot be read.
+    pub async fn journal(&self) -> Result<Option<BTreeMap<UserId, u64>>, StoreError> {
+        match self {
+            Self::Sled(worker) => worker.call(|engine| engine.journal()).await,
+            Self::Postgres(_) => Ok(None),
+        }
+    }
+
+    /// Adds to the journal that refreshes of these generations have begun, or have ended (`None`). Returns its length in
+    /// bytes.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError`] if the store cannot be written.
+    pub async fn append_journal(&self, changes: Vec<(UserId, Option<u64>)>) -> Result<u64, StoreError> {
+        match self {
+            Self::Sled(worker) => worker.call(move |engine| engine.append_journal(&changes)).await,
+            Self::Postgres(_) => Ok(0),
+        }
+    }
+
+    /// Makes this the whole journal.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError`] if the store cannot be written.
+    pub async fn replace_journal(&self, journal: BTreeMap<UserId, u64>) -> Result<(), StoreError> {
+        match self {
+            Self::Sled(worker) => worker.call(move |engine| engine.replace_journal(&journal)).await,
+            Self::Postgres(_) => Ok(()),
         }
     }
 

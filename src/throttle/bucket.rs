@@ -1,16 +1,18 @@
-//! One bucket: the calls that share a limit of Amazon's, with what was learned about it, and the queue before it.
+//! The buckets. Each has the calls that share a limit of Amazon's, what was learned about it, and the queue before it.
+//!
+//! A little over 400 lines: what the atomics and the lock of a bucket guard has to be seen in one place.
 
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use jiff::SignedDuration;
 use tokio::sync::{Notify, oneshot};
 
-use super::classify::Kind;
-use super::law::{Law, Refusal, Seconds};
+use super::gate::Gates;
+use super::law::{Law, Learned, Refusal, Seconds};
 use super::queue::Queue;
+use super::{Call, Kind, published};
 use crate::domain::account::Region;
-use crate::domain::api_families::Family;
 use crate::domain::clock::Clock;
 
 /// What a bucket is about.
@@ -18,15 +20,56 @@ use crate::domain::clock::Clock;
 pub struct BucketName {
     /// The region whose host serves the calls.
     pub region: Region,
-    /// The API family of the calls.
-    pub family: &'static Family,
+    /// The API family of the calls, or an endpoint whose limit Amazon publishes.
+    pub group: &'static str,
     /// The kind of the calls.
     pub kind: Kind,
+    /// The place of the group among all groups.
+    pub(super) place: usize,
+}
+
+impl BucketName {
+    /// The bucket of the call's family.
+    pub(super) fn of(call: &Call<'_>) -> Self {
+        Self { region: call.region, group: call.family.name, kind: call.kind, place: call.family.index() }
+    }
 }
 
 impl std::fmt::Display for BucketName {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{}/{}/{}", self.region.as_str(), self.family.name, self.kind.as_str())
+        write!(f, "{}/{}/{}", self.region.as_str(), self.group, self.kind.as_str())
+    }
+}
+
+/// The buckets of one client, by group, region and kind, and its gates.
+#[derive(Debug)]
+pub(super) struct Buckets {
+    buckets: Box<[OnceLock<Arc<Bucket>>]>,
+    pub(super) gates: Gates,
+}
+
+impl Buckets {
+    pub(super) fn new(clock: Clock) -> Self {
+        let count = published::GROUPS * Region::ALL.len() * Kind::ALL.len();
+        Self { buckets: (0..count).map(|_| OnceLock::new()).collect(), gates: Gates::new(clock) }
+    }
+
+    pub(super) fn of(&self, name: BucketName) -> &Arc<Bucket> {
+        let region = Region::ALL.len() * name.place + name.region as usize;
+        self.buckets[Kind::ALL.len() * region + name.kind as usize].get_or_init(|| Arc::new(Bucket::new(name)))
+    }
+
+    /// The names of all buckets, used or not.
+    pub(super) fn names() -> impl Iterator<Item = BucketName> {
+        published::groups().flat_map(|(place, group)| {
+            let kinds = move |region| Kind::ALL.map(|kind| BucketName { region, group, kind, place });
+            Region::ALL.into_iter().flat_map(kinds)
+        })
+    }
+
+    /// The buckets that were used.
+    pub(super) fn all(&self) -> impl Iterator<Item = &Arc<Bucket>> {
+        self.buckets.iter().filter_map(OnceLock::get)
     }
 }
 
@@ -51,6 +94,10 @@ struct State {
     law: Option<Law>,
     queue: Queue<u32>,
     waiting: usize,
+    /// The calls per second that other processes send.
+    others: f64,
+    /// What was last told to other processes, or heard from them.
+    told: Option<Learned>,
     /// Whether a task gives the waiting calls their turns.
     dispatching: bool,
 }
@@ -62,6 +109,28 @@ pub(super) enum Turn {
     Now(u32),
     /// It may be sent later, in about this many seconds.
     Later(Seconds),
+}
+
+/// What a process tells the others about a bucket.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Report {
+    pub(super) bucket: BucketName,
+    /// What it has learned; `None` if the others know it.
+    pub(super) learned: Option<Learned>,
+    /// The calls per second that it could send.
+    pub(super) want: f64,
+    /// The calls per second that it sends.
+    pub(super) sent: f64,
+    /// The most calls that it sent within a second, lately.
+    pub(super) peak: f64,
+}
+
+/// What the other processes send together, in calls per second.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Others {
+    pub(super) sent: f64,
+    /// The most that each of them sent within a second, lately.
+    pub(super) peak: f64,
 }
 
 /// What is known about a bucket, for people.
@@ -109,18 +178,23 @@ impl Bucket {
     }
 
     /// Learns from a refusal, whose counts are filled in here.
-    pub(super) fn refused(&self, refusal: Refusal, published: Option<f64>) {
-        let refusal = Refusal { peak: self.counts.peak(refusal.at), ..refusal };
+    pub(super) fn refused(&self, refusal: Refusal) {
         self.refusals.fetch_add(1, Relaxed);
         self.refusing.store(true, Relaxed);
         let mut state = self.lock();
+        let refusal = Refusal { peak: self.counts.peak(refusal.at) + state.others, ..refusal };
         match &mut state.law {
             Some(law) => law.refused(&refusal),
-            None => state.law = Some(Law::begin(&refusal, published)),
+            None => state.law = Some(Law::begin(&refusal, published::rate(&self.name))),
         }
         self.epoch.store(state.law.as_ref().map_or(0, Law::epoch), Relaxed);
         drop(state);
         self.changed.notify_one();
+    }
+
+    /// Counts a refusal that says nothing about the rate.
+    pub(super) fn refused_for_a_count(&self) {
+        self.refusals.fetch_add(1, Relaxed);
     }
 
     /// The rest of the pause, in seconds; 0 if calls are not paused.
@@ -170,6 +244,47 @@ impl Bucket {
             waiting: state.waiting,
             refusals: self.refusals.load(Relaxed),
         })
+    }
+
+    /// For other processes: what this one knows and does. `None` if nothing was refused, or the bucket is not in use.
+    pub(super) fn report(&self, now: Seconds) -> Option<Report> {
+        let sent = self.counts.rate(now);
+        let state = self.lock();
+        let learned = state.law.as_ref()?.learned;
+        let changed = state.told.is_none_or(|told| learned.is_news_to(told));
+        (changed || sent > 0.0 || state.waiting > 0).then(|| Report {
+            bucket: self.name,
+            learned: changed.then_some(learned),
+            want: sent + state.waiting as f64,
+            sent,
+            peak: self.counts.peak(now),
+        })
+    }
+
+    /// Whether a call was accepted lately.
+    pub(super) fn is_used(&self, now: Seconds) -> bool {
+        self.counts.peak(now) > 0.0
+    }
+
+    /// Learns what other processes know: `share` of the rate is this one's, and `others` is what they send.
+    pub(super) fn hear(&self, learned: Learned, others: Others, share: impl FnOnce(f64) -> f64, now: Seconds) {
+        let mut state = self.lock();
+        let law = match &mut state.law {
+            Some(law) => {
+                law.learned.hear(learned);
+                law
+            }
+            law => law.insert(Law::knowing(learned, published::rate(&self.name), now)),
+        };
+        law.guess(self.counts.peak(now) + others.peak);
+        law.share = share(law.rate(now));
+        let known = law.learned;
+        self.epoch.store(known.epoch, Relaxed);
+        state.others = others.sent;
+        // What this process knows beyond `learned` is still to be told.
+        state.told = Some(if known.is_news_to(learned) { learned } else { known });
+        drop(state);
+        self.changed.notify_one();
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -281,13 +396,22 @@ impl Counts {
     /// The most calls that were accepted within one of the last seconds.
     fn peak(&self, now: Seconds) -> f64 {
         let current = (now * PER_SECOND) as u64;
-        let count = |number: u64| {
-            let slot = self.slots[(number % SLOTS) as usize].load(Relaxed);
-            if slot >> COUNT_BITS == number { slot & ((1 << COUNT_BITS) - 1) } else { 0 }
-        };
-        let seconds =
-            (current.saturating_sub(SLOTS - 2)..=current).map(|slot| count(slot) + count(slot.wrapping_sub(1)));
+        let seconds = (current.saturating_sub(SLOTS - 2)..=current)
+            .map(|slot| self.count(slot) + self.count(slot.wrapping_sub(1)));
         seconds.max().unwrap_or_default() as f64
+    }
+
+    /// The calls per second that were accepted in the last two seconds, the current half second aside.
+    fn rate(&self, now: Seconds) -> f64 {
+        let current = (now * PER_SECOND) as u64;
+        let counted: u64 = (current.saturating_sub(4)..current).map(|slot| self.count(slot)).sum();
+        // Within the first moments after a break the slot under way is all there is.
+        counted.max(self.count(current)) as f64 / 2.0
+    }
+
+    fn count(&self, number: u64) -> u64 {
+        let slot = self.slots[(number % SLOTS) as usize].load(Relaxed);
+        if slot >> COUNT_BITS == number { slot & ((1 << COUNT_BITS) - 1) } else { 0 }
     }
 }
 

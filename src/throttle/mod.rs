@@ -1,126 +1,64 @@
 //! What Amazon's 429s teach: how fast calls may be sent, and which of them wait.
 //!
-//! Amazon limits each client by region and endpoint, does not publish the limits, and changes them with its load. A
-//! sidecar is the one place that sees all callers of a client. Calls of one client, region, API family and [`Kind`]
+//! Amazon limits each client by region and endpoint, publishes few of the limits, and changes them with its load.
+//! A sidecar is the one place that sees all callers of a client. Calls of one client, region, API family and [`Kind`]
 //! share a bucket. A [`law`] learns each bucket's rate from Amazon's refusals alone; a queue gives waiting calls their
-//! turns, round robin between accounts.
+//! turns, round robin between accounts. Where Amazon limits the number at a time, a gate counts them.
 //!
-//! [`Memory`] is what was learned, and lasts as long as the process. [`Throttle`] is one configuration's view of it. A
-//! request asks [`Throttle::enter`] before it is sent and gets a [`Pass`], to which it tells the response.
+//! [`Memory`] is what was learned, and lasts as long as the process; processes with a shared store [share](fleet) it.
+//! [`Throttle`] is one configuration's view of it. A request asks [`Throttle::enter`] before it is sent and gets a
+//! [`Pass`], to which it tells the response.
 //!
 //! The number of buckets is bounded by the table of API families. Until Amazon refuses a call, a bucket costs a request
 //! a few atomic operations and no lock.
 
 mod bucket;
-mod classify;
+pub mod fleet;
+mod gate;
 pub mod law;
+mod memory;
 mod pass;
+mod published;
 mod queue;
+mod refusal;
 mod room;
+mod settings;
 
-use std::fmt;
-use std::str::FromStr;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
-use jiff::SignedDuration;
-use tokio::sync::watch;
+use http::{HeaderMap, Method, StatusCode};
 
 pub use bucket::{BucketName, BucketStatus};
-pub use classify::Kind;
-pub use pass::{Pass, Ticket, Waited};
+pub use gate::{GateStatus, Job};
+pub use memory::Memory;
+pub use pass::{Ticket, Waited};
+pub use settings::{BadFamilyMode, FamilyMode, Settings};
 
 use crate::domain::account::Region;
 use crate::domain::api_families::{self, Family};
 use crate::domain::clock::Clock;
 use crate::domain::throttle_mode::ThrottleMode;
-use crate::telemetry::metrics::Metrics;
-use bucket::Bucket;
+use bucket::{Bucket, Buckets};
+use gate::{Gate, Slot};
 use law::Seconds;
-use room::Room;
-
-/// Clients whose buckets are remembered. A reload may switch to another client and back.
-const MAX_CLIENTS: usize = 4;
-
-/// Limits that Amazon has published for a whole family, in calls per second: the learned rate never exceeds them.
-const PUBLISHED: [(&str, f64); 1] = [("data_provider", 100.0)];
-
-/// `[throttle]`.
-#[derive(Clone, Debug)]
-pub struct Settings {
-    /// `throttle.mode`.
-    pub mode: ThrottleMode,
-    /// `throttle.queue_timeout`: the longest wait.
-    pub queue_timeout: Duration,
-    /// `throttle.max_waiting`: most calls that wait at once.
-    pub max_waiting: usize,
-    /// `throttle.max_waiting_bytes`: most bytes that waiting calls hold.
-    pub max_waiting_bytes: usize,
-    /// `throttle.coalesce_polls`.
-    pub coalesce_polls: bool,
-    /// `throttle.families`: the modes of single API families.
-    pub families: Vec<FamilyMode>,
-}
-
-/// `family=mode`: the mode of one API family.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct FamilyMode {
-    /// The family's name.
-    pub family: &'static str,
-    /// Its mode.
-    pub mode: ThrottleMode,
-}
-
-/// The text is not `family=mode`. The message says why.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{0}")]
-pub struct BadFamilyMode(&'static str);
-
-impl FromStr for FamilyMode {
-    type Err = BadFamilyMode;
-
-    fn from_str(text: &str) -> Result<Self, BadFamilyMode> {
-        let (name, mode) =
-            text.split_once('=').ok_or(BadFamilyMode("entry is not family=mode: write reporting=queue"))?;
-        let family = api_families::families().find(|family| family.name == name.trim());
-        let family = family.ok_or(BadFamilyMode("entry names no API family: see the table in config/README.md"))?.name;
-        let mode = mode.trim().parse();
-        let mode =
-            mode.map_err(|_| BadFamilyMode("entry has no mode: write off, observe, enforce or queue behind the ="))?;
-        Ok(Self { family, mode })
-    }
-}
-
-impl fmt::Display for FamilyMode {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}={}", self.family, self.mode.as_str())
-    }
-}
-
-/// What was learned, for as long as the process lives.
-#[derive(Debug)]
-pub struct Memory {
-    clock: Clock,
-    metrics: Arc<Metrics>,
-    /// The buckets of each client, the latest last.
-    clients: Mutex<Vec<(String, Arc<Buckets>)>>,
-    room: Arc<Room>,
-    /// The uptime by which nothing may wait any more, once a shutdown has begun.
-    drain: watch::Sender<Option<SignedDuration>>,
-}
-
-/// The buckets of one client, by family, region and kind.
-#[derive(Debug)]
-struct Buckets(Box<[OnceLock<Arc<Bucket>>]>);
 
 /// The throttle of one configuration.
 #[derive(Debug)]
 pub struct Throttle {
     settings: Settings,
-    /// The mode of each family, by its index.
-    modes: Vec<ThrottleMode>,
+    /// What applies to each family, by its index.
+    families: Vec<FamilyRow>,
     buckets: Arc<Buckets>,
     memory: Arc<Memory>,
+}
+
+/// What applies to the calls of one API family.
+#[derive(Clone, Copy, Debug)]
+struct FamilyRow {
+    mode: ThrottleMode,
+    /// Whether Amazon publishes a rate or a count for some of them.
+    published: bool,
 }
 
 /// A call that is about to be sent.
@@ -134,20 +72,14 @@ pub struct Call<'a> {
     pub kind: Kind,
     /// What it counts, in calls.
     pub weight: f64,
+    /// Its path.
+    pub path: &'a str,
     /// The account, or the user of a call without an account: waiting calls of several take turns.
     pub account: &'a str,
     /// The account's own mode, if it has one.
     pub mode: Option<ThrottleMode>,
     /// The bytes that the call holds while it waits.
     pub bytes: usize,
-}
-
-impl<'a> Call<'a> {
-    /// The call `method path` of `account`, with weight and kind by its path.
-    pub fn new(region: Region, family: &'static Family, method: &http::Method, path: &str, account: &'a str) -> Self {
-        let (kind, weight) = (Kind::of(method, path), classify::weight(path));
-        Self { region, family, kind, weight, account, mode: None, bytes: 0 }
-    }
 }
 
 /// Why a call is refused instead of sent.
@@ -166,6 +98,8 @@ pub struct Throttled {
 pub enum Reason {
     /// Amazon refuses calls, and the mode is `enforce`.
     Paused,
+    /// As many run as Amazon allows at a time, and the mode is `enforce`.
+    AtOnce,
     /// Its turn would come after `throttle.queue_timeout`.
     TooLate,
     /// As many calls or bytes wait as may.
@@ -185,88 +119,46 @@ pub enum Entry<'a> {
     Refuse(Throttled),
 }
 
-impl Memory {
-    /// Nothing is known yet.
-    pub fn new(clock: Clock, metrics: Arc<Metrics>) -> Self {
-        let drain = watch::Sender::new(None);
-        Self { clock, metrics, clients: Mutex::default(), room: Arc::default(), drain }
-    }
+/// The right to send a call once. The response is told to it, and says whether the call may be sent again.
+#[derive(Debug)]
+pub struct Pass<'a>(Option<Observed<'a>>);
 
-    /// Lets no call wait longer than `time` from now, because the process shuts down.
-    pub fn drain(&self, time: Duration) {
-        let time = SignedDuration::try_from(time).unwrap_or(SignedDuration::MAX);
-        self.drain.send_replace(Some(self.clock.uptime().saturating_add(time)));
-    }
-
-    /// What was learned about the current client's buckets.
-    pub fn status(&self) -> Vec<BucketStatus> {
-        let now = self.now();
-        let clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
-        let buckets = clients.last().map(|(_, buckets)| buckets.clone());
-        drop(clients);
-        let buckets = buckets.iter().flat_map(|buckets| buckets.0.iter().filter_map(OnceLock::get));
-        buckets.filter_map(|bucket| bucket.status(now)).collect()
-    }
-
-    /// Sets the metrics about the buckets and the queue.
-    pub fn show(&self) {
-        let buckets = self.status();
-        let wall = self.clock.now().as_duration().as_secs_f64();
-        let series = buckets.iter().map(|bucket| {
-            let BucketName { region, family, kind } = bucket.name;
-            let paused = if bucket.paused > 0.0 { wall + bucket.paused } else { 0.0 };
-            let labels = [region.as_str(), family.name, kind.as_str()];
-            (labels, bucket.rate, paused, bucket.waiting)
-        });
-        self.metrics.set_throttle(series, self.room.taken().1);
-    }
-
-    fn buckets_of(&self, client: &str) -> Arc<Buckets> {
-        let mut clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
-        let known = clients.iter().position(|(name, _)| name == client);
-        let entry = match known {
-            Some(index) => clients.remove(index),
-            None => {
-                let count = api_families::COUNT * Region::ALL.len() * Kind::ALL.len();
-                let buckets = Buckets((0..count).map(|_| OnceLock::new()).collect());
-                (client.to_owned(), Arc::new(buckets))
-            }
-        };
-        let buckets = entry.1.clone();
-        if clients.len() == MAX_CLIENTS {
-            clients.remove(0);
-        }
-        clients.push(entry);
-        buckets
-    }
-
-    /// The uptime in seconds.
-    fn now(&self) -> Seconds {
-        self.clock.uptime().as_secs_f64()
-    }
-}
-
-impl Buckets {
-    fn of(&self, name: BucketName) -> &Arc<Bucket> {
-        let region = Region::ALL.len() * name.family.index() + name.region as usize;
-        self.0[Kind::ALL.len() * region + name.kind as usize].get_or_init(|| Arc::new(Bucket::new(name)))
-    }
+/// A call that the throttle learns from.
+#[derive(Debug)]
+struct Observed<'a> {
+    throttle: &'a Throttle,
+    bucket: &'a Arc<Bucket>,
+    call: Call<'a>,
+    mode: ThrottleMode,
+    epoch: u32,
+    arrived: Seconds,
+    /// The total time in the queue, if the call waited.
+    waited: Option<Waited>,
+    /// The last response's status; 0 before it.
+    status: u16,
+    /// Whether Amazon refused the call, and certainly did not process it.
+    refused: bool,
+    /// How often it was sent again.
+    again: u32,
+    /// The gates that count the call, and its places behind them.
+    gates: Vec<Arc<Gate>>,
+    slots: Vec<Slot>,
 }
 
 impl Throttle {
     /// A view of `memory` for the client `client_id`.
     pub fn new(settings: Settings, client_id: &str, memory: &Arc<Memory>) -> Self {
-        let mode_of = |family: &Family| {
+        let row = |family: &Family| {
             let own = settings.families.iter().find(|own| own.family == family.name);
-            own.map_or(settings.mode, |own| own.mode)
+            FamilyRow { mode: own.map_or(settings.mode, |own| own.mode), published: published::concerns(family) }
         };
-        let modes = api_families::families().map(mode_of).collect();
-        Self { modes, settings, buckets: memory.buckets_of(client_id), memory: memory.clone() }
+        let families = api_families::families().map(row).collect();
+        Self { families, settings, buckets: memory.buckets_of(client_id), memory: memory.clone() }
     }
 
     /// The mode for calls of `family` by an account whose own mode is `account`.
     pub fn mode(&self, family: &Family, account: Option<ThrottleMode>) -> ThrottleMode {
-        account.unwrap_or(self.modes[family.index()])
+        account.unwrap_or(self.families[family.index()].mode)
     }
 
     /// The clock, if `throttle.coalesce_polls` is on.
@@ -274,30 +166,157 @@ impl Throttle {
         self.settings.coalesce_polls.then(|| self.memory.clock.clone())
     }
 
+    /// Decides about a call of adsidecar's own: it always waits for its turn, unless the mode is `off`.
+    pub fn enter_own<'a>(&'a self, call: Call<'a>) -> Entry<'a> {
+        match self.mode(call.family, None) {
+            ThrottleMode::Off => Entry::Pass(Pass(None)),
+            _ => self.enter(Call { mode: Some(ThrottleMode::Queue), ..call }),
+        }
+    }
+
     /// Decides about a call that is about to be sent.
     pub fn enter<'a>(&'a self, call: Call<'a>) -> Entry<'a> {
-        let mode = self.mode(call.family, call.mode);
+        let family = self.families[call.family.index()];
+        let mode = call.mode.unwrap_or(family.mode);
         if mode == ThrottleMode::Off {
-            return Entry::Pass(Pass::unobserved());
+            return Entry::Pass(Pass(None));
         }
-        let bucket = self.buckets.of(BucketName { region: call.region, family: call.family, kind: call.kind });
-        let pass = Pass::new(self, bucket, call, mode);
+        let name = if family.published { published::bucket(&call) } else { BucketName::of(&call) };
+        let bucket = self.buckets.of(name);
+        let pass = Pass(Some(Observed {
+            throttle: self,
+            bucket,
+            call,
+            mode,
+            epoch: bucket.epoch(),
+            arrived: self.memory.now(),
+            waited: None,
+            status: 0,
+            refused: false,
+            again: 0,
+            gates: Vec::new(),
+            slots: Vec::new(),
+        }));
+        if family.published {
+            return pass.enter_gates();
+        }
         if bucket.epoch() == 0 || mode == ThrottleMode::Observe {
             return Entry::Pass(pass);
         }
         pass.enter(false)
     }
+}
 
-    fn refuse(bucket: BucketName, wait: Seconds, reason: Reason) -> Throttled {
-        // More than a pause can be only behind many calls; and the estimate ends there.
-        let wait = Duration::from_secs_f64(wait.clamp(0.001, law::MAX_PAUSE));
-        Throttled { bucket, wait, reason }
+impl Pass<'_> {
+    /// Learns from the response. It is called once for each response from Amazon, whoever gets it.
+    pub fn responded(&mut self, status: StatusCode, headers: &HeaderMap) {
+        let Some(observed) = &mut self.0 else { return };
+        (observed.refused, observed.status) = (false, status.as_u16());
+        if may_refuse(status) && observed.is_refusal(status, headers) {
+            return;
+        }
+        observed.bucket.accepted(observed.throttle.memory.now());
     }
 }
 
-/// The published limit of `family`, in calls per second.
-fn published(family: &Family) -> Option<f64> {
-    PUBLISHED.iter().find(|(name, _)| *name == family.name).map(|(_, limit)| *limit)
+/// Whether a response with this status may say that there were too many calls.
+fn may_refuse(status: StatusCode) -> bool {
+    matches!(status, StatusCode::TOO_MANY_REQUESTS | StatusCode::PAYMENT_REQUIRED | StatusCode::SERVICE_UNAVAILABLE)
+}
+
+impl<'a> Call<'a> {
+    /// The call `method path` of `account`, with weight and kind by its path.
+    pub fn new(region: Region, family: &'static Family, method: &Method, path: &'a str, account: &'a str) -> Self {
+        let (kind, weight) = (Kind::of(method, path), weight(path));
+        Self { region, family, kind, weight, path, account, mode: None, bytes: 0 }
+    }
+
+    /// The bucket of the call.
+    pub fn bucket(&self) -> BucketName {
+        published::bucket(self)
+    }
+}
+
+/// The kinds of calls of one API family. Amazon limits each endpoint on its own, so calls of different kinds share no
+/// bucket: a storm of polls never holds back the creation of a report.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Kind {
+    /// Reads or lists.
+    Read,
+    /// Changes something.
+    Write,
+    /// Starts an asynchronous job: a report, an export, an AMC workflow run. Amazon limits these most.
+    Create,
+    /// Asks for the state of such a job.
+    Poll,
+}
+
+impl Kind {
+    /// Every kind, in the order of the discriminants.
+    pub const ALL: [Self; 4] = [Self::Read, Self::Write, Self::Create, Self::Poll];
+
+    /// The kind as the metrics' label, and in `X-Adsidecar-Throttle`.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Read => "read",
+            Self::Write => "write",
+            Self::Create => "create",
+            Self::Poll => "poll",
+        }
+    }
+
+    /// The kind of the call `method path`. An unexpected path gets a kind that is merely less precise: it decides which
+    /// calls wait for each other, never whether one is allowed.
+    pub fn of(method: &Method, path: &str) -> Self {
+        let mut segments = path.split('/').filter(|segment| !segment.is_empty());
+        let mut first = || segments.next().unwrap_or_default();
+        let (a, b, c, d) = (first(), first(), first(), first());
+        let last = path.trim_end_matches('/').rsplit('/').next().unwrap_or_default();
+        let reads = matches!(*method, Method::GET | Method::HEAD | Method::OPTIONS);
+        let job = match (a, b) {
+            ("reporting", "reports") => job(reads, !c.is_empty()),
+            ("exports", _) => job(reads, !b.is_empty()),
+            (_, "export") if c.is_empty() => job(reads, false),
+            ("accounts", _) if c == "dsp" && d == "reports" => job(reads, segments.next().is_some()),
+            ("amc", "reporting") if d == "workflowExecutions" => job(reads, segments.next().is_some()),
+            ("adsApi", "v1") if d == "reports" => match c {
+                "create" => Some(Self::Create),
+                "retrieve" => Some(Self::Poll),
+                _ => None,
+            },
+            ("mmm", _) | ("insights", "brandMetrics") | ("attribution", _) if last == "report" || c == "reports" => {
+                job(reads, !d.is_empty())
+            }
+            ("v2", "reports" | "snapshots") => job(reads, !c.is_empty()),
+            ("v2", _) if matches!(last, "report" | "snapshot") => job(reads, false),
+            _ => None,
+        };
+        let reading_post = || {
+            *method == Method::POST
+                && (matches!(last, "list" | "query" | "search" | "count" | "recommendations" | "forecasts")
+                    || (a, b) == ("adsApi", "v1") && matches!(c, "query" | "retrieve"))
+        };
+        match job {
+            Some(kind) => kind,
+            None if reads || reading_post() => Self::Read,
+            None => Self::Write,
+        }
+    }
+}
+
+/// The kind of a call to a collection of jobs, or to `one` of them. A job is not listed, and changing one is rare.
+fn job(reads: bool, one: bool) -> Option<Kind> {
+    match (reads, one) {
+        (true, true) => Some(Kind::Poll),
+        (false, false) => Some(Kind::Create),
+        _ => None,
+    }
+}
+
+/// What a call counts in its bucket: lists of the "extended" representation count five times (Amazon's rate-limiting
+/// page).
+fn weight(path: &str) -> f64 {
+    if path.split('/').any(|segment| segment == "extended") { 5.0 } else { 1.0 }
 }
 
 #[cfg(test)]

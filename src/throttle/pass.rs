@@ -1,16 +1,17 @@
 //! One call's way through the throttle: the pass with which it is sent, and the ticket with which it waits.
 
 use std::fmt;
-use std::sync::Arc;
+use std::time::Duration;
 
 use http::{HeaderMap, StatusCode};
 use jiff::SignedDuration;
 
-use super::bucket::{Bucket, Place, Turn};
-use super::classify::{self, Kind, Verdict};
-use super::law::{Refusal, Seconds};
+use super::bucket::{Place, Turn};
+use super::gate::{GatePlace, Job};
+use super::law::{self, Refusal, Seconds};
+use super::refusal::{self, Verdict};
 use super::room::Held;
-use super::{BucketName, Call, Entry, Reason, Throttle, Throttled, published};
+use super::{BucketName, Entry, Kind, Observed, Pass, Reason, Throttled, published};
 use crate::domain::throttle_mode::ThrottleMode;
 
 /// Most times that a call is sent although Amazon refused it, apart from the first. Each of them had its turn, so more
@@ -19,28 +20,6 @@ const MAX_AGAIN: u32 = 8;
 
 /// The status of a duplicate: `425 Too Early`.
 const TOO_EARLY: u16 = 425;
-
-/// The right to send a call once. The response is told to it, and says whether the call may be sent again.
-#[derive(Debug)]
-pub struct Pass<'a>(Option<Observed<'a>>);
-
-#[derive(Debug)]
-struct Observed<'a> {
-    throttle: &'a Throttle,
-    bucket: &'a Arc<Bucket>,
-    call: Call<'a>,
-    mode: ThrottleMode,
-    epoch: u32,
-    arrived: Seconds,
-    /// The total time in the queue, if the call waited.
-    waited: Option<Waited>,
-    /// The last response's status; 0 before it.
-    status: u16,
-    /// Whether Amazon refused the call, and certainly did not process it.
-    refused: bool,
-    /// How often it was sent again.
-    again: u32,
-}
 
 /// How long a call waited.
 #[derive(Clone, Copy, Debug)]
@@ -63,62 +42,60 @@ impl fmt::Display for Waited {
 /// A waiting call. Dropping it leaves the queue.
 #[derive(Debug)]
 pub struct Ticket<'a> {
-    place: Place,
+    place: Waits,
     observed: Observed<'a>,
     since: Seconds,
     deadline: SignedDuration,
     _room: Held,
 }
 
-impl<'a> Pass<'a> {
-    /// For a call that the throttle has no business with.
-    pub(super) fn unobserved() -> Self {
-        Self(None)
-    }
+/// What a call waits for.
+#[derive(Debug)]
+enum Waits {
+    /// Its turn in the bucket.
+    Turn(Place),
+    /// That something ends of which Amazon runs a limited number at once.
+    End(GatePlace),
+}
 
-    pub(super) fn new(throttle: &'a Throttle, bucket: &'a Arc<Bucket>, call: Call<'a>, mode: ThrottleMode) -> Self {
-        let (epoch, arrived) = (bucket.epoch(), throttle.memory.now());
-        Self(Some(Observed {
-            throttle,
-            bucket,
-            call,
-            mode,
-            epoch,
-            arrived,
-            waited: None,
-            status: 0,
-            refused: false,
-            again: 0,
-        }))
+impl<'a> Pass<'a> {
+    /// Decides about a call of a family of which Amazon publishes limits: counts it, if a gate does.
+    pub(super) fn enter_gates(mut self) -> Entry<'a> {
+        if let Some(observed) = &mut self.0 {
+            let gates = &observed.throttle.buckets.gates;
+            observed.gates =
+                published::counted(&observed.call).iter().filter_map(|counted| gates.of(counted)).collect();
+        }
+        self.enter(false)
     }
 
     /// Decides about the call as the mode says; `first`: it had its turn before, and Amazon refused it.
     pub(super) fn enter(self, first: bool) -> Entry<'a> {
-        let Some(observed) = self.0 else { return Entry::Pass(self) };
-        if observed.mode == ThrottleMode::Queue { observed.queue(first) } else { observed.enforce() }
+        match self.0 {
+            Some(observed) => observed.enter(first),
+            None => Entry::Pass(self),
+        }
     }
 
-    /// Learns from the response. It is called once for each response from Amazon, whoever gets it.
-    pub fn responded(&mut self, status: StatusCode, headers: &HeaderMap) {
-        let Some(observed) = &mut self.0 else { return };
-        let memory = &observed.throttle.memory;
-        let now = memory.now();
-        (observed.refused, observed.status) = (false, status.as_u16());
-        match classify::read(status, headers, observed.call.family, memory.clock.now()) {
-            Verdict::Accepted => observed.bucket.accepted(now),
-            Verdict::Refused { advised, unprocessed } => {
-                observed.refused = unprocessed;
-                let refusal = Refusal {
-                    at: now,
-                    epoch: observed.epoch,
-                    advised,
-                    default: classify::default_pause(observed.call.kind),
-                    dice: dice(),
-                    peak: 0.0,
-                };
-                observed.bucket.refused(refusal, published(observed.call.family));
-            }
+    /// The job of which the response tells, if a gate counts it: its body has to be told.
+    pub fn job(&mut self) -> Option<Job> {
+        let observed = self.0.as_mut()?;
+        let success = (200..300).contains(&observed.status);
+        if observed.call.kind == Kind::Create && success && !observed.slots.is_empty() {
+            return Some(Job::begun(std::mem::take(&mut observed.slots)));
         }
+        if observed.call.kind != Kind::Poll || !observed.throttle.families[observed.call.family.index()].published {
+            return None;
+        }
+        let id = published::polled(&observed.call)?;
+        let gates = observed.throttle.buckets.gates.counting(observed.call.region, id);
+        let job = (!gates.is_empty()).then(|| Job::polled(gates, id))?;
+        match observed.status {
+            200..300 => return Some(job),
+            404 | 410 => job.unknown(),
+            _ => {}
+        }
+        None
     }
 
     /// Whether the call may wait for another turn: Amazon refused it, and the mode is `queue`.
@@ -132,7 +109,7 @@ impl<'a> Pass<'a> {
     /// none in time.
     pub fn again(&mut self, bytes: usize) -> Option<Entry<'a>> {
         let mut observed = self.0.take()?;
-        let kept = Observed { ..observed };
+        let kept = Observed { gates: Vec::new(), slots: Vec::new(), ..observed };
         observed.call.bytes = observed.call.bytes.saturating_add(bytes);
         observed.again += 1;
         match Pass(Some(observed)).enter(true) {
@@ -157,18 +134,63 @@ impl<'a> Pass<'a> {
 }
 
 impl<'a> Observed<'a> {
+    /// Learns from a response that may be a refusal. Returns whether it is one.
+    pub(super) fn is_refusal(&mut self, status: StatusCode, headers: &HeaderMap) -> bool {
+        let memory = &self.throttle.memory;
+        let verdict = refusal::read(status, headers, self.call.family, memory.clock.now());
+        let Verdict::Refused { advised, unprocessed } = verdict else { return false };
+        self.refused = unprocessed;
+        let mut explained = false;
+        for gate in self.gates.iter().filter(|_| unprocessed) {
+            explained |= gate.refused(advised);
+        }
+        self.slots.clear();
+        if explained {
+            self.bucket.refused_for_a_count();
+            return true;
+        }
+        self.bucket.refused(Refusal {
+            at: memory.now(),
+            epoch: self.epoch,
+            advised,
+            default: refusal::default_pause(self.call.kind),
+            dice: dice(),
+            peak: 0.0,
+        });
+        memory.news.notify_one();
+        true
+    }
+
+    /// Passes the gates, then the bucket.
+    fn enter(mut self, first: bool) -> Entry<'a> {
+        let holds = matches!(self.mode, ThrottleMode::Enforce | ThrottleMode::Queue);
+        while let Some(gate) = self.gates.get(self.slots.len()).cloned() {
+            match gate.enter(holds) {
+                Ok(slot) => self.slots.push(slot),
+                Err(expected) if self.mode == ThrottleMode::Queue => {
+                    return self.wait(expected, |own| Waits::End(gate.wait(own.call.account, first)));
+                }
+                Err(expected) => return Entry::Refuse(refuse(self.bucket.name, expected, Reason::AtOnce)),
+            }
+        }
+        match self.mode {
+            ThrottleMode::Queue => self.queue(first),
+            ThrottleMode::Enforce => self.enforce(),
+            ThrottleMode::Off | ThrottleMode::Observe => Entry::Pass(Pass(Some(self))),
+        }
+    }
+
     fn enforce(self) -> Entry<'a> {
         let paused = self.bucket.paused(self.throttle.memory.now());
         if paused > 0.0 {
-            return Entry::Refuse(Throttle::refuse(self.bucket.name, paused, Reason::Paused));
+            return Entry::Refuse(refuse(self.bucket.name, paused, Reason::Paused));
         }
         Entry::Pass(Pass(Some(self)))
     }
 
     fn queue(mut self, first: bool) -> Entry<'a> {
-        let (throttle, bucket) = (self.throttle, self.bucket);
-        let memory = &throttle.memory;
-        let now = memory.now();
+        let bucket = self.bucket;
+        let now = self.throttle.memory.now();
         let expected = match bucket.turn(now, self.call.weight) {
             Turn::Now(epoch) => {
                 self.epoch = epoch;
@@ -178,7 +200,16 @@ impl<'a> Observed<'a> {
             Turn::Later(expected) if !first => expected,
             Turn::Later(expected) => expected.min(bucket.paused(now)),
         };
-        let refuse = |reason| Entry::Refuse(Throttle::refuse(bucket.name, expected, reason));
+        let clock = &self.throttle.memory.clock;
+        self.wait(expected, |own| Waits::Turn(bucket.wait(own.call.account, first, clock)))
+    }
+
+    /// Lets the call wait, as long as it may and there is room.
+    fn wait(mut self, expected: Seconds, place: impl FnOnce(&Self) -> Waits) -> Entry<'a> {
+        let (throttle, name) = (self.throttle, self.bucket.name);
+        let memory = &throttle.memory;
+        let now = memory.now();
+        let refuse = |reason| Entry::Refuse(refuse(name, expected, reason));
         let own = self.arrived + throttle.settings.queue_timeout.as_secs_f64();
         let drain = (*memory.drain.borrow()).map_or(f64::INFINITY, |drain| drain.as_secs_f64());
         if now + expected > own.min(drain) {
@@ -186,12 +217,24 @@ impl<'a> Observed<'a> {
         }
         let (calls, bytes) = (throttle.settings.max_waiting, throttle.settings.max_waiting_bytes);
         let Some(room) = memory.room.take(self.call.bytes, calls, bytes) else { return refuse(Reason::Full) };
-        let place = bucket.wait(self.call.account, first, &memory.clock);
+        let place = place(&self);
+        memory.news.notify_one();
         let told = self.waited.map_or(0.0, |waited| waited.expected);
         let before = self.waited.map_or(0.0, |waited| waited.wait);
-        self.waited = Some(Waited { bucket: bucket.name, wait: before, expected: told + expected });
+        self.waited = Some(Waited { bucket: name, wait: before, expected: told + expected });
         let deadline = SignedDuration::try_from_secs_f64(own).unwrap_or(SignedDuration::MAX);
         Entry::Wait(Ticket { place, observed: self, since: now, deadline, _room: room })
+    }
+
+    /// Adds the time since `since` to what the call has waited.
+    fn waited_since(&mut self, since: Seconds) -> Seconds {
+        let memory = &self.throttle.memory;
+        let now = memory.now();
+        memory.metrics.throttle_wait.observe(now - since);
+        if let Some(total) = &mut self.waited {
+            total.wait += now - since;
+        }
+        now
     }
 }
 
@@ -201,35 +244,71 @@ impl<'a> Ticket<'a> {
     /// # Errors
     /// [`Throttled`] if it does not come within `throttle.queue_timeout`, or before the end of a shutdown.
     pub async fn turn(mut self) -> Result<Pass<'a>, Throttled> {
-        let memory = &self.observed.throttle.memory;
+        loop {
+            let turn = self.next().await;
+            let Self { mut observed, since, .. } = self;
+            let now = observed.waited_since(since);
+            match turn? {
+                Turned::Bucket(epoch) => {
+                    observed.bucket.take_more(now, observed.call.weight - 1.0);
+                    observed.epoch = epoch;
+                    return Ok(Pass(Some(observed)));
+                }
+                Turned::Gate(slot) => observed.slots.push(slot),
+            }
+            // It waited behind the gate, not in the bucket.
+            match observed.enter(false) {
+                Entry::Pass(pass) => return Ok(pass),
+                Entry::Refuse(throttled) => return Err(throttled),
+                Entry::Wait(ticket) => self = ticket,
+            }
+        }
+    }
+
+    async fn next(&mut self) -> Result<Turned, Throttled> {
+        let Self { place, observed, deadline, .. } = self;
+        let memory = &observed.throttle.memory;
         let mut drain = memory.drain.subscribe();
-        let (epoch, drained) = loop {
+        let (turn, drained) = loop {
             let end = *drain.borrow_and_update();
-            let deadline = end.map_or(self.deadline, |end| end.min(self.deadline));
+            let until = end.map_or(*deadline, |end| end.min(*deadline));
+            let turn = async {
+                match place {
+                    Waits::Turn(place) => place.turn(&memory.clock, until).await.map(Turned::Bucket),
+                    Waits::End(place) => place.turn(until).await.map(Turned::Gate),
+                }
+            };
             tokio::select! {
-                epoch = self.place.turn(&memory.clock, deadline) => break (epoch, end.is_some_and(|end| end < self.deadline)),
+                turn = turn => break (turn, end.is_some_and(|end| end < *deadline)),
                 Ok(()) = drain.changed() => {}
             }
         };
-        let now = memory.now();
-        let waited = now - self.since;
-        memory.metrics.throttle_wait.observe(waited);
-        let mut observed = self.observed;
-        let Some(epoch) = epoch else {
-            let reason = if drained { Reason::Draining } else { Reason::TooLate };
-            let left = match observed.bucket.turn(now, 0.0) {
+        if let Some(turn) = turn {
+            return Ok(turn);
+        }
+        let reason = if drained { Reason::Draining } else { Reason::TooLate };
+        let left = match place {
+            Waits::End(place) => place.expected(),
+            Waits::Turn(_) => match observed.bucket.turn(memory.now(), 0.0) {
                 Turn::Now(_) => 0.0,
                 Turn::Later(left) => left,
-            };
-            return Err(Throttle::refuse(observed.bucket.name, left, reason));
+            },
         };
-        observed.bucket.take_more(now, observed.call.weight - 1.0);
-        observed.epoch = epoch;
-        if let Some(total) = &mut observed.waited {
-            total.wait += waited;
-        }
-        Ok(Pass(Some(observed)))
+        Err(refuse(observed.bucket.name, left, reason))
     }
+}
+
+/// What a call waited for.
+enum Turned {
+    /// It is sent in this epoch.
+    Bucket(u32),
+    Gate(super::gate::Slot),
+}
+
+fn refuse(bucket: BucketName, wait: Seconds, reason: Reason) -> Throttled {
+    // More than a pause can be only behind many calls; and the estimate ends there.
+    let wait = Duration::from_secs_f64(wait.clamp(0.001, law::MAX_PAUSE));
+    Throttled { bucket, wait, reason }
 }
 
 /// At random, from 0 to 1.

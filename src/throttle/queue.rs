@@ -124,6 +124,23 @@ mod tests {
     }
 
     #[test]
+    fn nobody_starves_behind_an_account_whose_calls_come_back() {
+        let mut queue = Queue::<usize>::default();
+        let mut busy: Vec<_> = (0..1000).map(|_| queue.push("busy", false)).collect();
+        let mut quiet = queue.push("quiet", false);
+        // Amazon refuses each call of the busy account, so each comes back before the others of its account.
+        for turn in 0..3 {
+            queue.pop().unwrap().send(turn).unwrap();
+            if quiet.try_recv().is_ok() {
+                assert!(turn <= 1, "turn {turn}");
+                return;
+            }
+            busy.push(queue.push("busy", true));
+        }
+        panic!("the quiet account gets no turn");
+    }
+
+    #[test]
     fn a_call_that_had_its_turn_comes_first() {
         let mut queue = Queue::default();
         let calls = vec![

@@ -7,7 +7,7 @@ use tokio::task::JoinHandle;
 
 use super::*;
 use crate::domain::api_families::family;
-use crate::telemetry::metrics;
+use crate::telemetry::metrics::{self, Metrics};
 
 const PATH: &str = "/sp/campaigns/list";
 
@@ -294,4 +294,44 @@ async fn a_clock_that_is_set_changes_no_wait() {
     }
     advance(&memory, 11.5);
     assert!(matches!(throttle.enter(call("a")), Entry::Pass(_)));
+}
+
+#[test]
+fn each_kind_is_told_by_method_and_path() {
+    for (line, kind) in [
+        ("GET /v2/profiles", Kind::Read),
+        ("HEAD /v2/profiles", Kind::Read),
+        ("POST /sp/campaigns/list", Kind::Read),
+        ("POST /adsApi/v1/query/campaigns", Kind::Read),
+        ("POST /sp/targets/bid/recommendations", Kind::Read),
+        ("POST /sp/campaigns", Kind::Write),
+        ("PUT /sp/campaigns", Kind::Write),
+        ("DELETE /reporting/reports/r1", Kind::Write),
+        ("POST /mcp", Kind::Write),
+        ("POST /reporting/reports", Kind::Create),
+        ("GET /reporting/reports/r1", Kind::Poll),
+        ("POST /campaigns/export", Kind::Create),
+        ("GET /exports/e1", Kind::Poll),
+        ("POST /accounts/1/dsp/reports", Kind::Create),
+        ("GET /accounts/1/dsp/reports/r1", Kind::Poll),
+        ("POST /amc/reporting/amc1/workflowExecutions", Kind::Create),
+        ("GET /amc/reporting/amc1/workflowExecutions/x1", Kind::Poll),
+        ("GET /amc/reporting/amc1/workflowExecutions", Kind::Read),
+        ("GET /amc/reporting/amc1/workflows/w1", Kind::Read),
+        ("POST /adsApi/v1/create/reports", Kind::Create),
+        ("POST /adsApi/v1/retrieve/reports", Kind::Poll),
+        ("POST /v2/sp/campaigns/report", Kind::Create),
+        ("GET /v2/reports/r1", Kind::Poll),
+        ("GET /", Kind::Read),
+        ("POST /", Kind::Write),
+        ("GET //exports//e1/", Kind::Poll),
+    ] {
+        let (method, path) = line.split_once(' ').unwrap();
+        assert_eq!(Kind::of(&method.parse().unwrap(), path), kind, "{line}");
+    }
+}
+
+#[test]
+fn extended_lists_weigh_five_calls() {
+    assert_eq!([weight("/v2/sp/campaigns/extended"), weight("/v2/sp/extendedness")], [5.0, 1.0]);
 }

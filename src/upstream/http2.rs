@@ -75,6 +75,7 @@ struct State {
     answered: Notify,
 }
 
+/// What changes with the pings and with each read of a body, under one lock.
 #[derive(Debug)]
 struct Link {
     pings: PingPong,
@@ -87,8 +88,8 @@ struct Link {
     task: Option<Waker>,
 }
 
-/// Opens the HTTP/2 connection on `socket`, whose reads `activity` records. Returns its handle, and the future that runs
-/// it. `max_streams` is assumed until the server says how many it allows.
+/// Opens the HTTP/2 connection on `socket`, whose reads `activity` records; `used` records the requests to its region.
+/// Returns its handle, and the future that runs it. `max_streams` is assumed until the server says how many it allows.
 ///
 /// # Errors
 /// Fails if the connection breaks.
@@ -181,7 +182,7 @@ impl Http2 {
         self.state.streams.load(Relaxed) > 0 && self.state.activity.elapsed() >= SILENT_AFTER
     }
 
-    /// Whether both handles are of one connection.
+    /// Whether both are handles to the same connection.
     pub(super) fn is(&self, other: &Self) -> bool {
         Arc::ptr_eq(&self.state, &other.state)
     }
@@ -597,7 +598,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Driver<S> {
             return false;
         }
         self.connection.set_target_window_size(connection);
-        link.windows.announced((stream, connection));
+        link.windows.set_announced((stream, connection));
         true
     }
 

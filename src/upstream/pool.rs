@@ -326,8 +326,8 @@ impl OriginPool {
         self.ended(&mut connections, idle.is_some(), !connection.was_used());
     }
 
-    /// Replaces a connection that the server closed while it idled. One that broke is replaced with the next look at all
-    /// connections, because a request that is sent again opens one too.
+    /// Replaces a connection that the server closed while it idled. One that broke is replaced with the next look at
+    /// all connections, because a request that is sent again opens one too.
     fn ended(self: &Arc<Self>, connections: &mut Connections, idled: bool, unused: bool) {
         if unused {
             connections.background_at = Some(Instant::now() + RETRY);

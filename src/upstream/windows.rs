@@ -136,7 +136,7 @@ impl Windows {
         Some((self.stream, self.connection())).filter(|now| *now != self.announced)
     }
 
-    pub(super) fn announced(&mut self, windows: (u32, u32)) {
+    pub(super) fn set_announced(&mut self, windows: (u32, u32)) {
         self.announced = windows;
     }
 
@@ -285,7 +285,7 @@ mod tests {
     /// What the driver of the connection does.
     fn announce(windows: &mut Windows) {
         if let Some(changed) = windows.changed() {
-            windows.announced(changed);
+            windows.set_announced(changed);
         }
     }
 

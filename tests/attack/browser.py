@@ -1,5 +1,6 @@
 """A real browser: Chromium, controlled through chromedriver's protocol (W3C WebDriver), with the standard library."""
 
+import base64
 import json
 import subprocess
 import time
@@ -24,6 +25,8 @@ FLAGS = [
     "--disable-dev-shm-usage",
 ]
 ELEMENT = "element-6066-11e4-a52e-4f735466cecf"
+# Keys, as WebDriver names them.
+TAB, ENTER, SPACE, SHIFT, DOWN = "\ue004", "\ue007", " ", "\ue008", "\ue015"
 
 
 class Browser:
@@ -36,7 +39,12 @@ class Browser:
         self.base = f"http://127.0.0.1:{port}"
         world.until("chromedriver", lambda: backends.listens(port))
         flags = [*FLAGS, f"--user-data-dir={directory}/profile", *more_flags]
-        options = {"browserName": "chrome", "goog:chromeOptions": {"args": flags}, "pageLoadStrategy": "normal"}
+        options = {
+            "browserName": "chrome",
+            "goog:chromeOptions": {"args": flags},
+            "goog:loggingPrefs": {"browser": "ALL"},
+            "pageLoadStrategy": "normal",
+        }
         session = self.order("POST", "/session", {"capabilities": {"alwaysMatch": options}})
         self.base += f"/session/{session['sessionId']}"
         self.order("POST", "/timeouts", {"script": PATIENCE_SECONDS * 1000, "pageLoad": PATIENCE_SECONDS * 1000})
@@ -62,6 +70,42 @@ class Browser:
 
     def text(self) -> str:
         return self.order("POST", "/execute/sync", {"script": "return document.body.innerText", "args": []})
+
+    def value(self, expression: str):
+        """The value of an expression in the page."""
+        return self.order("POST", "/execute/sync", {"script": f"return ({expression})", "args": []})
+
+    def console(self) -> list[str]:
+        """What the page wrote to the console since this was called last."""
+        return [f"{entry['level']}: {entry['message']}" for entry in self.order("POST", "/se/log", {"type": "browser"})]
+
+    def devtools(self, command: str, **parameters):
+        return self.order("POST", "/goog/cdp/execute", {"cmd": command, "params": parameters})
+
+    def look(self, theme: str, width: int, height: int = 900) -> None:
+        """Changes the colour scheme that the user prefers, and the size of the window."""
+        features = [{"name": "prefers-color-scheme", "value": theme}]
+        self.devtools("Emulation.setEmulatedMedia", features=features)
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+        self.devtools("Emulation.setDeviceMetricsOverride", **size)
+
+    def picture(self) -> bytes:
+        """The whole page, as PNG."""
+        taken = self.devtools("Page.captureScreenshot", format="png", captureBeyondViewport=True)
+        return base64.b64decode(taken["data"])
+
+    def press(self, *keys: str) -> None:
+        """Presses keys one after the other."""
+        strokes = [{"type": kind, "value": key} for key in keys for kind in ("keyDown", "keyUp")]
+        self.strokes(strokes)
+
+    def press_with(self, held: str, key: str) -> None:
+        """Presses a key while another one is held."""
+        order = [("keyDown", held), ("keyDown", key), ("keyUp", key), ("keyUp", held)]
+        self.strokes([{"type": kind, "value": each} for kind, each in order])
+
+    def strokes(self, strokes: list[dict]) -> None:
+        self.order("POST", "/actions", {"actions": [{"type": "key", "id": "keyboard", "actions": strokes}]})
 
     def click(self, selector: str) -> None:
         found = self.order("POST", "/element", {"using": "css selector", "value": selector})

@@ -12,9 +12,10 @@ ECHO = "/sandbox/echo"
 
 @dataclass(frozen=True)
 class Outcome:
-    """`status` 0: no response at all is also correct. `reaches` is the request that Amazon gets: method, target and body, or
-    `None` if no complete request may reach it; its response passes, whatever its status. `kept`: the next request on the
-    connection is served too."""
+    """`status` 0: no response at all is also correct. `reaches` is the request that Amazon gets: method, target and
+    body, or
+    `None` if no complete request may reach it; its response passes, whatever its status. `kept`: the next request on
+    the connection is served too."""
 
     status: int
     code: str = ""

@@ -18,8 +18,8 @@ PAGE = (Path(__file__).parent / "page.html").read_bytes()
 
 @pytest.fixture(scope="module")
 def evil(sandbox):
-    """The attacker's server: on its own port and, on another address, on the port of the proxy listener. There it serves its
-    page, and afterwards forwards connections to the proxy listener, like a rebound name."""
+    """The attacker's server: on its own port and, on another address, on the port of the proxy listener. There it
+    serves its page, and afterwards forwards connections to the proxy listener, like a rebound name."""
     port = urlsplit(sandbox.proxy).port
 
     class Handler(BaseHTTPRequestHandler):

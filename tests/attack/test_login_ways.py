@@ -57,7 +57,9 @@ class NoRedirects(urllib.request.HTTPRedirectHandler):
 
 
 def order(url: str, method: str = "GET", **headers: str) -> tuple[int, dict, str]:
-    request = urllib.request.Request(url, method=method, headers={name.replace("_", "-"): value for name, value in headers.items()})
+    request = urllib.request.Request(
+        url, method=method, headers={name.replace("_", "-"): value for name, value in headers.items()}
+    )
     try:
         with urllib.request.build_opener(NoRedirects).open(request) as answer:
             return answer.status, dict(answer.headers), answer.read().decode()
@@ -77,7 +79,11 @@ def configure(sandbox, section: str, line: str) -> None:
     """Adds a line to a section of the configuration of the sandbox's adsidecar."""
     file = Path(sandbox.config)
     text = file.read_text()
-    file.write_text(text.replace(f"[{section}]\n", f"[{section}]\n{line}\n") if f"[{section}]" in text else f"{text}\n[{section}]\n{line}\n")
+    file.write_text(
+        text.replace(f"[{section}]\n", f"[{section}]\n{line}\n")
+        if f"[{section}]" in text
+        else f"{text}\n[{section}]\n{line}\n"
+    )
     status, _, answer = order(f"{sandbox.admin}/reload", "POST")
     assert status == 200, answer
 

@@ -76,8 +76,8 @@ def many_descriptors(count: int) -> None:
 
 
 def fill(sidecar: Sidecar, users: int, life: timedelta, unused: timedelta = timedelta()) -> None:
-    """Gives `users` users (u0, u1, …) a grant whose access token expires after `life`, and that was last used the given time
-    ago. All share one grant of the sandbox's."""
+    """Gives `users` users (u0, u1, …) a grant whose access token expires after `life`, and that was last used the given
+    time ago. All share one grant of the sandbox's."""
     sidecar.import_grant("seed")
     sidecar.start()
     status, _, text = sidecar.get("/v2/profiles", **{"X-Ads-User": "seed"})

@@ -142,8 +142,10 @@ impl Setup {
             sandbox.write_ca(&ca).unwrap();
             let file = directory.path().join("adsidecar.toml");
             let config = format!(
-                "[proxy]\nlisten = \"127.0.0.1:0\"\n[admin]\nlisten = \"127.0.0.1:0\"\n[amazon]\nclient_id = \"{CLIENT_ID}\"\n\
-                 client_secret = \"{CLIENT_SECRET}\"\nrefresh_token = {refresh_token:?}\ntoken_url = {:?}\nca_file = {ca:?}\n\
+                "[proxy]\nlisten = \"127.0.0.1:0\"\n[admin]\nlisten = \"127.0.0.1:0\"\n[amazon]\nclient_id = \
+                 \"{CLIENT_ID}\"\n\
+                 client_secret = \"{CLIENT_SECRET}\"\nrefresh_token = {refresh_token:?}\ntoken_url = {:?}\nca_file = \
+                 {ca:?}\n\
                  [store]\npath = {:?}\nfernet_keys = \"cw_0x689RpI-jtRR7oE8h_eQsKImvJapLeSbXpwF4e4=\"\n\
                  [upstream]\nna = {:?}\nca_file = {ca:?}\nhttp2 = {http2:?}\n",
                 sandbox.token_url(),

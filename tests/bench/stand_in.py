@@ -1,6 +1,7 @@
-"""A stand-in for Amazon that is fast enough to measure against: nginx with a throw-away certificate. Also nginx as a peer,
-and adsidecar in front of the stand-in."""
+"""A stand-in for Amazon that is fast enough to measure against: nginx with a throw-away certificate. Also nginx as a
+peer, and adsidecar in front of the stand-in."""
 
+import atexit
 import json
 import os
 import re
@@ -32,11 +33,15 @@ STAND_IN = """
   server {{
     listen 127.0.0.1:{amazon} ssl http2; ssl_certificate {place}/leaf.pem; ssl_certificate_key {place}/leaf.key;
     ssl_protocols TLSv1.2 TLSv1.3; root {place};
-    location = /auth/o2/token {{ return 200 '{{"access_token":"{token}","refresh_token":"Atzr|x","token_type":"bearer","expires_in":3600}}'; }}
+    location = /auth/o2/token {{
+        return 200
+            '{{"access_token":"{token}","refresh_token":"Atzr|x","token_type":"bearer","expires_in":3600}}';
+    }}
     location = /sp/small {{ if ($whole = 0) {{ return 403; }} return 200 '{profiles}'; }}
     location = /sp/upload {{
       if ($whole = 0) {{ return 403; }}
-      # Reads the whole body. A plain `return` does not, and nginx would treat the rest of many bodies as an HTTP/2 flood.
+      # Reads the whole body. A plain `return` does not, and nginx would treat the rest of many bodies as an HTTP/2
+      # flood.
       client_body_buffer_size 1m; proxy_pass_request_body off; proxy_set_header Content-Length "";
       proxy_pass http://unix:{place}/took.sock;
     }}
@@ -94,6 +99,7 @@ class Running:
             self.process = subprocess.Popen(
                 ["taskset", "--cpu-list", str(core), *command], stdout=out, stderr=out, env={"PATH": os.environ["PATH"]}
             )
+        atexit.register(self.process.terminate)
         until(f"{command[0]} at port {port}, see {log}", self.listens, 60)
 
     def listens(self) -> bool:

@@ -217,7 +217,8 @@ fn svg(runs: &[(&str, Vec<f64>)], limit: impl Fn(f64) -> f64) -> String {
     let x = |second: f64| 50.0 + second * 1.8;
     let y = |rate: f64| 20.0 + height * (1.0 - rate / 45.0);
     let mut text = String::from(
-        "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 940 390\" font-family=\"sans-serif\" font-size=\"12\">\n\
+        "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 940 390\" font-family=\"sans-serif\" \
+         font-size=\"12\">\n\
          <rect width=\"940\" height=\"390\" fill=\"#fff\"/>\n",
     );
     let line = |points: &[(f64, f64)], color: &str, dash: &str| {

@@ -149,14 +149,17 @@ class Backend:
     def nginx(self) -> None:
         configuration = self.directory / "nginx.conf"
         configuration.write_text(f"""
-            daemon off; user root; pid {self.directory}/nginx.pid; error_log {self.directory}/error.log crit; worker_processes 1;
+            daemon off; user root; pid {self.directory}/nginx.pid; error_log {self.directory}/error.log crit;
+            worker_processes 1;
             events {{ worker_connections 4096; }}
             http {{
-                log_format seen escape=json '{{"target":"$request_uri","headers":[["x-request-id","$http_x_request_id"]],'
+                log_format seen escape=json '{{"target":"$request_uri",'
+                                            '"headers":[["x-request-id","$http_x_request_id"]],'
                                             '"length":0,"body":"","status":$status}}';
                 access_log off;
                 client_body_temp_path {self.directory}/body; proxy_temp_path {self.directory}/proxy;
-                fastcgi_temp_path {self.directory}/fastcgi; uwsgi_temp_path {self.directory}/uwsgi; scgi_temp_path {self.directory}/scgi;
+                fastcgi_temp_path {self.directory}/fastcgi; uwsgi_temp_path {self.directory}/uwsgi;
+                scgi_temp_path {self.directory}/scgi;
                 keepalive_requests 1000000;
                 # The outer server reads a whole request before it forwards it to the inner one, which logs it.
                 server {{ listen 127.0.0.1:{self.plain} backlog=4096;
@@ -171,7 +174,8 @@ class Backend:
         mode = "http" if self.kind == "haproxy" else "tcp"
         configuration = self.directory / "haproxy.cfg"
         configuration.write_text(
-            f"global\n  maxconn 8000\n  nbthread 1\ndefaults\n  mode {mode}\n  timeout connect 5s\n  timeout client 90s\n"
+            f"global\n  maxconn 8000\n  nbthread 1\ndefaults\n  mode {mode}\n  timeout connect 5s\n  timeout client "
+            "90s\n"
             f"  timeout server 90s\nfrontend tls\n  bind 127.0.0.1:{self.port} ssl crt {pem} alpn http/1.1\n"
             f"  default_backend plain\nbackend plain\n  server one 127.0.0.1:{self.plain}\n"
         )

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
@@ -31,7 +32,9 @@ class Database:
 
     def run(self, program: str, *words: str) -> str:
         command = [str(self.programs / program), *words]
-        return subprocess.run(command, check=True, capture_output=True, text=True, cwd=self.directory, **self.user).stdout
+        return subprocess.run(
+            command, check=True, capture_output=True, text=True, cwd=self.directory, **self.user
+        ).stdout
 
     def start(self) -> None:
         command = [str(self.programs / "postgres"), "-D", str(self.directory / "data"), "-p", str(self.port)]
@@ -60,6 +63,37 @@ class Database:
     @property
     def url(self) -> str:
         return f"postgres://postgres@127.0.0.1:{self.port}/postgres"
+
+
+class Bouncer:
+    """A PgBouncer in transaction mode before a database."""
+
+    def __init__(self, database: Database, connections: int = 20):
+        self.directory, self.port = database.directory, world.free_port()
+        config = self.directory / "pgbouncer.ini"
+        config.write_text(
+            f"[databases]\npostgres = host=127.0.0.1 port={database.port} user=postgres\n[pgbouncer]\n"
+            f"listen_addr = 127.0.0.1\nlisten_port = {self.port}\nunix_socket_dir =\nauth_type = any\n"
+            f"pool_mode = transaction\ndefault_pool_size = {connections}\nmax_client_conn = 1000\n"
+        )
+        self.process = subprocess.Popen(["pgbouncer", "--quiet", str(config)], env={"PATH": "/usr/sbin:/usr/bin"},
+                                        stderr=subprocess.DEVNULL, **database.user)
+        world.until("PgBouncer", lambda: self.process.poll() is None and self.listens())
+
+    def listens(self) -> bool:
+        try:
+            socket.create_connection(("127.0.0.1", self.port)).close()
+            return True
+        except OSError:
+            return False
+
+    @property
+    def url(self) -> str:
+        return f"postgres://postgres@127.0.0.1:{self.port}/postgres"
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.wait()
 
 
 def log_in(sandbox, begins, ends, user: str) -> bool:

@@ -65,7 +65,10 @@ def mutated(number: int, chance: random.Random) -> bytes:
     chunked = chance.random() < 0.65
     body = chunks(content, hidden, chance) if chunked else content
     if chunked:
-        lines.append(f"{chance.choice(NAMES) if chance.random() < 0.12 else 'Transfer-Encoding'}:{chance.choice(['', ' ', ' ', ' ', '  '])}{chance.choice(CODINGS) if chance.random() < 0.15 else 'chunked'}")
+        name = chance.choice(NAMES) if chance.random() < 0.12 else "Transfer-Encoding"
+        blank = chance.choice(["", " ", " ", " ", "  "])
+        coding = chance.choice(CODINGS) if chance.random() < 0.15 else "chunked"
+        lines.append(f"{name}:{blank}{coding}")
         if chance.random() < 0.06:
             lines.append(f"{chance.choice(NAMES[:3])}: {chance.choice(CODINGS)}")
     if not chunked or chance.random() < 0.3:

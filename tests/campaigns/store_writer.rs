@@ -1,9 +1,10 @@
-//! Writes grants into a store and prints attempted and acknowledged writes on standard output. The campaigns kill it, cut
-//! its power, and make its disk fail.
+//! Writes grants into a store and prints attempted and acknowledged writes on standard output. The campaigns kill it,
+//! cut its power, and make its disk fail.
 //!
 //! `store-writer PATH check` opens the store, prints its contents, saves one grant and closes it.
 //! `store-writer PATH write SEED FIRST COUNT` prints its contents, then saves and erases grants numbered from
-//! FIRST on, so that no token is ever written twice; COUNT times, or until it is killed if 0. With the additional argument
+//! FIRST on, so that no token is ever written twice; COUNT times, or until it is killed if 0. With the additional
+//! argument
 //! `early` it acknowledges before it writes: the known-bad variant, which a campaign has to notice.
 
 use std::fs::File;

@@ -88,7 +88,8 @@ def end(process: subprocess.Popen, how: int = signal.SIGKILL) -> None:
 
 
 def check(book: Book, store: Path, seconds: float = 30) -> dict:
-    """Opens the store in a new process, compares it with the record, saves one grant, and closes it. Returns the output."""
+    """Opens the store in a new process, compares it with the record, saves one grant, and closes it. Returns the
+    output."""
     process = start(store, "check")
     try:
         out, errors = process.communicate(timeout=seconds)

@@ -73,7 +73,9 @@ class Sandbox:
     def __init__(self, directory: Path, *words: str):
         self.directory = directory / "amazon"
         self.directory.mkdir(parents=True, exist_ok=True)
-        listeners = [word for listener in ("proxy", "admin", "amazon", "control") for word in (f"--{listener}", "127.0.0.1:0")]
+        listeners = [
+            word for listener in ("proxy", "admin", "amazon", "control") for word in (f"--{listener}", "127.0.0.1:0")
+        ]
         command = [binary("adsidecar-sandbox"), "--calm", "--no-login", "--json", *listeners]
         command += ["--data", str(self.directory), *words]
         self.log = (self.directory / "sandbox.log").open("w")

@@ -36,7 +36,13 @@ def run(client: str, installed: Path, home: Path, url: str) -> str:
 
 def run_mcp_remote(installed: Path, environment: dict, url: str) -> str:
     """mcp-remote is a server on standard input and output for programs that start their servers themselves."""
-    command = ["node", str(installed / "node_modules" / "mcp-remote" / "dist" / "proxy.js"), url, "--transport", "http-only"]
+    command = [
+        "node",
+        str(installed / "node_modules" / "mcp-remote" / "dist" / "proxy.js"),
+        url,
+        "--transport",
+        "http-only",
+    ]
     initialize = {
         "protocolVersion": "2025-06-18", "capabilities": {}, "clientInfo": {"name": "adsidecar-test", "version": "1"}
     }
@@ -78,7 +84,9 @@ def test_each_client_lists_the_tools(client, path, installed_clients, tmp_path, 
 
 
 @pytest.mark.parametrize("client", CLIENTS)
-def test_without_a_grant_each_client_shows_the_login_link_and_ends(client, installed_clients, tmp_path, sandbox_without_grant):
+def test_without_a_grant_each_client_shows_the_login_link_and_ends(
+    client, installed_clients, tmp_path, sandbox_without_grant
+):
     shown = run(client, installed_clients, tmp_path, sandbox_without_grant.proxy + "/mcp")
     assert f"{sandbox_without_grant.proxy}/api/auth/amazon/login?user_id=default" in shown, shown
     assert not calls(sandbox_without_grant, "mcp_na") and not calls(sandbox_without_grant, "na"), "nothing left"

@@ -13,7 +13,9 @@ LIMIT_SECONDS = 60
 
 
 def run(*command: str) -> str:
-    ended = subprocess.run(command, env={"PATH": os.environ["PATH"]}, capture_output=True, text=True, timeout=LIMIT_SECONDS)
+    ended = subprocess.run(
+        command, env={"PATH": os.environ["PATH"]}, capture_output=True, text=True, timeout=LIMIT_SECONDS
+    )
     assert ended.returncode == 0, ended.stderr
     return ended.stdout
 
@@ -48,5 +50,7 @@ def test_curls_tunnel_reaches_the_region_of_its_url(region, sandbox):
 
 def test_no_other_tunnel_is_opened(sandbox):
     command = ["curl", "--silent", "--proxytunnel", "--proxy", sandbox.proxy, "http://127.0.0.1:9/"]
-    ended = subprocess.run(command, env={"PATH": os.environ["PATH"]}, capture_output=True, text=True, timeout=LIMIT_SECONDS)
+    ended = subprocess.run(
+        command, env={"PATH": os.environ["PATH"]}, capture_output=True, text=True, timeout=LIMIT_SECONDS
+    )
     assert ended.returncode != 0, ended.stdout

@@ -1,4 +1,5 @@
-// Requests an http:// URL of Amazon's through a proxy, with a client that opens a tunnel even for that: undici's ProxyAgent.
+// Requests an http:// URL of Amazon's through a proxy, with a client that opens a tunnel even for that: undici's
+// ProxyAgent.
 
 import { ProxyAgent, fetch, request } from "undici";
 

@@ -187,6 +187,7 @@ async fn during_the_drain_each_response_closes_its_connection() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+// Covers: situation 21.
 async fn head_works_wherever_get_does_and_has_no_body() {
     let harness = Harness::start().await;
     for path in ["/livez", "/readyz", "/startupz", "/metrics", "/", "/log"] {
@@ -200,6 +201,7 @@ async fn head_works_wherever_get_does_and_has_no_body() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+// Covers: situation 25.
 async fn a_load_balancer_finds_the_login_listener_healthy_under_any_host_and_learns_nothing_more() {
     let harness = Harness::with("[login]\nlisten = \"127.0.0.1:0\"\n").await;
     for (method, host) in [(Method::GET, "10.0.0.7"), (Method::HEAD, "10.0.0.7"), (Method::GET, "localhost")] {

@@ -143,6 +143,33 @@ async fn a_backup_of_many_users_is_streamed_in_pages() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_caller_from_elsewhere_exports_and_backs_up_with_the_caller_token_alone() {
+    let mut harness = Harness::start().await;
+    harness.log_in("default").await;
+    harness.sets.push(("admin.public_url".into(), "https://ads.example.com/".into()));
+    harness.restart_with("proxy.caller_token", "one-token").await;
+    for (method, path) in [
+        (Method::GET, "/users/export?user_id=default"),
+        (Method::GET, "/dump"),
+        (Method::POST, "/restore"),
+        (Method::POST, "/users/import?user_id=shop"),
+    ] {
+        let ask = |token: Option<&'static str>| {
+            let request = harness.client.request(method.clone(), harness.admin_url(path));
+            let request = request.header("host", "ads.example.com");
+            let request = token.map_or(request.try_clone(), |token| Some(request.header("x-ads-sidecar-token", token)));
+            async move { request.unwrap().send().await.unwrap() }
+        };
+        for token in [None, Some("another-token")] {
+            let refused = ask(token).await;
+            assert_eq!((refused.status().as_u16(), code(&refused)), (407, "caller_unauthorized"), "{path}");
+            assert!(!refused.text().await.unwrap().contains("Atzr"), "{path}");
+        }
+        assert_ne!(ask(Some("one-token")).await.status(), 407, "{path}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn only_an_operator_backs_up_and_restores_and_nothing_is_ignored() {
     let mut harness = Harness::start().await;
     harness.log_in("default").await;
@@ -170,16 +197,13 @@ async fn only_an_operator_backs_up_and_restores_and_nothing_is_ignored() {
         let unknown = unknown.header("x-ads-sidecar-token", "one-token").send().await.unwrap();
         assert_eq!((unknown.status().as_u16(), code(&unknown)), (400, "bad_request"), "{path}");
     }
-    // A refresh token in clear text is worth more than any call: the caller token protects it from this machine too.
-    let export = harness.admin_url("/users/export?user_id=default");
-    let refused = harness.client.get(&export).send().await.unwrap();
-    assert_eq!((refused.status().as_u16(), code(&refused)), (407, "caller_unauthorized"));
-    assert!(!refused.text().await.unwrap().contains("Atzr"));
-    let shown = harness.client.get(&export).header("x-ads-sidecar-token", "one-token").send().await.unwrap();
-    assert_eq!(shown.status(), 200);
-    assert_eq!(shown.headers()["cache-control"], "no-store");
-    assert!(shown.text().await.unwrap().starts_with("Atzr|"));
-    assert_eq!(at_admin(&harness, Method::GET, "/dump", "").await.status(), 200, "the dump is encrypted");
+    // A caller on this machine is an operator, with or without the token: a loopback address and a loopback `Host`.
+    for path in ["/users/export?user_id=default", "/dump"] {
+        let shown = at_admin(&harness, Method::GET, path, "").await;
+        assert_eq!(shown.status(), 200, "{path}");
+        assert_eq!(shown.headers()["cache-control"], "no-store", "{path}");
+        assert_eq!(shown.text().await.unwrap().contains("Atzr|"), path != "/dump", "the dump is encrypted");
+    }
     for (path, body) in [
         ("/users/import?user_id=a%20b", "Atzr|x"),
         ("/users/import?user_id=shop&replace=maybe", "Atzr|x"),

@@ -15,7 +15,8 @@ async fn a_hang_up_is_noticed_behind_a_stray_line_break() {
     let harness = Harness::set(&[]).await;
     for bytes in [
         "POST /sandbox/echo HTTP/1.1\r\nHost: localhost\r\nContent-Length: 4\r\n\r\nbody\r\n",
-        "POST /sandbox/echo HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nbody\r\n0\r\n\r\n\r\n",
+        "POST /sandbox/echo HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nbody\r\n0\r\n\r\n\
+         \r\n",
         "POST /sandbox/echo HTTP/1.1\r\nHost: localhost\r\nContent-Length: 4\r\n\r\nbody",
     ] {
         let gate = harness.sandbox.set_fault(Rule::from(Fault::Gate).at(Listener::Na));

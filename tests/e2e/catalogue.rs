@@ -1,4 +1,4 @@
-//! The catalogue of failures and attacks (threats), and the tests that cover each.
+//! The catalogue of failures, attacks (threats) and mistakes of real users (situations), and the tests that cover each.
 //!
 //! A comment above a test names what it covers: `// Covers: failure 16.` in Rust, `# Covers: threat 6.` in Python. The
 //! tables in `tests/README.md` are generated from these comments. After a change run `UPDATE_CATALOGUE=1 cargo nextest
@@ -175,14 +175,54 @@ const THREATS: [&str; 42] = [
     "the admin listener is used for an attack",
 ];
 
+/// What users of systems like this one have reported in public, and what went wrong here when it was tried.
+const SITUATIONS: [&str; 35] = [
+    "a destructive endpoint gets its filter in the body, or under a misspelt name",
+    "a selecting header is misspelt, or spelt with an underscore",
+    "a load balancer ends an HTTP/2 connection with GOAWAY; the streams behind it were not processed",
+    "an HTTP/2 server refuses a stream on a new connection (REFUSED_STREAM)",
+    "a NAT forgets an HTTP/2 connection, and new connections work",
+    "a login begins at 127.0.0.1, and its redirect URI is at localhost",
+    "a browser prefetches the callback and spends the code",
+    "the callback is delivered twice, or its page is reloaded",
+    "somebody without the cookie fetches the callback first",
+    "a credential keeps the quotes of its env file",
+    "a whole JSON secret stands where one value belongs",
+    "another text stands where the refresh token belongs: percent-encoded, NAME=value, b'…', an access token, a code",
+    "a filter, an egress proxy or a captive portal answers in the place of Login with Amazon",
+    "TLS to Login with Amazon or to Amazon Ads is intercepted",
+    "this machine's clock is wrong by months, so no certificate is valid",
+    "a Fernet key is in the standard base64 alphabet",
+    "a home-grown store wrote str(bytes), or a line end behind the token",
+    "a token store wrote its times as seconds since 1970, RFC 1123 or {\"$date\": …}",
+    "the base URL ends with a slash, so the paths begin with two",
+    "the redirect URI has another path, or a final slash",
+    "a health check sends HEAD",
+    "a tool sends an optional header blank",
+    "an MCP client that is built on a browser cannot help sending Sec-Fetch-Site",
+    "an MCP client looks for an OAuth server of its own",
+    "a load balancer wants 200 at the port that it routes to",
+    "systemd waits for READY=1",
+    "Host names one of Amazon's regions, in origin form",
+    "a search domain resolves Amazon's host to another address",
+    "Amazon's 401 about the scope is compressed with brotli",
+    "a query holds a bare quote",
+    "the caller's X-Request-Id is too long, blank, or not ASCII",
+    "a scope is written with commas, + or %3A",
+    "a command's output is piped into a program that ends",
+    "Login with Amazon, or something before it, answers with a compressed body",
+    "an HTTP/2 server asks for HTTP/1.1 for one stream",
+];
+
 const BEGIN: &str = "<!-- catalogue -->\n";
 const END: &str = "<!-- end -->";
 
 #[test]
-fn each_failure_and_threat_is_covered_by_a_test_and_listed_in_the_manual() {
+fn each_failure_threat_and_situation_is_covered_by_a_test_and_listed_in_the_manual() {
     let covered = covered();
     let threats = (1..).zip(THREATS).map(|(number, text)| ("threat", number, text));
-    let rows = FAILURES.iter().map(|(number, text)| ("failure", *number, *text)).chain(threats);
+    let situations = (1..).zip(SITUATIONS).map(|(number, text)| ("situation", number, text));
+    let rows = FAILURES.iter().map(|(number, text)| ("failure", *number, *text)).chain(threats).chain(situations);
     let (mut table, mut missing) = (String::new(), Vec::new());
     for (kind, number, text) in rows {
         if number == 1 {

@@ -24,7 +24,7 @@ pub const OTHER_KEY: &str = "AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8=";
 /// Exit codes (sysexits.h).
 pub const DONE: i32 = 0;
 pub const FAILED: i32 = 1;
-const USAGE: i32 = 64;
+pub const USAGE: i32 = 64;
 pub const HELD: i32 = 75;
 pub const CONFIG: i32 = 78;
 
@@ -647,6 +647,7 @@ async fn help_is_a_command_too() {
 }
 
 #[test]
+// Covers: situation 33.
 fn completions_into_a_closed_pipe_end_quietly() {
     let mut child = command(&["completions", "bash"]);
     let (reader, writer) = std::io::pipe().unwrap();

@@ -50,6 +50,7 @@ async fn serve_http2(wire: &mut Wire, settings: Vec<u8>, mut answer: impl FnMut(
 }
 
 #[tokio::test(flavor = "multi_thread")]
+// Covers: situation 5.
 async fn a_request_does_not_wait_on_an_http2_connection_that_has_gone_silent() {
     // The first connection answers one request and then nothing any more, not even a ping.
     let amazon = Scripted::speaking(&["h2"], |mut wire: Wire, number| async move {

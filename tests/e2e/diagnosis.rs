@@ -6,6 +6,7 @@ use crate::commands::Serving;
 use crate::harness::{Harness, code, eventually, json};
 
 #[tokio::test(flavor = "multi_thread")]
+// Covers: situation 13.
 async fn what_answers_in_the_place_of_login_with_amazon_is_named() {
     let harness = Harness::with_running_clock("").await;
     harness.log_in("default").await;
@@ -39,6 +40,7 @@ async fn what_answers_in_the_place_of_login_with_amazon_is_named() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+// Covers: situation 28.
 async fn the_log_names_the_host_and_the_address_that_could_not_be_reached() {
     let mut harness = Harness::with_running_clock("").await;
     harness.log_in("default").await;

@@ -205,6 +205,14 @@ async fn what_is_wrong_with_the_store_is_named_and_the_store_is_not_touched() {
     harness.stop_sidecar().await;
     assert_eq!(diagnose(&harness, &pre, &[]).await.find("store_damaged"), None);
 
+    let elsewhere = harness.directory.path().join("elsewhere");
+    drop(sled::Config::new().path(&elsewhere).segment_size(64 << 10).open().unwrap());
+    let before = std::fs::read(elsewhere.join("db")).unwrap();
+    let elsewhere_text = elsewhere.display().to_string();
+    let broken = with(&set(&[("store.path", &elsewhere_text)]), &["--pre"]);
+    expect(&harness, "store_unusable", "store.path", &broken, &pre).await;
+    assert_eq!(std::fs::read(elsewhere.join("db")).unwrap(), before, "the doctor changes nothing");
+
     let token = harness.sandbox.grant().refresh_token;
     let both = format!("store.fernet_keys={OTHER_KEY},{FERNET_KEY}");
     let imported = run(&harness, &["users", "import", "--user", "two", "--offline", "--set", &both], &token).await;
@@ -266,6 +274,9 @@ async fn what_is_wrong_on_the_way_to_amazon_is_named() {
         ("unreachable", "upstream.eu", set(&[("upstream.eu", "https://127.0.0.1:1")])),
         ("connect_timeout", "upstream.fe", set(&[("upstream.fe", &silent)])),
         ("tls", "upstream.ca_file", untrusted),
+        ("mcp_unreachable", "upstream.mcp_eu", set(&[("upstream.mcp_eu", "https://127.0.0.1:1")])),
+        ("outgoing_proxy", "upstream.proxy", set(&[("upstream.proxy", "http://127.0.0.1:1")])),
+        ("outgoing_proxy", "amazon.proxy", set(&[("amazon.proxy", "socks5://127.0.0.1:1")])),
         ("invalid_client", "amazon.client_secret", set(&[("amazon.client_secret", "amzn1.oa2-cs.v1.wrong")])),
         (
             "redirect_uri_refused",

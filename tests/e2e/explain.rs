@@ -1,6 +1,8 @@
 //! `adsidecar explain` and `adsidecar status`.
 
+use reqwest::Method;
 use serde_json::Value;
+use world::{Fault, Listener, Rule};
 
 use crate::commands::{DONE, FAILED, Ran, beside, command, run};
 use crate::harness::Harness;
@@ -57,6 +59,26 @@ async fn an_explanation_names_the_host_and_headers_that_amazon_then_receives() {
         }
         assert!(!told.to_string().contains("canary") && !told.to_string().contains("Atz"), "{told}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_explanation_knows_the_mcp_hosts_and_the_outgoing_proxy() {
+    let harness = Harness::with_running_clock(ACCOUNTS).await;
+    for (path, listener) in [("/mcp", Listener::McpEu), ("/mcp/lite", Listener::McpEu), ("/v2/profiles", Listener::Eu)]
+    {
+        let told = explained(&harness, &["POST", path, "--account", "acme"]).await;
+        assert_eq!(told["url"], format!("{}{path}", harness.sandbox.origin(listener)));
+        assert_eq!(told["through"], Value::Null);
+    }
+    let told = explained(&harness, &["GET", "http://advertising-ai-fe.amazon.com/mcp"]).await;
+    assert_eq!(told["url"], format!("{}/mcp", harness.sandbox.origin(Listener::McpFe)));
+
+    let proxy = ["--set", "upstream.proxy=http://ann:canary@proxy.example:3128"];
+    let told = explained(&harness, &[&["GET", "/sd/campaigns"], &proxy[..]].concat()).await;
+    assert_eq!(told["through"], "the proxy http://proxy.example:3128 (upstream.proxy)");
+    let ran = run(&harness, &[&["explain", "GET", "/sd/campaigns"], &proxy[..]].concat(), "").await;
+    assert!(ran.out.contains("\n  through  the proxy http://proxy.example:3128 (upstream.proxy)\n"), "{}", ran.out);
+    assert!(!ran.out.contains("canary"), "{}", ran.out);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -181,6 +203,38 @@ async fn the_status_is_told_beside_a_running_sidecar_and_without_one() {
         "{}",
         revoked.out
     );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_status_shows_the_limits_that_amazon_was_seen_to_have() {
+    let harness = Harness::with_running_clock("[throttle]\nmode = \"enforce\"\n").await;
+    harness.log_in("anna").await;
+    let call = async |path: &str| {
+        let request = harness.request(Method::POST, path).header("x-ads-user", "anna");
+        request.header("amazon-advertising-api-scope", "3012345678901234561").body("{}").send().await.unwrap()
+    };
+    let json = async || -> Value { serde_json::from_str(&status(&harness, &["-o", "json"]).await.out).unwrap() };
+    let before = status(&harness, &[]).await;
+    assert!(!before.out.contains("limits"), "nothing is known before a 429: {}", before.out);
+    assert_eq!((&json().await["limits"], &json().await["running"]), (&Value::Array(vec![]), &Value::Array(vec![])));
+
+    assert!(call("/campaigns/export").await.status().is_success());
+    harness.sandbox.set_fault(Rule::from(Fault::too_many(Some(300))).at(Listener::Na).on("/sp"));
+    assert_eq!(call("/sp/campaigns").await.status(), 429);
+    let told = json().await;
+    let [limit] = told["limits"].as_array().unwrap().as_slice() else { panic!("{told}") };
+    assert_eq!(
+        (&limit["region"], &limit["family"], &limit["kind"], &limit["waiting"]),
+        (&"na".into(), &"sponsored_products".into(), &"write".into(), &0.into())
+    );
+    let paused = limit["paused_for"].as_f64().unwrap();
+    assert!(paused > 290.0 && paused <= 330.0 && limit["rate"].as_f64().unwrap() > 0.0, "{limit}");
+    assert_eq!(told["running"], serde_json::json!([{ "region": "na", "family": "exports", "count": 1 }]));
+
+    let text = status(&harness, &[]).await.out;
+    let line = text.lines().find(|line| line.starts_with("na ")).unwrap_or_else(|| panic!("{text}"));
+    assert!(line.contains("sponsored_products") && line.contains("write") && line.contains("/s"), "{line}");
+    assert!(text.contains("running at Amazon: 1 (na, exports)"), "{text}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -244,6 +244,61 @@ async fn one_refusal_counts_for_all_replicas() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn after_an_outage_nobody_uses_a_token_whose_successor_another_replica_could_not_store() {
+    let mut pair = Pair::start().await;
+    pair.a.log_in("anna").await;
+    assert_eq!(pair.b.call("anna").await.status(), 200);
+    pair.a.sandbox.set_fault(Rule::from(Fault::RotateRefreshToken).at(Listener::Lwa).always());
+    let release = hold("refresh_answered");
+    let refresh = {
+        let url = pair.a.proxy_url(&format!("{REFRESH}?user_id=anna"));
+        tokio::spawn(pair.a.client.post(url).send())
+    };
+    eventually("the answer", async || (pair.a.sandbox.refreshes() == 1).then_some(())).await;
+    pair.cluster.crash();
+    drop(release);
+    eventually("the grant to be in memory only", async || {
+        (pair.a.metric("adsidecar_token_refresh_total{reason=\"\",result=\"success\"}").await == 1.0).then_some(())
+    })
+    .await;
+    refresh.await.unwrap().unwrap();
+    pair.cluster.run();
+    pair.sql = pair.cluster.connect().await;
+    // As if the outage had taken longer than the lease.
+    pair.sql.run("UPDATE adsidecar_grants SET lease_until = clock_timestamp()").await;
+    eventually("a refresh", async || {
+        (pair.b.post(&format!("{REFRESH}?user_id=anna")).await.status() == 200).then_some(())
+    })
+    .await;
+    let refused = "adsidecar_token_refresh_total{reason=\"invalid_grant\",result=\"failure\"}";
+    assert_eq!(pair.b.metric(refused).await, 0.0, "the first token was used up by the other replica");
+    assert_eq!(pair.a.metric(refused).await, 0.0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_grant_whose_answer_one_replica_did_not_hear_is_reported_lost_by_the_one_that_is_refused() {
+    let mut pair = Pair::start().await;
+    pair.a.log_in("anna").await;
+    assert_eq!(pair.b.call("anna").await.status(), 200);
+    let lost = "adsidecar_token_refresh_interrupted_total{outcome=\"lost\"}";
+    // A refusal alone is no loss.
+    pair.a.sandbox.set_fault(Rule::from(Fault::InvalidGrant).at(Listener::Lwa));
+    pair.b.post(&format!("{REFRESH}?user_id=anna")).await;
+    assert_eq!((pair.a.metric(lost).await, pair.b.metric(lost).await), (0.0, 0.0));
+    pair.a.log_in("anna").await;
+    pair.a.sandbox.set_fault(Rule::from(Fault::CloseMidBody).at(Listener::Lwa));
+    pair.a.post(&format!("{REFRESH}?user_id=anna")).await;
+    assert_eq!(pair.a.status_of("anna").await["state"], "failing");
+    pair.a.stop_sidecar().await;
+    pair.a.sandbox.set_fault(Rule::from(Fault::InvalidGrant).at(Listener::Lwa).always());
+    // Past the pause after a failure.
+    pair.a.advance(60);
+    pair.b.post(&format!("{REFRESH}?user_id=anna")).await;
+    eventually("the refusal", async || (pair.b.state_of("anna").await == "login_required").then_some(())).await;
+    assert_eq!(pair.b.metric(lost).await, 1.0, "what the other one did not hear may have been a new token");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn the_generation_is_compared_before_each_client_secret() {
     let cluster = Cluster::start();
     let url = cluster.url();
@@ -273,21 +328,39 @@ async fn of_six_replicas_one_adopts_the_configured_refresh_token_and_a_login_is_
     let configured = [("amazon.refresh_token", other)];
     let starts = (0..6).map(|_| Replica::beside(&pair.a, &configured));
     let replicas = futures_util::future::join_all(starts).await;
-    assert_eq!(pair.row("default").await, (1, true), "one of them adopted it");
+    let told = "SELECT generation || ' ' || epoch || ' ' || coalesce(refused, '-') FROM adsidecar_grants";
+    assert_eq!(pair.row("default").await, (1, true), "one of them adopted it: {:?}", pair.sql.one(told).await);
+    // Nobody has issued it: whoever refreshes it first says to all that it is refused.
+    eventually("the refusal", async || {
+        let refused = "SELECT count(*) FROM adsidecar_grants WHERE refused = 'invalid_grant' AND lease_owner IS NULL";
+        (pair.sql.one(refused).await? == "1").then_some(())
+    })
+    .await;
     drop(replicas);
-    // The grant is refused, and while a starting process hears so, a person logs in.
-    pair.sql.run("DELETE FROM adsidecar_notes WHERE name = 'adopted_refresh_token'").await;
-    let release = hold("refresh_answered");
+    // A starting process tries the grant, and while it hears that it is refused, a person logs in.
+    pair.sql
+        .run(
+            "DELETE FROM adsidecar_notes WHERE name = 'adopted_refresh_token'; \
+             UPDATE adsidecar_grants SET refused = NULL, attempts = NULL, retry_at = NULL, due_at = NULL",
+        )
+        .await;
+    let gate = pair.a.sandbox.set_fault(Rule::from(Fault::Gate).at(Listener::Lwa));
     let configured = [("amazon.refresh_token", "Atzr|another-one")];
     let starting = Replica::beside(&pair.a, &configured);
     let (starting, ()) = tokio::join!(starting, async {
-        eventually("the refusal", async || (pair.a.sandbox.refreshes() > 0).then_some(())).await;
+        gate.reached(1).await;
         pair.a.log_in("default").await;
-        drop(release);
+        gate.release();
     });
-    let row = pair.row("default").await;
+    // A refresh changes the generation, and a login or an adoption the epoch too.
+    let epoch = async || pair.sql.one("SELECT epoch FROM adsidecar_grants WHERE user_id = 'default'").await;
+    let of_login = epoch().await;
     eventually("the login to be in use", async || (starting.call("default").await.status() == 200).then_some(())).await;
-    assert_eq!(pair.row("default").await, row, "the login is kept");
+    let refused = "adsidecar_token_refresh_total{reason=\"invalid_grant\",result=\"failure\"}";
+    eventually("the refusal", async || (starting.metric(refused).await > 0.0).then_some(())).await;
+    // It waits for the refresh that was refused, and for what follows from it.
+    eventually("a refresh of the login", async || (starting.post(REFRESH).await.status() == 200).then_some(())).await;
+    assert_eq!(epoch().await, of_login, "the login is kept");
     assert_eq!(call(&pair.a, "default").await.status(), 200);
 }
 

@@ -90,11 +90,57 @@ fn a_planted_cycle_and_a_planted_upward_dependency_are_found() {
     assert!(!uses.iter().any(|(from, _)| from == &path("b")), "a comment does not count as a use");
 }
 
-/// Files on the path of one ordinary request, besides those that serve its connection: twenty, and four of the throttle.
-const MOST_FILES_OF_A_REQUEST: usize = 24;
+/// The limit of `.rustfmt.toml`, which does not break strings and comments, for everything that people read as code.
+const MOST_COLUMNS: usize = 120;
+
+/// Prose and data: a paragraph, a row of a table or a picture is one line.
+const UNBROKEN: [&str; 8] = ["md", "tsv", "json", "lock", "txt", "svg", "png", "zip"];
 
 #[test]
-fn a_request_passes_through_at_most_twenty_four_files_and_through_none_twice() {
+fn no_line_is_longer_than_120_columns() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut git = std::process::Command::new("git");
+    let listing = git.args(["ls-files"]).current_dir(root).output().unwrap();
+    let (mut files, mut long) = (0, Vec::new());
+    for name in String::from_utf8(listing.stdout).unwrap().lines() {
+        let extension = Path::new(name).extension().and_then(|extension| extension.to_str()).unwrap_or_default();
+        // A file that is no text, or that was just deleted, has no lines.
+        let text = fs::read_to_string(root.join(name)).unwrap_or_default();
+        if UNBROKEN.contains(&extension) || text.is_empty() {
+            continue;
+        }
+        files += 1;
+        let lines = (1..).zip(text.lines()).filter(|(_, line)| line.chars().count() > MOST_COLUMNS);
+        long.extend(lines.map(|(number, line)| format!("{name}:{number}: {line}")));
+    }
+    assert!(files > 300, "{files}");
+    assert!(long.is_empty(), "{}", long.join("\n"));
+}
+
+/// Lines that a file may have without a reason, its tests not counted.
+const MOST_LINES: usize = 400;
+
+#[test]
+fn a_file_past_400_lines_says_why_in_its_first_comment() {
+    let sandbox = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/sandbox/src");
+    let mut silent = Vec::new();
+    for file in rust_files(&source()).into_iter().chain(rust_files(&sandbox)) {
+        let text = fs::read_to_string(&file).unwrap();
+        let code = text.split("#[cfg(test)]\nmod tests").next().unwrap_or_default().lines().count();
+        let comment: Vec<_> = text.lines().map_while(|line| line.strip_prefix("//!")).collect();
+        let says_why = comment.concat().contains("file is ");
+        if code > MOST_LINES && !says_why && !file.ends_with("tests.rs") {
+            silent.push(format!("{}: {code} lines", file.display()));
+        }
+    }
+    assert!(silent.is_empty(), "{}", silent.join("\n"));
+}
+
+/// Files on the path of one ordinary request, besides those that serve its connection.
+const MOST_FILES_OF_A_REQUEST: usize = 20;
+
+#[test]
+fn a_request_passes_through_at_most_twenty_files_and_through_none_twice() {
     let library = fs::read_to_string(source().join("lib.rs")).unwrap();
     let path = request_path(&library);
     let missing: Vec<_> = path.iter().flatten().filter(|file| !source().join(file).is_file()).collect();

@@ -2,6 +2,8 @@
 
 use std::collections::BTreeSet;
 
+use adsidecar::domain::account::Service;
+use adsidecar::domain::api_families::families;
 use reqwest::Method;
 use serde_json::Value;
 use world::{AmcAccount, Call, DspAdvertiser, Fault, Listener, ManagerAccount, Options, Profile, Rule};
@@ -178,6 +180,45 @@ async fn of_300_profiles_one_is_called_by_its_name_alone_in_every_api_family() {
     assert_eq!((brand.listener, brand.header("amazon-ads-account-id")), (Listener::Eu, Some("580007")));
     let shop = call(&harness, Method::GET, "/sd/campaigns", "shop-3-jp").await;
     assert_eq!(shop.listener, Listener::Fe);
+}
+
+/// One call for each row of the table of API families; the expected ids are those that the account itself tells.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_app_that_knows_only_a_name_reaches_every_api_family_with_the_right_host_and_headers() {
+    let harness = Harness::with_running_clock("").await;
+    many(&harness);
+    harness.log_in("default").await;
+    synced(&harness).await;
+    let acme = accounts(&harness, "name=acme&country=de&type=vendor").await["accounts"][0].clone();
+    let (mut called, mut attached) = (0, 0);
+    for family in families() {
+        let path = if family.is_unknown() {
+            "/nothing/that/is/known".to_owned()
+        } else {
+            family.paths[0].replace('*', "x").replace("/amc/instances/x", "/amc/instances/amcacme")
+        };
+        harness.sandbox.clear_history();
+        let answer = harness.request(Method::GET, &path).header("x-ads-account", "acme-de").send().await.unwrap();
+        assert_eq!(code(&answer), "", "{}: {path}: {answer:?}", family.name);
+        let seen = harness.seen();
+        let listener = if family.service == Service::Mcp { Listener::McpEu } else { Listener::Eu };
+        assert_eq!((seen.listener, seen.target.as_str()), (listener, path.as_str()), "{}", family.name);
+        assert!(seen.header("authorization").is_some_and(|token| token.starts_with("Bearer Atza|")), "{path}");
+        assert!(seen.header(family.client_id.name().as_str()).is_some(), "{path}");
+        assert_eq!(seen.header("x-ads-account"), None, "{path}");
+        for header in family.context {
+            let context = header.context();
+            let excluded = family
+                .exclusive
+                .is_some_and(|(first, second)| second == context && acme["ids"][first.key()].is_string());
+            let own = acme["ids"][context.key()].as_str().filter(|_| !excluded);
+            let sent = seen.header(header.name().as_str());
+            assert_eq!(sent, own, "{}: {path}: {}", family.name, header.name());
+            attached += usize::from(sent.is_some());
+        }
+        called += 1;
+    }
+    assert!(called > 50 && attached > 40, "{called} families, {attached} headers");
 }
 
 #[tokio::test(flavor = "multi_thread")]

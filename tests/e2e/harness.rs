@@ -162,6 +162,11 @@ impl Harness {
         self.start_sidecar().await;
     }
 
+    /// Adds TOML sections to the configuration of the next start.
+    pub fn add_configuration(&mut self, sections: &str) {
+        self.extra.push_str(sections);
+    }
+
     /// Returns when the sidecar has stopped without a request from the harness.
     pub async fn ended(&mut self) {
         self.running.take().expect("the sidecar is running").ended.await.unwrap();
@@ -174,7 +179,8 @@ impl Harness {
         let accounts = if self.extra.contains("[accounts]") { "" } else { "[accounts]\nsync = \"off\"\n" };
         let listeners = if self.extra.contains("[proxy]") { "" } else { "[proxy]\nlisten = \"127.0.0.1:0\"\n" };
         let text = format!(
-            "environment = \"development\"\n{listeners}\n{accounts}[admin]\nlisten = \"127.0.0.1:0\"\n[amazon]\nclient_id = \"{CLIENT_ID}\"\n\
+            "environment = \"development\"\n{listeners}\n{accounts}[admin]\nlisten = \"127.0.0.1:0\"\n[amazon]\n\
+             client_id = \"{CLIENT_ID}\"\n\
              client_secret = \"{CLIENT_SECRET}\"\nredirect_uri = \"{RETURN_URL}\"\nauthorize_url = \"{}\"\n\
              token_url = \"{}\"\nca_file = {ca}\n[store]\npath = {store}\nfernet_keys = \"{FERNET_KEY}\"\n[upstream]\n\
              na = \"{}\"\neu = \"{}\"\nfe = \"{}\"\nmcp_na = \"{}\"\nmcp_eu = \"{}\"\nmcp_fe = \"{}\"\nca_file = {ca}\n\

@@ -163,6 +163,7 @@ async fn each_api_family_gets_the_headers_that_amazon_has_published() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+// Covers: situation 22.
 async fn a_blank_context_header_is_dropped_and_the_accounts_id_attached() {
     let harness = Harness::with(EVERY_ID).await;
     harness.log_in("default").await;
@@ -241,6 +242,7 @@ async fn response_hop_by_hop_headers_are_dropped_and_cookies_pass() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+// Covers: situation 31.
 async fn an_invalid_request_id_is_replaced_by_the_same_new_one_for_amazon_and_the_caller() {
     let harness = Harness::set(&[]).await;
     harness.log_in("default").await;

@@ -221,6 +221,9 @@ const CANCEL: u8 = 8;
 const HTTP_1_1_REQUIRED: u8 = 13;
 
 #[tokio::test(flavor = "multi_thread")]
+// Covers: situation 3.
+// Covers: situation 4.
+// Covers: situation 35.
 async fn a_request_that_the_http2_server_did_not_process_is_sent_again_whatever_its_method() {
     for (name, fault) in [
         ("GOAWAY below the stream", goaway(0, NO_ERROR)),

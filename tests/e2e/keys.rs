@@ -174,6 +174,7 @@ async fn a_key_removed_too_early_requires_logins_until_it_is_restored() {
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 44.
+// Covers: situation 16.
 async fn a_key_is_accepted_with_file_whitespace_and_anything_else_exits_with_78() {
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("key");

@@ -125,6 +125,7 @@ async fn an_mcp_client_without_a_grant_is_told_the_login_link_and_no_challenge()
 }
 
 #[tokio::test(flavor = "multi_thread")]
+// Covers: situation 24.
 async fn an_oauth_client_that_looks_for_a_server_is_answered_here_with_the_login_link() {
     let harness = Harness::with("[[account]]\nname = \"only\"\nuser = \"anna\"\n").await;
     harness.log_in("anna").await;

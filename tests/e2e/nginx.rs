@@ -70,7 +70,7 @@ impl Drop for Nginx {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-
+// Covers: situation 3.
 async fn an_http2_server_that_replaces_its_connections_fails_no_request() {
     const CALLERS: usize = 32;
     const EACH: usize = 100;

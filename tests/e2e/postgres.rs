@@ -888,8 +888,8 @@ async fn commands_work_on_a_shared_store_beside_running_replicas() {
     command(&["users", "import", "--user", "carol"], &token).await;
     assert_eq!(call(&pair.a, "carol").await.status(), 200, "an unknown user is looked up in the database");
 
-    // Keys: a rotation is refused while a running replica lacks the new key, and seals all records with it once all have
-    // both.
+    // Keys: a rotation is refused while a running replica lacks the new key, and seals all records with it once all
+    // have both.
     let both = format!("{FERNET_KEY},{OTHER_KEY}");
     let third = Replica::beside(&pair.a, &[("store.fernet_keys", &both)]).await;
     let rotate = format!("store.fernet_keys={OTHER_KEY},{FERNET_KEY}");

@@ -197,7 +197,8 @@ impl Bouncer {
         let config = directory.path().join("pgbouncer.ini");
         let text = format!(
             "[databases]\npostgres = host=127.0.0.1 port={} user=postgres password={PASSWORD}\n[pgbouncer]\n\
-             listen_addr = 127.0.0.1\nlisten_port = {port}\nunix_socket_dir =\nauth_type = any\npool_mode = transaction\n\
+             listen_addr = 127.0.0.1\nlisten_port = {port}\nunix_socket_dir =\nauth_type = any\npool_mode = \
+             transaction\n\
              default_pool_size = {connections}\nserver_round_robin = 1\n",
             cluster.port
         );

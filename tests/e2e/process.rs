@@ -466,6 +466,7 @@ async fn audited(harness: &Harness, sets: &[&str]) -> Serving {
 
 /// What systemd gives a service of `Type=notify`: a datagram socket for its state.
 #[tokio::test(flavor = "multi_thread")]
+// Covers: situation 26.
 async fn systemd_is_told_when_it_serves_and_when_it_stops() {
     let harness = stopped().await;
     let path = harness.directory.path().join("notify.sock");

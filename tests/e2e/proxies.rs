@@ -60,7 +60,10 @@ impl Server {
     async fn squid(lines: &str) -> Self {
         Self::start(|path, port| {
             let helper = path.join("helper.sh");
-            let known = format!("#!/bin/sh\nwhile read user word; do\n[ \"$user $word\" = \"ann {PASSWORD}\" ] && echo OK || echo ERR\ndone\n");
+            let known = format!(
+                "#!/bin/sh\nwhile read user word; do\n[ \"$user $word\" = \"ann {PASSWORD}\" ] && echo \
+                OK || echo ERR\ndone\n"
+            );
             fs::write(&helper, known).unwrap();
             fs::set_permissions(&helper, fs::Permissions::from_mode(0o755)).unwrap();
             let common = "pid_filename {path}/pid\ncache_log {path}/cache.log\naccess_log stdio:{path}/access.log\n\
@@ -233,4 +236,39 @@ async fn a_proxy_that_does_not_answer_is_named_when_the_time_is_up() {
     assert_eq!((answer.status().as_u16(), code(&answer)), (502, "upstream_unreachable"));
     let text = answer.text().await.unwrap();
     assert!(text.contains("no tunnel within 360ms") && text.contains("(upstream.proxy)"), "{text}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_doctor_goes_through_the_proxy_to_each_host_and_names_one_that_opens_no_tunnel() {
+    let squid = Server::squid(CLOSED).await;
+    let mut harness = Harness::with_running_clock("").await;
+    harness.log_in("default").await;
+    harness.stop_sidecar().await;
+    let diagnosed = async |user: &str| {
+        let proxy = format!("http://{user}127.0.0.1:{}", squid.port);
+        let sets = [format!("upstream.proxy={proxy}"), format!("amazon.proxy={proxy}")];
+        let arguments = ["doctor", "-o", "json", "--set", &sets[0], "--set", &sets[1]];
+        let ran = crate::commands::run(&harness, &arguments, "").await;
+        assert!(!ran.out.contains(PASSWORD) && !ran.err.contains(PASSWORD), "{}{}", ran.out, ran.err);
+        serde_json::from_str::<serde_json::Value>(&ran.out).unwrap()
+    };
+    let codes = |told: &serde_json::Value, status: &str| -> Vec<String> {
+        let groups = told["groups"].as_array().unwrap().iter();
+        let checks = groups.flat_map(|group| group["checks"].as_array().unwrap());
+        let found = checks.filter(|check| check["status"] == status);
+        found.map(|check| check["code"].as_str().unwrap().to_owned()).collect()
+    };
+    let refused = diagnosed("").await;
+    assert_eq!(codes(&refused, "fail").iter().filter(|code| *code == "outgoing_proxy").count(), 4, "{refused}");
+    assert_eq!(codes(&refused, "warn").iter().filter(|code| *code == "mcp_unreachable").count(), 3, "{refused}");
+
+    let passed = diagnosed("ann:canary-pr0xy@").await;
+    assert_eq!(codes(&passed, "fail"), Vec::<String>::new(), "{passed}");
+    assert_eq!(codes(&passed, "ok").iter().filter(|code| *code == "network").count(), 7, "{passed}");
+    let log = squid.access_log();
+    for listener in [world::Listener::Na, world::Listener::Eu, world::Listener::McpNa, world::Listener::McpFe] {
+        let origin = harness.sandbox.origin(listener).to_string();
+        let authority = origin.trim_start_matches("https://").trim_end_matches('/').to_owned();
+        assert!(log.lines().any(|line| line.contains("/200") && line.contains(&authority)), "{authority}: {log}");
+    }
 }

@@ -263,7 +263,8 @@ async fn trailers_are_dropped() {
     let harness = Harness::set(&[]).await;
     let answer = harness
         .send_raw(
-            "POST /sandbox/echo HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\nTrailer: Authorization\r\n\r\n\
+            "POST /sandbox/echo HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\nTrailer: \
+             Authorization\r\n\r\n\
              3\r\nabc\r\n0\r\nAuthorization: Bearer theirs\r\nContent-Length: 7\r\nX-T: 1\r\n\r\n",
         )
         .await;

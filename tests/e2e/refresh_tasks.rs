@@ -3,7 +3,7 @@
 
 use std::collections::BTreeSet;
 use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use adsidecar::domain::grant::{Grant, RefreshToken};
 use adsidecar::domain::secret::Secret;
@@ -396,4 +396,23 @@ async fn a_refusal_to_serve_and_a_kill_are_not_reported_as_a_lost_grant() {
     let metrics = metrics.text().await.unwrap();
     let recovered = "adsidecar_token_refresh_interrupted_total{outcome=\"recovered\"} 0";
     assert!(metrics.lines().any(|line| line == recovered), "nothing was interrupted");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_login_while_a_refusal_is_handled_can_be_refreshed_at_once() {
+    let mut harness = Harness::start().await;
+    harness.log_in("default").await;
+    harness.restart_with("amazon.refresh_token", "Atzr|configured-elsewhere").await;
+    harness.sandbox.set_fault(Rule::from(Fault::InvalidGrant).at(Listener::Lwa));
+    let release = hold("refresh_refused");
+    let refused = tokio::spawn(harness.client.post(harness.proxy_url(REFRESH)).send());
+    eventually("the refusal", async || (harness.status_of("default").await["state"] == "login_required").then_some(()))
+        .await;
+    harness.log_in("default").await;
+    let begun = Instant::now();
+    drop(release);
+    refused.await.unwrap().unwrap();
+    // The first may still join the one that was refused.
+    eventually("a refresh", async || (harness.post(REFRESH).await.status() == 200).then_some(())).await;
+    assert!(begun.elapsed() < Duration::from_secs(8), "nothing waits for what was refused: {:?}", begun.elapsed());
 }

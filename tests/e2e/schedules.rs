@@ -1,5 +1,5 @@
-//! Random schedules between a rude Amazon and a rude caller: no byte of one response gets into another, and no truncated
-//! body looks whole.
+//! Random schedules between a rude Amazon and a rude caller: no byte of one response gets into another, and no
+//! truncated body looks whole.
 
 use std::time::Duration;
 

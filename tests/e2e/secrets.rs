@@ -92,7 +92,9 @@ async fn no_secret_that_was_ever_made_is_in_the_log_at_trace_nor_in_a_metric_or_
     harness.sandbox.set_fault(Rule::from(Fault::TokenUnauthorized).at(Listener::Na));
     harness.get("/v2/profiles").await;
     let mut places = vec![("log", log.text())];
-    for path in ["/metrics", "/", "/readyz"] {
+    for path in
+        ["/metrics", "/", "/readyz", "/page/users", "/page/accounts", "/page/calls", "/page/settings", "/page/throttle"]
+    {
         let page = harness.client.get(harness.admin_url(path)).send().await.unwrap().text().await.unwrap();
         assert!(!page.is_empty(), "{path}");
         places.push((path, page));

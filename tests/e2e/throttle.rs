@@ -11,12 +11,12 @@ use world::{Fault, Listener, Options, RateLimit, Rule, Told};
 
 use crate::harness::{Harness, code, eventually, header, json};
 
-const PROFILE: &str = "3012345678901234561";
+pub const PROFILE: &str = "3012345678901234561";
 const LIST: &str = "/sp/campaigns/list";
 
-/// A sidecar in this mode on a frozen clock, with user `default` logged in.
+/// A sidecar in this mode on a frozen clock, with user `default` logged in. It does not search for accounts by itself.
 async fn harness(mode: &str) -> Harness {
-    Harness::set(&[("throttle.mode", mode)]).await
+    Harness::set(&[("throttle.mode", mode), ("accounts.sync", "off")]).await
 }
 
 /// As above, on a running clock, with ten accounts `a0` to `a9`.
@@ -59,7 +59,7 @@ async fn waiting(harness: &Harness, path: &str) -> JoinHandle<Response> {
     task
 }
 
-async fn waiting_bytes(harness: &Harness) -> f64 {
+pub async fn waiting_bytes(harness: &Harness) -> f64 {
     harness.metric("adsidecar_throttle_waiting_bytes").await
 }
 
@@ -215,6 +215,107 @@ async fn a_reload_keeps_what_was_learned() {
     assert_eq!(code(&harness.get("/v2/profiles").await), "throttled");
 }
 
+/// The response to a request that waits; the clock moves until it comes.
+async fn served<T>(harness: &Harness, waiting: JoinHandle<T>) -> T {
+    eventually("its turn", async || {
+        harness.advance(3);
+        waiting.is_finished().then_some(())
+    })
+    .await;
+    waiting.await.unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reload_answers_no_waiting_request() {
+    let harness = harness("queue").await;
+    refuse_next(&harness, Some(10));
+    let first = waiting(&harness, "/v2/profiles").await;
+    let reloaded = harness.client.post(harness.admin_url("/reload")).send().await.unwrap();
+    assert_eq!(reloaded.status(), 200);
+    // The new configuration's requests wait behind those of the previous one, and count against the same room.
+    let one = waiting_bytes(&harness).await;
+    let second = waiting(&harness, "/v2/profiles").await;
+    assert!(!first.is_finished() && waiting_bytes(&harness).await > one);
+    assert_eq!(served(&harness, first).await.status(), 200);
+    assert_eq!(served(&harness, second).await.status(), 200);
+}
+
+/// The wait that is expected, in seconds, for a request behind a list at this path.
+async fn expected_behind(path: &str) -> f64 {
+    let harness = harness("queue").await;
+    for _ in 0..9 {
+        assert_eq!(harness.get("/v2/profiles").await.status(), 200);
+    }
+    refuse_next(&harness, Some(1));
+    let first = waiting(&harness, "/v2/profiles").await;
+    assert_eq!(served(&harness, first).await.status(), 200);
+    harness.advance(5);
+    let itself = harness.get(path).await;
+    assert_eq!(header(&itself, "x-adsidecar-throttle"), "", "it does not wait itself");
+    let behind = waiting(&harness, "/v2/profiles").await;
+    let behind = served(&harness, behind).await;
+    let told = header(&behind, "x-adsidecar-throttle").split("expected=").nth(1).unwrap().split(',').next().unwrap();
+    told.parse().unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_extended_list_counts_as_five_requests() {
+    let (plain, extended) = (expected_behind("/v2/profiles").await, expected_behind("/v2/profiles/extended").await);
+    let ratio = extended / plain;
+    assert!((2.5..=6.0).contains(&ratio), "{plain} s behind a list, {extended} s behind an extended one");
+}
+
+const SYNC: &str = "/api/auth/amazon/accounts/sync";
+const WAITING: &str = "adsidecar_throttle_waiting{family=\"profiles\",kind=\"read\",region=\"na\"}";
+
+/// The calls for profiles that North America got.
+fn profiles(harness: &Harness) -> usize {
+    harness.sandbox.calls(Listener::Na).iter().filter(|call| call.target == "/v2/profiles").count()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_search_for_accounts_obeys_a_pause_that_a_caller_was_told() {
+    for mode in ["observe", "queue"] {
+        let harness = Arc::new(harness(mode).await);
+        refuse_next(&harness, Some(20));
+        let caller = harness.request(Method::GET, "/v2/profiles");
+        let caller = tokio::spawn(async move { caller.send().await.unwrap() });
+        let rate = "adsidecar_throttle_rate{family=\"profiles\",kind=\"read\",region=\"na\"}";
+        eventually("the 429", async || (harness.metric(rate).await > 0.0).then_some(())).await;
+        let search = tokio::spawn({
+            let harness = harness.clone();
+            async move { harness.post(SYNC).await.status() }
+        });
+        let expected = if mode == "queue" { 2.0 } else { 1.0 };
+        eventually("it waits", async || (harness.metric(WAITING).await == expected).then_some(())).await;
+        assert_eq!(profiles(&harness), 1, "{mode}: only the caller's own");
+        assert_eq!(served(&harness, search).await, 200);
+        assert_eq!(served(&harness, caller).await.status() == 200, mode == "queue");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn callers_are_spared_what_the_search_for_accounts_was_refused() {
+    let harness = Arc::new(harness("enforce").await);
+    harness.sandbox.set_fault(Rule::from(Fault::too_many(Some(20))).at(Listener::Na).on("/v2/profiles"));
+    let search = tokio::spawn({
+        let harness = harness.clone();
+        async move { harness.post(SYNC).await.status() }
+    });
+    eventually("callers are refused", async || {
+        let calls = profiles(&harness);
+        let refused = calls == 1 && code(&harness.get("/v2/profiles").await) == "throttled";
+        (refused && profiles(&harness) == calls).then_some(())
+    })
+    .await;
+    eventually("it waits for its turn", async || {
+        harness.advance(5);
+        search.is_finished().then_some(())
+    })
+    .await;
+    assert_eq!(search.await.unwrap(), 200);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn families_and_accounts_have_modes_of_their_own() {
     let accounts = format!(
@@ -292,6 +393,13 @@ async fn a_402_of_traffic_events_and_a_503_with_retry_after_are_refusals_and_a_4
         assert!(harness.get(path).await.status().as_u16() >= 400);
         assert_eq!(code(&harness.get(path).await) == "throttled", refusal, "{path} {fault:?}");
     }
+    // A 503 may come from behind the operation, so what was refused with one is never sent a second time.
+    let harness = harness("queue").await;
+    harness.sandbox.set_fault(Rule::from(status(503, "1")).at(Listener::Na).next(1));
+    let before = harness.ads_calls().len();
+    let refused = harness.post("/v2/profiles").await;
+    assert_eq!((refused.status().as_u16(), code(&refused)), (503, ""), "Amazon's own, at once");
+    assert_eq!(harness.ads_calls().len() - before, 1);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -365,6 +473,11 @@ async fn a_poll_is_answered_from_another_one_only_if_it_is_the_same_and_a_second
     report(&harness, r#"{"status":"COMPLETED"}"#);
     let completed = ((200, "r1".to_owned()), r#"{"status":"COMPLETED"}"#.to_owned(), 7);
     assert_eq!(poll(POLL, "a", "*/*").await, completed, "a second later it is sent");
+    // The path that leaves is the same, and so are all headers: only the prefix names the account.
+    for (account, calls) in [("a", 8), ("a", 8), ("b", 9), ("b", 9), ("a", 9)] {
+        assert_eq!(harness.get(&format!("/a/{account}{POLL}")).await.status(), 200);
+        assert_eq!(harness.ads_calls().len(), calls, "{account}");
+    }
 }
 
 /// One caller of the storm: `per_second` requests, each when its time has come and the one before is answered.

@@ -137,6 +137,8 @@ fn trusted(root: &Authority) -> (TempDir, String) {
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: threat 33.
+// Covers: situation 14.
+// Covers: situation 15.
 async fn no_invalid_chain_of_an_ads_host_is_accepted() {
     let root = authority(|_| {});
     let (_directory, ca_file) = trusted(&root);
@@ -147,11 +149,18 @@ async fn no_invalid_chain_of_an_ads_host_is_accepted() {
         let (said, spoken) = (code(&answer).to_owned(), server.spoken_to.load(Ordering::SeqCst));
         let expected = if what == "good" { ("", 1) } else { ("upstream_tls", 0) };
         assert_eq!((said.as_str(), spoken), expected, "{what}");
+        if what != "good" {
+            let detail = json(answer).await["detail"].as_str().unwrap().to_owned();
+            let wrong_clock = ["expired", "not valid yet"].contains(&what);
+            assert_eq!(detail.contains("this machine's clock says"), wrong_clock, "{what}: {detail}");
+            assert_eq!(detail.contains("upstream.ca_file"), !wrong_clock, "{what}: {detail}");
+        }
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 20.
+// Covers: situation 15.
 async fn no_invalid_chain_of_the_token_endpoint_is_accepted() {
     let root = authority(|_| {});
     let (_directory, ca_file) = trusted(&root);

@@ -19,6 +19,8 @@ const IDLE: &str = "[refresh]\nidle_after = \"1m\"\nsweep = \"1h\"\n";
 struct Lwa {
     scripted: Scripted,
     answer: Arc<Mutex<Vec<u8>>>,
+    /// The heads received.
+    heads: Arc<Mutex<Vec<String>>>,
     /// The forms received.
     asked: Arc<Mutex<Vec<String>>>,
 }
@@ -26,11 +28,13 @@ struct Lwa {
 impl Lwa {
     async fn start() -> Self {
         let (answer, asked) = (Arc::new(Mutex::new(Vec::new())), Arc::new(Mutex::new(Vec::new())));
-        let (say, note) = (answer.clone(), asked.clone());
+        let heads = Arc::new(Mutex::new(Vec::new()));
+        let (say, note, note_head) = (answer.clone(), asked.clone(), heads.clone());
         let scripted = Scripted::start(move |mut wire: Wire, _| {
-            let (say, note) = (say.clone(), note.clone());
+            let (say, note, note_head) = (say.clone(), note.clone(), note_head.clone());
             async move {
                 let Some(head) = wire.head().await else { return };
+                note_head.lock().unwrap().push(head.clone());
                 let length = head
                     .to_lowercase()
                     .split("content-length: ")
@@ -48,7 +52,7 @@ impl Lwa {
             }
         })
         .await;
-        Self { scripted, answer, asked }
+        Self { scripted, answer, heads, asked }
     }
 
     fn will_send(&self, bytes: impl Into<Vec<u8>>) {
@@ -556,11 +560,30 @@ async fn an_html_page_from_a_filter_in_front_of_lwa_is_reported_as_such() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+// Covers: situation 14.
 async fn tls_interception_in_front_of_lwa_is_reported_with_its_remedy() {
     let lwa = Lwa::start().await;
     let harness = asking(&lwa.scripted.origin, None, IDLE).await;
     let detail = detail(&harness, "tls").await;
     assert!(detail.contains("amazon.ca_file") && detail.contains("127.0.0.1:"), "{detail}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+// Covers: situation 34.
+async fn a_compressed_response_of_lwa_is_not_asked_for_and_reported_as_such() {
+    let lwa = Lwa::start().await;
+    let harness = lwa.harness().await;
+    let page = crate::unauthorized::gzip(br#"{"access_token":"Atza|canary","token_type":"bearer","expires_in":3600}"#);
+    let head = format!(
+        "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Encoding: gzip\r\nContent-Length: {}\r\n\r\n",
+        page.len()
+    );
+    lwa.will_send([head.as_bytes(), &page].concat());
+    let detail = detail(&harness, "bad_answer").await;
+    assert!(detail.contains("compressed with gzip"), "{detail}");
+    let heads = lwa.heads.lock().unwrap();
+    let asked = |head: &String| head.to_lowercase().contains("\r\naccept-encoding: identity\r\n");
+    assert!(!heads.is_empty() && heads.iter().all(asked), "{heads:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

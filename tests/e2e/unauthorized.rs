@@ -35,7 +35,7 @@ async fn refused(coding: &str, body: Vec<u8>) -> (Reply, usize, u64) {
     (reply, asked.load(std::sync::atomic::Ordering::SeqCst), harness.sandbox.refreshes())
 }
 
-fn gzip(text: &[u8]) -> Vec<u8> {
+pub fn gzip(text: &[u8]) -> Vec<u8> {
     let mut encoder = GzEncoder::new(Vec::new(), Compression::default());
     encoder.write_all(text).unwrap();
     encoder.finish().unwrap()
@@ -60,6 +60,7 @@ fn brotli(text: &[u8]) -> Vec<u8> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+// Covers: situation 29.
 async fn a_scope_failure_is_read_through_compression_and_passes_byte_for_byte() {
     for (coding, body) in [
         ("", SCOPE.to_vec()),
@@ -117,8 +118,8 @@ async fn only_the_first_64_kib_of_a_rejection_are_inspected_and_all_of_it_passes
     assert_eq!((reply.header("x-adsidecar-hint"), calls, refreshes), (None, 2, 1));
 }
 
-/// The reply to a request that Amazon answers with this head, and with a body that quotes the access token three times, in
-/// chunks of `size` bytes.
+/// The reply to a request that Amazon answers with this head, and with a body that quotes the access token three times,
+/// in chunks of `size` bytes.
 async fn quoted(head: &'static str, pack: fn(&[u8]) -> Vec<u8>, size: usize) -> Reply {
     let amazon = Scripted::start(move |mut wire: Wire, _| async move {
         while let Some(request) = wire.head().await {

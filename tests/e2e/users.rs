@@ -147,6 +147,8 @@ async fn timestamps_of_python_node_and_go_are_parsed() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+// Covers: situation 17.
+// Covers: situation 18.
 async fn records_with_pythons_bytes_line_ends_and_epoch_times_are_imported() {
     let mut harness = stopped().await;
     let later = harness.clock.now() + SignedDuration::from_secs(3000);
@@ -156,6 +158,8 @@ async fn records_with_pythons_bytes_line_ends_and_epoch_times_are_imported() {
         ("milliseconds", "", "", object!(later.as_millisecond())),
         ("bytes", "b'", "'", object!(later.to_string())),
         ("line-end", "", "\n", object!(later.to_string())),
+        ("rfc-1123", "", "", object!(later.strftime("%a, %d %b %Y %H:%M:%S GMT").to_string())),
+        ("mongodb", "", "", object!({ "$date": later.as_millisecond() })),
     ] {
         let issued = harness.sandbox.grant();
         records.insert(
@@ -171,7 +175,7 @@ async fn records_with_pythons_bytes_line_ends_and_epoch_times_are_imported() {
     }
     let input = Value::from(records.clone()).to_string();
     let taken = run(&harness, &["users", "import", "--offline", "--records", "-"], &input).await;
-    assert_eq!((taken.code, taken.out.as_str()), (DONE, "4 grants imported\n"), "{}", taken.err);
+    assert_eq!((taken.code, taken.out.as_str()), (DONE, "6 grants imported\n"), "{}", taken.err);
     assert!(taken.err.contains("warning: bytes: refresh_token stood in Python's b'…'"), "{}", taken.err);
     assert!(!taken.err.contains("gAAAA"), "{}", taken.err);
     harness.start_sidecar().await;
@@ -180,6 +184,34 @@ async fn records_with_pythons_bytes_line_ends_and_epoch_times_are_imported() {
         let told: jiff::Timestamp = status["expires_at"].as_str().unwrap().parse().unwrap();
         assert_eq!(told.as_second(), later.as_second(), "{name}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+// Covers: situation 17.
+// Covers: situation 18.
+async fn a_record_that_cannot_be_imported_is_refused_with_its_field_and_what_it_looks_like() {
+    let harness = stopped().await;
+    let token = harness.sandbox.grant().refresh_token;
+    let other_key = fernet::Fernet::new(&fernet::Fernet::generate_key()).unwrap();
+    let record = |field: &str, value: Value| {
+        let mut record = object!({ "refresh_token": sealed(&token), "updated_at": "2026-08-01T12:00:00Z" });
+        record[field] = value;
+        object!({ "shop": record }).to_string()
+    };
+    for (field, value, looks_like) in [
+        ("refresh_token", object!(token), "in clear text"),
+        ("refresh_token", object!("gAAAA"), "not a Fernet token"),
+        ("refresh_token", object!(other_key.encrypt(token.as_bytes())), "sealed with another key"),
+        ("refresh_token", object!(sealed("{}")), "JSON"),
+        ("expires_at", object!("soon"), "not a time"),
+        ("updated_at", object!({ "$date": [] }), "not a time"),
+    ] {
+        let ran = run(&harness, &["users", "import", "--records", "-"], &record(field, value)).await;
+        assert_eq!((ran.code, ran.out.as_str()), (FAILED, ""), "{field} {looks_like}: {}", ran.err);
+        assert!(ran.err.contains(field) && ran.err.contains(looks_like), "{field} {looks_like}: {}", ran.err);
+        assert!(!ran.err.contains(&token[5..]), "{}", ran.err);
+    }
+    assert_eq!(harness.sandbox.refreshes(), 0);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,10 +1,12 @@
-//! Whatever names a user or an account, and is not understood, is refused: it is never ignored in favour of the default.
+//! Whatever names a user or an account, and is not understood, is refused: it is never ignored in favour of the
+//! default.
 
 use adsidecar::domain::clock::Clock;
 use reqwest::Method;
 use serde_json::Value;
 use world::{Fault, Listener, Options, Rule};
 
+use crate::commands::run;
 use crate::harness::{Harness, code, eventually, header, json};
 
 const LOGIN: &str = "/api/auth/amazon/login";
@@ -80,6 +82,7 @@ fn odd_requests() -> Vec<Odd> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+// Covers: situation 1.
 async fn a_request_that_an_own_endpoint_does_not_understand_changes_nothing_and_says_what_it_is() {
     let harness = Harness::start().await;
     harness.log_in("default").await;
@@ -105,6 +108,7 @@ async fn a_request_that_an_own_endpoint_does_not_understand_changes_nothing_and_
 }
 
 #[tokio::test(flavor = "multi_thread")]
+// Covers: situation 1.
 async fn user_id_is_taken_from_a_form_or_a_json_body_and_refused_where_the_query_says_another() {
     let harness = Harness::start().await;
     for user in ["default", "anna", "bob"] {
@@ -129,6 +133,7 @@ async fn user_id_is_taken_from_a_form_or_a_json_body_and_refused_where_the_query
 }
 
 #[tokio::test(flavor = "multi_thread")]
+// Covers: situation 2.
 async fn a_misspelt_selector_is_refused_with_the_nearest_name_and_nothing_is_sent() {
     let harness = Harness::with("[[account]]\nname = \"default\"\nprofile_id = \"1\"\n").await;
     harness.log_in("default").await;
@@ -178,6 +183,9 @@ async fn browser_login(harness: &Harness) -> (String, String) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+// Covers: situation 7.
+// Covers: situation 8.
+// Covers: situation 9.
 async fn a_prefetch_or_a_stranger_consumes_no_login_and_a_reload_shows_the_first_outcome() {
     let harness = Harness::start().await;
     let (callback, cookie) = browser_login(&harness).await;
@@ -234,6 +242,7 @@ async fn a_programs_callback_that_comes_twice_is_told_to_be_completed_and_nothin
 }
 
 #[tokio::test(flavor = "multi_thread")]
+// Covers: situation 6.
 async fn a_browser_under_another_name_of_this_machine_is_sent_to_the_redirect_uris_before_a_cookie_is_set() {
     let harness = Harness::start().await;
     let port = harness.proxy_address().port();
@@ -251,6 +260,45 @@ async fn a_browser_under_another_name_of_this_machine_is_sent_to_the_redirect_ur
 }
 
 #[tokio::test(flavor = "multi_thread")]
+// Covers: situation 6.
+async fn a_program_that_calls_another_name_of_this_machine_is_told_links_at_the_redirect_uris_origin() {
+    let harness = Harness::start().await;
+    let port = harness.proxy_address().port();
+    for host in [format!("127.0.0.1:{port}"), format!("[::1]:{port}"), "LOCALHOST".to_owned()] {
+        let ask = async |path: &str| {
+            let told = harness.send_raw(format!("GET {path} HTTP/1.1\r\nHost: {host}\r\n\r\n")).await.json();
+            told.to_string()
+        };
+        let (status, document) = (format!("{STATUS}?user_id=default"), "/.well-known/oauth-protected-resource");
+        let link = "http://localhost:8001/api/auth/amazon/login?user_id=default";
+        for path in ["/v2/profiles", &status, "/", document] {
+            let told = ask(path).await;
+            assert!(
+                told.contains(link),
+                "{host} {path}: \
+                {told}"
+            );
+            assert!(!told.contains(&host), "{host} {path}: {told}");
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+// Covers: situation 8.
+async fn a_callback_that_is_delivered_twice_leads_to_the_frontend_with_the_same_result() {
+    let harness = Harness::with("[login]\nfrontend_url = \"https://app.example.com/\"\n").await;
+    let (callback, cookie) = browser_login(&harness).await;
+    harness.sandbox.clear_history();
+    for _ in 0..2 {
+        let page = harness.request(Method::GET, &callback).header("cookie", &cookie).header("accept", "text/html");
+        let page = page.send().await.unwrap();
+        let location = header(&page, "location");
+        assert!(location.starts_with("https://app.example.com/?status=success"), "{} {location}", page.status());
+    }
+    assert_eq!(harness.sandbox.calls(Listener::Lwa).len(), 1, "the code is exchanged once");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn return_to_cannot_forge_a_result() {
     let harness = Harness::with("[login]\nfrontend_url = \"https://app.example.com/\"\n").await;
     for name in ["status", "user_id", "grant", "error"] {
@@ -262,6 +310,7 @@ async fn return_to_cannot_forge_a_result() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+// Covers: situation 20.
 async fn a_login_that_comes_back_at_another_path_never_leaves_with_its_code() {
     let harness = Harness::start().await;
     harness.log_in("default").await;
@@ -277,6 +326,13 @@ async fn a_login_that_comes_back_at_another_path_never_leaves_with_its_code() {
     let stray = json(harness.get(&format!("/callback?code=ANcode&state={state}")).await).await;
     assert!(stray["next_step"].as_str().unwrap().contains("amazon.redirect_uri"), "{stray}");
     assert!(harness.ads_calls().is_empty());
+    for uri in ["http://localhost:8001/callback", "http://localhost:8001/api/auth/amazon/callback/"] {
+        let set = format!("amazon.redirect_uri={uri}");
+        let checked = run(&harness, &["check", "--set", &set], "").await;
+        for named in ["amazon.redirect_uri", "/api/auth/amazon/callback"] {
+            assert!(checked.err.contains(named), "{uri}: {}", checked.err);
+        }
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -295,9 +351,11 @@ async fn the_root_says_what_listens_here_and_never_reaches_amazon() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+// Covers: situation 27.
 async fn a_host_header_that_names_one_of_amazons_regions_is_served_by_that_region() {
     let harness = Harness::with(
-        "[proxy]\nallowed_hosts = [\"advertising-api-eu.amazon.com\"]\n[[account]]\nname = \"acme\"\nprofile_id = \"1\"\n",
+        "[proxy]\nallowed_hosts = [\"advertising-api-eu.amazon.com\"]\n[[account]]\nname = \"acme\"\nprofile_id = \
+         \"1\"\n",
     );
     let harness = harness.await;
     harness.log_in("default").await;
@@ -308,6 +366,13 @@ async fn a_host_header_that_names_one_of_amazons_regions_is_served_by_that_regio
         let seen = harness.seen();
         assert_eq!((seen.listener, seen.target.as_str()), (Listener::Eu, "/v2/profiles"), "{target}");
     }
+    // Unless it is allowed, such a Host is refused, with the form that names a region.
+    harness.sandbox.clear_history();
+    let refused = "GET /v2/profiles HTTP/1.1\r\nHost: advertising-api-fe.amazon.com\r\n\r\n";
+    let refused = harness.send_raw(refused).await;
+    assert_eq!(refused.said(), (403, "host_not_allowed"));
+    assert!(refused.json()["next_step"].as_str().unwrap().contains("proxy.allowed_hosts"), "{refused:?}");
+    assert!(harness.ads_calls().is_empty());
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -413,6 +478,7 @@ async fn a_401_of_amazons_for_a_grant_that_is_gone_says_that_a_login_is_needed()
 }
 
 #[tokio::test(flavor = "multi_thread")]
+// Covers: situation 23.
 async fn a_program_built_on_a_browser_is_served_with_a_caller_token_and_a_person_is_told_what_was_typed() {
     let mut harness = Harness::start().await;
     harness.log_in("default").await;
@@ -448,6 +514,7 @@ async fn a_program_built_on_a_browser_is_served_with_a_caller_token_and_a_person
 }
 
 #[tokio::test(flavor = "multi_thread")]
+// Covers: situation 30.
 async fn a_target_with_a_character_that_no_url_can_hold_is_refused_in_words() {
     let harness = Harness::start().await;
     harness.log_in("default").await;

@@ -5,14 +5,14 @@
 
 use adsidecar::app::App;
 use adsidecar::config::{self, Sources};
+use adsidecar::inbound::destination::{DISCOVERY, Endpoint, NOBODYS, PATHS, USERS};
 use proptest::prelude::*;
 use proptest::sample::select;
 use proptest::strategy::ValueTree;
 use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
 use serde_json::Value;
-use world::{CLIENT_ID, CLIENT_SECRET};
 
-use crate::commands::run;
+use crate::commands::{bare_with, run};
 use crate::harness::Harness;
 use crate::raw_http::Reply;
 
@@ -26,8 +26,8 @@ fn generated<T>(count: usize, strategy: impl Strategy<Value = T>) -> Vec<T> {
     std::iter::repeat_with(|| strategy.new_tree(&mut runner).unwrap().current()).take(count).collect()
 }
 
-/// Everything that a request to an endpoint could change: the users with their states, what Login with Amazon was asked,
-/// and what reached Amazon.
+/// Everything that a request to an endpoint could change: the users with their states, what Login with Amazon was
+/// asked, and what reached Amazon.
 async fn state_of(harness: &Harness) -> (Value, u64, usize) {
     let users = harness.get("/api/auth/amazon/status").await;
     let lwa = harness.sandbox.lwa_calls();
@@ -42,31 +42,51 @@ async fn ask(harness: &Harness, request: &str) -> Reply {
 }
 
 const METHODS: [&str; 7] = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"];
-/// Each endpoint, with a query that it understands.
-const ENDPOINTS: [(&str, &str); 12] = [
-    ("/", ""),
-    ("/api/auth/amazon/login", "user_id=anna&region=eu"),
-    ("/api/auth/amazon/callback", "code=ANabc&state=x"),
-    ("/api/auth/amazon/status", "user_id=anna"),
-    ("/api/auth/amazon/refresh", "user_id=anna"),
-    ("/api/auth/amazon/logout", "user_id=anna"),
-    ("/api/auth/amazon/users/anna", ""),
-    ("/api/auth/amazon/confirm", "grant=x"),
-    ("/auth/o2/token", ""),
-    ("/api/auth/amazon/unknown", ""),
-    ("/register", ""),
-    ("/.well-known/oauth-protected-resource", ""),
-];
+
+/// Every path that adsidecar serves itself, from its own tables: none can be forgotten here.
+fn endpoints() -> Vec<(String, Endpoint)> {
+    let mut all: Vec<_> = PATHS.iter().map(|(path, endpoint)| ((*path).to_owned(), *endpoint)).collect();
+    all.push((format!("{USERS}anna"), Endpoint::User));
+    all.extend(DISCOVERY.map(|document| (format!("{document}/x"), Endpoint::Discovery)));
+    all.extend(NOBODYS.map(|path| (path.to_owned(), Endpoint::Discovery)));
+    all.push(("/api/auth/amazon/unknown".to_owned(), Endpoint::Unknown));
+    all
+}
+
+/// A value that the endpoints accept for their parameter `name`.
+fn accepted_value(name: &str) -> &'static str {
+    match name {
+        "user_id" | "after" | "name" => "anna",
+        "region" => "eu",
+        "replace" | "redirect" => "true",
+        "return_to" => "/done",
+        "state" | "grant" => "x",
+        "limit" => "7",
+        "country" => "DE",
+        "type" => "seller",
+        _ => panic!("the parameter {name} is new: say what it accepts"),
+    }
+}
 
 /// Something that no endpoint understands.
 #[derive(Clone, Debug)]
 enum Odd {
-    Parameter(String),
+    Parameter(String, &'static str),
     Repeated(String),
     Header(String),
-    Form(String),
-    Json(String),
+    Form(String, &'static str),
+    Json(String, &'static str),
     Body(&'static str),
+}
+
+impl Odd {
+    /// The name of the parameter that it adds.
+    fn name(&self) -> Option<&str> {
+        match self {
+            Self::Parameter(name, _) | Self::Form(name, _) | Self::Json(name, _) => Some(name),
+            Self::Repeated(_) | Self::Header(_) | Self::Body(_) => None,
+        }
+    }
 }
 
 /// Names that are none, most of them close to one.
@@ -103,17 +123,25 @@ fn odd() -> impl Strategy<Value = Odd> {
     let user = || select(vec!["anna", "default", "bob"]);
     let header_name = prop_oneof![
         3 => select(vec![
-            "X-Ads-User", "X-Ads-Account", "X-Ads-Region", "X-Ads-Acount", "X_Ads_User", "X-Ads_Account", "x-ads-profile",
-            "X-ADS-USER-ID", "X-Ads-", "X_ADS_ACCOUNT",
+            "X-Ads-User",
+            "X-Ads-Account",
+            "X-Ads-Region",
+            "X-Ads-Acount",
+            "X_Ads_User",
+            "X-Ads_Account",
+            "x-ads-profile",
+            "X-ADS-USER-ID",
+            "X-Ads-",
+            "X_ADS_ACCOUNT",
         ]).prop_map(str::to_owned),
         1 => "X-Ads-[A-Za-z]{1,9}",
     ];
     prop_oneof![
-        (odd_name(), user()).prop_map(|(name, user)| Odd::Parameter(format!("{}={user}", name.replace(' ', "+")))),
+        (odd_name(), user()).prop_map(|(name, user)| Odd::Parameter(name.replace(' ', "+"), user)),
         user().prop_map(|user| Odd::Repeated(format!("user_id={user}"))),
         (header_name, user()).prop_map(|(name, user)| Odd::Header(format!("{name}: {user}"))),
-        (odd_name(), user()).prop_map(|(name, user)| Odd::Form(format!("{}={user}", name.replace(' ', "+")))),
-        (odd_name(), user()).prop_map(|(name, user)| Odd::Json(format!("{{\"{name}\":\"{user}\"}}"))),
+        (odd_name(), user()).prop_map(|(name, user)| Odd::Form(name.replace(' ', "+"), user)),
+        (odd_name(), user()).prop_map(|(name, user)| Odd::Json(name, user)),
         select(vec![
             "user_id anna",
             "<user_id>anna</user_id>",
@@ -127,26 +155,33 @@ fn odd() -> impl Strategy<Value = Odd> {
     ]
 }
 
-fn odd_request((method, (path, query), known, odd): (&str, (&str, &str), bool, Odd)) -> String {
-    let (mut query, mut headers, mut body) =
-        (if known { query.to_owned() } else { String::new() }, String::new(), String::new());
+fn odd_request(method: &str, path: &str, mut query: String, odd: &Odd) -> String {
+    let (mut headers, mut body) = (String::new(), String::new());
     let add = |query: &mut String, pair: &str| *query += &format!("{}{pair}", if query.is_empty() { "" } else { "&" });
     match odd {
-        Odd::Parameter(pair) => add(&mut query, &pair),
+        Odd::Parameter(name, user) => add(&mut query, &format!("{name}={user}")),
         Odd::Repeated(pair) => {
-            add(&mut query, &pair);
-            add(&mut query, &pair);
+            add(&mut query, pair);
+            add(&mut query, pair);
         }
         Odd::Header(line) => headers = format!("{line}\r\n"),
-        Odd::Form(form) => (headers, body) = ("Content-Type: application/x-www-form-urlencoded\r\n".to_owned(), form),
-        Odd::Json(json) => (headers, body) = ("Content-Type: application/json; charset=utf-8\r\n".to_owned(), json),
-        Odd::Body(text) => (headers, body) = ("Content-Type: text/plain\r\n".to_owned(), text.to_owned()),
+        Odd::Form(name, user) => {
+            (headers, body) =
+                ("Content-Type: application/x-www-form-urlencoded\r\n".to_owned(), format!("{name}={user}"));
+        }
+        Odd::Json(name, user) => {
+            (headers, body) =
+                ("Content-Type: application/json; charset=utf-8\r\n".to_owned(), format!("{{\"{name}\":\"{user}\"}}"));
+        }
+        Odd::Body(text) => (headers, body) = ("Content-Type: text/plain\r\n".to_owned(), (*text).to_owned()),
     }
     let target = if query.is_empty() { path.to_owned() } else { format!("{path}?{query}") };
-    format!("{method} {target} HTTP/1.1\r\nHost: localhost\r\n{headers}Content-Length: {}\r\n\r\n{body}", body.len())
+    let length = body.len();
+    format!("{method} {target} HTTP/1.1\r\nHost: localhost\r\n{headers}Content-Length: {length}\r\n\r\n{body}")
 }
 
 #[tokio::test(flavor = "multi_thread")]
+// Covers: situation 1.
 async fn no_request_with_something_unknown_in_it_changes_anything() {
     let harness = Harness::start().await;
     for user in ["default", "anna", "bob"] {
@@ -154,24 +189,31 @@ async fn no_request_with_something_unknown_in_it_changes_anything() {
     }
     harness.sandbox.clear_history();
     let before = state_of(&harness).await;
-    let every_pair: Vec<_> =
-        METHODS.into_iter().flat_map(|method| ENDPOINTS.map(|endpoint| (method, endpoint))).collect();
     let per_pair = 12;
-    let mut refused = 0;
-    for (method, endpoint) in every_pair {
-        for request in generated(
-            per_pair,
-            (any::<bool>(), odd()).prop_map(|(known, odd)| odd_request((method, endpoint, known, odd))),
-        ) {
-            let reply = ask(&harness, &request).await;
-            let lenient = ["/api/auth/amazon/callback", "/auth/o2/token"].contains(&endpoint.0);
-            assert!(lenient || (400..500).contains(&reply.status), "{request}\n{reply:?}");
-            assert!(reply.header("set-cookie").is_none(), "{request}\n{reply:?}");
-            refused += usize::from((400..500).contains(&reply.status));
+    let (mut asked, mut refused) = (0, 0);
+    for (path, endpoint) in endpoints() {
+        let parameters = endpoint.parameters().unwrap_or_default();
+        // What stands there is Amazon's or an SDK's to choose.
+        let lenient = endpoint.parameters().is_none();
+        // With one of the endpoint's own parameters beside the odd thing, and without.
+        let known: Vec<_> = [""].iter().chain(parameters).copied().collect();
+        let is_odd = move |odd: &Odd| odd.name().is_none_or(|name| !parameters.contains(&name));
+        let cases = (select(known), odd().prop_filter("a parameter of this endpoint", is_odd));
+        let cases = generated(METHODS.len() * per_pair, cases);
+        for (method, cases) in METHODS.into_iter().zip(cases.chunks(per_pair)) {
+            for (known, odd) in cases {
+                let query = if known.is_empty() { String::new() } else { format!("{known}={}", accepted_value(known)) };
+                let request = odd_request(method, &path, query, odd);
+                let reply = ask(&harness, &request).await;
+                assert!(lenient || (400..500).contains(&reply.status), "{request}\n{reply:?}");
+                assert!(reply.header("set-cookie").is_none(), "{request}\n{reply:?}");
+                asked += 1;
+                refused += usize::from((400..500).contains(&reply.status));
+            }
+            assert_eq!(state_of(&harness).await, before, "{method} {path}");
         }
-        assert_eq!(state_of(&harness).await, before, "{method} {}", endpoint.0);
     }
-    assert!(refused > 900, "{refused}");
+    assert!(asked > 1800 && refused * 10 > asked * 9, "{refused} of {asked}");
 }
 
 /// One way to write a path so that a lenient server reads the same.
@@ -223,6 +265,7 @@ impl Spelling {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+// Covers: situation 19.
 async fn no_path_that_folds_to_one_of_ours_leaves() {
     let harness = Harness::with("[[account]]\nname = \"acme\"\n").await;
     for user in ["default", "anna"] {
@@ -238,10 +281,10 @@ async fn no_path_that_folds_to_one_of_ours_leaves() {
         "http://advertising-api-eu.amazon.com",
         "http://advertising-ai.amazon.com",
     ]);
-    let paths: Vec<_> = ENDPOINTS.iter().map(|(path, _)| *path).filter(|path| *path != "/").collect();
+    let paths: Vec<_> = endpoints().into_iter().map(|(path, _)| path).filter(|path| path != "/").collect();
     let target =
         (select(paths), spellings, forms, select(METHODS.to_vec())).prop_map(|(path, spellings, form, method)| {
-            let spelled = spellings.iter().fold(path.to_owned(), |path, (way, at)| way.apply(&path, *at));
+            let spelled = spellings.iter().fold(path.clone(), |path, (way, at)| way.apply(&path, *at));
             (method, format!("{form}{spelled}"), path)
         });
     let mut folded = 0;
@@ -264,71 +307,164 @@ async fn no_path_that_folds_to_one_of_ours_leaves() {
     assert_eq!(harness.ads_calls().len(), 1);
 }
 
-/// The value `token` as people have it in their hands, and none of it a token.
-fn wrong_shapes(token: &str) -> Vec<String> {
-    let bare = token.split('|').next_back().unwrap();
-    let encoded = token.replace('|', "%7C");
-    vec![
-        format!("\"{token}"),
-        format!("{token}'"),
-        format!("b'{token}'"),
-        format!("b\"{token}\""),
-        format!("refresh_token={token}"),
-        format!("AMAZON_REFRESH_TOKEN={token}"),
-        format!("export AMAZON_REFRESH_TOKEN='{token}'"),
-        format!("Bearer {token}"),
-        format!("Authorization: Bearer {token}"),
-        encoded.clone(),
-        encoded.replace('%', "%25"),
-        format!("{{\"refresh_token\":\"{token}\"}}"),
-        format!("[\"{token}\"]"),
-        format!("refresh_token: {token}"),
-        format!("{} {}", &token[..20], &token[20..]),
-        format!("{}\n{}", &token[..20], &token[20..]),
-        format!("{token} {token}"),
-        format!("{token}\\n"),
-        format!("\u{201c}{token}\u{201d}"),
-        format!("{token}\0"),
-        format!("<{token}>"),
-        format!("IwEBI{bare}"),
-        "Atzr".to_owned(),
-        "Atzr|".to_owned(),
-        format!("Atza|{bare}"),
-        "ANdNAVhyhqirUelHGEHA".to_owned(),
-        "replace-me".to_owned(),
-        "${AMAZON_REFRESH_TOKEN}".to_owned(),
-        "<refresh token>".to_owned(),
-        format!("gAAAA{}", "B".repeat(120)),
-        "/run/secrets/refresh_token".to_owned(),
-        format!("https://example.com/?refresh_token={encoded}"),
-        CLIENT_ID.to_owned(),
-        CLIENT_SECRET.to_owned(),
-        "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxIn0.c2lnbmF0dXJl".to_owned(),
-    ]
+/// One kind of credential: its key, the variable that sets it, and a value of the right shape.
+#[derive(Clone, Copy, Debug)]
+struct Kind {
+    key: &'static str,
+    variable: &'static str,
+    good: &'static str,
+}
+
+const CLIENT_ID: Kind = Kind { key: "amazon.client_id", variable: "AMAZON_CLIENT_ID", good: world::CLIENT_ID };
+/// The key takes several, between commas or line ends.
+const CLIENT_SECRET: Kind = Kind {
+    key: "amazon.client_secret",
+    variable: "AMAZON_CLIENT_SECRET",
+    good: "amzn1.oa2-cs.v1.5c0ffee5c0ffee5c0ffee5c0ffee5c0ffee",
+};
+const REFRESH_TOKEN: Kind = Kind {
+    key: "amazon.refresh_token",
+    variable: "AMAZON_REFRESH_TOKEN",
+    good: "Atzr|IwEBIJ5c0ffee5c0ffee5c0ffee5c0ffee5c0ffee",
+};
+/// Not secret, and a list between blanks.
+const SCOPE: Kind = Kind { key: "amazon.scope", variable: "AMAZON_SCOPE", good: "advertising::campaign_management" };
+
+impl Kind {
+    /// The key's name in its section.
+    fn name(self) -> &'static str {
+        self.key.split('.').next_back().unwrap()
+    }
+
+    /// Whether `text` quotes the value.
+    fn is_quoted_in(self, text: &str) -> bool {
+        self.key != SCOPE.key && text.contains(&self.good[self.good.len() - 12..])
+    }
+
+    /// The value as people have it in their hands, and other things in its place.
+    fn wrong_shapes(self) -> Vec<String> {
+        let Self { key, variable, good } = self;
+        let name = self.name();
+        let encoded: String = url::form_urlencoded::byte_serialize(good.as_bytes()).collect();
+        let encoded = if encoded == good { good.replace('.', "%2E") } else { encoded };
+        let (one, other) = good.split_at(20);
+        let mut shapes = vec![
+            format!("\"{good}"),
+            format!("{good}'"),
+            format!("b'{good}'"),
+            format!("b\"{good}\""),
+            format!("{name}={good}"),
+            format!("{variable}={good}"),
+            format!("export {variable}='{good}'"),
+            format!("Bearer {good}"),
+            format!("Authorization: Bearer {good}"),
+            encoded.clone(),
+            encoded.replace('%', "%25"),
+            format!("{{\"{name}\":\"{good}\"}}"),
+            format!("[\"{good}\"]"),
+            format!("{name}: {good}"),
+            format!("{good}\\n"),
+            format!("\u{201c}{good}\u{201d}"),
+            format!("{good}\0"),
+            format!("<{good}>"),
+            "replace-me".to_owned(),
+            format!("${{{variable}}}"),
+            format!("<{}>", name.replace('_', " ")),
+            format!("/run/secrets/{name}"),
+            format!("https://example.com/?{name}={encoded}"),
+        ];
+        let others = [CLIENT_ID, CLIENT_SECRET, REFRESH_TOKEN].into_iter().filter(|other| other.key != key);
+        shapes.extend(others.map(|other| other.good.to_owned()));
+        if key == SCOPE.key {
+            shapes.extend([format!("{good},{good}"), format!("{good}+profile"), good.replace("::", ":")]);
+            return shapes;
+        }
+        let bare = REFRESH_TOKEN.good.split('|').next_back().unwrap();
+        let other_things = ["Atzr", "Atzr|", bare, "ANdNAVhyhqirUelHGEHA", "amzn1.application.0123456789"];
+        shapes.extend(other_things.map(str::to_owned));
+        shapes.extend([
+            format!("{one} {other}"),
+            format!("{good} {good}"),
+            format!("Atza|{bare}"),
+            format!("gAAAA{}", "B".repeat(120)),
+            "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxIn0.c2lnbmF0dXJl".to_owned(),
+        ]);
+        if key != CLIENT_SECRET.key {
+            shapes.push(format!("{one}\n{other}"));
+        }
+        shapes
+    }
+
+    /// The ways to give adsidecar the value `shape`.
+    fn sources(self, harness: &Harness, shape: &str) -> Vec<(&'static str, Sources)> {
+        let Self { key, variable, .. } = self;
+        let path = |name: &str| harness.directory.path().join(name);
+        let (alone, with_it) = (path("credential"), path("with-it.toml"));
+        std::fs::write(&alone, shape).unwrap();
+        let line = format!("{} = {}", self.name(), toml::Value::String(shape.to_owned()));
+        let own = format!("{} = ", self.name());
+        let config = std::fs::read_to_string(harness.config_file()).unwrap();
+        let lines = config.lines().filter(|line| !line.starts_with(&own));
+        let lines: Vec<_> = lines.flat_map(|it| [Some(it), (it == "[amazon]").then_some(line.as_str())]).collect();
+        std::fs::write(&with_it, lines.into_iter().flatten().collect::<Vec<_>>().join("\n")).unwrap();
+        let from = |file, env: &[(&str, &str)], sets: &[(&str, &str)]| {
+            let owned = |pairs: &[(&str, &str)]| {
+                pairs.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect::<Vec<_>>()
+            };
+            Sources { file: Some(file), env: owned(env), sets: [harness.sets.clone(), owned(sets)].concat() }
+        };
+        let in_file = format!("{variable}_FILE");
+        vec![
+            ("variable", from(harness.config_file(), &[(variable, shape)], &[])),
+            ("file", from(harness.config_file(), &[(&in_file, alone.to_str().unwrap())], &[])),
+            ("configuration file", from(with_it, &[], &[])),
+            ("flag", from(harness.config_file(), &[], &[(key, shape)])),
+        ]
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
+// Covers: situation 10.
+// Covers: situation 11.
+// Covers: situation 12.
+// Covers: situation 32.
 async fn no_credential_of_a_wrong_shape_is_sent_to_login_with_amazon() {
     let mut harness = Harness::with_running_clock("").await;
     let token = harness.sandbox.grant().refresh_token;
     harness.stop_sidecar().await;
     harness.sandbox.clear_history();
-    let shapes = wrong_shapes(&token);
-    assert!(shapes.len() >= 30);
-    // The environment cannot hold a NUL, and a file can.
-    for shape in &shapes {
-        let (file, env) = (harness.directory.path().join("credential"), |name: &str| (name.to_owned(), shape.clone()));
-        std::fs::write(&file, shape).unwrap();
-        let in_file = vec![("AMAZON_REFRESH_TOKEN_FILE".to_owned(), file.to_str().unwrap().to_owned())];
-        for env in [vec![env("AMAZON_REFRESH_TOKEN")], in_file] {
-            let sources = Sources { file: Some(harness.config_file()), env, sets: harness.sets.clone() };
-            let refused = config::load(&sources).map(|_| ()).expect_err(shape).to_string();
-            assert!(refused.contains("amazon.refresh_token") && !refused.contains(&token[5..]), "{shape:?}: {refused}");
+    let (mut loads, mut commands) = (0, 0);
+    for kind in [CLIENT_ID, CLIENT_SECRET, REFRESH_TOKEN, SCOPE] {
+        let shapes = kind.wrong_shapes();
+        assert!(shapes.len() >= 35 || kind.key == SCOPE.key, "{}: {}", kind.key, shapes.len());
+        for (number, shape) in shapes.iter().enumerate() {
+            for (source, sources) in kind.sources(&harness, shape) {
+                let what = format!("{} by {source}: {shape:?}", kind.key);
+                let refused = config::load(&sources).map(|_| ()).expect_err(&what).to_string();
+                assert!(refused.contains(kind.key) && !kind.is_quoted_in(&refused), "{what}: {refused}");
+                loads += 1;
+            }
+            // The commands that ask Login with Amazon take turns: each is a process, and takes its time. No variable
+            // can hold a NUL.
+            let command = [&["doctor"][..], &["login", "--user", "shop"], &["serve"], &["check"]][number % 4];
+            if !shape.contains('\0') {
+                let config = harness.config_file();
+                let words = [&["--config", config.to_str().unwrap()], command].concat();
+                let ran = bare_with(&words, &[(kind.variable, shape)]).await;
+                let told = format!("{}{}", ran.out, ran.err);
+                assert_ne!(ran.code, 0, "{command:?} {shape:?}: {told}");
+                assert!(told.contains(kind.key) && !kind.is_quoted_in(&told), "{command:?} {shape:?}: {told}");
+                commands += 1;
+            }
+            if kind.key == REFRESH_TOKEN.key {
+                let imported = run(&harness, &["users", "import", "--user", "imported"], shape).await;
+                assert_ne!(imported.code, 0, "{shape:?}: {}", imported.err);
+                assert!(!kind.is_quoted_in(&imported.err), "{shape:?}: {}", imported.err);
+                commands += 1;
+            }
         }
-        let imported = run(&harness, &["users", "import", "--user", "imported"], shape).await;
-        assert_ne!(imported.code, 0, "{shape:?}: {}", imported.err);
-        assert!(!imported.err.contains(&token[5..]), "{shape:?}: {}", imported.err);
     }
+    assert!(loads > 500 && commands > 150, "{loads} {commands}");
     let lwa = harness.sandbox.lwa_calls();
     assert_eq!((lwa.refreshes, lwa.exchanges, lwa.others), (0, 0, 0), "nothing was sent");
     // What can be repaired without a guess is sent repaired.

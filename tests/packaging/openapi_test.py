@@ -1,4 +1,5 @@
-"""config/openapi.yaml matches a running sidecar: calls its endpoints and validates their responses against its schemas."""
+"""config/openapi.yaml matches a running sidecar: calls its endpoints and validates their responses against its
+schemas."""
 
 import json
 import re
@@ -11,7 +12,11 @@ import yaml
 
 # The parameters of requests that need some.
 QUERIES = {"beginLogin": "?user_id=anna", "status": "?user_id=default", "exportUser": "?user_id=default"}
-BODIES = {"setLogLevel": b"info", "restore": b"{}", "placeholderToken": b"grant_type=refresh_token&refresh_token=x&client_id=x&client_secret=x"}
+BODIES = {
+    "setLogLevel": b"info",
+    "restore": b"{}",
+    "placeholderToken": b"grant_type=refresh_token&refresh_token=x&client_id=x&client_secret=x",
+}
 # These are sent without a required parameter, and are refused as described.
 REFUSED = {"endLogin": 400, "confirm": 400, "rotate": 400, "importUser": 400}
 # These take away what others need, so they are called last, in this order.

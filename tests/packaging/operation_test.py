@@ -11,7 +11,9 @@ import pytest
 @pytest.fixture(scope="module")
 def job(repository) -> str:
     """The script of RECIPES.md for a Job without native sidecars."""
-    [script] = re.findall(r"<!-- job -->\n```sh\n(.*?)```", (repository / "deploy" / "RECIPES.md").read_text(), re.DOTALL)
+    [script] = re.findall(
+        r"<!-- job -->\n```sh\n(.*?)```", (repository / "deploy" / "RECIPES.md").read_text(), re.DOTALL
+    )
     return script
 
 
@@ -25,7 +27,9 @@ def test_a_job_ends_its_sidecar_whatever_came_of_its_work(job, sandbox_of_its_ow
     assert sandbox.process.wait(30) == 0, "the sidecar ends, and with it the pod"
 
 
-@pytest.mark.parametrize("words", [["--cycles", "2", "--rate", "300"], ["--cycles", "1", "--rate", "100", "--known-bad"]])
+@pytest.mark.parametrize(
+    "words", [["--cycles", "2", "--rate", "300"], ["--cycles", "1", "--rate", "100", "--known-bad"]]
+)
 # Covers: failure 96.
 def test_a_sigterm_under_load_loses_no_request_and_the_harness_detects_losses(repository, adsidecar, words):
     campaign = repository / "tests" / "campaigns" / "sigterms"

@@ -36,7 +36,9 @@ SECONDS = 40
 NO_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
-def ask(url: str, method: str = "GET", data: bytes | None = None, headers: dict[str, str] | None = None) -> tuple[int, str]:
+def ask(
+    url: str, method: str = "GET", data: bytes | None = None, headers: dict[str, str] | None = None
+) -> tuple[int, str]:
     request = urllib.request.Request(url, data=data, method=method, headers=headers or {})
     try:
         with NO_PROXY.open(request, timeout=10) as answer:
@@ -116,7 +118,11 @@ def prometheus(stirred, shipped, tmp_path_factory):
     scrape["static_configs"] = [{"targets": [stirred.admin.removeprefix("http://")]}]
     (directory / "prometheus.yaml").write_text(yaml.safe_dump(config))
     address = f"127.0.0.1:{free_port()}"
-    command = ["prometheus", f"--config.file={directory / 'prometheus.yaml'}", f"--storage.tsdb.path={directory / 'data'}"]
+    command = [
+        "prometheus",
+        f"--config.file={directory / 'prometheus.yaml'}",
+        f"--storage.tsdb.path={directory / 'data'}",
+    ]
     command += [f"--web.listen-address={address}", "--log.level=warn"]
     with (directory / "log").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)
@@ -144,8 +150,13 @@ def prometheus(stirred, shipped, tmp_path_factory):
 
 
 def test_prometheus_own_tool_finds_nothing_wrong(stirred, shipped):
-    for checked in (promtool("check", "config", shipped / "prometheus.yaml"), promtool("check", "rules", shipped / "alerts.yaml")):
-        assert checked.returncode == 0 and "WARNING" not in checked.stdout + checked.stderr, checked.stdout + checked.stderr
+    for checked in (
+        promtool("check", "config", shipped / "prometheus.yaml"),
+        promtool("check", "rules", shipped / "alerts.yaml"),
+    ):
+        assert checked.returncode == 0 and "WARNING" not in checked.stdout + checked.stderr, (
+            checked.stdout + checked.stderr
+        )
     status, text = ask(f"{stirred.admin}/metrics")
     assert status == 200
     checked = promtool("check", "metrics", stdin=text)
@@ -160,7 +171,9 @@ def test_each_alert_fires_when_it_should_and_not_before(shipped):
     assert set(re.findall(r"^  - name: (Ads\w+)$", text, re.MULTILINE)) >= ALERTS
 
 
-@pytest.mark.parametrize("changed", [("> 0.05", "> 0.5"), ("for: 5m", "for: 1m"), ("30 * 86400", "20 * 86400"), ("unless on", "and on")])
+@pytest.mark.parametrize(
+    "changed", [("> 0.05", "> 0.5"), ("for: 5m", "for: 1m"), ("30 * 86400", "20 * 86400"), ("unless on", "and on")]
+)
 def test_the_cases_see_a_rule_that_is_wrong(shipped, tmp_path, changed):
     rules = (shipped / "alerts.yaml").read_text()
     assert changed[0] in rules

@@ -45,6 +45,7 @@ def test_the_package_holds_the_service_the_man_pages_and_the_completions(package
     for path in [
         "/usr/bin/adsidecar",
         "/usr/lib/systemd/system/adsidecar.service",
+        "/usr/lib/systemd/system/adsidecar.socket",
         "/etc/adsidecar/adsidecar.toml",
         "/usr/share/man/man1/adsidecar.1.gz",
         "/usr/share/man/man1/adsidecar-users-list.1.gz",
@@ -62,7 +63,9 @@ def test_the_unit_is_valid_and_hardened(repository, tmp_path):
     # The program is looked up where the package puts it, which this machine does not have.
     text = (repository / "deploy/debian/adsidecar.service").read_text()
     unit = tmp_path / "adsidecar.service"
-    unit.write_text(text.replace("/usr/bin/adsidecar serve", "/bin/true serve").replace("man:adsidecar(1)", "man:true(1)"))
+    unit.write_text(
+        text.replace("/usr/bin/adsidecar serve", "/bin/true serve").replace("man:adsidecar(1)", "man:true(1)")
+    )
     verified = subprocess.run(["systemd-analyze", "verify", "--man=no", unit], capture_output=True, text=True)
     own = [line for line in verified.stderr.splitlines() if "adsidecar.service" in line]
     assert verified.returncode == 0 and not own, verified.stderr
@@ -116,6 +119,8 @@ def test_it_installs_serves_a_user_of_the_sandbox_and_goes_without_a_trace_but_i
         inputs,
         f"""
         cd /
+        # This machine's index of manual pages is large, and building it anew is not what is tested.
+        rm -f /var/lib/man-db/auto-update
         dpkg -i /tmp/adsidecar.deb
         adsidecar version
         zcat /usr/share/man/man1/adsidecar.1.gz | grep -q 'Amazon Ads'
@@ -130,14 +135,33 @@ def test_it_installs_serves_a_user_of_the_sandbox_and_goes_without_a_trace_but_i
         unit=/usr/lib/systemd/system/adsidecar.service
         sed -n 's/^Environment=//p' $unit | sed 's,%d,/run/credentials,; s,%S,/var/lib,' > /tmp/environment
         start=$(sed -n 's/^ExecStart=//p' $unit)
-        env -i PATH=/usr/bin:/bin $(cat /tmp/environment) ADSIDECAR_PROXY__LISTEN=unix:/run/ads.sock \\
-            ADSIDECAR_ADMIN__LISTEN=unix:/run/admin.sock \\
-            ADSIDECAR_AMAZON__REFRESH_TOKEN_FILE=/run/credentials/refresh-token $start 2> /tmp/log &
+        service="env -i PATH=/usr/bin:/bin $(cat /tmp/environment | tr '\\n' ' ')
+            ADSIDECAR_PROXY__LISTEN=unix:/run/ads.sock ADSIDECAR_ADMIN__LISTEN=unix:/run/admin.sock
+            ADSIDECAR_AMAZON__REFRESH_TOKEN_FILE=/run/credentials/refresh-token"
+        $service $start 2> /tmp/log &
         for attempt in $(seq 100); do
             curl --silent --fail --unix-socket /run/admin.sock http://localhost/readyz && break
             sleep 0.1
         done
-        curl --silent --show-error --fail --unix-socket /run/ads.sock http://localhost/v2/profiles || (cat /tmp/log; exit 1)
+        curl --silent --show-error --fail --unix-socket /run/ads.sock http://localhost/v2/profiles \\
+            || (cat /tmp/log; exit 1)
+
+        echo
+        # A person logs in, with a browser elsewhere, and pastes the URL at which it ended.
+        mkfifo /tmp/keyboard
+        $service adsidecar login --config /etc/adsidecar/adsidecar.toml --user anna < /tmp/keyboard > /tmp/login 2>&1 &
+        exec 9> /tmp/keyboard
+        for attempt in $(seq 100); do
+            grep -q 'waiting for the consent' /tmp/login && break
+            sleep 0.1
+        done
+        url=$(grep -o 'http[^ ]*/ap/oa?[^ ]*' /tmp/login) || (cat /tmp/login; exit 1)
+        curl --silent --output /dev/null --write-out '%{{redirect_url}}\\n' "$url&decision=allow" >&9
+        wait %2 || (cat /tmp/login; exit 1)
+        exec 9>&-
+        grep '^anna is logged in$' /tmp/login
+        # What it says last is a command that works.
+        bash -c "$(sed -n 's/^try it: //p' /tmp/login) --silent --show-error --fail" | grep -q profileId
         kill %1
         wait %1
 
@@ -153,5 +177,6 @@ def test_it_installs_serves_a_user_of_the_sandbox_and_goes_without_a_trace_but_i
         """,
     )
     assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert "\nanna is logged in\n" in ran.stdout, ran.stdout
     assert f'"profileId":{sandbox.profile_id}' in ran.stdout.replace(" ", ""), ran.stdout
     assert ran.stdout.rstrip().endswith("gone"), ran.stdout

@@ -1,9 +1,10 @@
-"""The manuals are true: their commands and samples are run. Their tables are made from the code, which tests/e2e/manuals.rs
-checks.
+"""The manuals are true: their commands and samples are run. Their tables are made from the code, which
+tests/e2e/manuals.rs checks.
 
 A comment above each fenced block says what the tests do with it:
 
-- `<!-- sandbox -->`: against a running sandbox; each curl line of a shell block, or a whole sample in Python, Node or Java;
+- `<!-- sandbox -->`: against a running sandbox; each curl line of a shell block, or a whole sample in Python, Node or
+  Java;
 - `<!-- shell -->`: a script in an empty directory, with adsidecar in PATH and a configuration in the environment;
 - `<!-- config -->`: a configuration file, by `adsidecar check`;
 - `<!-- build -->`: a cargo line is a step of tests/run, and what it builds is run as shown;
@@ -12,6 +13,7 @@ A comment above each fenced block says what the tests do with it:
 - `<!-- published port -->`: a container's variables, in a process without Docker, and the request to it;
 - `<!-- campaign -->`: with fewer cycles;
 - `<!-- job -->`, `<!-- systemd -->`: by a test of its own; `<!-- postgres -->`: by tests/e2e/postgres.rs;
+- `<!-- recipe: FILE -->`: as that file, by tests/clients/test_recipes.py;
 - `<!-- not run: REASON -->`: not at all, for one of the reasons in tests/README.md.
 
 Blocks of text and pictures have no comment.
@@ -50,7 +52,10 @@ MANUALS = (
 README_LINES = 200
 
 # An optional comment, then a fenced block; both may be indented, as in a list.
-BLOCK = re.compile(r"(?:^ *<!-- (?P<mark>[^\n]*?) -->\n)?^(?P<indent> *)```(?P<kind>\w*)\n(?P<text>.*?)^ *```$", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(
+    r"(?:^ *<!-- (?P<mark>[^\n]*?) -->\n)?^(?P<indent> *)```(?P<kind>\w*)\n(?P<text>.*?)^ *```$",
+    re.MULTILINE | re.DOTALL,
+)
 MARKS = (
     "sandbox",
     "shell",
@@ -188,7 +193,7 @@ def test_every_link_leads_somewhere(manuals, repository):
 
 def test_every_block_says_how_it_is_tested(blocks):
     unmarked = [block for block in blocks if block.kind != "text" and block.mark not in MARKS]
-    assert [str(block) for block in unmarked if not block.mark.startswith("not run: ")] == []
+    assert [str(block) for block in unmarked if not block.mark.startswith(("not run: ", "recipe: "))] == []
 
 
 def test_the_reasons_not_to_run_a_block_stand_in_one_place(blocks, manuals):
@@ -200,7 +205,9 @@ def test_the_reasons_not_to_run_a_block_stand_in_one_place(blocks, manuals):
 
 def test_a_curl_line_in_a_block_is_run(blocks):
     run = ("sandbox", "published port", "job")
-    assert [str(block) for block in blocks if block.mark not in run and re.search(r"^curl ", block.text, re.MULTILINE)] == []
+    assert [
+        str(block) for block in blocks if block.mark not in run and re.search(r"^curl ", block.text, re.MULTILINE)
+    ] == []
     assert all(line.startswith("curl ") for line in curl_lines(blocks))
 
 
@@ -213,7 +220,9 @@ def test_every_curl_line_succeeds_when_it_is_pasted(blocks, sandbox, tmp_path):
         assert command != line, f"goes to no listener of the sandbox: {line}"
         # The status goes to standard error: a line may write its response into a file, for the next line.
         command += " --silent --show-error --write-out '%{stderr}%{http_code}'"
-        run = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=CURL_SECONDS)
+        run = subprocess.run(
+            ["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=CURL_SECONDS
+        )
         if run.returncode != 0 or not run.stderr[-3:].startswith("2"):
             failed.append(f"{run.stdout} {run.stderr}: {line}")
     assert failed == []
@@ -267,7 +276,9 @@ def test_every_shell_script_runs(blocks, standalone, tmp_path):
         directory = tmp_path / str(number)
         directory.mkdir()
         command = ["bash", "-euo", "pipefail", "-c", script.text]
-        run = subprocess.run(command, cwd=directory, env=standalone, capture_output=True, text=True, timeout=CURL_SECONDS)
+        run = subprocess.run(
+            command, cwd=directory, env=standalone, capture_output=True, text=True, timeout=CURL_SECONDS
+        )
         assert run.returncode == 0, f"{script}: {run.stdout}{run.stderr}"
 
 
@@ -275,7 +286,14 @@ def test_pythons_key_is_one_for_adsidecar(blocks, standalone, tmp_path):
     [script] = [block for block in blocks if block.mark == "shell" and "urlsafe_b64encode" in block.text]
     key = subprocess.run(["bash", "-c", script.text], capture_output=True, text=True, check=True).stdout.strip()
     environment = {**standalone, "FERNET_KEY": key}
-    run = subprocess.run(["adsidecar", "store", "dump"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=CURL_SECONDS)
+    run = subprocess.run(
+        ["adsidecar", "store", "dump"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=CURL_SECONDS,
+    )
     assert (run.returncode, json.loads(run.stdout or "null")) == (0, {}), run.stderr
 
 
@@ -285,7 +303,9 @@ def test_every_configuration_is_accepted(blocks, standalone, tmp_path):
     for block in files:
         (tmp_path / "adsidecar.toml").write_text(block.text)
         command = ["adsidecar", "--config", "adsidecar.toml", "check"]
-        run = subprocess.run(command, cwd=tmp_path, env=standalone, capture_output=True, text=True, timeout=CURL_SECONDS)
+        run = subprocess.run(
+            command, cwd=tmp_path, env=standalone, capture_output=True, text=True, timeout=CURL_SECONDS
+        )
         assert run.returncode == 0, f"{block}: {run.stderr}"
 
 
@@ -322,7 +342,9 @@ def test_the_build_of_the_manual_is_a_step_of_tests_run_and_its_binary_runs(bloc
         assert commands
         for command in commands:
             words = command.replace("target/dist/adsidecar", "adsidecar").split()
-            run = subprocess.run(words, cwd=tmp_path, env=standalone, capture_output=True, text=True, timeout=CURL_SECONDS)
+            run = subprocess.run(
+                words, cwd=tmp_path, env=standalone, capture_output=True, text=True, timeout=CURL_SECONDS
+            )
             assert run.returncode == 0 and run.stdout.strip(), run.stderr
 
 
@@ -355,25 +377,42 @@ def test_a_login_through_a_published_port(blocks, standalone, tmp_path):
     container, request = [block.text.strip() for block in marked(blocks, "published port")]
     port, admin = free_port(), free_port()
     token = "a-caller-token-of-the-test-0123456789"
-    variables = dict(re.findall(r"--env (\w+)=(\S+)", container.replace('"$TOKEN"', token).replace(":8001", f":{port}")))
+    variables = dict(
+        re.findall(r"--env (\w+)=(\S+)", container.replace('"$TOKEN"', token).replace(":8001", f":{port}"))
+    )
     assert set(variables) == {f"ADSIDECAR_PROXY__{name}" for name in ("LISTEN", "ALLOW_REMOTE", "CALLER_TOKEN")}
     environment = {**standalone, **variables, "ADSIDECAR_ADMIN__LISTEN": f"127.0.0.1:{admin}"}
     base = f"http://localhost:{port}/api/auth/amazon"
     with serving(["adsidecar"], environment, tmp_path):
         assert status_of(f"{base}/login") == 407
         command = request.replace("http://localhost:8001", f"http://localhost:{port}") + " --fail --silent"
-        run = subprocess.run(["bash", "-c", command], env={**environment, "TOKEN": token}, capture_output=True, text=True, timeout=CURL_SECONDS)
+        run = subprocess.run(
+            ["bash", "-c", command],
+            env={**environment, "TOKEN": token},
+            capture_output=True,
+            text=True,
+            timeout=CURL_SECONDS,
+        )
         assert run.returncode == 0 and json.loads(run.stdout)["auth_url"], run.stderr
-        assert status_of(f"{base}/callback?code=any&state=any") == 400, "state_invalid: the callback itself needs no token"
+        assert status_of(f"{base}/callback?code=any&state=any") == 400, (
+            "state_invalid: the callback itself needs no token"
+        )
 
 
 def test_the_campaign_of_the_manual_runs(blocks, repository, target_directory, adsidecar):
     writer = target_directory / "debug" / "examples" / "store-writer"
-    environment = {**os.environ, "ADSIDECAR_BIN": str(adsidecar), "ADSIDECAR_STORE_WRITER": str(writer), "PYTHONDONTWRITEBYTECODE": "1"}
+    environment = {
+        **os.environ,
+        "ADSIDECAR_BIN": str(adsidecar),
+        "ADSIDECAR_STORE_WRITER": str(writer),
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
     for line in "".join(block.text for block in marked(blocks, "campaign")).splitlines():
         words = line.replace("--cycles 100", "--cycles 12").split()
         assert words != line.split(), f"takes as long as by hand: {line}"
-        run = subprocess.run(words, cwd=repository, env=environment, capture_output=True, text=True, timeout=SAMPLE_SECONDS)
+        run = subprocess.run(
+            words, cwd=repository, env=environment, capture_output=True, text=True, timeout=SAMPLE_SECONDS
+        )
         assert run.returncode == 0, f"{line}: {run.stdout}{run.stderr}"
 
 
@@ -388,7 +427,9 @@ def test_the_systemd_unit_is_valid_and_gives_it_time_to_end(blocks, adsidecar, t
     if shutil.which("systemd-analyze"):
         service = tmp_path / "adsidecar.service"
         service.write_text(unit.text.replace("/usr/local/bin/adsidecar", str(Path(adsidecar).resolve())))
-        run = subprocess.run(["systemd-analyze", "verify", "--man=no", service], capture_output=True, text=True, timeout=CURL_SECONDS)
+        run = subprocess.run(
+            ["systemd-analyze", "verify", "--man=no", service], capture_output=True, text=True, timeout=CURL_SECONDS
+        )
         said = [line for line in run.stderr.splitlines() if "adsidecar.service" in line]
         assert said == []
 

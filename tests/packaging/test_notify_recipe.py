@@ -53,10 +53,16 @@ def test_the_relay_mails_a_signed_event_and_nothing_else(repository, run_adsidec
     mails: list[str] = []
     relay_port, mail_port = free_port(), free_port()
     environment = {
-        "PATH": os.environ["PATH"], "NOTIFY_SECRET": SECRET, "MAIL_FROM": "ads@example.com", "MAIL_TO": "ops@example.com",
-        "MAIL_PORT": str(mail_port), "RELAY_PORT": str(relay_port),
+        "PATH": os.environ["PATH"],
+        "NOTIFY_SECRET": SECRET,
+        "MAIL_FROM": "ads@example.com",
+        "MAIL_TO": "ops@example.com",
+        "MAIL_PORT": str(mail_port),
+        "RELAY_PORT": str(relay_port),
     }
-    running = subprocess.Popen([sys.executable, repository / "deploy/notify-mail"], env=environment, stderr=subprocess.DEVNULL)
+    running = subprocess.Popen(
+        [sys.executable, repository / "deploy/notify-mail"], env=environment, stderr=subprocess.DEVNULL
+    )
     try:
         deadline = time.monotonic() + DEADLINE
         while time.monotonic() < deadline:
@@ -68,7 +74,14 @@ def test_the_relay_mails_a_signed_event_and_nothing_else(repository, run_adsidec
         def notify(secret: str):
             url = f"notify.url=http://127.0.0.1:{relay_port}/"
             return run_adsidecar(
-                "notify", "test", "--config", sandbox_of_its_own.config, "--set", url, "--set", f"notify.secret={secret}"
+                "notify",
+                "test",
+                "--config",
+                sandbox_of_its_own.config,
+                "--set",
+                url,
+                "--set",
+                f"notify.secret={secret}",
             )
 
         away = notify(SECRET)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-# Directories in which people and build machines keep a checkout, and which no program needs. (/data, /etc, /run and /tmp
-# exist in a container or on any system.)
+# Directories in which people and build machines keep a checkout, and which no program needs. (/data, /etc, /run and
+# /tmp exist in a container or on any system.)
 MACHINE_PATH = re.compile(r"/(?:home|Users|root|work|mnt)/[\w.]|\b[A-Z]:\\\\?Users")
 # A hit that is a path inside the images or the documents that we name. None so far.
 ALLOWED_MACHINE_PATHS: frozenset[str] = frozenset()

@@ -67,7 +67,21 @@ def test_every_acknowledged_write_is_on_disk_first(writer, strace, tmp_path):
     """A power cut loses unsynced data: the order of the system calls shows it, without a power cut."""
     log = tmp_path / "log"
     calls = "pwrite64,write,writev,fsync,sync_file_range,rename,unlink"
-    command = ["strace", "-f", "-y", "-o", log, "-e", f"trace={calls}", writer, tmp_path / "store", "write", "3", "1", "12"]
+    command = [
+        "strace",
+        "-f",
+        "-y",
+        "-o",
+        log,
+        "-e",
+        f"trace={calls}",
+        writer,
+        tmp_path / "store",
+        "write",
+        "3",
+        "1",
+        "12",
+    ]
     subprocess.run(command, check=True, capture_output=True, timeout=60)
     database, unsynced, acknowledged = str(tmp_path / "store" / "db"), set(), 0
     for line in log.read_text().splitlines():
@@ -91,7 +105,8 @@ def test_every_acknowledged_write_is_on_disk_first(writer, strace, tmp_path):
 
 # Covers: failure 35.
 def test_a_disk_that_fills_later_fails_no_request_and_loses_no_grant(strace, tmp_path):
-    """The file system fails the first writes of a refreshed grant's mirror record, like a full one, then accepts them."""
+    """The file system fails the first writes of a refreshed grant's mirror record, like a full one, then accepts
+    them."""
     amazon = world.Sandbox(tmp_path)
     try:
         sidecar = world.Sidecar(amazon, tmp_path / "own")

@@ -124,7 +124,9 @@ def test_both_crates_can_be_published(repository, tmp_path):
     command = ["cargo", "package", "--workspace", "--allow-dirty", "--no-verify", "--offline", "--target-dir", tmp_path]
     packaged = subprocess.run(command, cwd=repository, capture_output=True, text=True)
     assert packaged.returncode == 0, packaged.stderr
-    assert "no description, license" not in packaged.stderr and "manifest has no" not in packaged.stderr, packaged.stderr
+    assert "no description, license" not in packaged.stderr and "manifest has no" not in packaged.stderr, (
+        packaged.stderr
+    )
     crates = sorted(path.name for path in (tmp_path / "package").glob("*.crate"))
     assert [crate.rsplit("-", 1)[0] for crate in crates] == ["adsidecar", "adsidecar-sandbox"]
     listing = subprocess.run(

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use futures_util::StreamExt;
 use http::header::{HeaderName, HeaderValue, RETRY_AFTER};
-use http::{HeaderMap, Request, StatusCode, Uri};
+use http::{HeaderMap, Method, Request, StatusCode, Uri};
 use http_body_util::{BodyExt, Limited};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
@@ -19,6 +19,7 @@ use crate::domain::account::{AmazonHost, Context, Ids, Region};
 use crate::domain::api_families::family;
 use crate::domain::found_account::{AccountType, FoundAccount, marketplace};
 use crate::domain::headers::{UpstreamHeaders, to_amazon};
+use crate::throttle::{Call, Entry, Pass, Throttle, Throttled};
 use crate::upstream::{RequestBody, Reuse, Upstream};
 
 /// Timeout of one request.
@@ -32,6 +33,8 @@ const MAX_PARENTS: usize = 200;
 /// DSP advertisers per page ("count", at most 100), and most pages.
 const DSP_PAGE: usize = 100;
 const MAX_PAGES: usize = 100;
+/// The account of the search in the throttle's queue: it takes turns with the callers' accounts.
+const SEARCH: &str = "accounts.sync";
 /// Attempts at a request that Amazon throttles, and the longest wait between them.
 const ATTEMPTS: u32 = 4;
 const MAX_WAIT: Duration = Duration::from_secs(5);
@@ -39,6 +42,7 @@ const MAX_WAIT: Duration = Duration::from_secs(5);
 /// Amazon, as one grant sees it.
 pub(super) struct Discovery {
     pub(super) upstream: Arc<Upstream>,
+    pub(super) throttle: Arc<Throttle>,
     pub(super) client_id: HeaderValue,
     pub(super) bearer: HeaderValue,
     /// The region whose host answers questions about AMC, which is not regional.
@@ -46,6 +50,7 @@ pub(super) struct Discovery {
 }
 
 /// What was found, and how each source answered.
+#[derive(Clone)]
 pub(super) struct Found {
     pub(super) accounts: Vec<FoundAccount>,
     pub(super) outcomes: Vec<Outcome>,
@@ -177,13 +182,16 @@ impl Discovery {
         Ok(all)
     }
 
-    /// Sends a `GET`, and again while Amazon throttles it.
+    /// Sends a `GET`, and again while Amazon throttles it. It waits for its turn among the requests of callers, as
+    /// Amazon limits all of them together.
     async fn get<T: DeserializeOwned>(&self, region: Region, path: &str, ids: &Ids) -> Result<T, Unanswered> {
         let mut attempt = 1;
         loop {
+            let mut pass = self.turn(region, path).await?;
             let answer = tokio::time::timeout(TIMEOUT, Box::pin(self.once(region, path, ids))).await;
             let late = || Unanswered { code: "timeout", detail: format!("no response within {TIMEOUT:?}") };
             let (status, headers, body) = answer.map_err(|_| late())??;
+            pass.responded(status, &headers);
             let retry = status == StatusCode::TOO_MANY_REQUESTS && attempt < ATTEMPTS;
             if retry {
                 let told = headers.get(RETRY_AFTER).and_then(|wait| wait.to_str().ok()?.parse().ok());
@@ -199,6 +207,21 @@ impl Discovery {
                 code: "bad_answer",
                 detail: "the response is not what Amazon documents".to_owned(),
             });
+        }
+    }
+
+    /// The turn of a request: at once, unless Amazon refuses others like it.
+    async fn turn<'a>(&'a self, region: Region, path: &'a str) -> Result<Pass<'a>, Unanswered> {
+        let path = path.split_once('?').map_or(path, |(path, _)| path);
+        let call = Call::new(region, family(path), &Method::GET, path, SEARCH);
+        let throttled = |throttled: Throttled| Unanswered {
+            code: "throttled",
+            detail: format!("Amazon refuses requests like this one for about {:.0} s", throttled.wait.as_secs_f64()),
+        };
+        match self.throttle.enter_own(call) {
+            Entry::Pass(pass) => Ok(pass),
+            Entry::Wait(ticket) => Box::pin(ticket.turn()).await.map_err(throttled),
+            Entry::Refuse(refused) => Err(throttled(refused)),
         }
     }
 

@@ -1,12 +1,14 @@
 //! Lists accounts, found and configured, with the header and the URL that select each.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use super::Snapshot;
+use super::{Directory, Snapshot, UserAccounts, parse};
 use crate::domain::account::{Account, Context, Region, UserId};
 use crate::domain::found_account::{AccountType, FoundAccount};
+use crate::store::{AccountsQuery, StoreError};
 
 /// Which accounts to list.
 #[derive(Clone, Debug, Default)]
@@ -55,6 +57,106 @@ pub struct Listed {
     pub missing_since: Option<jiff::Timestamp>,
 }
 
+/// A page of accounts.
+#[derive(Debug)]
+pub struct Page {
+    /// The accounts, by slug.
+    pub accounts: Vec<Listed>,
+    /// How many match, whatever page. Found accounts are counted up to 100,000.
+    pub total: usize,
+    /// The slug after which the next page begins; `None` if this is the last.
+    pub next: Option<String>,
+    /// What is stored for their users.
+    pub users: Vec<Arc<UserAccounts>>,
+}
+
+impl Directory {
+    /// The first `limit` accounts after the slug `after` that match. Reads what the page shows and what the
+    /// configuration names, however many others there are.
+    ///
+    /// # Errors
+    /// [`StoreError`] if the store cannot be read.
+    pub async fn list(&self, filter: &Filter, after: &str, limit: usize, base_url: &str) -> Result<Page, StoreError> {
+        let configured = self.configured();
+        if let Some(user) = &filter.user {
+            let of_user = self.of(user).await?;
+            let snapshot = Snapshot::of(of_user.iter().map(|user| UserAccounts::clone(user)), &configured);
+            let all = list(&snapshot, &configured, filter, base_url);
+            let total = all.len();
+            let mut rest = all.into_iter().filter(|account| account.slug.as_str() > after);
+            let accounts: Vec<_> = rest.by_ref().take(limit).collect();
+            let next = rest.next().and(accounts.last()).map(|last| last.slug.clone());
+            return Ok(Page { accounts, total, next, users: of_user.into_iter().collect() });
+        }
+        // What the configuration names is listed under its own name, with what was found about it.
+        let mut named = Vec::new();
+        for user in configured.iter().map(|account| &account.user).collect::<BTreeSet<_>>() {
+            named.extend(self.of(user).await?);
+        }
+        let snapshot = Snapshot::of(named.iter().map(|user| UserAccounts::clone(user)), &configured);
+        let is_configured = |account: &Account| configured.iter().any(|one| is_same(account, one));
+        let hidden: BTreeMap<_, _> = snapshot
+            .entries()
+            .filter(|entry| is_configured(&entry.account))
+            .map(|entry| (entry.found.slug.clone(), found_one(&entry.found, &entry.account.user, base_url)))
+            .collect();
+        let query = AccountsQuery {
+            after: after.to_owned(),
+            limit: limit + hidden.len() + 1,
+            name: filter.name.clone(),
+            country: filter.country.clone(),
+            kind: filter.kind.map(AccountType::as_str),
+        };
+        let found = self.store().find_accounts(&query).await?;
+        let hides = hidden.values().filter(|listed| filter.matches(listed)).count();
+        let of_configuration: Vec<_> = list(&snapshot, &configured, filter, base_url)
+            .into_iter()
+            .filter(|listed| listed.source == CONFIGURATION)
+            .collect();
+        let total = usize::try_from(found.total).unwrap_or(usize::MAX).saturating_sub(hides) + of_configuration.len();
+        let mut slugs: Vec<_> = found.slugs.into_iter().filter(|(slug, _)| !hidden.contains_key(slug)).collect();
+        slugs.truncate(limit + 1);
+        let users = self.read(slugs.iter().map(|(_, user)| user)).await?;
+        let account = |(slug, user): (String, UserId)| {
+            let of_user = users.get(&user).and_then(|user| user.accounts.iter().find(|found| found.slug == slug));
+            let listed = of_user.map(|found| found_one(found, &user, base_url));
+            (slug, listed)
+        };
+        // An account that cannot be read has its place, so that the page after it is found.
+        let mut all: Vec<_> = slugs.into_iter().map(account).collect();
+        let of_configuration = of_configuration.into_iter().filter(|listed| listed.slug.as_str() > after);
+        all.extend(of_configuration.map(|listed| (listed.slug.clone(), Some(listed))));
+        all.sort_by(|(one, _), (other, _)| one.cmp(other));
+        let has_more = all.len() > limit;
+        all.truncate(limit);
+        let next = all.last().filter(|_| has_more).map(|(slug, _)| slug.clone());
+        let all: Vec<_> = all.into_iter().filter_map(|(_, listed)| listed).collect();
+        let shown: BTreeSet<_> = all.iter().map(|listed| &listed.user_id).collect();
+        let mut by_user: BTreeMap<_, _> = named.into_iter().map(|user| (user.user_id.clone(), user)).collect();
+        by_user.extend(users);
+        let users = by_user.into_iter().filter(|(user, _)| shown.contains(user)).map(|(_, user)| user).collect();
+        Ok(Page { accounts: all, total, next, users })
+    }
+
+    /// What is stored for each of `users`, read at once. It does not displace what requests use from memory.
+    async fn read(
+        &self,
+        users: impl Iterator<Item = &UserId>,
+    ) -> Result<BTreeMap<UserId, Arc<UserAccounts>>, StoreError> {
+        let users: BTreeSet<_> = users.cloned().collect();
+        let users: Vec<_> = users.into_iter().collect();
+        if users.is_empty() {
+            return Ok(BTreeMap::new());
+        }
+        let stored = self.store().accounts_of(&users).await?;
+        let parsed = stored.iter().filter_map(|stored| Some((stored.user.clone(), Arc::new(parse(stored)?))));
+        Ok(parsed.collect())
+    }
+}
+
+/// The source of an account of the configuration.
+const CONFIGURATION: &str = "configuration";
+
 /// Every account that matches `filter`, by slug. An account of the configuration comes with what was found about it.
 pub fn list(snapshot: &Snapshot, configured: &[Account], filter: &Filter, base_url: &str) -> Vec<Listed> {
     let of_configuration = configured.iter().map(|account| {
@@ -93,7 +195,7 @@ fn configured_one(account: &Account, found: Option<&FoundAccount>, base_url: &st
     Listed {
         slug: account.name.to_string(),
         name: found.map_or_else(|| account.name.to_string(), |found| found.name.clone()),
-        source: "configuration".to_owned(),
+        source: CONFIGURATION.to_owned(),
         kind: found.map(|found| found.kind),
         country: found.and_then(|found| found.country.clone()),
         currency: found.and_then(|found| found.currency.clone()),

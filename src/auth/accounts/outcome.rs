@@ -69,6 +69,11 @@ pub enum Status {
 }
 
 impl UserAccounts {
+    /// No accounts of `user`.
+    pub(super) fn none(user: &UserId, now: Timestamp) -> Self {
+        Self { user_id: user.clone(), synced_at: now, outcomes: Vec::new(), accounts: Vec::new() }
+    }
+
     /// Whether at least one region listed its profiles.
     pub fn any_region_answered(&self) -> bool {
         let answered = |outcome: &Outcome| matches!(outcome.status, Status::Found | Status::Empty);

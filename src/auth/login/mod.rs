@@ -30,7 +30,7 @@ use crate::domain::secret::Secret;
 use crate::store::{PendingGrant, StoreError};
 pub use expiring_map::TEN_MINUTES;
 use expiring_map::hash;
-pub use outcome::{BeginError, LoginFailure, LoginOutcome};
+pub use outcome::{BeginError, LoginEnded, LoginFailure, LoginOutcome};
 pub use pending_logins::PendingLogins;
 use pending_logins::{Finished, PendingLogin};
 
@@ -197,29 +197,21 @@ impl Login {
     }
 
     /// Finishes a login with the callback's parameters. `cookie` returns the value of the request's cookie with a given
-    /// name. The second value is the login's `return_to`, if the state was valid. A callback that is delivered again
-    /// gets the first outcome; one without the login's cookie consumes nothing.
-    pub async fn finish(
-        &self,
-        callback: Callback,
-        cookie: impl FnOnce(&str) -> Option<String>,
-    ) -> (Result<LoginOutcome, LoginFailure>, Option<String>) {
+    /// name. A callback that is delivered again gets the first outcome; one without the login's cookie consumes
+    /// nothing.
+    pub async fn finish(&self, callback: Callback, cookie: impl FnOnce(&str) -> Option<String>) -> LoginEnded {
         let cookie = cookie(&cookie_name(callback.state.expose())).map(|value| hash(&value));
         let login = self.clone();
         // A code is valid for one exchange: a browser that disconnects during it must not lose the grant.
         self.0.tokens.uninterrupted(async move { login.finish_once(callback, cookie).await }).await
     }
 
-    async fn finish_once(
-        &self,
-        callback: Callback,
-        cookie: Option<String>,
-    ) -> (Result<LoginOutcome, LoginFailure>, Option<String>) {
+    async fn finish_once(&self, callback: Callback, cookie: Option<String>) -> LoginEnded {
         let (state, now) = (callback.state.expose().to_owned(), self.0.clock.now());
         // The cookie is checked before anything is consumed: a virus scanner or a proxy may fetch the URL first.
         let is_new = !self.0.pending.is_finished(&state, now);
         if is_new && let Err(failure) = self.check_cookie(&state, &cookie).await {
-            return (Err(failure), None);
+            return failure.into();
         }
         let outcome = self.0.pending.outcome_of(&state, now);
         let mut first = false;
@@ -231,15 +223,15 @@ impl Login {
             }
             self.finish_first(callback).await
         });
-        let Finished { outcome, return_to, cookie: bound } = match finished.await {
+        let Finished { user, outcome, return_to, cookie: bound } = match finished.await {
             Ok(finished) => finished.clone(),
-            Err(failure) => return (Err(failure), None),
+            Err(failure) => return failure.into(),
         };
         match outcome {
-            _ if bound.is_some() && bound != cookie => (Err(LoginFailure::State), None),
+            _ if bound.is_some() && bound != cookie => LoginFailure::State.into(),
             // Without a cookie anybody may send the callback again: it tells nothing but that the login is completed.
-            Ok(_) if bound.is_none() && !first => (Err(LoginFailure::Completed), None),
-            outcome => (outcome, return_to),
+            Ok(_) if bound.is_none() && !first => LoginFailure::Completed.into(),
+            outcome => LoginEnded { outcome, return_to, user: bound.map(|_| user) },
         }
     }
 
@@ -254,12 +246,12 @@ impl Login {
     async fn finish_first(&self, callback: Callback) -> Result<Finished, LoginFailure> {
         let login = self.0.pending.take_login(callback.state.expose(), self.0.clock.now()).await;
         let begun = login.map_err(LoginFailure::of_store)?.ok_or(LoginFailure::State)?;
-        let (return_to, bound) = (begun.return_to.clone(), begun.cookie.clone());
+        let (user, return_to, bound) = (begun.user.clone(), begun.return_to.clone(), begun.cookie.clone());
         let outcome = match callback.result {
             Err(error) => Err(LoginFailure::of_amazon(&error)),
             Ok(code) => self.exchange(&code, begun, callback.scope).await,
         };
-        Ok(Finished { outcome, return_to, cookie: bound })
+        Ok(Finished { user, outcome, return_to, cookie: bound })
     }
 
     async fn exchange(

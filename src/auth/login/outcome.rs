@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use crate::auth::tokens::Status;
+use crate::domain::account::UserId;
 use crate::domain::secret::Secret;
 use crate::store::StoreError;
 
@@ -18,6 +19,23 @@ pub enum BeginError {
     /// The shared store failed.
     #[error(transparent)]
     Store(StoreError),
+}
+
+/// How the callback of a login ended.
+#[derive(Clone, Debug)]
+pub struct LoginEnded {
+    /// The result.
+    pub outcome: Result<LoginOutcome, LoginFailure>,
+    /// The login's `return_to`, if the state was valid.
+    pub return_to: Option<String>,
+    /// The user whom the login was for, if the browser that ended it is the one that started it.
+    pub user: Option<UserId>,
+}
+
+impl From<LoginFailure> for LoginEnded {
+    fn from(failure: LoginFailure) -> Self {
+        Self { outcome: Err(failure), return_to: None, user: None }
+    }
 }
 
 /// The result of a successful login.

@@ -9,10 +9,8 @@ pub mod answer;
 use std::error::Error;
 use std::time::Duration;
 
-use jiff::Timestamp;
-use reqwest::header::{CONTENT_TYPE, RETRY_AFTER};
+use reqwest::header::{ACCEPT_ENCODING, CONTENT_ENCODING, CONTENT_TYPE, HeaderMap, HeaderValue, RETRY_AFTER};
 use reqwest::{Client, Proxy, Response, StatusCode};
-use rustls::CertificateError;
 use rustls::pki_types::CertificateDer;
 use tokio::time::timeout;
 use url::Url;
@@ -97,7 +95,10 @@ pub struct Lwa {
 }
 
 /// The proxy as reqwest knows it.
-fn through(proxy: &OutgoingProxy) -> Result<Proxy, String> {
+///
+/// # Errors
+/// A sentence if reqwest takes no such URL.
+pub fn through(proxy: &OutgoingProxy) -> Result<Proxy, String> {
     let failed = |_| format!("{}: its URL cannot be used", proxy.named_by);
     // `h`: the proxy resolves names.
     let mut url = Url::parse(&proxy.url().replacen("socks5:", "socks5h:", 1)).map_err(failed)?;
@@ -121,6 +122,7 @@ impl Lwa {
         };
         let mut http = Client::builder()
             .tls_backend_preconfigured(tls)
+            .default_headers(HeaderMap::from_iter([(ACCEPT_ENCODING, HeaderValue::from_static("identity"))]))
             .redirect(reqwest::redirect::Policy::none())
             .no_proxy()
             .https_only(true)
@@ -196,8 +198,8 @@ impl Lwa {
         self.call(&[("grant_type", "refresh_token"), ("refresh_token", token.secret().expose())]).await
     }
 
-    /// Number of client secrets, which [`refresh_with`](Self::refresh_with) takes by their index. While Amazon propagates a
-    /// new secret, it may refuse either one.
+    /// Number of client secrets, which [`refresh_with`](Self::refresh_with) takes by their index. While Amazon
+    /// propagates a new secret, it may refuse either one.
     pub fn secrets(&self) -> usize {
         self.settings.client_secrets.len()
     }
@@ -282,15 +284,19 @@ impl Lwa {
     }
 }
 
-/// The type in `Content-Type` without its parameters, as it may be logged.
+/// The type in `Content-Type` without its parameters, and how the body is compressed, as they may be logged.
 fn content_type(response: &Response) -> String {
-    let value = response.headers().get(CONTENT_TYPE).and_then(|value| value.to_str().ok());
-    let kind = value.and_then(|value| value.split(';').next()).map(str::trim).unwrap_or_default();
     let legal = |byte: u8| byte.is_ascii_alphanumeric() || b"/+-._".contains(&byte);
-    if (1..=64).contains(&kind.len()) && kind.bytes().all(legal) {
-        kind.to_owned()
-    } else {
-        "no content type".to_owned()
+    let first = |name| {
+        let value = response.headers().get(name)?.to_str().ok()?;
+        let first = value.split([';', ',']).next()?.trim();
+        ((1..=64).contains(&first.len()) && first.bytes().all(legal)).then(|| first.to_owned())
+    };
+    let kind = first(CONTENT_TYPE).unwrap_or_else(|| "no content type".to_owned());
+    // Nobody was asked to compress it, so something in between did.
+    match first(CONTENT_ENCODING).filter(|coding| !coding.eq_ignore_ascii_case("identity")) {
+        Some(coding) => format!("{kind}, compressed with {coding} although that was not asked for"),
+        None => kind,
     }
 }
 
@@ -322,30 +328,14 @@ fn no_answer(error: reqwest::Error) -> LwaError {
         () if error.is_body() || error.is_decode() => "bad_answer",
         () => "unreachable",
     };
-    let explained = tls_error(&error).filter(|_| code == "tls").map(explain_tls).unwrap_or_default();
+    let explained = tls_error(&error).filter(|_| code == "tls").map(|error| {
+        let cause = tls::explain(error, "Login with Amazon's", "amazon.ca_file");
+        format!("{cause}; ")
+    });
+    let explained = explained.unwrap_or_default();
     // The URL is dropped because it adds nothing; it holds no secret (the form is in the body).
     let detail = format!("{explained}{}", causes(&error.without_url()));
     LwaError::TryLater { code, detail, retry_after: None, taken: !connecting }
-}
-
-/// What a TLS error usually comes from, and what to do.
-fn explain_tls(error: &rustls::Error) -> String {
-    use CertificateError::{Expired, ExpiredContext, NotValidYet, NotValidYetContext};
-    match error {
-        rustls::Error::InvalidCertificate(
-            Expired | ExpiredContext { .. } | NotValidYet | NotValidYetContext { .. },
-        ) => {
-            let now = Timestamp::now().strftime("%Y-%m-%d %H:%M UTC");
-            format!("this machine's clock says {now}, and at that time the certificate is not valid: set the clock; ")
-        }
-        rustls::Error::InvalidCertificate(_) => {
-            "the certificate is not Login with Amazon's: if a proxy of your network intercepts TLS, name its CA in \
-             amazon.ca_file; "
-                .to_owned()
-        }
-        _ => "what answers there speaks no TLS that adsidecar accepts: look for a proxy or a filter in between; "
-            .to_owned(),
-    }
 }
 
 fn bad_answer(detail: impl std::fmt::Display) -> LwaError {
@@ -378,18 +368,4 @@ fn causes(error: &reqwest::Error) -> String {
 
 fn chain(error: &reqwest::Error) -> impl Iterator<Item = &(dyn Error + 'static)> {
     std::iter::successors(Some(error as &(dyn Error + 'static)), |error| (*error).source())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_certificate_that_is_not_valid_now_is_blamed_on_the_clock_and_any_other_on_interception() {
-        for error in [CertificateError::Expired, CertificateError::NotValidYet] {
-            assert!(explain_tls(&error.into()).contains("this machine's clock says"));
-        }
-        assert!(explain_tls(&CertificateError::UnknownIssuer.into()).contains("amazon.ca_file"));
-        assert!(!explain_tls(&rustls::Error::DecryptError).contains("amazon.ca_file"));
-    }
 }

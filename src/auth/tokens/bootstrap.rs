@@ -1,10 +1,7 @@
 //! Adopts `amazon.refresh_token`, a grant given in the configuration.
 
-use std::sync::Arc;
-
 use sha2::{Digest, Sha256};
 
-use super::user_state::UserState;
 use super::{TokenError, TokenManager};
 use crate::domain::account::UserId;
 use crate::domain::grant::{Grant, RefreshToken};
@@ -40,18 +37,24 @@ impl TokenManager {
             return Ok(());
         }
         Box::pin(self.look(&user)).await?;
-        let entry = self.entry(&user);
-        let is_this = |entry: &Arc<UserState>| entry.held().grant().is_some_and(|grant| grant.refresh_token == *token);
-        if entry.as_ref().is_some_and(is_this) {
+        // Read once: a background refresh may take over another grant at any moment.
+        let held = self.entry(&user).map(|entry| entry.held().clone());
+        let held = held.as_ref().and_then(|held| held.grant());
+        if held.is_some_and(|grant| grant.refresh_token == *token) {
             // Another process has just adopted it, or this one did before it was stopped.
             return self.0.store.set_note(ADOPTED, hash).await;
         }
-        let generation = entry.and_then(|entry| Some(entry.held().grant()?.generation));
-        if generation.is_some()
-            && generation != refused
-            && !matches!(self.refresh(&user).await, Err(TokenError::LoginRequired { .. }))
-        {
-            return Ok(());
+        let generation = held.map(|grant| grant.generation);
+        match (generation, refused) {
+            (None, _) => {}
+            (Some(generation), Some(refused)) if generation == refused => {}
+            // Somebody has logged in since. The refresh that was refused still runs, and waits for this.
+            (Some(_), Some(_)) => return Ok(()),
+            (Some(_), None) => {
+                if !matches!(self.refresh(&user).await, Err(TokenError::LoginRequired { .. })) {
+                    return Ok(());
+                }
+            }
         }
         let grant = Grant {
             refresh_token: token.clone(),

@@ -9,7 +9,7 @@ use tokio::sync::Semaphore;
 use tokio::time::timeout;
 
 use super::TokenManager;
-use super::coordination::Follower;
+use super::follower::Follower;
 use super::refresh_task::RefreshReason;
 use super::scheduler::Scheduler;
 use crate::store::{Claimed, Content};
@@ -62,6 +62,7 @@ impl TokenManager {
         if !is_due() {
             return false;
         }
+        follower.settle().await;
         // The semaphore is never closed.
         let Ok(first) = permits.clone().acquire_owned().await else { return false };
         let more = std::iter::from_fn(|| permits.clone().try_acquire_owned().ok());
@@ -88,7 +89,7 @@ impl TokenManager {
         let generation = lookup.version.generation;
         if !matches!(lookup.content, Content::Grant(_)) {
             // It cannot be refreshed here, and is not due again until somebody stores another record.
-            let _ = self.timed("lease", store.release_lease(&user, generation, None, None)).await;
+            let _ = self.timed("lease", store.release_lease(&user, generation, None, None, interrupted)).await;
             return;
         }
         let entry = self.entry_or_new(&user);

@@ -5,7 +5,7 @@
 //! ([`GrantState::next`]); a new grant is stored before it is published, and dropped if the user's grant changed
 //! meanwhile (logout, a new login).
 //!
-//! One refresh, step by step: `start_refresh` (`refresh_task`) spawns `RefreshTask::run`; `acquire` (`coordination`)
+//! One refresh, step by step: `start_refresh` (`refresh_task`) spawns `RefreshTask::run`; `acquire` (`lease`)
 //! returns the grant, after waiting for the lease if processes share the store; `token_call` sends the request, if
 //! `client_circuit` permits it, and `prepare` records it first (`refresh_journal`); `TokenManager::store` writes the
 //! new grant; `publish` makes it current and reschedules the user (`scheduler`); dropping the task wakes the waiters.
@@ -30,6 +30,9 @@ mod refresh_journal;
 mod client_circuit;
 mod status;
 mod coordination;
+mod follower;
+mod lease;
+mod take_over;
 mod import;
 mod sync;
 

@@ -1,6 +1,7 @@
 //! The refresh journal. Login with Amazon returns the same refresh token today; if it issues a new one, a process that
 //! dies between receiving and storing the response loses the grant. So each refresh is recorded before it begins, and
-//! such a loss is reported, never silent.
+//! such a loss is reported, never silent. An entry is void once its refresh is stored, since the stored generation is
+//! higher; so a successful refresh needs no second write.
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -8,16 +9,19 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use super::TokenManager;
 use crate::domain::account::UserId;
 
-/// The store note that holds the journal: `{"<user>": <generation>}`. An entry is void once its refresh is stored,
-/// since the stored generation is higher; so a successful refresh needs no second write.
+/// The store note that held the journal in earlier versions: `{"<user>": <generation>}`.
 const NOTE: &str = "renewals_begun";
+/// The journal is written anew once it is longer than this, and than four times what is in it.
+const LONG: u64 = 64 << 10;
+/// Bytes of one entry, about.
+const ENTRY: u64 = 40;
 
 type Note = BTreeMap<UserId, u64>;
 
 /// The journal of the only process that uses the store.
 #[derive(Debug, Default)]
 pub(super) struct RefreshJournal {
-    /// The note as last read or written; `None` before the first read. Locked while the note is written.
+    /// What is in the journal; `None` before it was first read. Locked while it is written.
     written: tokio::sync::Mutex<Option<Note>>,
 }
 
@@ -38,6 +42,11 @@ impl Interrupted {
     /// Records that the response to a refresh of `generation` may have been lost.
     pub(super) fn lost(&self, user: &UserId, generation: u64) {
         self.begun().insert(user.clone(), Begun { generation, lost: true });
+    }
+
+    /// Whether the response to a refresh of `user` may have been lost.
+    pub(super) fn is_lost(&self, user: &UserId) -> bool {
+        self.begun().get(user).is_some_and(|begun| begun.lost)
     }
 
     /// Records that the refresh ended with a known outcome. Returns whether the response to an earlier one may have
@@ -78,9 +87,9 @@ impl TokenManager {
         let mut written = journal.written.lock().await;
         self.read_journal(&mut written).await;
         self.0.interrupted.begin(user, generation);
-        let there = written.as_ref().is_some_and(|note| note.get(user) == Some(&generation));
+        let there = written.as_ref().is_some_and(|journal| journal.get(user) == Some(&generation));
         if !there && self.0.store.health().up {
-            self.write_journal(&mut written).await;
+            self.write_journal(&mut written, vec![(user.clone(), Some(generation))]).await;
         }
     }
 
@@ -93,8 +102,13 @@ impl TokenManager {
     /// interrupted.
     pub(super) async fn clear_finished(&self, journal: &RefreshJournal) {
         let mut written = journal.written.lock().await;
-        if written.as_ref().is_some_and(|written| *written != self.0.interrupted.note()) {
-            self.write_journal(&mut written).await;
+        let Some(journal) = written.as_ref() else { return };
+        let current = self.0.interrupted.note();
+        let ended = journal.keys().filter(|user| !current.contains_key(*user)).map(|user| (user.clone(), None));
+        let begun = current.iter().filter(|(user, generation)| journal.get(*user) != Some(*generation));
+        let changes: Vec<_> = ended.chain(begun.map(|(user, generation)| (user.clone(), Some(*generation)))).collect();
+        if !changes.is_empty() {
+            self.write_journal(&mut written, changes).await;
         }
     }
 
@@ -102,22 +116,40 @@ impl TokenManager {
         if written.is_some() {
             return;
         }
-        let Ok(note) = self.timed("note", self.0.store.note(NOTE)).await else { return };
-        let note: Note = note.and_then(|text| serde_json::from_str(&text).ok()).unwrap_or_default();
-        for (user, generation) in &note {
+        let journal = match self.timed("note", self.0.store.journal()).await {
+            Ok(Some(journal)) => journal,
+            Ok(None) => {
+                let Ok(note) = self.timed("note", self.0.store.note(NOTE)).await else { return };
+                note.and_then(|text| serde_json::from_str(&text).ok()).unwrap_or_default()
+            }
+            Err(_) => return,
+        };
+        for (user, generation) in &journal {
             if self.entry(user).is_some_and(|entry| entry.held().is_of(*generation)) {
                 tracing::warn!(%user, "the previous process ended during a refresh; adsidecar tries the stored grant");
                 self.0.interrupted.lost(user, *generation);
             }
         }
-        *written = Some(note);
+        *written = Some(journal);
     }
 
-    async fn write_journal(&self, written: &mut Option<Note>) {
-        let note = self.0.interrupted.note();
-        let text = serde_json::to_string(&note).expect("names and numbers are JSON");
-        if self.timed("note", self.0.store.set_note(NOTE, text)).await.is_ok() {
-            *written = Some(note);
+    async fn write_journal(&self, written: &mut Option<Note>, changes: Vec<(UserId, Option<u64>)>) {
+        let Ok(length) = self.timed("note", self.0.store.append_journal(changes.clone())).await else { return };
+        let Some(journal) = written else { return };
+        for (user, generation) in changes {
+            match generation {
+                Some(generation) => drop(journal.insert(user, generation)),
+                None => drop(journal.remove(&user)),
+            }
+        }
+        if length <= LONG {
+            return;
+        }
+        let current = self.0.interrupted.note();
+        if length > 4 * ENTRY * current.len() as u64
+            && self.timed("note", self.0.store.replace_journal(current.clone())).await.is_ok()
+        {
+            *journal = current;
         }
     }
 }

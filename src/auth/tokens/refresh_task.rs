@@ -289,6 +289,7 @@ impl RefreshTask {
     }
 
     async fn after_refusal(&self, generation: u64) {
+        fail_point!("refresh_refused");
         self.end_refresh_with("lost");
         self.manager.settle_journal().await;
         // At startup the stored grant's validity was unknown: amazon.refresh_token may be there to replace it.
@@ -341,8 +342,8 @@ impl RefreshTask {
             }
             (_, GrantState::Failing { failure, .. }) => {
                 let cause = failure.detail.as_deref();
-                tracing::warn!(%user, code = failure.code, cause, "refresh failed and will be retried; the previous token is \
-                    used until it expires");
+                tracing::warn!(%user, code = failure.code, cause, "refresh failed and will be retried; the previous \
+                    token is used until it expires");
             }
             (GrantState::LoginRequired { .. }, GrantState::LoginRequired { .. }) => {}
             (_, GrantState::LoginRequired { reason, .. }) => {

@@ -6,7 +6,7 @@ use std::time::Duration;
 use jiff::{SignedDuration, Timestamp};
 
 use super::TokenManager;
-use super::coordination::failed_state;
+use super::take_over::failed_state;
 use super::user_state::UserState;
 use crate::domain::account::UserId;
 use crate::domain::clock::{serialize_to_the_millisecond, to_the_second};
@@ -17,6 +17,8 @@ use crate::telemetry::metrics::{REFRESH_FAILURES, UserHealth};
 
 /// At most this many users of a shared store are read for the metrics.
 const OVERVIEW_ROWS: usize = 10_000;
+/// Pages of a shared store that are read for [`TokenManager::most_urgent`], however many records yield no grant.
+const URGENT_PAGES: usize = 2;
 
 /// A user's status as the status endpoint returns it; never contains a token.
 #[derive(Clone, Debug, serde::Serialize)]
@@ -59,7 +61,7 @@ impl TokenManager {
     /// store that fails leaves the users that this process holds.
     pub async fn statuses(&self, after: &str, limit: usize) -> Vec<Status> {
         if let Some(shared) = self.0.store.shared()
-            && let Ok(statuses) = self.stored_statuses(shared, after, limit, false).await
+            && let Ok(statuses) = self.stored_statuses(shared, after, limit, false, usize::MAX).await
         {
             return statuses;
         }
@@ -73,10 +75,10 @@ impl TokenManager {
     /// The status of at most `limit` users with a grant, those whose last refresh failed among them.
     pub async fn most_urgent(&self, limit: usize) -> Vec<Status> {
         let Some(shared) = self.0.store.shared() else { return self.held_statuses() };
-        let Ok(mut statuses) = self.stored_statuses(shared, "", limit, true).await else { return self.held_statuses() };
+        let read = async |failing| self.stored_statuses(shared, "", limit, failing, URGENT_PAGES).await;
+        let (Ok(mut statuses), Ok(rest)) = (read(true).await, read(false).await) else { return self.held_statuses() };
         let known: std::collections::HashSet<_> = statuses.iter().map(|status| status.user_id.clone()).collect();
-        let rest = self.statuses("", limit).await.into_iter().filter(|status| !known.contains(&status.user_id));
-        statuses.extend(rest);
+        statuses.extend(rest.into_iter().filter(|status| !known.contains(&status.user_id)));
         statuses.truncate(limit);
         statuses
     }
@@ -88,16 +90,21 @@ impl TokenManager {
         statuses
     }
 
-    /// A page of the users in a shared store. Users that this process holds have the state that they have here.
+    /// A page of the users in a shared store, from at most `pages` of its own: records that yield no grant are left out.
+    /// Users that this process holds have the state that they have here.
     async fn stored_statuses(
         &self,
         shared: &Postgres,
         after: &str,
         limit: usize,
         failing: bool,
+        pages: usize,
     ) -> Result<Vec<Status>, StoreError> {
         let (mut after, mut statuses) = (after.to_owned(), Vec::new());
-        while statuses.len() < limit {
+        for _ in 0..pages {
+            if statuses.len() >= limit {
+                break;
+            }
             let wanted = limit - statuses.len();
             let page = self.timed("list", shared.users(&after, wanted, failing)).await?;
             let is_last = page.len() < wanted;

@@ -316,6 +316,22 @@ pub const CODES: &[Code] = {
             "its CA in `amazon.ca_file` and `upstream.ca_file`",
         ),
         row(
+            Network,
+            "outgoing_proxy",
+            true,
+            NETWORK,
+            "The proxy of the network is not reached, or opens no tunnel",
+            "`upstream.proxy`, `amazon.proxy`, or the proxy's rules for that host",
+        ),
+        row(
+            Network,
+            "mcp_unreachable",
+            false,
+            NETWORK,
+            "An MCP host cannot be reached: `/mcp` fails, the Ads API does not",
+            "as for the code in its cause",
+        ),
+        row(
             LoginWithAmazon,
             "invalid_client",
             true,

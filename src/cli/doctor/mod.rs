@@ -1,8 +1,8 @@
 //! `adsidecar doctor`: what is wrong, whose fault it is, and what fixes it.
 //!
 //! The offline checks come first and need nothing. The online checks run in parallel, each with its own time limit, and
-//! prove by use: through the running sidecar, or one inside the command. They change nothing but the
-//! tokens that they refresh.
+//! prove by use: through the running sidecar, or one inside the command. They change nothing but the tokens that they
+//! refresh.
 
 mod findings;
 mod network;
@@ -14,6 +14,7 @@ use std::fmt::Write;
 use std::time::{Duration, Instant};
 
 use clap::Args;
+use futures_util::future::join_all;
 use http::Method;
 use serde_json::{Value, json};
 use url::Url;
@@ -21,14 +22,14 @@ use url::Url;
 use super::sidecar::Sidecar;
 use super::{Exit, Failed, Output, block_on, client, print};
 use crate::config::{Config, Sources};
-use crate::domain::account::{Context, Region};
+use crate::domain::account::{AmazonHost, Context, Region};
 use crate::server::Listen;
 pub use findings::{CODES, Code, Group};
 use findings::{Finding, Status};
 use network::Target;
 
-/// How often `--wait` asks.
-const PERIOD: Duration = Duration::from_millis(200);
+/// Interval between the questions of `--wait`.
+const WAIT_POLL: Duration = Duration::from_millis(200);
 
 #[derive(Debug, Args)]
 pub(super) struct Doctor {
@@ -74,9 +75,10 @@ pub(super) fn run(command: &Doctor, sources: &Sources) -> Result<(), Failed> {
         Anonymizer::new(names).anonymize(&mut findings);
     }
     let exit = exit_of(&findings, command.fail_on);
-    match command.output == Output::Json || command.json {
-        true => print(serde_json::to_string_pretty(&document(&findings, exit)).map_err(Failed::because)? + "\n")?,
-        false => print(text(&findings))?,
+    if command.output == Output::Json || command.json {
+        print(serde_json::to_string_pretty(&document(&findings, exit)).map_err(Failed::because)? + "\n")?;
+    } else {
+        print(text(&findings))?;
     }
     let wrong = findings.iter().filter(|finding| matches!(finding.status, Status::Fail | Status::Warn)).count();
     match exit {
@@ -92,6 +94,12 @@ fn listen_of(url: &Url) -> Result<Listen, Failed> {
         return Err(usage("--url takes http://HOST:PORT: the listeners of adsidecar speak no TLS"));
     }
     let host = url.host_str().ok_or_else(|| usage("--url takes http://HOST:PORT"))?;
+    let more = url.path() != "/" || url.query().or(url.fragment()).is_some() || !url.username().is_empty();
+    if more || url.password().is_some() {
+        return Err(usage(
+            "--url takes http://HOST:PORT and nothing more: the doctor knows its paths, and asks no user",
+        ));
+    }
     Ok(Listen::Tcp(format!("{host}:{}", url.port_or_known_default().unwrap_or(80))))
 }
 
@@ -118,14 +126,12 @@ async fn examine(command: &Doctor, sources: &Sources, url: Option<Listen>) -> Re
         offline::store(&config, false, &mut findings).await;
         return Ok(Examined { findings, names });
     }
-    if let Some(patience) = command.wait {
-        wait(&config, patience).await;
+    if let Some(timeout) = command.wait {
+        wait_until_ready(&config, timeout).await;
     }
     let running = running(&config, &mut findings).await;
-    if running.is_none() {
-        offline::store(&config, false, &mut findings).await;
-    } else {
-        offline::store(&config, true, &mut findings).await;
+    offline::store(&config, running.is_some(), &mut findings).await;
+    if running.is_some() {
         readiness(&config, &mut findings).await;
     }
     let (reached, credentials, redirect_uri) =
@@ -164,9 +170,10 @@ async fn running(config: &Config, findings: &mut Vec<Finding>) -> Option<Sidecar
         }
         Err(failed) => {
             let text = failed.to_string();
-            findings.push(match text.contains("caller token") {
-                true => Finding::wrong("caller_token_refused", text, "proxy.caller_token"),
-                false => Finding::wrong("port_taken", text, "proxy.listen"),
+            findings.push(if text.contains("caller token") {
+                Finding::wrong("caller_token_refused", text, "proxy.caller_token")
+            } else {
+                Finding::wrong("port_taken", text, "proxy.listen")
             });
             None
         }
@@ -183,15 +190,15 @@ async fn readiness(config: &Config, findings: &mut Vec<Finding>) {
 }
 
 /// Waits until the sidecar is ready; whether it is, later checks tell.
-async fn wait(config: &Config, patience: Duration) {
+async fn wait_until_ready(config: &Config, timeout: Duration) {
     let begun = Instant::now();
-    while begun.elapsed() < patience {
+    while begun.elapsed() < timeout {
         let ready = client::request(&config.admin_listen, Method::GET, "/readyz", &[]).await;
         let answers = client::listening(&config.proxy_listen).await.is_some();
         if answers && ready.map_or(true, |(status, _)| status.is_success()) {
             return;
         }
-        tokio::time::sleep(PERIOD).await;
+        tokio::time::sleep(WAIT_POLL).await;
     }
 }
 
@@ -205,15 +212,19 @@ async fn hosts(config: &Config) -> Vec<Finding> {
         proxy: config.lwa.proxy.as_ref(),
         key: "amazon.token_url".to_owned(),
     });
-    let ads = Region::ALL.into_iter().map(|region| Target {
-        name: format!("the Ads API of {region}"),
-        url: &config.upstream.origins[region as usize],
+    let of_service = |service: &'static str, host: AmazonHost| Target {
+        name: format!("{service} of {}", host.region),
+        url: &config.upstream.origins[host.index()],
         roots: &config.upstream.extra_roots,
         proxy: config.upstream.proxy.as_ref(),
-        key: format!("upstream.{region}"),
-    });
+        key: host.key().to_owned(),
+    };
+    let ads = Region::ALL.into_iter().map(|region| of_service("the Ads API", AmazonHost::ads(region)));
+    let mcp: Vec<_> = Region::ALL.map(|region| of_service("the MCP server", AmazonHost::mcp(region))).into();
     let targets: Vec<_> = lwa.chain(ads).collect();
-    let probed = futures_util::future::join_all(targets.iter().map(network::probe)).await;
+    let (probed, mcp) =
+        tokio::join!(join_all(targets.iter().map(network::probe)), join_all(mcp.iter().map(network::probe_mcp)));
+    let probed: Vec<_> = probed.into_iter().chain(mcp).collect();
     let skews: Vec<_> = probed.iter().filter_map(|(_, skew)| *skew).collect();
     let mut findings: Vec<_> = probed.into_iter().map(|(finding, _)| finding).collect();
     findings.push(network::clock(&skews));

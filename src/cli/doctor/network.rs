@@ -15,7 +15,7 @@ use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
 use url::Url;
 
-use super::findings::{Finding, Group};
+use super::findings::{Finding, Group, Status};
 use crate::domain::clock::date_of;
 use crate::domain::outgoing_proxy::OutgoingProxy;
 use crate::domain::tls;
@@ -39,12 +39,25 @@ pub(super) struct Target<'a> {
     pub(super) key: String,
 }
 
+/// As [`probe`], for a host that only `/mcp` needs: what is wrong there is a warning.
+pub(super) async fn probe_mcp(target: &Target<'_>) -> (Finding, Option<SignedDuration>) {
+    match probe(target).await {
+        (Finding { status: Status::Fail, code, cause, cure, .. }, skew) => {
+            (Finding::wrong("mcp_unreachable", format!("{cause} ({code})"), cure.unwrap_or_default()), skew)
+        }
+        other => other,
+    }
+}
+
 /// Goes the way to the host. Returns the difference of its clock from ours, if it told the time.
 pub(super) async fn probe(target: &Target<'_>) -> (Finding, Option<SignedDuration>) {
     match way(target).await {
         Ok(response) => {
             let skew = date_of(response.headers()).map(|date| date.duration_since(Timestamp::now()));
-            (Finding::ok(Group::Network, "network", format!("{}: {} answers", target.name, host_of(target.url))), skew)
+            let host = host_of(target.url);
+            let proxy = target.proxy.filter(|proxy| proxy.is_for(host.trim_matches(['[', ']'])));
+            let by = proxy.map(|proxy| format!(" through {proxy}")).unwrap_or_default();
+            (Finding::ok(Group::Network, "network", format!("{}: {host} answers{by}", target.name)), skew)
         }
         Err(finding) => (*finding, None),
     }
@@ -57,11 +70,8 @@ async fn way(target: &Target<'_>) -> Result<Response<hyper::body::Incoming>, Box
     let bare = host.trim_matches(['[', ']']);
     let stream = match target.proxy.filter(|proxy| proxy.is_for(bare)) {
         Some(proxy) => upstream::tunnel(proxy, target.url, STEP).await.map_err(|error| {
-            wrong(
-                "unreachable",
-                error.to_string(),
-                format!("the proxy and its rules for {host}:{port}; {}", proxy.named_by),
-            )
+            let told = format!("{proxy} opens no tunnel to {host}:{port}: {error}");
+            wrong("outgoing_proxy", told, format!("{}, or the proxy's rules for {host}:{port}", proxy.named_by))
         })?,
         None => straight(target, &host, port).await?,
     };

@@ -7,7 +7,7 @@ use http::{Method, StatusCode};
 use serde_json::Value;
 
 use super::findings::{Finding, Group};
-use crate::auth::lwa::{Lwa, LwaError};
+use crate::auth::lwa::{self, Lwa, LwaError};
 use crate::cli::sidecar::{AMAZON, Sidecar, encoded};
 use crate::config::Config;
 use crate::domain::account::{Context, Region, UserId};
@@ -58,7 +58,11 @@ pub(super) async fn redirect_uri(config: &Config) -> Finding {
     };
     let client = crate::domain::tls::client_config(&config.lwa.extra_roots, &[b"http/1.1"]).map_err(|e| e.to_string());
     let client = client.and_then(|tls| {
-        let builder = reqwest::Client::builder().tls_backend_preconfigured(tls).no_proxy().timeout(PAGE);
+        let mut builder = reqwest::Client::builder().tls_backend_preconfigured(tls).no_proxy().timeout(PAGE);
+        let host = url.host_str().unwrap_or_default().trim_matches(['[', ']']);
+        if let Some(proxy) = config.lwa.proxy.as_ref().filter(|proxy| proxy.is_for(host)) {
+            builder = builder.proxy(lwa::through(proxy)?);
+        }
         builder.redirect(reqwest::redirect::Policy::none()).build().map_err(|error| error.to_string())
     });
     let client = match client {

@@ -18,7 +18,7 @@ use serde_json::Value;
 use tokio::sync::mpsc;
 use url::Url;
 
-use super::sidecar::{Reply, Sidecar, encoded};
+use super::sidecar::{Reply, Sidecar, curl, encoded};
 use super::{Exit, Failed, block_on, print};
 use crate::auth::accounts::Automatic;
 use crate::config::Config;
@@ -115,7 +115,7 @@ async fn log_in(command: &Login, config: &Config, sidecar: &Sidecar) -> Result<(
         let proof = prove(sidecar, user).await?;
         return print(format!(
             "{user} is logged in already; nothing was changed (--again begins a new consent)\n{}",
-            summary(&proof, &before, sidecar, user)
+            summary(&proof, &before, sidecar, config, user)
         ));
     }
     let region = command.region.map(|region| format!("&region={region}")).unwrap_or_default();
@@ -133,7 +133,7 @@ async fn log_in(command: &Login, config: &Config, sidecar: &Sidecar) -> Result<(
     waiting.finish(command.timeout).await?;
     let status = sidecar.status(user).await?;
     let proof = prove(sidecar, user).await?;
-    print(format!("{user} is logged in\n{}", summary(&proof, &status, sidecar, user)))?;
+    print(format!("{user} is logged in\n{}", summary(&proof, &status, sidecar, config, user)))?;
     if sidecar.is_own() && config.accounts_sync == Automatic::Daily {
         // A running sidecar does this by itself.
         let path = format!("/api/auth/amazon/accounts/sync?user_id={}", encoded(user.as_str()));
@@ -321,7 +321,8 @@ impl Progress {
         let left = self.timeout.saturating_sub(elapsed).as_secs();
         let line = format!("waiting for the consent, {}:{:02} left", left / 60, left % 60);
         let _ = match self.terminal {
-            true => write!(std::io::stderr(), "\r\x1b[K{line} (or paste the URL here) "),
+            // Short enough for a narrow terminal: a line that wraps could not be replaced.
+            true => write!(std::io::stderr(), "\r\x1b[K{line} "),
             false => writeln!(std::io::stderr(), "{line}"),
         };
         let _ = std::io::stderr().flush();
@@ -356,7 +357,8 @@ async fn prove(sidecar: &Sidecar, user: &UserId) -> Result<Proof, Failed> {
     let why: Vec<_> =
         proof.into_iter().map(|(region, result)| format!("  {region}: {}", result.err().unwrap_or_default())).collect();
     Err(Failed::because(format!(
-        "the grant of {user} is stored, but no region accepted a request with it:\n{}\nadsidecar doctor names the cause",
+        "the grant of {user} is stored, but no region accepted a request with it:\n{}\nadsidecar doctor names the \
+         cause",
         why.join("\n")
     )))
 }
@@ -377,7 +379,7 @@ async fn profiles(sidecar: &Sidecar, user: &UserId, region: Region) -> Result<Ve
 }
 
 /// Which accounts and regions the grant reaches, until when, and what to do next.
-fn summary(proof: &Proof, status: &Value, sidecar: &Sidecar, user: &UserId) -> String {
+fn summary(proof: &Proof, status: &Value, sidecar: &Sidecar, config: &Config, user: &UserId) -> String {
     /// Enough names to recognize the account.
     const NAMES: usize = 4;
     let mut text = String::new();
@@ -397,10 +399,10 @@ fn summary(proof: &Proof, status: &Value, sidecar: &Sidecar, user: &UserId) -> S
         let days = (ends.as_second() - Timestamp::now().as_second()).max(0) / 86_400;
         text += &format!("  the consent ends in {days} days, at {ends}\n");
     }
-    let (base, header) = match sidecar.is_own() {
-        true => ("http://localhost:8001".to_owned(), "start it with: adsidecar\n"),
-        false => (sidecar.base_url(), ""),
+    let (curl, start) = match sidecar.is_own() {
+        true => (curl(&config.proxy_listen, "/v2/profiles"), "start it with: adsidecar\n"),
+        false => (sidecar.curl("/v2/profiles"), ""),
     };
     let select = if *user == UserId::default() { String::new() } else { format!(" -H 'X-Ads-User: {user}'") };
-    text + &format!("{header}try it: curl {base}/v2/profiles{select}\n")
+    text + &format!("{start}try it: {curl}{select}\n")
 }

@@ -17,7 +17,7 @@ use super::records::entries;
 use super::{Admin, AdminResponse, bytes};
 use crate::auth::lwa::LwaError;
 use crate::domain::account::UserId;
-use crate::domain::grant::Grant;
+use crate::domain::grant::{Grant, State};
 use crate::domain::secret::Secret;
 use crate::inbound::problem::{Code, Problem};
 use crate::server::CallerBody;
@@ -121,10 +121,16 @@ impl Admin {
         let late = || bad("The body did not arrive, or is longer than 8 KiB.".into(), "Send one refresh token.".into());
         let (grant, repairs) = read_token(body.ok_or_else(late)?.expose(), self.clock.now())
             .map_err(|flaw| bad(format!("The body {flaw}."), "Send one refresh token, as text.".into()))?;
+        let has_grant = || {
+            let next = "Send replace=true (on the command line, --replace) to replace it.".into();
+            bad(format!("The user {user} has a grant already."), next)
+        };
+        if !replace && self.has_grant(&user) {
+            return Err(has_grant());
+        }
         let grant = if verify { self.tokens.verify(&grant).await.map_err(not_verified)? } else { grant };
         if !self.tokens.import(&user, grant, replace).await.map_err(store_failed)? {
-            let next = "Send replace=true to replace it.".into();
-            return Err(bad(format!("The user {user} has a grant already."), next));
+            return Err(has_grant());
         }
         self.directory.warm([&user]);
         let repairs = repairs.iter().map(|repair| format!("the token {repair}")).collect();
@@ -208,6 +214,10 @@ impl Admin {
         verify: bool,
         replace: bool,
     ) -> Result<Result<(), String>, Problem> {
+        let has_grant = || format!("{user}: has a grant already; replace=true (--replace) replaces it");
+        if !replace && self.has_grant(user) {
+            return Ok(Err(has_grant()));
+        }
         let grant = match verify {
             false => grant,
             true => match self.tokens.verify(&grant).await {
@@ -215,13 +225,17 @@ impl Admin {
                 Err(error) => return Ok(Err(format!("{user}: {error}; offline=true keeps it unverified"))),
             },
         };
-        match self.tokens.import(user, grant, replace).await.map_err(store_failed)? {
-            true => {
-                self.directory.warm([user]);
-                Ok(Ok(()))
-            }
-            false => Ok(Err(format!("{user}: has a grant already; replace=true replaces it"))),
+        let taken = self.tokens.import(user, grant, replace).await.map_err(store_failed)?;
+        if taken {
+            self.directory.warm([user]);
         }
+        Ok(if taken { Ok(()) } else { Err(has_grant()) })
+    }
+
+    /// Whether this process knows that `user` has a grant. Then a token that would not replace it is not verified:
+    /// Login with Amazon may rotate what it is shown.
+    fn has_grant(&self, user: &UserId) -> bool {
+        self.tokens.status(user).state != State::None
     }
 }
 
@@ -276,7 +290,9 @@ fn store_failed(error: StoreError) -> Problem {
 
 fn not_verified(error: LwaError) -> Problem {
     match error {
-        LwaError::Refused { .. } => bad(error.to_string(), "Send offline=true to keep it unverified.".into()),
+        LwaError::Refused { .. } => {
+            bad(error.to_string(), "Send offline=true (on the command line, --offline) to keep it unverified.".into())
+        }
         LwaError::TryLater { .. } | LwaError::Operator { .. } => Problem::new(
             Code::TokenUnavailable,
             error.to_string(),

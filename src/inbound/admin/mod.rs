@@ -18,7 +18,10 @@ use tokio_util::sync::CancellationToken;
 use url::{Url, form_urlencoded};
 
 use self::backup::Parameters;
+use self::page::View;
+pub use self::page::{PageState, Setting};
 use crate::auth::accounts::Directory;
+use crate::auth::login::Login;
 use crate::auth::tokens::TokenManager;
 use crate::domain::clock::Clock;
 use crate::inbound::admission::{AdminAccess, Admission, Refusal};
@@ -74,6 +77,12 @@ pub struct Admin {
     pub(crate) public_url: Option<Url>,
     /// The URL that starts a login, up to the user id; `None` if the proxy listener has no TCP address.
     pub(crate) login_base: Option<String>,
+    /// The proxy listener's URL, for who calls from this machine.
+    pub(crate) proxy_url: String,
+    pub(crate) login: Login,
+    /// The configuration in force.
+    pub(crate) settings: Vec<Setting>,
+    pub(crate) page_state: Arc<PageState>,
     pub(crate) reloader: Reloader,
     /// Requests a shutdown.
     pub(crate) quit: CancellationToken,
@@ -163,27 +172,28 @@ impl Admin {
         // A HEAD is a GET whose body the server leaves out (RFC 9110, section 9.3.2).
         let method = if parts.method == Method::HEAD { &Method::GET } else { &parts.method };
         let path = parts.uri.path();
+        let page = View::at(path, method);
         let access = match (path, method) {
             ("/livez" | "/readyz" | "/startupz" | "/metrics", &Method::GET) => AdminAccess::Probe,
-            ("/", &Method::GET) => AdminAccess::Page,
             ("/quitquitquit" | "/reload" | "/rotate" | "/users/import" | "/restore", &Method::POST) => {
                 AdminAccess::Operator
             }
-            ("/dump", &Method::GET) => AdminAccess::Operator,
-            ("/users/export", &Method::GET) => AdminAccess::Secrets,
+            ("/dump" | "/users/export", &Method::GET) => AdminAccess::Operator,
             ("/log", &Method::PUT) | ("/rotate", &Method::GET) => AdminAccess::Operator,
-            _ => AdminAccess::Anyone,
+            _ => page.map_or(AdminAccess::Anyone, View::access),
         };
         self.admission.admin(parts, peer, access).map_err(|refusal| self.refused(refusal))?;
         if access != AdminAccess::Anyone || (path, method) == ("/log", &Method::GET) {
-            check_input(parts, method, &body)?;
+            check_input(parts, method, &body, page)?;
+        }
+        if let Some(view) = page {
+            return Box::pin(self.serve_page(view, parts, body)).await;
         }
         match (path, method) {
             ("/livez", &Method::GET) => Ok(say(StatusCode::OK, "alive\n")),
             ("/readyz", &Method::GET) => Ok(self.ready()),
             ("/startupz", &Method::GET) => Ok(self.started()),
             ("/metrics", &Method::GET) => self.metrics().await,
-            ("/", &Method::GET) => Ok(self.page(&parts.headers).await),
             ("/quitquitquit", &Method::POST) => {
                 self.quit.cancel();
                 Ok(say(StatusCode::OK, "draining\n"))
@@ -205,7 +215,7 @@ impl Admin {
             ("/restore", &Method::POST) => self.restore(&Parameters::read(parts.uri.query()), body).await,
             ("/users/import", &Method::POST) => self.import(&Parameters::read(parts.uri.query()), body).await,
             ("/users/export", &Method::GET) => self.export(&Parameters::read(parts.uri.query())).await,
-            ("/" | "/dump" | "/users/export" | "/livez" | "/readyz" | "/startupz" | "/metrics", _) => {
+            ("/dump" | "/users/export" | "/livez" | "/readyz" | "/startupz" | "/metrics", _) => {
                 Err(other_method("GET, HEAD"))
             }
             ("/quitquitquit" | "/reload" | "/restore" | "/users/import", _) => Err(other_method("POST")),
@@ -227,8 +237,8 @@ impl Admin {
     }
 
     /// Ready while the listeners serve, the store works and no shutdown was requested. Neither Amazon nor a missing
-    /// login makes a pod unready, and nor does a shared store that fails: all pods lose it at once, and each still serves
-    /// from memory.
+    /// login makes a pod unready, and nor does a shared store that fails: all pods lose it at once, and each still
+    /// serves from memory.
     fn ready(&self) -> AdminResponse {
         match *self.stage.borrow() {
             Stage::Starting => say(StatusCode::SERVICE_UNAVAILABLE, "starting\n"),
@@ -337,14 +347,14 @@ fn bytes_of(body: Full<Bytes>) -> Body {
 
 /// Refuses a parameter, a body or a selecting header that the endpoint does not take: a request that says more than
 /// adsidecar understands must not be served as if it said less.
-fn check_input(parts: &Parts, method: &Method, body: &CallerBody) -> Result<(), Problem> {
+fn check_input(parts: &Parts, method: &Method, body: &CallerBody, page: Option<View>) -> Result<(), Problem> {
     let path = parts.uri.path();
     let known: &[&str] = match (path, method) {
         ("/rotate", &Method::POST) => &["key"],
         ("/restore", &Method::POST) => &["replace", "dry_run"],
         ("/users/import", &Method::POST) => &["user_id", "records", "offline", "replace", "dry_run"],
         ("/users/export", &Method::GET) => &["user_id", "records"],
-        _ => &[],
+        _ => page.map_or(&[], View::parameters),
     };
     let names = form_urlencoded::parse(parts.uri.query().unwrap_or_default().as_bytes());
     let names = names.map(|(name, _)| name.into_owned()).collect::<Vec<_>>();
@@ -360,7 +370,8 @@ fn check_input(parts: &Parts, method: &Method, body: &CallerBody) -> Result<(), 
         return refused(format!("The header {name} means nothing on the admin listener."));
     }
     let takes_body = [("/log", &Method::PUT), ("/restore", &Method::POST), ("/users/import", &Method::POST)];
-    if !body.is_end_stream() && !takes_body.contains(&(path, method)) {
+    let takes_body = takes_body.contains(&(path, method)) || matches!(page, Some(View::Act(_)));
+    if !body.is_end_stream() && !takes_body {
         return refused(format!("{path} takes no body."));
     }
     Ok(())

@@ -101,10 +101,10 @@ pub enum AdminAccess {
     Anyone,
     /// An operator's browser, which opens the status page itself: by its address, a bookmark, or a reload.
     Page,
+    /// A form that the status page itself sends, in an operator's browser.
+    Form,
     /// An operator: a caller on this machine, or one that shows a caller token.
     Operator,
-    /// An operator who gets refresh tokens in clear text: where a caller token is set, one that shows it.
-    Secrets,
 }
 
 impl From<Refusal> for Rejected {
@@ -191,6 +191,7 @@ impl Admission {
         let headers = &request.headers;
         match access {
             AdminAccess::Page if !headers.contains_key(ORIGIN) => drop(self.browser(headers, Navigable::Never)?),
+            AdminAccess::Form => own_page(headers)?,
             _ => self.no_browser(headers)?,
         }
         if access == AdminAccess::Probe {
@@ -198,13 +199,13 @@ impl Admission {
         }
         self.route(request, peer)?;
         match access {
-            AdminAccess::Page | AdminAccess::Operator => self.operator(headers, peer),
-            AdminAccess::Secrets => self.operator(headers, peer).and_then(|()| self.caller(headers)),
+            AdminAccess::Page | AdminAccess::Form | AdminAccess::Operator => self.operator(headers, peer),
             AdminAccess::Probe | AdminAccess::Anyone => Ok(()),
         }
     }
 
-    /// A tunnel is opened only to port 80 of one of Amazon's hosts: adsidecar cannot see into TLS, and is no open proxy.
+    /// A tunnel is opened only to port 80 of one of Amazon's hosts: adsidecar cannot see into TLS, and is no open
+    /// proxy.
     fn tunnel(&self, request: &Parts, peer: Peer) -> Result<Admitted, Refusal> {
         let headers = &request.headers;
         framing(headers)?;
@@ -343,6 +344,21 @@ impl Admission {
     }
 }
 
+/// Admits a page of the origin that the request is sent to, and callers that are not browsers. That the authority in
+/// `Host` is ours is checked later.
+fn own_page(headers: &HeaderMap) -> Result<(), Refusal> {
+    let host = host_value(headers)?;
+    let is_ours = |origin: &HeaderValue| {
+        let origin = origin.to_str().unwrap_or_default();
+        let authority = origin.strip_prefix("http://").or_else(|| origin.strip_prefix("https://"));
+        authority.is_some_and(|authority| authority.eq_ignore_ascii_case(host))
+    };
+    let same_origin = headers.get_all(ORIGIN).iter().all(is_ours)
+        && headers.get_all(SEC_FETCH_SITE).iter().all(|site| site == "same-origin")
+        && !headers.contains_key(ACCESS_CONTROL_REQUEST_METHOD);
+    if same_origin { Ok(()) } else { Err(Refusal::CrossSite) }
+}
+
 /// An exact loopback address and a loopback `Host`, or a Unix socket.
 fn is_on_this_machine(headers: &HeaderMap, peer: Peer) -> bool {
     let Peer::Tcp(address) = peer else { return true };
@@ -361,7 +377,8 @@ fn framing(headers: &HeaderMap) -> Result<(), Refusal> {
     }
 }
 
-fn method(method: &Method) -> Result<(), Refusal> {
+/// The methods that are served, on every listener.
+pub(super) fn method(method: &Method) -> Result<(), Refusal> {
     match *method {
         Method::GET | Method::HEAD | Method::POST | Method::PUT | Method::PATCH | Method::DELETE | Method::OPTIONS => {
             Ok(())

@@ -227,6 +227,35 @@ fn a_probe_may_name_any_host_but_not_send_ambiguous_framing() {
 }
 
 #[test]
+fn a_form_comes_from_the_page_itself() {
+    let form = |headers: &[(&str, &str)]| {
+        let mut all = vec![("host", "localhost:9464")];
+        all.extend(headers);
+        Admission::new(Settings::default()).admin(&parts("/page/log", &all), tcp(), AdminAccess::Form)
+    };
+    for evil in [
+        &[("origin", "null")][..],
+        &[("origin", "http://localhost:9465")],
+        &[("origin", "http://localhost")],
+        &[("origin", "http://127.0.0.1:9464")],
+        &[("origin", "http://localhost:9464.evil.test")],
+        &[("origin", "http://evil.test"), ("sec-fetch-site", "same-origin")],
+        &[("origin", "http://localhost:9464"), ("origin", "http://evil.test")],
+        &[("origin", "http://localhost:9464"), ("sec-fetch-site", "same-site")],
+        &[("origin", "http://localhost:9464"), ("sec-fetch-site", "cross-site")],
+        &[("origin", "http://localhost:9464"), ("sec-fetch-site", "none")],
+        &[("origin", "http://localhost:9464"), ("access-control-request-method", "POST")],
+    ] {
+        assert_eq!(form(evil), Err(Refusal::CrossSite), "{evil:?}");
+    }
+    assert_eq!(form(&[("origin", "http://localhost:9464"), ("sec-fetch-site", "same-origin")]), Ok(()));
+    assert_eq!(form(&[]), Ok(()), "no browser");
+    let rebound = [("host", "evil.test"), ("origin", "http://evil.test"), ("sec-fetch-site", "same-origin")];
+    let rebound = Admission::new(Settings::default()).admin(&parts("/page/log", &rebound), tcp(), AdminAccess::Form);
+    assert_eq!(rebound, Err(Refusal::Host));
+}
+
+#[test]
 fn each_refusal_has_a_label_of_its_own() {
     let target = Refusal::Target(BadTarget::Foreign);
     let all = [

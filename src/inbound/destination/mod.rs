@@ -15,10 +15,22 @@ pub(super) const LOGIN: &str = "/api/auth/amazon/login";
 pub(super) const CALLBACK: &str = "/api/auth/amazon/callback";
 /// On the login listener only.
 pub(super) const HEALTH: &str = "/healthz";
-const STATUS: &str = "/api/auth/amazon/status";
-const ACCOUNTS: &str = "/api/auth/amazon/accounts";
-const ACCOUNTS_SYNC: &str = "/api/auth/amazon/accounts/sync";
-pub(super) const USERS: &str = "/api/auth/amazon/users/";
+/// The path of [`Endpoint::User`], without the user.
+pub const USERS: &str = "/api/auth/amazon/users/";
+/// The paths of the other endpoints of the proxy listener: an endpoint is served because it is listed here.
+pub const PATHS: [(&str, Endpoint); 11] = [
+    ("/", Endpoint::Root),
+    (LOGIN, Endpoint::Login),
+    (CALLBACK, Endpoint::Callback),
+    ("/api/auth/amazon/status", Endpoint::Status),
+    ("/api/auth/amazon/events", Endpoint::Events),
+    ("/api/auth/amazon/accounts", Endpoint::Accounts),
+    ("/api/auth/amazon/accounts/sync", Endpoint::AccountsSync),
+    ("/api/auth/amazon/refresh", Endpoint::Refresh),
+    ("/api/auth/amazon/logout", Endpoint::Logout),
+    ("/api/auth/amazon/confirm", Endpoint::Confirm),
+    ("/auth/o2/token", Endpoint::Shim),
+];
 
 /// Longest path and query, in bytes. Amazon's gateways accept no more either.
 const MAX_TARGET: usize = 8 << 10;
@@ -121,15 +133,15 @@ impl Route {
 /// The roots of adsidecar's own paths.
 const LOGIN_ROOT: &str = "/api/auth";
 const TOKEN_ROOT: &str = "/auth/o2";
-/// The root of the account prefix, which [`Target::read`] knows in one spelling: in any other, the path names an account
-/// and must not go to the default one.
+/// The root of the account prefix, which [`Target::read`] knows in one spelling: in any other, the path names an
+/// account and must not go to the default one.
 const ACCOUNT_ROOT: &str = "/a";
 /// The documents in which clients look for an OAuth of Amazon's (RFC 8414, RFC 9728, OpenID Connect Discovery), also
 /// below the path of an MCP server. Amazon must not answer: the OAuth is adsidecar's.
-const DISCOVERY: [&str; 2] = ["/.well-known/oauth-", "/.well-known/openid-configuration"];
+pub const DISCOVERY: [&str; 2] = ["/.well-known/oauth-", "/.well-known/openid-configuration"];
 /// Where clients register, consent and fetch tokens if they found no such document, or guess (RFC 7591, the MCP
 /// specification of 2025-03-26). A request for a token holds secrets of the caller's.
-const NOBODYS: [&str; 7] =
+pub const NOBODYS: [&str; 7] =
     ["/register", "/authorize", "/token", "/oauth/token", "/oauth2/token", "/o2/token", "/auth/token"];
 /// What browsers ask for on their own.
 const ICON: &str = "/favicon.ico";
@@ -149,21 +161,9 @@ impl Endpoint {
     }
 
     fn exact(path: &str) -> Option<Self> {
-        Some(match path {
-            "/" => Self::Root,
-            LOGIN => Self::Login,
-            CALLBACK => Self::Callback,
-            STATUS => Self::Status,
-            "/api/auth/amazon/events" => Self::Events,
-            ACCOUNTS => Self::Accounts,
-            ACCOUNTS_SYNC => Self::AccountsSync,
-            "/api/auth/amazon/refresh" => Self::Refresh,
-            "/api/auth/amazon/logout" => Self::Logout,
-            "/api/auth/amazon/confirm" => Self::Confirm,
-            "/auth/o2/token" => Self::Shim,
-            _ if path.strip_prefix(USERS).is_some_and(|user| !user.is_empty() && !user.contains('/')) => Self::User,
-            _ => return None,
-        })
+        let is_user = |user: &str| !user.is_empty() && !user.contains('/');
+        let listed = PATHS.iter().find(|(listed, _)| *listed == path).map(|(_, endpoint)| *endpoint);
+        listed.or_else(|| path.strip_prefix(USERS).is_some_and(is_user).then_some(Self::User))
     }
 
     /// The path that a caller probably meant: `path` without doubled slashes, dot segments and the like.

@@ -23,7 +23,7 @@ use url::Url;
 
 use crate::auth::accounts::Directory;
 use crate::auth::login::{
-    BeginError, Callback, Login, LoginFailure, LoginOutcome, LoginRequest, Progress, TEN_MINUTES,
+    BeginError, Callback, Login, LoginEnded, LoginFailure, LoginOutcome, LoginRequest, Progress, TEN_MINUTES,
 };
 use crate::auth::tokens::{Status, TokenError, TokenManager};
 use crate::domain::account::{Region, UserId};
@@ -72,6 +72,8 @@ pub struct OauthEndpoints {
     pub(crate) request_ids: Arc<RequestIds>,
     /// For the event stream.
     pub(crate) events: Events,
+    /// The URL of the status page, if the admin listener has a TCP address.
+    pub(crate) status_page: Option<String>,
 }
 
 impl OauthEndpoints {
@@ -112,13 +114,23 @@ impl OauthEndpoints {
             if let LoginError::Refused(refusal) = &error {
                 self.metrics.guard_denied.with_label_values(&[refusal.reason()]).inc();
             }
-            error.problem(|user| self.login_step(&parts.headers, user)).respond(request_id)
+            let problem = error.problem(|user| self.login_step(&parts.headers, user));
+            self.refuse(&parts.headers, problem, request_id)
         });
         if let Some(origin) = cors {
             allow_origin(response.headers_mut(), origin);
         }
         add_private_headers(response.headers_mut());
         response
+    }
+
+    /// The response with an error: a page for a person, a document for a program.
+    pub fn refuse(&self, headers: &HeaderMap, problem: Problem, request_id: &str) -> FullResponse {
+        if prefers_html(headers) {
+            pages::problem(&problem, request_id, self.status_page(headers))
+        } else {
+            problem.respond(request_id)
+        }
     }
 
     async fn endpoint(&self, endpoint: Endpoint, parts: &Parts, body: CallerBody) -> Result<FullResponse, LoginError> {
@@ -141,7 +153,7 @@ impl OauthEndpoints {
             Endpoint::Login => self.begin(&query, parts).await,
             Endpoint::Callback => self.callback(&query, &parts.headers).await,
             Endpoint::Status => self.status(&query, &parts.headers).await,
-            Endpoint::Accounts => self.accounts(&query, &parts.headers),
+            Endpoint::Accounts => self.accounts(&query, &parts.headers).await,
             Endpoint::AccountsSync => self.sync_accounts(&query).await,
             Endpoint::Refresh => self.refresh(&query, &parts.headers).await,
             Endpoint::Logout => self.logout(&query.user()?).await,
@@ -212,9 +224,9 @@ impl OauthEndpoints {
             *nothing.status_mut() = StatusCode::NO_CONTENT;
             return Ok(nothing);
         }
-        let (outcome, return_to) = match callback(query)? {
+        let LoginEnded { outcome, return_to, user } = match callback(query)? {
             Some(callback) => self.login.finish(callback, |name| cookie_of(headers, name)).await,
-            None => (Err(LoginFailure::State), None),
+            None => LoginFailure::State.into(),
         };
         match &outcome {
             Ok(LoginOutcome::Stored(status)) => self.directory.logged_in(&status.user_id),
@@ -227,13 +239,16 @@ impl OauthEndpoints {
             return Ok(redirect(self.back_to_frontend(&outcome, return_to.as_deref()).as_str()));
         }
         if prefers_html(headers) {
-            return Ok(pages::result(&outcome));
+            let again =
+                user.filter(|_| !self.admission.needs_caller_token()).map(|user| self.login_url(headers, &user));
+            return Ok(pages::result(&outcome, again, self.status_page(headers)));
         }
         Ok(match outcome {
-            Ok(LoginOutcome::Stored(status)) => json(
-                StatusCode::OK,
-                &json!({ "status": "success", "user_id": status.user_id, "expires_at": status.expires_at.map(to_the_millisecond) }),
-            ),
+            Ok(LoginOutcome::Stored(stored)) => {
+                let expires_at = stored.expires_at.map(to_the_millisecond);
+                let told = json!({ "status": "success", "user_id": stored.user_id, "expires_at": expires_at });
+                json(StatusCode::OK, &told)
+            }
             Ok(LoginOutcome::Pending(grant)) => {
                 json(StatusCode::OK, &json!({ "status": "pending", "grant": grant.expose() }))
             }
@@ -333,7 +348,8 @@ impl OauthEndpoints {
         let login_url = self.login_url(headers, &self.default_user);
         if prefers_html(headers) {
             // With a caller token a browser cannot follow a link.
-            return pages::root(Some(login_url.as_str()).filter(|_| !self.admission.needs_caller_token()));
+            let login_url = Some(login_url.as_str()).filter(|_| !self.admission.needs_caller_token());
+            return pages::root(login_url, self.status_page(headers));
         }
         json(
             StatusCode::OK,
@@ -346,6 +362,12 @@ impl OauthEndpoints {
                 "manual": "README.md and config/README.md",
             }),
         )
+    }
+
+    /// The URL of the status page, for a browser on this machine.
+    fn status_page(&self, headers: &HeaderMap) -> Option<&str> {
+        let here = self.admission.own_authority(headers).and_then(without_port);
+        self.status_page.as_deref().filter(|_| here.is_some_and(is_loopback))
     }
 
     fn with_link(&self, status: Status, headers: &HeaderMap) -> serde_json::Value {

@@ -1,36 +1,55 @@
-//! The callback's result page, for a login without a frontend.
+//! The pages for people: the result of a login without a frontend, an error, and what listens at the address.
 
 use bytes::Bytes;
-use http::header::{CONTENT_SECURITY_POLICY, CONTENT_TYPE, HeaderValue};
+use http::header::HeaderValue;
 use http::{Response, StatusCode};
 use http_body_util::Full;
-use maud::{DOCTYPE, Markup, html};
+use maud::{Markup, html};
 use serde_json::{Value, json};
 
 use super::FullResponse;
 use crate::auth::login::{LoginFailure, LoginOutcome};
 use crate::domain::headers::ERROR;
+use crate::inbound::look::{self, Confined};
+use crate::inbound::problem::Problem;
 
-/// The page loads nothing, runs nothing, sends nothing, and may not be framed.
-const POLICY: &str = "default-src 'none'; style-src 'sha256-H7ytAUeXHaxeOH3RhzkOxEc7LmDT22BPtpCAZkn8bj0='; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
-/// In the colours that the browser has for light and dark, and readable on a phone.
-const STYLE: &str = ":root{color-scheme:light dark}\
-    body{font:16px/1.5 system-ui,sans-serif;max-width:34rem;margin:15vh auto;padding:0 1rem;overflow-wrap:anywhere}\
-    h1{font-size:1.4rem}";
-
-/// The page with the result of a login. It contains nothing of the query except the checked user id.
-pub(super) fn result(outcome: &Result<LoginOutcome, LoginFailure>) -> FullResponse {
+/// The page with the result of a login. It contains nothing of the query except the checked user id. `again` is the URL
+/// that starts the login again, if the browser that ended it is the one that started it.
+pub(super) fn result(
+    outcome: &Result<LoginOutcome, LoginFailure>,
+    again: Option<String>,
+    status_page: Option<&str>,
+) -> FullResponse {
     let (title, text) = match outcome {
         Ok(LoginOutcome::Stored(status)) => (
             "Connected to Amazon Ads",
-            format!("The grant of user {} is stored. You can close this page.", status.user_id),
+            html! { "The grant of user " strong { (status.user_id) } " is stored. You can close this page." },
         ),
         Ok(LoginOutcome::Pending(_)) => {
-            ("Almost there", "The app has to confirm the grant. You can close this page.".to_owned())
+            ("Almost there", html! { "The app has to confirm the grant. You can close this page." })
         }
-        Err(failure) => ("Not connected", say(failure).to_owned()),
+        Err(failure) => ("Not connected", html! { (say(failure)) }),
     };
-    let mut response = page(title, html! { p { (text) } });
+    let again = again.filter(|_| outcome.is_err());
+    let replace = again.as_ref().filter(|_| matches!(outcome, Err(LoginFailure::Identity)));
+    let replace = replace.map(|url| format!("{url}&replace=true"));
+    let mut response = page(
+        title,
+        &html! {
+            p { (text) }
+            @if let Err(LoginFailure::Identity) = outcome {
+                p { "Try again and sign in as the same Amazon user, or replace the earlier connection by this one." }
+            }
+            @if let Some(url) = &again {
+                p class="line" {
+                    a class="button" href=(url) { "Try again" }
+                    @if let Some(url) = &replace { a class="button second" href=(url) { "Replace" } }
+                }
+            }
+            (address_of(status_page))
+            @if let Err(failure) = outcome { p class="soft" { "Code: " code { (failure.code()) } } }
+        },
+    );
     if let Err(failure) = outcome {
         response.headers_mut().insert(ERROR, HeaderValue::from_static(failure.code()));
         *response.status_mut() = status(failure);
@@ -38,38 +57,52 @@ pub(super) fn result(outcome: &Result<LoginOutcome, LoginFailure>) -> FullRespon
     response
 }
 
+/// The page with an error, for a person whose browser opened an endpoint.
+pub(super) fn problem(problem: &Problem, request_id: &str, status_page: Option<&str>) -> FullResponse {
+    let shown = page(
+        "That did not work",
+        &html! {
+            p { (problem.detail()) }
+            p { (problem.next_step()) }
+            (address_of(status_page))
+            p class="soft" { "Code: " code { (problem.code().as_str()) } ", request id: " code { (request_id) } }
+        },
+    );
+    let (page, body) = shown.into_parts();
+    let mut response = problem.clone().respond(request_id);
+    *response.body_mut() = body;
+    response.headers_mut().extend(page.headers);
+    response
+}
+
 /// What a person sees who opens the proxy listener's address.
-pub(super) fn root(login_url: Option<&str>) -> FullResponse {
+pub(super) fn root(login_url: Option<&str>, status_page: Option<&str>) -> FullResponse {
     page(
         "adsidecar",
-        html! {
+        &html! {
             p { "Requests to this address go to the Amazon Ads API with the headers that each path needs." }
             p { "Users and their tokens: " code { "/api/auth/amazon/status" } }
             @match login_url {
                 Some(login_url) => { p { "To log in: " a href=(login_url) { (login_url) } } }
-                None => { p { "A caller token is set, which a browser cannot send: let your app request the login URL." } }
+                None => {
+                    p { "A caller token is set, which a browser cannot send: let your app request the login URL." }
+                }
             }
+            (address_of(status_page))
         },
     )
 }
 
-fn page(title: &str, content: Markup) -> FullResponse {
-    let page = html! {
-        (DOCTYPE)
-        html lang="en" {
-            head {
-                meta charset="utf-8";
-                meta name="viewport" content="width=device-width, initial-scale=1";
-                title { (title) }
-                style { (maud::PreEscaped(STYLE)) }
-            }
-            body { main { h1 { (title) } (content) } }
-        }
-    };
+/// The address of the status page, to type or to copy: it refuses browsers that come from a page of another origin.
+fn address_of(status_page: Option<&str>) -> Markup {
+    html! { @if let Some(url) = status_page { p { "All users are on the status page: " code { (url) } } } }
+}
+
+fn page(title: &str, content: &Markup) -> FullResponse {
+    let body = html! { main class="alone" { h1 { (title) } (content) } };
+    let page = look::document(title, &html! {}, &body);
     let mut response: FullResponse = Response::new(Full::new(Bytes::from(page.into_string())));
-    let headers = response.headers_mut();
-    headers.insert(CONTENT_TYPE, HeaderValue::from_static("text/html; charset=utf-8"));
-    headers.insert(CONTENT_SECURITY_POLICY, HeaderValue::from_static(POLICY));
+    look::add_headers(response.headers_mut(), Confined::Still);
     response
 }
 
@@ -107,20 +140,5 @@ pub(super) fn say(failure: &LoginFailure) -> &'static str {
         LoginFailure::Exchange => {
             "Amazon did not exchange the code for tokens. Start the login again; the log says why."
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use base64::Engine;
-    use base64::prelude::BASE64_STANDARD;
-    use sha2::{Digest, Sha256};
-
-    use super::*;
-
-    #[test]
-    fn the_policy_allows_the_one_style_by_its_hash() {
-        let hash = BASE64_STANDARD.encode(Sha256::digest(STYLE));
-        assert!(POLICY.contains(&format!("'sha256-{hash}'")), "the hash is {hash}");
     }
 }

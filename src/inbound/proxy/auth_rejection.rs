@@ -1,5 +1,5 @@
-//! What Amazon means by a 401: it rejects the access token, or the token has no access to the requested scope; and how a
-//! refusal is passed on without the token that it may quote.
+//! What Amazon means by a 401: it rejects the access token, or the token has no access to the requested scope; and how
+//! a refusal is passed on without the token that it may quote.
 
 use std::io::Read;
 use std::time::Duration;
@@ -128,8 +128,8 @@ fn is_encoded(headers: &HeaderMap) -> bool {
     headers.get(CONTENT_ENCODING).is_some_and(|coding| !coding.as_bytes().eq_ignore_ascii_case(b"identity"))
 }
 
-/// The decoded text, for [`Rejection::verdict`] only: the caller gets the bytes as they came.
-fn inflated(coding: Option<&[u8]>, bytes: &[u8]) -> Vec<u8> {
+/// The decoded text, to be understood only: the caller gets the bytes as they came.
+pub(super) fn inflated(coding: Option<&[u8]>, bytes: &[u8]) -> Vec<u8> {
     let mut text = Vec::new();
     let limit = MAX_TEXT as u64;
     // If decoding fails halfway, the text so far is used.

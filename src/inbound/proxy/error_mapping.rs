@@ -7,6 +7,7 @@ use crate::domain::account::UserId;
 use crate::domain::grant::{Remedy, STORE_UNAVAILABLE};
 use crate::domain::headers::THROTTLE;
 use crate::domain::policy::Denied;
+use crate::domain::tls;
 use crate::inbound::admission::Refusal;
 use crate::inbound::oauth::token_problem;
 use crate::inbound::problem::{Code, Problem};
@@ -118,8 +119,9 @@ impl From<Denied> for Problem {
         let (detail, next_step) = match denied {
             Denied::Ambiguous => (
                 "A policy applies to this request, and its path or method is ambiguous.",
-                "Send the path without dot segments, empty segments, `;` and encoded separators, and method and path in \
-                 the request line only: no X-HTTP-Method-Override, X-Original-URL or the like, and no _method parameter.",
+                "Send the path without dot segments, empty segments, `;` and encoded separators, and method and path \
+                 in the request line only: no X-HTTP-Method-Override, X-Original-URL or the like, and no _method \
+                 parameter.",
             ),
             Denied::Form => (
                 "A policy applies to this request, and its body is a form, which could override the method.",
@@ -146,6 +148,10 @@ impl From<Throttled> for Problem {
             Reason::Paused => (
                 "Amazon refuses requests like this one at the moment, so it was not sent.",
                 "Repeat it after the time in Retry-After, or let requests wait: throttle.mode = queue.",
+            ),
+            Reason::AtOnce => (
+                "As many exports, AMC workflow runs or traffic events run as Amazon allows at a time.",
+                "Repeat it when one has ended, or let requests wait: throttle.mode = queue.",
             ),
             Reason::TooLate => (
                 "Amazon limits requests like this one, and its turn does not come in time.",
@@ -188,14 +194,20 @@ impl From<ErrorKind> for Problem {
             ErrorKind::Proxy { proxy, problem } => Self::new(
                 Code::UpstreamUnreachable,
                 format!("Amazon's host could not be reached through {proxy}: {problem}."),
-                "Ask the operator: the proxy has to be up, to accept these credentials, and to open tunnels to Amazon's \
-                 hosts.",
+                "Ask the operator: the proxy has to be up, to accept these credentials, and to open tunnels to \
+                 Amazon's hosts.",
             ),
-            ErrorKind::Tls(_) => Self::new(
-                Code::UpstreamTls,
-                "The TLS handshake with Amazon's host failed.",
-                "If a proxy in your network intercepts TLS, set its CA as upstream.ca_file.",
-            ),
+            ErrorKind::Tls(error) => {
+                let error = error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>());
+                let cause = error.map(|error| tls::explain(error, "Amazon's", "upstream.ca_file"));
+                let cause = cause.unwrap_or_else(|| "the connection broke".to_owned());
+                Self::new(
+                    Code::UpstreamTls,
+                    format!("The TLS handshake with Amazon's host failed: {cause}."),
+                    "Ask the operator to set the clock if it is wrong, or to name the CA of a proxy that intercepts \
+                     TLS in upstream.ca_file.",
+                )
+            }
             ErrorKind::Reset(_) | ErrorKind::TransferCoding(_) | ErrorKind::Switched => Self::new(
                 Code::UpstreamReset,
                 "The connection to Amazon broke before a response arrived.",

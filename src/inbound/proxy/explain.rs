@@ -2,6 +2,8 @@
 //!
 //! The headers are made by the code that makes those of real requests; the reasons are found by comparing the result
 //! with its inputs.
+//!
+//! The file is a little over 400 lines: it says everything that is known of a request, in one place.
 
 use http::header::{AUTHORIZATION, HOST};
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Uri};
@@ -13,9 +15,11 @@ use crate::auth::accounts::Snapshot;
 use crate::domain::account::{Account, AmazonHost, Context};
 use crate::domain::found_account::{AccountType, doubtful_id};
 use crate::domain::headers::{UpstreamHeaders, to_amazon};
+use crate::domain::outgoing_proxy::OutgoingProxy;
 use crate::domain::policy::{Denied, Mode};
+use crate::inbound::admission;
 use crate::inbound::destination::{BadTarget, Destination, Endpoint, Route, Target};
-use crate::inbound::route::{Accounts, RouteError, RoutedRequest, Selection};
+use crate::inbound::route::{Accounts, Found, RouteError, RoutedRequest, Selection};
 use crate::throttle;
 
 /// What adsidecar would do with a request.
@@ -38,6 +42,8 @@ pub struct Forwarded {
     pub method: String,
     /// The URL that is requested.
     pub url: String,
+    /// The outgoing proxy through which it is reached, and the key that names it; `None` without one.
+    pub through: Option<String>,
     /// `na`, `eu` or `fe`.
     pub region: &'static str,
     /// Why this region.
@@ -100,6 +106,8 @@ pub struct Explained<'a> {
     pub settings: &'a Settings,
     /// `upstream.na`, …, `upstream.mcp_fe`.
     pub origins: &'a [Url; AmazonHost::ALL.len()],
+    /// `upstream.proxy`.
+    pub outgoing_proxy: Option<&'a OutgoingProxy>,
     /// `[throttle]`.
     pub throttle: &'a throttle::Settings,
     /// The accounts that were found.
@@ -115,6 +123,9 @@ pub fn explain(what: &Explained<'_>, method: &Method, uri: &Uri, caller: &Header
         let name = authority.rsplit_once(':').map_or(authority, |(name, _)| name);
         ["localhost", "127.0.0.1", "[::1]"].contains(&name.to_ascii_lowercase().as_str())
     };
+    if admission::method(method).is_err() {
+        return Err(format!("{method} is no method that it serves; methods are upper-case (405 method_not_allowed)"));
+    }
     let target = match Route::read(method, uri, None, is_own).map_err(no_target)? {
         Route::Own(endpoint) => return Ok(Explanation::Adsidecar { why: own(endpoint) }),
         Route::Upstream(target) => target,
@@ -122,7 +133,9 @@ pub fn explain(what: &Explained<'_>, method: &Method, uri: &Uri, caller: &Header
     let settings = what.settings.clone();
     let (mode, selection, default_region) = (settings.policy.mode, settings.selection, settings.region);
     let accounts = Accounts::new(settings.accounts, default_region, selection, settings.policy.rules);
-    let call = accounts.select(&target, caller, what.found).map_err(|error| no_route(error).to_owned())?;
+    let other = accounts.other_name(&target, caller).and_then(|slug| what.found.get(slug));
+    let other = other.map(|entry| Found { account: &entry.account, is_named: true });
+    let call = accounts.select(&target, caller, other).map_err(|error| no_route(error).to_owned())?;
     let selected_by = selected_by(&call, &target, caller, selection);
     let configured = what.settings.accounts.iter().find(|account| *account.name == *call.account_name());
     let account = configured.or_else(|| what.found.get(call.account_name()).map(|entry| &entry.account));
@@ -134,6 +147,8 @@ pub fn explain(what: &Explained<'_>, method: &Method, uri: &Uri, caller: &Header
     };
     let origin = &what.origins[call.host().index()];
     let url = format!("{}{}", origin.as_str().trim_end_matches('/'), target.path_and_query);
+    let host = origin.host_str().unwrap_or_default().trim_matches(['[', ']']);
+    let through = what.outgoing_proxy.filter(|proxy| proxy.is_for(host)).map(ToString::to_string);
     let sent = upstream_headers(what, &call, origin, caller);
     let headers = lines(&sent, &call, account, caller);
     let left_out = left_out(&sent, &call, account, caller);
@@ -147,6 +162,7 @@ pub fn explain(what: &Explained<'_>, method: &Method, uri: &Uri, caller: &Header
     Ok(Explanation::Amazon(Box::new(Forwarded {
         method: method.to_string(),
         url,
+        through,
         region: call.region.as_str(),
         region_why,
         account: Some(call.account_name().to_owned()).filter(|name| !name.is_empty()),
@@ -184,8 +200,8 @@ fn no_route(error: RouteError) -> &'static str {
         }
         RouteError::Bad(why) => why,
         RouteError::UnknownHeader(_) => {
-            "a header begins with X-Ads- and is none of X-Ads-Account, X-Ads-User, X-Ads-Region and X-Ads-Sidecar-Token \
-             (400 bad_request)"
+            "a header begins with X-Ads- and is none of X-Ads-Account, X-Ads-User, X-Ads-Region and \
+             X-Ads-Sidecar-Token (400 bad_request)"
         }
     }
 }
@@ -301,8 +317,7 @@ fn left_out(sent: &HeaderMap, call: &RoutedRequest<'_>, account: Option<&Account
 }
 
 fn bucket(what: &Explained<'_>, call: &RoutedRequest<'_>, method: &Method, path: &str) -> ThrottleBucket {
-    let kind = throttle::Kind::of(method, path);
-    let bucket = format!("{}/{}/{}", call.region, call.family.name, kind.as_str());
+    let bucket = throttle::Call::new(call.region, call.family, method, path, "").bucket().to_string();
     let of_family = what.throttle.families.iter().find(|own| own.family == call.family.name);
     let mode = call.throttle().unwrap_or_else(|| of_family.map_or(what.throttle.mode, |own| own.mode));
     ThrottleBucket { bucket, mode: mode.as_str() }

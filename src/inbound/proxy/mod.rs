@@ -2,9 +2,12 @@
 //!
 //! [`Proxy::serve`] always responds. `Proxy::dispatch` decides who serves the request, and `Proxy::forward` lists the
 //! steps of a request to Amazon, each one call that may fail.
+//!
+//! The file is long because it is the whole way of a request: to follow one, read this file alone.
 
 mod auth_rejection;
 mod error_mapping;
+mod jobs;
 mod polls;
 pub mod explain;
 mod mcp;
@@ -26,10 +29,10 @@ use http_body_util::Full;
 pub use error_mapping::ProxyError;
 pub use response::{Body, strip_response};
 
-use crate::auth::accounts::Directory;
-use crate::auth::tokens::{Bearer, TokenManager};
+use crate::auth::accounts::{Directory, Entry as FoundEntry};
+use crate::auth::tokens::{Bearer, TokenError, TokenManager};
 use crate::domain::account::{Account, Region, Service, UserId};
-use crate::domain::grant::State;
+use crate::domain::grant::{Remedy, STORE_UNAVAILABLE, State};
 use crate::domain::headers::{self, UpstreamHeaders};
 use crate::domain::policy::{self, Mode};
 use crate::inbound::admission::{Admission, Admitted};
@@ -38,12 +41,13 @@ use crate::inbound::oauth::{OauthEndpoints, add_private_headers};
 use crate::inbound::problem::Problem;
 use crate::inbound::request_id::{self, RequestIds};
 pub use crate::inbound::route::Selection;
-use crate::inbound::route::{Accounts, RoutedRequest, fallback};
+use crate::inbound::route::{Accounts, Found, RoutedRequest, fallback};
 use crate::server::{CallerBody, Peer};
 use crate::telemetry::metrics::Metrics;
 use crate::throttle::{Call, Entry, Pass, Throttle};
 use crate::upstream::{ReplayBudget, ReplayBuffer, RequestBody, Reuse, SendError, Upstream, UpstreamBody};
 use auth_rejection::{Rejection, Verdict, pass_on_refusal};
+use jobs::JobListener;
 use polls::{Join, Polls};
 use request_telemetry::RequestTelemetry;
 use retry::Retry;
@@ -51,6 +55,9 @@ use retry::Retry;
 /// What a waiting request holds besides its path and a body that Amazon refused, in bytes: its head in parsed form, the
 /// buffers of its connection, and its future.
 const WAITING_BYTES: usize = 8 << 10;
+
+/// When a request may find the store working again that could not look up its account.
+const STORE_RETRY: Duration = Duration::from_secs(1);
 
 /// How callers select accounts, and how much of a request body is kept for a retry.
 #[derive(Clone, Debug)]
@@ -93,10 +100,11 @@ pub struct Proxy {
     replay_budget: Arc<ReplayBudget>,
     max_body: Option<u64>,
     body_timeout: Duration,
-    policy_mode: Mode,
+    /// `policy.mode`; `None` if neither `[policy]` nor an account has rules.
+    policy: Option<Mode>,
     admission: Admission,
     tokens: TokenManager,
-    throttle: Throttle,
+    throttle: Arc<Throttle>,
     /// `None` unless `throttle.coalesce_polls` is on.
     polls: Option<Polls>,
     upstream: Arc<Upstream>,
@@ -123,7 +131,7 @@ impl Proxy {
         admission: Admission,
         tokens: TokenManager,
         upstream: Arc<Upstream>,
-        throttle: Throttle,
+        throttle: Arc<Throttle>,
         oauth: OauthEndpoints,
         directory: Directory,
         metrics: Arc<Metrics>,
@@ -131,6 +139,8 @@ impl Proxy {
     ) -> Self {
         // The series exists from the start, so that an alert can tell "nothing was denied" from "no data".
         metrics.policy_denied.with_label_values(&["", settings.policy.mode.as_str()]);
+        let account_has_rules = settings.accounts.iter().any(|account| !account.rules.is_empty());
+        let policy = (account_has_rules || !settings.policy.rules.is_empty()).then_some(settings.policy.mode);
         Self {
             client_id,
             replay_limit: settings.replay_limit,
@@ -138,7 +148,7 @@ impl Proxy {
             max_body: settings.max_body,
             body_timeout: settings.body_timeout,
             accounts: Accounts::new(settings.accounts, settings.region, settings.selection, settings.policy.rules),
-            policy_mode: settings.policy.mode,
+            policy,
             directory,
             admission,
             tokens,
@@ -207,7 +217,8 @@ impl Proxy {
             }
             Err(rejected) if rejected.endpoint.is_some() => {
                 telemetry.set_own_endpoint();
-                let mut response = self.problem(rejected.refusal.into(), parts).respond(telemetry.request_id());
+                let problem = self.problem(rejected.refusal.into(), parts);
+                let mut response = self.oauth.refuse(&parts.headers, problem, telemetry.request_id());
                 add_private_headers(response.headers_mut());
                 Ok(response.map(Body::own))
             }
@@ -223,10 +234,17 @@ impl Proxy {
         target: &Target,
         telemetry: &mut RequestTelemetry<'a>,
     ) -> Result<Response<Body>, ProxyError> {
-        let found = self.directory.snapshot();
-        let route = self.accounts.select(target, &parts.headers, &found)?;
+        let found = match self.accounts.other_name(target, &parts.headers) {
+            Some(slug) => self.found_account(slug).await?,
+            None => None,
+        };
+        let found =
+            found.as_deref().map(|entry| Found { account: &entry.account, is_named: !self.directory.is_large() });
+        let route = self.accounts.select(target, &parts.headers, found)?;
         telemetry.set_route(&route);
-        self.enforce_policy(&route, parts, target, telemetry)?;
+        if let Some(mode) = self.policy {
+            self.enforce_policy(mode, &route, parts, target, telemetry)?;
+        }
         if route.family.is_unknown() {
             self.metrics.unknown_family.inc();
         }
@@ -237,6 +255,19 @@ impl Proxy {
             Some((polls, key)) => Box::pin(self.poll(polls, &key, &route, parts, body, target, telemetry)).await,
             None => self.exchange(&route, parts, body, target, telemetry).await,
         }
+    }
+
+    /// The found account with this slug.
+    async fn found_account(&self, slug: &str) -> Result<Option<Arc<FoundEntry>>, ProxyError> {
+        if let Some(known) = self.directory.account_in_memory(slug) {
+            return Ok(known);
+        }
+        // Boxed: rare requests must not make the future of every request large.
+        Box::pin(self.directory.account(slug)).await.map_err(|_| {
+            let (code, remedy) = (STORE_UNAVAILABLE, Remedy::Time);
+            let error = TokenError::Unavailable { code, remedy, detail: None, retry_after: STORE_RETRY };
+            ProxyError::NoToken(error, UserId::default())
+        })
     }
 
     /// A poll under `throttle.coalesce_polls`: answered by another one of the last second, or sent.
@@ -257,7 +288,7 @@ impl Proxy {
                 Join::Alone => break None,
                 Join::Follow(other) => {
                     if let Some(response) = other.answer().await {
-                        telemetry.set_response_from_amazon(response.status());
+                        telemetry.set_response_from_amazon();
                         return Ok(response);
                     }
                 }
@@ -291,18 +322,20 @@ impl Proxy {
         if check_clock {
             self.tokens.observe_amazons_clock(response.headers());
         }
+        let listener = JobListener::of(&mut pass, response.headers());
         let mut response = match response.status() {
             StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => {
                 Box::pin(self.handle_rejection(response, request, &sent, &mut pass, telemetry)).await?
             }
             status if status.is_client_error() => Box::pin(pass_on_refusal(response, &bearer)).await,
-            _ => response.map(Body::amazon),
+            _ => response.map(|body| Body::amazon(body).heard_by(listener)),
         };
         if route.family.service == Service::Mcp {
-            // Amazon's challenge names an authorization server, and MCP clients would start an OAuth of their own there.
+            // Amazon's challenge names an authorization server, and MCP clients would start an OAuth of their own
+            // there.
             response.headers_mut().remove(WWW_AUTHENTICATE);
         }
-        telemetry.set_response_from_amazon(response.status());
+        telemetry.set_response_from_amazon();
         let hint = telemetry.take_hint().or_else(|| pass.hint()).or_else(|| route.hint());
         Ok(response::to_caller(response, hint, pass.waited()))
     }
@@ -310,6 +343,7 @@ impl Proxy {
     /// Refuses what the policy forbids. In observe mode, counts such a request and lets it pass.
     fn enforce_policy(
         &self,
+        mode: Mode,
         route: &RoutedRequest<'_>,
         parts: &Parts,
         target: &Target,
@@ -318,8 +352,8 @@ impl Proxy {
         let query = target.path_and_query.query();
         let checked = route.rules.check(&parts.method, target.path(), query, &parts.headers);
         let Err(denied) = checked else { return Ok(()) };
-        self.metrics.policy_denied.with_label_values(&[route.account_label(), self.policy_mode.as_str()]).inc();
-        match self.policy_mode {
+        self.metrics.policy_denied.with_label_values(&[route.account_label(), mode.as_str()]).inc();
+        match mode {
             Mode::Enforce => Err(ProxyError::Denied(denied)),
             Mode::Observe => {
                 telemetry.set_would_be_denied();
@@ -348,7 +382,7 @@ impl Proxy {
         &'a self,
         route: &'a RoutedRequest<'a>,
         parts: &Parts,
-        target: &Target,
+        target: &'a Target,
     ) -> Result<Pass<'a>, ProxyError> {
         let path = target.path();
         let request = Call {

@@ -14,10 +14,14 @@ use crate::inbound::problem::Problem;
 use crate::inbound::request_id::REQUEST_ID;
 use crate::inbound::route::RoutedRequest;
 use crate::telemetry::audit::{AuditEvent, AuditOutcome, Fault, milliseconds};
-use crate::telemetry::metrics::Metrics;
+use crate::telemetry::log::AUDIT_TARGET;
+use crate::telemetry::metrics::{Metrics, RecentCall};
 
 /// The status counted for a caller that disconnected before the response began, as nginx does.
 const CLIENT_CLOSED: u16 = 499;
+
+/// The source of a response, as the metrics and the log name it.
+const AMAZON: &str = "amazon";
 
 /// Amazon's request id, which its support asks for; the name depends on the service that responds.
 const AMAZON_ID: [HeaderName; 3] = [
@@ -34,6 +38,7 @@ pub(super) struct RequestTelemetry<'a> {
     method: &'static str,
     account: String,
     region: &'static str,
+    family: &'static str,
     source: &'static str,
     hint: Option<&'static str>,
     request_id: HeaderValue,
@@ -42,11 +47,13 @@ pub(super) struct RequestTelemetry<'a> {
     error: Option<String>,
     /// What an operator can do about it, for the log.
     remedy: Option<String>,
-    /// Whose fault a failure is; `None` if nothing failed.
-    fault: Option<Fault>,
+    /// Whose fault it is that there is no response from Amazon: the caller's until then, because it may disconnect.
+    fault: Fault,
     in_flight: Option<InFlight>,
     /// `None` if `log.audit` is off.
     audit: Option<Box<AuditEvent>>,
+    /// Whether adsidecar's own endpoint serves the request.
+    is_own: bool,
     recorded: bool,
 }
 
@@ -62,16 +69,17 @@ impl<'a> RequestTelemetry<'a> {
             method: label(method),
             account: String::new(),
             region: "",
+            family: "",
             source: "sidecar",
             hint: None,
             request_id,
             amazon_id: None,
             error: None,
             remedy: None,
-            // The default, for a caller that disconnects.
-            fault: Some(Fault::Caller),
+            fault: Fault::Caller,
             in_flight: Some(InFlight(metrics.clone())),
-            audit: AuditEvent::begin(),
+            audit: tracing::event_enabled!(target: AUDIT_TARGET, tracing::Level::INFO).then(Box::default),
+            is_own: false,
             recorded: false,
             metrics,
         }
@@ -81,14 +89,14 @@ impl<'a> RequestTelemetry<'a> {
         self.request_id.to_str().unwrap_or_default()
     }
 
-    /// Records that adsidecar's own endpoint serves the request: it gets no audit line.
+    /// Records that adsidecar's own endpoint serves the request: it gets no audit line, and is no call to Amazon.
     pub(super) fn set_own_endpoint(&mut self) {
-        self.audit = None;
+        (self.audit, self.is_own) = (None, true);
     }
 
     pub(super) fn set_route(&mut self, route: &RoutedRequest<'_>) {
         route.account_label().clone_into(&mut self.account);
-        self.region = route.region.as_str();
+        (self.region, self.family) = (route.region.as_str(), route.family.name);
         if let Some(audit) = &mut self.audit {
             route.account_name().clone_into(&mut audit.account);
             route.user.as_str().clone_into(&mut audit.user);
@@ -114,7 +122,7 @@ impl<'a> RequestTelemetry<'a> {
     /// Records a response from Amazon, including one that the caller never sees.
     pub(super) fn record_upstream_response(&mut self, region: Region, status: StatusCode, headers: &HeaderMap) {
         if status == StatusCode::TOO_MANY_REQUESTS {
-            self.metrics.throttled.with_label_values(&[region.as_str(), "amazon"]).inc();
+            self.metrics.throttled.with_label_values(&[region.as_str(), AMAZON]).inc();
         }
         if is_failure(status.as_u16()) || self.audit.is_some() || tracing::enabled!(tracing::Level::DEBUG) {
             self.amazon_id = AMAZON_ID.iter().find_map(|name| headers.get(name)).cloned();
@@ -123,7 +131,7 @@ impl<'a> RequestTelemetry<'a> {
 
     /// Records why adsidecar responds with an error of its own.
     pub(super) fn set_error(&mut self, error: &ProxyError) {
-        self.fault = Some(error.fault());
+        self.fault = error.fault();
         self.error = match error {
             ProxyError::Send(error) => Some(error.kind.to_string()),
             ProxyError::NoToken(TokenError::Unavailable { code, .. }, _) => Some((*code).to_owned()),
@@ -142,9 +150,8 @@ impl<'a> RequestTelemetry<'a> {
     }
 
     /// Records that the caller gets Amazon's response.
-    pub(super) fn set_response_from_amazon(&mut self, status: StatusCode) {
-        self.source = "amazon";
-        self.fault = Fault::of_amazons_response(status);
+    pub(super) fn set_response_from_amazon(&mut self) {
+        self.source = AMAZON;
     }
 
     /// Records that the caller gets adsidecar's own error `problem`.
@@ -170,6 +177,7 @@ impl<'a> RequestTelemetry<'a> {
     fn record(&mut self, status: u16) {
         self.recorded = true;
         let took = self.begun.elapsed();
+        let fault = self.fault_of(status);
         let mut text = [0u8; 3];
         let labels = [self.account.as_str(), self.region, self.method, digits(status, &mut text), self.source];
         self.metrics.requests.with_label_values(&labels).inc();
@@ -181,7 +189,7 @@ impl<'a> RequestTelemetry<'a> {
                 method: self.method,
                 status,
                 source: self.source,
-                fault: self.fault,
+                fault,
                 took,
             });
         }
@@ -200,6 +208,27 @@ impl<'a> RequestTelemetry<'a> {
                 took_ms = milliseconds(took),
                 "request"
             );
+        }
+        if !self.is_own {
+            self.metrics.recent_calls.remember(RecentCall {
+                ended: self.begun + took,
+                took,
+                method: self.method,
+                family: self.family,
+                account: std::mem::take(&mut self.account),
+                status,
+                fault,
+                request_id: self.request_id().into(),
+            });
+        }
+    }
+
+    /// Whose fault a response with this status is; `None` if nothing failed.
+    fn fault_of(&self, status: u16) -> Option<Fault> {
+        match self.source {
+            AMAZON if status < 400 => None,
+            AMAZON => Fault::of_amazons_response(status),
+            _ => Some(self.fault),
         }
     }
 

@@ -10,6 +10,7 @@ use http::{Response, Version};
 use http_body::{Body as _, Frame, SizeHint};
 use http_body_util::{BodyExt, Full};
 
+use super::jobs::JobListener;
 use super::redaction::Redactor;
 use super::request_telemetry::InFlight;
 use crate::domain::headers::{ConnectionOptions, ERROR, HINT, THROTTLE};
@@ -80,6 +81,8 @@ pub struct Body {
     source: Source,
     /// Only for a refusal of Amazon's.
     redactor: Option<Box<Redactor>>,
+    /// Only for a response that tells of a job which the throttle counts.
+    listener: Option<Box<JobListener>>,
     _in_flight: Option<InFlight>,
 }
 
@@ -112,6 +115,11 @@ impl Body {
     /// Replaces the token of `bearer` wherever the body quotes it.
     pub(super) fn without_token(self, bearer: &HeaderValue) -> Self {
         Self { redactor: Some(Box::new(Redactor::new(bearer))), ..self }
+    }
+
+    /// Lets `listener`, if there is one, hear the body.
+    pub(super) fn heard_by(self, listener: Option<JobListener>) -> Self {
+        Self { listener: listener.map(Box::new), ..self }
     }
 
     /// What was read of a body, and what follows.
@@ -149,7 +157,7 @@ impl Body {
 
 impl From<Source> for Body {
     fn from(source: Source) -> Self {
-        Self { source, redactor: None, _in_flight: None }
+        Self { source, redactor: None, listener: None, _in_flight: None }
     }
 }
 
@@ -199,8 +207,16 @@ impl http_body::Body for Body {
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, ResponseAborted>>> {
-        let Self { source, redactor, .. } = &mut *self;
-        let Some(redactor) = redactor else { return source.poll_frame(cx) };
+        let Self { source, redactor, listener, .. } = &mut *self;
+        let Some(redactor) = redactor else {
+            let frame = ready!(source.poll_frame(cx));
+            if let (Some(listener), Some(data)) =
+                (listener, frame.as_ref().and_then(|frame| frame.as_ref().ok()?.data_ref()))
+            {
+                listener.hear(data);
+            }
+            return Poll::Ready(frame);
+        };
         loop {
             let passed = match ready!(source.poll_frame(cx)) {
                 Some(Ok(frame)) => match frame.into_data() {

@@ -13,7 +13,7 @@ use super::connection::{OnDisconnect, Parameters};
 use super::{Lookup, Postgres, USER_COLUMN, column, first_row, locked, read_row};
 use crate::domain::account::UserId;
 use crate::domain::grant::Version;
-use crate::store::StoreError;
+use crate::store::{AccountsChanged, StoreError};
 
 /// Maximum number of changes per poll. Whoever is further behind compares what it holds instead.
 const PAGE: i64 = 5000;
@@ -80,14 +80,14 @@ impl Postgres {
     /// [`StoreError::Postgres`] if the database cannot be read. The next call then returns the same changes.
     pub async fn poll(&self) -> Result<Poll, StoreError> {
         const SINCE: &str = "SELECT head.change, g.user_id, g.generation, g.epoch, head.due_at, head.undescribed, \
-                             head.brake, extract(epoch FROM clock_timestamp())::float8 \
+                             head.brake, extract(epoch FROM clock_timestamp())::float8, g.accounts \
                              FROM (SELECT (SELECT coalesce(max(change), 0) FROM adsidecar_grants) AS change, \
                              (SELECT extract(epoch FROM min(due_at))::float8 FROM adsidecar_grants \
                              WHERE record IS NOT NULL) AS due_at, \
                              (SELECT value FROM adsidecar_notes WHERE name = 'brake') AS brake, \
                              EXISTS (SELECT FROM adsidecar_grants WHERE record IS NOT NULL AND described IS NULL) \
                              AS undescribed) AS head \
-                             LEFT JOIN LATERAL (SELECT user_id, generation, epoch, change FROM adsidecar_grants \
+                             LEFT JOIN LATERAL (SELECT user_id, generation, epoch, change, accounts FROM adsidecar_grants \
                              WHERE change > $1 ORDER BY change LIMIT $2) AS g ON true ORDER BY g.change";
         let previous = locked(&self.0.position).clone();
         let from = previous.as_ref().map_or(i64::MAX, Position::from);
@@ -104,20 +104,25 @@ impl Postgres {
         let now = Instant::now();
         let Some(mut position) = continued.filter(|_| !is_full) else {
             *locked(&self.0.position) = Some(Position { heads: [(now, head)].into(), connection });
+            self.tell_accounts(AccountsChanged::Unknown);
             return Ok(Poll { changes: Changes::Unknown, due_at, brake, has_undescribed });
         };
         position.reach(head, now);
         *locked(&self.0.position) = Some(position);
-        let mut changed = Vec::new();
+        let (mut changed, mut accounts) = (Vec::new(), Vec::new());
         for row in &rows {
             // A row whose key is not a user id was not written by us.
             let user = column::<Option<String>>(row, 1)?.and_then(|name| name.parse::<UserId>().ok());
             if let Some(user) = user {
                 let (generation, epoch): (i64, i64) = (column(row, 2)?, column(row, 3)?);
                 let version = Version { epoch: epoch.unsigned_abs(), generation: generation.unsigned_abs() };
+                if let found @ 1.. = column::<i64>(row, 8)?.unsigned_abs() {
+                    accounts.push((user.clone(), found));
+                }
                 changed.push((user, version));
             }
         }
+        self.tell_accounts(AccountsChanged::Users(accounts));
         Ok(Poll { changes: Changes::Rows(changed), due_at, brake, has_undescribed })
     }
 
@@ -125,6 +130,11 @@ impl Postgres {
     /// [`poll`](Self::poll) says so.
     pub fn lose_position(&self) {
         *locked(&self.0.position) = None;
+    }
+
+    /// Identifies the connection to the database: another one may lead to another server.
+    pub fn connection(&self) -> u64 {
+        self.0.connection.connects()
     }
 
     /// Returns when another process has stored a login or logout. Never returns behind a pooler, and may miss one: poll

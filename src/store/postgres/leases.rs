@@ -86,7 +86,8 @@ impl Postgres {
 
     /// Releases the lease after a refresh that stored no change: a stored change releases it itself. Says to all
     /// processes how the refresh of `generation` failed, if it did, and when the background tries again: `due`, `None`
-    /// if the user is idle by then.
+    /// if the user is idle by then. If a response `may_be_lost`, the next process that takes the lease hears that it was
+    /// interrupted, as after the end of this one.
     ///
     /// # Errors
     ///
@@ -97,8 +98,10 @@ impl Postgres {
         generation: u64,
         failed: Option<&FailedRefresh>,
         due: Option<Timestamp>,
+        may_be_lost: bool,
     ) -> Result<(), StoreError> {
-        const RELEASE: &str = "UPDATE adsidecar_grants SET lease_owner = NULL, lease_until = NULL, \
+        const RELEASE: &str = "UPDATE adsidecar_grants SET lease_owner = CASE WHEN $9 THEN lease_owner END, \
+                               lease_until = CASE WHEN $9 THEN clock_timestamp() END, \
                                refused = $4, failure = $5, attempts = $8, due_at = to_timestamp($7), \
                                retry_at = clock_timestamp() + make_interval(secs => $6) \
                                WHERE user_id = $1 AND lease_owner = $2 AND generation = $3 RETURNING generation";
@@ -117,6 +120,7 @@ impl Postgres {
             (&retry_in, Type::FLOAT8),
             (&due, Type::FLOAT8),
             (&attempts, Type::INT4),
+            (&may_be_lost, Type::BOOL),
         ];
         self.query(RELEASE, parameters, OnDisconnect::Resend).await.map(drop)
     }

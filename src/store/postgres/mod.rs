@@ -37,6 +37,7 @@ mod maintenance;
 mod notices;
 mod pending;
 mod pods;
+mod throttle;
 mod tls;
 
 use std::collections::BTreeMap;
@@ -45,10 +46,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
+use tokio::sync::Notify;
 use tokio_postgres::Row;
 use tokio_postgres::types::{FromSql, ToSql, Type};
 
-use super::{Health, Opened, Sealed, StoreError, Users};
+use super::{AccountsChanged, Health, Opened, Sealed, StoreError, Users};
 use crate::domain::account::UserId;
 use crate::domain::grant::{Grant, RefreshPolicy, Version};
 use crate::store::keyring::{Fingerprint, Keyring};
@@ -60,8 +62,9 @@ pub use connection_url::ConnectionUrl;
 pub use describe::UserOverview;
 pub use leases::{Claimed, Lease};
 pub use pods::{PUBLISH, Pod};
+pub use throttle::{SharedLimit, ThrottleReport, ThrottleRow};
 
-const SCHEMA: &str = include_str!("schema.sql");
+const SCHEMA: &str = concat!(include_str!("schema.sql"), include_str!("throttle.sql"));
 
 /// Maximum number of rows per statement, so that each completes well within its deadline.
 const PAGE_ROWS: i64 = 500;
@@ -78,10 +81,10 @@ const MAX_ATTEMPTS: usize = 10;
 /// The note that holds the schema version of the tables, and the version that this program supports.
 const SCHEMA_NOTE: &str = "schema";
 const SCHEMA_VERSION: &str = "1";
-/// The note that holds the number of the last migration, and the number of the last one in `schema.sql`. A migration
+/// The note that holds the number of the last migration, and the number of the last one in [`SCHEMA`]. A migration
 /// only adds to the tables of a schema version, so that processes of the previous release keep working.
 const MIGRATION_NOTE: &str = "migration";
-const MIGRATION: u32 = 2;
+const MIGRATION: u32 = 4;
 /// The note that holds the fingerprint of the key that seals.
 const KEY_NOTE: &str = "key";
 
@@ -101,6 +104,9 @@ struct Inner {
     /// The number of records by what they are sealed with, when they were last counted.
     records: Mutex<BTreeMap<Sealed, usize>>,
     position: Mutex<Option<Position>>,
+    /// Whose accounts have changed, until somebody takes it; and notified of it.
+    accounts_changed: Mutex<Option<AccountsChanged>>,
+    accounts_told: Notify,
     /// Whether the last operation succeeded, and why the most recent failed one failed.
     health: Mutex<(bool, Option<String>)>,
 }
@@ -205,6 +211,8 @@ impl Postgres {
             policy: ArcSwap::from_pointee(DEFAULT_POLICY),
             records: Mutex::default(),
             position: Mutex::default(),
+            accounts_changed: Mutex::default(),
+            accounts_told: Notify::new(),
             health: Mutex::new((true, None)),
         }))
     }
@@ -258,7 +266,9 @@ impl Postgres {
         const EXIST: &str = "SELECT to_regclass('adsidecar_grants') IS NOT NULL \
                              AND to_regclass('adsidecar_logins') IS NOT NULL \
                              AND to_regclass('adsidecar_waiting') IS NOT NULL \
-                             AND to_regclass('adsidecar_notes') IS NOT NULL";
+                             AND to_regclass('adsidecar_notes') IS NOT NULL \
+                             AND to_regclass('adsidecar_throttle') IS NOT NULL \
+                             AND to_regclass('adsidecar_slugs') IS NOT NULL";
         for _ in 0..MAX_ATTEMPTS {
             let rows = self.query(EXIST, &[], OnDisconnect::Resend).await?;
             if first_row(&rows, 0)? {

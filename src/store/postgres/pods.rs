@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use tokio_postgres::types::Type;
 
 use super::connection::{OnDisconnect, Parameters};
-use super::{KEY_NOTE, Postgres, column};
+use super::{KEY_NOTE, Postgres, column, first_row};
 use crate::store::StoreError;
 use crate::store::keyring::{Fingerprint, Keyring};
 
@@ -43,20 +43,22 @@ struct PodNote {
 }
 
 impl Postgres {
-    /// Says that this process is alive, and which keys it has.
+    /// Says that this process is alive, and which keys it has. Returns the key that seals, as the last rotation noted it.
     ///
     /// # Errors
     ///
     /// [`StoreError::Postgres`] if the database cannot be written.
-    pub async fn publish_pod(&self) -> Result<(), StoreError> {
+    pub async fn publish_pod(&self) -> Result<Option<Fingerprint>, StoreError> {
         const PUBLISH: &str = "INSERT INTO adsidecar_notes (name, value) \
                                VALUES ($1, extract(epoch FROM clock_timestamp())::bigint || ' ' || $2) \
-                               ON CONFLICT (name) DO UPDATE SET value = excluded.value RETURNING name";
+                               ON CONFLICT (name) DO UPDATE SET value = excluded.value \
+                               RETURNING (SELECT value FROM adsidecar_notes WHERE name = $3)";
         let keys = self.0.keyring.load().fingerprints().iter().map(Fingerprint::to_string).collect();
         let note = PodNote { name: pod_name(), keys, version: env!("CARGO_PKG_VERSION").to_owned() };
         let (name, value) = (self.note_name(), serde_json::to_string(&note).expect("texts are JSON"));
-        let parameters: &Parameters<'_> = &[(&name, Type::TEXT), (&value, Type::TEXT)];
-        self.query(PUBLISH, parameters, OnDisconnect::Resend).await.map(drop)
+        let parameters: &Parameters<'_> = &[(&name, Type::TEXT), (&value, Type::TEXT), (&KEY_NOTE, Type::TEXT)];
+        let rows = self.query(PUBLISH, parameters, OnDisconnect::Resend).await?;
+        Ok(first_row::<Option<String>>(&rows, 0)?.and_then(|key| key.parse().ok()))
     }
 
     /// Says that this process is about to end.
@@ -124,13 +126,14 @@ impl Postgres {
         self.0.keyring.load().first()
     }
 
-    /// Seals with the key that the last rotation made the first one, if this process has it.
+    /// Says that this process is alive, and seals with the key that the last rotation made the first one, if this
+    /// process has it.
     ///
     /// # Errors
     ///
-    /// [`StoreError::Postgres`] if the database cannot be read.
-    pub async fn follow_rotation(&self) -> Result<(), StoreError> {
-        let noted = self.note(KEY_NOTE).await?.and_then(|key| key.parse::<Fingerprint>().ok());
+    /// [`StoreError::Postgres`] if the database cannot be written.
+    pub async fn publish_and_follow_rotation(&self) -> Result<(), StoreError> {
+        let noted = self.publish_pod().await?;
         let ring = self.0.keyring.load_full();
         if let Some(first) = noted.filter(|key| *key != ring.first() && ring.fingerprints().contains(key)) {
             tracing::info!(key = %first, "the keys were rotated: this key encrypts from now on");

@@ -1,7 +1,8 @@
 -- The tables, and the one rule by which a user's row changes. adsidecar runs this file at startup if a table is missing
--- or the note `migration` is lower than the last number below: in one transaction, under an advisory lock. Every
--- statement may be repeated, and each migration only adds, so that processes of the previous version keep working
--- during a rolling update. A role that may not create tables needs SELECT, INSERT, UPDATE and DELETE on all four.
+-- or the note `migration` is lower than the last number: in one transaction with throttle.sql, which follows, and under
+-- an advisory lock. Every statement may be repeated, and each migration only adds, so that processes of the previous
+-- version keep working during a rolling update. A role that may not create tables needs SELECT, INSERT, UPDATE and
+-- DELETE on all seven.
 SET LOCAL statement_timeout = 0;
 SET LOCAL lock_timeout = 0;
 SELECT pg_advisory_xact_lock(4837205517302918401);
@@ -53,7 +54,8 @@ CREATE TABLE IF NOT EXISTS adsidecar_notes (
 -- consented_at, used_at: as in the record, whose seal alone makes them trustworthy. They are for lists and counts.
 -- due_at: when the next background refresh is due; NULL if the user is idle. refused, failure, attempts, retry_at: how
 -- the last refresh of this generation failed: Login with Amazon refused the grant, or could not be asked; how many have
--- failed; and when the next process may ask.
+-- failed; and when the next process may ask. accounts (migration 4): the version of the accounts that were found for
+-- the user, so that who follows the changes of this table hears of those too.
 CREATE SEQUENCE IF NOT EXISTS adsidecar_changes;
 ALTER TABLE adsidecar_grants
     ADD COLUMN IF NOT EXISTS change bigint NOT NULL DEFAULT 0,
@@ -68,7 +70,8 @@ ALTER TABLE adsidecar_grants
     ADD COLUMN IF NOT EXISTS refused text,
     ADD COLUMN IF NOT EXISTS failure text,
     ADD COLUMN IF NOT EXISTS attempts integer,
-    ADD COLUMN IF NOT EXISTS retry_at timestamptz;
+    ADD COLUMN IF NOT EXISTS retry_at timestamptz,
+    ADD COLUMN IF NOT EXISTS accounts bigint NOT NULL DEFAULT 0;
 CREATE INDEX IF NOT EXISTS adsidecar_grants_change ON adsidecar_grants (change);
 CREATE INDEX IF NOT EXISTS adsidecar_grants_due ON adsidecar_grants (due_at) WHERE record IS NOT NULL;
 CREATE INDEX IF NOT EXISTS adsidecar_grants_undescribed ON adsidecar_grants (user_id)
@@ -85,6 +88,10 @@ CREATE OR REPLACE FUNCTION adsidecar_number_change() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path FROM CURRENT AS $$
 BEGIN
     IF TG_OP = 'INSERT' THEN
+        NEW.change := nextval('adsidecar_changes');
+    ELSIF (NEW.record IS NULL) = (OLD.record IS NULL) AND NEW.generation = OLD.generation AND NEW.epoch = OLD.epoch
+        AND NEW.accounts <> OLD.accounts THEN
+        -- Only the accounts that were found have changed: how the last refresh failed stays true.
         NEW.change := nextval('adsidecar_changes');
     ELSIF (NEW.record IS NULL) <> (OLD.record IS NULL) OR NEW.generation <> OLD.generation
         OR NEW.epoch <> OLD.epoch THEN
@@ -109,9 +116,9 @@ DROP TRIGGER IF EXISTS adsidecar_number_insert ON adsidecar_grants;
 CREATE TRIGGER adsidecar_number_insert BEFORE INSERT ON adsidecar_grants
     FOR EACH ROW EXECUTE FUNCTION adsidecar_number_change();
 DROP TRIGGER IF EXISTS adsidecar_number_update ON adsidecar_grants;
-CREATE TRIGGER adsidecar_number_update BEFORE UPDATE OF record, generation, epoch ON adsidecar_grants
+CREATE TRIGGER adsidecar_number_update BEFORE UPDATE OF record, generation, epoch, accounts ON adsidecar_grants
     FOR EACH ROW WHEN (NEW.record IS DISTINCT FROM OLD.record OR NEW.generation <> OLD.generation
-                       OR NEW.epoch <> OLD.epoch)
+                       OR NEW.epoch <> OLD.epoch OR NEW.accounts <> OLD.accounts)
     EXECUTE FUNCTION adsidecar_number_change();
 
 -- The rule: the only statement by which a process stores or removes a user's grant. `seen` is the generation of the row
@@ -184,6 +191,7 @@ BEGIN
     END IF;
     IF p_record IS NULL AND written THEN
         DELETE FROM adsidecar_waiting AS w WHERE w.user_id = p_user;
+        DELETE FROM adsidecar_accounts AS a WHERE a.user_id = p_user;
     END IF;
     IF NOT written THEN
         now_generation := was_generation;
@@ -192,5 +200,97 @@ BEGIN
     RETURN NEXT;
 END $$;
 
-INSERT INTO adsidecar_notes (name, value) VALUES ('migration', '2')
-    ON CONFLICT (name) DO UPDATE SET value = excluded.value WHERE adsidecar_notes.value::int < 2;
+-- Migration 4. (Migration 3 is throttle.sql.)
+
+-- The accounts that were found for each user, sealed. version: the number of the last change, from the sequence of all
+-- changes. indexed_at: the changed_at of what adsidecar_slugs lists; another one means that the previous version, which
+-- knows no such table, has written. search_at: when Amazon is asked again.
+CREATE TABLE IF NOT EXISTS adsidecar_accounts (
+    user_id text COLLATE "C" PRIMARY KEY,
+    sealed text NOT NULL,
+    changed_at timestamptz NOT NULL
+);
+ALTER TABLE adsidecar_accounts
+    ADD COLUMN IF NOT EXISTS version bigint NOT NULL DEFAULT 0,
+    ADD COLUMN IF NOT EXISTS indexed_at timestamptz,
+    ADD COLUMN IF NOT EXISTS search_at timestamptz;
+CREATE INDEX IF NOT EXISTS adsidecar_accounts_unindexed ON adsidecar_accounts (user_id)
+    WHERE indexed_at IS DISTINCT FROM changed_at;
+CREATE INDEX IF NOT EXISTS adsidecar_accounts_search ON adsidecar_accounts (search_at);
+
+-- Which user each account belongs to, by the slug that selects it: in the clear, as in logs and metrics, because it is
+-- looked up and listed. name is in lower case, country in upper case. Ids are in the sealed list alone.
+CREATE TABLE IF NOT EXISTS adsidecar_slugs (
+    slug text COLLATE "C" PRIMARY KEY,
+    user_id text COLLATE "C" NOT NULL REFERENCES adsidecar_accounts ON DELETE CASCADE,
+    name text NOT NULL,
+    country text,
+    kind text NOT NULL
+);
+CREATE INDEX IF NOT EXISTS adsidecar_slugs_user ON adsidecar_slugs (user_id);
+
+-- Numbers every change of the accounts, whoever makes it, and tells those who follow adsidecar_grants. A list that is
+-- only sealed with another key has not changed.
+CREATE OR REPLACE FUNCTION adsidecar_number_accounts() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path FROM CURRENT AS $$
+BEGIN
+    NEW.version := nextval('adsidecar_changes');
+    RETURN NEW;
+END $$;
+CREATE OR REPLACE FUNCTION adsidecar_tell_accounts() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path FROM CURRENT AS $$
+BEGIN
+    IF TG_OP = 'DELETE' THEN
+        UPDATE adsidecar_grants SET accounts = nextval('adsidecar_changes') WHERE user_id = OLD.user_id;
+    ELSE
+        UPDATE adsidecar_grants SET accounts = NEW.version WHERE user_id = NEW.user_id;
+    END IF;
+    RETURN NULL;
+END $$;
+DROP TRIGGER IF EXISTS adsidecar_accounts_insert ON adsidecar_accounts;
+CREATE TRIGGER adsidecar_accounts_insert BEFORE INSERT ON adsidecar_accounts
+    FOR EACH ROW EXECUTE FUNCTION adsidecar_number_accounts();
+DROP TRIGGER IF EXISTS adsidecar_accounts_update ON adsidecar_accounts;
+CREATE TRIGGER adsidecar_accounts_update BEFORE UPDATE OF changed_at ON adsidecar_accounts
+    FOR EACH ROW WHEN (NEW.changed_at <> OLD.changed_at) EXECUTE FUNCTION adsidecar_number_accounts();
+DROP TRIGGER IF EXISTS adsidecar_accounts_told ON adsidecar_accounts;
+CREATE TRIGGER adsidecar_accounts_told AFTER INSERT OR DELETE OR UPDATE OF changed_at ON adsidecar_accounts
+    FOR EACH ROW EXECUTE FUNCTION adsidecar_tell_accounts();
+
+-- Stores the accounts of a user, and lists them by their slugs. `seen` is the version that they are based on, 0 for none.
+-- Nothing is stored if another process has stored others since, if the user has no grant (any more), or if a slug
+-- belongs to another user. Returns the version now, NULL if nothing was stored, and the slugs that are taken.
+CREATE OR REPLACE FUNCTION adsidecar_save_accounts(
+    p_user text, p_sealed text, p_slugs text, p_seen bigint, p_search_at double precision
+) RETURNS TABLE (stored_version bigint, is_logged_out boolean, taken text[])
+LANGUAGE plpgsql AS $$
+DECLARE
+    wanted jsonb := p_slugs::jsonb;
+    was bigint;
+    moment timestamptz := clock_timestamp();
+BEGIN
+    PERFORM FROM adsidecar_grants AS g WHERE g.user_id = p_user AND g.record IS NOT NULL FOR UPDATE;
+    is_logged_out := NOT FOUND;
+    -- Two processes must not give one slug to two users.
+    PERFORM pg_advisory_xact_lock(4837205517302918403);
+    SELECT a.version INTO was FROM adsidecar_accounts AS a WHERE a.user_id = p_user;
+    SELECT array_agg(s.slug) INTO taken FROM jsonb_to_recordset(wanted) AS w (slug text)
+        JOIN adsidecar_slugs AS s ON s.slug = w.slug AND s.user_id <> p_user;
+    IF NOT is_logged_out AND coalesce(was, 0) = p_seen AND taken IS NULL THEN
+        INSERT INTO adsidecar_accounts AS a (user_id, sealed, changed_at, indexed_at, search_at)
+            VALUES (p_user, p_sealed, moment, moment, to_timestamp(p_search_at))
+            ON CONFLICT (user_id) DO UPDATE SET sealed = excluded.sealed, changed_at = excluded.changed_at,
+                indexed_at = excluded.indexed_at, search_at = excluded.search_at
+            RETURNING a.version INTO stored_version;
+        DELETE FROM adsidecar_slugs AS s WHERE s.user_id = p_user
+            AND s.slug NOT IN (SELECT w.slug FROM jsonb_to_recordset(wanted) AS w (slug text));
+        INSERT INTO adsidecar_slugs AS s (slug, user_id, name, country, kind)
+            SELECT w.slug, p_user, w.name, w.country, w.kind
+            FROM jsonb_to_recordset(wanted) AS w (slug text, name text, country text, kind text)
+            ON CONFLICT (slug) DO UPDATE SET name = excluded.name, country = excluded.country, kind = excluded.kind;
+    END IF;
+    RETURN NEXT;
+END $$;
+
+INSERT INTO adsidecar_notes (name, value) VALUES ('migration', '4')
+    ON CONFLICT (name) DO UPDATE SET value = excluded.value WHERE adsidecar_notes.value::int < 4;

@@ -48,6 +48,8 @@ pub(super) struct Database {
     db: sled::Db,
     grants: sled::Tree,
     notes: sled::Tree,
+    /// The index of found accounts: `accounts_index.rs`.
+    pub(super) accounts: sled::Tree,
     /// Our own file descriptor of `db`, used to sync it.
     log: File,
     /// Number of the last commit.
@@ -68,13 +70,13 @@ impl Database {
         }
         let db = open_sled(path)?;
         let tree = |name| db.open_tree(name).map_err(|error| sled_error(path, error));
-        let (grants, notes) = (tree("grants")?, tree("notes")?);
+        let (grants, notes, accounts) = (tree("grants")?, tree("notes")?, tree("accounts")?);
         let sequence = db.get(SEQUENCE).map_err(|error| sled_error(path, error))?;
         let sequence = sequence.and_then(|bytes| Some(u64::from_be_bytes(bytes.as_ref().try_into().ok()?)));
         let log = File::open(&db_path).map_err(|error| files::io_error(&db_path, error))?;
         let synced_blobs = HashSet::new();
         let sequence = sequence.unwrap_or(0);
-        let mut database = Self { path: path.to_owned(), db, grants, notes, log, sequence, synced_blobs };
+        let mut database = Self { path: path.to_owned(), db, grants, notes, accounts, log, sequence, synced_blobs };
         database.sync()?;
         files::sync_file(&path.join("conf"))?;
         files::sync_dir(path)?;
@@ -161,7 +163,8 @@ impl Database {
         Ok(self.sequence)
     }
 
-    fn sync(&mut self) -> Result<(), StoreError> {
+    /// Makes all earlier changes durable without a new commit number.
+    pub(super) fn sync(&mut self) -> Result<(), StoreError> {
         self.db.flush().map_err(|error| self.sled_error(error))?;
         self.sync_blobs()?;
         self.log.sync_all().map_err(|error| files::io_error(&self.path.join("db"), error))
@@ -189,7 +192,7 @@ impl Database {
         Ok(())
     }
 
-    fn sled_error(&self, error: sled::Error) -> StoreError {
+    pub(super) fn sled_error(&self, error: sled::Error) -> StoreError {
         sled_error(&self.path, error)
     }
 }

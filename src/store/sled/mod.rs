@@ -29,8 +29,10 @@
 //! because sled writes to its directory whenever it opens: with a wrong key nothing is touched. It is a fingerprint and
 //! not a sealed text, so that the error can name the key that is needed.
 
+mod accounts_index;
 mod database;
 mod engine;
+mod journal;
 mod mirror;
 mod pending;
 mod worker;

@@ -3,6 +3,7 @@
 //! The file is long because it is a list: each metric with its help text, in the order of the manual.
 
 mod budget;
+mod recent_calls;
 mod register;
 
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
@@ -10,7 +11,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use prometheus::core::Desc;
+use prometheus::core::{Collector, Desc};
 use prometheus::{
     Gauge, GaugeVec, Histogram, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Registry, TextEncoder,
 };
@@ -19,6 +20,7 @@ use crate::domain::account::Region;
 use crate::domain::grant::State;
 use crate::telemetry::log::Dropped;
 use budget::Budget;
+pub use recent_calls::{RecentCall, RecentCalls};
 use register::Register;
 
 /// Limits of the exported metrics.
@@ -61,6 +63,8 @@ pub struct Metrics {
     descriptions: Vec<Desc>,
     max_user_series: AtomicUsize,
     page: Mutex<Page>,
+    /// No metric: the latest requests, for the status page.
+    pub recent_calls: RecentCalls,
     pub requests: IntCounterVec,
     pub request_duration: HistogramVec,
     pub upstream_duration: HistogramVec,
@@ -84,6 +88,7 @@ pub struct Metrics {
     throttle_rate: GaugeVec,
     throttle_paused_until: GaugeVec,
     throttle_waiting: IntGaugeVec,
+    throttle_running: IntGaugeVec,
     throttle_waiting_bytes: IntGauge,
     pub throttle_wait: Histogram,
     undecryptable_records: IntGauge,
@@ -103,6 +108,21 @@ pub struct Metrics {
     consent_ending: IntGaugeVec,
     login_required: IntGaugeVec,
     users: IntGaugeVec,
+}
+
+/// Counts since the start, of which differences are charted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Totals {
+    /// Requests to the proxy listener.
+    pub requests: u64,
+    /// Those whose response has a status from 400.
+    pub errors: u64,
+    /// Refreshes of access tokens.
+    pub refreshes: u64,
+    /// Those that failed.
+    pub failed_refreshes: u64,
+    /// Requests that waited for their turn.
+    pub waits: u64,
 }
 
 /// The rendered metrics of the last scrape.
@@ -151,6 +171,7 @@ impl Metrics {
             reload_timestamp,
             reload_success,
             page: Mutex::new(Page { budget: Budget::new(Instant::now()), text: Bytes::new() }),
+            recent_calls: RecentCalls::default(),
             requests: r.counters(
                 "requests_total",
                 "Requests to the proxy listener; source tells whether amazon or the sidecar responded. \
@@ -259,6 +280,12 @@ impl Metrics {
                 "Requests that wait for their turn",
                 &["region", "family", "kind"],
             )?,
+            throttle_running: r.gauges(
+                "throttle_running",
+                "Exports, AMC workflow runs and requests with traffic events that run at Amazon, as far as they passed \
+                 here",
+                &["region", "family"],
+            )?,
             throttle_waiting_bytes: r.gauge("throttle_waiting_bytes", "Bytes that waiting requests hold")?,
             throttle_wait: r.histogram(
                 "throttle_wait_seconds",
@@ -324,8 +351,8 @@ impl Metrics {
         Ok(metrics)
     }
 
-    /// The name (without `adsidecar_`), labels and help text of each metric, in the order of the manual, without those of
-    /// the process itself.
+    /// The name (without `adsidecar_`), labels and help text of each metric, in the order of the manual, without those
+    /// of the process itself.
     pub fn descriptions(&self) -> &[Desc] {
         &self.descriptions
     }
@@ -347,12 +374,18 @@ impl Metrics {
     }
 
     /// Sets the metrics about the throttle: each bucket's region, family and kind, learned rate, end of the pause in
-    /// seconds since 1970 (0: none) and waiting requests; and the bytes that these hold.
+    /// seconds since 1970 (0: none) and waiting requests; what runs at Amazon, by region and family; and the bytes that
+    /// waiting requests hold.
     pub fn set_throttle<'b>(
         &self,
         buckets: impl IntoIterator<Item = ([&'b str; 3], f64, f64, usize)>,
+        running: impl IntoIterator<Item = ([&'b str; 2], usize)>,
         waiting_bytes: usize,
     ) {
+        self.throttle_running.reset();
+        for (labels, count) in running {
+            self.throttle_running.with_label_values(&labels).add(i64::try_from(count).unwrap_or(i64::MAX));
+        }
         self.throttle_waiting_bytes.set(i64::try_from(waiting_bytes).unwrap_or(i64::MAX));
         for (labels, rate, paused_until, waiting) in buckets {
             self.throttle_rate.with_label_values(&labels).set(rate);
@@ -476,6 +509,14 @@ impl Metrics {
         self.reload_success.get() == 1
     }
 
+    /// The counts since the start that the status page charts.
+    pub fn totals(&self) -> Totals {
+        let (requests, errors) = sums(&self.requests, |label, value| label == "status" && value >= "400");
+        let (refreshes, failed_refreshes) =
+            sums(&self.token_refresh, |label, value| label == "result" && value == "failure");
+        Totals { requests, errors, refreshes, failed_refreshes, waits: self.throttle_wait.get_sample_count() }
+    }
+
     /// Applies new limits.
     pub fn reconfigure(&self, settings: Settings) {
         self.max_user_series.store(settings.max_user_series, Relaxed);
@@ -488,6 +529,22 @@ impl Metrics {
             self.store_errors.with_label_values(&[op]).inc();
         }
     }
+}
+
+/// The sum of all series of `counters`, and of those with a label that `is_bad`.
+fn sums(counters: &IntCounterVec, is_bad: impl Fn(&str, &str) -> bool) -> (u64, u64) {
+    let (mut all, mut bad) = (0, 0);
+    for family in counters.collect() {
+        for series in family.get_metric() {
+            // A count of an integer counter.
+            let count = series.get_counter().get_value() as u64;
+            all += count;
+            if series.get_label().iter().any(|label| is_bad(label.name(), label.value())) {
+                bad += count;
+            }
+        }
+    }
+    (all, bad)
 }
 
 /// Merges `users` into one record for the shared series: the earliest times, and any reason to log in. `None` if there

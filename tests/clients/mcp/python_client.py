@@ -1,4 +1,5 @@
-"""Lists the tools of an MCP server with PyPI's `mcp`, or with `fastmcp`, and prints them, or what a person would see."""
+"""Lists the tools of an MCP server with PyPI's `mcp`, or with `fastmcp`, and prints them, or what a person would
+see."""
 
 import asyncio
 import sys

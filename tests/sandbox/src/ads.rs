@@ -52,6 +52,7 @@ fn check_and_route(
         body: call.body,
         advertiser: access.advertiser,
         profile,
+        now,
     };
     Ok(match path[0] {
         "sandbox" => test_endpoints::answer(call, &passed, events),

@@ -88,6 +88,9 @@ pub(super) fn reporting(
         ("POST", ["workflowExecutions"]) => {
             let mut body = body;
             let id = super::request_id();
+            if let Some(refusal) = world.jobs.run(call.listener, instance, &id, call.now) {
+                return refusal;
+            }
             body["workflowExecutionId"] = json!(id);
             body["status"] = json!("PENDING");
             let answer = reply::json(StatusCode::OK, &body);
@@ -99,7 +102,7 @@ pub(super) fn reporting(
             let found = executions.find(|one| one.instance == instance && one.id == *id);
             found.map_or_else(
                 || coded(StatusCode::NOT_FOUND, "Workflow execution not found"),
-                |execution| execution_answer(execution, rest),
+                |execution| execution_answer(execution, rest, world.jobs.has_ended(id, call.now)),
             )
         }
         (_, ["workflows" | "workflowExecutions", ..]) => coded(StatusCode::METHOD_NOT_ALLOWED, "Method Not Allowed"),
@@ -107,11 +110,11 @@ pub(super) fn reporting(
     }
 }
 
-/// An execution completes at the first status request; its file becomes available then.
-fn execution_answer(execution: &mut Execution, rest: &[&str]) -> Response<Body> {
+/// An execution completes at the first status request after it `has_ended`; its file becomes available then.
+fn execution_answer(execution: &mut Execution, rest: &[&str], has_ended: bool) -> Response<Body> {
     match rest {
         [] => {
-            execution.body["status"] = json!("SUCCEEDED");
+            execution.body["status"] = if has_ended { json!("SUCCEEDED") } else { json!("RUNNING") };
             reply::json(StatusCode::OK, &execution.body)
         }
         ["downloadUrls"] if execution.body["status"] == "SUCCEEDED" => {

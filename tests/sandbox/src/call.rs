@@ -3,6 +3,7 @@
 use bytes::Bytes;
 use http::request::Parts;
 use http::{HeaderMap, Method, Response, StatusCode};
+use jiff::Timestamp;
 use serde_json::{Value, json};
 
 use super::Listener;
@@ -24,6 +25,8 @@ pub(super) struct Passed<'a> {
     pub(super) advertiser: String,
     /// The profile in the Scope header, if the family uses it.
     pub(super) profile: Option<u64>,
+    /// The time at which it arrived.
+    pub(super) now: Timestamp,
 }
 
 /// A call that one of the Ads listeners received.

@@ -47,15 +47,15 @@ struct Arguments {
     /// Address of adsidecar's admin listener [default: 127.0.0.1:9464 and [::1]:9464]
     #[arg(long, value_name = "ADDRESS")]
     admin: Option<SocketAddr>,
-    /// Address of the stand-in for Login with Amazon; the Ads hosts na, eu and fe use the next three ports, and the hosts
-    /// of the MCP server the three after them
+    /// Address of the stand-in for Login with Amazon; the Ads hosts na, eu and fe use the next three ports, and the
+    /// hosts of the MCP server the three after them
     #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:8440")]
     amazon: SocketAddr,
     /// Address of the control port, which sets faults and time and shows the history
     #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:8450")]
     control: SocketAddr,
-    /// Directory for the throw-away CA, the configuration, the store and the grants that Amazon knows [default: one that is
-    /// removed at exit]
+    /// Directory for the throw-away CA, the configuration, the store and the grants that Amazon knows [default: one
+    /// that is removed at exit]
     #[arg(long, value_name = "DIRECTORY")]
     data: Option<PathBuf>,
     /// Print all addresses and paths as one line of JSON
@@ -142,7 +142,8 @@ fn configure(arguments: &Arguments, sandbox: &Sandbox, directory: &Path) -> Resu
         text += &format!("\n[admin]\nlisten = {}\n", quoted(&free_port(admin)?.to_string()));
     }
     text += &format!(
-        "\n[store]\npath = {}\n\n[upstream]\nna = {}\neu = {}\nfe = {}\nmcp_na = {}\nmcp_eu = {}\nmcp_fe = {}\nca_file = {}\n\n[[account]]\nname = \"default\"\n\
+        "\n[store]\npath = {}\n\n[upstream]\nna = {}\neu = {}\nfe = {}\nmcp_na = {}\nmcp_eu = {}\n\
+         mcp_fe = {}\nca_file = {}\n\n[[account]]\nname = \"default\"\n\
          profile_id = {}\nadvertiser_id = {}\nmarketplace_id = {}\n",
         quoted(&directory.join("adsidecar.sled").to_string_lossy()),
         quoted(&sandbox.origin(Listener::Na)),
@@ -266,10 +267,12 @@ impl Facts {
             format!("Log in first: open {proxy}/api/auth/amazon/login in a browser.")
         };
         format!(
-            "\nThis is a stand-in for Amazon with a real adsidecar in front of it. {login}\n\nRequests that an app would send:\n\
+            "\nThis is a stand-in for Amazon with a real adsidecar in front of it. {login}\n\n\
+             Requests that an app would send:\n\
              curl {proxy}/v2/profiles\n\
              curl {proxy}/amc/instances\n\
-             curl {proxy}/sp/campaigns/list -H 'Content-Type: application/vnd.spCampaign.v3+json' -H 'Accept: application/vnd.spCampaign.v3+json' -d '{{}}'\n\
+             curl {proxy}/sp/campaigns/list -H 'Content-Type: application/vnd.spCampaign.v3+json' \
+             -H 'Accept: application/vnd.spCampaign.v3+json' -d '{{}}'\n\
              curl {proxy}/api/auth/amazon/status\n\n\
              What Amazon received, and the metrics for Prometheus:\n\
              curl {control}/history\n\

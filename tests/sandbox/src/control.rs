@@ -3,20 +3,26 @@
 //! Plain HTTP on loopback, JSON in and out. The `Host` must be a loopback name and there must be no `Origin`, so that
 //! no web page in a browser can reach it.
 //!
-//! | endpoint | does |
-//! |---|---|
-//! | `GET /` | the current state: addresses, client, clock, fault rules, counts, endpoints |
-//! | `GET /ca.pem` | the certificate of the throw-away CA |
-//! | `GET /history` | `{"calls": [...], "lwa": {...}}`: every call received, unchanged; `?door=na` selects one listener |
-//! | `DELETE /history` | deletes them |
-//! | `POST /trouble` | adds a [`Rule`] (or a list of them): `{"trouble": {"status": {"code": 503}}, "door": "na", "path": "/v2", "when": {"next": 3}}`; `door`, `path`, `when` are optional |
-//! | `DELETE /trouble` | removes all rules, and releases the calls that they hold |
-//! | `POST /limits` | replaces the rate limits of the Ads listeners: a list of [`RateLimit`]s, the first that matches applies: `[{"per_second": 20, "burst": 20, "path": "/sp", "told": "nothing"}]`; `told` is `seconds` (default), `date`, `nothing`, `html` or `{"text": "…"}` |
-//! | `POST /clock` | `{"advance": "1h"}`: moves the sandbox's clock; `-1h` moves it back; returns the time |
-//! | `POST /consent` | records a consent: `{"want": "code"}` (default; also `redirect_uri`, `scope`, `advertiser`, `client_id`, `code_challenge` with S256) answers `{"code"}`; `{"want": "grant"}` answers `{"refresh_token", "access_token", "expires_in"}` |
-//! | `POST /revoke` | `{"refresh_token": "Atzr\|…"}`, or `{}` for all: revokes grants; returns `{"revoked": n}` |
-//! | `POST /events` | `{"count": 1}`: releases `count` events of `/sandbox/events?step=1` |
-//! | `GET /ap/oa` | the consent page again, for a browser that does not know the throw-away CA |
+//! - `GET /`: the current state: addresses, client, clock, fault rules, counts, endpoints
+//! - `GET /ca.pem`: the certificate of the throw-away CA
+//! - `GET /history`: `{"calls": [...], "lwa": {...}}`: every call received, unchanged; `?door=na` selects one listener
+//! - `DELETE /history`: deletes them
+//! - `POST /trouble`: adds a [`Rule`] (or a list of them):
+//!   `{"trouble": {"status": {"code": 503}}, "door": "na", "path": "/v2", "when": {"next": 3}}`; `door`, `path` and
+//!   `when` are optional
+//! - `DELETE /trouble`: removes all rules, and releases the calls that they hold
+//! - `POST /limits`: replaces the rate limits of the Ads listeners: a list of [`RateLimit`]s, of which the first that
+//!   matches applies: `[{"per_second": 20, "burst": 20, "path": "/sp", "told": "nothing"}]`; `told` is `seconds` (the
+//!   default), `date`, `nothing`, `html` or `{"text": "…"}`
+//! - `POST /jobs`: [`JobLimits`]: how many exports and AMC workflow runs there are at once, and how long they run:
+//!   `{"exports": 5, "runs": 10, "seconds": 2}`
+//! - `POST /clock`: `{"advance": "1h"}` moves the sandbox's clock, and `-1h` moves it back; returns the time
+//! - `POST /consent`: records a consent. `{"want": "code"}` (the default; also `redirect_uri`, `scope`, `advertiser`,
+//!   `client_id`, `code_challenge` with S256) returns `{"code"}`; `{"want": "grant"}` returns
+//!   `{"refresh_token", "access_token", "expires_in"}`
+//! - `POST /revoke`: `{"refresh_token": "Atzr|…"}`, or `{}` for all: revokes grants; returns `{"revoked": n}`
+//! - `POST /events`: `{"count": 1}` releases `count` events of `/sandbox/events?step=1`
+//! - `GET /ap/oa`: the consent page again, for a browser that does not know the throw-away CA
 
 use bytes::Bytes;
 use http::request::Parts;
@@ -28,6 +34,7 @@ use serde_json::{Value, json};
 
 use super::fault::Rule;
 use super::history::Call;
+use super::jobs::JobLimits;
 use super::limits::RateLimit;
 use super::reply::{self, Body};
 use super::state::SandboxState;
@@ -52,8 +59,8 @@ struct Let {
     count: usize,
 }
 
-/// The body of `POST /trouble`, for a caller that sent another one. With another fault in the place of `status`, or a list
-/// of such objects.
+/// The body of `POST /trouble`, for a caller that sent another one. With another fault in the place of `status`, or a
+/// list of such objects.
 fn rule_shape() -> Value {
     json!({ "trouble": { "status": { "code": 503 } }, "door": "na", "path": "/v2", "when": { "next": 3 } })
 }
@@ -91,6 +98,9 @@ pub(super) fn answer(shared: &SandboxState, head: &Parts, body: &Bytes) -> Respo
     if let Some(text) = foreign(&head.headers) {
         return reply::json(StatusCode::FORBIDDEN, &json!({ "error": text }));
     }
+    if let Some(text) = not_understood(head, body) {
+        return reply::json(StatusCode::BAD_REQUEST, &json!({ "error": text }));
+    }
     match (&head.method, head.uri.path()) {
         (&Method::GET, "/") => overview(shared),
         (&Method::GET, "/ca.pem") => reply::answer(StatusCode::OK, "application/x-pem-file", shared.ca_pem.clone()),
@@ -125,6 +135,10 @@ pub(super) fn answer(shared: &SandboxState, head: &Parts, body: &Bytes) -> Respo
             world.limits.set(limits);
             (StatusCode::OK, json!({ "limits": world.limits.rules(), "refused": world.limits.refusals() }))
         }),
+        (&Method::POST, "/jobs") => with(body, |limits: JobLimits| {
+            shared.world().jobs.set(limits);
+            (StatusCode::OK, json!({ "jobs": limits }))
+        }),
         (&Method::POST, "/clock") => with(body, |Advance { advance }| match advance.parse::<SignedDuration>() {
             Ok(by) => {
                 shared.clock.advance(by);
@@ -151,6 +165,21 @@ pub(super) fn answer(shared: &SandboxState, head: &Parts, body: &Bytes) -> Respo
         }
         _ => reply::json(StatusCode::NOT_FOUND, &json!({ "error": "no such endpoint: GET / lists them" })),
     }
+}
+
+/// What an endpoint does not take: a query or a body that means nothing there may name what the caller wants to change.
+fn not_understood(head: &Parts, body: &Bytes) -> Option<String> {
+    let path = head.uri.path();
+    if let Some(query) = head.uri.query().filter(|query| !query.is_empty() && path != lwa::CONSENT) {
+        match (&head.method, path) {
+            (&Method::GET, "/history") if query.starts_with("door=") => {}
+            (&Method::GET, "/history") => return Some("GET /history takes one parameter: door".to_owned()),
+            (&Method::POST, _) => return Some(format!("POST {path} takes no query: its parameters are in the body")),
+            (method, _) => return Some(format!("{method} {path} takes no query")),
+        }
+    }
+    let has_body = !body.is_empty() && head.method != Method::POST;
+    has_body.then(|| format!("{} {path} takes no body", head.method))
 }
 
 /// Why the control port rejects a request, if it does not come from a program on this machine.
@@ -199,7 +228,8 @@ fn overview(shared: &SandboxState) -> Response<Body> {
         "refused": world.limits.refusals(),
         "trouble": world.faults.rules().collect::<Vec<_>>(),
         "endpoints": ["GET /", "GET /ca.pem", "GET /history", "DELETE /history", "POST /trouble", "DELETE /trouble",
-                      "POST /limits", "POST /clock", "POST /consent", "POST /revoke", "POST /events", "GET /ap/oa"],
+                      "POST /limits", "POST /jobs", "POST /clock", "POST /consent", "POST /revoke", "POST /events",
+                      "GET /ap/oa"],
     });
     reply::json(StatusCode::OK, &body)
 }

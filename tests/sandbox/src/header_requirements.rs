@@ -247,7 +247,8 @@ pub(super) fn leak(headers: &HeaderMap) -> Option<String> {
     let foreign = headers.iter().find(|(name, value)| {
         let hyphened = name.as_str().replace('_', "-");
         let twin = hyphened != name.as_str() && managed(&hyphened);
-        // Any client may say to its next hop whether it keeps the connection; any other value was meant for another hop.
+        // Any client may say to its next hop whether it keeps the connection; any other value was meant for another
+        // hop.
         let plain = |word: &[u8]| value.as_bytes().eq_ignore_ascii_case(word);
         let hop = hyphened == "connection" && !plain(b"close") && !plain(b"keep-alive");
         let framing = hyphened == "transfer-encoding" && !value.as_bytes().eq_ignore_ascii_case(b"chunked");

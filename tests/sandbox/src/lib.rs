@@ -9,8 +9,8 @@
 //! the Ads listeners serve test endpoints ([`test_endpoints`]), and a [`control`] port serves tests that run in another
 //! process.
 //!
-//! It cannot be mistaken for production: it binds to loopback only, keeps nothing on disk unless it is given a directory,
-//! and its consent page says what it is.
+//! It cannot be mistaken for production: it binds to loopback only, keeps nothing on disk unless it is given a
+//! directory, and its consent page says what it is.
 //!
 //! ```no_run
 //! # async fn example() -> Result<(), Box<dyn std::error::Error>> {
@@ -38,6 +38,7 @@ mod grants_file;
 mod header_requirements;
 mod listeners;
 mod history;
+mod jobs;
 mod limits;
 mod lwa;
 mod mcp;
@@ -72,6 +73,7 @@ pub use catalogue::{
 };
 pub use fault::{Fault, FaultHandle, Rule, When};
 pub use history::{Call, LwaCalls};
+pub use jobs::JobLimits;
 pub use limits::{RateLimit, Told};
 pub use test_endpoints::pseudo_random_bytes;
 pub use tls::IdentityError;
@@ -384,6 +386,16 @@ impl Sandbox {
     /// Replaces the rate limits of the Ads listeners. The first that matches a call applies; none by default.
     pub fn set_limits(&self, limits: impl Into<Vec<RateLimit>>) {
         self.shared.world().limits.set(limits.into());
+    }
+
+    /// Limits how many exports and AMC workflow runs there are at once, and says how long they run.
+    pub fn set_job_limits(&self, limits: JobLimits) {
+        self.shared.world().jobs.set(limits);
+    }
+
+    /// The number of creations of jobs that were refused so far, and the most jobs that ran at once in one place.
+    pub fn job_counts(&self) -> (u64, usize) {
+        self.shared.world().jobs.counts()
     }
 
     /// The number of calls that the rate limits refused so far.

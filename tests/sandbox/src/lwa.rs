@@ -154,8 +154,14 @@ fn consent_page(world: &World, params: &Params, asked: &Asked<'_>) -> String {
     let page: Markup = html! {
         (DOCTYPE)
         html lang="en" {
-            head { meta charset="utf-8"; title { "adsidecar sandbox: consent" } }
-            body style="font-family: system-ui; max-width: 36rem; margin: 4rem auto; line-height: 1.5" {
+            head {
+                meta charset="utf-8";
+                meta name="viewport" content="width=device-width, initial-scale=1";
+                meta name="color-scheme" content="light dark";
+                title { "adsidecar sandbox: consent" }
+            }
+            body style="font-family: system-ui; max-width: 36rem; margin: 4rem auto; padding: 0 1rem; line-height: 1.5;
+                overflow-wrap: anywhere" {
                 h1 { "This is the adsidecar sandbox, not Amazon" }
                 p { "Nothing here is real: it needs no Amazon account and no password. This page replaces "
                     "Amazon's own consent page." }

@@ -1,7 +1,8 @@
-//! Amazon's MCP server: `/mcp` and `/mcp/lite`, streamable HTTP without sessions ("Transports", Model Context Protocol).
+//! Amazon's MCP server: `/mcp` and `/mcp/lite`, streamable HTTP without sessions ("Transports", Model Context
+//! Protocol).
 //!
-//! It has one tool, `list_profiles`. A `GET` opens an event stream whose notifications are released one by one, as those
-//! of `/sandbox/events?step=1`.
+//! It has one tool, `list_profiles`. A `GET` opens an event stream whose notifications are released one by one, as
+//! those of `/sandbox/events?step=1`.
 
 use http::header::{ACCEPT, ALLOW, WWW_AUTHENTICATE};
 use http::{HeaderMap, Method, Response, StatusCode};
@@ -84,7 +85,10 @@ fn event(data: &Value) -> String {
 
 /// Responds to one JSON-RPC message.
 fn message(world: &World, call: &Arrived<'_>, advertiser: &str) -> Response<Body> {
-    let failed = |id: &Value, code: i32, text: &str| json!({ "jsonrpc": "2.0", "id": id, "error": { "code": code, "message": text } });
+    let failed = |id: &Value, code: i32, text: &str| {
+        let error = json!({ "code": code, "message": text });
+        json!({ "jsonrpc": "2.0", "id": id, "error": error })
+    };
     let Ok(message) = serde_json::from_slice::<Value>(call.body) else {
         return reply::json(StatusCode::BAD_REQUEST, &failed(&Value::Null, -32700, "Parse error"));
     };

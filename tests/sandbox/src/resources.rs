@@ -34,6 +34,10 @@ pub(super) fn answer(world: &mut World, call: &Passed<'_>, family: &str) -> Resp
         ("PUT", ["sp", "campaigns"]) => write_campaigns(world, call, update_campaign),
         ("POST", ["reporting", "reports"]) => request_report(world, call),
         ("GET", ["reporting", "reports", id]) => get_report(world, call, id),
+        ("POST", [entity @ ("campaigns" | "adGroups" | "targets" | "ads"), "export"]) => {
+            world.jobs.export(call.listener, entity, call.now)
+        }
+        ("GET", ["exports", id]) => world.jobs.export_status(call.listener, id, call.now),
         ("GET", ["v2", "reports", id]) => reply::json(StatusCode::OK, &old_report(call, id)),
         ("GET", ["v2", "reports", id, "download"]) => download(id),
         ("GET", ["amc", "accounts"]) => amc::list_accounts(world, call),

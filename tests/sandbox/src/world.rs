@@ -13,6 +13,7 @@ use sha2::{Digest, Sha256};
 use super::catalogue::Catalogue;
 use super::fault::Faults;
 use super::history::History;
+use super::jobs::Jobs;
 use super::limits::Limits;
 
 /// The client id of the seeded client.
@@ -51,6 +52,7 @@ pub struct World {
     pub(super) history: History,
     pub(super) faults: Faults,
     pub(super) limits: Limits,
+    pub(super) jobs: Jobs,
 }
 
 /// One LWA client.
@@ -186,6 +188,7 @@ impl World {
             history: History::default(),
             faults: Faults::default(),
             limits: Limits::default(),
+            jobs: Jobs::default(),
         }
     }
 

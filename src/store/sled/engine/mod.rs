@@ -5,7 +5,7 @@ mod reconcile;
 
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::database::Database;
@@ -16,6 +16,7 @@ use crate::store::backup::value;
 use crate::store::keyring::{Fingerprint, Keyring};
 use crate::store::stored_grant::{ParsedRecord, StoredGrant, is_same_grant, open_record};
 use crate::store::{Health, Opened, PendingGrant, Sealed, StoreError, Users, files};
+use accounts::Indexing;
 
 /// Most records of one page of a dump: about 200 KiB.
 const PAGE_RECORDS: usize = 100;
@@ -31,6 +32,9 @@ pub(in crate::store) struct Engine {
     /// What each record is sealed with.
     sealed: BTreeMap<UserId, Sealed>,
     health: Health,
+    indexing: Indexing,
+    /// Whether the journal of refreshes may end in the middle of a line, as one may that the previous process left.
+    journal_torn: bool,
     /// The last field, and so dropped last: it holds the lock until the database is closed.
     mirror: Mirror,
 }
@@ -52,7 +56,18 @@ impl Engine {
         let mirror = Mirror::open(&path)?;
         let health = Health { up: true, last_error: None, recoveries: 0, records: BTreeMap::new() };
         let sealed = BTreeMap::new();
-        let mut engine = Self { path, keyring, database: None, has_failed: false, sealed, health, mirror };
+        let indexing = Indexing::default();
+        let mut engine = Self {
+            path,
+            keyring,
+            database: None,
+            has_failed: false,
+            sealed,
+            health,
+            indexing,
+            journal_torn: true,
+            mirror,
+        };
         let opened = match engine.run(Self::open_and_reconcile) {
             Err(error) if files::is_full(&error) => engine.read_mirror_only(&error)?,
             other => other?,
@@ -258,6 +273,18 @@ impl Engine {
         database.put_note(key, value)?;
         let sequence = database.commit()?;
         mirror.set_notes(&database.notes()?, sequence)
+    }
+
+    pub(super) fn mirror_dir(&self) -> &Path {
+        &self.mirror.dir
+    }
+
+    pub(super) fn is_journal_torn(&self) -> bool {
+        self.journal_torn
+    }
+
+    pub(super) fn set_journal_torn(&mut self, torn: bool) {
+        self.journal_torn = torn;
     }
 
     /// The database, the mirror and the keyring. Opens the database again if it was closed after a failure.

@@ -7,6 +7,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use super::super::database::{self, Database};
 use super::super::mirror::MirrorContents;
 use super::Engine;
+use super::accounts::Indexing;
 use crate::domain::account::UserId;
 use crate::store::stored_grant::{StoredGrantError, open_record};
 use crate::store::{Opened, Sealed, StoreError, Users};
@@ -82,6 +83,10 @@ impl Engine {
         }
         opened.unreadable_mirror_files = mirrored.unreadable;
         (opened.users, self.sealed) = (comparison.users, comparison.sealed);
+        if opened.restored > 0 || opened.recovered.is_some() {
+            database.distrust_index()?;
+        }
+        self.indexing = Indexing::default();
         self.database = Some(database);
         Ok(opened)
     }

@@ -1,0 +1,274 @@
+//! Follows the changes that other processes make in a shared store, and knows how current its knowledge is.
+//!
+//! Each poll reads the changes since the last one, and this process takes over those of the users that it holds. While
+//! polls fail, what is known grows old; then a request reads the row of its user before it uses a token.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicI64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use jiff::Timestamp;
+use tokio::sync::Notify;
+use tokio::time::{Instant, sleep, sleep_until, timeout};
+
+use super::TokenManager;
+use super::client_circuit::known_code;
+use super::refresh_task::jitter;
+use super::user_state::UserState;
+use crate::domain::account::UserId;
+use crate::domain::grant::Version;
+use crate::store::{Changes, PUBLISH, Postgres, StoreError};
+
+/// Interval for polling changes made by other processes, give or take a seventh. A logout is obeyed within a second by
+/// processes that hear of it by a poll alone.
+pub(super) const POLL: Duration = Duration::from_millis(700);
+/// Pause after a notification of a change, so that many at once cause one poll.
+const NOTIFIED_PAUSE: Duration = Duration::from_millis(40);
+/// What this process knows of changes counts as current for this long after a poll.
+const CURRENT: Duration = Duration::from_secs(2);
+/// How long a request waits for the row of its user, while this process does not know what others have changed.
+const ASK_LIMIT: Duration = Duration::from_secs(1);
+/// After a new connection no refresh begins for this long: the database may have been away, or be another server that lost
+/// commits, and the others store again what they know within this time. Their retries come once a second.
+const SETTLING: Duration = Duration::from_millis(2500);
+/// A user without a grant is read from the database at most this often per period, and otherwise remembered.
+const ABSENT_READS: u32 = 4;
+const ABSENT_PERIOD: Duration = Duration::from_secs(1);
+
+/// What this process knows of the changes that others make in a shared store.
+#[derive(Debug)]
+pub(super) struct Follower {
+    pub(super) store: Postgres,
+    begun: Instant,
+    /// Every change that was stored before this is known here, in milliseconds since `begun`.
+    current_at: AtomicI64,
+    /// No request asks the database for its row before this, in milliseconds since `begun`: the last one got no answer.
+    ask_at: AtomicI64,
+    /// When the next background refresh is due, as of the last poll; `None` if none is, or until the next poll.
+    pub(super) due_at: Mutex<Option<Timestamp>>,
+    /// Notified after each poll.
+    pub(super) polled: Notify,
+    /// Notified if there are records to describe.
+    undescribed: Notify,
+    /// Users without a grant, and how often the database was asked for each of them since when.
+    absent: Mutex<HashMap<UserId, (Instant, u32)>>,
+    /// The connection on which refreshes were last begun, and until when they wait for others.
+    settling: Mutex<Option<(u64, Instant)>>,
+}
+
+impl Follower {
+    pub(super) fn new(store: Postgres) -> Self {
+        Self {
+            store,
+            begun: Instant::now(),
+            current_at: AtomicI64::new(0),
+            ask_at: AtomicI64::new(0),
+            due_at: Mutex::default(),
+            polled: Notify::new(),
+            undescribed: Notify::new(),
+            absent: Mutex::default(),
+            settling: Mutex::default(),
+        }
+    }
+
+    pub(super) fn milliseconds(&self, at: Instant) -> i64 {
+        i64::try_from(at.saturating_duration_since(self.begun).as_millis()).unwrap_or(i64::MAX)
+    }
+
+    /// Whether `user` is known to have no grant: the database has just said so several times, and has not reported a
+    /// login since. So a user who does not exist costs a few reads per second, however many requests there are.
+    pub(super) fn is_absent(&self, user: &UserId) -> bool {
+        let absent = self.absent.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = absent.get(user).filter(|(since, _)| since.elapsed() < ABSENT_PERIOD);
+        known.is_some_and(|(_, reads)| *reads >= ABSENT_READS) && self.lag() <= CURRENT
+    }
+
+    /// Records that the database has no grant of `user`. At most `limit` users are remembered.
+    pub(super) fn note_absent(&self, user: &UserId, limit: usize) {
+        let mut absent = self.absent.lock().unwrap_or_else(PoisonError::into_inner);
+        if absent.len() >= limit {
+            absent.clear();
+        }
+        let (since, reads) = absent.entry(user.clone()).or_insert((Instant::now(), 0));
+        if since.elapsed() >= ABSENT_PERIOD {
+            (*since, *reads) = (Instant::now(), 0);
+        }
+        *reads += 1;
+    }
+
+    /// Remembers the first connection, over which nothing can have been lost yet.
+    fn note_connection(&self) {
+        let mut settling = self.settling.lock().unwrap_or_else(PoisonError::into_inner);
+        settling.get_or_insert((self.store.connection(), Instant::now()));
+    }
+
+    /// Returns once others have had the time to store again what a database has lost or could not take, if the connection
+    /// is another one than before. Returns whether that took time: then the row has to be read again.
+    pub(super) async fn settle(&self) -> bool {
+        let until = {
+            let mut settling = self.settling.lock().unwrap_or_else(PoisonError::into_inner);
+            let (connection, now) = (self.store.connection(), Instant::now());
+            let until = match *settling {
+                None => now,
+                Some((known, until)) if known == connection => until,
+                Some(_) => now + SETTLING,
+            };
+            *settling = Some((connection, until));
+            until
+        };
+        let waits = until > Instant::now();
+        if waits {
+            sleep_until(until).await;
+        }
+        waits
+    }
+
+    fn forget_absent(&self, changes: &Changes) {
+        let mut absent = self.absent.lock().unwrap_or_else(PoisonError::into_inner);
+        match changes {
+            Changes::Rows(rows) => rows.iter().for_each(|(user, _)| {
+                absent.remove(user);
+            }),
+            Changes::Unknown => absent.clear(),
+        }
+    }
+
+    /// Records that every change that was stored before `at` is known here.
+    fn is_current_at(&self, at: Instant) {
+        self.current_at.store(self.milliseconds(at), Relaxed);
+    }
+
+    /// The time since which changes of other processes may be unknown here.
+    fn lag(&self) -> Duration {
+        let behind = self.milliseconds(Instant::now()).saturating_sub(self.current_at.load(Relaxed));
+        Duration::from_millis(behind.unsigned_abs())
+    }
+}
+
+impl TokenManager {
+    /// Adopts what other processes change, poll by poll. Runs until dropped.
+    pub(super) async fn follow(&self, follower: &Follower) {
+        let shared = &follower.store;
+        loop {
+            let pause = POLL.mul_f64(0.86 + 0.28 * jitter());
+            tokio::select! {
+                () = sleep(pause) => {}
+                () = shared.notified() => sleep(NOTIFIED_PAUSE.mul_f64(jitter())).await,
+            }
+            let (was_up, begun) = (self.0.store.health().up, Instant::now());
+            let Ok(poll) = self.timed("poll", shared.poll()).await else { continue };
+            follower.note_connection();
+            if !was_up {
+                tracing::info!("the store works again");
+                for entry in self.entries() {
+                    entry.try_again(self.0.clock.reading());
+                    // Sending fails only during shutdown, when the scheduler is gone.
+                    let _ = self.0.scheduler.send(entry);
+                }
+            }
+            *follower.due_at.lock().unwrap_or_else(PoisonError::into_inner) = poll.due_at;
+            follower.polled.notify_waiters();
+            if let Some((code, wait)) = &poll.brake {
+                self.0.circuit.hold(known_code(code), *wait, self.0.clock.reading());
+            }
+            if poll.has_undescribed {
+                follower.undescribed.notify_one();
+            }
+            follower.forget_absent(&poll.changes);
+            match self.take_over_changes(shared, poll.changes).await {
+                Ok(()) => follower.is_current_at(begun),
+                Err(_) => shared.lose_position(),
+            }
+            self.trim();
+        }
+    }
+
+    /// Says again and again that this process is alive, and which keys it has; and seals with the key that a rotation
+    /// made the first one. Runs until dropped.
+    pub(super) async fn publish_pod(&self, follower: &Follower) {
+        loop {
+            sleep(PUBLISH).await;
+            // If this fails, the next one says so.
+            let _ = self.timed("note", follower.store.publish_and_follow_rotation()).await;
+        }
+    }
+
+    /// Describes the records that nobody has described: those of a previous version, and those that a person changed.
+    /// Runs until dropped.
+    pub(super) async fn describe_records(&self, follower: &Follower) {
+        // Those that another process could not open, perhaps.
+        let _ = self.timed("describe", follower.store.retry_unknown()).await;
+        loop {
+            follower.undescribed.notified().await;
+            while self.timed("describe", follower.store.describe_page()).await.unwrap_or(false) {}
+        }
+    }
+
+    /// Forgets the users that were not used for the longest time, beyond `store.cache`, unless something is going on
+    /// for them. They are read again when they are needed.
+    fn trim(&self) {
+        let cache = self.0.settings.load().cache;
+        let mut users = self.0.users.write().unwrap_or_else(PoisonError::into_inner);
+        let Some(surplus) = users.len().checked_sub(cache).filter(|surplus| *surplus > 0) else { return };
+        // While the map is locked, nobody can get hold of an entry that only the map holds.
+        let idle =
+            |entry: &&Arc<UserState>| Arc::strong_count(entry) == 1 && !entry.is_unsaved() && !entry.is_refreshing();
+        let rank = |entry: &Arc<UserState>| (entry.held().grant().is_some(), entry.used(), entry.user.clone());
+        let mut ranked: Vec<_> = users.values().filter(idle).map(rank).collect();
+        ranked.sort_unstable();
+        for (.., user) in ranked.into_iter().take(surplus) {
+            users.remove(&user);
+        }
+    }
+
+    /// Takes over what other processes have changed, for the users that this process holds.
+    async fn take_over_changes(&self, shared: &Postgres, changes: Changes) -> Result<(), StoreError> {
+        let held: Vec<UserId> = match changes {
+            Changes::Rows(rows) => {
+                let is_news = |(user, version): &(UserId, Version)| {
+                    self.entry(user).is_some_and(|entry| entry.stored() != *version)
+                };
+                rows.into_iter().filter(is_news).map(|(user, _)| user).collect()
+            }
+            Changes::Unknown => self.entries().into_iter().map(|entry| entry.user.clone()).collect(),
+        };
+        if held.is_empty() {
+            return Ok(());
+        }
+        for (user, lookup) in self.timed("get", shared.lookup_all(&held)).await? {
+            let Some(entry) = self.entry(&user) else { continue };
+            // A row that was read before this process wrote it is no news, and must not count as data loss.
+            let write = entry.write().await;
+            let is_outdated = entry.stored() > lookup.version;
+            let lookup = if is_outdated { self.timed("get", shared.lookup(&user)).await? } else { lookup };
+            self.take_over(shared, &entry, &write, lookup).await?;
+        }
+        Ok(())
+    }
+
+    /// The time since which changes of other processes may be unknown here; zero if no process shares the store.
+    pub fn store_lag(&self) -> Duration {
+        self.0.coordination.follower().map_or(Duration::ZERO, Follower::lag)
+    }
+
+    /// Whether a change of another process may be unknown here for longer than ordinary.
+    pub(super) fn is_behind(&self) -> bool {
+        self.store_lag() > CURRENT
+    }
+
+    /// Reads the row of a user whose token is about to be used while this process does not know what others have
+    /// changed. If the database does not respond, the token is used: nobody can tell this process that it may not be.
+    pub(super) async fn ask(&self, entry: &Arc<UserState>) {
+        let Some(follower) = self.0.coordination.follower() else { return };
+        let now = follower.milliseconds(Instant::now());
+        let current = i64::try_from(CURRENT.as_millis()).unwrap_or(i64::MAX);
+        if now < entry.read_at().saturating_add(current) || now < follower.ask_at.load(Relaxed) {
+            return;
+        }
+        let asked = timeout(ASK_LIMIT, Box::pin(self.look(&entry.user))).await;
+        if !matches!(asked, Ok(Ok(()))) {
+            follower.ask_at.store(follower.milliseconds(Instant::now() + ASK_LIMIT), Relaxed);
+        }
+    }
+}
