@@ -277,6 +277,7 @@ impl App {
         let serve_admin = move |request, peer| serve_admin(current.load_full(), request, peer);
         tasks.spawn(admin.run(serve_admin, admin_phase.subscribe()));
         process.stage.send_replace(Stage::Serving);
+        process.directory.started();
         let Addresses { proxy, login, admin } = &addresses;
         tracing::info!(?proxy, ?login, ?admin, version = env!("CARGO_PKG_VERSION"), "serving");
 

@@ -122,6 +122,7 @@ impl Services {
         let admin = Admin {
             admission: admin_admission,
             tokens: tokens.clone(),
+            directory: process.directory.clone(),
             metrics: metrics.clone(),
             stage: process.stage.subscribe(),
             connections: process.connections.clone(),
@@ -135,7 +136,6 @@ impl Services {
             login_base: login_origin.map(|origin| OauthEndpoints::login_base_at(&origin)),
             proxy_url: format!("http://{authority}"),
             login: login.clone(),
-            directory: process.directory.clone(),
             settings,
             page_state: process.page.clone(),
             reloader: process.reloader.clone(),

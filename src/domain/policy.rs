@@ -7,6 +7,7 @@
 
 use std::borrow::Cow;
 
+use http::header::CONTENT_TYPE;
 use http::{HeaderMap, Method};
 
 /// `[policy]`: the policy for every request.
@@ -60,6 +61,8 @@ pub struct Allow {
 pub enum Denied {
     /// Servers could disagree about the request's path or method, so no rule can be applied.
     Ambiguous,
+    /// The body is a form, which could override the method.
+    Form,
     /// The request may change something, and the policy is read-only.
     Changes,
     /// The request matches no entry of an allow-list.
@@ -249,6 +252,9 @@ impl Rules {
         if overridden || is_ambiguous(path) {
             return Err(Denied::Ambiguous);
         }
+        if is_form(headers, path) {
+            return Err(Denied::Form);
+        }
         if self.read_only && !is_read(method, path) {
             return Err(Denied::Changes);
         }
@@ -370,6 +376,19 @@ fn is_ambiguous(path: &str) -> bool {
 /// Percent-decodes `bytes` once. Anything that is not a valid escape is kept.
 fn decoded(bytes: &[u8]) -> Vec<u8> {
     percent_encoding::percent_decode(bytes).collect()
+}
+
+/// The one operation of Amazon's that takes a form: an upload.
+const TAKES_A_FORM: &str = "/stores/assets";
+
+/// Whether the body is a form, whose field `_method` overrides the method in some frameworks. Amazon's other operations
+/// take JSON, so the body need not be read.
+fn is_form(headers: &HeaderMap, path: &str) -> bool {
+    let forms: [&[u8]; 2] = [b"application/x-www-form-urlencoded", b"multipart/"];
+    let forms = if path == TAKES_A_FORM { &forms[..1] } else { &forms };
+    let named = |line: &[u8], form: &[u8]| line.windows(form.len()).any(|part| part.eq_ignore_ascii_case(form));
+    let mut lines = headers.get_all(CONTENT_TYPE).iter();
+    lines.any(|line| forms.iter().any(|form| named(line.as_bytes(), form)))
 }
 
 /// Whether the header `name` (in lower case) overrides the method or the target, also when spelled with `_`.

@@ -85,7 +85,7 @@ where
     H: Fn(Request<CallerBody>, Peer) -> F + Clone + Send + Sync + 'static,
     F: Future<Output = Response<B>> + Send + 'static,
     B: Body<Data = Bytes> + Send + Unpin + 'static,
-    B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+    B::Error: Into<Box<dyn std::error::Error + Send + Sync>> + Send + Unpin,
 {
     // Boxed, as are the futures below: an idle connection has to be small.
     let tunnel = Box::new(TunnelState::default());

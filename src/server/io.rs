@@ -218,20 +218,22 @@ impl<S: AsyncRead + AsyncWrite + AsFd + Unpin> AsyncWrite for MonitoredSocket<S>
 }
 
 /// A response body that marks its connection as busy until it was sent. While the socket accepts no data, the body is
-/// not polled; otherwise hyper would buffer 64 KiB for each caller that does not read.
+/// not polled; otherwise hyper would buffer 64 KiB for each caller that does not read. An error is held back until what
+/// came before it is written: hyper forgets what it has not written when a body fails.
 #[derive(Debug)]
-pub(super) struct BusyBody<B> {
+pub(super) struct BusyBody<B: Body> {
     body: B,
     busy: Busy,
+    error: Option<B::Error>,
 }
 
-impl<B> BusyBody<B> {
+impl<B: Body> BusyBody<B> {
     pub(super) fn new(body: B, busy: Busy) -> Self {
-        Self { body, busy }
+        Self { body, busy, error: None }
     }
 }
 
-impl<B: Body + Unpin> Body for BusyBody<B> {
+impl<B: Body<Error: Unpin> + Unpin> Body for BusyBody<B> {
     type Data = B::Data;
     type Error = B::Error;
 
@@ -240,11 +242,22 @@ impl<B: Body + Unpin> Body for BusyBody<B> {
         cx: &mut Context<'_>,
     ) -> Poll<Option<std::result::Result<Frame<B::Data>, B::Error>>> {
         ready!(self.busy.poll_writable(cx));
-        Pin::new(&mut self.body).poll_frame(cx)
+        if let Some(error) = self.error.take() {
+            return Poll::Ready(Some(Err(error)));
+        }
+        match ready!(Pin::new(&mut self.body).poll_frame(cx)) {
+            Some(Err(error)) => {
+                // hyper writes what it holds whenever a body is pending.
+                self.error = Some(error);
+                cx.waker().wake_by_ref();
+                Poll::Pending
+            }
+            frame => Poll::Ready(frame),
+        }
     }
 
     fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
+        self.error.is_none() && self.body.is_end_stream()
     }
 
     fn size_hint(&self) -> SizeHint {

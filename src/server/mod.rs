@@ -207,7 +207,7 @@ impl Listener {
         H: Fn(Request<CallerBody>, Peer) -> F + Clone + Send + Sync + 'static,
         F: Future<Output = Response<B>> + Send + 'static,
         B: http_body::Body<Data = Bytes> + Send + Unpin + 'static,
-        B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+        B::Error: Into<Box<dyn std::error::Error + Send + Sync>> + Send + Unpin,
     {
         let Self { sockets, limits, own, registry } = self;
         let share = descriptors::share();
@@ -277,7 +277,7 @@ where
     H: Fn(Request<CallerBody>, Peer) -> F + Clone + Send + Sync + 'static,
     F: Future<Output = Response<B>> + Send + 'static,
     B: http_body::Body<Data = Bytes> + Send + Unpin + 'static,
-    B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+    B::Error: Into<Box<dyn std::error::Error + Send + Sync>> + Send + Unpin,
 {
     // When the first of the connections that found no room arrived.
     let mut full_since = None;

@@ -7,7 +7,6 @@ use hyper::client::conn::http1;
 use hyper_util::rt::TokioIo;
 use rustls::ClientConfig;
 use rustls::pki_types::ServerName;
-use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 use url::Url;
@@ -15,6 +14,7 @@ use url::Url;
 use super::activity::Activity;
 use super::dial::Dialer;
 use super::http2::{self, Driver, Http2 as Http2Connection};
+use super::last_look::{LastLook, LookedAt};
 use super::read_ahead::ReadAhead;
 use super::windows::WindowBudget;
 use super::{ErrorKind, Http2, RequestBody, Settings};
@@ -42,11 +42,18 @@ pub(super) struct Connector {
 
 /// A connection that was just opened. Its future has to be run.
 pub(super) enum Opened {
-    Http1 { sender: http1::SendRequest<RequestBody>, driver: Box<http1::Connection<TokioIo<Stream>, RequestBody>> },
-    Http2 { connection: Http2Connection, driver: Box<Driver<Stream>> },
+    Http1 {
+        sender: http1::SendRequest<RequestBody>,
+        look: LastLook,
+        driver: Box<http1::Connection<TokioIo<Stream>, RequestBody>>,
+    },
+    Http2 {
+        connection: Http2Connection,
+        driver: Box<Driver<Stream>>,
+    },
 }
 
-type Stream = TlsStream<ReadAhead<TcpStream>>;
+type Stream = TlsStream<ReadAhead<LookedAt>>;
 
 /// What a new connection is for.
 #[derive(Clone, Debug)]
@@ -117,7 +124,7 @@ impl Connector {
     async fn handshake(&self, offer: Offer) -> Result<Opened, ErrorKind> {
         let tcp = self.dialer.connect().await?;
         let tls = if matches!(offer, Offer::Http1) { &self.http1 } else { &self.tls };
-        let stream = tls.connect(self.name.clone(), ReadAhead::new(tcp)).await;
+        let stream = tls.connect(self.name.clone(), ReadAhead::new(LookedAt::new(tcp))).await;
         let mut stream = stream.map_err(|error| ErrorKind::Tls(Arc::new(error)))?;
         stream.get_mut().1.set_buffer_limit(Some(WRITE_BUFFER));
         let chosen = stream.get_ref().1.alpn_protocol();
@@ -136,9 +143,10 @@ impl Connector {
                 tracing::debug!("connected to Amazon, HTTP/1.1");
                 let mut builder = http1::Builder::new();
                 builder.max_buf_size(MAX_BUFFER);
+                let look = stream.get_ref().0.get_ref().look().clone();
                 let opened = builder.handshake(TokioIo::new(stream)).await;
                 let (sender, driver) = opened.map_err(|error| ErrorKind::Reset(error.into()))?;
-                Ok(Opened::Http1 { sender, driver: Box::new(driver) })
+                Ok(Opened::Http1 { sender, look, driver: Box::new(driver) })
             }
         }
     }

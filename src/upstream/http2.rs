@@ -8,7 +8,7 @@
 
 use std::future::poll_fn;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, Weak};
 use std::task::{Context, Poll, Waker, ready};
 use std::time::{Duration, Instant};
@@ -130,17 +130,30 @@ impl Http2 {
     /// Reserves a stream for one request, if the connection has room. `pool` is told when the stream is free again.
     pub(super) fn reserve<P: SlotOwner>(&self, pool: &Arc<P>) -> Option<Slot> {
         let room = |streams: usize| (streams < self.max_streams()).then_some(streams + 1);
-        if self.is_silent() || self.is_closing() || !lock(&self.state.link).windows.has_room() {
+        if self.is_silent() || self.is_closing() {
             return None;
         }
         let others = self.state.streams.fetch_update(Relaxed, Relaxed, room).ok()?;
+        if !self.has_room() {
+            self.state.streams.fetch_sub(1, Relaxed);
+            return None;
+        }
         let silence = self.state.activity.elapsed();
         if others == 0 {
             // Silence counts from the first request that waits.
             self.state.activity.touch();
         }
         let pool: Weak<P> = Arc::downgrade(pool);
-        Some(Slot { connection: self.clone(), pool: Some(pool), silence })
+        Some(Slot { connection: self.clone(), pool: Some(pool), silence, waits: AtomicBool::new(true) })
+    }
+
+    fn has_room(&self) -> bool {
+        let mut link = lock(&self.state.link);
+        let room = link.windows.reserve();
+        if link.windows.changed().is_some() {
+            link.wake();
+        }
+        room
     }
 
     /// The number of requests that the connection may carry at the same time.
@@ -242,11 +255,16 @@ pub(super) struct Slot {
     pool: Option<Weak<dyn SlotOwner>>,
     /// How long the server had been silent when the stream was reserved.
     silence: Duration,
+    /// Whether the windows have to be told when it ends: no body of a response has begun.
+    waits: AtomicBool,
 }
 
 impl Drop for Slot {
     fn drop(&mut self) {
         let state = &self.connection.state;
+        if self.waits.load(Relaxed) {
+            lock(&state.link).windows.abandon();
+        }
         state.idle_since.store(state.opened.elapsed().as_millis() as u64, Relaxed);
         state.streams.fetch_sub(1, Relaxed);
         if let Some(pool) = self.pool.as_ref().and_then(Weak::upgrade) {
@@ -416,6 +434,8 @@ struct Open {
     slot: Arc<Slot>,
     key: BodyKey,
     upload: Option<Upload>,
+    /// Bytes that were handed out last. Only once more is wanted were they written to the caller.
+    handed_out: usize,
 }
 
 impl Open {
@@ -423,8 +443,12 @@ impl Open {
         lock(&self.slot.connection.state.link)
     }
 
-    /// Gives the window back for `bytes` that the caller has taken.
-    fn read(&mut self, bytes: usize) {
+    /// Gives the window back for the bytes that the caller has taken.
+    fn release_taken(&mut self) {
+        let bytes = std::mem::take(&mut self.handed_out);
+        if bytes == 0 {
+            return;
+        }
         let _ = self.stream.flow_control().release_capacity(bytes);
         let mut link = self.link();
         let round_trip = link.round_trip;
@@ -437,7 +461,11 @@ impl Open {
 
 impl Drop for Open {
     fn drop(&mut self) {
-        self.link().windows.end(&self.key);
+        let mut link = self.link();
+        link.windows.end(&self.key);
+        if link.windows.changed().is_some() {
+            link.wake();
+        }
     }
 }
 
@@ -450,8 +478,15 @@ impl Incoming {
         } else {
             let length = |value: &http::HeaderValue| value.to_str().ok()?.parse().ok();
             body.left = parts.headers.get(CONTENT_LENGTH).and_then(length);
-            let key = lock(&slot.connection.state.link).windows.begin(body.left);
-            body.open = Some(Open { stream, slot, key, upload });
+            let mut link = lock(&slot.connection.state.link);
+            let round_trip = link.round_trip;
+            let key = link.windows.begin(body.left, round_trip);
+            slot.waits.store(false, Relaxed);
+            if link.windows.changed().is_some() {
+                link.wake();
+            }
+            drop(link);
+            body.open = Some(Open { stream, slot, key, upload, handed_out: 0 });
         }
         Response::from_parts(parts, body)
     }
@@ -464,6 +499,7 @@ impl Incoming {
     /// Polls the next frame. A body that ends without END_STREAM is an error.
     pub(super) fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, ResponseAborted>>> {
         let Some(open) = &mut self.open else { return Poll::Ready(None) };
+        open.release_taken();
         let next = match ready!(open.stream.poll_data(cx)) {
             Some(data) => data.map(|data| Some(Frame::data(data))),
             None => ready!(open.stream.poll_trailers(cx)).map(|trailers| trailers.map(Frame::trailers)),
@@ -471,7 +507,7 @@ impl Incoming {
         Poll::Ready(match next {
             Ok(Some(frame)) => {
                 if let Some(data) = frame.data_ref() {
-                    open.read(data.len());
+                    open.handed_out = data.len();
                     self.left = self.left.map(|left| left.saturating_sub(data.len() as u64));
                 }
                 if open.stream.is_end_stream() {

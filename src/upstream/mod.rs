@@ -16,6 +16,7 @@ mod connect;
 mod connection;
 mod http2;
 mod idle_limit;
+mod last_look;
 mod request_body;
 mod pool;
 mod protocol_choice;
@@ -148,6 +149,9 @@ impl Upstream {
             Connection::Http1(connection) => {
                 frame(&mut request);
                 request.headers_mut().insert(HOST, pool.authority.clone());
+                if reuse == Reuse::Unrepeatable && connection.may_be_closing() {
+                    connection.look.ask();
+                }
                 Box::pin(over_http1(connection, request, pool.clone(), in_flight, progress.clone()))
             }
             Connection::Http2(slot) => {
@@ -163,6 +167,11 @@ impl Upstream {
             }
         };
         response_head(sent, progress, wait).await
+    }
+
+    /// Opens a connection to `host` in the background if it has none, because requests are likely soon.
+    pub fn warm(&self, host: AmazonHost) {
+        self.pools[host.index()].warm();
     }
 
     /// Closes connections that have been idle for too long, and replaces them where they are in use. Returns the time
@@ -186,7 +195,7 @@ async fn over_http1(
     let response = connection.sender.try_send_request(request).await.map_err(|mut error: TrySendError<_>| {
         let unsent = error.take_message().map(Request::into_body);
         let error = SendError::over_http1(error.into_error(), unsent, reused);
-        if matches!(error.processed, Processed::Stale) {
+        if matches!(error.processed, Processed::Stale | Processed::Refused { .. }) {
             // The server closed it at this very moment.
             pool.idle_limit.closed_after(Duration::ZERO);
         }

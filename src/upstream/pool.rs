@@ -37,6 +37,8 @@ pub(super) struct OriginPool {
     pub(super) idle_limit: IdleLimit,
     /// When a request last used the origin.
     used: Arc<Activity>,
+    /// When a request that may not be repeated last did.
+    used_unrepeatably: Arc<Activity>,
     connections: Mutex<Connections>,
     /// The number of waiting requests, to know without a lock that there are none.
     waiting: AtomicUsize,
@@ -55,6 +57,8 @@ struct Connections {
     expected: usize,
     /// When a connection may be opened in the background again.
     background_at: Option<Instant>,
+    /// The most requests that were lately in flight together.
+    peak: usize,
 }
 
 /// An idle HTTP/1.1 connection, and when it became idle.
@@ -83,10 +87,17 @@ struct Waiter {
 
 /// Most idle connections; a connection released beyond that is closed, so that a burst does not hold file descriptors.
 const MAX_IDLE: usize = 1024;
+/// Most connections that are opened in advance for requests that may not be repeated.
+const MOST_UNUSED: usize = 8;
+/// How long a connection that has not carried a request yet may be used for one that may not be repeated. Servers wait
+/// for the first request for 60 seconds, most of them.
+const UNUSED_LASTS: Duration = Duration::from_secs(45);
 /// Longest wait for a pooled connection to become ready. If the server responded before it had read the whole request,
 /// the connection becomes ready only after the server has read the rest, which may never happen. A usable connection is
 /// ready within microseconds.
 const READY: Duration = Duration::from_millis(100);
+/// By which part [`Connections::peak`] becomes smaller with each look at all connections.
+const PEAK_FADES: usize = 16;
 /// The age from which a connection is replaced, so that changes in DNS are followed.
 const MAX_AGE: Duration = Duration::from_secs(600);
 /// A connection that had no request for this long did not end because of one.
@@ -121,6 +132,7 @@ impl OriginPool {
             protocol_choice: ProtocolChoice::default(),
             idle_limit: IdleLimit::new(settings.idle_timeout),
             used: Activity::never(),
+            used_unrepeatably: Activity::never(),
             connections: Mutex::new(Connections {
                 idle: VecDeque::new(),
                 shared: Vec::new(),
@@ -128,6 +140,7 @@ impl OriginPool {
                 opening: 0,
                 expected,
                 background_at: None,
+                peak: 0,
             }),
             waiting: AtomicUsize::new(0),
         })
@@ -141,6 +154,9 @@ impl OriginPool {
         low_concurrency: bool,
     ) -> Result<Connection, ErrorKind> {
         self.used.touch();
+        if reuse == Reuse::Unrepeatable {
+            self.used_unrepeatably.touch();
+        }
         if reuse == Reuse::FreshHttp1 && self.connector.may_speak_http1() {
             return Box::pin(self.new_http1()).await.map(Connection::Http1);
         }
@@ -175,9 +191,9 @@ impl OriginPool {
 
     async fn new_http1(self: &Arc<Self>) -> Result<Http1Connection, ErrorKind> {
         match self.connector.connect(Offer::Http1).await? {
-            Opened::Http1 { sender, driver } => {
+            Opened::Http1 { sender, look, driver } => {
                 self.run_http1(driver);
-                Ok(Http1Connection { sender, reused: false, opened: Instant::now() })
+                Ok(Http1Connection { sender, look, reused: false, opened: Instant::now() })
             }
             Opened::Http2 { .. } => unreachable!("only HTTP/1.1 was offered"),
         }
@@ -245,10 +261,10 @@ impl OriginPool {
     /// Adds a new connection.
     fn add(self: &Arc<Self>, connections: &mut Connections, opened: Opened) {
         match opened {
-            Opened::Http1 { sender, driver } => {
+            Opened::Http1 { sender, look, driver } => {
                 connections.expected = 1;
                 self.run_http1(driver);
-                let connection = Http1Connection { sender, reused: false, opened: Instant::now() };
+                let connection = Http1Connection { sender, look, reused: false, opened: Instant::now() };
                 connections.idle.push_back(Idle::new(connection));
             }
             Opened::Http2 { connection, driver } => {
@@ -321,17 +337,44 @@ impl OriginPool {
         }
     }
 
+    /// Counts the origin as in use, and opens a connection if it has none.
+    pub(super) fn warm(self: &Arc<Self>) {
+        self.used.touch();
+        self.keep_warm(&mut self.lock());
+    }
+
     /// Opens a connection for the next request, if the origin was used lately and has none that will last. A request in
     /// flight will leave its own.
     fn keep_warm(self: &Arc<Self>, connections: &mut Connections) {
         let (limit, now) = (self.idle_limit.current() * 9 / 10, Instant::now());
-        let lasts = |idle: &Idle| !idle.is_closed() && idle.since.elapsed() < limit;
+        let unused = self.needs_unused(connections);
+        let most = if unused { limit.min(UNUSED_LASTS * 9 / 10) } else { limit };
+        let lasts =
+            |idle: &Idle| !idle.is_closed() && idle.since.elapsed() < most && !(unused && idle.connection.reused);
         let ready = connections.idle.iter().any(lasts)
             || connections.shared.iter().any(|shared| !shared.is_closing() && !is_old(shared, limit));
         let may = connections.background_at.is_none_or(|at| at <= now);
         let quiet = connections.opening == 0 && self.protocol_choice.in_flight() == 0;
         if !ready && may && quiet && self.used.elapsed() < KEPT_WARM_FOR {
             connections.background_at = Some(now + PACE);
+            self.open(connections, true);
+        }
+    }
+
+    /// Whether requests that may not be repeated need HTTP/1.1 connections that have not carried a request yet.
+    fn needs_unused(&self, connections: &Connections) -> bool {
+        connections.expected == 1
+            && self.used_unrepeatably.elapsed() < KEPT_WARM_FOR
+            && self.idle_limit.safe() == Duration::ZERO
+    }
+
+    /// Opens a connection in place of an unused one that was just taken, so that the next request of its kind waits for
+    /// no handshake.
+    fn restock(self: &Arc<Self>, connections: &mut Connections) {
+        let unused = connections.idle.iter().filter(|idle| !idle.connection.reused && !idle.is_closed()).count();
+        let wanted = self.protocol_choice.in_flight().clamp(1, MOST_UNUSED);
+        let may = connections.background_at.is_none_or(|at| at <= Instant::now());
+        if may && unused + connections.opening < wanted && self.needs_unused(connections) {
             self.open(connections, true);
         }
     }
@@ -360,7 +403,10 @@ impl OriginPool {
         }
         self.idle_limit.released();
         let mut connections = self.lock();
-        if connections.idle.len() < MAX_IDLE {
+        connections.peak = connections.peak.max(self.protocol_choice.in_flight());
+        // Where each request that may not be repeated leaves a connection, only as many are kept as others can use.
+        let most = if self.needs_unused(&connections) { connections.peak + 2 * MOST_UNUSED } else { MAX_IDLE };
+        if connections.idle.len() < most {
             connections.idle.push_back(Idle::new(Http1Connection { reused: true, ..connection }));
         }
         if !connections.waiters.is_empty() {
@@ -374,6 +420,7 @@ impl OriginPool {
         let limit = self.idle_limit.current();
         let mut connections = self.lock();
         self.keep_warm(&mut connections);
+        connections.peak -= connections.peak.div_ceil(PEAK_FADES);
         let mut survived = false;
         connections.idle.retain(|idle| {
             let over = idle.since.elapsed() >= limit;
@@ -430,7 +477,8 @@ async fn is_usable(connection: &mut Connection) -> bool {
 impl Connections {
     /// Takes a connection that `reuse` allows.
     fn take(&mut self, pool: &Arc<OriginPool>, reuse: Reuse, low_concurrency: bool) -> Option<Connection> {
-        if low_concurrency {
+        // Over HTTP/2 a server says what it did not process, so a request that may not be repeated is safe there.
+        if low_concurrency && (reuse != Reuse::Unrepeatable || !pool.idle_limit.safe().is_zero()) {
             self.take_idle(pool, reuse).or_else(|| self.take_shared(pool, reuse))
         } else {
             self.take_shared(pool, reuse).or_else(|| self.take_idle(pool, reuse))
@@ -455,12 +503,18 @@ impl Connections {
         let usable = |idle: &Idle| match reuse {
             Reuse::Fresh(since) => !idle.connection.reused && idle.connection.opened >= since,
             Reuse::FreshHttp1 => !idle.connection.reused,
+            Reuse::Unrepeatable if !idle.connection.reused => idle.since.elapsed() < UNUSED_LASTS,
             Reuse::Allowed | Reuse::Unrepeatable => idle.since.elapsed() < most || is_new(idle),
         };
         loop {
-            let found = self.idle.iter().rposition(usable)?;
+            // Those that have carried a request are good for fewer requests, so they come first.
+            let used = self.idle.iter().rposition(|idle| idle.connection.reused && usable(idle));
+            let found = used.or_else(|| self.idle.iter().rposition(usable))?;
             let idle = self.idle.remove(found)?;
             if !idle.is_closed() {
+                if reuse == Reuse::Unrepeatable && !idle.connection.reused {
+                    pool.restock(self);
+                }
                 return Some(Connection::Http1(idle.connection));
             }
             if idle.connection.reused {
@@ -495,6 +549,7 @@ mod tests {
     use super::*;
     use crate::domain::tls;
     use crate::upstream::IdleTimeout;
+    use crate::upstream::last_look::LastLook;
 
     #[tokio::test]
     async fn a_connection_that_has_idled_for_idle_timeout_is_never_taken_from_the_pool() {
@@ -515,7 +570,8 @@ mod tests {
             let (ours, _theirs) = tokio::io::duplex(1024);
             let (sender, connection) = http1::handshake(TokioIo::new(ours)).await.unwrap();
             tokio::spawn(connection);
-            pool.release(Http1Connection { sender, reused: false, opened: Instant::now() });
+            let look = LastLook::default();
+            pool.release(Http1Connection { sender, look, reused: false, opened: Instant::now() });
             let reuse = lock(&pool.connections).take(&pool, Reuse::Allowed, true);
             assert_eq!(reuse.is_some(), taken, "{idle_timeout:?}");
             pool.prune();

@@ -38,6 +38,10 @@ impl<S> ReadAhead<S> {
         Self { socket, ahead: BytesMut::new(), bulk: false, yielded: false, activity: Activity::now() }
     }
 
+    pub(super) fn get_ref(&self) -> &S {
+        &self.socket
+    }
+
     /// When the socket was last read.
     pub(super) fn activity(&self) -> &Arc<Activity> {
         &self.activity

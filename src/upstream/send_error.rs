@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use h2::Reason;
 
+use super::last_look::ClosedBefore;
 use super::{BodyError, RequestBody};
 
 /// No response was received.
@@ -22,7 +23,8 @@ pub struct SendError {
 pub enum Processed {
     /// No byte of the request was written. Holds its body.
     Unsent(RequestBody),
-    /// The server said that it did not process the request (RFC 9113, sections 6.8 and 8.7).
+    /// The server said that it did not process the request (RFC 9113, sections 6.8 and 8.7), or had closed its HTTP/1.1
+    /// connection before the first byte. What was taken of the body is in its replay buffer.
     Refused {
         /// It wants the request over HTTP/1.1.
         http1: bool,
@@ -134,6 +136,7 @@ impl SendError {
         }
         let processed = match unsent {
             Some(body) => Processed::Unsent(body),
+            None if is_closed_before(&error) => Processed::Refused { http1: false },
             // Any other error, such as a response that is not HTTP, came from the server, so the connection was not
             // stale.
             None if reused && breaks(&error) => Processed::Stale,
@@ -174,6 +177,11 @@ fn breaks(error: &hyper::Error) -> bool {
     error.is_incomplete_message()
         || error.is_canceled()
         || error.source().is_some_and(|source| source.is::<std::io::Error>())
+}
+
+/// Whether nothing was written.
+fn is_closed_before(error: &hyper::Error) -> bool {
+    source::<std::io::Error>(error).and_then(std::io::Error::get_ref).is_some_and(|inner| inner.is::<ClosedBefore>())
 }
 
 /// Finds an `E` among the sources of `error`.

@@ -13,10 +13,12 @@ ON_THE_WAY = 64 << 20
 
 
 class Relay:
-    """Delays each direction of its connections to `target`, and bounds their bandwidth if asked to."""
+    """Delays each direction of its connections to `target`, and bounds what they carry together if asked to, as one link does."""
 
     def __init__(self, target: int, round_trip_ms: float, bytes_per_second: float | None):
         self.target, self.delay, self.speed = target, round_trip_ms / 2000, bytes_per_second
+        # When the link is free again, there and back.
+        self.free_at = [0.0, 0.0]
         self.port = free_port()
         # A process of its own, so that the callers here do not slow it down.
         self.process = multiprocessing.Process(target=lambda: asyncio.run(self.serve()), daemon=True)
@@ -38,11 +40,11 @@ class Relay:
         # The round trip of the TCP handshake.
         await asyncio.sleep(2 * self.delay)
         there, back = await asyncio.open_connection("127.0.0.1", self.target, limit=1 << 20)
-        await asyncio.gather(self.pump(reader, back), self.pump(there, writer), return_exceptions=True)
+        await asyncio.gather(self.pump(0, reader, back), self.pump(1, there, writer), return_exceptions=True)
         back.close()
         writer.close()
 
-    async def pump(self, reader, writer) -> None:
+    async def pump(self, way: int, reader, writer) -> None:
         loop, queue, more, size = asyncio.get_running_loop(), collections.deque(), asyncio.Event(), 0
         room = asyncio.Event()
 
@@ -63,17 +65,17 @@ class Relay:
                 writer.write(data)
                 await writer.drain()
 
-        delivery, free_at = asyncio.create_task(deliver()), 0.0
+        delivery, free_at = asyncio.create_task(deliver()), self.free_at
         try:
             while data := await reader.read(1 << 18):
-                free_at = max(free_at, loop.time()) + (len(data) / self.speed if self.speed else 0)
-                queue.append((free_at + self.delay, data))
+                free_at[way] = max(free_at[way], loop.time()) + (len(data) / self.speed if self.speed else 0)
+                queue.append((free_at[way] + self.delay, data))
                 size += len(data)
                 more.set()
-                while size > ON_THE_WAY or self.speed and free_at > loop.time() + 0.01:
+                while size > ON_THE_WAY or self.speed and free_at[way] > loop.time() + 0.01:
                     room.clear()
                     await asyncio.wait([asyncio.create_task(room.wait())], timeout=0.005)
-            queue.append((free_at + self.delay, b""))
+            queue.append((max(free_at[way], loop.time()) + self.delay, b""))
             more.set()
             await delivery
         except OSError:

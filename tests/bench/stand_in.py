@@ -94,7 +94,7 @@ class Running:
     """A process on one core, and the port at which it listens."""
 
     def __init__(self, core: int, port: int, *command: str, log: Path):
-        self.port = port
+        self.port, self.log = port, log
         with log.open("w") as out:
             self.process = subprocess.Popen(
                 ["taskset", "--cpu-list", str(core), *command], stdout=out, stderr=out, env={"PATH": os.environ["PATH"]}

@@ -35,6 +35,7 @@ pub struct Wire {
     stream: Box<dyn Stream>,
     came: Vec<u8>,
     http2: bool,
+    resumed: bool,
 }
 
 /// A response.
@@ -60,12 +61,17 @@ impl Wire {
 
     /// A client on a connection that the test opened.
     pub fn over(stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static) -> Self {
-        Self { stream: Box::new(stream), came: Vec::new(), http2: false }
+        Self { stream: Box::new(stream), came: Vec::new(), http2: false, resumed: false }
     }
 
     /// Whether ALPN selected HTTP/2 on this connection to a scripted Amazon.
     pub fn is_http2(&self) -> bool {
         self.http2
+    }
+
+    /// Whether this connection to a scripted Amazon resumed a TLS session.
+    pub fn is_resumed(&self) -> bool {
+        self.resumed
     }
 
     /// Writes. If the peer has closed the connection, the next read shows it.
@@ -277,7 +283,8 @@ impl Scripted {
                 let number = counted.fetch_add(1, Ordering::SeqCst) + 1;
                 let Ok(stream) = tls.accept(stream).await else { continue };
                 let http2 = stream.get_ref().1.alpn_protocol() == Some(b"h2");
-                tokio::spawn(script(Wire { http2, ..Wire::over(stream) }, number));
+                let resumed = stream.get_ref().1.handshake_kind() == Some(rustls::HandshakeKind::Resumed);
+                tokio::spawn(script(Wire { http2, resumed, ..Wire::over(stream) }, number));
             }
         });
         Self { origin, directory, connections, task }

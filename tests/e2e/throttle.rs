@@ -4,9 +4,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
+use adsidecar::domain::clock::Clock;
 use reqwest::{Method, RequestBuilder, Response};
 use tokio::task::{JoinHandle, JoinSet};
-use world::{Fault, Listener, RateLimit, Rule, Told};
+use world::{Fault, Listener, Options, RateLimit, Rule, Told};
 
 use crate::harness::{Harness, code, eventually, header, json};
 
@@ -22,7 +23,9 @@ async fn harness(mode: &str) -> Harness {
 async fn running(sets: &[(&str, &str)]) -> Harness {
     let accounts: String =
         (0..10).map(|n| format!("[[account]]\nname = \"a{n}\"\nprofile_id = \"{PROFILE}\"\n")).collect();
-    let mut harness = Harness::with_running_clock(&accounts).await;
+    // Amazon's hosts offer HTTP/2.
+    let options = Options { http2: true, ..Options::calm(Clock::system()) };
+    let mut harness = Harness::over(options, &accounts).await;
     harness.stop_sidecar().await;
     harness.sets.extend(sets.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())));
     harness.start_sidecar().await;

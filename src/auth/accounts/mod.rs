@@ -28,7 +28,7 @@ use jiff::SignedDuration;
 use tokio::sync::Notify;
 
 use crate::auth::tokens::{TokenError, TokenManager};
-use crate::domain::account::{Account, Region, UserId};
+use crate::domain::account::{Account, AmazonHost, Region, UserId};
 use crate::domain::clock::Clock;
 use crate::domain::found_account::{FoundAccount, assign_slugs, candidate_slugs};
 use crate::domain::grant::State;
@@ -196,12 +196,45 @@ impl Directory {
         }
     }
 
-    /// Searches for the accounts of `user` soon, if searches are automatic.
-    pub fn sync_soon(&self, user: &UserId) {
+    /// Prepares for the requests of a user who has just logged in: searches for their accounts soon, which leaves a
+    /// connection to each region, or only opens the connections if searches are not automatic.
+    pub fn logged_in(&self, user: &UserId) {
         if self.is_automatic() {
             lock(&self.0.wanted).insert(user.clone());
             self.0.wake.notify_one();
+        } else {
+            self.warm([user]);
         }
+    }
+
+    /// Prepares for the first requests: see [`warm`](Self::warm). Users whose grants were not read yet are left out.
+    pub fn started(&self) {
+        let configured = self.configured();
+        let users: HashSet<_> = configured.iter().map(|account| &account.user).collect();
+        let default = UserId::default();
+        let usable = |user: &&UserId| {
+            !matches!(self.0.tokens.status(user).state, State::None | State::LoginRequired | State::Idle)
+        };
+        self.warm(users.into_iter().chain([&default]).filter(usable));
+    }
+
+    /// Opens a connection to each region of `users` in the background, so that their next requests wait for no
+    /// handshake.
+    pub fn warm<'a>(&self, users: impl IntoIterator<Item = &'a UserId>) {
+        let Some(reach) = self.0.reach.load_full() else { return };
+        let mut regions = HashSet::new();
+        for user in users {
+            let known = lock(&self.0.cache).user(user);
+            let found = known.iter().flat_map(|found| &found.accounts);
+            let configured = reach.configured.iter().filter(|account| account.user == *user);
+            let configured = configured.map(|account| account.region.unwrap_or(reach.home));
+            let before = regions.len();
+            regions.extend(configured.chain(found.map(|account| account.region)));
+            if regions.len() == before {
+                regions.insert(reach.home);
+            }
+        }
+        regions.into_iter().for_each(|region| reach.upstream.warm(AmazonHost::ads(region)));
     }
 
     /// Drops the accounts of a user who was logged out; the store has deleted them.

@@ -132,6 +132,7 @@ impl Admin {
         if !self.tokens.import(&user, grant, replace).await.map_err(store_failed)? {
             return Err(has_grant());
         }
+        self.directory.warm([&user]);
         let repairs = repairs.iter().map(|repair| format!("the token {repair}")).collect();
         Ok(json(&Outcome { imported: 1, repairs, ..Outcome::default() }))
     }
@@ -225,6 +226,9 @@ impl Admin {
             },
         };
         let taken = self.tokens.import(user, grant, replace).await.map_err(store_failed)?;
+        if taken {
+            self.directory.warm([user]);
+        }
         Ok(if taken { Ok(()) } else { Err(has_grant()) })
     }
 

@@ -61,6 +61,7 @@ pub enum Stage {
 pub struct Admin {
     pub(crate) admission: Admission,
     pub(crate) tokens: TokenManager,
+    pub(crate) directory: Directory,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) stage: tokio::sync::watch::Receiver<Stage>,
     /// Counts the open connections of each listener.
@@ -79,7 +80,6 @@ pub struct Admin {
     /// The proxy listener's URL, for callers on this machine.
     pub(crate) proxy_url: String,
     pub(crate) login: Login,
-    pub(crate) directory: Directory,
     /// The configuration in force.
     pub(crate) settings: Vec<Setting>,
     pub(crate) page_state: Arc<PageState>,

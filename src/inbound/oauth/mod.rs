@@ -229,7 +229,7 @@ impl OauthEndpoints {
             None => LoginFailure::State.into(),
         };
         match &outcome {
-            Ok(LoginOutcome::Stored(status)) => self.directory.sync_soon(&status.user_id),
+            Ok(LoginOutcome::Stored(status)) => self.directory.logged_in(&status.user_id),
             Ok(LoginOutcome::Pending(_)) => {}
             Err(failure) => {
                 tracing::info!(code = failure.code(), reason = pages::say(failure), "a login ended without a grant");
@@ -339,7 +339,7 @@ impl OauthEndpoints {
         let id = query.get("grant").ok_or_else(|| parameter("grant", "the id that the frontend was sent"))?;
         let confirmed = self.login.confirm(id).await.map_err(LoginError::Store)?;
         let confirmed = confirmed.ok_or(LoginError::State(NO_PENDING_GRANT))?;
-        self.directory.sync_soon(&confirmed.user_id);
+        self.directory.logged_in(&confirmed.user_id);
         Ok(json(StatusCode::OK, &self.with_link(confirmed, headers)))
     }
 

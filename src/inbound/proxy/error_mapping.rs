@@ -123,6 +123,10 @@ impl From<Denied> for Problem {
                  in the request line only: no X-HTTP-Method-Override, X-Original-URL or the like, and no _method \
                  parameter.",
             ),
+            Denied::Form => (
+                "A policy applies to this request, and its body is a form, which could override the method.",
+                "Send JSON, and name it in Content-Type: with curl, -H 'Content-Type: application/json'.",
+            ),
             Denied::Changes => (
                 "The policy is read-only, and this request may change something at Amazon.",
                 "Use an account that may write, or ask the operator about read_only.",

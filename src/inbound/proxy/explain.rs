@@ -328,6 +328,7 @@ fn verdict(checked: Result<(), Denied>, mode: Mode, no_rules: bool) -> PolicyVer
         Ok(()) if no_rules => "there are no rules: policy.read_only is false, policy.allow is empty",
         Ok(()) => "it satisfies every rule",
         Err(Denied::Ambiguous) => "servers may read the path or method in two ways, so no rule applies",
+        Err(Denied::Form) => "its body is a form, which could override the method",
         Err(Denied::Changes) => "it may change something, and the policy is read-only (read_only)",
         Err(Denied::NotAllowed) => "no entry of the allow list (allow) matches it",
     };

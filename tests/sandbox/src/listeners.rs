@@ -3,9 +3,9 @@
 use std::future::pending;
 use std::io;
 use std::pin::Pin;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::task::{Context, Poll};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -71,6 +71,8 @@ async fn serve_connection(
         id: shared.connections.fetch_add(1, Ordering::Relaxed) + 1,
         port,
         reset: AtomicBool::new(false),
+        written: AtomicUsize::new(0),
+        writes: Mutex::default(),
     });
     let socket = Socket { stream, connection: connection.clone() };
     let service = service_fn(move |request| {
@@ -116,7 +118,7 @@ struct ConnectionReset;
 async fn serve_amazon(
     shared: &SandboxState,
     listener: Listener,
-    connection: &Connection,
+    connection: &Arc<Connection>,
     request: Request<Incoming>,
 ) -> Result<Response<Body>, ConnectionReset> {
     let (head, body) = request.into_parts();
@@ -165,7 +167,7 @@ async fn serve_amazon(
         reply::set(&mut response, DATE, &http_date(shared.clock.now()));
     }
     shared.world().history.amend(id, |call| call.status = Some(response.status().as_u16()));
-    Ok(if fault == Some(Fault::CloseMidBody) { truncated(response).await } else { response })
+    Ok(if fault == Some(Fault::CloseMidBody) { truncated(response, connection).await } else { response })
 }
 
 /// A call whose body was received completely.
@@ -244,7 +246,7 @@ fn substitute(fault: Option<&Fault>) -> Option<Response<Body>> {
 }
 
 /// Truncates the body of a response but keeps the announced length.
-async fn truncated(response: Response<Body>) -> Response<Body> {
+async fn truncated(response: Response<Body>, connection: &Arc<Connection>) -> Response<Body> {
     let (mut head, mut body) = response.into_parts();
     let length = http_body::Body::size_hint(&body).exact();
     // A body of less than two bytes cannot be truncated, so more bytes are announced than sent.
@@ -257,29 +259,32 @@ async fn truncated(response: Response<Body>) -> Response<Body> {
         head.headers.insert(CONTENT_LENGTH, announced.into());
     }
     let half = first.len().div_ceil(2).min(BROKEN_AFTER_BYTES);
-    let parts = TruncatedBody { half: Some(first.slice(..half)), flushed: false, announced };
+    let parts = TruncatedBody { half: Some(first.slice(..half)), until: 0, announced, connection: connection.clone() };
     Response::from_parts(head, parts.boxed_unsync())
 }
 
 struct TruncatedBody {
     half: Option<Bytes>,
-    flushed: bool,
+    /// How much the connection has written once the half is.
+    until: usize,
     announced: Option<u64>,
+    connection: Arc<Connection>,
 }
 
 impl http_body::Body for TruncatedBody {
     type Data = Bytes;
     type Error = io::Error;
 
-    fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<io::Result<Frame<Bytes>>>> {
-        let this = self.get_mut();
-        if let Some(half) = this.half.take() {
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<io::Result<Frame<Bytes>>>> {
+        if let Some(half) = self.half.take() {
+            self.until = self.connection.written.load(Ordering::SeqCst) + half.len();
             return Poll::Ready(Some(Ok(Frame::data(half))));
         }
-        if !this.flushed {
-            // hyper flushes its buffer when a body is pending; an immediate error would discard the first half.
-            this.flushed = true;
-            cx.waker().wake_by_ref();
+        // hyper and h2 discard what they have not written when a body fails.
+        let connection = self.connection.clone();
+        let mut writes = connection.writes();
+        if connection.written.load(Ordering::SeqCst) < self.until {
+            writes.push(cx.waker().clone());
             return Poll::Pending;
         }
         Poll::Ready(Some(Err(io::Error::other("truncated by a fault rule"))))
@@ -302,6 +307,16 @@ struct Connection {
     id: u64,
     port: u16,
     reset: AtomicBool,
+    /// The bytes that were written to the socket.
+    written: AtomicUsize,
+    /// Woken by the next write.
+    writes: Mutex<Vec<Waker>>,
+}
+
+impl Connection {
+    fn writes(&self) -> std::sync::MutexGuard<'_, Vec<Waker>> {
+        self.writes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// The socket. If `reset` is set when it is dropped, it resets the connection instead of closing it.
@@ -326,7 +341,13 @@ impl AsyncRead for Socket {
 
 impl AsyncWrite for Socket {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(cx, bytes)
+        let written = Pin::new(&mut self.stream).poll_write(cx, bytes);
+        if let Poll::Ready(Ok(count)) = written {
+            let mut writes = self.connection.writes();
+            self.connection.written.fetch_add(count, Ordering::SeqCst);
+            writes.drain(..).for_each(Waker::wake);
+        }
+        written
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
