@@ -503,4 +503,19 @@ mod tests {
         let registry = scene.registry.clone();
         tokio::join!(registry.close_all(), scene.expect_close());
     }
+
+    #[tokio::test]
+    async fn a_shutdown_answers_the_first_request_of_a_connection_that_was_just_accepted() {
+        let mut scene = Scene::start(false);
+        let registry = scene.registry.clone();
+        registry.drain();
+        tokio::join!(registry.close_all(), async {
+            // Whatever the shutdown does at once is done.
+            for _ in 0..100 {
+                tokio::task::yield_now().await;
+            }
+            scene.send(REQUEST).await;
+            scene.expect(b"HTTP/1.1 200 OK\r\nconnection: close\r\n").await;
+        });
+    }
 }

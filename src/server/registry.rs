@@ -151,6 +151,10 @@ const REST_TIMEOUT: Duration = Duration::from_secs(5);
 /// How often a shutdown looks whether only event streams are left.
 const DRAIN_CHECK: Duration = Duration::from_millis(50);
 
+/// A shutdown leaves a connection open that was accepted so shortly before: its first request is under way, and its
+/// caller would not repeat it, as it would on a connection that it has used before.
+const FIRST_REQUEST: Duration = Duration::from_millis(250);
+
 /// Up to this number of connections stay active between two requests, which takes 1 MiB of memory and saves the cost of
 /// resuming them. Further connections are parked whenever they are idle.
 pub(super) const MAX_ACTIVE: usize = 64;
@@ -186,13 +190,19 @@ impl Registry {
         self.draining.store(true, Relaxed);
     }
 
-    /// Closes idle connections now and busy ones after their request. Returns when every connection is closed. Event
-    /// streams, which may never end, are broken off once nothing else is in flight.
+    /// Closes idle connections now, but for those that were just accepted, and busy ones after their request. Returns
+    /// when every connection is closed. Event streams, which may never end, are broken off once nothing else is in
+    /// flight.
     pub(super) async fn close_all(&self) {
-        for activity in self.lock().open.values() {
-            activity.send(Command::Close);
-        }
+        let begun = Instant::now();
+        let old = |activity: &&Arc<Activity>| begun.duration_since(activity.accepted) >= FIRST_REQUEST;
+        self.lock().open.values().filter(old).for_each(|activity| activity.send(Command::Close));
+        let mut are_all_told = false;
         loop {
+            if !are_all_told && begun.elapsed() >= FIRST_REQUEST {
+                are_all_told = true;
+                self.lock().open.values().filter(|one| !old(one)).for_each(|activity| activity.send(Command::Close));
+            }
             let freed = self.freed.notified();
             if self.len() == 0 {
                 return;

@@ -2,10 +2,10 @@
 //!
 //! A window limits a download to one window per round trip: with 64 KiB and 50 ms that is 1.2 MB/s. A caller that does
 //! not read, on the other hand, keeps a whole window in memory. So each connection begins with small windows. They grow
-//! at once, to what its length and the round trip make useful, when a long response begins: measured with 50 ms, 64 MiB
-//! then take 0.28 s instead of 0.42 s. They grow eightfold whenever a caller has read a whole window within two round
-//! trips: such a response is limited by the window. Of a short response the sockets' buffers may take everything, and
-//! nothing shows whether its caller reads; a crowd of such callers therefore makes windows grow by little altogether.
+//! at once, to what its length and the round trip make useful, when a long response begins. They grow eightfold
+//! whenever a caller has read a whole window within two round trips: such a response is limited by the window. Of a
+//! short response the sockets' buffers may take everything, and nothing shows whether its caller reads; a crowd of such
+//! callers therefore makes windows grow by little altogether.
 //!
 //! All growth comes from one [`WindowBudget`]. The connection's window is a hard bound for what its callers have not
 //! read yet, so the memory of all connections together is bounded by the budget and the first windows.
@@ -221,8 +221,8 @@ impl Windows {
         u64::from(self.first) * MAX_STREAMS as u64 / 2
     }
 
-    /// Lets the windows of the streams grow to `wanted`, or as far as is useful and the first `most` bytes of the budget
-    /// allow.
+    /// Lets the windows of the streams grow to `wanted`, or as far as is useful and the first `most` bytes of the
+    /// budget allow.
     fn grow(&mut self, wanted: u32, round_trip: Duration, most: usize) {
         fail_point!("window_fixed", |_| ());
         let useful = (round_trip.as_secs_f64() * SPEED).min(f64::from(u32::MAX)) as u32;

@@ -13,7 +13,7 @@ ON_THE_WAY = 64 << 20
 
 
 class Relay:
-    """Delays each direction of its connections to `target`, and bounds what they carry together if asked to, as one link does."""
+    """Delays each direction of its connections to `target`, and bounds what they carry together, as one link does."""
 
     def __init__(self, target: int, round_trip_ms: float, bytes_per_second: float | None):
         self.target, self.delay, self.speed = target, round_trip_ms / 2000, bytes_per_second
