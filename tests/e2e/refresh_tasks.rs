@@ -403,6 +403,8 @@ async fn a_login_while_a_refusal_is_handled_can_be_refreshed_at_once() {
     let mut harness = Harness::start().await;
     harness.log_in("default").await;
     harness.restart_with("amazon.refresh_token", "Atzr|configured-elsewhere").await;
+    // The start tries the grant by itself; this request joins or follows it, so that the next one has its own refusal.
+    assert_eq!(harness.post(REFRESH).await.status(), 200);
     harness.sandbox.set_fault(Rule::from(Fault::InvalidGrant).at(Listener::Lwa));
     let release = hold("refresh_refused");
     let refused = tokio::spawn(harness.client.post(harness.proxy_url(REFRESH)).send());
