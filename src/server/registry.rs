@@ -195,13 +195,16 @@ impl Registry {
     /// flight.
     pub(super) async fn close_all(&self) {
         let begun = Instant::now();
-        let old = |activity: &&Arc<Activity>| begun.duration_since(activity.accepted) >= FIRST_REQUEST;
-        self.lock().open.values().filter(old).for_each(|activity| activity.send(Command::Close));
+        let is_spared = |activity: &&Arc<Activity>| {
+            begun.duration_since(activity.accepted) < FIRST_REQUEST && activity.doing().0 == Doing::Idle
+        };
+        let closed = |activity: &&Arc<Activity>| !is_spared(activity);
+        self.lock().open.values().filter(closed).for_each(|activity| activity.send(Command::Close));
         let mut are_all_told = false;
         loop {
             if !are_all_told && begun.elapsed() >= FIRST_REQUEST {
                 are_all_told = true;
-                self.lock().open.values().filter(|one| !old(one)).for_each(|activity| activity.send(Command::Close));
+                self.lock().open.values().filter(is_spared).for_each(|activity| activity.send(Command::Close));
             }
             let freed = self.freed.notified();
             if self.len() == 0 {

@@ -5,7 +5,7 @@
 //! does not list any more is marked as missing and stays selectable; a source that does not answer changes nothing.
 //!
 //! Accounts are read when a request names one. The store has an index of all slugs, and the accounts of the users that
-//! were used last are in memory ([`Cache`]).
+//! were used last are in memory (`cache.rs`).
 //!
 //! The file is over 400 lines: what is read, searched for, stored and renamed shares one cache and one lock per user.
 
