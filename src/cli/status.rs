@@ -227,6 +227,7 @@ fn problems(sidecar: &Value, users: &[Value]) -> Vec<String> {
     problems
 }
 
+// The function is long because it writes the report from top to bottom, section by section.
 fn text(report: &Report) -> String {
     let now = Timestamp::now();
     let mut text = match report.sidecar["running"].as_bool() {

@@ -5,9 +5,7 @@
 //! `config/README.md`. To add a key, add its row here and read it in `resolve.rs` into the field that uses it; then run
 //! `UPDATE_MANUALS=1 cargo nextest run -E 'test(manuals)'`.
 //!
-//! The file is long because it is a table; it holds no logic.
-//!
-//! The file is long because it is a table: one row per key.
+//! The file is long because it is a table: one row per key, and no logic.
 
 use std::fmt;
 

@@ -344,6 +344,25 @@ pub fn marketplace(id: &str) -> Option<(&'static str, Region)> {
 }
 
 #[cfg(test)]
+impl FoundAccount {
+    /// A German seller's profile, as it is found.
+    pub(crate) fn shop(id: &str, region: Region) -> Self {
+        Self {
+            slug: String::new(),
+            clash: None,
+            name: format!("Shop {id}"),
+            kind: AccountType::Seller,
+            country: Some("DE".into()),
+            currency: None,
+            time_zone: None,
+            region,
+            ids: [("profile_id".to_owned(), id.to_owned())].into(),
+            missing_since: None,
+        }
+    }
+}
+
+#[cfg(test)]
 mod tests {
     use super::*;
 

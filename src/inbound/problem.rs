@@ -387,6 +387,7 @@ fn seconds(wait: Duration) -> u64 {
 }
 
 impl From<Refusal> for Problem {
+    // The function is long because it is a table: one row per refusal.
     fn from(refusal: Refusal) -> Self {
         match refusal {
             Refusal::Framing => Self::new(

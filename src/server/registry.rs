@@ -229,8 +229,8 @@ impl Registry {
     }
 
     /// Waits until there is room for an accepted connection: at most `share` may be open, and as many as `limits`
-    /// allow. At the limit, closes the connection that has been idle
-    /// longest. Returns `false` if there is still no room at `until`.
+    /// allow. At the limit, closes the connection that has been idle longest. Returns `false` if there is still no room
+    /// at `until`.
     pub(super) async fn wait_for_room(&self, limits: &ArcSwap<Limits>, share: usize, until: Instant) -> bool {
         loop {
             let freed = self.freed.notified();

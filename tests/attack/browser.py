@@ -3,9 +3,13 @@
 import base64
 import json
 import subprocess
+import threading
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import backends
@@ -27,6 +31,30 @@ FLAGS = [
 ELEMENT = "element-6066-11e4-a52e-4f735466cecf"
 # Keys, as WebDriver names them.
 TAB, ENTER, SPACE, SHIFT, DOWN = "\ue004", "\ue007", " ", "\ue008", "\ue015"
+
+
+@contextmanager
+def served(page: Callable[[], str]) -> Iterator[int]:
+    """Serves what `page` returns at every path of an origin of its own; its port."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            body = page().encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *words):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server.server_port
+    server.shutdown()
+    server.server_close()
 
 
 class Browser:

@@ -2,15 +2,13 @@
 
 import json
 import shutil
-import threading
 import urllib.error
 import urllib.request
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
-from browser import Browser
+from browser import Browser, served
 
 LOGIN = "/api/auth/amazon/login"
 CALLBACK = "/api/auth/amazon/callback"
@@ -30,25 +28,12 @@ def frontend():
     """An app's page on another port of localhost: its origin, and what it prefetches."""
     prefetched = []
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            links = "".join(f'<link rel="prefetch" href="{url}">' for url in prefetched)
-            body = f"<!doctype html><title>app</title>{links}<p>the app</p>".encode()
-            self.send_response(200)
-            self.send_header("Content-Type", "text/html")
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
+    def page() -> str:
+        links = "".join(f'<link rel="prefetch" href="{url}">' for url in prefetched)
+        return f"<!doctype html><title>app</title>{links}<p>the app</p>"
 
-        def log_message(self, *words):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://localhost:{server.server_port}", prefetched
-    server.shutdown()
-    server.server_close()
+    with served(page) as port:
+        yield f"http://localhost:{port}", prefetched
 
 
 class NoRedirects(urllib.request.HTTPRedirectHandler):

@@ -7,15 +7,13 @@ ADSIDECAR_PICTURES names a directory that keeps a picture of each page in both t
 import json
 import os
 import shutil
-import threading
 import urllib.error
 import urllib.request
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
-from browser import DOWN, ENTER, SHIFT, SPACE, TAB, Browser
+from browser import DOWN, ENTER, SHIFT, SPACE, TAB, Browser, served
 
 PAGES = {
     "overview": "/",
@@ -418,25 +416,8 @@ Promise.all(settled).then(() => wait(1000)).then(() => done({
 @pytest.fixture
 def elsewhere():
     """Another origin's page, under a name of its own and under localhost, which is the same site."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            body = b"<!doctype html><link rel=icon href=data:,><title>elsewhere</title><p>elsewhere"
-            self.send_response(200)
-            self.send_header("Content-Type", "text/html")
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *words):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server.server_port
-    server.shutdown()
-    server.server_close()
+    with served(lambda: "<!doctype html><link rel=icon href=data:,><title>elsewhere</title><p>elsewhere") as port:
+        yield port
 
 
 # Covers: threat 2.

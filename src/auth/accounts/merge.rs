@@ -68,21 +68,6 @@ mod tests {
     use super::*;
     use crate::domain::account::Region;
 
-    fn profile(id: &str, region: Region) -> FoundAccount {
-        FoundAccount {
-            slug: String::new(),
-            clash: None,
-            name: format!("Shop {id}"),
-            kind: AccountType::Seller,
-            country: Some("DE".into()),
-            currency: None,
-            time_zone: None,
-            region,
-            ids: [("profile_id".to_owned(), id.to_owned())].into(),
-            missing_since: None,
-        }
-    }
-
     fn answer(region: Region, status: Status) -> Outcome {
         Outcome { source: Source::Profiles, region: Some(region), status, count: 0, code: None, detail: None }
     }
@@ -98,7 +83,11 @@ mod tests {
         let user = UserId::default();
         let all = |status| Region::ALL.map(|region| answer(region, status)).to_vec();
         let first = Found {
-            accounts: vec![profile("1", Region::Na), profile("2", Region::Eu), profile("3", Region::Eu)],
+            accounts: vec![
+                FoundAccount::shop("1", Region::Na),
+                FoundAccount::shop("2", Region::Eu),
+                FoundAccount::shop("3", Region::Eu),
+            ],
             outcomes: all(Status::Found),
         };
         let first = merge(&user, None, &first, now);
@@ -107,7 +96,7 @@ mod tests {
             answer(Region::Eu, Status::Found),
             answer(Region::Fe, Status::Empty),
         ];
-        let second = Found { accounts: vec![profile("2", Region::Eu)], outcomes };
+        let second = Found { accounts: vec![FoundAccount::shop("2", Region::Eu)], outcomes };
         let second = merge(&user, Some(&first), &second, now);
         assert_eq!(names(&second), [("1", false), ("2", false), ("3", true)]);
         let empty = || Found { accounts: Vec::new(), outcomes: all(Status::Empty) };
@@ -122,7 +111,7 @@ mod tests {
         let now: Timestamp = "2026-08-01T12:00:00Z".parse().unwrap();
         let user = UserId::default();
         let found = |id: &str| Found {
-            accounts: vec![profile(id, Region::Na)],
+            accounts: vec![FoundAccount::shop(id, Region::Na)],
             outcomes: Region::ALL.map(|region| answer(region, Status::Found)).to_vec(),
         };
         let first = merge(&user, None, &found("1"), now);

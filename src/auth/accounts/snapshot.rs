@@ -90,22 +90,6 @@ mod tests {
 
     use super::*;
     use crate::domain::account::Region;
-    use crate::domain::found_account::AccountType;
-
-    fn profile(id: &str, region: Region) -> FoundAccount {
-        FoundAccount {
-            slug: String::new(),
-            clash: None,
-            name: format!("Shop {id}"),
-            kind: AccountType::Seller,
-            country: Some("DE".into()),
-            currency: None,
-            time_zone: None,
-            region,
-            ids: [("profile_id".to_owned(), id.to_owned())].into(),
-            missing_since: None,
-        }
-    }
 
     #[test]
     fn a_stored_slug_stays_with_its_user_whoever_comes_later() {
@@ -114,7 +98,7 @@ mod tests {
             user_id: user.parse().unwrap(),
             synced_at: now,
             outcomes: Vec::new(),
-            accounts: vec![FoundAccount { slug: slug.into(), ..profile("7", Region::Eu) }],
+            accounts: vec![FoundAccount { slug: slug.into(), ..FoundAccount::shop("7", Region::Eu) }],
         };
         let snapshot = Snapshot::of([of("zoe", "shop-7-de"), of("anna", "")], &[]);
         assert_eq!(snapshot.get("shop-7-de").unwrap().account.user.as_str(), "zoe");

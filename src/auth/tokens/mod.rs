@@ -13,8 +13,6 @@
 //! With a shared store the users that are not in memory are read when they are needed (`coordination`), and the
 //! database says which refreshes are due (`claims`).
 //!
-//! This file is long because it documents what the manager does for its callers in one place.
-//!
 //! The hot path, [`TokenManager::bearer`] with a token that does not expire soon, takes no lock that a refresh holds.
 //!
 //! The file is a little over 400 lines: it is the public side of the whole folder, whose steps are files of their own.

@@ -66,6 +66,7 @@ impl Postgres {
     /// # Errors
     ///
     /// [`StoreError::Postgres`] if the database cannot be written.
+    // The function is long because it is one statement with its parameters, and one row of its answer read.
     pub async fn share_throttle(
         &self,
         client: &str,

@@ -96,11 +96,7 @@ impl Context<'_> {
     fn user_table(&self, users: &[Status]) -> Markup {
         html! {
             div class="scroll" tabindex="0" role="region" aria-label="Users" { table class="cards" {
-                thead { tr {
-                    th scope="col" { "User" } th scope="col" { "State" } th scope="col" { "Token expires" }
-                    th scope="col" { "Next refresh" } th scope="col" { "Consent expires" }
-                    th scope="col" { "Last error" } th scope="col" { "Actions" }
-                } }
+                (heads("Actions"))
                 tbody { @for user in users.iter().take(ROWS) { tr {
                     th scope="row" {
                         (user.user_id) small { code { "X-Ads-User: " (user.user_id) } }
@@ -151,11 +147,7 @@ impl Context<'_> {
                 p { "Nobody has logged in yet. " (self.login_link(&UserId::default())) }
             } @else {
                 div class="scroll" tabindex="0" role="region" aria-label="Users" { table class="cards" {
-                    thead { tr {
-                        th scope="col" { "User" } th scope="col" { "State" } th scope="col" { "Token expires" }
-                        th scope="col" { "Next refresh" } th scope="col" { "Consent expires" }
-                        th scope="col" { "Last error" } th scope="col" { "Log in" }
-                    } }
+                    (heads("Log in"))
                     tbody { @for user in users.iter().take(ROWS_OF_OVERVIEW) { tr {
                         th scope="row" { (user.user_id) }
                         (self.facts(user))
@@ -188,5 +180,16 @@ fn class(state: State) -> &'static str {
         State::LoginRequired => "bad",
         State::Failing | State::Expiring => "wait",
         State::Fresh | State::Idle | State::None => "ok",
+    }
+}
+
+/// The heads of a table of users, of which `last` is what can be done there.
+fn heads(last: &str) -> Markup {
+    html! {
+        thead { tr {
+            th scope="col" { "User" } th scope="col" { "State" } th scope="col" { "Token expires" }
+            th scope="col" { "Next refresh" } th scope="col" { "Consent expires" }
+            th scope="col" { "Last error" } th scope="col" { (last) }
+        } }
     }
 }
