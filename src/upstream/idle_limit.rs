@@ -3,8 +3,8 @@
 //! A request that may not be repeated must not meet a close: over HTTP/1.1 nobody can tell whether a server that closes
 //! a connection has read what just arrived there. A load balancer that is reloaded closes all its idle connections at
 //! once, however young they are (measured with nginx and HAProxy, reloaded every five seconds: 17 of 100,000 POSTs were
-//! lost that way). So such requests get only connections that have not carried a request yet, until the origin has kept
-//! its connections for [`PROBATION`].
+//! lost that way). So such requests get only connections that have not carried a request yet, and each costs a handshake,
+//! until the origin has kept its connections for [`FIRST_PROBATION`], and again for [`PROBATION`] after it closed one.
 
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
@@ -20,6 +20,8 @@ const LEAST: Duration = Duration::from_millis(500);
 /// For how long a close that was seen is believed.
 const BELIEVED: Duration = Duration::from_secs(600);
 /// After this time without a close of a young connection, the origin is trusted to keep young connections.
+const FIRST_PROBATION: Duration = Duration::from_secs(60);
+/// The same after it closed one: it may be one that does so every few minutes.
 const PROBATION: Duration = Duration::from_secs(600);
 /// Margin of time before a close, for requests that may not be repeated: the longest round trip.
 const MARGIN: Duration = Duration::from_millis(100);
@@ -47,8 +49,8 @@ struct Learned {
     limit: Duration,
     /// The shortest idle time after which the server closed a connection, and when that was.
     closed: Option<(Duration, Instant)>,
-    /// When the first connection became idle, or the server last closed one within [`LEAST`].
-    calm_since: Option<Instant>,
+    /// From when the origin is trusted to keep young connections; `None` until the first one becomes idle.
+    trusted_from: Option<Instant>,
 }
 
 impl IdleLimit {
@@ -57,7 +59,7 @@ impl IdleLimit {
             IdleTimeout::Auto => MOST,
             IdleTimeout::AtMost(most) => most,
         };
-        Self { most, learned: Mutex::new(Learned { limit: AT_FIRST, closed: None, calm_since: None }) }
+        Self { most, learned: Mutex::new(Learned { limit: AT_FIRST, closed: None, trusted_from: None }) }
     }
 
     /// How long a connection may idle and still carry a request.
@@ -70,7 +72,7 @@ impl IdleLimit {
     pub(super) fn safe(&self) -> Duration {
         let learned = lock(&self.learned);
         let limit = learned.limit.min(self.most);
-        if learned.calm_since.is_none_or(|since| since.elapsed() < PROBATION) {
+        if learned.trusted_from.is_none_or(|from| Instant::now() < from) {
             return Duration::ZERO;
         }
         match learned.closed() {
@@ -81,14 +83,14 @@ impl IdleLimit {
 
     /// A connection became idle.
     pub(super) fn released(&self) {
-        lock(&self.learned).calm_since.get_or_insert_with(Instant::now);
+        lock(&self.learned).trusted_from.get_or_insert_with(|| Instant::now() + FIRST_PROBATION);
     }
 
     /// The server closed a connection that had idled this long, or announced that it would.
     pub(super) fn closed_after(&self, idle: Duration) {
         let mut learned = lock(&self.learned);
         if idle < LEAST {
-            learned.calm_since = Some(Instant::now());
+            learned.trusted_from = Some(Instant::now() + PROBATION);
             return;
         }
         let shortest = learned.closed().map_or(idle, |closed| closed.min(idle));
@@ -119,7 +121,7 @@ mod tests {
     /// A limit whose origin has been calm for as long as it takes.
     fn trusted(timeout: IdleTimeout) -> IdleLimit {
         let limit = IdleLimit::new(timeout);
-        lock(&limit.learned).calm_since = Instant::now().checked_sub(PROBATION);
+        lock(&limit.learned).trusted_from = Some(Instant::now());
         limit
     }
 
@@ -145,6 +147,8 @@ mod tests {
         assert_eq!((limit.current(), limit.safe()), (55 * SECOND, Duration::ZERO), "nothing is known");
         limit.released();
         assert_eq!(limit.safe(), Duration::ZERO, "nor at once");
+        let wait = |limit: &IdleLimit| lock(&limit.learned).trusted_from.unwrap() - Instant::now();
+        assert!(wait(&limit) <= FIRST_PROBATION);
         let limit = trusted(IdleTimeout::Auto);
         limit.released();
         assert_eq!(limit.safe(), 55 * SECOND);
@@ -152,6 +156,7 @@ mod tests {
         limit.closed_after(Duration::from_millis(2));
         limit.released();
         assert_eq!((limit.current(), limit.safe()), (55 * SECOND, Duration::ZERO));
+        assert!(wait(&limit) > FIRST_PROBATION, "an origin that did so once is watched for longer");
     }
 
     #[test]
