@@ -1,8 +1,8 @@
 //! Parking: what a connection becomes between two requests when many are open.
 //!
 //! hyper holds two buffers of 8 KiB for each connection, and other state. When more than [`MAX_ACTIVE`] connections are
-//! open, hyper therefore gets one only while it is in use; an idle one is parked, that is, it consists of a socket and a
-//! waker. Below that number nothing is saved, and resuming a connection costs more than the memory is worth.
+//! open, hyper therefore gets one only while it is in use; an idle one is parked, that is, it consists of a socket and
+//! a waker. Below that number nothing is saved, and resuming a connection costs more than the memory is worth.
 
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 

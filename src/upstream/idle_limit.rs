@@ -3,8 +3,9 @@
 //! A request that may not be repeated must not meet a close: over HTTP/1.1 nobody can tell whether a server that closes
 //! a connection has read what just arrived there. A load balancer that is reloaded closes all its idle connections at
 //! once, however young they are (measured with nginx and HAProxy, reloaded every five seconds: 17 of 100,000 POSTs were
-//! lost that way). So such requests get only connections that have not carried a request yet, and each costs a handshake,
-//! until the origin has kept its connections for [`FIRST_PROBATION`], and again for [`PROBATION`] after it closed one.
+//! lost that way). So such requests get only connections that have not carried a request yet, each of which costs a
+//! handshake, until the origin has kept its connections for [`FIRST_PROBATION`], and again for [`PROBATION`] after it
+//! closed one.
 
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
