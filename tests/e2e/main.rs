@@ -14,6 +14,7 @@ mod clocks;
 mod callers;
 mod commands;
 mod connections;
+mod contract;
 mod doctor;
 mod explain;
 mod found_accounts;
