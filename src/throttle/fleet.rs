@@ -96,7 +96,7 @@ fn counts_of(rows: &[ThrottleRow]) -> HashMap<String, Heard> {
     let heard = |row: &ThrottleRow| {
         let running: f64 = row.others.iter().map(|[running, ..]| running).sum();
         let holds = row.others.iter().any(|[_, holds, _]| *holds > 0.0);
-        (row.bucket.clone(), Heard { running: running as usize, holds, ..Heard::default() })
+        (row.bucket.clone(), Heard::new(running as usize, holds))
     };
     rows.iter().filter(|row| Counted::is_name(&row.bucket) && !row.others.is_empty()).map(heard).collect()
 }

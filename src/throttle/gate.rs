@@ -42,7 +42,7 @@ const PROBE_FIRST: Seconds = 5.0;
 const PROBE_MOST: Seconds = 64.0;
 
 /// How long a count of other processes is good, in seconds, if no news of them arrive.
-const HEARD: Seconds = 10.0;
+const HEARD: Seconds = 60.0;
 
 /// What the names of counts begin with.
 const AT_ONCE: &str = "at once: ";
@@ -241,6 +241,12 @@ impl Drop for Slot {
     }
 }
 
+impl Heard {
+    pub(super) fn new(running: usize, holds: bool) -> Self {
+        Self { running, holds, until: 0.0 }
+    }
+}
+
 impl Counted {
     /// The name under which processes tell each other of it.
     pub(super) fn name(&self) -> String {
@@ -343,7 +349,8 @@ impl Gate {
         let mut state = self.lock();
         state.expire(now);
         let tells = state.holds(now) && state.used() + state.waiting > 0;
-        let told = std::mem::replace(&mut state.told, if tells { state.used() } else { 0 });
+        let tell = if tells { state.used() } else { 0 };
+        let told = std::mem::replace(&mut state.told, tell);
         (tells || told > 0).then(|| Count {
             name: self.counted.name(),
             running: state.used(),

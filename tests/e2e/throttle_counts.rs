@@ -34,7 +34,8 @@ async fn created(harness: &Harness, path: &str) -> String {
     let answer = create(harness, path).await;
     assert!(answer.status().is_success(), "{path}: {}", answer.status());
     let body = json(answer).await;
-    let id = if path == RUNS { &body["workflowExecutionId"] } else { &body["exportId"] };
+    let is_run = path.ends_with("/workflowExecutions");
+    let id = if is_run { &body["workflowExecutionId"] } else { &body["exportId"] };
     id.as_str().expect("the response names the job").to_owned()
 }
 
