@@ -170,7 +170,8 @@ async fn no_page_links_to_a_login_that_cannot_work_there() {
     }
 
     // Amazon sends browsers to another host, where the cookie of a login begun here does not arrive.
-    let harness = Harness::set(&[("amazon.redirect_uri", "https://ads.example/api/auth/amazon/callback")]).await;
+    let mut harness = Harness::start().await;
+    harness.restart_with("amazon.redirect_uri", "https://ads.example/api/auth/amazon/callback").await;
     let start = open(&harness, "/", "").await.text().await.unwrap();
     assert!(!start.contains(LOGIN) && start.contains("amazon.redirect_uri"), "{start}");
 

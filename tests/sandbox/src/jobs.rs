@@ -54,7 +54,7 @@ impl Jobs {
         (self.refusals, self.most)
     }
 
-    /// Begins the AMC workflow run `id` of an `instance` and its `account`, or returns the refusal if it is one too many.
+    /// Begins the AMC workflow run `id` of an `instance` and its `account`, or returns the refusal of one too many.
     pub(super) fn run(
         &mut self,
         listener: Listener,
