@@ -32,6 +32,7 @@ mod keys;
 mod limits;
 mod login;
 mod login_command;
+mod login_pages;
 mod login_attacks;
 mod manuals;
 mod mcp;
