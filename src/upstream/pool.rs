@@ -675,7 +675,12 @@ mod tests {
     #[tokio::test]
     async fn connections_that_are_of_no_use_are_opened_ever_more_seldom() {
         let mut background = Background::default();
-        let waits: Vec<_> = (0..12).map(|_| { background.failed(); background.wait().as_secs_f64().round() }).collect();
+        let waits: Vec<_> = (0..12)
+            .map(|_| {
+                background.failed();
+                background.wait().as_secs_f64().round()
+            })
+            .collect();
         assert_eq!(waits, [1., 2., 4., 8., 10., 10., 10., 10., 10., 10., 10., 10.]);
     }
 }
