@@ -372,10 +372,9 @@ impl OriginPool {
         let mut idled = false;
         for (used, idle) in closed.iter().copied() {
             self.limit(used).closed_after(idle);
-            match used {
-                true => idled |= idle >= IDLED,
-                false if idle < FLEETING => connections.background.failed(),
-                false => (idled, connections.background.failures) = (true, 0),
+            idled |= idle >= if used { IDLED } else { FLEETING };
+            if !used && idle < FLEETING {
+                connections.background.failed();
             }
         }
         if idled {
@@ -489,22 +488,22 @@ impl OriginPool {
         let aging = connections.shared.iter().any(|shared| shared.opened().elapsed() >= MAX_AGE - AGING);
         let next = self.keep_warm(&mut connections, aging);
         connections.peak -= connections.peak.div_ceil(PEAK_FADES);
-        let (mut survived, mut used) = (false, false);
+        let (mut survived, mut lasted) = (false, false);
         connections.idle.retain(|idle| {
             let over = idle.since.elapsed() >= self.limit(idle.connection.reused).current();
             let open = !idle.is_closed();
             survived |= over && open && idle.connection.reused;
-            used |= idle.connection.reused;
+            lasted |= open && idle.connection.opened.elapsed() >= FLEETING;
             !over && idle.connection.opened.elapsed() < MAX_AGE && open
         });
         connections.shared.retain(|shared| {
             let over = shared.idle_for().is_some_and(|idle| idle >= self.limit(shared.was_used()).current());
             let open = !shared.is_closing();
             survived |= over && open && shared.was_used();
-            used |= shared.was_used();
+            lasted |= open && shared.opened().elapsed() >= FLEETING;
             !over && shared.opened().elapsed() < MAX_AGE && open
         });
-        if used {
+        if lasted {
             connections.background.failures = 0;
         }
         if survived {
