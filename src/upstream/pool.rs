@@ -397,7 +397,7 @@ impl OriginPool {
     /// flight will leave its own, unless all are `aging`. Returns the time until it is worth another look.
     fn keep_warm(self: &Arc<Self>, connections: &mut Connections, aging: bool) -> Duration {
         let unused = self.needs_unused(connections);
-        let suits = |idle: &&Idle| !idle.is_closed() && !(unused && idle.connection.reused);
+        let suits = |idle: &&Idle| !(idle.is_closed() || unused && idle.connection.reused);
         let http1 = connections.idle.iter().filter(suits);
         let http1 = http1.map(|idle| self.lasts(idle.connection.reused, idle.since.elapsed(), idle.connection.opened));
         let http2 = connections.shared.iter().filter(|shared| !shared.is_closing());
