@@ -66,5 +66,6 @@ mod upstream_faults;
 mod unauthorized;
 mod login_recovery;
 mod users;
+mod warm_connections;
 mod whom;
 mod whom_properties;
