@@ -337,6 +337,11 @@ impl Problem {
         self.code
     }
 
+    /// Whether the same request may succeed later.
+    pub fn is_retryable(&self) -> bool {
+        self.code.retryable()
+    }
+
     /// What happened.
     pub fn detail(&self) -> &str {
         &self.detail

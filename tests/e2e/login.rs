@@ -494,7 +494,7 @@ async fn a_browser_is_redirected_to_the_consent_page_with_a_cookie() {
         assert!(header(&answer, "location").starts_with(&harness.sandbox.authorize_url()));
         let cookie = header(&answer, "set-cookie");
         for part in
-            ["adsidecar_login_", "; HttpOnly", "; SameSite=Lax", "; Path=/api/auth/amazon/callback", "; Max-Age=600"]
+            ["adsidecar_login_", "; HttpOnly", "; SameSite=Lax", "; Path=/api/auth/amazon/callback", "; Max-Age=3600"]
         {
             assert!(cookie.contains(part), "{part} in {cookie}");
         }

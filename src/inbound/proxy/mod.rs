@@ -83,9 +83,14 @@ pub struct Settings {
 }
 
 impl Settings {
-    /// The user of requests that select none.
-    pub fn default_user(&self) -> UserId {
-        fallback(&self.accounts).map_or_else(UserId::default, |account| account.user.clone())
+    /// The user of requests that select none, and the other users of the accounts.
+    pub fn users(&self) -> (UserId, Vec<UserId>) {
+        let default = fallback(&self.accounts).map_or_else(UserId::default, |account| account.user.clone());
+        let mut others: Vec<_> = self.accounts.iter().map(|account| account.user.clone()).collect();
+        others.sort_unstable();
+        others.dedup();
+        others.retain(|user| *user != default);
+        (default, others)
     }
 }
 

@@ -15,7 +15,7 @@
 //!   matches applies: `[{"per_second": 20, "burst": 20, "path": "/sp", "told": "nothing"}]`; `told` is `seconds` (the
 //!   default), `date`, `nothing`, `html` or `{"text": "…"}`
 //! - `POST /jobs`: [`JobLimits`]: how many exports and AMC workflow runs there are at once, and how long they run:
-//!   `{"exports": 5, "runs": 10, "seconds": 2}`
+//!   `{"exports": 5, "runs": 10, "runs_of_account": 200, "seconds": 2}`
 //! - `POST /clock`: `{"advance": "1h"}` moves the sandbox's clock, and `-1h` moves it back; returns the time
 //! - `POST /consent`: records a consent. `{"want": "code"}` (the default; also `redirect_uri`, `scope`, `advertiser`,
 //!   `client_id`, `code_challenge` with S256) returns `{"code"}`; `{"want": "grant"}` returns
