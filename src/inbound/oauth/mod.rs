@@ -32,7 +32,7 @@ use crate::domain::headers::ERROR;
 use crate::domain::secret::Secret;
 use crate::inbound::admission::{Admission, Admitted, is_loopback, without_port};
 use crate::inbound::destination::{Endpoint, LOGIN};
-use crate::inbound::problem::Problem;
+use crate::inbound::problem::{Problem, add_private_headers};
 use crate::inbound::request_id::{REQUEST_ID, RequestIds};
 use crate::notify::Events;
 use crate::server::{CallerBody, Peer};
@@ -42,8 +42,7 @@ pub use errors::{LoginError, token_problem};
 pub use events::EventStream;
 use pages::{Links, WayOn};
 use query::{Query, Users};
-pub use responses::add_private_headers;
-use responses::{allow_origin, cookie_of, is_prefetch, json, prefers_html, preflight, redirect};
+use responses::{allow_origin, cookie_of, is_prefetch, json, nothing, prefers_html, preflight, redirect};
 
 type FullResponse = Response<Full<Bytes>>;
 
@@ -147,11 +146,10 @@ impl OauthEndpoints {
             Endpoint::Shim if !self.token_shim => return Err(LoginError::NotFound(None)),
             Endpoint::Unknown => return Err(LoginError::NotFound(Endpoint::meant(parts.uri.path()))),
             Endpoint::Discovery => return Err(LoginError::Discovery(self.users.0.clone())),
-            Endpoint::Health => return Ok(Response::new(Full::default())),
             Endpoint::StrayCallback => return Err(LoginError::StrayCallback(self.login.callback_path().to_owned())),
             _ => {}
         }
-        if parts.method != endpoint.method() {
+        if !endpoint.accepts(&parts.method) {
             return Err(LoginError::Method(endpoint.allow()));
         }
         if endpoint == Endpoint::Shim {
@@ -160,6 +158,7 @@ impl OauthEndpoints {
         let query = Query::read(endpoint, parts, body).await?;
         match endpoint {
             Endpoint::Login => self.begin(&query, parts).await,
+            Endpoint::Callback if parts.method == Method::HEAD || is_prefetch(&parts.headers) => Ok(nothing()),
             Endpoint::Callback => self.callback(&query, &parts.headers).await,
             Endpoint::Status => self.status(&query, &parts.headers).await,
             Endpoint::Accounts => self.accounts(&query, &parts.headers).await,
@@ -169,12 +168,10 @@ impl OauthEndpoints {
             Endpoint::User => self.logout(&query::user_in(parts.uri.path())?).await,
             Endpoint::Confirm => self.confirm(&query, &parts.headers).await,
             Endpoint::Root => Ok(self.root(&parts.headers)),
-            Endpoint::Events
-            | Endpoint::Shim
-            | Endpoint::Health
-            | Endpoint::Discovery
-            | Endpoint::StrayCallback
-            | Endpoint::Unknown => Err(LoginError::NotFound(None)),
+            Endpoint::Health => Ok(Response::new(Full::default())),
+            Endpoint::Events | Endpoint::Shim | Endpoint::Discovery | Endpoint::StrayCallback | Endpoint::Unknown => {
+                Err(LoginError::NotFound(None))
+            }
         }
     }
 
@@ -228,11 +225,6 @@ impl OauthEndpoints {
     }
 
     async fn callback(&self, query: &Query, headers: &HeaderMap) -> Result<FullResponse, LoginError> {
-        if is_prefetch(headers) {
-            let mut nothing = Response::new(Full::default());
-            *nothing.status_mut() = StatusCode::NO_CONTENT;
-            return Ok(nothing);
-        }
         let LoginEnded { outcome, return_to, again } = match callback(query)? {
             Some(callback) => self.login.finish(callback, |name| cookie_of(headers, name)).await,
             None => LoginFailure::Expired.into(),
@@ -363,8 +355,7 @@ impl OauthEndpoints {
     async fn logout(&self, user: &UserId) -> Result<FullResponse, LoginError> {
         self.login.forget(user).await.map_err(LoginError::Store)?;
         self.directory.forget(user);
-        let mut response = Response::new(Full::default());
-        *response.status_mut() = StatusCode::NO_CONTENT;
+        let mut response = nothing();
         response.headers_mut().insert(LINK, HeaderValue::from_static(AMAZONS_APPS_PAGE));
         Ok(response)
     }
