@@ -32,14 +32,13 @@ use std::process::ExitCode;
 
 use adsidecar::auth::tokens::Settings;
 use adsidecar::config::{self, Sources};
-use calibration::Calibration;
+use calibration::{Calibration, FIXTURE};
 use clap::Parser;
 use database::{Kind, LIFETIME, Micros, SECOND};
 use engine::{Fleet, KnownBad, Plan};
 use figures::{Figures, MINUTE};
 
 const HOUR: Micros = 60 * MINUTE;
-const FIXTURE: &str = "tests/fixtures/fleet_calibration.json";
 
 /// Simulates many processes with very many grants on one PostgreSQL.
 #[derive(Parser)]
@@ -243,8 +242,8 @@ fn main() -> ExitCode {
 mod tests {
     use super::*;
 
-    fn small(known_bad: Option<KnownBad>, pods: usize) -> (Figures, Vec<String>) {
-        let plan = Plan { known_bad, ..plan(pods, 500 * pods, 2, 5, 7) };
+    fn small(known_bad: Option<KnownBad>, pods: usize, grants: usize) -> (Figures, Vec<String>) {
+        let plan = Plan { known_bad, ..plan(pods, grants, 2, 5, 7) };
         let figures = Fleet::new(plan.clone(), settings(), &Calibration::stored()).run();
         let wrong = broken(&plan, &settings(), &figures);
         (figures, wrong)
@@ -254,19 +253,19 @@ mod tests {
     #[test]
     fn a_fleet_without_leases_pauses_or_brake_is_noticed() {
         let words = [
-            (KnownBad::Unlocked, 4, "sent twice"),
-            (KnownBad::Unpaced, 40, "statements per refresh"),
-            (KnownBad::Unbraked, 4, "token calls a minute"),
+            (KnownBad::Unlocked, 4, 500, "sent twice"),
+            (KnownBad::Unpaced, 60, 6000, "statements per refresh"),
+            (KnownBad::Unbraked, 4, 500, "token calls a minute"),
         ];
-        for (bad, pods, word) in words {
-            let (_, wrong) = small(Some(bad), pods);
+        for (bad, pods, grants, word) in words {
+            let (_, wrong) = small(Some(bad), pods, grants);
             assert!(wrong.iter().any(|text| text.contains(word)), "{bad:?}: {wrong:?}");
         }
     }
 
     #[test]
     fn a_simulated_fleet_refreshes_each_grant_once_in_time_and_at_few_statements() {
-        let (figures, wrong) = small(None, 40);
+        let (figures, wrong) = small(None, 40, 20_000);
         assert!(wrong.is_empty(), "{wrong:?}");
         assert!(figures.minutes.iter().map(|minute| minute.stored).sum::<u64>() > 20_000 * 4);
     }

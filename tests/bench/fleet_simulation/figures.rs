@@ -110,7 +110,7 @@ impl Figures {
     /// A refresh that was due at `due` is stored, for a token that expires at `expires`.
     pub fn stored(&mut self, now: Micros, due: Micros, expires: Micros) {
         self.minute(now).stored += 1;
-        let is_troubled = due >= self.outage.0 - MINUTE && self.recovered.is_none_or(|recovered| due <= recovered);
+        let is_troubled = due >= self.outage.0 - MINUTE && self.recovered.is_none_or(|end| due <= end + MINUTE);
         if self.started.is_some_and(|started| due > started) && !is_troubled {
             let late = ((now - due) / SECOND).max(0) as usize;
             let last = self.lateness.len() - 1;

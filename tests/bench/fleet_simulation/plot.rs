@@ -45,7 +45,11 @@ pub fn svg(plan: &Plan, figures: &Figures) -> String {
     for power in 0..=POWERS {
         let rate = 10f64.powi(power - 2);
         let at = y(rate);
-        let label = if rate < 1000.0 { format!("{rate}") } else { format!("{}k", rate / 1000.0) };
+        let label = match rate {
+            1e6.. => format!("{}M", rate / 1e6),
+            1e3.. => format!("{}k", rate / 1e3),
+            _ => format!("{rate}"),
+        };
         let _ = writeln!(
             text,
             "<path d=\"M50 {at:.1}H914\" stroke=\"#d0d7de\"/><text x=\"12\" y=\"{:.0}\">{label}</text>",
