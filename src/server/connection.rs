@@ -23,14 +23,16 @@ use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpStream, UnixStream};
 
-use super::Peer;
 use super::caller_body::CallerBody;
 use super::io::{BusyBody, MonitoredSocket, detach};
 use super::registry::{Command, Slot};
 use super::tunnel::{Tunnel, TunnelState};
+use super::{OwnResponses, Peer};
 
 /// Largest request head, in bytes. The limit is exact; the size of the read buffer alone would be approximate.
 const MAX_HEAD: usize = 32 << 10;
+/// A line of a head that is longer is the request line, whose target is then longer than any that is served.
+const MAX_LINE: usize = 16 << 10;
 /// Largest read buffer of one connection, in bytes.
 const MAX_BUFFER: usize = 64 << 10;
 /// How long a caller may continue to send after its last response. Closing a socket with unread bytes resets the
@@ -67,14 +69,24 @@ enum Served<S, V> {
     Idle(MonitoredSocket<S>, V),
     /// A request head was not complete in time.
     HeadTimeout(MonitoredSocket<S>),
-    /// The parser rejected a request; its response was held back. Holds whether the target is to blame.
-    Refused(MonitoredSocket<S>, bool),
+    /// The parser rejected a request; its response was held back.
+    Refused(MonitoredSocket<S>, Blame),
     /// HTTP on the connection has ended; the socket has to be closed.
     Ended(MonitoredSocket<S>),
     /// A response broke off.
     Broken(MonitoredSocket<S>),
     /// The caller does not read; the socket was reset.
     Reset,
+}
+
+/// Why the parser rejected a request, as far as that can be said.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Blame {
+    /// A character of the target.
+    Target,
+    /// The length of the request line.
+    LongLine,
+    Unknown,
 }
 
 /// Serves one connection until it is closed.
@@ -128,9 +140,9 @@ where
         (socket, service) = match served {
             Served::Idle(socket, service) => (socket, service),
             Served::HeadTimeout(socket) => break (socket, Some(context.own.head_timeout()), true),
-            Served::Refused(mut socket, bad_target) => {
-                let refusal = socket.take_refusal().filter(|_| !bad_target);
-                break (socket, Some(refusal.unwrap_or_else(|| context.own.bad_target())), true);
+            Served::Refused(mut socket, blame) => {
+                let refusal = socket.take_refusal().unwrap_or_default();
+                break (socket, Some(told(refusal, blame, &*context.own)), true);
             }
             Served::Ended(socket) => break (socket, None, true),
             // Dropped as it is: a graceful end would look like the end of the body.
@@ -162,6 +174,18 @@ where
         close.await;
     } else {
         close.await;
+    }
+}
+
+/// What the caller is told instead of `refusal`, the answer of hyper's parser. Of most malformed requests nothing can
+/// be said.
+fn told(refusal: Bytes, blame: Blame, own: &dyn OwnResponses) -> Bytes {
+    let is_too_large = refusal.starts_with(b"HTTP/1.1 431") || refusal.starts_with(b"HTTP/1.1 414");
+    match blame {
+        Blame::Target => own.bad_target(),
+        Blame::LongLine if is_too_large => own.target_too_long(),
+        _ if is_too_large => own.head_too_large(),
+        _ => refusal,
     }
 }
 
@@ -236,10 +260,10 @@ where
                     // After an error of its parser hyper has written a response, and it is whole.
                     let whole = error.is_parse();
                     let parts = connection.into_parts();
-                    let bad_target = is_bad_target(&error, &parts.read_buf);
+                    let blame = blame(&error, &parts.read_buf);
                     let socket = parts.io.into_inner();
                     return match whole {
-                        _ if socket.has_refusal() => Served::Refused(socket, bad_target),
+                        _ if socket.has_refusal() => Served::Refused(socket, blame),
                         true => Served::Ended(socket),
                         false => Served::Broken(socket),
                     };
@@ -277,6 +301,15 @@ enum Step {
     Written,
     /// The connection may be parked.
     Idle,
+}
+
+/// Why hyper could not read a request; `unread` is what it left.
+fn blame(error: &hyper::Error, unread: &[u8]) -> Blame {
+    match unread.iter().take(MAX_LINE).any(|byte| *byte == b'\n') {
+        _ if is_bad_target(error, unread) => Blame::Target,
+        false if unread.len() > MAX_LINE => Blame::LongLine,
+        _ => Blame::Unknown,
+    }
 }
 
 /// Whether hyper could not read a request because of a character that programs send and no URL can hold. Of other
@@ -366,6 +399,14 @@ mod tests {
         }
 
         fn bad_target(&self) -> Bytes {
+            Bytes::new()
+        }
+
+        fn head_too_large(&self) -> Bytes {
+            Bytes::new()
+        }
+
+        fn target_too_long(&self) -> Bytes {
             Bytes::new()
         }
 

@@ -115,6 +115,10 @@ pub trait OwnResponses: std::fmt::Debug + Send + Sync {
     fn overloaded(&self) -> Bytes;
     /// The target contains a character that no URL can.
     fn bad_target(&self) -> Bytes;
+    /// The request head is too large.
+    fn head_too_large(&self) -> Bytes;
+    /// The target is too long for the parser.
+    fn target_too_long(&self) -> Bytes;
     /// A new id for the response to a request that could not be parsed.
     fn request_id(&self) -> HeaderValue;
 }

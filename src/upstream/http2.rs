@@ -182,6 +182,11 @@ impl Http2 {
         self.state.streams.load(Relaxed) > 0 && self.state.activity.elapsed() >= SILENT_AFTER
     }
 
+    /// Whether a request has ended on the connection.
+    pub(super) fn was_used(&self) -> bool {
+        self.state.was_used()
+    }
+
     /// Whether both are handles to the same connection.
     pub(super) fn is(&self, other: &Self) -> bool {
         Arc::ptr_eq(&self.state, &other.state)
@@ -210,11 +215,15 @@ impl WeakHttp2 {
 
     /// Whether a request has ended on the connection.
     pub(super) fn was_used(&self) -> bool {
-        self.0.idle_since.load(Relaxed) > 0
+        self.0.was_used()
     }
 }
 
 impl State {
+    fn was_used(&self) -> bool {
+        self.idle_since.load(Relaxed) > 0
+    }
+
     fn idle(&self) -> Option<Duration> {
         (self.streams.load(Relaxed) == 0).then(|| self.idle_for())
     }

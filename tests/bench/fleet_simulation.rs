@@ -22,6 +22,15 @@ mod engine;
 mod figures;
 #[path = "fleet_simulation/plot.rs"]
 mod plot;
+/// What `postgres_server` uses of the tests' harness.
+mod harness {
+    use std::net::{SocketAddr, TcpListener};
+
+    pub fn unused_address() -> SocketAddr {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("an address");
+        listener.local_addr().expect("an address")
+    }
+}
 #[allow(dead_code, reason = "the tests use what this program does not")]
 #[path = "../e2e/postgres_server.rs"]
 mod postgres_server;

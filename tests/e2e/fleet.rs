@@ -389,7 +389,10 @@ async fn of_six_replicas_one_adopts_the_configured_refresh_token_and_a_login_is_
         (pair.sql.one(refused).await? == "1").then_some(())
     })
     .await;
-    drop(replicas);
+    // None of them may still be there to try the second grant.
+    for mut replica in replicas {
+        replica.stop().await;
+    }
     let refused = "adsidecar_token_refresh_total{reason=\"invalid_grant\",result=\"failure\"}";
     let before = pair.a.metric(refused).await + pair.b.metric(refused).await;
     // The starting process or one that runs tries the grant, and while it hears that it is refused, a person logs in.
