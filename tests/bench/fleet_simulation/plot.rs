@@ -10,7 +10,7 @@ const COLORS: [&str; 4] = ["#0b57d0", "#7d4e00", "#116329", "#b3261e"];
 /// Minutes of one point.
 const BIN: usize = 3;
 /// The powers of ten of the axis.
-const POWERS: i32 = 8;
+const POWERS: i32 = 9;
 
 /// A line: its name, and what it shows of a second.
 type Line = (&'static str, fn(&Counts) -> f64);
