@@ -1,7 +1,4 @@
-//! One connection, from accept to close.
-//!
-//! hyper holds two buffers of 8 KiB per connection, and other state. When many connections are open, hyper therefore
-//! gets a connection only while it is in use. An idle connection is then parked: it consists of a socket and a waker.
+//! One connection, from accept to close: served by hyper, or idle and [parked](super::parking).
 
 use std::convert::Infallible;
 use std::future::poll_fn;
@@ -127,7 +124,7 @@ where
             if slot.draining() {
                 response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
             } else if keeps_alive && !response.headers().contains_key(CONNECTION) {
-                response.headers_mut().insert(KEEP_ALIVE, context.limits.load().keep_alive());
+                response.headers_mut().insert(KEEP_ALIVE, context.keep_alive.of(&context.limits));
             }
             Ok::<_, Infallible>(response)
         })
@@ -160,7 +157,7 @@ where
                 return;
             }
         };
-        if !socket.has_unread() && !park(&socket, &slot).await {
+        if !socket.has_unread() && !park(socket.get_ref(), &slot).await {
             break (socket, None, false);
         }
     };
@@ -341,13 +338,13 @@ fn idle<S: Socket, V>(parts: http1::Parts<TokioIo<MonitoredSocket<S>>, V>) -> Se
     Served::Idle(socket, parts.service)
 }
 
-/// Parks the connection until there is data to read. Returns `false` if the connection is told to close before that.
-async fn park<S: Socket>(socket: &MonitoredSocket<S>, slot: &Slot) -> bool {
+/// Waits until there is data to read on a parked connection. Returns `false` if it is told to close before that.
+async fn park(socket: &impl Socket, slot: &Slot) -> bool {
     loop {
         tokio::select! {
             biased;
             // A socket error is found by the next read.
-            _ = poll_fn(|cx| socket.get_ref().poll_readable(cx)) => return true,
+            _ = poll_fn(|cx| socket.poll_readable(cx)) => return true,
             command = slot.command() => {
                 if matches!(command, Command::Close | Command::Abort) {
                     return false;
@@ -379,7 +376,8 @@ mod tests {
     use http_body_util::{BodyExt, Full};
     use tokio::io::AsyncReadExt;
 
-    use super::super::registry::{MAX_ACTIVE, Registry};
+    use super::super::parking::MAX_ACTIVE;
+    use super::super::registry::Registry;
     use super::super::{Limits, OwnResponses};
     use super::*;
 
@@ -427,7 +425,7 @@ mod tests {
             let (stream, caller) = UnixStream::pair().unwrap();
             let (registry, requests) = (Arc::<Registry>::default(), Arc::<AtomicUsize>::default());
             if crowded {
-                registry.simulate_crowd();
+                registry.parking().simulate_crowd();
             }
             let counted = requests.clone();
             let handler = move |request: Request<CallerBody>, _: Peer| {
@@ -448,6 +446,7 @@ mod tests {
                 own: Arc::new(Own),
                 limits,
                 share: 100,
+                keep_alive: Default::default(),
             };
             let connection = run(stream, Peer::Unix(None), registry.register(), Arc::new(context));
             // An app may keep ten thousand idle connections open, so the future has to be small.
@@ -480,7 +479,7 @@ mod tests {
         }
 
         async fn until_parked(&self) {
-            self.until("parked", |registry| registry.active() == MAX_ACTIVE).await;
+            self.until("parked", |registry| registry.parking().active() == MAX_ACTIVE).await;
         }
     }
 
@@ -499,7 +498,7 @@ mod tests {
         let mut scene = Scene::start(false);
         scene.send(REQUEST).await;
         scene.expect(RESPONSE).await;
-        assert_eq!(scene.registry.active(), 1);
+        assert_eq!(scene.registry.parking().active(), 1);
     }
 
     #[tokio::test]
@@ -522,7 +521,7 @@ mod tests {
         scene.send(b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 4\r\n\r\nGET").await;
         // The response comes before the end of the body, and the rest of the body is not a request head.
         scene.expect(RESPONSE).await;
-        assert_eq!(scene.registry.active(), MAX_ACTIVE + 1);
+        assert_eq!(scene.registry.parking().active(), MAX_ACTIVE + 1);
         scene.send(b" ").await;
         scene.send(REQUEST).await;
         scene.expect(RESPONSE).await;
