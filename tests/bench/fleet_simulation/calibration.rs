@@ -220,7 +220,7 @@ async fn measure_all(meter: &Meter, store: &Postgres, rows: usize) -> Result<Vec
     store.poll().await?;
     store.lookup_all(&[user(0)]).await?;
 
-    let idle = meter.each(2000, async |_| Ok(drop(store.poll().await?))).await?;
+    let idle = meter.each(2000, async |_| Ok(store.poll().await.map(drop)?)).await?;
     let changes = 1000;
     let (first, last) = (rows - changes, rows - 1);
     let change = format!(
@@ -266,14 +266,14 @@ async fn measure_all(meter: &Meter, store: &Postgres, rows: usize) -> Result<Vec
         .await?;
     costs.push(("write", write.flat()));
 
-    let look = meter.each(1000, async |number| Ok(drop(store.lookup_all(&[range(6, number)]).await?))).await?;
+    let look = meter.each(1000, async |number| Ok(store.lookup_all(&[range(6, number)]).await.map(drop)?)).await?;
     let many: Vec<_> = (0..500).map(|number| range(6, 7 * number)).collect();
-    let look_many = meter.each(50, async |_| Ok(drop(store.lookup_all(&many).await?))).await?;
+    let look_many = meter.each(50, async |_| Ok(store.lookup_all(&many).await.map(drop)?)).await?;
     costs.push(("look", look.growing(1.0, &look_many, many.len() as f64)));
 
     costs.push(("note", meter.each(500, async |_| Ok(store.publish_and_follow_rotation().await?)).await?.flat()));
     store.set_brake("unreachable", Duration::from_secs(600)).await?;
-    costs.push(("probe", meter.each(500, async |_| Ok(drop(store.claim_probe(PROBE).await?))).await?.flat()));
+    costs.push(("probe", meter.each(500, async |_| Ok(store.claim_probe(PROBE).await.map(drop)?)).await?.flat()));
     costs.push(("brake", meter.each(500, async |_| Ok(store.set_brake("unreachable", PROBE).await?)).await?.flat()));
     Ok(costs)
 }
