@@ -392,9 +392,9 @@ async fn a_rejected_client_is_one_failure_for_all_users_without_a_storm() {
     for user in &users {
         harness.log_in(user).await;
     }
-    // Every due user has been refreshed or rescheduled: a user who has not was due at least a second ago. What is planned
-    // less than a millisecond ahead reads as now, since times are told to the millisecond: the jitter makes every
-    // hundredth run contain such a retry, for which a frozen clock never comes.
+    // Every due user has been refreshed or rescheduled: one who has not was due at least a second ago. A retry that is
+    // planned less than a millisecond ahead reads as now, since times are told to the millisecond. The jitter makes one
+    // in about a hundred runs, and the clock stands still.
     let all_are = async |wanted: &str, error: Value| {
         eventually(wanted, async || {
             let told = json(harness.get("/api/auth/amazon/status?limit=100").await).await;

@@ -9,6 +9,7 @@ use tokio::sync::Semaphore;
 use tokio::time::timeout;
 
 use super::TokenManager;
+use super::client_circuit::Brake;
 use super::follower::Follower;
 use super::refresh_task::RefreshReason;
 use super::scheduler::Scheduler;
@@ -53,20 +54,28 @@ impl TokenManager {
     }
 
     /// Claims as many due refreshes as there are permits, and starts them. Returns whether more may be due at once.
+    ///
+    /// While the brake holds, none is claimed: each would fail without a call, and cost statements for every user that
+    /// is due, again and again. Once it has ended, one is claimed, and the next poll tells what became of it.
     async fn claim_batch(&self, follower: &Follower, permits: &Arc<Semaphore>) -> bool {
         let now = self.0.clock.reading();
         let is_due = || {
             let due_at = *follower.due_at.lock().unwrap_or_else(PoisonError::into_inner);
             due_at.is_some_and(|due| due <= now.wall)
         };
-        if !is_due() {
+        let most = match self.0.circuit.brake(now) {
+            Brake::Released => usize::MAX,
+            Brake::Ended => 1,
+            Brake::Holds => 0,
+        };
+        if !is_due() || most == 0 {
             return false;
         }
         follower.settle().await;
         // The semaphore is never closed.
         let Ok(first) = permits.clone().acquire_owned().await else { return false };
         let more = std::iter::from_fn(|| permits.clone().try_acquire_owned().ok());
-        let mut free: Vec<_> = std::iter::once(first).chain(more).collect();
+        let mut free: Vec<_> = std::iter::once(first).chain(more).take(most).collect();
         let claimed = self.timed("claim", follower.store.claim_due(now.wall, free.len())).await.unwrap_or_default();
         let is_full = claimed.len() == free.len();
         if !is_full {
@@ -81,7 +90,7 @@ impl TokenManager {
                 drop(permit);
             });
         }
-        is_full
+        is_full && most > 1
     }
 
     async fn refresh_claimed(&self, store: &crate::store::Postgres, claimed: Claimed) {

@@ -66,6 +66,17 @@ struct Ramp {
     next: Instant,
 }
 
+/// What the brake lets a process begin.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Brake {
+    /// Any refresh: LWA serves our client, as far as this process knows.
+    Released,
+    /// One refresh, which finds out whether LWA serves our client again.
+    Ended,
+    /// None: it would fail without a call, or wait for the one that finds out.
+    Holds,
+}
+
 /// Permission to call LWA: a guard while our client is refused, otherwise `None`.
 pub(super) type ProbePermit<'a> = Option<tokio::sync::MutexGuard<'a, ()>>;
 
@@ -103,6 +114,17 @@ impl ClientCircuit {
             turn
         };
         sleep_until(turn).await;
+    }
+
+    /// What the brake lets this process begin at `now`.
+    pub(super) fn brake(&self, now: ClockReading) -> Brake {
+        if self.refused().is_none() {
+            Brake::Released
+        } else if self.cached_rejection(now).is_none() && self.probe.try_lock().is_ok() {
+            Brake::Ended
+        } else {
+            Brake::Holds
+        }
     }
 
     /// The cached rejection, and how long until the next probe.
