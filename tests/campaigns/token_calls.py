@@ -120,16 +120,29 @@ class Record:
         return False
 
     def story(self, later: Call, earlier: list[Call]) -> str:
-        lines = [f"user {self.users.get(later.token, '?')}: a token was used again without need:"]
-        for call in [*earlier, later]:
-            at = lambda moment: f"{moment - later.received:+.2f}" if moment < float("inf") else "never"
-            lines.append(f"  {call.pod} sent it at {at(call.received)} s, processed {at(call.processed)}, answered "
-                         f"{at(call.ended)} ({'heard' if call.heard else 'nobody there'}): "
-                         f"{'consumed' if call.successor else 'invalid_grant'}")
-        kills = {pod: [round(at - later.received, 2) for at in kills if -60 < at - later.received < 20]
-                 for pod, kills in self.kills.items()}
-        lines.append(f"  kills {kills}, failovers {[round(end - later.received, 2) for _, end in self.failovers[-3:]]}")
-        return "\n".join(lines)
+        title = f"user {self.users.get(later.token, '?')}: a token was used again without need:"
+        return "\n".join([title, *self.lines([*earlier, later], later.received)])
+
+    def lately(self, user: str, at: float) -> str:
+        """The calls for this user in the minute before."""
+        calls = [call for calls in self.calls.values() for call in calls
+                 if self.users.get(call.token) == user and at - 60 < call.received]
+        return "\n".join(self.lines(sorted(calls, key=lambda call: call.received), at))
+
+    def lines(self, calls: list[Call], at: float) -> list[str]:
+        """What happened, in seconds before or after `at`, and the log's own time of that."""
+        names, lines = {}, [f"  0 is {time.strftime('%H:%M:%S', time.gmtime(time.time() - time.monotonic() + at))} UTC"]
+        since = lambda moment: f"{moment - at:+.2f}" if moment < float("inf") else "never"
+        name = lambda token: names.setdefault(token, f"T{len(names)}")
+        for call in calls:
+            lines.append(f"  {call.pod} sent {name(call.token)} at {since(call.received)}, processed "
+                         f"{since(call.processed)}, answered {since(call.ended)} "
+                         f"({'heard' if call.heard else 'nobody there'}): "
+                         f"{name(call.successor) if call.successor else 'invalid_grant'}")
+        near = lambda moments: [round(moment - at, 2) for moment in moments if -60 < moment - at < 20]
+        kills = {pod: near(kills) for pod, kills in self.kills.items()}
+        failovers = [(round(begun - at, 2), round(ended - at, 2)) for begun, ended in self.failovers[-2:]]
+        return [*lines, f"  kills {kills}, failovers {failovers}"]
 
 
 class Amazon:
