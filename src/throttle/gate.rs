@@ -26,7 +26,7 @@ use crate::domain::clock::Clock;
 /// Most gates of one client. AMC has one for each instance; beyond this number runs are not counted.
 const MAX_GATES: usize = 1000;
 
-/// Most jobs that one gate counts. Only a gate that never held a call has so many: the oldest is forgotten.
+/// Most jobs that one gate counts. Only a gate that never held a call gets that far; it forgets the oldest.
 const MAX_JOBS: usize = 1000;
 
 /// How long a gate holds calls after Amazon's last refusal, in seconds. Amazon's counts may change.

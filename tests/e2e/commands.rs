@@ -15,7 +15,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use world::{CLIENT_ID, CLIENT_SECRET, Fault, Listener, RETURN_URL, Rule, SCOPE};
 
-use crate::harness::{FERNET_KEY, Harness, eventually, json};
+use crate::harness::{FERNET_KEY, Harness, eventually, json, unused_address};
 
 /// The binary under test: that of `ADSIDECAR_BIN`, as in pytest, else the one that cargo has built for the tests.
 pub static BINARY: LazyLock<String> =
@@ -613,7 +613,7 @@ async fn health_and_wait_need_no_credentials() {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_log_of_a_failed_refresh_names_the_cause_with_host_and_address() {
     let harness = stopped().await;
-    let nobody = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let nobody = unused_address();
     let set = format!("amazon.token_url=https://localhost:{}/auth/o2/token", nobody.port());
     let serving = Serving::start(&harness, &["--set", &set]).await;
     let refreshed = harness.client.post(serving.url("/api/auth/amazon/refresh")).send().await.unwrap();

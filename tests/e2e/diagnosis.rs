@@ -3,7 +3,7 @@
 use world::{Fault, Listener, Rule};
 
 use crate::commands::Serving;
-use crate::harness::{Harness, code, eventually, json};
+use crate::harness::{Harness, code, eventually, json, unused_address};
 
 #[tokio::test(flavor = "multi_thread")]
 // Covers: situation 13.
@@ -45,7 +45,7 @@ async fn the_log_names_the_host_and_the_address_that_could_not_be_reached() {
     let mut harness = Harness::with_running_clock("").await;
     harness.log_in("default").await;
     harness.stop_sidecar().await;
-    let nobody = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let nobody = unused_address();
     let set = format!("upstream.na=https://localhost:{}", nobody.port());
     let serving = Serving::start(&harness, &["--set", &set]).await;
     let refused = harness.client.get(serving.url("/v2/profiles")).send().await.unwrap();

@@ -16,7 +16,7 @@ use rustls::pki_types::pem::PemObject;
 use serde_json::Value;
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpStream;
+use tokio::net::{TcpSocket, TcpStream};
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 use world::{CLIENT_ID, CLIENT_SECRET, Call, Listener, Options, RETURN_URL, Sandbox};
@@ -317,6 +317,17 @@ impl Harness {
             }
         }
     }
+}
+
+/// An address at which nobody listens. It stays reserved until this process ends, so that no other test gets it; a
+/// program that sets `SO_REUSEADDR`, as servers do, can listen at it.
+pub fn unused_address() -> SocketAddr {
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.set_reuseaddr(true).unwrap();
+    socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    let address = socket.local_addr().unwrap();
+    std::mem::forget(socket);
+    address
 }
 
 /// Polls until `look` returns a value. The limit of ten seconds allows for a busy machine.

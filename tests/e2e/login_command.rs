@@ -11,7 +11,7 @@ use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use world::{Listener, Rule};
 
 use crate::commands::{DONE, FAILED, command, run};
-use crate::harness::{Harness, eventually, json};
+use crate::harness::{Harness, eventually, json, unused_address};
 
 const OTHER: &str = "amzn1.account.SANDBOXBOOKS";
 const USAGE: i32 = 64;
@@ -96,11 +96,6 @@ fn returned(callback: &str) -> String {
     format!("http://localhost:8001{callback}")
 }
 
-/// A port that is free now.
-fn free_port() -> u16 {
-    std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn the_browsers_return_to_a_running_sidecar_ends_a_login_that_was_proved_by_use() {
     let harness = Harness::with_running_clock("").await;
@@ -140,7 +135,7 @@ impl Running {
 async fn without_a_sidecar_the_command_takes_the_callback_itself_and_stores_the_grant() {
     let mut harness = Harness::with_running_clock("").await;
     harness.stop_sidecar().await;
-    let port = free_port();
+    let port = unused_address().port();
     let redirect_uri = format!("http://localhost:{port}/api/auth/amazon/callback");
     harness.sandbox.world(|world| world.clients[0].return_urls.push(redirect_uri));
     let port_text = port.to_string();
@@ -328,7 +323,7 @@ async fn success_is_reported_only_if_the_token_works() {
     assert_eq!(code, FAILED, "{text}");
     assert!(text.contains("no region accepted a request with it") && text.contains("eu: 403"), "{text}");
     harness.sandbox.clear_faults();
-    let (port, mut arguments) = (free_port().to_string(), vec!["login", "--port"]);
+    let (port, mut arguments) = (unused_address().port().to_string(), vec!["login", "--port"]);
     arguments.extend([port.as_str(), "--set", &sets[0], "--set", &sets[1]]);
     let refused = run(&harness, &arguments, "").await;
     assert_eq!(refused.code, USAGE, "a running sidecar has its port: {}", refused.err);

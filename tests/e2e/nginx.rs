@@ -1,14 +1,13 @@
 //! A real nginx as Amazon's load balancer, over TLS with HTTP/2.
 
 use std::fs;
-use std::net::TcpListener;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 
 use tempfile::TempDir;
 use tokio::task::JoinSet;
 
-use crate::harness::{Harness, eventually};
+use crate::harness::{Harness, eventually, unused_address};
 
 /// An nginx that answers every request with 200, and closes each connection after `keepalive_requests` requests.
 struct Nginx {
@@ -24,8 +23,7 @@ impl Nginx {
         let path = directory.path().to_str().unwrap();
         fs::write(directory.path().join("ca.pem"), made.cert.pem()).unwrap();
         fs::write(directory.path().join("key.pem"), made.signing_key.serialize_pem()).unwrap();
-        let free = TcpListener::bind("127.0.0.1:0").unwrap();
-        let port = free.local_addr().unwrap().port();
+        let port = unused_address().port();
         let temporary: String = ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"]
             .map(|kind| format!("{kind}_temp_path {path}/{kind};\n"))
             .concat();
@@ -38,7 +36,6 @@ impl Nginx {
         );
         let file = directory.path().join("nginx.conf");
         fs::write(&file, config).unwrap();
-        drop(free);
         // Debian keeps it where only root looks by default.
         let program = ["/usr/sbin/nginx", "/usr/bin/nginx"].map(PathBuf::from).into_iter().find(|path| path.exists());
         let server = Command::new("setpriv")

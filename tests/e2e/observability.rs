@@ -9,7 +9,7 @@ use reqwest::{Response, StatusCode};
 use world::{Fault, Listener, Rule};
 
 use crate::commands::{BINARY, Serving, command, stopped};
-use crate::harness::{FERNET_KEY, Harness, code, eventually, header, json};
+use crate::harness::{FERNET_KEY, Harness, code, eventually, header, json, unused_address};
 use crate::raw_http::Wire;
 
 // The log.
@@ -23,9 +23,7 @@ const UNREAD_LINES: usize = 6000;
 async fn an_unread_log_loses_lines_but_no_request() {
     let harness = stopped().await;
     let file = harness.config_file();
-    let listeners: Vec<_> = (0..2).map(|_| std::net::TcpListener::bind("127.0.0.1:0").unwrap()).collect();
-    let [proxy, admin] = [0, 1].map(|index: usize| listeners[index].local_addr().unwrap());
-    drop(listeners);
+    let [proxy, admin] = [unused_address(), unused_address()];
     let listen = [format!("proxy.listen={proxy}"), format!("admin.listen={admin}")];
     let arguments = ["--config", file.to_str().unwrap(), "--set", &listen[0], "--set", &listen[1]];
     // Standard error is a pipe; this test holds its read end without reading.

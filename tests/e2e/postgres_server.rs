@@ -1,7 +1,6 @@
 //! A temporary PostgreSQL server: on a Unix socket, and on a loopback port with TLS.
 
 use std::fs;
-use std::net::TcpListener;
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -11,6 +10,8 @@ use std::time::{Duration, Instant};
 use rcgen::{BasicConstraints, CertificateParams, IsCa, KeyPair};
 use tempfile::TempDir;
 use tokio_postgres::{Client, NoTls};
+
+use crate::harness::unused_address;
 
 /// The user `nobody`: PostgreSQL refuses to run as root.
 const NOBODY: u32 = 65534;
@@ -32,8 +33,7 @@ impl Cluster {
             chown(directory.path(), Some(NOBODY), Some(NOBODY)).unwrap();
         }
         fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o755)).unwrap();
-        let free = TcpListener::bind("127.0.0.1:0").unwrap();
-        let port = free.local_addr().unwrap().port();
+        let port = unused_address().port();
         let mut cluster = Self { directory, binaries: binaries(), port, server: None };
         let password = cluster.directory.path().join("password");
         fs::write(&password, PASSWORD).unwrap();
@@ -42,7 +42,6 @@ impl Cluster {
         let made = initdb.args(["--locale=C", "--pwfile"]).arg(&password).output().unwrap();
         assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
         cluster.write_certificates();
-        drop(free);
         cluster.run();
         cluster
     }
@@ -192,8 +191,7 @@ impl Bouncer {
     /// Starts one with this many connections to the cluster.
     pub fn before(cluster: &Cluster, connections: usize) -> Self {
         let directory = tempfile::Builder::new().prefix("pgb").tempdir().unwrap();
-        let free = TcpListener::bind("127.0.0.1:0").unwrap();
-        let port = free.local_addr().unwrap().port();
+        let port = unused_address().port();
         let config = directory.path().join("pgbouncer.ini");
         let text = format!(
             "[databases]\npostgres = host=127.0.0.1 port={} user=postgres password={PASSWORD}\n[pgbouncer]\n\
@@ -204,7 +202,6 @@ impl Bouncer {
         );
         fs::write(&config, text).unwrap();
         fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o755)).unwrap();
-        drop(free);
         let mut command = Command::new("setpriv");
         command.args(["--pdeathsig", "KILL"]);
         if is_root() {

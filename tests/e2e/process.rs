@@ -12,7 +12,7 @@ use tokio::net::TcpStream;
 use world::{CLIENT_SECRET, Fault, Rule};
 
 use crate::commands::{BINARY, Serving, command, stopped};
-use crate::harness::{FERNET_KEY, Harness, code, eventually};
+use crate::harness::{FERNET_KEY, Harness, code, eventually, unused_address};
 
 /// An unprivileged user, `nobody` on most systems.
 const NOBODY: u32 = 65534;
@@ -453,9 +453,7 @@ async fn a_rejected_client_and_a_missing_login_are_audited_as_operator_errors() 
 
 /// At level `error` it does not log its addresses, so they are chosen in advance.
 async fn audited(harness: &Harness, sets: &[&str]) -> Serving {
-    let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    let proxy = free.local_addr().unwrap().to_string();
-    drop(free);
+    let proxy = unused_address().to_string();
     let file = harness.config_file();
     let listen = format!("proxy.listen={proxy}");
     let mut command = command(&[&["serve", "--config", file.to_str().unwrap(), "--set", &listen], sets].concat());

@@ -9,7 +9,7 @@ use std::process::{Child, Command, Stdio};
 
 use tempfile::TempDir;
 
-use crate::harness::{Harness, code, eventually, json};
+use crate::harness::{Harness, code, eventually, json, unused_address};
 
 const PASSWORD: &str = "canary-pr0xy";
 /// Where Debian keeps the servers and their helpers.
@@ -35,10 +35,8 @@ impl Server {
         let directory = tempfile::Builder::new().prefix("proxy").tempdir().unwrap();
         // squid, started by root, continues as a user of its own.
         fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o777)).unwrap();
-        let free = TcpListener::bind("127.0.0.1:0").unwrap();
-        let port = free.local_addr().unwrap().port();
+        let port = unused_address().port();
         let command = configure(directory.path(), port);
-        drop(free);
         let program = command.get_program().to_owned();
         let server = Command::new("setpriv")
             .args(["--pdeathsig", "KILL"])
@@ -139,7 +137,7 @@ async fn logins_and_requests_pass_an_http_proxy_with_and_without_credentials() {
 async fn a_proxy_that_refuses_is_named_without_its_password() {
     let squid = Server::squid(CLOSED).await;
     let forbidding = Server::squid("http_port 127.0.0.1:{port}\nhttp_access deny all").await;
-    let closed = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let closed = unused_address().port();
     for (port, user, says) in [
         (squid.port, "", "check user and password"),
         (squid.port, "ann:wr0ng-canary@", "check user and password"),

@@ -1,4 +1,4 @@
-//! The throttle where Amazon allows so many at a time: exports, AMC workflow runs and traffic events.
+//! The throttle where Amazon limits how many run at a time: exports, AMC workflow runs and traffic events.
 
 use reqwest::{Method, Response};
 use tokio::task::JoinHandle;

@@ -8,7 +8,7 @@ use serde_json::Value;
 use tokio::net::TcpListener;
 use world::{CLIENT_SECRET, Fault, Listener, Rule};
 
-use crate::harness::{Harness, code, eventually, header, json};
+use crate::harness::{Harness, code, eventually, header, json, unused_address};
 use crate::raw_http::{Scripted, Wire};
 
 const REFRESH: &str = "/api/auth/amazon/refresh";
@@ -89,9 +89,8 @@ async fn asking(origin: &str, ca: Option<&str>, extra: &str) -> Harness {
 }
 
 /// An origin on which nothing listens.
-async fn nobody() -> String {
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    format!("https://{}", listener.local_addr().unwrap())
+fn nobody() -> String {
+    format!("https://{}", unused_address())
 }
 
 /// Requests a refresh, which fails with `error`.
@@ -139,7 +138,7 @@ async fn lives(harness: &Harness, lwa: &Lwa, fields: &str, seconds: i64, oddity:
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 1.
 async fn while_lwa_refuses_connections_the_valid_token_is_used() {
-    let mut harness = asking(&nobody().await, None, "").await;
+    let mut harness = asking(&nobody(), None, "").await;
     harness.advance(3600 - 60);
     for _ in 0..20 {
         assert_eq!(harness.get("/v2/profiles").await.status(), 200);
@@ -157,7 +156,7 @@ async fn while_lwa_refuses_connections_the_valid_token_is_used() {
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 2.
 async fn with_lwa_down_and_the_token_expired_all_callers_get_an_early_error() {
-    let harness = asking(&nobody().await, None, IDLE).await;
+    let harness = asking(&nobody(), None, IDLE).await;
     is_survived(&harness, "unreachable").await;
     let begun = Instant::now();
     let callers: Vec<_> = (0..200).map(|_| tokio::spawn(harness.request(Method::GET, "/v2/profiles").send())).collect();
@@ -590,7 +589,7 @@ async fn a_compressed_response_of_lwa_is_not_asked_for_and_reported_as_such() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_refused_connection_to_lwa_is_reported_with_host_and_address() {
-    let origin = nobody().await.replace("127.0.0.1", "localhost");
+    let origin = nobody().replace("127.0.0.1", "localhost");
     let harness = asking(&origin, None, IDLE).await;
     let detail = detail(&harness, "unreachable").await;
     assert!(detail.contains("localhost:") && detail.contains("127.0.0.1"), "{detail}");

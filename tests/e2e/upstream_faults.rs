@@ -8,7 +8,7 @@ use reqwest::Method;
 use tokio::net::TcpListener;
 use world::{Fault, Listener, Rule};
 
-use crate::harness::{Harness, code, eventually};
+use crate::harness::{Harness, code, eventually, unused_address};
 use crate::raw_http::{Scripted, Wire};
 
 const OK: &str = "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok";
@@ -21,9 +21,7 @@ async fn said(harness: &Harness, method: Method, path: &str, body: &'static str)
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 57.
 async fn an_unreachable_host_is_reported() {
-    let free = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let origin = format!("https://{}", free.local_addr().unwrap());
-    drop(free);
+    let origin = format!("https://{}", unused_address());
     let harness = Harness::set(&[("upstream.na", &origin)]).await;
     for method in [Method::GET, Method::POST] {
         assert_eq!(said(&harness, method, "/x", "b").await, (502, "upstream_unreachable".into()));

@@ -134,6 +134,9 @@ def prometheus(stirred, shipped, tmp_path_factory):
 
     def samples() -> float:
         try:
+            # It listens before it can answer queries.
+            if ask(f"http://{address}/-/ready")[0] != 200:
+                return 0
             return max((float(one["value"][1]) for one in query("count_over_time(up[5m])")), default=0)
         except OSError:
             assert process.poll() is None, (directory / "log").read_text()
