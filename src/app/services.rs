@@ -102,10 +102,10 @@ impl Services {
         // A browser can begin a login only where its cookie belongs, and cannot send a caller token.
         let login_origin = login.loopback_origin().filter(|_| process.proxy.is_some());
         let login_origin = login_origin.filter(|_| !proxy_admission.needs_caller_token());
-        let default_user = config.proxy.default_user();
+        let users = config.proxy.users();
         let status_page =
             public_url.map(Url::to_string).or_else(|| Some(format!("http://{}/", local_authority(process.admin?))));
-        let oauth = |admission: &Admission| OauthEndpoints {
+        let oauth = |admission: &Admission, has_all: bool| OauthEndpoints {
             login: login.clone(),
             tokens: tokens.clone(),
             directory: process.directory.clone(),
@@ -113,7 +113,8 @@ impl Services {
             metrics: metrics.clone(),
             region: config.proxy.region,
             token_shim: config.proxy.token_shim,
-            default_user: default_user.clone(),
+            users: users.clone(),
+            has_all,
             authority: authority.clone(),
             request_ids: request_ids.clone(),
             events: process.events.clone(),
@@ -141,10 +142,10 @@ impl Services {
             reloader: process.reloader.clone(),
             quit: process.quit.clone(),
         };
-        let login_of_proxy = oauth(&proxy_admission);
+        let login_of_proxy = oauth(&proxy_admission, true);
         process.notify.store(Arc::new(notify::Settings { login_base: admin.login_base.clone(), ..config.notify }));
         Ok(Self {
-            login: oauth(&login_admission),
+            login: oauth(&login_admission, false),
             admin,
             proxy: Arc::new(Proxy::new(
                 config.proxy,

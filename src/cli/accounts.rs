@@ -88,7 +88,7 @@ fn print_list(command: &List, config: &Config) -> Result<(), Failed> {
             account.slug.clone(),
             optional(account.kind.map(AccountType::as_str)),
             optional(account.country.as_deref()),
-            optional(account.region.map(crate::domain::account::Region::as_str)),
+            account.region.to_string(),
             account.user_id.to_string(),
             match (&account.clash, account.missing_since) {
                 (_, Some(_)) => format!("{} (missing at Amazon)", account.name),
@@ -125,7 +125,7 @@ fn show(name: &str, output: Output, config: &Config) -> Result<(), Failed> {
         ("country", account.country.clone()),
         ("currency", account.currency.clone()),
         ("time zone", account.time_zone.clone()),
-        ("region", account.region.map(|region| region.to_string())),
+        ("region", Some(account.region.to_string())),
         ("user", Some(account.user_id.to_string())),
         ("missing since", account.missing_since.map(|at| at.to_string())),
     ];
@@ -206,7 +206,7 @@ async fn listed(config: &Config, filter: &Filter) -> Result<Vec<Listed>, Failed>
                 }
                 _ => "http://localhost".to_owned(),
             };
-            Ok(list(&of_store(config).await?, &config.proxy.accounts, filter, &base_url))
+            Ok(list(&of_store(config).await?, &config.proxy.accounts, config.proxy.region, filter, &base_url))
         }
     }
 }
@@ -258,9 +258,7 @@ pub(super) async fn found(config: &Config) -> Result<Snapshot, Failed> {
     let Some(sidecar) = Sidecar::running(config).await? else { return of_store(config).await };
     let mut users: BTreeMap<UserId, UserAccounts> = BTreeMap::new();
     for account in of_running(&sidecar, &Filter::default()).await? {
-        let (Some(kind), Some(region), "amazon") = (account.kind, account.region, account.source.as_str()) else {
-            continue;
-        };
+        let (Some(kind), "amazon") = (account.kind, account.source.as_str()) else { continue };
         let of_user = users.entry(account.user_id.clone()).or_insert_with(|| UserAccounts {
             user_id: account.user_id.clone(),
             synced_at: Timestamp::now(),
@@ -275,7 +273,7 @@ pub(super) async fn found(config: &Config) -> Result<Snapshot, Failed> {
             country: account.country,
             currency: account.currency,
             time_zone: account.time_zone,
-            region,
+            region: account.region,
             ids: account.ids,
             missing_since: account.missing_since,
         });

@@ -174,9 +174,21 @@ fn last_part(key: &str) -> &str {
     key.rsplit('.').next().unwrap_or(key)
 }
 
-/// A duration as TOML.
+/// A duration as TOML: in the largest unit, up to days, of which it is a whole number.
 pub(super) fn duration(duration: Duration) -> String {
-    quoted(&humantime::format_duration(duration).to_string())
+    let (seconds, fraction) = (duration.as_secs(), duration.subsec_nanos());
+    let unit = [(86_400, "d"), (3_600, "h"), (60, "m")].into_iter().find(|(unit, _)| seconds.is_multiple_of(*unit));
+    match unit.filter(|_| seconds > 0 && fraction == 0) {
+        Some((unit, name)) => quoted(&format!("{}{name}", seconds / unit)),
+        None => quoted(&humantime::format_duration(duration).to_string()),
+    }
+}
+
+/// A number of bytes as TOML: in the largest unit of which it is a whole number.
+pub(super) fn size(bytes: u64) -> String {
+    let unit = [(30, "GiB"), (20, "MiB"), (10, "KiB")].into_iter().find(|(bits, _)| bytes.is_multiple_of(1 << bits));
+    let (bits, name) = unit.filter(|_| bytes > 0).unwrap_or((0, "B"));
+    quoted(&format!("{}{name}", bytes >> bits))
 }
 
 /// An array of TOML values.

@@ -16,7 +16,7 @@ use super::errors::ConfigError;
 use super::files;
 use super::keys::Kind;
 use super::names;
-use super::print::{Effective, duration, list, quoted};
+use super::print::{Effective, duration, list, quoted, size};
 use super::sources::{Given, Merged, WHOLE_FILE};
 use crate::domain::credential::{self, Checked, Credential};
 use crate::domain::outgoing_proxy::OutgoingProxy;
@@ -215,7 +215,7 @@ impl<'a> Reader<'a> {
     pub(super) fn size(&mut self, key: &str) -> u64 {
         let Kind::Size(most) = names::row(key).kind else { unreachable!("{key} has another type in the table") };
         let most = parse_size(most, u64::MAX).expect("the bounds of the table are sizes");
-        self.shown(key, |text| parse_size(text, most), |bytes| quoted(&format!("{bytes}B"))).unwrap_or_default()
+        self.shown(key, |text| parse_size(text, most), |bytes| size(*bytes)).unwrap_or_default()
     }
 
     /// A number of bytes; `None` for the word `none`.
@@ -224,7 +224,7 @@ impl<'a> Reader<'a> {
             "none" => Ok(None),
             _ => parse_size(text, u64::MAX).map(Some),
         };
-        let show = |size: &Option<u64>| quoted(&size.map_or_else(|| "none".to_owned(), |bytes| format!("{bytes}B")));
+        let show = |bytes: &Option<u64>| bytes.map_or_else(|| quoted("none"), size);
         self.shown(key, parse, show).flatten()
     }
 

@@ -6,6 +6,8 @@ use std::time::Duration;
 use bytes::Bytes;
 use http::{HeaderMap, HeaderValue};
 
+use super::admission::Refusal;
+use super::destination::BadTarget;
 use super::problem::{Code, Problem};
 use super::request_id::RequestIds;
 use crate::server::OwnResponses;
@@ -45,6 +47,21 @@ impl OwnResponses for EarlyResponses {
              with /.",
         )
         .raw(&self.request_id())
+    }
+
+    fn head_too_large(&self) -> Bytes {
+        Problem::new(
+            Code::HeadersTooLarge,
+            "The head of the request is larger than 32 KiB, has more than 100 fields, or declares a body of an \
+             impossible length.",
+            "Send fewer and shorter headers. A browser sends its cookies of every port of localhost: clear them, or \
+             use another name of this machine.",
+        )
+        .raw(&self.request_id())
+    }
+
+    fn target_too_long(&self) -> Bytes {
+        Problem::from(Refusal::Target(BadTarget::TooLong)).raw(&self.request_id())
     }
 
     fn request_id(&self) -> HeaderValue {

@@ -8,12 +8,14 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use http::header::{
-    ALLOW, CACHE_CONTROL, CONNECTION, CONTENT_TYPE, HeaderName, HeaderValue, PROXY_AUTHENTICATE, RETRY_AFTER,
-    WWW_AUTHENTICATE,
+    ALLOW, CACHE_CONTROL, CONNECTION, CONTENT_TYPE, DATE, HeaderMap, HeaderName, HeaderValue, PROXY_AUTHENTICATE,
+    REFERRER_POLICY, RETRY_AFTER, WWW_AUTHENTICATE, X_CONTENT_TYPE_OPTIONS,
 };
 use http::{Response, StatusCode};
 use http_body_util::Full;
 use hyper::ext::ReasonPhrase;
+use jiff::Timestamp;
+use jiff::fmt::rfc2822::DateTimePrinter;
 use serde::Serialize;
 
 use crate::domain::headers::ERROR;
@@ -39,12 +41,14 @@ pub enum Code {
     IdentityChanged,
     BodyTooLarge,
     UriTooLong,
+    HeadersTooLarge,
     Throttled,
     Internal,
     UpstreamUnreachable,
     UpstreamReset,
     UpstreamTls,
     TokenUnavailable,
+    Draining,
     Overloaded,
     StoreUnavailable,
     UpstreamTimeout,
@@ -82,12 +86,14 @@ impl Code {
             Self::IdentityChanged => (StatusCode::CONFLICT, "identity_changed", false),
             Self::BodyTooLarge => (StatusCode::PAYLOAD_TOO_LARGE, "body_too_large", false),
             Self::UriTooLong => (StatusCode::URI_TOO_LONG, "uri_too_long", false),
+            Self::HeadersTooLarge => (StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, "headers_too_large", false),
             Self::Throttled => (StatusCode::TOO_MANY_REQUESTS, "throttled", true),
             Self::Internal => (StatusCode::INTERNAL_SERVER_ERROR, "internal", false),
             Self::UpstreamUnreachable => (StatusCode::BAD_GATEWAY, "upstream_unreachable", true),
             Self::UpstreamReset => (StatusCode::BAD_GATEWAY, "upstream_reset", true),
             Self::UpstreamTls => (StatusCode::BAD_GATEWAY, "upstream_tls", false),
             Self::TokenUnavailable => (StatusCode::SERVICE_UNAVAILABLE, "token_unavailable", true),
+            Self::Draining => (StatusCode::SERVICE_UNAVAILABLE, "draining", true),
             Self::Overloaded => (StatusCode::SERVICE_UNAVAILABLE, "overloaded", true),
             Self::StoreUnavailable => (StatusCode::SERVICE_UNAVAILABLE, "store_unavailable", true),
             Self::UpstreamTimeout => (StatusCode::GATEWAY_TIMEOUT, "upstream_timeout", true),
@@ -95,7 +101,7 @@ impl Code {
     }
 
     /// All codes, by status.
-    pub const ALL: [Self; 23] = [
+    pub const ALL: [Self; 25] = [
         Self::BadRequest,
         Self::StateInvalid,
         Self::LoginRequired,
@@ -110,12 +116,14 @@ impl Code {
         Self::IdentityChanged,
         Self::BodyTooLarge,
         Self::UriTooLong,
+        Self::HeadersTooLarge,
         Self::Throttled,
         Self::Internal,
         Self::UpstreamUnreachable,
         Self::UpstreamReset,
         Self::UpstreamTls,
         Self::TokenUnavailable,
+        Self::Draining,
         Self::Overloaded,
         Self::StoreUnavailable,
         Self::UpstreamTimeout,
@@ -170,6 +178,10 @@ impl Code {
             ),
             Self::BodyTooLarge => ("The body is larger than `proxy.max_body`", "Send less, or raise the limit"),
             Self::UriTooLong => ("The target is longer than 8 KiB", "Send long lists in a body"),
+            Self::HeadersTooLarge => (
+                "The head of the request is larger than 32 KiB, or has more than 100 fields",
+                "Send fewer and shorter headers; in a browser, clear the cookies of `localhost`",
+            ),
             Self::Throttled => (
                 "Amazon refuses requests like this one, and [throttle](#throttle) does not let it wait; or too many \
                  logins were started (2,000 at once, then 20 per second). A 429 from Amazon does not carry this header",
@@ -189,6 +201,10 @@ impl Code {
             Self::TokenUnavailable => (
                 "The access token has expired and cannot be refreshed now",
                 "Wait for `Retry-After`; with `invalid_client` in `detail` check client id and secret",
+            ),
+            Self::Draining => (
+                "adsidecar is about to stop: the request would have been served too late",
+                "Wait for `Retry-After`; another replica, or the next process, serves it",
             ),
             Self::Overloaded => (
                 "All `proxy.max_connections` connections have been busy for a second",
@@ -220,6 +236,19 @@ pub struct Problem {
     member: Option<Box<(&'static str, serde_json::Value)>>,
     /// Whether the caller is an MCP client, which reads JSON-RPC.
     for_mcp: bool,
+}
+
+/// Adds the headers that every response of adsidecar's own carries: for browsers and caches, and the time, which a
+/// server with a clock tells (RFC 9110, section 6.6.1).
+pub(super) fn add_private_headers(headers: &mut HeaderMap) {
+    let fixed: [(HeaderName, &str); 3] =
+        [(CACHE_CONTROL, "no-store"), (REFERRER_POLICY, "no-referrer"), (X_CONTENT_TYPE_OPTIONS, "nosniff")];
+    for (name, value) in fixed {
+        // The status page has a policy of its own.
+        headers.entry(name).or_insert(HeaderValue::from_static(value));
+    }
+    let now = DateTimePrinter::new().timestamp_to_rfc9110_string(&Timestamp::now());
+    headers.extend(now.ok().and_then(|now| HeaderValue::try_from(now).ok()).map(|now| (DATE, now)));
 }
 
 /// RFC 9457, section 3.1, and our own members.
@@ -308,6 +337,11 @@ impl Problem {
         self.code
     }
 
+    /// Whether the same request may succeed later.
+    pub fn is_retryable(&self) -> bool {
+        self.code.retryable()
+    }
+
     /// What happened.
     pub fn detail(&self) -> &str {
         &self.detail
@@ -326,7 +360,7 @@ impl Problem {
         headers.insert(ERROR, HeaderValue::from_static(self.code.as_str()));
         let kind = if self.for_mcp { "application/json" } else { "application/problem+json" };
         headers.insert(CONTENT_TYPE, HeaderValue::from_static(kind));
-        headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
+        add_private_headers(headers);
         if let Some(wait) = self.retry_after {
             headers.insert(RETRY_AFTER, HeaderValue::from(seconds(wait)));
         }
@@ -343,12 +377,19 @@ impl Problem {
         let id = request_id.to_str().unwrap_or_default();
         let body = self.document(id);
         let (status, code) = (self.code.status(), self.code.as_str());
-        let retry_after = self.retry_after.map(|wait| format!("{RETRY_AFTER}: {}\r\n", seconds(wait)));
+        let mut more = String::new();
+        if let Some(wait) = self.retry_after {
+            more += &format!("{RETRY_AFTER}: {}\r\n", seconds(wait));
+        }
+        let mut headers = HeaderMap::new();
+        add_private_headers(&mut headers);
+        for (name, value) in &headers {
+            more += &format!("{name}: {}\r\n", value.to_str().unwrap_or_default());
+        }
         let head = format!(
-            "HTTP/1.1 {status}\r\nconnection: close\r\n{ERROR}: {code}\r\n{REQUEST_ID}: {id}\r\n{}content-type: \
+            "HTTP/1.1 {status}\r\nconnection: close\r\n{ERROR}: {code}\r\n{REQUEST_ID}: {id}\r\n{more}content-type: \
              application/problem+json\r\n\
              content-length: {}\r\n\r\n",
-            retry_after.unwrap_or_default(),
             body.len()
         );
         [head.as_bytes(), &body].concat().into()

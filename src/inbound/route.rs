@@ -107,11 +107,11 @@ impl Accounts {
         found: Option<Found<'a>>,
     ) -> Result<RoutedRequest<'a>, RouteError> {
         let host_region = if let Destination::Amazon(host) = target.of { Some(host.region) } else { None };
-        if self.selection == Selection::Fixed {
-            return Ok(self.routed(target, self.fallback(), None, host_region));
-        }
         if let Some(name) = headers.keys().find(|name| is_selecting(name.as_str()) && !is_selector(name)) {
             return Err(RouteError::UnknownHeader(nearest(name.as_str())));
+        }
+        if self.selection == Selection::Fixed {
+            return Ok(self.routed(target, self.fallback(), None, host_region));
         }
         let header_region = single(headers, &X_ADS_REGION)?.map(str::parse).transpose();
         let region =

@@ -1,7 +1,4 @@
-//! One connection, from accept to close.
-//!
-//! hyper holds two buffers of 8 KiB per connection, and other state. When many connections are open, hyper therefore
-//! gets a connection only while it is in use. An idle connection is then parked: it consists of a socket and a waker.
+//! One connection, from accept to close: served by hyper, or idle and [parked](super::parking).
 
 use std::convert::Infallible;
 use std::future::poll_fn;
@@ -23,14 +20,16 @@ use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpStream, UnixStream};
 
-use super::Peer;
 use super::caller_body::CallerBody;
 use super::io::{BusyBody, MonitoredSocket, detach};
 use super::registry::{Command, Slot};
 use super::tunnel::{Tunnel, TunnelState};
+use super::{OwnResponses, Peer};
 
 /// Largest request head, in bytes. The limit is exact; the size of the read buffer alone would be approximate.
 const MAX_HEAD: usize = 32 << 10;
+/// A line of a head that is longer is the request line, whose target is then longer than any that is served.
+const MAX_LINE: usize = 16 << 10;
 /// Largest read buffer of one connection, in bytes.
 const MAX_BUFFER: usize = 64 << 10;
 /// How long a caller may continue to send after its last response. Closing a socket with unread bytes resets the
@@ -67,14 +66,24 @@ enum Served<S, V> {
     Idle(MonitoredSocket<S>, V),
     /// A request head was not complete in time.
     HeadTimeout(MonitoredSocket<S>),
-    /// The parser rejected a request; its response was held back. Holds whether the target is to blame.
-    Refused(MonitoredSocket<S>, bool),
+    /// The parser rejected a request; its response was held back.
+    Refused(MonitoredSocket<S>, Blame),
     /// HTTP on the connection has ended; the socket has to be closed.
     Ended(MonitoredSocket<S>),
     /// A response broke off.
     Broken(MonitoredSocket<S>),
     /// The caller does not read; the socket was reset.
     Reset,
+}
+
+/// Why the parser rejected a request, as far as that can be said.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Blame {
+    /// A character of the target.
+    Target,
+    /// The length of the request line.
+    LongLine,
+    Unknown,
 }
 
 /// Serves one connection until it is closed.
@@ -115,7 +124,7 @@ where
             if slot.draining() {
                 response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
             } else if keeps_alive && !response.headers().contains_key(CONNECTION) {
-                response.headers_mut().insert(KEEP_ALIVE, context.limits.load().keep_alive());
+                response.headers_mut().insert(KEEP_ALIVE, context.keep_alive.of(&context.limits));
             }
             Ok::<_, Infallible>(response)
         })
@@ -128,9 +137,9 @@ where
         (socket, service) = match served {
             Served::Idle(socket, service) => (socket, service),
             Served::HeadTimeout(socket) => break (socket, Some(context.own.head_timeout()), true),
-            Served::Refused(mut socket, bad_target) => {
-                let refusal = socket.take_refusal().filter(|_| !bad_target);
-                break (socket, Some(refusal.unwrap_or_else(|| context.own.bad_target())), true);
+            Served::Refused(mut socket, blame) => {
+                let refusal = socket.take_refusal().unwrap_or_default();
+                break (socket, Some(told(refusal, blame, &*context.own)), true);
             }
             Served::Ended(socket) => break (socket, None, true),
             // Dropped as it is: a graceful end would look like the end of the body.
@@ -148,7 +157,7 @@ where
                 return;
             }
         };
-        if !socket.has_unread() && !park(&socket, &slot).await {
+        if !socket.has_unread() && !park(socket.get_ref(), &slot).await {
             break (socket, None, false);
         }
     };
@@ -162,6 +171,18 @@ where
         close.await;
     } else {
         close.await;
+    }
+}
+
+/// What the caller is told instead of `refusal`, the answer of hyper's parser. Of most malformed requests nothing can
+/// be said.
+fn told(refusal: Bytes, blame: Blame, own: &dyn OwnResponses) -> Bytes {
+    let is_too_large = refusal.starts_with(b"HTTP/1.1 431") || refusal.starts_with(b"HTTP/1.1 414");
+    match blame {
+        Blame::Target => own.bad_target(),
+        Blame::LongLine if is_too_large => own.target_too_long(),
+        _ if is_too_large => own.head_too_large(),
+        _ => refusal,
     }
 }
 
@@ -236,10 +257,10 @@ where
                     // After an error of its parser hyper has written a response, and it is whole.
                     let whole = error.is_parse();
                     let parts = connection.into_parts();
-                    let bad_target = is_bad_target(&error, &parts.read_buf);
+                    let blame = blame(&error, &parts.read_buf);
                     let socket = parts.io.into_inner();
                     return match whole {
-                        _ if socket.has_refusal() => Served::Refused(socket, bad_target),
+                        _ if socket.has_refusal() => Served::Refused(socket, blame),
                         true => Served::Ended(socket),
                         false => Served::Broken(socket),
                     };
@@ -279,6 +300,15 @@ enum Step {
     Idle,
 }
 
+/// Why hyper could not read a request; `unread` is what it left.
+fn blame(error: &hyper::Error, unread: &[u8]) -> Blame {
+    match unread.iter().take(MAX_LINE).any(|byte| *byte == b'\n') {
+        _ if is_bad_target(error, unread) => Blame::Target,
+        false if unread.len() > MAX_LINE => Blame::LongLine,
+        _ => Blame::Unknown,
+    }
+}
+
 /// Whether hyper could not read a request because of a character that programs send and no URL can hold. Of other
 /// malformed requests nothing can be said. `unread` is what hyper left: the request from its beginning, or, if its line
 /// was well-formed but for such a character, what follows its head.
@@ -308,13 +338,13 @@ fn idle<S: Socket, V>(parts: http1::Parts<TokioIo<MonitoredSocket<S>>, V>) -> Se
     Served::Idle(socket, parts.service)
 }
 
-/// Parks the connection until there is data to read. Returns `false` if the connection is told to close before that.
-async fn park<S: Socket>(socket: &MonitoredSocket<S>, slot: &Slot) -> bool {
+/// Waits until there is data to read on a parked connection. Returns `false` if it is told to close before that.
+async fn park(socket: &impl Socket, slot: &Slot) -> bool {
     loop {
         tokio::select! {
             biased;
             // A socket error is found by the next read.
-            _ = poll_fn(|cx| socket.get_ref().poll_readable(cx)) => return true,
+            _ = poll_fn(|cx| socket.poll_readable(cx)) => return true,
             command = slot.command() => {
                 if matches!(command, Command::Close | Command::Abort) {
                     return false;
@@ -346,7 +376,8 @@ mod tests {
     use http_body_util::{BodyExt, Full};
     use tokio::io::AsyncReadExt;
 
-    use super::super::registry::{MAX_ACTIVE, Registry};
+    use super::super::parking::MAX_ACTIVE;
+    use super::super::registry::Registry;
     use super::super::{Limits, OwnResponses};
     use super::*;
 
@@ -369,6 +400,14 @@ mod tests {
             Bytes::new()
         }
 
+        fn head_too_large(&self) -> Bytes {
+            Bytes::new()
+        }
+
+        fn target_too_long(&self) -> Bytes {
+            Bytes::new()
+        }
+
         fn request_id(&self) -> HeaderValue {
             HeaderValue::from_static("id")
         }
@@ -386,7 +425,7 @@ mod tests {
             let (stream, caller) = UnixStream::pair().unwrap();
             let (registry, requests) = (Arc::<Registry>::default(), Arc::<AtomicUsize>::default());
             if crowded {
-                registry.simulate_crowd();
+                registry.parking().simulate_crowd();
             }
             let counted = requests.clone();
             let handler = move |request: Request<CallerBody>, _: Peer| {
@@ -407,6 +446,7 @@ mod tests {
                 own: Arc::new(Own),
                 limits,
                 share: 100,
+                keep_alive: Default::default(),
             };
             let connection = run(stream, Peer::Unix(None), registry.register(), Arc::new(context));
             // An app may keep ten thousand idle connections open, so the future has to be small.
@@ -439,7 +479,7 @@ mod tests {
         }
 
         async fn until_parked(&self) {
-            self.until("parked", |registry| registry.active() == MAX_ACTIVE).await;
+            self.until("parked", |registry| registry.parking().active() == MAX_ACTIVE).await;
         }
     }
 
@@ -458,7 +498,7 @@ mod tests {
         let mut scene = Scene::start(false);
         scene.send(REQUEST).await;
         scene.expect(RESPONSE).await;
-        assert_eq!(scene.registry.active(), 1);
+        assert_eq!(scene.registry.parking().active(), 1);
     }
 
     #[tokio::test]
@@ -481,7 +521,7 @@ mod tests {
         scene.send(b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 4\r\n\r\nGET").await;
         // The response comes before the end of the body, and the rest of the body is not a request head.
         scene.expect(RESPONSE).await;
-        assert_eq!(scene.registry.active(), MAX_ACTIVE + 1);
+        assert_eq!(scene.registry.parking().active(), MAX_ACTIVE + 1);
         scene.send(b" ").await;
         scene.send(REQUEST).await;
         scene.expect(RESPONSE).await;

@@ -21,6 +21,7 @@ mod connection;
 mod descriptors;
 mod inherited;
 mod io;
+mod parking;
 mod tunnel;
 
 use std::fs::Permissions;
@@ -31,7 +32,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use arc_swap::ArcSwap;
+use arc_swap::{ArcSwap, ArcSwapOption};
 use bytes::Bytes;
 use http::{HeaderValue, Request, Response};
 use tokio::net::{TcpListener, UnixListener, UnixSocket};
@@ -75,14 +76,6 @@ pub struct Limits {
     pub write_timeout: Duration,
 }
 
-impl Limits {
-    /// The value of `Keep-Alive`: how long the connection stays open without a request.
-    fn keep_alive(&self) -> HeaderValue {
-        let text = format!("timeout={}", self.idle_timeout.as_secs());
-        HeaderValue::from_maybe_shared(Bytes::from(text)).unwrap_or(HeaderValue::from_static("timeout=0"))
-    }
-}
-
 /// How much response data the kernel takes of a connection that cannot be sent yet, in bytes. Once a caller reads
 /// slowly, data that it has not read is also data that the kernel does not take, so that a caller that reads anything
 /// is told from one that reads nothing: by default the kernel takes 4 MiB, and takes no more until a third of them was
@@ -115,6 +108,10 @@ pub trait OwnResponses: std::fmt::Debug + Send + Sync {
     fn overloaded(&self) -> Bytes;
     /// The target contains a character that no URL can.
     fn bad_target(&self) -> Bytes;
+    /// The request head is too large.
+    fn head_too_large(&self) -> Bytes;
+    /// The target is too long for the parser.
+    fn target_too_long(&self) -> Bytes;
     /// A new id for the response to a request that could not be parsed.
     fn request_id(&self) -> HeaderValue;
 }
@@ -211,8 +208,14 @@ impl Listener {
     {
         let Self { sockets, limits, own, registry } = self;
         let share = descriptors::share();
-        let context =
-            Arc::new(ListenerContext { handler, registry: registry.clone(), own, limits: limits.clone(), share });
+        let context = Arc::new(ListenerContext {
+            handler,
+            registry: registry.clone(),
+            own,
+            limits: limits.clone(),
+            share,
+            keep_alive: KeepAlive::default(),
+        });
         let reaper = tokio::spawn(registry.clone().enforce(limits.clone()));
         let _abort = AbortOnDrop(registry.clone());
         let mut tasks = tokio::task::JoinSet::new();
@@ -339,6 +342,25 @@ struct ListenerContext<H> {
     limits: Arc<ArcSwap<Limits>>,
     /// Most open connections for want of file descriptors.
     share: usize,
+    keep_alive: KeepAlive,
+}
+
+/// The value of `Keep-Alive`, which tells how long a connection stays open without a request, beside the limit for
+/// which it was made: nearly every response carries it.
+#[derive(Debug, Default)]
+struct KeepAlive(ArcSwapOption<(Duration, HeaderValue)>);
+
+impl KeepAlive {
+    fn of(&self, limits: &ArcSwap<Limits>) -> HeaderValue {
+        let limit = limits.load().idle_timeout;
+        if let Some(made) = self.0.load().as_deref().filter(|made| made.0 == limit) {
+            return made.1.clone();
+        }
+        let text = Bytes::from(format!("timeout={}", limit.as_secs()));
+        let value = HeaderValue::from_maybe_shared(text).unwrap_or(HeaderValue::from_static("timeout=0"));
+        self.0.store(Some(Arc::new((limit, value.clone()))));
+        value
+    }
 }
 
 /// An accepted connection.

@@ -3,7 +3,7 @@
 //! The file is long because every state of a connection, and what each limit does to it, stand in one place.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
@@ -13,14 +13,15 @@ use futures_util::task::AtomicWaker;
 use tokio::sync::Notify;
 
 use super::Limits;
+use super::parking::{Active, Parking};
 
 /// All connections of one listener.
 #[derive(Debug, Default)]
 pub(super) struct Registry {
     slots: Mutex<Slots>,
     draining: AtomicBool,
-    /// The number of connections that are not parked.
-    active: AtomicUsize,
+    /// Counts the connections that are not parked.
+    parking: Parking,
     /// Notified whenever a connection ends.
     freed: Notify,
 }
@@ -140,10 +141,6 @@ pub(super) struct Uploading {
     complete: bool,
 }
 
-/// Counts a connection as active, that is, not parked, until it is dropped.
-#[derive(Debug)]
-pub(super) struct Active<'a>(&'a Registry);
-
 /// How long a request's body may continue to arrive after the response was written. Some servers respond early and read
 /// the rest, so it is read, but it must not keep the connection for ever.
 const REST_TIMEOUT: Duration = Duration::from_secs(5);
@@ -154,10 +151,6 @@ const DRAIN_CHECK: Duration = Duration::from_millis(50);
 /// A shutdown leaves a connection open that was accepted so shortly before: its first request is under way, and its
 /// caller would not repeat it, as it would on a connection that it has used before.
 const FIRST_REQUEST: Duration = Duration::from_millis(250);
-
-/// Up to this number of connections stay active between two requests, which takes 1 MiB of memory and saves the cost of
-/// resuming them. Further connections are parked whenever they are idle.
-pub(super) const MAX_ACTIVE: usize = 64;
 
 /// Interval at which a new connection checks for room while the listener is at its limit and every connection is busy.
 const ROOM_CHECK: Duration = Duration::from_millis(50);
@@ -289,15 +282,9 @@ impl Registry {
         }
     }
 
-    /// Counts as many other connections as active as may be, so that idle ones are parked.
     #[cfg(test)]
-    pub(super) fn simulate_crowd(&self) {
-        self.active.fetch_add(MAX_ACTIVE, Relaxed);
-    }
-
-    #[cfg(test)]
-    pub(super) fn active(&self) -> usize {
-        self.active.load(Relaxed)
+    pub(super) fn parking(&self) -> &Parking {
+        &self.parking
     }
 
     /// Whether any connection has received part of a request head.
@@ -358,14 +345,12 @@ impl Slot {
 
     /// Counts the connection as active until the guard is dropped.
     pub(super) fn activate(&self) -> Active<'_> {
-        self.registry.active.fetch_add(1, Relaxed);
-        Active(&self.registry)
+        self.registry.parking.activate()
     }
 
-    /// Whether the connection may be parked: it is idle, everything was written, and more than [`MAX_ACTIVE`]
-    /// connections are active.
+    /// Whether the connection may be parked: it is idle, everything was written, and enough others are active.
     pub(super) fn may_park(&self) -> bool {
-        self.registry.active.load(Relaxed) > MAX_ACTIVE
+        self.registry.parking.is_full()
             && self.activity.doing().0 == Doing::Idle
             && self.activity.blocked_since.load(Relaxed) == 0
     }
@@ -490,12 +475,6 @@ impl Activity {
     pub(super) fn send(&self, command: Command) {
         self.command.store(command as u8, Relaxed);
         self.commanded.notify_one();
-    }
-}
-
-impl Drop for Active<'_> {
-    fn drop(&mut self) {
-        self.0.active.fetch_sub(1, Relaxed);
     }
 }
 

@@ -35,8 +35,8 @@ pub use self::found_accounts::{
 pub use self::notices::Notice;
 pub use self::pending_grant::PendingGrant;
 pub use self::postgres::{
-    Changes, Claimed, ConnectionUrl, Content, FailedRefresh, Lease, Lookup, PUBLISH, Pod, Poll, Postgres, SharedLimit,
-    ThrottleReport, ThrottleRow, UserOverview,
+    Changes, Claimed, ConnectionUrl, Content, DUE_AGAIN, FailedRefresh, LEASE, LOOKUP_ROWS, Lease, Lookup, PUBLISH,
+    Pod, Poll, Position, Postgres, SharedLimit, ThrottleReport, ThrottleRow, UserOverview, due_at,
 };
 use self::sled::{ResealOutcome, Worker};
 pub use self::stored_grant::Sealed;

@@ -1,5 +1,5 @@
-//! Several processes, one limit: with a shared store each process tells the others what it has learned and how many
-//! calls it has, and takes its share of the rate.
+//! Several processes, one limit: with a shared store each process tells the others what it has learned, how many calls
+//! it has and what runs at Amazon through it, and takes its share of the rate.
 //!
 //! Nothing here is on a call's path. What was learned about all buckets is exchanged in one statement, twice a second
 //! while Amazon's limits matter, at once after a refusal, and now and then otherwise. So it arrives late, and what two
@@ -13,12 +13,16 @@ use std::time::Duration;
 use tokio::time::{sleep, timeout};
 
 use super::bucket::{Buckets, Others, Report};
+use super::gate::{Count, Counted, Heard};
 use super::law::{Learned, Seconds};
 use super::memory::Memory;
 use crate::store::{SharedLimit, ThrottleReport, ThrottleRow, TokenStore};
 
 /// Interval between two exchanges while Amazon has refused calls of a bucket that is in use.
 const ACTIVE: Duration = Duration::from_millis(500);
+
+/// Interval while only jobs are counted, which last for minutes.
+const COUNTING: Duration = Duration::from_secs(1);
 
 /// Interval between two exchanges otherwise. A process that nobody calls exchanges nothing.
 const QUIET: Duration = Duration::from_secs(5);
@@ -42,12 +46,19 @@ pub async fn keep(memory: Arc<Memory>, store: TokenStore) {
         let Some((client, buckets)) = memory.current() else { continue };
         let now = memory.now();
         let reports: Vec<_> = buckets.all().filter_map(|bucket| bucket.report(now)).collect();
-        if reports.is_empty() && !buckets.all().any(|bucket| bucket.is_used(now)) {
+        let counts = buckets.gates.counts();
+        let counting = !counts.is_empty() || buckets.gates.hear_of_others();
+        if reports.is_empty() && !counting && !buckets.all().any(|bucket| bucket.is_used(now)) {
             interval = QUIET;
             continue;
         }
-        interval = if reports.is_empty() { QUIET } else { ACTIVE };
-        let mine: Vec<_> = reports.iter().map(|report| to_share(report, now)).collect();
+        interval = match (reports.is_empty(), counting) {
+            (false, _) => ACTIVE,
+            (true, true) => COUNTING,
+            (true, false) => QUIET,
+        };
+        let mine: Vec<_> =
+            reports.iter().map(|report| to_share(report, now)).chain(counts.iter().map(count_to_share)).collect();
         match database.share_throttle(&client, &mine).await {
             Ok(rows) => hear(&memory, &rows, &reports),
             Err(error) => tracing::debug!(%error, "what was learned about Amazon's limits could not be shared"),
@@ -74,9 +85,26 @@ fn to_share(report: &Report, now: Seconds) -> ThrottleReport {
     }
 }
 
+/// What runs at Amazon through this process, in the row of a bucket that has no rate.
+fn count_to_share(count: &Count) -> ThrottleReport {
+    let holds = if count.holds { 1.0 } else { 0.0 };
+    ThrottleReport { bucket: count.name.clone(), learned: None, want: count.running as f64, sent: holds, peak: 0.0 }
+}
+
+/// The counts of the others, by the names of the gates.
+fn counts_of(rows: &[ThrottleRow]) -> HashMap<String, Heard> {
+    let heard = |row: &ThrottleRow| {
+        let running: f64 = row.others.iter().map(|[running, ..]| running).sum();
+        let holds = row.others.iter().any(|[_, holds, _]| *holds > 0.0);
+        (row.bucket.clone(), Heard::new(running as usize, holds))
+    };
+    rows.iter().filter(|row| Counted::is_name(&row.bucket) && !row.others.is_empty()).map(heard).collect()
+}
+
 /// Takes over what the others know.
 fn hear(memory: &Memory, rows: &[ThrottleRow], reports: &[Report]) {
     let Some((_, buckets)) = memory.current() else { return };
+    buckets.gates.hear(counts_of(rows));
     let now = memory.now();
     let own: HashMap<_, _> = reports.iter().map(|report| (report.bucket.to_string(), report)).collect();
     let names: HashMap<_, _> = Buckets::names().map(|name| (name.to_string(), name)).collect();

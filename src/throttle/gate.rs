@@ -6,10 +6,12 @@
 //!
 //! - the response to a caller's poll names a final state, or says that the job does not exist;
 //! - nothing ended for a while, so the gate lets one call *probe*. If Amazon accepts it, the oldest job ended unseen;
-//! - Amazon refuses a call although fewer run here than it allows: others run the rest. The gate knows nothing of
-//!   them, and leaves that refusal to the bucket's [law](super::law).
+//! - Amazon refuses a call although fewer run than it allows: others run the rest. The gate knows nothing of them, and
+//!   leaves that refusal to the bucket's [law](super::law).
 //!
-//! The file is a little over 400 lines: places, jobs and waiting calls are one state under one lock.
+//! Processes with a shared store tell each other how many run through each of them, while one of them holds calls.
+//!
+//! The file is over 400 lines: places, jobs, waiting calls and what others count are one state under one lock.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -39,6 +41,12 @@ const MAX_AGE: Seconds = 6.0 * 3600.0;
 const PROBE_FIRST: Seconds = 5.0;
 const PROBE_MOST: Seconds = 64.0;
 
+/// How long a count of other processes is good, in seconds, if no news of them arrive.
+const HEARD: Seconds = 60.0;
+
+/// What the names of counts begin with.
+const AT_ONCE: &str = "at once: ";
+
 /// States after which a job does not run any more (Exports; AMC reporting).
 const ENDED: [&str; 6] = ["COMPLETED", "FAILED", "SUCCEEDED", "CANCELLED", "REJECTED", "EXPIRED"];
 
@@ -60,6 +68,29 @@ pub(super) struct Counted {
 pub(super) struct Gates {
     clock: Clock,
     gates: Mutex<HashMap<(Region, String), Arc<Gate>>>,
+    /// What other processes count, by the name of the gate, for gates that this process will have.
+    heard: Mutex<HashMap<String, Heard>>,
+}
+
+/// What other processes count at a gate.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Heard {
+    /// How many run through them.
+    pub(super) running: usize,
+    /// Whether Amazon has refused a call of theirs, so that calls are held.
+    pub(super) holds: bool,
+    /// The uptime until which this is good.
+    until: Seconds,
+}
+
+/// What this process counts at a gate, for the others.
+#[derive(Clone, Debug)]
+pub(super) struct Count {
+    /// The name of the gate, which no bucket has.
+    pub(super) name: String,
+    pub(super) running: usize,
+    /// Whether Amazon has refused a call of this process.
+    pub(super) holds: bool,
 }
 
 /// One gate.
@@ -78,6 +109,11 @@ struct State {
     calls: usize,
     /// Until when calls are held.
     holds_until: Seconds,
+    heard: Heard,
+    /// What other processes were told last.
+    told: usize,
+    /// How many of those that run elsewhere must have ended, as Amazon has accepted a call in their place.
+    ended_elsewhere: usize,
     /// The end of the pause that Amazon asked for.
     resumed: Seconds,
     /// When one call may be sent although the gate is full, and how many of those Amazon refused in a row.
@@ -108,6 +144,8 @@ pub struct GateStatus {
     pub of_account: bool,
     /// How many run, as far as adsidecar knows.
     pub running: usize,
+    /// How many more run through other processes that share the store.
+    pub elsewhere: usize,
     /// How many Amazon runs at once.
     pub limit: usize,
     /// Calls that wait for one to end.
@@ -118,7 +156,7 @@ pub struct GateStatus {
 
 impl Gates {
     pub(super) fn new(clock: Clock) -> Self {
-        Self { clock, gates: Mutex::default() }
+        Self { clock, gates: Mutex::default(), heard: Mutex::default() }
     }
 
     /// The gate for what is `counted`; `None` if there are too many.
@@ -135,9 +173,37 @@ impl Gates {
         if gates.len() >= MAX_GATES {
             return None;
         }
-        let gate = Arc::new(Gate { counted: counted.clone(), clock: self.clock.clone(), state: Mutex::default() });
+        let heard = self.heard.lock().unwrap_or_else(PoisonError::into_inner);
+        let heard = heard.get(&counted.name()).copied().unwrap_or_default();
+        let state = Mutex::new(State { heard, ..State::default() });
+        let gate = Arc::new(Gate { counted: counted.clone(), clock: self.clock.clone(), state });
         gates.insert(key, gate.clone());
         Some(gate)
+    }
+
+    /// What the others have to know: the gates at which something runs or waits while calls are held.
+    pub(super) fn counts(&self) -> Vec<Count> {
+        let now = self.clock.uptime().as_secs_f64();
+        let gates: Vec<_> = self.lock().values().cloned().collect();
+        gates.iter().filter_map(|gate| gate.count(now)).collect()
+    }
+
+    /// Whether others hold calls at some gate.
+    pub(super) fn hear_of_others(&self) -> bool {
+        let now = self.clock.uptime().as_secs_f64();
+        let heard = self.heard.lock().unwrap_or_else(PoisonError::into_inner);
+        heard.values().any(|heard| heard.holds && now < heard.until)
+    }
+
+    /// Learns what the others count, by the names of the gates: all that is known of them now.
+    pub(super) fn hear(&self, mut counts: HashMap<String, Heard>) {
+        let until = self.clock.uptime().as_secs_f64() + HEARD;
+        counts.values_mut().for_each(|heard| heard.until = until);
+        let gates: Vec<_> = self.lock().values().cloned().collect();
+        for gate in gates {
+            gate.hear(counts.get(&gate.counted.name()).copied().unwrap_or_default());
+        }
+        *self.heard.lock().unwrap_or_else(PoisonError::into_inner) = counts;
     }
 
     /// The gates that count the job `id`.
@@ -175,14 +241,32 @@ impl Drop for Slot {
     }
 }
 
+impl Heard {
+    pub(super) fn new(running: usize, holds: bool) -> Self {
+        Self { running, holds, until: 0.0 }
+    }
+}
+
+impl Counted {
+    /// The name under which processes tell each other of it.
+    pub(super) fn name(&self) -> String {
+        format!("{AT_ONCE}{}/{}", self.region.as_str(), self.of)
+    }
+
+    /// Whether `name` is the name of something that is counted, and not of a bucket.
+    pub(super) fn is_name(name: &str) -> bool {
+        name.starts_with(AT_ONCE)
+    }
+}
+
 impl Gate {
     /// Takes a place. If the gate is full and `hold`s calls, returns the time until there will probably be one.
     pub(super) fn enter(self: &Arc<Self>, hold: bool) -> Result<Slot, Seconds> {
         let now = self.now();
         let mut state = self.lock();
         state.expire(now);
-        let free = state.queue.is_empty() && state.used() < self.counted.limit && state.resumed <= now;
-        if hold && now < state.holds_until && !free {
+        let free = state.queue.is_empty() && state.taken(now) < self.counted.limit && state.resumed <= now;
+        if hold && state.holds(now) && !free {
             return Err(state.expected(now, self.counted.limit));
         }
         state.calls += 1;
@@ -205,7 +289,7 @@ impl Gate {
         let now = self.now();
         let mut state = self.lock();
         state.holds_until = now + HOLDS;
-        let full = state.used() > self.counted.limit;
+        let full = state.taken(now) > self.counted.limit;
         if full {
             let pause = PROBE_FIRST * f64::from(1u32 << state.refused_probes.min(10));
             state.refused_probes = state.refused_probes.saturating_add(1);
@@ -221,11 +305,13 @@ impl Gate {
         let mut state = self.lock();
         state.jobs.push(Running { id: id.to_owned(), since: now });
         // The call itself still has its place.
-        let known = state.used() - 1;
-        let held = now < state.holds_until;
-        if held && known > self.counted.limit || state.jobs.len() > MAX_JOBS {
-            // Amazon runs one more, so the oldest has ended.
-            state.jobs.remove(0);
+        let known = state.taken(now) - 1;
+        if state.holds(now) && known > self.counted.limit || state.jobs.len() > MAX_JOBS {
+            // Amazon runs one more, so the oldest has ended, or one elsewhere.
+            match state.jobs.len() {
+                1 => state.ended_elsewhere += 1,
+                _ => drop(state.jobs.remove(0)),
+            }
             state.refused_probes = 0;
             state.probe_at = now + PROBE_FIRST;
         }
@@ -252,10 +338,33 @@ impl Gate {
             of: self.counted.of.clone(),
             of_account: self.counted.of_account,
             running: state.used(),
+            elsewhere: state.taken(now) - state.used(),
             limit: self.counted.limit,
             waiting: state.waiting,
+            holds: state.holds(now),
+        })
+    }
+
+    fn count(&self, now: Seconds) -> Option<Count> {
+        let mut state = self.lock();
+        state.expire(now);
+        let tells = state.holds(now) && state.used() + state.waiting > 0;
+        let tell = if tells { state.used() } else { 0 };
+        let told = std::mem::replace(&mut state.told, tell);
+        (tells || told > 0).then(|| Count {
+            name: self.counted.name(),
+            running: state.used(),
             holds: now < state.holds_until,
         })
+    }
+
+    fn hear(&self, heard: Heard) {
+        let mut state = self.lock();
+        // Those that have ended meanwhile are in the new count no more.
+        let fewer = state.heard.running.saturating_sub(heard.running);
+        state.ended_elsewhere = state.ended_elsewhere.saturating_sub(fewer);
+        state.heard = heard;
+        state.advance(self.now(), self.counted.limit);
     }
 
     fn now(&self) -> Seconds {
@@ -272,8 +381,19 @@ impl State {
         self.jobs.len() + self.calls
     }
 
+    /// The places that are taken, those of other processes included.
+    fn taken(&self, now: Seconds) -> usize {
+        let elsewhere = if now < self.heard.until { self.heard.running } else { 0 };
+        self.used() + elsewhere.saturating_sub(self.ended_elsewhere)
+    }
+
+    /// Whether calls are held: Amazon has refused one, here or elsewhere.
+    fn holds(&self, now: Seconds) -> bool {
+        now < self.holds_until || self.heard.holds && now < self.heard.until
+    }
+
     fn is_in_use(&self, now: Seconds) -> bool {
-        self.used() + self.waiting > 0 || now < self.holds_until
+        self.used() + self.waiting > 0 || self.holds(now)
     }
 
     fn expire(&mut self, now: Seconds) {
@@ -291,7 +411,7 @@ impl State {
 
     /// Gives free places to waiting calls.
     fn advance(&mut self, now: Seconds, limit: usize) {
-        while self.resumed <= now && (self.used() < limit || now >= self.holds_until) && self.send_next() {}
+        while self.resumed <= now && (self.taken(now) < limit || !self.holds(now)) && self.send_next() {}
     }
 
     /// Gives the next waiting call a place, if one waits.

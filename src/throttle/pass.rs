@@ -147,6 +147,7 @@ impl<'a> Observed<'a> {
         self.slots.clear();
         if explained {
             self.bucket.refused_for_a_count();
+            memory.news.notify_one();
             return true;
         }
         self.bucket.refused(Refusal {

@@ -182,6 +182,11 @@ impl Http2 {
         self.state.streams.load(Relaxed) > 0 && self.state.activity.elapsed() >= SILENT_AFTER
     }
 
+    /// Whether a request has ended on the connection.
+    pub(super) fn was_used(&self) -> bool {
+        self.state.was_used()
+    }
+
     /// Whether both are handles to the same connection.
     pub(super) fn is(&self, other: &Self) -> bool {
         Arc::ptr_eq(&self.state, &other.state)
@@ -210,11 +215,15 @@ impl WeakHttp2 {
 
     /// Whether a request has ended on the connection.
     pub(super) fn was_used(&self) -> bool {
-        self.0.idle_since.load(Relaxed) > 0
+        self.0.was_used()
     }
 }
 
 impl State {
+    fn was_used(&self) -> bool {
+        self.idle_since.load(Relaxed) > 0
+    }
+
     fn idle(&self) -> Option<Duration> {
         (self.streams.load(Relaxed) == 0).then(|| self.idle_for())
     }
@@ -358,6 +367,10 @@ enum UploadError {
     Stopped,
 }
 
+/// The largest part of an upload in one frame, in bytes: with its head of nine bytes, the frame fills one TLS record.
+/// h2 alone would fill the frame, and the nine bytes would need a record of their own.
+const FRAME: usize = (16 << 10) - 9;
+
 /// Sends `body` as fast as the server's windows allow. Holds at most one piece of it.
 async fn upload(mut body: RequestBody, mut stream: SendStream<Bytes>) -> Result<(), UploadError> {
     loop {
@@ -365,7 +378,7 @@ async fn upload(mut body: RequestBody, mut stream: SendStream<Bytes>) -> Result<
             Poll::Ready(_) => Poll::Ready(Err(UploadError::Stopped)),
             Poll::Pending => Pin::new(&mut body).poll_frame(cx).map(Ok),
         });
-        let data = match frame.await? {
+        let mut data = match frame.await? {
             Some(Ok(frame)) => frame.into_data().unwrap_or_default(),
             Some(Err(error)) => {
                 stream.send_reset(Reason::CANCEL);
@@ -378,6 +391,9 @@ async fn upload(mut body: RequestBody, mut stream: SendStream<Bytes>) -> Result<
             // One byte is enough to be woken. More would take it from streams that can use it now.
             stream.reserve_capacity(1);
             poll_fn(|cx| poll_capacity(&mut stream, cx)).await?;
+        }
+        while data.len() > FRAME {
+            stream.send_data(data.split_to(FRAME), false).map_err(|_| UploadError::Stopped)?;
         }
         stream.send_data(data, last).map_err(|_| UploadError::Stopped)?;
         if last {
@@ -562,7 +578,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Future for Driver<S> {
             this.announce_windows(cx);
             match Pin::new(&mut this.connection).poll(cx) {
                 Poll::Ready(end) => {
-                    tracing::trace!(?end, "connection to Amazon ended");
+                    tracing::debug!(?end, "connection to Amazon ended");
                     return Poll::Ready(());
                 }
                 // The settings before may have been acknowledged just now.

@@ -177,8 +177,7 @@ impl Upstream {
     /// Closes connections that have been idle for too long, and replaces them where they are in use. Returns the time
     /// until the next call should be made.
     pub fn prune(&self) -> Duration {
-        self.pools.iter().for_each(OriginPool::prune);
-        let shortest = self.pools.iter().map(|pool| pool.idle_limit.current() / 2).min().unwrap_or_default();
+        let shortest = self.pools.iter().map(OriginPool::prune).min().unwrap_or_default();
         shortest.clamp(Duration::from_millis(100), Duration::from_secs(1))
     }
 }

@@ -20,7 +20,7 @@ use super::activity::Activity;
 use super::connect::{Connector, Offer, Opened};
 use super::connection::{Connection, Http1Connection};
 use super::http2::{Http2 as Http2Connection, KEPT_WARM_FOR, SlotOwner, WeakHttp2};
-use super::idle_limit::IdleLimit;
+use super::idle_limit::{IdleLimit, IdleTimeout};
 use super::protocol_choice::ProtocolChoice;
 use super::windows::{MAX_STREAMS, WindowBudget, first_window};
 use super::{ErrorKind, Http2, RequestBody, Reuse, Settings, lock};
@@ -34,7 +34,10 @@ pub(super) struct OriginPool {
     /// The scheme and authority that HTTP/2 sends as `:scheme` and `:authority`.
     origin: http::uri::Parts,
     pub(super) protocol_choice: ProtocolChoice,
+    /// How long the origin lets a connection idle after a response.
     pub(super) idle_limit: IdleLimit,
+    /// How long it waits for the first request of a connection.
+    unused_limit: IdleLimit,
     /// When a request last used the origin.
     used: Arc<Activity>,
     /// When a request that may not be repeated last did.
@@ -55,10 +58,35 @@ struct Connections {
     opening: usize,
     /// How many requests a new connection is expected to carry: one over HTTP/1.1.
     expected: usize,
-    /// When a connection may be opened in the background again.
-    background_at: Option<Instant>,
+    background: Background,
     /// The most requests that were lately in flight together.
     peak: usize,
+}
+
+/// When a connection may be opened in the background.
+#[derive(Debug, Default)]
+struct Background {
+    /// Not before this time.
+    at: Option<Instant>,
+    /// How many in a row could not be opened, or were closed unused and at once.
+    failures: u32,
+}
+
+impl Background {
+    /// The time that is left until a connection may be opened.
+    fn wait(&self) -> Duration {
+        self.at.map_or(Duration::ZERO, |at| at.saturating_duration_since(Instant::now()))
+    }
+
+    fn opens(&mut self) {
+        self.at = Some(Instant::now() + PACE);
+    }
+
+    /// The last one was of no use, so the next one waits for longer.
+    fn failed(&mut self) {
+        self.at = Some(Instant::now() + RETRY.min(PACE * 2_u32.pow(self.failures.min(8))));
+        self.failures += 1;
+    }
 }
 
 /// An idle HTTP/1.1 connection, and when it became idle.
@@ -89,8 +117,7 @@ struct Waiter {
 const MAX_IDLE: usize = 1024;
 /// Most connections that are opened in advance for requests that may not be repeated.
 const MOST_UNUSED: usize = 8;
-/// How long a connection that has not carried a request yet may be used for one that may not be repeated. Servers wait
-/// for the first request for 60 seconds, most of them.
+/// The longest time for which a connection waits for its first request. Most servers wait for 60 seconds.
 const UNUSED_LASTS: Duration = Duration::from_secs(45);
 /// Longest wait for a pooled connection to become ready. If the server responded before it had read the whole request,
 /// the connection becomes ready only after the server has read the rest, which may never happen. A usable connection is
@@ -102,10 +129,18 @@ const PEAK_FADES: usize = 16;
 const MAX_AGE: Duration = Duration::from_secs(600);
 /// A connection that had no request for this long did not end because of one.
 const IDLED: Duration = Duration::from_millis(100);
+/// A server that closes an unused connection sooner than this does not want it, or cannot serve it.
+const FLEETING: Duration = Duration::from_millis(500);
 /// Shortest time between connections that are opened in the background.
 const PACE: Duration = Duration::from_secs(1);
-/// The same after one could not be opened, or the server closed it unused.
+/// The longest time until the next one after several could not be opened, or were closed at once.
 const RETRY: Duration = Duration::from_secs(10);
+/// How long before its end a connection is replaced: three round trips, and some time until somebody looks.
+const LEAD: Duration = Duration::from_secs(1);
+/// The longest time between two looks at all connections.
+const LOOK: Duration = Duration::from_secs(1);
+/// A connection that will be too old within this time is replaced.
+const AGING: Duration = Duration::from_secs(15);
 
 impl OriginPool {
     pub(super) fn new(
@@ -124,6 +159,10 @@ impl OriginPool {
         let mut parts = http::uri::Parts::default();
         parts.scheme = Some(http::uri::Scheme::HTTPS);
         parts.authority = Some(text.parse().map_err(|error: http::uri::InvalidUri| bad(error.to_string()))?);
+        let unused = match settings.idle_timeout {
+            IdleTimeout::Auto => UNUSED_LASTS,
+            IdleTimeout::AtMost(most) => most.min(UNUSED_LASTS),
+        };
         let expected = if settings.http2 == Http2::Never { 1 } else { MAX_STREAMS };
         Ok(Self {
             connector,
@@ -131,6 +170,7 @@ impl OriginPool {
             origin: parts,
             protocol_choice: ProtocolChoice::default(),
             idle_limit: IdleLimit::new(settings.idle_timeout),
+            unused_limit: IdleLimit::new(IdleTimeout::AtMost(unused)),
             used: Activity::never(),
             used_unrepeatably: Activity::never(),
             connections: Mutex::new(Connections {
@@ -139,7 +179,7 @@ impl OriginPool {
                 waiters: VecDeque::new(),
                 opening: 0,
                 expected,
-                background_at: None,
+                background: Background::default(),
                 peak: 0,
             }),
             waiting: AtomicUsize::new(0),
@@ -290,7 +330,7 @@ impl OriginPool {
         tokio::spawn(async move {
             // A request on the connection gets its error.
             if let Err(error) = driver.await {
-                tracing::trace!(%error, "connection to Amazon ended");
+                tracing::debug!(%error, "connection to Amazon ended");
             }
             if let Some(pool) = pool.upgrade() {
                 pool.http1_ended();
@@ -301,17 +341,15 @@ impl OriginPool {
     /// An HTTP/1.1 connection has ended. If it was idle, the server closed it.
     fn http1_ended(self: &Arc<Self>) {
         let mut connections = self.lock();
-        let (mut idled, mut unused) = (false, false);
+        let mut closed = Vec::new();
         connections.idle.retain(|idle| {
-            let closed = idle.is_closed();
-            if closed && idle.connection.reused {
-                self.idle_limit.closed_after(idle.since.elapsed());
-                idled |= idle.since.elapsed() >= IDLED;
+            let open = !idle.is_closed();
+            if !open {
+                closed.push((idle.connection.reused, idle.since.elapsed()));
             }
-            unused |= closed && !idle.connection.reused;
-            !closed
+            open
         });
-        self.ended(&mut connections, idled, unused);
+        self.closed_by_server(&mut connections, &closed);
     }
 
     /// An HTTP/2 connection has ended. If it was idle and still in the pool, the server closed it.
@@ -319,46 +357,71 @@ impl OriginPool {
         let mut connections = self.lock();
         let before = connections.shared.len();
         connections.shared.retain(|other| !connection.is(other));
-        let idle = connection.idle_for().filter(|idle| connections.shared.len() < before && *idle >= IDLED);
-        if let (Some(idle), true) = (idle, connection.was_used()) {
-            self.idle_limit.closed_after(idle);
+        let idle = connection.idle_for().filter(|_| connections.shared.len() < before);
+        let used = connection.was_used();
+        // One that carried a request just now may have broken because of it.
+        if let Some(idle) = idle.filter(|idle| !used || *idle >= IDLED) {
+            self.closed_by_server(&mut connections, &[(used, idle)]);
         }
-        self.ended(&mut connections, idle.is_some(), !connection.was_used());
     }
 
-    /// Replaces a connection that the server closed while it idled. One that broke is replaced with the next look at
-    /// all connections, because a request that is sent again opens one too.
-    fn ended(self: &Arc<Self>, connections: &mut Connections, idled: bool, unused: bool) {
-        if unused {
-            connections.background_at = Some(Instant::now() + RETRY);
+    /// Learns from idle connections that the server has closed: whether each had carried a request, and how long it
+    /// had idled. Replaces them. Connections that broke are replaced with the next look at all of them, because a
+    /// request that is sent again opens one too.
+    fn closed_by_server(self: &Arc<Self>, connections: &mut Connections, closed: &[(bool, Duration)]) {
+        let mut idled = false;
+        for (used, idle) in closed.iter().copied() {
+            self.limit(used).closed_after(idle);
+            idled |= idle >= if used { IDLED } else { FLEETING };
+            if !used && idle < FLEETING {
+                connections.background.failed();
+            }
         }
         if idled {
-            self.keep_warm(connections);
+            self.keep_warm(connections, false);
         }
+    }
+
+    /// How long the origin lets a connection idle that has carried a request, or that has not.
+    fn limit(&self, used: bool) -> &IdleLimit {
+        if used { &self.idle_limit } else { &self.unused_limit }
     }
 
     /// Counts the origin as in use, and opens a connection if it has none.
     pub(super) fn warm(self: &Arc<Self>) {
         self.used.touch();
-        self.keep_warm(&mut self.lock());
+        self.keep_warm(&mut self.lock(), false);
     }
 
     /// Opens a connection for the next request, if the origin was used lately and has none that will last. A request in
-    /// flight will leave its own.
-    fn keep_warm(self: &Arc<Self>, connections: &mut Connections) {
-        let (limit, now) = (self.idle_limit.current() * 9 / 10, Instant::now());
+    /// flight will leave its own, unless all are `aging`. Returns the time until it is worth another look.
+    fn keep_warm(self: &Arc<Self>, connections: &mut Connections, aging: bool) -> Duration {
         let unused = self.needs_unused(connections);
-        let most = if unused { limit.min(UNUSED_LASTS * 9 / 10) } else { limit };
-        let lasts =
-            |idle: &Idle| !idle.is_closed() && idle.since.elapsed() < most && !(unused && idle.connection.reused);
-        let ready = connections.idle.iter().any(lasts)
-            || connections.shared.iter().any(|shared| !shared.is_closing() && !is_old(shared, limit));
-        let may = connections.background_at.is_none_or(|at| at <= now);
-        let quiet = connections.opening == 0 && self.protocol_choice.in_flight() == 0;
-        if !ready && may && quiet && self.used.elapsed() < KEPT_WARM_FOR {
-            connections.background_at = Some(now + PACE);
-            self.open(connections, true);
+        let suits = |idle: &&Idle| !(idle.is_closed() || unused && idle.connection.reused);
+        let http1 = connections.idle.iter().filter(suits);
+        let http1 = http1.map(|idle| self.lasts(idle.connection.reused, idle.since.elapsed(), idle.connection.opened));
+        let http2 = connections.shared.iter().filter(|shared| !shared.is_closing());
+        let http2 = http2.map(|it| self.lasts(it.was_used(), it.idle_for().unwrap_or_default(), it.opened()));
+        let lasts = http1.chain(http2).max().unwrap_or_default();
+        let busy = connections.opening > 0 || self.protocol_choice.in_flight() > 0 && !aging;
+        let never = self.unused_limit.current().is_zero();
+        if self.used.elapsed() >= KEPT_WARM_FOR || busy || never {
+            return LOOK;
         }
+        let wait = lasts.max(connections.background.wait());
+        if wait.is_zero() {
+            connections.background.opens();
+            self.open(connections, true);
+            return LOOK;
+        }
+        wait
+    }
+
+    /// For how long a connection is good enough that none has to be opened in its place, after it idled for `idle`.
+    fn lasts(&self, used: bool, idle: Duration, opened: Instant) -> Duration {
+        let limit = self.limit(used).current();
+        let lead = (limit / 10).max(LEAD).min(limit / 2);
+        (limit - lead).saturating_sub(idle).min((MAX_AGE - AGING).saturating_sub(opened.elapsed()))
     }
 
     /// Whether requests that may not be repeated need HTTP/1.1 connections that have not carried a request yet.
@@ -373,7 +436,7 @@ impl OriginPool {
     fn restock(self: &Arc<Self>, connections: &mut Connections) {
         let unused = connections.idle.iter().filter(|idle| !idle.connection.reused && !idle.is_closed()).count();
         let wanted = self.protocol_choice.in_flight().clamp(1, MOST_UNUSED);
-        let may = connections.background_at.is_none_or(|at| at <= Instant::now());
+        let may = connections.background.wait().is_zero();
         if may && unused + connections.opening < wanted && self.needs_unused(connections) {
             self.open(connections, true);
         }
@@ -398,7 +461,8 @@ impl OriginPool {
 
     /// Returns a connection to the pool, or closes it if it is too old or the pool is full.
     pub(super) fn release(self: &Arc<Self>, connection: Http1Connection) {
-        if connection.sender.is_closed() || connection.opened.elapsed() >= MAX_AGE {
+        let age = connection.opened.elapsed();
+        if connection.sender.is_closed() || age >= MAX_AGE {
             return;
         }
         self.idle_limit.released();
@@ -412,28 +476,40 @@ impl OriginPool {
         if !connections.waiters.is_empty() {
             self.serve(&mut connections);
         }
+        if age >= MAX_AGE - AGING {
+            self.keep_warm(&mut connections, true);
+        }
     }
 
     /// Gives up connections that have idled for too long or are too old. While the origin is in use, the last one is
-    /// replaced shortly before.
-    pub(super) fn prune(self: &Arc<Self>) {
-        let limit = self.idle_limit.current();
+    /// replaced shortly before. Returns the time until the next call should be made.
+    pub(super) fn prune(self: &Arc<Self>) -> Duration {
         let mut connections = self.lock();
-        self.keep_warm(&mut connections);
+        let aging = connections.shared.iter().any(|shared| shared.opened().elapsed() >= MAX_AGE - AGING);
+        let next = self.keep_warm(&mut connections, aging);
         connections.peak -= connections.peak.div_ceil(PEAK_FADES);
-        let mut survived = false;
+        let (mut survived, mut lasted) = (false, false);
         connections.idle.retain(|idle| {
-            let over = idle.since.elapsed() >= limit;
-            survived |= over && !idle.is_closed();
-            !over && idle.connection.opened.elapsed() < MAX_AGE && !idle.is_closed()
+            let over = idle.since.elapsed() >= self.limit(idle.connection.reused).current();
+            let open = !idle.is_closed();
+            survived |= over && open && idle.connection.reused;
+            lasted |= open && idle.connection.opened.elapsed() >= FLEETING;
+            !over && idle.connection.opened.elapsed() < MAX_AGE && open
         });
         connections.shared.retain(|shared| {
-            survived |= !shared.is_closing() && shared.idle_for().is_some_and(|idle| idle >= limit);
-            !shared.is_closing() && !is_old(shared, limit)
+            let over = shared.idle_for().is_some_and(|idle| idle >= self.limit(shared.was_used()).current());
+            let open = !shared.is_closing();
+            survived |= over && open && shared.was_used();
+            lasted |= open && shared.opened().elapsed() >= FLEETING;
+            !over && shared.opened().elapsed() < MAX_AGE && open
         });
+        if lasted {
+            connections.background.failures = 0;
+        }
         if survived {
             self.idle_limit.survived();
         }
+        next.min(self.idle_limit.current() / 2)
     }
 
     /// Puts the authority into the target, as HTTP/2 requires (RFC 9113, section 8.3.1).
@@ -456,11 +532,6 @@ impl SlotOwner for OriginPool {
             self.serve(&mut self.lock());
         }
     }
-}
-
-/// Whether a shared connection should be given up: it has idled for too long, or is so old that DNS may have changed.
-fn is_old(connection: &Http2Connection, limit: Duration) -> bool {
-    connection.opened().elapsed() >= MAX_AGE || connection.idle_for().is_some_and(|idle| idle >= limit)
 }
 
 /// Whether the connection can carry a request now.
@@ -486,25 +557,25 @@ impl Connections {
     }
 
     fn take_shared(&self, pool: &Arc<OriginPool>, reuse: Reuse) -> Option<Connection> {
-        let limit = pool.idle_limit.current();
         let usable = |shared: &&Http2Connection| {
             let new = if let Reuse::Fresh(since) = reuse { shared.opened() >= since } else { true };
-            new && shared.idle_for().is_none_or(|idle| idle < limit)
+            new && shared.idle_for().is_none_or(|idle| idle < pool.limit(shared.was_used()).current())
         };
         self.shared.iter().filter(usable).find_map(|shared| shared.reserve(pool)).map(Connection::Http2)
     }
 
     fn take_idle(&mut self, pool: &Arc<OriginPool>, reuse: Reuse) -> Option<Connection> {
+        let unused = pool.unused_limit.current();
         let most = match reuse {
             Reuse::Allowed => pool.idle_limit.current(),
             Reuse::Unrepeatable => pool.idle_limit.safe(),
-            Reuse::Fresh(_) | Reuse::FreshHttp1 => Duration::MAX,
+            Reuse::Fresh(_) | Reuse::FreshHttp1 => Duration::ZERO,
         };
         let usable = |idle: &Idle| match reuse {
             Reuse::Fresh(since) => !idle.connection.reused && idle.connection.opened >= since,
             Reuse::FreshHttp1 => !idle.connection.reused,
-            Reuse::Unrepeatable if !idle.connection.reused => idle.since.elapsed() < UNUSED_LASTS,
-            Reuse::Allowed | Reuse::Unrepeatable => idle.since.elapsed() < most || is_new(idle),
+            _ if idle.connection.reused => idle.since.elapsed() < most,
+            Reuse::Allowed | Reuse::Unrepeatable => idle.since.elapsed() < unused || is_new(idle),
         };
         loop {
             // Those that have carried a request are good for fewer requests, so they come first.
@@ -517,9 +588,7 @@ impl Connections {
                 }
                 return Some(Connection::Http1(idle.connection));
             }
-            if idle.connection.reused {
-                pool.idle_limit.closed_after(idle.since.elapsed());
-            }
+            pool.limit(idle.connection.reused).closed_after(idle.since.elapsed());
         }
     }
 
@@ -527,7 +596,7 @@ impl Connections {
     fn fail(&mut self, error: ErrorKind, background: bool) {
         if background {
             tracing::debug!(%error, "no connection could be opened in the background");
-            self.background_at = Some(Instant::now() + RETRY);
+            self.background.failed();
         }
         let count = self.expected.min(self.waiters.len());
         for waiter in self.waiters.drain(..if background { 0 } else { count }) {
@@ -551,31 +620,66 @@ mod tests {
     use crate::upstream::IdleTimeout;
     use crate::upstream::last_look::LastLook;
 
-    #[tokio::test]
-    async fn a_connection_that_has_idled_for_idle_timeout_is_never_taken_from_the_pool() {
+    fn pool(idle_timeout: Duration) -> Arc<OriginPool> {
         let origin: Url = "https://localhost".parse().unwrap();
         let long = Duration::from_secs(60);
-        for (idle_timeout, taken) in [(long, true), (Duration::ZERO, false)] {
-            let settings = Settings {
-                origins: Box::new(std::array::from_fn(|_| origin.clone())),
-                extra_roots: Vec::new(),
-                proxy: None,
-                http2: Http2::Never,
-                connect_timeout: long,
-                response_timeout: long,
-                idle_timeout: IdleTimeout::AtMost(idle_timeout),
-            };
-            let tls = tls::client_config(&[], &[]).unwrap();
-            let pool = Arc::new(OriginPool::new(&origin, &settings, &tls, &Arc::default()).unwrap());
-            let (ours, _theirs) = tokio::io::duplex(1024);
-            let (sender, connection) = http1::handshake(TokioIo::new(ours)).await.unwrap();
-            tokio::spawn(connection);
-            let look = LastLook::default();
-            pool.release(Http1Connection { sender, look, reused: false, opened: Instant::now() });
+        let settings = Settings {
+            origins: Box::new(std::array::from_fn(|_| origin.clone())),
+            extra_roots: Vec::new(),
+            proxy: None,
+            http2: Http2::Never,
+            connect_timeout: long,
+            response_timeout: long,
+            idle_timeout: IdleTimeout::AtMost(idle_timeout),
+        };
+        let tls = tls::client_config(&[], &[]).unwrap();
+        Arc::new(OriginPool::new(&origin, &settings, &tls, &Arc::default()).unwrap())
+    }
+
+    /// A connection of this age, and the end that its server holds.
+    async fn connection(age: Duration) -> (Http1Connection, tokio::io::DuplexStream) {
+        let (ours, theirs) = tokio::io::duplex(1024);
+        let (sender, connection) = http1::handshake(TokioIo::new(ours)).await.unwrap();
+        tokio::spawn(connection);
+        let opened = Instant::now().checked_sub(age).unwrap();
+        (Http1Connection { sender, look: LastLook::default(), reused: false, opened }, theirs)
+    }
+
+    #[tokio::test]
+    async fn a_connection_that_has_idled_for_idle_timeout_is_never_taken_from_the_pool() {
+        for (idle_timeout, taken) in [(Duration::from_secs(60), true), (Duration::ZERO, false)] {
+            let pool = pool(idle_timeout);
+            let (connection, _theirs) = connection(Duration::ZERO).await;
+            pool.release(connection);
             let reuse = lock(&pool.connections).take(&pool, Reuse::Allowed, true);
             assert_eq!(reuse.is_some(), taken, "{idle_timeout:?}");
             pool.prune();
             assert!(lock(&pool.connections).idle.is_empty(), "it is used, or closed");
         }
+    }
+
+    #[tokio::test]
+    async fn a_connection_is_replaced_before_it_is_too_old_although_its_origin_is_never_without_a_request() {
+        for (left, replaced) in [(2 * AGING, 0), (AGING / 2, 1)] {
+            let pool = pool(Duration::from_secs(60));
+            pool.used.touch();
+            let _other_request = pool.protocol_choice.enter();
+            let (connection, _theirs) = connection(MAX_AGE - left).await;
+            pool.release(connection);
+            let connections = lock(&pool.connections);
+            assert_eq!((connections.idle.len(), connections.opening), (1, replaced), "{left:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn connections_that_are_of_no_use_are_opened_ever_more_seldom() {
+        let mut background = Background::default();
+        let waits: Vec<_> = (0..12)
+            .map(|_| {
+                background.failed();
+                background.wait().as_secs_f64().round()
+            })
+            .collect();
+        assert_eq!(waits, [1., 2., 4., 8., 10., 10., 10., 10., 10., 10., 10., 10.]);
     }
 }

@@ -30,8 +30,12 @@ const LONG: u64 = 1 << 20;
 const BUDGET_OF_SHORT: usize = 2 << 20;
 /// How much a window grows at once. From 64 KiB it takes three steps to 32 MiB, each of one round trip.
 const GROWTH: u32 = 8;
+/// The least by which it grows: less is not worth a frame.
+const STEP: u32 = 16 << 10;
 /// The speed that one stream may reach, in bytes per second: windows beyond it would only cost memory.
 const SPEED: f64 = 1e9;
+/// The part of a large window that is measured: the window has to have grown before the server has filled it.
+const PART: u32 = 4;
 /// A window that takes longer than this many round trips to read is not what limits the response.
 const ROUND_TRIPS: u32 = 2;
 
@@ -201,10 +205,12 @@ impl Windows {
         body.read += bytes as u64;
         body.total += bytes as u64;
         body.left = body.left.map(|left| left.saturating_sub(bytes as u64));
-        if body.read < u64::from(self.stream) {
+        // More than sockets take shows that the caller reads, so that the part of a large window is enough.
+        let part = if self.stream / PART >= LONG as u32 { PART } else { 1 };
+        if body.read < u64::from(self.stream / part) {
             return;
         }
-        let took = body.since.elapsed();
+        let took = body.since.elapsed() * part;
         body.read = 0;
         let most = if body.total >= LONG / 2 { BUDGET } else { BUDGET_OF_SHORT };
         let more_to_come = body.left.is_none_or(|left| left > u64::from(self.stream));
@@ -226,19 +232,16 @@ impl Windows {
     fn grow(&mut self, wanted: u32, round_trip: Duration, most: usize) {
         fail_point!("window_fixed", |_| ());
         let useful = (round_trip.as_secs_f64() * SPEED).min(f64::from(u32::MAX)) as u32;
-        let reserved = self.reserved();
-        let mut wanted = wanted.min(useful);
+        let wanted = wanted.min(useful);
         if wanted <= self.stream {
             return;
         }
-        let needed = self.unread(wanted) + reserved;
+        let needed = self.unread(wanted) + self.reserved();
         let missing = needed.saturating_sub(u64::from(self.connection()));
         self.granted += self.budget.take(usize::try_from(missing).unwrap_or(usize::MAX), most);
-        while self.unread(wanted) + reserved > u64::from(self.connection()) {
-            wanted -= wanted / 8 + 1;
-            if wanted <= self.stream {
-                return;
-            }
+        let wanted = self.largest_that_fits(wanted);
+        if wanted < self.stream.saturating_add(STEP) {
+            return;
         }
         tracing::debug!(window = wanted, "the path to Amazon allows more");
         self.stream = wanted;
@@ -248,6 +251,18 @@ impl Windows {
         for body in self.bodies.iter_mut().flatten() {
             (body.read, body.window) = (0, body.window.max(wanted));
         }
+    }
+
+    /// The largest window up to `wanted` that the connection has room for, to within [`STEP`].
+    fn largest_that_fits(&self, wanted: u32) -> u32 {
+        let room = u64::from(self.connection()).saturating_sub(self.reserved());
+        let fits = |window: u32| self.unread(window) <= room;
+        let (mut least, mut most) = (self.stream, wanted);
+        while most - least >= STEP {
+            let middle = most - (most - least) / 2;
+            if fits(middle) { least = middle } else { most = middle - 1 }
+        }
+        if fits(most) { most } else { least }
     }
 
     /// Removes a body. After the last one the windows are small enough for several requests at once.
@@ -336,6 +351,21 @@ mod tests {
         }
         let granted: usize = all.iter().map(|windows| windows.granted).sum();
         assert!(granted <= BUDGET, "{granted}");
+    }
+
+    #[test]
+    fn a_long_response_whose_caller_reads_gets_more_before_its_window_is_full() {
+        let budget = Arc::default();
+        let mut windows = windows(&budget);
+        assert!(windows.reserve());
+        let body = windows.begin(Some(64 << 20), ROUND_TRIP);
+        let first = windows.stream;
+        assert!(first > 27 << 20, "all that three quarters of the budget allow: {first}");
+        windows.read(&body, first as usize / 8, ROUND_TRIP);
+        assert_eq!(windows.stream, first);
+        windows.read(&body, first as usize / 8, ROUND_TRIP);
+        assert!(windows.stream > first + (4 << 20), "{} after {first}", windows.stream);
+        assert!(unread(&windows) <= u64::from(windows.connection()));
     }
 
     #[test]

@@ -281,6 +281,31 @@ def test_the_tail_follows_is_paused_and_filtered_by_the_keyboard_alone(sandbox_o
     assert browser.value("document.activeElement.getAttribute('role')") == "region", "the table can be scrolled by keys"
 
 
+def test_the_tail_goes_on_after_an_outage_and_leaves_what_somebody_selects_alone(sandbox_of_its_own, browser):
+    sandbox = sandbox_of_its_own
+    call = lambda identity: order(f"{sandbox.proxy}/v2/profiles", X_Request_Id=identity)  # noqa: E731
+    browser.go(f"{admin(sandbox)}/page/calls")
+    call("before-the-outage")
+    says(browser, "before-the-outage")
+    browser.devtools("Network.enable")
+    online = {"latency": 0, "downloadThroughput": -1, "uploadThroughput": -1}
+    browser.devtools("Network.emulateNetworkConditions", offline=True, **online)
+    says(browser, "No answer from adsidecar: trying again.")
+    call("during-the-outage")
+    browser.devtools("Network.emulateNetworkConditions", offline=False, **online)
+    says(browser, "during-the-outage")
+    browser.wait_for("no complaint", lambda: "No answer" not in browser.text())
+    assert all("ERR_INTERNET_DISCONNECTED" in line for line in console(browser))
+
+    browser.run("getSelection().selectAllChildren(document.querySelector('[data-live] td')); arguments[0]()")
+    call("while-selected")
+    # Two more periods, by the page's own clock.
+    browser.run("setTimeout(arguments[0], 2200)")
+    assert "while-selected" not in browser.text()
+    browser.run("getSelection().removeAllRanges(); arguments[0]()")
+    says(browser, "while-selected")
+
+
 def test_the_level_and_a_reload_by_the_keyboard_alone(sandbox_of_its_own, browser):
     sandbox = sandbox_of_its_own
     browser.go(f"{admin(sandbox)}/page/settings")
@@ -339,6 +364,21 @@ def test_a_login_that_fails_is_readable_on_a_phone_and_leads_on(sandbox_of_its_o
         order(f"{sandbox.proxy}/api/auth/amazon/logout?user_id=kim", "POST")
     browser.go(sandbox.proxy)
     shows("Requests to this address go to the Amazon Ads API", "root-dark-360")
+
+    # Nobody knows whose login that was: the page leads to one that asks.
+    browser.go(f"{sandbox.proxy}/api/auth/amazon/callback?code=x&state=unknown")
+    shows("This login has expired", "expired-dark-360")
+    drop_answers(browser, 400)
+    order(f"{sandbox.proxy}/api/auth/amazon/logout", "POST")
+    focus(browser, "Try again")
+    browser.press(ENTER)
+    says(browser, "Log in, as the user:")
+    focus(browser, "default")
+    browser.press(ENTER)
+    focus(browser, "Allow")
+    browser.press(ENTER)
+    says(browser, "Connected to Amazon Ads")
+    assert state(sandbox, "default") == "fresh"
     browser.go(f"{login}&region=moon")
     shows("That did not work", "problem-dark-360")
     drop_answers(browser, 400)

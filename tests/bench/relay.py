@@ -2,6 +2,7 @@
 
 import asyncio
 import collections
+import contextlib
 import multiprocessing
 import socket
 
@@ -74,7 +75,8 @@ class Relay:
                 more.set()
                 while size > ON_THE_WAY or self.speed and free_at[way] > loop.time() + 0.01:
                     room.clear()
-                    await asyncio.wait([asyncio.create_task(room.wait())], timeout=0.005)
+                    with contextlib.suppress(TimeoutError):
+                        await asyncio.wait_for(room.wait(), 0.005)
             queue.append((max(free_at[way], loop.time()) + self.delay, b""))
             more.set()
             await delivery

@@ -45,7 +45,24 @@ def written(
     (directory / name).write_text(text.replace("acme-de", account).replace("1234567890", profile))
     if name.endswith(".mjs"):
         (directory / "node_modules").symlink_to(installed / "node_modules")
+    if name.startswith("dbt_"):
+        return dbt_project(directory, directory / name)
     return directory / name
+
+
+def dbt_project(directory: Path, model: Path) -> Path:
+    """A project around a Python model, and the script that runs it and shows what it has made."""
+    (directory / "models").mkdir()
+    model.rename(directory / "models" / model.name)
+    project = {"name": "ads", "profile": "ads", "flags": {"send_anonymous_usage_stats": False}}
+    profile = {"ads": {"target": "dev", "outputs": {"dev": {"type": "duckdb", "path": "ads.duckdb"}}}}
+    # JSON is YAML.
+    (directory / "dbt_project.yml").write_text(json.dumps(project))
+    (directory / "profiles.yml").write_text(json.dumps(profile))
+    script = directory / "dbt.sh"
+    show = f"dbt show --quiet --limit 100 --inline 'select name from {{{{ ref(\"{model.stem}\") }}}}'"
+    script.write_text(f"dbt run --quiet\n{show}\n")
+    return script
 
 
 def run(file: Path, installed: Path, **variables: str) -> subprocess.CompletedProcess:
@@ -56,6 +73,7 @@ def run(file: Path, installed: Path, **variables: str) -> subprocess.CompletedPr
         ".go": ["go", "run"],
         ".java": ["java"],
         ".php": ["php"],
+        ".R": ["Rscript"],
         ".sh": ["bash", "-euo", "pipefail"],
     }[file.suffix]
     assert shutil.which(command[0]), f"tests/run installs {command[0]}"
@@ -64,7 +82,8 @@ def run(file: Path, installed: Path, **variables: str) -> subprocess.CompletedPr
         "GOCACHE": str(installed / "go-cache"),
         "GO111MODULE": "off",
     }
-    environment = {"PATH": os.environ["PATH"], **cache, **variables}
+    path = f"{installed / 'dbt' / 'bin'}:{os.environ['PATH']}"
+    environment = {"PATH": path, **cache, **variables}
     return subprocess.run(
         [*command, file], cwd=file.parent, env=environment, capture_output=True, text=True, timeout=LIMIT_SECONDS
     )
@@ -109,7 +128,7 @@ def test_each_client_reaches_the_host_of_the_account_with_its_headers(name, sand
     assert headers["authorization"].startswith("Bearer Atza|")
     assert headers["amazon-advertising-api-clientid"] == "amzn1.application-oa2-client.sandbox"
     assert not [header for header in headers if header.startswith("x-ads-")], "they never leave"
-    if name.lower().startswith("campaigns"):
+    if "campaigns" in name.lower():
         assert call["target"] == "/sp/campaigns/list"
         assert headers["amazon-advertising-api-scope"] == profile
         assert "Café – broad" in ended.stdout, "with every letter"
@@ -269,6 +288,7 @@ def test_the_versions_that_the_manual_names_are_those_that_are_run():
         ("python-amazon-ad-api", pinned["python-amazon-ad-api"]),
         ("@scaleleap/amazon-advertising-api-sdk", package["dependencies"]["@scaleleap/amazon-advertising-api-sdk"]),
         ("source-amazon-ads", pinned["airbyte-source-amazon-ads"]),
+        ("dbt-duckdb", pinned["dbt-duckdb"]),
     ):
         text = MANUAL.partition(name)[2]
         assert re.search(r"\((\d[\d.]+)\)", text)[1] == version, name

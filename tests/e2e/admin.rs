@@ -3,7 +3,7 @@
 use reqwest::{Method, Response};
 use world::{Fault, Listener, Rule};
 
-use crate::harness::{Harness, code, eventually};
+use crate::harness::{Harness, code, eventually, header};
 
 async fn at_admin(harness: &Harness, method: Method, path: &str, headers: &[(&str, &str)]) -> Response {
     let mut request = harness.client.request(method, harness.admin_url(path));
@@ -86,8 +86,14 @@ async fn readiness_and_liveness_do_not_depend_on_amazon_or_logins() {
     gate.reached(1).await;
     let (ready, live) = (harness.admin_url("/readyz"), harness.admin_url("/livez"));
     let stopped = harness.begin_stop();
-    eventually("draining", async || (harness.client.get(&ready).send().await.unwrap().status() == 503).then_some(()))
-        .await;
+    let draining = eventually("draining", async || {
+        let answer = harness.client.get(&ready).send().await.unwrap();
+        (answer.status() == 503).then_some(answer)
+    })
+    .await;
+    assert_eq!((code(&draining), header(&draining, "retry-after")), ("draining", "1"));
+    let reload = harness.client.post(ready.replace("/readyz", "/reload")).send().await.unwrap();
+    assert_eq!((reload.status().as_u16(), code(&reload)), (503, "draining"), "not the configuration's fault");
     assert_eq!(harness.client.get(&live).send().await.unwrap().status(), 200);
     gate.release();
     assert_eq!(caller.await.unwrap().unwrap().status(), 200, "the request in flight completes");
@@ -209,6 +215,23 @@ async fn a_load_balancer_finds_the_login_listener_healthy_under_any_host_and_lea
         let answer = request.header("host", host).send().await.unwrap();
         assert_eq!(answer.status(), 200, "{method} {host}");
         assert!(answer.bytes().await.unwrap().is_empty());
+    }
+    for (method, target, header, status) in [
+        (Method::GET, "/healthz?verbose", None, 400),
+        (Method::HEAD, "/healthz?user_id=anna", None, 400),
+        (Method::GET, "/healthz", Some(("x-ads-user", "anna")), 400),
+        (Method::POST, "/healthz", None, 405),
+        (Method::DELETE, "/healthz", None, 405),
+    ] {
+        let mut request = harness.client.request(method.clone(), harness.login_listener_url(target));
+        if let Some((name, value)) = header {
+            request = request.header(name, value);
+        }
+        let refused = request.header("host", "10.0.0.7").send().await.unwrap();
+        assert_eq!(refused.status(), status, "{method} {target} {header:?}");
+        if status == 405 {
+            assert_eq!(refused.headers()["allow"], "GET, HEAD");
+        }
     }
     let other = harness.client.get(harness.login_listener_url("/readyz")).header("host", "10.0.0.7");
     assert_eq!(other.send().await.unwrap().status(), 403);

@@ -15,8 +15,8 @@ use crate::harness::{Harness, code, eventually};
 use crate::http2::{CONTINUATION, DATA, HEADERS, OK, PING, RST_STREAM, SETTINGS, frame};
 use crate::raw_http::{Scripted, Wire};
 
-const END_STREAM: u8 = 1;
-const END_HEADERS: u8 = 4;
+pub(crate) const END_STREAM: u8 = 1;
+pub(crate) const END_HEADERS: u8 = 4;
 const ACK: u8 = 1;
 
 /// `SETTINGS_MAX_CONCURRENT_STREAMS`.
@@ -38,7 +38,7 @@ async fn rest_of_frame(head: &[u8], wire: &mut Wire) -> Option<(u8, u8, u32)> {
 
 /// Reads the preface and sends `settings`. Then answers the frames of the client: with what `answer` returns for the
 /// stream of a request, and pings as they should be.
-async fn serve_http2(wire: &mut Wire, settings: Vec<u8>, mut answer: impl FnMut(u32) -> Option<Vec<u8>>) {
+pub(crate) async fn serve_http2(wire: &mut Wire, settings: Vec<u8>, mut answer: impl FnMut(u32) -> Option<Vec<u8>>) {
     wire.take(24).await;
     wire.send(settings).await;
     while let Some((kind, flags, stream)) = next_frame(wire).await {

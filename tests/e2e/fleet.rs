@@ -223,6 +223,59 @@ async fn due_refreshes_are_shared_among_replicas_that_hold_none_of_the_users() {
     assert!(here > 0.0 && there > 0.0, "{here} and {there}");
 }
 
+/// How often the replicas have polled, and claimed refreshes.
+async fn asked(pair: &Pair) -> [[f64; 2]; 2] {
+    let count = |op| format!("adsidecar_store_operation_duration_seconds_count{{op=\"{op}\"}}");
+    let (polls, claims) = (count("poll"), count("claim"));
+    [
+        [pair.a.metric(&polls).await, pair.b.metric(&polls).await],
+        [pair.a.metric(&claims).await, pair.b.metric(&claims).await],
+    ]
+}
+
+/// Waits until both replicas have polled three times more.
+async fn polls_pass(pair: &Pair) {
+    let [before, _] = asked(pair).await;
+    eventually("polls", async || {
+        let [now, _] = asked(pair).await;
+        (now[0] >= before[0] + 3.0 && now[1] >= before[1] + 3.0).then_some(())
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn while_login_with_amazon_is_away_due_refreshes_cost_the_database_nothing_and_then_are_made() {
+    let cluster = Cluster::start();
+    let url = cluster.url();
+    let pair = Pair::over(cluster, &url, "", frozen()).await;
+    let users = 60;
+    for number in 10..10 + users {
+        pair.a.log_in(&format!("user-{number}")).await;
+    }
+    pair.a.sandbox.set_fault(Rule::from(Fault::status(503)).at(Listener::Lwa).always());
+    // Past `refresh.ahead` of all of them.
+    pair.a.advance(3000);
+    let brake = "SELECT value FROM adsidecar_notes WHERE name = 'brake'";
+    eventually("the brake", async || pair.sql.one(brake).await).await;
+    let failed = "SELECT count(*) FROM adsidecar_grants WHERE failure IS NOT NULL";
+    // Whoever had claimed before it heard of the brake.
+    polls_pass(&pair).await;
+    let [_, claims] = asked(&pair).await;
+    let tried: u32 = pair.sql.one(failed).await.unwrap().parse().unwrap();
+    polls_pass(&pair).await;
+    assert_eq!(asked(&pair).await[1], claims, "nobody claims what cannot be refreshed");
+    assert!((5..users).contains(&tried), "{tried} of {users} were tried");
+
+    pair.a.sandbox.clear_faults();
+    // The clocks of the replicas pass a minute, and so does that of the database.
+    pair.sql.run("UPDATE adsidecar_notes SET value = '0 ' || split_part(value, ' ', 2) WHERE name = 'brake'").await;
+    pair.sql.run("UPDATE adsidecar_grants SET retry_at = clock_timestamp() WHERE retry_at IS NOT NULL").await;
+    pair.a.advance(60);
+    let refreshed = "SELECT count(*) FROM adsidecar_grants WHERE generation = 2";
+    let all = users.to_string();
+    eventually("all to be refreshed", async || (pair.sql.one(refreshed).await? == all).then_some(())).await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn while_login_with_amazon_is_down_nobody_tries_every_user_that_is_due() {
     let cluster = Cluster::start();
@@ -447,7 +500,10 @@ async fn of_six_replicas_one_adopts_the_configured_refresh_token_and_a_login_is_
         (pair.sql.one(refused).await? == "1").then_some(())
     })
     .await;
-    drop(replicas);
+    // None of them may still be there to try the second grant.
+    for mut replica in replicas {
+        replica.stop().await;
+    }
     let refused = "adsidecar_token_refresh_total{reason=\"invalid_grant\",result=\"failure\"}";
     let before = pair.a.metric(refused).await + pair.b.metric(refused).await;
     // The starting process or one that runs tries the grant, and while it hears that it is refused, a person logs in.

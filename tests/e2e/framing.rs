@@ -141,15 +141,22 @@ async fn heads_and_targets_have_a_limit() {
     let head =
         |bytes: usize| format!("GET /sandbox/echo HTTP/1.1\r\nHost: localhost\r\nX-Big: {}\r\n\r\n", "x".repeat(bytes));
     assert_eq!(harness.send_raw(head(20 << 10)).await.status, 200);
-    assert_eq!(refused(&harness, &head(33 << 10)).await, (431, String::new()));
+    let too_large = (431, "headers_too_large".to_owned());
+    assert_eq!(refused(&harness, &head(33 << 10)).await, too_large);
     let many = format!("GET /x HTTP/1.1\r\nHost: localhost\r\n{}\r\n", "X: y\r\n".repeat(101));
-    assert_eq!(refused(&harness, &many).await, (431, String::new()));
-    assert_eq!(refused(&harness, &posted("Content-Length: 18446744073709551615")).await.0, 431);
+    assert_eq!(refused(&harness, &many).await, too_large);
+    assert_eq!(refused(&harness, &posted("Content-Length: 18446744073709551615")).await, too_large);
+    let told = harness.send_raw(head(33 << 10)).await;
+    assert_eq!(told.json()["request_id"], told.header("x-request-id").unwrap());
+    assert_eq!(told.header("content-type"), Some("application/problem+json"));
 
     let target = |bytes: usize| format!("GET /sandbox/echo?{} HTTP/1.1\r\nHost: localhost\r\n\r\n", "x".repeat(bytes));
     let room = (8 << 10) - "/sandbox/echo?".len();
     assert_eq!(harness.send_raw(target(room)).await.status, 200);
     assert_eq!(harness.send_raw(target(room + 1)).await.said(), (414, "uri_too_long"));
+    for bytes in [20 << 10, 33 << 10, 70 << 10] {
+        assert_eq!(harness.send_raw(target(bytes)).await.said(), (414, "uri_too_long"), "{bytes}");
+    }
     assert_eq!(harness.ads_calls().len(), 2);
 }
 

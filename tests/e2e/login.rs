@@ -81,16 +81,16 @@ async fn requests_under_local_paths_are_never_forwarded() {
         }
     }
     for (path, allowed) in [
-        ("login", "GET"),
-        ("callback", "GET"),
-        ("status", "GET"),
+        ("login", "GET, HEAD"),
+        ("callback", "GET, HEAD"),
+        ("status", "GET, HEAD"),
         ("refresh", "POST"),
         ("logout", "POST"),
         ("confirm", "POST"),
         ("users/default", "DELETE"),
     ] {
         for method in [Method::GET, Method::POST, Method::PUT, Method::DELETE, Method::PATCH] {
-            if method.as_str() != allowed {
+            if !allowed.starts_with(method.as_str()) {
                 let answer = harness.request(method, &format!("/api/auth/amazon/{path}")).send().await.unwrap();
                 refused(&answer, 405, "method_not_allowed");
                 assert_eq!(header(&answer, "allow"), allowed);
@@ -303,6 +303,8 @@ async fn the_frontend_can_fetch_and_read_rejections_too() {
         assert_eq!(headers["access-control-allow-origin"], ORIGIN);
         assert_eq!(headers["access-control-allow-credentials"], "true");
         assert_eq!(headers["vary"], "origin");
+        let exposed = headers["access-control-expose-headers"].to_str().unwrap();
+        assert!(exposed.contains("x-adsidecar-error") && exposed.contains("x-request-id"), "{exposed}");
     };
     let preflight = harness
         .request(Method::OPTIONS, "/api/auth/amazon/logout")
@@ -322,6 +324,14 @@ async fn the_frontend_can_fetch_and_read_rejections_too() {
     let refusal = fetch(Method::GET, "/api/auth/amazon/status?user_id=a%20b").await.unwrap();
     refused(&refusal, 400, "bad_request");
     readable(refusal.headers());
+    for (method, path, status) in
+        [(Method::GET, "/api/auth/amazon/events?user=anna", 400), (Method::POST, "/api/auth/amazon/events", 405)]
+    {
+        let refusal = fetch(method, path).await.unwrap();
+        assert_eq!(refusal.status(), status, "{path}");
+        readable(refusal.headers());
+        is_private(&refusal);
+    }
 
     let begun = fetch(Method::GET, LOGIN).await.unwrap();
     assert_eq!(begun.status(), 200);
@@ -484,7 +494,7 @@ async fn a_browser_is_redirected_to_the_consent_page_with_a_cookie() {
         assert!(header(&answer, "location").starts_with(&harness.sandbox.authorize_url()));
         let cookie = header(&answer, "set-cookie");
         for part in
-            ["adsidecar_login_", "; HttpOnly", "; SameSite=Lax", "; Path=/api/auth/amazon/callback", "; Max-Age=600"]
+            ["adsidecar_login_", "; HttpOnly", "; SameSite=Lax", "; Path=/api/auth/amazon/callback", "; Max-Age=3600"]
         {
             assert!(cookie.contains(part), "{part} in {cookie}");
         }

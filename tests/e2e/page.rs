@@ -221,6 +221,56 @@ async fn the_charts_count_the_last_hour_minute_by_minute() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_minute_ends_although_nobody_looks_at_the_page() {
+    // Its search for accounts would count too.
+    let harness = Harness::set(&[("accounts.sync", "off")]).await;
+    assert_eq!(harness.get("/v2/profiles").await.status(), 200);
+    harness.advance(60);
+    // The control loop looks whether a minute is over, and then whether the configuration has changed.
+    let reloads = "adsidecar_config_reload_timestamp_seconds";
+    let before = harness.metric(reloads).await;
+    let file = harness.config_file();
+    let text = std::fs::read_to_string(&file).unwrap();
+    std::fs::write(&file, text + "\n# changed\n").unwrap();
+    eventually("the control loop", async || (harness.metric(reloads).await > before).then_some(())).await;
+    for _ in 0..2 {
+        assert_eq!(harness.get("/v2/profiles").await.status(), 200);
+    }
+    let text = page(&harness, "/?part=true").await;
+    assert!(text.contains("Requests in each minute of the last hour: 3 together, at most 2 in a minute"), "{text}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_tail_ends_after_a_hundred_calls() {
+    let harness = Harness::start().await;
+    harness.log_in("default").await;
+    for number in 0..105 {
+        let request = harness.request(Method::GET, "/v2/profiles").header("x-request-id", format!("call-{number}-"));
+        assert_eq!(request.send().await.unwrap().status(), 200);
+    }
+    let rows = page(&harness, "/page/calls?part=true").await;
+    let shown: Vec<_> = (0..105).filter(|number| rows.contains(&format!("call-{number}-"))).collect();
+    assert_eq!(shown, (5..105).collect::<Vec<_>>());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_key_of_a_form_is_good_after_a_reload_and_at_no_other_process() {
+    let mut harness = Harness::start().await;
+    let key = form_key(&harness).await;
+    let sent = async |harness: &Harness| {
+        let form = [("level", "warn"), ("form_key", key.as_str())];
+        let request = harness.client.post(harness.admin_url("/page/log")).form(&form);
+        code(&request.header("origin", harness.admin_url("")).send().await.unwrap()).to_owned()
+    };
+    assert_eq!(send(&harness, "/page/reload", &[]).await.status(), 303);
+    assert_eq!(sent(&harness).await, "", "a page that is open goes on working");
+    harness.stop_sidecar().await;
+    harness.start_sidecar().await;
+    assert_eq!(sent(&harness).await, "cross_site");
+    assert_ne!(form_key(&harness).await, key);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn the_configuration_is_shown_with_its_sources_and_without_secrets() {
     let mut harness =
         Harness::with("[[account]]\nname = \"shop\"\nregion = \"eu\"\nheaders = { X-Own = \"hush\" }\n").await;
@@ -314,7 +364,7 @@ async fn a_login_that_failed_leads_its_own_browser_on_and_nobody_else() {
         let request = harness.request(Method::GET, &path).header("accept", "text/html").header("cookie", cookie);
         request.send().await.unwrap().text().await.unwrap()
     };
-    let again = "href=\"http://localhost:8001/api/auth/amazon/login?user_id=anna\"";
+    let again = "href=\"/api/auth/amazon/login?user_id=anna\"";
     let (state, cookie) = begin("").await;
     let stranger = end(&state, "none=1").await;
     assert!(!stranger.contains("anna") && stranger.contains("Not connected"), "{stranger}");

@@ -23,18 +23,24 @@ pub struct Cluster {
     binaries: PathBuf,
     pub port: u16,
     server: Option<Child>,
+    settings: &'static [&'static str],
 }
 
 impl Cluster {
     /// Creates a cluster and starts it. Its superuser is `postgres`, and all roles share one password.
     pub fn start() -> Self {
+        Self::start_with(&[])
+    }
+
+    /// As [`start`](Self::start), with more settings of the server (`name=value`).
+    pub fn start_with(settings: &'static [&'static str]) -> Self {
         let directory = tempfile::Builder::new().prefix("pg").tempdir().unwrap();
         if is_root() {
             chown(directory.path(), Some(NOBODY), Some(NOBODY)).unwrap();
         }
         fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o755)).unwrap();
         let port = unused_address().port();
-        let mut cluster = Self { directory, binaries: binaries(), port, server: None };
+        let mut cluster = Self { directory, binaries: binaries(), port, server: None, settings };
         let password = cluster.directory.path().join("password");
         fs::write(&password, PASSWORD).unwrap();
         let mut initdb = cluster.program("initdb");
@@ -50,9 +56,8 @@ impl Cluster {
     pub fn run(&mut self) {
         let mut server = self.program("postgres");
         server.arg("-D").arg(self.data()).arg("-k").arg(self.directory.path()).args(["-p", &self.port.to_string()]);
-        for setting in
-            ["listen_addresses=127.0.0.1", "fsync=off", "shared_buffers=16MB", "max_connections=60", "ssl=on"]
-        {
+        let ours = ["listen_addresses=127.0.0.1", "fsync=off", "shared_buffers=16MB", "max_connections=60", "ssl=on"];
+        for setting in ours.iter().chain(self.settings) {
             server.args(["-c", setting]);
         }
         let log = fs::File::create(self.directory.path().join("log")).unwrap();

@@ -154,6 +154,10 @@ async fn fixed_selection_ignores_the_callers_selectors() {
         );
         assert!(seen.headers.iter().all(|(name, _)| !name.starts_with("x-ads")));
     }
+    harness.sandbox.clear_history();
+    let misspelt = call(&harness, "/sandbox/echo", &[("X-Ads-Acount", "uk")]).await;
+    assert_eq!((misspelt.status().as_u16(), code(&misspelt)), (400, "bad_request"), "understood first, then ignored");
+    assert!(harness.ads_calls().is_empty());
 }
 
 /// An account with every id.

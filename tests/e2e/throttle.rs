@@ -200,7 +200,8 @@ async fn a_shutdown_answers_every_waiting_request() {
     let stopped = harness.begin_stop();
     assert_eq!(soon.await.unwrap().status(), 200);
     let late = late.await.unwrap();
-    assert_eq!((late.status().as_u16(), code(&late)), (429, "throttled"));
+    assert_eq!((late.status().as_u16(), code(&late)), (503, "draining"));
+    assert!(late.headers().contains_key("retry-after"), "{late:?}");
     stopped.await.unwrap();
     assert!(began.elapsed() < Duration::from_secs(4), "{:?}", began.elapsed());
 }

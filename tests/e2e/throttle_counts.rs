@@ -2,7 +2,7 @@
 
 use reqwest::{Method, Response};
 use tokio::task::JoinHandle;
-use world::{Fault, JobLimits, Listener, Rule};
+use world::{AmcAccount, Fault, JobLimits, Listener, Rule};
 
 use crate::harness::{Harness, code, eventually, header, json};
 use crate::throttle::{PROFILE, waiting_bytes};
@@ -15,7 +15,7 @@ const RUNS: &str = "/amc/reporting/amcsandboxtools/workflowExecutions";
 async fn harness(mode: &str, seconds: f64) -> Harness {
     let sets = [("throttle.mode", mode), ("throttle.queue_timeout", "15m"), ("accounts.sync", "off")];
     let harness = Harness::set(&sets).await;
-    harness.sandbox.set_job_limits(JobLimits { exports: Some(5), runs: Some(10), seconds });
+    harness.sandbox.set_job_limits(JobLimits { exports: Some(5), runs: Some(10), seconds, ..JobLimits::default() });
     harness
 }
 
@@ -34,7 +34,8 @@ async fn created(harness: &Harness, path: &str) -> String {
     let answer = create(harness, path).await;
     assert!(answer.status().is_success(), "{path}: {}", answer.status());
     let body = json(answer).await;
-    let id = if path == RUNS { &body["workflowExecutionId"] } else { &body["exportId"] };
+    let is_run = path.ends_with("/workflowExecutions");
+    let id = if is_run { &body["workflowExecutionId"] } else { &body["exportId"] };
     id.as_str().expect("the response names the job").to_owned()
 }
 
@@ -55,6 +56,13 @@ async fn waiting(harness: &Harness, path: &str) -> JoinHandle<Response> {
     task
 }
 
+/// The table of the status page.
+async fn at_once(harness: &Harness) -> String {
+    let page = harness.client.get(harness.admin_url("/page/throttle?part=true")).send().await.unwrap();
+    let page = page.text().await.unwrap();
+    page[page.find("At a time").expect("the table")..].to_owned()
+}
+
 fn calls(harness: &Harness) -> usize {
     harness.ads_calls().len()
 }
@@ -62,11 +70,13 @@ fn calls(harness: &Harness) -> usize {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_sixth_export_is_sent_as_long_as_amazon_has_refused_none() {
     let harness = harness("queue", 600.0).await;
-    harness.sandbox.set_job_limits(JobLimits { exports: None, runs: None, seconds: 600.0 });
+    harness.sandbox.set_job_limits(JobLimits { seconds: 600.0, ..JobLimits::default() });
+    assert!(at_once(&harness).await.contains("No export"));
     for _ in 0..8 {
         created(&harness, CAMPAIGNS).await;
     }
     assert_eq!(harness.sandbox.job_counts(), (0, 8));
+    assert!(at_once(&harness).await.contains("Amazon has refused none"));
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -93,6 +103,10 @@ async fn the_sixth_export_waits_until_a_poll_says_that_one_has_ended() {
     let sixth = waiting(&harness, CAMPAIGNS).await;
     let seventh = waiting(&harness, CAMPAIGNS).await;
     assert_eq!((calls(&harness), harness.sandbox.job_counts().0), (6, 1), "the seventh was not sent");
+    let shown = at_once(&harness).await;
+    for cell in ["exports of /campaigns/export", ">na<", ">5<", "Waiting\">2<", ">full<"] {
+        assert!(shown.contains(cell), "{cell}: {shown}");
+    }
     // Each endpoint has five of its own.
     created(&harness, AD_GROUPS).await;
     assert_eq!(state(&harness, &format!("/exports/{}", exports[0])).await, "PROCESSING");
@@ -162,7 +176,7 @@ async fn enforce_refuses_the_export_that_amazon_would_refuse() {
 #[tokio::test(flavor = "multi_thread")]
 async fn exports_of_somebody_else_are_left_to_the_pauses() {
     let harness = harness("queue", 3.0).await;
-    harness.sandbox.set_job_limits(JobLimits { exports: Some(1), runs: None, seconds: 3.0 });
+    harness.sandbox.set_job_limits(JobLimits { exports: Some(1), seconds: 3.0, ..JobLimits::default() });
     created(&harness, CAMPAIGNS).await;
     let second = waiting(&harness, CAMPAIGNS).await;
     assert_eq!(calls(&harness), 2);
@@ -189,6 +203,35 @@ async fn the_eleventh_run_of_an_amc_instance_waits_until_one_has_ended() {
     twelfth.abort();
     assert!(twelfth.await.is_err());
     eventually("the caller that left is gone", async || (waiting_bytes(&harness).await == 0.0).then_some(())).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_two_hundred_and_first_run_of_an_amc_account_waits_whatever_its_instance() {
+    let harness = harness("queue", 3.0).await;
+    let limits = JobLimits { runs: Some(10), runs_of_account: Some(200), seconds: 3.0, ..JobLimits::default() };
+    harness.sandbox.set_job_limits(limits);
+    harness.sandbox.world(|world| {
+        let accounts = &mut world.catalogue.amc_accounts;
+        let account = accounts.iter().find(|account| account.instance == "amcsandboxtools").unwrap().clone();
+        let of = |instance| AmcAccount { instance: format!("amcinstance{instance}"), ..account.clone() };
+        accounts.extend((0..22).map(of));
+    });
+    let runs_of = |instance: usize| format!("/amc/reporting/amcinstance{instance}/workflowExecutions");
+    let mut runs = Vec::new();
+    for run in 0..200 {
+        runs.push((runs_of(run / 10), created(&harness, &runs_of(run / 10)).await));
+    }
+    // Nine more would fit into each of these instances.
+    let first = waiting(&harness, &runs_of(20)).await;
+    let next = waiting(&harness, &runs_of(21)).await;
+    assert_eq!((calls(&harness), harness.sandbox.job_counts()), (201, (1, 10)), "Amazon refused one, and saw no other");
+    harness.advance(4);
+    assert_eq!((calls(&harness), first.is_finished()), (201, false), "nobody has asked yet");
+    for (path, id) in runs.iter().take(2) {
+        assert_eq!(state(&harness, &format!("{path}/{id}")).await, "SUCCEEDED");
+    }
+    assert_eq!([first.await.unwrap().status(), next.await.unwrap().status()], [200, 200]);
+    assert_eq!(harness.sandbox.job_counts().0, 1);
 }
 
 #[tokio::test(flavor = "multi_thread")]

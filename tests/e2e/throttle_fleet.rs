@@ -1,4 +1,4 @@
-//! The throttle of several adsidecars on one PostgreSQL: together they keep to the limit that one would.
+//! The throttle of several adsidecars on one PostgreSQL: together they keep to the limits that one would.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -6,11 +6,11 @@ use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use adsidecar::domain::clock::Clock;
-use reqwest::{Method, RequestBuilder};
+use reqwest::{Method, RequestBuilder, Response};
 use tokio::task::JoinSet;
-use world::{Fault, Listener, RateLimit, Rule, Told};
+use world::{Fault, JobLimits, Listener, RateLimit, Rule, Told};
 
-use crate::harness::{Harness, code, eventually};
+use crate::harness::{Harness, code, eventually, json};
 use crate::postgres::{Pair, Replica};
 use crate::postgres_server::Cluster;
 use crate::throttle::PROFILE;
@@ -90,6 +90,124 @@ async fn nothing_is_written_about_limits_while_amazon_refuses_nothing() {
     })
     .await;
     assert_eq!(four.pair.sql.one("SELECT count(*)::text FROM adsidecar_throttle").await.unwrap(), "0");
+}
+
+const EXPORTS: &str = "/campaigns/export";
+
+/// Two adsidecars on one database, before an Amazon that runs five exports at once, each for three seconds. The second
+/// one has had an export, which has ended. The clock is frozen.
+async fn two_with_exports(mode: &str) -> Pair {
+    let extra = format!("[throttle]\nmode = \"{mode}\"\nqueue_timeout = \"15m\"\n[accounts]\nsync = \"off\"\n");
+    let pair = Pair::with(&extra).await;
+    pair.a.log_in("default").await;
+    pair.a.sandbox.set_job_limits(JobLimits { exports: Some(5), seconds: 3.0, ..JobLimits::default() });
+    let export = created(&pair, pair.b.proxy).await;
+    pair.a.advance(4);
+    assert_eq!(state(&pair, pair.b.proxy, &export).await, "COMPLETED");
+    pair.a.sandbox.clear_history();
+    pair
+}
+
+fn create(pair: &Pair, proxy: SocketAddr) -> RequestBuilder {
+    let request = pair.a.client.post(format!("http://{proxy}{EXPORTS}"));
+    request.header("amazon-advertising-api-scope", PROFILE).header("content-type", "application/json").body("{}")
+}
+
+async fn created(pair: &Pair, proxy: SocketAddr) -> String {
+    let answer = create(pair, proxy).send().await.unwrap();
+    assert_eq!(answer.status(), 202);
+    json(answer).await["exportId"].as_str().unwrap().to_owned()
+}
+
+async fn state(pair: &Pair, proxy: SocketAddr, export: &str) -> String {
+    let request = pair.a.client.get(format!("http://{proxy}/exports/{export}"));
+    let answer = request.header("amazon-advertising-api-scope", PROFILE).send().await.unwrap();
+    json(answer).await["status"].as_str().unwrap().to_owned()
+}
+
+/// Waits until a status page shows this count. A replica that only reads asks every five seconds.
+async fn shows(pair: &Pair, admin: SocketAddr, count: &str) {
+    let deadline = Instant::now() + Duration::from_secs(40);
+    loop {
+        let page = pair.a.client.get(format!("http://{admin}/page/throttle?part=true")).send().await.unwrap();
+        let page = page.text().await.unwrap();
+        if page.contains(&format!("\"Running\">{count}<")) {
+            return;
+        }
+        assert!(Instant::now() < deadline, "not {count}: {page}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_runs_through_one_replica_counts_at_the_other() {
+    let pair = two_with_exports("enforce").await;
+    let (a, b) = (pair.a.proxy_address(), pair.b.proxy);
+    let mut exports = Vec::new();
+    for _ in 0..5 {
+        exports.push(created(&pair, a).await);
+    }
+    let amazons = create(&pair, a).send().await.unwrap();
+    assert_eq!((amazons.status().as_u16(), code(&amazons)), (429, ""));
+    shows(&pair, pair.b.admin, "0 and 5 by other adsidecars").await;
+    let is_ours = |answer: Response| (answer.status().as_u16(), code(&answer).to_owned());
+    let calls = pair.a.ads_calls().len();
+    assert_eq!(is_ours(create(&pair, b).send().await.unwrap()), (429, "throttled".to_owned()));
+    assert_eq!(pair.a.ads_calls().len(), calls, "Amazon was spared");
+    pair.a.advance(4);
+    assert_eq!(state(&pair, a, &exports[0]).await, "COMPLETED");
+    shows(&pair, pair.b.admin, "0 and 4 by other adsidecars").await;
+    created(&pair, b).await;
+    shows(&pair, pair.a.admin_address(), "4 and 1 by other adsidecars").await;
+    assert_eq!(is_ours(create(&pair, a).send().await.unwrap()), (429, "throttled".to_owned()));
+    for export in &exports[1..] {
+        assert_eq!(state(&pair, a, export).await, "COMPLETED");
+    }
+    shows(&pair, pair.b.admin, "1").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_export_that_waits_is_sent_when_one_of_another_replica_has_ended() {
+    let pair = two_with_exports("queue").await;
+    let (a, b) = (pair.a.proxy_address(), pair.b.proxy);
+    let mut exports = Vec::new();
+    for _ in 0..5 {
+        exports.push(created(&pair, a).await);
+    }
+    let sixth = tokio::spawn(create(&pair, a).send());
+    shows(&pair, pair.b.admin, "0 and 5 by other adsidecars").await;
+    sixth.abort();
+    let calls = pair.a.ads_calls().len();
+    let waits = || async { pair.b.metric("adsidecar_throttle_waiting_bytes").await > 0.0 };
+    let next = tokio::spawn(create(&pair, b).send());
+    eventually("the creation to wait", async || waits().await.then_some(())).await;
+    assert_eq!(pair.a.ads_calls().len(), calls);
+    pair.a.advance(4);
+    assert_eq!(state(&pair, a, &exports[0]).await, "COMPLETED");
+    assert_eq!(next.await.unwrap().unwrap().status(), 202);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn exports_of_another_replica_that_nobody_asks_for_hold_no_place_for_ever() {
+    let pair = two_with_exports("queue").await;
+    let (a, b) = (pair.a.proxy_address(), pair.b.proxy);
+    for _ in 0..5 {
+        created(&pair, a).await;
+    }
+    let sixth = tokio::spawn(create(&pair, a).send());
+    shows(&pair, pair.b.admin, "0 and 5 by other adsidecars").await;
+    sixth.abort();
+    // All five end, and the first replica is not told.
+    pair.a.advance(4);
+    let waits = || async { pair.b.metric("adsidecar_throttle_waiting_bytes").await > 0.0 };
+    let probe = tokio::spawn(create(&pair, b).send());
+    eventually("the creation to wait", async || waits().await.then_some(())).await;
+    pair.a.advance(6);
+    let export = json(probe.await.unwrap().unwrap()).await["exportId"].as_str().unwrap().to_owned();
+    shows(&pair, pair.b.admin, "1 and 4 by other adsidecars").await;
+    pair.a.advance(4);
+    assert_eq!(state(&pair, b, &export).await, "COMPLETED");
+    created(&pair, b).await;
 }
 
 /// What came of a storm within the measured time.

@@ -312,7 +312,7 @@ async fn return_to_cannot_forge_a_result() {
 #[tokio::test(flavor = "multi_thread")]
 // Covers: situation 20.
 async fn a_login_that_comes_back_at_another_path_never_leaves_with_its_code() {
-    let harness = Harness::start().await;
+    let harness = Harness::with("[[account]]\nname = \"shop\"\n").await;
     harness.log_in("default").await;
     harness.sandbox.clear_history();
     let begun = json(harness.get(LOGIN).await).await;
@@ -322,6 +322,37 @@ async fn a_login_that_comes_back_at_another_path_never_leaves_with_its_code() {
         assert!((400..=404).contains(&stray.status().as_u16()), "{path}: {stray:?}");
         let text = stray.text().await.unwrap();
         assert!(!text.contains("ANcode"), "{text}");
+    }
+    // So does the browser that Amazon sends back, in words for its person.
+    for path in ["/", "/callback", "/api/auth/amazon/callback/", "//api/auth/amazon/callback"] {
+        let browser = harness
+            .request(Method::GET, &format!("{path}?code=ANcode&state={state}"))
+            .header("accept", "text/html")
+            .header("sec-fetch-site", "cross-site")
+            .header("sec-fetch-mode", "navigate");
+        let page = browser.send().await.unwrap();
+        assert_eq!((page.status().as_u16(), code(&page)), (404, "not_found"), "{path}");
+        let text = page.text().await.unwrap();
+        assert!(text.contains("amazon.redirect_uri") && !text.contains("ANcode"), "{path}: {text}");
+    }
+    // The same where a client names Amazon's host or an account, with HEAD, and beside another state.
+    let port = harness.proxy_address().port();
+    let here = format!("localhost:{port}");
+    for (method, target, host) in [
+        ("HEAD", format!("/callback?code=ANcode&state={state}"), here.as_str()),
+        ("GET", format!("/callback?state=x&code=ANcode&state={state}"), &here),
+        ("GET", format!("/callback?%63ode=ANcode&stat%65={state}"), &here),
+        ("GET", format!("/a/shop/callback?code=ANcode&state={state}"), &here),
+        ("HEAD", format!("/a/shop/v2/profiles?state={state}&code=ANcode"), &here),
+        ("GET", format!("http://{here}/callback?code=ANcode&state={state}"), &here),
+        ("GET", format!("http://advertising-api.amazon.com/?code=ANcode&state={state}"), "advertising-api.amazon.com"),
+        ("GET", format!("http://advertising-api-eu.amazon.com/cb?code=ANcode&state={state}"), &here),
+    ] {
+        let mut wire = harness.dial().await;
+        wire.send(format!("{method} {target} HTTP/1.1\r\nHost: {host}\r\n\r\n")).await;
+        let stray = if method == "HEAD" { wire.reply_head().await } else { wire.reply().await };
+        assert_eq!(stray.said(), (404, "not_found"), "{method} {target}");
+        assert!(!stray.text().contains("ANcode"), "{stray:?}");
     }
     let stray = json(harness.get(&format!("/callback?code=ANcode&state={state}")).await).await;
     assert!(stray["next_step"].as_str().unwrap().contains("amazon.redirect_uri"), "{stray}");

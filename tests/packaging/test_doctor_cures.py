@@ -122,6 +122,15 @@ def stopped(beside, sandbox) -> Installation:
     return beside
 
 
+def test_after_the_commands_of_the_readme_the_doctor_warns_of_nothing(adsidecar, sandbox):
+    command = [str(adsidecar), "doctor", "-o", "json", "--fail-on", "warn", "--config", sandbox.config]
+    environment = {"PATH": os.environ["PATH"]}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LIMIT_SECONDS)
+    checks = [check for group in json.loads(ended.stdout)["groups"] for check in group["checks"]]
+    assert [check for check in checks if check["status"] not in ("ok", "skipped")] == []
+    assert ended.returncode == 0 and "secrets" in [check["code"] for check in checks], ended.stderr
+
+
 def import_grant(installation: Installation, sandbox, user: str) -> None:
     token = control(sandbox, "POST", "/consent", {"want": "grant"})["refresh_token"]
     ended = installation.run(

@@ -43,8 +43,8 @@ pub struct Listed {
     pub time_zone: Option<String>,
     /// The user whose grant reaches it.
     pub user_id: UserId,
-    /// Its region; absent for one of the configuration that leaves it to `amazon.region`.
-    pub region: Option<Region>,
+    /// Its region; `amazon.region` for one of the configuration that names none.
+    pub region: Region,
     /// Its ids, by the keys of `[[account]]`.
     pub ids: BTreeMap<String, String>,
     /// The header that selects it.
@@ -81,7 +81,7 @@ impl Directory {
         if let Some(user) = &filter.user {
             let of_user = self.of(user).await?;
             let snapshot = Snapshot::of(of_user.iter().map(|user| UserAccounts::clone(user)), &configured);
-            let all = list(&snapshot, &configured, filter, base_url);
+            let all = list(&snapshot, &configured, self.home(), filter, base_url);
             let total = all.len();
             let mut rest = all.into_iter().filter(|account| account.slug.as_str() > after);
             let accounts: Vec<_> = rest.by_ref().take(limit).collect();
@@ -109,7 +109,7 @@ impl Directory {
         };
         let found = self.store().find_accounts(&query).await?;
         let hides = hidden.values().filter(|listed| filter.matches(listed)).count();
-        let of_configuration: Vec<_> = list(&snapshot, &configured, filter, base_url)
+        let of_configuration: Vec<_> = list(&snapshot, &configured, self.home(), filter, base_url)
             .into_iter()
             .filter(|listed| listed.source == CONFIGURATION)
             .collect();
@@ -158,10 +158,11 @@ impl Directory {
 const CONFIGURATION: &str = "configuration";
 
 /// Every account that matches `filter`, by slug. An account of the configuration comes with what was found about it.
-pub fn list(snapshot: &Snapshot, configured: &[Account], filter: &Filter, base_url: &str) -> Vec<Listed> {
+/// `home` is `amazon.region`.
+pub fn list(snapshot: &Snapshot, configured: &[Account], home: Region, filter: &Filter, base_url: &str) -> Vec<Listed> {
     let of_configuration = configured.iter().map(|account| {
         let found = snapshot.entries().find(|entry| is_same(&entry.account, account)).map(|entry| &entry.found);
-        configured_one(account, found, base_url)
+        configured_one(account, home, found, base_url)
     });
     let is_configured = |account: &Account| configured.iter().any(|one| is_same(account, one));
     let found = snapshot.entries().filter(|entry| !is_configured(&entry.account));
@@ -186,7 +187,7 @@ fn is_same(found: &Account, configured: &Account) -> bool {
         && (others(found)[0] == others(configured)[0])
 }
 
-fn configured_one(account: &Account, found: Option<&FoundAccount>, base_url: &str) -> Listed {
+fn configured_one(account: &Account, home: Region, found: Option<&FoundAccount>, base_url: &str) -> Listed {
     let id = |context: Context| {
         let own = account.ids.get(context).and_then(|id| id.to_str().ok());
         own.map(|id| (context.key().to_owned(), id.to_owned()))
@@ -201,7 +202,7 @@ fn configured_one(account: &Account, found: Option<&FoundAccount>, base_url: &st
         currency: found.and_then(|found| found.currency.clone()),
         time_zone: found.and_then(|found| found.time_zone.clone()),
         user_id: account.user.clone(),
-        region: account.region,
+        region: account.region.unwrap_or(home),
         ids: Context::ALL.into_iter().filter_map(id).collect(),
         header,
         url,
@@ -221,7 +222,7 @@ fn found_one(found: &FoundAccount, user: &UserId, base_url: &str) -> Listed {
         currency: found.currency.clone(),
         time_zone: found.time_zone.clone(),
         user_id: user.clone(),
-        region: Some(found.region),
+        region: found.region,
         ids: found.ids.clone(),
         header,
         url,

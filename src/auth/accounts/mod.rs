@@ -153,6 +153,11 @@ impl Directory {
         self.0.reach.load().as_ref().map(|reach| reach.configured.clone()).unwrap_or_default()
     }
 
+    /// `amazon.region`.
+    fn home(&self) -> Region {
+        self.0.reach.load().as_ref().map(|reach| reach.home).unwrap_or_default()
+    }
+
     /// Whether there are too many accounts to name each in the metrics.
     pub fn is_large(&self) -> bool {
         self.0.is_large.load(Relaxed)

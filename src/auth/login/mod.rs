@@ -30,7 +30,7 @@ use crate::domain::secret::Secret;
 use crate::store::{PendingGrant, StoreError};
 pub use expiring_map::TEN_MINUTES;
 use expiring_map::hash;
-pub use outcome::{BeginError, LoginEnded, LoginFailure, LoginOutcome};
+pub use outcome::{Again, BeginError, LoginEnded, LoginFailure, LoginOutcome};
 pub use pending_logins::PendingLogins;
 use pending_logins::{Finished, PendingLogin};
 
@@ -144,6 +144,11 @@ impl Login {
         Some(url).filter(|_| loopback)
     }
 
+    /// The host of `amazon.redirect_uri`.
+    pub fn redirect_host(&self) -> Option<String> {
+        Url::parse(self.0.lwa.redirect_uri()).ok()?.host_str().map(str::to_owned)
+    }
+
     /// Whether cookies carry `Secure`.
     pub fn secure_cookies(&self) -> bool {
         self.0.settings.secure_cookies
@@ -169,7 +174,10 @@ impl Login {
         let (state, verifier) = (random(), random());
         let challenge = BASE64_URL_SAFE_NO_PAD.encode(Sha256::digest(verifier.as_bytes()));
         let auth_url = self.0.lwa.authorize_url(request.region, &state, &challenge)?;
-        let cookie = request.by_browser.then(|| (cookie_name(&state), random()));
+        let cookie = request.by_browser.then(|| {
+            // The browser keeps for whom and where the login was, so that it can begin another one after this expired.
+            (cookie_name(&state), format!("{}.{}.{}", random(), request.region, request.user))
+        });
         let pending = PendingLogin {
             user: request.user,
             verifier: Secret::new(verifier),
@@ -200,7 +208,7 @@ impl Login {
     /// name. A callback that is delivered again gets the first outcome; one without the login's cookie consumes
     /// nothing.
     pub async fn finish(&self, callback: Callback, cookie: impl FnOnce(&str) -> Option<String>) -> LoginEnded {
-        let cookie = cookie(&cookie_name(callback.state.expose())).map(|value| hash(&value));
+        let cookie = cookie(&cookie_name(callback.state.expose()));
         let login = self.clone();
         // A code is valid for one exchange: a browser that disconnects during it must not lose the grant.
         self.0.tokens.uninterrupted(async move { login.finish_once(callback, cookie).await }).await
@@ -208,10 +216,12 @@ impl Login {
 
     async fn finish_once(&self, callback: Callback, cookie: Option<String>) -> LoginEnded {
         let (state, now) = (callback.state.expose().to_owned(), self.0.clock.now());
+        let begun = cookie.as_deref().and_then(begun_as);
+        let cookie = cookie.map(|value| hash(&value));
         // The cookie is checked before anything is consumed: a virus scanner or a proxy may fetch the URL first.
         let is_new = !self.0.pending.is_finished(&state, now);
         if is_new && let Err(failure) = self.check_cookie(&state, &cookie).await {
-            return failure.into();
+            return LoginEnded::without_login(failure, begun);
         }
         let outcome = self.0.pending.outcome_of(&state, now);
         let mut first = false;
@@ -223,35 +233,41 @@ impl Login {
             }
             self.finish_first(callback).await
         });
-        let Finished { user, outcome, return_to, cookie: bound } = match finished.await {
+        let Finished { outcome, return_to, cookie: bound } = match finished.await {
             Ok(finished) => finished.clone(),
-            Err(failure) => return failure.into(),
+            Err(failure) => return LoginEnded::without_login(failure, begun),
         };
         match outcome {
             _ if bound.is_some() && bound != cookie => LoginFailure::State.into(),
             // Without a cookie anybody may send the callback again: it tells nothing but that the login is completed.
-            Ok(_) if bound.is_none() && !first => LoginFailure::Completed.into(),
-            outcome => LoginEnded { outcome, return_to, user: bound.map(|_| user) },
+            Ok(_) if bound.is_none() && !first => {
+                LoginEnded { outcome: Err(LoginFailure::Completed), return_to: None, again: Again::Elsewhere }
+            }
+            outcome => {
+                let begun = begun.filter(|_| bound.is_some());
+                let again = begun.map_or(Again::Elsewhere, |(user, region)| Again::As(user, region));
+                LoginEnded { outcome, return_to, again }
+            }
         }
     }
 
     /// Whether the pending login with `state` was started by the browser that sent `cookie`, or by a program.
     async fn check_cookie(&self, state: &str, cookie: &Option<String>) -> Result<(), LoginFailure> {
         let login = self.0.pending.login_of(state, self.0.clock.now()).await.map_err(LoginFailure::of_store)?;
-        let login = login.ok_or(LoginFailure::State)?;
+        let login = login.ok_or(LoginFailure::Expired)?;
         if login.cookie.is_none() || login.cookie == *cookie { Ok(()) } else { Err(LoginFailure::State) }
     }
 
     /// Consumes the pending login and its code. An error consumed nothing, and is not remembered.
     async fn finish_first(&self, callback: Callback) -> Result<Finished, LoginFailure> {
         let login = self.0.pending.take_login(callback.state.expose(), self.0.clock.now()).await;
-        let begun = login.map_err(LoginFailure::of_store)?.ok_or(LoginFailure::State)?;
-        let (user, return_to, bound) = (begun.user.clone(), begun.return_to.clone(), begun.cookie.clone());
+        let begun = login.map_err(LoginFailure::of_store)?.ok_or(LoginFailure::Expired)?;
+        let (return_to, bound) = (begun.return_to.clone(), begun.cookie.clone());
         let outcome = match callback.result {
             Err(error) => Err(LoginFailure::of_amazon(&error)),
             Ok(code) => self.exchange(&code, begun, callback.scope).await,
         };
-        Ok(Finished { user, outcome, return_to, cookie: bound })
+        Ok(Finished { outcome, return_to, cookie: bound })
     }
 
     async fn exchange(
@@ -389,6 +405,14 @@ fn is_scope(text: &str) -> bool {
 /// The name of the binding cookie. Each login has its own, so that concurrent logins in one browser do not interfere.
 fn cookie_name(state: &str) -> String {
     format!("adsidecar_login_{}", &hash(state)[..8])
+}
+
+/// For whom and in which region the login with this cookie began. No random value has a dot in it, and a user id is a
+/// legal cookie value.
+fn begun_as(cookie: &str) -> Option<(UserId, Region)> {
+    let mut parts = cookie.splitn(3, '.').skip(1);
+    let (region, user) = (parts.next()?.parse().ok()?, parts.next()?.parse().ok()?);
+    Some((user, region))
 }
 
 /// 256 bits from the operating system's random generator, as base64url.

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use crate::auth::tokens::Status;
-use crate::domain::account::UserId;
+use crate::domain::account::{Region, UserId};
 use crate::domain::secret::Secret;
 use crate::store::StoreError;
 
@@ -28,13 +28,39 @@ pub struct LoginEnded {
     pub outcome: Result<LoginOutcome, LoginFailure>,
     /// The login's `return_to`, if the state was valid.
     pub return_to: Option<String>,
-    /// The user whom the login was for, if the browser that ended it is the one that started it.
-    pub user: Option<UserId>,
+    /// How the person goes on, if the login failed.
+    pub again: Again,
+}
+
+/// How the person whose login failed can try again. No user is guessed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Again {
+    /// Start a login of this user, at the consent page of this region: the browser that ended the login started it.
+    As(UserId, Region),
+    /// Start a login. Whose is not known.
+    Unknown,
+    /// Send the same callback again: it consumed nothing.
+    Callback,
+    /// Go back to the program that started the login, or nothing is left to do.
+    Elsewhere,
+}
+
+impl LoginEnded {
+    /// The end of a callback that consumed no login. `begun` is what the browser's cookie for this state says, if the
+    /// login is not pending any more.
+    pub(super) fn without_login(failure: LoginFailure, begun: Option<(UserId, Region)>) -> Self {
+        let again = match (&failure, begun) {
+            (LoginFailure::Store, _) => Again::Callback,
+            (LoginFailure::Expired, Some((user, region))) => Again::As(user, region),
+            _ => Again::Unknown,
+        };
+        Self { outcome: Err(failure), return_to: None, again }
+    }
 }
 
 impl From<LoginFailure> for LoginEnded {
     fn from(failure: LoginFailure) -> Self {
-        Self { outcome: Err(failure), return_to: None, user: None }
+        Self::without_login(failure, None)
     }
 }
 
@@ -52,8 +78,12 @@ pub enum LoginOutcome {
 pub enum LoginFailure {
     /// Amazon's own error, mapped to the fixed list of codes.
     Amazon(&'static str),
-    /// The state is unknown, expired, or bound to another browser.
+    /// The state is missing, unknown or expired.
+    Expired,
+    /// The login was started in another browser, or its cookie is missing.
     State,
+    /// The store failed before anything was consumed.
+    Store,
     /// A program's login whose callback was delivered before.
     Completed,
     /// LWA returned no grant for the code.
@@ -71,14 +101,15 @@ impl LoginFailure {
     /// The failure for an error of the store, which it logs.
     pub(super) fn of_store(error: StoreError) -> Self {
         tracing::error!(%error, "the store failed during a login callback: the user has to try again");
-        Self::Amazon("temporarily_unavailable")
+        Self::Store
     }
 
     /// The callback's `error` code: one of a fixed list.
     pub fn code(&self) -> &'static str {
         match self {
             Self::Amazon(code) => code,
-            Self::State | Self::Completed => "state_invalid",
+            Self::Expired | Self::State | Self::Completed => "state_invalid",
+            Self::Store => "temporarily_unavailable",
             Self::Exchange => "exchange_failed",
             Self::Identity => "identity_changed",
         }

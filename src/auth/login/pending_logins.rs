@@ -77,7 +77,6 @@ pub(super) struct PendingLogin {
 /// How a login ended.
 #[derive(Debug, Clone)]
 pub(super) struct Finished {
-    pub(super) user: UserId,
     pub(super) outcome: Result<LoginOutcome, LoginFailure>,
     pub(super) return_to: Option<String>,
     /// The hash of the cookie that its callback carried; `None` for a login that a program started.

@@ -1,7 +1,7 @@
 //! Background refreshes in a store that several processes share: the database says which are due, and each process
 //! claims as many as it can make. None of them plans for the others, and none has to know all users.
 
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use jiff::SignedDuration;
@@ -9,10 +9,11 @@ use tokio::sync::Semaphore;
 use tokio::time::timeout;
 
 use super::TokenManager;
-use super::client_circuit::Brake;
 use super::follower::Follower;
+use super::pace::{POLL, longest_pause};
 use super::refresh_task::RefreshReason;
 use super::scheduler::Scheduler;
+use crate::domain::clock_reading::ClockReading;
 use crate::store::{Claimed, Content};
 
 /// Interval for comparing wall clock and monotonic clock, as in the [`Scheduler`].
@@ -39,13 +40,13 @@ impl TokenManager {
                 self.entries().iter().for_each(|entry| self.log_consent_end(entry, now));
                 next_sweep = now.uptime.saturating_add(SignedDuration::try_from(settings.sweep).unwrap_or_default());
             }
-            if self.claim_batch(follower, &permits).await {
+            if self.claim_batch(follower, &permits, concurrency).await {
                 continue;
             }
             // A poll may bring the time nearer, and so may a change here: nothing is due before either, or before then.
-            let due_at = *follower.due_at.lock().unwrap_or_else(PoisonError::into_inner);
-            let until_due = due_at.and_then(|due| Duration::try_from(due.duration_since(now.wall)).ok());
-            let wake = timeout(until_due.unwrap_or(LOOK_EVERY).min(LOOK_EVERY), follower.polled.notified());
+            let until_due =
+                follower.pace().wait(now.wall, follower.elapsed()).unwrap_or(LOOK_EVERY).max(self.brake_wait(now));
+            let wake = timeout(until_due.min(LOOK_EVERY), follower.polled.notified());
             tokio::select! {
                 _ = wake => {}
                 change = changes.recv() => if change.is_none() { return },
@@ -54,34 +55,29 @@ impl TokenManager {
     }
 
     /// Claims as many due refreshes as there are permits, and starts them. Returns whether more may be due at once.
-    ///
-    /// While the brake holds, none is claimed: each would fail without a call, and cost statements for every user that
-    /// is due, again and again. Once it has ended, one is claimed, and the next poll tells what became of it.
-    async fn claim_batch(&self, follower: &Follower, permits: &Arc<Semaphore>) -> bool {
+    async fn claim_batch(&self, follower: &Follower, permits: &Arc<Semaphore>, concurrency: usize) -> bool {
         let now = self.0.clock.reading();
-        let is_due = || {
-            let due_at = *follower.due_at.lock().unwrap_or_else(PoisonError::into_inner);
-            due_at.is_some_and(|due| due <= now.wall)
-        };
-        let most = match self.0.circuit.brake(now) {
-            Brake::Released => usize::MAX,
-            Brake::Ended => 1,
-            Brake::Holds => 0,
-        };
-        if !is_due() || most == 0 {
+        if !follower.pace().is_due(now.wall, follower.elapsed()) {
+            return false;
+        }
+        if permits.available_permits() == 0 {
+            // What is due by then, and whether Login with Amazon works by then, is seen by then.
+            return permits.acquire().await.is_ok();
+        }
+        let limit = self.0.circuit.brake().claimable(now, permits.available_permits(), concurrency);
+        let mut free: Vec<_> = std::iter::from_fn(|| permits.clone().try_acquire_owned().ok()).take(limit).collect();
+        if free.is_empty() {
             return false;
         }
         follower.settle().await;
-        // The semaphore is never closed.
-        let Ok(first) = permits.clone().acquire_owned().await else { return false };
-        let more = std::iter::from_fn(|| permits.clone().try_acquire_owned().ok());
-        let mut free: Vec<_> = std::iter::once(first).chain(more).take(most).collect();
-        let claimed = self.timed("claim", follower.store.claim_due(now.wall, free.len())).await.unwrap_or_default();
-        let is_full = claimed.len() == free.len();
-        if !is_full {
-            // The next poll says when the next one is due.
-            *follower.due_at.lock().unwrap_or_else(PoisonError::into_inner) = None;
-        }
+        let claimed = self.timed("claim", follower.store.claim_due(now.wall, free.len())).await;
+        let Ok(claimed) = claimed else {
+            // The next poll that succeeds says when the next one is due.
+            follower.pace().forget();
+            return false;
+        };
+        let (elapsed, longest) = (follower.elapsed(), longest_pause(self.policy()));
+        let is_full = follower.pace().claimed(claimed.len(), free.len(), now.wall, elapsed, longest);
         for claimed in claimed {
             let (manager, permit) = (self.clone(), free.pop());
             let store = follower.store.clone();
@@ -90,7 +86,14 @@ impl TokenManager {
                 drop(permit);
             });
         }
-        is_full && most > 1
+        is_full
+    }
+
+    /// How long at least nothing is to be claimed because of the brake. A probe that is running ends it or prolongs it.
+    fn brake_wait(&self, now: ClockReading) -> Duration {
+        let brake = self.0.circuit.brake();
+        let held = brake.holds(now).map(|(_, wait)| wait);
+        if brake.is_refused() { held.unwrap_or_default().max(POLL) } else { Duration::ZERO }
     }
 
     async fn refresh_claimed(&self, store: &crate::store::Postgres, claimed: Claimed) {

@@ -17,7 +17,8 @@
 
 use std::sync::Arc;
 
-use super::follower::{Follower, POLL};
+use super::follower::Follower;
+use super::pace::POLL;
 use super::refresh_journal::RefreshJournal;
 use super::scheduler::Scheduler;
 use super::user_state::UserState;

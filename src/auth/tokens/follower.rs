@@ -5,26 +5,21 @@
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicI64, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use jiff::Timestamp;
 use tokio::sync::Notify;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use super::TokenManager;
 use super::client_circuit::known_code;
+use super::pace::{ClaimPace, notified_pause, poll_pause};
 use super::refresh_task::jitter;
 use super::user_state::UserState;
 use crate::domain::account::UserId;
 use crate::domain::grant::Version;
 use crate::store::{Changes, PUBLISH, Postgres, StoreError};
 
-/// Interval for polling changes made by other processes, give or take a seventh. A logout is obeyed within a second by
-/// processes that hear of it by a poll alone.
-pub(super) const POLL: Duration = Duration::from_millis(700);
-/// Pause after a notification of a change, so that many at once cause one poll.
-const NOTIFIED_PAUSE: Duration = Duration::from_millis(40);
 /// What this process knows of changes counts as current for this long after a poll.
 const CURRENT: Duration = Duration::from_secs(2);
 /// How long a request waits for the row of its user, while this process does not know what others have changed.
@@ -45,8 +40,8 @@ pub(super) struct Follower {
     current_at: AtomicI64,
     /// No request asks the database for its row before this, in milliseconds since `begun`: the last one got no answer.
     ask_at: AtomicI64,
-    /// When the next background refresh is due, as of the last poll; `None` if none is, or until the next poll.
-    pub(super) due_at: Mutex<Option<Timestamp>>,
+    /// When this process claims background refreshes.
+    pace: Mutex<ClaimPace>,
     /// Notified after each poll.
     pub(super) polled: Notify,
     /// Notified if there are records to describe.
@@ -64,12 +59,22 @@ impl Follower {
             begun: Instant::now(),
             current_at: AtomicI64::new(0),
             ask_at: AtomicI64::new(0),
-            due_at: Mutex::default(),
+            pace: Mutex::default(),
             polled: Notify::new(),
             undescribed: Notify::new(),
             absent: Mutex::default(),
             settling: Mutex::default(),
         }
+    }
+
+    /// When this process claims background refreshes. Never locked across a wait.
+    pub(super) fn pace(&self) -> MutexGuard<'_, ClaimPace> {
+        self.pace.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The time since this process began to follow.
+    pub(super) fn elapsed(&self) -> Duration {
+        self.begun.elapsed()
     }
 
     pub(super) fn milliseconds(&self, at: Instant) -> i64 {
@@ -151,10 +156,9 @@ impl TokenManager {
     pub(super) async fn follow(&self, follower: &Follower) {
         let shared = &follower.store;
         loop {
-            let pause = POLL.mul_f64(0.86 + 0.28 * jitter());
             tokio::select! {
-                () = sleep(pause) => {}
-                () = shared.notified() => sleep(NOTIFIED_PAUSE.mul_f64(jitter())).await,
+                () = sleep(poll_pause(jitter())) => {}
+                () = shared.notified() => sleep(notified_pause(jitter())).await,
             }
             let (was_up, begun) = (self.0.store.health().up, Instant::now());
             let Ok(poll) = self.timed("poll", shared.poll()).await else { continue };
@@ -167,7 +171,7 @@ impl TokenManager {
                     let _ = self.0.scheduler.send(entry);
                 }
             }
-            *follower.due_at.lock().unwrap_or_else(PoisonError::into_inner) = poll.due_at;
+            follower.pace().polled(poll.due_at, self.0.clock.now(), follower.elapsed(), jitter());
             follower.polled.notify_waiters();
             if let Some((code, wait)) = &poll.brake {
                 self.0.circuit.hold(known_code(code), *wait, self.0.clock.reading());

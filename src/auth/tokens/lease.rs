@@ -11,6 +11,7 @@ use super::FORCED_SPACING;
 use super::coordination::Coordination;
 use super::follower::Follower;
 use super::refresh_task::{RefreshReason, RefreshTask};
+use super::take_over::failed_state;
 use crate::domain::clock_reading::ClockReading;
 use crate::domain::grant::{Failure, GrantState, LiveGrant, Remedy, STORE_UNAVAILABLE};
 use crate::store::{FailedRefresh, Lease};
@@ -111,13 +112,13 @@ impl RefreshTask {
 
     /// Releases the lease after a refresh of `generation` that stored no change, so that another process may try; not
     /// before the retry of `state`, if it failed. If a response `may_be_lost`, whoever takes the lease next hears that;
-    /// or another process, which got the lease because the database had lost it, was refused meanwhile: returns that.
+    /// or another process, which got the lease because the database had lost it, was refused meanwhile: returns that state.
     pub(super) async fn release(
         &self,
         generation: u64,
         state: Option<&GrantState>,
         may_be_lost: bool,
-    ) -> Option<FailedRefresh> {
+    ) -> Option<GrantState> {
         let Follower { store, .. } = self.manager.0.coordination.follower()?;
         let now = self.manager.0.clock.reading();
         let retry_in = |retry_at: SignedDuration| Duration::try_from(retry_at - now.uptime).unwrap_or_default();
@@ -151,7 +152,8 @@ impl RefreshTask {
             return None;
         }
         let lookup = self.manager.timed("get", store.lookup(user)).await.ok()?;
-        lookup.failed.filter(|failed| failed.refused && lookup.version.generation == generation)
+        let refused = lookup.failed.filter(|failed| failed.refused && lookup.version.generation == generation)?;
+        Some(failed_state(self.entry.held().grant()?.clone(), &refused, now))
     }
 }
 

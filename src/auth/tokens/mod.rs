@@ -11,7 +11,7 @@
 //! new grant; `publish` makes it current and reschedules the user (`scheduler`); dropping the task wakes the waiters.
 //!
 //! With a shared store the users that are not in memory are read when they are needed (`coordination`), and the
-//! database says which refreshes are due (`claims`).
+//! database says which refreshes are due (`claims`, `pace`).
 //!
 //! The hot path, [`TokenManager::bearer`] with a token that does not expire soon, takes no lock that a refresh holds.
 //!
@@ -19,6 +19,7 @@
 
 mod scheduler;
 mod claims;
+pub mod pace;
 mod adopt_forget;
 mod clock_skew;
 mod bootstrap;
@@ -26,6 +27,7 @@ mod user_state;
 mod refresh_task;
 mod refresh_journal;
 mod client_circuit;
+pub mod brake;
 mod status;
 mod coordination;
 mod follower;
@@ -189,7 +191,7 @@ impl TokenManager {
             scheduler,
             tasks: TaskTracker::new(),
             unsaved: AtomicUsize::new(0),
-            circuit: ClientCircuit::default(),
+            circuit: ClientCircuit::new(),
             interrupted: Interrupted::default(),
             next_clock_check: AtomicI64::new(i64::MIN),
         }));

@@ -9,7 +9,6 @@ use futures_util::FutureExt;
 use http::HeaderValue;
 use tokio::time::Instant;
 
-use super::take_over::failed_state;
 use super::user_state::{UserState, Writing};
 use super::{GrantState, TokenManager};
 use crate::auth::lwa::LwaError;
@@ -194,9 +193,9 @@ impl RefreshTask {
         if has_failed {
             // A refusal says itself what became of the grant.
             let may_be_lost = !refused && self.manager.0.interrupted.is_lost(user);
-            if let Some(failed) = self.release(generation, Some(&next), may_be_lost).await {
+            if let Some(refused) = self.release(generation, Some(&next), may_be_lost).await {
                 self.end_refresh_with("lost");
-                next = failed_state(grant.clone(), &failed, self.manager.0.clock.reading());
+                next = refused;
             }
             self.manager.0.interrupted.answered(user);
             self.manager.settle_journal().await;

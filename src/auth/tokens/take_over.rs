@@ -6,7 +6,8 @@ use jiff::SignedDuration;
 use tokio::time::Instant;
 
 use super::TokenManager;
-use super::client_circuit::{known_code, remedy_of};
+use super::brake::remedy_of;
+use super::client_circuit::known_code;
 use super::follower::Follower;
 use super::user_state::{UserState, Writing};
 use crate::domain::clock_reading::ClockReading;

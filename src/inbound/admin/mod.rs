@@ -1,13 +1,16 @@
 //! The admin listener: probes, metrics, the status page, and the operations on a running process.
+//!
+//! The file is a little over 400 lines: who may call an endpoint, what it takes and what serves it stand side by side.
 
 mod backup;
 mod page;
 mod records;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
-use http::header::{ALLOW, CACHE_CONTROL, CONTENT_TYPE, HeaderValue};
+use http::header::{ALLOW, CONTENT_TYPE, HeaderValue, RETRY_AFTER};
 use http::request::Parts;
 use http::{Method, Request, Response, StatusCode};
 use http_body::Body as _;
@@ -24,8 +27,9 @@ use crate::auth::accounts::Directory;
 use crate::auth::login::Login;
 use crate::auth::tokens::TokenManager;
 use crate::domain::clock::Clock;
+use crate::domain::headers::ERROR;
 use crate::inbound::admission::{AdminAccess, Admission, Refusal};
-use crate::inbound::problem::{Code, Problem};
+use crate::inbound::problem::{Code, Problem, add_private_headers};
 use crate::inbound::request_id::{REQUEST_ID, RequestIds};
 use crate::inbound::route::is_selecting;
 use crate::server::{CallerBody, Peer};
@@ -164,7 +168,7 @@ impl Admin {
         let mut response =
             served.unwrap_or_else(|problem| problem.respond(id.to_str().unwrap_or_default()).map(bytes_of));
         response.headers_mut().insert(REQUEST_ID, id);
-        response.headers_mut().insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
+        add_private_headers(response.headers_mut());
         response
     }
 
@@ -189,7 +193,14 @@ impl Admin {
         if let Some(view) = page {
             return Box::pin(self.serve_page(view, parts, body)).await;
         }
+        let is_draining = *self.stage.borrow() == Stage::Draining;
         match (path, method) {
+            ("/reload" | "/rotate", &Method::POST) if is_draining => Err(Problem::new(
+                Code::Draining,
+                "adsidecar is about to stop, and reads its configuration no more.",
+                "The next process reads it when it starts.",
+            )
+            .retry_after(Duration::from_secs(1))),
             ("/livez", &Method::GET) => Ok(say(StatusCode::OK, "alive\n")),
             ("/readyz", &Method::GET) => Ok(self.ready()),
             ("/startupz", &Method::GET) => Ok(self.started()),
@@ -242,11 +253,11 @@ impl Admin {
     fn ready(&self) -> AdminResponse {
         match *self.stage.borrow() {
             Stage::Starting => say(StatusCode::SERVICE_UNAVAILABLE, "starting\n"),
-            Stage::Draining => say(StatusCode::SERVICE_UNAVAILABLE, "draining\n"),
+            Stage::Draining => unready(Code::Draining, "draining\n"),
             Stage::Serving if self.store.shared().is_some() && self.tokens.is_degraded() => {
                 say(StatusCode::OK, "ready, but degraded: valid tokens are used from memory, and none is refreshed\n")
             }
-            Stage::Serving if !self.tokens.stored() => say(StatusCode::SERVICE_UNAVAILABLE, "store unavailable\n"),
+            Stage::Serving if !self.tokens.stored() => unready(Code::StoreUnavailable, "store unavailable\n"),
             Stage::Serving => say(StatusCode::OK, "ready\n"),
         }
     }
@@ -381,6 +392,14 @@ fn say(status: StatusCode, text: &'static str) -> AdminResponse {
     let mut response = Response::new(bytes(Bytes::from_static(text.as_bytes())));
     *response.status_mut() = status;
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
+    response
+}
+
+/// What a probe is told while requests are better sent elsewhere.
+fn unready(code: Code, text: &'static str) -> AdminResponse {
+    let mut response = say(code.status(), text);
+    response.headers_mut().insert(ERROR, HeaderValue::from_static(code.as_str()));
+    response.headers_mut().insert(RETRY_AFTER, HeaderValue::from_static("1"));
     response
 }
 

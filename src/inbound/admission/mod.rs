@@ -170,8 +170,9 @@ impl Admission {
     /// The first check that the request fails.
     pub fn login(&self, request: &Parts, peer: Peer) -> Result<Admitted, Rejected> {
         // Load balancers use the pod's address as Host.
-        if request.uri.path() == HEALTH && matches!(request.method, Method::GET | Method::HEAD) {
+        if request.uri.path() == HEALTH {
             framing(&request.headers)?;
+            method(&request.method)?;
             return Ok(Admitted::Own { endpoint: Endpoint::Health, cors: None });
         }
         match self.route(request, peer)? {

@@ -118,15 +118,19 @@ impl Route {
                 let is_document = |own: &Endpoint| *own == Endpoint::Discovery && is_document(&fold(target.path()));
                 shim.or(endpoint.filter(is_document)).or_else(|| near().then_some(Endpoint::Unknown))
             }
-            Destination::Local => {
-                endpoint.or_else(|| is_stray_callback(method, &target).then_some(Endpoint::StrayCallback))
-            }
+            Destination::Local => endpoint,
             Destination::Amazon(_) => {
                 endpoint.map(|own| if own == Endpoint::Discovery { own } else { Endpoint::Unknown })
             }
             Destination::Lwa => Some(shim.unwrap_or(Endpoint::Unknown)),
         };
-        own.map_or_else(|| Self::Upstream(target), Self::Own)
+        match own {
+            None | Some(Endpoint::Root | Endpoint::Unknown) if is_stray_callback(method, &target) => {
+                Self::Own(Endpoint::StrayCallback)
+            }
+            Some(own) => Self::Own(own),
+            None => Self::Upstream(target),
+        }
     }
 }
 
@@ -185,7 +189,7 @@ impl Endpoint {
         })
     }
 
-    /// The only method that the endpoint accepts.
+    /// The only method that the endpoint accepts, besides `HEAD` in place of `GET`.
     pub fn method(self) -> Method {
         match self {
             Self::Login
@@ -203,19 +207,26 @@ impl Endpoint {
         }
     }
 
+    /// Whether the endpoint accepts `method`. A `HEAD` is a `GET` whose body the server leaves out (RFC 9110, section
+    /// 9.3.2).
+    pub fn accepts(self, method: &Method) -> bool {
+        *method == self.method() || *method == Method::HEAD && self.method() == Method::GET
+    }
+
     /// The value of `Allow` in the response to any other method.
     pub fn allow(self) -> &'static str {
         match self.method() {
             Method::POST => "POST",
             Method::DELETE => "DELETE",
-            _ => "GET",
+            _ => "GET, HEAD",
         }
     }
 
     /// The pages from which a browser may navigate here.
     pub fn navigable(self) -> Navigable {
         match self {
-            Self::Callback => Navigable::FromAnywhere,
+            // Amazon sends the browser here; to the second only to be told so.
+            Self::Callback | Self::StrayCallback => Navigable::FromAnywhere,
             Self::Login => Navigable::FromSite,
             _ => Navigable::Never,
         }
@@ -265,13 +276,17 @@ fn fold(path: &str) -> String {
 }
 
 /// Whether this is the end of one of our logins at a path that is not ours: a `code`, and a `state` of the shape that
-/// adsidecar creates (256 bits as base64url).
+/// adsidecar creates (256 bits as base64url). Something on the way may ask with `HEAD` first.
 fn is_stray_callback(method: &Method, target: &Target) -> bool {
-    let Some(query) = target.path_and_query.query().filter(|_| *method == Method::GET) else { return false };
-    let parameter = |name: &str| url::form_urlencoded::parse(query.as_bytes()).find(|(key, _)| key == name);
+    let query = target.path_and_query.query().filter(|_| matches!(*method, Method::GET | Method::HEAD));
     let is_state =
         |text: &str| text.len() == 43 && text.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_');
-    parameter("code").is_some() && parameter("state").is_some_and(|(_, state)| is_state(&state))
+    let (mut has_code, mut has_state) = (false, false);
+    for (name, value) in url::form_urlencoded::parse(query.unwrap_or_default().as_bytes()) {
+        has_code |= name == "code";
+        has_state |= name == "state" && is_state(&value);
+    }
+    has_code && has_state
 }
 
 /// A target that adsidecar can serve.

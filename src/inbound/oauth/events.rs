@@ -10,9 +10,9 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures_util::Stream;
 use futures_util::stream;
+use http::Response;
 use http::header::{CONTENT_TYPE, HeaderValue};
 use http::request::Parts;
-use http::{Method, Response};
 use http_body::{Body, Frame};
 use tokio::sync::broadcast::Receiver;
 use tokio::sync::broadcast::error::RecvError;
@@ -20,11 +20,12 @@ use tokio::time::Interval;
 use tokio_util::sync::CancellationToken;
 
 use super::query::Query;
-use super::responses::{add_private_headers, allow_origin};
+use super::responses::allow_origin;
 use super::{FullResponse, LoginError, OauthEndpoints};
 use crate::domain::account::UserId;
 use crate::domain::event::Event;
 use crate::inbound::destination::Endpoint;
+use crate::inbound::problem::add_private_headers;
 use crate::server::CallerBody;
 
 /// A comment is sent this often, so that nothing in between takes the connection for dead.
@@ -49,8 +50,11 @@ impl OauthEndpoints {
     ) -> Result<Response<EventStream>, FullResponse> {
         let begun = self.begin_stream(parts, body).await;
         let mut answer = begun.map(Response::new).map_err(|error: LoginError| {
-            let mut refused = error.problem(|user| self.login_url(&parts.headers, user)).respond(request_id);
-            add_private_headers(refused.headers_mut());
+            let problem = error.problem(|user| self.login_step(&parts.headers, user));
+            let mut refused = self.refuse(&parts.headers, problem, request_id);
+            if let Some(origin) = cors.clone() {
+                allow_origin(refused.headers_mut(), origin);
+            }
             refused
         })?;
         let headers = answer.headers_mut();
@@ -63,7 +67,7 @@ impl OauthEndpoints {
     }
 
     async fn begin_stream(&self, parts: &Parts, body: CallerBody) -> Result<EventStream, LoginError> {
-        if parts.method != Method::GET {
+        if !Endpoint::Events.accepts(&parts.method) {
             return Err(LoginError::Method(Endpoint::Events.allow()));
         }
         let query = Query::read(Endpoint::Events, parts, body).await?;

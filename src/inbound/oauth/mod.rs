@@ -23,7 +23,7 @@ use url::Url;
 
 use crate::auth::accounts::Directory;
 use crate::auth::login::{
-    BeginError, Callback, Login, LoginEnded, LoginFailure, LoginOutcome, LoginRequest, Progress, TEN_MINUTES,
+    Again, BeginError, Callback, Login, LoginEnded, LoginFailure, LoginOutcome, LoginRequest, Progress,
 };
 use crate::auth::tokens::{Status, TokenError, TokenManager};
 use crate::domain::account::{Region, UserId};
@@ -32,7 +32,7 @@ use crate::domain::headers::ERROR;
 use crate::domain::secret::Secret;
 use crate::inbound::admission::{Admission, Admitted, is_loopback, without_port};
 use crate::inbound::destination::{Endpoint, LOGIN};
-use crate::inbound::problem::Problem;
+use crate::inbound::problem::{Problem, add_private_headers};
 use crate::inbound::request_id::{REQUEST_ID, RequestIds};
 use crate::notify::Events;
 use crate::server::{CallerBody, Peer};
@@ -40,9 +40,9 @@ use crate::telemetry::metrics::Metrics;
 use errors::parameter;
 pub use errors::{LoginError, token_problem};
 pub use events::EventStream;
+use pages::{Links, WayOn};
 use query::{Query, Users};
-pub use responses::add_private_headers;
-use responses::{allow_origin, cookie_of, is_prefetch, json, prefers_html, preflight, redirect};
+use responses::{allow_origin, cookie_of, is_prefetch, json, nothing, prefers_html, preflight, redirect};
 
 type FullResponse = Response<Full<Bytes>>;
 
@@ -51,6 +51,9 @@ const AMAZONS_APPS_PAGE: &str =
     "<https://www.amazon.com/ap/adam>; rel=\"related\"; title=\"Login with Amazon: remove the app\"";
 const NO_PENDING_GRANT: &str =
     "No grant is pending under this id: it is in use already, or its 10 minutes have expired.";
+/// How long a browser keeps a login's cookie: longer than the login is valid, so that after its end the page can lead
+/// the person on.
+const COOKIE_HOURS: i64 = 1;
 /// Most users in one response of the status endpoint.
 const PAGE: usize = 1000;
 
@@ -65,8 +68,10 @@ pub struct OauthEndpoints {
     /// The region of logins that name none.
     pub(crate) region: Region,
     pub(crate) token_shim: bool,
-    /// The user of requests to Amazon that select none.
-    pub(crate) default_user: UserId,
+    /// The user of requests to Amazon that select none, and the other users whom the configuration names.
+    pub(crate) users: (UserId, Vec<UserId>),
+    /// Whether this listener has the other endpoints besides the callback.
+    pub(crate) has_all: bool,
     /// The proxy listener's authority, for the links in responses to requests without a `Host` of ours.
     pub(crate) authority: String,
     pub(crate) request_ids: Arc<RequestIds>,
@@ -127,7 +132,10 @@ impl OauthEndpoints {
     /// The response with an error: a page for a person, a document for a program.
     pub fn refuse(&self, headers: &HeaderMap, problem: Problem, request_id: &str) -> FullResponse {
         if prefers_html(headers) {
-            pages::problem(&problem, request_id, self.status_page(headers))
+            let is_here = self.has_all && self.admission.own_authority(headers).is_some();
+            let start = is_here && !self.admission.needs_caller_token();
+            let links = Links { start, logins: self.login_obstacle(headers).is_none() };
+            pages::problem(&problem, request_id, links, self.status_page(headers))
         } else {
             problem.respond(request_id)
         }
@@ -137,12 +145,11 @@ impl OauthEndpoints {
         match endpoint {
             Endpoint::Shim if !self.token_shim => return Err(LoginError::NotFound(None)),
             Endpoint::Unknown => return Err(LoginError::NotFound(Endpoint::meant(parts.uri.path()))),
-            Endpoint::Discovery => return Err(LoginError::Discovery(self.default_user.clone())),
-            Endpoint::Health => return Ok(Response::new(Full::default())),
+            Endpoint::Discovery => return Err(LoginError::Discovery(self.users.0.clone())),
             Endpoint::StrayCallback => return Err(LoginError::StrayCallback(self.login.callback_path().to_owned())),
             _ => {}
         }
-        if parts.method != endpoint.method() {
+        if !endpoint.accepts(&parts.method) {
             return Err(LoginError::Method(endpoint.allow()));
         }
         if endpoint == Endpoint::Shim {
@@ -151,6 +158,7 @@ impl OauthEndpoints {
         let query = Query::read(endpoint, parts, body).await?;
         match endpoint {
             Endpoint::Login => self.begin(&query, parts).await,
+            Endpoint::Callback if parts.method == Method::HEAD || is_prefetch(&parts.headers) => Ok(nothing()),
             Endpoint::Callback => self.callback(&query, &parts.headers).await,
             Endpoint::Status => self.status(&query, &parts.headers).await,
             Endpoint::Accounts => self.accounts(&query, &parts.headers).await,
@@ -160,12 +168,10 @@ impl OauthEndpoints {
             Endpoint::User => self.logout(&query::user_in(parts.uri.path())?).await,
             Endpoint::Confirm => self.confirm(&query, &parts.headers).await,
             Endpoint::Root => Ok(self.root(&parts.headers)),
-            Endpoint::Events
-            | Endpoint::Shim
-            | Endpoint::Health
-            | Endpoint::Discovery
-            | Endpoint::StrayCallback
-            | Endpoint::Unknown => Err(LoginError::NotFound(None)),
+            Endpoint::Health => Ok(Response::new(Full::default())),
+            Endpoint::Events | Endpoint::Shim | Endpoint::Discovery | Endpoint::StrayCallback | Endpoint::Unknown => {
+                Err(LoginError::NotFound(None))
+            }
         }
     }
 
@@ -203,7 +209,7 @@ impl OauthEndpoints {
                 .same_site(SameSite::Lax)
                 .secure(self.login.secure_cookies())
                 .path(self.login.callback_path().to_owned())
-                .max_age(cookie::time::Duration::seconds(TEN_MINUTES.as_secs() as i64));
+                .max_age(cookie::time::Duration::hours(COOKIE_HOURS));
             response.headers_mut().extend(HeaderValue::from_str(&cookie.to_string()).map(|value| (SET_COOKIE, value)));
         }
         Ok(response)
@@ -219,14 +225,9 @@ impl OauthEndpoints {
     }
 
     async fn callback(&self, query: &Query, headers: &HeaderMap) -> Result<FullResponse, LoginError> {
-        if is_prefetch(headers) {
-            let mut nothing = Response::new(Full::default());
-            *nothing.status_mut() = StatusCode::NO_CONTENT;
-            return Ok(nothing);
-        }
-        let LoginEnded { outcome, return_to, user } = match callback(query)? {
+        let LoginEnded { outcome, return_to, again } = match callback(query)? {
             Some(callback) => self.login.finish(callback, |name| cookie_of(headers, name)).await,
-            None => LoginFailure::State.into(),
+            None => LoginFailure::Expired.into(),
         };
         match &outcome {
             Ok(LoginOutcome::Stored(status)) => self.directory.logged_in(&status.user_id),
@@ -239,8 +240,8 @@ impl OauthEndpoints {
             return Ok(redirect(self.back_to_frontend(&outcome, return_to.as_deref()).as_str()));
         }
         if prefers_html(headers) {
-            let again =
-                user.filter(|_| !self.admission.needs_caller_token()).map(|user| self.login_url(headers, &user));
+            let again = Some(again).filter(|again| *again == Again::Callback || self.login_obstacle(headers).is_none());
+            let again = again.and_then(|again| self.way_on(again));
             return Ok(pages::result(&outcome, again, self.status_page(headers)));
         }
         Ok(match outcome {
@@ -252,7 +253,7 @@ impl OauthEndpoints {
             Ok(LoginOutcome::Pending(grant)) => {
                 json(StatusCode::OK, &json!({ "status": "pending", "grant": grant.expose() }))
             }
-            Err(failure @ (LoginFailure::State | LoginFailure::Completed)) => {
+            Err(failure @ (LoginFailure::Expired | LoginFailure::State | LoginFailure::Completed)) => {
                 return Err(LoginError::State(pages::say(&failure)));
             }
             Err(LoginFailure::Identity) => return Err(LoginError::Identity),
@@ -262,6 +263,31 @@ impl OauthEndpoints {
                 response
             }
         })
+    }
+
+    /// Where the page of a login that failed leads on.
+    fn way_on(&self, again: Again) -> Option<WayOn> {
+        match again {
+            Again::As(user, region) => Some(WayOn::Login(user, Some(region).filter(|region| *region != self.region))),
+            Again::Unknown => Some(WayOn::Start),
+            Again::Callback => Some(WayOn::Reload),
+            Again::Elsewhere => None,
+        }
+    }
+
+    /// Why a browser that is here cannot log in by a link; `None` if it can.
+    fn login_obstacle(&self, headers: &HeaderMap) -> Option<&'static str> {
+        if !self.has_all {
+            return Some("Start the login in your app.");
+        }
+        if self.admission.needs_caller_token() {
+            return Some("A caller token is set, which a browser cannot send: let your app request the login URL.");
+        }
+        let here = self.admission.own_authority(headers).and_then(without_port).unwrap_or_default();
+        let belongs = is_loopback(here) && self.login.loopback_origin().is_some()
+            || self.login.redirect_host().is_some_and(|host| host.eq_ignore_ascii_case(here));
+        let elsewhere = "A login belongs to the host of amazon.redirect_uri: let your app request the login URL.";
+        (!belongs).then_some(elsewhere)
     }
 
     fn back_to_frontend(&self, outcome: &Result<LoginOutcome, LoginFailure>, return_to: Option<&str>) -> String {
@@ -329,8 +355,7 @@ impl OauthEndpoints {
     async fn logout(&self, user: &UserId) -> Result<FullResponse, LoginError> {
         self.login.forget(user).await.map_err(LoginError::Store)?;
         self.directory.forget(user);
-        let mut response = Response::new(Full::default());
-        *response.status_mut() = StatusCode::NO_CONTENT;
+        let mut response = nothing();
         response.headers_mut().insert(LINK, HeaderValue::from_static(AMAZONS_APPS_PAGE));
         Ok(response)
     }
@@ -345,12 +370,13 @@ impl OauthEndpoints {
 
     /// What `GET /` says: a person or a health check looks at what listens here.
     fn root(&self, headers: &HeaderMap) -> FullResponse {
-        let login_url = self.login_url(headers, &self.default_user);
+        let (default, others) = &self.users;
         if prefers_html(headers) {
-            // With a caller token a browser cannot follow a link.
-            let login_url = Some(login_url.as_str()).filter(|_| !self.admission.needs_caller_token());
-            return pages::root(login_url, self.status_page(headers));
+            let users: Vec<_> = std::iter::once(default).chain(others).collect();
+            let users = self.login_obstacle(headers).map_or(Ok(&users[..]), Err);
+            return pages::root(users, self.status_page(headers));
         }
+        let login_url = self.login_url(headers, default);
         json(
             StatusCode::OK,
             &json!({

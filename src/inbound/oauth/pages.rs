@@ -9,15 +9,30 @@ use serde_json::{Value, json};
 
 use super::FullResponse;
 use crate::auth::login::{LoginFailure, LoginOutcome};
+use crate::domain::account::{Region, UserId};
 use crate::domain::headers::ERROR;
+use crate::inbound::destination::LOGIN;
 use crate::inbound::look::{self, Confined};
 use crate::inbound::problem::Problem;
 
-/// The page with the result of a login. It contains nothing of the query except the checked user id. `again` is the URL
-/// that starts the login again, if the browser that ended it is the one that started it.
+/// Most users whose login the start page offers.
+const USERS: usize = 20;
+
+/// Where the page of a login that failed leads on. Links name no host: the browser is where the login's cookie belongs.
+#[derive(Debug)]
+pub(super) enum WayOn {
+    /// To a login of this user, at the consent page of this region if it is not the usual one.
+    Login(UserId, Option<Region>),
+    /// To the start page, where the person says whose login it is.
+    Start,
+    /// To the same callback once more: it consumed nothing.
+    Reload,
+}
+
+/// The page with the result of a login. It contains nothing of the query except the checked user id.
 pub(super) fn result(
     outcome: &Result<LoginOutcome, LoginFailure>,
-    again: Option<String>,
+    on: Option<WayOn>,
     status_page: Option<&str>,
 ) -> FullResponse {
     let (title, text) = match outcome {
@@ -30,24 +45,20 @@ pub(super) fn result(
         }
         Err(failure) => ("Not connected", html! { (say(failure)) }),
     };
-    let again = again.filter(|_| outcome.is_err());
-    let replace = again.as_ref().filter(|_| matches!(outcome, Err(LoginFailure::Identity)));
-    let replace = replace.map(|url| format!("{url}&replace=true"));
     let mut response = page(
         title,
         &html! {
             p { (text) }
             @if let Err(LoginFailure::Identity) = outcome {
-                p { "Try again and sign in as the same Amazon user, or replace the earlier connection by this one." }
+                p { "Sign in as the same Amazon user, or replace the earlier connection by this one." }
             }
-            @if let Some(url) = &again {
-                p class="line" {
-                    a class="button" href=(url) { "Try again" }
-                    @if let Some(url) = &replace { a class="button second" href=(url) { "Replace" } }
-                }
+            @if let Err(failure) = outcome {
+                (on_from(failure, on))
+                (address_of(status_page))
+                p class="soft" { "Code: " code { (failure.code()) } }
+            } @else {
+                (address_of(status_page))
             }
-            (address_of(status_page))
-            @if let Err(failure) = outcome { p class="soft" { "Code: " code { (failure.code()) } } }
         },
     );
     if let Err(failure) = outcome {
@@ -57,13 +68,58 @@ pub(super) fn result(
     response
 }
 
+/// The links that lead on from a login that failed.
+fn on_from(failure: &LoginFailure, on: Option<WayOn>) -> Markup {
+    html! {
+        @match on {
+            Some(WayOn::Login(user, region)) => {
+                p { "The login was for user " strong { (user) } "." }
+                p class="line" {
+                    a class="button" href=(login_path(&user, region)) { "Try again" }
+                    @if let LoginFailure::Identity = failure {
+                        a class="button second" href=(login_path(&user, region) + "&replace=true") { "Replace" }
+                    }
+                }
+            }
+            Some(WayOn::Start) => {
+                p { "For whom it was is not known here: the next page asks." }
+                p class="line" { a class="button" href="/" { "Try again" } }
+            }
+            // A link to nothing is one to this very URL, which is not written into the page.
+            Some(WayOn::Reload) => { p class="line" { a class="button" href="" { "Try again" } } }
+            None => { p { "You can close this page, and go on where you started the login." } }
+        }
+    }
+}
+
+fn login_path(user: &UserId, region: Option<Region>) -> String {
+    let user: String = url::form_urlencoded::byte_serialize(user.as_str().as_bytes()).collect();
+    let region = region.map(|region| format!("&region={region}")).unwrap_or_default();
+    format!("{LOGIN}?user_id={user}{region}")
+}
+
+/// What the listener has to link to.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Links {
+    /// The start page.
+    pub(super) start: bool,
+    /// Logins that a browser can start here.
+    pub(super) logins: bool,
+}
+
 /// The page with an error, for a person whose browser opened an endpoint.
-pub(super) fn problem(problem: &Problem, request_id: &str, status_page: Option<&str>) -> FullResponse {
+pub(super) fn problem(problem: &Problem, request_id: &str, links: Links, status_page: Option<&str>) -> FullResponse {
     let shown = page(
         "That did not work",
         &html! {
             p { (problem.detail()) }
-            p { (problem.next_step()) }
+            p { (with_links(problem.next_step(), links)) }
+            @if links.start || problem.is_retryable() {
+                p class="line" {
+                    @if problem.is_retryable() { a class="button" href="" { "Try again" } }
+                    @if links.start { a class="button second" href="/" { "Start page" } }
+                }
+            }
             (address_of(status_page))
             p class="soft" { "Code: " code { (problem.code().as_str()) } ", request id: " code { (request_id) } }
         },
@@ -75,18 +131,36 @@ pub(super) fn problem(problem: &Problem, request_id: &str, status_page: Option<&
     response
 }
 
-/// What a person sees who opens the proxy listener's address.
-pub(super) fn root(login_url: Option<&str>, status_page: Option<&str>) -> FullResponse {
+/// The sentence, with the URLs of logins as links.
+fn with_links(text: &str, links: Links) -> Markup {
+    let login = |word: &str| links.logins && word.starts_with("http") && word.contains(LOGIN);
+    html! {
+        @for (index, word) in text.split(' ').enumerate() {
+            @if index > 0 { " " }
+            @if login(word) { a href=(word) { (word) } } @else { (word) }
+        }
+    }
+}
+
+/// The start page: what a person sees who opens the proxy listener's address. `users` are those whose login it offers,
+/// or why there are no links.
+pub(super) fn root(users: Result<&[&UserId], &str>, status_page: Option<&str>) -> FullResponse {
     page(
         "adsidecar",
         &html! {
             p { "Requests to this address go to the Amazon Ads API with the headers that each path needs." }
             p { "Users and their tokens: " code { "/api/auth/amazon/status" } }
-            @match login_url {
-                Some(login_url) => { p { "To log in: " a href=(login_url) { (login_url) } } }
-                None => {
-                    p { "A caller token is set, which a browser cannot send: let your app request the login URL." }
+            @match users {
+                Ok(users) => {
+                    p { "Log in, as the user:" }
+                    p class="line" {
+                        @for user in users.iter().take(USERS) {
+                            a class="button second" href=(login_path(user, None)) { (user) }
+                        }
+                    }
+                    p class="soft" { "Any other user: " code { (LOGIN) "?user_id=…" } }
                 }
+                Err(why) => { p { (why) } }
             }
             (address_of(status_page))
         },
@@ -114,7 +188,10 @@ pub(super) fn document(failure: &LoginFailure) -> Value {
 /// The status of a failed login.
 pub(super) fn status(failure: &LoginFailure) -> StatusCode {
     match failure {
-        LoginFailure::Amazon(_) | LoginFailure::State | LoginFailure::Completed => StatusCode::BAD_REQUEST,
+        LoginFailure::Amazon(_) | LoginFailure::Expired | LoginFailure::State | LoginFailure::Completed => {
+            StatusCode::BAD_REQUEST
+        }
+        LoginFailure::Store => StatusCode::SERVICE_UNAVAILABLE,
         LoginFailure::Identity => StatusCode::CONFLICT,
         LoginFailure::Exchange => StatusCode::BAD_GATEWAY,
     }
@@ -128,10 +205,15 @@ pub(super) fn say(failure: &LoginFailure) -> &'static str {
             "Amazon rejects the scope for this client: the app may not be approved for the Amazon Ads API yet."
         }
         LoginFailure::Amazon(_) => "Amazon could not finish the login. Start it again in a moment.",
+        LoginFailure::Expired => {
+            "This login has expired: it is valid for 10 minutes and for one callback. Or it never began here. Start it \
+             again."
+        }
         LoginFailure::State => {
-            "This login has expired, was started in another browser, or its cookie is missing. Start it again; a page \
+            "This login was started in another browser, or its cookie is missing. Start it again in this one; a page \
              that starts it with fetch() needs `credentials: \"include\"`."
         }
+        LoginFailure::Store => "adsidecar's store did not answer. Nothing was used up: try again in a moment.",
         LoginFailure::Completed => "This login was completed already.",
         LoginFailure::Identity => {
             "You signed in as another Amazon user than before: none of the profiles is the same. Your earlier \

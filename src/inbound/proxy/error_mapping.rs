@@ -167,7 +167,8 @@ impl From<Throttled> for Problem {
             ),
         };
         let seconds = wait.as_secs_f64();
-        let mut problem = Self::new(Code::Throttled, detail, next_step).retry_after(wait);
+        let code = if reason == Reason::Draining { Code::Draining } else { Code::Throttled };
+        let mut problem = Self::new(code, detail, next_step).retry_after(wait);
         // draft-ietf-httpapi-ratelimit-headers, section 4: nothing is left of this quota until the wait is over.
         for (name, value) in [
             (THROTTLE, format!("wait={seconds:.3}, bucket={bucket}")),

@@ -37,14 +37,14 @@ use crate::domain::headers::{self, UpstreamHeaders};
 use crate::domain::policy::{self, Mode};
 use crate::inbound::admission::{Admission, Admitted};
 use crate::inbound::destination::{Endpoint, Target};
-use crate::inbound::oauth::{OauthEndpoints, add_private_headers};
+use crate::inbound::oauth::OauthEndpoints;
 use crate::inbound::problem::Problem;
 use crate::inbound::request_id::{self, RequestIds};
 pub use crate::inbound::route::Selection;
 use crate::inbound::route::{Accounts, Found, RoutedRequest, fallback};
 use crate::server::{CallerBody, Peer};
 use crate::telemetry::metrics::Metrics;
-use crate::throttle::{Call, Entry, Pass, Throttle};
+use crate::throttle::{Call, Entry, Pass, Reason, Throttle};
 use crate::upstream::{ReplayBudget, ReplayBuffer, RequestBody, Reuse, SendError, Upstream, UpstreamBody};
 use auth_rejection::{Rejection, Verdict, pass_on_refusal};
 use jobs::JobListener;
@@ -83,9 +83,14 @@ pub struct Settings {
 }
 
 impl Settings {
-    /// The user of requests that select none.
-    pub fn default_user(&self) -> UserId {
-        fallback(&self.accounts).map_or_else(UserId::default, |account| account.user.clone())
+    /// The user of requests that select none, and the other users of the accounts.
+    pub fn users(&self) -> (UserId, Vec<UserId>) {
+        let default = fallback(&self.accounts).map_or_else(UserId::default, |account| account.user.clone());
+        let mut others: Vec<_> = self.accounts.iter().map(|account| account.user.clone()).collect();
+        others.sort_unstable();
+        others.dedup();
+        others.retain(|user| *user != default);
+        (default, others)
     }
 }
 
@@ -218,9 +223,7 @@ impl Proxy {
             Err(rejected) if rejected.endpoint.is_some() => {
                 telemetry.set_own_endpoint();
                 let problem = self.problem(rejected.refusal.into(), parts);
-                let mut response = self.oauth.refuse(&parts.headers, problem, telemetry.request_id());
-                add_private_headers(response.headers_mut());
-                Ok(response.map(Body::own))
+                Ok(self.oauth.refuse(&parts.headers, problem, telemetry.request_id()).map(Body::own))
             }
             Err(rejected) => Err(rejected.refusal.into()),
         }
@@ -508,7 +511,8 @@ impl Proxy {
         let verdict = rejection.verdict();
         self.metrics.upstream_unauthorized.with_label_values(&[verdict.cause()]).inc();
         if let Verdict::Scope(hint) = verdict {
-            telemetry.set_hint(hint);
+            // Where no id was attached because of the region, that is why.
+            telemetry.set_hint(request.route.hint().unwrap_or(hint));
             return Ok(rejection.pass_on(request.bearer));
         }
         let new_token = self.tokens.invalidate(user, request.bearer).await;
@@ -531,7 +535,9 @@ impl Proxy {
         if let Some(reason) = error.guard_reason() {
             self.metrics.guard_denied.with_label_values(&[reason]).inc();
         }
-        if let ProxyError::Throttled(throttled) = &error {
+        if let ProxyError::Throttled(throttled) = &error
+            && throttled.reason != Reason::Draining
+        {
             self.metrics.throttled.with_label_values(&[throttled.bucket.region.as_str(), "sidecar"]).inc();
         }
         error.into_problem(|user| self.oauth.login_step(&parts.headers, user))

@@ -215,10 +215,10 @@ impl<'a> RequestTelemetry<'a> {
                 took,
                 method: self.method,
                 family: self.family,
-                account: std::mem::take(&mut self.account),
+                account: &self.account,
                 status,
                 fault,
-                request_id: self.request_id().into(),
+                request_id: self.request_id(),
             });
         }
     }

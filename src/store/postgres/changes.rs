@@ -21,11 +21,11 @@ const PAGE: i64 = 5000;
 /// higher numbers may have done so before. Logins and logouts become visible in the order of their numbers.
 const OVERLAP: Duration = Duration::from_secs(2);
 /// Maximum number of rows per statement that reads the rows of given users.
-const BATCH: usize = 500;
+pub const LOOKUP_ROWS: usize = 500;
 
 /// Up to where changes have been read.
 #[derive(Clone, Debug)]
-pub(super) struct Position {
+pub struct Position {
     /// The highest change number at each poll of the last [`OVERLAP`], and before it. Never empty.
     heads: VecDeque<(Instant, i64)>,
     /// The connection over which it was read. Another one may lead to another server, which may have lost commits.
@@ -33,9 +33,24 @@ pub(super) struct Position {
 }
 
 impl Position {
-    /// The change number from which on changes are read.
-    fn from(&self) -> i64 {
-        self.heads.front().map_or(0, |(_, change)| *change)
+    /// The change number above which a poll reads, and the number of changes that it reads at most. Whoever stands
+    /// nowhere reads none.
+    pub fn range(previous: Option<&Self>) -> (i64, i64) {
+        (previous.and_then(|position| position.heads.front()).map_or(i64::MAX, |(_, change)| *change), PAGE)
+    }
+
+    /// Where a poll at `now` stands that read `rows` rows when the highest change was `head`; and whether it continues
+    /// where `previous` stood, so that it read everything since.
+    pub fn after(previous: Option<Self>, rows: usize, head: i64, connection: u64, now: Instant) -> (Self, bool) {
+        let is_full = i64::try_from(rows).unwrap_or(PAGE) >= PAGE;
+        let continued = previous.filter(|previous| previous.connection == connection && previous.head() <= head);
+        match continued.filter(|_| !is_full) {
+            Some(mut position) => {
+                position.reach(head, now);
+                (position, true)
+            }
+            None => (Self { heads: [(now, head)].into(), connection }, false),
+        }
     }
 
     fn head(&self) -> i64 {
@@ -91,8 +106,8 @@ impl Postgres {
                              FROM adsidecar_grants \
                              WHERE change > $1 ORDER BY change LIMIT $2) AS g ON true ORDER BY g.change";
         let previous = locked(&self.0.position).clone();
-        let from = previous.as_ref().map_or(i64::MAX, Position::from);
-        let parameters: &Parameters<'_> = &[(&from, Type::INT8), (&PAGE, Type::INT8)];
+        let (from, limit) = Position::range(previous.as_ref());
+        let parameters: &Parameters<'_> = &[(&from, Type::INT8), (&limit, Type::INT8)];
         let rows = self.query(SINCE, parameters, OnDisconnect::Resend).await?;
         let (head, connection): (i64, _) = (first_row(&rows, 0)?, self.0.connection.connects());
         let due_at = first_row::<Option<f64>>(&rows, 4)?
@@ -100,16 +115,12 @@ impl Postgres {
         let has_undescribed = first_row(&rows, 5)?;
         let brake: Option<String> = first_row(&rows, 6)?;
         let brake = brake.and_then(|brake| super::brake::parse(&brake, first_row(&rows, 7).ok()?));
-        let is_full = i64::try_from(rows.len()).unwrap_or(PAGE) >= PAGE;
-        let continued = previous.filter(|previous| previous.connection == connection && previous.head() <= head);
-        let now = Instant::now();
-        let Some(mut position) = continued.filter(|_| !is_full) else {
-            *locked(&self.0.position) = Some(Position { heads: [(now, head)].into(), connection });
+        let (position, is_continued) = Position::after(previous, rows.len(), head, connection, Instant::now());
+        *locked(&self.0.position) = Some(position);
+        if !is_continued {
             self.tell_accounts(AccountsChanged::Unknown);
             return Ok(Poll { changes: Changes::Unknown, due_at, brake, has_undescribed });
-        };
-        position.reach(head, now);
-        *locked(&self.0.position) = Some(position);
+        }
         let (mut changed, mut accounts) = (Vec::new(), Vec::new());
         for row in &rows {
             // A row whose key is not a user id was not written by us.
@@ -152,7 +163,7 @@ impl Postgres {
     pub async fn lookup_all(&self, users: &[UserId]) -> Result<Vec<(UserId, Lookup)>, StoreError> {
         const ROWS: &str = concat!("SELECT ", row_columns!(), " FROM adsidecar_grants AS g WHERE user_id = ANY ($1)");
         let mut all = Vec::with_capacity(users.len());
-        for users in users.chunks(BATCH) {
+        for users in users.chunks(LOOKUP_ROWS) {
             let names: Vec<&str> = users.iter().map(UserId::as_str).collect();
             let rows = self.bulk_query(ROWS, &[(&names, Type::TEXT_ARRAY)]).await?;
             let mut found = BTreeMap::new();

@@ -46,7 +46,7 @@ impl Postgres {
 
     /// The columns that describe a record.
     pub(super) fn describe(&self, user: &UserId, grant: &Grant, sealed: Sealed) -> Value {
-        let due_at = grant.due_at(**self.0.policy.load(), jitter(user, grant.generation));
+        let due_at = due_at(**self.0.policy.load(), user, grant);
         json!({
             "sealed_with": sealed.to_string(),
             "expires_at": grant.access.as_ref().map(|access| access.expires_at),
@@ -221,6 +221,11 @@ fn sealed_with(text: &str, ring: &Keyring) -> Sealed {
     }
     let key = text.parse::<Fingerprint>().ok().filter(|key| ring.fingerprints().contains(key));
     key.map_or(Sealed::ByUnknownKey, Sealed::By)
+}
+
+/// When the background refresh of a grant is due that is stored now; `None` if the user is idle by then.
+pub fn due_at(policy: RefreshPolicy, user: &UserId, grant: &Grant) -> Option<Timestamp> {
+    grant.due_at(policy, jitter(user, grant.generation))
 }
 
 /// Jitter in `0.0..1.0`, the same for each process that describes the record.

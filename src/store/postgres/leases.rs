@@ -1,5 +1,7 @@
 //! Leases: which process may request a token for a user, and which refreshes are due.
 
+use std::time::Duration;
+
 use jiff::Timestamp;
 use tokio_postgres::types::Type;
 
@@ -7,6 +9,25 @@ use super::connection::{OnDisconnect, Parameters};
 use super::{FailedRefresh, Lookup, Postgres, USER_COLUMN, column, first_row, read_row, to_bigint};
 use crate::domain::account::UserId;
 use crate::store::StoreError;
+
+/// The lifetime of a lease, in seconds. It is longer than a token call with its time limit of 10 s.
+macro_rules! lease_seconds {
+    () => {
+        15
+    };
+}
+
+/// The seconds after which a claimed refresh is due again.
+macro_rules! due_again_seconds {
+    () => {
+        20
+    };
+}
+
+/// The lifetime of a lease.
+pub const LEASE: Duration = Duration::from_secs(lease_seconds!());
+/// The time after which a claimed refresh is due again, if it was not made.
+pub const DUE_AGAIN: Duration = Duration::from_secs(due_again_seconds!());
 
 /// The outcome of [`Postgres::acquire_lease`]: whether this process may request a token.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,16 +61,18 @@ impl Postgres {
     ///
     /// [`StoreError::Postgres`] if the database cannot be written.
     pub async fn acquire_lease(&self, user: &UserId, generation: u64) -> Result<Lease, StoreError> {
-        const LEASE: &str = "UPDATE adsidecar_grants AS g SET lease_owner = $2, \
-                             lease_until = clock_timestamp() + interval '15 seconds' \
-                             FROM (SELECT user_id, lease_owner FROM adsidecar_grants \
-                             WHERE user_id = $1 FOR UPDATE SKIP LOCKED) AS old \
-                             WHERE g.user_id = old.user_id AND g.generation = $3 AND g.record IS NOT NULL \
-                             AND (g.lease_until IS NULL OR g.lease_until < clock_timestamp() OR g.lease_owner = $2) \
-                             RETURNING old.lease_owner IS NOT NULL AND old.lease_owner <> $2";
+        const TAKE: &str = concat!(
+            "UPDATE adsidecar_grants AS g SET lease_owner = $2, lease_until = clock_timestamp() + interval '",
+            lease_seconds!(),
+            " seconds' FROM (SELECT user_id, lease_owner FROM adsidecar_grants \
+             WHERE user_id = $1 FOR UPDATE SKIP LOCKED) AS old \
+             WHERE g.user_id = old.user_id AND g.generation = $3 AND g.record IS NOT NULL \
+             AND (g.lease_until IS NULL OR g.lease_until < clock_timestamp() OR g.lease_owner = $2) \
+             RETURNING old.lease_owner IS NOT NULL AND old.lease_owner <> $2"
+        );
         let (name, owner, generation) = (user.as_str(), &self.0.owner, to_bigint(generation));
         let parameters: &Parameters<'_> = &[(&name, Type::TEXT), (owner, Type::TEXT), (&generation, Type::INT8)];
-        let rows = self.query(LEASE, parameters, OnDisconnect::Resend).await?;
+        let rows = self.query(TAKE, parameters, OnDisconnect::Resend).await?;
         if rows.is_empty() { Ok(Lease::Denied) } else { Ok(Lease::Acquired { interrupted: first_row(&rows, 0)? }) }
     }
 
@@ -62,9 +85,11 @@ impl Postgres {
     pub async fn claim_due(&self, now: Timestamp, limit: usize) -> Result<Vec<Claimed>, StoreError> {
         const CLAIM: &str = concat!(
             "UPDATE adsidecar_grants AS g SET lease_owner = $1, \
-             lease_until = clock_timestamp() + interval '15 seconds', \
-             due_at = to_timestamp($2) + interval '20 seconds' \
-             FROM (SELECT user_id, lease_owner FROM adsidecar_grants WHERE record IS NOT NULL \
+             lease_until = clock_timestamp() + interval '",
+            lease_seconds!(),
+            " seconds', due_at = to_timestamp($2) + interval '",
+            due_again_seconds!(),
+            " seconds' FROM (SELECT user_id, lease_owner FROM adsidecar_grants WHERE record IS NOT NULL \
              AND due_at <= to_timestamp($2) AND (lease_until IS NULL OR lease_until < clock_timestamp()) \
              AND (retry_at IS NULL OR retry_at <= clock_timestamp()) \
              ORDER BY due_at LIMIT $3 FOR UPDATE SKIP LOCKED) AS old WHERE g.user_id = old.user_id RETURNING ",

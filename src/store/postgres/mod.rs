@@ -55,12 +55,11 @@ use crate::domain::account::UserId;
 use crate::domain::grant::{Grant, RefreshPolicy, Version};
 use crate::store::keyring::{Fingerprint, Keyring};
 use crate::store::stored_grant::{StoredGrant, StoredGrantError, is_same_grant, open_record};
-use changes::Position;
-pub use changes::{Changes, Poll};
+pub use changes::{Changes, LOOKUP_ROWS, Poll, Position};
 use connection::{OnDisconnect, Parameters, PgConnection, Purpose};
 pub use connection_url::ConnectionUrl;
-pub use describe::UserOverview;
-pub use leases::{Claimed, Lease};
+pub use describe::{UserOverview, due_at};
+pub use leases::{Claimed, DUE_AGAIN, LEASE, Lease};
 pub use pods::{PUBLISH, Pod};
 pub use throttle::{SharedLimit, ThrottleReport, ThrottleRow};
 

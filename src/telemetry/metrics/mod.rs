@@ -55,6 +55,10 @@ pub const REFRESH_FAILURES: [&str; 13] = [
     "unreachable",
 ];
 
+/// Reasons for which requests are refused before anything is sent.
+pub const GUARD_REASONS: [&str; 9] =
+    ["caller_token", "cross_site", "framing", "host", "method", "no_host", "peer_uid", "policy", "target"];
+
 /// All metrics. Those about users are rebuilt at each scrape, so that none can be stale.
 #[derive(Debug)]
 #[allow(missing_docs, reason = "each field is the metric of its name in the table of metrics in README.md")]
@@ -414,7 +418,12 @@ impl Metrics {
             self.store_operation_duration.with_label_values(&[op]);
             self.store_errors.with_label_values(&[op]);
         }
-        self.upstream_unauthorized.with_label_values(&["token"]);
+        for cause in ["token", "scope_missing", "scope_not_authorized", "scope_unknown"] {
+            self.upstream_unauthorized.with_label_values(&[cause]);
+        }
+        for reason in GUARD_REASONS {
+            self.guard_denied.with_label_values(&[reason]);
+        }
         for outcome in ["lost", "recovered"] {
             self.refresh_interrupted.with_label_values(&[outcome]);
         }

@@ -135,18 +135,14 @@ fn check_amc_account(world: &World, path: &[&str], headers: &HeaderMap, access: 
     else {
         return Ok(());
     };
-    let known = world.catalogue.amc_accounts.iter().find(|one| {
+    // An account may have several instances.
+    let known = world.catalogue.amc_accounts.iter().any(|one| {
         one.advertiser == access.advertiser
             && account.as_bytes() == one.id.as_bytes()
             && marketplace.as_bytes() == one.marketplace.as_bytes()
+            && rest.first().is_none_or(|instance| one.instance == *instance)
     });
-    match (known, rest.first()) {
-        (Some(known), Some(instance)) if known.instance != *instance => {
-            Err(Refused::coded(StatusCode::FORBIDDEN, "unauthorized response"))
-        }
-        (Some(_), _) => Ok(()),
-        (None, _) => Err(Refused::coded(StatusCode::FORBIDDEN, "unauthorized response")),
-    }
+    if known { Ok(()) } else { Err(Refused::coded(StatusCode::FORBIDDEN, "unauthorized response")) }
 }
 
 /// The gateway treats an unknown path as a request signed with AWS keys.

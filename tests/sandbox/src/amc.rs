@@ -88,7 +88,8 @@ pub(super) fn reporting(
         ("POST", ["workflowExecutions"]) => {
             let mut body = body;
             let id = super::request_id();
-            if let Some(refusal) = world.jobs.run(call.listener, instance, &id, call.now) {
+            let account = call.headers.get(ADVERTISER_ID).and_then(|sent| sent.to_str().ok()).unwrap_or_default();
+            if let Some(refusal) = world.jobs.run(call.listener, [instance, account], &id, call.now) {
                 return refusal;
             }
             body["workflowExecutionId"] = json!(id);

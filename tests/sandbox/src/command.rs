@@ -2,9 +2,11 @@
 //! users' own CI.
 
 use std::ffi::OsString;
+use std::fs::{OpenOptions, Permissions};
 use std::io::Write;
 use std::net::{SocketAddr, TcpListener};
 use std::num::NonZeroU32;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use clap::Parser;
@@ -158,9 +160,16 @@ fn configure(arguments: &Arguments, sandbox: &Sandbox, directory: &Path) -> Resu
         quoted(&account.marketplace_id),
     );
     let file = directory.join("adsidecar.toml");
-    std::fs::write(&file, text).map_err(|error| Failed::because(format!("{}: {error}", file.display())))?;
+    write_secret(&file, &text).map_err(|error| Failed::because(format!("{}: {error}", file.display())))?;
     let env = Sources::process_env().into_iter().filter(|(name, _)| name.starts_with("ADSIDECAR_LOG__")).collect();
     Ok(Sources { file: Some(file), env, sets: Vec::new() })
+}
+
+/// Writes a file that only its owner reads, as `adsidecar doctor` wants it, also if an open one is there.
+fn write_secret(path: &Path, text: &str) -> std::io::Result<()> {
+    let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(path)?;
+    file.set_permissions(Permissions::from_mode(0o600))?;
+    file.write_all(text.as_bytes())
 }
 
 /// A TOML basic string; TOML accepts JSON's escapes.

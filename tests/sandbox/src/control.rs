@@ -15,7 +15,7 @@
 //!   matches applies: `[{"per_second": 20, "burst": 20, "path": "/sp", "told": "nothing"}]`; `told` is `seconds` (the
 //!   default), `date`, `nothing`, `html` or `{"text": "…"}`
 //! - `POST /jobs`: [`JobLimits`]: how many exports and AMC workflow runs there are at once, and how long they run:
-//!   `{"exports": 5, "runs": 10, "seconds": 2}`
+//!   `{"exports": 5, "runs": 10, "runs_of_account": 200, "seconds": 2}`
 //! - `POST /clock`: `{"advance": "1h"}` moves the sandbox's clock, and `-1h` moves it back; returns the time
 //! - `POST /consent`: records a consent. `{"want": "code"}` (the default; also `redirect_uri`, `scope`, `advertiser`,
 //!   `client_id`, `code_challenge` with S256) returns `{"code"}`; `{"want": "grant"}` returns
@@ -101,7 +101,9 @@ pub(super) fn answer(shared: &SandboxState, head: &Parts, body: &Bytes) -> Respo
     if let Some(text) = not_understood(head, body) {
         return reply::json(StatusCode::BAD_REQUEST, &json!({ "error": text }));
     }
-    match (&head.method, head.uri.path()) {
+    // A HEAD is a GET whose body the server leaves out: health checks send it.
+    let method = if head.method == Method::HEAD { &Method::GET } else { &head.method };
+    match (method, head.uri.path()) {
         (&Method::GET, "/") => overview(shared),
         (&Method::GET, "/ca.pem") => reply::answer(StatusCode::OK, "application/x-pem-file", shared.ca_pem.clone()),
         (&Method::GET, "/history") => history(shared, head.uri.query().unwrap_or_default()),
@@ -172,7 +174,7 @@ fn not_understood(head: &Parts, body: &Bytes) -> Option<String> {
     let path = head.uri.path();
     if let Some(query) = head.uri.query().filter(|query| !query.is_empty() && path != lwa::CONSENT) {
         match (&head.method, path) {
-            (&Method::GET, "/history") if query.starts_with("door=") => {}
+            (&Method::GET | &Method::HEAD, "/history") if query.starts_with("door=") => {}
             (&Method::GET, "/history") => return Some("GET /history takes one parameter: door".to_owned()),
             (&Method::POST, _) => return Some(format!("POST {path} takes no query: its parameters are in the body")),
             (method, _) => return Some(format!("{method} {path} takes no query")),

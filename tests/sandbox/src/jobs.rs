@@ -1,4 +1,5 @@
-//! Exports, and how many jobs Amazon runs at once: five exports of an endpoint, ten AMC workflow runs of an instance.
+//! Exports, and how many jobs Amazon runs at once: five exports of an endpoint, ten AMC workflow runs of an instance
+//! and 200 of an account.
 
 use http::{Response, StatusCode};
 use jiff::{SignedDuration, Timestamp};
@@ -17,6 +18,8 @@ pub struct JobLimits {
     pub exports: Option<usize>,
     /// AMC workflow runs that run at once, for each instance.
     pub runs: Option<usize>,
+    /// AMC workflow runs that run at once, for each AMC account.
+    pub runs_of_account: Option<usize>,
     /// How long a job runs, in seconds.
     pub seconds: f64,
 }
@@ -35,6 +38,8 @@ struct Job {
     listener: Listener,
     /// What shares a limit with it: the endpoint, or the instance.
     of: String,
+    /// The AMC account of a workflow run; empty for an export.
+    account: String,
     id: String,
     until: Timestamp,
 }
@@ -49,9 +54,26 @@ impl Jobs {
         (self.refusals, self.most)
     }
 
-    /// Begins the AMC workflow run `id`, or returns the refusal if it is one too many.
-    pub(super) fn run(&mut self, listener: Listener, of: &str, id: &str, now: Timestamp) -> Option<Response<Body>> {
-        self.begin(listener, of, id, self.limits.runs, now)
+    /// Begins the AMC workflow run `id` of an `instance` and its `account`, or returns the refusal of one too many.
+    pub(super) fn run(
+        &mut self,
+        listener: Listener,
+        [instance, account]: [&str; 2],
+        id: &str,
+        now: Timestamp,
+    ) -> Option<Response<Body>> {
+        let of_account =
+            self.jobs.iter().filter(|job| job.listener == listener && job.account == account && job.until > now);
+        if self.limits.runs_of_account.is_some_and(|limit| of_account.count() >= limit) {
+            return Some(self.refuse());
+        }
+        let refusal = self.begin(listener, instance, id, self.limits.runs, now);
+        if refusal.is_none()
+            && let Some(begun) = self.jobs.last_mut()
+        {
+            account.clone_into(&mut begun.account);
+        }
+        refusal
     }
 
     /// Whether the job `id` has ended.
@@ -90,15 +112,18 @@ impl Jobs {
         let runs = |job: &&Job| job.listener == listener && job.of == of && job.until > now;
         let running = self.jobs.iter().filter(runs).count();
         if limit.is_some_and(|limit| running >= limit) {
-            self.refusals += 1;
-            // Where jobs are created Amazon leaves out `Retry-After`.
-            let body = json!({ "code": "429", "details": "Too Many Requests" });
-            return Some(reply::json(StatusCode::TOO_MANY_REQUESTS, &body));
+            return Some(self.refuse());
         }
         let lasts = SignedDuration::try_from_secs_f64(self.limits.seconds).unwrap_or(SignedDuration::MAX);
         let until = now.saturating_add(lasts).unwrap_or(Timestamp::MAX);
-        self.jobs.push(Job { listener, of: of.to_owned(), id: id.to_owned(), until });
+        self.jobs.push(Job { listener, of: of.to_owned(), account: String::new(), id: id.to_owned(), until });
         self.most = self.most.max(running + 1);
         None
+    }
+
+    fn refuse(&mut self) -> Response<Body> {
+        self.refusals += 1;
+        // Where jobs are created Amazon leaves out `Retry-After`.
+        reply::json(StatusCode::TOO_MANY_REQUESTS, &json!({ "code": "429", "details": "Too Many Requests" }))
     }
 }

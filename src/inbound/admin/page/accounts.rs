@@ -124,7 +124,7 @@ fn account_table(accounts: &[Listed]) -> Markup {
                 }
                 td data-label="Type" { (or_dash(account.kind.map(AccountType::as_str))) }
                 td data-label="Country" { (or_dash(account.country.as_deref())) }
-                td data-label="Region" { (or_dash(account.region.map(Region::as_str))) }
+                td data-label="Region" { (account.region) }
                 td data-label="User" { (account.user_id) }
                 td data-label="Header" { code { (account.header) } " " (copy_button(&account.header, "the header")) }
                 td data-label="Base URL" { code { (account.url) } " " (copy_button(&account.url, "the URL")) }

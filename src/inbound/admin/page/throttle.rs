@@ -23,6 +23,47 @@ impl Context<'_> {
 
     /// What the script refreshes.
     pub(super) fn throttle_part(&self) -> Markup {
+        html! { (self.limits()) (self.at_once()) }
+    }
+
+    /// What Amazon allows at a time: exports, AMC workflow runs, requests with traffic events.
+    fn at_once(&self) -> Markup {
+        let gates = self.admin.throttle.gates();
+        html! {
+            h2 { "At a time" }
+            @if gates.is_empty() {
+                p { "No export, AMC run or request with traffic events that passed here runs at Amazon." }
+            } @else {
+                div class="scroll" tabindex="0" role="region" aria-label="At a time" { table class="cards" {
+                    thead { tr {
+                        th scope="col" { "What" } th scope="col" { "Region" } th scope="col" { "Running" }
+                        th scope="col" { "Amazon allows" } th scope="col" { "Waiting" } th scope="col" { "State" }
+                    } }
+                    tbody { @for gate in gates.iter().take(ROWS) {
+                        @let full = gate.running + gate.elsewhere >= gate.limit;
+                        tr {
+                            th scope="row" { (gate.of) }
+                            td data-label="Region" { (gate.region.as_str()) }
+                            td data-label="Running" {
+                                (gate.running)
+                                @if gate.elsewhere > 0 { " and " (gate.elsewhere) " by other adsidecars" }
+                            }
+                            td data-label="Amazon allows" { (gate.limit) }
+                            td data-label="Waiting" { (gate.waiting) }
+                            td data-label="State" {
+                                @if gate.holds && full { span class="wait" { "full" } }
+                                @else if gate.holds { "Amazon has refused one in the last hour" }
+                                @else { "Amazon has refused none" }
+                            }
+                        }
+                    } }
+                } }
+            }
+        }
+    }
+
+    /// The learned rates.
+    fn limits(&self) -> Markup {
         let buckets = self.admin.throttle.status();
         html! {
             @if buckets.is_empty() {
