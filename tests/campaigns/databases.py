@@ -96,13 +96,14 @@ class Bouncer:
         self.process.wait()
 
 
-def log_in(sandbox, begins, ends, user: str) -> bool:
-    """A login that starts at one replica and completes at another."""
+def log_in(sandbox, begins, ends, user: str, note_code=lambda code: None) -> bool:
+    """A login that starts at one replica and completes at another. `note_code` hears of the code between the two."""
     try:
         begun = json.loads(begins.get(LOGIN + user)[2])
         asked = {name: values[0] for name, values in parse_qs(urlsplit(begun["auth_url"]).query).items()}
         wish = {name: asked[name] for name in ("redirect_uri", "scope", "client_id", "code_challenge")}
         code = sandbox.order("POST", "/consent", {"want": "code", **wish})["code"]
+        note_code(code)
         return ends.get(f"/api/auth/amazon/callback?code={code}&state={begun['state']}")[0] == 200
     except (OSError, KeyError, ValueError, world.http.client.HTTPException):
         return False

@@ -128,6 +128,8 @@ class Sidecar:
         self.config = directory / "adsidecar.toml"
         self.log = directory / "adsidecar.log"
         self.process: subprocess.Popen | None = None
+        # Another build than the one under test, for a version that it has to work beside.
+        self.program: str | None = None
         ca = json.dumps(str(sandbox.ca_file))
         listeners = "" if "[proxy]" in extra else f'[proxy]\nlisten = "127.0.0.1:{self.port}"\n'
         self.config.write_text(
@@ -160,7 +162,7 @@ class Sidecar:
         assert self.process is None or self.process.poll() is not None, "it is already running"
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
-                [*before, binary("adsidecar"), "--config", str(self.config)],
+                [*before, self.program or binary("adsidecar"), "--config", str(self.config)],
                 stdout=log, stderr=log, env={**ENVIRONMENT, **environment},
             )
         return self.process

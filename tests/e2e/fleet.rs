@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use adsidecar::domain::clock::Clock;
 use reqwest::Method;
+use tokio::task::JoinHandle;
 use world::{CLIENT_SECRET, Fault, Listener, Options, Rule};
 
 use crate::commands::OTHER_KEY;
@@ -276,6 +277,45 @@ async fn while_login_with_amazon_is_away_due_refreshes_cost_the_database_nothing
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn while_login_with_amazon_is_down_nobody_tries_every_user_that_is_due() {
+    let cluster = Cluster::start();
+    let url = cluster.url();
+    let pair = Pair::over(cluster, &url, "", frozen()).await;
+    let users: Vec<_> = (10..90).map(|number| format!("user-{number}")).collect();
+    for user in &users {
+        pair.a.log_in(user).await;
+    }
+    pair.a.sandbox.clear_history();
+    pair.a.sandbox.set_fault(Rule::from(Fault::status(503)).at(Listener::Lwa).always());
+    // Past `refresh.ahead` of all of them. The clock then stands still, and so the brake never ends by itself.
+    pair.a.advance(3000);
+    let brake = "SELECT count(*) FROM adsidecar_notes WHERE name = 'brake'";
+    eventually("the brake", async || (pair.sql.one(brake).await? == "1").then_some(())).await;
+    let polls = "adsidecar_store_operation_duration_seconds_count{op=\"poll\"}";
+    let (here, there) = (pair.a.metric(polls).await, pair.b.metric(polls).await);
+    eventually("four polls of each", async || {
+        (pair.a.metric(polls).await >= here + 4.0 && pair.b.metric(polls).await >= there + 4.0).then_some(())
+    })
+    .await;
+    // Five that fail set the brake, and each replica has eight on their way, and perhaps as many that follow them.
+    let tried = "SELECT count(*) FROM adsidecar_grants WHERE failure IS NOT NULL OR lease_until IS NOT NULL";
+    let tried: u64 = pair.sql.one(tried).await.unwrap().parse().unwrap();
+    assert!((5..=40).contains(&tried), "{tried} of 80 users were tried");
+    pair.a.sandbox.clear_faults();
+    // The brake is at most five seconds long, and twelve while one of them probes; by the database's clock, for a user who
+    // was tried in vain meanwhile.
+    pair.a.advance(6);
+    let refreshed = async || {
+        let count = "SELECT count(*) FROM adsidecar_grants WHERE generation >= 2";
+        pair.sql.one(count).await.map_or(0, |count| count.parse::<u64>().unwrap())
+    };
+    for wanted in [20, 50, 70] {
+        pair.a.advance(13);
+        eventually("the users to be refreshed", async || (refreshed().await >= wanted).then_some(())).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn one_refusal_counts_for_all_replicas() {
     let pair = Pair::start().await;
     pair.a.log_in("anna").await;
@@ -349,6 +389,77 @@ async fn a_grant_whose_answer_one_replica_did_not_hear_is_reported_lost_by_the_o
     pair.b.post(&format!("{REFRESH}?user_id=anna")).await;
     eventually("the refusal", async || (pair.b.state_of("anna").await == "login_required").then_some(())).await;
     assert_eq!(pair.b.metric(lost).await, 1.0, "what the other one did not hear may have been a new token");
+}
+
+/// Starts a refresh whose answer replica `a` does not hear (`fault`), or does: it is held before it acts on that.
+async fn held_refresh(pair: &Pair, fault: Fault) -> (std::sync::mpsc::Sender<()>, JoinHandle<()>) {
+    pair.a.sandbox.set_fault(Rule::from(fault).at(Listener::Lwa).always());
+    pair.a.sandbox.clear_history();
+    let release = hold("refresh_answered");
+    let posted = pair.a.client.post(pair.a.proxy_url(&format!("{REFRESH}?user_id=anna"))).send();
+    let refresh = tokio::spawn(async move { drop(posted.await.unwrap()) });
+    eventually("the answer", async || (pair.a.sandbox.refreshes() == 1).then_some(())).await;
+    (release, refresh)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_failover_that_loses_a_lease_hides_no_lost_answer() {
+    let lost = "adsidecar_token_refresh_interrupted_total{outcome=\"lost\"}";
+    let forgotten = "UPDATE adsidecar_grants SET lease_owner = NULL, lease_until = NULL";
+    for is_refused in [false, true] {
+        let pair = Pair::start().await;
+        pair.a.log_in("anna").await;
+        assert_eq!(pair.b.call("anna").await.status(), 200);
+        let (release, refresh) = held_refresh(&pair, Fault::CloseMidBody).await;
+        pair.sql.run(forgotten).await;
+        if is_refused {
+            // As another replica leaves the row that took the lease, and was refused.
+            pair.sql
+                .run(
+                    "UPDATE adsidecar_grants SET refused = 'invalid_grant', attempts = 1, \
+                     retry_at = clock_timestamp() + interval '1 hour', due_at = NULL",
+                )
+                .await;
+        }
+        drop(release);
+        refresh.await.unwrap();
+        if is_refused {
+            assert_eq!(pair.a.status_of("anna").await["state"], "login_required");
+            assert_eq!(pair.a.metric(lost).await, 1.0, "what it did not hear may have been a new token");
+        } else {
+            assert_eq!(pair.a.status_of("anna").await["state"], "failing");
+            pair.a.sandbox.clear_faults();
+            pair.a.sandbox.set_fault(Rule::from(Fault::InvalidGrant).at(Listener::Lwa).always());
+            pair.b.post(&format!("{REFRESH}?user_id=anna")).await;
+            assert_eq!(pair.b.state_of("anna").await, "login_required");
+            let told = pair.a.metric(lost).await + pair.b.metric(lost).await;
+            assert_eq!(told, 1.0, "by one of them");
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_answer_that_comes_while_the_grant_is_stored_again_is_not_dropped() {
+    let mut pair = Pair::start().await;
+    pair.b.stop().await;
+    pair.a.log_in("anna").await;
+    pair.sql.run("CREATE TABLE standby AS SELECT user_id, record, generation FROM adsidecar_grants").await;
+    pair.a.sandbox.set_fault(Rule::from(Fault::RotateRefreshToken).at(Listener::Lwa).always());
+    assert_eq!(pair.a.post(&format!("{REFRESH}?user_id=anna")).await.status(), 200);
+    let (release, refresh) = held_refresh(&pair, Fault::RotateRefreshToken).await;
+    // A failover to a standby that lacks the last refresh, which the replica stores again.
+    pair.sql
+        .run(
+            "UPDATE adsidecar_grants AS g SET record = s.record, generation = s.generation, lease_owner = NULL, \
+             lease_until = NULL FROM standby AS s WHERE g.user_id = s.user_id",
+        )
+        .await;
+    eventually("the grant to be stored again", async || (pair.row("anna").await.0 == 3).then_some(())).await;
+    drop(release);
+    refresh.await.unwrap();
+    assert_eq!(pair.a.metric("adsidecar_token_refresh_dropped_total").await, 0.0);
+    assert_eq!(pair.row("anna").await, (4, true), "under the generation after that");
+    assert_eq!(pair.a.post(&format!("{REFRESH}?user_id=anna")).await.status(), 200, "with the newest refresh token");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -383,6 +383,24 @@ async fn a_login_is_followed_by_a_search_and_a_logout_forgets_what_was_found() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_search_opens_no_connection_for_each_request_and_repeats_one_that_breaks() {
+    let harness = Harness::start().await;
+    harness.log_in("default").await;
+    assert_eq!(harness.post(SYNC).await.status(), 200);
+    harness.sandbox.clear_history();
+    for _ in 0..5 {
+        assert_eq!(harness.post(SYNC).await.status(), 200);
+    }
+    let calls = harness.ads_calls();
+    let connections: BTreeSet<_> = calls.iter().map(|call| call.connection).collect();
+    assert!(calls.len() >= 35, "{}", calls.len());
+    assert!(connections.len() <= 12, "{} connections for {} requests", connections.len(), calls.len());
+    harness.sandbox.set_fault(Rule::from(Fault::Reset).at(Listener::Eu));
+    let found = harness.post(SYNC).await.text().await.unwrap();
+    assert!(!found.contains("\"failed\""), "a `GET` may be repeated: {found}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn accounts_are_searched_for_once_a_day() {
     let harness =
         Harness::over(Options::calm(adsidecar::domain::clock::Clock::system()), "[accounts]\nsync = \"daily\"\n").await;

@@ -234,14 +234,25 @@ impl Discovery {
             ids: Some(ids),
             fixed: &[] as &[(HeaderName, HeaderValue)],
         };
-        let mut request = Request::new(RequestBody::empty());
-        *request.headers_mut() = to_amazon(&HeaderMap::new(), attach);
-        *request.uri_mut() = uri;
+        let headers = to_amazon(&HeaderMap::new(), attach);
         let unreachable =
             || Unanswered { code: "unreachable", detail: format!("the host of {region} is not reachable") };
-        // A fresh connection: a request that met a stale one would have to be repeated here.
-        let sent = self.upstream.send(AmazonHost::ads(region), Reuse::Fresh(Instant::now()), request).await;
-        let response = sent.map_err(|_| unreachable())?;
+        let request = || {
+            let mut request = Request::new(RequestBody::empty());
+            *request.headers_mut() = headers.clone();
+            *request.uri_mut() = uri.clone();
+            request
+        };
+        let host = AmazonHost::ads(region);
+        // With connections of its own a search would leave one for each request. A `GET` that met a connection that the
+        // server was closing is sent again, on a new one.
+        let response = match self.upstream.send(host, Reuse::Allowed, request()).await.ok() {
+            Some(response) => response,
+            None => {
+                let again = self.upstream.send(host, Reuse::Fresh(Instant::now()), request()).await;
+                again.map_err(|_| unreachable())?
+            }
+        };
         let (head, body) = response.into_parts();
         let body = Limited::new(body, MAX_BODY).collect().await.map_err(|_| Unanswered {
             code: "too_large",

@@ -40,6 +40,8 @@ impl TokenManager {
         self.store(&entry, &write, &mut grant, None).await;
         let now = self.0.clock.reading();
         entry.mark_used(now);
+        // What became of the grant before it does not matter any more.
+        self.0.interrupted.end(user);
         self.publish(&entry, &write, GrantState::Fresh(Arc::new(LiveGrant::loaded(grant, now))));
         entry.wake();
         tracing::info!(%user, "new grant in use");
@@ -112,6 +114,7 @@ impl TokenManager {
         };
         entry.set_unsaved(false);
         let held = entry.held().grant().is_some();
+        self.0.interrupted.end(user);
         self.publish(&entry, &write, GrantState::Nothing);
         entry.wake();
         tracing::info!(%user, "the user was logged out");

@@ -11,6 +11,7 @@ use super::FORCED_SPACING;
 use super::coordination::Coordination;
 use super::follower::Follower;
 use super::refresh_task::{RefreshReason, RefreshTask};
+use super::take_over::failed_state;
 use crate::domain::clock_reading::ClockReading;
 use crate::domain::grant::{Failure, GrantState, LiveGrant, Remedy, STORE_UNAVAILABLE};
 use crate::store::{FailedRefresh, Lease};
@@ -39,7 +40,7 @@ impl RefreshTask {
             match &wanted {
                 Some(grant) if *interrupted => self.report_lost(grant.generation),
                 Some(_) => {}
-                None => self.release(*generation, None).await,
+                None => drop(self.release(*generation, None, false).await),
             }
             return Ok(wanted);
         }
@@ -110,9 +111,15 @@ impl RefreshTask {
     }
 
     /// Releases the lease after a refresh of `generation` that stored no change, so that another process may try; not
-    /// before the retry of `state`, if it failed.
-    pub(super) async fn release(&self, generation: u64, state: Option<&GrantState>) {
-        let Some(Follower { store, .. }) = self.manager.0.coordination.follower() else { return };
+    /// before the retry of `state`, if it failed. If a response `may_be_lost`, whoever takes the lease next hears that;
+    /// or another process, which got the lease because the database had lost it, was refused meanwhile: returns that state.
+    pub(super) async fn release(
+        &self,
+        generation: u64,
+        state: Option<&GrantState>,
+        may_be_lost: bool,
+    ) -> Option<GrantState> {
+        let Follower { store, .. } = self.manager.0.coordination.follower()?;
         let now = self.manager.0.clock.reading();
         let retry_in = |retry_at: SignedDuration| Duration::try_from(retry_at - now.uptime).unwrap_or_default();
         let failed = match state {
@@ -137,10 +144,16 @@ impl RefreshTask {
             (Some(state), Some(due)) => Some(state.retry_at().map_or(due, |retry_at| now.wall_at(retry_at))),
             (_, due) => due,
         };
+        let user = &self.entry.user;
+        let released = store.release_lease(user, generation, failed.as_ref(), due, may_be_lost);
         // If this fails, the lease expires by itself.
-        let may_be_lost = self.manager.0.interrupted.is_lost(&self.entry.user);
-        let released = store.release_lease(&self.entry.user, generation, failed.as_ref(), due, may_be_lost);
-        let _ = self.manager.timed("lease", released).await;
+        let is_released = self.manager.timed("lease", released).await.unwrap_or(true);
+        if is_released || !may_be_lost {
+            return None;
+        }
+        let lookup = self.manager.timed("get", store.lookup(user)).await.ok()?;
+        let refused = lookup.failed.filter(|failed| failed.refused && lookup.version.generation == generation)?;
+        Some(failed_state(self.entry.held().grant()?.clone(), &refused, now))
     }
 }
 

@@ -163,9 +163,10 @@ impl RefreshTask {
         fail_point!("refresh_answered", |_| std::process::abort());
         let user = &self.entry.user;
         let write = self.entry.write().await;
-        let Some(held) = write.unchanged_since(grant.generation) else {
+        let Some(held) = write.unchanged_since(grant.generation).or_else(|| self.restored(&grant)) else {
             return self.dropped();
         };
+        let generation = held.grant().map_or(grant.generation, |held| held.generation);
         let outcome = match response {
             Ok((tokens, sent_at)) => {
                 // The token's lifetime began when LWA issued it, which was not before the request.
@@ -176,7 +177,7 @@ impl RefreshTask {
                     self.manager.0.metrics.token_rotations.inc();
                     tracing::info!(%user, "Login with Amazon issued a new refresh token");
                 }
-                if !self.manager.store(&self.entry, &write, &mut refreshed, Some(grant.generation)).await {
+                if !self.manager.store(&self.entry, &write, &mut refreshed, Some(generation)).await {
                     self.dropped();
                     return self.manager.overtaken(&self.entry, &write).await;
                 }
@@ -188,9 +189,14 @@ impl RefreshTask {
         };
         let refused = matches!(outcome, Outcome::Rejected(_));
         let has_failed = !matches!(outcome, Outcome::Refreshed(_));
-        let next = held.next(outcome, self.manager.0.clock.reading(), jitter());
+        let mut next = held.next(outcome, self.manager.0.clock.reading(), jitter());
         if has_failed {
-            self.release(grant.generation, Some(&next)).await;
+            // A refusal says itself what became of the grant.
+            let may_be_lost = !refused && self.manager.0.interrupted.is_lost(user);
+            if let Some(refused) = self.release(generation, Some(&next), may_be_lost).await {
+                self.end_refresh_with("lost");
+                next = refused;
+            }
             self.manager.0.interrupted.answered(user);
             self.manager.settle_journal().await;
         }
@@ -200,8 +206,15 @@ impl RefreshTask {
         self.manager.publish(&self.entry, &write, next);
         drop(write);
         if refused {
-            self.after_refusal(grant.generation).await;
+            self.after_refusal(generation).await;
         }
+    }
+
+    /// The current state, if it is the same grant under another generation: this process has stored it again since,
+    /// because the database had lost it. What a refresh of it yielded is not dropped then, or it would be lost.
+    fn restored(&self, grant: &LiveGrant) -> Option<Arc<GrantState>> {
+        let held = self.entry.held();
+        held.grant().is_some_and(|held| held.refresh_token == grant.refresh_token).then(|| held.clone())
     }
 
     fn dropped(&self) {

@@ -120,6 +120,10 @@ impl TokenManager {
             }
             (None, None) => {}
             (_, Some(grant)) => {
+                if held.grant().is_none_or(|held| held.refresh_token != grant.refresh_token) {
+                    // What became of the grant before it does not matter any more.
+                    self.0.interrupted.end(user);
+                }
                 entry.mark_used_at(now.uptime_at(grant.used_at.unwrap_or(grant.updated_at)));
                 let grant = Arc::new(LiveGrant::loaded(grant, now));
                 let state = match failed {
@@ -131,6 +135,7 @@ impl TokenManager {
                 tracing::debug!(%user, "another process stored a grant");
             }
             (Some(_), None) => {
+                self.0.interrupted.end(user);
                 self.publish(entry, write, GrantState::Nothing);
                 entry.wake();
                 tracing::info!(%user, "another process logged the user out");

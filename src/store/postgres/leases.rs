@@ -112,7 +112,8 @@ impl Postgres {
     /// Releases the lease after a refresh that stored no change: a stored change releases it itself. Says to all
     /// processes how the refresh of `generation` failed, if it did, and when the background tries again: `due`, `None`
     /// if the user is idle by then. If a response `may_be_lost`, the next process that takes the lease hears that it
-    /// was interrupted, as after the end of this one.
+    /// was interrupted, as after the end of this one; also if the database has lost this process's lease, unless
+    /// another one has it now or was refused. Returns whether the row says so now.
     ///
     /// # Errors
     ///
@@ -124,12 +125,14 @@ impl Postgres {
         failed: Option<&FailedRefresh>,
         due: Option<Timestamp>,
         may_be_lost: bool,
-    ) -> Result<(), StoreError> {
-        const RELEASE: &str = "UPDATE adsidecar_grants SET lease_owner = CASE WHEN $9 THEN lease_owner END, \
+    ) -> Result<bool, StoreError> {
+        const RELEASE: &str = "UPDATE adsidecar_grants SET lease_owner = CASE WHEN $9 THEN $2 END, \
                                lease_until = CASE WHEN $9 THEN clock_timestamp() END, \
                                refused = $4, failure = $5, attempts = $8, due_at = to_timestamp($7), \
                                retry_at = clock_timestamp() + make_interval(secs => $6) \
-                               WHERE user_id = $1 AND lease_owner = $2 AND generation = $3 RETURNING generation";
+                               WHERE user_id = $1 AND generation = $3 AND record IS NOT NULL AND (lease_owner = $2 \
+                               OR $9 AND refused IS NULL AND (lease_until IS NULL OR lease_until < clock_timestamp())) \
+                               RETURNING generation";
         let (name, generation) = (user.as_str(), to_bigint(generation));
         let code = |refused| failed.filter(|failed| failed.refused == refused).map(|failed| failed.code.clone());
         let (refused, failure) = (code(true), code(false));
@@ -147,6 +150,6 @@ impl Postgres {
             (&attempts, Type::INT4),
             (&may_be_lost, Type::BOOL),
         ];
-        self.query(RELEASE, parameters, OnDisconnect::Resend).await.map(drop)
+        Ok(!self.query(RELEASE, parameters, OnDisconnect::Resend).await?.is_empty())
     }
 }
