@@ -112,7 +112,8 @@ impl RefreshTask {
 
     /// Releases the lease after a refresh of `generation` that stored no change, so that another process may try; not
     /// before the retry of `state`, if it failed. If a response `may_be_lost`, whoever takes the lease next hears that;
-    /// or another process, which got the lease because the database had lost it, was refused meanwhile: returns that state.
+    /// or another process, which got the lease because the database had lost it, was refused meanwhile: returns that
+    /// state.
     pub(super) async fn release(
         &self,
         generation: u64,
