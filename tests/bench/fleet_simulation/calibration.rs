@@ -256,7 +256,7 @@ async fn measure_all(meter: &Meter, store: &Postgres, rows: usize) -> Result<Vec
         FailedRefresh { refused: false, code: "unreachable".into(), attempts: 3, retry_in: Duration::from_secs(60) };
     let release = meter
         .each(1000, async |number| {
-            Ok(store.release_lease(&range(4, number), 1, Some(&failed), Some(after), false).await?)
+            Ok(store.release_lease(&range(4, number), 1, Some(&failed), Some(after), false).await.map(drop)?)
         })
         .await?;
     costs.push(("release", release.flat()));
