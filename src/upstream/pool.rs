@@ -330,7 +330,7 @@ impl OriginPool {
         tokio::spawn(async move {
             // A request on the connection gets its error.
             if let Err(error) = driver.await {
-                tracing::debug!(%error, "connection to Amazon ended");
+                tracing::trace!(%error, "connection to Amazon ended");
             }
             if let Some(pool) = pool.upgrade() {
                 pool.http1_ended();
