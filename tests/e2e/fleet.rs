@@ -277,45 +277,6 @@ async fn while_login_with_amazon_is_away_due_refreshes_cost_the_database_nothing
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn while_login_with_amazon_is_down_nobody_tries_every_user_that_is_due() {
-    let cluster = Cluster::start();
-    let url = cluster.url();
-    let pair = Pair::over(cluster, &url, "", frozen()).await;
-    let users: Vec<_> = (10..90).map(|number| format!("user-{number}")).collect();
-    for user in &users {
-        pair.a.log_in(user).await;
-    }
-    pair.a.sandbox.clear_history();
-    pair.a.sandbox.set_fault(Rule::from(Fault::status(503)).at(Listener::Lwa).always());
-    // Past `refresh.ahead` of all of them. The clock then stands still, and so the brake never ends by itself.
-    pair.a.advance(3000);
-    let brake = "SELECT count(*) FROM adsidecar_notes WHERE name = 'brake'";
-    eventually("the brake", async || (pair.sql.one(brake).await? == "1").then_some(())).await;
-    let polls = "adsidecar_store_operation_duration_seconds_count{op=\"poll\"}";
-    let (here, there) = (pair.a.metric(polls).await, pair.b.metric(polls).await);
-    eventually("four polls of each", async || {
-        (pair.a.metric(polls).await >= here + 4.0 && pair.b.metric(polls).await >= there + 4.0).then_some(())
-    })
-    .await;
-    // Five that fail set the brake, and each replica has eight on their way, and perhaps as many that follow them.
-    let tried = "SELECT count(*) FROM adsidecar_grants WHERE failure IS NOT NULL OR lease_until IS NOT NULL";
-    let tried: u64 = pair.sql.one(tried).await.unwrap().parse().unwrap();
-    assert!((5..=40).contains(&tried), "{tried} of 80 users were tried");
-    pair.a.sandbox.clear_faults();
-    // The brake is at most five seconds long, and twelve while one of them probes; by the database's clock, for a user who
-    // was tried in vain meanwhile.
-    pair.a.advance(6);
-    let refreshed = async || {
-        let count = "SELECT count(*) FROM adsidecar_grants WHERE generation >= 2";
-        pair.sql.one(count).await.map_or(0, |count| count.parse::<u64>().unwrap())
-    };
-    for wanted in [20, 50, 70] {
-        pair.a.advance(13);
-        eventually("the users to be refreshed", async || (refreshed().await >= wanted).then_some(())).await;
-    }
-}
-
-#[tokio::test(flavor = "multi_thread")]
 async fn one_refusal_counts_for_all_replicas() {
     let pair = Pair::start().await;
     pair.a.log_in("anna").await;
@@ -388,7 +349,8 @@ async fn a_grant_whose_answer_one_replica_did_not_hear_is_reported_lost_by_the_o
     pair.a.advance(60);
     pair.b.post(&format!("{REFRESH}?user_id=anna")).await;
     eventually("the refusal", async || (pair.b.state_of("anna").await == "login_required").then_some(())).await;
-    assert_eq!(pair.b.metric(lost).await, 1.0, "what the other one did not hear may have been a new token");
+    // What the other one did not hear may have been a new token. The state is published before that is said.
+    eventually("the loss", async || (pair.b.metric(lost).await == 1.0).then_some(())).await;
 }
 
 /// Starts a refresh whose answer replica `a` does not hear (`fault`), or does: it is held before it acts on that.

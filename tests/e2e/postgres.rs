@@ -444,7 +444,8 @@ async fn a_lease_is_released_after_a_failed_token_call_so_that_the_next_replica_
     })
     .await;
     assert!(begun.elapsed() < Duration::from_secs(5), "before A's lease would have ended: {:?}", begun.elapsed());
-    assert_eq!(pair.row("default").await, (2, true));
+    let (generation, is_there) = pair.row("default").await;
+    assert!(is_there && generation >= 2, "A may have refreshed it before B: {generation}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
