@@ -1,6 +1,6 @@
 //! One refresh, from the decision to the stored result: a task of its own that no caller can cancel.
 //!
-//! The file is a little over 400 lines: the order of its steps keeps the promises about tokens, so they stand side by side.
+//! The file is a little over 400 lines: the order of its steps keeps the promises about tokens, so they stand together.
 
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
