@@ -9,6 +9,7 @@ use tokio::sync::{Notify, watch};
 use super::bucket::{BucketName, BucketStatus, Buckets};
 use super::gate::GateStatus;
 use super::law::Seconds;
+use super::published::COUNTED;
 use super::room::Room;
 use crate::domain::account::Region;
 use crate::domain::clock::Clock;
@@ -75,9 +76,11 @@ impl Memory {
             let labels = [region.as_str(), group, kind.as_str()];
             (labels, bucket.rate, paused, bucket.waiting)
         });
-        let running = self.gates().into_iter().filter(|gate| !gate.of_account);
-        let running = running.map(|gate| ([gate.region.as_str(), gate.family], gate.running));
-        self.metrics.set_throttle(series, running, self.room.taken().1);
+        // Each series exists from the start.
+        let families = Region::ALL.into_iter().flat_map(|region| COUNTED.map(|family| [region.as_str(), family]));
+        let gates = self.gates().into_iter().filter(|gate| !gate.of_account);
+        let running = gates.map(|gate| ([gate.region.as_str(), gate.family], gate.running));
+        self.metrics.set_throttle(series, families.map(|labels| (labels, 0)).chain(running), self.room.taken().1);
     }
 
     /// The current client and its buckets.

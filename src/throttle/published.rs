@@ -72,7 +72,7 @@ const RUNS_OF_ACCOUNT: usize = 200;
 const TRAFFIC_EVENTS: usize = 5;
 
 /// The families with a published count.
-const COUNTED: [&str; 3] = ["exports", "amc_reporting", "traffic_events"];
+pub(super) const COUNTED: [&str; 3] = ["exports", "amc_reporting", "traffic_events"];
 
 /// Whether Amazon publishes a rate or a count for some calls of `family`.
 pub(super) fn concerns(family: &Family) -> bool {
