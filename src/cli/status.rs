@@ -181,7 +181,8 @@ fn limits(metrics: &str) -> Vec<Value> {
 
 /// What runs at Amazon, from the metrics.
 fn running(metrics: &str) -> Vec<Value> {
-    let running = series(metrics, "adsidecar_throttle_running").map(|(labels, count)| {
+    let running = series(metrics, "adsidecar_throttle_running").filter(|(_, count)| *count > 0.0);
+    let running = running.map(|(labels, count)| {
         json!({ "region": labels.get("region"), "family": labels.get("family"), "count": count as u64 })
     });
     running.collect()

@@ -106,7 +106,8 @@ async fn a_pending_grant_survives_a_restart_and_expires_after_ten_minutes() {
     harness.advance(600);
     refused(&harness.post(&late).await);
     pending(&harness, "next").await;
-    assert_eq!(waiting(&harness).len(), 1, "only the new pending grant; the expired one is deleted");
+    // Only the new pending grant; the expired one is deleted, perhaps in the background.
+    eventually("one pending grant", async || (waiting(&harness).len() == 1).then_some(())).await;
 
     harness.advance(600);
     restart(&mut harness).await;
