@@ -469,7 +469,8 @@ async fn of_six_replicas_one_adopts_the_configured_refresh_token_and_a_login_is_
     for mut replica in replicas {
         replica.stop().await;
     }
-    // A login may compare identities first: where it waits for a token of the old grant, the call at the gate times out.
+    // A login may compare identities first: while it waits for a token of the old grant, the call at the gate times
+    // out.
     let ends = ["invalid_grant", "timeout"];
     let ends = ends.map(|end| format!("adsidecar_token_refresh_total{{reason=\"{end}\",result=\"failure\"}}"));
     let failed = async || {
