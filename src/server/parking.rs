@@ -26,7 +26,7 @@ impl Parking {
         Active(self)
     }
 
-    /// Whether so many connections are active that idle ones are to be parked.
+    /// Whether more than [`MAX_ACTIVE`] connections are active, so that idle ones are to be parked.
     pub(super) fn is_full(&self) -> bool {
         self.active.load(Relaxed) > MAX_ACTIVE
     }

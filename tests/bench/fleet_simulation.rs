@@ -74,7 +74,7 @@ struct Arguments {
     svg: Option<PathBuf>,
 }
 
-/// A run of so many hours, with its disturbances.
+/// A run of the given number of hours, with its disturbances.
 fn plan(pods: usize, grants: usize, cores: usize, hours: i64, seed: u64) -> Plan {
     let (end, away) = (hours * HOUR, hours * HOUR / 3);
     Plan { pods, grants, cores, end, outage: (away, away + 70 * MINUTE), kill: end * 3 / 4, seed, known_bad: None }

@@ -391,7 +391,7 @@ async fn a_rejected_client_is_one_failure_for_all_users_without_a_storm() {
     for user in &users {
         harness.log_in(user).await;
     }
-    // Every due user has been refreshed or rescheduled: one who has not was due at least a second ago. A retry that is
+    // Every due user has been refreshed or rescheduled: any other was due at least a second ago. A retry that is
     // planned less than a millisecond ahead reads as now, since times are told to the millisecond. The jitter makes one
     // in about a hundred runs, and the clock stands still.
     let all_are = async |wanted: &str, error: Value| {

@@ -10,17 +10,13 @@
 //! Processes that share a store share the brake too: see [`TokenManager::call_permit`].
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
 
 use tokio::time::{Instant, sleep_until};
 
 use super::TokenManager;
 use super::brake::{Brake, PROBE, held_back};
 use super::refresh_task::jitter;
-use crate::auth::lwa::LwaError;
-use crate::domain::account::UserId;
-use crate::domain::clock_reading::ClockReading;
-use crate::domain::grant::{Outcome, Tokens};
+use crate::domain::grant::Outcome;
 
 /// Whether LWA currently serves our client.
 #[derive(Debug)]
@@ -58,23 +54,6 @@ impl ClientCircuit {
         None
     }
 
-    /// Takes over what another process has heard: nobody calls LWA for the time `wait`.
-    pub(super) fn hold(&self, code: &'static str, wait: Duration, now: ClockReading) {
-        self.brake().hold(code, wait, now);
-    }
-
-    /// See [`Brake::update`].
-    pub(super) fn update(
-        &self,
-        user: &UserId,
-        response: &Result<Tokens, LwaError>,
-        sent_at: ClockReading,
-        now: ClockReading,
-        jitter: f64,
-    ) -> bool {
-        self.brake().update(user, response, sent_at, now, jitter)
-    }
-
     /// Clears the cached rejection after a configuration change, so that the next refresh calls LWA.
     pub(super) fn forget(&self) {
         self.brake().forget();
@@ -94,7 +73,7 @@ impl TokenManager {
             && let Some(shared) = self.0.store.shared()
             && let Ok(Some((code, wait))) = self.timed("brake", shared.claim_probe(PROBE)).await
         {
-            circuit.hold(known_code(&code), wait, self.0.clock.reading());
+            circuit.brake().hold(known_code(&code), wait, self.0.clock.reading());
         }
         match circuit.brake().holds(self.0.clock.reading()) {
             None => Ok(permit),

@@ -174,7 +174,7 @@ impl TokenManager {
             follower.pace().polled(poll.due_at, self.0.clock.now(), follower.elapsed(), jitter());
             follower.polled.notify_waiters();
             if let Some((code, wait)) = &poll.brake {
-                self.0.circuit.hold(known_code(code), *wait, self.0.clock.reading());
+                self.0.circuit.brake().hold(known_code(code), *wait, self.0.clock.reading());
             }
             if poll.has_undescribed {
                 follower.undescribed.notify_one();

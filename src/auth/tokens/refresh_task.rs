@@ -262,7 +262,7 @@ impl RefreshTask {
             }
         }
         inner.metrics.token_refresh_duration.observe(begun.elapsed().as_secs_f64());
-        if inner.circuit.update(&self.entry.user, &response, sent_at, inner.clock.reading(), jitter()) {
+        if inner.circuit.brake().update(&self.entry.user, &response, sent_at, inner.clock.reading(), jitter()) {
             self.manager.share_brake().await;
         }
         drop(permit);

@@ -136,7 +136,7 @@ impl Costs {
         }
     }
 
-    /// The cost of a statement that returns or writes so many rows.
+    /// The cost of a statement that returns or writes `rows` rows.
     pub fn of(&self, statement: Statement, rows: u32) -> Cost {
         match statement {
             Statement::Start => self.start,
