@@ -378,7 +378,7 @@ mod tests {
 
     use super::super::parking::MAX_ACTIVE;
     use super::super::registry::Registry;
-    use super::super::{Limits, OwnResponses};
+    use super::super::{Inherited, Limits, Listen, Listener, OwnResponses, Phase};
     use super::*;
 
     const REQUEST: &[u8] = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n";
@@ -557,5 +557,35 @@ mod tests {
             scene.send(REQUEST).await;
             scene.expect(b"HTTP/1.1 200 OK\r\nconnection: close\r\n").await;
         });
+    }
+
+    /// Connected before the listener runs, so that it waits at the moment of the shutdown.
+    #[tokio::test]
+    async fn a_shutdown_answers_a_connection_that_nobody_has_accepted_yet() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("proxy.sock");
+        let limits = Limits {
+            max_connections: 10,
+            header_timeout: Duration::from_secs(10),
+            idle_timeout: Duration::from_secs(10),
+            write_timeout: Duration::from_secs(10),
+        };
+        let listen = [Listen::Tcp("127.0.0.1:0".to_owned()), Listen::Unix(path.clone())];
+        let mut none = Inherited::default();
+        let listener = Listener::bind(&listen, false, 0o600, limits, Arc::new(Own), &mut none).await.unwrap();
+        let mut tcp = TcpStream::connect(listener.addresses()[0]).await.unwrap();
+        let mut unix = UnixStream::connect(&path).await.unwrap();
+        tcp.write_all(REQUEST).await.unwrap();
+        unix.write_all(REQUEST).await.unwrap();
+
+        let (_closed, phase) = tokio::sync::watch::channel(Phase::Closed);
+        let handler = async |_, _| Response::new(Full::from("hi"));
+        tokio::spawn(listener.run(move |request, peer| Box::pin(handler(request, peer)), phase));
+
+        for mut caller in [Box::new(tcp) as Box<dyn AsyncRead + Unpin>, Box::new(unix)] {
+            let mut answer = String::new();
+            caller.read_to_string(&mut answer).await.unwrap();
+            assert!(answer.starts_with("HTTP/1.1 200 OK\r\n") && answer.contains("connection: close"), "{answer}");
+        }
     }
 }

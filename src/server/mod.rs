@@ -22,12 +22,11 @@ mod descriptors;
 mod inherited;
 mod io;
 mod parking;
+mod socket;
 mod tunnel;
 
-use std::fs::Permissions;
-use std::io::{Error, ErrorKind, Result};
+use std::io::{ErrorKind, Result};
 use std::net::SocketAddr;
-use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -35,7 +34,6 @@ use std::time::{Duration, Instant};
 use arc_swap::{ArcSwap, ArcSwapOption};
 use bytes::Bytes;
 use http::{HeaderValue, Request, Response};
-use tokio::net::{TcpListener, UnixListener, UnixSocket};
 use tokio::sync::watch;
 
 pub use caller_body::CallerBody;
@@ -43,6 +41,7 @@ pub use inherited::Inherited;
 
 use connection::close;
 use registry::Registry;
+use socket::{BoundSocket, Stream};
 
 /// An address that a listener binds.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -76,15 +75,6 @@ pub struct Limits {
     pub write_timeout: Duration,
 }
 
-/// How much response data the kernel takes of a connection that cannot be sent yet, in bytes. Once a caller reads
-/// slowly, data that it has not read is also data that the kernel does not take, so that a caller that reads anything
-/// is told from one that reads nothing: by default the kernel takes 4 MiB, and takes no more until a third of them was
-/// read. What is on the way to the caller is not limited, so a fast caller notices nothing.
-#[cfg(target_os = "linux")]
-const MAX_UNSENT: u32 = 128 << 10;
-
-/// Backlog of a Unix socket: connections that wait to be accepted. tokio uses the same number for TCP.
-const BACKLOG: u32 = 1024;
 /// Pause of the accept loop after an error, such as too many open file descriptors. Requests in progress continue and
 /// free some.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -125,13 +115,6 @@ pub struct Listener {
     registry: Arc<Registry>,
 }
 
-/// A socket that accepts connections. The file of a Unix socket that was bound here is removed on drop.
-#[derive(Debug)]
-enum BoundSocket {
-    Tcp(TcpListener),
-    Unix(UnixListener, Option<PathBuf>),
-}
-
 /// The phases of a listener's life, in order. Shutdown first drains the listener and then closes it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Phase {
@@ -162,12 +145,9 @@ impl Listener {
         let mut sockets = Vec::new();
         for address in listen {
             match address {
-                Listen::Unix(path) => sockets.push(match inherited.unix(path) {
-                    Some(socket) => BoundSocket::Unix(UnixListener::from_std(socket)?, None),
-                    None => unix(path, socket_mode)?,
-                }),
-                Listen::Tcp(address) => match tcp(address, inherited).await {
-                    Ok(socket) => sockets.push(BoundSocket::Tcp(socket)),
+                Listen::Unix(path) => sockets.push(BoundSocket::unix(path, socket_mode, inherited)?),
+                Listen::Tcp(address) => match BoundSocket::tcp(address, inherited).await {
+                    Ok(socket) => sockets.push(socket),
                     Err(error) if ipv6_if_any && address.starts_with('[') && error.kind() != ErrorKind::AddrInUse => {}
                     Err(error) => return Err(error),
                 },
@@ -179,11 +159,7 @@ impl Listener {
 
     /// Returns the bound TCP addresses, in the order of `listen`.
     pub fn addresses(&self) -> Vec<SocketAddr> {
-        let tcp = self.sockets.iter().filter_map(|socket| match socket {
-            BoundSocket::Tcp(socket) => socket.local_addr().ok(),
-            BoundSocket::Unix(..) => None,
-        });
-        tcp.collect()
+        self.sockets.iter().filter_map(BoundSocket::address).collect()
     }
 
     /// Returns the limits, which may be replaced while the listener serves.
@@ -241,40 +217,8 @@ impl Drop for AbortOnDrop {
     }
 }
 
-/// Binds a TCP address, if its socket was not passed on.
-async fn tcp(address: &str, inherited: &mut Inherited) -> Result<TcpListener> {
-    let resolved: Vec<_> = tokio::net::lookup_host(address).await.map(Iterator::collect).unwrap_or_default();
-    let bound = match inherited.tcp(&resolved) {
-        Some(socket) => TcpListener::from_std(socket),
-        None => TcpListener::bind(address).await,
-    };
-    let bound = bound.and_then(|socket| {
-        // Accepted connections inherit it.
-        #[cfg(target_os = "linux")]
-        socket2::SockRef::from(&socket).set_tcp_notsent_lowat(MAX_UNSENT)?;
-        Ok(socket)
-    });
-    bound.map_err(|error| Error::new(error.kind(), format!("cannot listen on {address}: {error}")))
-}
-
-/// Binds a Unix socket with the file mode `mode`. A socket file that a dead process left behind is replaced; one that
-/// accepts connections belongs to a running process and is an error.
-fn unix(path: &PathBuf, mode: u32) -> Result<BoundSocket> {
-    let context = |error: Error| Error::new(error.kind(), format!("cannot listen on unix:{}: {error}", path.display()));
-    if std::os::unix::net::UnixStream::connect(path).is_ok() {
-        return Err(context(ErrorKind::AddrInUse.into()));
-    }
-    if std::fs::symlink_metadata(path).is_ok_and(|meta| std::os::unix::fs::FileTypeExt::is_socket(&meta.file_type())) {
-        std::fs::remove_file(path).map_err(context)?;
-    }
-    // Set the mode before `listen`: until then no process can connect.
-    let socket = UnixSocket::new_stream().map_err(context)?;
-    socket.bind(path).map_err(context)?;
-    std::fs::set_permissions(path, Permissions::from_mode(mode)).map_err(context)?;
-    Ok(BoundSocket::Unix(socket.listen(BACKLOG).map_err(context)?, Some(path.clone())))
-}
-
-/// Accepts connections until `phase` is [`Phase::Closed`], and spawns a task for each.
+/// Accepts connections until `phase` is [`Phase::Closed`], and spawns a task for each. Whoever was connected by then is
+/// served too: closing the socket would reset a connection that waits, and with it a request that was sent already.
 async fn accept<H, F, B>(socket: BoundSocket, context: Arc<ListenerContext<H>>, mut phase: watch::Receiver<Phase>)
 where
     H: Fn(Request<CallerBody>, Peer) -> F + Clone + Send + Sync + 'static,
@@ -288,7 +232,10 @@ where
         // 1. Accept a connection.
         let accepted = tokio::select! {
             biased;
-            _ = phase.wait_for(|phase| *phase == Phase::Closed) => return,
+            _ = phase.wait_for(|phase| *phase == Phase::Closed) => match socket.accept_waiting() {
+                Some(waiting) => Ok(waiting),
+                None => return,
+            },
             accepted = socket.accept() => accepted,
         };
         let stream = match accepted {
@@ -302,14 +249,9 @@ where
             }
         };
         // 2. Make room for it. This happens only after a connection was accepted, so that no idle connection is closed
-        // without need.
+        // without need. A shutdown does not interrupt it, for the connection would be lost.
         let until = *full_since.get_or_insert_with(Instant::now) + ADMIT_TIMEOUT;
-        let room = tokio::select! {
-            biased;
-            _ = phase.wait_for(|phase| *phase == Phase::Closed) => return,
-            room = context.registry.wait_for_room(&context.limits, context.share, until) => room,
-        };
-        if !room {
+        if !context.registry.wait_for_room(&context.limits, context.share, until).await {
             tracing::warn!("overloaded: every connection that proxy.max_connections allows is busy");
             let response = context.own.overloaded();
             match stream {
@@ -360,28 +302,5 @@ impl KeepAlive {
         let value = HeaderValue::from_maybe_shared(text).unwrap_or(HeaderValue::from_static("timeout=0"));
         self.0.store(Some(Arc::new((limit, value.clone()))));
         value
-    }
-}
-
-/// An accepted connection.
-enum Stream {
-    Tcp(tokio::net::TcpStream, SocketAddr),
-    Unix(tokio::net::UnixStream),
-}
-
-impl BoundSocket {
-    async fn accept(&self) -> Result<Stream> {
-        match self {
-            Self::Tcp(socket) => socket.accept().await.map(|(stream, peer)| Stream::Tcp(stream, peer)),
-            Self::Unix(socket, _) => socket.accept().await.map(|(stream, _)| Stream::Unix(stream)),
-        }
-    }
-}
-
-impl Drop for BoundSocket {
-    fn drop(&mut self) {
-        if let Self::Unix(_, Some(path)) = self {
-            let _ = std::fs::remove_file(path);
-        }
     }
 }
