@@ -338,7 +338,7 @@ def test_the_build_of_the_manual_is_a_step_of_tests_run_and_its_binary_runs(bloc
     steps = (repository / "tests" / "run").read_text()
     for block in marked(blocks, "build"):
         build, *commands = block.text.splitlines()
-        assert re.search(rf"^(if )?step .*{re.escape(build)} --locked", steps, re.MULTILINE), build
+        assert re.search(rf"^(step|beside) .*{re.escape(build)} --locked", steps, re.MULTILINE), build
         assert commands
         for command in commands:
             words = command.replace("target/dist/adsidecar", "adsidecar").split()
