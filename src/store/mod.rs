@@ -36,7 +36,7 @@ pub use self::notices::Notice;
 pub use self::pending_grant::PendingGrant;
 pub use self::postgres::{
     Changes, Claimed, ConnectionUrl, Content, DUE_AGAIN, FailedRefresh, LEASE, LOOKUP_ROWS, Lease, Lookup, PUBLISH,
-    Pod, Poll, Position, Postgres, SharedLimit, ThrottleReport, ThrottleRow, UserOverview, due_at,
+    Pod, Poll, Position, Postgres, RECONNECT_PAUSE_MAX, SharedLimit, ThrottleReport, ThrottleRow, UserOverview, due_at,
 };
 use self::sled::{ResealOutcome, Worker};
 pub use self::stored_grant::Sealed;

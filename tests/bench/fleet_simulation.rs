@@ -136,10 +136,12 @@ fn table(plan: &Plan, figures: &Figures) -> String {
     let (all, _) = figures.sum(0, plan.end - MINUTE);
     let (away, _) = figures.sum(plan.outage.0, plan.outage.1);
     text += &format!(
-        "Token calls {} (and {} while LWA was away), refreshes stored {}; sent twice without need {}, and {} times \
+        "In the first ten seconds after the outage {:?} calls each.\nToken calls {} (and {} while LWA was away), \
+         refreshes stored {}; sent twice without need {}, and {} times \
          because the pod with the answer was killed; overtaken by a login {}, leases denied {}, statements past \
          their time limit {}.\nRefreshes in calm times came late by at most {} s (p99 {} s), and {} tokens expired. \
          Pods heard of a login or logout within {:.2} s (p99 {:.2} s).\n",
+        figures.admitted,
         all.calls,
         away.refused,
         all.stored,
@@ -189,6 +191,9 @@ fn broken(plan: &Plan, settings: &Settings, figures: &Figures) -> Vec<String> {
         expect(name == "LWA away" || each <= 4.0, format!("{name}: {each:.2} statements per refresh"));
         let per_pod = (sum.of(Kind::Poll) + sum.of(Kind::Note)) as f64 / seconds / figures.pods_at(from) as f64;
         expect(per_pod <= 2.0, format!("{name}: {per_pod:.2} polls and notes per pod and second"));
+        // One row even if nothing has changed.
+        let polled = sum.polled as f64 / sum.of(Kind::Poll).max(1) as f64;
+        expect(polled <= 2.0, format!("{name}: {polled:.1} rows per poll"));
         if name == "LWA away" {
             let calls = sum.refused as f64 / seconds * 60.0;
             expect(calls <= 60.0, format!("{name}: {calls:.0} token calls a minute"));
@@ -203,6 +208,14 @@ fn broken(plan: &Plan, settings: &Settings, figures: &Figures) -> Vec<String> {
     let (start, recovery) = (minutes(0, figures.started), minutes(plan.outage.1, figures.recovered));
     expect(start <= 15.0, format!("the backlog of the start took {start:.1} minutes"));
     expect(recovery <= 15.0, format!("the backlog of the outage took {recovery:.1} minutes"));
+    // Ten a second at first, doubled every two seconds; and processes that probed at the same moment.
+    let mut calls = 0;
+    for (second, admitted) in figures.admitted.iter().enumerate() {
+        calls += admitted;
+        let planned = 20.0 / std::f64::consts::LN_2 * (((second + 1) as f64 / 2.0).exp2() - 1.0);
+        let text = format!("{calls} calls in the first {} s after the outage, and not {planned:.0}", second + 1);
+        expect(calls as f64 <= 1.25 * planned + 10.0, text);
+    }
     let heard = figures.heard_after(0.99);
     expect(heard <= 1.0, format!("1 in 100 pods heard of a login or logout only after {heard:.2} s"));
     wrong
@@ -230,7 +243,8 @@ fn main() -> ExitCode {
     };
     if arguments.known_bad {
         let mut unnoticed = false;
-        for bad in [KnownBad::Unlocked, KnownBad::Unpaced, KnownBad::Unbraked] {
+        let all = [KnownBad::Unlocked, KnownBad::Unpaced, KnownBad::Unbraked, KnownBad::Told, KnownBad::Unshared];
+        for bad in all {
             let (.., wrong) = run(Some(bad));
             unnoticed |= wrong.is_empty();
             let _ = writeln!(out, "known bad, {bad:?}: {}", if wrong.is_empty() { "NOT noticed" } else { "noticed" });
@@ -260,11 +274,13 @@ mod tests {
 
     /// The checks must notice each of these.
     #[test]
-    fn a_fleet_without_leases_pauses_or_brake_is_noticed() {
+    fn a_fleet_is_noticed_without_leases_pauses_brake_or_shared_rate_or_if_polls_read_refreshes() {
         let words = [
             (KnownBad::Unlocked, 4, 500, "sent twice"),
             (KnownBad::Unpaced, 60, 6000, "statements per refresh"),
             (KnownBad::Unbraked, 4, 500, "token calls a minute"),
+            (KnownBad::Told, 60, 6000, "rows per poll"),
+            (KnownBad::Unshared, 20, 2000, "calls in the first"),
         ];
         for (bad, pods, grants, word) in words {
             let (_, wrong) = small(Some(bad), pods, grants);

@@ -1,6 +1,7 @@
 //! Several adsidecars on one PostgreSQL with many users: nothing that somebody waits for grows with the table, the
 //! answer to one process counts for all, and nothing older overwrites anything newer.
 
+use std::cell::Cell;
 use std::time::{Duration, Instant};
 
 use adsidecar::domain::clock::Clock;
@@ -22,7 +23,7 @@ fn frozen() -> Clock {
 }
 
 /// Adds rows of the size of real ones. No process has to open them: they are described, and idle.
-async fn add_users(sql: &Sql, count: u32) {
+pub async fn add_users(sql: &Sql, count: u32) {
     sql.run(&format!(
         "INSERT INTO adsidecar_grants (user_id, record, generation, epoch, changed_at, described, sealed_with, \
          updated_at) \
@@ -234,7 +235,7 @@ async fn asked(pair: &Pair) -> [[f64; 2]; 2] {
 }
 
 /// Waits until both replicas have polled three times more.
-async fn polls_pass(pair: &Pair) {
+pub async fn polls_pass(pair: &Pair) {
     let [before, _] = asked(pair).await;
     eventually("polls", async || {
         let [now, _] = asked(pair).await;
@@ -272,11 +273,28 @@ async fn while_login_with_amazon_is_away_due_refreshes_cost_the_database_nothing
     pair.sql.run("UPDATE adsidecar_grants SET retry_at = clock_timestamp() WHERE retry_at IS NOT NULL").await;
     pair.a.advance(60);
     let refreshed = "SELECT count(*) FROM adsidecar_grants WHERE generation = 2";
+    let (begun, called) = (Cell::new(None::<Instant>), pair.a.sandbox.refreshes());
     // The rate grows slowly, so each third has its own time.
     for wanted in [users / 3, users * 2 / 3, users] {
         let is_there = |count: &String| count.parse::<u32>().unwrap() >= wanted;
-        eventually("them to be refreshed", async || pair.sql.one(refreshed).await.filter(is_there)).await;
+        eventually("them to be refreshed", async || {
+            let calls = pair.a.sandbox.refreshes() - called;
+            if calls > 0 {
+                begun.set(begun.get().or_else(|| Some(Instant::now())));
+                admits(calls, begun.get().map_or(Duration::ZERO, |begun| begun.elapsed()));
+            }
+            pair.sql.one(refreshed).await.filter(is_there)
+        })
+        .await;
     }
+}
+
+/// The two replicas together call Login with Amazon as often as one would after an outage: ten times a second at first,
+/// and twice as often after each two seconds.
+fn admits(calls: u64, since: Duration) {
+    let grown = ((since.as_secs_f64() + 0.1) / 2.0).exp2();
+    let planned = 20.0 / std::f64::consts::LN_2 * (grown - 1.0);
+    assert!(calls as f64 <= 1.3 * planned + 6.0, "{calls} calls within {since:?}, and not {planned:.0}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -302,34 +320,41 @@ async fn one_refusal_counts_for_all_replicas() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn after_an_outage_nobody_uses_a_token_whose_successor_another_replica_could_not_store() {
-    let mut pair = Pair::start().await;
-    pair.a.log_in("anna").await;
-    assert_eq!(pair.b.call("anna").await.status(), 200);
-    pair.a.sandbox.set_fault(Rule::from(Fault::RotateRefreshToken).at(Listener::Lwa).always());
-    let release = hold("refresh_answered");
-    let refresh = {
-        let url = pair.a.proxy_url(&format!("{REFRESH}?user_id=anna"));
-        tokio::spawn(pair.a.client.post(url).send())
-    };
-    eventually("the answer", async || (pair.a.sandbox.refreshes() == 1).then_some(())).await;
-    pair.cluster.crash();
-    drop(release);
-    eventually("the grant to be in memory only", async || {
-        (pair.a.metric("adsidecar_token_refresh_total{reason=\"\",result=\"success\"}").await == 1.0).then_some(())
-    })
-    .await;
-    refresh.await.unwrap().unwrap();
-    pair.cluster.run();
-    pair.sql = pair.cluster.connect().await;
-    // As if the outage had taken longer than the lease.
-    pair.sql.run("UPDATE adsidecar_grants SET lease_until = clock_timestamp()").await;
-    eventually("a refresh", async || {
-        (pair.b.post(&format!("{REFRESH}?user_id=anna")).await.status() == 200).then_some(())
-    })
-    .await;
-    let refused = "adsidecar_token_refresh_total{reason=\"invalid_grant\",result=\"failure\"}";
-    assert_eq!(pair.b.metric(refused).await, 0.0, "the first token was used up by the other replica");
-    assert_eq!(pair.a.metric(refused).await, 0.0);
+    // Also one whose first poll is yet to come must not take the connection after the outage for its first.
+    for has_polled in [true, false] {
+        let mut pair = Pair::start().await;
+        if has_polled {
+            polls_pass(&pair).await;
+        } else {
+            pair.sql.run("ALTER TABLE adsidecar_notes RENAME TO hidden").await;
+        }
+        pair.a.log_in("anna").await;
+        assert_eq!(pair.b.call("anna").await.status(), 200);
+        pair.a.sandbox.set_fault(Rule::from(Fault::RotateRefreshToken).at(Listener::Lwa).always());
+        let release = hold("refresh_answered");
+        let refresh = {
+            let url = pair.a.proxy_url(&format!("{REFRESH}?user_id=anna"));
+            tokio::spawn(pair.a.client.post(url).send())
+        };
+        eventually("the answer", async || (pair.a.sandbox.refreshes() == 1).then_some(())).await;
+        pair.cluster.crash();
+        drop(release);
+        refresh.await.unwrap().unwrap();
+        assert_eq!(pair.a.metric("adsidecar_token_refresh_total{reason=\"\",result=\"success\"}").await, 1.0);
+        pair.cluster.run();
+        pair.sql = pair.cluster.connect().await;
+        // As if the outage had taken longer than the lease.
+        pair.sql.run("UPDATE adsidecar_grants SET lease_until = clock_timestamp()").await;
+        eventually("a refresh", async || {
+            // Past the pause after an attempt without the database.
+            pair.a.advance(1);
+            (pair.b.post(&format!("{REFRESH}?user_id=anna")).await.status() == 200).then_some(())
+        })
+        .await;
+        let refused = "adsidecar_token_refresh_total{reason=\"invalid_grant\",result=\"failure\"}";
+        let sent = (pair.a.metric(refused).await, pair.b.metric(refused).await);
+        assert_eq!(sent, (0.0, 0.0), "the first token was used up by replica a; polled: {has_polled}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -343,6 +368,8 @@ async fn a_grant_whose_answer_one_replica_did_not_hear_is_reported_lost_by_the_o
     pair.b.post(&format!("{REFRESH}?user_id=anna")).await;
     assert_eq!((pair.a.metric(lost).await, pair.b.metric(lost).await), (0.0, 0.0));
     pair.a.log_in("anna").await;
+    // So that it does not take its own refusal of the grant before for that of this one.
+    assert_eq!(pair.b.state_of("anna").await, "fresh");
     pair.a.sandbox.set_fault(Rule::from(Fault::CloseMidBody).at(Listener::Lwa));
     pair.a.post(&format!("{REFRESH}?user_id=anna")).await;
     assert_eq!(pair.a.status_of("anna").await["state"], "failing");

@@ -53,6 +53,7 @@ mod selection;
 mod slow_callers;
 mod postgres;
 mod fleet;
+mod fleet_feed;
 mod siblings;
 mod stores;
 mod threats;

@@ -12,11 +12,11 @@ use tempfile::TempDir;
 
 use crate::postgres_server::{Bouncer, Cluster};
 
-fn user(name: &str) -> UserId {
+pub fn user(name: &str) -> UserId {
     name.parse().unwrap()
 }
 
-fn grant(text: &str, generation: u64) -> Grant {
+pub fn grant(text: &str, generation: u64) -> Grant {
     let updated_at: Timestamp = "2026-01-01T00:00:00Z".parse().unwrap();
     Grant {
         refresh_token: RefreshToken::new(format!("Atzr|{text}")).unwrap(),
@@ -33,12 +33,12 @@ fn grant(text: &str, generation: u64) -> Grant {
     }
 }
 
-fn ring(keys: &[&Secret]) -> Arc<Keyring> {
+pub fn ring(keys: &[&Secret]) -> Arc<Keyring> {
     let keys: Vec<_> = keys.iter().map(|key| (*key).clone()).collect();
     Arc::new(Keyring::new(&keys).unwrap())
 }
 
-fn open(settings: &Settings, keyring: &Arc<Keyring>) -> Result<(TokenStore, Opened), StoreError> {
+pub fn open(settings: &Settings, keyring: &Arc<Keyring>) -> Result<(TokenStore, Opened), StoreError> {
     TokenStore::open(settings, keyring.clone())
 }
 

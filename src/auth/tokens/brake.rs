@@ -15,11 +15,13 @@ use crate::domain::grant::{Failure, Outcome, Remedy, Tokens, backoff};
 const MANY: usize = 5;
 /// Longest `Retry-After` that holds back all users.
 const MAX_WAIT: Duration = Duration::from_secs(60);
-/// After an outage, calls begin this far apart, and twice as often after each period, until they are as close as the
-/// last.
+/// After an outage, calls of all processes begin this far apart, and twice as often after each period, until those of
+/// each are as close as the last.
 const FIRST_GAP: Duration = Duration::from_millis(100);
 const GAP_PERIOD: Duration = Duration::from_secs(2);
 const LAST_GAP: Duration = Duration::from_millis(3);
+/// A process claims no refresh after an outage whose turn would come later than this: it would hold its lease for long.
+const NEAR: Duration = Duration::from_secs(4);
 /// How long a process that may probe for all has for its probe.
 pub const PROBE: Duration = Duration::from_secs(12);
 
@@ -42,15 +44,50 @@ struct Refused {
     rejected_at: SignedDuration,
     /// Uptime of the next probe.
     retry_at: SignedDuration,
+    /// Whether another process said so last.
+    is_heard: bool,
 }
 
-/// The rate after an outage.
-#[derive(Clone, Copy, Debug, Default)]
+/// The rate after an outage, of which each process has its part: turns at growing rate, each taken by one call.
+#[derive(Clone, Copy, Debug)]
 struct Ramp {
-    /// When the first call was made; `None` before it.
+    /// When it began; `None` before the first call.
     since: Option<Duration>,
-    /// When the next call may be made.
-    next: Duration,
+    processes: f64,
+    /// Which part of the time between two of its turns this process waits for its first, in `0.0..1.0`: they would all
+    /// begin at once.
+    phase: f64,
+    /// Number of turns that were taken, or passed.
+    turns: f64,
+}
+
+impl Ramp {
+    /// One that a process begins by itself.
+    const OWN: Self = Self { since: None, processes: 1.0, phase: 0.0, turns: 0.0 };
+
+    /// The periods in which the gap between the turns of this process at the beginning would be filled.
+    fn first_gap(&self) -> f64 {
+        self.processes * FIRST_GAP.as_secs_f64() / GAP_PERIOD.as_secs_f64()
+    }
+
+    /// Whether calls at the time `after` its beginning need no turns any more.
+    fn has_ended(&self, after: Duration) -> bool {
+        let periods = after.as_secs_f64() / GAP_PERIOD.as_secs_f64();
+        self.first_gap() / periods.min(60.0).exp2() < LAST_GAP.as_secs_f64() / GAP_PERIOD.as_secs_f64()
+    }
+
+    /// How long after its beginning the turn with this number comes: the integral of the rate says how many there were.
+    fn turn_at(&self, number: f64) -> Duration {
+        let grown = 1.0 + (number + self.phase) * self.first_gap() * std::f64::consts::LN_2;
+        GAP_PERIOD.mul_f64(grown.log2())
+    }
+
+    /// The number of the first turn at the time `after` its beginning, or later, that nobody has taken.
+    fn next(&self, after: Duration) -> f64 {
+        let grown = (after.as_secs_f64() / GAP_PERIOD.as_secs_f64()).min(60.0).exp2();
+        let passed = (grown - 1.0) / (self.first_gap() * std::f64::consts::LN_2) - self.phase;
+        passed.ceil().max(self.turns)
+    }
 }
 
 impl Brake {
@@ -64,15 +101,41 @@ impl Brake {
     pub fn turn(&mut self, now: Duration) -> Duration {
         let Some(ramp) = &mut self.ramp else { return now };
         let since = *ramp.since.get_or_insert(now);
-        let periods = now.saturating_sub(since).as_secs_f64() / GAP_PERIOD.as_secs_f64();
-        let gap = FIRST_GAP.div_f64(periods.min(30.0).exp2());
-        if gap < LAST_GAP {
+        let after = now.saturating_sub(since);
+        if ramp.has_ended(after) {
             self.ramp = None;
             return now;
         }
-        let turn = ramp.next.max(now);
-        ramp.next = turn + gap;
-        turn
+        let number = ramp.next(after);
+        ramp.turns = number + 1.0;
+        now.max(since + ramp.turn_at(number))
+    }
+
+    /// How long no refresh is to be claimed at `now`, because its call would have to wait for its turn.
+    pub fn turn_wait(&self, now: Duration) -> Duration {
+        let Some(ramp) = self.ramp else { return Duration::ZERO };
+        let after = now.saturating_sub(ramp.since.unwrap_or(now));
+        if ramp.has_ended(after) {
+            return Duration::ZERO;
+        }
+        ramp.turn_at(ramp.next(after)).saturating_sub(after).saturating_sub(NEAR)
+    }
+
+    /// Whether this process calls nobody because another one said so.
+    pub fn is_held_by_others(&self) -> bool {
+        self.refused.is_some_and(|refused| refused.is_heard)
+    }
+
+    /// Shares the rate after an outage among so many `processes`, from `now` on: the brake that all share is released.
+    /// `phase` is random, in `0.0..1.0`.
+    pub fn share(&mut self, processes: usize, phase: f64, now: Duration) {
+        if self.is_held_by_others() {
+            (self.refused, self.ramp) = (None, Some(Ramp::OWN));
+        }
+        if let Some(ramp) = &mut self.ramp {
+            let phase = if processes > 1 { phase } else { 0.0 };
+            *ramp = Ramp { since: Some(now), processes: processes.max(1) as f64, phase, turns: ramp.turns };
+        }
     }
 
     /// Why no call may be made, and how long until the next probe.
@@ -83,12 +146,18 @@ impl Brake {
     }
 
     /// How many due refreshes a process claims that has room for `free` of its `concurrency` refreshes: none while the
-    /// brake holds, as each would cost statements and end without a call; and then one, as a probe.
-    pub fn claimable(&self, now: ClockReading, free: usize, concurrency: usize) -> usize {
-        match self.refused {
-            Some(_) if self.holds(now).is_some() => 0,
-            Some(_) => usize::from(free >= concurrency),
-            None => free,
+    /// brake holds, as each would cost statements and end without a call; then one, as a probe; and after an outage
+    /// those whose turn is near. `elapsed` is now, as for [`turn`](Self::turn).
+    pub fn claimable(&self, now: ClockReading, elapsed: Duration, free: usize, concurrency: usize) -> usize {
+        match (self.refused, self.ramp) {
+            (Some(_), _) if self.holds(now).is_some() => 0,
+            (Some(_), _) => usize::from(free >= concurrency),
+            (None, Some(ramp)) => {
+                let after = elapsed.saturating_sub(ramp.since.unwrap_or(elapsed));
+                let near = |turn: &usize| ramp.turn_at(ramp.next(after) + *turn as f64) <= after + NEAR;
+                if ramp.has_ended(after) { free } else { (0..free).take_while(near).count() }
+            }
+            (None, None) => free,
         }
     }
 
@@ -97,7 +166,7 @@ impl Brake {
         let retry_at = now.uptime.saturating_add(SignedDuration::try_from(wait).unwrap_or_default());
         let attempts = self.refused.map_or(1, |refused| refused.attempts);
         if self.refused.is_none_or(|refused| refused.retry_at < retry_at) {
-            self.refused = Some(Refused { code, attempts, rejected_at: now.uptime, retry_at });
+            self.refused = Some(Refused { code, attempts, rejected_at: now.uptime, retry_at, is_heard: true });
         }
     }
 
@@ -121,7 +190,7 @@ impl Brake {
             Ok(_) | Err(LwaError::Refused { .. }) => {
                 let was_refused = self.refused.take().is_some();
                 if was_refused {
-                    self.ramp = Some(Ramp::default());
+                    self.ramp = Some(Ramp::OWN);
                 }
                 return was_refused;
             }
@@ -136,7 +205,7 @@ impl Brake {
         let own = backoff(attempts, false, 0.5 + jitter / 2.0);
         let wait = retry_after.map_or(own, |wanted| wanted.min(MAX_WAIT).max(own));
         let retry_at = now.uptime.saturating_add(SignedDuration::try_from(wait).unwrap_or_default());
-        self.refused = Some(Refused { code, attempts, rejected_at: now.uptime, retry_at });
+        self.refused = Some(Refused { code, attempts, rejected_at: now.uptime, retry_at, is_heard: false });
         true
     }
 
@@ -209,11 +278,77 @@ mod tests {
     #[test]
     fn a_process_claims_nothing_while_the_brake_holds_and_one_refresh_to_probe() {
         let mut brake = Brake::default();
-        assert_eq!(brake.claimable(at(0), 5, 8), 5);
+        let claimable = |brake: &Brake, now, free, concurrency| {
+            brake.claimable(at(now), Duration::from_secs(now.unsigned_abs()), free, concurrency)
+        };
+        assert_eq!(claimable(&brake, 0, 5, 8), 5);
         brake.hold("unreachable", Duration::from_secs(5), at(0));
-        assert_eq!(brake.claimable(at(4), 8, 8), 0);
-        assert_eq!((brake.claimable(at(5), 8, 8), brake.claimable(at(5), 7, 8)), (1, 0), "a probe may be running");
-        assert_eq!(brake.claimable(at(5), 1, 1), 1);
+        assert_eq!(claimable(&brake, 4, 8, 8), 0);
+        assert_eq!((claimable(&brake, 5, 8, 8), claimable(&brake, 5, 7, 8)), (1, 0), "a probe may be running");
+        assert_eq!(claimable(&brake, 5, 1, 1), 1);
+    }
+
+    /// The times at which so many processes call, whose brake is released at once, if each always wants to.
+    fn turns(processes: usize, until: Duration) -> Vec<Duration> {
+        let mut turns = Vec::new();
+        for number in 0..processes {
+            let mut brake = Brake::default();
+            brake.hold("unreachable", Duration::from_secs(60), at(0));
+            brake.share(processes, (number as f64 + 0.5) / processes as f64, Duration::ZERO);
+            assert!(!brake.is_refused());
+            let own = std::iter::repeat_with(|| brake.turn(Duration::ZERO));
+            turns.extend(own.take_while(|turn| *turn <= until));
+        }
+        turns
+    }
+
+    #[test]
+    fn all_processes_together_begin_as_slowly_as_one() {
+        for processes in [1, 2, 30, 1000] {
+            let counted = [1, 2, 4, 8].map(|seconds| turns(processes, Duration::from_secs(seconds)).len());
+            // The rate doubles every two seconds from ten a second on.
+            for (counted, expected) in counted.into_iter().zip([11.9, 28.9, 86.6, 432.8]) {
+                assert!((counted as f64 - expected).abs() <= 1.5, "{processes}: {counted}, and not {expected}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_nobody_used_of_the_rate_is_not_made_up_for() {
+        let mut brake = Brake::default();
+        brake.hold("unreachable", Duration::from_secs(60), at(0));
+        brake.share(100, 0.5, Duration::ZERO);
+        let late = Duration::from_secs(8);
+        let first = brake.turn(late);
+        assert!(first > late && brake.turn(late) > first + Duration::from_millis(300), "{first:?}");
+    }
+
+    #[test]
+    fn after_an_outage_a_process_claims_what_has_its_turn_soon_and_waits_for_the_rest() {
+        let mut brake = Brake::default();
+        brake.hold("unreachable", Duration::from_secs(60), at(0));
+        brake.share(1000, 0.9, Duration::ZERO);
+        assert_eq!(brake.claimable(at(0), Duration::ZERO, 8, 8), 0);
+        let wait = brake.turn_wait(Duration::ZERO);
+        assert!(wait > Duration::from_secs(5), "{wait:?}");
+        let later = wait + Duration::from_millis(1);
+        assert_eq!(brake.turn_wait(later), Duration::ZERO);
+        let claimable = brake.claimable(at(0), later, 8, 8);
+        assert!((1..8).contains(&claimable), "{claimable}");
+        let turn = brake.turn(later);
+        assert!(turn > later && turn <= later + NEAR, "{turn:?}");
+        let end = Duration::from_secs(40);
+        assert_eq!((brake.claimable(at(0), end, 8, 8), brake.turn(end)), (8, end));
+    }
+
+    #[test]
+    fn what_a_process_has_seen_itself_is_not_released_by_others() {
+        let mut brake = Brake::default();
+        let (code, detail) = ("throttled", String::new());
+        let refusal = Err(LwaError::TryLater { code, detail, retry_after: None, taken: false });
+        assert!(brake.update(&"user".parse().unwrap(), &refusal, at(0), at(0), 0.5));
+        brake.share(2, 0.5, Duration::ZERO);
+        assert!(brake.is_refused());
     }
 
     #[test]
@@ -241,7 +376,7 @@ mod tests {
         ));
         let second = Duration::from_secs(1);
         let turns: Vec<_> = (0..3).map(|_| (brake.turn(100 * second) - 100 * second).as_millis()).collect();
-        assert_eq!(turns, [0, 100, 200]);
+        assert_eq!(turns, [0, 98, 193]);
         assert_eq!(brake.turn(112 * second), 112 * second);
         assert_eq!(brake.turn(112 * second), 112 * second, "no gap is left");
     }

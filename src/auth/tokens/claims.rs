@@ -64,7 +64,8 @@ impl TokenManager {
             // What is due by then, and whether Login with Amazon works by then, is seen by then.
             return permits.acquire().await.is_ok();
         }
-        let limit = self.0.circuit.brake().claimable(now, permits.available_permits(), concurrency);
+        let elapsed = self.0.circuit.elapsed();
+        let limit = self.0.circuit.brake().claimable(now, elapsed, permits.available_permits(), concurrency);
         let mut free: Vec<_> = std::iter::from_fn(|| permits.clone().try_acquire_owned().ok()).take(limit).collect();
         if free.is_empty() {
             return false;
@@ -91,9 +92,9 @@ impl TokenManager {
 
     /// How long at least nothing is to be claimed because of the brake. A probe that is running ends it or prolongs it.
     fn brake_wait(&self, now: ClockReading) -> Duration {
-        let brake = self.0.circuit.brake();
+        let (elapsed, brake) = (self.0.circuit.elapsed(), self.0.circuit.brake());
         let held = brake.holds(now).map(|(_, wait)| wait);
-        if brake.is_refused() { held.unwrap_or_default().max(POLL) } else { Duration::ZERO }
+        if brake.is_refused() { held.unwrap_or_default().max(POLL) } else { brake.turn_wait(elapsed) }
     }
 
     async fn refresh_claimed(&self, store: &crate::store::Postgres, claimed: Claimed) {

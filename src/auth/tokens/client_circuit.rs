@@ -10,6 +10,7 @@
 //! Processes that share a store share the brake too: see [`TokenManager::call_permit`].
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use tokio::time::{Instant, sleep_until};
 
@@ -17,6 +18,7 @@ use super::TokenManager;
 use super::brake::{Brake, PROBE, held_back};
 use super::refresh_task::jitter;
 use crate::domain::grant::Outcome;
+use crate::store::Postgres;
 
 /// Whether LWA currently serves our client.
 #[derive(Debug)]
@@ -40,6 +42,11 @@ impl ClientCircuit {
         self.brake.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Now, as the rate after an outage counts it.
+    pub(super) fn elapsed(&self) -> Duration {
+        self.begun.elapsed()
+    }
+
     /// Waits for permission to probe. Returns at once unless LWA refuses our client.
     async fn permit(&self) -> ProbePermit<'_> {
         if self.brake().is_refused() {
@@ -49,7 +56,7 @@ impl ClientCircuit {
             }
             // LWA serves our client again, and so the waiters, at the rate that it takes.
         }
-        let turn = self.brake().turn(self.begun.elapsed());
+        let turn = self.brake().turn(self.elapsed());
         sleep_until(self.begun + turn).await;
         None
     }
@@ -88,8 +95,20 @@ impl TokenManager {
         let held = self.0.circuit.brake().holds(self.0.clock.reading());
         let _ = match held {
             Some((code, wait)) => self.timed("brake", shared.set_brake(code, wait)).await,
-            None => self.timed("brake", shared.release_brake()).await,
+            None => {
+                let released = self.timed("brake", shared.release_brake()).await;
+                self.share_rate(shared).await;
+                released
+            }
         };
+    }
+
+    /// The brake that all processes share is released: from now on they share the rate that grows after an outage.
+    pub(super) async fn share_rate(&self, shared: &Postgres) {
+        // If it fails, this process has the rate of one that is alone.
+        let processes = self.timed("brake", shared.count_pods()).await.unwrap_or(1);
+        let elapsed = self.0.circuit.elapsed();
+        self.0.circuit.brake().share(processes, jitter(), elapsed);
     }
 }
 

@@ -12,8 +12,8 @@
 //! [`Version`]: crate::domain::grant::Version
 //! [`Version::reconcile`]: crate::domain::grant::Version::reconcile
 //!
-//! The steps are files of their own: `follower` hears of changes, `take_over` adopts or restores a row, `lease` decides
-//! who refreshes, `claims` finds what is due.
+//! The steps are files of their own: `follower` hears of changes, `refreshed_elsewhere` takes note of refreshes,
+//! `take_over` adopts or restores a row, `lease` decides who refreshes, `claims` finds what is due.
 
 use std::sync::Arc;
 
@@ -69,7 +69,12 @@ impl TokenManager {
         match &self.0.coordination {
             Coordination::Local(_) => self.watch_store().await,
             Coordination::Shared(follower) => {
-                tokio::join!(self.follow(follower), self.describe_records(follower), self.publish_pod(follower));
+                tokio::join!(
+                    self.follow(follower),
+                    self.note_refreshes(follower),
+                    self.describe_records(follower),
+                    self.publish_pod(follower)
+                );
             }
         }
     }

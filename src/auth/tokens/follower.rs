@@ -1,7 +1,8 @@
 //! Follows the changes that other processes make in a shared store, and knows how current its knowledge is.
 //!
 //! Each poll reads the changes since the last one, and this process takes over those of the users that it holds. While
-//! polls fail, what is known grows old; then a request reads the row of its user before it uses a token.
+//! polls fail, what is known grows old; then a request reads the row of its user before it uses a token. Refreshes are
+//! not among these changes: see `refreshed_elsewhere`.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicI64, Ordering::Relaxed};
@@ -14,19 +15,20 @@ use tokio::time::{Instant, sleep, sleep_until, timeout};
 use super::TokenManager;
 use super::client_circuit::known_code;
 use super::pace::{ClaimPace, notified_pause, poll_pause};
-use super::refresh_task::jitter;
+use super::refresh_task::{STORE_RETRY, jitter};
 use super::user_state::UserState;
 use crate::domain::account::UserId;
 use crate::domain::grant::Version;
-use crate::store::{Changes, PUBLISH, Postgres, StoreError};
+use crate::store::{Changes, Lookup, PUBLISH, Postgres, RECONNECT_PAUSE_MAX, StoreError};
 
 /// What this process knows of changes counts as current for this long after a poll.
 const CURRENT: Duration = Duration::from_secs(2);
 /// How long a request waits for the row of its user, while this process does not know what others have changed.
 const ASK_LIMIT: Duration = Duration::from_secs(1);
 /// After a new connection no refresh begins for this long: the database may have been away, or be another server that
-/// lost commits, and the others store again what they know within this time. Their retries come once a second.
-const SETTLING: Duration = Duration::from_millis(2500);
+/// lost commits, and the others store again what they know within this time: they connect again after a pause, try once
+/// a second, and the rest is for the statements.
+const SETTLING: Duration = RECONNECT_PAUSE_MAX.saturating_add(STORE_RETRY).saturating_add(Duration::from_millis(1500));
 /// A user without a grant is read from the database at most this often per period, and otherwise remembered.
 const ABSENT_READS: u32 = 4;
 const ABSENT_PERIOD: Duration = Duration::from_secs(1);
@@ -48,22 +50,26 @@ pub(super) struct Follower {
     undescribed: Notify,
     /// Users without a grant, and how often the database was asked for each of them since when.
     absent: Mutex<HashMap<UserId, (Instant, u32)>>,
-    /// The connection on which refreshes were last begun, and until when they wait for others.
-    settling: Mutex<Option<(u64, Instant)>>,
+    /// The last connection that was noted, and until when refreshes over it wait for others.
+    settling: Mutex<(u64, Instant)>,
 }
 
 impl Follower {
+    /// For a store over which no statement has been sent since it was opened.
     pub(super) fn new(store: Postgres) -> Self {
+        let begun = Instant::now();
+        // Over the first connection nothing can have been lost yet. Any other one counts, also if no poll came before.
+        let first = store.connection() + 1;
         Self {
             store,
-            begun: Instant::now(),
+            begun,
             current_at: AtomicI64::new(0),
             ask_at: AtomicI64::new(0),
             pace: Mutex::default(),
             polled: Notify::new(),
             undescribed: Notify::new(),
             absent: Mutex::default(),
-            settling: Mutex::default(),
+            settling: Mutex::new((first, begun)),
         }
     }
 
@@ -102,26 +108,20 @@ impl Follower {
         *reads += 1;
     }
 
-    /// Remembers the first connection, over which nothing can have been lost yet.
-    fn note_connection(&self) {
+    /// Lets others settle from now on if the connection is another one than before. Returns until when.
+    fn note_connection(&self) -> Instant {
         let mut settling = self.settling.lock().unwrap_or_else(PoisonError::into_inner);
-        settling.get_or_insert((self.store.connection(), Instant::now()));
+        let connection = self.store.connection();
+        if connection > settling.0 {
+            *settling = (connection, Instant::now() + SETTLING);
+        }
+        settling.1
     }
 
     /// Returns once others have had the time to store again what a database has lost or could not take, if the
     /// connection is another one than before. Returns whether that took time: then the row has to be read again.
     pub(super) async fn settle(&self) -> bool {
-        let until = {
-            let mut settling = self.settling.lock().unwrap_or_else(PoisonError::into_inner);
-            let (connection, now) = (self.store.connection(), Instant::now());
-            let until = match *settling {
-                None => now,
-                Some((known, until)) if known == connection => until,
-                Some(_) => now + SETTLING,
-            };
-            *settling = Some((connection, until));
-            until
-        };
+        let until = self.note_connection();
         let waits = until > Instant::now();
         if waits {
             sleep_until(until).await;
@@ -171,11 +171,14 @@ impl TokenManager {
                     let _ = self.0.scheduler.send(entry);
                 }
             }
-            follower.pace().polled(poll.due_at, self.0.clock.now(), follower.elapsed(), jitter());
-            follower.polled.notify_waiters();
             if let Some((code, wait)) = &poll.brake {
                 self.0.circuit.brake().hold(known_code(code), *wait, self.0.clock.reading());
             }
+            if !poll.has_brake && self.0.circuit.brake().is_held_by_others() {
+                self.share_rate(shared).await;
+            }
+            follower.pace().polled(poll.due_at, self.0.clock.now(), follower.elapsed(), jitter());
+            follower.polled.notify_waiters();
             if poll.has_undescribed {
                 follower.undescribed.notify_one();
             }
@@ -241,14 +244,24 @@ impl TokenManager {
             return Ok(());
         }
         for (user, lookup) in self.timed("get", shared.lookup_all(&held)).await? {
-            let Some(entry) = self.entry(&user) else { continue };
-            // A row that was read before this process wrote it is no news, and must not count as data loss.
-            let write = entry.write().await;
-            let is_outdated = entry.stored() > lookup.version;
-            let lookup = if is_outdated { self.timed("get", shared.lookup(&user)).await? } else { lookup };
-            self.take_over(shared, &entry, &write, lookup).await?;
+            self.take_over_row(shared, &user, lookup).await?;
         }
         Ok(())
+    }
+
+    /// Takes over a row that was read some time ago, if this process holds its user.
+    pub(super) async fn take_over_row(
+        &self,
+        shared: &Postgres,
+        user: &UserId,
+        lookup: Lookup,
+    ) -> Result<(), StoreError> {
+        let Some(entry) = self.entry(user) else { return Ok(()) };
+        // A row that was read before this process wrote it is no news, and must not count as data loss.
+        let write = entry.write().await;
+        let is_outdated = entry.stored() > lookup.version;
+        let lookup = if is_outdated { self.timed("get", shared.lookup(user)).await? } else { lookup };
+        self.take_over(shared, &entry, &write, lookup).await.map(drop)
     }
 
     /// The time since which changes of other processes may be unknown here; zero if no process shares the store.

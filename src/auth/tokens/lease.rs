@@ -76,7 +76,7 @@ impl RefreshTask {
                 }
                 Lease::Denied if Instant::now() >= until => return Err(BUSY),
                 Lease::Denied => {
-                    // What the other process stores is usually heard of before the pause ends.
+                    // The row says what the other process has stored. Of a logout, or a login, this one hears sooner.
                     let _ = timeout(pause, entry.changed().wait()).await;
                     pause = (pause * 2).min(LEASE_CHECK_MAX);
                 }

@@ -31,6 +31,7 @@ pub mod brake;
 mod status;
 mod coordination;
 mod follower;
+mod refreshed_elsewhere;
 mod lease;
 mod take_over;
 mod import;

@@ -12,6 +12,10 @@ use crate::domain::grant::RefreshPolicy;
 pub const POLL: Duration = Duration::from_millis(700);
 /// Pause after a notification of a change, so that many at once cause one poll.
 const NOTIFIED_PAUSE: Duration = Duration::from_millis(40);
+/// Interval for reading the rows of users whose refresh was due.
+const LOOK: Duration = Duration::from_secs(3);
+/// How long after a refresh was due its row is read first.
+const FIRST_LOOK: Duration = Duration::from_secs(30);
 /// The pause after the first claim that found nothing.
 const FIRST_PAUSE: Duration = Duration::from_millis(500);
 /// A claim that finds this many refreshes could have come sooner.
@@ -27,6 +31,18 @@ pub fn poll_pause(jitter: f64) -> Duration {
 /// The pause between a notification of a change and the poll that it causes.
 pub fn notified_pause(jitter: f64) -> Duration {
     NOTIFIED_PAUSE.mul_f64(jitter)
+}
+
+/// How long after a refresh was due a process reads the row of a user that it holds, to take note of another process's
+/// refresh; `last` is how long after it was due that it did so last. Most are made by the first time. Later ones are
+/// ever further apart, as a refresh may not come at all.
+pub fn next_look(last: Option<Duration>) -> Duration {
+    last.map_or(FIRST_LOOK, |last| last * 2)
+}
+
+/// The pause between two times that a process looks which rows to read. `jitter` is random, in `0.0..1.0`.
+pub fn look_pause(jitter: f64) -> Duration {
+    LOOK.mul_f64(0.86 + 0.28 * jitter)
 }
 
 /// The longest pause before a claim: half of the time in which a background refresh helps. After it, callers cause the
@@ -219,6 +235,13 @@ mod tests {
         // The wall clock jumps by an hour.
         pace.polled(Some(wall(3_000_000)), wall(3_600_000), ms(700), 0.5);
         assert!(!pace.is_due(wall(3_600_000), ms(2699)) && pace.is_due(wall(3_600_000), ms(2700)));
+    }
+
+    #[test]
+    fn rows_are_read_ever_more_rarely_while_a_refresh_does_not_come() {
+        let looks = std::iter::successors(Some(next_look(None)), |last| Some(next_look(Some(*last))));
+        let seconds: Vec<_> = looks.map(|look| look.as_secs()).take_while(|seconds| *seconds < 600).collect();
+        assert_eq!(seconds, [30, 60, 120, 240, 480], "in the ten minutes before requests read the row themselves");
     }
 
     #[test]

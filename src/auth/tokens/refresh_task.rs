@@ -20,7 +20,7 @@ use crate::domain::grant::{Failure, Grant, LiveGrant, Outcome, RefreshToken, Rem
 use crate::store::StoreError;
 
 /// Interval between attempts to store a grant that is newer in memory than on disk.
-const STORE_RETRY: Duration = Duration::from_secs(1);
+pub(super) const STORE_RETRY: Duration = Duration::from_secs(1);
 
 /// Why a refresh was requested.
 #[derive(Clone, Debug)]
@@ -125,7 +125,9 @@ impl TokenManager {
             (Some(shared), None) => self.timed("put", shared.consent(user, grant, Duration::ZERO)).await,
             (Some(shared), Some(generation)) => {
                 let of = Version { generation, ..entry.stored() };
-                self.timed("put", shared.put_refreshed(user, grant, of)).await
+                // The others look for a refresh that was due, and have to be told of any other.
+                let early = entry.is_unsaved() || self.overdue(entry).is_none();
+                self.timed("put", shared.put_refreshed(user, grant, of, early)).await
             }
             _ => {
                 let generation = self.timed("put", self.0.store.save(user, grant, expected)).await?;

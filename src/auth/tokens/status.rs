@@ -153,7 +153,9 @@ impl TokenManager {
         let Some(shared) = self.0.store.shared() else { return self.held_health() };
         let Ok(users) = self.timed("list", shared.overview(OVERVIEW_ROWS)).await else { return self.held_health() };
         let (now, policy) = (self.0.clock.now(), self.policy());
-        let health = |user: UserOverview| match self.entry(&user.user) {
+        // What is held here may be older than the row: nobody tells this process of a refresh that was due.
+        let held = |user: &UserOverview| self.entry(&user.user).filter(|entry| entry.stored() >= user.version);
+        let health = |user: UserOverview| match held(&user) {
             Some(entry) => health_of(&self.status_of(&entry)),
             None => overview_health(&user, policy, now),
         };

@@ -1,7 +1,9 @@
 //! Follows the changes that other processes make.
 //!
 //! The database numbers every change (`schema.sql`), and a process reads those above the number that it has reached, in
-//! pages of bounded size. It never reads the table: what it has to compare after a failure are the users that it holds.
+//! pages of bounded size: all but the refreshes that were due, which are nearly all. Of those it takes note by the rows
+//! of the users that it holds (`auth/tokens/refreshed_elsewhere.rs`). It never reads the table: what it has to compare
+//! after a failure are the users that it holds.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, Instant};
@@ -17,8 +19,9 @@ use crate::store::{AccountsChanged, StoreError};
 
 /// Maximum number of changes per poll. Whoever is further behind compares what it holds instead.
 const PAGE: i64 = 5000;
-/// For how long each change is read again: a refresh becomes visible when its transaction commits, and others with
-/// higher numbers may have done so before. Logins and logouts become visible in the order of their numbers.
+/// For how long each change is read again: what a person changes, and accounts that were found, become visible when
+/// their transaction commits, and others with higher numbers may have done so before. Logins, logouts and what else
+/// `adsidecar_write` tells become visible in the order of their numbers.
 const OVERLAP: Duration = Duration::from_secs(2);
 /// Maximum number of rows per statement that reads the rows of given users.
 pub const LOOKUP_ROWS: usize = 500;
@@ -26,21 +29,21 @@ pub const LOOKUP_ROWS: usize = 500;
 /// Up to where changes have been read.
 #[derive(Clone, Debug)]
 pub struct Position {
-    /// The highest change number at each poll of the last [`OVERLAP`], and before it. Never empty.
+    /// The highest number of news at each poll of the last [`OVERLAP`], and before it. Never empty.
     heads: VecDeque<(Instant, i64)>,
     /// The connection over which it was read. Another one may lead to another server, which may have lost commits.
     connection: u64,
 }
 
 impl Position {
-    /// The change number above which a poll reads, and the number of changes that it reads at most. Whoever stands
+    /// The number of the news above which a poll reads, and the number of changes that it reads at most. Whoever stands
     /// nowhere reads none.
     pub fn range(previous: Option<&Self>) -> (i64, i64) {
         (previous.and_then(|position| position.heads.front()).map_or(i64::MAX, |(_, change)| *change), PAGE)
     }
 
-    /// Where a poll at `now` stands that read `rows` rows when the highest change was `head`; and whether it continues
-    /// where `previous` stood, so that it read everything since.
+    /// Where a poll at `now` stands that read `rows` rows when the last news had the number `head`; and whether it
+    /// continues where `previous` stood, so that it read everything since.
     pub fn after(previous: Option<Self>, rows: usize, head: i64, connection: u64, now: Instant) -> (Self, bool) {
         let is_full = i64::try_from(rows).unwrap_or(PAGE) >= PAGE;
         let continued = previous.filter(|previous| previous.connection == connection && previous.head() <= head);
@@ -68,7 +71,7 @@ impl Position {
 /// What other processes have changed.
 #[derive(Debug)]
 pub enum Changes {
-    /// These rows, and no others, have a new version.
+    /// These rows have a new version, and no others, but for refreshes that were due.
     Rows(Vec<(UserId, Version)>),
     /// Nothing is certain: compare every user that you hold with the database.
     Unknown,
@@ -83,28 +86,32 @@ pub struct Poll {
     pub due_at: Option<Timestamp>,
     /// The error code for which no process may call Login with Amazon, and for how long.
     pub brake: Option<(String, Duration)>,
+    /// Whether there is a brake, which may have ended: whoever probes then releases it or prolongs it.
+    pub has_brake: bool,
     /// Whether there are records that nobody has [described](Postgres::describe_page).
     pub has_undescribed: bool,
 }
 
 impl Postgres {
-    /// Returns the changes since the last poll. Costs a few reads of indexes when nothing has changed.
+    /// Returns the changes since the last poll, but for refreshes that were due. Costs a few reads of indexes when
+    /// nothing has changed.
     ///
     /// # Errors
     ///
     /// [`StoreError::Postgres`] if the database cannot be read. The next call then returns the same changes.
     pub async fn poll(&self) -> Result<Poll, StoreError> {
-        const SINCE: &str = "SELECT head.change, g.user_id, g.generation, g.epoch, head.due_at, head.undescribed, \
+        const SINCE: &str = "SELECT head.news, g.user_id, g.generation, g.epoch, head.due_at, head.undescribed, \
                              head.brake, extract(epoch FROM clock_timestamp())::float8, g.accounts \
-                             FROM (SELECT (SELECT coalesce(max(change), 0) FROM adsidecar_grants) AS change, \
+                             FROM (SELECT (SELECT coalesce(max(news), 0) FROM adsidecar_grants WHERE news > 0) \
+                             AS news, \
                              (SELECT extract(epoch FROM min(due_at))::float8 FROM adsidecar_grants \
                              WHERE record IS NOT NULL) AS due_at, \
                              (SELECT value FROM adsidecar_notes WHERE name = 'brake') AS brake, \
                              EXISTS (SELECT FROM adsidecar_grants WHERE record IS NOT NULL AND described IS NULL) \
                              AS undescribed) AS head \
-                             LEFT JOIN LATERAL (SELECT user_id, generation, epoch, change, accounts \
-                             FROM adsidecar_grants \
-                             WHERE change > $1 ORDER BY change LIMIT $2) AS g ON true ORDER BY g.change";
+                             LEFT JOIN LATERAL (SELECT user_id, generation, epoch, news, accounts \
+                             FROM adsidecar_grants WHERE news > 0 AND news > $1 ORDER BY news LIMIT $2) AS g \
+                             ON true ORDER BY g.news";
         let previous = locked(&self.0.position).clone();
         let (from, limit) = Position::range(previous.as_ref());
         let parameters: &Parameters<'_> = &[(&from, Type::INT8), (&limit, Type::INT8)];
@@ -113,13 +120,14 @@ impl Postgres {
         let due_at = first_row::<Option<f64>>(&rows, 4)?
             .and_then(|seconds| Timestamp::from_microsecond((seconds * 1e6) as i64).ok());
         let has_undescribed = first_row(&rows, 5)?;
-        let brake: Option<String> = first_row(&rows, 6)?;
-        let brake = brake.and_then(|brake| super::brake::parse(&brake, first_row(&rows, 7).ok()?));
+        let noted: Option<String> = first_row(&rows, 6)?;
+        let has_brake = noted.is_some();
+        let brake = noted.and_then(|brake| super::brake::parse(&brake, first_row(&rows, 7).ok()?));
         let (position, is_continued) = Position::after(previous, rows.len(), head, connection, Instant::now());
         *locked(&self.0.position) = Some(position);
         if !is_continued {
             self.tell_accounts(AccountsChanged::Unknown);
-            return Ok(Poll { changes: Changes::Unknown, due_at, brake, has_undescribed });
+            return Ok(Poll { changes: Changes::Unknown, due_at, brake, has_brake, has_undescribed });
         }
         let (mut changed, mut accounts) = (Vec::new(), Vec::new());
         for row in &rows {
@@ -135,7 +143,7 @@ impl Postgres {
             }
         }
         self.tell_accounts(AccountsChanged::Users(accounts));
-        Ok(Poll { changes: Changes::Rows(changed), due_at, brake, has_undescribed })
+        Ok(Poll { changes: Changes::Rows(changed), due_at, brake, has_brake, has_undescribed })
     }
 
     /// Forgets up to where changes were read, because what was read could not be used: the next call of

@@ -60,9 +60,10 @@ impl Purpose {
 
 /// Time limit of connecting. Shorter than the deadline, so that a statement can report why there is no connection.
 const CONNECT_TIMEOUT: Duration = Duration::from_millis(1500);
-/// Pause before the next attempt to connect after the first failure; doubles up to [`PAUSE_MAX`].
+/// Pause before the next attempt to connect after the first failure; doubles up to [`RECONNECT_PAUSE_MAX`].
 const PAUSE_FIRST: Duration = Duration::from_millis(100);
-const PAUSE_MAX: Duration = Duration::from_secs(2);
+/// The longest pause before the next attempt to connect.
+pub const RECONNECT_PAUSE_MAX: Duration = Duration::from_secs(1);
 /// Pause before a statement that met a locked row is tried again.
 const LOCK_PAUSE: Duration = Duration::from_millis(50);
 /// Time limit of a migration, which may create an index of a large table.
@@ -235,7 +236,7 @@ impl PgConnection {
                 Ok(client)
             }
             Err(Refusal { reason, .. }) => {
-                let pause = PAUSE_FIRST.saturating_mul(1 << state.failures.min(10)).min(PAUSE_MAX);
+                let pause = PAUSE_FIRST.saturating_mul(1 << state.failures.min(10)).min(RECONNECT_PAUSE_MAX);
                 state.failures += 1;
                 state.pause = Some((Instant::now() + pause, reason.clone()));
                 Err(StoreError::Postgres { reason })

@@ -12,7 +12,7 @@ use tokio_postgres::types::Type;
 use super::connection::{OnDisconnect, Parameters};
 use super::{FailedRefresh, Lookup, Postgres, USER_COLUMN, column, locked, read_row};
 use crate::domain::account::UserId;
-use crate::domain::grant::{Grant, RefreshPolicy};
+use crate::domain::grant::{Grant, RefreshPolicy, Version};
 use crate::store::keyring::{Fingerprint, Keyring};
 use crate::store::{Sealed, StoreError};
 
@@ -36,6 +36,8 @@ pub struct UserOverview {
     pub used_at: Option<Timestamp>,
     /// How the last refresh failed.
     pub failed: Option<FailedRefresh>,
+    /// The version of the row.
+    pub version: Version,
 }
 
 impl Postgres {
@@ -149,7 +151,8 @@ impl Postgres {
     pub async fn overview(&self, limit: usize) -> Result<Vec<UserOverview>, StoreError> {
         const ROWS: &str = "SELECT user_id, extract(epoch FROM expires_at)::float8, \
                             extract(epoch FROM updated_at)::float8, extract(epoch FROM consented_at)::float8, \
-                            extract(epoch FROM used_at)::float8, refused, failure FROM adsidecar_grants \
+                            extract(epoch FROM used_at)::float8, refused, failure, generation, epoch \
+                            FROM adsidecar_grants \
                             WHERE record IS NOT NULL AND updated_at IS NOT NULL \
                             AND sealed_with NOT IN ('unknown', 'damaged') ORDER BY user_id LIMIT $1";
         let most = i64::try_from(limit).unwrap_or(i64::MAX);
@@ -159,6 +162,7 @@ impl Postgres {
             let Ok(user) = column::<String>(row, 0)?.parse() else { continue };
             let time = |at| Ok::<_, StoreError>(column::<Option<f64>>(row, at)?.and_then(from_seconds));
             let (refused, failure): (Option<String>, Option<String>) = (column(row, 5)?, column(row, 6)?);
+            let (generation, epoch): (i64, i64) = (column(row, 7)?, column(row, 8)?);
             let is_refused = refused.is_some();
             let failed = refused.or(failure).map(|code| FailedRefresh {
                 refused: is_refused,
@@ -173,6 +177,7 @@ impl Postgres {
                 consented_at: time(3)?,
                 used_at: time(4)?,
                 failed,
+                version: Version { epoch: epoch.unsigned_abs(), generation: generation.unsigned_abs() },
             });
         }
         Ok(users)

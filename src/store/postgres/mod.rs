@@ -56,6 +56,7 @@ use crate::domain::grant::{Grant, RefreshPolicy, Version};
 use crate::store::keyring::{Fingerprint, Keyring};
 use crate::store::stored_grant::{StoredGrant, StoredGrantError, is_same_grant, open_record};
 pub use changes::{Changes, LOOKUP_ROWS, Poll, Position};
+pub use connection::RECONNECT_PAUSE_MAX;
 use connection::{OnDisconnect, Parameters, PgConnection, Purpose};
 pub use connection_url::ConnectionUrl;
 pub use describe::{UserOverview, due_at};
@@ -83,7 +84,7 @@ const SCHEMA_VERSION: &str = "1";
 /// The note that holds the number of the last migration, and the number of the last one in [`SCHEMA`]. A migration
 /// only adds to the tables of a schema version, so that processes of the previous release keep working.
 const MIGRATION_NOTE: &str = "migration";
-const MIGRATION: u32 = 4;
+const MIGRATION: u32 = 5;
 /// The note that holds the fingerprint of the key that seals.
 const KEY_NOTE: &str = "key";
 
@@ -312,20 +313,27 @@ impl Postgres {
     /// See [`TokenStore::save`](super::TokenStore::save).
     pub(super) async fn save(&self, user: &UserId, grant: &Grant, expected: Option<u64>) -> Result<u64, StoreError> {
         match expected {
-            Some(expected) => self.compare_and_swap(user, grant, expected, Epoch::Stored).await,
+            Some(expected) => self.compare_and_swap(user, grant, expected, Epoch::Stored, true).await,
             None => Ok(self.consent(user, grant, Duration::ZERO).await?.generation),
         }
     }
 
     /// Stores the result of a refresh of the version `of`. Its epoch is compared too: after a failover that lost
-    /// commits, another grant may have the same generation, and this one is newer if its login was.
+    /// commits, another grant may have the same generation, and this one is newer if its login was. One that came
+    /// `early` is told to all processes: those that hold the grant look for a refresh once it is due.
     ///
     /// # Errors
     ///
     /// [`StoreError::Conflict`] if the stored generation is not that of `of`, or the stored epoch is higher; any other
     /// [`StoreError`] if the database cannot be read or written.
-    pub async fn put_refreshed(&self, user: &UserId, grant: &Grant, of: Version) -> Result<Version, StoreError> {
-        let generation = self.compare_and_swap(user, grant, of.generation, Epoch::Exactly(of.epoch)).await?;
+    pub async fn put_refreshed(
+        &self,
+        user: &UserId,
+        grant: &Grant,
+        of: Version,
+        early: bool,
+    ) -> Result<Version, StoreError> {
+        let generation = self.compare_and_swap(user, grant, of.generation, Epoch::Exactly(of.epoch), early).await?;
         Ok(Version { generation, ..of })
     }
 
@@ -336,8 +344,9 @@ impl Postgres {
         grant: &Grant,
         expected: u64,
         epoch: Epoch,
+        early: bool,
     ) -> Result<u64, StoreError> {
-        let written = self.write(user, Some(grant), grant.generation, epoch, Some(expected)).await?;
+        let written = self.write(user, Some((grant, early)), grant.generation, epoch, Some(expected)).await?;
         if !written.done {
             let ring = self.0.keyring.load_full();
             let holds_grant = |row: StoredRow| is_same_grant(&row.record(), user, grant, &ring);
@@ -359,7 +368,7 @@ impl Postgres {
         for _ in 0..MAX_ATTEMPTS {
             let generation = seen.saturating_add(1).max(grant.generation);
             let raised = Grant { generation, ..grant.clone() };
-            let written = self.write(user, Some(&raised), generation, Epoch::Age(age), Some(seen)).await?;
+            let written = self.write(user, Some((&raised, true)), generation, Epoch::Age(age), Some(seen)).await?;
             if written.done {
                 return Ok(written.version);
             }
@@ -400,7 +409,7 @@ impl Postgres {
     ) -> Result<bool, StoreError> {
         let grant = Grant { generation: version.generation, ..grant.clone() };
         let epoch = Epoch::Exactly(version.epoch);
-        Ok(self.write(user, Some(&grant), version.generation, epoch, Some(seen)).await?.done)
+        Ok(self.write(user, Some((&grant, true)), version.generation, epoch, Some(seen)).await?.done)
     }
 
     /// Removes the grant of `user` again, under `version`, if the stored generation is still `seen`: the database has
@@ -431,11 +440,12 @@ impl Postgres {
     }
 
     /// The only way in which a process changes what is stored for a user: see `adsidecar_write` in `schema.sql`.
-    /// Without a grant it is a logout. A `generation` of 0 is the next one.
+    /// Without a grant it is a logout; beside the grant stands whether it comes before others look for it. A
+    /// `generation` of 0 is the next one.
     async fn write(
         &self,
         user: &UserId,
-        grant: Option<&Grant>,
+        grant: Option<(&Grant, bool)>,
         generation: u64,
         epoch: Epoch,
         seen: Option<u64>,
@@ -443,14 +453,18 @@ impl Postgres {
         const WRITE: &str = "SELECT written, was_present, now_generation, now_epoch \
                              FROM adsidecar_write($1, $2, $3, $4, $5, $6, $7, $8)";
         let ring = self.0.keyring.load_full();
-        let (name, json) = (user.as_str(), grant.map(|grant| sealed_json(grant, user, &ring)));
+        let (name, json) = (user.as_str(), grant.map(|(grant, _)| sealed_json(grant, user, &ring)));
         let (epoch, age, seen) = match epoch {
             Epoch::Stored => (None, None, seen.map(to_bigint)),
             Epoch::Exactly(epoch) => (Some(to_bigint(epoch)), None, seen.map(to_bigint)),
             Epoch::Age(age) => (None, Some(age.as_secs_f64()), seen.map(to_bigint)),
         };
         let generation = (generation > 0).then(|| to_bigint(generation));
-        let about = grant.map(|grant| self.describe(user, grant, Sealed::By(ring.first())).to_string());
+        let about = grant.map(|(grant, early)| {
+            let mut about = self.describe(user, grant, Sealed::By(ring.first()));
+            about["early"] = early.into();
+            about.to_string()
+        });
         let rows = self
             .patiently(WRITE, OnDisconnect::Resend, |patience| {
                 [

@@ -96,6 +96,19 @@ impl Postgres {
         Ok(pods)
     }
 
+    /// The number of processes that use the database now.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError::Postgres`] if the database cannot be read.
+    pub async fn count_pods(&self) -> Result<usize, StoreError> {
+        const COUNT: &str = "SELECT count(*) FROM adsidecar_notes WHERE starts_with(name, $1) \
+                             AND split_part(value, ' ', 1)::bigint > extract(epoch FROM clock_timestamp()) - $2";
+        let parameters: &Parameters<'_> = &[(&POD_NOTE, Type::TEXT), (&LIVE_SECONDS, Type::FLOAT8)];
+        let rows = self.query(COUNT, parameters, OnDisconnect::Resend).await?;
+        Ok(usize::try_from(first_row::<i64>(&rows, 0)?).unwrap_or(1))
+    }
+
     /// Fails with [`StoreError::KeyMissing`] if a running process cannot open what the key `first` seals.
     ///
     /// # Errors

@@ -55,7 +55,10 @@ CREATE TABLE IF NOT EXISTS adsidecar_notes (
 -- due_at: when the next background refresh is due; NULL if the user is idle. refused, failure, attempts, retry_at: how
 -- the last refresh of this generation failed: Login with Amazon refused the grant, or could not be asked; how many have
 -- failed; and when the next process may ask. accounts (migration 4): the version of the accounts that were found for
--- the user, so that who follows the changes of this table hears of those too.
+-- the user, so that who follows the changes of this table hears of those too. news (migration 5): the number of the
+-- last change that every process hears of at once: each but a refresh that was due, for which those look who hold the
+-- grant. So a poll reads no refreshes, which are nearly all changes. The previous version polls by `change`; its index
+-- can go when no process does.
 CREATE SEQUENCE IF NOT EXISTS adsidecar_changes;
 ALTER TABLE adsidecar_grants
     ADD COLUMN IF NOT EXISTS change bigint NOT NULL DEFAULT 0,
@@ -71,8 +74,10 @@ ALTER TABLE adsidecar_grants
     ADD COLUMN IF NOT EXISTS failure text,
     ADD COLUMN IF NOT EXISTS attempts integer,
     ADD COLUMN IF NOT EXISTS retry_at timestamptz,
-    ADD COLUMN IF NOT EXISTS accounts bigint NOT NULL DEFAULT 0;
+    ADD COLUMN IF NOT EXISTS accounts bigint NOT NULL DEFAULT 0,
+    ADD COLUMN IF NOT EXISTS news bigint NOT NULL DEFAULT 0;
 CREATE INDEX IF NOT EXISTS adsidecar_grants_change ON adsidecar_grants (change);
+CREATE INDEX IF NOT EXISTS adsidecar_grants_news ON adsidecar_grants (news) WHERE news > 0;
 CREATE INDEX IF NOT EXISTS adsidecar_grants_due ON adsidecar_grants (due_at) WHERE record IS NOT NULL;
 CREATE INDEX IF NOT EXISTS adsidecar_grants_undescribed ON adsidecar_grants (user_id)
     WHERE record IS NOT NULL AND described IS NULL;
@@ -83,19 +88,24 @@ CREATE INDEX IF NOT EXISTS adsidecar_grants_failing ON adsidecar_grants (user_id
 
 -- Numbers every change, whoever makes it: this version, the previous one, or a person with psql. It runs with the
 -- rights of its owner, so that a role with access to the tables alone needs no right on the sequence. A lease is no
--- change, and neither is a record that is only sealed with another key.
+-- change, and neither is a record that is only sealed with another key. Each change is news, unless it is a refresh and
+-- says so itself, by the number -1.
 CREATE OR REPLACE FUNCTION adsidecar_number_change() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path FROM CURRENT AS $$
 BEGIN
     IF TG_OP = 'INSERT' THEN
         NEW.change := nextval('adsidecar_changes');
+        NEW.news := NEW.change;
     ELSIF (NEW.record IS NULL) = (OLD.record IS NULL) AND NEW.generation = OLD.generation AND NEW.epoch = OLD.epoch
         AND NEW.accounts <> OLD.accounts THEN
         -- Only the accounts that were found have changed: how the last refresh failed stays true.
         NEW.change := nextval('adsidecar_changes');
+        NEW.news := NEW.change;
     ELSIF (NEW.record IS NULL) <> (OLD.record IS NULL) OR NEW.generation <> OLD.generation
         OR NEW.epoch <> OLD.epoch THEN
         NEW.change := nextval('adsidecar_changes');
+        NEW.news := CASE WHEN NEW.news = -1 AND (NEW.record IS NULL) = (OLD.record IS NULL) AND NEW.epoch = OLD.epoch
+            THEN OLD.news ELSE NEW.change END;
         IF (NEW.record IS NULL) <> (OLD.record IS NULL) AND NEW.epoch = OLD.epoch THEN
             -- The previous version, or a person, logged the user in or out.
             NEW.epoch := greatest(OLD.epoch + 1, (extract(epoch FROM clock_timestamp()) * 1000000)::bigint);
@@ -129,11 +139,13 @@ CREATE TRIGGER adsidecar_number_update BEFORE UPDATE OF record, generation, epoc
 -- `epoch`, or the stored one if that is NULL. Returns whether the row was written, whether there was a grant, and the
 -- version of the row now.
 --
--- A login or logout takes its change number while it holds the advisory lock, with the row locked first. So these
--- numbers become visible in their order, and a process that has read up to a number has missed none below it. A refresh
--- takes no such lock: who misses one reads the row when the token that it has expires.
+-- News takes its change number while it holds the advisory lock, with the row locked first. So these numbers become
+-- visible in their order, and a process that has read up to a number has missed none below it. A refresh that was due
+-- is no news and takes no such lock: who holds the grant reads the row then, and before its token ends. One is news
+-- nevertheless if it came before others look for it: its writer says so, or others wait for `retry_at`.
 --
--- `about` is a JSON object with the columns that describe the record; NULL if another process has to describe it.
+-- `about` is a JSON object with the columns that describe the record, and `early`; NULL if another process has to
+-- describe it.
 CREATE OR REPLACE FUNCTION adsidecar_write(
     p_user text, p_record text, p_generation bigint, p_epoch bigint, p_age double precision, p_seen bigint,
     p_about text, p_patience text
@@ -144,9 +156,11 @@ DECLARE
     was_generation bigint;
     was_epoch bigint;
     there boolean;
+    is_news boolean;
 BEGIN
     PERFORM set_config('lock_timeout', p_patience, true);
-    SELECT g.generation, g.epoch, g.record IS NOT NULL INTO was_generation, was_epoch, was_present
+    SELECT g.generation, g.epoch, g.record IS NOT NULL, coalesce(g.retry_at > clock_timestamp(), false)
+        INTO was_generation, was_epoch, was_present, is_news
         FROM adsidecar_grants AS g WHERE g.user_id = p_user FOR UPDATE;
     there := FOUND;
     was_generation := coalesce(was_generation, 0);
@@ -163,11 +177,14 @@ BEGIN
     written := coalesce(p_seen = was_generation, true) AND now_generation > was_generation AND now_epoch >= was_epoch
         AND (p_age IS NULL OR now_epoch > was_epoch);
     IF written THEN
-        IF now_epoch > was_epoch THEN
+        is_news := coalesce(is_news, true) OR now_epoch > was_epoch OR was_present <> (p_record IS NOT NULL)
+            OR about IS NULL OR coalesce((about->>'early')::boolean, false);
+        IF is_news THEN
             PERFORM pg_advisory_xact_lock(4837205517302918402);
         END IF;
         IF there THEN
             UPDATE adsidecar_grants AS g SET record = p_record, generation = now_generation, epoch = now_epoch,
+                news = CASE WHEN is_news THEN g.news ELSE -1 END,
                 changed_at = clock_timestamp(), lease_owner = NULL, lease_until = NULL,
                 described = CASE WHEN about IS NOT NULL THEN hashtextextended(p_record, 0) END,
                 sealed_with = about->>'sealed_with', expires_at = (about->>'expires_at')::timestamptz,
@@ -293,5 +310,5 @@ BEGIN
     RETURN NEXT;
 END $$;
 
-INSERT INTO adsidecar_notes (name, value) VALUES ('migration', '4')
-    ON CONFLICT (name) DO UPDATE SET value = excluded.value WHERE adsidecar_notes.value::int < 4;
+INSERT INTO adsidecar_notes (name, value) VALUES ('migration', '5')
+    ON CONFLICT (name) DO UPDATE SET value = excluded.value WHERE adsidecar_notes.value::int < 5;

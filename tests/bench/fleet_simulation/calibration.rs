@@ -262,7 +262,7 @@ async fn measure_all(meter: &Meter, store: &Postgres, rows: usize) -> Result<Vec
     costs.push(("release", release.flat()));
     let (seen, next) = (Version { epoch: 1, generation: 1 }, grant(2));
     let write = meter
-        .each(2000, async |number| Ok(store.put_refreshed(&range(5, number), &next, seen).await.map(|_| ())?))
+        .each(2000, async |number| Ok(store.put_refreshed(&range(5, number), &next, seen, false).await.map(|_| ())?))
         .await?;
     costs.push(("write", write.flat()));
 
@@ -272,6 +272,20 @@ async fn measure_all(meter: &Meter, store: &Postgres, rows: usize) -> Result<Vec
     costs.push(("look", look.growing(1.0, &look_many, many.len() as f64)));
 
     costs.push(("note", meter.each(500, async |_| Ok(store.publish_and_follow_rotation().await?)).await?.flat()));
+    let pods = 1000;
+    meter
+        .sql
+        .run(&format!(
+            "INSERT INTO adsidecar_notes SELECT 'pod:' || md5(n::text), \
+             extract(epoch FROM clock_timestamp())::bigint || ' ' || repeat('x', 120) \
+             FROM generate_series(2, {pods}) AS n"
+        ))
+        .await;
+    let count = async |_| match store.count_pods().await? {
+        counted if counted == pods => Ok(()),
+        counted => Err(Failure::from(format!("counted {counted} processes"))),
+    };
+    costs.push(("count", meter.each(100, count).await?.flat()));
     store.set_brake("unreachable", Duration::from_secs(600)).await?;
     costs.push(("probe", meter.each(500, async |_| Ok(store.claim_probe(PROBE).await.map(drop)?)).await?.flat()));
     costs.push(("brake", meter.each(500, async |_| Ok(store.set_brake("unreachable", PROBE).await?)).await?.flat()));

@@ -49,6 +49,7 @@ pub enum Statement {
     Probe { task: u32 },
     SetBrake { wait: Micros },
     EndBrake,
+    CountPods,
     Note,
     Login { grant: u32 },
 }
@@ -86,7 +87,7 @@ impl Statement {
             Self::Write { .. } => Kind::Write,
             Self::Release { .. } => Kind::Release,
             Self::Look { .. } => Kind::Look,
-            Self::Probe { .. } | Self::SetBrake { .. } | Self::EndBrake => Kind::Brake,
+            Self::Probe { .. } | Self::SetBrake { .. } | Self::EndBrake | Self::CountPods => Kind::Brake,
             Self::Note => Kind::Note,
             Self::Login { .. } => Kind::Login,
         }
@@ -115,6 +116,7 @@ pub struct Costs {
     look: Cost,
     probe: Cost,
     brake: Cost,
+    count: Cost,
     note: Cost,
 }
 
@@ -132,6 +134,7 @@ impl Costs {
             look: cost("look"),
             probe: cost("probe"),
             brake: cost("brake"),
+            count: cost("count"),
             note: cost("note"),
         }
     }
@@ -150,6 +153,7 @@ impl Costs {
             Statement::Look { .. } => self.look,
             Statement::Probe { .. } => self.probe,
             Statement::SetBrake { .. } | Statement::EndBrake => self.brake,
+            Statement::CountPods => self.count,
             Statement::Note => self.note,
         }
     }
@@ -181,12 +185,14 @@ pub struct Table {
     lease_until: Vec<Micros>,
     /// The index of `due_at`. An entry whose time is no longer the row's is void.
     index: BinaryHeap<Reverse<(Micros, u32)>>,
-    /// The number of the last change.
-    pub changes: i64,
+    /// The number of the last news: of the last change that polls read.
+    pub news: i64,
     /// Until when nobody may call Login with Amazon.
     pub brake: Option<Micros>,
     /// The known-bad variant: claims lock nothing, and everybody gets the lease.
     pub unlocked: bool,
+    /// The known-bad variant: refreshes are news.
+    pub told: bool,
 }
 
 impl Table {
@@ -215,9 +221,10 @@ impl Table {
             lease_owner: vec![NOBODY; grants],
             lease_until: vec![Micros::MIN; grants],
             index: BinaryHeap::with_capacity(2 * grants),
-            changes: 0,
+            news: 0,
             brake: None,
             unlocked: false,
+            told: false,
         };
         for grant in 0..grants as u32 {
             let due = table.due_of(grant, -2 * LIFETIME);
@@ -235,6 +242,12 @@ impl Table {
             access.expires_at = wall(since + LIFETIME);
         }
         due_at(self.policy, &self.users[at], &self.template).map_or(Micros::MAX, from_wall)
+    }
+
+    /// When the current token of a grant is to be refreshed, as whoever holds it knows.
+    pub fn due_as_held(&mut self, grant: u32) -> Micros {
+        let since = self.expires[grant as usize] - LIFETIME;
+        self.due_of(grant, since)
     }
 
     /// The grant with a token that was requested at `since`.
@@ -296,13 +309,14 @@ impl Table {
     }
 
     /// `Postgres::put_refreshed`, and a login if `generation` is `None`. Returns whether it was written.
-    pub fn write(&mut self, grant: u32, generation: Option<u32>, since: Micros) -> bool {
+    pub fn write(&mut self, grant: u32, generation: Option<u32>, since: Micros, now: Micros) -> bool {
         let at = grant as usize;
         if generation.is_some_and(|generation| self.generation[at] != generation) {
             return false;
         }
         self.generation[at] += 1;
-        self.changes += 1;
+        // As `adsidecar_write` has it. Each refresh here was due: the background makes it.
+        self.news += i64::from(generation.is_none() || self.retry_at[at] > now || self.told);
         self.expires[at] = since + LIFETIME;
         (self.lease_owner[at], self.lease_until[at]) = (NOBODY, Micros::MIN);
         (self.attempts[at], self.retry_at[at]) = (0, Micros::MIN);

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use adsidecar::auth::lwa::LwaError;
 use adsidecar::auth::tokens::Settings;
 use adsidecar::auth::tokens::brake::{Brake, held_back};
-use adsidecar::auth::tokens::pace::{ClaimPace, longest_pause, notified_pause, poll_pause};
+use adsidecar::auth::tokens::pace::{ClaimPace, longest_pause, look_pause, next_look, notified_pause, poll_pause};
 use adsidecar::domain::clock_reading::ClockReading;
 use adsidecar::domain::grant::{AccessToken, Failure, GrantState, LiveGrant, Outcome, Remedy, Tokens};
 use adsidecar::store::{LOOKUP_ROWS, PUBLISH, Position};
@@ -40,6 +40,10 @@ pub enum KnownBad {
     Unpaced,
     /// No process brakes.
     Unbraked,
+    /// Every poll reads all refreshes.
+    Told,
+    /// Each process has the rate of one that is alone after an outage.
+    Unshared,
 }
 
 /// A run.
@@ -91,6 +95,17 @@ enum Event {
     Answered {
         task: u32,
         works: bool,
+    },
+    /// So long after its refresh was due the row of a grant is to be read, if its holder knows of no refresh since.
+    Overdue {
+        grant: u32,
+        generation: u32,
+        late: Duration,
+    },
+    /// A pod reads the rows that are to be read.
+    Look {
+        pod: u32,
+        life: u32,
     },
     Login,
     Kill,
@@ -144,9 +159,11 @@ struct Pod {
     waiting: VecDeque<u32>,
     ticket: u32,
     is_polling: bool,
-    /// Changed users that this pod holds.
+    /// News of users that this pod holds.
     news: u32,
     holds: u32,
+    /// Rows that it is to read to take note of refreshes, and how late those are.
+    overdue: Vec<(u32, Duration)>,
     /// The last notification that it has polled after.
     heard: u64,
 }
@@ -166,6 +183,9 @@ pub struct Fleet {
     unused: Vec<u32>,
     /// The last generation of each grant whose refresh token Login with Amazon has seen.
     consumed: Vec<u32>,
+    /// What the pod that holds a grant knows of it: its generation, and when its token expires. Whether it will look.
+    known: Vec<(u32, Micros)>,
+    watched: Vec<bool>,
     began: Instant,
     answer: Result<Tokens, LwaError>,
     refusal: Result<Tokens, LwaError>,
@@ -178,6 +198,7 @@ impl Fleet {
     pub fn new(plan: Plan, settings: Settings, measured: &Calibration) -> Self {
         let mut table = Table::new(plan.grants, settings.policy);
         table.unlocked = plan.known_bad == Some(KnownBad::Unlocked);
+        table.told = plan.known_bad == Some(KnownBad::Told);
         let tokens = Tokens {
             access: AccessToken::new("Atza|x".to_owned()).expect("a token"),
             refresh: None,
@@ -191,6 +212,8 @@ impl Fleet {
             figures: Figures::new(plan.end, plan.pods, plan.outage),
             pods: (0..plan.pods).map(|_| Pod::default()).collect(),
             consumed: vec![0; plan.grants],
+            known: vec![(0, Micros::MIN); plan.grants],
+            watched: vec![false; plan.grants],
             server: Server::new(plan.cores),
             costs: Costs::new(measured),
             now: 0,
@@ -266,6 +289,21 @@ impl Fleet {
                 }
                 self.next_login();
             }
+            Event::Overdue { grant, generation, late } => {
+                let (known, expires) = self.known[grant as usize];
+                if known == generation {
+                    let margin = micros(self.settings.policy.margin);
+                    self.watched[grant as usize] = expires - margin > self.now;
+                    if self.watched[grant as usize] {
+                        self.want_look(grant, late);
+                    }
+                }
+            }
+            Event::Look { pod, life } => {
+                if self.is_alive(pod, life) {
+                    self.look(pod);
+                }
+            }
             Event::Kill => self.kill(),
         }
     }
@@ -320,6 +358,7 @@ impl Fleet {
         if let Some(until) = held {
             this.brake.hold("unreachable", Duration::from_micros((until - self.now).unsigned_abs()), now);
         }
+        let is_released = self.table.brake.is_none() && this.brake.is_held_by_others();
         let news = std::mem::take(&mut this.news);
         let mut compare = if is_continued { news } else { this.holds };
         this.holds = hot;
@@ -336,7 +375,11 @@ impl Fleet {
         }
         let pause = poll_pause(self.dice());
         self.plan_poll(pod, pause);
-        self.claim(pod);
+        if is_released {
+            self.send(pod, Statement::CountPods);
+        } else {
+            self.claim(pod);
+        }
     }
 
     /// `TokenManager::claim_batch`.
@@ -354,7 +397,7 @@ impl Fleet {
             }
             let limit = match self.plan.known_bad {
                 Some(KnownBad::Unbraked) => this.free,
-                _ => this.brake.claimable(now, this.free, concurrency),
+                _ => this.brake.claimable(now, elapsed, this.free, concurrency),
             };
             if limit > 0 {
                 this.is_claiming = true;
@@ -366,7 +409,7 @@ impl Fleet {
             Some((_, held)) => wait = wait.max(held),
             // A probe that is running ends the brake or prolongs it, and a poll comes soon.
             None if this.brake.is_refused() => return,
-            None => {}
+            None => wait = wait.max(this.brake.turn_wait(elapsed)),
         }
         let at = self.now + micros(wait) + 1;
         if this.wake_at != Some(at) {
@@ -442,6 +485,22 @@ impl Fleet {
         }
     }
 
+    /// `TokenManager::share_rate`.
+    fn shared(&mut self, pod: u32) {
+        let (now, phase) = (self.elapsed(), self.dice());
+        let alive = match self.plan.known_bad {
+            Some(KnownBad::Unshared) => 1,
+            _ => self.pods.iter().filter(|pod| pod.is_alive).count(),
+        };
+        self.pods[pod as usize].brake.share(alive, phase, now);
+        // Whoever waits to probe goes on at that rate.
+        while self.pods[pod as usize].probing.is_none() && !self.pods[pod as usize].brake.is_refused() {
+            let Some(next) = self.pods[pod as usize].waiting.pop_front() else { break };
+            self.begin(next);
+        }
+        self.claim(pod);
+    }
+
     fn end_probe(&mut self, number: u32) {
         let this = &mut self.pods[self.tasks[number as usize].pod as usize];
         if this.probing == Some(number) {
@@ -491,13 +550,13 @@ impl Fleet {
         let has_changed = brake.update(user, response, reading(task.sent_at), now, jitter);
         let held = brake.holds(now);
         if has_changed {
-            self.send(
-                pod,
-                match held {
-                    Some((_, wait)) => Statement::SetBrake { wait: micros(wait) },
-                    None => Statement::EndBrake,
-                },
-            );
+            match held {
+                Some((_, wait)) => self.send(pod, Statement::SetBrake { wait: micros(wait) }),
+                None => {
+                    self.send(pod, Statement::EndBrake);
+                    self.send(pod, Statement::CountPods);
+                }
+            }
         }
         self.end_probe(number);
         if works {
@@ -553,7 +612,7 @@ impl Fleet {
     fn execute(&mut self, mut sent: Sent) {
         if let Statement::Poll { rows, head } = &mut sent.statement {
             let (from, limit) = Position::range(self.pods[sent.pod as usize].position.as_ref());
-            *head = self.table.changes;
+            *head = self.table.news;
             *rows = (*head).saturating_sub(from).clamp(0, limit) as u32;
         }
         let rows = match sent.statement {
@@ -607,8 +666,8 @@ impl Fleet {
             }
             Statement::Write { task } => {
                 let Task { grant, generation, sent_at, due, expires, .. } = self.tasks[task as usize];
-                if self.table.write(grant, Some(generation), sent_at) {
-                    self.tell_holder(pod, grant);
+                if self.table.write(grant, Some(generation), sent_at, self.now) {
+                    self.refreshed(pod, grant);
                     self.figures.stored(self.now, due, expires);
                 } else {
                     self.figures.superseded += 1;
@@ -625,10 +684,14 @@ impl Fleet {
                 }
             }
             Statement::SetBrake { wait } => self.table.set_brake(wait, self.now),
-            Statement::EndBrake => self.table.brake = None,
+            Statement::EndBrake => {
+                self.table.brake = None;
+                self.figures.released(self.now);
+            }
             Statement::Login { grant } => self.logged_in(pod, grant),
             _ if !is_alive => {}
             Statement::Claim { limit } => self.claimed(pod, limit as usize),
+            Statement::CountPods => self.shared(pod),
             Statement::Start => {
                 let pause = poll_pause(self.dice());
                 self.plan_poll(pod, pause);
@@ -647,12 +710,17 @@ impl Fleet {
 
     /// A user logs in or out: the database notifies all.
     fn logged_in(&mut self, pod: u32, grant: u32) {
-        self.table.write(grant, None, self.now);
+        self.table.write(grant, None, self.now, self.now);
         self.consumed[grant as usize] = self.table.generation[grant as usize] - 1;
-        self.tell_holder(pod, grant);
+        // Its holder hears of it by its next poll.
+        let holder = self.holder(grant);
+        if holder != pod {
+            self.pods[holder as usize].news += 1;
+        }
+        self.watch(grant);
         let alive = self.pods.iter().filter(|pod| pod.is_alive).count();
         if self.login.3 == 0 {
-            self.login = (self.login.0 + 1, self.table.changes, self.now, alive);
+            self.login = (self.login.0 + 1, self.table.news, self.now, alive);
         }
         for pod in 0..self.pods.len() as u32 {
             let this = &self.pods[pod as usize];
@@ -663,11 +731,62 @@ impl Fleet {
         }
     }
 
-    /// Each user is hot at one pod, which reads what others have stored for it.
-    fn tell_holder(&mut self, pod: u32, grant: u32) {
-        let holder = grant as usize % self.plan.pods;
-        if holder != pod as usize {
-            self.pods[holder].news += 1;
+    // What the holders of grants know: `TokenManager::note_refreshes`.
+
+    /// Each user is hot at one pod, which holds the grant.
+    fn holder(&self, grant: u32) -> u32 {
+        grant % self.plan.pods as u32
+    }
+
+    /// The holder of a grant knows it as it is stored, and looks again after the next refresh was due.
+    fn watch(&mut self, grant: u32) {
+        let (at, late) = (grant as usize, next_look(None));
+        self.known[at] = (self.table.generation[at], self.table.expires[at]);
+        self.watched[at] = true;
+        let due = self.table.due_as_held(grant);
+        let generation = self.known[at].0;
+        self.at(self.now.max(due + micros(late)), Event::Overdue { grant, generation, late });
+    }
+
+    fn refreshed(&mut self, pod: u32, grant: u32) {
+        if self.holder(grant) == pod {
+            self.watch(grant);
+        } else if !self.watched[grant as usize] {
+            // The token that the holder had has ended: its callers have it read the row.
+            self.want_look(grant, Duration::ZERO);
+        }
+    }
+
+    fn want_look(&mut self, grant: u32, late: Duration) {
+        let pod = self.holder(grant);
+        if !self.pods[pod as usize].is_alive {
+            return self.watched[grant as usize] = false;
+        }
+        let this = &mut self.pods[pod as usize];
+        this.overdue.push((grant, late));
+        let life = this.life;
+        if this.overdue.len() == 1 {
+            // The process looks again and again; this is some time between two looks.
+            let pause = look_pause(self.dice()).mul_f64(self.dice());
+            self.at(self.now + micros(pause), Event::Look { pod, life });
+        }
+    }
+
+    /// Reads the rows. What they say is known at once here, and not when the statement ends.
+    fn look(&mut self, pod: u32) {
+        let overdue = std::mem::take(&mut self.pods[pod as usize].overdue);
+        for rows in overdue.chunks(LOOKUP_ROWS) {
+            self.send(pod, Statement::Look { rows: rows.len() as u32 });
+        }
+        for (grant, late) in overdue {
+            let generation = self.known[grant as usize].0;
+            if self.table.generation[grant as usize] != generation || late.is_zero() {
+                self.watch(grant);
+            } else {
+                let next = next_look(Some(late));
+                let due = self.table.due_as_held(grant);
+                self.at(self.now.max(due + micros(next)), Event::Overdue { grant, generation, late: next });
+            }
         }
     }
 

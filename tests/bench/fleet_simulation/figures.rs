@@ -13,8 +13,9 @@ const TIMEOUT: Micros = 1_800_000;
 #[derive(Clone, Copy, Default)]
 pub struct Counts {
     pub statements: [u64; Kind::COUNT],
-    /// Rows read or written, and bytes to the database and back.
+    /// Rows read or written, those that polls read, and bytes to the database and back.
     pub rows: u64,
+    pub polled: u64,
     pub bytes: f64,
     /// Microseconds of the database's cores.
     pub busy: f64,
@@ -50,6 +51,9 @@ pub struct Figures {
     pub expired: u64,
     /// After how long each pod heard of each login or logout.
     heard: Vec<Micros>,
+    /// When the brake was first released after the outage, and the calls in each second since then.
+    released: Option<Micros>,
+    pub admitted: [u64; 10],
 }
 
 impl Figures {
@@ -69,6 +73,8 @@ impl Figures {
             lateness: vec![0; 7200],
             expired: 0,
             heard: Vec::new(),
+            released: None,
+            admitted: [0; 10],
         }
     }
 
@@ -81,6 +87,7 @@ impl Figures {
         let minute = self.minute(now);
         minute.statements[statement.kind() as usize] += statement.number();
         minute.rows += u64::from(rows);
+        minute.polled += u64::from(rows) * u64::from(statement.kind() == Kind::Poll);
         minute.bytes += cost.sent + cost.received + cost.received_per_row * f64::from(rows);
         minute.busy += takes;
         let whole = waited + takes as Micros;
@@ -99,7 +106,18 @@ impl Figures {
         }
     }
 
+    /// The brake is released.
+    pub fn released(&mut self, now: Micros) {
+        if now >= self.outage.1 {
+            self.released.get_or_insert(now);
+        }
+    }
+
     pub fn called(&mut self, now: Micros, works: bool, is_repeated: bool, interrupted: bool) {
+        let since = self.released.and_then(|released| usize::try_from((now - released) / SECOND).ok());
+        if let Some(second) = since.and_then(|second| self.admitted.get_mut(second)) {
+            *second += 1;
+        }
         let minute = self.minute(now);
         minute.calls += u64::from(works);
         minute.refused += u64::from(!works);
@@ -136,6 +154,7 @@ impl Figures {
         let sum = minutes.iter().fold(Counts::default(), |mut sum, minute| {
             sum.statements.iter_mut().zip(minute.statements).for_each(|(sum, number)| *sum += number);
             sum.rows += minute.rows;
+            sum.polled += minute.polled;
             sum.bytes += minute.bytes;
             sum.busy += minute.busy;
             sum.calls += minute.calls;
