@@ -161,6 +161,36 @@ async fn a_form_that_fails_says_why_and_what_to_do_and_leads_back() {
     let form = [("user_id", "nobody"), ("form_key", key.as_str())];
     let answer = harness.client.post(harness.admin_url("/page/refresh")).form(&form).send().await.unwrap();
     assert_eq!(json(answer).await["code"], "login_required");
+    // Weights and letter case count here as they do at the endpoints.
+    for (accept, kind) in [
+        ("TEXT/HTML, */*;q=0.8", "text/html; charset=utf-8"),
+        ("application/xhtml+xml, text/html", "text/html; charset=utf-8"),
+        ("text/html;q=0.1, application/json", "application/problem+json"),
+    ] {
+        let request = harness.client.post(harness.admin_url("/page/refresh")).form(&form).header("accept", accept);
+        assert_eq!(header(&request.send().await.unwrap(), "content-type"), kind, "{accept}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reload_that_a_form_asks_for_during_a_shutdown_is_refused_at_once() {
+    let mut harness = Harness::start().await;
+    harness.log_in("default").await;
+    let gate = harness.sandbox.set_fault(Rule::from(Fault::Gate).at(Listener::Na));
+    let caller = tokio::spawn(harness.request(Method::GET, "/v2/profiles").send());
+    gate.reached(1).await;
+    let (key, ready) = (form_key(&harness).await, harness.admin_url("/readyz"));
+    let (url, own) = (harness.admin_url("/page/reload"), harness.admin_url(""));
+    let stopped = harness.begin_stop();
+    eventually("it drains", async || (harness.client.get(&ready).send().await.unwrap().status() == 503).then_some(()))
+        .await;
+    let form = harness.client.post(url).form(&[("form_key", key.as_str())]).header("origin", own);
+    let answer = tokio::time::timeout(std::time::Duration::from_secs(10), form.send()).await.expect("an answer");
+    let answer = answer.unwrap();
+    assert_eq!((answer.status().as_u16(), code(&answer), header(&answer, "retry-after")), (503, "draining", "1"));
+    gate.release();
+    assert_eq!(caller.await.unwrap().unwrap().status(), 200);
+    stopped.await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]

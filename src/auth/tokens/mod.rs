@@ -46,6 +46,7 @@ use http::HeaderValue;
 use jiff::SignedDuration;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, timeout, timeout_at};
+use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::auth::lwa::Lwa;
@@ -123,6 +124,8 @@ struct Inner {
     scheduler: mpsc::UnboundedSender<Arc<UserState>>,
     /// Refresh tasks and other work that a shutdown waits for.
     tasks: TaskTracker,
+    /// Cancelled when no further background refresh may begin.
+    ending: CancellationToken,
     /// Number of grants that are newer in memory than in the store.
     unsaved: AtomicUsize,
     circuit: ClientCircuit,
@@ -190,6 +193,7 @@ impl TokenManager {
             metrics,
             scheduler,
             tasks: TaskTracker::new(),
+            ending: CancellationToken::new(),
             unsaved: AtomicUsize::new(0),
             circuit: ClientCircuit::new(),
             interrupted: Interrupted::default(),
@@ -356,8 +360,15 @@ impl TokenManager {
         }
     }
 
-    /// Waits for in-flight token calls and writes, so that no response from LWA is lost.
+    /// Begins no further background refresh, because the process shuts down: a response from LWA that comes after the
+    /// store was closed would be lost. Callers still get refreshes.
+    pub fn end_background(&self) {
+        self.0.ending.cancel();
+    }
+
+    /// Ends the background, and waits for in-flight token calls and writes, so that no response from LWA is lost.
     pub async fn settle(&self) {
+        self.end_background();
         self.0.tasks.close();
         self.0.tasks.wait().await;
         self.settle_journal().await;
