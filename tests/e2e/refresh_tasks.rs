@@ -466,3 +466,40 @@ async fn a_login_while_a_refusal_is_handled_can_be_refreshed_at_once() {
     eventually("a refresh", async || (harness.post(REFRESH).await.status() == 200).then_some(())).await;
     assert!(begun.elapsed() < Duration::from_secs(8), "nothing waits for what was refused: {:?}", begun.elapsed());
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_login_while_a_configured_refresh_token_is_adopted_is_kept_and_the_token_is_adopted_when_it_is_refused() {
+    let mut harness = Harness::start().await;
+    let configured = harness.sandbox.grant().refresh_token;
+    let text = std::fs::read_to_string(harness.config_file()).unwrap();
+    let amazon = format!("[amazon]\nrefresh_token = {configured:?}");
+    std::fs::write(harness.config_file(), text.replace("[amazon]", &amazon)).unwrap();
+    // The reload finds that the user has no grant, and then a person logs in.
+    let (reached, mut at_point) = tokio::sync::mpsc::unbounded_channel();
+    let (release, released) = std::sync::mpsc::channel::<()>();
+    let released = std::sync::Mutex::new(released);
+    let wait = move || {
+        let _ = reached.send(());
+        tokio::task::block_in_place(|| _ = released.lock().unwrap().recv());
+    };
+    fail::cfg_callback("adoption_decided", wait).unwrap();
+    assert_eq!(harness.client.post(harness.admin_url("/reload")).send().await.unwrap().status(), 200);
+    at_point.recv().await.unwrap();
+    harness.log_in("default").await;
+    let login = harness.status_of("default").await["consented_at"].clone();
+    assert_ne!(login, Value::Null);
+    drop(release);
+    harness.stop_sidecar().await;
+    fail::remove("adoption_decided");
+    harness.start_sidecar().await;
+    assert_eq!(harness.status_of("default").await["consented_at"], login, "the login is kept");
+    harness.stop_sidecar().await;
+    let of_login = harness.sandbox.world(|world| world.grants.last().unwrap().refresh_token.clone());
+    assert!(harness.sandbox.world(|world| world.revoke(&of_login)));
+    harness.sets.push(("amazon.refresh_token".to_owned(), configured));
+    harness.start_sidecar().await;
+    // Nobody has consented to it here.
+    eventually("the adoption", async || (harness.status_of("default").await["consented_at"].is_null()).then_some(()))
+        .await;
+    assert_eq!(harness.get("/v2/profiles").await.status(), 200);
+}
