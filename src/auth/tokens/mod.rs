@@ -59,6 +59,7 @@ use crate::telemetry::metrics::Metrics;
 use bootstrap::ADOPTED;
 use client_circuit::ClientCircuit;
 use coordination::Coordination;
+pub use import::ImportError;
 use refresh_journal::Interrupted;
 use refresh_task::RefreshReason;
 use scheduler::Scheduler;
