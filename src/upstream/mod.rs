@@ -221,11 +221,14 @@ fn other_coding(headers: &HeaderMap) -> Option<String> {
     others.next().map(|coding| String::from_utf8_lossy(coding).into_owned())
 }
 
+/// The longest announced limit that is believed: no connection lives as long.
+const MAX_ANNOUNCED: u64 = 3600;
+
 /// The idle limit that the server announced (`Keep-Alive: timeout=5`).
 fn announced_limit(headers: &HeaderMap) -> Option<Duration> {
     let text = headers.get("keep-alive")?.to_str().ok()?;
     let seconds = text.split([',', ' ']).find_map(|part| part.strip_prefix("timeout="))?;
-    seconds.parse().ok().map(Duration::from_secs)
+    seconds.parse().ok().map(|seconds: u64| Duration::from_secs(seconds.min(MAX_ANNOUNCED)))
 }
 
 /// The request on its way, until the head of its response.
