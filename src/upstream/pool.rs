@@ -43,7 +43,7 @@ pub(super) struct OriginPool {
     /// When a request that may not be repeated last did.
     used_unrepeatably: Arc<Activity>,
     connections: Mutex<Connections>,
-    /// The number of waiting requests, to know without a lock that there are none.
+    /// The number of waiting requests.
     waiting: AtomicUsize,
 }
 
@@ -53,6 +53,7 @@ struct Connections {
     idle: VecDeque<Idle>,
     /// HTTP/2 connections that take requests, oldest first.
     shared: Vec<Http2Connection>,
+    /// Requests that wait, oldest first, and some that hung up.
     waiters: VecDeque<Waiter>,
     /// Connections that are being opened.
     opening: usize,
@@ -105,6 +106,25 @@ impl Idle {
         self.connection.sender.is_closed()
     }
 }
+
+/// Counts a request as waiting until it is dropped.
+struct Waiting<'a>(&'a AtomicUsize);
+
+impl<'a> Waiting<'a> {
+    fn new(pool: &'a OriginPool) -> Self {
+        pool.waiting.fetch_add(1, Relaxed);
+        Self(&pool.waiting)
+    }
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Relaxed);
+    }
+}
+
+/// So many requests that hung up may stand in the queue whatever its length.
+const FEW: usize = 16;
 
 /// A request that waits for a connection.
 #[derive(Debug)]
@@ -216,9 +236,14 @@ impl OriginPool {
             }
         }
         let (deliver, delivery) = oneshot::channel();
+        let _waiting = Waiting::new(self);
         {
             let mut connections = self.lock();
             connections.waiters.push_back(Waiter { reuse, deliver });
+            // So that each request pays for those that hung up, and none for all.
+            if connections.waiters.len() > 2 * self.waiting.load(Relaxed) + FEW {
+                connections.waiters.retain(|waiter| !waiter.deliver.is_closed());
+            }
             self.serve(&mut connections);
         }
         // The task that opens connections delivers one, or an error; it does not end before.
@@ -239,31 +264,45 @@ impl OriginPool {
         }
     }
 
-    /// Gives waiting requests the connections that are usable now, and opens as many as the others need.
+    /// Gives waiting requests the connections that are usable now, and opens as many as the others need. It looks at no
+    /// more of those that wait than it has to, because it is called for each that comes and for each response.
     fn serve(self: &Arc<Self>, connections: &mut Connections) {
-        let mut still = VecDeque::new();
+        let (mut still, mut is_unrepeatable_refused) = (Vec::new(), false);
         while let Some(waiter) = connections.waiters.pop_front() {
             if waiter.deliver.is_closed() {
                 continue;
             }
-            match connections.take(self, waiter.reuse, false) {
-                None => still.push_back(waiter),
-                // A caller that hung up just now gives its connection back, which must not happen under the lock.
-                Some(connection) => {
-                    if let Err(Ok(connection)) = waiter.deliver.send(Ok(connection)) {
-                        self.take_back(connections, connection);
-                    }
+            let is_refused = is_unrepeatable_refused && waiter.reuse == Reuse::Unrepeatable;
+            let taken = if is_refused { None } else { connections.take(self, waiter.reuse, false) };
+            let Some(connection) = taken else {
+                is_unrepeatable_refused |= waiter.reuse == Reuse::Unrepeatable;
+                // What is not for it is for nobody else either.
+                let is_over = match waiter.reuse {
+                    Reuse::Allowed => true,
+                    Reuse::Unrepeatable => connections.idle.is_empty(),
+                    Reuse::Fresh(_) | Reuse::FreshHttp1 => false,
+                };
+                still.push(waiter);
+                if is_over {
+                    break;
                 }
+                continue;
+            };
+            // A caller that hung up just now gives its connection back, which must not happen under the lock.
+            if let Err(Ok(connection)) = waiter.deliver.send(Ok(connection)) {
+                self.take_back(connections, connection);
             }
         }
-        connections.waiters = still;
-        self.waiting.store(connections.waiters.len(), Relaxed);
+        for waiter in still.into_iter().rev() {
+            connections.waiters.push_front(waiter);
+        }
         if let Some(oldest) = connections.shared.first() {
             // It has most probably been told how many streams the server allows.
             connections.expected = oldest.max_streams();
         }
-        let needed = connections.waiters.len().div_ceil(connections.expected);
-        for _ in connections.opening..needed {
+        // Some in the queue may have hung up, and some may not know yet that they have their connection.
+        let waiting = self.waiting.load(Relaxed).min(connections.waiters.len());
+        for _ in connections.opening..waiting.div_ceil(connections.expected) {
             self.open(connections, false);
         }
     }
@@ -473,7 +512,7 @@ impl OriginPool {
         if connections.idle.len() < most {
             connections.idle.push_back(Idle::new(Http1Connection { reused: true, ..connection }));
         }
-        if !connections.waiters.is_empty() {
+        if self.waiting.load(Relaxed) > 0 {
             self.serve(&mut connections);
         }
         if age >= MAX_AGE - AGING {
@@ -598,9 +637,11 @@ impl Connections {
             tracing::debug!(%error, "no connection could be opened in the background");
             self.background.failed();
         }
-        let count = self.expected.min(self.waiters.len());
-        for waiter in self.waiters.drain(..if background { 0 } else { count }) {
-            let _ = waiter.deliver.send(Err(error.clone()));
+        let mut left = if background { 0 } else { self.expected };
+        while left > 0 {
+            let Some(waiter) = self.waiters.pop_front() else { return };
+            // One that hung up needed no connection.
+            left -= usize::from(waiter.deliver.send(Err(error.clone())).is_ok());
         }
     }
 }
@@ -619,6 +660,45 @@ mod tests {
     use crate::domain::tls;
     use crate::upstream::IdleTimeout;
     use crate::upstream::last_look::LastLook;
+
+    /// With a look at every waiting request for each that comes, this takes minutes.
+    #[tokio::test]
+    async fn a_crowd_that_waits_for_a_connection_costs_each_request_the_same() {
+        let pool = pool(Duration::from_secs(60));
+        // As if connections for all were being opened.
+        pool.lock().opening = usize::MAX;
+        let mut crowd = Vec::new();
+        let begun = Instant::now();
+        for _ in 0..20_000 {
+            let mut waiting = Box::pin(pool.connection(Reuse::Allowed, false));
+            assert!(futures_util::poll!(&mut waiting).is_pending());
+            crowd.push(waiting);
+        }
+        for _ in 0..20_000 {
+            pool.clone().slot_freed();
+        }
+        assert!(begun.elapsed() < Duration::from_secs(20), "{:?}", begun.elapsed());
+    }
+
+    #[tokio::test]
+    async fn a_request_that_hung_up_is_waited_for_by_no_connection() {
+        let pool = pool(Duration::from_secs(60));
+        pool.lock().opening = usize::MAX;
+        let mut first = Box::pin(pool.connection(Reuse::Allowed, false));
+        assert!(futures_util::poll!(&mut first).is_pending());
+        for _ in 0..1000 {
+            let mut hung_up = Box::pin(pool.connection(Reuse::Allowed, false));
+            assert!(futures_util::poll!(&mut hung_up).is_pending());
+        }
+        assert_eq!(pool.waiting.load(Relaxed), 1);
+        assert!(pool.lock().waiters.len() < 100, "{}", pool.lock().waiters.len());
+        // The next connection is for the one that waits.
+        pool.lock().opening = 1;
+        let (connection, _server) = connection(Duration::ZERO).await;
+        pool.release(connection);
+        assert!(matches!(first.await, Ok(Connection::Http1(_))));
+        assert_eq!(pool.lock().opening, 1, "a connection was opened for a request that hung up");
+    }
 
     fn pool(idle_timeout: Duration) -> Arc<OriginPool> {
         let origin: Url = "https://localhost".parse().unwrap();
