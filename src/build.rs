@@ -1,7 +1,7 @@
 //! Lets the linker place the functions that a serving process executes side by side, in the profile that ships.
 //!
 //! The kernel maps a program in pieces of 64 KiB around each address that is touched. What runs between start and
-//! shutdown is a fifth of the program, but spread over all of it, so that nearly all of it was resident. `serving.ld`
+//! shutdown is two fifths of the program, but spread over all of it, so that nearly all of it was resident. `serving.ld`
 //! lists those functions; `tests/bench/serving-functions` writes it. Where no function has a listed name, nothing
 //! happens.
 
