@@ -236,9 +236,12 @@ type Sent = Pin<Box<dyn Future<Output = Result<Response<UpstreamBody>, SendError
 
 /// Whether the caller accepts an event stream, possibly beside other types: MCP clients list `application/json` first.
 pub fn accepts_event_stream(headers: &HeaderMap) -> bool {
-    let lines = headers.get_all(ACCEPT).iter().filter_map(|line| line.to_str().ok());
+    const WANTED: &str = "text/event-stream";
+    // Most lines are too short to name it.
+    let lines = headers.get_all(ACCEPT).iter().filter(|line| line.len() >= WANTED.len());
+    let lines = lines.filter_map(|line| line.to_str().ok());
     let mut kinds = lines.flat_map(|line| line.split(',')).map(|kind| kind.split(';').next().unwrap_or_default());
-    kinds.any(|kind| kind.trim().eq_ignore_ascii_case("text/event-stream"))
+    kinds.any(|kind| kind.trim().eq_ignore_ascii_case(WANTED))
 }
 
 /// Sets `Transfer-Encoding: chunked` for a body without a length. Without a framing header hyper drops the body of a
