@@ -85,6 +85,7 @@
 /// - During a write to disk: `save_refused` (`return`: the write fails), `save_unsynced` and `save_synced` (`return`
 ///   ends the process).
 /// - In each request to Amazon, before its token: `spine`; after Amazon has rejected its token: `rejection_seen`.
+/// - Before `amazon.refresh_token` replaces what the user has: `adoption_decided`.
 /// - With the action `return`, each of these breaks a promise, so that a campaign can prove that it would notice:
 ///   `refresh_blind` (a logout is not undone by a running refresh), `refresh_duplicated` (one refresh at a time),
 ///   `refresh_unjournaled` (a lost grant is reported), `clock_wall_alone` (every clock limits a token), `window_fixed`

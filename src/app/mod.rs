@@ -227,7 +227,7 @@ impl App {
             () = stop => {}
             () = control.run() => {}
         }
-        running.drain(&control.process).await
+        running.drain(control).await
     }
 
     /// Starts the background tasks and the listeners.
@@ -303,9 +303,14 @@ struct Running {
 }
 
 impl Running {
-    async fn drain(mut self, process: &ProcessState) -> Result<(), StoreError> {
+    async fn drain(mut self, control: ControlLoop) -> Result<(), StoreError> {
+        let ControlLoop { process, mut asked, .. } = control;
         tracing::info!("draining");
+        process.tokens.end_background();
         process.stage.send_replace(Stage::Draining);
+        // Who asked for a reload hears that nobody does it any more.
+        asked.close();
+        while asked.try_recv().is_ok() {}
         self.phase.send_replace(Phase::Draining);
         process.events.end();
         let shutdown = self.services.load().shutdown;
@@ -318,8 +323,16 @@ impl Running {
         if tokio::time::timeout(shutdown.drain, requests).await.is_err() {
             tracing::warn!("requests were still in flight after shutdown.drain; their connections are closed");
         }
+        // Now, because each of these requests could begin a token call that nobody waits for.
+        self.listeners.shutdown().await;
 
-        if tokio::time::timeout(SETTLE, process.tokens.settle()).await.is_err() {
+        let settled = async {
+            process.tokens.settle().await;
+            self.tasks.shutdown().await;
+            // What requests on the admin listener have begun meanwhile.
+            process.tokens.settle().await;
+        };
+        if tokio::time::timeout(SETTLE, settled).await.is_err() {
             tracing::error!("a token call or a write was still in flight and is abandoned");
         }
         self.tasks.shutdown().await;

@@ -149,8 +149,9 @@ impl ControlLoop {
         }
         if new.len() > self.keys.len() {
             let keyring = keyring.sealing_with(self.first_key());
-            self.keys = keyring.fingerprints();
+            let keys = keyring.fingerprints();
             self.process.store.add_keys(Arc::new(keyring)).await.map_err(|error| error.to_string())?;
+            self.keys = keys;
             tracing::info!("a Fernet key was added: it decrypts from now on");
         }
         if first != self.first_key() {

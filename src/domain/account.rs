@@ -150,6 +150,15 @@ impl Region {
             Self::Fe => "https://api.amazon.co.jp/auth/o2/token",
         }
     }
+
+    /// Returns the host of the token endpoint.
+    pub fn token_host(self) -> &'static str {
+        match self {
+            Self::Na => "api.amazon.com",
+            Self::Eu => "api.amazon.co.uk",
+            Self::Fe => "api.amazon.co.jp",
+        }
+    }
 }
 
 impl FromStr for Region {
@@ -365,6 +374,13 @@ mod tests {
     fn each_host_stands_at_its_index() {
         for (index, host) in AmazonHost::ALL.into_iter().enumerate() {
             assert_eq!(host.index(), index);
+        }
+    }
+
+    #[test]
+    fn each_token_host_is_that_of_the_token_endpoint() {
+        for region in Region::ALL {
+            assert_eq!(region.token_url(), format!("https://{}/auth/o2/token", region.token_host()));
         }
     }
 

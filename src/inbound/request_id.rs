@@ -34,6 +34,9 @@ impl RequestIds {
 
 /// Puts `id` in the place of an id of the caller's that is not it, so that Amazon and the caller see the same one.
 pub fn replace(headers: &mut HeaderMap, id: &HeaderValue) {
+    if !headers.contains_key(REQUEST_ID) {
+        return;
+    }
     let mut given = headers.get_all(REQUEST_ID).iter();
     let same = match (given.next(), given.next()) {
         (None, _) => true,

@@ -107,10 +107,15 @@ impl Accounts {
         found: Option<Found<'a>>,
     ) -> Result<RoutedRequest<'a>, RouteError> {
         let host_region = if let Destination::Amazon(host) = target.of { Some(host.region) } else { None };
-        if let Some(name) = headers.keys().find(|name| is_selecting(name.as_str()) && !is_selector(name)) {
-            return Err(RouteError::UnknownHeader(nearest(name.as_str())));
+        let mut selects = target.account.is_some();
+        for name in headers.keys().filter(|name| is_selecting(name.as_str())) {
+            if !is_selector(name) {
+                return Err(RouteError::UnknownHeader(nearest(name.as_str())));
+            }
+            selects = true;
         }
-        if self.selection == Selection::Fixed {
+        // Most requests select nothing, and pay for no look at each of the headers that could.
+        if !selects || self.selection == Selection::Fixed {
             return Ok(self.routed(target, self.fallback(), None, host_region));
         }
         let header_region = single(headers, &X_ADS_REGION)?.map(str::parse).transpose();
@@ -133,6 +138,9 @@ impl Accounts {
 
     /// The account that the request names, if no account of the configuration has that name.
     pub(super) fn other_name<'r>(&self, target: &'r Target, headers: &'r HeaderMap) -> Option<&'r str> {
+        if target.account.is_none() && !headers.contains_key(X_ADS_ACCOUNT) {
+            return None;
+        }
         let name = named(target, headers).ok()??;
         let is_other = self.selection == Selection::Header && !self.by_name.contains_key(name);
         (is_other && check_name(name).is_ok()).then_some(name)

@@ -62,6 +62,8 @@ const RETRY_FIRST: Duration = Duration::from_secs(1);
 const RETRY_MOST: Duration = Duration::from_secs(300);
 /// Attempts until an event is dropped: about a day.
 const MAX_ATTEMPTS: u32 = 300;
+/// No delivery begins after this part of a look.
+const DELIVERING: Duration = Duration::from_secs(1);
 /// Time limit of one delivery.
 const TIMEOUT: Duration = Duration::from_secs(10);
 /// Events that a slow reader of the event stream may be behind.
@@ -84,6 +86,11 @@ impl Events {
     /// The events from now on, and what is cancelled when no more will come.
     pub fn subscribe(&self) -> (broadcast::Receiver<Arc<Event>>, CancellationToken) {
         (self.sender.subscribe(), self.ended.clone())
+    }
+
+    /// Hands an event to the streams. Nobody may be listening.
+    pub(crate) fn send(&self, event: impl Into<Arc<Event>>) {
+        let _ = self.sender.send(event.into());
     }
 
     /// Ends every event stream, for a shutdown.
@@ -199,8 +206,7 @@ impl Notifier {
             event.login_url = settings.login_base.as_ref().map(|base| format!("{base}{name}"));
         }
         let event = Arc::new(event);
-        // Nobody may be listening.
-        let _ = self.events.sender.send(event.clone());
+        self.events.send(event.clone());
         if settings.url.is_none() || matches!(event.happened, Happened::LoginDone { .. }) {
             return;
         }
@@ -215,6 +221,10 @@ impl Notifier {
     async fn deliver_due(&self, settings: &Settings, queue: &mut VecDeque<Waiting>) {
         let now = tokio::time::Instant::now();
         for _ in 0..queue.len() {
+            // The others wait for the next look: a receiver that does not answer must not keep this one from looking.
+            if now.elapsed() > DELIVERING {
+                return;
+            }
             let Some(mut waiting) = queue.pop_front() else { return };
             if waiting.not_before > now || !self.deliver(settings, &waiting).await {
                 if waiting.not_before <= now {

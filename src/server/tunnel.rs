@@ -69,9 +69,12 @@ impl TunnelState {
             let path = parts.path_and_query.clone();
             *request.uri_mut() = Uri::from_parts(parts).unwrap_or_else(|_| bare(path));
         }
-        for (name, value) in &tunnel.headers {
+        // All values of a name, or none: one of several would be a guess.
+        for name in tunnel.headers.keys() {
             if !request.headers().contains_key(name) {
-                request.headers_mut().append(name, value.clone());
+                for value in tunnel.headers.get_all(name) {
+                    request.headers_mut().append(name, value.clone());
+                }
             }
         }
         request

@@ -825,6 +825,25 @@ async fn notes_survive_restarts_logouts_and_loss_of_the_database() {
 }
 
 #[tokio::test]
+async fn a_line_of_the_journal_that_was_cut_off_names_nobody() {
+    for cut in ["8 ann", "8 anna", "- ann", "- anna", "8 ", "8", ""] {
+        let test_store = TestStore::new();
+        let (store, _) = test_store.open();
+        let begun = [("anna", Some(3)), ("ann", Some(4))].map(|(name, generation)| (user(name), generation));
+        store.append_journal(begun.to_vec()).await.unwrap();
+        store.close().await.unwrap();
+        let file = test_store.mirror().join("journal");
+        let whole = fs::read_to_string(&file).unwrap();
+        fs::write(&file, whole + cut).unwrap();
+        let (store, _) = test_store.open();
+        store.append_journal(vec![(user("bob"), Some(5))]).await.unwrap();
+        let expected = BTreeMap::from([(user("anna"), 3), (user("ann"), 4), (user("bob"), 5)]);
+        assert_eq!(store.journal().await.unwrap(), Some(expected), "{cut:?}");
+        store.close().await.unwrap();
+    }
+}
+
+#[tokio::test]
 async fn a_dump_can_be_imported_into_another_store() {
     let test_store = TestStore::with_grants(&["anna", "bob"]).await;
     let (store, _) = test_store.open();

@@ -9,6 +9,7 @@ use jiff::SignedDuration;
 use super::bucket::{Place, Turn};
 use super::gate::{GatePlace, Job};
 use super::law::{self, Refusal, Seconds};
+use super::memory::Memory;
 use super::refusal::{self, Verdict};
 use super::room::Held;
 use super::{BucketName, Entry, Kind, Observed, Pass, Reason, Throttled, published};
@@ -44,9 +45,22 @@ impl fmt::Display for Waited {
 pub struct Ticket<'a> {
     place: Waits,
     observed: Observed<'a>,
-    since: Seconds,
+    timer: Timer<'a>,
     deadline: SignedDuration,
     _room: Held,
+}
+
+/// Measures how long a call waits. Dropped with the ticket, so that a wait counts whose caller hangs up.
+#[derive(Debug)]
+struct Timer<'a> {
+    memory: &'a Memory,
+    since: Seconds,
+}
+
+impl Drop for Timer<'_> {
+    fn drop(&mut self) {
+        self.memory.metrics.throttle_wait.observe(self.memory.now() - self.since);
+    }
 }
 
 /// What a call waits for.
@@ -224,14 +238,13 @@ impl<'a> Observed<'a> {
         let before = self.waited.map_or(0.0, |waited| waited.wait);
         self.waited = Some(Waited { bucket: name, wait: before, expected: told + expected });
         let deadline = SignedDuration::try_from_secs_f64(own).unwrap_or(SignedDuration::MAX);
-        Entry::Wait(Ticket { place, observed: self, since: now, deadline, _room: room })
+        let timer = Timer { memory, since: now };
+        Entry::Wait(Ticket { place, observed: self, timer, deadline, _room: room })
     }
 
     /// Adds the time since `since` to what the call has waited.
     fn waited_since(&mut self, since: Seconds) -> Seconds {
-        let memory = &self.throttle.memory;
-        let now = memory.now();
-        memory.metrics.throttle_wait.observe(now - since);
+        let now = self.throttle.memory.now();
         if let Some(total) = &mut self.waited {
             total.wait += now - since;
         }
@@ -247,8 +260,9 @@ impl<'a> Ticket<'a> {
     pub async fn turn(mut self) -> Result<Pass<'a>, Throttled> {
         loop {
             let turn = self.next().await;
-            let Self { mut observed, since, .. } = self;
-            let now = observed.waited_since(since);
+            let Self { mut observed, timer, .. } = self;
+            let now = observed.waited_since(timer.since);
+            drop(timer);
             match turn? {
                 Turned::Bucket(epoch) => {
                     observed.bucket.take_more(now, observed.call.weight - 1.0);

@@ -335,3 +335,19 @@ fn each_kind_is_told_by_method_and_path() {
 fn extended_lists_weigh_five_calls() {
     assert_eq!([weight("/v2/sp/campaigns/extended"), weight("/v2/sp/extendedness")], [5.0, 1.0]);
 }
+
+#[tokio::test]
+async fn what_other_processes_count_is_good_for_a_minute_without_news() {
+    let memory = memory();
+    let throttle = throttle(ThrottleMode::Enforce, &memory);
+    let path = "/campaigns/export";
+    let export = || Call::new(Region::Na, family(path), &Method::POST, path, "a");
+    send(&throttle, export(), StatusCode::TOO_MANY_REQUESTS, None);
+    memory.clock.advance(SignedDuration::from_secs(60));
+    let elsewhere = (format!("at once: na/exports of {path}"), gate::Heard::new(5, false));
+    throttle.buckets.gates.hear([elsewhere].into());
+    let Entry::Refuse(throttled) = throttle.enter(export()) else { panic!("five run elsewhere") };
+    assert_eq!(throttled.reason, Reason::AtOnce);
+    memory.clock.advance(SignedDuration::from_secs(61));
+    send(&throttle, export(), StatusCode::ACCEPTED, None);
+}

@@ -130,7 +130,13 @@ impl Http2 {
     /// Reserves a stream for one request, if the connection has room. `pool` is told when the stream is free again.
     pub(super) fn reserve<P: SlotOwner>(&self, pool: &Arc<P>) -> Option<Slot> {
         let room = |streams: usize| (streams < self.max_streams()).then_some(streams + 1);
-        if self.is_silent() || self.is_closing() {
+        let silence = self.state.activity.elapsed();
+        if self.state.is_silent(silence) {
+            return None;
+        }
+        // The one handle of this request: h2 takes its lock for each clone.
+        let mut connection = self.clone();
+        if connection.refuses() {
             return None;
         }
         let others = self.state.streams.fetch_update(Relaxed, Relaxed, room).ok()?;
@@ -138,13 +144,12 @@ impl Http2 {
             self.state.streams.fetch_sub(1, Relaxed);
             return None;
         }
-        let silence = self.state.activity.elapsed();
         if others == 0 {
             // Silence counts from the first request that waits.
             self.state.activity.touch();
         }
         let pool: Weak<P> = Arc::downgrade(pool);
-        Some(Slot { connection: self.clone(), pool: Some(pool), silence, waits: AtomicBool::new(true) })
+        Some(Slot { connection, pool: Some(pool), silence, waits: AtomicBool::new(true) })
     }
 
     fn has_room(&self) -> bool {
@@ -172,14 +177,12 @@ impl Http2 {
 
     /// Whether the connection accepts no more requests: the server said so, or it broke.
     pub(super) fn is_closing(&self) -> bool {
-        let mut sender = self.sender.clone();
-        matches!(sender.poll_ready(&mut Context::from_waker(Waker::noop())), Poll::Ready(Err(_)))
+        self.clone().refuses()
     }
 
-    /// Whether requests wait for a server that has sent nothing for [`SILENT_AFTER`], not even an answer to a ping. The
-    /// connection is probably dead, so new requests should not wait on it too.
-    fn is_silent(&self) -> bool {
-        self.state.streams.load(Relaxed) > 0 && self.state.activity.elapsed() >= SILENT_AFTER
+    /// As [`is_closing`](Self::is_closing), for a handle of one's own.
+    fn refuses(&mut self) -> bool {
+        matches!(self.sender.poll_ready(&mut Context::from_waker(Waker::noop())), Poll::Ready(Err(_)))
     }
 
     /// Whether a request has ended on the connection.
@@ -220,6 +223,12 @@ impl WeakHttp2 {
 }
 
 impl State {
+    /// Whether requests wait for a server that has sent nothing for [`SILENT_AFTER`], not even an answer to a ping. The
+    /// connection is probably dead, so new requests should not wait on it too.
+    fn is_silent(&self, silence: Duration) -> bool {
+        silence >= SILENT_AFTER && self.streams.load(Relaxed) > 0
+    }
+
     fn was_used(&self) -> bool {
         self.idle_since.load(Relaxed) > 0
     }
@@ -314,16 +323,15 @@ impl Slot {
     ///
     /// # Errors
     /// Fails if there is no response.
-    pub(super) async fn send(self, request: Request<RequestBody>) -> Result<Response<Incoming>, NoResponse> {
+    pub(super) async fn send(mut self, request: Request<RequestBody>) -> Result<Response<Incoming>, NoResponse> {
         let (mut parts, body) = request.into_parts();
         add_length(&mut parts.headers, &parts.method, &body);
         let ends = body.is_end_stream();
-        let mut sender = self.connection.sender.clone();
-        let (response, stream) = match sender.send_request(Request::from_parts(parts, ()), ends) {
+        let sent = self.connection.sender.send_request(Request::from_parts(parts, ()), ends);
+        let (response, stream) = match sent {
             Ok(sent) => sent,
             Err(error) => return Err(NoResponse::Unsent(error, body)),
         };
-        drop(sender);
         let slot = Arc::new(self);
         if ends {
             drop((body, stream));

@@ -221,11 +221,14 @@ fn other_coding(headers: &HeaderMap) -> Option<String> {
     others.next().map(|coding| String::from_utf8_lossy(coding).into_owned())
 }
 
+/// The longest announced limit that is believed: no connection lives as long.
+const MAX_ANNOUNCED: u64 = 3600;
+
 /// The idle limit that the server announced (`Keep-Alive: timeout=5`).
 fn announced_limit(headers: &HeaderMap) -> Option<Duration> {
     let text = headers.get("keep-alive")?.to_str().ok()?;
     let seconds = text.split([',', ' ']).find_map(|part| part.strip_prefix("timeout="))?;
-    seconds.parse().ok().map(Duration::from_secs)
+    seconds.parse().ok().map(|seconds: u64| Duration::from_secs(seconds.min(MAX_ANNOUNCED)))
 }
 
 /// The request on its way, until the head of its response.
@@ -233,9 +236,12 @@ type Sent = Pin<Box<dyn Future<Output = Result<Response<UpstreamBody>, SendError
 
 /// Whether the caller accepts an event stream, possibly beside other types: MCP clients list `application/json` first.
 pub fn accepts_event_stream(headers: &HeaderMap) -> bool {
-    let lines = headers.get_all(ACCEPT).iter().filter_map(|line| line.to_str().ok());
+    const WANTED: &str = "text/event-stream";
+    // Most lines are too short to name it.
+    let lines = headers.get_all(ACCEPT).iter().filter(|line| line.len() >= WANTED.len());
+    let lines = lines.filter_map(|line| line.to_str().ok());
     let mut kinds = lines.flat_map(|line| line.split(',')).map(|kind| kind.split(';').next().unwrap_or_default());
-    kinds.any(|kind| kind.trim().eq_ignore_ascii_case("text/event-stream"))
+    kinds.any(|kind| kind.trim().eq_ignore_ascii_case(WANTED))
 }
 
 /// Sets `Transfer-Encoding: chunked` for a body without a length. Without a framing header hyper drops the body of a

@@ -196,7 +196,7 @@ async fn during_the_drain_each_response_closes_its_connection() {
 // Covers: situation 21.
 async fn head_works_wherever_get_does_and_has_no_body() {
     let harness = Harness::start().await;
-    for path in ["/livez", "/readyz", "/startupz", "/metrics", "/", "/log"] {
+    for path in ["/livez", "/readyz", "/startupz", "/metrics", "/log", "/", "/page/users", "/page/script.js"] {
         let head = at_admin(&harness, Method::HEAD, path, &[]).await;
         assert_eq!(head.status(), 200, "{path}");
         assert!(head.bytes().await.unwrap().is_empty(), "{path}");

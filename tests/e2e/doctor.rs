@@ -174,6 +174,24 @@ async fn what_is_wrong_with_the_configuration_and_its_secrets_is_named_before_th
     let cure = open.find("secret_file_open").unwrap()["cure"].as_str().unwrap().to_owned();
     assert!(std::process::Command::new("sh").args(["-c", &cure]).status().unwrap().success());
     assert!(diagnose(&harness, &pre(), &[]).await.find("secret_file_open").is_none());
+    let secrets = [("amazon.client_secret", CLIENT_SECRET), ("store.fernet_keys", FERNET_KEY)];
+    for (section, line, is_open) in [
+        ("[log]", "level = \"info\"", false),
+        ("[upstream]", "proxy = \"http://proxy.example.com:3128\"", false),
+        ("[upstream]", "proxy = \"http://someone:canary@proxy.example.com:3128\"", true),
+        ("[notify]", "url = \"https://hooks.example.com/canary\"", true),
+    ] {
+        let shared = |base: String| {
+            let is_public = |text: &&str| !["client_secret", "fernet_keys"].iter().any(|name| text.starts_with(name));
+            let text: String = base.lines().filter(is_public).map(|text| format!("{text}\n")).collect();
+            let text = if text.contains(section) { text } else { format!("{text}{section}\n") };
+            text.replace(section, &format!("{section}\n{line}"))
+        };
+        let arguments = changed(&harness, "shared.toml", shared);
+        std::fs::set_permissions(&arguments[1], PermissionsExt::from_mode(0o644)).unwrap();
+        let found = diagnose(&harness, &[arguments, pre(), set(&secrets)].concat(), &[]).await;
+        assert_eq!(found.find("secret_file_open").is_some(), is_open, "{line}: {:?}", found.wrong());
+    }
 
     let pod = [("KUBERNETES_SERVICE_HOST", "10.0.0.1")];
     let store = set(&[("store.path", "/adsidecar-doctor-test")]);
@@ -383,6 +401,20 @@ async fn accounts_that_do_not_fit_their_profiles_are_named() {
         let cured = diagnose(&harness, &account(cured), &[]).await;
         assert!(cured.find(code).is_none(), "{code}: {:?}", cured.wrong());
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_account_of_a_user_whose_grant_was_not_tried_is_not_blamed_on_the_user() {
+    let mut harness = Harness::with_running_clock("").await;
+    for number in 10..31 {
+        harness.log_in(&format!("user-{number}")).await;
+    }
+    harness.stop_sidecar().await;
+    let account = |base| format!("{base}\n[[account]]\nname = \"shop\"\nuser = \"user-30\"\nprofile_id = \"1\"\n");
+    let found = diagnose(&harness, &changed(&harness, "account.toml", account), &[]).await;
+    assert!(found.find("account_user").is_none(), "{:?}", found.wrong());
+    let accounts = found.checks().find(|check| check["group"] == "accounts" || check["code"] == "accounts").unwrap();
+    assert!(accounts["cause"].as_str().unwrap().contains("1 of them not compared"), "{accounts}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

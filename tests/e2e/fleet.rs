@@ -383,6 +383,19 @@ async fn a_grant_whose_answer_one_replica_did_not_hear_is_reported_lost_by_the_o
     eventually("the loss", async || (pair.b.metric(lost).await == 1.0).then_some(())).await;
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn an_imported_grant_inherits_no_lost_answer_from_the_one_before_it() {
+    let pair = Pair::start().await;
+    pair.a.log_in("anna").await;
+    pair.a.sandbox.set_fault(Rule::from(Fault::CloseMidBody).at(Listener::Lwa));
+    assert_eq!(pair.a.post(&format!("{REFRESH}?user_id=anna")).await.status(), 503);
+    let import = pair.a.client.post(pair.a.admin_url("/users/import?user_id=anna&replace=true"));
+    assert_eq!(import.body(pair.a.sandbox.grant().refresh_token).send().await.unwrap().status(), 200);
+    assert_eq!(pair.a.post(&format!("{REFRESH}?user_id=anna")).await.status(), 200);
+    let recovered = "adsidecar_token_refresh_interrupted_total{outcome=\"recovered\"}";
+    assert_eq!(pair.a.metric(recovered).await, 0.0, "nothing is lost of this grant");
+}
+
 /// Starts a refresh whose answer replica `a` does not hear (`fault`), or does: it is held before it acts on that.
 async fn held_refresh(pair: &Pair, fault: Fault) -> (std::sync::mpsc::Sender<()>, JoinHandle<()>) {
     pair.a.sandbox.set_fault(Rule::from(fault).at(Listener::Lwa).always());

@@ -85,6 +85,32 @@ async fn a_running_sidecar_adopts_new_keys_only_through_a_rotation() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_key_that_the_store_could_not_take_is_added_by_the_next_reload() {
+    let (harness, set) = with_key_file(FERNET_KEY).await;
+    let keys = set.split('=').nth(1).unwrap().to_owned();
+    let reload = async || harness.client.post(harness.admin_url("/reload")).send().await.unwrap().status().as_u16();
+    let mut copies = harness.store_path().into_os_string();
+    copies.push(".copies");
+    let away = harness.directory.path().join("away");
+    std::fs::rename(&copies, &away).unwrap();
+    std::fs::write(&keys, format!("{FERNET_KEY},{OTHER_KEY}")).unwrap();
+    assert_eq!(reload().await, 400);
+    std::fs::rename(&away, &copies).unwrap();
+    assert_eq!(reload().await, 200);
+    let (ring, issued) = (Keyring::new(&[Secret::new(OTHER_KEY)]).unwrap(), harness.sandbox.grant());
+    let record = object!({ "anna": {
+        "access_token": ring.seal(issued.access_token.as_bytes()),
+        "refresh_token": ring.seal(issued.refresh_token.as_bytes()),
+        "token_type": "bearer",
+        "expires_at": "2026-08-01T13:00:00Z",
+        "updated_at": "2026-08-01T12:00:00Z",
+    } });
+    let import = harness.client.post(harness.admin_url("/users/import?records=true")).body(record.to_string());
+    let imported = import.send().await.unwrap();
+    assert_eq!(imported.status(), 200, "{}", imported.text().await.unwrap());
+}
+
+#[tokio::test(flavor = "multi_thread")]
 // Covers: failure 45.
 async fn a_killed_rotation_resumes_after_the_restart() {
     let mut harness = Harness::with_running_clock("").await;

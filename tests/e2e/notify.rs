@@ -1,6 +1,7 @@
 //! Notifications: the webhook, signed, retried and told once; and the event stream of the proxy listener.
 
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
@@ -29,6 +30,11 @@ pub struct Receiver {
 
 impl Receiver {
     pub async fn start() -> Self {
+        Self::pausing(Duration::ZERO).await
+    }
+
+    /// One that takes this long for each answer.
+    async fn pausing(pause: Duration) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}/hook/canary-path", listener.local_addr().unwrap());
         let (received, status) = (Arc::<Mutex<Vec<_>>>::default(), Arc::new(Mutex::new("200 OK")));
@@ -49,6 +55,7 @@ impl Receiver {
                 };
                 let status = *answer.lock().unwrap();
                 kept.lock().unwrap().push((head, body));
+                tokio::time::sleep(pause).await;
                 let text = format!("HTTP/1.1 {status}\r\ncontent-length: 0\r\nconnection: close\r\n\r\n");
                 let _ = stream.write_all(text.as_bytes()).await;
             }
@@ -238,6 +245,28 @@ async fn notify_test_says_what_the_receiver_answers() {
     assert_eq!(test(&[]).await.code, FAILED, "nothing to test");
     let checked = beside(&harness, &["check", "--set", &url]).await;
     assert!(!checked.out.contains("canary-path"), "the URL of a chat program is a secret: {}", checked.out);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_slow_receiver_keeps_no_event_from_the_stream() {
+    const USERS: u32 = 20;
+    let receiver = Receiver::pausing(Duration::from_millis(1200)).await;
+    receiver.answers("503 Service Unavailable");
+    let harness = Harness::set(&[("notify.url", &receiver.url)]).await;
+    for user in 0..USERS {
+        harness.log_in(&format!("user-{user}")).await;
+    }
+    harness.sandbox.set_fault(Rule::from(Fault::InvalidGrant).at(Listener::Lwa).next(USERS));
+    for user in 0..USERS {
+        let refused = harness.post(&format!("/api/auth/amazon/refresh?user_id=user-{user}")).await;
+        assert_eq!(refused.status(), 401);
+    }
+    // By now all of them wait for their delivery, which would take twenty seconds.
+    eventually("three deliveries", async || (receiver.events("login_needed").len() >= 3).then_some(())).await;
+    let mut stream = harness.get("/api/auth/amazon/events?user_id=default").await;
+    until(&mut stream, "retry: 2000").await;
+    refuse(&harness).await;
+    until(&mut stream, "event: login_needed\n").await;
 }
 
 /// Reads a stream up to the end of the event, or of the line, that has `text`.

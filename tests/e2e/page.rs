@@ -4,6 +4,7 @@ use reqwest::{Method, Response};
 use world::{Fault, Listener, Rule};
 
 use crate::harness::{Harness, code, eventually, header, json};
+use crate::throttle::waiting_bytes;
 
 const PAGES: [&str; 6] = ["/", "/page/users", "/page/accounts", "/page/calls", "/page/throttle", "/page/settings"];
 const ACTIONS: [&str; 5] = ["/page/refresh", "/page/logout", "/page/sync", "/page/reload", "/page/log"];
@@ -161,6 +162,36 @@ async fn a_form_that_fails_says_why_and_what_to_do_and_leads_back() {
     let form = [("user_id", "nobody"), ("form_key", key.as_str())];
     let answer = harness.client.post(harness.admin_url("/page/refresh")).form(&form).send().await.unwrap();
     assert_eq!(json(answer).await["code"], "login_required");
+    // Weights and letter case count here as they do at the endpoints.
+    for (accept, kind) in [
+        ("TEXT/HTML, */*;q=0.8", "text/html; charset=utf-8"),
+        ("application/xhtml+xml, text/html", "text/html; charset=utf-8"),
+        ("text/html;q=0.1, application/json", "application/problem+json"),
+    ] {
+        let request = harness.client.post(harness.admin_url("/page/refresh")).form(&form).header("accept", accept);
+        assert_eq!(header(&request.send().await.unwrap(), "content-type"), kind, "{accept}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reload_that_a_form_asks_for_during_a_shutdown_is_refused_at_once() {
+    let mut harness = Harness::start().await;
+    harness.log_in("default").await;
+    let gate = harness.sandbox.set_fault(Rule::from(Fault::Gate).at(Listener::Na));
+    let caller = tokio::spawn(harness.request(Method::GET, "/v2/profiles").send());
+    gate.reached(1).await;
+    let (key, ready) = (form_key(&harness).await, harness.admin_url("/readyz"));
+    let (url, own) = (harness.admin_url("/page/reload"), harness.admin_url(""));
+    let stopped = harness.begin_stop();
+    eventually("it drains", async || (harness.client.get(&ready).send().await.unwrap().status() == 503).then_some(()))
+        .await;
+    let form = harness.client.post(url).form(&[("form_key", key.as_str())]).header("origin", own);
+    let answer = tokio::time::timeout(std::time::Duration::from_secs(10), form.send()).await.expect("an answer");
+    let answer = answer.unwrap();
+    assert_eq!((answer.status().as_u16(), code(&answer), header(&answer, "retry-after")), (503, "draining", "1"));
+    gate.release();
+    assert_eq!(caller.await.unwrap().unwrap().status(), 200);
+    stopped.await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -193,8 +224,7 @@ async fn the_tail_shows_each_call_with_its_family_status_fault_and_id_and_no_pat
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_charts_count_the_last_hour_minute_by_minute() {
-    let harness = Harness::start().await;
-    harness.log_in("default").await;
+    let harness = Harness::set(&[("throttle.mode", "queue")]).await;
     let chart = async |title: &str| {
         let text = page(&harness, "/?part=true").await;
         let begin = text.find(&format!("aria-label=\"{title} in each minute")).unwrap_or_else(|| panic!("{text}"));
@@ -205,8 +235,10 @@ async fn the_charts_count_the_last_hour_minute_by_minute() {
     }
     harness.sandbox.set_fault(Rule::from(Fault::status(500)).at(Listener::Na));
     assert_eq!(harness.get("/v2/profiles").await.status(), 500);
+    harness.sandbox.set_fault(Rule::from(Fault::status(404)).at(Listener::Na));
+    assert_eq!(harness.get("/v2/profiles").await.status(), 404);
     let now = "M295 100v-100";
-    assert!(chart("Errors").await.contains("last hour: 1 together, at most 1 in a minute"));
+    assert!(chart("Errors").await.contains("last hour: 2 together, at most 2 in a minute"));
     assert!(chart("Requests").await.contains(now), "the current minute is at the end");
     harness.advance(120);
     // The sidecar looks every two seconds whether a minute is over; whoever opens the page does not wait for that.
@@ -218,6 +250,13 @@ async fn the_charts_count_the_last_hour_minute_by_minute() {
     assert!(refreshes.contains("1 together") && refreshes.contains(now), "{refreshes}");
     harness.advance(3600);
     assert!(chart("Errors").await.contains("0 together"), "an hour later it is forgotten");
+    assert_eq!(harness.get("/v2/profiles").await.status(), 200);
+    harness.sandbox.set_fault(Rule::from(Fault::too_many(Some(10))).at(Listener::Na));
+    let waits = tokio::spawn(harness.request(Method::GET, "/v2/profiles").send());
+    eventually("it waits", async || (waiting_bytes(&harness).await > 0.0).then_some(())).await;
+    harness.advance(12);
+    assert_eq!(waits.await.unwrap().unwrap().status(), 200);
+    assert!(chart("Waits").await.contains("last hour: 1 together"));
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -221,6 +221,54 @@ async fn a_shutdown_waits_for_a_refresh_that_nobody_waits_for_and_stores_its_res
     assert_eq!(harness.metric(&interrupted("lost")).await, 0.0);
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_shutdown_begins_no_refresh_in_the_background() {
+    let mut harness = Harness::start().await;
+    harness.log_in("first").await;
+    harness.advance(600);
+    harness.log_in("second").await;
+    harness.sandbox.clear_history();
+    let gate = harness.sandbox.set_fault(Rule::from(Fault::Gate).at(Listener::Lwa).always());
+    // The first one's token expires in 14 minutes, the second one's in 24.
+    harness.advance(3600 - 840 - 600);
+    gate.reached(1).await;
+    let (ready, live) = (harness.admin_url("/readyz"), harness.admin_url("/livez"));
+    let ended = harness.begin_stop();
+    eventually("it drains", async || (harness.client.get(&ready).send().await.unwrap().status() == 503).then_some(()))
+        .await;
+    // Both are due now, and the shutdown waits for the first.
+    harness.advance(1200);
+    for _ in 0..50 {
+        assert_eq!(harness.client.get(&live).send().await.unwrap().status(), 200);
+    }
+    gate.release();
+    ended.await.unwrap();
+    assert_eq!(harness.sandbox.refreshes(), 1, "a shutdown would have to wait for each further one, or lose it");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_that_outlasts_the_drain_is_broken_off_before_the_shutdown_waits_for_token_calls() {
+    let mut harness = Harness::set(&[("shutdown.drain", "100ms")]).await;
+    let amazon = harness.sandbox.set_fault(Rule::from(Fault::Gate).at(Listener::Na));
+    let caller = tokio::spawn(harness.request(Method::GET, "/v2/profiles").send());
+    amazon.reached(1).await;
+    let lwa = harness.sandbox.set_fault(Rule::from(Fault::Gate).at(Listener::Lwa));
+    let refresh = tokio::spawn(harness.request(Method::POST, REFRESH).send());
+    lwa.reached(1).await;
+    let begun = Instant::now();
+    let ended = harness.begin_stop();
+    assert!(caller.await.unwrap().is_err(), "it got no response");
+    assert!(begun.elapsed() < Duration::from_secs(8), "{:?}", begun.elapsed());
+    assert!(!ended.is_finished(), "the token call is not given up with its caller");
+    assert!(refresh.await.unwrap().is_err());
+    lwa.release();
+    ended.await.unwrap();
+    harness.sandbox.clear_faults();
+    harness.start_sidecar().await;
+    assert_eq!(harness.post(REFRESH).await.status(), 200);
+    assert_eq!(harness.metric(&interrupted("recovered")).await, 0.0, "the response was stored");
+}
+
 /// Twenty users who logged in at the same instant, 12:00:00, with tokens for an hour.
 async fn twenty_users() -> (Harness, Vec<String>) {
     let harness = Harness::start().await;
@@ -417,4 +465,41 @@ async fn a_login_while_a_refusal_is_handled_can_be_refreshed_at_once() {
     // The first may still join the one that was refused.
     eventually("a refresh", async || (harness.post(REFRESH).await.status() == 200).then_some(())).await;
     assert!(begun.elapsed() < Duration::from_secs(8), "nothing waits for what was refused: {:?}", begun.elapsed());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_login_while_a_configured_refresh_token_is_adopted_is_kept_and_the_token_is_adopted_when_it_is_refused() {
+    let mut harness = Harness::start().await;
+    let configured = harness.sandbox.grant().refresh_token;
+    let text = std::fs::read_to_string(harness.config_file()).unwrap();
+    let amazon = format!("[amazon]\nrefresh_token = {configured:?}");
+    std::fs::write(harness.config_file(), text.replace("[amazon]", &amazon)).unwrap();
+    // The reload finds that the user has no grant, and then a person logs in.
+    let (reached, mut at_point) = tokio::sync::mpsc::unbounded_channel();
+    let (release, released) = std::sync::mpsc::channel::<()>();
+    let released = std::sync::Mutex::new(released);
+    let wait = move || {
+        let _ = reached.send(());
+        tokio::task::block_in_place(|| _ = released.lock().unwrap().recv());
+    };
+    fail::cfg_callback("adoption_decided", wait).unwrap();
+    assert_eq!(harness.client.post(harness.admin_url("/reload")).send().await.unwrap().status(), 200);
+    at_point.recv().await.unwrap();
+    harness.log_in("default").await;
+    let login = harness.status_of("default").await["consented_at"].clone();
+    assert_ne!(login, Value::Null);
+    drop(release);
+    harness.stop_sidecar().await;
+    fail::remove("adoption_decided");
+    harness.start_sidecar().await;
+    assert_eq!(harness.status_of("default").await["consented_at"], login, "the login is kept");
+    harness.stop_sidecar().await;
+    let of_login = harness.sandbox.world(|world| world.grants.last().unwrap().refresh_token.clone());
+    assert!(harness.sandbox.world(|world| world.revoke(&of_login)));
+    harness.sets.push(("amazon.refresh_token".to_owned(), configured));
+    harness.start_sidecar().await;
+    // Nobody has consented to it here.
+    eventually("the adoption", async || (harness.status_of("default").await["consented_at"].is_null()).then_some(()))
+        .await;
+    assert_eq!(harness.get("/v2/profiles").await.status(), 200);
 }

@@ -184,6 +184,7 @@ async fn a_caller_that_hangs_up_leaves_the_queue() {
     harness.advance(12);
     assert_eq!(stays.await.unwrap().status(), 200);
     assert_eq!(harness.ads_calls().len(), 2, "the request of the caller that left was never sent");
+    assert_eq!(harness.metric("adsidecar_throttle_wait_seconds_count").await, 2.0, "both have waited");
 }
 
 #[tokio::test(flavor = "multi_thread")]

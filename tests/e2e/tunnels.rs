@@ -144,6 +144,20 @@ async fn what_connect_says_to_adsidecar_holds_inside_the_tunnel() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_tunnel_whose_connect_names_two_accounts_acts_for_neither() {
+    let accounts = ["default", "acme"].map(|name| format!("[[account]]\nname = {name:?}\nprofile_id = \"1\"\n"));
+    let harness = logged_in(&accounts.concat()).await;
+    let mut wire = harness.dial().await;
+    let twice = "X-Ads-Account: acme\r\nX-Ads-Account: default\r\n";
+    assert_eq!(connect(&mut wire, &format!("{EU}:80"), twice).await.said(), (200, ""));
+    assert_eq!(get(&mut wire, "/sandbox/echo", EU).await.said(), (400, "bad_request"));
+    assert!(harness.ads_calls().is_empty());
+    // A request inside may still say which.
+    wire.send(format!("GET /sandbox/echo HTTP/1.1\r\nHost: {EU}\r\nX-Ads-Account: acme\r\n\r\n")).await;
+    assert_eq!(wire.reply().await.said(), (200, ""));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn an_idle_tunnel_ends_with_the_shutdown() {
     let mut harness = logged_in("").await;
     let mut wire = harness.dial().await;

@@ -2,12 +2,15 @@
 //! with a hint, and anything else is treated as an invalid token.
 
 use std::io::Write;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use flate2::Compression;
 use flate2::write::{DeflateEncoder, GzEncoder, ZlibEncoder};
 
-use crate::harness::Harness;
+use crate::harness::{Harness, eventually};
 use crate::raw_http::{Reply, Scripted, Wire};
+use crate::throttle::waiting_bytes;
 
 const SCOPE: &[u8] = br#"{"code":"401","details":"Not authorized to access scope 123"}"#;
 const TOKEN: &[u8] = br#"{"message":"Unauthorized"}"#;
@@ -164,6 +167,38 @@ async fn no_refusal_of_amazons_quotes_the_access_token() {
         let inflated = !coding.is_empty() && !coding.contains("identity");
         assert_eq!(reply.header("content-encoding").is_none(), inflated || coding.is_empty(), "{coding}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_refusal_of_a_request_that_waited_quotes_neither_its_first_token_nor_its_last() {
+    let asked = Arc::new(AtomicUsize::new(0));
+    let count = asked.clone();
+    let amazon = Scripted::start(move |mut wire: Wire, _| {
+        let count = count.clone();
+        async move {
+            while let Some(request) = wire.head().await {
+                let token = request.split("Bearer ").nth(1).unwrap().split("\r\n").next().unwrap();
+                let body = format!("not a token: {token}");
+                let (status, more) = match count.fetch_add(1, Ordering::SeqCst) {
+                    0 => ("429 Too Many Requests", "Retry-After: 5\r\n"),
+                    _ => ("400 Bad Request", ""),
+                };
+                let head = format!("HTTP/1.1 {status}\r\n{more}Content-Length: {}\r\n\r\n", body.len());
+                wire.send(head + &body).await;
+            }
+        }
+    })
+    .await;
+    let harness = Harness::before(&amazon, &[("throttle.mode", "queue")]).await;
+    let mut wire = harness.dial().await;
+    wire.send("GET /v2/profiles HTTP/1.1\r\nHost: localhost\r\n\r\n").await;
+    eventually("it waits", async || (waiting_bytes(&harness).await > 0.0).then_some(())).await;
+    assert_eq!(harness.post("/api/auth/amazon/refresh").await.status(), 200, "its next token is another one");
+    harness.advance(6);
+    let reply = wire.reply().await;
+    let stars = reply.text().bytes().filter(|byte| *byte == b'*').count();
+    assert!(reply.status == 400 && reply.text().starts_with("not a token: Atza|***") && stars > 100, "{reply:?}");
+    assert_eq!(asked.load(Ordering::SeqCst), 2);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -140,6 +140,19 @@ async fn a_response_that_is_not_http_is_an_error() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_absurd_idle_limit_in_a_response_fails_no_request() {
+    for limit in ["18446744073709551615", "99999999999999999999", "-1", "0", ""] {
+        let answer: &'static str =
+            format!("HTTP/1.1 200 OK\r\nKeep-Alive: timeout={limit}, max=5\r\nContent-Length: 2\r\n\r\nok").leak();
+        let amazon = Scripted::saying(answer).await;
+        let harness = Harness::before(&amazon, &[]).await;
+        for method in [Method::GET, Method::POST, Method::GET] {
+            assert_eq!(said(&harness, method, "/x", "").await, (200, String::new()), "{limit}");
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 // Covers: failure 63.
 async fn informational_and_unusual_responses_yield_the_final_one() {
     for (answer, body) in [

@@ -2,9 +2,11 @@
 
 use jiff::SignedDuration;
 use serde_json::{Value, json as object};
+use world::{Fault, Listener, Rule};
 
 use crate::commands::{CONFIG, DONE, FAILED, HELD, beside, opened, run, sealed, stopped};
-use crate::harness::Harness;
+use crate::harness::{Harness, eventually};
+use crate::raw_http::Wire;
 
 /// Output of `show` for an existing user.
 fn shown(text: &str) -> Value {
@@ -236,4 +238,25 @@ async fn a_refresh_token_of_a_wrong_shape_is_not_sent_to_amazon_by_an_import() {
     let ran = run(&harness, &["users", "import", "--user", "shop"], &format!("\"{token}\"\n")).await;
     assert_eq!(ran.code, DONE, "{}", ran.err);
     assert!(ran.err.contains("warning: what was read stands in quotes"), "{}", ran.err);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_operator_who_hangs_up_while_a_token_is_verified_does_not_lose_it() {
+    let harness = Harness::start().await;
+    let token = harness.sandbox.grant().refresh_token;
+    let gate = harness.sandbox.set_fault(Rule::from(Fault::Gate).at(Listener::Lwa));
+    let mut wire = Wire::dial(harness.admin_address()).await;
+    let line = "POST /users/import?user_id=anna HTTP/1.1\r\nHost: localhost\r\n";
+    wire.send(format!("{line}Content-Length: {}\r\n\r\n{token}", token.len())).await;
+    gate.reached(1).await;
+    drop(wire);
+    // This request's own connection counts.
+    eventually("the hang-up is noticed", async || {
+        (harness.metric("adsidecar_connections{door=\"admin\"}").await <= 1.0).then_some(())
+    })
+    .await;
+    gate.release();
+    // Login with Amazon may have given out another token in exchange.
+    eventually("the grant", async || (harness.status_of("anna").await["state"] == "fresh").then_some(())).await;
+    assert_eq!(harness.sandbox.refreshes(), 1);
 }

@@ -13,7 +13,7 @@ use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
 use serde_json::Value;
 
 use crate::commands::{bare_with, run};
-use crate::harness::Harness;
+use crate::harness::{Harness, eventually};
 use crate::raw_http::Reply;
 
 /// `count` values of `strategy`.
@@ -474,10 +474,11 @@ async fn no_credential_of_a_wrong_shape_is_sent_to_login_with_amazon() {
         let config = config::load(&sources).unwrap_or_else(|problems| panic!("{shape:?}: {problems}"));
         assert!(!config.warnings.is_empty() || shape.starts_with(' '), "{shape:?}");
         let app = App::build(config, harness.clock.clone(), None).await.unwrap();
-        app.run(std::future::ready(())).await.unwrap();
+        // A shutdown begins no refresh, so that it has to wait for the first one.
+        let calls = || harness.sandbox.calls(world::Listener::Lwa);
+        app.run(eventually("a refresh", async || (!calls().is_empty()).then_some(()))).await.unwrap();
     }
     let sent = harness.sandbox.calls(world::Listener::Lwa);
-    assert!(!sent.is_empty());
     let clean = url::form_urlencoded::byte_serialize(token.as_bytes()).collect::<String>();
     assert!(sent.iter().all(|call| call.text().contains(&format!("refresh_token={clean}"))), "{sent:?}");
 }

@@ -6,6 +6,7 @@ use std::time::Duration;
 use tokio::time::timeout;
 
 use super::refresh_task::RefreshReason;
+use super::user_state::{UserState, Writing};
 use super::{Status, TokenError, TokenManager, WAIT_FOR_RETRY, WAIT_WITHOUT_TOKEN};
 use crate::domain::account::UserId;
 use crate::domain::grant::{Grant, GrantState, LiveGrant, Remedy};
@@ -32,55 +33,63 @@ impl TokenManager {
         self.uninterrupted(async move { Box::pin(manager.adopt_now(&user, grant)).await }).await
     }
 
-    async fn adopt_now(&self, user: &UserId, mut grant: Grant) -> Status {
+    async fn adopt_now(&self, user: &UserId, grant: Grant) -> Status {
         let entry = self.entry_or_new(user);
         let write = entry.write().await;
-        grant.generation = write.next_generation();
-        grant.used_at = Some(self.0.clock.now());
-        self.store(&entry, &write, &mut grant, None).await;
-        let now = self.0.clock.reading();
-        entry.mark_used(now);
-        // What became of the grant before it does not matter any more.
-        self.0.interrupted.end(user);
-        self.publish(&entry, &write, GrantState::Fresh(Arc::new(LiveGrant::loaded(grant, now))));
-        entry.wake();
+        self.replace(&entry, &write, grant).await;
         tracing::info!(%user, "new grant in use");
         self.status_of(&entry)
     }
 
+    /// Stores `grant`, whatever the user has, and uses it.
+    async fn replace(&self, entry: &Arc<UserState>, write: &Writing<'_>, mut grant: Grant) {
+        grant.generation = write.next_generation();
+        grant.used_at = Some(self.0.clock.now());
+        self.store(entry, write, &mut grant, None).await;
+        self.use_now(entry, write, grant);
+    }
+
+    fn use_now(&self, entry: &Arc<UserState>, write: &Writing<'_>, grant: Grant) {
+        let now = self.0.clock.reading();
+        entry.mark_used(now);
+        // What became of the grant before it does not matter any more.
+        self.0.interrupted.end(&entry.user);
+        self.publish(entry, write, GrantState::Fresh(Arc::new(LiveGrant::loaded(grant, now))));
+        entry.wake();
+    }
+
     /// Replaces the grant of `user` that has the generation `seen`, `None` if the user has none, with `grant`, which no
-    /// person has just consented to. If there is another one now, that one is kept.
+    /// person has just consented to. If there is another one now, that one is kept, and `false` returned.
     pub(super) async fn adopt_instead(
         &self,
         user: &UserId,
         mut grant: Grant,
         seen: Option<u64>,
-    ) -> Result<(), StoreError> {
-        let Some(shared) = self.0.store.shared() else {
-            self.adopt_now(user, grant).await;
-            return Ok(());
-        };
+    ) -> Result<bool, StoreError> {
         let entry = self.entry_or_new(user);
         let write = entry.write().await;
         self.catch_up(&entry, &write).await?;
-        let (stored, current) = (entry.stored(), entry.held().grant().map(|grant| grant.generation));
-        grant.used_at = Some(self.0.clock.now());
-        let put = match current == seen {
-            true => self.timed("put", shared.put_new(user, &grant, stored)).await?,
-            false => None,
-        };
-        let Some(version) = put else {
-            tracing::info!(%user, "amazon.refresh_token is not adopted: another login came first");
-            return self.catch_up(&entry, &write).await.map(drop);
-        };
-        grant.generation = version.generation;
-        write.note_stored(version);
-        let now = self.0.clock.reading();
-        entry.mark_used(now);
-        self.publish(&entry, &write, GrantState::Fresh(Arc::new(LiveGrant::loaded(grant, now))));
-        entry.wake();
+        let is_seen = entry.held().grant().map(|grant| grant.generation) == seen;
+        match (is_seen, self.0.store.shared()) {
+            (true, None) => self.replace(&entry, &write, grant).await,
+            (true, Some(shared)) => {
+                grant.used_at = Some(self.0.clock.now());
+                let Some(version) = self.timed("put", shared.put_new(user, &grant, entry.stored())).await? else {
+                    return self.not_adopted(&entry, &write).await;
+                };
+                grant.generation = version.generation;
+                write.note_stored(version);
+                self.use_now(&entry, &write, grant);
+            }
+            (false, _) => return self.not_adopted(&entry, &write).await,
+        }
         tracing::info!(%user, "amazon.refresh_token is in use");
-        Ok(())
+        Ok(true)
+    }
+
+    async fn not_adopted(&self, entry: &Arc<UserState>, write: &Writing<'_>) -> Result<bool, StoreError> {
+        tracing::info!(user = %entry.user, "amazon.refresh_token is not adopted: another login came first");
+        self.catch_up(entry, write).await.map(|_| false)
     }
 
     /// Whether the current grant of `user` is stored.

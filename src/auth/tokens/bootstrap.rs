@@ -66,10 +66,12 @@ impl TokenManager {
             scope: None,
             generation: 0,
         };
-        // What it replaces: nothing, or the grant that was refused. A login that was stored meanwhile is kept.
+        fail_point!("adoption_decided");
+        // What it replaces: nothing, or the grant that was refused. A login that was stored meanwhile is kept; and if
+        // that one is refused some day, the token is still there to be adopted.
         let manager = self.clone();
-        self.uninterrupted(async move { Box::pin(manager.adopt_instead(&user, grant, generation)).await }).await?;
-        self.0.store.set_note(ADOPTED, hash).await
+        let adopted = async move { Box::pin(manager.adopt_instead(&user, grant, generation)).await };
+        if self.uninterrupted(adopted).await? { self.0.store.set_note(ADOPTED, hash).await } else { Ok(()) }
     }
 }
 

@@ -20,8 +20,8 @@ use crate::store::{Claimed, Content};
 const LOOK_EVERY: Duration = Duration::from_secs(20);
 
 impl TokenManager {
-    /// Claims and makes refreshes that are due, at most `refresh.concurrency` at once. Runs until dropped, or until all
-    /// senders of changes are gone.
+    /// Claims and makes refreshes that are due, at most `refresh.concurrency` at once, until the background ends. A
+    /// shutdown does not drop it before: what it had just claimed would wait for its lease, and count as interrupted.
     pub(super) async fn claim_refreshes(&self, follower: &Follower, scheduler: Scheduler) {
         let mut changes = scheduler.into_changes();
         let (mut concurrency, mut permits) = (0, Arc::new(Semaphore::new(0)));
@@ -48,6 +48,7 @@ impl TokenManager {
                 follower.pace().wait(now.wall, follower.elapsed()).unwrap_or(LOOK_EVERY).max(self.brake_wait(now));
             let wake = timeout(until_due.min(LOOK_EVERY), follower.polled.notified());
             tokio::select! {
+                () = self.0.ending.cancelled() => return,
                 _ = wake => {}
                 change = changes.recv() => if change.is_none() { return },
             }
@@ -62,7 +63,10 @@ impl TokenManager {
         }
         if permits.available_permits() == 0 {
             // What is due by then, and whether Login with Amazon works by then, is seen by then.
-            return permits.acquire().await.is_ok();
+            return tokio::select! {
+                () = self.0.ending.cancelled() => false,
+                permit = permits.acquire() => permit.is_ok(),
+            };
         }
         let elapsed = self.0.circuit.elapsed();
         let limit = self.0.circuit.brake().claimable(now, elapsed, permits.available_permits(), concurrency);
@@ -71,6 +75,9 @@ impl TokenManager {
             return false;
         }
         follower.settle().await;
+        if self.0.ending.is_cancelled() {
+            return false;
+        }
         let claimed = self.timed("claim", follower.store.claim_due(now.wall, free.len())).await;
         let Ok(claimed) = claimed else {
             // The next poll that succeeds says when the next one is due.

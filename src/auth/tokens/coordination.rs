@@ -79,12 +79,16 @@ impl TokenManager {
         }
     }
 
-    /// Refreshes tokens before callers need them. Runs until dropped.
+    /// Refreshes tokens before callers need them, until the background ends. A shutdown waits for that: what was
+    /// claimed from other processes is refreshed, too.
     pub(super) async fn schedule(&self, scheduler: Scheduler) {
-        match &self.0.coordination {
-            Coordination::Local(_) => scheduler.run(self).await,
-            Coordination::Shared(follower) => self.claim_refreshes(follower, scheduler).await,
-        }
+        let schedule = async {
+            match &self.0.coordination {
+                Coordination::Local(_) => scheduler.run(self).await,
+                Coordination::Shared(follower) => self.claim_refreshes(follower, scheduler).await,
+            }
+        };
+        self.0.tasks.track_future(schedule).await;
     }
 
     /// At startup, reports refreshes that the end of the previous process interrupted.

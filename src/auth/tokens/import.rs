@@ -9,25 +9,36 @@ use crate::domain::account::UserId;
 use crate::domain::grant::{Grant, GrantState, LiveGrant};
 use crate::store::StoreError;
 
+/// Why a grant was not imported.
+#[derive(Debug)]
+pub enum ImportError {
+    /// Login with Amazon refuses it, or cannot be reached.
+    Refused(LwaError),
+    /// The store failed.
+    Store(StoreError),
+}
+
 impl TokenManager {
-    /// Returns `grant` after a refresh at Login with Amazon, which proves that it works.
+    /// Stores `grant` for `user` and uses it from then on. With `verify`, a refresh at Login with Amazon proves first
+    /// that it works. Returns `false`, and changes nothing, if `user` has a grant already and `replace` is not set; a
+    /// record that cannot be read counts as one.
     ///
     /// # Errors
-    /// [`LwaError`] if Login with Amazon refuses it or cannot be reached.
-    pub async fn verify(&self, grant: &Grant) -> Result<Grant, LwaError> {
+    /// [`ImportError`]. Then nothing changes: unlike the grant of a login, this one exists elsewhere.
+    pub async fn import(&self, user: &UserId, grant: Grant, replace: bool, verify: bool) -> Result<bool, ImportError> {
+        let (manager, user) = (self.clone(), user.clone());
+        // Login with Amazon may rotate the refresh token that it is shown: an operator who hangs up must not lose it.
+        let import = async move {
+            let grant = if verify { manager.verified(&grant).await.map_err(ImportError::Refused)? } else { grant };
+            Box::pin(manager.import_now(&user, grant, replace)).await.map_err(ImportError::Store)
+        };
+        self.uninterrupted(import).await
+    }
+
+    async fn verified(&self, grant: &Grant) -> Result<Grant, LwaError> {
         let sent_at = self.0.clock.now();
         let tokens = self.0.lwa.load_full().refresh(&grant.refresh_token).await?;
         Ok(grant.refreshed(tokens, sent_at))
-    }
-
-    /// Stores `grant` for `user` and uses it from then on. Returns `false`, and changes nothing, if `user` has a grant
-    /// already and `replace` is not set; a record that cannot be read counts as one.
-    ///
-    /// # Errors
-    /// [`StoreError`] if the store fails. Then nothing changes: unlike the grant of a login, this one exists elsewhere.
-    pub async fn import(&self, user: &UserId, grant: Grant, replace: bool) -> Result<bool, StoreError> {
-        let (manager, user) = (self.clone(), user.clone());
-        self.uninterrupted(async move { Box::pin(manager.import_now(&user, grant, replace)).await }).await
     }
 
     async fn import_now(&self, user: &UserId, mut grant: Grant, replace: bool) -> Result<bool, StoreError> {
@@ -41,6 +52,8 @@ impl TokenManager {
         grant.generation = version.generation;
         write.note_stored(version);
         entry.set_unsaved(false);
+        // What became of the grant before it does not matter any more.
+        self.0.interrupted.end(user);
         let now = self.0.clock.reading();
         entry.mark_used_at(now.uptime_at(grant.used_at.unwrap_or(grant.updated_at)));
         self.publish(&entry, &write, GrantState::Fresh(Arc::new(LiveGrant::loaded(grant, now))));

@@ -47,6 +47,7 @@ use http::HeaderValue;
 use jiff::SignedDuration;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, timeout, timeout_at};
+use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::auth::lwa::Lwa;
@@ -59,6 +60,7 @@ use crate::telemetry::metrics::Metrics;
 use bootstrap::ADOPTED;
 use client_circuit::ClientCircuit;
 use coordination::Coordination;
+pub use import::ImportError;
 use refresh_journal::Interrupted;
 use refresh_task::RefreshReason;
 use scheduler::Scheduler;
@@ -124,6 +126,8 @@ struct Inner {
     scheduler: mpsc::UnboundedSender<Arc<UserState>>,
     /// Refresh tasks and other work that a shutdown waits for.
     tasks: TaskTracker,
+    /// Cancelled when no further background refresh may begin.
+    ending: CancellationToken,
     /// Number of grants that are newer in memory than in the store.
     unsaved: AtomicUsize,
     circuit: ClientCircuit,
@@ -191,6 +195,7 @@ impl TokenManager {
             metrics,
             scheduler,
             tasks: TaskTracker::new(),
+            ending: CancellationToken::new(),
             unsaved: AtomicUsize::new(0),
             circuit: ClientCircuit::new(),
             interrupted: Interrupted::default(),
@@ -357,8 +362,15 @@ impl TokenManager {
         }
     }
 
-    /// Waits for in-flight token calls and writes, so that no response from LWA is lost.
+    /// Begins no further background refresh, because the process shuts down: a response from LWA that comes after the
+    /// store was closed would be lost. Callers still get refreshes.
+    pub fn end_background(&self) {
+        self.0.ending.cancel();
+    }
+
+    /// Ends the background, and waits for in-flight token calls and writes, so that no response from LWA is lost.
     pub async fn settle(&self) {
+        self.end_background();
         self.0.tasks.close();
         self.0.tasks.wait().await;
         self.settle_journal().await;

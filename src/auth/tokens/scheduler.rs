@@ -41,7 +41,7 @@ impl Scheduler {
         self.changes
     }
 
-    /// Runs due refreshes, at most `refresh.concurrency` at once, until all senders of changes are gone.
+    /// Runs due refreshes, at most `refresh.concurrency` at once, until the background ends.
     pub(super) async fn run(mut self, manager: &TokenManager) {
         let mut concurrency = 0;
         let mut permits = Arc::new(Semaphore::new(concurrency));
@@ -65,6 +65,7 @@ impl Scheduler {
             let next = next_sweep.min(now.uptime + LOOK_EVERY);
             let wake = self.plans.peek().map_or(next, |Reverse(plan)| plan.due.min(next));
             tokio::select! {
+                () = manager.0.ending.cancelled() => return,
                 changed = self.changes.recv() => match changed {
                     Some(entry) => self.plan(manager, entry, clock.reading()),
                     None => return,
@@ -72,8 +73,13 @@ impl Scheduler {
                 () = moves.next() => {}
                 () = clock.sleep_until(wake) => {
                     let Some(entry) = self.pop(clock.uptime()) else { continue };
+                    let permit = tokio::select! {
+                        biased;
+                        () = manager.0.ending.cancelled() => return,
+                        permit = permits.clone().acquire_owned() => permit,
+                    };
                     // The semaphore is never closed.
-                    let Ok(permit) = permits.clone().acquire_owned().await else { return };
+                    let Ok(permit) = permit else { return };
                     let manager = manager.clone();
                     manager.0.tasks.clone().spawn(async move {
                         manager.refresh_and_wait(&entry, RefreshReason::Due).await;

@@ -72,7 +72,8 @@ impl TokenManager {
         statuses
     }
 
-    /// The status of at most `limit` users with a grant, those whose last refresh failed among them.
+    /// The status of the users with a grant: of all that this process holds if no other shares the store, else of at
+    /// most `limit`, those whose last refresh failed among them.
     pub async fn most_urgent(&self, limit: usize) -> Vec<Status> {
         let Some(shared) = self.0.store.shared() else { return self.held_statuses() };
         let read = async |failing| self.stored_statuses(shared, "", limit, failing, URGENT_PAGES).await;

@@ -86,11 +86,13 @@ pub(super) fn secrets(sources: &Sources, config: &Config, findings: &mut Vec<Fin
 /// Whether a file of the configuration holds a secret: the TOML file only if it sets one.
 fn holds_secrets(file: &Path) -> bool {
     let Ok(text) = fs::read_to_string(file) else { return true };
-    let names = ["client_secret", "fernet_keys", "caller_token", "refresh_token", "postgres_url"];
     let is_toml = file.extension().is_some_and(|kind| kind == "toml");
+    let last = |key: &str| key.rsplit('.').next().unwrap_or_default().trim().to_owned();
+    let names: Vec<_> = config::keys::KEYS.iter().filter(|row| row.is_secret()).map(|row| last(row.name)).collect();
     let sets = |line: &str| {
-        let key = line.split('=').next().unwrap_or_default().trim();
-        line.contains('=') && names.contains(&key)
+        let Some((key, value)) = line.split_once('=') else { return false };
+        // The URL of a proxy is one only if it holds a password.
+        names.contains(&last(key)) && (last(key) != "proxy" || value.contains('@'))
     };
     !is_toml || text.lines().any(sets)
 }

@@ -1,6 +1,6 @@
 //! The checks that use what is configured: a token call, a refresh of each grant, the profiles of three regions.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::time::Duration;
 
 use http::{Method, StatusCode};
@@ -113,7 +113,8 @@ pub(super) async fn by_use(config: &Config, sidecar: &Sidecar, findings: &mut Ve
         findings.push(Finding::ok(Group::Regions, "regions", format!("{region} answers with a token")));
     }
     consents(&statuses, findings);
-    accounts(config, &reached, findings);
+    let known = statuses.iter().filter_map(|status| status["user_id"].as_str()).collect();
+    accounts(config, &known, &reached, findings);
     users.iter().map(UserId::to_string).collect()
 }
 
@@ -202,12 +203,22 @@ fn consents(statuses: &[Value], findings: &mut Vec<Finding>) {
     }
 }
 
-/// The accounts of the configuration, against the profiles of their users.
-fn accounts(config: &Config, reached: &HashMap<UserId, Option<Profiles>>, findings: &mut Vec<Finding>) {
-    let before = findings.len();
+/// The accounts of the configuration, against the profiles of their users: all `known` ones have a grant, and some were
+/// `reached`.
+fn accounts(
+    config: &Config,
+    known: &HashSet<&str>,
+    reached: &HashMap<UserId, Option<Profiles>>,
+    findings: &mut Vec<Finding>,
+) {
+    let (before, mut untried) = (findings.len(), 0);
     for account in &config.proxy.accounts {
         let name = &account.name;
         let Some(profiles) = reached.get(&account.user) else {
+            if known.contains(account.user.as_str()) {
+                untried += 1;
+                continue;
+            }
             let cause = format!("account {name}: its user {} is not logged in", account.user);
             findings.push(Finding::wrong("account_user", cause, format!("adsidecar login --user {}", account.user)));
             continue;
@@ -252,6 +263,9 @@ fn accounts(config: &Config, reached: &HashMap<UserId, Option<Profiles>>, findin
     if findings.len() == before && !findings.iter().any(|finding| finding.group == Group::Accounts) {
         let told = match config.proxy.accounts.len() {
             0 => "none is configured".to_owned(),
+            count if untried > 0 => {
+                format!("{count} configured, {untried} of them not compared: only {MAX_USERS} users were tried")
+            }
             count => format!("{count} configured, their profiles are there"),
         };
         findings.push(Finding::ok(Group::Accounts, "accounts", told));

@@ -14,8 +14,9 @@ use serde::Serialize;
 use tokio::sync::mpsc;
 
 use super::records::entries;
-use super::{Admin, AdminResponse, bytes};
+use super::{Admin, AdminResponse, BODY_TIMEOUT, bytes};
 use crate::auth::lwa::LwaError;
+use crate::auth::tokens::ImportError;
 use crate::domain::account::UserId;
 use crate::domain::grant::{Grant, State};
 use crate::domain::secret::Secret;
@@ -26,8 +27,6 @@ use crate::store::{StoreError, TokenStore};
 
 /// Largest body with a refresh token in clear text.
 const MAX_TOKEN: usize = 8 << 10;
-/// How long such a body may take: it arrives with its head.
-const TOKEN_TIMEOUT: Duration = Duration::from_secs(10);
 /// Pages of a dump that wait for the caller to read them.
 const PAGES: usize = 1;
 /// Most problems, and most repairs, that an import lists. It counts all.
@@ -116,7 +115,7 @@ impl Admin {
         if parameters.flag("dry_run")? {
             return Err(bad("A single token has no dry run.".into(), "Leave dry_run out.".into()));
         }
-        let body = tokio::time::timeout(TOKEN_TIMEOUT, Limited::new(body, MAX_TOKEN).collect()).await;
+        let body = tokio::time::timeout(BODY_TIMEOUT, Limited::new(body, MAX_TOKEN).collect()).await;
         let body = body.ok().and_then(Result::ok).map(|body| Secret::new(String::from_utf8_lossy(&body.to_bytes())));
         let late = || bad("The body did not arrive, or is longer than 8 KiB.".into(), "Send one refresh token.".into());
         let (grant, repairs) = read_token(body.ok_or_else(late)?.expose(), self.clock.now())
@@ -128,8 +127,11 @@ impl Admin {
         if !replace && self.has_grant(&user) {
             return Err(has_grant());
         }
-        let grant = if verify { self.tokens.verify(&grant).await.map_err(not_verified)? } else { grant };
-        if !self.tokens.import(&user, grant, replace).await.map_err(store_failed)? {
+        let imported = self.tokens.import(&user, grant, replace, verify).await.map_err(|error| match error {
+            ImportError::Refused(error) => not_verified(error),
+            ImportError::Store(error) => store_failed(error),
+        });
+        if !imported? {
             return Err(has_grant());
         }
         self.directory.warm([&user]);
@@ -218,18 +220,15 @@ impl Admin {
         if !replace && self.has_grant(user) {
             return Ok(Err(has_grant()));
         }
-        let grant = match verify {
-            false => grant,
-            true => match self.tokens.verify(&grant).await {
-                Ok(grant) => grant,
-                Err(error) => return Ok(Err(format!("{user}: {error}; offline=true keeps it unverified"))),
-            },
-        };
-        let taken = self.tokens.import(user, grant, replace).await.map_err(store_failed)?;
-        if taken {
-            self.directory.warm([user]);
+        match self.tokens.import(user, grant, replace, verify).await {
+            Ok(true) => {
+                self.directory.warm([user]);
+                Ok(Ok(()))
+            }
+            Ok(false) => Ok(Err(has_grant())),
+            Err(ImportError::Refused(error)) => Ok(Err(format!("{user}: {error}; offline=true keeps it unverified"))),
+            Err(ImportError::Store(error)) => Err(store_failed(error)),
         }
-        Ok(if taken { Ok(()) } else { Err(has_grant()) })
     }
 
     /// Whether this process knows that `user` has a grant. Then a token that would not replace it is not verified:

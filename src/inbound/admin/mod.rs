@@ -49,6 +49,8 @@ pub struct Settings {
 
 /// Largest body of `PUT /log`, in bytes; a log level is one word.
 const MAX_BODY: usize = 64;
+/// How long a small body may take: it arrives with its head.
+const BODY_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The stages of the process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -193,14 +195,7 @@ impl Admin {
         if let Some(view) = page {
             return Box::pin(self.serve_page(view, parts, body)).await;
         }
-        let is_draining = *self.stage.borrow() == Stage::Draining;
         match (path, method) {
-            ("/reload" | "/rotate", &Method::POST) if is_draining => Err(Problem::new(
-                Code::Draining,
-                "adsidecar is about to stop, and reads its configuration no more.",
-                "The next process reads it when it starts.",
-            )
-            .retry_after(Duration::from_secs(1))),
             ("/livez", &Method::GET) => Ok(say(StatusCode::OK, "alive\n")),
             ("/readyz", &Method::GET) => Ok(self.ready()),
             ("/startupz", &Method::GET) => Ok(self.started()),
@@ -210,10 +205,7 @@ impl Admin {
                 Ok(say(StatusCode::OK, "draining\n"))
             }
             ("/reload", &Method::POST) => {
-                let refused = |problems| {
-                    Problem::new(Code::BadRequest, problems, "Correct the configuration, then reload again.")
-                };
-                self.reloader.reload().await.map_err(refused)?;
+                self.reload().await?;
                 Ok(say(StatusCode::OK, "reloaded\n"))
             }
             ("/log", &Method::GET) => {
@@ -294,11 +286,35 @@ impl Admin {
         Ok(response)
     }
 
+    /// Reads the configuration again and takes it into use.
+    async fn reload(&self) -> Result<(), Problem> {
+        self.serving()?;
+        self.reloader.reload().await.map_err(|problems| {
+            // The shutdown may have come first.
+            self.serving().err().unwrap_or_else(|| {
+                Problem::new(Code::BadRequest, problems, "Correct the configuration, then reload again.")
+            })
+        })
+    }
+
+    /// Refuses what nobody does any more once a shutdown has begun.
+    fn serving(&self) -> Result<(), Problem> {
+        if *self.stage.borrow() != Stage::Draining {
+            return Ok(());
+        }
+        let (detail, next_step) = (
+            "adsidecar is about to stop, and reads its configuration no more.",
+            "The next process reads it when it starts.",
+        );
+        Err(Problem::new(Code::Draining, detail, next_step).retry_after(Duration::from_secs(1)))
+    }
+
     async fn set_level(&self, body: CallerBody) -> Result<AdminResponse, Problem> {
         let bad = || {
             Problem::new(Code::BadRequest, "The body is not a log level.", "Send error, warn, info, debug or trace.")
         };
-        let text = Limited::new(body, MAX_BODY).collect().await.map_err(|_| bad())?.to_bytes();
+        let text = tokio::time::timeout(BODY_TIMEOUT, Limited::new(body, MAX_BODY).collect()).await;
+        let text = text.ok().and_then(Result::ok).ok_or_else(bad)?.to_bytes();
         let level = std::str::from_utf8(&text).ok().and_then(|text| text.trim().parse().ok()).ok_or_else(bad)?;
         if let Some(log) = &self.log {
             log.set_level(level);
@@ -309,6 +325,7 @@ impl Admin {
 
     /// Starts a rotation for `adsidecar key rotate`, whose first key must be the first one of this process.
     async fn rotate(&self, query: &str) -> Result<AdminResponse, Problem> {
+        self.serving()?;
         let Some(key) = query.strip_prefix("key=") else {
             return Err(Problem::new(
                 Code::BadRequest,
@@ -317,7 +334,8 @@ impl Admin {
             ));
         };
         let refused = |problem| {
-            Problem::new(Code::BadRequest, problem, "Correct that, then rotate again: the rotation continues.")
+            let next_step = "Correct that, then rotate again: the rotation continues.";
+            self.serving().err().unwrap_or_else(|| Problem::new(Code::BadRequest, problem, next_step))
         };
         self.reloader.rotate(key.to_owned()).await.map_err(refused)?;
         Ok(self.rotation().await)

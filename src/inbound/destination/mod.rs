@@ -248,14 +248,37 @@ fn is_below(path: &str, root: &str) -> bool {
     path.strip_prefix(root).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
 }
 
-/// Whether [`fold`] could turn `path` into one of ours. Every request pays for this check, and few for the folding.
+/// The paths, apart from spellings that only [`fold`] reads, that begin like one of ours.
+const STARTS: [&str; 4] = [LOGIN_ROOT, TOKEN_ROOT, ICON, "/A/"];
+
+/// The letters with which these paths go on behind their slash, a bit for each.
+const SECOND_LETTERS: u32 = second_letters(&STARTS) | second_letters(&NOBODYS);
+
+const fn second_letters(paths: &[&str]) -> u32 {
+    let (mut letters, mut path) = (0, 0);
+    while path < paths.len() {
+        letters |= letter(paths[path].as_bytes()[1]);
+        path += 1;
+    }
+    letters
+}
+
+/// The bit of a letter in either case; none for any other character.
+const fn letter(byte: u8) -> u32 {
+    if byte.is_ascii_alphabetic() { 1 << (byte.to_ascii_lowercase() - b'a') } else { 0 }
+}
+
+/// Whether [`fold`] could turn `path` into one of ours. Every request pays for this check, and few for the folding: so
+/// it looks at each byte once, and compares with our paths only what begins like one.
 fn may_read_like_ours(path: &str) -> bool {
-    let starts = [LOGIN_ROOT, TOKEN_ROOT, ICON, "/A/"].into_iter().chain(NOBODYS);
-    let ours = |start: &str| path.get(..start.len()).is_some_and(|head| head.eq_ignore_ascii_case(start));
-    path.bytes().any(|byte| matches!(byte, b'%' | b'\\' | b';'))
-        || path.contains("//")
-        || path.contains("/.")
-        || starts.into_iter().any(ours)
+    let ours = |start: &&str| path.get(..start.len()).is_some_and(|head| head.eq_ignore_ascii_case(start));
+    let mut before = 0;
+    let is_unusual = |byte: u8| {
+        let follows_slash = std::mem::replace(&mut before, byte) == b'/';
+        matches!(byte, b'%' | b'\\' | b';') || follows_slash && matches!(byte, b'/' | b'.')
+    };
+    let may_begin = path.as_bytes().get(1).is_some_and(|second| SECOND_LETTERS & letter(*second) != 0);
+    path.bytes().any(is_unusual) || may_begin && STARTS.iter().chain(&NOBODYS).any(ours)
 }
 
 /// `path` as a lenient server reads it: percent-decoded, in lower case, with backslashes as slashes, and without empty
@@ -384,9 +407,7 @@ fn host_of(authority: &str, is_ours: impl Fn(&str) -> bool) -> Result<Destinatio
 pub fn amazon_host(host: &str) -> Option<Destination> {
     let served = AmazonHost::ALL.into_iter().find(|served| host.eq_ignore_ascii_case(served.name()));
     served.map(Destination::Amazon).or_else(|| {
-        let is_token_host = |region: &Region| {
-            region.token_url().split('/').nth(2).is_some_and(|token_host| host.eq_ignore_ascii_case(token_host))
-        };
+        let is_token_host = |region: &Region| host.eq_ignore_ascii_case(region.token_host());
         Region::ALL.iter().any(is_token_host).then_some(Destination::Lwa)
     })
 }

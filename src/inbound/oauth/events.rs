@@ -94,9 +94,11 @@ impl Reader {
     async fn next(&mut self) -> Option<Bytes> {
         loop {
             let event = tokio::select! {
+                // What happened before the end is told before it.
+                biased;
+                event = self.events.recv() => event,
                 () = self.ended.cancelled() => return None,
                 _ = self.pulse.tick() => return Some(Bytes::from_static(b": \n\n")),
-                event = self.events.recv() => event,
             };
             match event {
                 Ok(event) if self.user.as_ref().is_some_and(|user| event.user().is_some_and(|of| of != user)) => {}
@@ -123,5 +125,30 @@ impl Body for EventStream {
 
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
         self.0.as_mut().poll_next(cx).map(|next| next.map(|bytes| Ok(Frame::data(bytes))))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use jiff::Timestamp;
+
+    use super::*;
+    use crate::domain::event::Happened;
+    use crate::notify::Events;
+
+    #[tokio::test]
+    async fn what_happened_before_the_end_of_the_stream_is_told_before_it() {
+        // Both are there at the same moment, so that the order of the two is what is tested.
+        for _ in 0..20 {
+            let all = Events::default();
+            let (events, ended) = all.subscribe();
+            let pulse = tokio::time::interval(KEEP_ALIVE);
+            let mut reader = Reader { events, ended, pulse, user: None };
+            all.send(Event { at: Timestamp::UNIX_EPOCH, happened: Happened::Test, login_url: None });
+            all.end();
+            let told = reader.next().await.expect("the event");
+            assert!(told.starts_with(b"event: "), "{told:?}");
+            assert!(reader.next().await.is_none());
+        }
     }
 }

@@ -42,7 +42,8 @@ pub use errors::{LoginError, token_problem};
 pub use events::EventStream;
 use pages::{Links, WayOn};
 use query::{Query, Users};
-use responses::{allow_origin, cookie_of, is_prefetch, json, nothing, prefers_html, preflight, redirect};
+pub(in crate::inbound) use responses::prefers_html;
+use responses::{allow_origin, cookie_of, is_prefetch, json, nothing, preflight, redirect};
 
 type FullResponse = Response<Full<Bytes>>;
 

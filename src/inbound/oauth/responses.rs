@@ -14,7 +14,7 @@ use super::FullResponse;
 
 /// Whether the caller prefers HTML to JSON (`Accept`, RFC 9110, section 12.5.1). Of two that it likes equally well, it
 /// gets the one that it names first, and JSON if it names neither.
-pub(super) fn prefers_html(headers: &HeaderMap) -> bool {
+pub(in crate::inbound) fn prefers_html(headers: &HeaderMap) -> bool {
     let lines: Vec<_> = headers.get_all(ACCEPT).iter().filter_map(|line| line.to_str().ok()).collect();
     let ranges: Vec<_> = lines.iter().flat_map(|line| line.split(',')).map(media_range).collect();
     // How much it likes a type, and where it says so: the most specific range decides, not the first.

@@ -318,10 +318,14 @@ impl Proxy {
         let request = UpstreamRequest { route, parts, target, bearer: &bearer };
         let sent = body.progress();
         let mut response = self.send(request, body, &sent, &mut pass, telemetry).await?;
+        let mut later = None;
         if pass.may_go_again() {
             // Boxed: rare requests must not make the future of every request large.
-            response = Box::pin(self.wait_and_send_again(response, request, &sent, &mut pass, telemetry)).await?;
+            (response, later) =
+                Box::pin(self.wait_and_send_again(response, request, &sent, &mut pass, telemetry)).await?;
         }
+        // The token that Amazon has answered to is the one that it may quote, or reject.
+        let request = UpstreamRequest { bearer: later.as_ref().unwrap_or(&bearer), ..request };
         if check_clock {
             self.tokens.observe_amazons_clock(response.headers());
         }
@@ -330,7 +334,7 @@ impl Proxy {
             StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => {
                 Box::pin(self.handle_rejection(response, request, &sent, &mut pass, telemetry)).await?
             }
-            status if status.is_client_error() => Box::pin(pass_on_refusal(response, &bearer)).await,
+            status if status.is_client_error() => Box::pin(pass_on_refusal(response, request.bearer)).await,
             _ => response.map(|body| Body::amazon(body).heard_by(listener)),
         };
         if route.family.service == Service::Mcp {
@@ -402,7 +406,8 @@ impl Proxy {
     }
 
     /// After Amazon refused the request because there were too many: waits for another turn and sends it again, as long
-    /// as [`Retry`] says so. Returns Amazon's refusal if there is no turn in time.
+    /// as [`Retry`] says so. Returns Amazon's refusal if there is no turn in time; and the token that was sent last, if
+    /// the request was sent again.
     async fn wait_and_send_again<'a>(
         &'a self,
         mut response: Response<UpstreamBody>,
@@ -410,7 +415,8 @@ impl Proxy {
         sent: &Option<Arc<ReplayBuffer>>,
         pass: &mut Pass<'a>,
         telemetry: &mut RequestTelemetry<'_>,
-    ) -> Result<Response<UpstreamBody>, ProxyError> {
+    ) -> Result<(Response<UpstreamBody>, Option<HeaderValue>), ProxyError> {
+        let mut later = None;
         while pass.may_go_again()
             && let Some((Retry::Throttled, body)) = Retry::after_refusal(sent)
             && let Some(entry) = pass.again(sent.as_ref().map_or(0, |sent| sent.held()))
@@ -423,10 +429,10 @@ impl Proxy {
                 Entry::Refuse(throttled) => return Err(ProxyError::Throttled(throttled)),
             };
             // The access token may have expired meanwhile.
-            let bearer = self.access_token(&request.route.user).await?.value;
-            response = self.send(UpstreamRequest { bearer: &bearer, ..request }, body, sent, pass, telemetry).await?;
+            let bearer = &*later.insert(self.access_token(&request.route.user).await?.value);
+            response = self.send(UpstreamRequest { bearer, ..request }, body, sent, pass, telemetry).await?;
         }
-        Ok(response)
+        Ok((response, later))
     }
 
     async fn access_token(&self, user: &UserId) -> Result<Bearer, ProxyError> {

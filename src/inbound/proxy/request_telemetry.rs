@@ -15,13 +15,10 @@ use crate::inbound::request_id::REQUEST_ID;
 use crate::inbound::route::RoutedRequest;
 use crate::telemetry::audit::{AuditEvent, AuditOutcome, Fault, milliseconds};
 use crate::telemetry::log::AUDIT_TARGET;
-use crate::telemetry::metrics::{Metrics, RecentCall};
+use crate::telemetry::metrics::{Metrics, RecentCall, Source};
 
 /// The status counted for a caller that disconnected before the response began, as nginx does.
 const CLIENT_CLOSED: u16 = 499;
-
-/// The source of a response, as the metrics and the log name it.
-const AMAZON: &str = "amazon";
 
 /// Amazon's request id, which its support asks for; the name depends on the service that responds.
 const AMAZON_ID: [HeaderName; 3] = [
@@ -39,7 +36,7 @@ pub(super) struct RequestTelemetry<'a> {
     account: String,
     region: &'static str,
     family: &'static str,
-    source: &'static str,
+    source: Source,
     hint: Option<&'static str>,
     request_id: HeaderValue,
     amazon_id: Option<HeaderValue>,
@@ -70,7 +67,7 @@ impl<'a> RequestTelemetry<'a> {
             account: String::new(),
             region: "",
             family: "",
-            source: "sidecar",
+            source: Source::Sidecar,
             hint: None,
             request_id,
             amazon_id: None,
@@ -116,13 +113,13 @@ impl<'a> RequestTelemetry<'a> {
         if let Some(audit) = &mut self.audit {
             audit.upstream_time = Some(audit.upstream_time.unwrap_or_default() + time);
         }
-        self.metrics.upstream_duration.with_label_values(&[region.as_str()]).observe(time.as_secs_f64());
+        self.metrics.upstream_duration[region as usize].observe(time.as_secs_f64());
     }
 
     /// Records a response from Amazon, including one that the caller never sees.
     pub(super) fn record_upstream_response(&mut self, region: Region, status: StatusCode, headers: &HeaderMap) {
         if status == StatusCode::TOO_MANY_REQUESTS {
-            self.metrics.throttled.with_label_values(&[region.as_str(), AMAZON]).inc();
+            self.metrics.throttled.with_label_values(&[region.as_str(), Source::Amazon.as_str()]).inc();
         }
         if is_failure(status.as_u16()) || self.audit.is_some() || tracing::enabled!(tracing::Level::DEBUG) {
             self.amazon_id = AMAZON_ID.iter().find_map(|name| headers.get(name)).cloned();
@@ -151,7 +148,7 @@ impl<'a> RequestTelemetry<'a> {
 
     /// Records that the caller gets Amazon's response.
     pub(super) fn set_response_from_amazon(&mut self) {
-        self.source = AMAZON;
+        self.source = Source::Amazon;
     }
 
     /// Records that the caller gets adsidecar's own error `problem`.
@@ -179,16 +176,17 @@ impl<'a> RequestTelemetry<'a> {
         let took = self.begun.elapsed();
         let fault = self.fault_of(status);
         let mut text = [0u8; 3];
-        let labels = [self.account.as_str(), self.region, self.method, digits(status, &mut text), self.source];
+        let source = self.source.as_str();
+        let labels = [self.account.as_str(), self.region, self.method, digits(status, &mut text), source];
         self.metrics.requests.with_label_values(&labels).inc();
-        self.metrics.request_duration.with_label_values(&[self.source]).observe(took.as_secs_f64());
+        self.metrics.request_duration[self.source as usize].observe(took.as_secs_f64());
         if let Some(audit) = &self.audit {
             audit.write(&AuditOutcome {
                 request_id: self.request_id(),
                 amazon_request_id: self.amazon_id(),
                 method: self.method,
                 status,
-                source: self.source,
+                source,
                 fault,
                 took,
             });
@@ -204,7 +202,7 @@ impl<'a> RequestTelemetry<'a> {
                 account = self.account,
                 method = self.method,
                 status,
-                source = self.source,
+                source,
                 took_ms = milliseconds(took),
                 "request"
             );
@@ -226,9 +224,9 @@ impl<'a> RequestTelemetry<'a> {
     /// Whose fault a response with this status is; `None` if nothing failed.
     fn fault_of(&self, status: u16) -> Option<Fault> {
         match self.source {
-            AMAZON if status < 400 => None,
-            AMAZON => Fault::of_amazons_response(status),
-            _ => Some(self.fault),
+            Source::Amazon if status < 400 => None,
+            Source::Amazon => Fault::of_amazons_response(status),
+            Source::Sidecar => Some(self.fault),
         }
     }
 
@@ -241,7 +239,7 @@ impl<'a> RequestTelemetry<'a> {
             region = self.region,
             method = self.method,
             status,
-            source = self.source,
+            source = self.source.as_str(),
             error = self.error,
             hint = self.remedy.as_deref().or_else(|| amazons_failure(status)),
             took_ms = milliseconds(took),

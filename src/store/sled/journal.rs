@@ -31,10 +31,11 @@ impl Engine {
     /// See [`TokenStore::append_journal`](crate::store::TokenStore::append_journal).
     pub(in crate::store) fn append_journal(&mut self, changes: &[(UserId, Option<u64>)]) -> Result<u64, StoreError> {
         let path = self.mirror_dir().join(FILE);
-        // After a write that was cut off by a full volume, the next line must not continue its last one.
+        // A line that was cut off must not name another user: one whose name begins its own, or continues it. No user
+        // has a `?` in the name, so it is passed over.
         let mut lines = String::new();
         if self.is_journal_torn() {
-            lines.push('\n');
+            lines.push_str("?\n");
         }
         lines.push_str(&text(changes.iter().map(|(user, generation)| (user, *generation))));
         self.set_journal_torn(true);

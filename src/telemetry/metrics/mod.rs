@@ -70,8 +70,10 @@ pub struct Metrics {
     /// No metric: the latest requests, for the status page.
     pub recent_calls: RecentCalls,
     pub requests: IntCounterVec,
-    pub request_duration: HistogramVec,
-    pub upstream_duration: HistogramVec,
+    /// By [`Source`].
+    pub request_duration: [Histogram; 2],
+    /// By [`Region`].
+    pub upstream_duration: [Histogram; Region::ALL.len()],
     pub in_flight: IntGauge,
     pub connections: IntGaugeVec,
     pub replays: IntCounter,
@@ -112,6 +114,25 @@ pub struct Metrics {
     consent_ending: IntGaugeVec,
     login_required: IntGaugeVec,
     users: IntGaugeVec,
+}
+
+/// Who responded to a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// Amazon.
+    Amazon,
+    /// adsidecar itself.
+    Sidecar,
+}
+
+impl Source {
+    /// The source as the metrics' label, and in the log.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Amazon => "amazon",
+            Self::Sidecar => "sidecar",
+        }
+    }
 }
 
 /// Counts since the start, of which differences are charted.
@@ -182,18 +203,16 @@ impl Metrics {
                      Status 499: the caller closed the connection",
                 &["account", "region", "method", "status", "source"],
             )?,
-            request_duration: r.histograms(
-                "request_duration_seconds",
-                "Time to the response head",
-                &["source"],
-                DURATIONS,
-            )?,
-            upstream_duration: r.histograms(
-                "upstream_duration_seconds",
-                "Amazon's share of that time",
-                &["region"],
-                DURATIONS,
-            )?,
+            request_duration: {
+                let help = "Time to the response head";
+                let all = r.histograms("request_duration_seconds", help, &["source"], DURATIONS)?;
+                [Source::Amazon, Source::Sidecar].map(|source| all.with_label_values(&[source.as_str()]))
+            },
+            upstream_duration: {
+                let help = "Amazon's share of that time";
+                let all = r.histograms("upstream_duration_seconds", help, &["region"], DURATIONS)?;
+                Region::ALL.map(|region| all.with_label_values(&[region.as_str()]))
+            },
             in_flight: r.gauge("requests_in_flight", "Requests whose response is not complete")?,
             connections: r.gauges("connections", "Open connections, by listener: proxy, login or admin", &["door"])?,
             replays: r.counter("replays_total", "Requests repeated with a new access token")?,
@@ -409,10 +428,6 @@ impl Metrics {
             for by in ["amazon", "sidecar"] {
                 self.throttled.with_label_values(&[region.as_str(), by]);
             }
-            self.upstream_duration.with_label_values(&[region.as_str()]);
-        }
-        for source in ["amazon", "sidecar"] {
-            self.request_duration.with_label_values(&[source]);
         }
         for op in ["put", "erase"] {
             self.store_operation_duration.with_label_values(&[op]);

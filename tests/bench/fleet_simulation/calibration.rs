@@ -6,7 +6,7 @@ use std::error::Error;
 use std::fs;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use adsidecar::auth::tokens::brake::PROBE;
 use adsidecar::domain::account::UserId;
@@ -295,6 +295,7 @@ async fn measure_all(meter: &Meter, store: &Postgres, rows: usize) -> Result<Vec
 /// A start, with its connections and the first poll.
 async fn start(meter: &Meter, open: impl Fn() -> Result<TokenStore, StoreError>) -> Result<Cost, Failure> {
     const STARTS: usize = 100;
+    const ENDED_BY: Duration = Duration::from_secs(60);
     let own = meter.sql.one("SELECT pg_backend_pid()").await.ok_or("no pid")?;
     let text = fs::read_to_string(format!("/proc/{own}/stat"))?;
     let postmaster =
@@ -310,7 +311,11 @@ async fn start(meter: &Meter, open: impl Fn() -> Result<TokenStore, StoreError>)
         .await?;
     // The server takes account of a connection once it has ended.
     let others = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'adsidecar'";
+    let deadline = Instant::now() + ENDED_BY;
     while meter.sql.one(others).await.and_then(|count| count.parse::<u32>().ok()).unwrap_or_default() > 2 {
+        if Instant::now() >= deadline {
+            return Err(format!("the server still has more than two connections after {ENDED_BY:?}").into());
+        }
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
     let microseconds = (children_time(&postmaster)? - before) as f64 / 1e3 / STARTS as f64;

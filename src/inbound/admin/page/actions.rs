@@ -116,12 +116,7 @@ impl Context<'_> {
             (Action::Logout, Some(user)) => self.log_out(user).await?,
             (Action::Sync, Some(user)) => self.sync(user).await?,
             (Action::Level, _) => self.set_level(form.text("level"))?,
-            (Action::Reload, _) => {
-                let refused = |problems| {
-                    Problem::new(Code::BadRequest, problems, "Correct the configuration, then reload again.")
-                };
-                self.admin.reloader.reload().await.map_err(refused)?;
-            }
+            (Action::Reload, _) => self.admin.reload().await?,
             _ => {}
         }
         let user = user.as_ref().map_or("", UserId::as_str);

@@ -14,7 +14,7 @@ mod users;
 mod view;
 
 use bytes::Bytes;
-use http::header::{ACCEPT, CONTENT_TYPE, HOST, HeaderMap, HeaderValue};
+use http::header::{CONTENT_TYPE, HOST, HeaderMap, HeaderValue};
 use http::request::Parts;
 use http::{Response, StatusCode};
 use jiff::Timestamp;
@@ -28,6 +28,7 @@ use super::{Admin, AdminResponse, other_method};
 use crate::domain::account::UserId;
 use crate::inbound::admission::without_port;
 use crate::inbound::look::{self, Confined};
+use crate::inbound::oauth::prefers_html;
 use crate::inbound::problem::{Code, Problem};
 use crate::server::CallerBody;
 use crate::telemetry::hour::Hour;
@@ -331,11 +332,6 @@ fn distance(seconds: i64) -> String {
         s => (s / 86_400, "d"),
     };
     if seconds < 0 { format!("{size} {unit} ago") } else { format!("in {size} {unit}") }
-}
-
-/// Whether the caller prefers HTML to JSON, as browsers do.
-fn prefers_html(headers: &HeaderMap) -> bool {
-    headers.get(ACCEPT).and_then(|accept| accept.to_str().ok()).is_some_and(|accept| accept.starts_with("text/html"))
 }
 
 fn html_response(status: StatusCode, page: &Markup, confined: Confined) -> AdminResponse {
