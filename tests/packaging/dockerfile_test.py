@@ -181,8 +181,7 @@ def test_the_build_stage_works_with_nothing_but_what_is_copied(stages, repositor
             script = script.replace("/out/", f"{out}/")
             run = subprocess.run(["sh", "-ec", script], cwd=work, env=environment, capture_output=True, text=True)
             assert run.returncode == 0, f"RUN {script}\n{run.stderr}"
-            # cargo names a package once, and "Compiling" if its build script is among what it builds.
-            compiled.append(re.search("(Compiling|Checking) adsidecar v", run.stderr) is not None)
+            compiled.append("Checking adsidecar v" in run.stderr)
     assert compiled == [True, True], "the second build must compile the real sources, not keep the empty program"
     assert (out / "data").is_dir()
 
