@@ -54,7 +54,8 @@ class Terminal:
         return self.shows(r"^  (http\S+/ap/oa\?\S+)$")[1]
 
     def paste(self, text: str) -> None:
-        self.tmux("set-buffer", text)
+        # A code may begin with a dash.
+        self.tmux("set-buffer", "--", text)
         self.tmux("paste-buffer")
         self.tmux("send-keys", "Enter")
 
