@@ -123,7 +123,7 @@ impl Drop for Waiting<'_> {
     }
 }
 
-/// So many requests that hung up may stand in the queue whatever its length.
+/// The queue is not searched for requests that hung up while it holds fewer of them than this.
 const FEW: usize = 16;
 
 /// A request that waits for a connection.
@@ -240,7 +240,7 @@ impl OriginPool {
         {
             let mut connections = self.lock();
             connections.waiters.push_back(Waiter { reuse, deliver });
-            // So that each request pays for those that hung up, and none for all.
+            // Only once at least half of the queue has hung up, so that the cost per request does not grow with the queue.
             if connections.waiters.len() > 2 * self.waiting.load(Relaxed) + FEW {
                 connections.waiters.retain(|waiter| !waiter.deliver.is_closed());
             }
@@ -678,6 +678,42 @@ mod tests {
             pool.clone().slot_freed();
         }
         assert!(begun.elapsed() < Duration::from_secs(20), "{:?}", begun.elapsed());
+    }
+
+    #[tokio::test]
+    async fn a_failure_to_connect_is_told_to_a_request_that_still_waits() {
+        let pool = pool(Duration::from_secs(60));
+        pool.lock().opening = usize::MAX;
+        let mut hung_up = Box::pin(pool.connection(Reuse::Allowed, false));
+        assert!(futures_util::poll!(&mut hung_up).is_pending());
+        drop(hung_up);
+        let mut waits = Box::pin(pool.connection(Reuse::Allowed, false));
+        assert!(futures_util::poll!(&mut waits).is_pending());
+        let error = ErrorKind::Unreachable(Arc::new(std::io::Error::other("refused")));
+        pool.lock().fail(error, false);
+        assert!(matches!(futures_util::poll!(&mut waits), std::task::Poll::Ready(Err(_))));
+    }
+
+    #[tokio::test]
+    async fn a_request_gets_a_connection_that_one_before_it_may_not_use() {
+        let pool = pool(Duration::from_secs(60));
+        pool.lock().opening = usize::MAX;
+        let mut new_only = Box::pin(pool.connection(Reuse::Fresh(Instant::now()), false));
+        let mut unrepeatable = Box::pin(pool.connection(Reuse::Unrepeatable, false));
+        let mut any = Box::pin(pool.connection(Reuse::Allowed, false));
+        assert!(futures_util::poll!(&mut new_only).is_pending());
+        assert!(futures_util::poll!(&mut unrepeatable).is_pending());
+        assert!(futures_util::poll!(&mut any).is_pending());
+        let (connection, _server) = connection(Duration::ZERO).await;
+        // Idle for longer than is safe for what may not be repeated.
+        pool.lock().idle.push_back(Idle {
+            connection: Http1Connection { reused: true, ..connection },
+            since: Instant::now().checked_sub(pool.idle_limit.safe()).unwrap(),
+        });
+        pool.serve(&mut pool.lock());
+        assert!(matches!(futures_util::poll!(&mut any), std::task::Poll::Ready(Ok(_))));
+        assert!(futures_util::poll!(&mut unrepeatable).is_pending());
+        assert!(futures_util::poll!(&mut new_only).is_pending());
     }
 
     #[tokio::test]

@@ -126,7 +126,8 @@ impl Brake {
         self.refused.is_some_and(|refused| refused.is_heard)
     }
 
-    /// Shares the rate after an outage among so many `processes`, from `now` on: the brake that all share is released.
+    /// Starts the rate after an outage at `now`, as the brake that all share was released. This process gets one part of
+    /// it, and there are `processes` parts.
     /// `phase` is random, in `0.0..1.0`.
     pub fn share(&mut self, processes: usize, phase: f64, now: Duration) {
         if self.is_held_by_others() {
@@ -288,7 +289,8 @@ mod tests {
         assert_eq!(claimable(&brake, 5, 1, 1), 1);
     }
 
-    /// The times at which so many processes call, whose brake is released at once, if each always wants to.
+    /// The times of the calls of several processes, which hear at the same time that the brake is released, and each of
+    /// which always has a call to make.
     fn turns(processes: usize, until: Duration) -> Vec<Duration> {
         let mut turns = Vec::new();
         for number in 0..processes {

@@ -493,7 +493,7 @@ impl Fleet {
             _ => self.pods.iter().filter(|pod| pod.is_alive).count(),
         };
         self.pods[pod as usize].brake.share(alive, phase, now);
-        // Whoever waits to probe goes on at that rate.
+        // Refreshes that waited for the probe continue at that rate.
         while self.pods[pod as usize].probing.is_none() && !self.pods[pod as usize].brake.is_refused() {
             let Some(next) = self.pods[pod as usize].waiting.pop_front() else { break };
             self.begin(next);
