@@ -681,17 +681,19 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_failure_to_connect_is_told_to_a_request_that_still_waits() {
+    async fn a_failure_to_connect_is_told_to_requests_that_still_wait() {
         let pool = pool(Duration::from_secs(60));
-        pool.lock().opening = usize::MAX;
-        let mut hung_up = Box::pin(pool.connection(Reuse::Allowed, false));
-        assert!(futures_util::poll!(&mut hung_up).is_pending());
-        drop(hung_up);
-        let mut waits = Box::pin(pool.connection(Reuse::Allowed, false));
-        assert!(futures_util::poll!(&mut waits).is_pending());
-        let error = ErrorKind::Unreachable(Arc::new(std::io::Error::other("refused")));
-        pool.lock().fail(error, false);
-        assert!(matches!(futures_util::poll!(&mut waits), std::task::Poll::Ready(Err(_))));
+        // A connection would be for two requests.
+        (pool.lock().opening, pool.lock().expected) = (usize::MAX, 2);
+        let mut crowd: Vec<_> = (0..3).map(|_| Box::pin(pool.connection(Reuse::Allowed, false))).collect();
+        for waiting in &mut crowd {
+            assert!(futures_util::poll!(waiting).is_pending());
+        }
+        drop(crowd.remove(1));
+        pool.lock().fail(ErrorKind::Unreachable(Arc::new(std::io::Error::other("refused"))), false);
+        for waiting in &mut crowd {
+            assert!(matches!(futures_util::poll!(waiting), std::task::Poll::Ready(Err(_))));
+        }
     }
 
     #[tokio::test]
