@@ -240,7 +240,7 @@ impl OriginPool {
         {
             let mut connections = self.lock();
             connections.waiters.push_back(Waiter { reuse, deliver });
-            // Only once at least half of the queue has hung up, so that the cost per request does not grow with the queue.
+            // Only once half of the queue has hung up, so that the cost per request does not grow with the queue.
             if connections.waiters.len() > 2 * self.waiting.load(Relaxed) + FEW {
                 connections.waiters.retain(|waiter| !waiter.deliver.is_closed());
             }

@@ -126,8 +126,8 @@ impl Brake {
         self.refused.is_some_and(|refused| refused.is_heard)
     }
 
-    /// Starts the rate after an outage at `now`, as the brake that all share was released. This process gets one part of
-    /// it, and there are `processes` parts.
+    /// Starts the rate after an outage at `now`, as the brake that all share was released. This process gets one of
+    /// `processes` equal parts of it.
     /// `phase` is random, in `0.0..1.0`.
     pub fn share(&mut self, processes: usize, phase: f64, now: Duration) {
         if self.is_held_by_others() {
