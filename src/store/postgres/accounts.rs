@@ -154,7 +154,7 @@ impl Postgres {
         }
     }
 
-    /// Passes on what a poll has found, to whoever waits for [`accounts_changed`](Self::accounts_changed).
+    /// Passes on what a poll has found, to those that wait for [`accounts_changed`](Self::accounts_changed).
     pub(super) fn tell_accounts(&self, changed: AccountsChanged) {
         let mut waiting = locked(&self.0.accounts_changed);
         *waiting = Some(match (waiting.take(), changed) {
