@@ -183,6 +183,13 @@ class Sidecar:
         except (OSError, http.client.HTTPException):
             return False
 
+    def follows(self) -> bool:
+        """Whether it is ready, everything is stored, and it knows what others have changed."""
+        try:
+            return ask(self.admin + "/readyz", timeout=2)[2] == "ready\n"
+        except (OSError, http.client.HTTPException):
+            return False
+
     def get(self, path: str, **headers: str):
         return ask(self.proxy + path, headers=headers)
 

@@ -468,6 +468,33 @@ async fn an_answer_that_comes_while_the_grant_is_stored_again_is_not_dropped() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_answer_outlives_a_replica_that_stores_the_used_up_grant_again() {
+    let mut pair = Pair::start().await;
+    pair.a.log_in("anna").await;
+    assert_eq!(pair.b.call("anna").await.status(), 200);
+    // What the other replica stores is told to nobody, so that this one finds it only when it stores its answer.
+    pair.sql.run("ALTER TABLE adsidecar_grants DISABLE TRIGGER ALL").await;
+    pair.sql.run("CREATE TABLE before AS SELECT user_id, record, generation FROM adsidecar_grants").await;
+    assert_eq!(pair.b.post(&format!("{REFRESH}?user_id=anna")).await.status(), 200);
+    pair.b.stop().await;
+    pair.sql.run("CREATE TABLE again AS SELECT user_id, record, generation FROM adsidecar_grants").await;
+    let becomes = |table| {
+        format!(
+            "UPDATE adsidecar_grants AS g SET record = s.record, generation = s.generation, lease_owner = NULL, \
+             lease_until = NULL FROM {table} AS s WHERE g.user_id = s.user_id"
+        )
+    };
+    pair.sql.run(&becomes("before")).await;
+    let (release, refresh) = held_refresh(&pair, Fault::RotateRefreshToken).await;
+    pair.sql.run(&becomes("again")).await;
+    drop(release);
+    refresh.await.unwrap();
+    assert_eq!(pair.a.metric("adsidecar_token_refresh_dropped_total").await, 0.0);
+    assert_eq!(pair.row("anna").await, (3, true), "above what is used up");
+    assert_eq!(pair.a.post(&format!("{REFRESH}?user_id=anna")).await.status(), 200, "with the newest refresh token");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn the_generation_is_compared_before_each_client_secret() {
     let cluster = Cluster::start();
     let url = cluster.url();

@@ -151,7 +151,8 @@ impl TokenManager {
     }
 
     /// Stores the result of a refresh that the store refused because its generation is not the expected one, if that is
-    /// so because the database has lost what the refresh was based on. Returns whether it is stored.
+    /// so because the database has lost what the refresh was based on, or because another process has stored that
+    /// again: its refresh token is used up. Returns whether the result is stored.
     pub(super) async fn store_over_loss(
         &self,
         entry: &Arc<UserState>,
@@ -161,8 +162,12 @@ impl TokenManager {
         let Some(Follower { store, .. }) = self.0.coordination.follower() else { return Ok(false) };
         let lookup = self.timed("get", store.lookup(&entry.user)).await?;
         let stored_grant = !matches!(lookup.content, Content::Absent);
-        let Verdict::PutBack(newer) = entry.stored().reconcile(true, lookup.version, stored_grant) else {
-            return Ok(false);
+        let newer = match entry.stored().reconcile(true, lookup.version, stored_grant) {
+            Verdict::PutBack(newer) => newer,
+            _ if is_successor(grant, &lookup.content) => {
+                Version { generation: lookup.version.generation + 1, ..lookup.version }
+            }
+            _ => return Ok(false),
         };
         let newer = Version { generation: newer.generation.max(grant.generation), ..newer };
         let put = self.timed("put", store.put_back(&entry.user, grant, newer, lookup.version.generation)).await?;
@@ -227,6 +232,11 @@ pub(super) fn failed_state(grant: Arc<LiveGrant>, failed: &FailedRefresh, now: C
     }
     let failure = Failure { code, remedy: remedy_of(code), detail: None };
     GrantState::Failing { grant, failure, attempts: failed.attempts, retry_at }
+}
+
+/// Whether `grant` came of a refresh with the refresh token that is stored.
+fn is_successor(grant: &Grant, stored: &Content) -> bool {
+    matches!(stored, Content::Grant(stored) if grant.previous.as_ref() == Some(&stored.refresh_token))
 }
 
 fn is_same(held: &Grant, stored: &Grant) -> bool {
