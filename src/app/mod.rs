@@ -55,7 +55,7 @@ const QUEUE_SHARE_OF_DRAIN: f64 = 0.8;
 /// How long a shutdown waits for token calls in flight: their own timeout, and a little more.
 const SETTLE: Duration = Duration::from_secs(12);
 
-/// The longest time after a start until accounts, notifications and interrupted logins of a shared store are looked for.
+/// The longest time after a start until the accounts, notifications and interrupted logins of a shared store are read.
 const SETTLING_IN: Duration = Duration::from_secs(2);
 
 /// At most this many users of a shared store are read for the first words at a terminal.

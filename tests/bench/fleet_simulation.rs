@@ -136,7 +136,8 @@ fn table(plan: &Plan, figures: &Figures) -> String {
     let (all, _) = figures.sum(0, plan.end - MINUTE);
     let (away, _) = figures.sum(plan.outage.0, plan.outage.1);
     text += &format!(
-        "In the first ten seconds after the cold start {:?} calls each, and after the outage {:?}.\nToken calls {} (and {} while LWA was away), \
+        "In the first ten seconds after the cold start {:?} calls each, and after the outage {:?}.\n\
+         Token calls {} (and {} while LWA was away), \
          refreshes stored {}; sent twice without need {}, and {} times \
          because the pod with the answer was killed; overtaken by a login {}, leases denied {}, statements past \
          their time limit {}.\nRefreshes in calm times came late by at most {} s (p99 {} s), and {} tokens expired. \

@@ -247,7 +247,8 @@ class Starts:
             try:
                 message, ancillary, _, _ = self.socket.recvmsg(4096, 1000)
             except TimeoutError:
-                raise SystemExit(f"{len(begun) - len(ready)} of {len(begun)} were not ready within {seconds} s") from None
+                missing = len(begun) - len(ready)
+                raise SystemExit(f"{missing} of {len(begun)} were not ready within {seconds} s") from None
             pid = struct.unpack("iII", ancillary[0][2])[0]
             if b"READY=1" in message and pid in begun:
                 ready[pid] = time.monotonic() - begun[pid]

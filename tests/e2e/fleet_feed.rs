@@ -140,7 +140,7 @@ async fn a_replica_takes_note_that_another_one_has_mended_what_failed() {
     let mut pair = Pair::start().await;
     pair.a.log_in("anna").await;
     assert_eq!(pair.b.call("anna").await.status(), 200);
-    pair.a.sandbox.set_fault(Rule::from(Fault::status(500)).at(Listener::Lwa).always());
+    pair.a.sandbox.set_fault(Rule::from(Fault::status(503)).at(Listener::Lwa).always());
     pair.a.advance(3600);
     assert_eq!(code(&pair.b.call("anna").await), "token_unavailable");
     let failing = "adsidecar_users{state=\"failing\"}";

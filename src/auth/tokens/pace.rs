@@ -53,8 +53,8 @@ pub fn longest_pause(policy: RefreshPolicy) -> Duration {
     policy.ahead.saturating_sub(policy.margin) / 2
 }
 
-/// Whether nobody can have looked for a while for what was due at `due_at`: a fleet claims what is due within `longest`,
-/// and one that has stood still starts with a backlog.
+/// Whether nobody can have looked for a while for what was due at `due_at`: a fleet claims what is due within
+/// `longest`, and one that has stood still starts with a backlog.
 pub fn is_backlog(due_at: Option<Timestamp>, wall: Timestamp, longest: Duration) -> bool {
     let late = due_at.and_then(|due| Duration::try_from(wall.duration_since(due)).ok());
     late.is_some_and(|late| late > longest.max(STOOD_STILL))
