@@ -399,15 +399,18 @@ async fn a_search_after_a_login_that_the_end_of_the_process_cuts_off_is_made_by_
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_caller_that_hangs_up_while_accounts_are_stored_leaves_nobody_with_what_was_known_before() {
-    let harness = Harness::start().await;
+    let harness = Harness::with_running_clock("").await;
+    many(&harness);
     harness.log_in("default").await;
     synced(&harness).await;
-    let newcomer = async || {
-        let call = harness.request(Method::GET, "/sd/campaigns").header("x-ads-account", "newcomer-de");
-        code(&call.send().await.unwrap()).to_owned()
+    let sent = async || {
+        harness.sandbox.clear_history();
+        let call = harness.request(Method::GET, "/amc/instances/amcacme").header("x-ads-account", "acme-de");
+        call.send().await.unwrap();
+        harness.seen().header("amazon-advertising-api-advertiserid").unwrap().to_owned()
     };
-    assert_eq!(newcomer().await, "unknown_account", "that is remembered");
-    harness.sandbox.world(|world| world.catalogue.profiles.push(profile(42, "Newcomer", DE, "seller")));
+    assert_eq!(sent().await, "ENTITYAMC", "which is in memory from now on");
+    harness.sandbox.world(|world| world.catalogue.amc_accounts[0].id = "ENTITYNEW".into());
     let stored = Arc::new(tokio::sync::Notify::new());
     let (release, released) = std::sync::mpsc::channel::<()>();
     let (reached, released) = (stored.clone(), std::sync::Mutex::new(released));
@@ -426,7 +429,7 @@ async fn a_caller_that_hangs_up_while_accounts_are_stored_leaves_nobody_with_wha
     drop(caller);
     eventually("the end of its connection", async || (open().await <= others).then_some(())).await;
     drop(release);
-    eventually("the new account", async || newcomer().await.is_empty().then_some(())).await;
+    eventually("the new id", async || (sent().await == "ENTITYNEW").then_some(())).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
