@@ -72,3 +72,20 @@ async fn a_start_beside_others_costs_one_connection_and_five_statements() {
     );
     store.close().await.unwrap();
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_start_migrates_the_tables_of_each_earlier_version() {
+    let cluster = Cluster::start();
+    let postgres = Some(ConnectionUrl::parse(&cluster.url()).unwrap());
+    let (settings, ring) = (Settings { path: "unused".into(), postgres }, ring(&[&Keyring::generate_key()]));
+    open(&settings, &ring).unwrap().0.close().await.unwrap();
+    let sql = cluster.connect().await;
+    let note = "SELECT value FROM adsidecar_notes WHERE name = 'migration'";
+    let last: u32 = sql.one(note).await.unwrap().parse().unwrap();
+    for earlier in 1..last {
+        sql.run(&format!("UPDATE adsidecar_notes SET value = '{earlier}' WHERE name = 'migration'")).await;
+        let (store, _) = TokenStore::open_to_serve(&settings, ring.clone()).await.unwrap();
+        assert_eq!(sql.one(note).await, Some(last.to_string()), "from {earlier}");
+        store.close().await.unwrap();
+    }
+}

@@ -312,4 +312,4 @@ BEGIN
 END $$;
 
 INSERT INTO adsidecar_notes (name, value) VALUES ('migration', '6')
-    ON CONFLICT (name) DO UPDATE SET value = excluded.value WHERE adsidecar_notes.value::int < 5;
+    ON CONFLICT (name) DO UPDATE SET value = excluded.value WHERE adsidecar_notes.value::int < 6;
