@@ -84,6 +84,7 @@
 ///   `refresh_refused`. The action `return` of the second and the third ends the process.
 /// - During a write to disk: `save_refused` (`return`: the write fails), `save_unsynced` and `save_synced` (`return`
 ///   ends the process).
+/// - After the accounts that were found for a user are on the disk: `accounts_saved`.
 /// - In each request to Amazon, before its token: `spine`; after Amazon has rejected its token: `rejection_seen`.
 /// - Before `amazon.refresh_token` replaces what the user has: `adoption_decided`.
 /// - With the action `return`, each of these breaks a promise, so that a campaign can prove that it would notice:

@@ -55,7 +55,10 @@ const QUEUE_SHARE_OF_DRAIN: f64 = 0.8;
 /// How long a shutdown waits for token calls in flight: their own timeout, and a little more.
 const SETTLE: Duration = Duration::from_secs(12);
 
-/// At most this many users are reported when the listeners serve.
+/// The longest time after a start until the accounts, notifications and interrupted logins of a shared store are read.
+const SETTLING_IN: Duration = Duration::from_secs(2);
+
+/// At most this many users of a shared store are read for the first words at a terminal.
 const SHOWN_AT_START: usize = 1000;
 
 /// adsidecar with its listeners bound; it does not serve yet.
@@ -136,7 +139,7 @@ impl App {
         let setting = |error: &dyn std::fmt::Display| BuildError::Setting(error.to_string());
         let keyring = Arc::new(keyring(&config)?);
         let keys = keyring.fingerprints();
-        let (store, opened) = TokenStore::open_to_serve(&config.store, keyring)?;
+        let (store, opened) = TokenStore::open_to_serve(&config.store, keyring).await?;
         report(&opened);
         let started_at = clock.now().as_duration().as_secs_f64();
         let metrics = Arc::new(Metrics::new(config.metrics, started_at).map_err(|error| setting(&error))?);
@@ -200,13 +203,20 @@ impl App {
         self.process.reloader.clone()
     }
 
-    /// Completes once the listeners serve, with the status of every user, or the first 1,000; `None` if that never
-    /// happens.
-    pub fn serving(&self) -> impl Future<Output = Option<Vec<Status>>> + Send + 'static {
-        let (mut stage, tokens) = (self.process.stage.subscribe(), self.process.tokens.clone());
+    /// Completes once the listeners serve; with `false` if that never happens.
+    pub fn serving(&self) -> impl Future<Output = bool> + Send + 'static {
+        let mut stage = self.process.stage.subscribe();
+        async move { stage.wait_for(|stage| *stage == Stage::Serving).await.is_ok() }
+    }
+
+    /// Reads the status of the users whom a person at the terminal sees first: of all of them, or of 1,000 in a shared
+    /// store.
+    pub fn first_users(&self) -> impl Future<Output = Vec<Status>> + Send + 'static {
+        let tokens = self.process.tokens.clone();
         async move {
-            stage.wait_for(|stage| *stage == Stage::Serving).await.ok()?;
-            Some(tokens.statuses("", SHOWN_AT_START).await)
+            let mut users = tokens.most_urgent(SHOWN_AT_START).await;
+            users.sort_by(|a, b| a.user_id.cmp(&b.user_id));
+            users
         }
     }
 
@@ -247,7 +257,8 @@ impl App {
         }
 
         tasks.spawn(background.run());
-        tasks.spawn(finish_leftover_logins(services.clone()));
+        let pause = settling_in(&process.store);
+        tasks.spawn(after(pause, finish_leftover_logins(services.clone())));
         let (pending_logins, clock) = (process.pending_logins.clone(), process.clock.clone());
         tasks.spawn(async move { pending_logins.keep(&clock).await });
         tasks.spawn(close_idle_connections(services.clone()));
@@ -260,9 +271,9 @@ impl App {
             clock: process.clock.clone(),
             events: process.events.clone(),
         };
-        tasks.spawn(notifier.run());
+        tasks.spawn(after(pause, notifier.run()));
         let directory = process.directory.clone();
-        tasks.spawn(async move { directory.run().await });
+        tasks.spawn(after(pause, async move { directory.run().await }));
         tasks.spawn(throttle::fleet::keep(process.throttle.clone(), process.store.clone()));
 
         let (phase, admin_phase) = (watch::Sender::new(Phase::Open), watch::Sender::new(Phase::Open));
@@ -386,6 +397,21 @@ async fn bind(
 
 fn listener_limits(limits: Limits) -> [Limits; 3] {
     [limits, limits, Limits { max_connections: ADMIN_CONNECTIONS, ..limits }]
+}
+
+/// How long work begins after the start that reads a shared store and that no request waits for: a random time, so that
+/// of many processes that start at once each is ready before the others read.
+fn settling_in(store: &TokenStore) -> Duration {
+    let Some(random) = store.shared().and_then(|_| getrandom::u64().ok()) else { return Duration::ZERO };
+    SETTLING_IN.mul_f64((random >> 11) as f64 / (1_u64 << 53) as f64)
+}
+
+async fn after(pause: Duration, work: impl Future<Output = ()>) {
+    // A sleep of no time takes a millisecond.
+    if !pause.is_zero() {
+        tokio::time::sleep(pause).await;
+    }
+    work.await;
 }
 
 /// Closes connections to Amazon that have been idle for `upstream.idle_timeout`. Runs until dropped.

@@ -50,12 +50,15 @@ async fn serve(sockets: Inherited, config: Config, sources: Sources, log: LogHan
     }
     let first_words = FirstWords::for_terminal(&config);
     let app = App::build_on(sockets, config, Clock::system(), Some(log)).await?.reloading(sources);
-    let (serving, addresses) = (app.serving(), app.addresses().clone());
+    let (serving, users, addresses) = (app.serving(), app.first_users(), app.addresses().clone());
     tokio::spawn(async move {
-        let Some(users) = serving.await else { return };
+        if !serving.await {
+            return;
+        }
         systemd::notify("READY=1");
+        // Only a person reads them: nobody else's start waits for users to be read.
         if let Some(words) = first_words {
-            words.write(&addresses, &users);
+            words.write(&addresses, &users.await);
         }
     });
     let stop = async {

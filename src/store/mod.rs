@@ -36,7 +36,8 @@ pub use self::notices::Notice;
 pub use self::pending_grant::PendingGrant;
 pub use self::postgres::{
     Changes, Claimed, ConnectionUrl, Content, DUE_AGAIN, FailedRefresh, LEASE, LOOKUP_ROWS, Lease, Lookup, PUBLISH,
-    Pod, Poll, Position, Postgres, RECONNECT_PAUSE_MAX, SharedLimit, ThrottleReport, ThrottleRow, UserOverview, due_at,
+    Pod, Poll, Position, Postgres, RECONNECT_PAUSE_MAX, SharedBrake, SharedLimit, ThrottleReport, ThrottleRow,
+    UserOverview, due_at,
 };
 use self::sled::{ResealOutcome, Worker};
 pub use self::stored_grant::Sealed;
@@ -230,7 +231,7 @@ impl TokenStore {
     /// [`StoreError`] if the store is locked, was sealed with another key, or cannot be read or written.
     pub fn open(settings: &Settings, keyring: Arc<Keyring>) -> Result<(Self, Opened), StoreError> {
         if let Some(url) = &settings.postgres {
-            let (store, opened) = Postgres::open(url.clone(), keyring, true)?;
+            let (store, opened) = Postgres::open(url.clone(), keyring)?;
             return Ok((Self::Postgres(store), opened));
         }
         let (worker, opened) = Worker::start(settings.path.clone(), keyring)?;
@@ -238,15 +239,15 @@ impl TokenStore {
     }
 
     /// As [`open`](Self::open), but does not read the users of a shared store, which may be very many: they are read
-    /// when they are needed.
+    /// when they are needed. Its connection is used from then on. A store on the disk blocks until it is open.
     ///
     /// # Errors
     ///
     /// As [`open`](Self::open).
-    pub fn open_to_serve(settings: &Settings, keyring: Arc<Keyring>) -> Result<(Self, Opened), StoreError> {
+    pub async fn open_to_serve(settings: &Settings, keyring: Arc<Keyring>) -> Result<(Self, Opened), StoreError> {
         let Some(url) = &settings.postgres else { return Self::open(settings, keyring) };
-        let (store, opened) = Postgres::open(url.clone(), keyring, false)?;
-        Ok((Self::Postgres(store), opened))
+        let store = Box::pin(Postgres::open_to_serve(url.clone(), keyring)).await?;
+        Ok((Self::Postgres(store), Opened::default()))
     }
 
     /// The PostgreSQL store, which other processes may use too; `None` for sled.

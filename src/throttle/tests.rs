@@ -351,3 +351,20 @@ async fn what_other_processes_count_is_good_for_a_minute_without_news() {
     memory.clock.advance(SignedDuration::from_secs(61));
     send(&throttle, export(), StatusCode::ACCEPTED, None);
 }
+
+#[tokio::test]
+async fn others_are_told_once_that_what_ran_here_has_ended() {
+    let memory = memory();
+    let throttle = throttle(ThrottleMode::Enforce, &memory);
+    let path = "/campaigns/export";
+    let export = || Call::new(Region::Na, family(path), &Method::POST, path, "a");
+    let told = || throttle.buckets.gates.counts().iter().map(|count| count.running).collect::<Vec<_>>();
+    send(&throttle, export(), StatusCode::TOO_MANY_REQUESTS, None);
+    memory.clock.advance(SignedDuration::from_secs(60));
+    assert!(told().is_empty(), "nothing runs");
+    let Entry::Pass(running) = throttle.enter(export()) else { panic!("the pause has ended") };
+    assert_eq!(told(), [1]);
+    drop(running);
+    assert_eq!(told(), [0], "or they would count it for another minute");
+    assert!(told().is_empty(), "and no more");
+}

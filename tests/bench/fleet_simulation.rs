@@ -136,11 +136,13 @@ fn table(plan: &Plan, figures: &Figures) -> String {
     let (all, _) = figures.sum(0, plan.end - MINUTE);
     let (away, _) = figures.sum(plan.outage.0, plan.outage.1);
     text += &format!(
-        "In the first ten seconds after the outage {:?} calls each.\nToken calls {} (and {} while LWA was away), \
+        "In the first ten seconds after the cold start {:?} calls each, and after the outage {:?}.\n\
+         Token calls {} (and {} while LWA was away), \
          refreshes stored {}; sent twice without need {}, and {} times \
          because the pod with the answer was killed; overtaken by a login {}, leases denied {}, statements past \
          their time limit {}.\nRefreshes in calm times came late by at most {} s (p99 {} s), and {} tokens expired. \
          Pods heard of a login or logout within {:.2} s (p99 {:.2} s).\n",
+        figures.first_calls,
         figures.admitted,
         all.calls,
         away.refused,
@@ -216,6 +218,15 @@ fn broken(plan: &Plan, settings: &Settings, figures: &Figures) -> Vec<String> {
         let text = format!("{calls} calls in the first {} s after the outage, and not {planned:.0}", second + 1);
         expect(calls as f64 <= 1.25 * planned + 10.0, text);
     }
+    // The same rate, of which each pod takes its part among those that have started before it: the first has all of it.
+    let mut calls = 0;
+    for (second, first) in figures.first_calls.iter().enumerate() {
+        calls += first;
+        let planned = 20.0 / std::f64::consts::LN_2 * (((second + 1) as f64 / 2.0).exp2() - 1.0);
+        let planned = planned * (1.0 + (plan.pods as f64).ln());
+        let text = format!("{calls} calls in the first {} s of the cold start, and not {planned:.0}", second + 1);
+        expect(calls as f64 <= 1.25 * planned + 10.0, text);
+    }
     let heard = figures.heard_after(0.99);
     expect(heard <= 1.0, format!("1 in 100 pods heard of a login or logout only after {heard:.2} s"));
     wrong
@@ -243,8 +254,14 @@ fn main() -> ExitCode {
     };
     if arguments.known_bad {
         let mut unnoticed = false;
-        let all = [KnownBad::Unlocked, KnownBad::Unpaced, KnownBad::Unbraked, KnownBad::Told, KnownBad::Unshared];
-        for bad in all {
+        for bad in [
+            KnownBad::Unlocked,
+            KnownBad::Unpaced,
+            KnownBad::Unbraked,
+            KnownBad::Told,
+            KnownBad::Unshared,
+            KnownBad::Rushed,
+        ] {
             let (.., wrong) = run(Some(bad));
             unnoticed |= wrong.is_empty();
             let _ = writeln!(out, "known bad, {bad:?}: {}", if wrong.is_empty() { "NOT noticed" } else { "noticed" });
@@ -274,13 +291,14 @@ mod tests {
 
     /// The checks must notice each of these.
     #[test]
-    fn a_fleet_is_noticed_without_leases_pauses_brake_or_shared_rate_or_if_polls_read_refreshes() {
+    fn a_fleet_is_noticed_without_leases_pauses_brake_or_growing_rate_or_if_polls_read_refreshes() {
         let words = [
             (KnownBad::Unlocked, 4, 500, "sent twice"),
             (KnownBad::Unpaced, 60, 6000, "statements per refresh"),
             (KnownBad::Unbraked, 4, 500, "token calls a minute"),
             (KnownBad::Told, 60, 6000, "rows per poll"),
-            (KnownBad::Unshared, 20, 2000, "calls in the first"),
+            (KnownBad::Unshared, 20, 2000, "after the outage"),
+            (KnownBad::Rushed, 60, 6000, "of the cold start"),
         ];
         for (bad, pods, grants, word) in words {
             let (_, wrong) = small(Some(bad), pods, grants);

@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import socket
+import struct
 import subprocess
 import tempfile
 import time
@@ -227,6 +228,44 @@ class Sidecar:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
         return self.process.wait(seconds)
+
+
+class Starts:
+    """Starts processes and hears when they are ready, as systemd does: to poll many of them for it takes the processors
+    that they need."""
+
+    def __init__(self, directory: Path):
+        self.path = str(directory / "ready.sock")
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.socket.bind(self.path)
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+        # The processor time in milliseconds of each process that was started last, when all were ready.
+        self.processor_times: list[float] = []
+
+    def start(self, sidecars: list[Sidecar], seconds: float = 60) -> list[float]:
+        """Starts them all at once. Returns after how many seconds each was ready."""
+        begun = {}
+        for sidecar in sidecars:
+            now = time.monotonic()
+            begun[sidecar.spawn(NOTIFY_SOCKET=self.path).pid] = now
+        ready, deadline = {}, time.monotonic() + seconds
+        while len(ready) < len(begun):
+            self.socket.settimeout(max(deadline - time.monotonic(), 0.01))
+            try:
+                message, ancillary, _, _ = self.socket.recvmsg(4096, 1000)
+            except TimeoutError:
+                missing = len(begun) - len(ready)
+                raise SystemExit(f"{missing} of {len(begun)} were not ready within {seconds} s") from None
+            pid = struct.unpack("iII", ancillary[0][2])[0]
+            if b"READY=1" in message and pid in begun:
+                ready[pid] = time.monotonic() - begun[pid]
+        self.processor_times = [self.processor_time(pid) for pid in begun]
+        return list(ready.values())
+
+    @staticmethod
+    def processor_time(pid: int) -> float:
+        tasks = Path(f"/proc/{pid}/task").iterdir()
+        return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e6
 
 
 def workspace(name: str) -> tempfile.TemporaryDirectory:

@@ -7,7 +7,7 @@ use serde_json::{Map, Value, json as object};
 use world::{CLIENT_ID, Fault, Listener, Rule};
 
 use crate::commands::{DONE, FAILED, beside, beside_with, opened, run, sealed};
-use crate::harness::{Harness, code, json};
+use crate::harness::{Harness, code, eventually, json};
 
 /// More than a page of a dump.
 const MANY: usize = 350;
@@ -60,6 +60,28 @@ async fn a_running_sidecar_is_backed_up_and_restored_without_a_stop() {
     for user in ["anna", "zoe"] {
         assert_eq!(opened(&stored[user]["refresh_token"]), opened(&records[user]["refresh_token"]), "it is on disk");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_imported_token_that_amazon_rotates_is_used_and_stored_later_if_the_store_fails() {
+    let mut harness = Harness::start().await;
+    let import = async |user: &str| {
+        let token = harness.sandbox.grant().refresh_token;
+        let url = harness.admin_url(&format!("/users/import?user_id={user}"));
+        harness.client.post(url).body(token).send().await.unwrap().status().as_u16()
+    };
+    fail::cfg("save_refused", "return").unwrap();
+    assert_eq!(import("kept").await, 503, "it exists elsewhere");
+    assert_eq!(harness.status_of("kept").await["state"], "none");
+    harness.sandbox.set_fault(Rule::from(Fault::RotateRefreshToken).at(Listener::Lwa));
+    assert_eq!(import("shop").await, 200, "nobody else has the new token");
+    assert_eq!(harness.status_of("shop").await["state"], "fresh");
+    fail::remove("save_refused");
+    let ready = async || harness.client.get(harness.admin_url("/readyz")).send().await.unwrap().status().as_u16();
+    eventually("readiness", async || (ready().await == 200).then_some(())).await;
+    harness.stop_sidecar().await;
+    harness.start_sidecar().await;
+    assert_eq!(harness.post("/api/auth/amazon/refresh?user_id=shop").await.status(), 200, "with the rotated token");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -396,6 +396,18 @@ async fn an_imported_grant_inherits_no_lost_answer_from_the_one_before_it() {
     assert_eq!(pair.a.metric(recovered).await, 0.0, "nothing is lost of this grant");
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_token_that_replaces_nothing_is_not_shown_to_amazon_wherever_the_user_logged_in() {
+    let pair = Pair::start().await;
+    pair.a.log_in("anna").await;
+    pair.a.sandbox.clear_history();
+    let import = pair.b.client.post(format!("http://{}/users/import?user_id=anna", pair.b.admin));
+    let answer = import.body(pair.a.sandbox.grant().refresh_token).send().await.unwrap();
+    assert_eq!(answer.status(), 400);
+    assert!(answer.text().await.unwrap().contains("has a grant already"));
+    assert_eq!(pair.a.sandbox.refreshes(), 0, "it may rotate what it is shown");
+}
+
 /// Starts a refresh whose answer replica `a` does not hear (`fault`), or does: it is held before it acts on that.
 async fn held_refresh(pair: &Pair, fault: Fault) -> (std::sync::mpsc::Sender<()>, JoinHandle<()>) {
     pair.a.sandbox.set_fault(Rule::from(fault).at(Listener::Lwa).always());

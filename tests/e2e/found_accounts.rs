@@ -1,6 +1,7 @@
 //! Accounts that adsidecar finds at Amazon: after a login, on request, selected by their slugs.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 
 use adsidecar::domain::account::Service;
 use adsidecar::domain::api_families::families;
@@ -380,6 +381,55 @@ async fn a_login_is_followed_by_a_search_and_a_logout_forgets_what_was_found() {
     harness.stop_sidecar().await;
     harness.start_sidecar().await;
     assert_eq!(accounts(&harness, "").await["total"], 0, "from the store too");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_search_after_a_login_that_the_end_of_the_process_cuts_off_is_made_by_the_next_one() {
+    let mut harness = Harness::with_running_clock("[accounts]\nsync = \"daily\"\n").await;
+    let gate = harness.sandbox.set_fault(Rule::from(Fault::Gate).at(Listener::Na).always());
+    harness.log_in("anna").await;
+    gate.reached(1).await;
+    assert_eq!(accounts(&harness, "user_id=anna").await["total"], 0);
+    harness.stop_sidecar().await;
+    harness.sandbox.clear_faults();
+    gate.release();
+    harness.start_sidecar().await;
+    eventually("the search", async || (accounts(&harness, "user_id=anna").await["total"] == 7).then_some(())).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_caller_that_hangs_up_while_accounts_are_stored_leaves_nobody_with_what_was_known_before() {
+    let harness = Harness::with_running_clock("").await;
+    many(&harness);
+    harness.log_in("default").await;
+    synced(&harness).await;
+    let sent = async || {
+        harness.sandbox.clear_history();
+        let call = harness.request(Method::GET, "/amc/instances/amcacme").header("x-ads-account", "acme-de");
+        call.send().await.unwrap();
+        harness.seen().header("amazon-advertising-api-advertiserid").unwrap().to_owned()
+    };
+    assert_eq!(sent().await, "ENTITYAMC", "which is in memory from now on");
+    harness.sandbox.world(|world| world.catalogue.amc_accounts[0].id = "ENTITYNEW".into());
+    let stored = Arc::new(tokio::sync::Notify::new());
+    let (release, released) = std::sync::mpsc::channel::<()>();
+    let (reached, released) = (stored.clone(), std::sync::Mutex::new(released));
+    let wait = move || {
+        reached.notify_one();
+        // Fails once the test has let go.
+        let _ = released.lock().unwrap().recv();
+    };
+    fail::cfg_callback("accounts_saved", wait).unwrap();
+    let open = async || harness.metric("adsidecar_connections{door=\"proxy\"}").await;
+    let others = open().await;
+    let mut caller = tokio::net::TcpStream::connect(harness.proxy_address()).await.unwrap();
+    let head = format!("POST {SYNC} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\n\r\n");
+    tokio::io::AsyncWriteExt::write_all(&mut caller, head.as_bytes()).await.unwrap();
+    stored.notified().await;
+    drop(caller);
+    eventually("the end of its connection", async || (open().await <= others).then_some(())).await;
+    drop(release);
+    eventually("the new id", async || (sent().await == "ENTITYNEW").then_some(())).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

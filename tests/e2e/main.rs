@@ -54,6 +54,7 @@ mod slow_callers;
 mod postgres;
 mod fleet;
 mod fleet_feed;
+mod fleet_start;
 mod siblings;
 mod stores;
 mod threats;

@@ -99,6 +99,11 @@ impl Cluster {
         self.directory.path()
     }
 
+    /// The server's log since it was last started.
+    pub fn log(&self) -> String {
+        fs::read_to_string(self.directory.path().join("log")).unwrap()
+    }
+
     /// The authority of the server's certificate, which names only `localhost`.
     pub fn ca_file(&self) -> PathBuf {
         self.directory.path().join("ca.pem")

@@ -257,6 +257,22 @@ async fn a_lost_response_followed_by_a_rejected_grant_is_reported_as_a_loss() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_rejected_grant_is_reported_as_a_loss_after_a_gateways_error_and_not_after_an_overload() {
+    for (status, losses) in [(503, 0.0), (429, 0.0), (504, 1.0), (500, 1.0)] {
+        let harness = Harness::start().await;
+        harness.log_in("default").await;
+        harness.sandbox.set_fault(Rule::from(Fault::status(status)).at(Listener::Lwa));
+        assert_eq!(code(&harness.post(REFRESH).await), "token_unavailable", "{status}");
+        // What the gateway's server had made of it: a new refresh token, in a response that nobody got.
+        harness.sandbox.world(|world| world.revoke_all());
+        harness.advance(61);
+        assert_eq!(code(&harness.post(REFRESH).await), "login_required", "{status}");
+        let lost = "adsidecar_token_refresh_interrupted_total{outcome=\"lost\"}";
+        assert_eq!(harness.metric(lost).await, losses, "{status}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 // Covers: failure 8.
 async fn a_response_without_a_refresh_token_keeps_the_old_one() {
     let mut harness = Harness::start().await;

@@ -25,7 +25,7 @@ use arc_swap::ArcSwapOption;
 use futures_util::StreamExt;
 use http::HeaderValue;
 use jiff::SignedDuration;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, OwnedMutexGuard};
 
 use crate::auth::tokens::{TokenError, TokenManager};
 use crate::domain::account::{Account, AmazonHost, Region, UserId};
@@ -65,6 +65,8 @@ const CONCURRENCY: usize = 2;
 const TIMEOUT: Duration = Duration::from_secs(120);
 /// After a search in which nothing answered, the next automatic one.
 const RETRY: SignedDuration = SignedDuration::from_hours(1);
+/// How long after a login another process searches, if the one that heard of it has ended: longer than its search.
+const ORPHANED: SignedDuration = SignedDuration::from_mins(5);
 /// Attempts to store accounts that other processes change at the same moment.
 const MAX_ATTEMPTS: usize = 10;
 /// Up to this many found accounts are named in metrics.
@@ -253,8 +255,7 @@ impl Directory {
     /// [`SyncError`] if there is no token, no region answers, or the store fails.
     pub async fn sync(&self, user: &UserId) -> Result<Arc<UserAccounts>, SyncError> {
         // A caller that hangs up leaves what was known before: everything changes at the end, at once.
-        let turn = self.turn(user);
-        let _turn = turn.lock().await;
+        let turn = self.turn(user).lock_owned().await;
         let bearer = self.0.tokens.bearer(user).await.map_err(SyncError::NoToken)?;
         let Some(reach) = self.0.reach.load_full() else {
             return Err(SyncError::NoRegion("adsidecar is still starting".to_owned()));
@@ -268,11 +269,28 @@ impl Directory {
         };
         let found = tokio::time::timeout(TIMEOUT, Box::pin(discovery.run())).await;
         let found = found.map_err(|_| SyncError::NoRegion(format!("no answer within {TIMEOUT:?}")))?;
-        let now = self.0.clock.now();
-        let made = |before: Option<&UserAccounts>| merge(user, before, &found, now);
-        let merged = Box::pin(self.store_accounts(user, made)).await?;
+        let (owner, now) = (user.clone(), self.0.clock.now());
+        let made = move |before: Option<&UserAccounts>| merge(&owner, before, &found, now);
+        let merged = self.store_to_the_end(turn, user, made).await?;
         tracing::info!(%user, accounts = merged.accounts.len(), "accounts were looked for");
         if merged.any_region_answered() { Ok(merged) } else { Err(SyncError::NoRegion(merged.failures())) }
+    }
+
+    /// As [`store_accounts`](Self::store_accounts), under the lock `turn`, also if the caller hangs up: what is stored
+    /// and what is in memory change together.
+    async fn store_to_the_end(
+        &self,
+        turn: OwnedMutexGuard<()>,
+        user: &UserId,
+        make: impl Fn(Option<&UserAccounts>) -> UserAccounts + Send + Sync + 'static,
+    ) -> Result<Arc<UserAccounts>, SyncError> {
+        let (directory, user) = (self.clone(), user.clone());
+        let store = async move {
+            let stored = Box::pin(directory.store_accounts(&user, make)).await;
+            drop(turn);
+            stored
+        };
+        self.0.tokens.uninterrupted(store).await
     }
 
     /// Stores what `make` makes of the accounts that are stored for `user`, once they have slugs.
@@ -349,14 +367,15 @@ impl Directory {
 
     /// Gives new slugs to the accounts of `user` where that is necessary, and lists them in the index.
     async fn rename(&self, user: &UserId) -> Result<Option<Arc<UserAccounts>>, StoreError> {
-        let turn = self.turn(user);
-        let _turn = turn.lock().await;
+        let turn = self.turn(user).lock_owned().await;
         if self.0.store.accounts_of(std::slice::from_ref(user)).await?.first().and_then(parse).is_none() {
             return Ok(None);
         }
         self.0.tokens.look(user).await?;
-        let none = || UserAccounts::none(user, self.0.clock.now());
-        match self.store_accounts(user, |before| before.cloned().unwrap_or_else(none)).await {
+        let (owner, now) = (user.clone(), self.0.clock.now());
+        let make =
+            move |before: Option<&UserAccounts>| before.cloned().unwrap_or_else(|| UserAccounts::none(&owner, now));
+        match self.store_to_the_end(turn, user, make).await {
             Ok(accounts) => Ok(Some(accounts)),
             Err(SyncError::Store(error)) => Err(error),
             Err(_) => Ok(None),
@@ -389,7 +408,7 @@ impl Directory {
             if self.0.renamed.swap(false, Relaxed) {
                 self.heed_names().await;
             }
-            let mut due: Vec<_> = lock(&self.0.wanted).drain().collect();
+            let mut due = Vec::new();
             if tokio::time::Instant::now() >= next_check {
                 self.index().await;
                 self.count().await;
@@ -398,6 +417,11 @@ impl Directory {
                 next_check = tokio::time::Instant::now() + if claimed.is_empty() { pause } else { Duration::ZERO };
                 due.extend(claimed);
             }
+            let wanted: Vec<_> = lock(&self.0.wanted).drain().filter(|user| !due.contains(user)).collect();
+            for user in &wanted {
+                self.note_wanted(user).await;
+            }
+            due.extend(wanted);
             let searches = futures_util::stream::iter(due).for_each_concurrent(CONCURRENCY, async |user| {
                 if let Err(error) = Box::pin(self.sync(&user)).await {
                     tracing::warn!(%user, reason = %error.reason(), "accounts could not be looked for");
@@ -405,6 +429,25 @@ impl Directory {
             });
             searches.await;
             let _ = tokio::time::timeout_at(next_check, self.0.wake.notified()).await;
+        }
+    }
+
+    /// Writes down that a user who has just logged in is to be searched for, so that the next process does it, or
+    /// another one, if this one ends before. If it fails, only this one knows.
+    async fn note_wanted(&self, user: &UserId) {
+        let Ok(stored) = self.0.store.accounts_of(std::slice::from_ref(user)).await else { return };
+        let (stored, now) = (stored.first(), self.0.clock.now());
+        let accounts = match stored.map(parse_any) {
+            None => UserAccounts::none(user, now),
+            Some(Some(accounts)) => accounts,
+            // Nobody can read it, and it is not replaced before something is found.
+            Some(None) => return,
+        };
+        let wait = if self.0.store.shared().is_some() { ORPHANED } else { SignedDuration::ZERO };
+        let search_at = now.checked_add(wait).unwrap_or(now);
+        let noted = NewAccounts { search_at, ..stored_form(&accounts, stored.map_or(0, |stored| stored.version)) };
+        if let Ok(AccountsSaved::Stored(version)) = self.0.store.save_accounts(user, noted).await {
+            lock(&self.0.cache).changed(user, version);
         }
     }
 
@@ -444,6 +487,9 @@ impl Directory {
     /// Gives new slugs to found accounts whose slugs the configuration has as names.
     async fn heed_names(&self) {
         let names: Vec<_> = self.configured().iter().map(|account| account.name.to_string()).collect();
+        if names.is_empty() {
+            return;
+        }
         let Ok(owners) = self.0.store.slug_owners(&names).await else {
             self.0.renamed.store(true, Relaxed);
             return;
@@ -501,8 +547,12 @@ impl SyncError {
     }
 }
 
-/// The accounts as they were stored; `None` if nobody can read them.
+/// The accounts as they were stored; `None` if nobody can read them, or if a search is to find them.
 fn parse(stored: &StoredAccounts) -> Option<UserAccounts> {
+    parse_any(stored).filter(|accounts| !accounts.was_only_wanted())
+}
+
+fn parse_any(stored: &StoredAccounts) -> Option<UserAccounts> {
     let accounts: UserAccounts = serde_json::from_str(stored.plain.as_deref()?).ok()?;
     (accounts.user_id == stored.user).then_some(accounts)
 }

@@ -74,6 +74,11 @@ impl UserAccounts {
         Self { user_id: user.clone(), synced_at: now, outcomes: Vec::new(), accounts: Vec::new() }
     }
 
+    /// Whether this only says that a search is to come.
+    pub(super) fn was_only_wanted(&self) -> bool {
+        self.outcomes.is_empty() && self.accounts.is_empty()
+    }
+
     /// Whether at least one region listed its profiles.
     pub fn any_region_answered(&self) -> bool {
         let answered = |outcome: &Outcome| matches!(outcome.status, Status::Found | Status::Empty);

@@ -109,7 +109,10 @@ pub fn refusal(status: StatusCode, kind: &str, body: &[u8], retry_after: Option<
         _ if error.is_empty() => interposed(status, kind),
         _ => format!("status {}, with an error that OAuth does not define", status.as_u16()),
     };
-    let later = |code| LwaError::TryLater { code, detail: detail.clone(), retry_after, taken: false };
+    // The server that failed, or the one behind a gateway, may have rotated the grant before. Who is overloaded, or
+    // does not know such requests, has not begun.
+    let taken = matches!(status.as_u16(), 500..) && !matches!(status.as_u16(), 501 | 503 | 505);
+    let later = |code| LwaError::TryLater { code, detail: detail.clone(), retry_after, taken };
     match (status.as_u16(), error.as_str()) {
         (429, _) => later("throttled"),
         (408 | 425 | 500.., _) => later("server_error"),
@@ -215,6 +218,18 @@ mod tests {
         {
             assert!(matches!(sort(status, error), LwaError::TryLater { .. }), "{status} {error}");
         }
+    }
+
+    #[test]
+    fn who_answers_that_it_failed_may_have_taken_the_request() {
+        let taken = |status: u16| {
+            let refusal = refusal(StatusCode::from_u16(status).unwrap(), "text/html", b"", None);
+            let LwaError::TryLater { taken, .. } = refusal else { panic!("{status}: {refusal}") };
+            taken
+        };
+        let not_taken = [302, 401, 403, 407, 408, 425, 429, 501, 503, 505].into_iter().filter(|status| taken(*status));
+        assert_eq!(not_taken.collect::<Vec<_>>(), [] as [u16; 0]);
+        assert!([500, 502, 504, 520, 599].into_iter().all(taken));
     }
 
     proptest! {

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout, timeout_at};
 
 use super::refresh_task::RefreshReason;
 use super::user_state::{UserState, Writing};
@@ -42,7 +42,7 @@ impl TokenManager {
     }
 
     /// Stores `grant`, whatever the user has, and uses it.
-    async fn replace(&self, entry: &Arc<UserState>, write: &Writing<'_>, mut grant: Grant) {
+    pub(super) async fn replace(&self, entry: &Arc<UserState>, write: &Writing<'_>, mut grant: Grant) {
         grant.generation = write.next_generation();
         grant.used_at = Some(self.0.clock.now());
         self.store(entry, write, &mut grant, None).await;
@@ -142,11 +142,19 @@ impl TokenManager {
         if let GrantState::Failing { retry_at, .. } = &*held {
             let _ = timeout(WAIT_FOR_RETRY, self.0.clock.sleep_until(*retry_at)).await;
         }
-        let changed = entry.changed();
         let before = entry.held().grant().map(|grant| grant.generation);
-        if !entry.held().backs_off(self.0.clock.reading()) {
+        let is_unchanged = || matches!(&**entry.held(), GrantState::Fresh(grant) if Some(grant.generation) == before);
+        let until = Instant::now() + WAIT_WITHOUT_TOKEN;
+        loop {
+            let changed = entry.changed();
+            if entry.held().backs_off(self.0.clock.reading()) {
+                break;
+            }
             self.start_refresh(&entry, RefreshReason::Manual);
-            let _ = timeout(WAIT_WITHOUT_TOKEN, changed.wait()).await;
+            // A task that was running already may have had nothing to do: then this one begins another.
+            if timeout_at(until, changed.wait()).await.is_err() || !is_unchanged() {
+                break;
+            }
         }
         let now = self.0.clock.reading();
         match &**entry.held() {
@@ -166,5 +174,74 @@ impl TokenManager {
             }),
             GrantState::Fresh(_) => Ok(self.status_of(&entry)),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::auth::lwa::{self, Lwa};
+    use crate::auth::tokens::Settings;
+    use crate::domain::account::Region;
+    use crate::domain::clock::Clock;
+    use crate::domain::grant::{Access, AccessToken, RefreshPolicy, RefreshToken};
+    use crate::domain::secret::Secret;
+    use crate::store::keyring::Keyring;
+    use crate::store::{self, TokenStore};
+    use crate::telemetry::metrics::{self, Metrics};
+
+    /// A manager with a store in `directory`, for which Login with Amazon is out of reach.
+    fn manager(directory: &tempfile::TempDir, clock: &Clock) -> TokenManager {
+        let policy = RefreshPolicy {
+            margin: Duration::from_mins(5),
+            ahead: Duration::from_mins(15),
+            idle_after: Duration::from_hours(1),
+        };
+        let settings = Settings { policy, sweep: Duration::from_mins(5), concurrency: 1, cache: 10, adopt: None };
+        let lwa = lwa::Settings {
+            client_id: "client".into(),
+            client_secrets: vec![Secret::new("secret")],
+            redirect_uri: "http://localhost:8001/".into(),
+            scope: "profile".into(),
+            region: Region::default(),
+            authorize_url: None,
+            // Nobody listens at this port, which programs may not take.
+            token_url: Some("https://127.0.0.1:1/".parse().unwrap()),
+            proxy: None,
+            extra_roots: Vec::new(),
+        };
+        let keyring = Arc::new(Keyring::new(&[Keyring::generate_key()]).unwrap());
+        let at = store::Settings { path: directory.path().join("store"), postgres: None };
+        let (store, _) = TokenStore::open(&at, keyring).unwrap();
+        let metrics = Arc::new(Metrics::new(metrics::Settings { max_user_series: 1 }, 0.0).unwrap());
+        TokenManager::new(settings, store, [], Lwa::new(lwa).unwrap(), clock.clone(), metrics).0
+    }
+
+    // One thread: a task that was begun runs once somebody waits for it.
+    #[tokio::test]
+    async fn a_manual_refresh_that_joined_a_task_with_nothing_to_do_makes_a_token_call() {
+        let (directory, clock) =
+            (tempfile::TempDir::new().unwrap(), Clock::frozen("2026-08-01T12:00:00Z".parse().unwrap()));
+        let (manager, user, now) = (manager(&directory, &clock), UserId::default(), clock.now());
+        let grant = Grant {
+            refresh_token: RefreshToken::new("Atzr|x".to_owned()).unwrap(),
+            previous: None,
+            access: Some(Access {
+                token: AccessToken::new("Atza|x".to_owned()).unwrap(),
+                expires_at: now + jiff::SignedDuration::from_hours(1),
+            }),
+            updated_at: now,
+            consented_at: None,
+            used_at: None,
+            scope: None,
+            generation: 0,
+        };
+        manager.adopt(&user, grant).await;
+        // The token is fresh, and this task finds that out when it runs.
+        manager.start_refresh(&manager.entry(&user).unwrap(), RefreshReason::OnDemand);
+        let Err(TokenError::Unavailable { code, .. }) = manager.refresh(&user).await else {
+            panic!("Login with Amazon is out of reach")
+        };
+        assert_eq!(code, "unreachable");
     }
 }

@@ -59,11 +59,13 @@ struct Ramp {
     phase: f64,
     /// Number of turns that were taken, or passed.
     turns: f64,
+    /// Whether it is for the backlog of a fleet that has just started: then callers do not wait for turns.
+    is_of_start: bool,
 }
 
 impl Ramp {
     /// One that a process begins by itself.
-    const OWN: Self = Self { since: None, processes: 1.0, phase: 0.0, turns: 0.0 };
+    const OWN: Self = Self { since: None, processes: 1.0, phase: 0.0, turns: 0.0, is_of_start: false };
 
     /// The periods in which the gap between the turns of this process at the beginning would be filled.
     fn first_gap(&self) -> f64 {
@@ -96,10 +98,10 @@ impl Brake {
         self.refused.is_some()
     }
 
-    /// When a call may begin that wants to at `now`, for the rate after an outage. Both are times since any one
-    /// instant.
-    pub fn turn(&mut self, now: Duration) -> Duration {
-        let Some(ramp) = &mut self.ramp else { return now };
+    /// When a call may begin that wants to at `now`, for the rate after an outage, or after a start if no caller waits
+    /// for it. Both are times since any one instant.
+    pub fn turn(&mut self, now: Duration, is_background: bool) -> Duration {
+        let Some(ramp) = self.ramp.as_mut().filter(|ramp| is_background || !ramp.is_of_start) else { return now };
         let since = *ramp.since.get_or_insert(now);
         let after = now.saturating_sub(since);
         if ramp.has_ended(after) {
@@ -135,7 +137,17 @@ impl Brake {
         }
         if let Some(ramp) = &mut self.ramp {
             let phase = if processes > 1 { phase } else { 0.0 };
-            *ramp = Ramp { since: Some(now), processes: processes.max(1) as f64, phase, turns: ramp.turns };
+            let processes = processes.max(1) as f64;
+            *ramp = Ramp { since: Some(now), processes, phase, turns: ramp.turns, is_of_start: false };
+        }
+    }
+
+    /// Starts the rate of [`share`](Self::share) at `now` for background refreshes, because nobody has made any for
+    /// long, and there may be very many: all processes were away. Those that callers wait for are made at once.
+    pub fn work_off(&mut self, processes: usize, phase: f64, now: Duration) {
+        if self.refused.is_none() && self.ramp.is_none() {
+            let (phase, processes) = (if processes > 1 { phase } else { 0.0 }, processes.max(1) as f64);
+            self.ramp = Some(Ramp { since: Some(now), processes, phase, turns: 0.0, is_of_start: true });
         }
     }
 
@@ -298,7 +310,7 @@ mod tests {
             brake.hold("unreachable", Duration::from_secs(60), at(0));
             brake.share(processes, (number as f64 + 0.5) / processes as f64, Duration::ZERO);
             assert!(!brake.is_refused());
-            let own = std::iter::repeat_with(|| brake.turn(Duration::ZERO));
+            let own = std::iter::repeat_with(|| brake.turn(Duration::ZERO, false));
             turns.extend(own.take_while(|turn| *turn <= until));
         }
         turns
@@ -321,8 +333,8 @@ mod tests {
         brake.hold("unreachable", Duration::from_secs(60), at(0));
         brake.share(100, 0.5, Duration::ZERO);
         let late = Duration::from_secs(8);
-        let first = brake.turn(late);
-        assert!(first > late && brake.turn(late) > first + Duration::from_millis(300), "{first:?}");
+        let first = brake.turn(late, false);
+        assert!(first > late && brake.turn(late, false) > first + Duration::from_millis(300), "{first:?}");
     }
 
     #[test]
@@ -337,10 +349,39 @@ mod tests {
         assert_eq!(brake.turn_wait(later), Duration::ZERO);
         let claimable = brake.claimable(at(0), later, 8, 8);
         assert!((1..8).contains(&claimable), "{claimable}");
-        let turn = brake.turn(later);
+        let turn = brake.turn(later, true);
         assert!(turn > later && turn <= later + NEAR, "{turn:?}");
         let end = Duration::from_secs(40);
-        assert_eq!((brake.claimable(at(0), end, 8, 8), brake.turn(end)), (8, end));
+        assert_eq!((brake.claimable(at(0), end, 8, 8), brake.turn(end, true)), (8, end));
+    }
+
+    #[test]
+    fn a_fleet_that_starts_with_a_backlog_works_it_off_at_the_same_growing_rate_and_lets_no_caller_wait() {
+        let mut turns = Vec::new();
+        for number in 0..100 {
+            let mut brake = Brake::default();
+            brake.work_off(100, (f64::from(number) + 0.5) / 100.0, Duration::ZERO);
+            assert_eq!(brake.turn(Duration::ZERO, false), Duration::ZERO, "a caller waits for it");
+            assert!(brake.claimable(at(0), Duration::ZERO, 8, 8) < 8);
+            let own = std::iter::repeat_with(|| brake.turn(Duration::ZERO, true));
+            turns.extend(own.take_while(|turn| *turn <= Duration::from_secs(4)));
+        }
+        assert!((85..=89).contains(&turns.len()), "{}", turns.len());
+    }
+
+    #[test]
+    fn the_rate_of_a_start_does_not_outlive_an_outage_and_does_not_end_one() {
+        let mut brake = Brake::default();
+        brake.hold("unreachable", Duration::from_secs(5), at(0));
+        brake.work_off(1, 0.5, Duration::ZERO);
+        assert!(brake.is_refused());
+        let mut brake = Brake::default();
+        brake.work_off(1000, 0.5, Duration::ZERO);
+        brake.hold("unreachable", Duration::from_secs(5), at(0));
+        brake.share(1, 0.5, Duration::from_secs(6));
+        let six = Duration::from_secs(6);
+        assert_eq!(brake.turn(six, false), six);
+        assert!(brake.turn(six, false) > six, "after an outage callers wait, too");
     }
 
     #[test]
@@ -377,9 +418,9 @@ mod tests {
             0.5
         ));
         let second = Duration::from_secs(1);
-        let turns: Vec<_> = (0..3).map(|_| (brake.turn(100 * second) - 100 * second).as_millis()).collect();
+        let turns: Vec<_> = (0..3).map(|_| (brake.turn(100 * second, false) - 100 * second).as_millis()).collect();
         assert_eq!(turns, [0, 98, 193]);
-        assert_eq!(brake.turn(112 * second), 112 * second);
-        assert_eq!(brake.turn(112 * second), 112 * second, "no gap is left");
+        assert_eq!(brake.turn(112 * second, false), 112 * second);
+        assert_eq!(brake.turn(112 * second, false), 112 * second, "no gap is left");
     }
 }

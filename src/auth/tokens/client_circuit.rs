@@ -1,7 +1,7 @@
 //! A brake for answers of Login with Amazon that are about our client, and so affect all users: it refuses our client,
 //! asks us to wait, or is down. While it does, adsidecar probes with one user's grant from time to time instead of
 //! retrying for every user, so that a wrong secret or an outage does not cause a storm of calls. Afterwards the rate
-//! grows slowly.
+//! grows slowly; and so does that of the background in a fleet that starts with a backlog.
 //!
 //! `invalid_client` (RFC 6749, section 5.2) and 429 are about the client. Any other error may be about one grant: one
 //! that an operator must resolve counts as the client's once two users have met it with no success in between, one that
@@ -47,8 +47,9 @@ impl ClientCircuit {
         self.begun.elapsed()
     }
 
-    /// Waits for permission to probe. Returns at once unless LWA refuses our client.
-    async fn permit(&self) -> ProbePermit<'_> {
+    /// Waits for permission to probe, or for the turn of a call. Returns at once unless LWA refuses our client, or did,
+    /// or the call `is_background` and the fleet has just started with a backlog.
+    async fn permit(&self, is_background: bool) -> ProbePermit<'_> {
         if self.brake().is_refused() {
             let permit = self.probe.lock().await;
             if self.brake().is_refused() {
@@ -56,7 +57,7 @@ impl ClientCircuit {
             }
             // LWA serves our client again, and so the waiters, at the rate that it takes.
         }
-        let turn = self.brake().turn(self.elapsed());
+        let turn = self.brake().turn(self.elapsed(), is_background);
         sleep_until(self.begun + turn).await;
         None
     }
@@ -68,13 +69,14 @@ impl ClientCircuit {
 }
 
 impl TokenManager {
-    /// Waits for permission to call LWA. If processes share the store, one of them probes for all.
+    /// Waits for permission to call LWA; `is_background` if no caller waits. If processes share the store, one of them
+    /// probes for all.
     ///
     /// # Errors
     /// The failure of the refresh while the brake holds.
-    pub(super) async fn call_permit(&self) -> Result<ProbePermit<'_>, Outcome> {
+    pub(super) async fn call_permit(&self, is_background: bool) -> Result<ProbePermit<'_>, Outcome> {
         let circuit = &self.0.circuit;
-        let permit = circuit.permit().await;
+        let permit = circuit.permit(is_background).await;
         if permit.is_some()
             && circuit.brake().holds(self.0.clock.reading()).is_none()
             && let Some(shared) = self.0.store.shared()
@@ -109,6 +111,14 @@ impl TokenManager {
         let processes = self.timed("brake", shared.count_pods()).await.unwrap_or(1);
         let elapsed = self.0.circuit.elapsed();
         self.0.circuit.brake().share(processes, jitter(), elapsed);
+    }
+
+    /// All processes were away, and may start with very many refreshes to make: they share a rate that grows as after
+    /// an outage, so that Login with Amazon can say in time that it is too high.
+    pub(super) async fn work_off_backlog(&self, shared: &Postgres) {
+        let processes = self.timed("brake", shared.count_pods()).await.unwrap_or(1);
+        let elapsed = self.0.circuit.elapsed();
+        self.0.circuit.brake().work_off(processes, jitter(), elapsed);
     }
 }
 

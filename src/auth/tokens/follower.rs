@@ -14,12 +14,12 @@ use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use super::TokenManager;
 use super::client_circuit::known_code;
-use super::pace::{ClaimPace, notified_pause, poll_pause};
+use super::pace::{ClaimPace, is_backlog, longest_pause, notified_pause, poll_pause};
 use super::refresh_task::{STORE_RETRY, jitter};
 use super::user_state::UserState;
 use crate::domain::account::UserId;
 use crate::domain::grant::Version;
-use crate::store::{Changes, Lookup, PUBLISH, Postgres, RECONNECT_PAUSE_MAX, StoreError};
+use crate::store::{Changes, Lookup, PUBLISH, Postgres, RECONNECT_PAUSE_MAX, SharedBrake, StoreError};
 
 /// What this process knows of changes counts as current for this long after a poll.
 const CURRENT: Duration = Duration::from_secs(2);
@@ -55,11 +55,11 @@ pub(super) struct Follower {
 }
 
 impl Follower {
-    /// For a store over which no statement has been sent since it was opened.
+    /// For a store that has just been opened to serve.
     pub(super) fn new(store: Postgres) -> Self {
         let begun = Instant::now();
         // Over the first connection nothing can have been lost yet. Any other one counts, also if no poll came before.
-        let first = store.connection() + 1;
+        let first = store.connection();
         Self {
             store,
             begun,
@@ -155,6 +155,7 @@ impl TokenManager {
     /// Adopts what other processes change, poll by poll. Runs until dropped.
     pub(super) async fn follow(&self, follower: &Follower) {
         let shared = &follower.store;
+        let mut has_polled = false;
         loop {
             tokio::select! {
                 () = sleep(poll_pause(jitter())) => {}
@@ -171,11 +172,21 @@ impl TokenManager {
                     let _ = self.0.scheduler.send(entry);
                 }
             }
-            if let Some((code, wait)) = &poll.brake {
-                self.0.circuit.brake().hold(known_code(code), *wait, self.0.clock.reading());
+            match &poll.brake {
+                SharedBrake::Held { code, wait } => {
+                    self.0.circuit.brake().hold(known_code(code), *wait, self.0.clock.reading());
+                }
+                SharedBrake::Released => {
+                    let is_held = self.0.circuit.brake().is_held_by_others();
+                    if is_held {
+                        self.share_rate(shared).await;
+                    }
+                }
+                SharedBrake::Ended => {}
             }
-            if !poll.has_brake && self.0.circuit.brake().is_held_by_others() {
-                self.share_rate(shared).await;
+            let longest = longest_pause(self.policy());
+            if !std::mem::replace(&mut has_polled, true) && is_backlog(poll.due_at, self.0.clock.now(), longest) {
+                self.work_off_backlog(shared).await;
             }
             follower.pace().polled(poll.due_at, self.0.clock.now(), follower.elapsed(), jitter());
             follower.polled.notify_waiters();
@@ -204,6 +215,8 @@ impl TokenManager {
     /// Describes the records that nobody has described: those of a previous version, and those that a person changed.
     /// Runs until dropped.
     pub(super) async fn describe_records(&self, follower: &Follower) {
+        // Of many processes that start at once, each is to be ready before the others look.
+        sleep(poll_pause(jitter())).await;
         // Those that another process could not open, perhaps.
         let _ = self.timed("describe", follower.store.retry_unknown()).await;
         loop {

@@ -3,7 +3,6 @@
 use std::sync::Arc;
 
 use super::TokenManager;
-use super::user_state::UserState;
 use crate::auth::lwa::LwaError;
 use crate::domain::account::UserId;
 use crate::domain::grant::{Grant, GrantState, LiveGrant};
@@ -24,13 +23,22 @@ impl TokenManager {
     /// record that cannot be read counts as one.
     ///
     /// # Errors
-    /// [`ImportError`]. Then nothing changes: unlike the grant of a login, this one exists elsewhere.
+    /// [`ImportError`]. Then nothing changes: unlike the grant of a login, this one exists elsewhere. If Login with
+    /// Amazon has rotated it, it does not: then it is used from memory, and storing it is retried, as after a login.
     pub async fn import(&self, user: &UserId, grant: Grant, replace: bool, verify: bool) -> Result<bool, ImportError> {
         let (manager, user) = (self.clone(), user.clone());
-        // Login with Amazon may rotate the refresh token that it is shown: an operator who hangs up must not lose it.
+        // Login with Amazon may rotate the refresh token that it is shown: an operator who hangs up must not lose it,
+        // and it is not shown one that would not be taken.
         let import = async move {
-            let grant = if verify { manager.verified(&grant).await.map_err(ImportError::Refused)? } else { grant };
-            Box::pin(manager.import_now(&user, grant, replace)).await.map_err(ImportError::Store)
+            if !verify {
+                return Box::pin(manager.import_now(&user, grant, replace, false)).await.map_err(ImportError::Store);
+            }
+            if !replace && manager.has_grant(&user).await.map_err(ImportError::Store)? {
+                return Ok(false);
+            }
+            let verified = manager.verified(&grant).await.map_err(ImportError::Refused)?;
+            let is_rotated = verified.refresh_token != grant.refresh_token;
+            Box::pin(manager.import_now(&user, verified, replace, is_rotated)).await.map_err(ImportError::Store)
         };
         self.uninterrupted(import).await
     }
@@ -41,11 +49,23 @@ impl TokenManager {
         Ok(grant.refreshed(tokens, sent_at))
     }
 
-    async fn import_now(&self, user: &UserId, mut grant: Grant, replace: bool) -> Result<bool, StoreError> {
+    /// Stores `grant` and uses it. One that `is_rotated` exists nowhere else any more.
+    async fn import_now(
+        &self,
+        user: &UserId,
+        mut grant: Grant,
+        replace: bool,
+        is_rotated: bool,
+    ) -> Result<bool, StoreError> {
         let entry = self.entry_or_new(user);
         let write = entry.write().await;
-        if !replace && self.has_grant(&entry).await? {
+        if !replace && self.has_grant(user).await? {
             return Ok(false);
+        }
+        if is_rotated {
+            self.replace(&entry, &write, grant).await;
+            tracing::info!(%user, "an imported grant is in use");
+            return Ok(true);
         }
         grant.generation = write.next_generation();
         let version = self.save(&entry, &grant, None).await?;
@@ -62,11 +82,11 @@ impl TokenManager {
         Ok(true)
     }
 
-    async fn has_grant(&self, entry: &UserState) -> Result<bool, StoreError> {
-        if entry.held().grant().is_some() {
+    async fn has_grant(&self, user: &UserId) -> Result<bool, StoreError> {
+        if self.entry(user).is_some_and(|entry| entry.held().grant().is_some()) {
             return Ok(true);
         }
-        match self.0.store.load(&entry.user).await {
+        match self.0.store.load(user).await {
             Ok(grant) => Ok(grant.is_some()),
             Err(StoreError::Unreadable(_)) => Ok(true),
             Err(error) => Err(error),

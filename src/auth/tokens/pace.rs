@@ -22,6 +22,8 @@ const FIRST_PAUSE: Duration = Duration::from_millis(500);
 const MANY: usize = 3;
 /// So could one that finds a refresh that has been due for so long.
 const LATE: SignedDuration = SignedDuration::from_secs(5);
+/// A fleet stood still if what it found at its start had been due for longer than this, and than its longest pause.
+const STOOD_STILL: Duration = Duration::from_secs(60);
 
 /// The pause before the next poll. `jitter` is random, in `0.0..1.0`, here and below.
 pub fn poll_pause(jitter: f64) -> Duration {
@@ -49,6 +51,13 @@ pub fn look_pause(jitter: f64) -> Duration {
 /// refresh themselves.
 pub fn longest_pause(policy: RefreshPolicy) -> Duration {
     policy.ahead.saturating_sub(policy.margin) / 2
+}
+
+/// Whether nobody can have looked for a while for what was due at `due_at`: a fleet claims what is due within
+/// `longest`, and one that has stood still starts with a backlog.
+pub fn is_backlog(due_at: Option<Timestamp>, wall: Timestamp, longest: Duration) -> bool {
+    let late = due_at.and_then(|due| Duration::try_from(wall.duration_since(due)).ok());
+    late.is_some_and(|late| late > longest.max(STOOD_STILL))
 }
 
 /// When this process claims due refreshes.
@@ -242,6 +251,13 @@ mod tests {
         let looks = std::iter::successors(Some(next_look(None)), |last| Some(next_look(Some(*last))));
         let seconds: Vec<_> = looks.map(|look| look.as_secs()).take_while(|seconds| *seconds < 600).collect();
         assert_eq!(seconds, [30, 60, 120, 240, 480], "in the ten minutes before requests read the row themselves");
+    }
+
+    #[test]
+    fn a_backlog_is_what_a_living_fleet_would_have_claimed() {
+        let is_backlog = |late: i64| is_backlog(Some(wall(0)), wall(late), LONGEST);
+        assert_eq!([-1000, 0, 299_000, 301_000].map(is_backlog), [false, false, false, true]);
+        assert!(!super::is_backlog(None, wall(0), LONGEST) && !super::is_backlog(Some(wall(0)), wall(59_000), ms(0)));
     }
 
     #[test]

@@ -163,7 +163,8 @@ impl RefreshTask {
             Err(failure) => return self.fail(failure).await,
         };
         fail_point!("refresh_begun");
-        let response = self.refresh_with_fallback(&grant).await;
+        let is_background = matches!(why, RefreshReason::Due | RefreshReason::Claimed { .. });
+        let response = self.refresh_with_fallback(&grant, is_background).await;
         fail_point!("refresh_answered", |_| std::process::abort());
         let user = &self.entry.user;
         let write = self.entry.write().await;
@@ -230,10 +231,14 @@ impl RefreshTask {
 
     /// Refreshes with the grant's refresh token. If LWA refuses it and it has never been used successfully, tries the
     /// previous one: a rotation may have been lost on LWA's side.
-    async fn refresh_with_fallback(&self, grant: &LiveGrant) -> Result<(Tokens, ClockReading), Outcome> {
-        let response = self.token_call(grant, &grant.refresh_token).await;
+    async fn refresh_with_fallback(
+        &self,
+        grant: &LiveGrant,
+        is_background: bool,
+    ) -> Result<(Tokens, ClockReading), Outcome> {
+        let response = self.token_call(grant, &grant.refresh_token, is_background).await;
         let (Err(Outcome::Rejected(_)), Some(previous)) = (&response, &grant.previous) else { return response };
-        let (tokens, sent_at) = self.token_call(grant, previous).await?;
+        let (tokens, sent_at) = self.token_call(grant, previous, is_background).await?;
         tracing::warn!(user = %self.entry.user, "Login with Amazon refuses the refresh token it issued last, but \
             accepts the previous one");
         let refresh = tokens.refresh.or_else(|| Some(previous.clone()));
@@ -246,9 +251,10 @@ impl RefreshTask {
         &self,
         grant: &LiveGrant,
         refresh_token: &RefreshToken,
+        is_background: bool,
     ) -> Result<(Tokens, ClockReading), Outcome> {
         let TokenManager(inner) = &self.manager;
-        let permit = self.manager.call_permit().await?;
+        let permit = self.manager.call_permit(is_background).await?;
         let user = &self.entry.user;
         let lwa = inner.lwa.load_full();
         let begun = std::time::Instant::now();

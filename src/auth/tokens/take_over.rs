@@ -91,6 +91,7 @@ impl TokenManager {
                 if let Some(grant) = grant {
                     let now = self.0.clock.reading();
                     self.publish(entry, write, GrantState::Fresh(Arc::new(LiveGrant::loaded(grant, now))));
+                    entry.wake();
                 }
                 return Ok(true);
             }

@@ -8,8 +8,32 @@ use super::connection::{OnDisconnect, Parameters};
 use super::{Postgres, column};
 use crate::store::StoreError;
 
+/// What the database says of the brake.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum SharedBrake {
+    /// There is none.
+    Released,
+    /// It has ended: the process that probes then releases it or prolongs it.
+    Ended,
+    /// No process may call Login with Amazon.
+    Held {
+        /// The error code.
+        code: String,
+        /// For how long.
+        wait: Duration,
+    },
+}
+
+impl SharedBrake {
+    /// What the note says, if there is one, at the time `now` of the database.
+    pub(super) fn noted(note: Option<String>, now: f64) -> Self {
+        let Some(note) = note else { return Self::Released };
+        parse(&note, now).map_or(Self::Ended, |(code, wait)| Self::Held { code, wait })
+    }
+}
+
 /// The content of the note: seconds of the Unix epoch by the database's clock, a space, and the error code.
-pub(super) fn parse(value: &str, now: f64) -> Option<(String, Duration)> {
+fn parse(value: &str, now: f64) -> Option<(String, Duration)> {
     let (until, code) = value.split_once(' ')?;
     let left = until.parse::<f64>().ok()? - now;
     let wait = Duration::try_from_secs_f64(left).ok().filter(|wait| !wait.is_zero())?;
@@ -63,5 +87,19 @@ impl Postgres {
         let rows = self.query(LOOK, &[], OnDisconnect::Resend).await?;
         let Some(row) = rows.first() else { return Ok(None) };
         Ok(parse(&column::<String>(row, 0)?, column(row, 1)?))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_brake_that_has_ended_is_not_one_that_was_released() {
+        let noted = |note: Option<&str>| SharedBrake::noted(note.map(str::to_owned), 100.0);
+        assert_eq!(noted(None), SharedBrake::Released);
+        assert_eq!((noted(Some("100 throttled")), noted(Some("?"))), (SharedBrake::Ended, SharedBrake::Ended));
+        let held = SharedBrake::Held { code: "throttled".into(), wait: Duration::from_millis(2500) };
+        assert_eq!(noted(Some("102.5 throttled")), held);
     }
 }

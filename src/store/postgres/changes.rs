@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use jiff::Timestamp;
 use tokio_postgres::types::Type;
 
+use super::brake::SharedBrake;
 use super::connection::{OnDisconnect, Parameters};
 use super::{Lookup, Postgres, USER_COLUMN, column, first_row, locked, read_row};
 use crate::domain::account::UserId;
@@ -84,10 +85,8 @@ pub struct Poll {
     pub changes: Changes,
     /// When the next background refresh is due; `None` if there is none.
     pub due_at: Option<Timestamp>,
-    /// The error code for which no process may call Login with Amazon, and for how long.
-    pub brake: Option<(String, Duration)>,
-    /// Whether there is a brake, which may have ended: whoever probes then releases it or prolongs it.
-    pub has_brake: bool,
+    /// The brake that all processes share.
+    pub brake: SharedBrake,
     /// Whether there are records that nobody has [described](Postgres::describe_page).
     pub has_undescribed: bool,
 }
@@ -120,14 +119,12 @@ impl Postgres {
         let due_at = first_row::<Option<f64>>(&rows, 4)?
             .and_then(|seconds| Timestamp::from_microsecond((seconds * 1e6) as i64).ok());
         let has_undescribed = first_row(&rows, 5)?;
-        let noted: Option<String> = first_row(&rows, 6)?;
-        let has_brake = noted.is_some();
-        let brake = noted.and_then(|brake| super::brake::parse(&brake, first_row(&rows, 7).ok()?));
+        let brake = SharedBrake::noted(first_row(&rows, 6)?, first_row(&rows, 7)?);
         let (position, is_continued) = Position::after(previous, rows.len(), head, connection, Instant::now());
         *locked(&self.0.position) = Some(position);
         if !is_continued {
             self.tell_accounts(AccountsChanged::Unknown);
-            return Ok(Poll { changes: Changes::Unknown, due_at, brake, has_brake, has_undescribed });
+            return Ok(Poll { changes: Changes::Unknown, due_at, brake, has_undescribed });
         }
         let (mut changed, mut accounts) = (Vec::new(), Vec::new());
         for row in &rows {
@@ -143,7 +140,7 @@ impl Postgres {
             }
         }
         self.tell_accounts(AccountsChanged::Users(accounts));
-        Ok(Poll { changes: Changes::Rows(changed), due_at, brake, has_brake, has_undescribed })
+        Ok(Poll { changes: Changes::Rows(changed), due_at, brake, has_undescribed })
     }
 
     /// Forgets up to where changes were read, because what was read could not be used: the next call of

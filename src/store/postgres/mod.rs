@@ -55,6 +55,7 @@ use crate::domain::account::UserId;
 use crate::domain::grant::{Grant, RefreshPolicy, Version};
 use crate::store::keyring::{Fingerprint, Keyring};
 use crate::store::stored_grant::{StoredGrant, StoredGrantError, is_same_grant, open_record};
+pub use brake::SharedBrake;
 pub use changes::{Changes, LOOKUP_ROWS, Poll, Position};
 pub use connection::RECONNECT_PAUSE_MAX;
 use connection::{OnDisconnect, Parameters, PgConnection, Purpose};
@@ -84,7 +85,7 @@ const SCHEMA_VERSION: &str = "1";
 /// The note that holds the number of the last migration, and the number of the last one in [`SCHEMA`]. A migration
 /// only adds to the tables of a schema version, so that processes of the previous release keep working.
 const MIGRATION_NOTE: &str = "migration";
-const MIGRATION: u32 = 5;
+const MIGRATION: u32 = 6;
 /// The note that holds the fingerprint of the key that seals.
 const KEY_NOTE: &str = "key";
 
@@ -166,6 +167,22 @@ struct Written {
     version: Version,
 }
 
+/// The notes that a start looks at.
+struct StartNotes {
+    migration: Option<String>,
+    schema: Option<String>,
+    key: Option<String>,
+}
+
+impl StartNotes {
+    /// Whether the tables need no migration. A higher number is that of a newer release, whose tables this one can use:
+    /// see [`SCHEMA_VERSION`].
+    fn is_migrated(&self) -> bool {
+        let number = self.migration.as_ref().and_then(|number| number.parse::<u32>().ok());
+        number.is_some_and(|number| number >= MIGRATION)
+    }
+}
+
 /// A row with a record.
 struct StoredRow {
     user: UserId,
@@ -174,29 +191,38 @@ struct StoredRow {
 }
 
 impl Postgres {
-    /// Connects, creates missing tables, and checks the key. Reads all records if `read_all`. Blocks until that is
-    /// done.
-    pub(super) fn open(
-        url: ConnectionUrl,
-        keyring: Arc<Keyring>,
-        read_all: bool,
-    ) -> Result<(Self, Opened), StoreError> {
+    /// Connects, creates missing tables, checks the key, and reads all records. Blocks until that is done.
+    pub(super) fn open(url: ConnectionUrl, keyring: Arc<Keyring>) -> Result<(Self, Opened), StoreError> {
         let open = move || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
             let runtime = runtime.map_err(|error| StoreError::Postgres { reason: error.to_string() })?;
             runtime.block_on(async move {
                 let store = Self::new(url, keyring);
-                let opened = store.prepare(read_all).await?;
+                let users = store.prepare_and_read().await?;
                 // The connection belongs to this runtime, which ends here. The first operation opens another.
                 store.0.connection.disconnect().await;
                 store.0.bulk.disconnect().await;
-                Ok((store, opened))
+                Ok((store, Opened { users, ..Opened::default() }))
             })
         };
-        // Use a separate thread: commands call this outside a runtime, `serve` calls it inside one.
+        // Use a separate thread: commands call this outside a runtime, doctor calls it inside one.
         let opening = std::thread::Builder::new().name("store".into()).spawn(open);
         let opened = opening.map_err(|error| StoreError::Postgres { reason: error.to_string() })?.join();
         opened.unwrap_or_else(|_| Err(StoreError::Postgres { reason: "the store panicked while it connected".into() }))
+    }
+
+    /// Connects, creates missing tables, checks the key, and says that this process is alive: one connection and three
+    /// statements, if the tables are those of this version.
+    pub(super) async fn open_to_serve(url: ConnectionUrl, keyring: Arc<Keyring>) -> Result<Self, StoreError> {
+        let store = Self::new(url, keyring);
+        let (ring, noted) = store.prepare().await?;
+        if noted.as_ref().is_none_or(|key| key.parse::<Fingerprint>().is_err()) {
+            let first = store.page("", FIRST_ROWS).await?.0;
+            store.check_key(&first.into_iter().map(|row| (row.user.clone(), row.open(&ring).0)).collect())?;
+        }
+        store.set_key(noted.as_deref(), &ring).await?;
+        store.publish_pod().await?;
+        Ok(store)
     }
 
     fn new(url: ConnectionUrl, keyring: Arc<Keyring>) -> Self {
@@ -217,52 +243,59 @@ impl Postgres {
         }))
     }
 
-    /// Creates missing tables, and checks schema version and key. Reads all records, or the first few to check the key.
-    async fn prepare(&self, read_all: bool) -> Result<Opened, StoreError> {
-        self.create_tables().await?;
-        match self.note(SCHEMA_NOTE).await? {
+    /// Creates missing tables, checks schema version and key, and reads all records.
+    async fn prepare_and_read(&self) -> Result<Users, StoreError> {
+        let (ring, noted) = self.prepare().await?;
+        let users = self.scan().await?;
+        match noted.as_deref().and_then(|key| key.parse().ok()) {
+            // A command does not change which key seals; that is for a rotation, or for a process that serves.
+            Some(key) => self.0.keyring.store(Arc::new(ring.sealing_with(key))),
+            None => {
+                self.check_key(&users)?;
+                self.set_key(noted.as_deref(), &ring).await?;
+            }
+        }
+        self.count_records().await?;
+        Ok(users)
+    }
+
+    /// Creates missing tables, and checks schema version and key. Returns the keyring, and the key that was noted.
+    async fn prepare(&self) -> Result<(Arc<Keyring>, Option<String>), StoreError> {
+        let StartNotes { schema, key: noted, .. } = self.create_tables().await?;
+        match schema {
             None => self.set_note(SCHEMA_NOTE, SCHEMA_VERSION).await?,
             Some(version) if version == SCHEMA_VERSION => {}
             Some(version) => return Err(StoreError::UnsupportedSchema { version }),
         }
-        let found = self.note(KEY_NOTE).await?;
-        let (ring, key) =
-            (self.0.keyring.load_full(), found.as_deref().and_then(|key| key.parse::<Fingerprint>().ok()));
+        let ring = self.0.keyring.load_full();
+        let key = noted.as_deref().and_then(|key| key.parse::<Fingerprint>().ok());
         if key.is_some_and(|key| !ring.fingerprints().contains(&key)) {
             return Err(self.wrong_key(key));
         }
-        let users = match read_all {
-            true => self.scan().await?,
-            false => self
-                .page("", FIRST_ROWS)
-                .await?
-                .0
-                .into_iter()
-                .map(|row| (row.user.clone(), row.open(&ring).0))
-                .collect(),
-        };
+        Ok((ring, noted))
+    }
+
+    /// Reads the notes that a start looks at, in one statement: many processes may start at once.
+    async fn start_notes(&self) -> Result<StartNotes, StoreError> {
+        const NOTES: &str = "SELECT (SELECT value FROM adsidecar_notes WHERE name = $1), \
+                             (SELECT value FROM adsidecar_notes WHERE name = $2), \
+                             (SELECT value FROM adsidecar_notes WHERE name = $3)";
+        let parameters: &Parameters<'_> =
+            &[(&MIGRATION_NOTE, Type::TEXT), (&SCHEMA_NOTE, Type::TEXT), (&KEY_NOTE, Type::TEXT)];
+        let rows = self.query(NOTES, parameters, OnDisconnect::Resend).await?;
+        Ok(StartNotes { migration: first_row(&rows, 0)?, schema: first_row(&rows, 1)?, key: first_row(&rows, 2)? })
+    }
+
+    /// Without a note of the key: fails if there are records and no key of the keyring opens any of them.
+    fn check_key(&self, users: &Users) -> Result<(), StoreError> {
         let undecryptable =
             |(_, grant): &(UserId, Result<Grant, _>)| matches!(grant, Err(StoredGrantError::Undecryptable));
-        if key.is_none() && !users.is_empty() && users.iter().all(undecryptable) {
-            return Err(self.wrong_key(None));
-        }
-        match key {
-            // A command does not change which key seals; that is for a rotation, or for a process that serves.
-            Some(noted) if read_all => self.0.keyring.store(Arc::new(ring.sealing_with(noted))),
-            _ => self.set_key(found.as_deref(), &ring).await?,
-        }
-        if read_all {
-            self.count_records().await?;
-        } else {
-            self.publish_pod().await?;
-        }
-        let users = if read_all { users } else { Users::new() };
-        Ok(Opened { users, ..Opened::default() })
+        if !users.is_empty() && users.iter().all(undecryptable) { Err(self.wrong_key(None)) } else { Ok(()) }
     }
 
     /// Creates the tables, and migrates those of an earlier release; but only if that is needed: PostgreSQL rejects
-    /// `CREATE TABLE IF NOT EXISTS` from a role without the privilege even if the table exists.
-    async fn create_tables(&self) -> Result<(), StoreError> {
+    /// `CREATE TABLE IF NOT EXISTS` from a role without the privilege even if the table exists. Returns the notes.
+    async fn create_tables(&self) -> Result<StartNotes, StoreError> {
         const EXIST: &str = "SELECT to_regclass('adsidecar_grants') IS NOT NULL \
                              AND to_regclass('adsidecar_logins') IS NOT NULL \
                              AND to_regclass('adsidecar_waiting') IS NOT NULL \
@@ -272,14 +305,10 @@ impl Postgres {
         for _ in 0..MAX_ATTEMPTS {
             let rows = self.query(EXIST, &[], OnDisconnect::Resend).await?;
             if first_row(&rows, 0)? {
-                let number = self.note(MIGRATION_NOTE).await?.and_then(|number| number.parse::<u32>().ok());
-                // A higher number is that of a newer release, whose tables this one can use: see SCHEMA_VERSION.
-                if number.is_some_and(|number| number >= MIGRATION) {
-                    return Ok(());
-                }
+                let notes = self.start_notes().await?;
                 // Tables of another schema version are not ours to migrate.
-                if self.note(SCHEMA_NOTE).await?.is_some_and(|version| version != SCHEMA_VERSION) {
-                    return Ok(());
+                if notes.is_migrated() || notes.schema.as_ref().is_some_and(|version| version != SCHEMA_VERSION) {
+                    return Ok(notes);
                 }
             }
             self.0.bulk.create(SCHEMA).await?;

@@ -57,8 +57,8 @@ CREATE TABLE IF NOT EXISTS adsidecar_notes (
 -- failed; and when the next process may ask. accounts (migration 4): the version of the accounts that were found for
 -- the user, so that who follows the changes of this table hears of those too. news (migration 5): the number of the
 -- last change that every process hears of at once: each but a refresh that was due, for which those look who hold the
--- grant. So a poll reads no refreshes, which are nearly all changes. The previous version polls by `change`; its index
--- can go when no process does.
+-- grant. So a poll reads no refreshes, which are nearly all changes. The version before polls by `change`; its index
+-- can go when no process does. Migration 6: what that version refreshes is news, as it does not say whether it was due.
 CREATE SEQUENCE IF NOT EXISTS adsidecar_changes;
 ALTER TABLE adsidecar_grants
     ADD COLUMN IF NOT EXISTS change bigint NOT NULL DEFAULT 0,
@@ -142,7 +142,8 @@ CREATE TRIGGER adsidecar_number_update BEFORE UPDATE OF record, generation, epoc
 -- News takes its change number while it holds the advisory lock, with the row locked first. So these numbers become
 -- visible in their order, and a process that has read up to a number has missed none below it. A refresh that was due
 -- is no news and takes no such lock: who holds the grant reads the row then, and before its token ends. One is news
--- nevertheless if it came before others look for it: its writer says so, or others wait for `retry_at`.
+-- nevertheless if it came before others look for it: its writer says so, or says nothing (the version before
+-- migration 5), or others wait for `retry_at`.
 --
 -- `about` is a JSON object with the columns that describe the record, and `early`; NULL if another process has to
 -- describe it.
@@ -178,7 +179,7 @@ BEGIN
         AND (p_age IS NULL OR now_epoch > was_epoch);
     IF written THEN
         is_news := coalesce(is_news, true) OR now_epoch > was_epoch OR was_present <> (p_record IS NOT NULL)
-            OR about IS NULL OR coalesce((about->>'early')::boolean, false);
+            OR about IS NULL OR coalesce((about->>'early')::boolean, true);
         IF is_news THEN
             PERFORM pg_advisory_xact_lock(4837205517302918402);
         END IF;
@@ -310,5 +311,5 @@ BEGIN
     RETURN NEXT;
 END $$;
 
-INSERT INTO adsidecar_notes (name, value) VALUES ('migration', '5')
-    ON CONFLICT (name) DO UPDATE SET value = excluded.value WHERE adsidecar_notes.value::int < 5;
+INSERT INTO adsidecar_notes (name, value) VALUES ('migration', '6')
+    ON CONFLICT (name) DO UPDATE SET value = excluded.value WHERE adsidecar_notes.value::int < 6;

@@ -197,7 +197,7 @@ pub async fn measure(rows: usize, machine: String) -> Result<Calibration, Failur
     let settings = Settings { path: "unused".into(), postgres: Some(ConnectionUrl::parse(&url)?) };
     let keyring = Arc::new(Keyring::new(&[Keyring::generate_key()])?);
     let open = || TokenStore::open_to_serve(&settings, keyring.clone());
-    let (store, _) = open()?;
+    let (store, _) = open().await?;
     store.save(&"template".parse()?, &grant(1), None).await?;
     let sql = cluster.connect().await;
     sql.run(&FILL.replace("ROWS", &rows.to_string())).await;
@@ -208,7 +208,7 @@ pub async fn measure(rows: usize, machine: String) -> Result<Calibration, Failur
     let shared = store.shared().ok_or("the store is PostgreSQL")?;
     let statements = measure_all(&meter, shared, rows).await?;
     let mut statements: BTreeMap<_, _> = statements.into_iter().map(|(name, cost)| (name.to_owned(), cost)).collect();
-    statements.insert("start".into(), start(&meter, || open().map(|(store, _)| store)).await?);
+    statements.insert("start".into(), start(&meter, async || Ok(open().await?.0)).await?);
     let measured = Timestamp::now().strftime("%Y-%m-%d").to_string();
     Ok(Calibration { measured, machine, rows, statements })
 }
@@ -293,7 +293,7 @@ async fn measure_all(meter: &Meter, store: &Postgres, rows: usize) -> Result<Vec
 }
 
 /// A start, with its connections and the first poll.
-async fn start(meter: &Meter, open: impl Fn() -> Result<TokenStore, StoreError>) -> Result<Cost, Failure> {
+async fn start(meter: &Meter, open: impl AsyncFn() -> Result<TokenStore, StoreError>) -> Result<Cost, Failure> {
     const STARTS: usize = 100;
     const ENDED_BY: Duration = Duration::from_secs(60);
     let own = meter.sql.one("SELECT pg_backend_pid()").await.ok_or("no pid")?;
@@ -303,7 +303,7 @@ async fn start(meter: &Meter, open: impl Fn() -> Result<TokenStore, StoreError>)
     let before = children_time(&postmaster)?;
     let sample = meter
         .each(STARTS, async |_| {
-            let store = open()?;
+            let store = open().await?;
             let shared = store.shared().ok_or("the store is PostgreSQL")?;
             shared.poll().await?;
             Ok(store.close().await?)

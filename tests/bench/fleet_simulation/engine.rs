@@ -12,7 +12,9 @@ use std::time::{Duration, Instant};
 use adsidecar::auth::lwa::LwaError;
 use adsidecar::auth::tokens::Settings;
 use adsidecar::auth::tokens::brake::{Brake, held_back};
-use adsidecar::auth::tokens::pace::{ClaimPace, longest_pause, look_pause, next_look, notified_pause, poll_pause};
+use adsidecar::auth::tokens::pace::{
+    ClaimPace, is_backlog, longest_pause, look_pause, next_look, notified_pause, poll_pause,
+};
 use adsidecar::domain::clock_reading::ClockReading;
 use adsidecar::domain::grant::{AccessToken, Failure, GrantState, LiveGrant, Outcome, Remedy, Tokens};
 use adsidecar::store::{LOOKUP_ROWS, PUBLISH, Position};
@@ -44,6 +46,8 @@ pub enum KnownBad {
     Told,
     /// Each process has the rate of one that is alone after an outage.
     Unshared,
+    /// A fleet that starts with a backlog calls as fast as it can.
+    Rushed,
 }
 
 /// A run.
@@ -166,6 +170,9 @@ struct Pod {
     overdue: Vec<(u32, Duration)>,
     /// The last notification that it has polled after.
     heard: u64,
+    has_polled: bool,
+    /// Whether it counts the others because there is a backlog at its start.
+    has_backlog: bool,
 }
 
 pub struct Fleet {
@@ -359,6 +366,11 @@ impl Fleet {
             this.brake.hold("unreachable", Duration::from_micros((until - self.now).unsigned_abs()), now);
         }
         let is_released = self.table.brake.is_none() && this.brake.is_held_by_others();
+        let is_first = !std::mem::replace(&mut this.has_polled, true);
+        this.has_backlog = is_first
+            && self.plan.known_bad != Some(KnownBad::Rushed)
+            && is_backlog(due.map(wall), now.wall, longest_pause(self.settings.policy));
+        let has_backlog = this.has_backlog;
         let news = std::mem::take(&mut this.news);
         let mut compare = if is_continued { news } else { this.holds };
         this.holds = hot;
@@ -375,7 +387,7 @@ impl Fleet {
         }
         let pause = poll_pause(self.dice());
         self.plan_poll(pod, pause);
-        if is_released {
+        if is_released || has_backlog {
             self.send(pod, Statement::CountPods);
         } else {
             self.claim(pod);
@@ -467,7 +479,7 @@ impl Fleet {
             }
             return;
         }
-        let turn = micros(this.brake.turn(now));
+        let turn = micros(this.brake.turn(now, true));
         if turn > self.now {
             self.at(turn, Event::Turn { task: number });
         } else {
@@ -492,7 +504,11 @@ impl Fleet {
             Some(KnownBad::Unshared) => 1,
             _ => self.pods.iter().filter(|pod| pod.is_alive).count(),
         };
-        self.pods[pod as usize].brake.share(alive, phase, now);
+        let this = &mut self.pods[pod as usize];
+        match std::mem::take(&mut this.has_backlog) {
+            true => this.brake.work_off(alive, phase, now),
+            false => this.brake.share(alive, phase, now),
+        }
         // Refreshes that waited for the probe continue at that rate.
         while self.pods[pod as usize].probing.is_none() && !self.pods[pod as usize].brake.is_refused() {
             let Some(next) = self.pods[pod as usize].waiting.pop_front() else { break };

@@ -54,6 +54,9 @@ pub struct Figures {
     /// When the brake was first released after the outage, and the calls in each second since then.
     released: Option<Micros>,
     pub admitted: [u64; 10],
+    /// When the first call was made after the cold start, and the calls in each second since then.
+    first_call: Option<Micros>,
+    pub first_calls: [u64; 10],
 }
 
 impl Figures {
@@ -75,6 +78,8 @@ impl Figures {
             heard: Vec::new(),
             released: None,
             admitted: [0; 10],
+            first_call: None,
+            first_calls: [0; 10],
         }
     }
 
@@ -114,6 +119,10 @@ impl Figures {
     }
 
     pub fn called(&mut self, now: Micros, works: bool, is_repeated: bool, interrupted: bool) {
+        let first = *self.first_call.get_or_insert(now);
+        if let Some(second) = usize::try_from((now - first) / SECOND).ok().and_then(|at| self.first_calls.get_mut(at)) {
+            *second += 1;
+        }
         let since = self.released.and_then(|released| usize::try_from((now - released) / SECOND).ok());
         if let Some(second) = since.and_then(|second| self.admitted.get_mut(second)) {
             *second += 1;

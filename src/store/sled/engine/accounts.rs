@@ -55,6 +55,7 @@ impl Engine {
         }
         files::replace(&path, sealed.as_bytes())?;
         database.index_accounts(user, version + 1, accounts)?;
+        fail_point!("accounts_saved");
         Ok(AccountsSaved::Stored(version + 1))
     }
 
