@@ -56,6 +56,7 @@ mod fleet;
 mod fleet_feed;
 mod siblings;
 mod stores;
+mod stream_limits;
 mod threats;
 mod throttle;
 mod throttle_counts;
