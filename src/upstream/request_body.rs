@@ -245,7 +245,8 @@ impl ReplayBuffer {
         lock(&self.state).ended
     }
 
-    /// Returns the number of bytes that hyper took so far, in all attempts together, and whether it took the whole body.
+    /// Returns the number of bytes that hyper took so far, in all attempts together, and whether it took the whole
+    /// body.
     pub(super) fn taken(&self) -> (u64, bool) {
         let state = lock(&self.state);
         (state.taken + state.retaken, state.ended)

@@ -5,8 +5,8 @@
 //! at once, to what its length and the round trip make useful, when a long response begins. They grow eightfold
 //! whenever a caller has read a whole window within two round trips: such a response is limited by the window. Of a
 //! short response the sockets' buffers may take everything, and nothing shows whether its caller reads; a crowd of such
-//! callers therefore makes windows grow by little altogether, and on a connection that was opened in a crowd only once a
-//! caller has read.
+//! callers therefore makes windows grow by little altogether, and on a connection that was opened in a crowd only once
+//! a caller has read.
 //!
 //! All growth comes from one [`WindowBudget`]. The connection's window is a hard bound for what its callers have not
 //! read yet, so the memory of all connections together is bounded by the budget and the first windows.
