@@ -614,15 +614,15 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Future for Driver<S> {
             this.announce_windows(cx);
             match Pin::new(&mut this.connection).poll(cx) {
                 Poll::Ready(end) => {
+                    // A server that drains says both at once.
+                    this.tell_settled();
                     tracing::debug!(?end, "connection to Amazon ended");
                     return Poll::Ready(());
                 }
                 // The settings before may have been acknowledged just now.
                 Poll::Pending if this.announce_windows(cx) => {}
                 Poll::Pending => {
-                    if this.settled.is_some() && this.connection.max_concurrent_send_streams() != UNKNOWN {
-                        this.settled.take().map(|settled| settled.send(()));
-                    }
+                    this.tell_settled();
                     return Poll::Pending;
                 }
             }
@@ -640,6 +640,13 @@ impl<S> Driver<S> {
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin> Driver<S> {
+    /// Tells that the server has said how many streams it allows, if it has.
+    fn tell_settled(&mut self) {
+        if self.settled.is_some() && self.connection.max_concurrent_send_streams() != UNKNOWN {
+            self.settled.take().map(|settled| settled.send(()));
+        }
+    }
+
     /// Takes the answer to a ping.
     fn poll_answer(&mut self, cx: &mut Context<'_>) {
         let mut link = lock(&self.state.link);
