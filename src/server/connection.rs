@@ -559,6 +559,31 @@ mod tests {
         });
     }
 
+    #[tokio::test]
+    async fn a_listener_that_is_dropped_leaves_no_task_behind() {
+        let limits = Limits {
+            max_connections: 10,
+            header_timeout: Duration::from_secs(10),
+            idle_timeout: Duration::from_secs(10),
+            write_timeout: Duration::from_secs(10),
+        };
+        let (listen, mut none) = ([Listen::Tcp("127.0.0.1:0".to_owned())], Inherited::default());
+        let listener = Listener::bind(&listen, false, 0o600, limits, Arc::new(Own), &mut none).await.unwrap();
+        let held = listener.limits();
+        let (_open, phase) = tokio::sync::watch::channel(Phase::Open);
+        let handler = async |_, _| Response::new(Full::from("hi"));
+        let running = tokio::spawn(listener.run(move |request, peer| Box::pin(handler(request, peer)), phase));
+        while Arc::strong_count(&held) < 3 {
+            tokio::task::yield_now().await;
+        }
+        running.abort();
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while Arc::strong_count(&held) > 1 {
+            assert!(Instant::now() < deadline, "a task still holds the limits");
+            tokio::task::yield_now().await;
+        }
+    }
+
     /// Connected before the listener runs, so that it waits at the moment of the shutdown.
     #[tokio::test]
     async fn a_shutdown_answers_a_connection_that_nobody_has_accepted_yet() {

@@ -35,6 +35,7 @@ use arc_swap::{ArcSwap, ArcSwapOption};
 use bytes::Bytes;
 use http::{HeaderValue, Request, Response};
 use tokio::sync::watch;
+use tokio::task::AbortHandle;
 
 pub use caller_body::CallerBody;
 pub use inherited::Inherited;
@@ -193,7 +194,7 @@ impl Listener {
             keep_alive: KeepAlive::default(),
         });
         let reaper = tokio::spawn(registry.clone().enforce(limits.clone()));
-        let _abort = AbortOnDrop(registry.clone());
+        let _abort = AbortOnDrop(registry.clone(), reaper.abort_handle());
         let mut tasks = tokio::task::JoinSet::new();
         for socket in sockets {
             tasks.spawn(accept(socket, context.clone(), phase.clone()));
@@ -204,16 +205,16 @@ impl Listener {
         let _ = phase.wait_for(|phase| *phase == Phase::Closed).await;
         while tasks.join_next().await.is_some() {}
         registry.close_all().await;
-        reaper.abort();
     }
 }
 
-/// Breaks off what is still in flight when the listener is dropped.
-struct AbortOnDrop(Arc<Registry>);
+/// Breaks off what is still in flight when the listener is dropped, and ends the reaper.
+struct AbortOnDrop(Arc<Registry>, AbortHandle);
 
 impl Drop for AbortOnDrop {
     fn drop(&mut self) {
         self.0.abort_all();
+        self.1.abort();
     }
 }
 

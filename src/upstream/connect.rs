@@ -7,6 +7,7 @@ use hyper::client::conn::http1;
 use hyper_util::rt::TokioIo;
 use rustls::ClientConfig;
 use rustls::pki_types::ServerName;
+use tokio::sync::oneshot;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 use url::Url;
@@ -17,7 +18,7 @@ use super::http2::{self, Driver, Http2 as Http2Connection};
 use super::last_look::{LastLook, LookedAt};
 use super::read_ahead::ReadAhead;
 use super::windows::WindowBudget;
-use super::{ErrorKind, Http2, RequestBody, Settings};
+use super::{Broken, ErrorKind, Http2, RequestBody, Settings};
 
 /// Limit of rustls's buffer for data that the socket has not taken yet, in bytes. The default of 64 KiB holds a body
 /// chunk but not the overhead of its TLS records, so each chunk needed a second system call for its last 134 bytes.
@@ -64,8 +65,6 @@ pub(super) enum Offer {
     Configured {
         /// The window of a stream over HTTP/2.
         first_window: u32,
-        /// How many streams the origin's last connection allowed.
-        max_streams: usize,
         /// When the region was last used.
         used: Arc<Activity>,
     },
@@ -121,6 +120,17 @@ impl Connector {
         connected.unwrap_or(Err(ErrorKind::ConnectTimeout(self.timeout)))
     }
 
+    /// Waits until an HTTP/2 server has said what it allows, for at most `upstream.connect_timeout`.
+    ///
+    /// # Errors
+    /// Fails if it does not, or if the connection ends before.
+    pub(super) async fn settle(&self, settled: oneshot::Receiver<()>) -> Result<(), ErrorKind> {
+        match tokio::time::timeout(self.timeout, settled).await {
+            Ok(told) => told.map_err(|_| ErrorKind::Reset(Broken::Unsettled)),
+            Err(_) => Err(ErrorKind::ConnectTimeout(self.timeout)),
+        }
+    }
+
     async fn handshake(&self, offer: Offer) -> Result<Opened, ErrorKind> {
         let tcp = self.dialer.connect().await?;
         let tls = if matches!(offer, Offer::Http1) { &self.http1 } else { &self.tls };
@@ -129,13 +139,11 @@ impl Connector {
         stream.get_mut().1.set_buffer_limit(Some(WRITE_BUFFER));
         let chosen = stream.get_ref().1.alpn_protocol();
         match offer {
-            Offer::Configured { first_window, max_streams, used }
-                if chosen == Some(b"h2") || self.http2 == Http2::Always =>
-            {
+            Offer::Configured { first_window, used } if chosen == Some(b"h2") || self.http2 == Http2::Always => {
                 tracing::debug!(window = first_window, "connected to Amazon, HTTP/2");
                 let activity = stream.get_ref().0.activity().clone();
                 let budget = self.budget.clone();
-                let opened = http2::handshake(stream, activity, used, budget, first_window, max_streams).await;
+                let opened = http2::handshake(stream, activity, used, budget, first_window).await;
                 let (connection, driver) = opened.map_err(|error| ErrorKind::Reset(error.into()))?;
                 Ok(Opened::Http2 { connection, driver: Box::new(driver) })
             }

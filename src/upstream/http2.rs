@@ -21,7 +21,7 @@ use http::header::CONTENT_LENGTH;
 use http::{HeaderMap, Method, Request, Response};
 use http_body::{Body as _, Frame, SizeHint};
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::sync::Notify;
+use tokio::sync::{Notify, oneshot};
 use tokio::task::AbortHandle;
 use tokio::time::{Sleep, sleep};
 
@@ -51,8 +51,14 @@ const DOUBTED_AFTER: Duration = Duration::from_secs(20);
 const PROBE_TIMEOUT: Duration = Duration::from_secs(1);
 /// Shortest time between two looks at the clock.
 const MIN_TIMER: Duration = Duration::from_secs(1);
+/// A frame below this length may be a small part of the buffer that it was read into.
+const SMALL: usize = 8 << 10;
+/// How long the rest of an upload may take once its response is complete. Some servers respond early and read it.
+const REST_TIMEOUT: Duration = Duration::from_secs(5);
 /// After this time without a request the windows return to their first size.
 const WINDOWS_KEPT: Duration = Duration::from_secs(10);
+/// What h2 takes for the number of streams that the server allows until the server has said it. No server can say this.
+const UNKNOWN: usize = usize::MAX - 1;
 
 /// A handle to an HTTP/2 connection. The connection closes when all handles are gone and its requests have ended.
 #[derive(Clone, Debug)]
@@ -89,7 +95,7 @@ struct Link {
 }
 
 /// Opens the HTTP/2 connection on `socket`, whose reads `activity` records; `used` records the requests to its region.
-/// Returns its handle, and the future that runs it. `max_streams` is assumed until the server says how many it allows.
+/// Returns its handle, and the future that runs it.
 ///
 /// # Errors
 /// Fails if the connection breaks.
@@ -99,13 +105,12 @@ pub(super) async fn handshake<S: AsyncRead + AsyncWrite + Unpin + Send + 'static
     used: Arc<Activity>,
     budget: Arc<WindowBudget>,
     first_window: u32,
-    max_streams: usize,
 ) -> Result<(Http2, Driver<S>), h2::Error> {
     let windows = Windows::new(budget, first_window);
     let (sender, mut connection) = Builder::new()
         .initial_window_size(first_window)
         .initial_connection_window_size(windows.connection())
-        .initial_max_send_streams(max_streams)
+        .initial_max_send_streams(UNKNOWN)
         .max_header_list_size(MAX_HEAD)
         .enable_push(false)
         .handshake(socket)
@@ -123,7 +128,7 @@ pub(super) async fn handshake<S: AsyncRead + AsyncWrite + Unpin + Send + 'static
         answered: Notify::new(),
     });
     let timer = Box::pin(sleep(PING_EVERY));
-    Ok((Http2 { sender, state: state.clone() }, Driver { connection, state, used, timer }))
+    Ok((Http2 { sender, state: state.clone() }, Driver { connection, state, used, timer, settled: None }))
 }
 
 impl Http2 {
@@ -161,9 +166,16 @@ impl Http2 {
         room
     }
 
-    /// The number of requests that the connection may carry at the same time.
+    /// The number of requests that the connection may carry at the same time: one until the server has said how many it
+    /// allows, as h2 keeps what exceeds that until a stream is free, and never gives it back.
     pub(super) fn max_streams(&self) -> usize {
-        self.sender.current_max_send_streams().clamp(1, MAX_STREAMS)
+        self.allowed_streams().unwrap_or(1)
+    }
+
+    /// The number of streams that the server allows, once it has said it.
+    pub(super) fn allowed_streams(&self) -> Option<usize> {
+        let most = self.sender.current_max_send_streams();
+        (most != UNKNOWN).then(|| most.clamp(1, MAX_STREAMS))
     }
 
     pub(super) fn opened(&self) -> Instant {
@@ -428,9 +440,14 @@ fn poll_capacity(stream: &mut SendStream<Bytes>, cx: &mut Context<'_>) -> Poll<R
 struct Upload(Option<AbortHandle>);
 
 impl Upload {
-    /// Lets the task run to its end: the response is complete, and the server may still read the request.
+    /// Lets the task run on for a while: the response is complete, and the server may still read the request. If it
+    /// does not, its stream would be occupied for as long as the connection lasts.
     fn detach(mut self) {
-        self.0 = None;
+        let Some(task) = self.0.take().filter(|task| !task.is_finished()) else { return };
+        tokio::spawn(async move {
+            sleep(REST_TIMEOUT).await;
+            task.abort();
+        });
     }
 }
 
@@ -460,6 +477,8 @@ struct Open {
     upload: Option<Upload>,
     /// Bytes that were handed out last. Only once more is wanted were they written to the caller.
     handed_out: usize,
+    /// Whether small frames are copied out of the buffer that they were read into.
+    copies: bool,
 }
 
 impl Open {
@@ -481,6 +500,12 @@ impl Open {
             link.wake();
         }
     }
+}
+
+/// The same bytes without the buffer that they were read into: one frame keeps all of it, beside the frames of others,
+/// which costs a crowd that does not read several times its windows.
+fn on_its_own(data: Bytes) -> Bytes {
+    if data.len() < SMALL { Bytes::copy_from_slice(&data) } else { data }
 }
 
 impl Drop for Open {
@@ -506,11 +531,12 @@ impl Incoming {
             let round_trip = link.round_trip;
             let key = link.windows.begin(body.left, round_trip);
             slot.waits.store(false, Relaxed);
+            let copies = link.windows.is_for_a_crowd();
             if link.windows.changed().is_some() {
                 link.wake();
             }
             drop(link);
-            body.open = Some(Open { stream, slot, key, upload, handed_out: 0 });
+            body.open = Some(Open { stream, slot, key, upload, handed_out: 0, copies });
         }
         Response::from_parts(parts, body)
     }
@@ -525,7 +551,7 @@ impl Incoming {
         let Some(open) = &mut self.open else { return Poll::Ready(None) };
         open.release_taken();
         let next = match ready!(open.stream.poll_data(cx)) {
-            Some(data) => data.map(|data| Some(Frame::data(data))),
+            Some(data) => data.map(|data| Some(Frame::data(if open.copies { on_its_own(data) } else { data }))),
             None => ready!(open.stream.poll_trailers(cx)).map(|trailers| trailers.map(Frame::trailers)),
         };
         Poll::Ready(match next {
@@ -570,6 +596,8 @@ pub(super) struct Driver<S> {
     /// When the region was last used.
     used: Arc<Activity>,
     timer: Pin<Box<Sleep>>,
+    /// Is told when the server has said how many streams it allows.
+    settled: Option<oneshot::Sender<()>>,
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin> Future for Driver<S> {
@@ -586,18 +614,39 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Future for Driver<S> {
             this.announce_windows(cx);
             match Pin::new(&mut this.connection).poll(cx) {
                 Poll::Ready(end) => {
+                    // A server that drains says both at once.
+                    this.tell_settled();
                     tracing::debug!(?end, "connection to Amazon ended");
                     return Poll::Ready(());
                 }
                 // The settings before may have been acknowledged just now.
                 Poll::Pending if this.announce_windows(cx) => {}
-                Poll::Pending => return Poll::Pending,
+                Poll::Pending => {
+                    this.tell_settled();
+                    return Poll::Pending;
+                }
             }
         }
     }
 }
 
+impl<S> Driver<S> {
+    /// Tells when the server has said how many streams it allows; an error if the connection ends before.
+    pub(super) fn settled(&mut self) -> oneshot::Receiver<()> {
+        let (settled, told) = oneshot::channel();
+        self.settled = Some(settled);
+        told
+    }
+}
+
 impl<S: AsyncRead + AsyncWrite + Unpin> Driver<S> {
+    /// Tells that the server has said how many streams it allows, if it has.
+    fn tell_settled(&mut self) {
+        if self.settled.is_some() && self.connection.max_concurrent_send_streams() != UNKNOWN {
+            self.settled.take().map(|settled| settled.send(()));
+        }
+    }
+
     /// Takes the answer to a ping.
     fn poll_answer(&mut self, cx: &mut Context<'_>) {
         let mut link = lock(&self.state.link);
@@ -655,5 +704,19 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Driver<S> {
             self.timer.as_mut().reset(now + wait.max(MIN_TIMER));
         }
         false
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_small_frame_does_not_keep_the_frames_of_others_in_memory() {
+        let read = Bytes::from((0..4 * SMALL).map(|byte| byte as u8).collect::<Vec<_>>());
+        let small = on_its_own(read.slice(SMALL..2 * SMALL - 1));
+        assert!(read.is_unique() && small == read[SMALL..2 * SMALL - 1]);
+        let large = on_its_own(read.slice(SMALL..3 * SMALL));
+        assert_eq!(large.as_ptr(), read[SMALL..].as_ptr(), "a large one is not copied");
     }
 }

@@ -296,9 +296,8 @@ impl OriginPool {
         for waiter in still.into_iter().rev() {
             connections.waiters.push_front(waiter);
         }
-        if let Some(oldest) = connections.shared.first() {
-            // It has most probably been told how many streams the server allows.
-            connections.expected = oldest.max_streams();
+        if let Some(allowed) = connections.shared.iter().find_map(Http2Connection::allowed_streams) {
+            connections.expected = allowed;
         }
         // Some in the queue may have hung up, and some may not know yet that they have their connection.
         let waiting = self.waiting.load(Relaxed).min(connections.waiters.len());
@@ -318,45 +317,57 @@ impl OriginPool {
     /// Starts a task that opens a connection: for the requests that wait, or in the background for the next request.
     fn open(self: &Arc<Self>, connections: &mut Connections, background: bool) {
         connections.opening += 1;
-        let offer = Offer::Configured {
-            first_window: first_window(self.protocol_choice.in_flight()),
-            max_streams: connections.expected.max(2),
-            used: self.used.clone(),
-        };
+        let offer =
+            Offer::Configured { first_window: first_window(self.protocol_choice.in_flight()), used: self.used.clone() };
         let pool = self.clone();
         tokio::spawn(async move {
             // Boxed, because connecting is rare and its future is large.
-            let opened = Box::pin(pool.connector.connect(offer)).await;
+            let opened = match Box::pin(pool.connector.connect(offer)).await {
+                Ok(opened) => pool.add(opened).await,
+                Err(error) => Err(error),
+            };
             let mut connections = pool.lock();
             connections.opening -= 1;
-            match opened {
-                Ok(opened) => pool.add(&mut connections, opened),
-                Err(error) => connections.fail(error, background),
+            if let Err(error) = opened {
+                connections.fail(error, background);
             }
             pool.serve(&mut connections);
         });
     }
 
-    /// Adds a new connection.
-    fn add(self: &Arc<Self>, connections: &mut Connections, opened: Opened) {
+    /// Adds a new connection. Over HTTP/2 it carries one request until the server has said how many it allows. The
+    /// others wait for that here, where another connection can take them.
+    async fn add(self: &Arc<Self>, opened: Opened) -> Result<(), ErrorKind> {
         match opened {
             Opened::Http1 { sender, look, driver } => {
+                let mut connections = self.lock();
                 connections.expected = 1;
                 self.run_http1(driver);
                 let connection = Http1Connection { sender, look, reused: false, opened: Instant::now() };
                 connections.idle.push_back(Idle::new(connection));
+                Ok(())
             }
-            Opened::Http2 { connection, driver } => {
-                connections.shared.push(connection.clone());
-                let pool = Arc::downgrade(self);
-                tokio::spawn(async move {
-                    // The handle must not keep an unused connection open.
-                    let connection = connection.downgrade();
-                    driver.await;
-                    if let Some(pool) = pool.upgrade() {
-                        pool.http2_ended(&connection);
-                    }
-                });
+            Opened::Http2 { connection, mut driver } => {
+                let told = driver.settled();
+                {
+                    let mut connections = self.lock();
+                    connections.shared.push(connection.clone());
+                    let (pool, connection) = (Arc::downgrade(self), connection.clone());
+                    tokio::spawn(async move {
+                        // The handle must not keep an unused connection open.
+                        let connection = connection.downgrade();
+                        driver.await;
+                        if let Some(pool) = pool.upgrade() {
+                            pool.http2_ended(&connection);
+                        }
+                    });
+                    self.serve(&mut connections);
+                }
+                let settled = self.connector.settle(told).await;
+                if settled.is_err() {
+                    self.lock().shared.retain(|other| !other.is(&connection));
+                }
+                settled
             }
         }
     }

@@ -26,6 +26,7 @@ enum Source {
     ReplayBuffer {
         chunks: VecDeque<Bytes>,
         left: u64,
+        buffer: Arc<ReplayBuffer>,
     },
     Caller {
         /// What an earlier attempt took.
@@ -136,6 +137,8 @@ struct Progress {
     reserved: usize,
     /// Bytes of the body that hyper took so far.
     taken: u64,
+    /// Bytes that it took again, in later attempts.
+    retaken: u64,
     /// Whether hyper took the whole body.
     ended: bool,
     /// What hyper left of the body when it dropped it.
@@ -172,8 +175,8 @@ impl RequestBody {
     /// Returns the replay buffer of this body, or `None` if the body does not come from a caller or is empty.
     pub fn progress(&self) -> Option<Arc<ReplayBuffer>> {
         match &self.0 {
-            Source::Caller { buffer, .. } => Some(buffer.clone()),
-            Source::Nothing | Source::ReplayBuffer { .. } => None,
+            Source::Caller { buffer, .. } | Source::ReplayBuffer { buffer, .. } => Some(buffer.clone()),
+            Source::Nothing => None,
         }
     }
 }
@@ -226,10 +229,10 @@ impl ReplayBuffer {
     }
 
     /// Returns the same body for a retry, if it was sent completely and no limit was exceeded.
-    pub fn replay(&self) -> Option<RequestBody> {
+    pub fn replay(self: &Arc<Self>) -> Option<RequestBody> {
         let state = lock(&self.state);
         let chunks = state.pieces.as_ref().filter(|_| state.ended)?.all();
-        Some(RequestBody(Source::ReplayBuffer { chunks, left: state.taken }))
+        Some(RequestBody(Source::ReplayBuffer { chunks, left: state.taken, buffer: self.clone() }))
     }
 
     /// Returns the number of bytes that it holds.
@@ -242,10 +245,16 @@ impl ReplayBuffer {
         lock(&self.state).ended
     }
 
-    /// Returns the number of bytes that hyper took so far, and whether that is the whole body.
+    /// Returns the number of bytes that hyper took so far, in all attempts together, and whether it took the whole
+    /// body.
     pub(super) fn taken(&self) -> (u64, bool) {
         let state = lock(&self.state);
-        (state.taken, state.ended)
+        (state.taken + state.retaken, state.ended)
+    }
+
+    /// Records that hyper took `chunk` once more.
+    fn retake(&self, chunk: &Bytes) {
+        lock(&self.state).retaken += chunk.len() as u64;
     }
 
     /// Records `data` as sent, and buffers it while the limits allow.
@@ -276,14 +285,16 @@ impl Body for RequestBody {
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
         match &mut self.0 {
             Source::Nothing => Poll::Ready(None),
-            Source::ReplayBuffer { chunks, left } => {
+            Source::ReplayBuffer { chunks, left, buffer } => {
                 let chunk = chunks.pop_front();
+                chunk.iter().for_each(|chunk| buffer.retake(chunk));
                 *left -= chunk.as_ref().map_or(0, |chunk| chunk.len() as u64);
                 Poll::Ready(chunk.map(|chunk| Ok(Frame::data(chunk))))
             }
             Source::Caller { replay, rest, buffer, stalled } => {
                 let Rest { incoming, limit, timeout } = &mut **rest;
                 if let Some(chunk) = replay.pop_front() {
+                    buffer.retake(&chunk);
                     return Poll::Ready(Some(Ok(Frame::data(chunk))));
                 }
                 let Poll::Ready(frame) = Pin::new(&mut *incoming).poll_frame(cx) else {
@@ -331,13 +342,13 @@ impl Body for RequestBody {
 mod tests {
     use super::*;
 
-    fn buffer(limit: usize) -> ReplayBuffer {
+    fn buffer(limit: usize) -> Arc<ReplayBuffer> {
         buffer_in(limit, &Arc::default())
     }
 
-    fn buffer_in(limit: usize, budget: &Arc<ReplayBudget>) -> ReplayBuffer {
+    fn buffer_in(limit: usize, budget: &Arc<ReplayBudget>) -> Arc<ReplayBuffer> {
         let state = Progress { pieces: Some(Pieces::default()), ..Progress::default() };
-        ReplayBuffer { limit, budget: budget.clone(), state: Mutex::new(state), returned: Notify::new() }
+        Arc::new(ReplayBuffer { limit, budget: budget.clone(), state: Mutex::new(state), returned: Notify::new() })
     }
 
     #[test]
@@ -347,6 +358,18 @@ mod tests {
         assert!(buffer.replay().is_none());
         buffer.record(&Bytes::from_static(b" and half"), u64::MAX, true).unwrap();
         assert_eq!(buffer.replay().unwrap().size_hint().exact(), Some(13));
+    }
+
+    /// The response timeout begins once nothing more of the body is taken.
+    #[tokio::test]
+    async fn a_body_that_is_sent_again_tells_how_much_of_it_was_taken_as_the_first_time() {
+        let first = buffer(100);
+        first.record(&Bytes::from(vec![b'x'; 10]), u64::MAX, true).unwrap();
+        let mut again = first.replay().unwrap();
+        let progress = again.progress().expect("it tells");
+        assert_eq!(progress.taken(), (10, true));
+        std::future::poll_fn(|cx| Pin::new(&mut again).poll_frame(cx)).await.unwrap().unwrap();
+        assert_eq!(progress.taken(), (20, true));
     }
 
     #[test]
@@ -384,7 +407,7 @@ mod tests {
         }
         assert!(pieces.iter().all(|piece| piece.is_unique() == (piece.len() < LARGE)));
         let body = buffer.replay().unwrap();
-        let Source::ReplayBuffer { chunks, left } = &body.0 else { panic!("the body was sent completely") };
+        let Source::ReplayBuffer { chunks, left, .. } = &body.0 else { panic!("the body was sent completely") };
         let replayed: Vec<u8> = chunks.iter().flatten().copied().collect();
         assert_eq!((replayed.as_slice(), *left), (pieces.concat().as_slice(), replayed.len() as u64));
         assert_eq!(chunks.len(), 5);

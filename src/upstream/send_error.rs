@@ -82,6 +82,9 @@ pub enum Broken {
     /// An HTTP/2 connection.
     #[error(transparent)]
     Http2(Arc<h2::Error>),
+    /// An HTTP/2 connection, before the server had said how many streams it allows.
+    #[error("the server closed an HTTP/2 connection before it sent its settings")]
+    Unsettled,
 }
 
 /// A response body ended before its last byte.
@@ -93,8 +96,8 @@ pub enum ResponseAborted {
     /// The server ended the HTTP/2 stream without an error, but also without END_STREAM (RFC 9113, section 8.1).
     #[error("the HTTP/2 stream ended without END_STREAM")]
     Truncated,
-    /// adsidecar withholds the rest of a refusal that quotes the access token, because it could not be searched.
-    #[error("the rest of a compressed refusal that quotes the access token was withheld")]
+    /// adsidecar withholds the rest of a compressed refusal that it could not search for the access token.
+    #[error("the rest of a compressed refusal that could not be searched for the access token was withheld")]
     Withheld,
 }
 

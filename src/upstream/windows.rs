@@ -5,7 +5,8 @@
 //! at once, to what its length and the round trip make useful, when a long response begins. They grow eightfold
 //! whenever a caller has read a whole window within two round trips: such a response is limited by the window. Of a
 //! short response the sockets' buffers may take everything, and nothing shows whether its caller reads; a crowd of such
-//! callers therefore makes windows grow by little altogether.
+//! callers therefore makes windows grow by little altogether, and on a connection that was opened in a crowd only once
+//! a caller has read.
 //!
 //! All growth comes from one [`WindowBudget`]. The connection's window is a hard bound for what its callers have not
 //! read yet, so the memory of all connections together is bounded by the budget and the first windows.
@@ -129,6 +130,11 @@ impl Windows {
         new
     }
 
+    /// Whether the connection was opened while many requests were in flight.
+    pub(super) fn is_for_a_crowd(&self) -> bool {
+        self.first < FIRST
+    }
+
     /// The window of the connection. At the start, even if all callers but one do not read, it has room for the other.
     pub(super) fn connection(&self) -> u32 {
         let bytes = (MAX_STREAMS + 1) * self.first as usize + self.granted;
@@ -187,8 +193,11 @@ impl Windows {
         } else {
             self.bodies[key] = body;
         }
+        // On a connection for a crowd, only what its callers read shows that more is of use.
+        let may_grow = |length| !self.is_for_a_crowd() || length >= LONG;
         if let (Some(length), Some(round_trip)) = (length, round_trip)
             && length > u64::from(self.stream)
+            && may_grow(length)
         {
             let most = if length >= LONG { BUDGET } else { BUDGET_OF_SHORT };
             self.grow(u32::try_from(length).unwrap_or(u32::MAX), round_trip, most);
@@ -218,7 +227,8 @@ impl Windows {
             && more_to_come
             && took <= round_trip * ROUND_TRIPS
         {
-            self.grow(self.stream.saturating_mul(GROWTH), round_trip, most);
+            let wanted = self.stream.saturating_mul(GROWTH).max(self.stream.saturating_add(STEP));
+            self.grow(wanted, round_trip, most);
         }
     }
 
@@ -454,6 +464,20 @@ mod tests {
         announce(&mut windows);
         assert!((0..24).all(|_| windows.reserve()));
         assert_eq!(u64::from(windows.stream), LONG);
+    }
+
+    #[test]
+    fn a_short_response_on_a_connection_for_a_crowd_makes_no_window_grow_before_its_caller_has_read() {
+        let budget = Arc::default();
+        let mut windows = Windows::new(Arc::clone(&budget), first_window(5 * MAX_STREAMS));
+        let (first, connection) = (windows.stream, windows.connection());
+        let body = windows.begin(Some(200_000), ROUND_TRIP);
+        assert_eq!((windows.stream, windows.connection()), (first, connection));
+        windows.read(&body, first as usize, ROUND_TRIP);
+        assert!(windows.stream > first, "one who reads gets more");
+        let mut windows = Windows::new(budget, first_window(5 * MAX_STREAMS));
+        windows.begin(Some(LONG), ROUND_TRIP);
+        assert!(windows.stream > first, "and so does a long response");
     }
 
     #[test]

@@ -17,20 +17,20 @@ use crate::raw_http::{Scripted, Wire};
 
 pub(crate) const END_STREAM: u8 = 1;
 pub(crate) const END_HEADERS: u8 = 4;
-const ACK: u8 = 1;
+pub(crate) const ACK: u8 = 1;
 
 /// `SETTINGS_MAX_CONCURRENT_STREAMS`.
-fn allows(streams: u8) -> Vec<u8> {
+pub(crate) fn allows(streams: u8) -> Vec<u8> {
     frame(SETTINGS, 0, 0, &[0, 3, 0, 0, 0, streams])
 }
 
 /// The next frame: its kind, flags and stream.
-async fn next_frame(wire: &mut Wire) -> Option<(u8, u8, u32)> {
+pub(crate) async fn next_frame(wire: &mut Wire) -> Option<(u8, u8, u32)> {
     let head = wire.take(9).await;
     rest_of_frame(&head, wire).await
 }
 
-async fn rest_of_frame(head: &[u8], wire: &mut Wire) -> Option<(u8, u8, u32)> {
+pub(crate) async fn rest_of_frame(head: &[u8], wire: &mut Wire) -> Option<(u8, u8, u32)> {
     let &[_, high, low, kind, flags, a, b, c, d] = head else { return None };
     wire.take(usize::from(high) << 8 | usize::from(low)).await;
     Some((kind, flags, u32::from_be_bytes([a, b, c, d])))

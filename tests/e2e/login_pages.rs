@@ -1,6 +1,7 @@
 //! The pages that end a login in a browser: each leads on to a login that works, and no user is guessed.
 
 use adsidecar::domain::clock::Clock;
+use reqwest::header::HeaderValue;
 use reqwest::{Method, Response};
 
 use crate::harness::{Harness, code, eventually, header, json};
@@ -144,8 +145,11 @@ async fn a_callback_that_the_store_did_not_answer_can_be_sent_once_more() {
     pair.cluster.crash();
     let page = open(&pair.a, &callback, &begun.cookie).await;
     assert_eq!((page.status().as_u16(), code(&page)), (503, "temporarily_unavailable"));
+    assert_eq!(page.headers()["retry-after"], "1");
     let page = page.text().await.unwrap();
     assert!(page.contains("store") && !page.contains("code="), "{page}");
+    let told = pair.a.request(Method::GET, &callback).header("cookie", &begun.cookie).send().await.unwrap();
+    assert_eq!((told.status().as_u16(), &told.headers()["retry-after"]), (503, &HeaderValue::from_static("1")));
     assert_eq!(link(&page, "Try again").as_deref(), Some(""), "this URL once more, which the page does not hold");
     pair.cluster.run();
     eventually("the login to end", async || {

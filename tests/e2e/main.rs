@@ -57,6 +57,7 @@ mod fleet_feed;
 mod fleet_start;
 mod siblings;
 mod stores;
+mod stream_limits;
 mod threats;
 mod throttle;
 mod throttle_counts;

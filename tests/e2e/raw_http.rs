@@ -261,12 +261,25 @@ impl Scripted {
         F: Fn(Wire, usize) -> Fut + Send + 'static,
         Fut: Future<Output = ()> + Send + 'static,
     {
+        Self::accepting(rustls::DEFAULT_VERSIONS, protocols, script).await
+    }
+
+    /// As above, over these versions of TLS.
+    pub async fn accepting<F, Fut>(
+        versions: &[&'static rustls::SupportedProtocolVersion],
+        protocols: &[&str],
+        script: F,
+    ) -> Self
+    where
+        F: Fn(Wire, usize) -> Fut + Send + 'static,
+        Fut: Future<Output = ()> + Send + 'static,
+    {
         let made = rcgen::generate_simple_self_signed(["127.0.0.1".to_owned()]).unwrap();
         let directory = tempfile::tempdir().unwrap();
         std::fs::write(directory.path().join("ca.pem"), made.cert.pem()).unwrap();
         let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(made.signing_key.serialize_der()));
         let mut config = ServerConfig::builder_with_provider(Arc::new(rustls::crypto::aws_lc_rs::default_provider()))
-            .with_safe_default_protocol_versions()
+            .with_protocol_versions(versions)
             .unwrap()
             .with_no_client_auth()
             .with_single_cert(vec![made.cert.der().clone()], key)

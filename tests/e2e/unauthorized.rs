@@ -4,6 +4,7 @@
 use std::io::Write;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
 use flate2::Compression;
 use flate2::write::{DeflateEncoder, GzEncoder, ZlibEncoder};
@@ -199,6 +200,95 @@ async fn a_refusal_of_a_request_that_waited_quotes_neither_its_first_token_nor_i
     let stars = reply.text().bytes().filter(|byte| *byte == b'*').count();
     assert!(reply.status == 400 && reply.text().starts_with("not a token: Atza|***") && stars > 100, "{reply:?}");
     assert_eq!(asked.load(Ordering::SeqCst), 2);
+}
+
+/// The text in blocks that are not compressed (RFC 7932, section 9.2).
+fn long_brotli(text: &[u8]) -> Vec<u8> {
+    let mut blocks = text.chunks(1 << 16);
+    let mut packed = brotli(blocks.next().unwrap());
+    assert_eq!(packed.pop(), Some(3), "the end");
+    for block in blocks {
+        let head = ((u32::try_from(block.len()).unwrap() - 1) << 3) | 1 << 19;
+        packed.extend([&head.to_le_bytes()[..3], block].concat());
+    }
+    packed.push(3);
+    packed
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_compressed_refusal_is_too_long_to_be_searched_for_the_token() {
+    type Pack = fn(&[u8]) -> Vec<u8>;
+    /// Text that does not become shorter, with the quote behind it.
+    fn behind_noise(quote: &[u8]) -> Vec<u8> {
+        let mut state = 1_u64;
+        let noise = std::iter::repeat_with(|| {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            b'!' + (state >> 58) as u8
+        });
+        noise.take(300_000).chain(quote.iter().copied()).collect()
+    }
+    let packs: [(&str, Pack); 3] = [
+        ("gzip", |quote| gzip(&behind_noise(quote))),
+        ("deflate", |quote| zlib(&behind_noise(quote))),
+        ("br", |quote| long_brotli(&behind_noise(quote))),
+    ];
+    for (coding, pack) in packs {
+        for status in ["400 Bad Request", "401 Unauthorized"] {
+            let head: &'static str = format!("HTTP/1.1 {status}\r\nContent-Encoding: {coding}\r\n").leak();
+            let reply = quoted(head, pack, 10_000).await;
+            let text = reply.text();
+            assert!(reply.whole && text.len() > 300_000, "{status} {coding}: {}", text.len());
+            let said = text[300_000..].replace('*', "");
+            assert_eq!(said, "'Atza|' is not valid in 'Bearer Atza|' or Atza%7C.", "{status} {coding}");
+            assert_eq!(reply.header("content-encoding"), None);
+        }
+    }
+    // What breaks off inside the compressed text is broken off.
+    let reply = quoted(
+        "HTTP/1.1 400 Bad Request\r\nContent-Encoding: gzip\r\n",
+        |quote| {
+            let mut packed = gzip(&behind_noise(quote));
+            packed.truncate(packed.len() - 100);
+            packed
+        },
+        10_000,
+    )
+    .await;
+    assert!(!reply.whole && reply.text().len() > 100_000, "{}", reply.text().len());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_rejection_that_does_not_end_is_judged_by_what_came_in_its_first_seconds() {
+    let asked = tokio::sync::watch::Sender::new(0);
+    let count = asked.clone();
+    let amazon = Scripted::start(move |mut wire: Wire, _| {
+        let (count, mut again) = (count.clone(), count.subscribe());
+        async move {
+            while wire.head().await.is_some() {
+                count.send_modify(|asked| *asked += 1);
+                if *count.borrow() > 1 {
+                    wire.send("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok").await;
+                    continue;
+                }
+                wire.send("HTTP/1.1 401 Unauthorized\r\nTransfer-Encoding: chunked\r\n\r\n").await;
+                // One byte at a time, until the request comes once more.
+                let dripped = async {
+                    while wire.sends(b"1\r\n \r\n").await {
+                        tokio::time::sleep(Duration::from_millis(200)).await;
+                    }
+                };
+                tokio::select! {
+                    () = dripped => {}
+                    _ = again.wait_for(|asked| *asked > 1) => {}
+                }
+                return;
+            }
+        }
+    })
+    .await;
+    let harness = Harness::before(&amazon, &[]).await;
+    let answer = tokio::time::timeout(Duration::from_secs(30), harness.get("/x")).await.expect("it is judged");
+    assert_eq!((answer.status().as_u16(), *asked.borrow()), (200, 2));
 }
 
 #[tokio::test(flavor = "multi_thread")]

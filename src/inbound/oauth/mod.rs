@@ -28,7 +28,6 @@ use crate::auth::login::{
 use crate::auth::tokens::{Status, TokenError, TokenManager};
 use crate::domain::account::{Region, UserId};
 use crate::domain::clock::to_the_millisecond;
-use crate::domain::headers::ERROR;
 use crate::domain::secret::Secret;
 use crate::inbound::admission::{Admission, Admitted, is_loopback, without_port};
 use crate::inbound::destination::{Endpoint, LOGIN};
@@ -258,11 +257,7 @@ impl OauthEndpoints {
                 return Err(LoginError::State(pages::say(&failure)));
             }
             Err(LoginFailure::Identity) => return Err(LoginError::Identity),
-            Err(failure) => {
-                let mut response = json(pages::status(&failure), &pages::document(&failure));
-                response.headers_mut().insert(ERROR, HeaderValue::from_static(failure.code()));
-                response
-            }
+            Err(failure) => pages::document(&failure),
         })
     }
 

@@ -1,13 +1,14 @@
 //! The pages for people: the result of a login without a frontend, an error, and what listens at the address.
 
 use bytes::Bytes;
-use http::header::HeaderValue;
+use http::header::{HeaderValue, RETRY_AFTER};
 use http::{Response, StatusCode};
 use http_body_util::Full;
 use maud::{Markup, html};
-use serde_json::{Value, json};
+use serde_json::json;
 
 use super::FullResponse;
+use super::responses::json;
 use crate::auth::login::{LoginFailure, LoginOutcome};
 use crate::domain::account::{Region, UserId};
 use crate::domain::headers::ERROR;
@@ -62,8 +63,7 @@ pub(super) fn result(
         },
     );
     if let Err(failure) = outcome {
-        response.headers_mut().insert(ERROR, HeaderValue::from_static(failure.code()));
-        *response.status_mut() = status(failure);
+        mark(&mut response, failure);
     }
     response
 }
@@ -181,12 +181,24 @@ fn page(title: &str, content: &Markup) -> FullResponse {
 }
 
 /// The same result for a program, as JSON.
-pub(super) fn document(failure: &LoginFailure) -> Value {
-    json!({ "status": "error", "error": failure.code(), "code": failure.code(), "detail": say(failure) })
+pub(super) fn document(failure: &LoginFailure) -> FullResponse {
+    let told = json!({ "status": "error", "error": failure.code(), "code": failure.code(), "detail": say(failure) });
+    let mut response = json(status(failure), &told);
+    mark(&mut response, failure);
+    response
+}
+
+/// Gives the response its status and the headers that programs read.
+fn mark(response: &mut FullResponse, failure: &LoginFailure) {
+    *response.status_mut() = status(failure);
+    response.headers_mut().insert(ERROR, HeaderValue::from_static(failure.code()));
+    if response.status() == StatusCode::SERVICE_UNAVAILABLE {
+        response.headers_mut().insert(RETRY_AFTER, HeaderValue::from_static("1"));
+    }
 }
 
 /// The status of a failed login.
-pub(super) fn status(failure: &LoginFailure) -> StatusCode {
+fn status(failure: &LoginFailure) -> StatusCode {
     match failure {
         LoginFailure::Amazon(_) | LoginFailure::Expired | LoginFailure::State | LoginFailure::Completed => {
             StatusCode::BAD_REQUEST

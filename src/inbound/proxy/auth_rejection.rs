@@ -11,9 +11,10 @@ use http::header::{CONTENT_ENCODING, CONTENT_LENGTH, ETAG};
 use http::response::Parts;
 use http::{HeaderMap, HeaderValue, Response};
 use http_body_util::BodyExt;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout_at};
 
 use super::Body;
+use super::inflation::Inflater;
 use super::redaction::redacted;
 use crate::upstream::{ResponseAborted, UpstreamBody};
 
@@ -26,7 +27,7 @@ const MAX_TEXT: usize = 4 * MAX_READ;
 /// Size of the decoder's input buffer for brotli, in bytes.
 const BROTLI_BUFFER: usize = 4096;
 
-/// How long to wait for the next bytes of a rejection before judging it by what has arrived.
+/// How long a rejection is read, before it is judged by what has arrived.
 const MAX_WAIT: Duration = Duration::from_secs(5);
 
 /// A rejection, with what was read of its body.
@@ -67,12 +68,13 @@ const SCOPE_FAILURES: [(&str, &str); 5] = [
 ];
 
 impl Rejection {
-    /// Reads at most 64 KiB of the body.
+    /// Reads at most 64 KiB of the body, for at most five seconds.
     pub(super) async fn read(response: Response<UpstreamBody>) -> Self {
         let (head, mut rest) = response.into_parts();
         let mut read = BytesMut::new();
+        let deadline = Instant::now() + MAX_WAIT;
         while read.len() < MAX_READ {
-            let Ok(frame) = timeout(MAX_WAIT, rest.frame()).await else { break };
+            let Ok(frame) = timeout_at(deadline, rest.frame()).await else { break };
             match frame {
                 Some(Ok(frame)) => read.extend(frame.into_data().ok()),
                 // The caller's body ends with the same error.
@@ -92,12 +94,21 @@ impl Rejection {
     }
 
     /// The response as Amazon sent it, but without the token of `bearer`. A compressed text that quotes it is passed on
-    /// inflated.
+    /// inflated, and so is one that is too long to be searched before.
     pub(super) fn pass_on(mut self, bearer: &HeaderValue) -> Response<Body> {
         if !is_encoded(&self.head.headers) {
             return Response::from_parts(self.head, Body::read(self.read, self.rest).without_token(bearer));
         }
-        let text = inflated(self.head.headers.get(CONTENT_ENCODING).map(|coding| coding.as_bytes()), &self.read);
+        let coding = self.head.headers.get(CONTENT_ENCODING).map(|coding| coding.as_bytes());
+        let text = inflated(coding, &self.read);
+        let is_long = matches!(self.rest, Some(Ok(_))) || text.len() >= MAX_TEXT;
+        if is_long && let Some(inflater) = coding.and_then(|coding| Inflater::new(coding, &self.read)) {
+            for name in [CONTENT_ENCODING, CONTENT_LENGTH, ETAG] {
+                self.head.headers.remove(name);
+            }
+            let body = Body::read(self.read, self.rest).inflated_without_token(inflater, bearer);
+            return Response::from_parts(self.head, body);
+        }
         let Some(clean) = redacted(bearer, &text) else {
             return Response::from_parts(self.head, Body::read(self.read, self.rest));
         };

@@ -7,6 +7,7 @@
 
 mod auth_rejection;
 mod error_mapping;
+mod inflation;
 mod jobs;
 mod polls;
 pub mod explain;

@@ -10,6 +10,7 @@ use http::{Response, Version};
 use http_body::{Body as _, Frame, SizeHint};
 use http_body_util::{BodyExt, Full};
 
+use super::inflation::Inflater;
 use super::jobs::JobListener;
 use super::redaction::Redactor;
 use super::request_telemetry::InFlight;
@@ -81,6 +82,8 @@ pub struct Body {
     source: Source,
     /// Only for a refusal of Amazon's.
     redactor: Option<Box<Redactor>>,
+    /// Only for a compressed one that is too long to be read before it is passed on.
+    inflater: Option<Box<Inflater>>,
     /// Only for a response that tells of a job which the throttle counts.
     listener: Option<Box<JobListener>>,
     _in_flight: Option<InFlight>,
@@ -115,6 +118,11 @@ impl Body {
     /// Replaces the token of `bearer` wherever the body quotes it.
     pub(super) fn without_token(self, bearer: &HeaderValue) -> Self {
         Self { redactor: Some(Box::new(Redactor::new(bearer))), ..self }
+    }
+
+    /// As [`without_token`](Self::without_token), for a body that is passed on inflated.
+    pub(super) fn inflated_without_token(self, inflater: Inflater, bearer: &HeaderValue) -> Self {
+        Self { inflater: Some(Box::new(inflater)), ..self.without_token(bearer) }
     }
 
     /// Lets `listener`, if there is one, hear the body.
@@ -157,7 +165,7 @@ impl Body {
 
 impl From<Source> for Body {
     fn from(source: Source) -> Self {
-        Self { source, redactor: None, listener: None, _in_flight: None }
+        Self { source, redactor: None, inflater: None, listener: None, _in_flight: None }
     }
 }
 
@@ -207,7 +215,7 @@ impl http_body::Body for Body {
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, ResponseAborted>>> {
-        let Self { source, redactor, listener, .. } = &mut *self;
+        let Self { source, redactor, inflater, listener, .. } = &mut *self;
         let Some(redactor) = redactor else {
             let frame = ready!(source.poll_frame(cx));
             if let (Some(listener), Some(data)) =
@@ -218,12 +226,31 @@ impl http_body::Body for Body {
             return Poll::Ready(frame);
         };
         loop {
+            // What cannot be inflated cannot be searched.
+            if let Some(inflating) = inflater {
+                match inflating.piece() {
+                    Ok(Some(text)) => match redactor.chunk(&text) {
+                        passed if passed.is_empty() => continue,
+                        passed => return Poll::Ready(Some(Ok(Frame::data(passed)))),
+                    },
+                    Ok(None) => {}
+                    Err(_) => return Poll::Ready(Some(Err(ResponseAborted::Withheld))),
+                }
+            }
             let passed = match ready!(source.poll_frame(cx)) {
-                Some(Ok(frame)) => match frame.into_data() {
-                    Ok(data) => redactor.chunk(&data),
-                    Err(trailers) => return Poll::Ready(Some(Ok(trailers))),
+                Some(Ok(frame)) => match (frame.into_data(), inflater.as_mut()) {
+                    (Ok(data), Some(inflating)) => {
+                        inflating.push(data);
+                        continue;
+                    }
+                    (Ok(data), None) => redactor.chunk(&data),
+                    (Err(trailers), _) => return Poll::Ready(Some(Ok(trailers))),
                 },
                 Some(Err(error)) => return Poll::Ready(Some(Err(error))),
+                None if inflater.is_some() => match inflater.take().map(|inflating| inflating.end()) {
+                    Some(Ok(text)) => redactor.chunk(&text),
+                    _ => return Poll::Ready(Some(Err(ResponseAborted::Withheld))),
+                },
                 None if redactor.held() == 0 => return Poll::Ready(None),
                 None => redactor.end(),
             };
@@ -234,10 +261,14 @@ impl http_body::Body for Body {
     }
 
     fn is_end_stream(&self) -> bool {
-        self.source.is_end_stream() && self.redactor.as_ref().is_none_or(|redactor| redactor.held() == 0)
+        let searched = self.redactor.as_ref().is_none_or(|redactor| redactor.held() == 0);
+        self.source.is_end_stream() && searched && self.inflater.is_none()
     }
 
     fn size_hint(&self) -> SizeHint {
+        if self.inflater.is_some() {
+            return SizeHint::default();
+        }
         let hint = self.source.size_hint();
         // What is held back is still to come. A body of unknown length stays one.
         match (hint.exact(), &self.redactor) {
