@@ -7,7 +7,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 
 use rustix::net::{SocketFlags, acceptfrom_with};
-use tokio::net::{TcpListener, TcpStream, UnixListener, UnixSocket, UnixStream};
+use tokio::net::{TcpListener, TcpSocket, TcpStream, UnixListener, UnixSocket, UnixStream};
 
 use super::inherited::Inherited;
 
@@ -18,8 +18,9 @@ use super::inherited::Inherited;
 #[cfg(target_os = "linux")]
 const MAX_UNSENT: u32 = 128 << 10;
 
-/// Backlog of a Unix socket: connections that wait to be accepted. tokio uses the same number for TCP.
-const BACKLOG: u32 = 1024;
+/// Connections that may wait to be accepted; Linux takes `net.core.somaxconn` if that is less (4,096 by default). The
+/// kernel drops what comes beyond, and a caller tries again only after a second. The standard library asks for 128.
+const BACKLOG: u32 = 4096;
 
 /// A socket that accepts connections.
 #[derive(Debug)]
@@ -46,20 +47,15 @@ pub(super) enum Stream {
 impl BoundSocket {
     /// Binds a TCP address, if its socket is not in `inherited`.
     pub(super) async fn tcp(address: &str, inherited: &mut Inherited) -> Result<Self> {
-        let resolved: Vec<_> = tokio::net::lookup_host(address).await.map(Iterator::collect).unwrap_or_default();
+        let context = |error: Error| Error::new(error.kind(), format!("cannot listen on {address}: {error}"));
+        let resolved: Vec<_> = tokio::net::lookup_host(address).await.map_err(context)?.collect();
         let passed_on = inherited.tcp(&resolved);
         let is_inherited = passed_on.is_some();
-        let bound = match passed_on {
-            Some(socket) => TcpListener::from_std(socket),
-            None => TcpListener::bind(address).await,
-        };
-        let bound = bound.and_then(|socket| {
-            // Accepted connections inherit it.
-            #[cfg(target_os = "linux")]
-            socket2::SockRef::from(&socket).set_tcp_notsent_lowat(MAX_UNSENT)?;
-            Ok(Self { kind: Kind::Tcp(socket), is_inherited, file: None })
-        });
-        bound.map_err(|error| Error::new(error.kind(), format!("cannot listen on {address}: {error}")))
+        let socket = passed_on.map_or_else(|| bind(&resolved), TcpListener::from_std).map_err(context)?;
+        // Accepted connections inherit it.
+        #[cfg(target_os = "linux")]
+        socket2::SockRef::from(&socket).set_tcp_notsent_lowat(MAX_UNSENT).map_err(context)?;
+        Ok(Self { kind: Kind::Tcp(socket), is_inherited, file: None })
     }
 
     /// Binds a Unix socket with the file mode `mode`, if it is not in `inherited`. A socket file that a dead process
@@ -121,6 +117,26 @@ impl BoundSocket {
             }
         }
     }
+}
+
+/// Binds the first of `addresses` that can be bound.
+fn bind(addresses: &[SocketAddr]) -> Result<TcpListener> {
+    let mut last = Error::new(ErrorKind::InvalidInput, "no address has this name");
+    for address in addresses {
+        match bind_one(*address) {
+            Ok(socket) => return Ok(socket),
+            Err(error) => last = error,
+        }
+    }
+    Err(last)
+}
+
+fn bind_one(address: SocketAddr) -> Result<TcpListener> {
+    let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
+    // So that a restart does not have to wait for the connections of the process before it.
+    socket.set_reuseaddr(true)?;
+    socket.bind(address)?;
+    socket.listen(BACKLOG)
 }
 
 impl Drop for BoundSocket {

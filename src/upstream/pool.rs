@@ -481,6 +481,12 @@ impl OriginPool {
         }
     }
 
+    /// Whether a request takes an idle HTTP/1.1 connection before a shared one. Over HTTP/2 a server says what it did not
+    /// process, so a request that may not be repeated is safe there.
+    pub(super) fn prefers_http1(&self, reuse: Reuse, low_concurrency: bool) -> bool {
+        low_concurrency && (reuse != Reuse::Unrepeatable || !self.idle_limit.safe().is_zero())
+    }
+
     /// Starts a task that opens `count` HTTP/1.1 connections, one after the other, and puts them into the pool. It does
     /// nothing if HTTP/1.1 is not allowed or such a task is already running.
     pub(super) fn add_http1(self: &Arc<Self>, count: usize) {
@@ -588,8 +594,7 @@ async fn is_usable(connection: &mut Connection) -> bool {
 impl Connections {
     /// Takes a connection that `reuse` allows.
     fn take(&mut self, pool: &Arc<OriginPool>, reuse: Reuse, low_concurrency: bool) -> Option<Connection> {
-        // Over HTTP/2 a server says what it did not process, so a request that may not be repeated is safe there.
-        if low_concurrency && (reuse != Reuse::Unrepeatable || !pool.idle_limit.safe().is_zero()) {
+        if pool.prefers_http1(reuse, low_concurrency) {
             self.take_idle(pool, reuse).or_else(|| self.take_shared(pool, reuse))
         } else {
             self.take_shared(pool, reuse).or_else(|| self.take_idle(pool, reuse))

@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 import socket
 import time
 import urllib.request
@@ -122,3 +123,26 @@ def test_the_harness_detects_a_smuggled_request():
     assert wrong_with(refused, [(200, "")], [("POST", "/sandbox/echo", "abc")]) == "another answer"
     passed = Outcome(200, reaches=("POST", "/sandbox/echo", "abc"))
     assert wrong_with(passed, [(200, "")], [("POST", "/sandbox/echo", "abcd")]) == "something else reached Amazon"
+
+
+def test_a_thousand_callers_may_connect_while_it_is_busy(sandbox_of_its_own):
+    """A caller beyond the backlog would wait for a second, until the kernel repeats what was dropped."""
+    parts = urlsplit(sandbox_of_its_own.proxy)
+    sandbox_of_its_own.process.send_signal(signal.SIGSTOP)
+    try:
+        callers = [socket.socket() for _ in range(1000)]
+        for caller in callers:
+            caller.setblocking(False)
+            caller.connect_ex((parts.hostname, parts.port))
+        # On loopback the kernel has answered each before it returned.
+        states = [caller.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] for caller in callers]
+        established = states.count(1)
+    finally:
+        sandbox_of_its_own.process.send_signal(signal.SIGCONT)
+    assert established == len(callers)
+    for caller in callers[::100]:
+        caller.settimeout(PATIENCE_SECONDS)
+        caller.sendall(b"GET /sandbox/echo HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        assert caller.recv(65536).startswith(b"HTTP/1.1 200"), "each is served, too"
+    for caller in callers:
+        caller.close()

@@ -122,6 +122,17 @@ async fn a_few_continuous_callers_get_http1_connections() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn requests_that_may_not_be_repeated_open_no_connections_that_they_would_not_use() {
+    let harness = harness("auto").await;
+    for _ in 0..300 {
+        assert_eq!(harness.post("/sandbox/echo").await.status(), 200);
+    }
+    // It would take an HTTP/1.1 connection before the shared one.
+    at_once_with(&harness, 1, reqwest::Method::PUT).await;
+    assert_eq!(connections(&harness).len(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn bytes_pass_over_http2_as_over_http1() {
     let harness = harness("auto").await;
     for target in ["//x%2Fy?min=2023-10-01T00:00:00&b=%2B+c", "/sandbox/echo?", "/amc/%7Bid%7D/a|b?c|d", "/x/../y"] {

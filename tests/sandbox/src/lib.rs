@@ -256,9 +256,13 @@ impl Sandbox {
         let control = bind(options.listen.control).await?;
         let addresses = Addresses::new(amazon, control.1);
         let mut world = options.world;
-        if let Some(file) = &options.grants_file {
-            grants_file::read(file, &mut world).map_err(|source| StartError::Grants { file: file.clone(), source })?;
-        }
+        let grants_file = match options.grants_file {
+            Some(path) => match grants_file::open(&path, &mut world) {
+                Ok(file) => Some((path, Mutex::new(file))),
+                Err(source) => return Err(StartError::Grants { file: path, source }),
+            },
+            None => None,
+        };
         if options.rough {
             // The first failure falls at a varying place in the first hundred calls, but never on the first call: that
             // one belongs to the login that `adsidecar-sandbox` performs at startup, which is not retried.
@@ -274,7 +278,7 @@ impl Sandbox {
             addresses,
             auto_consent: options.auto_consent,
             rough: options.rough,
-            grants_file: options.grants_file,
+            grants_file,
             events: Arc::new(Semaphore::new(0)),
             connections: AtomicU64::new(0),
         });

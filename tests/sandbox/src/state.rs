@@ -1,5 +1,6 @@
 //! What all listeners of the sandbox share.
 
+use std::fs::File;
 use std::io::Write;
 use std::path::PathBuf;
 use std::sync::atomic::AtomicU64;
@@ -18,7 +19,7 @@ pub(super) struct SandboxState {
     pub(super) addresses: Addresses,
     pub(super) auto_consent: bool,
     pub(super) rough: bool,
-    pub(super) grants_file: Option<PathBuf>,
+    pub(super) grants_file: Option<(PathBuf, Mutex<File>)>,
     pub(super) events: test_endpoints::Events,
     pub(super) connections: AtomicU64,
 }
@@ -29,12 +30,15 @@ impl SandboxState {
         self.world.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Writes the grants to disk after a change, if they are to be kept.
+    /// Writes what has changed to disk, if the grants are to be kept.
     pub(super) fn keep_grants(&self) {
-        let Some(file) = &self.grants_file else { return };
-        if let Err(error) = grants_file::write(file, &self.world()) {
+        let Some((path, file)) = &self.grants_file else { return };
+        // Locked first, so that the changes are written in the order in which they are taken.
+        let file = file.lock().unwrap_or_else(PoisonError::into_inner);
+        let changes = self.world().take_changes();
+        if let Err(error) = grants_file::append(&file, &changes) {
             // A standard error that is gone is no reason to fail.
-            let _ = writeln!(std::io::stderr(), "{}: {error}; the grants end with this process", file.display());
+            let _ = writeln!(std::io::stderr(), "{}: {error}; the grants end with this process", path.display());
         }
     }
 }

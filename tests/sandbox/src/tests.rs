@@ -1,5 +1,7 @@
 //! The sandbox behaves as Amazon documents, and gives tests the control that they rely on. All over real TLS.
 
+use std::io::Write as _;
+
 use base64::Engine as _;
 use base64::engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD};
 use bytes::Bytes;
@@ -835,6 +837,23 @@ async fn the_grants_outlive_a_restart_if_a_file_keeps_them() {
     assert_eq!(second.refresh(&revoked.refresh_token).await.status, 400);
     let now = second.clock.now();
     assert!(second.sandbox.world(|world| world.access(&access_token, now).is_some()), "living tokens too");
+
+    let later = second.grant();
+    second.sandbox.world(|world| world.revoke(&kept.refresh_token));
+    assert_eq!(second.refresh(&later.refresh_token).await.status, 200);
+    second.sandbox.stop().await;
+    let cut_off =
+        std::fs::OpenOptions::new().append(true).open(&file).map(|mut file| file.write_all(b"{\"revoked\":\"Atzr"));
+    cut_off.unwrap().unwrap();
+    let third = Setup { sandbox: start().await.unwrap(), clock: clock.clone() };
+    assert_eq!(third.refresh(&later.refresh_token).await.status, 200, "the changes since the second start");
+    assert_eq!(third.refresh(&kept.refresh_token).await.status, 400, "revoked since");
+    third.sandbox.stop().await;
+
+    let text = std::fs::read_to_string(&file).unwrap();
+    assert_eq!(text.lines().count(), 2, "what was kept, and the one token that was issued since");
+    std::fs::write(&file, format!("{text}{{}}\n{text}")).unwrap();
+    start().await.map(|_| ()).unwrap_err();
     std::fs::write(&file, "{").unwrap();
     let damaged = start().await.map(|_| ()).unwrap_err().to_string();
     assert!(damaged.contains(".json: ") && damaged.contains("remove the file"), "{damaged}");

@@ -49,6 +49,10 @@ pub struct World {
     pub access_life: u32,
     codes: HashMap<String, Code>,
     access: HashMap<String, Access>,
+    /// Where in `grants` a refresh token is: they are never removed.
+    places: HashMap<String, usize>,
+    /// What has changed since it was last written to disk; none if nothing is written.
+    changes: Option<Vec<Change>>,
     pub(super) history: History,
     pub(super) faults: Faults,
     pub(super) limits: Limits,
@@ -149,6 +153,18 @@ pub(super) struct Kept {
     access: HashMap<String, Access>,
 }
 
+/// One change of what outlives a restart.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum Change {
+    Granted(Grant),
+    Revoked(String),
+    AllRevoked,
+    Issued(String, Access),
+    Expired(String),
+    AllExpired,
+}
+
 /// The tokens that the token endpoint issued.
 #[derive(Clone, Debug)]
 pub struct Issued {
@@ -185,6 +201,8 @@ impl World {
             access_life: ACCESS_LIFE_SECONDS,
             codes: HashMap::new(),
             access: HashMap::new(),
+            places: HashMap::new(),
+            changes: None,
             history: History::default(),
             faults: Faults::default(),
             limits: Limits::default(),
@@ -192,15 +210,48 @@ impl World {
         }
     }
 
-    /// What outlives a restart.
-    pub(super) fn kept(&self) -> Kept {
+    /// What outlives a restart. Changes are collected from now on.
+    pub(super) fn keep(&mut self) -> Kept {
+        self.changes = Some(Vec::new());
         Kept { grants: self.grants.clone(), access: self.access.clone() }
+    }
+
+    /// The changes since this was last asked for.
+    pub(super) fn take_changes(&mut self) -> Vec<Change> {
+        self.changes.as_mut().map(std::mem::take).unwrap_or_default()
     }
 
     /// Adds what an earlier process kept.
     pub(super) fn restore(&mut self, kept: Kept) {
-        self.grants.extend(kept.grants);
+        kept.grants.into_iter().for_each(|grant| self.apply(Change::Granted(grant)));
         self.access.extend(kept.access);
+    }
+
+    /// Makes a change and notes it for the disk.
+    fn change(&mut self, change: Change) {
+        if let Some(changes) = &mut self.changes {
+            changes.push(change.clone());
+        }
+        self.apply(change);
+    }
+
+    /// Makes a change, now or once more after a restart.
+    pub(super) fn apply(&mut self, change: Change) {
+        match change {
+            Change::Granted(grant) => {
+                self.places.insert(grant.refresh_token.clone(), self.grants.len());
+                self.grants.push(grant);
+            }
+            Change::Revoked(token) => {
+                if let Some(place) = self.places.get(&token) {
+                    self.grants[*place].revoked = true;
+                }
+            }
+            Change::AllRevoked => self.grants.iter_mut().for_each(|grant| grant.revoked = true),
+            Change::Issued(token, access) => drop(self.access.insert(token, access)),
+            Change::Expired(token) => drop(self.access.remove(&token)),
+            Change::AllExpired => self.access.clear(),
+        }
     }
 
     /// Adds an Allowed Return URL to every client.
@@ -233,32 +284,40 @@ impl World {
     /// Creates a grant with its first access token, without a code.
     pub fn grant(&mut self, consent: &Consent, now: Timestamp) -> Issued {
         let refresh_token = format!("Atzr|{}", random_text(ACCESS_BYTES));
-        self.grants.push(Grant {
+        self.change(Change::Granted(Grant {
             refresh_token: refresh_token.clone(),
             client_id: consent.client_id.clone(),
             scope: consent.scope.clone(),
             advertiser: consent.advertiser.clone(),
             consented_at: now,
             revoked: false,
-        });
+        }));
         self.issue(&consent.client_id, &consent.advertiser, refresh_token, &Twist::default(), now)
     }
 
     /// Revokes a grant. Its access tokens stay valid until they expire, as Amazon's do.
     pub fn revoke(&mut self, refresh_token: &str) -> bool {
-        let grant = self.grants.iter_mut().find(|grant| grant.refresh_token == refresh_token && !grant.revoked);
-        grant.map(|grant| grant.revoked = true).is_some()
+        let living = self.find(refresh_token).is_some_and(|grant| !grant.revoked);
+        if living {
+            self.change(Change::Revoked(refresh_token.to_owned()));
+        }
+        living
     }
 
     /// Revokes every grant. Returns how many were not yet revoked.
     pub fn revoke_all(&mut self) -> usize {
-        let living = self.grants.iter_mut().filter(|grant| !grant.revoked);
-        living.map(|grant| grant.revoked = true).count()
+        let living = self.grants.iter().filter(|grant| !grant.revoked).count();
+        self.change(Change::AllRevoked);
+        living
+    }
+
+    fn find(&self, refresh_token: &str) -> Option<&Grant> {
+        self.places.get(refresh_token).map(|place| &self.grants[*place])
     }
 
     /// Expires every access token immediately.
     pub fn expire_access_tokens(&mut self) {
-        self.access.clear();
+        self.change(Change::AllExpired);
     }
 
     /// The access token, if it has not expired.
@@ -304,7 +363,7 @@ impl World {
         if twist.life.is_none() {
             return Ok(first);
         }
-        self.access.remove(&first.access_token);
+        self.change(Change::Expired(first.access_token));
         Ok(self.issue(client_id, &consent.advertiser, first.refresh_token, twist, now))
     }
 
@@ -317,7 +376,7 @@ impl World {
         now: Timestamp,
     ) -> Result<Issued, Refusal> {
         let refused = Refusal::InvalidGrant("refresh_token");
-        let grant = self.grants.iter_mut().find(|grant| grant.refresh_token == refresh_token).ok_or(refused)?;
+        let grant = self.find(refresh_token).ok_or(refused)?;
         if grant.client_id != client_id {
             return Err(Refusal::UnauthorizedClient);
         }
@@ -327,10 +386,10 @@ impl World {
         let advertiser = grant.advertiser.clone();
         let mut current = refresh_token.to_owned();
         if twist.rotate {
-            grant.revoked = true;
             current = format!("Atzr|{}", random_text(ACCESS_BYTES));
-            let successor = Grant { refresh_token: current.clone(), revoked: false, ..grant.clone() };
-            self.grants.push(successor);
+            let successor = Grant { refresh_token: current.clone(), ..grant.clone() };
+            self.change(Change::Revoked(refresh_token.to_owned()));
+            self.change(Change::Granted(successor));
         }
         Ok(self.issue(client_id, &advertiser, current, twist, now))
     }
@@ -355,7 +414,7 @@ impl World {
             expires_at: after(now, SignedDuration::from_secs(expires_in.into())),
             issued_at: now,
         };
-        self.access.insert(access_token.clone(), access);
+        self.change(Change::Issued(access_token.clone(), access));
         Issued { access_token, refresh_token, expires_in }
     }
 }
