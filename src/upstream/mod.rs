@@ -158,7 +158,7 @@ impl Upstream {
                     over_http1(connection, request, pool.clone(), in_flight, progress.clone())
                 }
                 Connection::Http2(slot) => {
-                    // Steady traffic at low concurrency: one HTTP/1.1 connection for each request now in flight. Requests
+                    // Steady traffic at low concurrency: one HTTP/1.1 connection for each request now in flight. Those
                     // that would not use one say nothing about it.
                     let counts = !low_concurrency || pool.prefers_http1(reuse, low_concurrency);
                     if counts && pool.protocol_choice.should_add_http1(low_concurrency, pool.idle_limit.current()) {
