@@ -17,7 +17,7 @@ COPY Cargo.toml Cargo.lock ./
 COPY tests/sandbox/Cargo.toml tests/sandbox/
 RUN --mount=type=cache,id=cargo-registry-${TARGETARCH},target=/usr/local/cargo/registry \
     mkdir -p src tests/sandbox/src/bin \
-    && echo 'fn main() {}' | tee src/main.rs > tests/sandbox/src/bin/adsidecar-sandbox.rs \
+    && echo 'fn main() {}' | tee src/main.rs src/build.rs > tests/sandbox/src/bin/adsidecar-sandbox.rs \
     && touch src/lib.rs tests/sandbox/src/lib.rs \
     && cargo build --profile dist --locked --bin adsidecar
 
@@ -25,7 +25,7 @@ RUN --mount=type=cache,id=cargo-registry-${TARGETARCH},target=/usr/local/cargo/r
 # the empty program for up to date and ship it.
 COPY src ./src
 RUN --mount=type=cache,id=cargo-registry-${TARGETARCH},target=/usr/local/cargo/registry \
-    touch src/lib.rs src/main.rs \
+    touch src/lib.rs src/main.rs src/build.rs \
     && cargo build --profile dist --locked --bin adsidecar \
     && mkdir -p /out/data
 

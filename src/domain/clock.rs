@@ -85,13 +85,13 @@ impl Clock {
 
     /// Returns the monotonic time since this clock was created. It does not advance while the machine is suspended.
     pub fn uptime(&self) -> SignedDuration {
-        let moved = SignedDuration::from_nanos(self.0.uptime_moved.load(Relaxed));
-        match self.0.frozen {
-            Some(_) => moved,
-            None => {
-                SignedDuration::try_from(self.0.started.elapsed()).unwrap_or(SignedDuration::MAX).saturating_add(moved)
-            }
-        }
+        let moved = self.0.uptime_moved.load(Relaxed);
+        let base = match self.0.frozen {
+            Some(_) => SignedDuration::ZERO,
+            None => SignedDuration::try_from(self.0.started.elapsed()).unwrap_or(SignedDuration::MAX),
+        };
+        // As in `now`: nothing has moved outside tests.
+        if moved == 0 { base } else { base.saturating_add(SignedDuration::from_nanos(moved)) }
     }
 
     /// Reads every clock.

@@ -24,28 +24,31 @@ impl Default for RequestIds {
 impl RequestIds {
     /// The caller's own id, if it is 1 to 128 visible ASCII characters, else a new one.
     pub fn of(&self, headers: &HeaderMap) -> HeaderValue {
-        let valid = |id: &&HeaderValue| (1..=128).contains(&id.len()) && id.as_bytes().iter().all(u8::is_ascii_graphic);
-        headers.get(REQUEST_ID).filter(valid).cloned().unwrap_or_else(|| {
-            let id = format_id(self.prefix, self.next.fetch_add(1, Relaxed));
-            HeaderValue::from_bytes(&id).unwrap_or(HeaderValue::from_static("unnamed"))
-        })
+        headers.get(REQUEST_ID).filter(|id| is_valid(id)).cloned().unwrap_or_else(|| self.new_id())
+    }
+
+    /// The id [of](Self::of) a request, which takes the place of any other id of the caller's, so that Amazon and the
+    /// caller see the same one.
+    pub fn settle(&self, headers: &mut HeaderMap) -> HeaderValue {
+        let mut given = headers.get_all(REQUEST_ID).iter();
+        // Most requests have none, and pay for one look at their headers.
+        let Some(first) = given.next() else { return self.new_id() };
+        if given.next().is_none() && is_valid(first) {
+            return first.clone();
+        }
+        let id = self.of(headers);
+        headers.insert(REQUEST_ID, id.clone());
+        id
+    }
+
+    fn new_id(&self) -> HeaderValue {
+        let id = format_id(self.prefix, self.next.fetch_add(1, Relaxed));
+        HeaderValue::from_bytes(&id).unwrap_or(HeaderValue::from_static("unnamed"))
     }
 }
 
-/// Puts `id` in the place of an id of the caller's that is not it, so that Amazon and the caller see the same one.
-pub fn replace(headers: &mut HeaderMap, id: &HeaderValue) {
-    if !headers.contains_key(REQUEST_ID) {
-        return;
-    }
-    let mut given = headers.get_all(REQUEST_ID).iter();
-    let same = match (given.next(), given.next()) {
-        (None, _) => true,
-        (Some(first), None) => first == id,
-        (Some(_), Some(_)) => false,
-    };
-    if !same {
-        headers.insert(REQUEST_ID, id.clone());
-    }
+fn is_valid(id: &HeaderValue) -> bool {
+    (1..=128).contains(&id.len()) && id.as_bytes().iter().all(u8::is_ascii_graphic)
 }
 
 /// `prefix-count` in hexadecimal digits of a fixed length. Written by hand: `format!` for every request costs more.

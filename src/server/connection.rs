@@ -98,10 +98,11 @@ where
 {
     // Boxed, as are the futures below: an idle connection has to be small.
     let tunnel = Box::new(TunnelState::default());
-    let mut service = service_fn(|request: Request<Incoming>| {
+    let mut service = service_fn(|mut request: Request<Incoming>| {
         let version = request.version();
         let (busy, uploading) = slot.begin_request(version == Version::HTTP_10, !request.is_end_stream());
-        let request = tunnel.unwrap(detach(request));
+        detach(&mut request);
+        tunnel.unwrap(&mut request);
         let wanted = Tunnel::wanted(&request);
         let (parts, incoming) = request.into_parts();
         let keeps_alive = version == Version::HTTP_11 && !asks_to_close(&parts.headers);

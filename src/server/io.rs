@@ -265,32 +265,30 @@ impl<B: Body<Error: Unpin> + Unpin> Body for BusyBody<B> {
     }
 }
 
-/// Copies a request head out of the buffer that it was read into: returns the same request, with its head in one
+/// Copies a request head out of the buffer that it was read into: the request stays the same, with its head in one
 /// allocation that is exactly as large as needed.
 ///
 /// hyper's header values and targets are slices of that buffer. They would keep its 8 KiB alive for as long as the
 /// request takes, and hyper would allocate another 8 KiB for the next data on the connection.
-pub(super) fn detach<B>(request: Request<B>) -> Request<B> {
-    let (mut parts, body) = request.into_parts();
-    let target = origin_form(&parts.uri);
-    let lengths = parts.headers.values().map(HeaderValue::len).sum::<usize>();
+pub(super) fn detach<B>(request: &mut Request<B>) {
+    let target = origin_form(request.uri());
+    let lengths = request.headers().values().map(HeaderValue::len).sum::<usize>();
     let mut text = BytesMut::with_capacity(lengths + target.map_or(0, str::len));
-    for value in parts.headers.values() {
+    for value in request.headers().values() {
         text.extend_from_slice(value.as_bytes());
     }
     text.extend_from_slice(target.unwrap_or_default().as_bytes());
     let has_target = target.is_some();
     let mut text = text.freeze();
     // A copy of a valid value is valid, so no value keeps its old slice.
-    for value in parts.headers.values_mut() {
+    for value in request.headers_mut().values_mut() {
         if let Ok(copy) = HeaderValue::from_maybe_shared(text.split_to(value.len())) {
             *value = copy;
         }
     }
     if has_target && let Ok(copy) = Uri::from_maybe_shared::<Bytes>(text) {
-        parts.uri = copy;
+        *request.uri_mut() = copy;
     }
-    Request::from_parts(parts, body)
 }
 
 /// Returns the target if it is in origin-form, the only form that `path_and_query` reproduces byte for byte.
@@ -349,8 +347,8 @@ mod tests {
     fn a_detached_head_is_equal_and_does_not_keep_the_buffer_alive() {
         for target in ["/", "//x%2Fy?min=2023-10-01T00:00:00&b=%2B+c", "/a/%7Bid%7D?", "/x/../y"] {
             let values: &[&[u8]] = &[b"one", b"", b"caf\xe9\tau lait", b"one"];
-            let (buffer, request) = read(target, values);
-            let copy = detach(request);
+            let (buffer, mut copy) = read(target, values);
+            detach(&mut copy);
             assert!(buffer.is_unique(), "{target}");
             assert_eq!(copy.uri().path_and_query().unwrap().as_str(), target);
             let copied: Vec<_> = copy.headers().get_all("x-any").iter().map(HeaderValue::as_bytes).collect();
@@ -361,9 +359,10 @@ mod tests {
     #[test]
     fn a_target_in_another_form_is_unchanged() {
         for target in ["*", "http://advertising-api.amazon.com?x=1", "http://advertising-api.amazon.com/v2/profiles"] {
-            let (_buffer, request) = read(target, &[]);
+            let (_buffer, mut request) = read(target, &[]);
             let before = request.uri().clone();
-            assert_eq!(detach(request).into_parts().0.uri, before, "{target}");
+            detach(&mut request);
+            assert_eq!(*request.uri(), before, "{target}");
         }
     }
 }

@@ -46,7 +46,7 @@ pub(super) struct Slot {
 pub(super) struct Activity {
     accepted: Instant,
     /// The [flags](flag) in the low bits; above them, since when it has been [doing](Doing) what they mean, in
-    /// microseconds since `accepted`.
+    /// microseconds since `accepted`, where that has a limit.
     state: AtomicU64,
     /// When the socket stopped accepting response data, in microseconds since `accepted`, plus one; 0 while it accepts
     /// data.
@@ -452,20 +452,25 @@ impl Activity {
         u64::try_from(self.accepted.elapsed().as_micros()).unwrap_or(u64::MAX)
     }
 
-    /// Removes the flags `cleared`, then adds the flags `set`. If the connection does something else from now on, that
-    /// begins now. The guard of a body may be dropped in another task, so this is one atomic step.
+    /// Removes the flags `cleared`, then adds the flags `set`. If the connection does something else from now on that
+    /// has a limit, it begins now. The guard of a body may be dropped in another task, so this is one atomic step.
     fn change(&self, set: u64, cleared: u64) {
-        let now = self.age();
+        let mut now = None;
         let changed = |state: u64| {
             let next = state & flag::ALL & !cleared | set;
-            let since = if Doing::of(next) == Doing::of(state) { state >> flag::BITS } else { now };
+            let since = match Doing::of(next) {
+                same if same == Doing::of(state) => state >> flag::BITS,
+                // Nobody asks since when, and each request begins one: no look at the clock.
+                Doing::Busy | Doing::Closing => state >> flag::BITS,
+                Doing::Idle | Doing::Head | Doing::Rest => *now.get_or_insert_with(|| self.age()),
+            };
             Some(since << flag::BITS | next)
         };
         // The closure never refuses.
         let _ = self.state.fetch_update(Relaxed, Relaxed, changed);
     }
 
-    /// Returns what the connection is doing, and for how long.
+    /// Returns what the connection is doing, and for how long if that has a limit.
     fn doing(&self) -> (Doing, Duration) {
         let state = self.state.load(Relaxed);
         (Doing::of(state), self.accepted.elapsed().saturating_sub(Duration::from_micros(state >> flag::BITS)))

@@ -54,13 +54,14 @@ impl TunnelState {
         self.opened.swap(false, Relaxed)
     }
 
-    /// `request` as it would have come without the tunnel: in absolute form, with the headers that came with `CONNECT`.
-    pub(super) fn unwrap<B>(&self, mut request: Request<B>) -> Request<B> {
+    /// Makes `request` what it would have been without the tunnel: in absolute form, with the headers that came with
+    /// `CONNECT`.
+    pub(super) fn unwrap<B>(&self, request: &mut Request<B>) {
         if !self.is_open.load(Relaxed) {
-            return request;
+            return;
         }
         let open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(tunnel) = &*open else { return request };
+        let Some(tunnel) = &*open else { return };
         if request.uri().authority().is_none() {
             let mut parts = std::mem::take(request.uri_mut()).into_parts();
             parts.scheme = Some(Scheme::HTTP);
@@ -77,7 +78,6 @@ impl TunnelState {
                 }
             }
         }
-        request
     }
 }
 

@@ -13,6 +13,7 @@ use tokio_rustls::client::TlsStream;
 use url::Url;
 
 use super::activity::Activity;
+use super::ask_first::AskFirst;
 use super::dial::Dialer;
 use super::http2::{self, Driver, Http2 as Http2Connection};
 use super::last_look::{LastLook, LookedAt};
@@ -54,7 +55,7 @@ pub(super) enum Opened {
     },
 }
 
-type Stream = TlsStream<ReadAhead<LookedAt>>;
+type Stream = AskFirst<TlsStream<ReadAhead<LookedAt>>>;
 
 /// What a new connection is for.
 #[derive(Clone, Debug)]
@@ -141,8 +142,9 @@ impl Connector {
         match offer {
             Offer::Configured { first_window, used } if chosen == Some(b"h2") || self.http2 == Http2::Always => {
                 tracing::debug!(window = first_window, "connected to Amazon, HTTP/2");
-                let activity = stream.get_ref().0.activity().clone();
+                let activity = stream.get_mut().0.activity();
                 let budget = self.budget.clone();
+                let stream = AskFirst::new(stream);
                 let opened = http2::handshake(stream, activity, used, budget, first_window).await;
                 let (connection, driver) = opened.map_err(|error| ErrorKind::Reset(error.into()))?;
                 Ok(Opened::Http2 { connection, driver: Box::new(driver) })
@@ -152,7 +154,7 @@ impl Connector {
                 let mut builder = http1::Builder::new();
                 builder.max_buf_size(MAX_BUFFER);
                 let look = stream.get_ref().0.get_ref().look().clone();
-                let opened = builder.handshake(TokioIo::new(stream)).await;
+                let opened = builder.handshake(TokioIo::new(AskFirst::new(stream))).await;
                 let (sender, driver) = opened.map_err(|error| ErrorKind::Reset(error.into()))?;
                 Ok(Opened::Http1 { sender, look, driver: Box::new(driver) })
             }

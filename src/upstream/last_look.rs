@@ -20,6 +20,8 @@ use rustix::net::{RecvFlags, recv};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 
+use super::ask_first::Readable;
+
 /// Asks for a look at the socket before the next write.
 #[derive(Clone, Debug, Default)]
 pub(super) struct LastLook(Arc<AtomicBool>);
@@ -64,6 +66,12 @@ impl LookedAt {
             Err(Errno::AGAIN) => Ok(()),
             Ok(_) | Err(_) => Err(Error::new(ErrorKind::ConnectionAborted, ClosedBefore)),
         }
+    }
+}
+
+impl Readable for LookedAt {
+    fn poll_readable(&self, cx: &mut Context<'_>) -> Poll<Result<()>> {
+        self.socket.poll_read_ready(cx)
     }
 }
 

@@ -11,6 +11,7 @@
 //! `inbound::proxy`, which still has the caller's request, retries on a [`Reuse::Fresh`] connection.
 
 mod activity;
+mod ask_first;
 mod read_ahead;
 mod connect;
 mod connection;
@@ -31,7 +32,7 @@ use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use http::header::{ACCEPT, CONTENT_LENGTH, HOST, TRANSFER_ENCODING};
+use http::header::{ACCEPT, CONTENT_LENGTH, HOST, HeaderName, TRANSFER_ENCODING};
 use http::{HeaderMap, HeaderValue, Request, Response, StatusCode};
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
@@ -130,45 +131,48 @@ impl Upstream {
     ///
     /// # Errors
     /// [`SendError`] if no connection can be opened within `connect_timeout`, or no response head arrives.
-    // The connection's future is boxed: otherwise every waiting request would hold the request several times.
-    pub async fn send(
+    // Neither an `async fn` nor one future: every waiting request would hold the request several times, and move it as
+    // often.
+    pub fn send(
         &self,
         host: AmazonHost,
         reuse: Reuse,
         mut request: Request<RequestBody>,
-    ) -> Result<Response<UpstreamBody>, SendError> {
+    ) -> impl Future<Output = Result<Response<UpstreamBody>, SendError>> + Send {
         let pool = &self.pools[host.index()];
-        let (in_flight, low_concurrency) = pool.protocol_choice.enter();
-        let connection = match pool.connection(reuse, low_concurrency).await {
-            Ok(connection) => connection,
-            Err(kind) => return Err(kind.unsent(request.into_body())),
-        };
-        let progress = request.body().progress();
-        let wait = (!accepts_event_stream(request.headers())).then_some(self.response_timeout);
-        let sent: Sent = match connection {
-            Connection::Http1(connection) => {
-                frame(&mut request);
-                request.headers_mut().insert(HOST, pool.authority.clone());
-                if reuse == Reuse::Unrepeatable && connection.may_be_closing() {
-                    connection.look.ask();
+        async move {
+            let (in_flight, low_concurrency) = pool.protocol_choice.enter();
+            let connection = match pool.connection(reuse, low_concurrency).await {
+                Ok(connection) => connection,
+                Err(kind) => return Err(kind.unsent(request.into_body())),
+            };
+            let progress = request.body().progress();
+            let wait = (!accepts_event_stream(request.headers())).then_some(self.response_timeout);
+            let sent: Sent = match connection {
+                Connection::Http1(connection) => {
+                    frame(&mut request);
+                    request.headers_mut().insert(HOST, pool.authority.clone());
+                    if reuse == Reuse::Unrepeatable && connection.may_be_closing() {
+                        connection.look.ask();
+                    }
+                    over_http1(connection, request, pool.clone(), in_flight, progress.clone())
                 }
-                Box::pin(over_http1(connection, request, pool.clone(), in_flight, progress.clone()))
-            }
-            Connection::Http2(slot) => {
-                // Steady traffic at low concurrency: one HTTP/1.1 connection for each request now in flight. Requests that
-                // would not use one say nothing about it.
-                let counts = !low_concurrency || pool.prefers_http1(reuse, low_concurrency);
-                if counts && pool.protocol_choice.should_add_http1(low_concurrency, pool.idle_limit.current()) {
-                    pool.add_http1(slot.others() + 1);
+                Connection::Http2(slot) => {
+                    // Steady traffic at low concurrency: one HTTP/1.1 connection for each request now in flight. Those
+                    // that would not use one say nothing about it.
+                    let counts = !low_concurrency || pool.prefers_http1(reuse, low_concurrency);
+                    if counts && pool.protocol_choice.should_add_http1(low_concurrency, pool.idle_limit.current()) {
+                        pool.add_http1(slot.others() + 1);
+                    }
+                    let request = pool.with_authority(request);
+                    Box::pin(async move {
+                        let response = slot.send(request).await.map_err(SendError::over_http2)?;
+                        Ok(response.map(|incoming| UpstreamBody::http2(incoming, in_flight)))
+                    })
                 }
-                let request = pool.with_authority(request);
-                Box::pin(async move {
-                    let response = slot.send(request).await.map_err(SendError::over_http2)?;
-                    Ok(response.map(|incoming| UpstreamBody::http2(incoming, in_flight)))
-                })
-            }
-        };
-        response_head(sent, progress, wait).await
+            };
+            response_head(sent, progress, wait).await
+        }
     }
 
     /// Opens a connection to `host` in the background if it has none, because requests are likely soon.
@@ -184,35 +188,39 @@ impl Upstream {
     }
 }
 
-/// Sends a request on an HTTP/1.1 connection.
-async fn over_http1(
+/// Sends a request on an HTTP/1.1 connection. The connection's task has it before the future is polled, which holds
+/// nothing of it.
+fn over_http1(
     mut connection: Http1Connection,
     request: Request<RequestBody>,
     pool: Arc<OriginPool>,
     in_flight: CountGuard,
     progress: Option<Arc<ReplayBuffer>>,
-) -> Result<Response<UpstreamBody>, SendError> {
+) -> Sent {
     let reused = connection.reused;
-    let response = connection.sender.try_send_request(request).await.map_err(|mut error: TrySendError<_>| {
-        let unsent = error.take_message().map(Request::into_body);
-        let error = SendError::over_http1(error.into_error(), unsent, reused);
-        if matches!(error.processed, Processed::Stale | Processed::Refused { .. }) {
-            // The server closed it at this very moment.
-            pool.idle_limit.closed_after(Duration::ZERO);
+    let sent = connection.sender.try_send_request(request);
+    Box::pin(async move {
+        let response = sent.await.map_err(|mut error: TrySendError<_>| {
+            let unsent = error.take_message().map(Request::into_body);
+            let error = SendError::over_http1(error.into_error(), unsent, reused);
+            if matches!(error.processed, Processed::Stale | Processed::Refused { .. }) {
+                // The server closed it at this very moment.
+                pool.idle_limit.closed_after(Duration::ZERO);
+            }
+            error
+        })?;
+        let unusable = |kind| Err(SendError { kind, processed: Processed::Unknown });
+        if response.status() == StatusCode::SWITCHING_PROTOCOLS {
+            return unusable(ErrorKind::Switched);
         }
-        error
-    })?;
-    let unusable = |kind| Err(SendError { kind, processed: Processed::Unknown });
-    if response.status() == StatusCode::SWITCHING_PROTOCOLS {
-        return unusable(ErrorKind::Switched);
-    }
-    if let Some(coding) = other_coding(response.headers()) {
-        return unusable(ErrorKind::TransferCoding(coding));
-    }
-    if let Some(limit) = announced_limit(response.headers()) {
-        pool.idle_limit.closed_after(limit);
-    }
-    Ok(response.map(|incoming| UpstreamBody::http1(incoming, in_flight, pool, connection, progress)))
+        if let Some(coding) = other_coding(response.headers()) {
+            return unusable(ErrorKind::TransferCoding(coding));
+        }
+        if let Some(limit) = announced_limit(response.headers()) {
+            pool.idle_limit.closed_after(limit);
+        }
+        Ok(response.map(|incoming| UpstreamBody::http1(incoming, in_flight, pool, connection, progress)))
+    })
 }
 
 /// Returns a transfer coding other than `chunked`, which hyper undoes. We ask for none (RFC 9112, section 7).
@@ -223,12 +231,15 @@ fn other_coding(headers: &HeaderMap) -> Option<String> {
     others.next().map(|coding| String::from_utf8_lossy(coding).into_owned())
 }
 
+/// The header by which a server announces how long it lets a connection idle.
+const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
+
 /// The longest announced limit that is believed: no connection lives as long.
 const MAX_ANNOUNCED: u64 = 3600;
 
 /// The idle limit that the server announced (`Keep-Alive: timeout=5`).
 fn announced_limit(headers: &HeaderMap) -> Option<Duration> {
-    let text = headers.get("keep-alive")?.to_str().ok()?;
+    let text = headers.get(KEEP_ALIVE)?.to_str().ok()?;
     let seconds = text.split([',', ' ']).find_map(|part| part.strip_prefix("timeout="))?;
     seconds.parse().ok().map(|seconds: u64| Duration::from_secs(seconds.min(MAX_ANNOUNCED)))
 }

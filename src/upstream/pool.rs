@@ -492,8 +492,8 @@ impl OriginPool {
         }
     }
 
-    /// Whether a request takes an idle HTTP/1.1 connection before a shared one. Over HTTP/2 a server says what it did not
-    /// process, so a request that may not be repeated is safe there.
+    /// Whether a request takes an idle HTTP/1.1 connection before a shared one. Over HTTP/2 a server says what it did
+    /// not process, so a request that may not be repeated is safe there.
     pub(super) fn prefers_http1(&self, reuse: Reuse, low_concurrency: bool) -> bool {
         low_concurrency && (reuse != Reuse::Unrepeatable || !self.idle_limit.safe().is_zero())
     }
@@ -517,7 +517,8 @@ impl OriginPool {
 
     /// Returns a connection to the pool, or closes it if it is too old or the pool is full.
     pub(super) fn release(self: &Arc<Self>, connection: Http1Connection) {
-        let age = connection.opened.elapsed();
+        let since = Instant::now();
+        let age = since.duration_since(connection.opened);
         if connection.sender.is_closed() || age >= MAX_AGE {
             return;
         }
@@ -527,7 +528,7 @@ impl OriginPool {
         // Where each request that may not be repeated leaves a connection, only as many are kept as others can use.
         let most = if self.needs_unused(&connections) { connections.peak + 2 * MOST_UNUSED } else { MAX_IDLE };
         if connections.idle.len() < most {
-            connections.idle.push_back(Idle::new(Http1Connection { reused: true, ..connection }));
+            connections.idle.push_back(Idle { connection: Http1Connection { reused: true, ..connection }, since });
         }
         if self.waiting.load(Relaxed) > 0 {
             self.serve(&mut connections);

@@ -15,6 +15,7 @@ use tokio::task::coop::poll_proceed;
 use tokio_util::io::poll_read_buf;
 
 use super::activity::Activity;
+use super::ask_first::Readable;
 
 /// Largest read, in bytes: four TLS records. Larger reads save few system calls and evict other data from the
 /// processor's cache.
@@ -30,21 +31,22 @@ pub(super) struct ReadAhead<S> {
     bulk: bool,
     /// Whether this task yielded to others since the last large read.
     yielded: bool,
-    activity: Arc<Activity>,
+    /// When the socket was last read, once somebody wants to know.
+    activity: Option<Arc<Activity>>,
 }
 
 impl<S> ReadAhead<S> {
     pub(super) fn new(socket: S) -> Self {
-        Self { socket, ahead: BytesMut::new(), bulk: false, yielded: false, activity: Activity::now() }
+        Self { socket, ahead: BytesMut::new(), bulk: false, yielded: false, activity: None }
     }
 
     pub(super) fn get_ref(&self) -> &S {
         &self.socket
     }
 
-    /// When the socket was last read.
-    pub(super) fn activity(&self) -> &Arc<Activity> {
-        &self.activity
+    /// When the socket was last read, from now on.
+    pub(super) fn activity(&mut self) -> Arc<Activity> {
+        self.activity.get_or_insert_with(Activity::now).clone()
     }
 }
 
@@ -55,7 +57,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for ReadAhead<S> {
         if ahead.is_empty() {
             if !*bulk {
                 ready!(socket.as_mut().poll_read(cx, into))?;
-                activity.touch();
+                activity.iter().for_each(|activity| activity.touch());
                 *bulk = into.remaining() == 0;
                 return Poll::Ready(Ok(()));
             }
@@ -72,7 +74,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for ReadAhead<S> {
                 *bulk = false;
             }
             ready!(read)?;
-            activity.touch();
+            activity.iter().for_each(|activity| activity.touch());
         }
         // Count data from memory against tokio's budget like a read; otherwise a host that sends without pause would
         // occupy the thread.
@@ -81,6 +83,13 @@ impl<S: AsyncRead + Unpin> AsyncRead for ReadAhead<S> {
         into.put_slice(&ahead[..part]);
         ahead.advance(part);
         Poll::Ready(Ok(()))
+    }
+}
+
+impl<S: Readable> Readable for ReadAhead<S> {
+    fn poll_readable(&self, cx: &mut Context<'_>) -> Poll<Result<()>> {
+        // What was read ahead is there; and a large transfer pauses by itself, without waiting for the socket.
+        if self.bulk || !self.ahead.is_empty() { Poll::Ready(Ok(())) } else { self.socket.poll_readable(cx) }
     }
 }
 
@@ -131,6 +140,12 @@ mod tests {
         }
     }
 
+    impl Readable for Available {
+        fn poll_readable(&self, _: &mut Context<'_>) -> Poll<Result<()>> {
+            if self.0.is_empty() { Poll::Pending } else { Poll::Ready(Ok(())) }
+        }
+    }
+
     fn available(bytes: usize) -> (Vec<u8>, ReadAhead<Available>) {
         let bytes: Vec<u8> = (0..bytes).map(|at| (at / 7) as u8).collect();
         (bytes.clone(), ReadAhead::new(Available(bytes, 0)))
@@ -157,6 +172,24 @@ mod tests {
         assert_eq!(drained(&mut socket).await, sent);
         assert_eq!(socket.socket.1, 4, "the first piece, a full buffer, the rest, and a read that finds nothing");
         assert_eq!(socket.ahead.capacity(), 0, "an idle connection holds no buffer");
+    }
+
+    #[tokio::test]
+    async fn what_was_read_ahead_can_be_read_although_the_socket_is_empty() {
+        let (_, mut socket) = available(4096 + 5000);
+        let (mut piece, mut whole) = ([0; 4096], 0);
+        let cx = &mut Context::from_waker(std::task::Waker::noop());
+        while whole < 4096 + 5000 {
+            assert!(socket.poll_readable(cx).is_ready(), "{whole}");
+            if let Poll::Ready(read) = futures_util::poll!(std::pin::pin!(socket.read(&mut piece))) {
+                whole += read.unwrap();
+            }
+        }
+        // It pauses once, and then finds nothing.
+        for _ in 0..2 {
+            assert!(futures_util::poll!(std::pin::pin!(socket.read(&mut piece))).is_pending());
+        }
+        assert!(socket.poll_readable(cx).is_pending());
     }
 
     #[tokio::test]

@@ -272,14 +272,37 @@ const fn letter(byte: u8) -> u32 {
 /// it looks at each byte once, and compares with our paths only what begins like one.
 fn may_read_like_ours(path: &str) -> bool {
     let ours = |start: &&str| path.get(..start.len()).is_some_and(|head| head.eq_ignore_ascii_case(start));
-    let mut before = 0;
-    let is_unusual = |byte: u8| {
-        let follows_slash = std::mem::replace(&mut before, byte) == b'/';
-        matches!(byte, b'%' | b'\\' | b';') || follows_slash && matches!(byte, b'/' | b'.')
-    };
     let may_begin = path.as_bytes().get(1).is_some_and(|second| SECOND_LETTERS & letter(*second) != 0);
-    path.bytes().any(is_unusual) || may_begin && STARTS.iter().chain(&NOBODYS).any(ours)
+    is_unusual(path) || may_begin && STARTS.iter().chain(&NOBODYS).any(ours)
 }
+
+/// Whether `path` holds a character that [`fold`] reads in another way, or an empty or dot segment.
+fn is_unusual(path: &str) -> bool {
+    let (mut before, mut seen) = (0, 0);
+    // Without a branch for each byte.
+    for byte in path.bytes() {
+        let meaning = MEANINGS[usize::from(byte)];
+        seen |= meaning & (UNUSUAL | before);
+        before = (meaning & SLASH) << 1;
+    }
+    seen != 0
+}
+
+/// What a byte means in a path: a bit for each.
+const UNUSUAL: u8 = 1;
+const SLASH: u8 = 1 << 1;
+/// Unusual behind a slash.
+const AFTER_SLASH: u8 = SLASH << 1;
+
+static MEANINGS: [u8; 256] = {
+    let mut meanings = [0; 256];
+    meanings[b'%' as usize] = UNUSUAL;
+    meanings[b'\\' as usize] = UNUSUAL;
+    meanings[b';' as usize] = UNUSUAL;
+    meanings[b'/' as usize] = SLASH | AFTER_SLASH;
+    meanings[b'.' as usize] = AFTER_SLASH;
+    meanings
+};
 
 /// `path` as a lenient server reads it: percent-decoded, in lower case, with backslashes as slashes, and without empty
 /// segments, dot segments, path parameters and a final slash.

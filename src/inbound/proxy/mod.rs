@@ -40,7 +40,7 @@ use crate::inbound::admission::{Admission, Admitted};
 use crate::inbound::destination::{Endpoint, Target};
 use crate::inbound::oauth::OauthEndpoints;
 use crate::inbound::problem::Problem;
-use crate::inbound::request_id::{self, RequestIds};
+use crate::inbound::request_id::RequestIds;
 pub use crate::inbound::route::Selection;
 use crate::inbound::route::{Accounts, Found, RoutedRequest, fallback};
 use crate::server::{CallerBody, Peer};
@@ -176,8 +176,7 @@ impl Proxy {
     ) -> impl Future<Output = Response<Body>> + Send {
         let (mut parts, incoming) = request.into_parts();
         async move {
-            let id = self.request_ids.of(&parts.headers);
-            request_id::replace(&mut parts.headers, &id);
+            let id = self.request_ids.settle(&mut parts.headers);
             let mut telemetry = RequestTelemetry::begin(&self.metrics, &parts.method, id);
             let served = AssertUnwindSafe(self.dispatch(&parts, incoming, peer, &mut telemetry)).catch_unwind().await;
             let response = match served.unwrap_or(Err(ProxyError::Panicked)) {

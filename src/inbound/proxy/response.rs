@@ -40,17 +40,15 @@ pub(super) fn to_caller(
 /// Removes from Amazon's response headers those that apply only to the connection between adsidecar and Amazon, and
 /// those that only adsidecar may set ([`ERROR`], [`HINT`], [`THROTTLE`]).
 pub fn strip_response(headers: &mut HeaderMap) {
-    if headers.contains_key(CONNECTION) {
-        for name in ConnectionOptions::of(headers) {
-            headers.remove(name);
-        }
-    }
-    if headers.contains_key(TRANSFER_ENCODING) {
-        // The body is chunked, so `Content-Length` does not describe it (RFC 9112, section 6.3).
-        headers.remove(CONTENT_LENGTH);
-    }
     // One pass over the names present: most responses carry none of these headers.
-    let dropped: Vec<_> = headers.keys().filter(|name| is_dropped_from_response(name.as_str())).cloned().collect();
+    let mut dropped: Vec<_> = headers.keys().filter(|name| is_dropped_from_response(name.as_str())).cloned().collect();
+    if dropped.contains(&CONNECTION) {
+        dropped.extend(ConnectionOptions::of(headers));
+    }
+    if dropped.contains(&TRANSFER_ENCODING) {
+        // The body is chunked, so `Content-Length` does not describe it (RFC 9112, section 6.3).
+        dropped.push(CONTENT_LENGTH);
+    }
     for name in dropped {
         headers.remove(name);
     }

@@ -1,6 +1,7 @@
 //! The sandbox's state: which clients exist, which users consented, which tokens are valid, what the Ads API contains.
 //!
-//! Plain data without HTTP. Tests set it up before a call and inspect it afterwards.
+//! Plain data without HTTP. Tests set it up before a call and inspect it afterwards. The file is long because each change
+//! of this one state stands in one place, so that none is left out of what a restart finds.
 
 use std::collections::HashMap;
 
