@@ -1,7 +1,8 @@
 //! The sandbox's state: which clients exist, which users consented, which tokens are valid, what the Ads API contains.
 //!
-//! Plain data without HTTP. Tests set it up before a call and inspect it afterwards. The file is long because each change
-//! of this one state stands in one place, so that none is left out of what a restart finds.
+//! Plain data without HTTP. Tests set it up before a call and inspect it afterwards.
+//!
+//! The file is long because every change of this state is made in one place, so that a restart finds all of them.
 
 use std::collections::HashMap;
 
