@@ -484,11 +484,12 @@ async fn an_answer_outlives_a_replica_that_stores_the_used_up_grant_again() {
     let mut pair = Pair::start().await;
     pair.a.log_in("anna").await;
     assert_eq!(pair.b.call("anna").await.status(), 200);
-    // What the other replica stores is told to nobody, so that this one finds it only when it stores its answer.
     pair.sql.run("ALTER TABLE adsidecar_grants DISABLE TRIGGER ALL").await;
     pair.sql.run("CREATE TABLE before AS SELECT user_id, record, generation FROM adsidecar_grants").await;
     assert_eq!(pair.b.post(&format!("{REFRESH}?user_id=anna")).await.status(), 200);
     pair.b.stop().await;
+    // It forgets what it has heard, and finds what the other has stored again only when it stores its answer.
+    pair.a.restart_with("refresh.concurrency", "8").await;
     pair.sql.run("CREATE TABLE again AS SELECT user_id, record, generation FROM adsidecar_grants").await;
     let becomes = |table| {
         format!(

@@ -177,12 +177,13 @@ def test_the_build_stage_works_with_nothing_but_what_is_copied(stages, repositor
                         (work / destination).mkdir(parents=True, exist_ok=True)
                     shutil.copy2(repository / source, work / destination)
         elif name == "RUN":
-            script = without_flags(arguments).replace(BUILD_COMMAND, "cargo check --locked --bin adsidecar")
+            script = without_flags(arguments).replace(BUILD_COMMAND, "cargo check -v --locked --bin adsidecar")
             script = script.replace("/out/", f"{out}/")
             run = subprocess.run(["sh", "-ec", script], cwd=work, env=environment, capture_output=True, text=True)
             assert run.returncode == 0, f"RUN {script}\n{run.stderr}"
-            compiled.append("Checking adsidecar v" in run.stderr)
-    assert compiled == [True, True], "the second build must compile the real sources, not keep the empty program"
+            compiled.append(set(re.findall(r"--crate-name adsidecar --edition=\S+ (src/\w+\.rs)", run.stderr)))
+    both = {"src/lib.rs", "src/main.rs"}
+    assert compiled == [both, both], "the second build must compile the real sources, not keep the empty program"
     assert (out / "data").is_dir()
 
 
