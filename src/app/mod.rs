@@ -25,7 +25,7 @@ use tokio_util::sync::CancellationToken;
 use crate::auth::accounts::Directory;
 use crate::auth::login::PendingLogins;
 use crate::auth::lwa::Lwa;
-use crate::auth::tokens::{Background, Status, TokenManager};
+use crate::auth::tokens::{Background, Status, TokenManager, jitter};
 use crate::config::{Config, Sources};
 use crate::domain::account::UserId;
 use crate::domain::clock::Clock;
@@ -399,11 +399,10 @@ fn listener_limits(limits: Limits) -> [Limits; 3] {
     [limits, limits, Limits { max_connections: ADMIN_CONNECTIONS, ..limits }]
 }
 
-/// How long work begins after the start that reads a shared store and that no request waits for: a random time, so that
-/// of many processes that start at once each is ready before the others read.
+/// The pause after a start before a shared store is read for what no request waits for. It is random, so that of many
+/// processes that start at once each is ready before the others read.
 fn settling_in(store: &TokenStore) -> Duration {
-    let Some(random) = store.shared().and_then(|_| getrandom::u64().ok()) else { return Duration::ZERO };
-    SETTLING_IN.mul_f64((random >> 11) as f64 / (1_u64 << 53) as f64)
+    if store.shared().is_some() { SETTLING_IN.mul_f64(jitter()) } else { Duration::ZERO }
 }
 
 async fn after(pause: Duration, work: impl Future<Output = ()>) {

@@ -474,7 +474,7 @@ mod tests {
         let body = windows.begin(Some(200_000), ROUND_TRIP);
         assert_eq!((windows.stream, windows.connection()), (first, connection));
         windows.read(&body, first as usize, ROUND_TRIP);
-        assert!(windows.stream > first, "one who reads gets more");
+        assert!(windows.stream > first, "a caller that reads gets more");
         let mut windows = Windows::new(budget, first_window(5 * MAX_STREAMS));
         windows.begin(Some(LONG), ROUND_TRIP);
         assert!(windows.stream > first, "and so does a long response");

@@ -432,8 +432,8 @@ impl Directory {
         }
     }
 
-    /// Writes down that a user who has just logged in is to be searched for, so that the next process does it, or
-    /// another one, if this one ends before. If it fails, only this one knows.
+    /// Stores that the accounts of a user who has just logged in are still to be searched for, so that this is done
+    /// later, or by another process, if this one ends before. If storing fails, only this process knows it.
     async fn note_wanted(&self, user: &UserId) {
         let Ok(stored) = self.0.store.accounts_of(std::slice::from_ref(user)).await else { return };
         let (stored, now) = (stored.first(), self.0.clock.now());

@@ -109,8 +109,8 @@ pub fn refusal(status: StatusCode, kind: &str, body: &[u8], retry_after: Option<
         _ if error.is_empty() => interposed(status, kind),
         _ => format!("status {}, with an error that OAuth does not define", status.as_u16()),
     };
-    // The server that failed, or the one behind a gateway, may have rotated the grant before. Who is overloaded, or
-    // does not know such requests, has not begun.
+    // The server that failed, or the one behind a gateway, may have rotated the grant before. A server that is
+    // overloaded (503) or does not support the request (501, 505) has not begun.
     let taken = matches!(status.as_u16(), 500..) && !matches!(status.as_u16(), 501 | 503 | 505);
     let later = |code| LwaError::TryLater { code, detail: detail.clone(), retry_after, taken };
     match (status.as_u16(), error.as_str()) {

@@ -63,6 +63,7 @@ use coordination::Coordination;
 pub use import::ImportError;
 use refresh_journal::Interrupted;
 use refresh_task::RefreshReason;
+pub use refresh_task::jitter;
 use scheduler::Scheduler;
 pub use status::Status;
 use user_state::{UserState, Writing};

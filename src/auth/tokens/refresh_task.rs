@@ -417,7 +417,7 @@ fn outcome(error: LwaError) -> Outcome {
 }
 
 /// Random jitter in `0.0..1.0`.
-pub(super) fn jitter() -> f64 {
+pub fn jitter() -> f64 {
     // Without randomness there is no jitter; a constant is good enough.
     getrandom::u64().map_or(0.5, |bits| (bits >> 11) as f64 / (1u64 << 53) as f64)
 }
