@@ -145,6 +145,9 @@ pub struct Failed {
 /// Runs the command that `arguments` name. Says on standard error why it failed, if so.
 pub fn run(arguments: impl IntoIterator<Item = OsString>) -> Exit {
     process::harden();
+    // For as long as the process runs.
+    #[cfg(feature = "failpoints")]
+    let _points = fail::FailScenario::setup();
     let parsed = command().try_get_matches_from(arguments).and_then(|matches| Arguments::from_arg_matches(&matches));
     match parsed {
         Ok(arguments) => told(dispatch(arguments)),

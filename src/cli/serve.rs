@@ -24,9 +24,6 @@ pub(super) fn run(config: Config, sources: Sources) -> Result<(), Failed> {
     let log = log::init(config.log);
     config.log_warnings();
     process::remark(&config);
-    // For as long as the process runs.
-    #[cfg(feature = "failpoints")]
-    let _points = fail::FailScenario::setup();
     #[cfg(feature = "failpoints")]
     tracing::warn!(points = ?fail::list(), "fail points are compiled in: this build is for tests alone");
     // One core is served best by one thread; a second worker would only move tasks to and fro.

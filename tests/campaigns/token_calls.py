@@ -20,6 +20,8 @@ import world
 HEARD, LIMIT = 9.5, 9.0
 # What was heard is stored within this time, also if the database was stopped meanwhile.
 STORED = 5.0
+# A call arrives here within this time of its sending, also if its sender was killed since.
+ARRIVED = 0.1
 # A last resort follows its refusal within this time.
 RESORT = 30.0
 
@@ -68,7 +70,7 @@ class Record:
 
     def excuse(self, earlier: Call, later: Call) -> str | None:
         """Why `later` could not know what became of `earlier`."""
-        if self.was_killed(earlier.pod, earlier.received, min(earlier.ended + STORED, later.received)):
+        if self.was_killed(earlier.pod, earlier.received - ARRIVED, min(earlier.ended + STORED, later.received)):
             return "a kill"
         for lags_since, took_over in self.failovers:
             if earlier.ended + STORED >= lags_since and earlier.received <= took_over and later.received >= lags_since:

@@ -6,7 +6,7 @@ use reqwest::{Method, Response, StatusCode};
 use serde_json::{Map, Value, json as object};
 use world::{CLIENT_ID, Fault, Listener, Rule};
 
-use crate::commands::{DONE, FAILED, beside, beside_with, opened, run, sealed};
+use crate::commands::{DONE, FAILED, bare_with_input, beside, beside_with, opened, run, sealed, stopped};
 use crate::harness::{Harness, code, eventually, json};
 
 /// More than a page of a dump.
@@ -80,6 +80,29 @@ async fn an_imported_token_that_amazon_rotates_is_used_and_stored_later_if_the_s
     let ready = async || harness.client.get(harness.admin_url("/readyz")).send().await.unwrap().status().as_u16();
     eventually("readiness", async || (ready().await == 200).then_some(())).await;
     harness.stop_sidecar().await;
+    harness.start_sidecar().await;
+    assert_eq!(harness.post("/api/auth/amazon/refresh?user_id=shop").await.status(), 200, "with the rotated token");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_token_that_amazon_rotates_while_a_command_imports_it_is_printed_sealed_if_the_store_fails() {
+    let mut harness = stopped().await;
+    let fails = [("FAILPOINTS", "save_refused=return")];
+    let import = async |user: &str| {
+        let (config, token) = (harness.config_file(), harness.sandbox.grant().refresh_token);
+        let arguments = ["--config", config.to_str().unwrap(), "users", "import", "--user", user];
+        (bare_with_input(&arguments, &fails, &token).await, token)
+    };
+    let (kept, _) = import("kept").await;
+    assert_eq!((kept.code, kept.out.as_str()), (FAILED, "0 grants imported\n"), "{}: it exists elsewhere", kept.err);
+    harness.sandbox.set_fault(Rule::from(Fault::RotateRefreshToken).at(Listener::Lwa));
+    let (rotated, token) = import("shop").await;
+    assert_eq!(rotated.code, FAILED);
+    assert!(rotated.err.contains("--offline --records"), "{}", rotated.err);
+    let record: Value = serde_json::from_str(&rotated.out).unwrap();
+    assert_ne!(opened(&record["shop"]["refresh_token"]), token);
+    let again = run(&harness, &["users", "import", "--offline", "--records", "-"], &rotated.out).await;
+    assert_eq!(again.code, DONE, "{}", again.err);
     harness.start_sidecar().await;
     assert_eq!(harness.post("/api/auth/amazon/refresh?user_id=shop").await.status(), 200, "with the rotated token");
 }

@@ -56,9 +56,14 @@ async fn bare(arguments: &[&str], input: &str) -> Ran {
 
 /// As above, with these variables in its environment.
 pub async fn bare_with(arguments: &[&str], variables: &[(&str, &str)]) -> Ran {
+    bare_with_input(arguments, variables, "").await
+}
+
+/// As above, with this standard input.
+pub async fn bare_with_input(arguments: &[&str], variables: &[(&str, &str)], input: &str) -> Ran {
     let mut command = command(arguments);
     command.envs(variables.iter().copied());
-    ended(command, "").await
+    ended(command, input).await
 }
 
 async fn ended(mut command: Command, input: &str) -> Ran {

@@ -6,6 +6,7 @@ use std::time::Duration;
 use adsidecar::domain::grant::Version;
 use adsidecar::store::keyring::Keyring;
 use adsidecar::store::{Changes, ConnectionUrl, FailedRefresh, Lease, Settings};
+use jiff::Timestamp;
 use world::{Fault, Listener, Rule};
 
 use crate::fleet::{add_users, polls_pass};
@@ -46,6 +47,50 @@ async fn polls_read_no_refreshes_that_were_due_and_hear_of_the_logout_among_them
     assert_eq!(code(&pair.b.call("anna").await), "login_required");
     let read = changes_read(&pair.sql).await - before;
     assert!(read < 500, "two replicas read {read} changes, for one logout beside 2,000 refreshes");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lost_response_stays_known_until_the_grant_is_refreshed_or_refused_whoever_asks_and_how_often() {
+    let cluster = Cluster::start();
+    let sql = cluster.connect().await;
+    let postgres = Some(ConnectionUrl::parse(&cluster.url()).unwrap());
+    let (settings, ring) = (Settings { path: "unused".into(), postgres }, ring(&[&Keyring::generate_key()]));
+    let (killed, _) = open(&settings, &ring).unwrap();
+    let (next, _) = open(&settings, &ring).unwrap();
+    let (killed, next) = (killed.shared().unwrap(), next.shared().unwrap());
+    let (anna, in_doubt) = (user("anna"), Lease::Acquired { interrupted: true });
+    killed.consent(&anna, &grant("anna", 1), Duration::ZERO).await.unwrap();
+    sql.run("UPDATE adsidecar_grants SET due_at = now() - interval '1 minute'").await;
+    let leases_expire = "UPDATE adsidecar_grants SET lease_until = clock_timestamp() - interval '1 second'";
+
+    assert_eq!(killed.acquire_lease(&anna, 1).await.unwrap(), Lease::Acquired { interrupted: false });
+    sql.run(leases_expire).await;
+    // As when the response to the first one is lost with its connection, and it is sent again.
+    for _ in 0..2 {
+        assert_eq!(next.acquire_lease(&anna, 1).await.unwrap(), in_doubt);
+    }
+    sql.run(leases_expire).await;
+    // As when the response to a claim is lost, and the same process claims, or is asked for a refresh, later.
+    for _ in 0..2 {
+        let claimed = next.claim_due(Timestamp::now(), 10).await.unwrap();
+        assert!(claimed[0].interrupted, "{claimed:?}");
+        sql.run(leases_expire).await;
+        sql.run("UPDATE adsidecar_grants SET due_at = now() - interval '1 minute'").await;
+    }
+    assert_eq!(next.acquire_lease(&anna, 1).await.unwrap(), in_doubt);
+    // A failure that says nothing of the grant changes nothing.
+    let failed = |refused| FailedRefresh { refused, code: "x".into(), attempts: 1, retry_in: Duration::ZERO };
+    assert!(next.release_lease(&anna, 1, Some(&failed(false)), None, false).await.unwrap());
+    assert_eq!(killed.acquire_lease(&anna, 1).await.unwrap(), in_doubt);
+    // What is refused has been reported by who was refused.
+    assert!(killed.release_lease(&anna, 1, Some(&failed(true)), None, false).await.unwrap());
+    assert_eq!(next.acquire_lease(&anna, 1).await.unwrap(), Lease::Acquired { interrupted: false });
+    // A process says so itself, and what is stored next is another grant.
+    assert!(next.release_lease(&anna, 1, Some(&failed(false)), None, true).await.unwrap());
+    assert_eq!(next.acquire_lease(&anna, 1).await.unwrap(), in_doubt);
+    let of = next.lookup(&anna).await.unwrap().version;
+    next.put_refreshed(&anna, &grant("anna-2", 2), of, false).await.unwrap();
+    assert_eq!(killed.acquire_lease(&anna, 2).await.unwrap(), Lease::Acquired { interrupted: false });
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -192,5 +237,5 @@ async fn tables_of_the_previous_version_get_the_feed_at_the_first_start_and_miss
     .await;
     assert_eq!(second.call("bob").await.status(), 200);
     let migration = "SELECT value FROM adsidecar_notes WHERE name = 'migration'";
-    assert_eq!(pair.sql.one(migration).await.as_deref(), Some("6"));
+    assert_eq!(pair.sql.one(migration).await.as_deref(), Some("7"));
 }

@@ -38,7 +38,7 @@ impl RefreshTask {
         if let RefreshReason::Claimed { generation, interrupted } = why {
             let wanted = self.wanted(why).filter(|grant| grant.generation == *generation);
             match &wanted {
-                Some(grant) if *interrupted => self.report_lost(grant.generation),
+                Some(_) if *interrupted => self.report_lost(*generation),
                 Some(_) => {}
                 None => drop(self.release(*generation, None, false).await),
             }
@@ -84,11 +84,13 @@ impl RefreshTask {
         }
     }
 
-    /// Reports that the response to a refresh of another process may be lost, because that process ended.
+    /// Notes that the response to a refresh of another process may be lost, and reports it once.
     fn report_lost(&self, generation: u64) {
         let user = &self.entry.user;
-        tracing::warn!(%user, "another process ended during a refresh; adsidecar tries the stored grant");
-        self.manager.0.interrupted.lost(user, generation);
+        if self.manager.0.interrupted.lost(user, generation) {
+            tracing::warn!(%user, "another process ended during a refresh, or lost its response; adsidecar tries the \
+                stored grant");
+        }
     }
 
     /// Prepares a token call: extends this process's lease for its duration, or writes the refresh to the journal.
@@ -101,7 +103,9 @@ impl RefreshTask {
             Coordination::Local(journal) => manager.record_refresh(journal, user, generation).await,
             Coordination::Shared(Follower { store: shared, .. }) => {
                 match manager.timed("lease", shared.acquire_lease(user, generation)).await {
-                    Ok(Lease::Acquired { .. }) => {}
+                    // This process's lease may have expired, and another process's since.
+                    Ok(Lease::Acquired { interrupted: true }) => self.report_lost(generation),
+                    Ok(Lease::Acquired { interrupted: false }) => {}
                     Ok(Lease::Denied) => return Err(BUSY),
                     Err(_) => return Err(STORE_DOWN),
                 }

@@ -39,9 +39,10 @@ struct Begun {
 }
 
 impl Interrupted {
-    /// Records that the response to a refresh of `generation` may have been lost.
-    pub(super) fn lost(&self, user: &UserId, generation: u64) {
-        self.begun().insert(user.clone(), Begun { generation, lost: true });
+    /// Records that the response to a refresh of `generation` may have been lost. Returns whether that is new.
+    pub(super) fn lost(&self, user: &UserId, generation: u64) -> bool {
+        let before = self.begun().insert(user.clone(), Begun { generation, lost: true });
+        before.is_none_or(|begun| !begun.lost || begun.generation != generation)
     }
 
     /// Whether the response to a refresh of `user` may have been lost.

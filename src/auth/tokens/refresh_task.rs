@@ -195,6 +195,10 @@ impl RefreshTask {
         let refused = matches!(outcome, Outcome::Rejected(_));
         let has_failed = !matches!(outcome, Outcome::Refreshed(_));
         let mut next = held.next(outcome, self.manager.0.clock.reading(), jitter());
+        if refused {
+            // Before it is stored: who reads there that the grant is refused reports nothing.
+            self.end_refresh_with("lost");
+        }
         if has_failed {
             // A refusal says itself what became of the grant.
             let may_be_lost = !refused && self.manager.0.interrupted.is_lost(user);
@@ -313,8 +317,6 @@ impl RefreshTask {
 
     async fn after_refusal(&self, generation: u64) {
         fail_point!("refresh_refused");
-        self.end_refresh_with("lost");
-        self.manager.settle_journal().await;
         // At startup the stored grant's validity was unknown: amazon.refresh_token may be there to replace it.
         if self.entry.user == UserId::default()
             && let Err(error) = self.manager.adopt_configured_instead(Some(generation)).await

@@ -11,7 +11,7 @@ use clap::Subcommand;
 use http::Method;
 use jiff::Timestamp;
 use serde::Deserialize;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::{Failed, block_on, client, print, read, warn};
 use crate::app;
@@ -21,6 +21,8 @@ use crate::domain::account::UserId;
 use crate::domain::grant::Grant;
 use crate::domain::secret::Secret;
 use crate::store::imported_record::{self, Imported};
+use crate::store::keyring::Keyring;
+use crate::store::stored_grant::StoredGrant;
 use crate::store::{Opened, StoreError, TokenStore};
 
 #[derive(Debug, Subcommand)]
@@ -118,7 +120,8 @@ fn take_token(config: &Config, user: UserId, replace: bool, verify: Verify) -> R
     let (grant, repairs) = imported_record::read_token(text.expose(), Timestamp::now())
         .map_err(|flaw| Failed::because(format!("what was read {flaw}")))?;
     repairs.iter().for_each(|repair| warn(format!("what was read {repair}")));
-    match TokenStore::open(&config.store, Arc::new(app::keyring(config)?)) {
+    let keyring = Arc::new(app::keyring(config)?);
+    match TokenStore::open(&config.store, keyring.clone()) {
         Err(held @ StoreError::Locked { .. }) => {
             let name: String = url::form_urlencoded::byte_serialize(user.as_str().as_bytes()).collect();
             let offline = verify == Verify::Offline;
@@ -129,7 +132,7 @@ fn take_token(config: &Config, user: UserId, replace: bool, verify: Verify) -> R
         opened => {
             let (store, opened) = opened?;
             let known = opened.users.into_iter().map(|(user, _)| user).collect();
-            take(store, known, vec![(user, grant)], replace, verify.lwa(config)?)
+            take(store, known, vec![(user, grant)], replace, verify.lwa(config)?, &keyring)
         }
     }
 }
@@ -168,7 +171,7 @@ pub(super) fn take_records(config: &Config, json: String, replace: bool, verify:
         )));
     }
     let known = opened.users.into_iter().map(|(user, _)| user).collect();
-    take(store, known, grants, replace, verify.lwa(config)?)
+    take(store, known, grants, replace, verify.lwa(config)?, &keyring)
 }
 
 /// What the running sidecar says that it imported.
@@ -209,25 +212,29 @@ fn imported(outcome: &Outcome) -> Result<(), Failed> {
     if outcome.refused == 0 { Ok(()) } else { Err(Failed::because(outcome.problems.join("\n"))) }
 }
 
-/// Stores `grants`, each verified by a refresh first where `lwa` is given.
+/// Stores `grants`, each verified by a refresh first where `lwa` is given. Ends at the first that cannot be stored:
+/// Login with Amazon may rotate each that it is shown. What it has rotated exists nowhere else, so that is printed,
+/// sealed.
 fn take(
     store: TokenStore,
     known: Vec<UserId>,
     grants: Vec<(UserId, Grant)>,
     replace: bool,
     lwa: Option<Lwa>,
+    keyring: &Keyring,
 ) -> Result<(), Failed> {
     let mut problems = String::new();
-    let mut taken = 0;
+    let (mut taken, mut unstored) = (0, None);
     block_on(async {
         for (user, grant) in grants {
             if known.contains(&user) && !replace {
                 problems += &format!("{user}: has a grant already; say --replace to replace it\n");
                 continue;
             }
+            let shown = grant.refresh_token.clone();
             let grant = match &lwa {
                 None => grant,
-                Some(lwa) => match lwa.refresh(&grant.refresh_token).await {
+                Some(lwa) => match lwa.refresh(&shown).await {
                     Ok(tokens) => grant.refreshed(tokens, Timestamp::now()),
                     Err(error) => {
                         problems += &format!("{user}: {error}; say --offline to keep it unverified\n");
@@ -237,11 +244,23 @@ fn take(
             };
             match store.save(&user, &grant, None).await {
                 Ok(_) => taken += 1,
-                Err(error) => problems += &format!("{user}: {error}\n"),
+                Err(error) => {
+                    problems += &format!("{user}: {error}; no grant after this one was tried\n");
+                    if grant.refresh_token != shown {
+                        unstored = Some(json!({ (user.as_str()): StoredGrant::seal(&grant, &user, keyring) }));
+                        problems += "Login with Amazon has replaced its refresh token. The new one is in the record on \
+                                     standard output: once the store can be written, import that with --offline \
+                                     --records\n";
+                    }
+                    break;
+                }
             }
         }
         store.close().await
     })??;
-    print(format!("{taken} grants imported\n"))?;
+    match unstored {
+        None => print(format!("{taken} grants imported\n"))?,
+        Some(record) => print(format!("{record}\n"))?,
+    }
     if problems.is_empty() { Ok(()) } else { Err(Failed::because(problems.trim_end())) }
 }

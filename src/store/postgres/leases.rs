@@ -24,6 +24,14 @@ macro_rules! due_again_seconds {
     };
 }
 
+/// The column `doubted` once the process whose owner is the parameter has taken the lease of the row `old`: an owner
+/// who did not release it may have sent a token request for this generation, and not lived to store the response.
+macro_rules! doubted {
+    ($owner:literal) => {
+        concat!("CASE WHEN old.lease_owner <> ", $owner, " THEN g.generation ELSE g.doubted END")
+    };
+}
+
 /// The lifetime of a lease.
 pub const LEASE: Duration = Duration::from_secs(lease_seconds!());
 /// The time after which a claimed refresh is due again, if it was not made.
@@ -34,8 +42,8 @@ pub const DUE_AGAIN: Duration = Duration::from_secs(due_again_seconds!());
 pub enum Lease {
     /// This process holds the lease: no other process requests a token for this user.
     Acquired {
-        /// Another process held the lease for the same generation and let it expire, so the result of its token request
-        /// is unknown.
+        /// The response to an earlier token request with this refresh token may be lost: another process let its lease
+        /// expire, or said so. The row says it to each process until a refresh is stored, or the grant is refused.
         interrupted: bool,
     },
     /// Another process holds the lease, or the stored generation has changed.
@@ -64,11 +72,13 @@ impl Postgres {
         const TAKE: &str = concat!(
             "UPDATE adsidecar_grants AS g SET lease_owner = $2, lease_until = clock_timestamp() + interval '",
             lease_seconds!(),
-            " seconds' FROM (SELECT user_id, lease_owner FROM adsidecar_grants \
+            " seconds', doubted = ",
+            doubted!("$2"),
+            " FROM (SELECT user_id, lease_owner FROM adsidecar_grants \
              WHERE user_id = $1 FOR UPDATE SKIP LOCKED) AS old \
              WHERE g.user_id = old.user_id AND g.generation = $3 AND g.record IS NOT NULL \
              AND (g.lease_until IS NULL OR g.lease_until < clock_timestamp() OR g.lease_owner = $2) \
-             RETURNING old.lease_owner IS NOT NULL AND old.lease_owner <> $2"
+             RETURNING coalesce(g.doubted = g.generation, false)"
         );
         let (name, owner, generation) = (user.as_str(), &self.0.owner, to_bigint(generation));
         let parameters: &Parameters<'_> = &[(&name, Type::TEXT), (owner, Type::TEXT), (&generation, Type::INT8)];
@@ -89,12 +99,14 @@ impl Postgres {
             lease_seconds!(),
             " seconds', due_at = to_timestamp($2) + interval '",
             due_again_seconds!(),
-            " seconds' FROM (SELECT user_id, lease_owner FROM adsidecar_grants WHERE record IS NOT NULL \
+            " seconds', doubted = ",
+            doubted!("$1"),
+            " FROM (SELECT user_id, lease_owner FROM adsidecar_grants WHERE record IS NOT NULL \
              AND due_at <= to_timestamp($2) AND (lease_until IS NULL OR lease_until < clock_timestamp()) \
              AND (retry_at IS NULL OR retry_at <= clock_timestamp()) \
              ORDER BY due_at LIMIT $3 FOR UPDATE SKIP LOCKED) AS old WHERE g.user_id = old.user_id RETURNING ",
             row_columns!(),
-            ", old.lease_owner IS NOT NULL AND old.lease_owner <> $1"
+            ", coalesce(g.doubted = g.generation, false)"
         );
         let (now, limit) = (now.as_duration().as_secs_f64(), i64::try_from(limit).unwrap_or(i64::MAX));
         let parameters: &Parameters<'_> = &[(&self.0.owner, Type::TEXT), (&now, Type::FLOAT8), (&limit, Type::INT8)];
@@ -113,7 +125,8 @@ impl Postgres {
     /// processes how the refresh of `generation` failed, if it did, and when the background tries again: `due`, `None`
     /// if the user is idle by then. If a response `may_be_lost`, the next process that takes the lease hears that it
     /// was interrupted, as after the end of this one; also if the database has lost this process's lease, unless
-    /// another one has it now or was refused. Returns whether the row says so now.
+    /// another one has it now or was refused. After a refusal nobody hears that any more. Returns whether the row says
+    /// so now.
     ///
     /// # Errors
     ///
@@ -128,6 +141,7 @@ impl Postgres {
     ) -> Result<bool, StoreError> {
         const RELEASE: &str = "UPDATE adsidecar_grants SET lease_owner = CASE WHEN $9 THEN $2 END, \
                                lease_until = CASE WHEN $9 THEN clock_timestamp() END, \
+                               doubted = CASE WHEN $9 THEN generation WHEN $4 IS NULL THEN doubted END, \
                                refused = $4, failure = $5, attempts = $8, due_at = to_timestamp($7), \
                                retry_at = clock_timestamp() + make_interval(secs => $6) \
                                WHERE user_id = $1 AND generation = $3 AND record IS NOT NULL AND (lease_owner = $2 \

@@ -85,7 +85,7 @@ const SCHEMA_VERSION: &str = "1";
 /// The note that holds the number of the last migration, and the number of the last one in [`SCHEMA`]. A migration
 /// only adds to the tables of a schema version, so that processes of the previous release keep working.
 const MIGRATION_NOTE: &str = "migration";
-const MIGRATION: u32 = 6;
+const MIGRATION: u32 = 7;
 /// The note that holds the fingerprint of the key that seals.
 const KEY_NOTE: &str = "key";
 

@@ -59,6 +59,8 @@ CREATE TABLE IF NOT EXISTS adsidecar_notes (
 -- last change that every process hears of at once: each but a refresh that was due, for which those look who hold the
 -- grant. So a poll reads no refreshes, which are nearly all changes. The version before polls by `change`; its index
 -- can go when no process does. Migration 6: what that version refreshes is news, as it does not say whether it was due.
+-- doubted (migration 7): the generation of which a refresh token was sent to Login with Amazon and the response may be
+-- lost, until a refresh stores the next generation, or the grant is refused.
 CREATE SEQUENCE IF NOT EXISTS adsidecar_changes;
 ALTER TABLE adsidecar_grants
     ADD COLUMN IF NOT EXISTS change bigint NOT NULL DEFAULT 0,
@@ -75,7 +77,8 @@ ALTER TABLE adsidecar_grants
     ADD COLUMN IF NOT EXISTS attempts integer,
     ADD COLUMN IF NOT EXISTS retry_at timestamptz,
     ADD COLUMN IF NOT EXISTS accounts bigint NOT NULL DEFAULT 0,
-    ADD COLUMN IF NOT EXISTS news bigint NOT NULL DEFAULT 0;
+    ADD COLUMN IF NOT EXISTS news bigint NOT NULL DEFAULT 0,
+    ADD COLUMN IF NOT EXISTS doubted bigint;
 CREATE INDEX IF NOT EXISTS adsidecar_grants_change ON adsidecar_grants (change);
 CREATE INDEX IF NOT EXISTS adsidecar_grants_news ON adsidecar_grants (news) WHERE news > 0;
 CREATE INDEX IF NOT EXISTS adsidecar_grants_due ON adsidecar_grants (due_at) WHERE record IS NOT NULL;
@@ -311,5 +314,5 @@ BEGIN
     RETURN NEXT;
 END $$;
 
-INSERT INTO adsidecar_notes (name, value) VALUES ('migration', '6')
-    ON CONFLICT (name) DO UPDATE SET value = excluded.value WHERE adsidecar_notes.value::int < 6;
+INSERT INTO adsidecar_notes (name, value) VALUES ('migration', '7')
+    ON CONFLICT (name) DO UPDATE SET value = excluded.value WHERE adsidecar_notes.value::int < 7;
