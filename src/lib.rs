@@ -80,8 +80,9 @@
 /// Fail points: places where tests and campaigns pause, break or end the process. They exist only with the feature
 /// `failpoints`.
 ///
-/// - During a refresh: `refresh_begun`, `refresh_answered` (LWA has responded), `refresh_stored`; after a refusal
-///   `refresh_refused`. The action `return` of the second and the third ends the process.
+/// - During a refresh: `refresh_begun`, `refresh_answered` (LWA has responded), `refresh_stored`; after a failure
+///   `refresh_released` (other processes can read of it), after a refusal `refresh_refused`. The action `return` of the
+///   second and the third ends the process.
 /// - During a write to disk: `save_refused` (`return`: the write fails), `save_unsynced` and `save_synced` (`return`
 ///   ends the process).
 /// - After the accounts that were found for a user are on the disk: `accounts_saved`.

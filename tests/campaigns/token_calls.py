@@ -191,10 +191,15 @@ class Amazon:
 
     async def serve(self, name: str, reader, writer) -> None:
         """Keeps nothing open: a call is a connection, so that a killed adsidecar's call ends when it is done."""
-        self.busy += 1
         received, call = time.monotonic(), None
         try:
+            # A client may open a connection that it does not need in the end.
             request = await self.message(reader)
+        except (OSError, asyncio.IncompleteReadError):
+            writer.close()
+            return
+        self.busy += 1
+        try:
             words = {key: values[0] for key, values in parse_qs(request.split(b"\r\n\r\n", 1)[1].decode()).items()}
             delay = self.chance.uniform(0, 20) if self.chance.random() < self.slow else self.chance.uniform(0, 0.2)
             if before := self.chance.random() < 0.5:

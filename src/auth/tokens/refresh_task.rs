@@ -206,6 +206,7 @@ impl RefreshTask {
                 self.end_refresh_with("lost");
                 next = refused;
             }
+            fail_point!("refresh_released");
             self.manager.0.interrupted.answered(user);
             self.manager.settle_journal().await;
         }
