@@ -50,8 +50,8 @@ class Record:
         self.kills: dict[str, list[float]] = {}
         # From when on the standby missed what was stored, until it took over.
         self.failovers: list[tuple[float, float]] = []
-        # Who logged in with a code, whose each refresh token is, and when each user last logged in.
-        self.codes, self.users, self.logins = {}, {}, {}
+        # Who logged in with a code, and whose each refresh token is.
+        self.codes, self.users = {}, {}
         self.twice, self.resorts, self.excused = [], 0, {}
 
     def killed(self, pod: str, begun: float, ended: float) -> None:
@@ -229,8 +229,7 @@ class Amazon:
         is_granted = answer.startswith(b"HTTP/1.1 200")
         successor = json.loads(answer.split(b"\r\n\r\n", 1)[1])["refresh_token"] if is_granted else None
         if is_granted and words.get("code") in self.record.codes:
-            user = self.record.codes[words["code"]]
-            self.record.users[successor], self.record.logins[user] = user, time.monotonic()
+            self.record.users[successor] = self.record.codes[words["code"]]
         token = words.get("refresh_token")
         # A client secret that is refused says nothing about the token.
         if not token or not (is_granted or b"invalid_grant" in answer):
