@@ -11,7 +11,7 @@ use super::client_circuit::known_code;
 use super::follower::Follower;
 use super::user_state::{UserState, Writing};
 use crate::domain::clock_reading::ClockReading;
-use crate::domain::grant::{Failure, Grant, GrantState, LiveGrant, Verdict, Version};
+use crate::domain::grant::{Failure, Grant, GrantState, LiveGrant, Stored, Verdict, Version};
 use crate::store::{Content, FailedRefresh, Lookup, Postgres, StoreError};
 
 /// Number of attempts to take over a row that other processes keep changing.
@@ -67,7 +67,8 @@ impl TokenManager {
                 Content::Grant(grant) => Some(*grant),
                 Content::Absent => None,
             };
-            let restored = match entry.stored().reconcile(held.grant().is_some(), version, stored.is_some()) {
+            let seen = seen_by(held.grant().map(|held| &***held), stored.as_ref());
+            let restored = match entry.stored().reconcile(held.grant().is_some(), version, seen) {
                 Verdict::TakeOver => {
                     write.note_stored(version);
                     self.adopt_stored(entry, write, &held, stored, failed.as_ref());
@@ -162,14 +163,12 @@ impl TokenManager {
     ) -> Result<bool, StoreError> {
         let Some(Follower { store, .. }) = self.0.coordination.follower() else { return Ok(false) };
         let lookup = self.timed("get", store.lookup(&entry.user)).await?;
-        let stored_grant = !matches!(lookup.content, Content::Absent);
-        let newer = match entry.stored().reconcile(true, lookup.version, stored_grant) {
-            Verdict::PutBack(newer) => newer,
-            _ if is_successor(grant, &lookup.content) => {
-                Version { generation: lookup.version.generation + 1, ..lookup.version }
-            }
-            _ => return Ok(false),
+        let seen = match &lookup.content {
+            Content::Absent => Stored::Nothing,
+            Content::Unreadable(_) => Stored::Grant,
+            Content::Grant(stored) => seen_by(Some(grant), Some(stored)),
         };
+        let Verdict::PutBack(newer) = entry.stored().reconcile(true, lookup.version, seen) else { return Ok(false) };
         let newer = Version { generation: newer.generation.max(grant.generation), ..newer };
         let put = self.timed("put", store.put_back(&entry.user, grant, newer, lookup.version.generation)).await?;
         if put {
@@ -235,9 +234,14 @@ pub(super) fn failed_state(grant: Arc<LiveGrant>, failed: &FailedRefresh, now: C
     GrantState::Failing { grant, failure, attempts: failed.attempts, retry_at }
 }
 
-/// Whether `grant` came of a refresh with the refresh token that is stored.
-fn is_successor(grant: &Grant, stored: &Content) -> bool {
-    matches!(stored, Content::Grant(stored) if grant.previous.as_ref() == Some(&stored.refresh_token))
+/// What is stored, as seen by a process that holds `held`.
+fn seen_by(held: Option<&Grant>, stored: Option<&Grant>) -> Stored {
+    let Some(stored) = stored else { return Stored::Nothing };
+    let is_successor = |held: &Grant| held.previous.as_ref() == Some(&stored.refresh_token);
+    // Login with Amazon may also have refused the later of two refresh tokens, and accepted the earlier one again.
+    let is_replaced = |held: &Grant| stored.previous.as_ref() == Some(&held.refresh_token);
+    let is_used_up = held.is_some_and(|held| is_successor(held) && !is_replaced(held));
+    if is_used_up { Stored::UsedUp } else { Stored::Grant }
 }
 
 fn is_same(held: &Grant, stored: &Grant) -> bool {

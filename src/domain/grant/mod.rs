@@ -12,7 +12,7 @@ use jiff::{SignedDuration, Timestamp};
 use crate::domain::secret::Secret;
 pub(crate) use state::backoff;
 pub use state::{Failure, GrantState, LiveGrant, Outcome, RefreshPolicy, Remedy, STORE_UNAVAILABLE, State};
-pub use version::{Verdict, Version};
+pub use version::{Stored, Verdict, Version};
 
 /// Longest accepted token, in bytes. LWA documents at most 2,048 bytes for an access token ("Access tokens", Login with
 /// Amazon).

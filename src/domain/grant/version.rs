@@ -13,6 +13,18 @@ pub struct Version {
     pub generation: u64,
 }
 
+/// What a row holds, as seen by a process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stored {
+    /// No grant.
+    Nothing,
+    /// A grant.
+    Grant,
+    /// The grant whose refresh token Login with Amazon has replaced by the one that the process holds: another process,
+    /// which has not heard of that, has stored it again.
+    UsedUp,
+}
+
 /// What a process does with a row that it has read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
@@ -25,17 +37,19 @@ pub enum Verdict {
 }
 
 impl Version {
-    /// Decides about a row with the version `stored`, which has a grant if `stored_grant`, for a process that knows of
-    /// this version, and holds a grant if `held_grant`. A write that follows from it must find the generation of
-    /// `stored` in the store, or it is decided anew.
-    pub fn reconcile(self, held_grant: bool, stored: Self, stored_grant: bool) -> Verdict {
-        if stored >= self {
+    /// Decides about a row with the version `stored`, which has this `content`, for a process that knows of this
+    /// version, and holds a grant if `held_grant`. A write that follows from it must find the generation of `stored` in
+    /// the store, or it is decided anew.
+    pub fn reconcile(self, held_grant: bool, stored: Self, content: Stored) -> Verdict {
+        let is_used_up = content == Stored::UsedUp && stored.epoch <= self.epoch;
+        if stored >= self && !(held_grant && is_used_up) {
             return Verdict::TakeOver;
         }
-        match (held_grant, stored_grant) {
-            // Above the row, and above what this process has seen of it: others then take it over.
+        match (held_grant, content != Stored::Nothing) {
+            // The same state under the same generation, so that who knows a later one stores that over it.
             (true, _) => {
-                Verdict::PutBack(Self { epoch: self.epoch, generation: self.generation.max(stored.generation) + 1 })
+                let generation = self.generation.max(stored.generation + 1);
+                Verdict::PutBack(Self { epoch: self.epoch, generation })
             }
             (false, true) => Verdict::RepeatLogout(Self {
                 epoch: self.epoch.max(stored.epoch + 1),
