@@ -2,8 +2,9 @@
 //!
 //! The kernel maps a program in pieces of 64 KiB or more around each address that is touched. What runs between start
 //! and shutdown is two fifths of the program, but spread over all of it, so that nearly all of it was resident.
-//! `serving.ld` lists those functions; `tests/bench/serving-functions` writes it. The names in it depend on neither the
-//! directory nor the compiler's version. Where no function has a listed name, nothing happens.
+//! `serving.ld` lists those functions; `tests/bench/serving-functions` writes it. The names in it do not depend on the
+//! directory. Some have a hash that changes with the compiler: those functions are then placed with all others of their
+//! name. Where no function has a listed name, nothing happens.
 
 use std::env::var;
 use std::path::Path;
