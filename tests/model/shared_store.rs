@@ -4,8 +4,8 @@
 //! `src/store/postgres/schema.sql`. Persons log in and out, one after the other; beside them processes refresh, adopt a
 //! configured grant, read the row, and restore what the database has lost. A statement may be applied long after it was
 //! sent, and a process may read a row and act on it much later. Login with Amazon accepts only the newest refresh token
-//! of a login. At the end, when all processes have read the row until nothing changes, the last login or logout must be in
-//! force everywhere, with its newest refresh token.
+//! of a login. At the end, when all processes have read the row until nothing changes, the last login or logout must be
+//! in force everywhere, with its newest refresh token.
 //!
 //! `RUNS` is the number of runs (few by default), `SEED` the first seed. Two known-bad variants must fail: generations
 //! alone, as the first version compared them, let a refresh of an old grant undo a logout; and without a look at the
