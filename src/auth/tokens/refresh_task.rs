@@ -196,7 +196,7 @@ impl RefreshTask {
         let has_failed = !matches!(outcome, Outcome::Refreshed(_));
         let mut next = held.next(outcome, self.manager.0.clock.reading(), jitter());
         if refused {
-            // Before it is stored: who reads there that the grant is refused reports nothing.
+            // Before it is stored: a process that reads the refusal in the row does not report the loss.
             self.end_refresh_with("lost");
         }
         if has_failed {

@@ -46,7 +46,7 @@ impl Version {
             return Verdict::TakeOver;
         }
         match (held_grant, content != Stored::Nothing) {
-            // The same state under the same generation, so that who knows a later one stores that over it.
+            // The same state under the same generation: a process that knows a later one stores it over this.
             (true, _) => {
                 let generation = self.generation.max(stored.generation + 1);
                 Verdict::PutBack(Self { epoch: self.epoch, generation })
