@@ -7,6 +7,7 @@ release build: `cargo build --release --bins`.
 import http.client
 import json
 import os
+import random
 import signal
 import socket
 import struct
@@ -40,10 +41,23 @@ def binary(name: str) -> str:
     return str(path.resolve())
 
 
+# Ports that were handed out.
+PORTS: set[int] = set()
+
+
 def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+    """A port that nobody uses, outside the range from which the kernel takes the ports of clients: one of those could
+    take it before the process that it is for has started."""
+    while True:
+        port = random.randrange(10_000, 32_000)
+        with socket.socket() as listener:
+            try:
+                listener.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        if port not in PORTS:
+            PORTS.add(port)
+            return port
 
 
 def until(what: str, look, seconds: float = 20, period: float = 0.01):
@@ -255,7 +269,8 @@ class Starts:
                 message, ancillary, _, _ = self.socket.recvmsg(4096, 1000)
             except TimeoutError:
                 missing = len(begun) - len(ready)
-                raise SystemExit(f"{missing} of {len(begun)} were not ready within {seconds} s") from None
+                ended = [sidecar.log.read_text()[-500:] for sidecar in sidecars if sidecar.process.poll() is not None]
+                raise SystemExit(f"{missing} of {len(begun)} were not ready within {seconds} s; {ended}") from None
             pid = struct.unpack("iII", ancillary[0][2])[0]
             if b"READY=1" in message and pid in begun:
                 ready[pid] = time.monotonic() - begun[pid]
