@@ -166,49 +166,23 @@ impl RefreshTask {
         let is_background = matches!(why, RefreshReason::Due | RefreshReason::Claimed { .. });
         let response = self.refresh_with_fallback(&grant, is_background).await;
         fail_point!("refresh_answered", |_| std::process::abort());
-        let user = &self.entry.user;
         let write = self.entry.write().await;
         let Some(held) = write.unchanged_since(grant.generation).or_else(|| self.restored(&grant)) else {
             return self.dropped();
         };
         let generation = held.grant().map_or(grant.generation, |held| held.generation);
         let outcome = match response {
-            Ok((tokens, sent_at)) => {
-                // The token's lifetime began when LWA issued it, which was not before the request.
-                let mut refreshed = grant.refreshed(tokens, sent_at.wall);
-                refreshed.used_at = Some(sent_at.wall_at(self.entry.used()));
-                refreshed.generation = write.next_generation();
-                if refreshed.previous.is_some() && grant.previous.as_ref() != Some(&refreshed.refresh_token) {
-                    self.manager.0.metrics.token_rotations.inc();
-                    tracing::info!(%user, "Login with Amazon issued a new refresh token");
-                }
-                if !self.manager.store(&self.entry, &write, &mut refreshed, Some(generation)).await {
-                    self.dropped();
-                    return self.manager.overtaken(&self.entry, &write).await;
-                }
-                fail_point!("refresh_stored", |_| std::process::abort());
-                self.end_refresh_with("recovered");
-                Outcome::Refreshed(Arc::new(LiveGrant::issued(refreshed, sent_at)))
-            }
+            Ok((tokens, sent_at)) => match self.store_refreshed(&write, &grant, generation, tokens, sent_at).await {
+                Some(refreshed) => Outcome::Refreshed(refreshed),
+                None => return,
+            },
             Err(outcome) => outcome,
         };
-        let refused = matches!(outcome, Outcome::Rejected(_));
-        let has_failed = !matches!(outcome, Outcome::Refreshed(_));
+        let (refused, has_failed) =
+            (matches!(outcome, Outcome::Rejected(_)), !matches!(outcome, Outcome::Refreshed(_)));
         let mut next = held.next(outcome, self.manager.0.clock.reading(), jitter());
-        if refused {
-            // Before it is stored: a process that reads the refusal in the row does not report the loss.
-            self.end_refresh_with("lost");
-        }
         if has_failed {
-            // A refusal says itself what became of the grant.
-            let may_be_lost = !refused && self.manager.0.interrupted.is_lost(user);
-            if let Some(refused) = self.release(generation, Some(&next), may_be_lost).await {
-                self.end_refresh_with("lost");
-                next = refused;
-            }
-            fail_point!("refresh_released");
-            self.manager.0.interrupted.answered(user);
-            self.manager.settle_journal().await;
+            next = self.store_failure(generation, next, refused).await;
         }
         self.log(&held, &next);
         // Waiters are woken when this task is dropped: if woken now, a retry would join a task that has nothing left to
@@ -218,6 +192,53 @@ impl RefreshTask {
         if refused {
             self.after_refusal(generation).await;
         }
+    }
+
+    /// Stores what a refresh of `grant` yielded, which is stored as `generation`. `None` if the grant was replaced or
+    /// logged out meanwhile.
+    async fn store_refreshed(
+        &self,
+        write: &Writing<'_>,
+        grant: &LiveGrant,
+        generation: u64,
+        tokens: Tokens,
+        sent_at: ClockReading,
+    ) -> Option<Arc<LiveGrant>> {
+        // The token's lifetime began when LWA issued it, which was not before the request.
+        let mut refreshed = grant.refreshed(tokens, sent_at.wall);
+        refreshed.used_at = Some(sent_at.wall_at(self.entry.used()));
+        refreshed.generation = write.next_generation();
+        if refreshed.previous.is_some() && grant.previous.as_ref() != Some(&refreshed.refresh_token) {
+            self.manager.0.metrics.token_rotations.inc();
+            tracing::info!(user = %self.entry.user, "Login with Amazon issued a new refresh token");
+        }
+        if !self.manager.store(&self.entry, write, &mut refreshed, Some(generation)).await {
+            self.dropped();
+            self.manager.overtaken(&self.entry, write).await;
+            return None;
+        }
+        fail_point!("refresh_stored", |_| std::process::abort());
+        self.end_refresh_with("recovered");
+        Some(Arc::new(LiveGrant::issued(refreshed, sent_at)))
+    }
+
+    /// Stores how the refresh of `generation` failed, for all processes. Returns the state that follows: `next`, or
+    /// that another process was refused.
+    async fn store_failure(&self, generation: u64, next: GrantState, refused: bool) -> GrantState {
+        if refused {
+            // Before it is stored: a process that reads the refusal in the row does not report the loss.
+            self.end_refresh_with("lost");
+        }
+        // A refusal says itself what became of the grant.
+        let may_be_lost = !refused && self.manager.0.interrupted.is_lost(&self.entry.user);
+        let elsewhere = self.release(generation, Some(&next), may_be_lost).await;
+        if elsewhere.is_some() {
+            self.end_refresh_with("lost");
+        }
+        fail_point!("refresh_released");
+        self.manager.0.interrupted.answered(&self.entry.user);
+        self.manager.settle_journal().await;
+        elsewhere.unwrap_or(next)
     }
 
     /// The current state, if it is the same grant under another generation: this process has stored it again since,
