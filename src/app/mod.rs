@@ -280,6 +280,7 @@ impl App {
         let mut listeners = JoinSet::new();
         let current = services.clone();
         let serve_proxy = move |request, peer| current.load().proxy.clone().serve(request, peer);
+        tasks.spawn(proxy.give_memory_back());
         listeners.spawn(proxy.run(serve_proxy, phase.subscribe()));
         let current = services.clone();
         let serve_login = move |request, peer| serve_login(current.load_full(), request, peer);

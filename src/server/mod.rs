@@ -19,6 +19,7 @@ mod registry;
 mod caller_body;
 mod connection;
 mod descriptors;
+mod heap;
 mod inherited;
 mod io;
 mod parking;
@@ -172,6 +173,12 @@ impl Listener {
     pub fn count(&self) -> impl Fn() -> usize + Send + Sync + use<> {
         let registry = self.registry.clone();
         move || registry.len()
+    }
+
+    /// Returns a future that gives the memory that a burst took back to the system whenever nothing is in progress on
+    /// this listener. It never ends.
+    pub fn give_memory_back(&self) -> impl Future<Output = ()> + Send + use<> {
+        self.registry.clone().give_memory_back()
     }
 
     /// Serves until `phase` is [`Phase::Closed`] and every connection is closed. A dropped sender counts as

@@ -13,6 +13,7 @@ use futures_util::task::AtomicWaker;
 use tokio::sync::Notify;
 
 use super::Limits;
+use super::heap::Heap;
 use super::parking::{Active, Parking};
 
 /// All connections of one listener.
@@ -144,6 +145,9 @@ pub(super) struct Uploading {
 /// How long a request's body may continue to arrive after the response was written. Some servers respond early and read
 /// the rest, so it is read, but it must not keep the connection for ever.
 const REST_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How often it is looked whether nothing is in progress.
+const QUIET_CHECK: Duration = Duration::from_secs(1);
 
 /// How often a shutdown looks whether only event streams are left.
 const DRAIN_CHECK: Duration = Duration::from_millis(50);
@@ -280,6 +284,24 @@ impl Registry {
                 }
             }
         }
+    }
+
+    /// Gives memory back to the system whenever nothing is in progress: at once if the last connection ended, else at
+    /// the next look. It never returns.
+    pub(super) async fn give_memory_back(self: Arc<Self>) {
+        let mut heap = Heap::at_rest();
+        loop {
+            let freed = self.freed.notified();
+            let is_time = tokio::time::timeout(QUIET_CHECK, freed).await.is_err();
+            if self.len() == 0 || is_time && self.is_quiet() {
+                heap.give_back();
+            }
+        }
+    }
+
+    /// Whether no connection does anything.
+    fn is_quiet(&self) -> bool {
+        self.lock().open.values().all(|activity| activity.doing().0 == Doing::Idle)
     }
 
     #[cfg(test)]

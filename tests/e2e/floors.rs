@@ -120,6 +120,17 @@ fn no_line_is_longer_than_120_columns() {
     assert!(long.is_empty(), "{}", long.join("\n"));
 }
 
+#[test]
+fn the_only_unsafe_code_is_the_declaration_by_which_memory_is_given_back() {
+    let root = source();
+    let expecting = rust_files(&root).into_iter().filter(|file| {
+        let text = fs::read_to_string(file).unwrap();
+        ["(unsafe_code", "unsafe {", "unsafe fn", "unsafe impl", "unsafe extern"].iter().any(|code| text.contains(code))
+    });
+    let names: Vec<_> = expecting.map(|file| file.strip_prefix(&root).unwrap().to_owned()).collect();
+    assert_eq!(names, [Path::new("server/heap.rs")]);
+}
+
 /// Lines that a file may have without a reason, its tests not counted.
 const MOST_LINES: usize = 400;
 
