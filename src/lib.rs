@@ -31,7 +31,7 @@
 //! 7. `auth/tokens/mod.rs` (`bearer`), `domain/clock.rs` (`reading`), `auth/tokens/user_state.rs` (`held`),
 //!    `domain/grant/state.rs` (`valid_token`, `expiring`): the current token. One that expires soon is refreshed first.
 //! 8. `domain/headers.rs` (`to_amazon`: strips hop-by-hop headers, attaches ours).
-//! 9. `upstream/mod.rs` (`send`, until the head of the response; `UpstreamBody` streams the rest), `upstream/pool.rs`
+//! 9. `upstream/mod.rs` (`send`, until the head of the response; `UpstreamBody` streams the rest), `upstream/pool/mod.rs`
 //!    (`connection`, and the choice of the protocol), `upstream/http2.rs` (`Slot::send`).
 //! 10. `inbound/proxy/response.rs` (`to_caller`: strips Amazon's hop-by-hop headers; `Body` streams the rest).
 //!
@@ -63,7 +63,8 @@
 //! - The connection pool is our own ([`upstream`]): it has to say whether a request was ever written, which decides
 //!   whether it may be repeated. Over HTTP/2 it uses `h2` and not hyper's client, to know the streams that the server
 //!   allows and to let windows follow the network path; HTTP/1.1 is hyper's. It tries all addresses of a host itself:
-//!   hyper-util's connector spends seconds on a dead one.
+//!   hyper-util's connector spends seconds on a dead one. Its `client::pool` was looked at: a `singleton` opens one
+//!   HTTP/2 connection whatever number of streams the server allows, and a `cache` knows no idle limits.
 //! - One task per listener enforces the head and idle timeouts, instead of a timer per request ([`server`]).
 //! - A table of keys parses the configuration, not serde, which stops at the first problem and quotes the value that it
 //!   rejects ([`config`]).

@@ -264,6 +264,31 @@ async fn streamed_bodies_are_not_buffered() {
     assert!(grown < 16 << 10, "{grown} KiB more at most, for 64 MiB each way");
 }
 
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+#[tokio::test(flavor = "multi_thread")]
+async fn the_memory_of_a_burst_is_given_back_once_nothing_is_in_progress() {
+    const MIB: u64 = 1 << 10;
+    let harness = stopped().await;
+    let serving = Serving::start(&harness, &[]).await;
+    assert_eq!(harness.client.get(serving.url("/v2/profiles")).send().await.unwrap().status(), 200);
+    let before = kibibytes(&serving, "RssAnon");
+    // They wait for Amazon together.
+    let gate = harness.sandbox.set_fault(Fault::Gate);
+    let upload = || harness.client.post(serving.url("/sandbox/echo")).body(vec![b'x'; 64 << 10]).send();
+    let uploads: Vec<_> = (0..100).map(|_| tokio::spawn(upload())).collect();
+    gate.reached(100).await;
+    let burst = kibibytes(&serving, "RssAnon");
+    assert!(burst > before + 6 * MIB, "{before} KiB before, {burst} in the burst");
+    gate.release();
+    for upload in uploads {
+        assert_eq!(upload.await.unwrap().unwrap().status(), 200);
+    }
+    eventually("most of it to be given back", async || {
+        (kibibytes(&serving, "RssAnon") < before + (burst - before) / 2).then_some(())
+    })
+    .await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 // Covers: failure 102.
 async fn a_process_without_cpu_time_loses_no_request_and_resumes() {

@@ -2,10 +2,11 @@
 //!
 //! A request takes an open connection, or waits for the first that becomes usable: a new one, one that another request
 //! releases, or a free stream. Tasks open connections, not requests, so a caller that hangs up wastes none; a burst
-//! opens as many connections as it needs at the same time. While an origin is in use, a connection that is given up is
-//! replaced in the background.
-//!
-//! The file is long because all of this changes one state, under one lock.
+//! opens as many connections as it needs at the same time (`opening`). While an origin is in use, a connection that is
+//! given up is replaced in the background (`warmth`).
+
+mod opening;
+mod warmth;
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
@@ -17,13 +18,14 @@ use tokio::sync::oneshot;
 use url::Url;
 
 use super::activity::Activity;
-use super::connect::{Connector, Offer, Opened};
+use super::connect::Connector;
 use super::connection::{Connection, Http1Connection};
-use super::http2::{Http2 as Http2Connection, KEPT_WARM_FOR, SlotOwner, WeakHttp2};
+use super::http2::{Http2 as Http2Connection, SlotOwner};
 use super::idle_limit::{IdleLimit, IdleTimeout};
 use super::protocol_choice::ProtocolChoice;
-use super::windows::{MAX_STREAMS, WindowBudget, first_window};
+use super::windows::{MAX_STREAMS, WindowBudget};
 use super::{ErrorKind, Http2, RequestBody, Reuse, Settings, lock};
+use warmth::{Background, MOST_UNUSED};
 
 /// The connections to one origin.
 #[derive(Debug)]
@@ -64,32 +66,6 @@ struct Connections {
     peak: usize,
 }
 
-/// When a connection may be opened in the background.
-#[derive(Debug, Default)]
-struct Background {
-    /// Not before this time.
-    at: Option<Instant>,
-    /// How many in a row could not be opened, or were closed unused and at once.
-    failures: u32,
-}
-
-impl Background {
-    /// The time that is left until a connection may be opened.
-    fn wait(&self) -> Duration {
-        self.at.map_or(Duration::ZERO, |at| at.saturating_duration_since(Instant::now()))
-    }
-
-    fn opens(&mut self) {
-        self.at = Some(Instant::now() + PACE);
-    }
-
-    /// The last one was of no use, so the next one waits for longer.
-    fn failed(&mut self) {
-        self.at = Some(Instant::now() + RETRY.min(PACE * 2_u32.pow(self.failures.min(8))));
-        self.failures += 1;
-    }
-}
-
 /// An idle HTTP/1.1 connection, and when it became idle.
 #[derive(Debug)]
 struct Idle {
@@ -105,6 +81,13 @@ impl Idle {
     fn is_closed(&self) -> bool {
         self.connection.sender.is_closed()
     }
+}
+
+/// A request that waits for a connection.
+#[derive(Debug)]
+struct Waiter {
+    reuse: Reuse,
+    deliver: oneshot::Sender<Result<Connection, ErrorKind>>,
 }
 
 /// Counts a request as waiting until it is dropped.
@@ -126,39 +109,16 @@ impl Drop for Waiting<'_> {
 /// The queue is not searched for requests that hung up while it holds fewer of them than this.
 const FEW: usize = 16;
 
-/// A request that waits for a connection.
-#[derive(Debug)]
-struct Waiter {
-    reuse: Reuse,
-    deliver: oneshot::Sender<Result<Connection, ErrorKind>>,
-}
-
 /// Most idle connections; a connection released beyond that is closed, so that a burst does not hold file descriptors.
 const MAX_IDLE: usize = 1024;
-/// Most connections that are opened in advance for requests that may not be repeated.
-const MOST_UNUSED: usize = 8;
 /// The longest time for which a connection waits for its first request. Most servers wait for 60 seconds.
 const UNUSED_LASTS: Duration = Duration::from_secs(45);
 /// Longest wait for a pooled connection to become ready. If the server responded before it had read the whole request,
 /// the connection becomes ready only after the server has read the rest, which may never happen. A usable connection is
 /// ready within microseconds.
 const READY: Duration = Duration::from_millis(100);
-/// By which part [`Connections::peak`] becomes smaller with each look at all connections.
-const PEAK_FADES: usize = 16;
 /// The age from which a connection is replaced, so that changes in DNS are followed.
 const MAX_AGE: Duration = Duration::from_secs(600);
-/// A connection that had no request for this long did not end because of one.
-const IDLED: Duration = Duration::from_millis(100);
-/// A server that closes an unused connection sooner than this does not want it, or cannot serve it.
-const FLEETING: Duration = Duration::from_millis(500);
-/// Shortest time between connections that are opened in the background.
-const PACE: Duration = Duration::from_secs(1);
-/// The longest time until the next one after several could not be opened, or were closed at once.
-const RETRY: Duration = Duration::from_secs(10);
-/// How long before its end a connection is replaced: three round trips, and some time until somebody looks.
-const LEAD: Duration = Duration::from_secs(1);
-/// The longest time between two looks at all connections.
-const LOOK: Duration = Duration::from_secs(1);
 /// A connection that will be too old within this time is replaced.
 const AGING: Duration = Duration::from_secs(15);
 
@@ -254,16 +214,6 @@ impl OriginPool {
         lock(&self.connections)
     }
 
-    async fn new_http1(self: &Arc<Self>) -> Result<Http1Connection, ErrorKind> {
-        match self.connector.connect(Offer::Http1).await? {
-            Opened::Http1 { sender, look, driver } => {
-                self.run_http1(driver);
-                Ok(Http1Connection { sender, look, reused: false, opened: Instant::now() })
-            }
-            Opened::Http2 { .. } => unreachable!("only HTTP/1.1 was offered"),
-        }
-    }
-
     /// Gives waiting requests the connections that are usable now, and opens as many as the others need. It looks at no
     /// more of those that wait than it has to, because it is called for each that comes and for each response.
     fn serve(self: &Arc<Self>, connections: &mut Connections) {
@@ -314,205 +264,10 @@ impl OriginPool {
         }
     }
 
-    /// Starts a task that opens a connection: for the requests that wait, or in the background for the next request.
-    fn open(self: &Arc<Self>, connections: &mut Connections, background: bool) {
-        connections.opening += 1;
-        let offer =
-            Offer::Configured { first_window: first_window(self.protocol_choice.in_flight()), used: self.used.clone() };
-        let pool = self.clone();
-        tokio::spawn(async move {
-            // Boxed, because connecting is rare and its future is large.
-            let opened = match Box::pin(pool.connector.connect(offer)).await {
-                Ok(opened) => pool.add(opened).await,
-                Err(error) => Err(error),
-            };
-            let mut connections = pool.lock();
-            connections.opening -= 1;
-            if let Err(error) = opened {
-                connections.fail(error, background);
-            }
-            pool.serve(&mut connections);
-        });
-    }
-
-    /// Adds a new connection. Over HTTP/2 it carries one request until the server has said how many it allows. The
-    /// others wait for that here, where another connection can take them.
-    async fn add(self: &Arc<Self>, opened: Opened) -> Result<(), ErrorKind> {
-        match opened {
-            Opened::Http1 { sender, look, driver } => {
-                let mut connections = self.lock();
-                connections.expected = 1;
-                self.run_http1(driver);
-                let connection = Http1Connection { sender, look, reused: false, opened: Instant::now() };
-                connections.idle.push_back(Idle::new(connection));
-                Ok(())
-            }
-            Opened::Http2 { connection, mut driver } => {
-                let told = driver.settled();
-                {
-                    let mut connections = self.lock();
-                    connections.shared.push(connection.clone());
-                    let (pool, connection) = (Arc::downgrade(self), connection.clone());
-                    tokio::spawn(async move {
-                        // The handle must not keep an unused connection open.
-                        let connection = connection.downgrade();
-                        driver.await;
-                        if let Some(pool) = pool.upgrade() {
-                            pool.http2_ended(&connection);
-                        }
-                    });
-                    self.serve(&mut connections);
-                }
-                let settled = self.connector.settle(told).await;
-                if settled.is_err() {
-                    self.lock().shared.retain(|other| !other.is(&connection));
-                }
-                settled
-            }
-        }
-    }
-
-    fn run_http1<D>(self: &Arc<Self>, driver: D)
-    where
-        D: Future<Output = Result<(), hyper::Error>> + Send + 'static,
-    {
-        let pool = Arc::downgrade(self);
-        tokio::spawn(async move {
-            // A request on the connection gets its error.
-            if let Err(error) = driver.await {
-                tracing::trace!(%error, "connection to Amazon ended");
-            }
-            if let Some(pool) = pool.upgrade() {
-                pool.http1_ended();
-            }
-        });
-    }
-
-    /// An HTTP/1.1 connection has ended. If it was idle, the server closed it.
-    fn http1_ended(self: &Arc<Self>) {
-        let mut connections = self.lock();
-        let mut closed = Vec::new();
-        connections.idle.retain(|idle| {
-            let open = !idle.is_closed();
-            if !open {
-                closed.push((idle.connection.reused, idle.since.elapsed()));
-            }
-            open
-        });
-        self.closed_by_server(&mut connections, &closed);
-    }
-
-    /// An HTTP/2 connection has ended. If it was idle and still in the pool, the server closed it.
-    fn http2_ended(self: &Arc<Self>, connection: &WeakHttp2) {
-        let mut connections = self.lock();
-        let before = connections.shared.len();
-        connections.shared.retain(|other| !connection.is(other));
-        let idle = connection.idle_for().filter(|_| connections.shared.len() < before);
-        let used = connection.was_used();
-        // One that carried a request just now may have broken because of it.
-        if let Some(idle) = idle.filter(|idle| !used || *idle >= IDLED) {
-            self.closed_by_server(&mut connections, &[(used, idle)]);
-        }
-    }
-
-    /// Learns from idle connections that the server has closed: whether each had carried a request, and how long it
-    /// had idled. Replaces them. Connections that broke are replaced with the next look at all of them, because a
-    /// request that is sent again opens one too.
-    fn closed_by_server(self: &Arc<Self>, connections: &mut Connections, closed: &[(bool, Duration)]) {
-        let mut idled = false;
-        for (used, idle) in closed.iter().copied() {
-            self.limit(used).closed_after(idle);
-            idled |= idle >= if used { IDLED } else { FLEETING };
-            if !used && idle < FLEETING {
-                connections.background.failed();
-            }
-        }
-        if idled {
-            self.keep_warm(connections, false);
-        }
-    }
-
-    /// How long the origin lets a connection idle that has carried a request, or that has not.
-    fn limit(&self, used: bool) -> &IdleLimit {
-        if used { &self.idle_limit } else { &self.unused_limit }
-    }
-
-    /// Counts the origin as in use, and opens a connection if it has none.
-    pub(super) fn warm(self: &Arc<Self>) {
-        self.used.touch();
-        self.keep_warm(&mut self.lock(), false);
-    }
-
-    /// Opens a connection for the next request, if the origin was used lately and has none that will last. A request in
-    /// flight will leave its own, unless all are `aging`. Returns the time until it is worth another look.
-    fn keep_warm(self: &Arc<Self>, connections: &mut Connections, aging: bool) -> Duration {
-        let unused = self.needs_unused(connections);
-        let suits = |idle: &&Idle| !(idle.is_closed() || unused && idle.connection.reused);
-        let http1 = connections.idle.iter().filter(suits);
-        let http1 = http1.map(|idle| self.lasts(idle.connection.reused, idle.since.elapsed(), idle.connection.opened));
-        let http2 = connections.shared.iter().filter(|shared| !shared.is_closing());
-        let http2 = http2.map(|it| self.lasts(it.was_used(), it.idle_for().unwrap_or_default(), it.opened()));
-        let lasts = http1.chain(http2).max().unwrap_or_default();
-        let busy = connections.opening > 0 || self.protocol_choice.in_flight() > 0 && !aging;
-        let never = self.unused_limit.current().is_zero();
-        if self.used.elapsed() >= KEPT_WARM_FOR || busy || never {
-            return LOOK;
-        }
-        let wait = lasts.max(connections.background.wait());
-        if wait.is_zero() {
-            connections.background.opens();
-            self.open(connections, true);
-            return LOOK;
-        }
-        wait
-    }
-
-    /// For how long a connection is good enough that none has to be opened in its place, after it idled for `idle`.
-    fn lasts(&self, used: bool, idle: Duration, opened: Instant) -> Duration {
-        let limit = self.limit(used).current();
-        let lead = (limit / 10).max(LEAD).min(limit / 2);
-        (limit - lead).saturating_sub(idle).min((MAX_AGE - AGING).saturating_sub(opened.elapsed()))
-    }
-
-    /// Whether requests that may not be repeated need HTTP/1.1 connections that have not carried a request yet.
-    fn needs_unused(&self, connections: &Connections) -> bool {
-        connections.expected == 1
-            && self.used_unrepeatably.elapsed() < KEPT_WARM_FOR
-            && self.idle_limit.safe() == Duration::ZERO
-    }
-
-    /// Opens a connection in place of an unused one that was just taken, so that the next request of its kind waits for
-    /// no handshake.
-    fn restock(self: &Arc<Self>, connections: &mut Connections) {
-        let unused = connections.idle.iter().filter(|idle| !idle.connection.reused && !idle.is_closed()).count();
-        let wanted = self.protocol_choice.in_flight().clamp(1, MOST_UNUSED);
-        let may = connections.background.wait().is_zero();
-        if may && unused + connections.opening < wanted && self.needs_unused(connections) {
-            self.open(connections, true);
-        }
-    }
-
     /// Whether a request takes an idle HTTP/1.1 connection before a shared one. Over HTTP/2 a server says what it did
     /// not process, so a request that may not be repeated is safe there.
     pub(super) fn prefers_http1(&self, reuse: Reuse, low_concurrency: bool) -> bool {
         low_concurrency && (reuse != Reuse::Unrepeatable || !self.idle_limit.safe().is_zero())
-    }
-
-    /// Starts a task that opens `count` HTTP/1.1 connections, one after the other, and puts them into the pool. It does
-    /// nothing if HTTP/1.1 is not allowed or such a task is already running.
-    pub(super) fn add_http1(self: &Arc<Self>, count: usize) {
-        if !self.connector.may_speak_http1() || self.protocol_choice.adding.swap(true, Relaxed) {
-            return;
-        }
-        let pool = self.clone();
-        tokio::spawn(async move {
-            for _ in 0..count {
-                // On failure requests continue to use the shared connection.
-                let Ok(connection) = pool.new_http1().await else { break };
-                pool.release(connection);
-            }
-            pool.protocol_choice.adding.store(false, Relaxed);
-        });
     }
 
     /// Returns a connection to the pool, or closes it if it is too old or the pool is full.
@@ -536,37 +291,6 @@ impl OriginPool {
         if age >= MAX_AGE - AGING {
             self.keep_warm(&mut connections, true);
         }
-    }
-
-    /// Gives up connections that have idled for too long or are too old. While the origin is in use, the last one is
-    /// replaced shortly before. Returns the time until the next call should be made.
-    pub(super) fn prune(self: &Arc<Self>) -> Duration {
-        let mut connections = self.lock();
-        let aging = connections.shared.iter().any(|shared| shared.opened().elapsed() >= MAX_AGE - AGING);
-        let next = self.keep_warm(&mut connections, aging);
-        connections.peak -= connections.peak.div_ceil(PEAK_FADES);
-        let (mut survived, mut lasted) = (false, false);
-        connections.idle.retain(|idle| {
-            let over = idle.since.elapsed() >= self.limit(idle.connection.reused).current();
-            let open = !idle.is_closed();
-            survived |= over && open && idle.connection.reused;
-            lasted |= open && idle.connection.opened.elapsed() >= FLEETING;
-            !over && idle.connection.opened.elapsed() < MAX_AGE && open
-        });
-        connections.shared.retain(|shared| {
-            let over = shared.idle_for().is_some_and(|idle| idle >= self.limit(shared.was_used()).current());
-            let open = !shared.is_closing();
-            survived |= over && open && shared.was_used();
-            lasted |= open && shared.opened().elapsed() >= FLEETING;
-            !over && shared.opened().elapsed() < MAX_AGE && open
-        });
-        if lasted {
-            connections.background.failures = 0;
-        }
-        if survived {
-            self.idle_limit.survived();
-        }
-        next.min(self.idle_limit.current() / 2)
     }
 
     /// Puts the authority into the target, as HTTP/2 requires (RFC 9113, section 8.3.1).
@@ -804,17 +528,5 @@ mod tests {
             let connections = lock(&pool.connections);
             assert_eq!((connections.idle.len(), connections.opening), (1, replaced), "{left:?}");
         }
-    }
-
-    #[tokio::test]
-    async fn connections_that_are_of_no_use_are_opened_ever_more_seldom() {
-        let mut background = Background::default();
-        let waits: Vec<_> = (0..12)
-            .map(|_| {
-                background.failed();
-                background.wait().as_secs_f64().round()
-            })
-            .collect();
-        assert_eq!(waits, [1., 2., 4., 8., 10., 10., 10., 10., 10., 10., 10., 10.]);
     }
 }
