@@ -31,8 +31,8 @@
 //! 7. `auth/tokens/mod.rs` (`bearer`), `domain/clock.rs` (`reading`), `auth/tokens/user_state.rs` (`held`),
 //!    `domain/grant/state.rs` (`valid_token`, `expiring`): the current token. One that expires soon is refreshed first.
 //! 8. `domain/headers.rs` (`to_amazon`: strips hop-by-hop headers, attaches ours).
-//! 9. `upstream/mod.rs` (`send`, until the head of the response; `UpstreamBody` streams the rest), `upstream/pool/mod.rs`
-//!    (`connection`, and the choice of the protocol), `upstream/http2.rs` (`Slot::send`).
+//! 9. `upstream/mod.rs` (`send`, until the head of the response; `UpstreamBody` streams the rest),
+//!    `upstream/pool/mod.rs` (`connection`, and the choice of the protocol), `upstream/http2.rs` (`Slot::send`).
 //! 10. `inbound/proxy/response.rs` (`to_caller`: strips Amazon's hop-by-hop headers; `Body` streams the rest).
 //!
 //! Not in every request: `domain/policy.rs` checks it if there is a policy, `telemetry/audit.rs` writes its line if

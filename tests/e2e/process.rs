@@ -273,7 +273,7 @@ async fn the_memory_of_a_burst_is_given_back_once_nothing_is_in_progress() {
     assert_eq!(harness.client.get(serving.url("/v2/profiles")).send().await.unwrap().status(), 200);
     let before = kibibytes(&serving, "RssAnon");
     // They wait for Amazon together.
-    let gate = harness.sandbox.set_fault(Fault::Gate);
+    let gate = harness.sandbox.set_fault(Rule::from(Fault::Gate).always());
     let upload = || harness.client.post(serving.url("/sandbox/echo")).body(vec![b'x'; 64 << 10]).send();
     let uploads: Vec<_> = (0..100).map(|_| tokio::spawn(upload())).collect();
     gate.reached(100).await;
