@@ -486,8 +486,14 @@ async fn an_answer_that_comes_while_the_grant_is_stored_again_is_not_dropped() {
     assert_eq!(pair.a.post(&format!("{REFRESH}?user_id=anna")).await.status(), 200, "with the newest refresh token");
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn an_answer_outlives_a_replica_that_stores_the_used_up_grant_again() {
+/// What a replica stores after a failover that holds the grant and knows of no refresh since: the grant again, one
+/// generation later.
+const STORED_AGAIN: &str = "UPDATE adsidecar_grants AS g SET record = s.record, generation = s.generation, \
+    lease_owner = NULL, lease_until = NULL FROM again AS s WHERE g.user_id = s.user_id";
+
+/// A grant in the database, as it was when the one replica that runs read it. The table `again` has it as another one
+/// would store it again.
+async fn before_a_failover() -> Pair {
     let mut pair = Pair::start().await;
     pair.a.log_in("anna").await;
     assert_eq!(pair.b.call("anna").await.status(), 200);
@@ -498,15 +504,15 @@ async fn an_answer_outlives_a_replica_that_stores_the_used_up_grant_again() {
     // It forgets what it has heard, and finds what the other has stored again only when it stores its answer.
     pair.a.restart_with("refresh.concurrency", "8").await;
     pair.sql.run("CREATE TABLE again AS SELECT user_id, record, generation FROM adsidecar_grants").await;
-    let becomes = |table| {
-        format!(
-            "UPDATE adsidecar_grants AS g SET record = s.record, generation = s.generation, lease_owner = NULL, \
-             lease_until = NULL FROM {table} AS s WHERE g.user_id = s.user_id"
-        )
-    };
-    pair.sql.run(&becomes("before")).await;
+    pair.sql.run(&STORED_AGAIN.replace("again AS s", "before AS s")).await;
+    pair
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_answer_outlives_a_replica_that_stores_the_used_up_grant_again() {
+    let pair = before_a_failover().await;
     let (release, refresh) = held_refresh(&pair, Fault::RotateRefreshToken).await;
-    pair.sql.run(&becomes("again")).await;
+    pair.sql.run(STORED_AGAIN).await;
     drop(release);
     refresh.await.unwrap();
     assert_eq!(pair.a.metric("adsidecar_token_refresh_dropped_total").await, 0.0);
@@ -516,28 +522,12 @@ async fn an_answer_outlives_a_replica_that_stores_the_used_up_grant_again() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_replica_keeps_its_rotated_token_if_another_has_stored_the_used_up_one_again_under_its_version() {
-    let mut pair = Pair::start().await;
-    pair.a.log_in("anna").await;
-    assert_eq!(pair.b.call("anna").await.status(), 200);
-    pair.sql.run("ALTER TABLE adsidecar_grants DISABLE TRIGGER ALL").await;
-    pair.sql.run("CREATE TABLE before AS SELECT user_id, record, generation FROM adsidecar_grants").await;
-    // What a replica that holds the grant stores after a failover: the grant again, one generation later.
-    assert_eq!(pair.b.post(&format!("{REFRESH}?user_id=anna")).await.status(), 200);
-    pair.b.stop().await;
-    pair.a.restart_with("refresh.concurrency", "8").await;
-    pair.sql.run("CREATE TABLE again AS SELECT user_id, record, generation FROM adsidecar_grants").await;
-    let becomes = |table| {
-        format!(
-            "UPDATE adsidecar_grants AS g SET record = s.record, generation = s.generation, lease_owner = NULL, \
-             lease_until = NULL FROM {table} AS s WHERE g.user_id = s.user_id"
-        )
-    };
-    pair.sql.run(&becomes("before")).await;
+    let pair = before_a_failover().await;
     pair.a.sandbox.set_fault(Rule::from(Fault::RotateRefreshToken).at(Listener::Lwa).always());
     assert_eq!(pair.a.post(&format!("{REFRESH}?user_id=anna")).await.status(), 200);
     assert_eq!(pair.row("anna").await, (2, true), "the version of what the other one has stored");
     // The failover loses that, and the other one is first.
-    pair.sql.run(&becomes("again")).await;
+    pair.sql.run(STORED_AGAIN).await;
     pair.sql.run("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'adsidecar'").await;
     eventually("the grant to be stored again", async || (pair.row("anna").await.0 == 3).then_some(())).await;
     assert_eq!(pair.a.post(&format!("{REFRESH}?user_id=anna")).await.status(), 200, "with the newest refresh token");
