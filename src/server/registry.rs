@@ -295,6 +295,8 @@ impl Registry {
             let is_time = tokio::time::timeout(QUIET_CHECK, freed).await.is_err();
             if self.len() == 0 || is_time && self.is_quiet() {
                 heap.give_back();
+                // A caller that connects for each request causes no look for each.
+                tokio::time::sleep(QUIET_CHECK / 10).await;
             }
         }
     }
