@@ -5,33 +5,41 @@
 
 use std::fs;
 
-/// What the process may take beyond what it took when it was last looked at, in KiB, before its heap is walked.
+/// What the process may take beyond what it took at the last look, in KiB, before its heap is walked.
 const GROWTH: u64 = 2 << 10;
+/// So many connections that have ended since then may have left free memory too.
+const ENDED: usize = 64;
 
-/// How much memory the process took when nothing was in progress.
+/// What the process took when nothing was in progress.
 #[derive(Debug)]
 pub(super) struct Heap {
-    /// In KiB; `None` if the kernel does not tell.
+    /// In KiB; `None` if the kernel did not tell.
     at_rest: Option<u64>,
+    /// The most connections that were open at a look since memory was given back.
+    open: usize,
 }
 
 impl Heap {
     /// Nothing is in progress now.
     pub(super) fn at_rest() -> Self {
-        Self { at_rest: anonymous_kib() }
+        Self { at_rest: anonymous_kib(), open: 0 }
     }
 
-    /// Called while nothing is in progress: gives free memory back to the system if the process has grown. That takes
-    /// some milliseconds, during which nobody can allocate.
-    pub(super) fn give_back(&mut self) {
-        let (Some(taken), Some(at_rest)) = (anonymous_kib(), self.at_rest) else { return };
-        if taken < at_rest + GROWTH {
-            self.at_rest = Some(at_rest.min(taken));
-            return;
+    /// Called while nothing is in progress on `open` connections: gives free memory back to the system if the process
+    /// has grown, or many connections have ended. Returns whether it did. That takes some milliseconds, in which
+    /// allocations may wait.
+    pub(super) fn give_back(&mut self, open: usize) -> bool {
+        let Some(taken) = anonymous_kib() else { return false };
+        let at_rest = *self.at_rest.get_or_insert(taken);
+        if taken < at_rest + GROWTH && self.open < open + ENDED {
+            *self = Self { at_rest: Some(at_rest.min(taken)), open: self.open.max(open) };
+            return false;
         }
         trim();
-        self.at_rest = anonymous_kib();
-        tracing::debug!(before_kib = taken, after_kib = self.at_rest, "gave free memory back to the system");
+        let left = anonymous_kib().unwrap_or(taken);
+        *self = Self { at_rest: Some(left), open };
+        tracing::debug!(before_kib = taken, after_kib = left, "gave free memory back to the system");
+        true
     }
 }
 
@@ -73,9 +81,18 @@ mod tests {
         let last = burst.pop();
         drop(burst);
         assert!(anonymous_kib().unwrap() > before + (48 << 10), "glibc keeps what is below the last block");
-        heap.give_back();
+        assert!(heap.give_back(0));
         let after = anonymous_kib().unwrap();
         assert!(after < before + (8 << 10), "{before} KiB before, {after} after");
         drop(last);
+    }
+
+    #[test]
+    fn the_heap_is_walked_only_if_it_may_have_become_larger() {
+        let mut heap = Heap { at_rest: None, open: 0 };
+        assert!(!heap.give_back(100), "nothing is known yet");
+        assert!(!heap.give_back(100 - ENDED + 1), "few have ended");
+        assert!(heap.give_back(100 - ENDED), "what many connections held is free");
+        assert!(!heap.give_back(0), "few of the rest have ended");
     }
 }

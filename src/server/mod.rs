@@ -175,8 +175,8 @@ impl Listener {
         move || registry.len()
     }
 
-    /// Returns a future that gives the memory that a burst took back to the system whenever nothing is in progress on
-    /// this listener. It never ends.
+    /// Returns a future that gives the memory that a burst took back to the system, within about a second after nothing
+    /// is in progress on this listener any more. It never ends.
     pub fn give_memory_back(&self) -> impl Future<Output = ()> + Send + use<> {
         self.registry.clone().give_memory_back()
     }

@@ -146,7 +146,7 @@ pub(super) struct Uploading {
 /// the rest, so it is read, but it must not keep the connection for ever.
 const REST_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How often it is looked whether nothing is in progress.
+/// How often to check whether nothing is in progress.
 const QUIET_CHECK: Duration = Duration::from_secs(1);
 
 /// How often a shutdown looks whether only event streams are left.
@@ -286,24 +286,33 @@ impl Registry {
         }
     }
 
-    /// Gives memory back to the system whenever nothing is in progress: at once if the last connection ended, else at
-    /// the next look. It never returns.
+    /// Gives memory back to the system whenever nothing is in progress: usually at once if the last connection ended,
+    /// else within a second. It never returns.
     pub(super) async fn give_memory_back(self: Arc<Self>) {
         let mut heap = Heap::at_rest();
+        let mut check_at = tokio::time::Instant::now() + QUIET_CHECK;
         loop {
             let freed = self.freed.notified();
-            let is_time = tokio::time::timeout(QUIET_CHECK, freed).await.is_err();
-            if self.len() == 0 || is_time && self.is_quiet() {
-                heap.give_back();
-                // A caller that connects for each request causes no look for each.
-                tokio::time::sleep(QUIET_CHECK / 10).await;
+            let is_time = tokio::time::timeout_at(check_at, freed).await.is_err();
+            if is_time {
+                check_at = tokio::time::Instant::now() + QUIET_CHECK;
+            }
+            let open = self.len();
+            if open == 0 || is_time && self.is_quiet() {
+                // Callers that connect for each request cause no look for each.
+                let pause = if heap.give_back(open) { QUIET_CHECK } else { QUIET_CHECK / 10 };
+                tokio::time::sleep(pause).await;
             }
         }
     }
 
-    /// Whether no connection does anything.
+    /// Whether no connection does anything but stream events, which may never end.
     fn is_quiet(&self) -> bool {
-        self.lock().open.values().all(|activity| activity.doing().0 == Doing::Idle)
+        let is_quiet = |activity: &Arc<Activity>| {
+            let state = activity.state.load(Relaxed);
+            Doing::of(state) == Doing::Idle || state & flag::EVENTS != 0
+        };
+        self.lock().open.values().all(is_quiet)
     }
 
     #[cfg(test)]

@@ -491,8 +491,8 @@ async fn an_answer_that_comes_while_the_grant_is_stored_again_is_not_dropped() {
 const STORED_AGAIN: &str = "UPDATE adsidecar_grants AS g SET record = s.record, generation = s.generation, \
     lease_owner = NULL, lease_until = NULL FROM again AS s WHERE g.user_id = s.user_id";
 
-/// A grant in the database, as it was when the one replica that runs read it. The table `again` has it as another one
-/// would store it again.
+/// The database has the grant as it was before `b` refreshed it. Only `a` runs, and was restarted, so that it knows
+/// nothing of that. The table `again` has the grant as `b` would store it again.
 async fn before_a_failover() -> Pair {
     let mut pair = Pair::start().await;
     pair.a.log_in("anna").await;
@@ -501,7 +501,6 @@ async fn before_a_failover() -> Pair {
     pair.sql.run("CREATE TABLE before AS SELECT user_id, record, generation FROM adsidecar_grants").await;
     assert_eq!(pair.b.post(&format!("{REFRESH}?user_id=anna")).await.status(), 200);
     pair.b.stop().await;
-    // It forgets what it has heard, and finds what the other has stored again only when it stores its answer.
     pair.a.restart_with("refresh.concurrency", "8").await;
     pair.sql.run("CREATE TABLE again AS SELECT user_id, record, generation FROM adsidecar_grants").await;
     pair.sql.run(&STORED_AGAIN.replace("again AS s", "before AS s")).await;
@@ -512,6 +511,7 @@ async fn before_a_failover() -> Pair {
 async fn an_answer_outlives_a_replica_that_stores_the_used_up_grant_again() {
     let pair = before_a_failover().await;
     let (release, refresh) = held_refresh(&pair, Fault::RotateRefreshToken).await;
+    // It finds that only when it stores its answer.
     pair.sql.run(STORED_AGAIN).await;
     drop(release);
     refresh.await.unwrap();

@@ -194,8 +194,8 @@ impl RefreshTask {
         }
     }
 
-    /// Stores what a refresh of `grant` yielded, which is stored as `generation`. `None` if the grant was replaced or
-    /// logged out meanwhile.
+    /// Stores what a refresh of `grant` yielded, in place of what is stored under `generation`. `None` if the grant was
+    /// replaced or logged out meanwhile.
     async fn store_refreshed(
         &self,
         write: &Writing<'_>,
