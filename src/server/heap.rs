@@ -17,27 +17,29 @@ pub(super) struct Heap {
     at_rest: Option<u64>,
     /// The most connections that were open at a look since memory was given back.
     open: usize,
+    /// Whether much was given back last. Then more may have become free since: what a caller that has hung up held is
+    /// freed step by step.
+    was_much: bool,
 }
 
 impl Heap {
     /// Nothing is in progress now.
     pub(super) fn at_rest() -> Self {
-        Self { at_rest: anonymous_kib(), open: 0 }
+        Self { at_rest: anonymous_kib(), open: 0, was_much: false }
     }
 
-    /// Called while nothing is in progress on `open` connections: gives free memory back to the system if the process
-    /// has grown, or many connections have ended. Returns whether it did. That takes some milliseconds, in which
-    /// allocations may wait.
+    /// Called while nothing is in progress on `open` connections: gives free memory back to the system if there may be
+    /// much. Returns whether it did. That takes some milliseconds, in which allocations may wait.
     pub(super) fn give_back(&mut self, open: usize) -> bool {
         let Some(taken) = anonymous_kib() else { return false };
         let at_rest = *self.at_rest.get_or_insert(taken);
-        if taken < at_rest + GROWTH && self.open < open + ENDED {
-            *self = Self { at_rest: Some(at_rest.min(taken)), open: self.open.max(open) };
+        if taken < at_rest + GROWTH && self.open < open + ENDED && !self.was_much {
+            *self = Self { at_rest: Some(at_rest.min(taken)), open: self.open.max(open), was_much: false };
             return false;
         }
         trim();
         let left = anonymous_kib().unwrap_or(taken);
-        *self = Self { at_rest: Some(left), open };
+        *self = Self { at_rest: Some(left), open, was_much: taken >= left + GROWTH };
         tracing::debug!(before_kib = taken, after_kib = left, "gave free memory back to the system");
         true
     }
@@ -85,11 +87,12 @@ mod tests {
         let after = anonymous_kib().unwrap();
         assert!(after < before + (8 << 10), "{before} KiB before, {after} after");
         drop(last);
+        assert!(heap.give_back(0), "once more, as it was much");
     }
 
     #[test]
     fn the_heap_is_walked_only_if_it_may_have_become_larger() {
-        let mut heap = Heap { at_rest: None, open: 0 };
+        let mut heap = Heap { at_rest: None, open: 0, was_much: false };
         assert!(!heap.give_back(100), "nothing is known yet");
         assert!(!heap.give_back(100 - ENDED + 1), "few have ended");
         assert!(heap.give_back(100 - ENDED), "what many connections held is free");

@@ -46,8 +46,8 @@ PORTS: set[int] = set()
 
 
 def free_port() -> int:
-    """A port that nobody uses, below those that the kernel by default gives to clients: one of them could take it before
-    the process that it is for has started."""
+    """A port that nobody uses, below those that the kernel by default gives to clients: one of them could take it
+    before the process that it is for has started."""
     while True:
         port = random.randrange(10_000, 32_000)
         with socket.socket() as listener:

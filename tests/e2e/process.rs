@@ -284,7 +284,7 @@ async fn the_memory_of_a_burst_is_given_back_once_nothing_is_in_progress() {
         }
         // They read nothing, so what Amazon has sent waits here.
         let burst = eventually("a burst", async || {
-            Some(kibibytes(&serving, "RssAnon")).filter(|burst| *burst > before + 6 * MIB)
+            Some(kibibytes(&serving, "RssAnon")).filter(|burst| *burst > before + 12 * MIB)
         })
         .await;
         drop(callers);
