@@ -1,45 +1,45 @@
-//! Gives the memory that a burst of requests took back to the system once it is over.
+//! Gives memory back to the system after a burst of requests.
 //!
-//! glibc gives memory back only from the end of its heap, so one small block that was allocated during the burst and
-//! lives as long as its connection keeps all that is free below it: of 15 MiB after a burst of uploads, 14 were free.
+//! glibc alone gives memory back only from the end of its heap. One small block that was allocated during the burst and
+//! lives as long as its connection keeps all free memory below it: of 15 MiB after a burst of uploads, 14 were free.
 
 use std::fs;
 
-/// What the process may take beyond what it took at the last look, in KiB, before its heap is walked.
+/// The heap is walked if the process has grown by this much since the last call, in KiB.
 const GROWTH: u64 = 2 << 10;
-/// So many connections that have ended since then may have left free memory too.
+/// Once this many connections have ended, what they held may be free, although the process has not grown.
 const ENDED: usize = 64;
 
-/// What the process took when nothing was in progress.
+/// The memory of the process while no request is in progress.
 #[derive(Debug)]
 pub(super) struct Heap {
-    /// In KiB; `None` if the kernel did not tell.
+    /// Its size at the last call, in KiB; `None` if the kernel did not tell.
     at_rest: Option<u64>,
-    /// The most connections that were open at a look since memory was given back.
+    /// The most open connections at a call since memory was last given back.
     open: usize,
-    /// Whether much was given back last. Then more may have become free since: what a caller that has hung up held is
-    /// freed step by step.
-    was_much: bool,
+    /// Whether the last call gave much back. The buffers of a caller that hung up are freed step by step, so the next
+    /// call may find more.
+    gave_much: bool,
 }
 
 impl Heap {
     /// Nothing is in progress now.
     pub(super) fn at_rest() -> Self {
-        Self { at_rest: anonymous_kib(), open: 0, was_much: false }
+        Self { at_rest: anonymous_kib(), open: 0, gave_much: false }
     }
 
-    /// Called while nothing is in progress on `open` connections: gives free memory back to the system if there may be
-    /// much. Returns whether it did. That takes some milliseconds, in which allocations may wait.
+    /// Called while nothing is in progress on `open` connections: gives free memory back to the system if much
+    /// may be free. Returns whether it did. It takes some milliseconds, during which allocations may wait.
     pub(super) fn give_back(&mut self, open: usize) -> bool {
         let Some(taken) = anonymous_kib() else { return false };
         let at_rest = *self.at_rest.get_or_insert(taken);
-        if taken < at_rest + GROWTH && self.open < open + ENDED && !self.was_much {
-            *self = Self { at_rest: Some(at_rest.min(taken)), open: self.open.max(open), was_much: false };
+        if taken < at_rest + GROWTH && self.open < open + ENDED && !self.gave_much {
+            *self = Self { at_rest: Some(at_rest.min(taken)), open: self.open.max(open), gave_much: false };
             return false;
         }
         trim();
         let left = anonymous_kib().unwrap_or(taken);
-        *self = Self { at_rest: Some(left), open, was_much: taken >= left + GROWTH };
+        *self = Self { at_rest: Some(left), open, gave_much: taken >= left + GROWTH };
         tracing::debug!(before_kib = taken, after_kib = left, "gave free memory back to the system");
         true
     }
@@ -87,12 +87,12 @@ mod tests {
         let after = anonymous_kib().unwrap();
         assert!(after < before + (8 << 10), "{before} KiB before, {after} after");
         drop(last);
-        assert!(heap.give_back(0), "once more, as it was much");
+        assert!(heap.give_back(0), "once more, because the last call gave much back");
     }
 
     #[test]
     fn the_heap_is_walked_only_if_it_may_have_become_larger() {
-        let mut heap = Heap { at_rest: None, open: 0, was_much: false };
+        let mut heap = Heap { at_rest: None, open: 0, gave_much: false };
         assert!(!heap.give_back(100), "nothing is known yet");
         assert!(!heap.give_back(100 - ENDED + 1), "few have ended");
         assert!(heap.give_back(100 - ENDED), "what many connections held is free");

@@ -299,7 +299,7 @@ impl Registry {
             }
             let open = self.len();
             if open == 0 || is_time && self.is_quiet() {
-                // Callers that connect for each request cause no look for each.
+                // A caller that opens a connection for each request does not cause a check for each.
                 let pause = if heap.give_back(open) { QUIET_CHECK } else { QUIET_CHECK / 10 };
                 tokio::time::sleep(pause).await;
             }
@@ -548,5 +548,25 @@ impl Drop for Uploading {
         if self.activity.has(flag::WATCHED) {
             self.activity.commanded.notify_one();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_idle_connections_and_event_streams_are_quiet() {
+        let registry = Arc::<Registry>::default();
+        let (_idle, slot) = (registry.register(), registry.register());
+        assert!(registry.is_quiet());
+        let (busy, _) = slot.begin_request(false, false);
+        assert!(!registry.is_quiet(), "a request is in progress");
+        slot.streams_events();
+        assert!(registry.is_quiet(), "an event stream may never end");
+        drop(busy);
+        assert!(registry.is_quiet());
+        slot.activity().write_blocked(true);
+        assert!(!registry.is_quiet(), "a response is not written");
     }
 }
