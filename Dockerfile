@@ -15,6 +15,9 @@ WORKDIR /build
 # names to exist, so they are empty here. The sandbox is a member of the workspace; nothing of it is built.
 COPY Cargo.toml Cargo.lock ./
 COPY tests/sandbox/Cargo.toml tests/sandbox/
+# What serves requests is laid out by this profile (tests/bench/serving-profile), the dependencies too.
+COPY src/serving.profdata src/
+ENV RUSTFLAGS="-Cprofile-use=/build/src/serving.profdata -Cllvm-args=-split-machine-functions"
 RUN --mount=type=cache,id=cargo-registry-${TARGETARCH},target=/usr/local/cargo/registry \
     mkdir -p src tests/sandbox/src/bin \
     && echo 'fn main() {}' | tee src/main.rs src/build.rs > tests/sandbox/src/bin/adsidecar-sandbox.rs \

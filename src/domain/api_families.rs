@@ -501,10 +501,11 @@ pub fn mcp_family() -> &'static Family {
 /// unknown family. Empty segments are ignored, because Amazon's own samples contain `//sp/campaigns/list`.
 pub fn family(path: &str) -> &'static Family {
     let path = path.trim_start_matches('/');
-    let first = path.bytes().next().map_or(0, usize::from);
-    let mut rows = ROWS_BY_FIRST_LETTER.get(first).copied().unwrap_or(WILDCARD_ROWS);
+    let mut rows = ROWS.iter().zip(path.bytes()).fold(u64::MAX, |rows, (by_letter, letter)| {
+        rows & by_letter.get(usize::from(letter)).copied().unwrap_or(WILDCARD_ROWS)
+    });
     while rows != 0 {
-        let family = &TABLE[rows.trailing_zeros() as usize];
+        let Some(family) = TABLE.get(rows.trailing_zeros() as usize) else { break };
         if family.paths.iter().any(|pattern| covers(pattern, path)) {
             return family;
         }
@@ -513,28 +514,32 @@ pub fn family(path: &str) -> &'static Family {
     &UNKNOWN
 }
 
-/// For each first letter of a path, the rows that can match it as a bit set; bit 0 is the first row. [`family`] runs
-/// for every request, and without this index it would load most rows into the processor's cache for nothing.
-static ROWS_BY_FIRST_LETTER: [u64; 128] = {
+/// For the first and the second letter of a path, the rows that can match it, as a bit set for each letter; bit 0 is
+/// the first row. [`family`] runs for every request, and without this index it would load most rows into the
+/// processor's cache for nothing.
+static ROWS: [[u64; 128]; 2] = [rows_by_letter(1), rows_by_letter(2)];
+
+/// The rows with a pattern that starts with `*`, which can match any path.
+const WILDCARD_ROWS: u64 = rows_with(1, b'*');
+
+/// For each letter, the rows with a pattern that has it at the place `at`, or can have.
+const fn rows_by_letter(at: usize) -> [u64; 128] {
     let mut rows = [WILDCARD_ROWS; 128];
     let mut letter = 0;
     while letter < rows.len() {
-        rows[letter] |= rows_with_first(letter as u8);
+        rows[letter] |= rows_with(at, letter as u8);
         letter += 1;
     }
     rows
-};
+}
 
-/// The rows with a pattern that starts with `*`, which can match any first letter.
-const WILDCARD_ROWS: u64 = rows_with_first(b'*');
-
-/// The rows with a pattern whose first segment starts with `letter`, as a bit set.
-const fn rows_with_first(letter: u8) -> u64 {
+/// The rows with a pattern that has `letter` at the place `at`, as a bit set.
+const fn rows_with(at: usize, letter: u8) -> u64 {
     let (mut rows, mut row) = (0, 0);
     while row < TABLE.len() {
         let mut path = 0;
         while path < TABLE[row].paths.len() {
-            if TABLE[row].paths[path].as_bytes()[1] == letter {
+            if TABLE[row].paths[path].as_bytes()[at] == letter {
                 rows |= 1 << row;
             }
             path += 1;

@@ -46,7 +46,7 @@ impl Heap {
 }
 
 /// The memory of the process that is no part of a file, in KiB. `None` where the kernel does not tell.
-fn anonymous_kib() -> Option<u64> {
+pub(super) fn anonymous_kib() -> Option<u64> {
     let status = fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:"))?;
     line.trim().strip_suffix(" kB")?.parse().ok()

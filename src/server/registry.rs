@@ -554,6 +554,7 @@ impl Drop for Uploading {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::server::heap;
 
     #[test]
     fn only_idle_connections_and_event_streams_are_quiet() {
@@ -568,5 +569,25 @@ mod tests {
         assert!(registry.is_quiet());
         slot.activity().write_blocked(true);
         assert!(!registry.is_quiet(), "a response is not written");
+    }
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    #[tokio::test]
+    async fn memory_is_given_back_although_other_connections_come_and_go() {
+        let registry = Arc::<Registry>::default();
+        let _idle = registry.register();
+        let task = tokio::spawn(registry.clone().give_memory_back());
+        tokio::task::yield_now().await;
+        let mut burst: Vec<_> = (0..4096).map(|_| vec![1_u8; 16 << 10]).collect();
+        let last = burst.pop();
+        drop(burst);
+        let before = heap::anonymous_kib().unwrap();
+        let begun = Instant::now();
+        while heap::anonymous_kib().unwrap() + (48 << 10) > before {
+            assert!(begun.elapsed() < 10 * QUIET_CHECK, "nothing of {before} KiB was given back");
+            drop(registry.register());
+            tokio::time::sleep(QUIET_CHECK / 100).await;
+        }
+        drop(last);
+        task.abort();
     }
 }

@@ -107,7 +107,8 @@ def test_every_copied_file_exists_and_is_in_the_build_context(stages, repository
     assert sources, "nothing is copied from the context"
     for source in sources:
         assert (repository / source).exists(), f"COPY {source}: no such file"
-        assert source in allowed, f"COPY {source}: .dockerignore hides it"
+        within = (source, *map(str, Path(source).parents))
+        assert allowed.intersection(within), f"COPY {source}: .dockerignore hides it"
 
 
 def test_the_final_stage_copies_only_what_the_build_stage_makes(stages):
@@ -146,12 +147,18 @@ def test_both_stages_are_of_one_debian_so_that_their_glibc_is_the_same(stages):
     assert len(releases) == 2 and releases[0] == releases[1], [stage.image for stage in stages]
 
 
-def test_the_dependencies_are_built_before_the_sources_come(stages):
+def test_the_dependencies_are_built_before_the_sources_come(stages, repository):
     order = [(name, without_flags(arguments)) for name, arguments in stages[0].steps if name in ("COPY", "RUN")]
-    assert [name for name, _ in order] == ["COPY", "COPY", "RUN", "COPY", "RUN"]
+    assert [name for name, _ in order] == ["COPY", "COPY", "COPY", "RUN", "COPY", "RUN"]
     assert order[0][1] == "Cargo.toml Cargo.lock ./", "another file here would bust the layer too often"
     assert order[1][1] == "tests/sandbox/Cargo.toml tests/sandbox/", "the workspace's other manifest"
-    for _, run in order[2::2]:
+    assert order[2][1] == "src/serving.profdata src/", "the profile by which the dependencies are compiled too"
+    [flags] = stages[0].all("ENV")
+    release = (repository / "deploy" / "release").read_text().replace("$root", "/build")
+    for flag in re.findall(r"-C\S+", flags.strip('"')):
+        assert flag.strip('"') in release, "the image and the release are compiled alike"
+    assert "-Cprofile-use=/build/src/serving.profdata" in flags
+    for _, run in order[3::2]:
         assert re.findall(r"cargo .*?(?= &&|$)", run) == [BUILD_COMMAND]
 
 
