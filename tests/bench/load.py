@@ -18,6 +18,8 @@ from world import ENVIRONMENT, Sandbox, Sidecar, binary, free_port, until, works
 world.PROFILE = "dist"
 
 REQUEST = b"GET /v2/profiles HTTP/1.1\r\nHost: localhost\r\nAccept: application/json\r\n\r\n"
+UPLOAD = b"POST /sandbox/echo HTTP/1.1\r\nHost: localhost\r\nContent-Length: 65536\r\n\r\n" + b"x" * 65536
+DOWNLOAD = b"GET /sandbox/bytes/1048576 HTTP/1.1\r\nHost: localhost\r\n\r\n"
 LENGTH = re.compile(rb"^content-length: (\d+)\r$", re.MULTILINE)
 
 
@@ -54,13 +56,13 @@ def answer(connection: socket.socket) -> int:
     return length
 
 
-def calls(port: int, connections: int, each: int) -> None:
-    """Sends `each` requests on each of `connections` concurrent connections."""
+def calls(port: int, connections: int, each: int, request: bytes = REQUEST) -> None:
+    """Sends `request` `each` times on each of `connections` concurrent connections."""
 
     def one() -> None:
         with connect(port) as connection:
             for _ in range(each):
-                call(connection)
+                call(connection, request)
 
     with ThreadPoolExecutor(connections) as pool:
         for done in [pool.submit(one) for _ in range(connections)]:
