@@ -22,14 +22,14 @@ RUN --mount=type=cache,id=cargo-registry-${TARGETARCH},target=/usr/local/cargo/r
     mkdir -p src tests/sandbox/src/bin \
     && echo 'fn main() {}' | tee src/main.rs src/build.rs > tests/sandbox/src/bin/adsidecar-sandbox.rs \
     && touch src/lib.rs tests/sandbox/src/lib.rs \
-    && cargo build --profile dist --locked --bin adsidecar
+    && cargo build --package adsidecar --profile dist --locked --bin adsidecar
 
 # COPY keeps the files' dates, which lie before those of the empty sources' build: without the touch cargo would take
 # the empty program for up to date and ship it.
 COPY src ./src
 RUN --mount=type=cache,id=cargo-registry-${TARGETARCH},target=/usr/local/cargo/registry \
     touch src/lib.rs src/main.rs src/build.rs \
-    && cargo build --profile dist --locked --bin adsidecar \
+    && cargo build --package adsidecar --profile dist --locked --bin adsidecar \
     && mkdir -p /out/data
 
 # libc, libm and libgcc_s are all that the binary needs; tests/packaging/dockerfile_test.py holds it to that.

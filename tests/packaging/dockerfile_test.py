@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-BUILD_COMMAND = "cargo build --profile dist --locked --bin adsidecar"
+BUILD_COMMAND = "cargo build --package adsidecar --profile dist --locked --bin adsidecar"
 
 # What gcr.io/distroless/cc-debian12 contains: the packages libc6 and libgcc-s1. (It has libstdc++ too; we have no C++.)
 FINAL_STAGE_LIBRARIES = {
@@ -158,6 +158,7 @@ def test_the_dependencies_are_built_before_the_sources_come(stages, repository):
     for flag in re.findall(r"-C\S+", flags.strip('"')):
         assert flag.strip('"') in release, "the image and the release are compiled alike"
     assert "-Cprofile-use=/build/src/serving.profdata" in flags
+    assert f"\n{BUILD_COMMAND}\n" in release, "with the features of the same crates"
     for _, run in order[3::2]:
         assert re.findall(r"cargo .*?(?= &&|$)", run) == [BUILD_COMMAND]
 
@@ -184,7 +185,8 @@ def test_the_build_stage_works_with_nothing_but_what_is_copied(stages, repositor
                         (work / destination).mkdir(parents=True, exist_ok=True)
                     shutil.copy2(repository / source, work / destination)
         elif name == "RUN":
-            script = without_flags(arguments).replace(BUILD_COMMAND, "cargo check -v --locked --bin adsidecar")
+            script = without_flags(arguments).replace(BUILD_COMMAND, BUILD_COMMAND.replace("build", "check -v"))
+            script = script.replace(" --profile dist", "")
             script = script.replace("/out/", f"{out}/")
             run = subprocess.run(["sh", "-ec", script], cwd=work, env=environment, capture_output=True, text=True)
             assert run.returncode == 0, f"RUN {script}\n{run.stderr}"
