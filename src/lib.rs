@@ -66,8 +66,8 @@
 //!   hyper-util's connector spends seconds on a dead one. Its `client::pool` was looked at: a `singleton` opens one
 //!   HTTP/2 connection whatever number of streams the server allows, and a `cache` knows no idle limits.
 //! - What ships is compiled with a profile of a serving process (`serving.profdata`), and linked by a list of its
-//!   functions (`serving.ld`): a fifth fewer instructions for a request, which costs 1 MiB of the 3 that the list
-//!   saves. Both are made by programs in `tests/bench`, and one that is out of date costs only that.
+//!   functions (`serving.ld`): a fifth fewer instructions for a request, and some 3 MiB less resident memory. Both are
+//!   made by programs in `tests/bench`, and one that is out of date costs only that.
 //! - One task per listener enforces the head and idle timeouts, instead of a timer per request ([`server`]).
 //! - A table of keys parses the configuration, not serde, which stops at the first problem and quotes the value that it
 //!   rejects ([`config`]).
