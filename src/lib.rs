@@ -32,7 +32,8 @@
 //!    `domain/grant/state.rs` (`valid_token`, `expiring`): the current token. One that expires soon is refreshed first.
 //! 8. `domain/headers.rs` (`to_amazon`: strips hop-by-hop headers, attaches ours).
 //! 9. `upstream/mod.rs` (`send`, until the head of the response; `UpstreamBody` streams the rest),
-//!    `upstream/pool/mod.rs` (`connection`, and the choice of the protocol), `upstream/http2.rs` (`Slot::send`).
+//!    `upstream/pool/mod.rs` (`connection`, and the choice of the protocol), `upstream/http1_driver.rs` (`poll`) or
+//!    `upstream/http2.rs` (`Slot::send`).
 //! 10. `inbound/proxy/response.rs` (`to_caller`: strips Amazon's hop-by-hop headers; `Body` streams the rest).
 //!
 //! Not in every request: `domain/policy.rs` checks it if there is a policy, `telemetry/audit.rs` writes its line if
@@ -65,6 +66,8 @@
 //!   allows and to let windows follow the network path; HTTP/1.1 is hyper's. It tries all addresses of a host itself:
 //!   hyper-util's connector spends seconds on a dead one. Its `client::pool` was looked at: a `singleton` opens one
 //!   HTTP/2 connection whatever number of streams the server allows, and a `cache` knows no idle limits.
+//! - Over HTTP/1.1 the task of a request drives its connection itself ([`upstream`]): a task of the connection's own
+//!   would only be woken to write the request, and to wake the other one when the response is there.
 //! - What ships is compiled with a profile of a serving process (`serving.profdata`), and linked by a list of its
 //!   functions (`serving.ld`): a fifth fewer instructions for a request, and some 3 MiB less resident memory. Both are
 //!   made by programs in `tests/bench`, and one that is out of date costs only that.

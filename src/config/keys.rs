@@ -498,8 +498,8 @@ pub const KEYS: &[Key] = &[
         name: "upstream.http2",
         kind: Word(&["auto", "never", "always"]),
         default: Value("auto"),
-        help: "`auto`: HTTP/2 where the host offers it, and HTTP/1.1 for up to twelve concurrent requests from \
-                callers that keep sending, for which it costs less CPU",
+        help: "`auto`: HTTP/2 where the host offers it, and HTTP/1.1 for callers that keep sending where that costs \
+                less CPU: for up to twelve concurrent requests, or a hundred while responses are long (64 KiB)",
         ..KEY
     },
     Key {

@@ -1,7 +1,7 @@
 //! Opens a connection: TCP, TLS, and the HTTP version that ALPN selected.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use hyper::client::conn::http1;
 use hyper_util::rt::TokioIo;
@@ -14,12 +14,14 @@ use url::Url;
 
 use super::activity::Activity;
 use super::ask_first::AskFirst;
+use super::connection::Http1Connection;
 use super::dial::Dialer;
+use super::http1_driver::Http1Driver;
 use super::http2::{self, Driver, Http2 as Http2Connection};
-use super::last_look::{LastLook, LookedAt};
+use super::last_look::LookedAt;
 use super::read_ahead::ReadAhead;
 use super::windows::WindowBudget;
-use super::{Broken, ErrorKind, Http2, RequestBody, Settings};
+use super::{Broken, ErrorKind, Http2, Settings};
 
 /// Limit of rustls's buffer for data that the socket has not taken yet, in bytes. The default of 64 KiB holds a body
 /// chunk but not the overhead of its TLS records, so each chunk needed a second system call for its last 134 bytes.
@@ -44,15 +46,8 @@ pub(super) struct Connector {
 
 /// A connection that was just opened. Its future has to be run.
 pub(super) enum Opened {
-    Http1 {
-        sender: http1::SendRequest<RequestBody>,
-        look: LastLook,
-        driver: Box<http1::Connection<TokioIo<Stream>, RequestBody>>,
-    },
-    Http2 {
-        connection: Http2Connection,
-        driver: Box<Driver<Stream>>,
-    },
+    Http1(Http1Connection),
+    Http2 { connection: Http2Connection, driver: Box<Driver<Stream>> },
 }
 
 type Stream = AskFirst<TlsStream<ReadAhead<LookedAt>>>;
@@ -156,7 +151,9 @@ impl Connector {
                 let look = stream.get_ref().0.get_ref().look().clone();
                 let opened = builder.handshake(TokioIo::new(AskFirst::new(stream))).await;
                 let (sender, driver) = opened.map_err(|error| ErrorKind::Reset(error.into()))?;
-                Ok(Opened::Http1 { sender, look, driver: Box::new(driver) })
+                let driver = Http1Driver::new(Box::new(driver));
+                let (reused, opened) = (false, Instant::now());
+                Ok(Opened::Http1(Http1Connection { sender, driver, look, reused, opened }))
             }
         }
     }

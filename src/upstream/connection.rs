@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use hyper::client::conn::http1;
 
 use super::RequestBody;
+use super::http1_driver::Http1Driver;
 use super::http2::Slot;
 use super::last_look::LastLook;
 
@@ -18,7 +19,9 @@ pub(super) enum Connection {
 /// An HTTP/1.1 connection, which carries one request at a time.
 #[derive(Debug)]
 pub(super) struct Http1Connection {
+    // Dropped first, so that the connection ends.
     pub(super) sender: http1::SendRequest<RequestBody>,
+    pub(super) driver: Http1Driver,
     pub(super) look: LastLook,
     /// Whether it carried an earlier request.
     pub(super) reused: bool,

@@ -1,8 +1,8 @@
 //! Pooled TLS connections to the hosts of the Ads API and of the MCP server.
 //!
 //! Each host has a pool (`pool`) of HTTP/2 connections, which many requests share (`http2`), and of idle HTTP/1.1
-//! connections. HTTP/2 is cheaper at high concurrency; at low concurrency, steady traffic moves to HTTP/1.1 connections
-//! that are opened beside the shared one (`protocol_choice`).
+//! connections. HTTP/2 is cheaper for many short responses at once; at low concurrency, or while responses are long,
+//! steady traffic moves to HTTP/1.1 connections that are opened beside the shared one (`protocol_choice`).
 //!
 //! An HTTP/1.1 connection returns to the pool only after both its request and its response have been transferred
 //! completely. In every other case it is closed.
@@ -15,6 +15,7 @@ mod ask_first;
 mod read_ahead;
 mod connect;
 mod connection;
+mod http1_driver;
 mod http2;
 mod idle_limit;
 mod last_look;
@@ -26,7 +27,8 @@ mod tcp;
 mod dial;
 mod windows;
 
-use std::pin::Pin;
+use std::future::poll_fn;
+use std::pin::{Pin, pin};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
@@ -50,7 +52,7 @@ use crate::domain::outgoing_proxy::OutgoingProxy;
 use crate::domain::tls;
 use connection::{Connection, Http1Connection};
 use pool::OriginPool;
-use protocol_choice::CountGuard;
+use protocol_choice::InFlight;
 use windows::WindowBudget;
 
 /// The addresses of Amazon's hosts, and the timeouts for requests to them.
@@ -141,8 +143,8 @@ impl Upstream {
     ) -> impl Future<Output = Result<Response<UpstreamBody>, SendError>> + Send {
         let pool = &self.pools[host.index()];
         async move {
-            let (in_flight, low_concurrency) = pool.protocol_choice.enter();
-            let connection = match pool.connection(reuse, low_concurrency).await {
+            let (in_flight, suits_http1) = pool.protocol_choice.enter();
+            let connection = match pool.connection(reuse, suits_http1).await {
                 Ok(connection) => connection,
                 Err(kind) => return Err(kind.unsent(request.into_body())),
             };
@@ -158,10 +160,10 @@ impl Upstream {
                     over_http1(connection, request, pool.clone(), in_flight, progress.clone())
                 }
                 Connection::Http2(slot) => {
-                    // Steady traffic at low concurrency: one HTTP/1.1 connection for each request now in flight. Those
-                    // that would not use one say nothing about it.
-                    let counts = !low_concurrency || pool.prefers_http1(reuse, low_concurrency);
-                    if counts && pool.protocol_choice.should_add_http1(low_concurrency, pool.idle_limit.current()) {
+                    // Steady traffic that suits HTTP/1.1: one connection for each request now in flight. Those that
+                    // would not use one say nothing about it.
+                    let counts = !suits_http1 || pool.prefers_http1(reuse, suits_http1);
+                    if counts && pool.protocol_choice.should_add_http1(suits_http1, pool.idle_limit.current()) {
                         pool.add_http1(slot.others() + 1);
                     }
                     let request = pool.with_authority(request);
@@ -194,13 +196,16 @@ fn over_http1(
     mut connection: Http1Connection,
     request: Request<RequestBody>,
     pool: Arc<OriginPool>,
-    in_flight: CountGuard,
+    in_flight: InFlight,
     progress: Option<Arc<ReplayBuffer>>,
 ) -> Sent {
     let reused = connection.reused;
+    connection.driver.lend();
     let sent = connection.sender.try_send_request(request);
     Box::pin(async move {
-        let response = sent.await.map_err(|mut error: TrySendError<_>| {
+        let mut sent = pin!(sent);
+        let response = poll_fn(|cx| connection.driver.poll(cx, |cx| sent.as_mut().poll(cx))).await;
+        let response = response.map_err(|mut error: TrySendError<_>| {
             let unsent = error.take_message().map(Request::into_body);
             let error = SendError::over_http1(error.into_error(), unsent, reused);
             if matches!(error.processed, Processed::Stale | Processed::Refused { .. }) {
@@ -218,6 +223,10 @@ fn over_http1(
         }
         if let Some(limit) = announced_limit(response.headers()) {
             pool.idle_limit.closed_after(limit);
+        }
+        // After an early response the rest of the request must not wait for a caller that does not read.
+        if progress.as_ref().is_some_and(|request| !request.ended()) {
+            connection.driver.give_back();
         }
         Ok(response.map(|incoming| UpstreamBody::http1(incoming, in_flight, pool, connection, progress)))
     })
@@ -291,8 +300,8 @@ async fn response_head(
 #[derive(Debug)]
 pub struct UpstreamBody {
     source: Source,
-    /// Counts the request as in flight to its origin.
-    _in_flight: CountGuard,
+    /// Counts the request as in flight to its origin, and what arrives.
+    in_flight: InFlight,
 }
 
 #[derive(Debug)]
@@ -314,7 +323,7 @@ struct Exchange {
 impl UpstreamBody {
     fn http1(
         incoming: Incoming,
-        in_flight: CountGuard,
+        in_flight: InFlight,
         pool: Arc<OriginPool>,
         connection: Http1Connection,
         request: Option<Arc<ReplayBuffer>>,
@@ -323,11 +332,11 @@ impl UpstreamBody {
         if incoming.is_end_stream() {
             release(&mut exchange);
         }
-        Self { source: Source::Http1(incoming, exchange), _in_flight: in_flight }
+        Self { source: Source::Http1(incoming, exchange), in_flight }
     }
 
-    fn http2(incoming: http2::Incoming, in_flight: CountGuard) -> Self {
-        Self { source: Source::Http2(incoming), _in_flight: in_flight }
+    fn http2(incoming: http2::Incoming, in_flight: InFlight) -> Self {
+        Self { source: Source::Http2(incoming), in_flight }
     }
 }
 
@@ -337,6 +346,7 @@ fn release(exchange: &mut Option<Exchange>) {
         // After an early response the connection is still in the middle of the request.
         && request.is_none_or(|request| request.ended())
     {
+        connection.driver.give_back();
         pool.release(connection);
     }
 }
@@ -349,11 +359,21 @@ impl Body for UpstreamBody {
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, ResponseAborted>>> {
-        let (incoming, exchange) = match &mut self.source {
+        let Self { source, in_flight } = &mut *self;
+        let (incoming, exchange) = match source {
             Source::Http1(incoming, exchange) => (incoming, exchange),
-            Source::Http2(incoming) => return incoming.poll_frame(cx),
+            Source::Http2(incoming) => {
+                let frame = ready!(incoming.poll_frame(cx));
+                in_flight.received(length(&frame));
+                return Poll::Ready(frame);
+            }
         };
-        let frame = ready!(Pin::new(&mut *incoming).poll_frame(cx));
+        let mut poll = |cx: &mut Context<'_>| Pin::new(&mut *incoming).poll_frame(cx);
+        let frame = ready!(match exchange {
+            Some(exchange) => exchange.connection.driver.poll(cx, poll),
+            None => poll(cx),
+        });
+        in_flight.received(length(&frame));
         match &frame {
             Some(Err(_)) => *exchange = None,
             Some(Ok(_)) if !incoming.is_end_stream() => {}
@@ -375,6 +395,12 @@ impl Body for UpstreamBody {
             Source::Http2(incoming) => incoming.size_hint(),
         }
     }
+}
+
+/// The bytes of data in a frame of a body, in which there may be none.
+fn length<E>(frame: &Option<Result<Frame<Bytes>, E>>) -> usize {
+    let data = frame.as_ref().and_then(|frame| frame.as_ref().ok()?.data_ref());
+    data.map_or(0, Bytes::len)
 }
 
 /// Locks `mutex` even if it is poisoned: the pools have no invariant that a panic could have broken.

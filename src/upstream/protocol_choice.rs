@@ -1,9 +1,10 @@
 //! Chooses whether a request uses the shared HTTP/2 connection or an HTTP/1.1 connection of its own.
 //!
-//! At high concurrency HTTP/2 is cheap, because the frames of several requests share one TLS record and one system
-//! call. At low concurrency that advantage is missing, but framing, HPACK and two more tasks still cost CPU. Measured,
-//! HTTP/2 takes 5 to 25 % more CPU than HTTP/1.1 for up to eight concurrent requests, and 5 to 10 % less for sixteen
-//! and more.
+//! HTTP/2 is cheap for many short responses at once, because the frames of several requests share one TLS record and one
+//! system call. At low concurrency that advantage is missing, but framing, HPACK and two more tasks still cost CPU;
+//! and the frames of long responses are copied once more. Measured, HTTP/2 takes 5 to 25 % more CPU than HTTP/1.1 for up
+//! to eight concurrent requests, and 5 to 10 % less for sixteen and more; but for responses of 64 KiB 10 % more, and of
+//! 256 KiB and above 15 to 30 % more, for 24 and for 64 requests at once.
 //!
 //! Only steady traffic justifies additional connections. The shared connection stays open for occasional requests and
 //! for bursts.
@@ -13,64 +14,91 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use super::lock;
+use super::windows::MAX_STREAMS;
 
-/// Below this concurrency HTTP/1.1 costs less CPU.
-const LOW_CONCURRENCY: usize = 12;
-/// After this many consecutive requests at low concurrency on the shared connection, HTTP/1.1 connections are opened. A
+/// Below this concurrency HTTP/1.1 costs less CPU, however short the responses are.
+pub(super) const LOW_CONCURRENCY: usize = 12;
+/// From this mean length on, in bytes, responses are long.
+const LONG: usize = 64 << 10;
+/// Below this concurrency HTTP/1.1 costs less CPU while responses are long. More requests would need more connections
+/// than are worth their memory.
+const LOW_CONCURRENCY_OF_LONG: usize = MAX_STREAMS;
+/// The weight of the last response in the mean length: one in this many.
+const LATEST: usize = 16;
+/// After this many consecutive requests that suit HTTP/1.1 on the shared connection, HTTP/1.1 connections are opened. A
 /// TLS handshake costs as much CPU as a few dozen requests.
-const ADD_HTTP1_AFTER: u32 = 64;
+const ADD_HTTP1_AFTER: usize = 64;
+/// A request counts once more for each time that the mean response has this length: the longer it is, the sooner a
+/// handshake is worth its cost.
+const COUNTS_AS_ONE: usize = 256 << 10;
 
-/// The concurrency of requests to one origin, and how steady it is.
+/// What the requests to one origin are like, and how steady they are.
 #[derive(Debug, Default)]
 pub(super) struct ProtocolChoice {
-    in_flight: Arc<AtomicUsize>,
+    traffic: Arc<Traffic>,
     run: Mutex<Run>,
     /// Whether a task is opening HTTP/1.1 connections.
     pub(super) adding: AtomicBool,
 }
 
-/// A run of consecutive requests at low concurrency on the shared connection.
+/// The concurrency of requests, and the length of their responses.
+#[derive(Debug, Default)]
+struct Traffic {
+    in_flight: AtomicUsize,
+    /// The mean length of the last responses, in bytes.
+    mean_length: AtomicUsize,
+}
+
+/// A run of consecutive requests that suit HTTP/1.1, on the shared connection.
 #[derive(Debug, Default)]
 struct Run {
     since: Option<Instant>,
-    requests: u32,
+    requests: usize,
 }
 
-/// Keeps a counter incremented until it is dropped.
+/// Counts a request as in flight until it is dropped, and then the length of its response.
 #[derive(Debug)]
-pub(super) struct CountGuard(Arc<AtomicUsize>);
+pub(super) struct InFlight {
+    traffic: Arc<Traffic>,
+    received: usize,
+}
 
-impl CountGuard {
-    /// Increments `count`, and returns the guard and the value before.
-    pub(super) fn increment(count: &Arc<AtomicUsize>) -> (Self, usize) {
-        let others = count.fetch_add(1, Relaxed);
-        (Self(count.clone()), others)
+impl InFlight {
+    /// Records that `bytes` of the response arrived.
+    pub(super) fn received(&mut self, bytes: usize) {
+        self.received += bytes;
     }
 }
 
-impl Drop for CountGuard {
+impl Drop for InFlight {
     fn drop(&mut self) {
-        self.0.fetch_sub(1, Relaxed);
+        let Traffic { in_flight, mean_length } = &*self.traffic;
+        in_flight.fetch_sub(1, Relaxed);
+        // Two that end together may count as one: it is only an estimate.
+        let mean = mean_length.load(Relaxed);
+        mean_length.store(mean - mean / LATEST + self.received / LATEST, Relaxed);
     }
 }
 
 impl ProtocolChoice {
-    /// Counts a request as in flight while the guard exists, and returns whether concurrency is low.
-    pub(super) fn enter(&self) -> (CountGuard, bool) {
-        let (guard, others) = CountGuard::increment(&self.in_flight);
-        (guard, others < LOW_CONCURRENCY)
+    /// Counts a request as in flight while the guard exists, and returns whether HTTP/1.1 suits it better.
+    pub(super) fn enter(&self) -> (InFlight, bool) {
+        let others = self.traffic.in_flight.fetch_add(1, Relaxed);
+        let is_long = self.traffic.mean_length.load(Relaxed) >= LONG;
+        let most = if is_long { LOW_CONCURRENCY_OF_LONG } else { LOW_CONCURRENCY };
+        (InFlight { traffic: self.traffic.clone(), received: 0 }, others < most)
     }
 
     /// Returns the number of requests in flight.
     pub(super) fn in_flight(&self) -> usize {
-        self.in_flight.load(Relaxed)
+        self.traffic.in_flight.load(Relaxed)
     }
 
     /// Records a request on the shared connection. Returns `true` if it completes a run of [`ADD_HTTP1_AFTER`] requests
-    /// at low concurrency within `period`, so that HTTP/1.1 connections should be opened.
-    pub(super) fn should_add_http1(&self, low_concurrency: bool, period: Duration) -> bool {
+    /// that suit HTTP/1.1 within `period`, so that HTTP/1.1 connections should be opened.
+    pub(super) fn should_add_http1(&self, suits_http1: bool, period: Duration) -> bool {
         let mut run = lock(&self.run);
-        if !low_concurrency {
+        if !suits_http1 {
             *run = Run::default();
             return false;
         }
@@ -79,8 +107,9 @@ impl ProtocolChoice {
             run.requests = 0;
             now
         });
-        *run = Run { since: Some(since), requests: run.requests + 1 };
-        let complete = run.requests == ADD_HTTP1_AFTER;
+        let counts = 1 + self.traffic.mean_length.load(Relaxed) / COUNTS_AS_ONE;
+        *run = Run { since: Some(since), requests: run.requests + counts };
+        let complete = run.requests >= ADD_HTTP1_AFTER;
         if complete {
             *run = Run::default();
         }
@@ -94,14 +123,30 @@ mod tests {
 
     const PERIOD: Duration = Duration::from_secs(60);
 
+    /// How many concurrent requests suit HTTP/1.1, of a hundred and fifty.
+    fn suiting(choice: &ProtocolChoice) -> usize {
+        let requests: Vec<_> = (0..150).map(|_| choice.enter()).collect();
+        requests.iter().filter(|(_, suits_http1)| *suits_http1).count()
+    }
+
+    /// Lets the next responses have this length.
+    fn respond(choice: &ProtocolChoice, responses: usize, length: usize) {
+        for _ in 0..responses {
+            choice.enter().0.received(length);
+        }
+    }
+
     #[test]
-    fn concurrency_is_low_until_more_requests_are_in_flight() {
+    fn few_requests_suit_http1_until_their_responses_are_long() {
         let choice = ProtocolChoice::default();
-        let requests: Vec<_> = (0..=LOW_CONCURRENCY).map(|_| choice.enter()).collect();
-        let low: Vec<_> = requests.iter().map(|(_, low)| *low).collect();
-        assert!(low[..LOW_CONCURRENCY].iter().all(|low| *low) && !low[LOW_CONCURRENCY]);
-        drop(requests);
-        assert!(choice.enter().1, "completed requests do not count");
+        assert_eq!(suiting(&choice), LOW_CONCURRENCY);
+        assert_eq!(suiting(&choice), LOW_CONCURRENCY, "completed requests do not count");
+        respond(&choice, 100, LONG / 2);
+        assert_eq!(suiting(&choice), LOW_CONCURRENCY);
+        respond(&choice, 100, 2 * LONG);
+        assert_eq!(suiting(&choice), LOW_CONCURRENCY_OF_LONG);
+        respond(&choice, 100, LONG / 2);
+        assert_eq!(suiting(&choice), LOW_CONCURRENCY, "short ones again");
     }
 
     #[test]
@@ -111,14 +156,22 @@ mod tests {
     }
 
     #[test]
-    fn each_run_at_low_concurrency_completes_once() {
+    fn a_run_of_requests_for_long_responses_is_shorter() {
+        let choice = ProtocolChoice::default();
+        respond(&choice, 1000, 3 * COUNTS_AS_ONE + COUNTS_AS_ONE / 2);
+        let completed: Vec<_> = (1..=ADD_HTTP1_AFTER).filter(|_| choice.should_add_http1(true, PERIOD)).collect();
+        assert_eq!(completed[..2], [ADD_HTTP1_AFTER / 4, ADD_HTTP1_AFTER / 2]);
+    }
+
+    #[test]
+    fn each_run_completes_once() {
         let choice = ProtocolChoice::default();
         let completed: Vec<_> = (1..=2 * ADD_HTTP1_AFTER).filter(|_| choice.should_add_http1(true, PERIOD)).collect();
         assert_eq!(completed, [ADD_HTTP1_AFTER, 2 * ADD_HTTP1_AFTER]);
     }
 
     #[test]
-    fn high_concurrency_restarts_the_run() {
+    fn a_request_that_does_not_suit_http1_restarts_the_run() {
         let choice = ProtocolChoice::default();
         assert!((1..ADD_HTTP1_AFTER).all(|_| !choice.should_add_http1(true, PERIOD)));
         assert!(!choice.should_add_http1(false, PERIOD));

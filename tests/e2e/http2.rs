@@ -40,16 +40,25 @@ async fn at_once(harness: &Harness, count: usize) {
 }
 
 async fn at_once_with(harness: &Harness, count: usize, method: reqwest::Method) {
+    let call = |number: usize| harness.request(method.clone(), "/sandbox/echo").body(number.to_string());
+    held_together(harness, (0..count).map(call).collect()).await;
+}
+
+/// Makes calls that Amazon holds until all have arrived, and returns the lengths of their responses.
+async fn held_together(harness: &Harness, requests: Vec<reqwest::RequestBuilder>) -> Vec<usize> {
+    let count = requests.len();
     let gate = harness.sandbox.set_fault(Rule::from(Fault::Gate).next(count as u32));
     let mut calls = JoinSet::new();
-    for number in 0..count {
-        calls.spawn(harness.request(method.clone(), "/sandbox/echo").body(number.to_string()).send());
+    for request in requests {
+        calls.spawn(async {
+            let answer = request.send().await.unwrap();
+            assert_eq!(answer.status(), 200);
+            answer.bytes().await.unwrap().len()
+        });
     }
     gate.reached(count).await;
     gate.release();
-    while let Some(answer) = calls.join_next().await {
-        assert_eq!(answer.unwrap().unwrap().status(), 200);
-    }
+    calls.join_all().await
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -119,6 +128,40 @@ async fn a_few_continuous_callers_get_http1_connections() {
         }
         assert_eq!(connections(&harness).len(), 1, "{mode}, {callers}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_crowd_gets_http1_connections_while_its_responses_are_long_and_they_are_closed_after_it() {
+    const CALLERS: usize = 30;
+    for (length, most) in [(1000, 1), (80 << 10, CALLERS + 1)] {
+        let harness = harness("auto").await;
+        let path = format!("/sandbox/bytes/{length}");
+        let round = async || {
+            let requests = (0..CALLERS).map(|_| harness.request(reqwest::Method::GET, &path)).collect();
+            assert_eq!(held_together(&harness, requests).await, [length; CALLERS]);
+            connections(&harness).len()
+        };
+        for _ in 0..5 {
+            round().await;
+        }
+        eventually("the connections that it should have", async || (round().await == most).then_some(())).await;
+        for _ in 0..5 {
+            assert_eq!(round().await, most, "a steady crowd opens no more");
+        }
+        // The shared connection stays, and as many others as a few short requests would use.
+        let few = most.min(13);
+        eventually("the others are closed", async || (open_connections(&harness) <= few).then_some(())).await;
+        assert_eq!(open_connections(&harness), few);
+    }
+}
+
+/// How many connections to Amazon are open, as the kernel says.
+fn open_connections(harness: &Harness) -> usize {
+    let port = format!(":{:04X}", harness.sandbox.addresses().na.port());
+    // The fields are: number, local and remote address, state (1: established).
+    let table = std::fs::read_to_string("/proc/self/net/tcp").unwrap();
+    let rows = table.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
+    rows.filter(|row| row[1].ends_with(&port) && row[3] == "01").count()
 }
 
 #[tokio::test(flavor = "multi_thread")]

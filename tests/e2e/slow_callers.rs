@@ -98,6 +98,26 @@ async fn an_early_answer_does_not_free_the_seat_of_its_upload_and_its_end_does()
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_caller_may_send_all_of_its_upload_before_it_reads_a_long_answer_that_came_early() {
+    // More than the sockets on the way take.
+    const LONG: usize = 24 << 20;
+    let amazon = Scripted::start(|mut wire, _| async move {
+        while wire.head().await.is_some() {
+            wire.send(format!("HTTP/1.1 200 OK\r\nContent-Length: {LONG}\r\n\r\n")).await;
+            wire.floods(&vec![b'y'; LONG]).await;
+        }
+    })
+    .await;
+    let harness = Harness::before(&amazon, &[]).await;
+    let mut wire = narrow(harness.proxy_address()).await;
+    wire.send(upload(LONG)).await;
+    let sent = tokio::time::timeout(Duration::from_secs(20), wire.sends(&vec![b'x'; LONG])).await;
+    assert_eq!(sent, Ok(true), "the upload stood still");
+    let reply = wire.reply().await;
+    assert!(reply.whole && reply.body.len() == LONG, "{:?}", reply.said());
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn an_upload_does_not_run_for_ever_after_its_answer() {
     let amazon = hasty(usize::MAX).await;
     let harness = Harness::before(&amazon, &[]).await;

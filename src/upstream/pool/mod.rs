@@ -167,12 +167,8 @@ impl OriginPool {
     }
 
     /// Returns a connection for one request: from the pool if `reuse` allows it and one is usable, else the first that
-    /// becomes usable. `low_concurrency` prefers an idle HTTP/1.1 connection to a shared one.
-    pub(super) async fn connection(
-        self: &Arc<Self>,
-        reuse: Reuse,
-        low_concurrency: bool,
-    ) -> Result<Connection, ErrorKind> {
+    /// becomes usable. `suits_http1` prefers an idle HTTP/1.1 connection to a shared one.
+    pub(super) async fn connection(self: &Arc<Self>, reuse: Reuse, suits_http1: bool) -> Result<Connection, ErrorKind> {
         self.used.touch();
         if reuse == Reuse::Unrepeatable {
             self.used_unrepeatably.touch();
@@ -181,7 +177,7 @@ impl OriginPool {
             return Box::pin(self.new_http1()).await.map(Connection::Http1);
         }
         loop {
-            let taken = lock(&self.connections).take(self, reuse, low_concurrency);
+            let taken = lock(&self.connections).take(self, reuse, suits_http1);
             match taken {
                 None => break,
                 Some(mut connection) => {
@@ -266,8 +262,8 @@ impl OriginPool {
 
     /// Whether a request takes an idle HTTP/1.1 connection before a shared one. Over HTTP/2 a server says what it did
     /// not process, so a request that may not be repeated is safe there.
-    pub(super) fn prefers_http1(&self, reuse: Reuse, low_concurrency: bool) -> bool {
-        low_concurrency && (reuse != Reuse::Unrepeatable || !self.idle_limit.safe().is_zero())
+    pub(super) fn prefers_http1(&self, reuse: Reuse, suits_http1: bool) -> bool {
+        suits_http1 && (reuse != Reuse::Unrepeatable || !self.idle_limit.safe().is_zero())
     }
 
     /// Returns a connection to the pool, or closes it if it is too old or the pool is full.
@@ -328,8 +324,8 @@ async fn is_usable(connection: &mut Connection) -> bool {
 
 impl Connections {
     /// Takes a connection that `reuse` allows.
-    fn take(&mut self, pool: &Arc<OriginPool>, reuse: Reuse, low_concurrency: bool) -> Option<Connection> {
-        if pool.prefers_http1(reuse, low_concurrency) {
+    fn take(&mut self, pool: &Arc<OriginPool>, reuse: Reuse, suits_http1: bool) -> Option<Connection> {
+        if pool.prefers_http1(reuse, suits_http1) {
             self.take_idle(pool, reuse).or_else(|| self.take_shared(pool, reuse))
         } else {
             self.take_shared(pool, reuse).or_else(|| self.take_idle(pool, reuse))
@@ -400,6 +396,7 @@ mod tests {
     use super::*;
     use crate::domain::tls;
     use crate::upstream::IdleTimeout;
+    use crate::upstream::http1_driver::Http1Driver;
     use crate::upstream::last_look::LastLook;
 
     /// With a look at every waiting request for each that comes, this takes minutes.
@@ -499,9 +496,10 @@ mod tests {
     async fn connection(age: Duration) -> (Http1Connection, tokio::io::DuplexStream) {
         let (ours, theirs) = tokio::io::duplex(1024);
         let (sender, connection) = http1::handshake(TokioIo::new(ours)).await.unwrap();
-        tokio::spawn(connection);
+        let driver = Http1Driver::new(Box::new(connection));
+        tokio::spawn(driver.run());
         let opened = Instant::now().checked_sub(age).unwrap();
-        (Http1Connection { sender, look: LastLook::default(), reused: false, opened }, theirs)
+        (Http1Connection { sender, driver, look: LastLook::default(), reused: false, opened }, theirs)
     }
 
     #[tokio::test]

@@ -2,13 +2,19 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
-use std::time::Instant;
+
+use futures_util::stream::{self, TryStreamExt};
 
 use super::{Connections, Idle, OriginPool};
 use crate::upstream::ErrorKind;
 use crate::upstream::connect::{Offer, Opened};
 use crate::upstream::connection::Http1Connection;
+use crate::upstream::http1_driver::Http1Driver;
 use crate::upstream::windows::first_window;
+
+/// Most HTTP/1.1 connections that are opened at a time beside the shared one: requests should not have to wait for the
+/// handshakes of many.
+const AT_A_TIME: usize = 8;
 
 impl OriginPool {
     /// Starts a task that opens a connection: for the requests that wait, or in the background for the next request.
@@ -36,11 +42,10 @@ impl OriginPool {
     /// others wait for that here, where another connection can take them.
     async fn add(self: &Arc<Self>, opened: Opened) -> Result<(), ErrorKind> {
         match opened {
-            Opened::Http1 { sender, look, driver } => {
+            Opened::Http1(connection) => {
                 let mut connections = self.lock();
                 connections.expected = 1;
-                self.run_http1(driver);
-                let connection = Http1Connection { sender, look, reused: false, opened: Instant::now() };
+                self.run_http1(&connection.driver);
                 connections.idle.push_back(Idle::new(connection));
                 Ok(())
             }
@@ -69,23 +74,17 @@ impl OriginPool {
         }
     }
 
-    fn run_http1<D>(self: &Arc<Self>, driver: D)
-    where
-        D: Future<Output = Result<(), hyper::Error>> + Send + 'static,
-    {
-        let pool = Arc::downgrade(self);
+    fn run_http1(self: &Arc<Self>, driver: &Http1Driver) {
+        let (pool, run) = (Arc::downgrade(self), driver.run());
         tokio::spawn(async move {
-            // A request on the connection gets its error.
-            if let Err(error) = driver.await {
-                tracing::trace!(%error, "connection to Amazon ended");
-            }
+            run.await;
             if let Some(pool) = pool.upgrade() {
                 pool.http1_ended();
             }
         });
     }
 
-    /// Starts a task that opens `count` HTTP/1.1 connections, one after the other, and puts them into the pool. It does
+    /// Starts a task that opens `count` HTTP/1.1 connections, a few at a time, and puts them into the pool. It does
     /// nothing if HTTP/1.1 is not allowed or such a task is already running.
     pub(in crate::upstream) fn add_http1(self: &Arc<Self>, count: usize) {
         if !self.connector.may_speak_http1() || self.protocol_choice.adding.swap(true, Relaxed) {
@@ -93,20 +92,23 @@ impl OriginPool {
         }
         let pool = self.clone();
         tokio::spawn(async move {
-            for _ in 0..count {
-                // On failure requests continue to use the shared connection.
-                let Ok(connection) = pool.new_http1().await else { break };
-                pool.release(connection);
-            }
+            let each = stream::iter((0..count).map(Ok::<_, ErrorKind>));
+            // On failure requests continue to use the shared connection.
+            let _ = each
+                .try_for_each_concurrent(AT_A_TIME, async |_| {
+                    pool.release(pool.new_http1().await?);
+                    Ok(())
+                })
+                .await;
             pool.protocol_choice.adding.store(false, Relaxed);
         });
     }
 
     pub(super) async fn new_http1(self: &Arc<Self>) -> Result<Http1Connection, ErrorKind> {
         match self.connector.connect(Offer::Http1).await? {
-            Opened::Http1 { sender, look, driver } => {
-                self.run_http1(driver);
-                Ok(Http1Connection { sender, look, reused: false, opened: Instant::now() })
+            Opened::Http1(connection) => {
+                self.run_http1(&connection.driver);
+                Ok(connection)
             }
             Opened::Http2 { .. } => unreachable!("only HTTP/1.1 was offered"),
         }

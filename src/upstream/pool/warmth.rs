@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use super::{AGING, Connections, Idle, MAX_AGE, OriginPool};
 use crate::upstream::http2::{KEPT_WARM_FOR, WeakHttp2};
 use crate::upstream::idle_limit::IdleLimit;
+use crate::upstream::protocol_choice::LOW_CONCURRENCY;
 
 /// Most connections that are opened in advance for requests that may not be repeated.
 pub(super) const MOST_UNUSED: usize = 8;
@@ -24,6 +25,9 @@ const PACE: Duration = Duration::from_secs(1);
 const RETRY: Duration = Duration::from_secs(10);
 /// How long before its end a connection is replaced: three round trips, and some time until somebody looks.
 const LEAD: Duration = Duration::from_secs(1);
+/// How long an HTTP/1.1 connection idles beside a shared one that could take its requests, if the next crowd of long
+/// responses alone would need it.
+const SPARE: Duration = Duration::from_secs(5);
 /// The longest time between two looks at all connections.
 const LOOK: Duration = Duration::from_secs(1);
 
@@ -166,12 +170,17 @@ impl OriginPool {
         let next = self.keep_warm(&mut connections, aging);
         connections.peak -= connections.peak.div_ceil(PEAK_FADES);
         let (mut survived, mut lasted) = (false, false);
+        let has_shared = !connections.shared.is_empty();
+        let mut spare = if has_shared { connections.idle.len().saturating_sub(LOW_CONCURRENCY) } else { 0 };
         connections.idle.retain(|idle| {
+            // The oldest come first.
+            let is_spare = spare > 0 && idle.since.elapsed() >= SPARE;
+            spare -= usize::from(is_spare);
             let over = idle.since.elapsed() >= self.limit(idle.connection.reused).current();
             let open = !idle.is_closed();
             survived |= over && open && idle.connection.reused;
             lasted |= open && idle.connection.opened.elapsed() >= FLEETING;
-            !over && idle.connection.opened.elapsed() < MAX_AGE && open
+            !over && !is_spare && idle.connection.opened.elapsed() < MAX_AGE && open
         });
         connections.shared.retain(|shared| {
             let over = shared.idle_for().is_some_and(|idle| idle >= self.limit(shared.was_used()).current());
