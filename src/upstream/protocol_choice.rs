@@ -1,10 +1,10 @@
 //! Chooses whether a request uses the shared HTTP/2 connection or an HTTP/1.1 connection of its own.
 //!
-//! HTTP/2 is cheap for many short responses at once, because the frames of several requests share one TLS record and one
-//! system call. At low concurrency that advantage is missing, but framing, HPACK and two more tasks still cost CPU;
-//! and the frames of long responses are copied once more. Measured, HTTP/2 takes 5 to 25 % more CPU than HTTP/1.1 for up
-//! to eight concurrent requests, and 5 to 10 % less for sixteen and more; but for responses of 64 KiB 10 % more, and of
-//! 256 KiB and above 15 to 30 % more, for 24 and for 64 requests at once.
+//! HTTP/2 is cheap for many short responses at once, because the frames of several requests share one TLS record and
+//! one system call. At low concurrency that advantage is missing, but framing, HPACK and two more tasks still cost CPU;
+//! and the frames of long responses are copied once more. Measured, HTTP/2 takes 5 to 25 % more CPU than HTTP/1.1 for
+//! up to eight concurrent requests, and 5 to 10 % less for sixteen and more; but for responses of 64 KiB 10 % more, and
+//! of 256 KiB and above 15 to 30 % more, for 24 and for 64 requests at once.
 //!
 //! Only steady traffic justifies additional connections. The shared connection stays open for occasional requests and
 //! for bursts.
