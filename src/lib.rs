@@ -32,12 +32,12 @@
 //!    `domain/grant/state.rs` (`valid_token`, `expiring`): the current token. One that expires soon is refreshed first.
 //! 8. `domain/headers.rs` (`to_amazon`: strips hop-by-hop headers, attaches ours).
 //! 9. `upstream/mod.rs` (`send`, until the head of the response; `UpstreamBody` streams the rest),
-//!    `upstream/pool/mod.rs` (`connection`, and the choice of the protocol), `upstream/http1_driver.rs` (`poll`) or
-//!    `upstream/http2.rs` (`Slot::send`).
+//!    `upstream/pool/mod.rs` (`connection`, and the choice of the protocol), `upstream/http2.rs` (`Slot::send`).
 //! 10. `inbound/proxy/response.rs` (`to_caller`: strips Amazon's hop-by-hop headers; `Body` streams the rest).
 //!
-//! Not in every request: `domain/policy.rs` checks it if there is a policy, `telemetry/audit.rs` writes its line if
-//! `log.audit` is on; the first after ten seconds compares clocks (`auth/tokens/clock_skew.rs`); after a 401 or 403
+//! Not in every request: over HTTP/1.1 `upstream/http1_driver.rs` (`poll`) stands in the place of `upstream/http2.rs`,
+//! `domain/policy.rs` checks it if there is a policy, `telemetry/audit.rs` writes its line if `log.audit` is on; the
+//! first after ten seconds compares clocks (`auth/tokens/clock_skew.rs`); after a 401 or 403
 //! `inbound/proxy/auth_rejection.rs` decides whether a new token can help; `inbound/proxy/retry.rs` decides whether a
 //! request is sent again; `throttle/pass.rs` is for requests that Amazon refuses, that wait, or that a gate counts,
 //! whose responses `inbound/proxy/jobs.rs` reads along; `inbound/proxy/polls.rs` answers a poll from another one

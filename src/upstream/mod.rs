@@ -23,6 +23,7 @@ mod request_body;
 mod pool;
 mod protocol_choice;
 mod send_error;
+mod settings;
 mod tcp;
 mod dial;
 mod windows;
@@ -39,54 +40,20 @@ use http::{HeaderMap, HeaderValue, Request, Response, StatusCode};
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 use hyper::client::conn::TrySendError;
-use rustls::pki_types::CertificateDer;
 use url::Url;
 
 pub use dial::tunnel;
 pub use idle_limit::IdleTimeout;
 pub use request_body::{BodyError, ReplayBudget, ReplayBuffer, RequestBody};
 pub use send_error::{Broken, ErrorKind, Processed, ResponseAborted, SendError};
+pub use settings::{Http2, Settings};
 
 use crate::domain::account::AmazonHost;
-use crate::domain::outgoing_proxy::OutgoingProxy;
 use crate::domain::tls;
 use connection::{Connection, Http1Connection};
 use pool::OriginPool;
 use protocol_choice::InFlight;
 use windows::WindowBudget;
-
-/// The addresses of Amazon's hosts, and the timeouts for requests to them.
-#[derive(Clone, Debug)]
-pub struct Settings {
-    /// `upstream.na`, …, `upstream.mcp_fe`: `https` origins without a path, in the order of [`AmazonHost::ALL`].
-    // Boxed: the configuration is moved through futures, which must stay small.
-    pub origins: Box<[Url; AmazonHost::ALL.len()]>,
-    /// `upstream.ca_file`: additional trust roots.
-    pub extra_roots: Vec<CertificateDer<'static>>,
-    /// `upstream.http2`: which HTTP versions are offered.
-    pub http2: Http2,
-    /// `upstream.proxy`: the proxy through which the hosts are reached.
-    pub proxy: Option<OutgoingProxy>,
-    /// `upstream.connect_timeout`: limit for DNS, TCP and TLS together.
-    pub connect_timeout: Duration,
-    /// `upstream.response_timeout`: from the end of the request to the end of the response's head.
-    pub response_timeout: Duration,
-    /// `upstream.idle_timeout`: how long an unused connection stays in the pool.
-    pub idle_timeout: IdleTimeout,
-}
-
-/// Which HTTP versions adsidecar offers to Amazon.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Http2 {
-    /// HTTP/2 if the server selects it by ALPN, else HTTP/1.1.
-    #[default]
-    Auto,
-    /// Only HTTP/1.1.
-    Never,
-    /// Only HTTP/2. A server without it causes an error.
-    Always,
-}
 
 /// The connection pools, one for each of Amazon's hosts.
 #[derive(Debug)]

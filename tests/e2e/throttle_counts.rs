@@ -134,10 +134,13 @@ async fn without_a_poll_one_export_after_another_finds_out_whether_there_is_room
     }
     let waits = [waiting(&harness, CAMPAIGNS).await, waiting(&harness, CAMPAIGNS).await];
     assert_eq!(calls(&harness), 6);
+    let both = waiting_bytes(&harness).await;
     // The first tries five seconds later, the next attempt is ten after that, then twenty.
     for (seconds, expected) in [(4, 6), (2, 7), (8, 7), (3, 8)] {
         harness.advance(seconds);
         eventually("the attempt", async || (calls(&harness) == expected).then_some(())).await;
+        // Its refusal has come back: the time until the next one counts from here.
+        eventually("both wait", async || (waiting_bytes(&harness).await >= both).then_some(())).await;
     }
     assert!(waits.iter().all(|task| !task.is_finished()));
     for _ in 0..8 {
