@@ -4,8 +4,8 @@
 //! connections. HTTP/2 is cheaper for many short responses at once; at low concurrency, or while responses are long,
 //! steady traffic moves to HTTP/1.1 connections that are opened beside the shared one (`protocol_choice`).
 //!
-//! An HTTP/1.1 connection returns to the pool only after both its request and its response have been transferred
-//! completely. In every other case it is closed.
+//! A request drives its HTTP/1.1 connection itself (`http1_driver`), which returns to the pool only after both its
+//! request and its response have been transferred completely. In every other case it is closed.
 //!
 //! The pool never retries a request. It reports whether Amazon may have processed it ([`Processed`]), and
 //! `inbound::proxy`, which still has the caller's request, retries on a [`Reuse::Fresh`] connection.
