@@ -19,7 +19,6 @@ pub(super) enum Connection {
 /// An HTTP/1.1 connection, which carries one request at a time.
 #[derive(Debug)]
 pub(super) struct Http1Connection {
-    // Dropped first, so that the connection ends.
     pub(super) sender: http1::SendRequest<RequestBody>,
     pub(super) driver: Http1Driver,
     pub(super) look: LastLook,

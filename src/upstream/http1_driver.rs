@@ -355,6 +355,20 @@ mod tests {
     }
 
     #[test]
+    fn what_another_thread_delivers_while_the_request_looks_wakes_the_request() {
+        let (_send, receives) = unbounded_channel();
+        let (driver, _) = connection(receives);
+        let request = Arc::<Task>::default();
+        driver.lend();
+        let delivered_too_late = |cx: &mut Context<'_>| {
+            cx.waker().wake_by_ref();
+            Poll::<()>::Pending
+        };
+        assert!(request.poll(|cx| driver.poll(cx, delivered_too_late)).is_pending());
+        assert_eq!(request.woken(), 1);
+    }
+
+    #[test]
     fn a_connection_that_pauses_by_itself_lets_others_come_first() {
         let mut paused = false;
         let connection = poll_fn(move |cx| {

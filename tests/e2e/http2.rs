@@ -148,6 +148,11 @@ async fn a_crowd_gets_http1_connections_while_its_responses_are_long_and_they_ar
         for _ in 0..5 {
             assert_eq!(round().await, most, "a steady crowd opens no more");
         }
+        eventually("none of a crowd with connections of its own uses the shared one", async || {
+            harness.sandbox.clear_history();
+            (round().await == most.min(CALLERS)).then_some(())
+        })
+        .await;
         // The shared connection stays, and as many others as a few short requests would use.
         let few = most.min(13);
         eventually("the others are closed", async || (open_connections(&harness) <= few).then_some(())).await;
