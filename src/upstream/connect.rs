@@ -46,7 +46,7 @@ pub(super) struct Connector {
 
 /// A connection that was just opened. Its future has to be run.
 pub(super) enum Opened {
-    Http1(Http1Connection),
+    Http1(Box<Http1Connection>),
     Http2 { connection: Http2Connection, driver: Box<Driver<Stream>> },
 }
 
@@ -153,7 +153,7 @@ impl Connector {
                 let (sender, driver) = opened.map_err(|error| ErrorKind::Reset(error.into()))?;
                 let driver = Http1Driver::new(Box::new(driver));
                 let (reused, opened) = (false, Instant::now());
-                Ok(Opened::Http1(Http1Connection { sender, driver, look, reused, opened }))
+                Ok(Opened::Http1(Box::new(Http1Connection { sender, driver, look, reused, opened })))
             }
         }
     }

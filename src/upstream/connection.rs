@@ -12,7 +12,8 @@ use super::last_look::LastLook;
 /// A connection that is ready for a request.
 #[derive(Debug)]
 pub(super) enum Connection {
-    Http1(Http1Connection),
+    /// Boxed, because it is moved often.
+    Http1(Box<Http1Connection>),
     Http2(Slot),
 }
 

@@ -112,9 +112,9 @@ impl Http1Driver {
         lock(&self.turn.0).is_lent = true;
     }
 
-    /// Polls `wanted`, which waits for something that the connection delivers. Drives the connection for it, unless its
-    /// own task does.
-    pub(super) fn poll<T>(&self, cx: &mut Context<'_>, mut wanted: impl FnMut(&mut Context<'_>) -> Poll<T>) -> Poll<T> {
+    /// Polls `wanted`, which waits for something that the connection delivers, and keeps it: to return it would move it
+    /// once more on each way. Drives the connection for it, unless its own task does.
+    pub(super) fn poll(&self, cx: &mut Context<'_>, mut wanted: impl FnMut(&mut Context<'_>) -> Poll<()>) -> Poll<()> {
         let is_woken = {
             let mut state = lock(&self.turn.0);
             if !state.is_lent {
@@ -362,7 +362,7 @@ mod tests {
         driver.lend();
         let delivered_too_late = |cx: &mut Context<'_>| {
             cx.waker().wake_by_ref();
-            Poll::<()>::Pending
+            Poll::Pending
         };
         assert!(request.poll(|cx| driver.poll(cx, delivered_too_late)).is_pending());
         assert_eq!(request.woken(), 1);
@@ -383,7 +383,7 @@ mod tests {
         let mut run = Box::pin(driver.run());
         driver.lend();
         assert!(own.poll(|cx| run.as_mut().poll(cx)).is_pending());
-        let never = |_: &mut Context<'_>| Poll::<()>::Pending;
+        let never = |_: &mut Context<'_>| Poll::Pending;
         assert!(request.poll(|cx| driver.poll(cx, never)).is_pending());
         assert_eq!((request.woken(), own.woken()), (1, 0));
         assert!(request.poll(|cx| driver.poll(cx, never)).is_pending());
@@ -399,7 +399,7 @@ mod tests {
         let mut run = Box::pin(driver.run());
         driver.lend();
         assert!(own.poll(|cx| run.as_mut().poll(cx)).is_pending());
-        assert!(own.poll(|cx| driver.poll(cx, |_| Poll::<()>::Pending)).is_pending());
+        assert!(own.poll(|cx| driver.poll(cx, |_| Poll::Pending)).is_pending());
         own.woken();
         drop((send, driver));
         assert_eq!(own.woken(), 2, "once as the task of the request");

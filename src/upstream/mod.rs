@@ -160,27 +160,28 @@ impl Upstream {
 /// Sends a request on an HTTP/1.1 connection. The connection's task has it before the future is polled, which holds
 /// nothing of it.
 fn over_http1(
-    mut connection: Http1Connection,
+    mut connection: Box<Http1Connection>,
     request: Request<RequestBody>,
     pool: Arc<OriginPool>,
     in_flight: InFlight,
     progress: Option<Arc<ReplayBuffer>>,
 ) -> Sent {
-    let reused = connection.reused;
     connection.driver.lend();
     let sent = connection.sender.try_send_request(request);
     Box::pin(async move {
         let mut sent = pin!(sent);
-        let response = poll_fn(|cx| connection.driver.poll(cx, |cx| sent.as_mut().poll(cx))).await;
-        let response = response.map_err(|mut error: TrySendError<_>| {
-            let unsent = error.take_message().map(Request::into_body);
-            let error = SendError::over_http1(error.into_error(), unsent, reused);
-            if matches!(error.processed, Processed::Stale | Processed::Refused { .. }) {
-                // The server closed it at this very moment.
-                pool.idle_limit.closed_after(Duration::ZERO);
-            }
-            error
-        })?;
+        let mut arrived = None;
+        poll_fn(|cx| {
+            connection.driver.poll(cx, |cx| {
+                arrived = Some(ready!(sent.as_mut().poll(cx)));
+                Poll::Ready(())
+            })
+        })
+        .await;
+        let response = match arrived.expect("it is polled until it has arrived") {
+            Ok(response) => response,
+            Err(error) => return Err(not_sent(error, &pool, connection.reused)),
+        };
         let unusable = |kind| Err(SendError { kind, processed: Processed::Unknown });
         if response.status() == StatusCode::SWITCHING_PROTOCOLS {
             return unusable(ErrorKind::Switched);
@@ -197,6 +198,17 @@ fn over_http1(
         }
         Ok(response.map(|incoming| UpstreamBody::http1(incoming, in_flight, pool, connection, progress)))
     })
+}
+
+/// The error of a request whose HTTP/1.1 connection failed.
+fn not_sent(mut error: TrySendError<Request<RequestBody>>, pool: &OriginPool, reused: bool) -> SendError {
+    let unsent = error.take_message().map(Request::into_body);
+    let error = SendError::over_http1(error.into_error(), unsent, reused);
+    if matches!(error.processed, Processed::Stale | Processed::Refused { .. }) {
+        // The server closed it at this very moment.
+        pool.idle_limit.closed_after(Duration::ZERO);
+    }
+    error
 }
 
 /// Returns a transfer coding other than `chunked`, which hyper undoes. We ask for none (RFC 9112, section 7).
@@ -264,8 +276,13 @@ async fn response_head(
 
 /// A response body, streamed from Amazon. After its last byte an HTTP/1.1 connection returns to the pool. If the body
 /// fails or is dropped before that, the connection is closed, or the HTTP/2 stream is reset.
+///
+/// It is boxed, because a response is moved many times on its way to the caller.
 #[derive(Debug)]
-pub struct UpstreamBody {
+pub struct UpstreamBody(Box<Arriving>);
+
+#[derive(Debug)]
+struct Arriving {
     source: Source,
     /// Counts the request as in flight to its origin, and what arrives.
     in_flight: InFlight,
@@ -282,7 +299,7 @@ enum Source {
 #[derive(Debug)]
 struct Exchange {
     pool: Arc<OriginPool>,
-    connection: Http1Connection,
+    connection: Box<Http1Connection>,
     /// Tells whether the request body was sent completely; `None` if there is none.
     request: Option<Arc<ReplayBuffer>>,
 }
@@ -292,18 +309,18 @@ impl UpstreamBody {
         incoming: Incoming,
         in_flight: InFlight,
         pool: Arc<OriginPool>,
-        connection: Http1Connection,
+        connection: Box<Http1Connection>,
         request: Option<Arc<ReplayBuffer>>,
     ) -> Self {
         let mut exchange = Some(Exchange { pool, connection, request });
         if incoming.is_end_stream() {
             release(&mut exchange);
         }
-        Self { source: Source::Http1(incoming, exchange), in_flight }
+        Self(Box::new(Arriving { source: Source::Http1(incoming, exchange), in_flight }))
     }
 
     fn http2(incoming: http2::Incoming, in_flight: InFlight) -> Self {
-        Self { source: Source::Http2(incoming), in_flight }
+        Self(Box::new(Arriving { source: Source::Http2(incoming), in_flight }))
     }
 }
 
@@ -326,7 +343,7 @@ impl Body for UpstreamBody {
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, ResponseAborted>>> {
-        let Self { source, in_flight } = &mut *self;
+        let Arriving { source, in_flight } = &mut *self.0;
         let (incoming, exchange) = match source {
             Source::Http1(incoming, exchange) => (incoming, exchange),
             Source::Http2(incoming) => {
@@ -335,8 +352,12 @@ impl Body for UpstreamBody {
                 return Poll::Ready(frame);
             }
         };
-        let mut poll = |cx: &mut Context<'_>| Pin::new(&mut *incoming).poll_frame(cx);
-        let frame = ready!(match exchange {
+        let mut frame = None;
+        let mut poll = |cx: &mut Context<'_>| {
+            frame = ready!(Pin::new(&mut *incoming).poll_frame(cx));
+            Poll::Ready(())
+        };
+        ready!(match exchange {
             Some(exchange) => exchange.connection.driver.poll(cx, poll),
             None => poll(cx),
         });
@@ -350,14 +371,14 @@ impl Body for UpstreamBody {
     }
 
     fn is_end_stream(&self) -> bool {
-        match &self.source {
+        match &self.0.source {
             Source::Http1(incoming, _) => incoming.is_end_stream(),
             Source::Http2(incoming) => incoming.is_end_stream(),
         }
     }
 
     fn size_hint(&self) -> SizeHint {
-        match &self.source {
+        match &self.0.source {
             Source::Http1(incoming, _) => incoming.size_hint(),
             Source::Http2(incoming) => incoming.size_hint(),
         }

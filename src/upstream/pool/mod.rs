@@ -69,12 +69,12 @@ struct Connections {
 /// An idle HTTP/1.1 connection, and when it became idle.
 #[derive(Debug)]
 struct Idle {
-    connection: Http1Connection,
+    connection: Box<Http1Connection>,
     since: Instant,
 }
 
 impl Idle {
-    fn new(connection: Http1Connection) -> Self {
+    fn new(connection: Box<Http1Connection>) -> Self {
         Self { connection, since: Instant::now() }
     }
 
@@ -267,7 +267,7 @@ impl OriginPool {
     }
 
     /// Returns a connection to the pool, or closes it if it is too old or the pool is full.
-    pub(super) fn release(self: &Arc<Self>, connection: Http1Connection) {
+    pub(super) fn release(self: &Arc<Self>, mut connection: Box<Http1Connection>) {
         let since = Instant::now();
         let age = since.duration_since(connection.opened);
         if connection.sender.is_closed() || age >= MAX_AGE {
@@ -279,7 +279,8 @@ impl OriginPool {
         // Where each request that may not be repeated leaves a connection, only as many are kept as others can use.
         let most = if self.needs_unused(&connections) { connections.peak + 2 * MOST_UNUSED } else { MAX_IDLE };
         if connections.idle.len() < most {
-            connections.idle.push_back(Idle { connection: Http1Connection { reused: true, ..connection }, since });
+            connection.reused = true;
+            connections.idle.push_back(Idle { connection, since });
         }
         if self.waiting.load(Relaxed) > 0 {
             self.serve(&mut connections);
@@ -315,7 +316,8 @@ impl SlotOwner for OriginPool {
 async fn is_usable(connection: &mut Connection) -> bool {
     match connection {
         // Usually the connection is ready at once, which needs no timer.
-        Connection::Http1(Http1Connection { sender, .. }) => {
+        Connection::Http1(connection) => {
+            let sender = &mut connection.sender;
             sender.is_ready() || matches!(tokio::time::timeout(READY, sender.ready()).await, Ok(Ok(())))
         }
         Connection::Http2(slot) => slot.is_alive().await,
@@ -444,12 +446,12 @@ mod tests {
         assert!(futures_util::poll!(&mut new_only).is_pending());
         assert!(futures_util::poll!(&mut unrepeatable).is_pending());
         assert!(futures_util::poll!(&mut any).is_pending());
-        let (connection, _server) = connection(Duration::ZERO).await;
+        let (mut connection, _server) = connection(Duration::ZERO).await;
+        connection.reused = true;
         // Idle for longer than is safe for what may not be repeated.
-        pool.lock().idle.push_back(Idle {
-            connection: Http1Connection { reused: true, ..connection },
-            since: Instant::now().checked_sub(pool.idle_limit.safe()).unwrap(),
-        });
+        pool.lock()
+            .idle
+            .push_back(Idle { connection, since: Instant::now().checked_sub(pool.idle_limit.safe()).unwrap() });
         pool.serve(&mut pool.lock());
         assert!(matches!(futures_util::poll!(&mut any), std::task::Poll::Ready(Ok(_))));
         assert!(futures_util::poll!(&mut unrepeatable).is_pending());
@@ -493,13 +495,13 @@ mod tests {
     }
 
     /// A connection of this age, and the end that its server holds.
-    async fn connection(age: Duration) -> (Http1Connection, tokio::io::DuplexStream) {
+    async fn connection(age: Duration) -> (Box<Http1Connection>, tokio::io::DuplexStream) {
         let (ours, theirs) = tokio::io::duplex(1024);
         let (sender, connection) = http1::handshake(TokioIo::new(ours)).await.unwrap();
         let driver = Http1Driver::new(Box::new(connection));
         tokio::spawn(driver.run());
         let opened = Instant::now().checked_sub(age).unwrap();
-        (Http1Connection { sender, driver, look: LastLook::default(), reused: false, opened }, theirs)
+        (Box::new(Http1Connection { sender, driver, look: LastLook::default(), reused: false, opened }), theirs)
     }
 
     #[tokio::test]

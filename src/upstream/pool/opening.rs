@@ -104,7 +104,7 @@ impl OriginPool {
         });
     }
 
-    pub(super) async fn new_http1(self: &Arc<Self>) -> Result<Http1Connection, ErrorKind> {
+    pub(super) async fn new_http1(self: &Arc<Self>) -> Result<Box<Http1Connection>, ErrorKind> {
         match self.connector.connect(Offer::Http1).await? {
             Opened::Http1(connection) => {
                 self.run_http1(&connection.driver);
