@@ -10,7 +10,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::header::{CONNECTION, CONTENT_TYPE, HeaderName, HeaderValue};
+use http::header::{CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, HeaderName, HeaderValue};
 use http::{HeaderMap, Request, Response, Version};
 use http_body::Body;
 use hyper::body::Incoming;
@@ -23,6 +23,7 @@ use tokio::net::{TcpStream, UnixStream};
 use super::caller_body::CallerBody;
 use super::io::{BusyBody, MonitoredSocket, detach};
 use super::registry::{Command, Slot};
+use super::set_aside::{SetAside, Written};
 use super::tunnel::{Tunnel, TunnelState};
 use super::{OwnResponses, Peer};
 
@@ -61,7 +62,7 @@ impl Socket for UnixStream {
 }
 
 /// Why [`serve_http`] returned.
-enum Served<S, V> {
+enum Served<S, V, B: Body> {
     /// The connection is idle and may be parked.
     Idle(MonitoredSocket<S>, V),
     /// A request head was not complete in time.
@@ -72,6 +73,8 @@ enum Served<S, V> {
     Ended(MonitoredSocket<S>),
     /// A response broke off.
     Broken(MonitoredSocket<S>),
+    /// The caller reads slowly: the response is written without hyper from now on.
+    SetAside(Box<SetAside<S, V, B>>),
     /// The caller does not read; the socket was reset.
     Reset,
 }
@@ -126,6 +129,9 @@ where
                 response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
             } else if keeps_alive && !response.headers().contains_key(CONNECTION) {
                 response.headers_mut().insert(KEEP_ALIVE, context.keep_alive.of(&context.limits));
+                if has_length(&response) {
+                    slot.ends_with_length();
+                }
             }
             Ok::<_, Infallible>(response)
         })
@@ -139,7 +145,7 @@ where
             Served::Idle(socket, service) => (socket, service),
             Served::HeadTimeout(socket) => break (socket, Some(context.own.head_timeout()), true),
             Served::Refused(mut socket, blame) => {
-                let refusal = socket.take_refusal().unwrap_or_default();
+                let refusal = socket.take_held();
                 break (socket, Some(told(refusal, blame, &*context.own)), true);
             }
             Served::Ended(socket) => break (socket, None, true),
@@ -149,14 +155,12 @@ where
                 return;
             }
             Served::Broken(socket) => break (socket, None, true),
-            Served::Reset => {
-                tracing::warn!(
-                    ?peer,
-                    "gave up a caller that read nothing of its response for proxy.write_timeout, and reset its \
-                     connection"
-                );
-                return;
-            }
+            Served::SetAside(response) => match Box::pin(response.write(&slot, &mut closing)).await {
+                Written::Whole(socket, service) if !closing => (socket, service),
+                Written::Whole(socket, _) | Written::Broken(socket) => break (socket, None, true),
+                Written::Reset => return gave_up(peer),
+            },
+            Served::Reset => return gave_up(peer),
         };
         if !socket.has_unread() && !park(socket.get_ref(), &slot).await {
             break (socket, None, false);
@@ -173,6 +177,13 @@ where
     } else {
         close.await;
     }
+}
+
+fn gave_up(peer: Peer) {
+    tracing::warn!(
+        ?peer,
+        "gave up a caller that read nothing of its response for proxy.write_timeout, and reset its connection"
+    );
 }
 
 /// What the caller is told instead of `refusal`, the answer of hyper's parser. Of most malformed requests nothing can
@@ -193,6 +204,13 @@ fn asks_to_close(headers: &HeaderMap) -> bool {
     lines.flat_map(|line| line.split(',')).any(|option| option.trim().eq_ignore_ascii_case("close"))
 }
 
+/// Whether the length of the response's body is known, and its `Content-Length`, if it has one, is that length.
+fn has_length<B: Body>(response: &Response<B>) -> bool {
+    let said = response.headers().get(CONTENT_LENGTH).map(|said| said.to_str().ok()?.parse::<u64>().ok());
+    let length = response.body().size_hint().exact();
+    length.is_some() && said.is_none_or(|said| said == length)
+}
+
 /// Whether `response` is a stream of server-sent events.
 fn is_event_stream<B>(response: &Response<B>) -> bool {
     let kind = response.headers().get(CONTENT_TYPE).map_or(&b""[..], HeaderValue::as_bytes);
@@ -210,13 +228,13 @@ async fn serve_http<S, V, B>(
     slot: &Slot,
     tunnel: &TunnelState,
     closing: &mut bool,
-) -> Served<S, V>
+) -> Served<S, V, B>
 where
     S: Socket,
-    V: HttpService<Incoming, ResBody = B> + Unpin,
+    V: HttpService<Incoming, ResBody = BusyBody<B>> + Unpin,
     V::Future: Unpin,
-    B: Body + 'static,
-    B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+    B: Body<Data = Bytes> + Send + Unpin + 'static,
+    B::Error: Into<Box<dyn std::error::Error + Send + Sync>> + Send + Unpin,
 {
     let _active = slot.activate();
     let mut builder = http1::Builder::new();
@@ -235,6 +253,7 @@ where
         // when it is pending, so it has written everything it was given and the socket accepts.
         let served = poll_fn(|cx| match connection.poll_without_shutdown(cx) {
             Poll::Ready(ended) => Poll::Ready(Step::Ended(ended)),
+            Poll::Pending if slot.is_leaving() => Poll::Ready(Step::Left),
             Poll::Pending if *closing && slot.is_in_rest() => Poll::Ready(Step::Ended(Ok(()))),
             Poll::Pending if untold && !slot.is_unwritten() => Poll::Ready(Step::Written),
             Poll::Pending if slot.may_park() && !*closing => Poll::Ready(Step::Idle),
@@ -245,6 +264,15 @@ where
             step = served => match step {
                 Step::Written => continue,
                 Step::Idle => return idle(connection.into_parts()),
+                Step::Left => {
+                    let parts = connection.into_parts();
+                    let mut socket = parts.io.into_inner();
+                    socket.unread(&parts.read_buf);
+                    return match slot.take_rest() {
+                        Some(rest) => Served::SetAside(Box::new(SetAside::new(socket, parts.service, rest))),
+                        None => Served::Broken(socket),
+                    };
+                }
                 // HTTP begins anew inside the tunnel.
                 Step::Ended(Ok(())) if tunnel.take_opened() && !*closing => return idle(connection.into_parts()),
                 // hyper forgets what it has not written if the request's body ends meanwhile and the connection with
@@ -280,11 +308,11 @@ where
             Command::EndUpload if slot.is_in_rest() => return Served::Ended(into_socket(connection.into_parts())),
             // It was done in the meantime.
             Command::HeadTimeout | Command::EndUpload => {}
+            Command::SetAside if *closing => {}
+            Command::SetAside => slot.leave_hyper(),
             Command::Abort => return Served::Broken(into_socket(connection.into_parts())),
             Command::Reset => {
-                // A linger time of zero makes the kernel discard unsent data and send a reset.
-                let socket = into_socket(connection.into_parts()).into_inner();
-                let _ = rustix::net::sockopt::set_socket_linger(&socket, Some(Duration::ZERO));
+                into_socket(connection.into_parts()).reset();
                 return Served::Reset;
             }
         }
@@ -299,6 +327,8 @@ enum Step {
     Written,
     /// The connection may be parked.
     Idle,
+    /// hyper has given up the connection.
+    Left,
 }
 
 /// Why hyper could not read a request; `unread` is what it left.
@@ -332,7 +362,7 @@ fn is_bad_target(error: &hyper::Error, unread: &[u8]) -> bool {
 }
 
 /// Takes the socket and the service back from hyper.
-fn idle<S: Socket, V>(parts: http1::Parts<TokioIo<MonitoredSocket<S>>, V>) -> Served<S, V> {
+fn idle<S: Socket, V, B: Body>(parts: http1::Parts<TokioIo<MonitoredSocket<S>>, V>) -> Served<S, V, B> {
     let mut socket = parts.io.into_inner();
     // hyper may have read the start of the next head together with the previous one.
     socket.unread(&parts.read_buf);

@@ -38,8 +38,9 @@ pub(super) struct MonitoredSocket<S> {
     unread: Bytes,
     /// How much of a request's body was read after the response was written.
     rest: usize,
-    /// A refusal of hyper's parser, held back: only its error says whether the caller can be told more.
-    refusal: Option<Box<Bytes>>,
+    /// What hyper has written, held back: a refusal of its parser, because only its error says whether the caller can be
+    /// told more; or what it had not written when it gave up the connection.
+    held: Option<Box<Bytes>>,
 }
 
 /// Most bytes of a request's body that are read after the response was written.
@@ -51,7 +52,7 @@ const READ_AHEAD: usize = 4 << 10;
 impl<S> MonitoredSocket<S> {
     pub(super) fn new(socket: S, activity: Arc<Activity>, own: Arc<dyn OwnResponses>) -> Self {
         let (blocked, awaits_data, resets, unread, rest) = (false, false, false, Bytes::new(), 0);
-        Self { socket, activity, own, blocked, awaits_data, resets, unread, rest, refusal: None }
+        Self { socket, activity, own, blocked, awaits_data, resets, unread, rest, held: None }
     }
 
     /// Lets the next read return `bytes`, which were read before what is still unread. Line breaks before a request
@@ -74,13 +75,26 @@ impl<S> MonitoredSocket<S> {
         self.socket
     }
 
-    /// The refusal that hyper's parser wrote, which was held back.
-    pub(super) fn take_refusal(&mut self) -> Option<Bytes> {
-        self.refusal.take().map(|refusal| *refusal)
+    /// Takes what hyper has written and was held back.
+    pub(super) fn take_held(&mut self) -> Bytes {
+        self.held.take().map_or_else(Bytes::new, |held| *held)
     }
 
+    /// Whether a refusal of hyper's parser was held back.
     pub(super) fn has_refusal(&self) -> bool {
-        self.refusal.is_some()
+        self.held.is_some()
+    }
+
+    /// Holds what hyper writes while it gives up the connection, and returns its length.
+    fn hold(&mut self, parts: &[IoSlice<'_>]) -> Option<usize> {
+        if !self.blocked || !self.activity.is_leaving() {
+            return None;
+        }
+        let parts: Vec<&[u8]> = parts.iter().map(|part| &**part).collect();
+        let written = parts.concat();
+        let length = written.len();
+        self.held = Some(Box::new([self.take_held(), written.into()].concat().into()));
+        Some(length)
     }
 
     /// Records whether a write was blocked. It records changes only, so an uninterrupted response costs nothing.
@@ -137,6 +151,11 @@ impl<S: AsFd> MonitoredSocket<S> {
         }
     }
 
+    /// Resets the connection: a linger time of zero makes the kernel discard unsent data.
+    pub(super) fn reset(self) {
+        let _ = set_socket_linger(&self.socket, Some(Duration::ZERO));
+    }
+
     /// Lets the socket be closed gracefully.
     pub(super) fn close_gracefully(&mut self) {
         if std::mem::take(&mut self.resets) {
@@ -158,7 +177,7 @@ impl<S: AsyncWrite + AsFd + Unpin> MonitoredSocket<S> {
         if self.activity.is_rejecting_head()
             && let Some(answer) = with_request_id(bytes, &self.own.request_id())
         {
-            self.refusal = Some(Box::new(answer.into()));
+            self.held = Some(Box::new(answer.into()));
             return Poll::Ready(Ok(bytes.len()));
         }
         Pin::new(&mut self.socket).poll_write(cx, bytes)
@@ -185,6 +204,9 @@ impl<S: AsyncRead + Unpin> AsyncRead for MonitoredSocket<S> {
 
 impl<S: AsyncRead + AsyncWrite + AsFd + Unpin> AsyncWrite for MonitoredSocket<S> {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<Result<usize>> {
+        if let Some(length) = self.hold(&[IoSlice::new(bytes)]) {
+            return Poll::Ready(Ok(length));
+        }
         self.reset_when_closed();
         let written = self.write(cx, bytes);
         self.record(written)
@@ -204,6 +226,9 @@ impl<S: AsyncRead + AsyncWrite + AsFd + Unpin> AsyncWrite for MonitoredSocket<S>
         cx: &mut Context<'_>,
         parts: &[IoSlice<'_>],
     ) -> Poll<Result<usize>> {
+        if let Some(length) = self.hold(parts) {
+            return Poll::Ready(Ok(length));
+        }
         self.reset_when_closed();
         let written = match parts {
             [only] => self.write(cx, only),
@@ -220,20 +245,45 @@ impl<S: AsyncRead + AsyncWrite + AsFd + Unpin> AsyncWrite for MonitoredSocket<S>
 /// A response body that marks its connection as busy until it was sent. While the socket accepts no data, the body is
 /// not polled; otherwise hyper would buffer 64 KiB for each caller that does not read. An error is held back until what
 /// came before it is written: hyper forgets what it has not written when a body fails.
-#[derive(Debug)]
-pub(super) struct BusyBody<B: Body> {
-    body: B,
-    busy: Busy,
-    error: Option<B::Error>,
+///
+/// If hyper gives up the connection, the rest of the response stays with its [`Slot`](super::registry::Slot).
+pub(super) struct BusyBody<B>(Option<Rest<B>>)
+where
+    B: Body<Error: Send> + Send + 'static;
+
+/// What is left of a response.
+pub(super) struct Rest<B: Body> {
+    pub(super) body: B,
+    /// The connection is busy with it.
+    pub(super) busy: Busy,
+    pub(super) error: Option<B::Error>,
+    /// Bytes that are still to be written frame by frame.
+    singly: usize,
+    /// Whether hyper has not written the last frame yet.
+    pauses: bool,
 }
 
-impl<B: Body> BusyBody<B> {
+/// In a crowd, this many bytes of a response are written frame by frame: hyper would take 64 KiB before it writes
+/// anything, and where the caller reads nothing, all of that stays there.
+const SINGLY: usize = 64 << 10;
+
+impl<B: Body<Error: Send> + Send + 'static> BusyBody<B> {
     pub(super) fn new(body: B, busy: Busy) -> Self {
-        Self { body, busy, error: None }
+        let singly = if busy.is_of_a_crowd() { SINGLY } else { 0 };
+        Self(Some(Rest { body, busy, error: None, singly, pauses: false }))
     }
 }
 
-impl<B: Body<Error: Unpin> + Unpin> Body for BusyBody<B> {
+impl<B: Body<Error: Send> + Send + 'static> Drop for BusyBody<B> {
+    fn drop(&mut self) {
+        if let Some(rest) = self.0.take_if(|rest| rest.busy.is_leaving()) {
+            let activity = rest.busy.activity();
+            activity.keep_rest(Box::new(rest));
+        }
+    }
+}
+
+impl<B: Body<Data = Bytes, Error: Send + Unpin> + Send + Unpin + 'static> Body for BusyBody<B> {
     type Data = B::Data;
     type Error = B::Error;
 
@@ -241,27 +291,40 @@ impl<B: Body<Error: Unpin> + Unpin> Body for BusyBody<B> {
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<std::result::Result<Frame<B::Data>, B::Error>>> {
-        ready!(self.busy.poll_writable(cx));
-        if let Some(error) = self.error.take() {
+        // It is there until this is dropped.
+        let Some(rest) = &mut self.0 else { return Poll::Ready(None) };
+        ready!(rest.busy.poll_writable(cx));
+        if let Some(error) = rest.error.take() {
             return Poll::Ready(Some(Err(error)));
         }
-        match ready!(Pin::new(&mut self.body).poll_frame(cx)) {
+        // hyper writes what it holds whenever a body is pending.
+        if std::mem::take(&mut rest.pauses) {
+            cx.waker().wake_by_ref();
+            return Poll::Pending;
+        }
+        match ready!(Pin::new(&mut rest.body).poll_frame(cx)) {
+            Some(Ok(frame)) => {
+                if rest.singly > 0 {
+                    rest.singly = rest.singly.saturating_sub(frame.data_ref().map_or(0, Bytes::len));
+                    rest.pauses = true;
+                }
+                Poll::Ready(Some(Ok(frame)))
+            }
             Some(Err(error)) => {
-                // hyper writes what it holds whenever a body is pending.
-                self.error = Some(error);
+                rest.error = Some(error);
                 cx.waker().wake_by_ref();
                 Poll::Pending
             }
-            frame => Poll::Ready(frame),
+            None => Poll::Ready(None),
         }
     }
 
     fn is_end_stream(&self) -> bool {
-        self.error.is_none() && self.body.is_end_stream()
+        self.0.as_ref().is_none_or(|rest| rest.error.is_none() && rest.body.is_end_stream())
     }
 
     fn size_hint(&self) -> SizeHint {
-        self.body.size_hint()
+        self.0.as_ref().map_or_else(SizeHint::default, |rest| rest.body.size_hint())
     }
 }
 
@@ -300,8 +363,9 @@ fn origin_form(uri: &Uri) -> Option<&str> {
 #[cfg(test)]
 mod tests {
     use bytes::Bytes;
+    use futures_util::stream;
     use futures_util::task::{ArcWake, waker};
-    use http_body_util::Full;
+    use http_body_util::{Full, StreamBody};
 
     use super::super::registry::Registry;
     use super::*;
@@ -319,7 +383,8 @@ mod tests {
     fn a_response_body_is_not_polled_while_the_caller_does_not_read() {
         let registry = Arc::<Registry>::default();
         let slot = registry.register();
-        let mut body = BusyBody::new(Full::new(Bytes::from_static(b"response")), slot.begin_request(false, false).0);
+        let busy = slot.begin_request(false, false).0;
+        let mut body = BusyBody::new(Full::new(Bytes::from_static(b"response")), busy);
         let woken = Arc::new(Woken(false.into()));
         let waker = waker(woken.clone());
         let cx = &mut Context::from_waker(&waker);
@@ -329,6 +394,36 @@ mod tests {
         slot.activity().write_blocked(false);
         assert!(woken.0.load(std::sync::atomic::Ordering::Relaxed), "the waiting task is woken");
         assert!(matches!(Pin::new(&mut body).poll_frame(cx), Poll::Ready(Some(Ok(_)))));
+    }
+
+    #[test]
+    fn in_a_crowd_a_response_begins_frame_by_frame() {
+        for crowded in [true, false] {
+            let registry = Arc::<Registry>::default();
+            if crowded {
+                registry.parking().simulate_crowd();
+            }
+            let slot = registry.register();
+            let _active = slot.activate();
+            let frame = || Ok::<_, std::io::Error>(Frame::data(Bytes::from(vec![0; SINGLY / 2])));
+            let frames = StreamBody::new(stream::iter(std::iter::repeat_with(frame).take(4)));
+            let mut body = BusyBody::new(frames, slot.begin_request(false, false).0);
+            let mut polls = Vec::new();
+            while polls.last() != Some(&None) {
+                let woken = Arc::new(Woken(false.into()));
+                let waker = waker(woken.clone());
+                let polled = Pin::new(&mut body).poll_frame(&mut Context::from_waker(&waker));
+                // A pause is only for hyper to write what it has.
+                assert_eq!(polled.is_pending(), woken.0.load(std::sync::atomic::Ordering::Relaxed));
+                polls.push(match polled {
+                    Poll::Ready(frame) => frame.map(|_| "frame"),
+                    Poll::Pending => Some("pause"),
+                });
+            }
+            let pause = crowded.then_some("pause");
+            let expected = [Some("frame"), pause, Some("frame"), pause, Some("frame"), Some("frame")];
+            assert_eq!(polls, expected.into_iter().flatten().map(Some).chain([None]).collect::<Vec<_>>());
+        }
     }
 
     fn read(target: &'static str, values: &[&[u8]]) -> (Bytes, Request<()>) {

@@ -23,6 +23,7 @@ mod heap;
 mod inherited;
 mod io;
 mod parking;
+mod set_aside;
 mod socket;
 mod tunnel;
 

@@ -2,6 +2,7 @@
 //!
 //! The file is long because every state of a connection, and what each limit does to it, stand in one place.
 
+use std::any::Any;
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -54,6 +55,8 @@ pub(super) struct Activity {
     blocked_since: AtomicU64,
     /// Wakes the response body once the socket accepts data again.
     writable: AtomicWaker,
+    /// The rest of the response, if hyper has given up the connection.
+    rest: Mutex<Option<Box<dyn Any + Send>>>,
     /// The latest command that was not executed yet; 0 for none.
     command: AtomicU8,
     /// Notified whenever `command` is set.
@@ -83,8 +86,14 @@ mod flag {
     pub(super) const PARSING: u64 = 1 << 8;
     /// Whoever writes the response looks for a hang-up once the request's body has ended.
     pub(super) const WATCHED: u64 = 1 << 9;
+    /// The response ends with its length, and the connection stays open after it.
+    pub(super) const BY_LENGTH: u64 = 1 << 10;
+    /// hyper gives up the connection in the middle of such a response.
+    pub(super) const LEAVING: u64 = 1 << 11;
+    /// Many connections were active when the request began.
+    pub(super) const CROWD: u64 = 1 << 12;
     /// The number of flags.
-    pub(super) const BITS: u32 = 10;
+    pub(super) const BITS: u32 = 13;
     pub(super) const ALL: u64 = (1 << BITS) - 1;
 }
 
@@ -129,6 +138,8 @@ pub(super) enum Command {
     EndUpload,
     /// Break the response off, if there is one, and close.
     Abort,
+    /// Set the response aside, because the caller reads slowly.
+    SetAside,
 }
 
 /// Marks the connection as busy with a response until it is dropped.
@@ -145,6 +156,10 @@ pub(super) struct Uploading {
 /// How long a request's body may continue to arrive after the response was written. Some servers respond early and read
 /// the rest, so it is read, but it must not keep the connection for ever.
 const REST_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// A crowd's response is set aside if the socket has accepted nothing for this time. A caller that reads is not that
+/// slow.
+const SLOW: Duration = Duration::from_millis(250);
 
 /// How often to check whether nothing is in progress.
 const QUIET_CHECK: Duration = Duration::from_secs(1);
@@ -167,6 +182,7 @@ impl Registry {
             state: AtomicU64::new(0),
             blocked_since: AtomicU64::new(0),
             writable: AtomicWaker::new(),
+            rest: Mutex::new(None),
             command: AtomicU8::new(0),
             commanded: Notify::new(),
         });
@@ -272,14 +288,16 @@ impl Registry {
         loop {
             let limits = **limits.load();
             let shortest = limits.header_timeout.min(limits.idle_timeout).min(limits.write_timeout);
-            let period = (shortest / 4).clamp(Duration::from_millis(20), Duration::from_secs(1));
-            tokio::time::sleep(period).await;
+            let is_crowd = self.parking.is_full();
+            let longest = if is_crowd { SLOW / 2 } else { Duration::from_secs(1) };
+            tokio::time::sleep((shortest / 4).clamp(Duration::from_millis(20), longest)).await;
             for activity in self.lock().open.values() {
                 match activity.doing() {
                     _ if activity.blocked_for() >= limits.write_timeout => activity.send(Command::Reset),
                     (Doing::Head, since) if since >= limits.header_timeout => activity.send(Command::HeadTimeout),
                     (Doing::Idle, since) if since >= limits.idle_timeout => activity.send(Command::Close),
                     (Doing::Rest, since) if since >= REST_TIMEOUT => activity.send(Command::EndUpload),
+                    (Doing::Busy, _) if is_crowd && activity.may_be_set_aside() => activity.send(Command::SetAside),
                     _ => {}
                 }
             }
@@ -340,7 +358,8 @@ impl Slot {
     /// Records that a request head is complete. The connection is busy until the guards are dropped: that of the
     /// response, and that of the request's body, if it has one.
     pub(super) fn begin_request(&self, http10: bool, body: bool) -> (Busy, Option<Uploading>) {
-        let begun = flag::RESPONSE | if body { flag::UPLOAD } else { 0 } | if http10 { flag::HTTP10 } else { 0 };
+        let facts = [(body, flag::UPLOAD), (http10, flag::HTTP10), (self.registry.parking.is_full(), flag::CROWD)];
+        let begun = facts.into_iter().fold(flag::RESPONSE, |all, (is_so, flag)| if is_so { all | flag } else { all });
         self.activity.change(begun, flag::ALL & !flag::UNWRITTEN);
         let uploading = body.then(|| Uploading { activity: self.activity.clone(), complete: false });
         (Busy(self.activity.clone()), uploading)
@@ -349,6 +368,30 @@ impl Slot {
     /// Records that the response in progress is an event stream.
     pub(super) fn streams_events(&self) {
         self.activity.change(flag::EVENTS, 0);
+    }
+
+    /// Records that the response in progress ends with its length, and that the connection stays open after it.
+    pub(super) fn ends_with_length(&self) {
+        self.activity.change(flag::BY_LENGTH, 0);
+    }
+
+    /// Makes hyper give up the connection, if the response can still be set aside: hyper writes what it holds to
+    /// memory, and the rest of the response is left.
+    pub(super) fn leave_hyper(&self) {
+        if self.activity.may_be_set_aside() {
+            self.activity.change(flag::LEAVING, flag::BY_LENGTH);
+        }
+    }
+
+    /// Whether hyper gives up the connection.
+    pub(super) fn is_leaving(&self) -> bool {
+        self.activity.is_leaving()
+    }
+
+    /// Takes the rest of the response, once hyper has given up the connection.
+    pub(super) fn take_rest<R: 'static>(&self) -> Option<R> {
+        self.activity.change(0, flag::LEAVING);
+        self.activity.rest().take()?.downcast().ok().map(|rest| *rest)
     }
 
     /// Whether part of a request head was received, nothing else is in progress, and nothing is unwritten.
@@ -403,6 +446,7 @@ impl Slot {
                 3 => return Command::Reset,
                 4 => return Command::EndUpload,
                 5 => return Command::Abort,
+                6 => return Command::SetAside,
                 _ => commanded.await,
             }
         }
@@ -411,6 +455,9 @@ impl Slot {
 
 impl Drop for Slot {
     fn drop(&mut self) {
+        // The connection may have ended just as hyper gave it up.
+        let rest = self.activity.rest().take();
+        drop(rest);
         self.registry.lock().open.remove(&self.key);
         self.registry.freed.notify_waiters();
     }
@@ -466,6 +513,28 @@ impl Activity {
     /// Whether the response was written while the request's body is still arriving.
     pub(super) fn is_in_rest(&self) -> bool {
         Doing::of(self.state.load(Relaxed)) == Doing::Rest
+    }
+
+    /// Whether the response can be set aside: the socket has accepted nothing for [`SLOW`], and hyper has nothing to do
+    /// but to write the rest.
+    fn may_be_set_aside(&self) -> bool {
+        let needed = flag::RESPONSE | flag::UNWRITTEN | flag::BY_LENGTH;
+        let flags = self.state.load(Relaxed);
+        flags & (needed | flag::UPLOAD | flag::UNREAD | flag::CLOSING) == needed && self.blocked_for() >= SLOW
+    }
+
+    /// Whether hyper gives up the connection.
+    pub(super) fn is_leaving(&self) -> bool {
+        self.has(flag::LEAVING)
+    }
+
+    /// Keeps the rest of the response until [`Slot::take_rest`].
+    pub(super) fn keep_rest(&self, rest: Box<dyn Any + Send>) {
+        *self.rest() = Some(rest);
+    }
+
+    fn rest(&self) -> MutexGuard<'_, Option<Box<dyn Any + Send>>> {
+        self.rest.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn has(&self, flag: u64) -> bool {
@@ -526,6 +595,20 @@ impl Busy {
         // registered.
         self.0.writable.register(cx.waker());
         Poll::Pending
+    }
+
+    /// Whether many connections were active when the request began.
+    pub(super) fn is_of_a_crowd(&self) -> bool {
+        self.0.has(flag::CROWD)
+    }
+
+    /// Whether hyper gives up the connection.
+    pub(super) fn is_leaving(&self) -> bool {
+        self.0.is_leaving()
+    }
+
+    pub(super) fn activity(&self) -> Arc<Activity> {
+        self.0.clone()
     }
 }
 

@@ -1,0 +1,430 @@
+//! A response that is set aside: while many connections are active, one whose caller reads slowly is written without
+//! hyper.
+//!
+//! hyper holds two buffers of 8 KiB for each connection, and other state, also while the socket accepts nothing. Two
+//! thousand callers that read a few bytes a second would take 32 MiB for that. So hyper gives up their connections, as
+//! it does when they are [parked](super::parking), but in the middle of a response: what it has not written and the rest
+//! of the body are written here. hyper has written the head, and the response ends with its length
+//! (RFC 9112, section 6.3), so that nothing is left to do but to copy bytes.
+
+use std::io::{ErrorKind, Result};
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+
+use bytes::{Buf, Bytes};
+use http_body::Body;
+use tokio::io::AsyncWrite;
+
+use super::connection::Socket;
+use super::io::{MonitoredSocket, Rest};
+use super::registry::{Busy, Command, Slot};
+
+/// A response that is set aside, and its connection.
+pub(super) struct SetAside<S, V, B: Body> {
+    socket: MonitoredSocket<S>,
+    /// What serves the requests after it.
+    service: V,
+    /// What the socket has not accepted yet.
+    unwritten: Bytes,
+    /// What follows it. One frame is taken before it can be written: alone it takes less memory than in the buffer that
+    /// it was read into, beside the frames of others.
+    next: Option<Bytes>,
+    body: B,
+    /// The connection is busy until the response is written.
+    _busy: Busy,
+    /// Bytes of the body that were not taken yet; `None` if it broke off.
+    left: Option<u64>,
+}
+
+/// What became of the response.
+pub(super) enum Written<S, V> {
+    Whole(MonitoredSocket<S>, V),
+    /// It broke off.
+    Broken(MonitoredSocket<S>),
+    /// The caller does not read; the socket was reset.
+    Reset,
+}
+
+impl<S: Socket, V, B: Body<Data = Bytes> + Unpin> SetAside<S, V, B> {
+    pub(super) fn new(mut socket: MonitoredSocket<S>, service: V, rest: Rest<B>) -> Self {
+        let Rest { body, busy, error, .. } = rest;
+        let (unwritten, length) = (socket.take_held(), body.size_hint().exact());
+        let left = length.filter(|_| error.is_none());
+        Self { socket, service, unwritten, next: None, body, _busy: busy, left }
+    }
+
+    /// Writes the response. `closing` is set if the connection is to be closed after it.
+    pub(super) async fn write(mut self: Box<Self>, slot: &Slot, closing: &mut bool) -> Written<S, V> {
+        loop {
+            let command = tokio::select! {
+                biased;
+                written = std::future::poll_fn(|cx| self.poll_write(cx)) => return match written {
+                    Ok(()) => Written::Whole(self.socket, self.service),
+                    Err(error) => {
+                        tracing::debug!(%error, "a response that was set aside broke off");
+                        Written::Broken(self.socket)
+                    }
+                },
+                command = slot.command() => command,
+            };
+            match command {
+                Command::Close => *closing = true,
+                Command::Abort => return Written::Broken(self.socket),
+                Command::Reset => {
+                    self.socket.reset();
+                    return Written::Reset;
+                }
+                // Of a request's head or body there is nothing to end.
+                Command::HeadTimeout | Command::EndUpload | Command::SetAside => {}
+            }
+        }
+    }
+
+    fn poll_write(&mut self, cx: &mut Context<'_>) -> Poll<Result<()>> {
+        loop {
+            while !self.unwritten.is_empty() {
+                match Pin::new(&mut self.socket).poll_write(cx, &self.unwritten)? {
+                    Poll::Ready(0) => return Poll::Ready(Err(ErrorKind::WriteZero.into())),
+                    Poll::Ready(written) => self.unwritten.advance(written),
+                    Poll::Pending => {
+                        // If it breaks off, what came before is written first.
+                        if self.next.is_none()
+                            && let Poll::Ready(Ok(next)) = self.poll_next(cx)
+                        {
+                            self.next = next;
+                        }
+                        // Notices that the caller hangs up.
+                        ready!(Pin::new(&mut self.socket).poll_flush(cx))?;
+                        return Poll::Pending;
+                    }
+                }
+            }
+            match self.next.take() {
+                Some(next) => self.unwritten = next,
+                None => match ready!(self.poll_next(cx))? {
+                    Some(next) => self.unwritten = next,
+                    None => return Pin::new(&mut self.socket).poll_flush(cx),
+                },
+            }
+        }
+    }
+
+    /// The next bytes of the body; `None` at its end.
+    fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Bytes>>> {
+        loop {
+            let Some(left) = self.left else { return Poll::Ready(Err(ErrorKind::UnexpectedEof.into())) };
+            if left == 0 {
+                return Poll::Ready(Ok(None));
+            }
+            match ready!(Pin::new(&mut self.body).poll_frame(cx)) {
+                Some(Ok(frame)) => {
+                    let Ok(mut data) = frame.into_data() else { continue };
+                    // Nothing of a body that is too long may look like the next response.
+                    data.truncate(usize::try_from(left).unwrap_or(usize::MAX));
+                    self.left = Some(left - data.len() as u64);
+                    if !data.is_empty() {
+                        return Poll::Ready(Ok(Some(data)));
+                    }
+                }
+                Some(Err(_)) | None => self.left = None,
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{Arc, Mutex};
+    use std::time::Duration;
+
+    use arc_swap::ArcSwap;
+    use http::{HeaderValue, Request, Response};
+    use http_body::{Frame, SizeHint};
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::UnixStream;
+    use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+    use tokio::time::timeout;
+
+    use super::super::connection::run;
+    use super::super::parking::MAX_ACTIVE;
+    use super::super::registry::Registry;
+    use super::super::{CallerBody, Limits, ListenerContext, OwnResponses, Peer};
+    use super::*;
+
+    const REQUEST: &[u8] = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n";
+    /// More than both ends of a socket hold.
+    const LENGTH: usize = 2 << 20;
+    const FRAME: usize = 10_000;
+    const LONG: Duration = Duration::from_secs(20);
+
+    #[derive(Debug)]
+    struct Own;
+
+    impl OwnResponses for Own {
+        fn head_timeout(&self) -> Bytes {
+            Bytes::from_static(b"late")
+        }
+
+        fn overloaded(&self) -> Bytes {
+            Bytes::new()
+        }
+
+        fn bad_target(&self) -> Bytes {
+            Bytes::new()
+        }
+
+        fn head_too_large(&self) -> Bytes {
+            Bytes::new()
+        }
+
+        fn target_too_long(&self) -> Bytes {
+            Bytes::new()
+        }
+
+        fn request_id(&self) -> HeaderValue {
+            HeaderValue::from_static("id")
+        }
+    }
+
+    /// A response body whose frames the test sends.
+    struct Sent {
+        frames: UnboundedReceiver<Result<Bytes>>,
+        left: Option<u64>,
+    }
+
+    impl Body for Sent {
+        type Data = Bytes;
+        type Error = std::io::Error;
+
+        fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>>>> {
+            let frame = ready!(self.frames.poll_recv(cx));
+            if let (Some(Ok(data)), Some(left)) = (&frame, &mut self.left) {
+                *left = left.saturating_sub(data.len() as u64);
+            }
+            Poll::Ready(frame.map(|frame| frame.map(Frame::data)))
+        }
+
+        fn size_hint(&self) -> SizeHint {
+            self.left.map_or_else(SizeHint::default, SizeHint::with_exact)
+        }
+    }
+
+    /// A connection of a crowd that is being served, and the caller's end of it. The first response is `LENGTH` bytes
+    /// long, and those after it are empty.
+    struct Scene {
+        registry: Arc<Registry>,
+        caller: UnixStream,
+        frames: Option<UnboundedSender<Result<Bytes>>>,
+        sent: usize,
+    }
+
+    impl Scene {
+        async fn start(length: Option<u64>, write_timeout: Duration) -> Self {
+            let (stream, caller) = UnixStream::pair().unwrap();
+            let registry = Arc::<Registry>::default();
+            registry.parking().simulate_crowd();
+            let (frames, receives) = unbounded_channel();
+            let first = Mutex::new(Some(Sent { frames: receives, left: length }));
+            let handler = move |_: Request<CallerBody>, _: Peer| {
+                let empty = || Sent { frames: unbounded_channel().1, left: Some(0) };
+                let body = first.lock().unwrap().take().unwrap_or_else(empty);
+                async { Response::new(body) }
+            };
+            let handler = Arc::new(handler);
+            // The registry looks every 20 ms.
+            let limits = Limits {
+                max_connections: usize::MAX,
+                header_timeout: Duration::from_millis(80),
+                idle_timeout: Duration::from_secs(60),
+                write_timeout,
+            };
+            let limits = Arc::new(ArcSwap::from_pointee(limits));
+            let context = ListenerContext {
+                handler: move |request, peer| handler(request, peer),
+                registry: registry.clone(),
+                own: Arc::new(Own),
+                limits: limits.clone(),
+                share: 100,
+                keep_alive: Default::default(),
+            };
+            tokio::spawn(registry.clone().enforce(limits));
+            tokio::spawn(run(stream, Peer::Unix(None), registry.register(), Arc::new(context)));
+            Self { registry, caller, frames: Some(frames), sent: 0 }
+        }
+
+        /// Sends the next `length` bytes of the response.
+        fn send(&mut self, length: usize) {
+            let end = self.sent + length;
+            while self.sent < end {
+                let next = end.min(self.sent + FRAME);
+                let data: Vec<u8> = (self.sent..next).map(byte).collect();
+                self.frames.as_ref().unwrap().send(Ok(data.into())).unwrap();
+                self.sent = next;
+            }
+        }
+
+        async fn until_active(&self, wanted: usize) {
+            let is_so = async {
+                while self.registry.parking().active() != wanted {
+                    tokio::task::yield_now().await;
+                }
+            };
+            timeout(LONG, is_so).await.unwrap_or_else(|_| panic!("{} active", self.registry.parking().active()));
+        }
+
+        /// Waits until hyper has given up the connection, whose response is under way.
+        async fn until_set_aside(&self) {
+            self.until_active(MAX_ACTIVE + 1).await;
+            self.until_active(MAX_ACTIVE).await;
+        }
+
+        async fn read_head(&mut self) -> String {
+            let mut head = Vec::new();
+            while !head.ends_with(b"\r\n\r\n") {
+                head.push(timeout(LONG, self.caller.read_u8()).await.unwrap().unwrap());
+            }
+            String::from_utf8(head).unwrap()
+        }
+
+        /// Reads what follows of the first response until the connection is closed.
+        async fn read_to_the_end(&mut self) -> usize {
+            let mut body = Vec::new();
+            // A reset is an end too.
+            let _ = timeout(LONG, self.caller.read_to_end(&mut body)).await.expect("the connection stays open");
+            assert!(body.iter().enumerate().all(|(position, read)| *read == byte(position)));
+            body.len()
+        }
+
+        async fn until_nothing_is_open(&self) {
+            let is_so = async {
+                while self.registry.len() > 0 {
+                    tokio::task::yield_now().await;
+                }
+            };
+            timeout(LONG, is_so).await.expect("the connection stays open");
+        }
+    }
+
+    fn byte(position: usize) -> u8 {
+        (position % 251) as u8
+    }
+
+    #[tokio::test]
+    async fn a_caller_that_pauses_gets_every_byte_and_the_responses_after_it() {
+        let mut scene = Scene::start(Some(LENGTH as u64), LONG).await;
+        scene.caller.write_all(&[REQUEST, REQUEST].concat()).await.unwrap();
+        scene.send(LENGTH / 2);
+        scene.until_set_aside().await;
+        // Each time there is room, it is written at once.
+        let mut body = vec![0; LENGTH / 2];
+        assert!(scene.read_head().await.contains("content-length: 2097152\r\n"));
+        scene.caller.read_exact(&mut body).await.unwrap();
+        scene.send(LENGTH - LENGTH / 2);
+        let mut rest = vec![0; LENGTH - LENGTH / 2];
+        scene.caller.read_exact(&mut rest).await.unwrap();
+        assert!(body.iter().chain(&rest).enumerate().all(|(position, read)| *read == byte(position)));
+        assert!(scene.read_head().await.contains("content-length: 0\r\n"));
+        scene.caller.write_all(REQUEST).await.unwrap();
+        assert!(scene.read_head().await.contains("content-length: 0\r\n"));
+    }
+
+    #[tokio::test]
+    async fn a_body_that_breaks_off_is_broken_off_after_what_came_before() {
+        for breaks in [Some(Err(ErrorKind::Other.into())), None] {
+            let mut scene = Scene::start(Some(LENGTH as u64), LONG).await;
+            scene.caller.write_all(&[REQUEST, REQUEST].concat()).await.unwrap();
+            scene.send(LENGTH / 2);
+            scene.until_set_aside().await;
+            breaks.into_iter().for_each(|error| scene.frames.as_ref().unwrap().send(error).unwrap());
+            scene.frames = None;
+            scene.read_head().await;
+            assert_eq!(scene.read_to_the_end().await, LENGTH / 2);
+        }
+    }
+
+    #[tokio::test]
+    async fn nothing_of_a_body_that_is_too_long_is_taken_for_the_next_response() {
+        let mut scene = Scene::start(Some(LENGTH as u64 / 2 + 1), LONG).await;
+        scene.caller.write_all(REQUEST).await.unwrap();
+        scene.send(LENGTH / 2);
+        scene.until_set_aside().await;
+        scene.send(FRAME);
+        scene.read_head().await;
+        let mut body = vec![0; LENGTH / 2 + 1];
+        scene.caller.read_exact(&mut body).await.unwrap();
+        scene.caller.write_all(REQUEST).await.unwrap();
+        assert!(scene.read_head().await.starts_with("HTTP/1.1 200 OK\r\n"));
+    }
+
+    #[tokio::test]
+    async fn at_a_shutdown_the_response_is_written_before_the_connection_is_closed() {
+        let mut scene = Scene::start(Some(LENGTH as u64), LONG).await;
+        scene.caller.write_all(REQUEST).await.unwrap();
+        scene.send(LENGTH);
+        scene.until_set_aside().await;
+        let registry = scene.registry.clone();
+        registry.drain();
+        tokio::join!(registry.close_all(), async {
+            scene.read_head().await;
+            assert_eq!(scene.read_to_the_end().await, LENGTH);
+            scene.caller.shutdown().await.unwrap();
+        });
+    }
+
+    #[tokio::test]
+    async fn a_response_is_broken_off_when_the_shutdown_has_no_more_time() {
+        let mut scene = Scene::start(Some(LENGTH as u64), LONG).await;
+        scene.caller.write_all(REQUEST).await.unwrap();
+        scene.send(LENGTH);
+        scene.until_set_aside().await;
+        scene.registry.abort_all();
+        scene.until_nothing_is_open().await;
+        scene.read_head().await;
+        assert!(scene.read_to_the_end().await < LENGTH);
+    }
+
+    #[tokio::test]
+    async fn a_caller_that_hangs_up_or_reads_nothing_for_write_timeout_is_given_up() {
+        for hangs_up in [true, false] {
+            let write_timeout = if hangs_up { LONG } else { Duration::from_secs(1) };
+            let mut scene = Scene::start(Some(LENGTH as u64), write_timeout).await;
+            scene.caller.write_all(REQUEST).await.unwrap();
+            scene.send(LENGTH / 2);
+            scene.until_set_aside().await;
+            let frames = scene.frames.take().unwrap();
+            if hangs_up {
+                let Scene { registry, caller, .. } = scene;
+                drop(caller);
+                timeout(LONG, frames.closed()).await.expect("the body is held");
+                drop(registry);
+            } else {
+                timeout(LONG, frames.closed()).await.expect("the body is held");
+                scene.until_nothing_is_open().await;
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn hyper_keeps_a_response_that_has_no_length_or_does_not_leave_the_connection_open() {
+        for (length, request) in [
+            (None, REQUEST),
+            (Some(LENGTH as u64), b"GET / HTTP/1.0\r\nHost: localhost\r\n\r\n"),
+            (Some(LENGTH as u64), b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"),
+            (Some(LENGTH as u64), b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\nhalf"),
+        ] {
+            let mut scene = Scene::start(length, Duration::from_secs(2)).await;
+            scene.caller.write_all(request).await.unwrap();
+            scene.send(LENGTH / 2);
+            scene.until_active(MAX_ACTIVE + 1).await;
+            let frames = scene.frames.take().unwrap();
+            // Until the caller is given up, which is long after others would have been set aside.
+            let is_active = || assert_eq!(scene.registry.parking().active(), MAX_ACTIVE + 1);
+            while !frames.is_closed() {
+                tokio::task::yield_now().await;
+                if !frames.is_closed() && scene.registry.len() == 1 {
+                    is_active();
+                }
+            }
+        }
+    }
+}
