@@ -10,7 +10,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::header::{CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, HeaderName, HeaderValue};
+use http::header::{CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, HeaderName, HeaderValue, TRANSFER_ENCODING};
 use http::{HeaderMap, Request, Response, Version};
 use http_body::Body;
 use hyper::body::Incoming;
@@ -109,6 +109,8 @@ where
         let wanted = Tunnel::wanted(&request);
         let (parts, incoming) = request.into_parts();
         let keeps_alive = version == Version::HTTP_11 && !asks_to_close(&parts.headers);
+        // hyper closes the connection after some of these requests, and does not say which.
+        let may_close = parts.headers.contains_key(TRANSFER_ENCODING);
         let (body, remainder) = CallerBody::new(incoming, uploading, &parts.headers);
         let request = Request::from_parts(parts, body);
         let (context, slot, tunnel) = (&context, &slot, &tunnel);
@@ -129,7 +131,7 @@ where
                 response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
             } else if keeps_alive && !response.headers().contains_key(CONNECTION) {
                 response.headers_mut().insert(KEEP_ALIVE, context.keep_alive.of(&context.limits));
-                if has_length(&response) {
+                if !may_close && has_length(&response) {
                     slot.ends_with_length();
                 }
             }
@@ -289,7 +291,7 @@ where
                     let blame = blame(&error, &parts.read_buf);
                     let socket = parts.io.into_inner();
                     return match whole {
-                        _ if socket.has_refusal() => Served::Refused(socket, blame),
+                        true if socket.has_refusal() => Served::Refused(socket, blame),
                         true => Served::Ended(socket),
                         false => Served::Broken(socket),
                     };

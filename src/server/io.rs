@@ -38,8 +38,8 @@ pub(super) struct MonitoredSocket<S> {
     unread: Bytes,
     /// How much of a request's body was read after the response was written.
     rest: usize,
-    /// What hyper has written, held back: a refusal of its parser, because only its error says whether the caller can be
-    /// told more; or what it had not written when it gave up the connection.
+    /// What hyper has written, held back: a refusal of its parser, because only its error says whether the caller can
+    /// be told more; or what it had not written when it gave up the connection.
     held: Option<Box<Bytes>>,
 }
 
@@ -213,6 +213,10 @@ impl<S: AsyncRead + AsyncWrite + AsFd + Unpin> AsyncWrite for MonitoredSocket<S>
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<()>> {
+        // Otherwise hyper might end the response, and serve the next request.
+        if self.blocked && self.activity.is_leaving() {
+            return Poll::Pending;
+        }
         self.watch_for_hang_up(cx)?;
         Pin::new(&mut self.socket).poll_flush(cx)
     }
@@ -264,8 +268,9 @@ pub(super) struct Rest<B: Body> {
 }
 
 /// In a crowd, this many bytes of a response are written frame by frame: hyper would take 64 KiB before it writes
-/// anything, and where the caller reads nothing, all of that stays there.
-const SINGLY: usize = 64 << 10;
+/// anything, and all of that would stay there where the caller reads nothing. The socket of such a caller accepts less
+/// than this.
+const SINGLY: usize = 256 << 10;
 
 impl<B: Body<Error: Send> + Send + 'static> BusyBody<B> {
     pub(super) fn new(body: B, busy: Busy) -> Self {

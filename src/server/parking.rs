@@ -2,7 +2,8 @@
 //!
 //! hyper holds two buffers of 8 KiB for each connection, and other state. When more than [`MAX_ACTIVE`] connections are
 //! open, hyper therefore gets one only while it is in use; an idle one is parked, that is, it consists of a socket and
-//! a waker. Below that number nothing is saved, and resuming a connection costs more than the memory is worth.
+//! a waker. Below that number nothing is saved, and resuming a connection costs more than the memory is worth. A
+//! connection in the middle of a response is [set aside](super::set_aside) if its caller reads slowly.
 
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 

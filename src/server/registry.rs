@@ -157,8 +157,8 @@ pub(super) struct Uploading {
 /// the rest, so it is read, but it must not keep the connection for ever.
 const REST_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// A crowd's response is set aside if the socket has accepted nothing for this time. A caller that reads is not that
-/// slow.
+/// In a crowd a response is set aside if the socket has accepted nothing for this time. Of a caller that is only busy,
+/// or far away, it accepts something sooner.
 const SLOW: Duration = Duration::from_millis(250);
 
 /// How often to check whether nothing is in progress.
@@ -288,7 +288,7 @@ impl Registry {
         loop {
             let limits = **limits.load();
             let shortest = limits.header_timeout.min(limits.idle_timeout).min(limits.write_timeout);
-            let is_crowd = self.parking.is_full();
+            let is_crowd = self.parking.is_full() && !self.draining.load(Relaxed);
             let longest = if is_crowd { SLOW / 2 } else { Duration::from_secs(1) };
             tokio::time::sleep((shortest / 4).clamp(Duration::from_millis(20), longest)).await;
             for activity in self.lock().open.values() {
@@ -297,7 +297,7 @@ impl Registry {
                     (Doing::Head, since) if since >= limits.header_timeout => activity.send(Command::HeadTimeout),
                     (Doing::Idle, since) if since >= limits.idle_timeout => activity.send(Command::Close),
                     (Doing::Rest, since) if since >= REST_TIMEOUT => activity.send(Command::EndUpload),
-                    (Doing::Busy, _) if is_crowd && activity.may_be_set_aside() => activity.send(Command::SetAside),
+                    (Doing::Busy, _) if is_crowd && activity.may_be_set_aside() => activity.set_aside(),
                     _ => {}
                 }
             }
@@ -375,8 +375,8 @@ impl Slot {
         self.activity.change(flag::BY_LENGTH, 0);
     }
 
-    /// Makes hyper give up the connection, if the response can still be set aside: hyper writes what it holds to
-    /// memory, and the rest of the response is left.
+    /// Makes hyper give up the connection, if the response can still be set aside: the socket holds what hyper writes,
+    /// and the rest of the response stays in the [`Activity`].
     pub(super) fn leave_hyper(&self) {
         if self.activity.may_be_set_aside() {
             self.activity.change(flag::LEAVING, flag::BY_LENGTH);
@@ -455,7 +455,7 @@ impl Slot {
 
 impl Drop for Slot {
     fn drop(&mut self) {
-        // The connection may have ended just as hyper gave it up.
+        // If the connection ended just as hyper gave it up, the rest is still there, and it refers to the activity.
         let rest = self.activity.rest().take();
         drop(rest);
         self.registry.lock().open.remove(&self.key);
@@ -583,6 +583,13 @@ impl Activity {
         self.command.store(command as u8, Relaxed);
         self.commanded.notify_one();
     }
+
+    /// Tells the connection to set its response aside, unless it was told something else: that counts for longer.
+    fn set_aside(&self) {
+        if self.command.compare_exchange(0, Command::SetAside as u8, Relaxed, Relaxed).is_ok() {
+            self.commanded.notify_one();
+        }
+    }
 }
 
 impl Busy {
@@ -653,6 +660,17 @@ mod tests {
         slot.activity().write_blocked(true);
         assert!(!registry.is_quiet(), "a response is not written");
     }
+
+    #[tokio::test]
+    async fn a_connection_that_was_told_to_close_is_not_told_otherwise() {
+        let slot = Arc::<Registry>::default().register();
+        slot.activity().send(Command::Close);
+        slot.activity().set_aside();
+        assert_eq!(slot.command().await, Command::Close);
+        slot.activity().set_aside();
+        assert_eq!(slot.command().await, Command::SetAside);
+    }
+
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
     #[tokio::test]
     async fn memory_is_given_back_although_other_connections_come_and_go() {

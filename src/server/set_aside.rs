@@ -1,11 +1,14 @@
 //! A response that is set aside: while many connections are active, one whose caller reads slowly is written without
 //! hyper.
 //!
-//! hyper holds two buffers of 8 KiB for each connection, and other state, also while the socket accepts nothing. Two
+//! hyper holds two buffers of 8 KiB for each connection, and other state, even while the socket accepts nothing. Two
 //! thousand callers that read a few bytes a second would take 32 MiB for that. So hyper gives up their connections, as
-//! it does when they are [parked](super::parking), but in the middle of a response: what it has not written and the rest
-//! of the body are written here. hyper has written the head, and the response ends with its length
-//! (RFC 9112, section 6.3), so that nothing is left to do but to copy bytes.
+//! it does when they are [parked](super::parking), but in the middle of a response: what it has not written and the
+//! rest of the body are written here. hyper has encoded the head, and the body ends with its length (RFC 9112, section
+//! 6.3), so nothing is left to do but to copy bytes.
+//!
+//! The reaper finds the callers ([`Command::SetAside`]). The socket then holds what hyper writes, instead of sending
+//! it, and the body of the response stays with the connection's slot when hyper drops it.
 
 use std::io::{ErrorKind, Result};
 use std::pin::Pin;
@@ -26,13 +29,14 @@ pub(super) struct SetAside<S, V, B: Body> {
     service: V,
     /// What the socket has not accepted yet.
     unwritten: Bytes,
-    /// What follows it. One frame is taken before it can be written: alone it takes less memory than in the buffer that
-    /// it was read into, beside the frames of others.
+    /// The frame that follows. It is taken before it can be written: over HTTP/2 a small frame is copied when it is
+    /// taken, and until then keeps the whole buffer into which the frames of several callers were read.
     next: Option<Bytes>,
-    body: B,
+    /// `None` once nothing more is expected of it: then its connection to Amazon is free.
+    body: Option<B>,
     /// The connection is busy until the response is written.
     _busy: Busy,
-    /// Bytes of the body that were not taken yet; `None` if it broke off.
+    /// Bytes of the body that are not yet taken; `None` once the body has failed.
     left: Option<u64>,
 }
 
@@ -50,6 +54,7 @@ impl<S: Socket, V, B: Body<Data = Bytes> + Unpin> SetAside<S, V, B> {
         let Rest { body, busy, error, .. } = rest;
         let (unwritten, length) = (socket.take_held(), body.size_hint().exact());
         let left = length.filter(|_| error.is_none());
+        let body = Some(body).filter(|_| left.is_some_and(|left| left > 0));
         Self { socket, service, unwritten, next: None, body, _busy: busy, left }
     }
 
@@ -74,7 +79,7 @@ impl<S: Socket, V, B: Body<Data = Bytes> + Unpin> SetAside<S, V, B> {
                     self.socket.reset();
                     return Written::Reset;
                 }
-                // Of a request's head or body there is nothing to end.
+                // No request is being received, so there is nothing to end.
                 Command::HeadTimeout | Command::EndUpload | Command::SetAside => {}
             }
         }
@@ -93,17 +98,16 @@ impl<S: Socket, V, B: Body<Data = Bytes> + Unpin> SetAside<S, V, B> {
                         {
                             self.next = next;
                         }
-                        // Notices that the caller hangs up.
-                        ready!(Pin::new(&mut self.socket).poll_flush(cx))?;
-                        return Poll::Pending;
+                        return self.poll_hang_up(cx);
                     }
                 }
             }
             match self.next.take() {
                 Some(next) => self.unwritten = next,
-                None => match ready!(self.poll_next(cx))? {
-                    Some(next) => self.unwritten = next,
-                    None => return Pin::new(&mut self.socket).poll_flush(cx),
+                None => match self.poll_next(cx)? {
+                    Poll::Ready(Some(next)) => self.unwritten = next,
+                    Poll::Ready(None) => return Pin::new(&mut self.socket).poll_flush(cx),
+                    Poll::Pending => return self.poll_hang_up(cx),
                 },
             }
         }
@@ -113,22 +117,31 @@ impl<S: Socket, V, B: Body<Data = Bytes> + Unpin> SetAside<S, V, B> {
     fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Bytes>>> {
         loop {
             let Some(left) = self.left else { return Poll::Ready(Err(ErrorKind::UnexpectedEof.into())) };
-            if left == 0 {
-                return Poll::Ready(Ok(None));
-            }
-            match ready!(Pin::new(&mut self.body).poll_frame(cx)) {
-                Some(Ok(frame)) => {
-                    let Ok(mut data) = frame.into_data() else { continue };
-                    // Nothing of a body that is too long may look like the next response.
-                    data.truncate(usize::try_from(left).unwrap_or(usize::MAX));
-                    self.left = Some(left - data.len() as u64);
-                    if !data.is_empty() {
-                        return Poll::Ready(Ok(Some(data)));
-                    }
+            let Some(body) = &mut self.body else { return Poll::Ready(Ok(None)) };
+            let mut data = match ready!(Pin::new(body).poll_frame(cx)) {
+                Some(Ok(frame)) => frame.into_data().unwrap_or_default(),
+                Some(Err(_)) | None => {
+                    (self.body, self.left) = (None, None);
+                    continue;
                 }
-                Some(Err(_)) | None => self.left = None,
+            };
+            // Excess bytes must not be taken for the next response.
+            data.truncate(usize::try_from(left).unwrap_or(usize::MAX));
+            let left = left - data.len() as u64;
+            self.left = Some(left);
+            if left == 0 {
+                self.body = None;
+            }
+            if !data.is_empty() {
+                return Poll::Ready(Ok(Some(data)));
             }
         }
+    }
+
+    /// Fails if the caller hangs up.
+    fn poll_hang_up(&mut self, cx: &mut Context<'_>) -> Poll<Result<()>> {
+        ready!(Pin::new(&mut self.socket).poll_flush(cx))?;
+        Poll::Pending
     }
 }
 
@@ -140,6 +153,7 @@ mod tests {
     use arc_swap::ArcSwap;
     use http::{HeaderValue, Request, Response};
     use http_body::{Frame, SizeHint};
+    use http_body_util::BodyExt;
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use tokio::net::UnixStream;
     use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
@@ -225,7 +239,8 @@ mod tests {
             registry.parking().simulate_crowd();
             let (frames, receives) = unbounded_channel();
             let first = Mutex::new(Some(Sent { frames: receives, left: length }));
-            let handler = move |_: Request<CallerBody>, _: Peer| {
+            let handler = move |request: Request<CallerBody>, _: Peer| {
+                tokio::spawn(request.into_body().collect());
                 let empty = || Sent { frames: unbounded_channel().1, left: Some(0) };
                 let body = first.lock().unwrap().take().unwrap_or_else(empty);
                 async { Response::new(body) }
@@ -329,6 +344,35 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_response_whose_end_is_still_to_come_is_not_left_out_for_the_next_one() {
+        let mut scene = Scene::start(Some(LENGTH as u64), LONG).await;
+        scene.caller.write_all(&[REQUEST, REQUEST].concat()).await.unwrap();
+        // All of it at once, and nothing says that it was all.
+        let all: Vec<u8> = (0..LENGTH).map(byte).collect();
+        scene.frames.as_ref().unwrap().send(Ok(all.clone().into())).unwrap();
+        scene.until_set_aside().await;
+        scene.read_head().await;
+        let mut body = vec![0; LENGTH];
+        scene.caller.read_exact(&mut body).await.unwrap();
+        assert!(body == all);
+        assert!(scene.read_head().await.contains("content-length: 0\r\n"));
+        assert!(scene.frames.unwrap().is_closed(), "nothing more of it is waited for");
+    }
+
+    #[tokio::test]
+    async fn a_caller_that_hangs_up_when_it_has_read_everything_so_far_is_noticed() {
+        let mut scene = Scene::start(Some(LENGTH as u64), LONG).await;
+        scene.caller.write_all(REQUEST).await.unwrap();
+        scene.send(LENGTH / 2);
+        scene.until_set_aside().await;
+        scene.read_head().await;
+        scene.caller.read_exact(&mut vec![0; LENGTH / 2]).await.unwrap();
+        let frames = scene.frames.take().unwrap();
+        drop(scene.caller);
+        timeout(LONG, frames.closed()).await.expect("the body is held");
+    }
+
+    #[tokio::test]
     async fn a_body_that_breaks_off_is_broken_off_after_what_came_before() {
         for breaks in [Some(Err(ErrorKind::Other.into())), None] {
             let mut scene = Scene::start(Some(LENGTH as u64), LONG).await;
@@ -411,6 +455,7 @@ mod tests {
             (Some(LENGTH as u64), b"GET / HTTP/1.0\r\nHost: localhost\r\n\r\n"),
             (Some(LENGTH as u64), b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"),
             (Some(LENGTH as u64), b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\nhalf"),
+            (Some(LENGTH as u64), b"POST / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"),
         ] {
             let mut scene = Scene::start(length, Duration::from_secs(2)).await;
             scene.caller.write_all(request).await.unwrap();

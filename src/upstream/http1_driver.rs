@@ -112,8 +112,8 @@ impl Http1Driver {
         lock(&self.turn.0).is_lent = true;
     }
 
-    /// Polls `wanted`, which waits for something that the connection delivers, and keeps it: to return it would move it
-    /// once more on each way. Drives the connection for it, unless its own task does.
+    /// Polls `wanted`, which waits for something that the connection delivers. Drives the connection for it, unless its
+    /// own task does. `wanted` keeps what was delivered, because returning it would move it several times.
     pub(super) fn poll(&self, cx: &mut Context<'_>, mut wanted: impl FnMut(&mut Context<'_>) -> Poll<()>) -> Poll<()> {
         let is_woken = {
             let mut state = lock(&self.turn.0);

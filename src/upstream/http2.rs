@@ -475,7 +475,8 @@ struct Open {
     slot: Arc<Slot>,
     key: BodyKey,
     upload: Option<Upload>,
-    /// Bytes that were handed out last. Only once more is wanted were they written to the caller.
+    /// Bytes that were handed out last. Once more is wanted, they were written to the caller, but for one frame of a
+    /// response that is set aside.
     handed_out: usize,
     /// Whether small frames are copied out of the buffer that they were read into.
     copies: bool,

@@ -8,6 +8,7 @@ use tokio::net::TcpSocket;
 use world::pseudo_random_bytes;
 
 use crate::harness::{Harness, eventually};
+use crate::http2::harness_with;
 use crate::raw_http::{Scripted, Wire};
 
 const EARLY: &str = "HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nearly";
@@ -76,6 +77,40 @@ async fn nothing_is_written_into_the_body_of_a_slow_reader() {
     }
     assert_eq!(wire.reply().await.said(), (408, "request_timeout"), "that is said behind the body");
     assert!(wire.closes().await);
+}
+
+/// Then their responses are set aside, and written without hyper.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_crowd_that_pauses_in_the_middle_of_its_responses_gets_every_byte_of_them_and_of_those_that_follow() {
+    const SIZE: usize = 300_000;
+    for http2 in ["never", "always"] {
+        let harness = harness_with(http2, &[]).await;
+        let whole = pseudo_random_bytes(SIZE);
+        let mut callers = Vec::new();
+        for _ in 0..100 {
+            let mut wire = narrow(harness.proxy_address()).await;
+            let request = format!("GET /sandbox/bytes/{SIZE} HTTP/1.1\r\nHost: localhost\r\n\r\n");
+            wire.send(request.clone() + &request).await;
+            callers.push(wire);
+        }
+        // What is tested takes a quarter of a second in which a caller reads nothing.
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        for (number, wire) in callers.iter_mut().enumerate() {
+            assert_eq!(wire.reply_head().await.status, 200);
+            let mut body = wire.take(SIZE / 2).await;
+            if number % 10 == 0 {
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+            body.extend(wire.take(SIZE - SIZE / 2).await);
+            assert!(body == whole, "{http2}: caller {number}");
+            let next = wire.reply().await;
+            assert_eq!(next.status, 200);
+            assert!(next.body == whole, "{http2}: the next response of caller {number}");
+        }
+        let last = callers.last_mut().unwrap();
+        last.send(CALL).await;
+        assert_eq!(last.reply().await.status, 200);
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
