@@ -10,7 +10,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::header::{CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, HeaderName, HeaderValue, TRANSFER_ENCODING};
+use http::header::{CONNECTION, CONTENT_TYPE, HeaderName, HeaderValue, TRANSFER_ENCODING};
 use http::{HeaderMap, Request, Response, Version};
 use http_body::Body;
 use hyper::body::Incoming;
@@ -23,7 +23,7 @@ use tokio::net::{TcpStream, UnixStream};
 use super::caller_body::CallerBody;
 use super::io::{BusyBody, MonitoredSocket, detach};
 use super::registry::{Command, Slot};
-use super::set_aside::{SetAside, Written};
+use super::set_aside::{SetAside, Written, has_length};
 use super::tunnel::{Tunnel, TunnelState};
 use super::{OwnResponses, Peer};
 
@@ -204,13 +204,6 @@ fn told(refusal: Bytes, blame: Blame, own: &dyn OwnResponses) -> Bytes {
 fn asks_to_close(headers: &HeaderMap) -> bool {
     let lines = headers.get_all(CONNECTION).iter().filter_map(|line| line.to_str().ok());
     lines.flat_map(|line| line.split(',')).any(|option| option.trim().eq_ignore_ascii_case("close"))
-}
-
-/// Whether the length of the response's body is known, and its `Content-Length`, if it has one, is that length.
-fn has_length<B: Body>(response: &Response<B>) -> bool {
-    let said = response.headers().get(CONTENT_LENGTH).map(|said| said.to_str().ok()?.parse::<u64>().ok());
-    let length = response.body().size_hint().exact();
-    length.is_some() && said.is_none_or(|said| said == length)
 }
 
 /// Whether `response` is a stream of server-sent events.

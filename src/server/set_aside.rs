@@ -15,6 +15,8 @@ use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
 use bytes::{Buf, Bytes};
+use http::Response;
+use http::header::CONTENT_LENGTH;
 use http_body::Body;
 use tokio::io::AsyncWrite;
 
@@ -47,6 +49,13 @@ pub(super) enum Written<S, V> {
     Broken(MonitoredSocket<S>),
     /// The caller does not read; the socket was reset.
     Reset,
+}
+
+/// Whether the length of the response's body is known, and its `Content-Length`, if it has one, is that length.
+pub(super) fn has_length<B: Body>(response: &Response<B>) -> bool {
+    let said = response.headers().get(CONTENT_LENGTH).map(|said| said.to_str().ok()?.parse::<u64>().ok());
+    let length = response.body().size_hint().exact();
+    length.is_some() && said.is_none_or(|said| said == length)
 }
 
 impl<S: Socket, V, B: Body<Data = Bytes> + Unpin> SetAside<S, V, B> {
@@ -151,7 +160,7 @@ mod tests {
     use std::time::Duration;
 
     use arc_swap::ArcSwap;
-    use http::{HeaderValue, Request, Response};
+    use http::{HeaderValue, Request};
     use http_body::{Frame, SizeHint};
     use http_body_util::BodyExt;
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
