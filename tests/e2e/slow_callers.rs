@@ -80,6 +80,7 @@ async fn nothing_is_written_into_the_body_of_a_slow_reader() {
 }
 
 /// Then their responses are set aside, and written without hyper.
+// Covers: threat 25.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_crowd_that_pauses_in_the_middle_of_its_responses_gets_every_byte_of_them_and_of_those_that_follow() {
     const SIZE: usize = 300_000;
