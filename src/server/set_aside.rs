@@ -11,6 +11,7 @@
 //! it, and the body of the response stays with the connection's slot when hyper drops it.
 
 use std::io::{ErrorKind, Result};
+use std::os::fd::AsFd;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
@@ -18,9 +19,8 @@ use bytes::{Buf, Bytes};
 use http::Response;
 use http::header::CONTENT_LENGTH;
 use http_body::Body;
-use tokio::io::AsyncWrite;
+use tokio::io::{AsyncRead, AsyncWrite};
 
-use super::connection::Socket;
 use super::io::{MonitoredSocket, Rest};
 use super::registry::{Busy, Command, Slot};
 
@@ -58,7 +58,11 @@ pub(super) fn has_length<B: Body>(response: &Response<B>) -> bool {
     length.is_some() && said.is_none_or(|said| said == length)
 }
 
-impl<S: Socket, V, B: Body<Data = Bytes> + Unpin> SetAside<S, V, B> {
+impl<S, V, B> SetAside<S, V, B>
+where
+    S: AsyncRead + AsyncWrite + AsFd + Unpin,
+    B: Body<Data = Bytes> + Unpin,
+{
     pub(super) fn new(mut socket: MonitoredSocket<S>, service: V, rest: Rest<B>) -> Self {
         let Rest { body, busy, error, .. } = rest;
         let (unwritten, length) = (socket.take_held(), body.size_hint().exact());
