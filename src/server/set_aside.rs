@@ -166,7 +166,7 @@ mod tests {
     use arc_swap::ArcSwap;
     use http::{HeaderValue, Request};
     use http_body::{Frame, SizeHint};
-    use http_body_util::BodyExt;
+    use http_body_util::{BodyExt, Full};
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use tokio::net::UnixStream;
     use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
@@ -247,9 +247,15 @@ mod tests {
 
     impl Scene {
         async fn start(length: Option<u64>, write_timeout: Duration) -> Self {
+            Self::among(true, length, write_timeout).await
+        }
+
+        async fn among(crowded: bool, length: Option<u64>, write_timeout: Duration) -> Self {
             let (stream, caller) = UnixStream::pair().unwrap();
             let registry = Arc::<Registry>::default();
-            registry.parking().simulate_crowd();
+            if crowded {
+                registry.parking().simulate_crowd();
+            }
             let (frames, receives) = unbounded_channel();
             let first = Mutex::new(Some(Sent { frames: receives, left: length }));
             let handler = move |request: Request<CallerBody>, _: Peer| {
@@ -462,27 +468,39 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn hyper_keeps_a_response_that_has_no_length_or_does_not_leave_the_connection_open() {
-        for (length, request) in [
-            (None, REQUEST),
-            (Some(LENGTH as u64), b"GET / HTTP/1.0\r\nHost: localhost\r\n\r\n"),
-            (Some(LENGTH as u64), b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"),
-            (Some(LENGTH as u64), b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\nhalf"),
-            (Some(LENGTH as u64), b"POST / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"),
+    async fn hyper_keeps_a_response_without_a_crowd_or_a_length_or_after_which_the_connection_is_closed() {
+        let length = Some(LENGTH as u64);
+        for (crowded, length, request) in [
+            (false, length, REQUEST),
+            (true, None, REQUEST),
+            (true, length, b"GET / HTTP/1.0\r\nHost: localhost\r\n\r\n"),
+            (true, length, b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"),
+            (true, length, b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\nhalf"),
+            (true, length, b"POST / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"),
         ] {
-            let mut scene = Scene::start(length, Duration::from_secs(2)).await;
+            let mut scene = Scene::among(crowded, length, Duration::from_secs(2)).await;
             scene.caller.write_all(request).await.unwrap();
             scene.send(LENGTH / 2);
-            scene.until_active(MAX_ACTIVE + 1).await;
+            let active = if crowded { MAX_ACTIVE + 1 } else { 1 };
+            scene.until_active(active).await;
             let frames = scene.frames.take().unwrap();
             // Until the caller is given up, which is long after others would have been set aside.
-            let is_active = || assert_eq!(scene.registry.parking().active(), MAX_ACTIVE + 1);
             while !frames.is_closed() {
+                assert_eq!(scene.registry.parking().active(), active, "{}", String::from_utf8_lossy(request));
                 tokio::task::yield_now().await;
-                if !frames.is_closed() && scene.registry.len() == 1 {
-                    is_active();
-                }
             }
         }
+    }
+
+    #[test]
+    fn a_response_has_a_length_if_its_head_says_no_other() {
+        let response = |said: &'static str| {
+            let mut response = Response::new(Full::new(Bytes::from_static(b"hello")));
+            if !said.is_empty() {
+                response.headers_mut().insert(CONTENT_LENGTH, HeaderValue::from_static(said));
+            }
+            has_length(&response)
+        };
+        assert_eq!(["", "5", "4", "6", "five"].map(response), [true, true, false, false, false]);
     }
 }
