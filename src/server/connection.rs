@@ -404,40 +404,12 @@ mod tests {
 
     use super::super::parking::MAX_ACTIVE;
     use super::super::registry::Registry;
-    use super::super::{Inherited, Limits, Listen, Listener, OwnResponses, Phase};
+    use super::super::test_responses::Own;
+    use super::super::{Inherited, Limits, Listen, Listener, Phase};
     use super::*;
 
     const REQUEST: &[u8] = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n";
     const RESPONSE: &[u8] = b"HTTP/1.1 200 OK\r\nkeep-alive: timeout=60\r\ncontent-length: 2\r\n\r\nhi";
-
-    #[derive(Debug)]
-    struct Own;
-
-    impl OwnResponses for Own {
-        fn head_timeout(&self) -> Bytes {
-            Bytes::from_static(b"late")
-        }
-
-        fn overloaded(&self) -> Bytes {
-            Bytes::new()
-        }
-
-        fn bad_target(&self) -> Bytes {
-            Bytes::new()
-        }
-
-        fn head_too_large(&self) -> Bytes {
-            Bytes::new()
-        }
-
-        fn target_too_long(&self) -> Bytes {
-            Bytes::new()
-        }
-
-        fn request_id(&self) -> HeaderValue {
-            HeaderValue::from_static("id")
-        }
-    }
 
     /// A connection that is being served, and the caller's end of it.
     struct Scene {

@@ -25,6 +25,8 @@ mod io;
 mod parking;
 mod set_aside;
 mod socket;
+#[cfg(test)]
+mod test_responses;
 mod tunnel;
 
 use std::io::{ErrorKind, Result};

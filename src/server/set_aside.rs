@@ -175,7 +175,8 @@ mod tests {
     use super::super::connection::run;
     use super::super::parking::MAX_ACTIVE;
     use super::super::registry::Registry;
-    use super::super::{CallerBody, Limits, ListenerContext, OwnResponses, Peer};
+    use super::super::test_responses::Own;
+    use super::super::{CallerBody, Limits, ListenerContext, Peer};
     use super::*;
 
     const REQUEST: &[u8] = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n";
@@ -183,35 +184,6 @@ mod tests {
     const LENGTH: usize = 2 << 20;
     const FRAME: usize = 10_000;
     const LONG: Duration = Duration::from_secs(20);
-
-    #[derive(Debug)]
-    struct Own;
-
-    impl OwnResponses for Own {
-        fn head_timeout(&self) -> Bytes {
-            Bytes::from_static(b"late")
-        }
-
-        fn overloaded(&self) -> Bytes {
-            Bytes::new()
-        }
-
-        fn bad_target(&self) -> Bytes {
-            Bytes::new()
-        }
-
-        fn head_too_large(&self) -> Bytes {
-            Bytes::new()
-        }
-
-        fn target_too_long(&self) -> Bytes {
-            Bytes::new()
-        }
-
-        fn request_id(&self) -> HeaderValue {
-            HeaderValue::from_static("id")
-        }
-    }
 
     /// A response body whose frames the test sends.
     struct Sent {
@@ -456,12 +428,10 @@ mod tests {
             scene.until_set_aside().await;
             let frames = scene.frames.take().unwrap();
             if hangs_up {
-                let Scene { registry, caller, .. } = scene;
-                drop(caller);
-                timeout(LONG, frames.closed()).await.expect("the body is held");
-                drop(registry);
-            } else {
-                timeout(LONG, frames.closed()).await.expect("the body is held");
+                scene.caller.shutdown().await.unwrap();
+            }
+            timeout(LONG, frames.closed()).await.expect("the body is held");
+            if !hangs_up {
                 scene.until_nothing_is_open().await;
             }
         }
