@@ -301,10 +301,9 @@ where
                 return Served::HeadTimeout(into_socket(connection.into_parts()));
             }
             Command::EndUpload if slot.is_in_rest() => return Served::Ended(into_socket(connection.into_parts())),
-            // It was done in the meantime.
-            Command::HeadTimeout | Command::EndUpload => {}
-            Command::SetAside if *closing => {}
-            Command::SetAside => slot.leave_hyper(),
+            Command::SetAside if !*closing => slot.leave_hyper(),
+            // It was done in the meantime, or the connection closes after the response.
+            Command::HeadTimeout | Command::EndUpload | Command::SetAside => {}
             Command::Abort => return Served::Broken(into_socket(connection.into_parts())),
             Command::Reset => {
                 into_socket(connection.into_parts()).reset();

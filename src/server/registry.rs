@@ -4,7 +4,7 @@
 
 use std::any::Any;
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
@@ -50,6 +50,8 @@ pub(super) struct Activity {
     /// The [flags](flag) in the low bits; above them, since when it has been [doing](Doing) what they mean, in
     /// microseconds since `accepted`, where that has a limit.
     state: AtomicU64,
+    /// The number of the latest request.
+    request: AtomicU32,
     /// When the socket stopped accepting response data, in microseconds since `accepted`, plus one; 0 while it accepts
     /// data.
     blocked_since: AtomicU64,
@@ -144,7 +146,10 @@ pub(super) enum Command {
 
 /// Marks the connection as busy with a response until it is dropped.
 #[derive(Debug)]
-pub(super) struct Busy(Arc<Activity>);
+pub(super) struct Busy {
+    activity: Arc<Activity>,
+    request: u32,
+}
 
 /// Marks the body of the connection's request as unfinished until it is dropped.
 #[derive(Debug)]
@@ -180,6 +185,7 @@ impl Registry {
         let activity = Arc::new(Activity {
             accepted: Instant::now(),
             state: AtomicU64::new(0),
+            request: AtomicU32::new(0),
             blocked_since: AtomicU64::new(0),
             writable: AtomicWaker::new(),
             rest: Mutex::new(None),
@@ -358,11 +364,20 @@ impl Slot {
     /// Records that a request head is complete. The connection is busy until the guards are dropped: that of the
     /// response, and that of the request's body, if it has one.
     pub(super) fn begin_request(&self, http10: bool, body: bool) -> (Busy, Option<Uploading>) {
-        let facts = [(body, flag::UPLOAD), (http10, flag::HTTP10), (self.registry.parking.is_full(), flag::CROWD)];
-        let begun = facts.into_iter().fold(flag::RESPONSE, |all, (is_so, flag)| if is_so { all | flag } else { all });
+        let mut begun = flag::RESPONSE;
+        if body {
+            begun |= flag::UPLOAD;
+        }
+        if http10 {
+            begun |= flag::HTTP10;
+        }
+        if self.registry.parking.is_full() {
+            begun |= flag::CROWD;
+        }
         self.activity.change(begun, flag::ALL & !flag::UNWRITTEN);
+        let request = self.activity.request.fetch_add(1, Relaxed).wrapping_add(1);
         let uploading = body.then(|| Uploading { activity: self.activity.clone(), complete: false });
-        (Busy(self.activity.clone()), uploading)
+        (Busy { activity: self.activity.clone(), request }, uploading)
     }
 
     /// Records that the response in progress is an event stream.
@@ -595,33 +610,36 @@ impl Activity {
 impl Busy {
     /// Ready while the connection's socket accepts data.
     pub(super) fn poll_writable(&self, cx: &mut Context<'_>) -> Poll<()> {
-        if self.0.blocked_since.load(Relaxed) == 0 {
+        if self.activity.blocked_since.load(Relaxed) == 0 {
             return Poll::Ready(());
         }
         // The task that polls here also writes to the socket, so the state cannot change before the waker is
         // registered.
-        self.0.writable.register(cx.waker());
+        self.activity.writable.register(cx.waker());
         Poll::Pending
     }
 
     /// Whether many connections were active when the request began.
     pub(super) fn is_of_a_crowd(&self) -> bool {
-        self.0.has(flag::CROWD)
+        self.activity.has(flag::CROWD)
     }
 
     /// Whether hyper gives up the connection.
     pub(super) fn is_leaving(&self) -> bool {
-        self.0.is_leaving()
+        self.activity.is_leaving()
     }
 
     pub(super) fn activity(&self) -> Arc<Activity> {
-        self.0.clone()
+        self.activity.clone()
     }
 }
 
 impl Drop for Busy {
     fn drop(&mut self) {
-        self.0.change(0, flag::RESPONSE | flag::EVENTS);
+        // hyper may begin the next request while the end of a response still waits to be written.
+        if self.activity.request.load(Relaxed) == self.request {
+            self.activity.change(0, flag::RESPONSE | flag::EVENTS);
+        }
     }
 }
 
@@ -659,6 +677,17 @@ mod tests {
         assert!(registry.is_quiet());
         slot.activity().write_blocked(true);
         assert!(!registry.is_quiet(), "a response is not written");
+    }
+
+    #[test]
+    fn the_late_end_of_a_response_leaves_the_connection_busy_with_the_next_one() {
+        let slot = Arc::<Registry>::default().register();
+        let (first, _) = slot.begin_request(false, false);
+        let (second, _) = slot.begin_request(false, false);
+        drop(first);
+        assert_eq!(slot.activity().doing().0, Doing::Busy);
+        drop(second);
+        assert_eq!(slot.activity().doing().0, Doing::Idle);
     }
 
     #[tokio::test]

@@ -234,7 +234,10 @@ mod tests {
                 tokio::spawn(request.into_body().collect());
                 let empty = || Sent { frames: unbounded_channel().1, left: Some(0) };
                 let body = first.lock().unwrap().take().unwrap_or_else(empty);
-                async { Response::new(body) }
+                async {
+                    tokio::task::yield_now().await;
+                    Response::new(body)
+                }
             };
             let handler = Arc::new(handler);
             // The registry looks every 20 ms.
@@ -348,6 +351,20 @@ mod tests {
         assert!(body == all);
         assert!(scene.read_head().await.contains("content-length: 0\r\n"));
         assert!(scene.frames.unwrap().is_closed(), "nothing more of it is waited for");
+    }
+
+    #[tokio::test]
+    async fn a_request_is_answered_that_begins_before_the_response_to_the_upload_before_it_was_written() {
+        let mut scene = Scene::start(Some(LENGTH as u64), LONG).await;
+        scene.caller.write_all(b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 4\r\n\r\nha").await.unwrap();
+        // All of it at once, and nothing says that it was all.
+        scene.frames.as_ref().unwrap().send(Ok(vec![7; LENGTH].into())).unwrap();
+        scene.read_head().await;
+        // hyper reads this before it can write more.
+        scene.caller.write_all(&[b"lf", REQUEST].concat()).await.unwrap();
+        scene.caller.read_exact(&mut vec![0; LENGTH]).await.unwrap();
+        scene.frames = None;
+        assert!(scene.read_head().await.contains("content-length: 0\r\n"));
     }
 
     #[tokio::test]
