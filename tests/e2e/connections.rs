@@ -84,9 +84,22 @@ async fn a_request_does_not_wait_on_an_http2_connection_that_has_gone_silent() {
     assert_eq!(amazon.connections(), 3, "on a new one");
 }
 
+/// How many streams the stand-ins of the next tests allow, in the end.
+const ALLOWED: u8 = 3;
+
 #[tokio::test(flavor = "multi_thread")]
 async fn the_number_of_streams_that_a_server_allows_is_obeyed_and_delays_no_request() {
-    const ALLOWED: u8 = 3;
+    obeys_the_limit(ALLOWED).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lower_number_of_streams_that_a_server_allows_later_is_obeyed_too() {
+    obeys_the_limit(100).await;
+}
+
+/// Opens [`ALLOWED`] event streams and then calls, on a server that allows `first` streams, and [`ALLOWED`] from the
+/// last event stream on.
+async fn obeys_the_limit(first: u8) {
     let exceeded = Arc::new(AtomicUsize::new(0));
     let counted = exceeded.clone();
     // The first three requests are event streams, which stay open.
@@ -94,7 +107,7 @@ async fn the_number_of_streams_that_a_server_allows_is_obeyed_and_delays_no_requ
         let counted = counted.clone();
         async move {
             let mut open = HashSet::new();
-            serve_http2(&mut wire, allows(ALLOWED), |stream| {
+            serve_http2(&mut wire, allows(first), |stream| {
                 if open.len() >= usize::from(ALLOWED) {
                     counted.fetch_add(1, Ordering::SeqCst);
                     return Some(frame(RST_STREAM, 0, stream, &[0, 0, 0, 7]));
@@ -103,7 +116,8 @@ async fn the_number_of_streams_that_a_server_allows_is_obeyed_and_delays_no_requ
                     return Some(frame(HEADERS, END_STREAM | END_HEADERS, stream, &[OK]));
                 }
                 open.insert(stream);
-                Some([frame(HEADERS, END_HEADERS, stream, &[OK]), frame(DATA, 0, stream, b"event")].concat())
+                let lower = if open.len() == usize::from(ALLOWED) { allows(ALLOWED) } else { Vec::new() };
+                Some([lower, frame(HEADERS, END_HEADERS, stream, &[OK]), frame(DATA, 0, stream, b"event")].concat())
             })
             .await;
         }
@@ -125,7 +139,6 @@ async fn the_number_of_streams_that_a_server_allows_is_obeyed_and_delays_no_requ
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_burst_beyond_the_streams_that_a_server_allows_opens_more_connections() {
-    const ALLOWED: u8 = 3;
     const ENOUGH: usize = 5;
     // Refuses what exceeds the limit, and answers the rest once enough connections are open and nothing more comes.
     let opened = Arc::new(AtomicUsize::new(0));
