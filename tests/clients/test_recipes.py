@@ -93,7 +93,7 @@ def run(file: Path, installed: Path, **variables: str) -> subprocess.CompletedPr
 def profile_of(sandbox, account: str) -> str:
     """The profile of an account, once the search that follows a login has found it. A search of one's own might end
     before that one, whose calls would then be among those of the client."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + LIMIT_SECONDS
     while True:
         answer = requests.get(f"{sandbox.proxy}/api/auth/amazon/accounts", timeout=30).json()
         if found := [one for one in answer["accounts"] if one["slug"] == account]:
